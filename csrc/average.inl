@@ -1,0 +1,97 @@
+// Weighted average in fp64, rounded once to the output type. Included inside a level's namespace.
+// Loops are plain so that each level's compiler vectorizes them; the tests compare the levels bit for bit.
+
+static const int64_t kBlock = 2048;  // two fp64 blocks stay in L1
+
+static inline float as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+static inline uint32_t as_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+
+static inline float half_to_float(uint16_t h) {
+  const uint32_t magnitude = uint32_t(h & 0x7fff) << 13, sign = uint32_t(h & 0x8000) << 16;
+  const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);  // exact, denormals too
+  const uint32_t special = magnitude | 0x7f800000u;                   // infinity and NaN keep their payload
+  return as_float(sign | (magnitude >= 0x0f800000u ? special : finite));
+}
+
+// Nearest float with ties and inexact results sent to the odd neighbour, so that a second rounding to a narrower
+// type gives what one rounding of the double gives (Boldo & Melquiond 2008).
+static inline uint32_t round_to_odd(double d) {
+  const float f = float(d);
+  const uint32_t bits = as_bits(f);
+  const double back = double(f), size = d < 0 ? -d : d, back_size = back < 0 ? -back : back;
+  const uint32_t toward_zero = bits - (back_size > size ? 1u : 0u);
+  return back == d || d != d ? bits : toward_zero | 1u;
+}
+
+static inline uint16_t bits_to_bf16(uint32_t bits) {
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return uint16_t(nan ? 0x7fc0u : rounded);
+}
+
+static inline uint16_t bits_to_half(uint32_t bits) {
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  // Below 2^-14 halves are denormal: adding 0.5 aligns the float's last bit with the half's last bit.
+  const uint32_t denormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t overflow = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t half = magnitude >= 0x477ff000u ? overflow : magnitude < 0x38800000u ? denormal : normal;
+  return uint16_t(half == 0x7e00u ? half : sign | half);
+}
+
+static void accumulate(const void* data, DType type, int64_t at, double w, bool first, double* acc, int64_t n) {
+#define MERIT_LOOP(T, VALUE)                                            \
+  {                                                                     \
+    const T* __restrict x = static_cast<const T*>(data) + at;           \
+    if (first)                                                          \
+      for (int64_t i = 0; i < n; i++) acc[i] = w * double(VALUE);       \
+    else                                                                \
+      for (int64_t i = 0; i < n; i++) acc[i] += w * double(VALUE);      \
+  }                                                                     \
+  break
+  switch (type) {
+    case DType::BF16: MERIT_LOOP(uint16_t, as_float(uint32_t(x[i]) << 16));
+    case DType::F16: MERIT_LOOP(uint16_t, half_to_float(x[i]));
+    case DType::F32: MERIT_LOOP(float, x[i]);
+    case DType::F64: MERIT_LOOP(double, x[i]);
+  }
+#undef MERIT_LOOP
+}
+
+// out[i] = sum_k w_k inputs_k[i], in the order of k; any NaN becomes the type's positive quiet NaN. Returns whether every value is finite in the output type.
+bool weighted_average(const void* const* inputs, const DType* types, const double* weights, int count, void* out,
+                      DType out_type, int64_t n) {
+  alignas(64) double acc[kBlock];
+  int64_t nonfinite = 0;
+  for (int64_t lo = 0; lo < n; lo += kBlock) {
+    const int64_t m = n - lo < kBlock ? n - lo : kBlock;
+    for (int k = 0; k < count; k++) accumulate(inputs[k], types[k], lo, weights[k], k == 0, acc, m);
+    if (out_type == DType::BF16) {
+      uint16_t* __restrict y = static_cast<uint16_t*>(out) + lo;
+      for (int64_t i = 0; i < m; i++) y[i] = bits_to_bf16(round_to_odd(acc[i]));
+      for (int64_t i = 0; i < m; i++) nonfinite += (y[i] & 0x7f80u) == 0x7f80u;
+    } else if (out_type == DType::F16) {
+      uint16_t* __restrict y = static_cast<uint16_t*>(out) + lo;
+      for (int64_t i = 0; i < m; i++) y[i] = bits_to_half(round_to_odd(acc[i]));
+      for (int64_t i = 0; i < m; i++) nonfinite += (y[i] & 0x7c00u) == 0x7c00u;
+    } else if (out_type == DType::F32) {
+      float* __restrict y = static_cast<float*>(out) + lo;
+      for (int64_t i = 0; i < m; i++) y[i] = acc[i] != acc[i] ? as_float(0x7fc00000u) : float(acc[i]);
+      for (int64_t i = 0; i < m; i++) nonfinite += (as_bits(y[i]) & 0x7f800000u) == 0x7f800000u;
+    } else {
+      double* __restrict y = static_cast<double*>(out) + lo;
+      for (int64_t i = 0; i < m; i++) y[i] = acc[i] != acc[i] ? double(as_float(0x7fc00000u)) : acc[i];
+      for (int64_t i = 0; i < m; i++) nonfinite += !(y[i] - y[i] == 0.0);
+    }
+  }
+  return nonfinite == 0;
+}

@@ -1,0 +1,14 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "levels.h"
+#define MERIT_AVX2 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace level_avx2 {
+#include "average.inl"
+#include "sketch.inl"
+#include "sketch_linear.inl"
+}
+#pragma GCC pop_options
+#endif

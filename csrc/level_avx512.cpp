@@ -1,0 +1,14 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "levels.h"
+#define MERIT_AVX512 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+namespace level_avx512 {
+#include "average.inl"
+#include "sketch.inl"
+#include "sketch_linear.inl"
+}
+#pragma GCC pop_options
+#endif

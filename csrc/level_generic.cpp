@@ -1,0 +1,7 @@
+#include "levels.h"
+#define MERIT_GENERIC 1
+namespace level_generic {
+#include "average.inl"
+#include "sketch.inl"
+#include "sketch_linear.inl"
+}

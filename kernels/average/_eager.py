@@ -1,0 +1,43 @@
+"""The reference, in NumPy: fp64 sums in order, one rounding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def weighted_average(
+    inputs: Sequence[npt.NDArray[Any]],
+    weights: Sequence[float],
+    dtypes: Sequence[str],
+    out: npt.NDArray[Any],
+    out_dtype: str,
+) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN go their way, as in any cast
+        total = weights[0] * to_float64(inputs[0], dtypes[0])
+        for array, weight, dtype in zip(inputs[1:], weights[1:], dtypes[1:], strict=True):
+            total += weight * to_float64(array, dtype)
+        total[np.isnan(total)] = np.nan  # one NaN, whatever the inputs' payloads
+        out[:] = float64_to_bf16(total) if out_dtype == "BF16" else total.astype(out.dtype)
+
+
+def to_float64(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float64]:
+    """Exact. bf16 comes as uint16 bits."""
+    if dtype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64)
+
+
+def float64_to_bf16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
+    """Round to nearest even in one step: by way of a float rounded to odd, never of a float rounded to nearest."""
+    with np.errstate(over="ignore", under="ignore"):
+        single = values.astype(np.float32)
+    bits = single.view(np.uint32)
+    back = single.astype(np.float64)
+    inexact = (back != values) & ~np.isnan(values)
+    toward_zero = bits - (np.abs(back) > np.abs(values)).astype(np.uint32)
+    bits = np.where(inexact, toward_zero | np.uint32(1), bits).astype(np.uint32)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(nan, 0x7FC0, rounded).astype(np.uint16)

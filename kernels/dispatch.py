@@ -1,0 +1,87 @@
+"""One rule for backends: the ``backend=`` argument, then MERIT_FAST_BACKEND, then the device.
+
+What was asked for runs or raises with the reason. Only the automatic choice may fall back to eager; it says so once in
+the log, and ``merit-fast doctor`` shows it. Nothing else in the package reads that variable or probes for a backend.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Literal
+
+from merit_fast.errors import BackendUnavailableError
+
+Backend = Literal["eager", "cpu", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton", "cuda")
+BEST_BY_DEVICE: Mapping[str, Backend] = {"cpu": "cpu", "cuda": "triton"}
+# Which backends each op has besides eager; `doctor` prints this table.
+OPS: Mapping[str, tuple[Backend, ...]] = {
+    "weighted_average": ("cpu",),
+    "merge_files": ("cpu",),
+    "flat_sketch": ("cpu",),
+    "linear_grad_sketch": ("cpu",),
+    "embedding_grad_sketch": ("cpu",),
+}
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def native_module() -> ModuleType | None:
+    """``merit_fast._C``, or None where it was not built. A forced but unsupported ISA level is an ImportError."""
+    if importlib.util.find_spec("merit_fast._C") is None:
+        return None
+    return importlib.import_module("merit_fast._C")
+
+
+def unavailable(op: str, backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on this kind of device, or None if it can."""
+    if backend == "eager":
+        return None
+    if backend not in BACKENDS:
+        return f"is unknown; backends: {', '.join(BACKENDS)}"
+    if backend not in OPS[op]:
+        return "has no kernel for this op"
+    if device_type != "cpu":
+        return f"runs on cpu tensors, got {device_type}"
+    if native_module() is None:
+        return "was not built: install a C++ compiler, then reinstall merit_fast"
+    return None
+
+
+def choose(op: str, device_type: str, requested: str | None) -> str:
+    """The backend that runs ``op``.
+
+    Raises:
+        BackendUnavailableError: the requested backend (argument or environment) cannot run here.
+    """
+    asked = requested or os.environ.get("MERIT_FAST_BACKEND")
+    if asked:
+        if reason := unavailable(op, asked, device_type):
+            raise BackendUnavailableError(f"{op}: backend {asked!r} {reason}")
+        return asked
+    best = BEST_BY_DEVICE.get(device_type, "eager")
+    if reason := unavailable(op, best, device_type):
+        _log_fallback(op, best, reason)
+        return "eager"
+    return best
+
+
+def backend_table(device_type: str = "cpu") -> list[dict[str, Any]]:
+    """For each op: the backend the automatic choice takes, and why not each of the others."""
+    rows = []
+    for op in OPS:
+        reasons: dict[str, str | None] = {b: unavailable(op, b, device_type) for b in BACKENDS if b != "eager"}
+        best = BEST_BY_DEVICE.get(device_type, "eager")
+        chosen = "eager" if reasons.get(best, "") is not None else best
+        rows.append({"op": op, "backend": chosen, "unavailable": {b: r for b, r in reasons.items() if r}})
+    return rows
+
+
+@functools.cache
+def _log_fallback(op: str, backend: str, reason: str) -> None:
+    logger.warning("%s: backend %r %s; using eager", op, backend, reason)

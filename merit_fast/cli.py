@@ -1,0 +1,303 @@
+"""merit-fast: flags and YAML -> one frozen config -> one stage call -> exit code.
+
+Exit codes: 0 done, 1 failed, 2 bad input (one line that names the file, the key and the rule).
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from merit_fast.config import override, parse
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.evaluate.config import EvaluateConfig
+from merit_fast.merge.config import MergeConfig
+from merit_fast.progress import Progress, SilentProgress, TerminalProgress
+from merit_fast.run_config import RunConfig, read_run_config
+from merit_fast.split.config import SketchConfig, SplitConfig
+from merit_fast.train.config import TrainConfig
+
+app = typer.Typer(
+    name="merit-fast",
+    help="Split an instruction mixture along its gradient conflicts, train the groups apart, merge once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output, no progress bars")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Model = Annotated[str | None, typer.Option("--model", help="base model: directory or hub id (key `model`)")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--dataset", help="NAME=PATH or NAME=PATH,EVAL_PATH; repeat for each dataset (key `mixture`)"),
+]
+Output = Annotated[str | None, typer.Option("--output", help="directory of all outputs (key `output`)")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Argument(help="CONFIG.yml and section.key=value overrides", metavar="[CONFIG] [KEY=VALUE]..."),
+]
+
+
+def main() -> None:
+    """The console script."""
+    debug = "--debug" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _fail(error, 2, debug)
+    except MeritFastError as error:
+        code = _fail(error, 1, debug)
+    except KeyboardInterrupt:
+        code = _fail(MeritFastError("interrupted; the same command goes on where it stopped"), 1, debug)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the command line's own usage errors
+            code = _fail(InputError(f"command line: {error.format_message()}"), 2, debug)
+        else:
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
+            code = _fail(MeritFastError(message), 1, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Show versions, the ISA level, and which backend each op uses and why not the others."""
+    from merit_fast.doctor import diagnose, print_diagnosis
+
+    diagnosis = diagnose()
+    print(json.dumps(diagnosis)) if as_json else print_diagnosis(diagnosis)
+
+
+@app.command()
+def demo(
+    out: Annotated[str | None, typer.Option("--out", help="directory of all outputs")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer tasks, two groups")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prepare a real small model and real tasks, then do exactly what `run` does. Works offline."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from merit_fast.demo import write_demo
+
+    progress = _progress(as_json)
+    progress.note("preparing the demo's model and tasks (converted once, then cached)")
+    config_file = write_demo(Path(out or ("runs/demo-quick" if quick else "runs/demo")), quick=quick)
+    progress.note(f"this demo is: merit-fast run {config_file}")
+    _run(read_run_config(config_file), progress, str(config_file), as_json)
+
+
+@app.command()
+def run(inputs: Inputs = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Run all stages of CONFIG.yml; what is up to date is skipped, what was interrupted goes on."""
+    file, assignments = _config_and_assignments(inputs)
+    if file is None:
+        raise InputError("command line: run: needs a CONFIG.yml")
+    _run(read_run_config(file, assignments), _progress(as_json), str(file), as_json)
+
+
+@app.command()
+def merge(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(help="CONFIG.yml and overrides, or with --model: OUT", metavar="CONFIG [KEY=VALUE]... | OUT"),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="DIR or DIR:WEIGHT; repeat for each checkpoint to average")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help=MergeConfig.__dataclass_fields__["weights"].metadata["help"])
+    ] = None,
+    threads: Annotated[str | None, typer.Option(help="worker threads")] = None,
+    chunk_kib: Annotated[str | None, typer.Option(help="KiB read from each input at a time")] = None,
+    allow_nonfinite: Annotated[bool, typer.Option(help="write infinities and NaN instead of stopping")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Average checkpoints by their token counts: those of a run's branches, or any given with --model."""
+    given = {"weights": weights, "threads": threads, "chunk_kib": chunk_kib, "allow_nonfinite": allow_nonfinite or None}
+    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+    if not model:
+        _stage("merge", inputs, None, None, None, [f"merge.{flag}" for flag in flags], as_json)
+        return
+    if not inputs or len(inputs) != 1 or "=" in inputs[0]:
+        raise InputError("command line: merge: with --model needs exactly one OUT directory")
+    config = parse(
+        MergeConfig, override({}, [flag.lower() if "allow" in flag else flag for flag in flags]), "command line"
+    )
+    result = _merge_models(Path(inputs[0]), model, config, _progress(as_json))
+    print(json.dumps(result) if as_json else f"{result['merged']}: weights {result['weights']}")
+
+
+def _merge_models(out: Path, models: list[str], config: MergeConfig, progress: Progress) -> dict[str, Any]:
+    from merit_fast.manifest import output_directory, stage_manifest
+    from merit_fast.merge import merge_branches, resolve_weights
+    from merit_fast.model import model_fingerprint
+
+    paths, listed = zip(*(_split_weight(text) for text in models), strict=True)
+    if any(weight is not None for weight in listed):
+        if None in listed:
+            raise InputError("command line: --model: give a weight to every model or to none")
+        config = dataclasses.replace(config, weights=tuple(listed))
+    for path in paths:
+        if not path.is_dir():
+            raise InputError(f"{path}: is not a directory")
+        if path.resolve() == out.resolve():
+            raise InputError(f"{out}: the output must not be one of the inputs")
+    if out.exists() and not (out / "stage.json").exists():
+        raise InputError(f"{out}: exists and is not an output of merit-fast; remove it or choose another directory")
+    weights = resolve_weights(paths, config)
+    inputs = {str(path): model_fingerprint(path) for path in paths}
+    with output_directory(out, stage_manifest("merge", config, inputs)) as directory:
+        merge_branches(paths, weights, config, directory, progress)
+    return {"merged": str(out), "models": [str(path) for path in paths], "weights": weights}
+
+
+def _split_weight(text: str) -> tuple[Path, float | None]:
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), None
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise InputError(f"command line: --model: must be DIR or DIR:WEIGHT, got {text!r}") from None
+
+
+def _stage(
+    name: str,
+    inputs: list[str] | None,
+    model: str | None,
+    datasets: list[str] | None,
+    output: str | None,
+    assignments: list[str],
+    as_json: bool,
+) -> None:
+    """Brings one stage up to date and says where its output is."""
+    from merit_fast.pipeline import Run, check_output
+
+    file, given = _config_and_assignments(inputs)
+    flags: dict[str, Any] = {"model": model, "output": output, "mixture": _mixture(datasets)}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    if file is None and not flags:
+        raise InputError(f"command line: {name}: needs a CONFIG.yml, or --model and --dataset")
+    config = read_run_config(file, [*given, *assignments], flags)
+    check_output(config)
+    if name != "merge":  # the merge's memory is bounded by itself
+        _keep_freed_memory()
+    stages = Run(config, _progress(as_json), f"merit-fast {{stage}} {file or '...'}")
+    worked = getattr(stages, name)()
+    folder = {"train": "branches", "merge": "merged"}.get(name, name)
+    result = {"stage": name, "output": str(Path(config.output) / folder), "up_to_date": not worked}
+    print(json.dumps(result) if as_json else f"{name}: {'done' if worked else 'up to date'}: {result['output']}")
+
+
+def _stage_command(name: str, section: str, config: type[Any], help: str) -> None:
+    """Adds a command whose flags are the fields of the stage's config: each help text exists once."""
+    fields = dataclasses.fields(config)
+
+    def command(
+        inputs: list[str] | None, model: str | None, dataset: list[str] | None, output: str | None, as_json: bool,
+        debug: bool, **flags: Any,
+    ) -> None:  # fmt: skip
+        assignments = [f"{section}.{key}={value}" for key, value in flags.items() if value is not None]
+        _stage(name, inputs, model, dataset, output, assignments, as_json)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    common = {"inputs": Inputs, "model": Model, "dataset": Data, "output": Output}
+    parameters = [inspect.Parameter(key, kind, default=None, annotation=hint) for key, hint in common.items()]
+    for field in fields:
+        shown = list(field.default) if isinstance(field.default, tuple) else field.default
+        text = f"{field.metadata['help']} [default: {shown}]"
+        hint = Annotated[str | None, typer.Option("--" + field.name.replace("_", "-"), help=text)]
+        parameters.append(inspect.Parameter(field.name, kind, default=None, annotation=hint))
+    parameters += [
+        inspect.Parameter(key, kind, default=False, annotation=hint)
+        for key, hint in (("as_json", Json), ("debug", Debug))
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(name, help=help)(command)
+
+
+def _add_stage_commands() -> None:
+    _stage_command("sketch", "split", SketchConfig, "Sketch per-example gradients at the base model.")
+    _stage_command("split", "split", SplitConfig, "Group the datasets along their conflict axes, from the sketches.")
+    _stage_command("train", "train", TrainConfig, "Fine-tune every branch, and the control arms.")
+    _stage_command("evaluate", "evaluate", EvaluateConfig, "Measure every arm on held-out rows and on retention.")
+
+    @app.command()
+    def report(inputs: Inputs = None, as_json: Json = False, debug: Debug = False) -> None:
+        """Write the run's report.html."""
+        _stage("report", inputs, None, None, None, [], as_json)
+
+
+def _run(config: RunConfig, progress: Progress, file: str, as_json: bool) -> None:
+    from merit_fast.pipeline import Run, check_output
+
+    check_output(config)
+    _keep_freed_memory()
+    run = Run(config, progress, f"merit-fast {{stage}} {file}")
+    summary = run.all()
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from merit_fast.report import print_summary
+
+    print_summary(Path(config.output))
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep 256 MiB of what torch frees: fresh pages cost training a fault per 4 KiB of every gradient."""
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library: nothing to tune
+    mallopt(mmap_threshold, 128 << 20)
+    mallopt(trim_threshold, 256 << 20)
+
+
+def _config_and_assignments(inputs: list[str] | None) -> tuple[Path | None, list[str]]:
+    inputs = inputs or []
+    files = [text for text in inputs if "=" not in text]
+    if len(files) > 1:
+        raise InputError(f"command line: must be one CONFIG.yml and section.key=value, got {' '.join(files)}")
+    return (Path(files[0]) if files else None), [text for text in inputs if "=" in text]
+
+
+def _mixture(datasets: list[str] | None) -> list[dict[str, str]] | None:
+    if not datasets:
+        return None
+    mixture = []
+    for text in datasets:
+        name, equals, paths = text.partition("=")
+        path, _, eval_path = paths.partition(",")
+        if not equals or not path:
+            raise InputError(f"command line: --dataset: must be NAME=PATH or NAME=PATH,EVAL_PATH, got {text!r}")
+        mixture.append({"name": name, "path": path, **({"eval_path": eval_path} if eval_path else {})})
+    return mixture
+
+
+def _progress(as_json: bool) -> Progress:
+    return SilentProgress() if as_json else TerminalProgress()
+
+
+def _fail(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"{'error' if code == 2 else 'failed'}: {error}", file=sys.stderr)
+    return code
+
+
+_add_stage_commands()
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Mixtures in: files to rows, rows to messages, messages to token ids and label masks, examples to batches.
+
+Importing this loads numpy but neither torch, transformers, datasets nor pyarrow.
+"""
+
+from merit_fast.data.batch import Batch, collate, pad_token_id
+from merit_fast.data.config import DataConfig, DatasetConfig
+from merit_fast.data.dataset import IGNORED_LABEL, Dataset, Example, count_target_tokens
+from merit_fast.data.fingerprint import mixture_fingerprint
+from merit_fast.data.mixture import load_mixture
+from merit_fast.data.template import load_tokenizer
+
+__all__ = [
+    "IGNORED_LABEL",
+    "Batch",
+    "DataConfig",
+    "Dataset",
+    "DatasetConfig",
+    "Example",
+    "collate",
+    "count_target_tokens",
+    "load_mixture",
+    "load_tokenizer",
+    "mixture_fingerprint",
+    "pad_token_id",
+]

@@ -1,0 +1,83 @@
+"""Examples to padded tensors. Padding is on the left, so that answers end at the right edge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from merit_fast.data.dataset import IGNORED_LABEL, Example, count_target_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """LongTensors [B, T], and [B] for ``dataset_ids``. Only ``attention_mask`` tells padding from text."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    dataset_ids: torch.Tensor
+
+    @cached_property
+    def num_target_tokens(self) -> int:
+        """Tokens in the loss, after the shift."""
+        return count_target_tokens(self.labels)
+
+    @cached_property
+    def logits_to_keep(self) -> int:
+        """The smallest n such that the last n positions predict every target; 0 for a batch without targets.
+
+        With hidden states or logits [B, n, :] of these positions, ``labels[:, -n + 1:]`` are predicted by all but
+        the last of them. Models read ``logits_to_keep=0`` as "all".
+        """
+        columns = (self.labels[:, 1:] != IGNORED_LABEL).any(dim=0).nonzero()
+        return int(self.labels.shape[1] - columns[0, 0]) if len(columns) else 0
+
+
+def collate(
+    examples: Sequence[Example], dataset_ids: Sequence[int], pad_token_id: int, *, pad_to_multiple_of: int = 8
+) -> Batch:
+    """Left-pads examples into one batch.
+
+    Padding has labels -100, attention_mask 0 and position_ids 0; text has positions 0, 1, ... The pad token may
+    be a token that also occurs in the text (the end token, often): nothing here compares ids with it.
+
+    Args:
+        examples: B >= 1 examples.
+        dataset_ids: [B] which dataset each example comes from.
+        pad_token_id: the id that fills input_ids.
+        pad_to_multiple_of: T is the longest length rounded up to this.
+
+    Raises:
+        ValueError: no example, or another number of dataset ids.
+    """
+    import torch
+
+    if not examples or len(examples) != len(dataset_ids):
+        raise ValueError(
+            f"collate: needs one dataset id per example, got {len(dataset_ids)} for {len(examples)} examples"
+        )
+    longest = max(len(example.input_ids) for example in examples)
+    width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    input_ids = torch.full((len(examples), width), pad_token_id, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORED_LABEL)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        start = width - len(example.input_ids)
+        input_ids[row, start:] = torch.as_tensor(example.input_ids)
+        labels[row, start:] = torch.as_tensor(example.labels)
+        labels[row, start] = IGNORED_LABEL  # else padding would predict the first token
+        attention_mask[row, start:] = 1
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return Batch(input_ids, labels, attention_mask, position_ids, torch.tensor(dataset_ids, dtype=torch.long))
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id to fill padding with. It is masked out everywhere, so any valid id serves a tokenizer that has none."""
+    chosen = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(chosen if chosen is not None else 0)

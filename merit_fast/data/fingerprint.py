@@ -1,0 +1,85 @@
+"""What a mixture is, in 32 hex digits: file contents, not paths or times, and without tokenizing anything."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
+from merit_fast.data.mixture import check_mixture
+from merit_fast.data.sources import local_files
+from merit_fast.data.template import PLAIN, read_template
+from merit_fast.errors import InputError
+from merit_fast.manifest import fingerprint
+
+ENCODING_VERSION = 1  # raise it when the same rows would give other tokens or labels
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+
+
+def mixture_fingerprint(
+    configs: Sequence[DatasetConfig], data_config: DataConfig, model: str, *, part: Part | None = None
+) -> str:
+    """A fingerprint that changes when the examples, their order or their names may change.
+
+    It covers each dataset's name, file contents and max_examples, the `data:` section with the content of a
+    template file, and the tokenizer's files. A Hugging Face id stands for itself (with the split): what the hub
+    holds under it is not looked at.
+
+    Args:
+        configs: the entries of `mixture:`, in order.
+        data_config: the `data:` section.
+        model: folder or Hugging Face id of the model whose tokenizer is used.
+        part: None for training and held-out rows, else only that part's.
+
+    Raises:
+        InputError: a file that is missing or unreadable, or two datasets of one name.
+    """
+    check_mixture(configs)
+    parts: tuple[Part, ...] = ("train", "eval") if part is None else (part,)
+    template = data_config.chat_template
+    if template not in (None, PLAIN):
+        template = hashlib.sha256(read_template(str(template)).encode()).hexdigest()
+    return fingerprint(
+        {
+            "version": ENCODING_VERSION,
+            "mixture": [[config.name, [_part(config, part) for part in parts]] for config in configs],
+            "data": [data_config.max_length, data_config.too_long, template],
+            "tokenizer": _tokenizer(model),
+        }
+    )
+
+
+def _part(config: DatasetConfig, part: Part) -> Any:
+    selected = source(config, part)
+    if selected is None:
+        return None
+    path, split = selected
+    files = local_files(path)
+    content = [path, split] if files is None else [_sha256(file) for file in files]
+    return [content, config.max_examples if part == "train" else None]
+
+
+def _tokenizer(model: str) -> Any:
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model
+    files = {file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with open(file, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,120 @@
+"""Files, directories and Hugging Face datasets to rows, each with the place that an error about it must name."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from merit_fast.errors import InputError
+
+SUFFIXES = (".jsonl", ".parquet")
+Row = tuple[str, dict[str, Any]]  # where ("file:line"), columns
+
+_BOM = b"\xef\xbb\xbf"
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+
+
+def local_files(path: str) -> list[Path] | None:
+    """The files behind a local path, in reading order; None: ``path`` is a Hugging Face dataset id.
+
+    A directory stands for the .jsonl and .parquet files directly in it, sorted by name. Whatever exists locally
+    wins over a dataset id of the same name.
+
+    Raises:
+        InputError: nothing there and no possible dataset id, or a directory without such files.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        files = sorted(f for f in local.iterdir() if f.suffix in SUFFIXES and f.is_file() and f.name[0] != ".")
+        if not files:
+            raise InputError(f"{path}: the directory must hold .jsonl or .parquet files, found none")
+        return files
+    if local.exists():
+        return [local]
+    if _HUB_ID.fullmatch(path) and local.suffix not in (*SUFFIXES, ".json"):
+        return None
+    raise InputError(f"{path}: is neither a file, nor a directory, nor a Hugging Face dataset id")
+
+
+def read_rows(path: str, split: str) -> Iterator[Row]:
+    """Yields the rows of a file, a directory or a Hugging Face dataset, one at a time.
+
+    Args:
+        path: as in `mixture:`; relative to the current directory.
+        split: of a Hugging Face dataset; local files have none.
+
+    Raises:
+        InputError: missing, unreadable or broken; the message names file and line (row for Parquet).
+    """
+    files = local_files(path)
+    if files is None:
+        yield from _hub_rows(path, split)
+        return
+    for file in files:
+        yield from _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
+
+
+def _jsonl_rows(file: Path) -> Iterator[Row]:
+    try:
+        with open(file, "rb") as lines:  # bytes: only \n ends a line, and encoding errors can name theirs
+            for number, line in enumerate(lines, 1):
+                if number == 1:
+                    line = line.removeprefix(_BOM)
+                if line.strip():
+                    where = f"{file}:{number}"
+                    yield where, _parse_line(line.rstrip(), where)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
+        raise InputError(f"{where}: must be UTF-8 text, got {found}") from None
+    except json.JSONDecodeError as error:
+        hint = "; one object per line is needed, not an array" if line.lstrip()[:1] == b"[" else ""
+        raise InputError(f"{where}: must be one JSON object: {error.msg} at column {error.colno}{hint}") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, endless nesting
+        raise InputError(f"{where}: must be one JSON object: {one_line(error)}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: must be a JSON object {{...}}, got {type(row).__name__}")
+    return row
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}: row {number}", row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{file}: is not readable Parquet after row {number}: {one_line(error)}") from None
+
+
+def _hub_rows(dataset_id: str, split: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(dataset_id, split=split)
+    except Exception as error:  # the library has no common base for its errors
+        reason = "offline (HF_HUB_OFFLINE) and not in the cache" if datasets.config.HF_HUB_OFFLINE else one_line(error)
+        raise InputError(
+            f"{dataset_id}: is neither a file nor a directory, and split {split!r} of a Hugging Face dataset "
+            f"of this name could not be loaded: {reason}"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield f"{dataset_id} ({split}): row {number}", row
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error, without line breaks and not endless."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,34 @@
+"""The demo as an ordinary run: its model, its tasks and its YAML."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merit_fast.demo.model import default_cache, prepare_model
+from merit_fast.demo.tasks import prepare_mixture
+from merit_fast.manifest import write_text
+
+
+def write_demo(output: Path, *, quick: bool) -> Path:
+    """Prepares model (in the cache) and mixture (in ``output``), writes demo.yml and returns its path.
+
+    The same call writes the same bytes, so a second demo finds every stage up to date.
+
+    Raises:
+        MeritFastError: the demo extra is not installed; names the command that does.
+    """
+    model = prepare_model(default_cache())
+    mixture = prepare_mixture(output.resolve() / "mixture", quick=quick)
+    config: dict[str, Any] = {
+        "model": str(model),
+        "mixture": mixture,
+        "split": {"groups": 2 if quick else 4, "preset": "paper", "examples": 12 if quick else 24},
+        "train": {"epochs": 1, "learning_rate": 1.0e-4, "batch_size": 8, "arms": ["joint", "random"]},
+        "merge": {"weights": "tokens"},
+        "evaluate": {"interpolate": [0.5], "max_new_tokens": 32} if quick else {"interpolate": [0.25, 0.5, 0.75]},
+        "output": str(output),
+    }
+    file = output / "demo.yml"
+    write_text(file, yaml.safe_dump(config, sort_keys=False))
+    return file

@@ -1,0 +1,127 @@
+"""The demo's mixture: real facts as short instructions, cut so that no family's held-out input is ever trained on.
+
+Inputs are ranked by a hash of seed, family and input. So the rows depend on neither PYTHONHASHSEED, the order in which
+a package lists its data, nor a random generator, and all tasks of a family train and hold out the same inputs.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from merit_fast.demo.sources import FAMILIES, SOURCES, Facts
+from merit_fast.errors import MeritFastError
+from merit_fast.manifest import write_text
+
+NUM_TRAIN, NUM_HELD_OUT = 40, 16
+QUICK_NUM_TRAIN, QUICK_NUM_HELD_OUT = 24, 12
+QUICK_TASKS = (
+    "country_capital",
+    "country_iso3",
+    "country_fr",
+    "country_de",
+    "date_us",
+    "date_de",
+    "verb_past",
+    "verb_gerund",
+)
+MAX_ANSWER_CHARACTERS = 60
+SYSTEM_MESSAGE = "Answer briefly."  # without one, SmolLM2's template puts 20 tokens of its own
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset: (input, answer) pairs under one instruction."""
+
+    instruction: str
+    train: tuple[tuple[str, str], ...]
+    held_out: tuple[tuple[str, str], ...]
+
+
+def prepare_mixture(
+    directory: Path, *, quick: bool, seed: int = 0, include_copyleft: bool = False
+) -> list[dict[str, str]]:
+    """Writes the demo's datasets into ``directory`` and lists them as a config's ``mixture:`` wants them.
+
+    Each dataset is NAME.train.jsonl and NAME.eval.jsonl, a ``{"messages": [system, user, assistant]}`` on each line.
+    The same arguments and package versions give the same bytes.
+
+    Args:
+        directory: created if need be; files of the same names are replaced, others left alone.
+        quick: 8 datasets of 24 + 12 rows instead of 28 of 40 + 16.
+        seed: chooses inputs and split.
+        include_copyleft: adds two datasets made with num2words (LGPL).
+
+    Returns:
+        One mapping per dataset: ``name``, ``path`` and ``eval_path``, the paths absolute.
+
+    Raises:
+        MeritFastError: a package of the demo extra is not installed, or holds too few facts.
+    """
+    directory = directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    mixture = []
+    for name, task in build_tasks(quick=quick, seed=seed, include_copyleft=include_copyleft).items():
+        path, eval_path = directory / f"{name}.train.jsonl", directory / f"{name}.eval.jsonl"
+        write_text(path, _lines(task.instruction, task.train))
+        write_text(eval_path, _lines(task.instruction, task.held_out))
+        mixture.append({"name": name, "path": str(path), "eval_path": str(eval_path)})
+    return mixture
+
+
+def build_tasks(*, quick: bool, seed: int = 0, include_copyleft: bool = False) -> dict[str, Task]:
+    """The rows of ``prepare_mixture``, by dataset name, unwritten."""
+    num_train, num_held_out = (QUICK_NUM_TRAIN, QUICK_NUM_HELD_OUT) if quick else (NUM_TRAIN, NUM_HELD_OUT)
+    copyleft = {family for source in SOURCES if source.is_copyleft for family in source.families}
+    tasks = {}
+    for name, family in FAMILIES.items():
+        if name in copyleft and not include_copyleft:
+            continue
+        wanted = {
+            task: text
+            for task, text in family.instructions.items()
+            if not quick or task in QUICK_TASKS or name in copyleft
+        }
+        if not wanted:
+            continue
+        facts = _complete(family.load(), set(family.instructions))
+        inputs = _ranked(facts, seed, family.split_like or name)[: num_held_out + num_train]
+        if len(inputs) < num_held_out + num_train:
+            raise MeritFastError(
+                f"demo tasks: {name}: needs {num_held_out + num_train} facts, the packages hold {len(inputs)}"
+            )
+        for task, instruction in wanted.items():
+            pairs = tuple((text, facts[text][task]) for text in inputs)
+            tasks[task] = Task(instruction, train=pairs[num_held_out:], held_out=pairs[:num_held_out])
+    return tasks
+
+
+def _complete(facts: Facts, tasks: set[str]) -> Facts:
+    """The inputs that every task of the family answers, cleanly and shortly."""
+    return {
+        text: answers
+        for text, answers in facts.items()
+        if "(" not in text and tasks == answers.keys() and all(map(_is_clean, answers.values()))
+    }
+
+
+def _is_clean(answer: str) -> bool:
+    return 0 < len(answer) <= MAX_ANSWER_CHARACTERS and answer.isprintable() and "(" not in answer
+
+
+def _ranked(facts: Facts, seed: int, family: str) -> list[str]:
+    return sorted(facts, key=lambda text: hashlib.sha256(f"{seed}/{family}/{text}".encode()).digest())
+
+
+def _lines(instruction: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    rows = (
+        {
+            "messages": [
+                {"role": "system", "content": SYSTEM_MESSAGE},
+                {"role": "user", "content": f"{instruction}\n{text}"},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for text, answer in pairs
+    )
+    return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)

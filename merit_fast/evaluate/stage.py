@@ -1,0 +1,172 @@
+"""The evaluate stage: every arm and branch on the same held-out rows and retention prompts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from merit_fast.data import Dataset
+from merit_fast.errors import InputError
+from merit_fast.evaluate.config import EvaluateConfig
+from merit_fast.evaluate.losses import dataset_results
+from merit_fast.evaluate.retention import answers_nll, greedy_answers, text_loss
+from merit_fast.evaluate.weights import displacement, interpolate_towards
+from merit_fast.manifest import (
+    ArmResult,
+    BranchManifest,
+    EvaluateManifest,
+    MergingGain,
+    read_manifest,
+    write_manifest,
+    write_text,
+)
+from merit_fast.model import load_model
+from merit_fast.progress import Progress
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merged arm: where it lies, of which branches, with which weights."""
+
+    path: Path
+    branches: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All models to evaluate. ``branches`` holds every trained branch, ``joint`` among them if it was trained."""
+
+    base: Path
+    branches: Mapping[str, Path]
+    merges: Mapping[str, Merge]
+
+
+def evaluate_arms(
+    candidates: Candidates,
+    datasets: Sequence[Dataset],
+    tokenizer: Any,
+    pad_token_id: int,
+    config: EvaluateConfig,
+    directory: Path,
+    progress: Progress,
+) -> EvaluateManifest:
+    """Evaluates base, joint, joint interpolated towards the base, every branch and every merge.
+
+    Each model's result is written when it is done (``NAME.json``), so a killed run goes on with the next model.
+
+    Raises:
+        InputError: no dataset has held-out rows.
+    """
+    if not datasets:
+        raise InputError("evaluate: no dataset of the mixture has held-out rows; give one an eval_path or eval_split")
+    evaluator = _Evaluator(candidates.base, datasets, tokenizer, pad_token_id, config, directory)
+    shares = config.interpolate if "joint" in candidates.branches else ()
+    with progress.task(
+        "evaluate", 1 + len(candidates.branches) + len(shares) + len(candidates.merges), "models"
+    ) as task:
+        arms = {"base": evaluator.result("base", candidates.base)}
+        task.advance(1)
+        branches: dict[str, ArmResult] = {}
+        for name, path in candidates.branches.items():
+            branches[name] = _with_training(evaluator.result(name, path), [path])
+            task.advance(1, name)
+        if "joint" in branches:
+            arms["joint"] = branches.pop("joint")
+            for share in shares:
+                interpolated = evaluator.result(f"joint@{share:g}", candidates.branches["joint"], share)
+                arms[f"joint@{share:g}"] = _with_training(interpolated, [candidates.branches["joint"]])
+                task.advance(1)
+        for arm in sorted(candidates.merges, reverse=True):  # random before merit
+            merge = candidates.merges[arm]
+            paths = [candidates.branches[name] for name in merge.branches]
+            arms[arm] = _with_training(evaluator.result(arm, merge.path), paths)
+            task.advance(1, arm)
+    gains = {arm: _gain(merge, branches, arms[arm]) for arm, merge in candidates.merges.items()}
+    manifest = EvaluateManifest(arms, branches, gains)
+    write_manifest(manifest, directory / "evaluate.json")
+    return manifest
+
+
+class _Evaluator:
+    """What stays the same from model to model: the rows, the base's own answers, the cache of results."""
+
+    def __init__(
+        self,
+        base: Path,
+        datasets: Sequence[Dataset],
+        tokenizer: Any,
+        pad_token_id: int,
+        config: EvaluateConfig,
+        directory: Path,
+    ) -> None:
+        self.base, self.datasets, self.config, self.directory = base, datasets, config, directory
+        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
+
+    def result(self, name: str, path: Path, share: float | None = None) -> ArmResult:
+        """Measures the checkpoint at ``path``, moved to (1 - share) base + share checkpoint if a share is given."""
+        file = self.directory / f"{name}.json"
+        if file.exists():
+            return replace(read_manifest(_Stored, file).result)
+        model = load_model(str(path), self.config.dtype)
+        if share is not None:
+            interpolate_towards(model, self.base, share)
+        moved = displacement(path, self.base) * (1.0 if share is None else share)
+        result = replace(self._measure(model), displacement=moved)
+        write_manifest(_Stored(result), file)
+        return result
+
+    def _measure(self, model: nn.Module) -> ArmResult:
+        config, pad = self.config, self.pad_token_id
+        rows = dataset_results(model, self.datasets, pad, config.batch_size)
+        tokens = sum(row.num_target_tokens for row in rows.values())
+        own_prompts, own_answers = greedy_answers(model, self.tokenizer, pad, config.max_new_tokens)
+        prompts, answers = self._base_answers(own_prompts, own_answers)
+        return ArmResult(
+            loss=sum(row.loss for row in rows.values()) / len(rows),
+            token_loss=sum(row.loss * row.num_target_tokens for row in rows.values()) / tokens,
+            exact_match=sum(row.exact_match for row in rows.values()) / len(rows),
+            text_loss=text_loss(model, self.tokenizer, pad),
+            chat_nll=answers_nll(model, prompts, answers, pad),
+            answer_length_tokens=sum(map(len, own_answers)) / len(own_answers),
+            displacement=0.0,
+            datasets=rows,
+        )
+
+    def _base_answers(
+        self, own_prompts: list[list[int]], own_answers: list[list[int]]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The base's greedy answers: those of the first model measured, which is the base."""
+        file = self.directory / "base_answers.json"
+        if not file.exists():
+            write_text(file, json.dumps({"prompts": own_prompts, "answers": own_answers}) + "\n")
+        stored = json.loads(file.read_text())
+        return stored["prompts"], stored["answers"]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    result: ArmResult
+    schema_version: int = 1
+
+
+def _with_training(result: ArmResult, branches: Sequence[Path]) -> ArmResult:
+    """Adds what the arm's training took, from its branches' manifests and timings."""
+    manifests = [read_manifest(BranchManifest, path / "branch.json") for path in branches]
+    timings = [json.loads((path / "timing.json").read_text()) for path in branches]
+    return replace(
+        result,
+        num_tokens=sum(m.num_tokens for m in manifests),
+        num_target_tokens=sum(m.num_target_tokens for m in manifests),
+        steps=max(m.steps for m in manifests),
+        train_s=sum(t["train_s"] for t in timings),
+        peak_memory_bytes=max(t["peak_memory_bytes"] for t in timings),
+    )
+
+
+def _gain(merge: Merge, branches: Mapping[str, ArmResult], merged: ArmResult) -> MergingGain:
+    mean = sum(w * branches[name].token_loss for name, w in zip(merge.branches, merge.weights, strict=True))
+    return MergingGain(mean - merged.token_loss, mean, merged.token_loss, merge.weights)

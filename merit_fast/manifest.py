@@ -1,0 +1,267 @@
+"""The JSON files in which stages meet, and how outputs come to be complete.
+
+Every file is written beside its final name, fsynced and renamed. Every output directory is filled as ``NAME.tmp`` and
+renamed when whole, so what bears the final name is finished; a killed stage leaves only ``NAME.tmp``, which the same
+command picks up again. A manifest carries the fingerprint of all that went into it: equal fingerprint, nothing to do.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from merit_fast.config import parse, to_plain
+from merit_fast.errors import InputError, MeritFastError
+
+SCHEMA_VERSION = 1
+STAGE_FILE = "stage.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StageManifest:
+    """stage.json, written last into a stage's output: what made it. Replays with ``config``."""
+
+    stage: str
+    fingerprint: str  # of stage, schema version, config and inputs
+    config: dict[str, Any]
+    inputs: dict[str, str]  # name -> fingerprint
+    tool_versions: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class SplitDataset:
+    """One dataset's row of split.json."""
+
+    name: str
+    group: int
+    num_examples: int
+    num_target_tokens: int
+    num_sketched_examples: int
+    mean_loss: float  # nats per target token at the base model, over the sketched examples
+    gradient_norm: float  # of the mean per-example gradient, from its sketch
+    signal_fraction: float  # unbiased |mean gradient|^2 over its raw estimate; 1 is noiseless
+
+
+@dataclass(frozen=True)
+class SplitManifest:
+    """split.json: which dataset went to which group, and the conflict geometry behind it. N datasets, R axes."""
+
+    groups: int
+    datasets: tuple[SplitDataset, ...]
+    similarity: tuple[tuple[float, ...], ...]  # [N, N] cosines of mean gradients
+    similarity_errors: tuple[tuple[float, ...], ...]  # [N, N] block-jackknife standard errors
+    negative_pair_fraction: float
+    explained_variance: tuple[float, ...]  # [R] share of each conflict axis
+    scores: tuple[tuple[float, ...], ...]  # [N, R]
+    cuts: tuple[tuple[int, float], ...]  # (axis, score) of each median cut, in order
+    eta_squared: float  # between-group share of the sum of squares
+    eta_squared_null_mean: float  # the same of random balanced splits
+    eta_squared_null_std: float
+    random_groups: tuple[int, ...]  # [N] the control: a balanced random split
+    base_fingerprint: str
+    mixture_fingerprint: str
+    schema_version: int = SCHEMA_VERSION
+
+    def group_of(self, arm: str) -> dict[str, int]:
+        """dataset name -> group, for the arm ``merit`` or ``random``."""
+        groups = self.random_groups if arm == "random" else [row.group for row in self.datasets]
+        return {row.name: group for row, group in zip(self.datasets, groups, strict=True)}
+
+
+@dataclass(frozen=True)
+class BranchManifest:
+    """branch.json, written with a branch's weights; the merge takes its weights from ``num_target_tokens``."""
+
+    branch: str  # merit-0, random-3, joint
+    arm: str
+    group: int
+    datasets: tuple[str, ...]
+    num_examples: int  # seen in training, epochs counted
+    num_target_tokens: int  # in the loss, after the shift, epochs counted
+    num_tokens: int  # through the model, epochs counted, padding not
+    steps: int
+    seed: int
+    base_fingerprint: str
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class DatasetResult:
+    loss: float  # nats per target token
+    exact_match: float  # share of rows whose every target token is the greedy choice
+    num_target_tokens: int
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One model on the held-out rows, with the columns that show what it forgot (retention)."""
+
+    loss: float  # nats per target token, mean over datasets
+    token_loss: float  # nats per target token, mean over tokens
+    exact_match: float  # mean over datasets, 0..1
+    text_loss: float  # nats per token of a fixed general English text
+    chat_nll: float  # nats per token of the base model's own greedy answers to fixed prompts
+    answer_length_tokens: float  # mean length of this model's greedy answers to those prompts
+    displacement: float  # |theta - theta_0|
+    num_tokens: int = 0  # trained on, over all branches of the arm
+    num_target_tokens: int = 0
+    steps: int = 0  # of the longest branch
+    train_s: float = 0.0  # summed over branches
+    peak_memory_bytes: int = 0  # of the process while training, largest branch
+    datasets: dict[str, DatasetResult] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergingGain:
+    """sum_k w_k L(theta_k) - L(theta_bar), L the held-out loss per target token over the whole mixture."""
+
+    gain: float
+    mean_branch_loss: float
+    merged_loss: float
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EvaluateManifest:
+    """evaluate.json: arm -> result; branch -> result; merged arm -> gain."""
+
+    arms: dict[str, ArmResult]
+    branches: dict[str, ArmResult]
+    merging_gain: dict[str, MergingGain]
+    schema_version: int = SCHEMA_VERSION
+
+
+def fingerprint(data: Any) -> str:
+    """32 hex digits that depend on JSON-ready ``data`` alone (keys sorted)."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def read_manifest(cls: type[T], path: Path) -> T:
+    """Reads and validates one manifest.
+
+    Raises:
+        InputError: missing, not JSON, of another schema version, or with unknown, missing or ill-typed keys.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: does not exist") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: is not readable JSON ({error})") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{path}: schema_version: must be {SCHEMA_VERSION}, got {version!r}")
+    return parse(cls, data, where=str(path))
+
+
+def write_manifest(manifest: Any, path: Path) -> None:
+    """Writes a manifest dataclass as JSON: the same object gives the same bytes."""
+    write_text(path, json.dumps(to_plain(manifest), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a crash leaves the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def output_directory(path: Path, manifest: StageManifest) -> Iterator[Path]:
+    """Yields ``path.tmp`` to fill; on success adds stage.json, fsyncs and renames it to ``path``.
+
+    What an interrupted run of the same fingerprint left in ``path.tmp`` is kept for the stage to resume from; what
+    another run left there is removed. An exception leaves ``path.tmp`` for the next try and ``path`` untouched.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    marker = temporary / "fingerprint"
+    if temporary.exists() and (not marker.exists() or marker.read_text() != manifest.fingerprint):
+        shutil.rmtree(temporary)
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        write_text(marker, manifest.fingerprint)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    yield temporary
+    write_manifest(manifest, temporary / STAGE_FILE)
+    marker.unlink()
+    commit_directory(temporary, path)
+
+
+def commit_directory(temporary: Path, path: Path) -> None:
+    """Fsyncs every file of ``temporary`` and renames it to ``path``, replacing what was there."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in sorted(temporary.rglob("*")):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)  # safetensors' writer makes 0600 whatever the umask
+        _fsync_path(file)
+    _fsync_path(temporary)
+    if path.exists():
+        old = path.with_name(path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        os.rename(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, path)
+    _fsync_path(path.parent)
+
+
+def is_complete(path: Path, expected_fingerprint: str) -> bool:
+    """Whether ``path`` holds the finished output of exactly this stage, config and inputs."""
+    file = path / STAGE_FILE
+    return file.exists() and read_manifest(StageManifest, file).fingerprint == expected_fingerprint
+
+
+def stage_manifest(stage: str, config: Any, inputs: dict[str, str]) -> StageManifest:
+    """The manifest of a stage about to run; its fingerprint covers stage, schema, config and inputs."""
+    plain = to_plain(config)
+    mark = fingerprint([stage, SCHEMA_VERSION, plain, inputs])
+    return StageManifest(stage, mark, plain, inputs, tool_versions())
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what can change a result, without importing any of it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("merit_fast", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return versions
+
+
+def require_stage(path: Path, stage: str, command: str) -> StageManifest:
+    """The stage.json of an earlier stage's output.
+
+    Raises:
+        MeritFastError: that stage has not finished; the message names the command that runs it.
+    """
+    if not (path / STAGE_FILE).exists():
+        raise MeritFastError(f"{path}: {stage} has not been run; run: {command}")
+    return read_manifest(StageManifest, path / STAGE_FILE)
+
+
+def _fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

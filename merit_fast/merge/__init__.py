@@ -1,0 +1,9 @@
+"""Stage three: token-weighted averaging of sharded checkpoints, streamed from files to files. Imports no torch.
+
+checkpoint (headers) -> plan (byte ranges) -> stream (the engine) -> stage (weights, directory, config files)
+"""
+
+from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.stage import merge_branches, resolve_weights
+
+__all__ = ["MergeConfig", "merge_branches", "resolve_weights"]

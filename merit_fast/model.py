@@ -1,0 +1,182 @@
+"""What every stage that runs a model needs: loading it, its fingerprint, its losses on target tokens."""
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from merit_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from merit_fast.data import Batch
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_PROBES, _PROBE_BYTES = 64, 4096
+_SHORT_TOKENS = 512
+
+
+class TargetLosses(NamedTuple):
+    """Per target token, in batch order: M of them."""
+
+    loss: "Tensor"  # [M] float32, nats
+    correct: "Tensor"  # [M] bool: the target is the greedy choice
+    example: "Tensor"  # [M] int64: row of the batch
+
+
+def load_model(path: str, dtype: str) -> "nn.Module":
+    """A causal LM in evaluation mode on the CPU or, where there is one, the GPU.
+
+    Args:
+        path: directory or hub id.
+        dtype: "bf16" or "fp32".
+
+    Raises:
+        InputError: nothing that transformers can load is there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with no_loading_bar():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, DTYPES[dtype]))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: is not a causal language model that transformers can load: {one_line(error)}"
+        ) from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded: nn.Module = model.eval().to(device)  # type: ignore[no-untyped-call]
+    return loaded
+
+
+def target_losses(model: "nn.Module", batch: "Batch") -> TargetLosses:
+    """Cross-entropy of every target token (label != -100, after the shift), in float32.
+
+        logits = model(...).logits[:, :-1].float(); loss = F.cross_entropy(logits[mask], labels[:, 1:][mask])
+
+    Only the last ``batch.logits_to_keep`` positions go through the head where the model's forward can be told so.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    device = next(model.parameters()).device
+    _choose_attention(model, device.type, batch.input_ids.shape[1])
+    keep = min(-(-batch.logits_to_keep // 8) * 8, batch.input_ids.shape[1])  # few shapes: each costs a kernel's set-up
+    accepted = inspect.signature(model.forward).parameters
+    optional: dict[str, Any] = {
+        "logits_to_keep": keep,
+        "position_ids": batch.position_ids.to(device),
+        "use_cache": False,
+    }
+    output = model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        **{name: value for name, value in optional.items() if name in accepted},
+    )
+    targets = batch.labels[:, -keep + 1 :].to(device)  # [B, keep - 1]
+    mask = targets != -100
+    logits = output.logits[:, -keep:-1][mask].float()  # [M, V]
+    targets = targets[mask]
+    loss = F.cross_entropy(logits, targets, reduction="none")
+    return TargetLosses(loss, logits.detach().argmax(-1) == targets, torch.nonzero(mask)[:, 0])
+
+
+def _choose_attention(model: "nn.Module", device_type: str, width: int) -> None:
+    """Plain attention for short batches on a CPU, where torch's fused one takes up to twice its time."""
+    if device_type != "cpu" or not hasattr(model, "set_attn_implementation"):
+        return
+    wanted = "eager" if width <= _SHORT_TOKENS else "sdpa"
+    if model.config._attn_implementation != wanted:  # type: ignore[union-attr]
+        try:
+            model.set_attn_implementation(wanted)  # type: ignore[operator]
+        except ValueError:  # the architecture has no such attention: it keeps its own
+            return
+
+
+def resolve_model(path: str) -> Path:
+    """The local directory of a model: ``path`` itself, or the snapshot of a hub id (downloaded if need be).
+
+    Raises:
+        InputError: neither; or a directory without config.json.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder}: is not a model directory: it has no config.json")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub's client raises many kinds, and all mean that the model is not to be had
+        raise InputError(
+            f"model: {path!r} is neither a directory nor a hub id that can be had: {one_line(error)}"
+        ) from None
+
+
+def model_fingerprint(folder: Path) -> str:
+    """32 hex digits of a checkpoint: config, every weight file's header, size and 64 spread blocks of 4 KiB."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.name == "config.json":
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)
+            digest.update(json.dumps(config, sort_keys=True).encode())
+        elif file.suffix in (".safetensors", ".bin"):
+            digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
+            _hash_probes(file, digest)
+    return digest.hexdigest()[:32]
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process since ``reset_peak_memory`` (or its start)."""
+    import resource
+
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """Starts a new peak where the system allows it (Linux)."""
+    clear = Path("/proc/self/clear_refs")
+    if os.access(clear, os.W_OK):
+        clear.write_text("5")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message folded to one line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _hash_probes(file: Path, digest: "hashlib._Hash") -> None:
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        header_bytes = min(size, 8 + int.from_bytes(opened.read(8), "little")) if file.suffix == ".safetensors" else 0
+        opened.seek(0)
+        digest.update(opened.read(min(header_bytes, 100 << 20)))
+        for probe in range(_PROBES):
+            opened.seek(header_bytes + (size - header_bytes) * probe // _PROBES)
+            digest.update(opened.read(_PROBE_BYTES))
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Silences transformers' own bars for loading and saving: ours is the only one on the screen."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,71 @@
+"""How long-running stages report: bars with throughput and time left on a terminal, nothing for machines."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Task(Protocol):
+    def advance(self, amount: float, detail: str = "") -> None: ...
+
+
+class Progress(Protocol):
+    """What a stage may say while it works. ``unit`` names what ``total`` counts, for the throughput."""
+
+    def task(self, name: str, total: float, unit: str) -> Any: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class SilentProgress:
+    """Says nothing: for --json and for calls from Python."""
+
+    @contextmanager
+    def task(self, name: str, total: float, unit: str) -> Iterator[Task]:
+        yield self
+
+    def advance(self, amount: float, detail: str = "") -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class TerminalProgress:
+    """Rich bars on standard error; notes are printed above them."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+
+    @contextmanager
+    def task(self, name: str, total: float, unit: str) -> Iterator[Task]:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[rate]:>14}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+        )
+        with RichProgress(*columns, console=self.console) as bars:
+            yield _RichTask(bars, bars.add_task(name, total=total, rate="", detail=""), unit)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _RichTask:
+    def __init__(self, bars: Any, identifier: Any, unit: str) -> None:
+        self.bars, self.identifier, self.unit = bars, identifier, unit
+
+    def advance(self, amount: float, detail: str = "") -> None:
+        self.bars.advance(self.identifier, amount)
+        speed = self.bars.tasks[0].speed or 0.0
+        self.bars.update(self.identifier, rate=f"{speed:,.0f} {self.unit}/s" if speed else "", detail=detail)

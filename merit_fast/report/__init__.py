@@ -1,0 +1,61 @@
+"""The report stage: one self-contained HTML page from split.json and evaluate.json.
+
+The tables are pure Python, so that the terminal can show them too; plotly and jinja2 are imported by ``write_report``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from merit_fast.errors import InputError
+from merit_fast.manifest import EvaluateManifest, SplitManifest, read_manifest, write_text
+from merit_fast.report.summary import verdict
+from merit_fast.report.tables import gain_rows, results_rows
+
+__all__ = ["gain_rows", "print_summary", "results_rows", "verdict", "write_report"]
+
+
+def write_report(
+    split: SplitManifest, evaluation: EvaluateManifest | None, path: Path, *, title: str, notes: Sequence[str] = ()
+) -> None:
+    """Writes the page, atomically. The same arguments give the same bytes; the page loads nothing from anywhere.
+
+    Args:
+        split: what was split, and why so.
+        evaluation: None for a run that stopped after the split.
+        path: the HTML file to write.
+        title: heading of the page, plain text.
+        notes: lines for "How this was made" (seeds, commands, versions), plain text.
+
+    Raises:
+        InputError: a field of ``split`` has the wrong length, or the file cannot be written.
+    """
+    from merit_fast.report.page import render
+
+    page = render(split, evaluation, title, notes)
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def print_summary(output: Path) -> None:
+    """Prints a finished run's results table, merging gains and the path of its report."""
+    from rich.console import Console
+    from rich.table import Table
+
+    evaluation = read_manifest(EvaluateManifest, output / "evaluate" / "evaluate.json")
+    split = read_manifest(SplitManifest, output / "split" / "split.json")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log file has no width of its own
+    for columns, rows in (results_rows(evaluation), gain_rows(evaluation)):
+        table = Table(box=None, pad_edge=False)
+        table.add_column(columns[0], no_wrap=True)
+        for column in columns[1:]:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    console.print(" ".join(verdict(split)), soft_wrap=True, markup=False, highlight=False)
+    console.print(f"report: {output / 'report' / 'report.html'}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,142 @@
+"""The sketch state: sums only, so that addition joins shards, restarts and workers to the same result."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
+
+
+@dataclass(frozen=True)
+class SketchIdentity:
+    """What two states must share before they may be added or compared."""
+
+    sketch: CountSketch
+    model_fingerprint: str
+    parameters: tuple[str, ...]
+
+    def metadata(self) -> dict[str, str]:
+        return {
+            "hash_version": str(HASH_VERSION),
+            "proj_dim": str(self.sketch.proj_dim),
+            "seed": str(self.sketch.seed),
+            "model_fingerprint": self.model_fingerprint,
+            "parameters": "\n".join(self.parameters),
+        }
+
+
+@dataclass
+class SketchState:
+    """Sums over the examples of one dataset, in G blocks. All sums in float64.
+
+    Attributes:
+        block_sums: [G, D] sum of the sketches s of the block's examples.
+        block_square_norms: [G] sum of |s|^2.
+        block_counts: [G] int64 examples.
+        loss_sum: summed loss of all target tokens, nats.
+        num_target_tokens: how many those were.
+    """
+
+    identity: SketchIdentity
+    block_sums: Tensor
+    block_square_norms: Tensor
+    block_counts: Tensor
+    loss_sum: float = 0.0
+    num_target_tokens: int = 0
+
+    @classmethod
+    def zeros(cls, identity: SketchIdentity, blocks: int) -> "SketchState":
+        return cls(
+            identity,
+            torch.zeros(blocks, identity.sketch.proj_dim, dtype=torch.float64),
+            torch.zeros(blocks, dtype=torch.float64),
+            torch.zeros(blocks, dtype=torch.int64),
+        )
+
+    @property
+    def num_examples(self) -> int:
+        return int(self.block_counts.sum())
+
+    def add_examples(self, sketches: Tensor, blocks: Tensor, loss_sum: float, num_target_tokens: int) -> None:
+        """Adds B examples: sketches [B, D] float32, blocks [B] int64 (which block each belongs to)."""
+        exact = sketches.cpu().double()
+        self.block_sums.index_add_(0, blocks, exact)
+        self.block_square_norms.index_add_(0, blocks, exact.square().sum(1))
+        self.block_counts.index_add_(0, blocks, torch.ones_like(blocks))
+        self.loss_sum += loss_sum
+        self.num_target_tokens += num_target_tokens
+
+    def merge(self, other: "SketchState") -> None:
+        """Adds another state of the same sketch, model and parameters.
+
+        Raises:
+            MeritFastError: they differ; the message names in what.
+        """
+        mine, theirs = self.identity.metadata(), other.identity.metadata()
+        for key, value in mine.items():
+            if value != theirs[key]:
+                raise MeritFastError(f"sketch states disagree in {key}: {value[:60]!r} and {theirs[key][:60]!r}")
+        if self.block_counts.shape != other.block_counts.shape:
+            raise MeritFastError(
+                f"sketch states disagree in blocks: {len(self.block_counts)} and {len(other.block_counts)}"
+            )
+        self.block_sums += other.block_sums
+        self.block_square_norms += other.block_square_norms
+        self.block_counts += other.block_counts
+        self.loss_sum += other.loss_sum
+        self.num_target_tokens += other.num_target_tokens
+
+    def to_bytes(self) -> bytes:
+        """One safetensors file; the same state gives the same bytes."""
+        tensors = {
+            "block_sums": self.block_sums,
+            "block_square_norms": self.block_square_norms,
+            "block_counts": self.block_counts,
+            "loss_sum": torch.tensor(self.loss_sum, dtype=torch.float64),
+            "num_target_tokens": torch.tensor(self.num_target_tokens, dtype=torch.int64),
+        }
+        # One JSON string: the writer keeps several keys in an order that changes from run to run.
+        return save(tensors, {"identity": _dump(self.identity.metadata())})
+
+    @classmethod
+    def read(cls, path: Path) -> "SketchState":
+        """Raises InputError if the file is absent, broken or of another hash version."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = _load((file.metadata() or {})["identity"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise InputError(f"{path}: is not a sketch state ({' '.join(str(error).split())})") from None
+        if metadata["hash_version"] != str(HASH_VERSION):
+            raise InputError(f"{path}: hash_version: must be {HASH_VERSION}, got {metadata['hash_version']}")
+        identity = SketchIdentity(
+            CountSketch(int(metadata["proj_dim"]), int(metadata["seed"])),
+            metadata["model_fingerprint"],
+            tuple(metadata["parameters"].split("\n")),
+        )
+        return cls(
+            identity,
+            tensors["block_sums"],
+            tensors["block_square_norms"],
+            tensors["block_counts"],
+            float(tensors["loss_sum"]),
+            int(tensors["num_target_tokens"]),
+        )
+
+
+def _dump(metadata: dict[str, str]) -> str:
+    import json
+
+    return json.dumps(metadata, sort_keys=True)
+
+
+def _load(text: str) -> dict[str, str]:
+    import json
+
+    metadata: dict[str, str] = json.loads(text)
+    return metadata

@@ -1,0 +1,39 @@
+"""Options of the train stage."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from merit_fast.config import option, require
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Full fine-tuning with AdamW; the same recipe for every branch and arm."""
+
+    epochs: int = option(1, "passes over each branch's examples")
+    learning_rate: float = option(2.0e-4, "peak of the cosine schedule")
+    batch_size: int = option(16, "examples per optimizer step")
+    accumulation: int = option(1, "micro-batches a step's examples are cut in (same gradient, less memory)")
+    warmup_fraction: float = option(0.05, "share of the steps in which the learning rate rises from zero")
+    final_fraction: float = option(0.1, "learning rate at the last step, as a share of the peak")
+    weight_decay: float = option(0.0, "decoupled, on every parameter of two or more dimensions")
+    beta1: float = option(0.9, "AdamW's first moment decay")
+    beta2: float = option(0.98, "AdamW's second moment decay")
+    clip_norm: float = option(1.0, "gradients are scaled to at most this norm; 0 turns it off")
+    dtype: Literal["bf16", "fp32"] = option("bf16", "weights; bf16 keeps fp32 master weights beside them")
+    seed: int = option(0, "seed of the data order")
+    arms: tuple[Literal["joint", "random"], ...] = option(
+        [], "controls to train beside merit: joint (one run on all), random (a balanced random split)"
+    )
+    checkpoint_steps: int = option(200, "optimizer steps between checkpoints to resume from")
+    max_shard_size: str = option("2GB", "largest weight file of a branch")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation", "checkpoint_steps"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+        for name in ("warmup_fraction", "final_fraction", "beta1", "beta2"):
+            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+        require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)
+        require(len(set(self.arms)) == len(self.arms), "arms", "without repeats", list(self.arms))

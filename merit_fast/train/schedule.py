@@ -1,0 +1,31 @@
+"""What happens at a step, as functions of the step alone: so a resumed run repeats an unbroken one exactly."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from merit_fast.train.config import TrainConfig
+
+
+def num_steps(num_examples: int, config: TrainConfig) -> int:
+    """Optimizer steps of a run; the last step of an epoch may hold fewer examples."""
+    return config.epochs * math.ceil(num_examples / config.batch_size)
+
+
+def step_examples(step: int, num_examples: int, config: TrainConfig) -> npt.NDArray[np.int64]:
+    """Indices of the examples of a step. Each epoch is a permutation that depends on (seed, epoch) alone."""
+    per_epoch = math.ceil(num_examples / config.batch_size)
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng([config.seed, epoch]).permutation(num_examples)
+    return order[place * config.batch_size : (place + 1) * config.batch_size]
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to ``final_fraction`` of the peak at the last step."""
+    warmup = math.ceil(config.warmup_fraction * steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * cosine)

@@ -1,0 +1,35 @@
+"""What "equal" means in these tests, in one place."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+# What rounding may add to a result whose reference itself is exact: relative, by the dtype of the computation.
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+def assert_close(actual: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """|actual - truth| <= floor * |truth| in the 2-norm, and no NaN."""
+    error = (actual.double() - truth.double()).norm() / truth.double().norm()
+    assert error <= FLOOR[dtype], f"relative error {error:.2e} above {FLOOR[dtype]:.0e}"
+
+
+def tree_bytes(directory: Path, ignore: tuple[str, ...] = ()) -> dict[str, str]:
+    """Relative path -> sha256 of every file below, but for the names to ignore."""
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name not in ignore
+    }
+
+
+def run_at_level(script: str, level: str) -> str:
+    """Standard output of a Python script in a process whose native kernels are forced to one ISA level."""
+    environment = {**os.environ, "MERIT_FAST_SIMD": level}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
