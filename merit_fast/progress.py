@@ -38,6 +38,8 @@ class TerminalProgress:
         from rich.console import Console
 
         self.console = Console(stderr=True)
+        if not self.console.is_terminal:
+            self.console = Console(stderr=True, width=120)  # a log file has no width of its own
 
     @contextmanager
     def task(self, name: str, total: float, unit: str) -> Iterator[Task]:
@@ -48,7 +50,7 @@ class TerminalProgress:
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[rate]:>14}"),
+            TextColumn("{task.fields[rate]:>22}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -67,5 +69,9 @@ class _RichTask:
 
     def advance(self, amount: float, detail: str = "") -> None:
         self.bars.advance(self.identifier, amount)
-        speed = self.bars.tasks[0].speed or 0.0
-        self.bars.update(self.identifier, rate=f"{speed:,.0f} {self.unit}/s" if speed else "", detail=detail)
+        self.bars.update(self.identifier, rate=self._rate(self.bars.tasks[0].speed or 0.0), detail=detail)
+
+    def _rate(self, speed: float) -> str:
+        if speed >= 1.0 or not speed:
+            return f"{speed:,.0f} {self.unit}/s" if speed else ""
+        return f"{1 / speed:.1f} s/{self.unit.removesuffix('s')}"

@@ -63,7 +63,7 @@ def mixture(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("quick", "num_datasets", "num_train", "num_held_out"),
-    [pytest.param(False, 28, 40, 16, id="full"), pytest.param(True, 8, 24, 12, id="quick")],
+    [pytest.param(False, 28, 40, 16, id="full"), pytest.param(True, 8, 20, 10, id="quick")],
 )
 def test_size(tmp_path, quick, num_datasets, num_train, num_held_out):
     mixture = prepare_mixture(tmp_path / "new" / "folder", quick=quick)

@@ -14,7 +14,7 @@ from merit_fast.errors import MeritFastError
 from merit_fast.manifest import write_text
 
 NUM_TRAIN, NUM_HELD_OUT = 40, 16
-QUICK_NUM_TRAIN, QUICK_NUM_HELD_OUT = 24, 12
+QUICK_NUM_TRAIN, QUICK_NUM_HELD_OUT = 20, 10
 QUICK_TASKS = (
     "country_capital",
     "country_iso3",
@@ -48,7 +48,7 @@ def prepare_mixture(
 
     Args:
         directory: created if need be; files of the same names are replaced, others left alone.
-        quick: 8 datasets of 24 + 12 rows instead of 28 of 40 + 16.
+        quick: 8 datasets of 20 + 10 rows instead of 28 of 40 + 16.
         seed: chooses inputs and split.
         include_copyleft: adds two datasets made with num2words (LGPL).
 

@@ -61,7 +61,7 @@ def cosine_matrix(rows: Array) -> Array:
     scale = np.where(length > 0, length, 1.0)
     cosine = np.clip(gram / np.outer(scale, scale), -1.0, 1.0)
     np.fill_diagonal(cosine, 1.0)
-    return cosine
+    return np.asarray(cosine)
 
 
 def double_center(matrix: Array, weights: Array) -> Array:

@@ -1,0 +1,84 @@
+"""The streaming merge of four 0.25 GB bf16 checkpoints against a safetensors loop and the floor of its own file I/O."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from merit_fast.merge import MergeConfig
+from merit_fast.merge.checkpoint import read_checkpoint
+from merit_fast.merge.plan import plan_merge
+from merit_fast.merge.stream import write_shard
+from merit_fast.model import peak_memory_bytes, reset_peak_memory
+
+WEIGHTS = [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for k in range(4):
+        generator = torch.Generator().manual_seed(k)
+        tensors = {f"layer.{i}": torch.randn(2048, 2048, generator=generator).bfloat16() for i in range(30)}
+        (root / f"m{k}").mkdir()
+        save_file(tensors, root / f"m{k}/model.safetensors", {"format": "pt"})
+    yield [root / f"m{k}" for k in range(4)]
+    shutil.rmtree(root)
+
+
+def streaming(models: list[Path], out: Path, threads: int) -> None:
+    plan = plan_merge([read_checkpoint(model) for model in models])
+    write_shard(plan.shards[0], WEIGHTS, MergeConfig(threads=threads), out, lambda _: None)
+
+
+def safetensors_loop(models: list[Path], out: Path) -> None:
+    """One tensor at a time in fp32, the usual script."""
+    files = [safe_open(model / "model.safetensors", framework="pt") for model in models]
+    merged = {}
+    for name in files[0].keys():  # noqa: SIM118
+        merged[name] = sum(w * f.get_tensor(name).float() for w, f in zip(WEIGHTS, files, strict=True)).bfloat16()
+    save_file(merged, out, {"format": "pt"})
+
+
+def file_floor(models: list[Path], out: Path) -> None:
+    """pread of every input and pwrite of one output in 512 KiB pieces, no arithmetic, one thread."""
+    buffer = bytearray(512 * 1024)
+    source = [os.open(model / "model.safetensors", os.O_RDONLY) for model in models]
+    target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    size = os.fstat(source[0]).st_size
+    for at in range(0, size, len(buffer)):
+        for descriptor in source:
+            count = os.preadv(descriptor, [buffer], at)
+        os.pwrite(target, memoryview(buffer)[:count], at)
+    for descriptor in (*source, target):
+        os.close(descriptor)
+
+
+RUNS = {
+    "merit_fast, 1 thread": lambda models, out: streaming(models, out, 1),
+    "merit_fast, 2 threads": lambda models, out: streaming(models, out, 2),
+    "safetensors loop": safetensors_loop,
+    "pread + pwrite floor": file_floor,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def bench_merge_4_way(benchmark, models, tmp_path, name):
+    torch.set_num_threads(2)
+    out = tmp_path / "out.safetensors"
+    if "floor" not in name:
+        RUNS[name](models, out)
+        merged, parts = load_file(out), [load_file(model / "model.safetensors") for model in models]
+        truth = sum(w * part["layer.7"].double() for w, part in zip(WEIGHTS, parts, strict=True))
+        assert (merged["layer.7"].double() - truth).abs().max() <= truth.abs().max() * 2**-8
+        del merged, parts
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    RUNS[name](models, tmp_path / "memory.safetensors")
+    benchmark.extra_info["extra_peak_mib"] = (peak_memory_bytes() - before) >> 20
+    benchmark.group = "4-way average of 0.25 GB bf16, page cache warm, no fsync"
+    benchmark.pedantic(RUNS[name], args=(models, out), rounds=7, warmup_rounds=1)
