@@ -18,7 +18,8 @@ namespace nb = nanobind;
 
 namespace {
 
-#define MERIT_LEVEL(name) Level{#name, level_##name::sketch_rows, level_##name::sketch_linear, level_##name::weighted_average}
+#define MERIT_LEVEL(name) \
+  Level{#name, level_##name::sketch_rows, level_##name::sketch_linear, level_##name::weighted_average}
 
 Level choose_level() {
   const char* environment = std::getenv("MERIT_FAST_SIMD");
@@ -32,7 +33,8 @@ Level choose_level() {
   if (avx2 && (forced.empty() || forced == "avx2")) return MERIT_LEVEL(avx2);
 #endif
   if (forced.empty() || forced == "generic") return MERIT_LEVEL(generic);
-  throw std::invalid_argument("MERIT_FAST_SIMD=" + forced + ": must be generic, avx2 or avx512 and supported by this CPU");
+  throw std::invalid_argument("MERIT_FAST_SIMD=" + forced +
+                              ": must be generic, avx2 or avx512 and supported by this CPU");
 }
 
 using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -74,7 +76,8 @@ NB_MODULE(_C, m) {
   m.def("sketch_rows", [](uintptr_t x, bool bf16, int64_t batch, int64_t rows, int64_t cols, int64_t batch_stride,
                           int64_t row_stride, uintptr_t row_ids, int64_t first_row, uint64_t key, int64_t proj_dim,
                           uintptr_t out, int threads) {
-    if (proj_dim < 16 || proj_dim % 16 || threads < 1) throw std::invalid_argument("sketch_rows: bad proj_dim or threads");
+    if (proj_dim < 16 || proj_dim % 16 || threads < 1)
+      throw std::invalid_argument("sketch_rows: bad proj_dim or threads");
     const SketchRows job{reinterpret_cast<const void*>(x), bf16, batch, rows, cols, batch_stride, row_stride,
                          reinterpret_cast<const int64_t*>(row_ids), first_row, key, proj_dim,
                          reinterpret_cast<float*>(out), threads};

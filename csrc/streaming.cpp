@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace {
@@ -47,6 +48,15 @@ std::vector<Chunk> cut(const std::vector<Segment>& segments, int64_t chunk_eleme
   return chunks;
 }
 
+size_t widest_item(const std::vector<Segment>& segments) {
+  size_t bytes = 1;
+  for (const Segment& s : segments) {
+    bytes = std::max(bytes, item_bytes(s.output_type));
+    for (DType t : s.input_types) bytes = std::max(bytes, item_bytes(t));
+  }
+  return bytes;
+}
+
 struct Free {
   void operator()(char* p) const { std::free(p); }
 };
@@ -66,17 +76,11 @@ MergeResult merge_files(const Level& level, const std::vector<Segment>& segments
     if (!stop.exchange(true)) result = {error, c.segment, c.first, input, nonfinite};
   };
 
+  const size_t buffer_bytes = (size_t(chunk_elements) * widest_item(segments) + 4095) / 4096 * 4096;
   auto work = [&] {
-    const size_t stride = (size_t(chunk_elements) * 8 + 4095) / 4096 * 4096;
-    size_t widest = 0;  // most inputs are 2 bytes wide: reserve what is used, not the widest type
-    for (const Segment& s : segments) {
-      size_t bytes = item_bytes(s.output_type);
-      for (DType t : s.input_types) bytes = std::max(bytes, item_bytes(t));
-      widest = std::max(widest, bytes);
-    }
-    const size_t buffer_bytes = stride / 8 * widest;
-    std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(4096, (buffer_bytes * size_t(count + 1) + 4095) / 4096 * 4096)));
-    if (!memory) return fail(ENOMEM, {-1, 0, 0}, -1, false);
+    const std::unique_ptr<char, Free> memory(
+        static_cast<char*>(std::aligned_alloc(4096, buffer_bytes * size_t(count + 1))));
+    if (!memory) return fail(ENOMEM, {0, 0, 0}, -1, false);
     std::vector<const void*> inputs(static_cast<size_t>(count));
     char* out = memory.get() + buffer_bytes * size_t(count);
     while (!stop) {
@@ -96,14 +100,18 @@ MergeResult merge_files(const Level& level, const std::vector<Segment>& segments
                                                  s.output_type, c.elements);
       if (!finite && !allow_nonfinite) return fail(0, c, -1, true);
       const size_t item = item_bytes(s.output_type);
-      if (const int e = write_all(s.output_fd, out, size_t(c.elements) * item, s.output_offset + c.first * int64_t(item)))
+      const int64_t at = s.output_offset + c.first * int64_t(item);
+      if (const int e = write_all(s.output_fd, out, size_t(c.elements) * item, at))
         return fail(e, c, -1, false);
       __atomic_fetch_add(elements_done, c.elements, __ATOMIC_RELAXED);
     }
   };
 
   std::vector<std::thread> pool;
-  for (int t = 1; t < threads; t++) pool.emplace_back(work);
+  try {
+    for (int t = 1; t < threads; t++) pool.emplace_back(work);
+  } catch (const std::system_error&) {  // the system gives no more threads: those there are write the same bytes
+  }
   work();
   for (auto& thread : pool) thread.join();
   return result;

@@ -3,7 +3,34 @@
 ``import merit_fast`` is light: it imports neither torch, transformers nor triton.
 """
 
+import os
+from typing import Any
+
 from merit_fast.errors import BackendUnavailableError, InputError, MeritFastError
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "InputError", "MeritFastError", "__version__"]
+__all__ = ["BackendUnavailableError", "InputError", "MeritFastError", "__version__", "run"]
+
+
+def run(config: str | os.PathLike[str], *overrides: str) -> dict[str, Any]:
+    """Brings every stage of a run's YAML up to date, as ``merit-fast run`` does, and returns its summary.
+
+    Args:
+        config: the YAML file.
+        overrides: ``section.key=value`` strings that are laid over it.
+
+    Returns:
+        "arms" (name -> losses, exact match, retention), "split" (dataset -> group), "merging_gain", "merged" and
+        "report" (paths).
+
+    Raises:
+        InputError: the config or a file it names breaks a rule.   MeritFastError: the run could not be finished.
+    """
+    from pathlib import Path
+
+    from merit_fast.pipeline import Run, check_output
+    from merit_fast.run_config import read_run_config
+
+    parsed = read_run_config(Path(config), overrides)
+    check_output(parsed)
+    return Run(parsed).all()

@@ -77,6 +77,9 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 def demo(
     out: Annotated[str | None, typer.Option("--out", help="directory of all outputs")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="fewer tasks, two groups")] = False,
+    copyleft: Annotated[
+        bool, typer.Option("--copyleft", help="also tasks from num2words (LGPL), if installed")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -86,7 +89,8 @@ def demo(
 
     progress = _progress(as_json)
     progress.note("preparing the demo's model and tasks (converted once, then cached)")
-    config_file = write_demo(Path(out or ("runs/demo-quick" if quick else "runs/demo")), quick=quick)
+    folder = Path(out or ("runs/demo-quick" if quick else "runs/demo"))
+    config_file = write_demo(folder, quick=quick, include_copyleft=copyleft)
     progress.note(f"this demo is: merit-fast run {config_file}")
     _run(read_run_config(config_file), progress, str(config_file), as_json)
 
@@ -119,42 +123,20 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Average checkpoints by their token counts: those of a run's branches, or any given with --model."""
-    given = {"weights": weights, "threads": threads, "chunk_kib": chunk_kib, "allow_nonfinite": allow_nonfinite or None}
+    allow = "true" if allow_nonfinite else None
+    given = {"weights": weights, "threads": threads, "chunk_kib": chunk_kib, "allow_nonfinite": allow}
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
     if not model:
         _stage("merge", inputs, None, None, None, [f"merge.{flag}" for flag in flags], as_json)
         return
     if not inputs or len(inputs) != 1 or "=" in inputs[0]:
         raise InputError("command line: merge: with --model needs exactly one OUT directory")
-    config = parse(
-        MergeConfig, override({}, [flag.lower() if "allow" in flag else flag for flag in flags]), "command line"
-    )
-    result = _merge_models(Path(inputs[0]), model, config, _progress(as_json))
-    print(json.dumps(result) if as_json else f"{result['merged']}: weights {result['weights']}")
+    from merit_fast.merge import merge_models
 
-
-def _merge_models(out: Path, models: list[str], config: MergeConfig, progress: Progress) -> dict[str, Any]:
-    from merit_fast.manifest import output_directory, stage_manifest
-    from merit_fast.merge import merge_branches, resolve_weights
-    from merit_fast.model import model_fingerprint
-
-    paths, listed = zip(*(_split_weight(text) for text in models), strict=True)
-    if any(weight is not None for weight in listed):
-        if None in listed:
-            raise InputError("command line: --model: give a weight to every model or to none")
-        config = dataclasses.replace(config, weights=tuple(listed))
-    for path in paths:
-        if not path.is_dir():
-            raise InputError(f"{path}: is not a directory")
-        if path.resolve() == out.resolve():
-            raise InputError(f"{out}: the output must not be one of the inputs")
-    if out.exists() and not (out / "stage.json").exists():
-        raise InputError(f"{out}: exists and is not an output of merit-fast; remove it or choose another directory")
-    weights = resolve_weights(paths, config)
-    inputs = {str(path): model_fingerprint(path) for path in paths}
-    with output_directory(out, stage_manifest("merge", config, inputs)) as directory:
-        merge_branches(paths, weights, config, directory, progress)
-    return {"merged": str(out), "models": [str(path) for path in paths], "weights": weights}
+    config = parse(MergeConfig, override({}, flags), "command line")
+    used = merge_models([_split_weight(text) for text in model], Path(inputs[0]), config, _progress(as_json))
+    result = {"merged": inputs[0], "models": model, "weights": used}
+    print(json.dumps(result) if as_json else f"{inputs[0]}: weights {', '.join(f'{w:.4f}' for w in used)}")
 
 
 def _split_weight(text: str) -> tuple[Path, float | None]:

@@ -32,6 +32,18 @@ def test_native_equals_eager_bit_for_bit_on_mixed_types(out_dtype):
     assert results[0].tobytes() == results[1].tobytes()
 
 
+@pytest.mark.parametrize("n", [1, 7, 8, 4096, 5003])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_native_equals_eager_bit_for_bit_on_bf16_alone(count, n):
+    inputs = [adversarial("BF16", seed)[:n] for seed in range(count)]
+    dtypes, weights = ["BF16"] * count, [1 / (k + 2.5) for k in range(count)]
+    results = [
+        weighted_average(inputs, weights, dtypes=dtypes, out_dtype="BF16", backend=backend)
+        for backend in ("cpu", "eager")
+    ]
+    assert results[0].tobytes() == results[1].tobytes()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_one_input_of_weight_one_comes_back_bit_for_bit(backend):
     bits = every_bf16()
@@ -83,6 +95,8 @@ for out_dtype in FLOAT_DTYPES:
     inputs = [np.random.default_rng(k).integers(0, 256, 4099 * np.dtype(t).itemsize).astype(np.uint8).view(t)
               for k, (_, t) in enumerate(FLOAT_DTYPES.values())]
     digest.update(weighted_average(inputs, [.1, .2, .3, .4], dtypes=list(FLOAT_DTYPES), out_dtype=out_dtype).tobytes())
+bf16 = [np.random.default_rng(k).integers(0, 65536, 4099).astype(np.uint16) for k in range(3)]
+digest.update(weighted_average(bf16, [.2, .3, .5], dtypes=["BF16"] * 3, out_dtype="BF16").tobytes())
 print(digest.hexdigest())
 """
 

@@ -23,14 +23,14 @@ ARROWS = {
     "data": {"errors", "config", "manifest"},
     "model": {"errors", "data"},
     **{stage: BASE | {"data", "model", "kernels"} for stage in STAGES},
-    "merge": BASE | {"kernels"},
+    "merge": BASE | {"model", "kernels"},
     "report": BASE,
     "demo": BASE,
     "doctor": {"kernels", "manifest"},
     "run_config": BASE | STAGES | {"data"},
     "pipeline": BASE | STAGES | {"data", "model", "run_config"},
     "cli": BASE | STAGES | {"data", "model", "run_config", "pipeline", "doctor", "demo"},
-    "__init__": {"errors"},
+    "__init__": {"errors", "pipeline", "run_config"},
 }
 
 

@@ -154,3 +154,12 @@ def test_the_order_of_the_mixture_does_not_change_the_split(
         run.sketch(), run.split()
         groups.append(run._split_manifest.group_of("merit"))
     assert groups[0] == groups[1]
+
+
+def test_three_lines_of_python(config_file, tmp_path, monkeypatch):
+    import merit_fast
+
+    monkeypatch.chdir(tmp_path)
+    summary = merit_fast.run(config_file, "train.arms=[]", "evaluate.max_new_tokens=2")
+    assert set(summary["arms"]) == {"base", "merit"}
+    assert (tmp_path / summary["merged"] / "config.json").exists()

@@ -10,7 +10,7 @@ from merit_fast.demo.tasks import prepare_mixture
 from merit_fast.manifest import write_text
 
 
-def write_demo(output: Path, *, quick: bool) -> Path:
+def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> Path:
     """Prepares model (in the cache) and mixture (in ``output``), writes demo.yml and returns its path.
 
     The same call writes the same bytes, so a second demo finds every stage up to date.
@@ -19,7 +19,7 @@ def write_demo(output: Path, *, quick: bool) -> Path:
         MeritFastError: the demo extra is not installed; names the command that does.
     """
     model = prepare_model(default_cache())
-    mixture = prepare_mixture(output.resolve() / "mixture", quick=quick)
+    mixture = prepare_mixture(output.resolve() / "mixture", quick=quick, include_copyleft=include_copyleft)
     config: dict[str, Any] = {
         "model": str(model),
         "mixture": mixture,

@@ -1,16 +1,18 @@
 """The merge stage: branches and weights in, one checkpoint out."""
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from merit_fast.errors import InputError
-from merit_fast.manifest import BranchManifest, read_manifest, write_text
+from merit_fast.manifest import STAGE_FILE, BranchManifest, output_directory, read_manifest, stage_manifest, write_text
 from merit_fast.merge.checkpoint import INDEX_FILE, read_checkpoint
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.plan import plan_merge
 from merit_fast.merge.stream import write_shard
+from merit_fast.model import model_fingerprint
 from merit_fast.progress import Progress
 
 # What a model directory holds beside its weights; whatever of it the first branch has is copied.
@@ -71,6 +73,37 @@ def merge_branches(
             shutil.copyfile(models[0] / name, directory / name)
     if plan.index is not None:
         write_text(directory / INDEX_FILE, plan.index)
+
+
+def merge_models(
+    models: Sequence[tuple[Path, float | None]], out: Path, config: MergeConfig, progress: Progress
+) -> list[float]:
+    """Averages any checkpoints into the directory ``out``; returns the normalised weights.
+
+    Args:
+        models: K directories, each with its weight or None; all None: ``config.weights`` decides.
+        out: absent, or an earlier output of merit-fast, which is replaced when the new one is whole.
+
+    Raises:
+        InputError: weights for some models only; ``out`` is an input or not ours; see ``merge_branches``.
+    """
+    paths = [path for path, _ in models]
+    given = tuple(weight for _, weight in models if weight is not None)
+    if given and len(given) < len(models):
+        raise InputError("command line: --model: give a weight to every model or to none")
+    for path in paths:
+        if not path.is_dir():
+            raise InputError(f"{path}: is not a directory")
+        if path.resolve() == out.resolve():
+            raise InputError(f"{out}: the output must not be one of the inputs")
+    if out.exists() and not (out / STAGE_FILE).exists():
+        raise InputError(f"{out}: exists and is not an output of merit-fast; remove it or choose another directory")
+    config = dataclasses.replace(config, weights=given or config.weights)
+    weights = resolve_weights(paths, config)
+    inputs = {str(path): model_fingerprint(path) for path in paths}
+    with output_directory(out, stage_manifest("merge", config, inputs)) as directory:
+        merge_branches(paths, weights, config, directory, progress)
+    return weights
 
 
 def resolve_weights(models: Sequence[Path], config: MergeConfig) -> list[float]:
