@@ -8,13 +8,14 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from merit_fast.config import override, parse
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.errors import InputError, MeritFastError, one_line
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.merge.config import MergeConfig
 from merit_fast.progress import Progress, SilentProgress, TerminalProgress
@@ -42,6 +43,15 @@ Inputs = Annotated[
     list[str] | None,
     typer.Argument(help="CONFIG.yml and section.key=value overrides", metavar="[CONFIG] [KEY=VALUE]..."),
 ]
+MergeInputs = Annotated[
+    list[str] | None,
+    typer.Argument(help="CONFIG.yml and overrides, or with --model: OUT", metavar="CONFIG [KEY=VALUE]... | OUT"),
+]
+Models = Annotated[
+    list[str] | None, typer.Option("--model", help="DIR or DIR:WEIGHT; repeat for each checkpoint to merge")
+]
+Base = Annotated[str | None, typer.Option("--base", help="the checkpoint they started from, where the method needs it")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check and plan from the headers, write nothing")]
 
 
 def main() -> None:
@@ -59,7 +69,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # the command line's own usage errors
             code = _fail(InputError(f"command line: {error.format_message()}"), 2, debug)
         else:
-            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
+            message = f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
             code = _fail(MeritFastError(message), 1, debug)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -104,41 +114,6 @@ def run(inputs: Inputs = None, as_json: Json = False, debug: Debug = False) -> N
     _run(read_run_config(file, assignments), _progress(as_json), str(file), as_json)
 
 
-@app.command()
-def merge(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(help="CONFIG.yml and overrides, or with --model: OUT", metavar="CONFIG [KEY=VALUE]... | OUT"),
-    ] = None,
-    model: Annotated[
-        list[str] | None, typer.Option("--model", help="DIR or DIR:WEIGHT; repeat for each checkpoint to average")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help=MergeConfig.__dataclass_fields__["weights"].metadata["help"])
-    ] = None,
-    threads: Annotated[str | None, typer.Option(help="worker threads")] = None,
-    chunk_kib: Annotated[str | None, typer.Option(help="KiB read from each input at a time")] = None,
-    allow_nonfinite: Annotated[bool, typer.Option(help="write infinities and NaN instead of stopping")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Average checkpoints by their token counts: those of a run's branches, or any given with --model."""
-    allow = "true" if allow_nonfinite else None
-    given = {"weights": weights, "threads": threads, "chunk_kib": chunk_kib, "allow_nonfinite": allow}
-    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
-    if not model:
-        _stage("merge", inputs, None, None, None, [f"merge.{flag}" for flag in flags], as_json)
-        return
-    if not inputs or len(inputs) != 1 or "=" in inputs[0]:
-        raise InputError("command line: merge: with --model needs exactly one OUT directory")
-    from merit_fast.merge import merge_models
-
-    config = parse(MergeConfig, override({}, flags), "command line")
-    used = merge_models([_split_weight(text) for text in model], Path(inputs[0]), config, _progress(as_json))
-    result = {"merged": inputs[0], "models": model, "weights": used}
-    print(json.dumps(result) if as_json else f"{inputs[0]}: weights {', '.join(f'{w:.4f}' for w in used)}")
-
-
 def _split_weight(text: str) -> tuple[Path, float | None]:
     path, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():
@@ -179,36 +154,71 @@ def _stage(
 
 def _stage_command(name: str, section: str, config: type[Any], help: str) -> None:
     """Adds a command whose flags are the fields of the stage's config: each help text exists once."""
-    fields = dataclasses.fields(config)
 
     def command(
         inputs: list[str] | None, model: str | None, dataset: list[str] | None, output: str | None, as_json: bool,
         debug: bool, **flags: Any,
     ) -> None:  # fmt: skip
-        assignments = [f"{section}.{key}={value}" for key, value in flags.items() if value is not None]
-        _stage(name, inputs, model, dataset, output, assignments, as_json)
+        _stage(name, inputs, model, dataset, output, _assignments(flags, f"{section}."), as_json)
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     common = {"inputs": Inputs, "model": Model, "dataset": Data, "output": Output}
+    _add_command(command, name, common, config, help)
+
+
+def _add_command(command: Callable[..., None], name: str, common: dict[str, Any], config: type[Any], help: str) -> None:
+    """Gives ``command`` the signature that Typer reads: common parameters, the config's fields, switches."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(key, kind, default=None, annotation=hint) for key, hint in common.items()]
-    for field in fields:
+    for field in dataclasses.fields(config):
         shown = list(field.default) if isinstance(field.default, tuple) else field.default
         text = f"{field.metadata['help']} [default: {shown}]"
         hint = Annotated[str | None, typer.Option("--" + field.name.replace("_", "-"), help=text)]
         parameters.append(inspect.Parameter(field.name, kind, default=None, annotation=hint))
-    parameters += [
-        inspect.Parameter(key, kind, default=False, annotation=hint)
-        for key, hint in (("as_json", Json), ("debug", Debug))
-    ]
+    switches = {"dry_run": DryRun} if name == "merge" else {}
+    switches |= {"as_json": Json, "debug": Debug}
+    parameters += [inspect.Parameter(key, kind, default=False, annotation=hint) for key, hint in switches.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command(name, help=help)(command)
+
+
+def _merge_command(
+    inputs: list[str] | None, model: list[str] | None, base: str | None, dry_run: bool, as_json: bool, debug: bool,
+    **flags: Any,
+) -> None:  # fmt: skip
+    if not model:
+        if dry_run or base:
+            raise InputError("command line: merge: --dry-run and --base go with --model")
+        _stage("merge", inputs, None, None, None, _assignments(flags, "merge."), as_json)
+        return
+    if not inputs or len(inputs) != 1 or "=" in inputs[0]:
+        raise InputError("command line: merge: with --model needs exactly one OUT directory")
+    from merit_fast.merge import merge_models
+
+    config = parse(MergeConfig, override({}, _assignments(flags)), "command line")
+    models = [_split_weight(text) for text in model]
+    progress, base_path = _progress(as_json), Path(base) if base else None
+    result = merge_models(models, Path(inputs[0]), config, progress, base_path, dry_run)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for path, coefficient in result["coefficients"]:
+        print(f"{coefficient:+.6f}  {path}")
+    sizes = f"{result['bytes_in']:,} bytes in, {result['bytes_out']:,} out, {result['buffer_bytes']:,} of buffers"
+    print(f"{inputs[0]}: {'planned' if dry_run else 'done'}: {result['parameters']:,} parameters, {sizes}")
+
+
+def _assignments(flags: dict[str, Any], prefix: str = "") -> list[str]:
+    return [f"{prefix}{key}={value}" for key, value in flags.items() if value is not None]
 
 
 def _add_stage_commands() -> None:
     _stage_command("sketch", "split", SketchConfig, "Sketch per-example gradients at the base model.")
     _stage_command("split", "split", SplitConfig, "Group the datasets along their conflict axes, from the sketches.")
     _stage_command("train", "train", TrainConfig, "Fine-tune every branch, and the control arms.")
+    merge_help = "Merge a run's branches by their token counts, or any checkpoints given with --model."
+    common = {"inputs": MergeInputs, "model": Models, "base": Base}
+    _add_command(_merge_command, "merge", common, MergeConfig, merge_help)
     _stage_command("evaluate", "evaluate", EvaluateConfig, "Measure every arm on held-out rows and on retention.")
 
     @app.command()

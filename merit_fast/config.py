@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, show
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def parse(cls: type[T], values: Any, where: str, key: str = "") -> T:
     values = {} if values is None else values
     label = key or "the top level"
     if not isinstance(values, Mapping):
-        raise InputError(f"{where}: {label}: must be a mapping of keys, got {_show(values)}")
+        raise InputError(f"{where}: {label}: must be a mapping of keys, got {show(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
@@ -59,7 +59,7 @@ def parse(cls: type[T], values: Any, where: str, key: str = "") -> T:
 def require(holds: bool, key: str, rule: str, value: Any) -> None:
     """For ``__post_init__``: the rule of one field. ``parse`` puts file and section in front."""
     if not holds:
-        raise InputError(f"{key}: must be {rule}, got {_show(value)}")
+        raise InputError(f"{key}: must be {rule}, got {show(value)}")
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -106,17 +106,17 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
         choices = ", ".join(str(choice) for choice in arguments)
-        raise InputError(f"{where}: {key}: must be one of {choices}, got {_show(value)}")
+        raise InputError(f"{where}: {key}: must be one of {choices}, got {show(value)}")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}: {key}: must be a list, got {_show(value)}")
+            raise InputError(f"{where}: {key}: must be a list, got {show(value)}")
         hints = arguments[:1] * len(value) if Ellipsis in arguments else arguments
         if len(hints) != len(value):
-            raise InputError(f"{where}: {key}: must be a list of {len(hints)}, got {_show(value)}")
+            raise InputError(f"{where}: {key}: must be a list of {len(hints)}, got {show(value)}")
         return tuple(_coerce(hints[i], v, where, f"{key}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise InputError(f"{where}: {key}: must be a mapping, got {_show(value)}")
+            raise InputError(f"{where}: {key}: must be a mapping, got {show(value)}")
         return {str(k): _coerce(arguments[1], v, where, _join(key, k)) for k, v in value.items()}
     if hint is Any:
         return value
@@ -127,7 +127,7 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     kind = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(hint, str(hint))
-    raise InputError(f"{where}: {key}: must be {kind}, got {_show(value)}")
+    raise InputError(f"{where}: {key}: must be {kind}, got {show(value)}")
 
 
 def _coerce_union(choices: Sequence[Any], value: Any, where: str, key: str) -> Any:
@@ -141,7 +141,7 @@ def _coerce_union(choices: Sequence[Any], value: Any, where: str, key: str) -> A
             except InputError as error:
                 errors.append(error)
     rules = " or ".join(str(error).split(": must be ", 1)[-1].split(", got ")[0] for error in errors)
-    raise InputError(f"{where}: {key}: must be {rules}, got {_show(value)}")
+    raise InputError(f"{where}: {key}: must be {rules}, got {show(value)}")
 
 
 def _is_number(text: str) -> bool:
@@ -159,8 +159,3 @@ def _join(key: str, name: Any) -> str:
 def _nearest(name: str, valid: Sequence[str] | Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; valid keys: {', '.join(valid)}"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

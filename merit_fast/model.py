@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,12 +149,6 @@ def reset_peak_memory() -> None:
     clear = Path("/proc/self/clear_refs")
     if os.access(clear, os.W_OK):
         clear.write_text("5")
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message folded to one line of at most 200 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _hash_probes(file: Path, digest: "hashlib._Hash") -> None:

@@ -144,7 +144,7 @@ class Run:
             self._require(self._branch_path(name), self._branch_stage(name))
         paths = self._arm_paths(arm)
         weights = resolve_weights(paths, self.config.merge)
-        merge_branches(paths, weights, self.config.merge, directory, self.progress)
+        merge_branches(paths, weights, self.config.merge, directory, self.progress, self.base)
 
     # ---- who trains on what
     @functools.cached_property
@@ -195,8 +195,10 @@ class Run:
         return stage_manifest("train", self._train_config, {**inputs, "branch": name, "datasets": "\n".join(names)})
 
     def _merge_stage(self, arm: str) -> StageManifest:
-        same_bytes = replace(self.config.merge, threads=1, chunk_kib=512)
+        same_bytes = replace(self.config.merge, threads=1, chunk_kib=512, readahead_mib=0)
         inputs = {name: self._branch_stage(name).fingerprint for name in self._arm_branches(arm)}
+        if self.config.merge.needs_base:
+            inputs["base"] = self._base_fingerprint
         return stage_manifest("merge", same_bytes, inputs)
 
     @property

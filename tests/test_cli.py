@@ -117,6 +117,13 @@ def test_merge_of_given_models(call, config_file, tmp_path, tiny_model):
     assert json.loads(out)["weights"] == [0.25, 0.75]
     for file in tiny_model.glob("*.safetensors"):
         assert file.read_bytes()[-1000:] == (tmp_path / "merged" / file.name).read_bytes()[-1000:]
+    scaled = ["--model", f"{tiny_model}:1", "--scale", "0.5"]
+    code, out, err = call("merge", "merged", *scaled, "--base", tiny_model, "--dry-run")
+    assert code == 0 and "planned" in out and "+0.500000" in out, err
+    code, _, err = call("merge", "merged", *scaled)
+    assert code == 2 and "needs a base model" in err
+    code, _, err = call("merge", config_file, "--dry-run")
+    assert code == 2 and "--dry-run and --base go with --model" in err
     code, _, err = call("merge", "again", "--model", tiny_model, "--model", tiny_model)
     assert code == 2 and "has no branch.json" in err and not Path("again").exists()
     code, _, err = call("merge", tiny_model, "--model", f"{tiny_model}:1")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checks import tree_bytes
 from conftest import make_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -19,7 +20,7 @@ from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average._eager import float64_to_bf16
 from merit_fast.manifest import BranchManifest, write_manifest
-from merit_fast.merge import MergeConfig, merge_branches, resolve_weights
+from merit_fast.merge import MergeConfig, combine, merge_branches, merge_models, resolve_weights
 from merit_fast.merge.checkpoint import read_checkpoint
 from merit_fast.merge.plan import plan_merge
 from merit_fast.progress import SilentProgress
@@ -130,6 +131,89 @@ def test_runs_of_tensors_are_coalesced(branches):
     tensors = sum(len(segment.names) for shard in plan.shards for segment in shard.segments)
     segments = sum(len(shard.segments) for shard in plan.shards)
     assert segments == len(plan.shards) < tensors
+
+
+def exact(models, coefficients, name):
+    loaded = [load(model)[name].double().numpy() for model in models]
+    total = coefficients[0] * loaded[0]
+    for coefficient, values in zip(coefficients[1:], loaded[1:], strict=True):
+        total = total + coefficient * values
+    return total
+
+
+@pytest.mark.parametrize(
+    "method,normalize,scale,coefficients",
+    [
+        ("linear", True, 0.5, (0.125, 0.375, 0.5)),  # theta_0 + s (mean - theta_0)
+        ("linear", True, 2.0, (0.5, 1.5, -1.0)),
+        ("linear", True, 1.0, (0.25, 0.75)),  # the base is not read at all
+        ("linear", False, 0.5, (0.5, 1.5, 0.5)),
+        ("task_arithmetic", False, 0.5, (0.5, 1.5, -1.0)),  # theta_0 + s sum w (theta_k - theta_0)
+        ("task_arithmetic", True, 0.5, (0.125, 0.375, 0.5)),
+        ("task_arithmetic", True, 1.0, (0.25, 0.75)),
+    ],
+)
+def test_linear_methods_are_their_formula(branches, tmp_path, method, normalize, scale, coefficients):
+    config = MergeConfig(weights=(1.0, 3.0), method=method, normalize=normalize, scale=scale)
+    models, base, out = branches[:2], branches[3], tmp_path / "out"
+    weights = resolve_weights(models, config)
+    combination = combine(models, weights, base, config)
+    assert combination.coefficients == coefficients
+    out.mkdir()
+    merge_branches(models, weights, config, out, SilentProgress(), base)
+    name = "model.layers.1.mlp.up_proj.weight"
+    truth = exact([*models, base][: len(coefficients)], coefficients, name)
+    assert np.array_equal(load(out)[name].view(torch.uint16).numpy(), float64_to_bf16(truth))
+
+
+def test_scale_0_gives_the_base_and_a_method_that_needs_one_says_so(branches, tmp_path):
+    config = MergeConfig(weights="uniform", scale=0.0)
+    out = tmp_path / "out"
+    out.mkdir()
+    merge_branches(branches[:2], [0.5, 0.5], config, out, SilentProgress(), branches[2])
+    merged, base = load(out), load(branches[2])
+    assert all(torch.equal(merged[name], base[name]) for name in base)
+    with pytest.raises(InputError, match="method linear with scale 0 needs a base model"):
+        combine(branches[:2], [0.5, 0.5], None, config)
+
+
+@pytest.mark.parametrize("dtype,kind", [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_output_dtype_is_chosen_and_mixed_inputs_are_taken_then(branches, tmp_path, dtype, kind):
+    from transformers import AutoModelForCausalLM
+
+    make_model(tmp_path / "single", dtype=torch.float32, shard="60KB", seed=9)
+    models = [branches[0], tmp_path / "single"]
+    with pytest.raises(InputError, match="dtype must be BF16 .* got F32; merge.dtype chooses one"):
+        plan_merge([read_checkpoint(model) for model in models])
+    merge(models, [0.25, 0.75], tmp_path / "out", MergeConfig(dtype=dtype))
+    merged = load(tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    truth = exact(models, (0.25, 0.75), name)
+    if dtype == "bf16":
+        assert np.array_equal(merged[name].view(torch.uint16).numpy(), float64_to_bf16(truth))
+    else:
+        assert np.array_equal(merged[name].numpy(), truth.astype(merged[name].numpy().dtype))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == merged[name].dtype == kind
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
+
+
+def test_dry_run_plans_and_writes_nothing(branches, tmp_path):
+    models = [(branch, 1.0) for branch in branches]
+    plan = merge_models(models, tmp_path / "out", MergeConfig(threads=3), SilentProgress(), dry_run=True)
+    assert not list(tmp_path.iterdir())
+    assert plan == merge_models(models, tmp_path / "out", MergeConfig(threads=3), SilentProgress())
+    assert plan["bytes_out"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert plan["bytes_in"] == 4 * sum(t.nbytes for t in load(branches[0]).values())
+    assert plan["buffer_bytes"] == 3 * 5 * 512 * 1024
+    assert plan["coefficients"] == [[str(branch), 0.25] for branch in branches]
+
+
+@pytest.mark.parametrize("readahead_mib", [0, 1, 1000])
+def test_readahead_changes_no_byte(branches, tmp_path, readahead_mib):
+    merge(branches, WEIGHTS, tmp_path / "a")
+    merge(branches, WEIGHTS, tmp_path / "b", MergeConfig(readahead_mib=readahead_mib, chunk_kib=4))
+    assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
 
 
 MEMORY_SCRIPT = """

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, show
 
 Message = dict[str, str]  # role, content
 
@@ -57,7 +57,7 @@ def _from_sharegpt(row: dict[str, Any], where: str) -> list[Message]:
         speaker = _field(turn, "from", f"{where}[{i}]")
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             roles = ", ".join(_SHAREGPT_ROLES)
-            raise InputError(f"{where}[{i}].from: must be one of {roles}, got {_show(speaker)}")
+            raise InputError(f"{where}[{i}].from: must be one of {roles}, got {show(speaker)}")
         value = _string(_field(turn, "value", f"{where}[{i}]"), f"{where}[{i}].value")
         messages.append({"role": _SHAREGPT_ROLES[speaker], "content": value})
     return messages
@@ -72,7 +72,7 @@ def _from_prompt_completion(row: dict[str, Any], where: str) -> list[Message]:
         elif isinstance(value, list):
             messages.extend(_messages(value, f"{where}: {column}"))
         else:
-            raise InputError(f"{where}: {column}: must be a string or a list of messages, got {_show(value)}")
+            raise InputError(f"{where}: {column}: must be a string or a list of messages, got {show(value)}")
     return messages
 
 
@@ -82,7 +82,7 @@ def _from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
     history = [] if row.get("history") is None else row["history"]
     for i, pair in enumerate(_list(history, f"{where}: history", may_be_empty=True)):
         if not (isinstance(pair, list) and len(pair) == 2):
-            raise InputError(f"{where}: history[{i}]: must be a pair [question, answer], got {_show(pair)}")
+            raise InputError(f"{where}: history[{i}]: must be a pair [question, answer], got {show(pair)}")
         question, answer = (_string(text, f"{where}: history[{i}]") for text in pair)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     instruction = _string(row["instruction"], f"{where}: instruction")
@@ -104,7 +104,7 @@ def _messages(value: Any, where: str) -> list[Message]:
     for i, message in enumerate(_list(value, where)):
         role = _field(message, "role", f"{where}[{i}]")
         if role not in ROLES:
-            raise InputError(f"{where}[{i}].role: must be one of {', '.join(ROLES)}, got {_show(role)}")
+            raise InputError(f"{where}[{i}].role: must be one of {', '.join(ROLES)}, got {show(role)}")
         for key in _CALLS:
             if message.get(key):
                 raise InputError(f"{where}[{i}].{key}: must be absent; write the call into content instead")
@@ -121,20 +121,20 @@ def _content(value: Any, where: str) -> str:
     for i, part in enumerate(value):
         kind = _field(part, "type", f"{where}[{i}]")
         if kind != "text":
-            raise InputError(f"{where}[{i}].type: must be text, got {_show(kind)}")
+            raise InputError(f"{where}[{i}].type: must be text, got {show(kind)}")
         texts.append(_string(_field(part, "text", f"{where}[{i}]"), f"{where}[{i}].text"))
     return "".join(texts)
 
 
 def _list(value: Any, where: str, may_be_empty: bool = False) -> list[Any]:
     if not isinstance(value, list) or not (value or may_be_empty):
-        raise InputError(f"{where}: must be a {'' if may_be_empty else 'non-empty '}list, got {_show(value)}")
+        raise InputError(f"{where}: must be a {'' if may_be_empty else 'non-empty '}list, got {show(value)}")
     return value
 
 
 def _field(value: Any, key: str, where: str) -> Any:
     if not isinstance(value, dict):
-        raise InputError(f"{where}: must be an object with the key {key}, got {_show(value)}")
+        raise InputError(f"{where}: must be an object with the key {key}, got {show(value)}")
     if value.get(key) is None:
         raise InputError(f"{where}: must have the key {key}, got {', '.join(value) or 'no keys'}")
     return value[key]
@@ -142,14 +142,9 @@ def _field(value: Any, key: str, where: str) -> Any:
 
 def _string(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{where}: must be a string, got {_show(value)}")
+        raise InputError(f"{where}: must be a string, got {show(value)}")
     return value
 
 
 def _optional_string(value: Any, where: str) -> str:
     return "" if value is None else _string(value, where)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, one_line
 
 SUFFIXES = (".jsonl", ".parquet")
 Row = tuple[str, dict[str, Any]]  # where ("file:line"), columns
@@ -112,9 +112,3 @@ def _hub_rows(dataset_id: str, split: str) -> Iterator[Row]:
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{dataset_id} ({split}): row {number}", row
-
-
-def one_line(error: BaseException) -> str:
-    """The message of another library's error, without line breaks and not endless."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

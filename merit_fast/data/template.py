@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from merit_fast.data.dataset import IGNORED_LABEL, Example
 from merit_fast.data.formats import Message
-from merit_fast.data.sources import one_line
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

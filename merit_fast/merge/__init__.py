@@ -4,6 +4,6 @@ checkpoint (headers) -> plan (byte ranges) -> stream (the engine) -> stage (weig
 """
 
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.stage import merge_branches, merge_models, resolve_weights
+from merit_fast.merge.stage import combine, merge_branches, merge_models, resolve_weights
 
-__all__ = ["MergeConfig", "merge_branches", "merge_models", "resolve_weights"]
+__all__ = ["MergeConfig", "combine", "merge_branches", "merge_models", "resolve_weights"]

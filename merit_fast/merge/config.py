@@ -8,20 +8,35 @@ from merit_fast.config import option, require
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """How branches are averaged. Results do not depend on ``threads`` or ``chunk_kib``."""
+    """How checkpoints are combined. The result does not depend on ``threads``, ``chunk_kib`` or ``readahead_mib``."""
 
     weights: Literal["tokens", "samples", "uniform"] | tuple[float, ...] = option(
-        "tokens", "tokens or samples (from each branch.json), uniform, or a list; normalised to sum 1"
+        "tokens", "tokens or samples (from each branch.json), uniform, or a list of numbers"
     )
+    normalize: bool = option(True, "divide the weights by their sum")
+    method: Literal["linear", "task_arithmetic"] = option(
+        "linear", "linear: base + scale (mean - base); task_arithmetic: base + scale * sum of weighted deltas"
+    )
+    scale: float = option(1.0, "factor on the step from the base; linear with 1 needs no base")
+    dtype: Literal["bf16", "fp16", "fp32"] | None = option(None, "dtype of the output; None: the inputs' own")
     allow_nonfinite: bool = option(False, "write infinities and NaN instead of stopping at the first")
     threads: int = option(2, "worker threads")
     chunk_kib: int = option(512, "bytes each worker reads from each input at a time, in KiB")
+    readahead_mib: int = option(64, "bytes of each input asked for ahead of the workers, in MiB; 0: none")
 
     def __post_init__(self) -> None:
         require(self.threads >= 1, "threads", "at least 1", self.threads)
+        require(self.readahead_mib >= 0, "readahead_mib", "at least 0", self.readahead_mib)
         require(4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib)
+        require(abs(self.scale) < float("inf"), "scale", "a finite number", self.scale)
         if not isinstance(self.weights, str):
             require(len(self.weights) > 0, "weights", "a list of at least one number", list(self.weights))
             finite = all(abs(weight) < float("inf") for weight in self.weights)
             require(finite, "weights", "finite numbers", list(self.weights))
-            require(abs(sum(self.weights)) > 1e-12, "weights", "of a sum other than 0", list(self.weights))
+            total = abs(sum(self.weights))
+            require(not self.normalize or total > 1e-12, "weights", "of a sum other than 0", list(self.weights))
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base enters the result."""
+        return self.method == "task_arithmetic" or self.scale != 1.0

@@ -18,9 +18,9 @@ class Segment:
 
     names: tuple[str, ...]
     ends: tuple[int, ...]  # where each tensor ends, in elements from the segment's start
-    dtype: str
+    dtype: str  # of the output
     output_offset: int
-    inputs: tuple[TensorEntry, ...]  # of the first tensor, one per input
+    inputs: tuple[TensorEntry, ...]  # of the first tensor, one per input; all tensors of an input have its dtype
 
     @property
     def num_elements(self) -> int:
@@ -57,19 +57,23 @@ class Plan:
         return sum(s.num_elements for shard in self.shards for s in shard.segments)
 
 
-def plan_merge(checkpoints: Sequence[Checkpoint]) -> Plan:
+def plan_merge(checkpoints: Sequence[Checkpoint], dtype: str | None = None) -> Plan:
     """Checks that all inputs hold the same tensors and lays out the output.
+
+    Args:
+        checkpoints: the inputs; the output's shards are those of the first.
+        dtype: of the output's float tensors ("BF16", "F16", "F32"). None: the inputs', which must then agree.
 
     Raises:
         InputError: a tensor is missing, extra, of another shape or dtype; names file, tensor, rule and values.
     """
     first = checkpoints[0]
     for other in checkpoints[1:]:
-        _check_same(first, other)
-    shards = tuple(_plan_shard(file, names, checkpoints) for file, names in first.shards)
+        _check_same(first, other, dtype is not None)
+    shards = tuple(_plan_shard(file, names, checkpoints, dtype) for file, names in first.shards)
     index = None
     if [shard.file for shard in shards] != [SINGLE_FILE]:
-        total = sum(entry.num_bytes for entry in first.tensors.values())
+        total = sum(shard.num_bytes - len(shard.header) for shard in shards)
         parameters = sum(entry.num_elements for entry in first.tensors.values())
         weight_map = {name: file for file, names in first.shards for name in names}
         metadata = {"total_parameters": parameters, "total_size": total}
@@ -77,46 +81,45 @@ def plan_merge(checkpoints: Sequence[Checkpoint]) -> Plan:
     return Plan(tuple(c.path for c in checkpoints), shards, index)
 
 
-def _check_same(first: Checkpoint, other: Checkpoint) -> None:
+def _check_same(first: Checkpoint, other: Checkpoint, floats_may_differ: bool) -> None:
     where = other.path / INDEX_FILE if (other.path / INDEX_FILE).exists() else other.path / SINGLE_FILE
     for name, entry in first.tensors.items():
         if name not in other.tensors:
             raise InputError(f"{where}: {name}: is missing, {first.path} has it")
         found = other.tensors[name]
         for rule, mine, theirs in (("shape", entry.shape, found.shape), ("dtype", entry.dtype, found.dtype)):
-            if mine != theirs:
+            both_float = entry.dtype in FLOAT_DTYPES and found.dtype in FLOAT_DTYPES
+            if mine != theirs and not (rule == "dtype" and floats_may_differ and both_float):
+                hint = "; merge.dtype chooses one" if rule == "dtype" and both_float else ""
                 raise InputError(
-                    f"{found.file}: {name}: {rule} must be {_text(mine)} as in {entry.file}, got {_text(theirs)}"
+                    f"{found.file}: {name}: {rule} must be {_text(mine)} as in {entry.file}, got {_text(theirs)}{hint}"
                 )
     for name, entry in other.tensors.items():
         if name not in first.tensors:
             raise InputError(f"{entry.file}: {name}: is not in {first.path}")
 
 
-def _plan_shard(file: str, names: Sequence[str], checkpoints: Sequence[Checkpoint]) -> Shard:
+def _plan_shard(file: str, names: Sequence[str], checkpoints: Sequence[Checkpoint], dtype: str | None) -> Shard:
     entries = [checkpoints[0].tensors[name] for name in names]
+    dtypes = [dtype if dtype and entry.dtype in FLOAT_DTYPES else entry.dtype for entry in entries]
+    sizes = [entry.num_elements * ITEM_BYTES[out] for entry, out in zip(entries, dtypes, strict=True)]
+    offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.num_bytes],
-        }
-        offset += entry.num_bytes
+    for i, entry in enumerate(entries):
+        data_offsets = [offsets[i], offsets[i + 1]]
+        header[entry.name] = {"dtype": dtypes[i], "shape": list(entry.shape), "data_offsets": data_offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     segments: list[Segment] = []
     copies: list[Segment] = []
-    at = start
-    for entry in entries:
+    for i, entry in enumerate(entries):
         inputs = tuple(checkpoint.tensors[entry.name] for checkpoint in checkpoints)
-        segment = Segment((entry.name,), (entry.num_elements,), entry.dtype, at, inputs)
-        at += entry.num_bytes
+        segment = Segment((entry.name,), (entry.num_elements,), dtypes[i], start + offsets[i], inputs)
         if entry.num_elements:
             (segments if entry.dtype in FLOAT_DTYPES else copies).append(segment)
-    return Shard(file, struct.pack("<Q", len(text)) + text, start + offset, tuple(_coalesce(segments)), tuple(copies))
+    prefix = struct.pack("<Q", len(text)) + text
+    return Shard(file, prefix, start + offsets[-1], tuple(_coalesce(segments)), tuple(copies))
 
 
 def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
@@ -138,9 +141,11 @@ def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _follows(last: Segment, segment: Segment) -> bool:
-    length = last.num_elements * ITEM_BYTES[last.dtype]
-    return last.output_offset + length == segment.output_offset and all(
-        mine.file == theirs.file and mine.offset + length == theirs.offset
+    elements = last.num_elements
+    return last.output_offset + elements * ITEM_BYTES[last.dtype] == segment.output_offset and all(
+        mine.file == theirs.file
+        and mine.dtype == theirs.dtype
+        and mine.offset + elements * ITEM_BYTES[mine.dtype] == theirs.offset
         for mine, theirs in zip(last.inputs, segment.inputs, strict=True)
     )
 

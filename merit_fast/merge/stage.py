@@ -1,16 +1,25 @@
-"""The merge stage: branches and weights in, one checkpoint out."""
+"""The merge stage: checkpoints and weights in, one checkpoint out."""
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifest import STAGE_FILE, BranchManifest, output_directory, read_manifest, stage_manifest, write_text
+from merit_fast.manifest import (
+    STAGE_FILE,
+    BranchManifest,
+    output_directory,
+    read_manifest,
+    stage_manifest,
+    write_text,
+)
 from merit_fast.merge.checkpoint import INDEX_FILE, read_checkpoint
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.plan import plan_merge
+from merit_fast.merge.plan import Plan, plan_merge
 from merit_fast.merge.stream import write_shard
 from merit_fast.model import model_fingerprint
 from merit_fast.progress import Progress
@@ -33,27 +42,67 @@ COMPANIONS = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+# merge.dtype -> (name in safetensors, name in config.json)
+_DTYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """sum_j coefficients[j] * paths[j]: what a linear method comes down to. The first path gives the layout."""
+
+    paths: tuple[Path, ...]
+    coefficients: tuple[float, ...]
+
+
+def combine(models: Sequence[Path], weights: Sequence[float], base: Path | None, config: MergeConfig) -> Combination:
+    """The coefficients of a method, in float64. theta_0 is the base, w_k the weights, s the scale.
+
+        linear           theta_0 + s (sum_k w_k theta_k - theta_0)
+        task_arithmetic  theta_0 + s sum_k w_k (theta_k - theta_0)       (Ilharco et al. 2023, arXiv 2212.04089)
+
+    With weights of sum 1 the two are the same.
+
+    Raises:
+        InputError: the method needs a base and there is none.
+    """
+    if not config.needs_base:
+        return Combination(tuple(models), tuple(weights))
+    if base is None:
+        raise InputError(f"merge: method {config.method} with scale {config.scale:g} needs a base model")
+    drawn_back = sum(weights) if config.method == "task_arithmetic" else 1.0
+    of_base = 1.0 - config.scale * drawn_back
+    scaled = tuple(config.scale * weight for weight in weights)
+    if of_base == 0.0:
+        return Combination(tuple(models), scaled)
+    return Combination((*models, base), (*scaled, of_base))
 
 
 def merge_branches(
-    models: Sequence[Path], weights: Sequence[float], config: MergeConfig, directory: Path, progress: Progress
+    models: Sequence[Path],
+    weights: Sequence[float],
+    config: MergeConfig,
+    directory: Path,
+    progress: Progress,
+    base: Path | None = None,
 ) -> None:
-    """Writes sum_k weights[k] * models[k] into ``directory``: fp64 sums in order, rounded once to the inputs' dtype.
+    """Writes the combination of ``models`` into ``directory``: fp64 sums in order, rounded once to the output's dtype.
 
     Everything is checked from the headers before a byte is written. A shard that an interrupted run finished is kept.
     The index is written last.
 
     Args:
         models: K checkpoint directories with the same tensors.
-        weights: K floats that sum to 1.
-        config: engine options.
+        weights: K floats, used as they are.
+        config: method and engine options.
         directory: an output directory still under its temporary name.
         progress: where progress goes.
+        base: the checkpoint they all started from, for methods that need it.
 
     Raises:
-        InputError, MeritFastError: see ``read_checkpoint``, ``plan_merge`` and ``write_shard``.
+        InputError, MeritFastError: see ``combine``, ``read_checkpoint``, ``plan_merge`` and ``write_shard``.
     """
-    plan = plan_merge([read_checkpoint(model) for model in models])
+    combination = combine(models, weights, base, config)
+    plan = _plan(combination, config)
     if free := _too_little_space(directory, plan.num_bytes):
         raise InputError(f"{directory}: needs {plan.num_bytes} bytes, the disk has {free}")
     with progress.task(f"merge {directory.stem}", plan.num_elements, "parameters") as task:
@@ -63,7 +112,7 @@ def merge_branches(
                 task.advance(sum(segment.num_elements for segment in shard.segments))
                 continue
             temporary = directory / f"{shard.file}.part"
-            write_shard(shard, weights, config, temporary, lambda count: task.advance(count))
+            write_shard(shard, combination.coefficients, config, temporary, lambda count: task.advance(count))
             descriptor = os.open(temporary, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -71,18 +120,30 @@ def merge_branches(
     for name in COMPANIONS:
         if (models[0] / name).exists():
             shutil.copyfile(models[0] / name, directory / name)
+    if config.dtype and (directory / "config.json").exists():
+        _set_dtype(directory / "config.json", _DTYPES[config.dtype][1])
     if plan.index is not None:
         write_text(directory / INDEX_FILE, plan.index)
 
 
 def merge_models(
-    models: Sequence[tuple[Path, float | None]], out: Path, config: MergeConfig, progress: Progress
-) -> list[float]:
-    """Averages any checkpoints into the directory ``out``; returns the normalised weights.
+    models: Sequence[tuple[Path, float | None]],
+    out: Path,
+    config: MergeConfig,
+    progress: Progress,
+    base: Path | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Combines any checkpoints into the directory ``out``.
 
     Args:
         models: K directories, each with its weight or None; all None: ``config.weights`` decides.
         out: absent, or an earlier output of merit-fast, which is replaced when the new one is whole.
+        config, progress, base: as in ``merge_branches``.
+        dry_run: read headers only and write nothing.
+
+    Returns:
+        JSON-ready: weights and coefficients used; bytes in and out, the memory of the engine's buffers.
 
     Raises:
         InputError: weights for some models only; ``out`` is an input or not ours; see ``merge_branches``.
@@ -91,7 +152,8 @@ def merge_models(
     given = tuple(weight for _, weight in models if weight is not None)
     if given and len(given) < len(models):
         raise InputError("command line: --model: give a weight to every model or to none")
-    for path in paths:
+    inputs = [*paths, *([base] if base else [])]
+    for path in inputs:
         if not path.is_dir():
             raise InputError(f"{path}: is not a directory")
         if path.resolve() == out.resolve():
@@ -100,14 +162,17 @@ def merge_models(
         raise InputError(f"{out}: exists and is not an output of merit-fast; remove it or choose another directory")
     config = dataclasses.replace(config, weights=given or config.weights)
     weights = resolve_weights(paths, config)
-    inputs = {str(path): model_fingerprint(path) for path in paths}
-    with output_directory(out, stage_manifest("merge", config, inputs)) as directory:
-        merge_branches(paths, weights, config, directory, progress)
-    return weights
+    combination = combine(paths, weights, base, config)
+    summary = _summary(out, weights, combination, _plan(combination, config), config)
+    if not dry_run:
+        fingerprints = {str(path): model_fingerprint(path) for path in inputs}
+        with output_directory(out, stage_manifest("merge", config, fingerprints)) as directory:
+            merge_branches(paths, weights, config, directory, progress, base)
+    return summary
 
 
 def resolve_weights(models: Sequence[Path], config: MergeConfig) -> list[float]:
-    """One weight per model, normalised to sum 1 in float64: from each branch.json's counts, uniform, or as listed.
+    """One weight per model in float64: from each branch.json's counts, uniform, or as listed; of sum 1 if normalised.
 
     Raises:
         InputError: a branch.json is missing or starts from another base, a count is zero, the list's length is wrong.
@@ -120,7 +185,8 @@ def resolve_weights(models: Sequence[Path], config: MergeConfig) -> list[float]:
         raw = list(config.weights)
     else:
         raw = [float(count) for count in _branch_counts(models, config.weights)]
-    total = sum(raw)
+        return [count / sum(raw) for count in raw]  # counts mean nothing unless normalised
+    total = sum(raw) if config.normalize else 1.0
     return [weight / total for weight in raw]
 
 
@@ -143,6 +209,36 @@ def _branch_counts(models: Sequence[Path], unit: str) -> list[int]:
         if count <= 0:
             raise InputError(f"{model / 'branch.json'}: {unit} must be positive to weigh the merge, got {count}")
     return counts
+
+
+def _plan(combination: Combination, config: MergeConfig) -> Plan:
+    dtype = _DTYPES[config.dtype][0] if config.dtype else None
+    return plan_merge([read_checkpoint(path) for path in combination.paths], dtype)
+
+
+def _summary(
+    out: Path, weights: Sequence[float], combination: Combination, plan: Plan, config: MergeConfig
+) -> dict[str, Any]:
+    tensors = [entry for path in combination.paths for entry in read_checkpoint(path).tensors.values()]
+    return {
+        "merged": str(out),
+        "weights": list(weights),
+        "coefficients": [[str(p), c] for p, c in zip(combination.paths, combination.coefficients, strict=True)],
+        "shards": len(plan.shards),
+        "segments": sum(len(shard.segments) + len(shard.copies) for shard in plan.shards),
+        "parameters": plan.num_elements,
+        "bytes_in": sum(entry.num_bytes for entry in tensors),
+        "bytes_out": plan.num_bytes,
+        "buffer_bytes": config.threads * (len(combination.paths) + 1) * config.chunk_kib * 1024,
+    }
+
+
+def _set_dtype(config_file: Path, dtype: str) -> None:
+    """Makes config.json agree with the tensors, under whichever of its two names the key is there."""
+    values = json.loads(config_file.read_text(encoding="utf-8"))
+    for key in [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype"]:
+        values[key] = dtype
+    write_text(config_file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _too_little_space(directory: Path, needed: int) -> int | None:

@@ -71,12 +71,12 @@ def _average_native(
     code = {dtype: number for dtype, (number, _) in FLOAT_DTYPES.items()}
     segments = np.array([(s.num_elements, output, s.output_offset, code[s.dtype]) for s in shard.segments], np.int64)
     inputs = np.array([(opened[e.file], e.offset, code[e.dtype]) for s in shard.segments for e in s.inputs], np.int64)
-    step = config.chunk_kib * 1024 // min(ITEM_BYTES[s.dtype] for s in shard.segments)
+    step = _chunk_elements(shard.segments, config)
     done = np.zeros(1, np.int64)
     with _Watch(done, advance):
         error, segment, element, source, nonfinite = native.merge_files(
             segments, inputs, list(weights), step, config.threads,
-            config.allow_nonfinite, done,
+            config.readahead_mib << 20, config.allow_nonfinite, done,
         )  # fmt: skip
     if nonfinite:
         raise _nonfinite(shard.segments[segment], element, step, opened)
@@ -94,20 +94,15 @@ def _average_numpy(
     advance: Advance,
 ) -> None:
     for segment in shard.segments:
-        item = ITEM_BYTES[segment.dtype]
-        storage = FLOAT_DTYPES[segment.dtype][1]
-        step = config.chunk_kib * 1024 // item
+        step = _chunk_elements([segment], config)
         for first in range(0, segment.num_elements, step):
             count = min(step, segment.num_elements - first)
-            arrays = [
-                np.frombuffer(_read(opened[e.file], count * item, e.offset + first * item, e), storage)
-                for e in segment.inputs
-            ]
-            dtypes = [segment.dtype] * len(arrays)
+            arrays = [_values(entry, first, count, opened) for entry in segment.inputs]
+            dtypes = [entry.dtype for entry in segment.inputs]
             average = weighted_average(arrays, weights, dtypes=dtypes, out_dtype=segment.dtype, backend="eager")
             if not config.allow_nonfinite and not _finite(average, segment.dtype).all():
                 raise _nonfinite(segment, first, step, opened)
-            os.pwrite(output, average.tobytes(), segment.output_offset + first * item)
+            os.pwrite(output, average.tobytes(), segment.output_offset + first * ITEM_BYTES[segment.dtype])
             advance(count)
 
 
@@ -125,6 +120,18 @@ def _copy_equal(segment: Segment, opened: dict[Path, int], output: int) -> None:
         os.pwrite(output, chunks[0], segment.output_offset + at)
 
 
+def _chunk_elements(segments: Sequence[Segment], config: MergeConfig) -> int:
+    widest = max(ITEM_BYTES[dtype] for s in segments for dtype in (s.dtype, *(entry.dtype for entry in s.inputs)))
+    return config.chunk_kib * 1024 // widest
+
+
+def _values(entry: TensorEntry, first: int, count: int, opened: dict[Path, int]) -> np.ndarray:
+    """Elements of an input, counted from the start of its segment; bf16 as uint16 bits."""
+    item = ITEM_BYTES[entry.dtype]
+    data = _read(opened[entry.file], count * item, entry.offset + first * item, entry)
+    return np.frombuffer(data, FLOAT_DTYPES[entry.dtype][1])
+
+
 def _read(descriptor: int, count: int, offset: int, entry: TensorEntry) -> bytes:
     data = os.pread(descriptor, count, offset)
     if len(data) != count:
@@ -138,11 +145,9 @@ def _finite(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def _nonfinite(segment: Segment, chunk: int, step: int, opened: dict[Path, int]) -> InputError:
     """Finds the first bad element of the chunk, by its tensor and the input it came from."""
-    item, storage = ITEM_BYTES[segment.dtype], FLOAT_DTYPES[segment.dtype][1]
     count = min(step, segment.num_elements - chunk)
     for entry in segment.inputs:
-        values = np.frombuffer(_read(opened[entry.file], count * item, entry.offset + chunk * item, entry), storage)
-        bad = np.flatnonzero(~_finite(values, segment.dtype))
+        bad = np.flatnonzero(~_finite(_values(entry, chunk, count, opened), entry.dtype))
         if len(bad):
             name = segment.name_at(chunk + int(bad[0]))
             return InputError(f"{entry.file}: {name}: must be finite, holds NaN or infinity{_ALLOW}")

@@ -1,5 +1,6 @@
 """The sketch state: sums only, so that addition joins shards, restarts and workers to the same result."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.errors import InputError, MeritFastError, one_line
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
 
 
@@ -101,17 +102,17 @@ class SketchState:
             "num_target_tokens": torch.tensor(self.num_target_tokens, dtype=torch.int64),
         }
         # One JSON string: the writer keeps several keys in an order that changes from run to run.
-        return save(tensors, {"identity": _dump(self.identity.metadata())})
+        return save(tensors, {"identity": json.dumps(self.identity.metadata(), sort_keys=True)})
 
     @classmethod
     def read(cls, path: Path) -> "SketchState":
         """Raises InputError if the file is absent, broken or of another hash version."""
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = _load((file.metadata() or {})["identity"])
+                metadata = json.loads((file.metadata() or {})["identity"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:
-            raise InputError(f"{path}: is not a sketch state ({' '.join(str(error).split())})") from None
+            raise InputError(f"{path}: is not a sketch state ({one_line(error)})") from None
         if metadata["hash_version"] != str(HASH_VERSION):
             raise InputError(f"{path}: hash_version: must be {HASH_VERSION}, got {metadata['hash_version']}")
         identity = SketchIdentity(
@@ -127,16 +128,3 @@ class SketchState:
             float(tensors["loss_sum"]),
             int(tensors["num_target_tokens"]),
         )
-
-
-def _dump(metadata: dict[str, str]) -> str:
-    import json
-
-    return json.dumps(metadata, sort_keys=True)
-
-
-def _load(text: str) -> dict[str, str]:
-    import json
-
-    metadata: dict[str, str] = json.loads(text)
-    return metadata
