@@ -116,18 +116,17 @@ NB_MODULE(_C, m) {
   m.def(
       "merge_files",
       [](const Matrix& segments, const Matrix& inputs, std::vector<double> weights, int64_t chunk_elements, int threads,
-         int64_t readahead_bytes, bool allow_nonfinite, Counter elements_done) {
+         bool allow_nonfinite, Counter elements_done) {
         if (weights.empty() || chunk_elements < 1 || threads < 1 || elements_done.size() != 1)
           throw std::invalid_argument("merge_files: bad weights, chunk_elements, threads or elements_done");
         const std::vector<Segment> unpacked = unpack(segments, inputs, weights.size());
         MergeResult r;
         {
           nb::gil_scoped_release release;
-          r = merge_files(level, unpacked, weights, chunk_elements, threads, readahead_bytes, allow_nonfinite,
-                          elements_done.data());
+          r = merge_files(level, unpacked, weights, chunk_elements, threads, allow_nonfinite, elements_done.data());
         }
         return std::make_tuple(r.error, r.segment, r.element, r.input, r.nonfinite);
       },
       nb::arg("segments").noconvert(), nb::arg("inputs").noconvert(), nb::arg("weights"), nb::arg("chunk_elements"),
-      nb::arg("threads"), nb::arg("readahead_bytes"), nb::arg("allow_nonfinite"), nb::arg("elements_done").noconvert());
+      nb::arg("threads"), nb::arg("allow_nonfinite"), nb::arg("elements_done").noconvert());
 }

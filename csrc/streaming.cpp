@@ -1,12 +1,10 @@
 #include "streaming.h"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -59,27 +57,6 @@ size_t widest_item(const std::vector<Segment>& segments) {
   return bytes;
 }
 
-// Asks for the bytes of the chunks that come next, so that cold files are read while the workers compute.
-void read_ahead(const std::vector<Segment>& segments, const std::vector<Chunk>& chunks, int64_t chunk_elements,
-                int64_t ahead_bytes, const std::atomic<size_t>& next, const std::atomic<bool>& finished) {
-  const size_t ahead = std::max<size_t>(1, size_t(ahead_bytes / (chunk_elements * 2)));
-  for (size_t asked = 0; asked < chunks.size() && !finished;) {
-    const size_t now = next.load();
-    if (asked >= now + ahead) {
-      std::this_thread::sleep_for(std::chrono::microseconds(200));
-      continue;
-    }
-    if (asked < now) asked = now;  // the workers have overtaken: what they read needs no asking
-    if (asked >= chunks.size()) return;
-    const Chunk& c = chunks[asked++];
-    const Segment& s = segments[size_t(c.segment)];
-    for (size_t k = 0; k < s.input_fds.size(); k++) {
-      const int64_t item = int64_t(item_bytes(s.input_types[k]));
-      readahead(s.input_fds[k], s.input_offsets[k] + c.first * item, size_t(c.elements * item));
-    }
-  }
-}
-
 struct Free {
   void operator()(char* p) const { std::free(p); }
 };
@@ -87,8 +64,7 @@ struct Free {
 }  // namespace
 
 MergeResult merge_files(const Level& level, const std::vector<Segment>& segments, const std::vector<double>& weights,
-                        int64_t chunk_elements, int threads, int64_t readahead_bytes, bool allow_nonfinite,
-                        int64_t* elements_done) {
+                        int64_t chunk_elements, int threads, bool allow_nonfinite, int64_t* elements_done) {
   const std::vector<Chunk> chunks = cut(segments, chunk_elements);
   const int count = int(weights.size());
   std::atomic<size_t> next{0};
@@ -132,15 +108,11 @@ MergeResult merge_files(const Level& level, const std::vector<Segment>& segments
   };
 
   std::vector<std::thread> pool;
-  std::atomic<bool> finished{false};
   try {
     for (int t = 1; t < threads; t++) pool.emplace_back(work);
-    if (readahead_bytes > 0)
-      pool.emplace_back([&] { read_ahead(segments, chunks, chunk_elements, readahead_bytes, next, finished); });
   } catch (const std::system_error&) {  // the system gives no more threads: those there are write the same bytes
   }
   work();
-  finished = true;  // the others are in their last chunks, which have been asked for
   for (auto& thread : pool) thread.join();
   return result;
 }

@@ -1,6 +1,5 @@
 // N-way weighted average from files to files with bounded memory: workers take chunks from a counter, pread the
-// inputs into their own buffers, average, pwrite to the final offset. Memory: threads x (N + 1) x chunk bytes. One more
-// thread asks the kernel for up to readahead_bytes of each input ahead of the workers (0: none).
+// inputs into their own buffers, average, pwrite to the final offset. Memory: threads x (N + 1) x chunk bytes.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -27,4 +26,4 @@ struct MergeResult {
 };
 
 MergeResult merge_files(const Level& level, const std::vector<Segment>& segments, const std::vector<double>& weights,
-                        int64_t chunk_elements, int threads, int64_t readahead_bytes, bool allow_nonfinite, int64_t* elements_done);
+                        int64_t chunk_elements, int threads, bool allow_nonfinite, int64_t* elements_done);

@@ -195,7 +195,7 @@ class Run:
         return stage_manifest("train", self._train_config, {**inputs, "branch": name, "datasets": "\n".join(names)})
 
     def _merge_stage(self, arm: str) -> StageManifest:
-        same_bytes = replace(self.config.merge, threads=1, chunk_kib=512, readahead_mib=0)
+        same_bytes = replace(self.config.merge, threads=1, chunk_kib=512)
         inputs = {name: self._branch_stage(name).fingerprint for name in self._arm_branches(arm)}
         if self.config.merge.needs_base:
             inputs["base"] = self._base_fingerprint

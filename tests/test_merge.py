@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checks import tree_bytes
 from conftest import make_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -207,13 +206,6 @@ def test_dry_run_plans_and_writes_nothing(branches, tmp_path):
     assert plan["bytes_in"] == 4 * sum(t.nbytes for t in load(branches[0]).values())
     assert plan["buffer_bytes"] == 3 * 5 * 512 * 1024
     assert plan["coefficients"] == [[str(branch), 0.25] for branch in branches]
-
-
-@pytest.mark.parametrize("readahead_mib", [0, 1, 1000])
-def test_readahead_changes_no_byte(branches, tmp_path, readahead_mib):
-    merge(branches, WEIGHTS, tmp_path / "a")
-    merge(branches, WEIGHTS, tmp_path / "b", MergeConfig(readahead_mib=readahead_mib, chunk_kib=4))
-    assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
 
 
 MEMORY_SCRIPT = """

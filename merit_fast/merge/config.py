@@ -8,7 +8,7 @@ from merit_fast.config import option, require
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """How checkpoints are combined. The result does not depend on ``threads``, ``chunk_kib`` or ``readahead_mib``."""
+    """How checkpoints are combined. The result depends on neither ``threads`` nor ``chunk_kib``."""
 
     weights: Literal["tokens", "samples", "uniform"] | tuple[float, ...] = option(
         "tokens", "tokens or samples (from each branch.json), uniform, or a list of numbers"
@@ -22,11 +22,9 @@ class MergeConfig:
     allow_nonfinite: bool = option(False, "write infinities and NaN instead of stopping at the first")
     threads: int = option(2, "worker threads")
     chunk_kib: int = option(512, "bytes each worker reads from each input at a time, in KiB")
-    readahead_mib: int = option(64, "bytes of each input asked for ahead of the workers, in MiB; 0: none")
 
     def __post_init__(self) -> None:
         require(self.threads >= 1, "threads", "at least 1", self.threads)
-        require(self.readahead_mib >= 0, "readahead_mib", "at least 0", self.readahead_mib)
         require(4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib)
         require(abs(self.scale) < float("inf"), "scale", "a finite number", self.scale)
         if not isinstance(self.weights, str):

@@ -75,8 +75,7 @@ def _average_native(
     done = np.zeros(1, np.int64)
     with _Watch(done, advance):
         error, segment, element, source, nonfinite = native.merge_files(
-            segments, inputs, list(weights), step, config.threads,
-            config.readahead_mib << 20, config.allow_nonfinite, done,
+            segments, inputs, list(weights), step, config.threads, config.allow_nonfinite, done,
         )  # fmt: skip
     if nonfinite:
         raise _nonfinite(shard.segments[segment], element, step, opened)
