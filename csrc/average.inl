@@ -1,7 +1,7 @@
 // Weighted average in fp64, rounded once to the output type. Included inside a level's namespace.
 // Loops are plain so that each level's compiler vectorizes them; the tests compare the levels bit for bit.
 
-static const int64_t kBlock = 2048;  // two fp64 blocks stay in L1
+static const int64_t kBlock = kAverageBlock;
 
 static inline float as_float(uint32_t bits) {
   float f;
@@ -94,4 +94,36 @@ bool weighted_average(const void* const* inputs, const DType* types, const doubl
     }
   }
   return nonfinite == 0;
+}
+
+// Eight running sums, one per lane, joined in a fixed tree: the same bits however wide the machine's vectors are.
+static double dot(const double* __restrict a, const double* __restrict b, int64_t n, double* lanes) {
+  for (int64_t i = 0; i + 8 <= n; i += 8)
+    for (int l = 0; l < 8; l++) lanes[l] += a[i + l] * b[i + l];
+  for (int64_t i = n / 8 * 8; i < n; i++) lanes[i % 8] += a[i] * b[i];
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+// gram[i, j] = <x_i - base, x_j - base> over elements first .. first + n, i and j < count - 1; the base is the last
+// input. gram is [count - 1, count - 1], its upper triangle and diagonal are written. scratch: gram_scratch(count).
+void delta_gram(const void* const* inputs, const DType* types, int count, int64_t first, int64_t n, double* gram,
+                double* scratch) {
+  const int branches = count - 1;
+  double* const base = scratch;
+  double* const deltas = base + kBlock;
+  double* const lanes = deltas + branches * kBlock;
+  for (int i = 0; i < branches * branches * 8; i++) lanes[i] = 0.0;
+  for (int64_t lo = 0; lo < n; lo += kBlock) {
+    const int64_t m = n - lo < kBlock ? n - lo : kBlock;
+    accumulate(inputs[branches], types[branches], first + lo, 1.0, true, base, m);
+    for (int k = 0; k < branches; k++) {
+      double* __restrict delta = deltas + k * kBlock;
+      accumulate(inputs[k], types[k], first + lo, 1.0, true, delta, m);
+      for (int64_t i = 0; i < m; i++) delta[i] -= base[i];
+    }
+    for (int i = 0; i < branches; i++)
+      for (int j = i; j < branches; j++)
+        gram[i * branches + j] =
+            dot(deltas + i * kBlock, deltas + j * kBlock, m, lanes + (i * branches + j) * 8);
+  }
 }

@@ -19,7 +19,8 @@ namespace nb = nanobind;
 namespace {
 
 #define MERIT_LEVEL(name) \
-  Level{#name, level_##name::sketch_rows, level_##name::sketch_linear, level_##name::weighted_average}
+  Level{#name, level_##name::sketch_rows, level_##name::sketch_linear, level_##name::weighted_average, \
+        level_##name::delta_gram}
 
 Level choose_level() {
   const char* environment = std::getenv("MERIT_FAST_SIMD");
@@ -40,6 +41,7 @@ Level choose_level() {
 using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Counter = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Grams = nb::ndarray<double, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 DType dtype(int64_t code) {
   if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
@@ -112,21 +114,30 @@ NB_MODULE(_C, m) {
                                         reinterpret_cast<void*>(out), out_code, n);
         });
 
-  // Returns (errno, segment, element, input, nonfinite); elements_done[0] grows while it runs.
+  // Returns (errno, segment, element, input, nonfinite); elements_done[0] grows while it runs. inputs holds, for every
+  // segment, the averaged inputs and, if there are pieces, then the base.
   m.def(
       "merge_files",
       [](const Matrix& segments, const Matrix& inputs, std::vector<double> weights, int64_t chunk_elements, int threads,
-         bool allow_nonfinite, Counter elements_done) {
-        if (weights.empty() || chunk_elements < 1 || threads < 1 || elements_done.size() != 1)
-          throw std::invalid_argument("merge_files: bad weights, chunk_elements, threads or elements_done");
-        const std::vector<Segment> unpacked = unpack(segments, inputs, weights.size());
+         bool allow_nonfinite, const Matrix& pieces, const Grams& gram, Counter elements_done) {
+        if (weights.empty() || chunk_elements < 1 || threads < 1 || elements_done.size() != 1 || !segments.shape(0))
+          throw std::invalid_argument("merge_files: bad segments, weights, chunk_elements, threads or elements_done");
+        const size_t count = inputs.shape(0) / segments.shape(0);
+        if (count < weights.size() || gram.shape(0) != pieces.shape(0) || pieces.shape(1) != 3 ||
+            (pieces.shape(0) && (gram.shape(1) != count - 1 || gram.shape(2) != count - 1)))
+          throw std::invalid_argument("merge_files: inputs, pieces and gram do not fit");
+        const std::vector<Segment> unpacked = unpack(segments, inputs, count);
+        std::vector<Piece> wanted;
+        for (size_t p = 0; p < pieces.shape(0); p++) wanted.push_back({pieces(p, 0), pieces(p, 1), pieces(p, 2)});
         MergeResult r;
         {
           nb::gil_scoped_release release;
-          r = merge_files(level, unpacked, weights, chunk_elements, threads, allow_nonfinite, elements_done.data());
+          r = merge_files(level, unpacked, weights, chunk_elements, threads, allow_nonfinite, wanted, gram.data(),
+                          elements_done.data());
         }
         return std::make_tuple(r.error, r.segment, r.element, r.input, r.nonfinite);
       },
       nb::arg("segments").noconvert(), nb::arg("inputs").noconvert(), nb::arg("weights"), nb::arg("chunk_elements"),
-      nb::arg("threads"), nb::arg("allow_nonfinite"), nb::arg("elements_done").noconvert());
+      nb::arg("threads"), nb::arg("allow_nonfinite"), nb::arg("pieces").noconvert(), nb::arg("gram").noconvert(),
+      nb::arg("elements_done").noconvert());
 }

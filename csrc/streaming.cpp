@@ -57,6 +57,17 @@ size_t widest_item(const std::vector<Segment>& segments) {
   return bytes;
 }
 
+bool inside(const Piece& p, const Chunk& c) {
+  return p.segment == c.segment && p.first >= c.first && p.first < c.first + c.elements;
+}
+
+size_t first_piece(const std::vector<Piece>& pieces, const Chunk& c) {
+  const auto before = [](const Piece& p, const Chunk& chunk) {
+    return p.segment != chunk.segment ? p.segment < chunk.segment : p.first < chunk.first;
+  };
+  return size_t(std::lower_bound(pieces.begin(), pieces.end(), c, before) - pieces.begin());
+}
+
 struct Free {
   void operator()(char* p) const { std::free(p); }
 };
@@ -64,9 +75,11 @@ struct Free {
 }  // namespace
 
 MergeResult merge_files(const Level& level, const std::vector<Segment>& segments, const std::vector<double>& weights,
-                        int64_t chunk_elements, int threads, bool allow_nonfinite, int64_t* elements_done) {
+                        int64_t chunk_elements, int threads, bool allow_nonfinite, const std::vector<Piece>& pieces,
+                        double* gram, int64_t* elements_done) {
   const std::vector<Chunk> chunks = cut(segments, chunk_elements);
-  const int count = int(weights.size());
+  const int averaged = int(weights.size());
+  const int count = segments.empty() ? averaged : int(segments[0].input_fds.size());
   std::atomic<size_t> next{0};
   std::atomic<bool> stop{false};
   std::mutex mutex;
@@ -82,6 +95,7 @@ MergeResult merge_files(const Level& level, const std::vector<Segment>& segments
         static_cast<char*>(std::aligned_alloc(4096, buffer_bytes * size_t(count + 1))));
     if (!memory) return fail(ENOMEM, {0, 0, 0}, -1, false);
     std::vector<const void*> inputs(static_cast<size_t>(count));
+    std::vector<double> scratch(pieces.empty() ? 0 : gram_scratch(count));
     char* out = memory.get() + buffer_bytes * size_t(count);
     while (!stop) {
       const size_t j = next.fetch_add(1);
@@ -96,9 +110,12 @@ MergeResult merge_files(const Level& level, const std::vector<Segment>& segments
                                    s.input_offsets[size_t(k)] + c.first * int64_t(item)))
           return fail(e, c, k, false);
       }
-      const bool finite = level.weighted_average(inputs.data(), s.input_types.data(), weights.data(), count, out,
+      const bool finite = level.weighted_average(inputs.data(), s.input_types.data(), weights.data(), averaged, out,
                                                  s.output_type, c.elements);
       if (!finite && !allow_nonfinite) return fail(0, c, -1, true);
+      for (size_t p = first_piece(pieces, c); p < pieces.size() && inside(pieces[p], c); p++)
+        level.delta_gram(inputs.data(), s.input_types.data(), count, pieces[p].first - c.first, pieces[p].elements,
+                         gram + p * size_t(count - 1) * size_t(count - 1), scratch.data());
       const size_t item = item_bytes(s.output_type);
       const int64_t at = s.output_offset + c.first * int64_t(item);
       if (const int e = write_all(s.output_fd, out, size_t(c.elements) * item, at))

@@ -25,5 +25,13 @@ struct MergeResult {
   bool nonfinite;     // a value is not finite in the output type
 };
 
+// A run of elements of one tensor inside one chunk, whose deltas' Gram matrix is wanted.
+struct Piece {
+  int64_t segment, first, elements;
+};
+
+// With pieces (sorted, none across a chunk's border) the last input of every segment is the base and enters the average
+// only if it has a weight; gram gets [pieces, branches, branches].
 MergeResult merge_files(const Level& level, const std::vector<Segment>& segments, const std::vector<double>& weights,
-                        int64_t chunk_elements, int threads, bool allow_nonfinite, int64_t* elements_done);
+                        int64_t chunk_elements, int threads, bool allow_nonfinite, const std::vector<Piece>& pieces,
+                        double* gram, int64_t* elements_done);

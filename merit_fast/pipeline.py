@@ -197,7 +197,7 @@ class Run:
     def _merge_stage(self, arm: str) -> StageManifest:
         same_bytes = replace(self.config.merge, threads=1, chunk_kib=512)
         inputs = {name: self._branch_stage(name).fingerprint for name in self._arm_branches(arm)}
-        if self.config.merge.needs_base:
+        if self.config.merge.needs_base or self.config.merge.geometry:
             inputs["base"] = self._base_fingerprint
         return stage_manifest("merge", same_bytes, inputs)
 

@@ -73,6 +73,29 @@ def weighted_average(
     return out
 
 
+def delta_gram(
+    inputs: Sequence[npt.NDArray[Any]], base: npt.NDArray[Any], *, dtypes: Sequence[str], base_dtype: str
+) -> npt.NDArray[np.float64]:
+    """The K x K Gram matrix of K arrays' differences from a base, in fp64.
+
+        deltas = [x.astype(float64) - base.astype(float64) for x in inputs]; gram[i, j] = deltas[i] @ deltas[j]
+
+    Eight running sums (element index modulo 8) joined in a fixed tree, so the native engine that merges files gives the
+    same bits; this function is its NumPy reference.
+
+    Args:
+        inputs: K one-dimensional arrays of n elements; bf16 as its uint16 bits.
+        base: [n].
+        dtypes, base_dtype: the element types, named as in ``weighted_average``.
+
+    Returns:
+        [K, K] float64, symmetric.
+    """
+    for array, dtype in zip([*inputs, base], [*dtypes, base_dtype], strict=True):
+        _check(array, dtype, base.size)
+    return _eager.delta_gram(inputs, base, dtypes, base_dtype)
+
+
 def _storage(dtype: str) -> npt.DTypeLike:
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"weighted_average: dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype}")

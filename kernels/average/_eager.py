@@ -22,6 +22,22 @@ def weighted_average(
         out[:] = float64_to_bf16(total) if out_dtype == "BF16" else total.astype(out.dtype)
 
 
+def delta_gram(
+    inputs: Sequence[npt.NDArray[Any]], base: npt.NDArray[Any], dtypes: Sequence[str], base_dtype: str
+) -> npt.NDArray[np.float64]:
+    start = to_float64(base, base_dtype)
+    padding = -base.size % 8
+    deltas = [np.pad(to_float64(x, dtype) - start, (0, padding)) for x, dtype in zip(inputs, dtypes, strict=True)]
+    gram = np.empty((len(deltas), len(deltas)))
+    for i, a in enumerate(deltas):
+        for j, b in enumerate(deltas[i:], i):
+            lanes = (a * b).reshape(-1, 8)
+            total = np.add.accumulate(lanes, axis=0)[-1] if len(lanes) else np.zeros(8)
+            pairs = total[0::2] + total[1::2]
+            gram[i, j] = gram[j, i] = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+    return gram
+
+
 def to_float64(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float64]:
     """Exact. bf16 comes as uint16 bits."""
     if dtype == "BF16":

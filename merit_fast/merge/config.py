@@ -19,6 +19,7 @@ class MergeConfig:
     )
     scale: float = option(1.0, "factor on the step from the base; linear with 1 needs no base")
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(None, "dtype of the output; None: the inputs' own")
+    geometry: bool = option(False, "also write geometry.json: the branches' deltas from the base, in the same pass")
     allow_nonfinite: bool = option(False, "write infinities and NaN instead of stopping at the first")
     threads: int = option(2, "worker threads")
     chunk_kib: int = option(512, "bytes each worker reads from each input at a time, in KiB")

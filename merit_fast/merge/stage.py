@@ -19,6 +19,7 @@ from merit_fast.manifest import (
 )
 from merit_fast.merge.checkpoint import INDEX_FILE, read_checkpoint
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.geometry import write_geometry, write_shard_grams
 from merit_fast.merge.plan import Plan, plan_merge
 from merit_fast.merge.stream import write_shard
 from merit_fast.model import model_fingerprint
@@ -48,7 +49,10 @@ _DTYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """sum_j coefficients[j] * paths[j]: what a linear method comes down to. The first path gives the layout."""
+    """sum_j coefficients[j] * paths[j]: what a linear method comes down to. The first path gives the layout.
+
+    A last path without a coefficient is the base, read for the geometry alone.
+    """
 
     paths: tuple[Path, ...]
     coefficients: tuple[float, ...]
@@ -65,16 +69,16 @@ def combine(models: Sequence[Path], weights: Sequence[float], base: Path | None,
     Raises:
         InputError: the method needs a base and there is none.
     """
-    if not config.needs_base:
-        return Combination(tuple(models), tuple(weights))
-    if base is None:
-        raise InputError(f"merge: method {config.method} with scale {config.scale:g} needs a base model")
+    if base is None and (config.needs_base or config.geometry):
+        what = "geometry" if config.geometry else f"method {config.method} with scale {config.scale:g}"
+        raise InputError(f"merge: {what} needs a base model")
     drawn_back = sum(weights) if config.method == "task_arithmetic" else 1.0
-    of_base = 1.0 - config.scale * drawn_back
+    of_base = 1.0 - config.scale * drawn_back if config.needs_base else 0.0
     scaled = tuple(config.scale * weight for weight in weights)
-    if of_base == 0.0:
-        return Combination(tuple(models), scaled)
-    return Combination((*models, base), (*scaled, of_base))
+    if config.geometry and abs(sum(scaled) + of_base - 1.0) > 1e-9:
+        raise InputError(f"merge: geometry needs coefficients of sum 1, got {sum(scaled) + of_base:g}; normalize")
+    paths = (*models, *([base] if base and (of_base or config.geometry) else []))
+    return Combination(paths, (*scaled, of_base) if of_base else scaled)
 
 
 def merge_branches(
@@ -112,11 +116,15 @@ def merge_branches(
                 task.advance(sum(segment.num_elements for segment in shard.segments))
                 continue
             temporary = directory / f"{shard.file}.part"
-            write_shard(shard, combination.coefficients, config, temporary, lambda count: task.advance(count))
+            grams = write_shard(shard, combination.coefficients, config, temporary, lambda count: task.advance(count))
+            if config.geometry:
+                write_shard_grams(directory, shard, grams)
             descriptor = os.open(temporary, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
             os.replace(temporary, final)
+    if config.geometry:
+        write_geometry(directory, plan.shards, models, combination.coefficients[: len(models)])
     for name in COMPANIONS:
         if (models[0] / name).exists():
             shutil.copyfile(models[0] / name, directory / name)
@@ -223,7 +231,7 @@ def _summary(
     return {
         "merged": str(out),
         "weights": list(weights),
-        "coefficients": [[str(p), c] for p, c in zip(combination.paths, combination.coefficients, strict=True)],
+        "coefficients": [[str(p), c] for p, c in zip(combination.paths, combination.coefficients, strict=False)],
         "shards": len(plan.shards),
         "segments": sum(len(shard.segments) + len(shard.copies) for shard in plan.shards),
         "parameters": plan.num_elements,

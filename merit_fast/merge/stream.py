@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.average import FLOAT_DTYPES, weighted_average
+from merit_fast.kernels.average import FLOAT_DTYPES, delta_gram, weighted_average
 from merit_fast.merge.checkpoint import ITEM_BYTES, TensorEntry
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.plan import Segment, Shard
 
+GEOMETRY_CHUNK = 1 << 17  # elements
 _ALLOW = "; merge.allow_nonfinite=true writes it all the same"
 
 Advance = Callable[[int], None]  # told how many more elements are done
@@ -29,8 +32,14 @@ def write_shard(
     path: Path,
     advance: Advance,
     backend: str | None = None,
-) -> None:
+) -> dict[str, Array]:
     """Averages one output file into ``path`` (created, preallocated, not fsynced).
+
+    With ``config.geometry`` the last input of every segment is the base; it enters the average only if there are as
+    many weights as inputs.
+
+    Returns:
+        With ``config.geometry``, each tensor's Gram matrix of the other inputs' deltas; else nothing.
 
     Raises:
         InputError: a value is not finite, an integer tensor differs, an input is shorter than its header says.
@@ -38,6 +47,7 @@ def write_shard(
     """
     files = sorted({entry.file for s in (*shard.segments, *shard.copies) for entry in s.inputs})
     opened: dict[Path, int] = {}
+    grams: dict[str, Array] = {}
     try:
         for file in files:
             opened[file] = os.open(file, os.O_RDONLY)
@@ -48,7 +58,7 @@ def write_shard(
         if shard.segments:
             chosen = dispatch.choose("merge_files", "cpu", backend)
             average = _average_native if chosen == "cpu" else _average_numpy
-            average(shard, weights, config, opened, output, advance)
+            grams = average(shard, weights, config, opened, output, advance)
         for segment in shard.copies:
             _copy_equal(segment, opened, output)
     except OSError as error:
@@ -56,6 +66,7 @@ def write_shard(
     finally:
         for descriptor in opened.values():
             os.close(descriptor)
+    return grams
 
 
 def _average_native(
@@ -65,23 +76,25 @@ def _average_native(
     opened: dict[Path, int],
     output: int,
     advance: Advance,
-) -> None:
+) -> dict[str, Array]:
     native = dispatch.native_module()
     assert native is not None
     code = {dtype: number for dtype, (number, _) in FLOAT_DTYPES.items()}
     segments = np.array([(s.num_elements, output, s.output_offset, code[s.dtype]) for s in shard.segments], np.int64)
     inputs = np.array([(opened[e.file], e.offset, code[e.dtype]) for s in shard.segments for e in s.inputs], np.int64)
     step = _chunk_elements(shard.segments, config)
+    pieces, grams = _pieces(shard, step, config)
     done = np.zeros(1, np.int64)
     with _Watch(done, advance):
         error, segment, element, source, nonfinite = native.merge_files(
-            segments, inputs, list(weights), step, config.threads, config.allow_nonfinite, done,
+            segments, inputs, list(weights), step, config.threads, config.allow_nonfinite, pieces, grams, done,
         )  # fmt: skip
     if nonfinite:
         raise _nonfinite(shard.segments[segment], element, step, opened)
     if error:
         where = shard.segments[segment].inputs[source].file if source >= 0 else "output"
         raise MeritFastError(f"{where}: {os.strerror(error)} while merging {shard.file}")
+    return gram_by_tensor(shard.segments, pieces, grams)
 
 
 def _average_numpy(
@@ -91,18 +104,35 @@ def _average_numpy(
     opened: dict[Path, int],
     output: int,
     advance: Advance,
-) -> None:
+) -> dict[str, Array]:
+    step = _chunk_elements(shard.segments, config)
     for segment in shard.segments:
-        step = _chunk_elements([segment], config)
         for first in range(0, segment.num_elements, step):
             count = min(step, segment.num_elements - first)
-            arrays = [_values(entry, first, count, opened) for entry in segment.inputs]
-            dtypes = [entry.dtype for entry in segment.inputs]
+            entries = segment.inputs[: len(weights)]
+            arrays = [_values(entry, first, count, opened) for entry in entries]
+            dtypes = [entry.dtype for entry in entries]
             average = weighted_average(arrays, weights, dtypes=dtypes, out_dtype=segment.dtype, backend="eager")
             if not config.allow_nonfinite and not _finite(average, segment.dtype).all():
                 raise _nonfinite(segment, first, step, opened)
             os.pwrite(output, average.tobytes(), segment.output_offset + first * ITEM_BYTES[segment.dtype])
             advance(count)
+    pieces, grams = _pieces(shard, step, config)
+    for place, (number, first, count) in enumerate(pieces.tolist()):
+        entries = shard.segments[number].inputs
+        *arrays, base = (_values(entry, first, count, opened) for entry in entries)
+        *dtypes, base_dtype = (entry.dtype for entry in entries)
+        grams[place] = delta_gram(arrays, base, dtypes=dtypes, base_dtype=base_dtype)
+    return gram_by_tensor(shard.segments, pieces, grams)
+
+
+def _pieces(shard: Shard, step: int, config: MergeConfig) -> tuple[npt.NDArray[np.int64], Array]:
+    """The pieces whose Gram matrices are wanted, and where they go: none without ``config.geometry``."""
+    if not config.geometry:
+        return np.empty((0, 3), np.int64), np.empty((0, 0, 0))
+    pieces = cut_pieces(shard.segments, step)
+    branches = len(shard.segments[0].inputs) - 1
+    return pieces, np.zeros((len(pieces), branches, branches))
 
 
 def _copy_equal(segment: Segment, opened: dict[Path, int], output: int) -> None:
@@ -120,6 +150,8 @@ def _copy_equal(segment: Segment, opened: dict[Path, int], output: int) -> None:
 
 
 def _chunk_elements(segments: Sequence[Segment], config: MergeConfig) -> int:
+    if config.geometry:
+        return GEOMETRY_CHUNK  # sums are joined chunk by chunk: one size, one result
     widest = max(ITEM_BYTES[dtype] for s in segments for dtype in (s.dtype, *(entry.dtype for entry in s.inputs)))
     return config.chunk_kib * 1024 // widest
 
