@@ -26,6 +26,7 @@ from merit_fast.manifest import (
 from merit_fast.merge import merge_branches, resolve_weights
 from merit_fast.model import model_fingerprint, resolve_model
 from merit_fast.progress import Progress, SilentProgress
+from merit_fast.report import split_lines
 from merit_fast.run_config import RunConfig, write_run_config
 
 STAGES = ("sketch", "split", "train", "merge", "evaluate", "report")
@@ -65,6 +66,8 @@ class Run:
             mark = self._train_fingerprint
             manifest = split_mixture(self.output / "sketch", self._train_data, mark, self.config.split)
             write_manifest(manifest, directory / "split.json")
+            for line in split_lines(manifest):
+                self.progress.note(line)
 
         return self._bring_up_to_date(self.output / "split", self._split_stage, work)
 
@@ -134,8 +137,12 @@ class Run:
     def _train_one(self, name: str, arm: str, group: int, names: Sequence[str], directory: Path) -> None:
         from merit_fast.train import train_branch
         from merit_fast.train.branch import BranchJob
+        from merit_fast.train.schedule import FEW_STEPS, num_steps
 
         datasets = tuple(d for d in self._train_data if d.name in names)
+        steps = num_steps(sum(d.num_examples for d in datasets), self._train_config)
+        if steps < FEW_STEPS:
+            self.progress.note(f"{name}: {steps} steps; below about {FEW_STEPS} a branch is far from converged")
         job = BranchJob(name, arm, group, datasets, str(self.base), self._base_fingerprint)
         train_branch(job, self._train_config, directory, self.progress)
 

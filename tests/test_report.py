@@ -417,3 +417,13 @@ def test_manifest_written_and_read_gives_the_page(tmp_path):
     write_manifest(split, tmp_path / "split.json")
     read = read_manifest(SplitManifest, tmp_path / "split.json")
     assert write(tmp_path / "a.html", split) == write(tmp_path / "b.html", read)
+
+
+def test_split_lines_name_every_dataset_once_and_end_with_the_verdict():
+    from merit_fast.report import split_lines, verdict
+
+    split = make_split(6, 2)
+    lines = split_lines(split)
+    assert lines[-3:] == verdict(split) and len(lines) == split.groups + 3
+    named = [name for line in lines[:-3] for name in line.split(": ", 2)[2].split(", ")]
+    assert sorted(named) == sorted(row.name for row in split.datasets)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifest import EvaluateManifest, SplitManifest, read_manifest, write_text
-from merit_fast.report.summary import verdict
+from merit_fast.report.summary import split_lines, verdict
 from merit_fast.report.tables import gain_rows, results_rows
 
-__all__ = ["gain_rows", "print_summary", "results_rows", "verdict", "write_report"]
+__all__ = ["gain_rows", "print_summary", "results_rows", "split_lines", "verdict", "write_report"]
 
 
 def write_report(

@@ -3,12 +3,22 @@
 from statistics import median
 
 from merit_fast.manifest import SplitManifest
-from merit_fast.report.tables import percent
+from merit_fast.report.tables import group_members, group_rows, percent
 
 
 def verdict(split: SplitManifest) -> tuple[str, str, str]:
     """Three sentences: do datasets conflict, do the groups stand out from random ones, how noisy is all that."""
     return (_conflict(split), _separation(split), _noise(split))
+
+
+def split_lines(split: SplitManifest) -> tuple[str, ...]:
+    """The split for a terminal: a line per group, then the verdict."""
+    members, (_, rows) = group_members(split), group_rows(split)
+    groups = [
+        f"{row[0]}: {row[3]} target tokens ({row[4]}): {', '.join(names)}"
+        for row, names in zip(rows, members.values(), strict=True)
+    ]
+    return (*groups, *verdict(split))
 
 
 def _conflict(split: SplitManifest) -> str:
