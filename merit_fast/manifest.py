@@ -20,6 +20,7 @@ from merit_fast.errors import InputError, MeritFastError
 
 SCHEMA_VERSION = 1
 STAGE_FILE = "stage.json"
+_MARKER = "fingerprint"  # in an unfinished output: which stage may go on with it
 
 T = TypeVar("T")
 
@@ -188,7 +189,7 @@ def output_directory(path: Path, manifest: StageManifest) -> Iterator[Path]:
     another run left there is removed. An exception leaves ``path.tmp`` for the next try and ``path`` untouched.
     """
     temporary = path.with_name(path.name + ".tmp")
-    marker = temporary / "fingerprint"
+    marker = temporary / _MARKER
     if temporary.exists() and (not marker.exists() or marker.read_text() != manifest.fingerprint):
         shutil.rmtree(temporary)
     try:
@@ -211,15 +212,21 @@ def commit_directory(temporary: Path, path: Path) -> None:
             file.chmod(0o666 & ~mask)  # safetensors' writer makes 0600 whatever the umask
         _fsync_path(file)
     _fsync_path(temporary)
+    old = path.with_name(path.name + ".old")
     if path.exists():
-        old = path.with_name(path.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
-        os.rename(temporary, path)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, path)
+    os.rename(temporary, path)
     _fsync_path(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_directory(path: Path, expected_fingerprint: str) -> None:
+    """Gives a finished output its name if a crash came in between: stage.json is written last, so it tells."""
+    temporary = path.with_name(path.name + ".tmp")
+    if is_complete(temporary, expected_fingerprint):
+        (temporary / _MARKER).unlink(missing_ok=True)
+        commit_directory(temporary, path)
 
 
 def is_complete(path: Path, expected_fingerprint: str) -> bool:

@@ -20,6 +20,7 @@ from merit_fast.manifest import (
     is_complete,
     output_directory,
     read_manifest,
+    recover_directory,
     stage_manifest,
     write_manifest,
 )
@@ -261,6 +262,7 @@ class Run:
     # ---- the rule of every stage
     def _bring_up_to_date(self, path: Path, stage: StageManifest, work: Callable[[Path], None]) -> bool:
         name = str(path.relative_to(self.output))
+        recover_directory(path, stage.fingerprint)
         if is_complete(path, stage.fingerprint):
             self.progress.note(f"{name}: up to date")
             return False

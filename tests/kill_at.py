@@ -1,5 +1,5 @@
 """python kill_at.py PATTERN COUNT ARGUMENTS...: runs merit-fast and kills -9 itself in the middle of a stage: when the
-COUNT-th file or directory whose path holds PATTERN is about to get its final name."""
+COUNT-th file or directory whose path holds PATTERN (or ends with it, for PATTERN$) is about to get its final name."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ pattern, left = sys.argv[1], int(sys.argv[2])
 def killing(rename):
     def wrapper(source, target, *args, **kwargs):
         global left
-        if pattern in str(target):
+        if str(target).endswith(pattern[:-1]) if pattern.endswith("$") else pattern in str(target):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -185,3 +185,20 @@ def test_an_output_that_cannot_be_written_is_bad_input(tmp_path):
     stage = stage_manifest("split", SplitConfig(), {})
     with pytest.raises(InputError, match="cannot be written"), output_directory(tmp_path / "file" / "x", stage):
         pass
+
+
+def test_an_output_that_was_whole_when_the_crash_came_only_gets_its_name(tmp_path, monkeypatch):
+    from merit_fast import manifest
+
+    stage, path = stage_manifest("split", SplitConfig(), {}), tmp_path / "split"
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), output_directory(path, stage) as directory:
+            (directory / "split.json").write_text("{}")
+    assert not path.exists()
+    manifest.recover_directory(path, "of another stage")
+    assert not path.exists()
+    manifest.recover_directory(path, stage.fingerprint)
+    assert is_complete(path, stage.fingerprint)
+    assert sorted(file.name for file in path.iterdir()) == ["split.json", "stage.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["split"]

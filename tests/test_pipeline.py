@@ -98,6 +98,7 @@ KILLS = [
     ("/split", 3),  # split.json and stage.json of split.tmp have been written, the directory has not been renamed
     ("joint.tmp/resume.safetensors", 2),
     ("branches/merit-1", 2),
+    ("branches/merit-1$", 1),  # all is written, the directory has not got its name
     ("merit.tmp/model-00002", 1),
     ("evaluate.tmp/joint.json", 1),
     ("report.tmp/report.html", 1),

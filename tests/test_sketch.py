@@ -67,6 +67,16 @@ def test_linear_grad_sketch_is_the_sketch_of_the_product(tokens, rows, columns, 
     assert torch.equal(linear_grad_sketch(dy, x, "w", sketch, backend=backend).double(), expected)
 
 
+def test_eager_products_in_chunks_of_rows_are_the_same(monkeypatch):
+    from merit_fast.kernels.sketch import _eager
+
+    dy, x = torch.randint(-4, 5, (2, 5, 37)).float(), torch.randint(-4, 5, (2, 5, 20)).float()
+    sketch = CountSketch(256)
+    whole = linear_grad_sketch(dy, x, "w", sketch, backend="eager")
+    monkeypatch.setattr(_eager, "_CHUNK_ELEMENTS", 500)
+    assert torch.equal(linear_grad_sketch(dy, x, "w", sketch, backend="eager"), whole)
+
+
 def test_linear_grad_sketch_of_real_numbers_in_both_dtypes():
     for dtype in (torch.float32, torch.bfloat16):
         dy, x = torch.randn(2, 33, 50).to(dtype), torch.randn(2, 33, 70).to(dtype)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _MASK32 = 0xFFFFFFFF
+_CHUNK_ELEMENTS = 1 << 24
 
 
 def sketch_rows(gradient: Tensor, row_ids: Tensor | None, first_row: int, key: int, out: Tensor) -> None:
@@ -22,7 +23,10 @@ def sketch_rows(gradient: Tensor, row_ids: Tensor | None, first_row: int, key: i
 
 
 def sketch_linear(dy_t: Tensor, x: Tensor, key: int, out: Tensor) -> None:
-    sketch_rows(torch.bmm(dy_t, x), None, 0, key, out)
+    batch, rows, _ = dy_t.shape
+    step = max(1, _CHUNK_ELEMENTS // (batch * x.shape[2]))
+    for first in range(0, rows, step):  # dW of a large head would not fit a GPU
+        sketch_rows(torch.bmm(dy_t[:, first : first + step], x), None, first, key, out)
 
 
 def hash_blocks(block: Tensor, key: int) -> Tensor:
