@@ -31,8 +31,8 @@ def models(tmp_path_factory):
 
 
 def streaming(models: list[Path], out: Path, threads: int) -> None:
-    plan = plan_merge([read_checkpoint(model) for model in models])
-    write_shard(plan.shards[0], WEIGHTS, MergeConfig(threads=threads), out, lambda _: None)
+    plan = plan_merge([read_checkpoint(model) for model in models], coefficients=lambda name: tuple(WEIGHTS))
+    write_shard(plan.shards[0], MergeConfig(threads=threads), out, lambda _: None)
 
 
 def safetensors_loop(models: list[Path], out: Path) -> None:

@@ -104,22 +104,22 @@ static double dot(const double* __restrict a, const double* __restrict b, int64_
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
-// gram[i, j] = <x_i - base, x_j - base> over elements first .. first + n, i and j < count - 1; the base is the last
-// input. gram is [count - 1, count - 1], its upper triangle and diagonal are written. scratch: gram_scratch(count).
-void delta_gram(const void* const* inputs, const DType* types, int count, int64_t first, int64_t n, double* gram,
-                double* scratch) {
-  const int branches = count - 1;
+// gram[i, j] = <x_i - base, x_j - base> over elements first .. first + n of the branches; the base is the input after
+// them, or zero. gram is [branches, branches], its upper triangle and diagonal are written. scratch: gram_scratch.
+void delta_gram(const void* const* inputs, const DType* types, int branches, bool from_base, int64_t first, int64_t n,
+                double* gram, double* scratch) {
   double* const base = scratch;
   double* const deltas = base + kBlock;
   double* const lanes = deltas + branches * kBlock;
   for (int i = 0; i < branches * branches * 8; i++) lanes[i] = 0.0;
   for (int64_t lo = 0; lo < n; lo += kBlock) {
     const int64_t m = n - lo < kBlock ? n - lo : kBlock;
-    accumulate(inputs[branches], types[branches], first + lo, 1.0, true, base, m);
+    if (from_base) accumulate(inputs[branches], types[branches], first + lo, 1.0, true, base, m);
     for (int k = 0; k < branches; k++) {
       double* __restrict delta = deltas + k * kBlock;
       accumulate(inputs[k], types[k], first + lo, 1.0, true, delta, m);
-      for (int64_t i = 0; i < m; i++) delta[i] -= base[i];
+      if (from_base)
+        for (int64_t i = 0; i < m; i++) delta[i] -= base[i];
     }
     for (int i = 0; i < branches; i++)
       for (int j = i; j < branches; j++)

@@ -13,8 +13,10 @@ inline size_t item_bytes(DType t) { return t == DType::F64 ? 8 : t == DType::F32
 
 const int64_t kAverageBlock = 2048;  // two fp64 blocks of it stay in L1
 
-// Doubles that delta_gram needs to work in, for `count` inputs with the base among them.
-inline size_t gram_scratch(int count) { return size_t(count) * kAverageBlock + size_t(count - 1) * (count - 1) * 8; }
+// Doubles that delta_gram needs to work in.
+inline size_t gram_scratch(int branches) {
+  return size_t(branches + 1) * kAverageBlock + size_t(branches) * size_t(branches) * 8;
+}
 
 // A batch of row-major matrices whose rows are hashed as rows `row_ids[b, r]` (or first_row + r) of one parameter.
 struct SketchRows {
@@ -47,8 +49,8 @@ struct LinearSketch {
   void sketch_linear(const LinearSketch& job);                                                               \
   bool weighted_average(const void* const* inputs, const DType* types, const double* weights, int count,     \
                         void* out, DType out_type, int64_t n);                                               \
-  void delta_gram(const void* const* inputs, const DType* types, int count, int64_t first, int64_t n,        \
-                  double* gram, double* scratch);                                                            \
+  void delta_gram(const void* const* inputs, const DType* types, int branches, bool from_base,               \
+                  int64_t first, int64_t n, double* gram, double* scratch);                                  \
   }
 MERIT_DECLARE_LEVEL(level_generic)
 #if defined(__x86_64__)

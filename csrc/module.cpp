@@ -41,6 +41,7 @@ Level choose_level() {
 using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Counter = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Weights = nb::ndarray<const double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Grams = nb::ndarray<double, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 DType dtype(int64_t code) {
@@ -48,10 +49,13 @@ DType dtype(int64_t code) {
   return DType(code);
 }
 
-// segments: [S, 4] elements, output fd, output byte offset, output dtype; inputs: [S * K, 3] fd, byte offset, dtype.
-std::vector<Segment> unpack(const Matrix& segments, const Matrix& inputs, size_t count) {
-  if (segments.shape(1) != 4 || inputs.shape(1) != 3 || inputs.shape(0) != segments.shape(0) * count)
-    throw std::invalid_argument("merge_files: segments must be [S, 4] and inputs [S * K, 3]");
+// segments: [S, 4] elements, output fd, output byte offset, output dtype; inputs: [S * K, 3] fd, byte offset, dtype;
+// weights: [S, A] of the first A <= K inputs.
+std::vector<Segment> unpack(const Matrix& segments, const Matrix& inputs, const Weights& weights) {
+  const size_t count = segments.shape(0) ? inputs.shape(0) / segments.shape(0) : 0;
+  if (!count || segments.shape(1) != 4 || inputs.shape(1) != 3 || inputs.shape(0) != segments.shape(0) * count ||
+      weights.shape(0) != segments.shape(0) || weights.shape(1) > count)
+    throw std::invalid_argument("merge_files: segments must be [S, 4], inputs [S * K, 3], weights [S, A] with A <= K");
   std::vector<Segment> unpacked(segments.shape(0));
   for (size_t s = 0; s < unpacked.size(); s++) {
     Segment& segment = unpacked[s];
@@ -65,6 +69,7 @@ std::vector<Segment> unpack(const Matrix& segments, const Matrix& inputs, size_t
       segment.input_offsets.push_back(inputs(row, 1));
       segment.input_types.push_back(dtype(inputs(row, 2)));
     }
+    for (size_t k = 0; k < weights.shape(1); k++) segment.weights.push_back(weights(s, k));
   }
   return unpacked;
 }
@@ -114,30 +119,30 @@ NB_MODULE(_C, m) {
                                         reinterpret_cast<void*>(out), out_code, n);
         });
 
-  // Returns (errno, segment, element, input, nonfinite); elements_done[0] grows while it runs. inputs holds, for every
-  // segment, the averaged inputs and, if there are pieces, then the base.
+  // Returns (errno, segment, element, input, nonfinite); elements_done[0] grows while it runs. pieces: [P, 3] segment,
+  // first element, elements; gram: [P, branches, branches].
   m.def(
       "merge_files",
-      [](const Matrix& segments, const Matrix& inputs, std::vector<double> weights, int64_t chunk_elements, int threads,
-         bool allow_nonfinite, const Matrix& pieces, const Grams& gram, Counter elements_done) {
-        if (weights.empty() || chunk_elements < 1 || threads < 1 || elements_done.size() != 1 || !segments.shape(0))
-          throw std::invalid_argument("merge_files: bad segments, weights, chunk_elements, threads or elements_done");
-        const size_t count = inputs.shape(0) / segments.shape(0);
-        if (count < weights.size() || gram.shape(0) != pieces.shape(0) || pieces.shape(1) != 3 ||
-            (pieces.shape(0) && (gram.shape(1) != count - 1 || gram.shape(2) != count - 1)))
-          throw std::invalid_argument("merge_files: inputs, pieces and gram do not fit");
-        const std::vector<Segment> unpacked = unpack(segments, inputs, count);
-        std::vector<Piece> wanted;
-        for (size_t p = 0; p < pieces.shape(0); p++) wanted.push_back({pieces(p, 0), pieces(p, 1), pieces(p, 2)});
+      [](const Matrix& segments, const Matrix& inputs, const Weights& weights, int64_t chunk_elements, int threads,
+         bool allow_nonfinite, const Matrix& pieces, const Grams& gram, bool from_base, Counter elements_done) {
+        if (chunk_elements < 1 || threads < 1 || elements_done.size() != 1)
+          throw std::invalid_argument("merge_files: bad chunk_elements, threads or elements_done");
+        const std::vector<Segment> unpacked = unpack(segments, inputs, weights);
+        const size_t branches = gram.shape(1), needed = branches + (from_base ? 1 : 0);
+        if (pieces.shape(1) != 3 || gram.shape(0) != pieces.shape(0) || gram.shape(2) != branches ||
+            needed > unpacked[0].input_fds.size())
+          throw std::invalid_argument("merge_files: pieces must be [P, 3] and gram [P, branches, branches]");
+        GramJob grams{{}, int(branches), from_base, gram.data()};
+        for (size_t p = 0; p < pieces.shape(0); p++)
+          grams.pieces.push_back({pieces(p, 0), pieces(p, 1), pieces(p, 2)});
         MergeResult r;
         {
           nb::gil_scoped_release release;
-          r = merge_files(level, unpacked, weights, chunk_elements, threads, allow_nonfinite, wanted, gram.data(),
-                          elements_done.data());
+          r = merge_files(level, unpacked, chunk_elements, threads, allow_nonfinite, grams, elements_done.data());
         }
         return std::make_tuple(r.error, r.segment, r.element, r.input, r.nonfinite);
       },
-      nb::arg("segments").noconvert(), nb::arg("inputs").noconvert(), nb::arg("weights"), nb::arg("chunk_elements"),
-      nb::arg("threads"), nb::arg("allow_nonfinite"), nb::arg("pieces").noconvert(), nb::arg("gram").noconvert(),
-      nb::arg("elements_done").noconvert());
+      nb::arg("segments").noconvert(), nb::arg("inputs").noconvert(), nb::arg("weights").noconvert(),
+      nb::arg("chunk_elements"), nb::arg("threads"), nb::arg("allow_nonfinite"), nb::arg("pieces").noconvert(),
+      nb::arg("gram").noconvert(), nb::arg("from_base"), nb::arg("elements_done").noconvert());
 }

@@ -74,12 +74,11 @@ struct Free {
 
 }  // namespace
 
-MergeResult merge_files(const Level& level, const std::vector<Segment>& segments, const std::vector<double>& weights,
-                        int64_t chunk_elements, int threads, bool allow_nonfinite, const std::vector<Piece>& pieces,
-                        double* gram, int64_t* elements_done) {
+MergeResult merge_files(const Level& level, const std::vector<Segment>& segments, int64_t chunk_elements, int threads,
+                        bool allow_nonfinite, const GramJob& grams, int64_t* elements_done) {
   const std::vector<Chunk> chunks = cut(segments, chunk_elements);
-  const int averaged = int(weights.size());
-  const int count = segments.empty() ? averaged : int(segments[0].input_fds.size());
+  const int count = segments.empty() ? 0 : int(segments[0].input_fds.size());
+  const size_t gram_size = size_t(grams.branches) * size_t(grams.branches);
   std::atomic<size_t> next{0};
   std::atomic<bool> stop{false};
   std::mutex mutex;
@@ -95,7 +94,7 @@ MergeResult merge_files(const Level& level, const std::vector<Segment>& segments
         static_cast<char*>(std::aligned_alloc(4096, buffer_bytes * size_t(count + 1))));
     if (!memory) return fail(ENOMEM, {0, 0, 0}, -1, false);
     std::vector<const void*> inputs(static_cast<size_t>(count));
-    std::vector<double> scratch(pieces.empty() ? 0 : gram_scratch(count));
+    std::vector<double> scratch(grams.pieces.empty() ? 0 : gram_scratch(grams.branches));
     char* out = memory.get() + buffer_bytes * size_t(count);
     while (!stop) {
       const size_t j = next.fetch_add(1);
@@ -110,16 +109,18 @@ MergeResult merge_files(const Level& level, const std::vector<Segment>& segments
                                    s.input_offsets[size_t(k)] + c.first * int64_t(item)))
           return fail(e, c, k, false);
       }
-      const bool finite = level.weighted_average(inputs.data(), s.input_types.data(), weights.data(), averaged, out,
-                                                 s.output_type, c.elements);
-      if (!finite && !allow_nonfinite) return fail(0, c, -1, true);
-      for (size_t p = first_piece(pieces, c); p < pieces.size() && inside(pieces[p], c); p++)
-        level.delta_gram(inputs.data(), s.input_types.data(), count, pieces[p].first - c.first, pieces[p].elements,
-                         gram + p * size_t(count - 1) * size_t(count - 1), scratch.data());
-      const size_t item = item_bytes(s.output_type);
-      const int64_t at = s.output_offset + c.first * int64_t(item);
-      if (const int e = write_all(s.output_fd, out, size_t(c.elements) * item, at))
-        return fail(e, c, -1, false);
+      for (size_t p = first_piece(grams.pieces, c); p < grams.pieces.size() && inside(grams.pieces[p], c); p++)
+        level.delta_gram(inputs.data(), s.input_types.data(), grams.branches, grams.from_base,
+                         grams.pieces[p].first - c.first, grams.pieces[p].elements, grams.gram + p * gram_size,
+                         scratch.data());
+      if (!s.weights.empty()) {
+        const bool finite = level.weighted_average(inputs.data(), s.input_types.data(), s.weights.data(),
+                                                   int(s.weights.size()), out, s.output_type, c.elements);
+        if (!finite && !allow_nonfinite) return fail(0, c, -1, true);
+        const size_t item = item_bytes(s.output_type);
+        const int64_t at = s.output_offset + c.first * int64_t(item);
+        if (const int e = write_all(s.output_fd, out, size_t(c.elements) * item, at)) return fail(e, c, -1, false);
+      }
       __atomic_fetch_add(elements_done, c.elements, __ATOMIC_RELAXED);
     }
   };

@@ -15,6 +15,7 @@ struct Segment {
   std::vector<int> input_fds;
   std::vector<int64_t> input_offsets;  // bytes
   std::vector<DType> input_types;
+  std::vector<double> weights;  // of the first inputs; none: nothing is averaged or written
 };
 
 struct MergeResult {
@@ -30,8 +31,14 @@ struct Piece {
   int64_t segment, first, elements;
 };
 
-// With pieces (sorted, none across a chunk's border) the last input of every segment is the base and enters the average
-// only if it has a weight; gram gets [pieces, branches, branches].
-MergeResult merge_files(const Level& level, const std::vector<Segment>& segments, const std::vector<double>& weights,
-                        int64_t chunk_elements, int threads, bool allow_nonfinite, const std::vector<Piece>& pieces,
-                        double* gram, int64_t* elements_done);
+// Gram matrices to take: pieces (sorted, none across a chunk's border) of the first `branches` inputs, as deltas from
+// the input after them or from zero. gram gets [pieces, branches, branches].
+struct GramJob {
+  std::vector<Piece> pieces;
+  int branches;
+  bool from_base;
+  double* gram;
+};
+
+MergeResult merge_files(const Level& level, const std::vector<Segment>& segments, int64_t chunk_elements, int threads,
+                        bool allow_nonfinite, const GramJob& grams, int64_t* elements_done);

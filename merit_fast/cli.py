@@ -203,7 +203,7 @@ def _merge_command(
         print(json.dumps(result))
         return
     for path, coefficient in result["coefficients"]:
-        print(f"{coefficient:+.6f}  {path}")
+        print(f"{'per tensor' if coefficient is None else f'{coefficient:+.6f}'}  {path}")
     sizes = f"{result['bytes_in']:,} bytes in, {result['bytes_out']:,} out, {result['buffer_bytes']:,} of buffers"
     print(f"{inputs[0]}: {'planned' if dry_run else 'done'}: {result['parameters']:,} parameters, {sizes}")
 

@@ -14,9 +14,12 @@ class MergeConfig:
         "tokens", "tokens or samples (from each branch.json), uniform, or a list of numbers"
     )
     normalize: bool = option(True, "divide the weights by their sum")
-    method: Literal["linear", "task_arithmetic"] = option(
-        "linear", "linear: base + scale (mean - base); task_arithmetic: base + scale * sum of weighted deltas"
+    method: Literal["linear", "task_arithmetic", "slerp", "model_stock"] = option(
+        "linear",
+        "linear: base + scale (mean - base); task_arithmetic: base + scale * sum of weighted deltas; slerp: of two "
+        "models; model_stock: a step from the base by the deltas' mean cosine",
     )
+    t: float = option(0.5, "slerp's place on the arc from the first model (0) to the second (1)")
     scale: float = option(1.0, "factor on the step from the base; linear with 1 needs no base")
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(None, "dtype of the output; None: the inputs' own")
     geometry: bool = option(False, "also write geometry.json: the branches' deltas from the base, in the same pass")
@@ -28,6 +31,11 @@ class MergeConfig:
         require(self.threads >= 1, "threads", "at least 1", self.threads)
         require(4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib)
         require(abs(self.scale) < float("inf"), "scale", "a finite number", self.scale)
+        require(0 <= self.t <= 1, "t", "between 0 and 1", self.t)
+        if self.takes_gram:
+            linear = f"absent: method {self.method} has coefficients of its own"
+            require(self.scale == 1.0 and not self.geometry, "scale and geometry", linear, self.scale)
+            require(isinstance(self.weights, str), "weights", linear, self.weights)
         if not isinstance(self.weights, str):
             require(len(self.weights) > 0, "weights", "a list of at least one number", list(self.weights))
             finite = all(abs(weight) < float("inf") for weight in self.weights)
@@ -38,4 +46,9 @@ class MergeConfig:
     @property
     def needs_base(self) -> bool:
         """Whether the base enters the result."""
-        return self.method == "task_arithmetic" or self.scale != 1.0
+        return self.method in ("task_arithmetic", "model_stock") or self.scale != 1.0
+
+    @property
+    def takes_gram(self) -> bool:
+        """Whether a first pass over the inputs decides the coefficients; weights play no part then."""
+        return self.method in ("slerp", "model_stock")

@@ -3,8 +3,8 @@
 import bisect
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merit_fast.errors import InputError
@@ -21,6 +21,7 @@ class Segment:
     dtype: str  # of the output
     output_offset: int
     inputs: tuple[TensorEntry, ...]  # of the first tensor, one per input; all tensors of an input have its dtype
+    coefficients: tuple[float, ...] = ()  # of the first inputs
 
     @property
     def num_elements(self) -> int:
@@ -57,12 +58,17 @@ class Plan:
         return sum(s.num_elements for shard in self.shards for s in shard.segments)
 
 
-def plan_merge(checkpoints: Sequence[Checkpoint], dtype: str | None = None) -> Plan:
+def plan_merge(
+    checkpoints: Sequence[Checkpoint],
+    dtype: str | None = None,
+    coefficients: Callable[[str], tuple[float, ...]] = lambda name: (),
+) -> Plan:
     """Checks that all inputs hold the same tensors and lays out the output.
 
     Args:
         checkpoints: the inputs; the output's shards are those of the first.
         dtype: of the output's float tensors ("BF16", "F16", "F32"). None: the inputs', which must then agree.
+        coefficients: tensor name -> its inputs' coefficients (those of the first inputs; the others are read only).
 
     Raises:
         InputError: a tensor is missing, extra, of another shape or dtype; names file, tensor, rule and values.
@@ -70,7 +76,7 @@ def plan_merge(checkpoints: Sequence[Checkpoint], dtype: str | None = None) -> P
     first = checkpoints[0]
     for other in checkpoints[1:]:
         _check_same(first, other, dtype is not None)
-    shards = tuple(_plan_shard(file, names, checkpoints, dtype) for file, names in first.shards)
+    shards = tuple(_plan_shard(file, names, checkpoints, dtype, coefficients) for file, names in first.shards)
     index = None
     if [shard.file for shard in shards] != [SINGLE_FILE]:
         total = sum(shard.num_bytes - len(shard.header) for shard in shards)
@@ -99,7 +105,13 @@ def _check_same(first: Checkpoint, other: Checkpoint, floats_may_differ: bool) -
             raise InputError(f"{entry.file}: {name}: is not in {first.path}")
 
 
-def _plan_shard(file: str, names: Sequence[str], checkpoints: Sequence[Checkpoint], dtype: str | None) -> Shard:
+def _plan_shard(
+    file: str,
+    names: Sequence[str],
+    checkpoints: Sequence[Checkpoint],
+    dtype: str | None,
+    coefficients: Callable[[str], tuple[float, ...]],
+) -> Shard:
     entries = [checkpoints[0].tensors[name] for name in names]
     dtypes = [dtype if dtype and entry.dtype in FLOAT_DTYPES else entry.dtype for entry in entries]
     sizes = [entry.num_elements * ITEM_BYTES[out] for entry, out in zip(entries, dtypes, strict=True)]
@@ -116,8 +128,10 @@ def _plan_shard(file: str, names: Sequence[str], checkpoints: Sequence[Checkpoin
     for i, entry in enumerate(entries):
         inputs = tuple(checkpoint.tensors[entry.name] for checkpoint in checkpoints)
         segment = Segment((entry.name,), (entry.num_elements,), dtypes[i], start + offsets[i], inputs)
-        if entry.num_elements:
-            (segments if entry.dtype in FLOAT_DTYPES else copies).append(segment)
+        if entry.num_elements and entry.dtype in FLOAT_DTYPES:
+            segments.append(replace(segment, coefficients=coefficients(entry.name)))
+        elif entry.num_elements:
+            copies.append(segment)
     prefix = struct.pack("<Q", len(text)) + text
     return Shard(file, prefix, start + offsets[-1], tuple(_coalesce(segments)), tuple(copies))
 
@@ -134,6 +148,7 @@ def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
                 last.dtype,
                 last.output_offset,
                 last.inputs,
+                last.coefficients,
             )
         else:
             joined.append(segment)
@@ -142,6 +157,8 @@ def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
 
 def _follows(last: Segment, segment: Segment) -> bool:
     elements = last.num_elements
+    if last.coefficients != segment.coefficients:
+        return False
     return last.output_offset + elements * ITEM_BYTES[last.dtype] == segment.output_offset and all(
         mine.file == theirs.file
         and mine.dtype == theirs.dtype

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from merit_fast.errors import InputError
 from merit_fast.manifest import (
     STAGE_FILE,
@@ -19,9 +21,10 @@ from merit_fast.manifest import (
 )
 from merit_fast.merge.checkpoint import INDEX_FILE, read_checkpoint
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.geometry import write_geometry, write_shard_grams
+from merit_fast.merge.geometry import Array, write_geometry, write_shard_grams
+from merit_fast.merge.methods import Combination, combine
 from merit_fast.merge.plan import Plan, plan_merge
-from merit_fast.merge.stream import write_shard
+from merit_fast.merge.stream import gram_shard, write_shard
 from merit_fast.model import model_fingerprint
 from merit_fast.progress import Progress
 
@@ -45,40 +48,6 @@ COMPANIONS = (
 )
 # merge.dtype -> (name in safetensors, name in config.json)
 _DTYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Combination:
-    """sum_j coefficients[j] * paths[j]: what a linear method comes down to. The first path gives the layout.
-
-    A last path without a coefficient is the base, read for the geometry alone.
-    """
-
-    paths: tuple[Path, ...]
-    coefficients: tuple[float, ...]
-
-
-def combine(models: Sequence[Path], weights: Sequence[float], base: Path | None, config: MergeConfig) -> Combination:
-    """The coefficients of a method, in float64. theta_0 is the base, w_k the weights, s the scale.
-
-        linear           theta_0 + s (sum_k w_k theta_k - theta_0)
-        task_arithmetic  theta_0 + s sum_k w_k (theta_k - theta_0)       (Ilharco et al. 2023, arXiv 2212.04089)
-
-    With weights of sum 1 the two are the same.
-
-    Raises:
-        InputError: the method needs a base and there is none.
-    """
-    if base is None and (config.needs_base or config.geometry):
-        what = "geometry" if config.geometry else f"method {config.method} with scale {config.scale:g}"
-        raise InputError(f"merge: {what} needs a base model")
-    drawn_back = sum(weights) if config.method == "task_arithmetic" else 1.0
-    of_base = 1.0 - config.scale * drawn_back if config.needs_base else 0.0
-    scaled = tuple(config.scale * weight for weight in weights)
-    if config.geometry and abs(sum(scaled) + of_base - 1.0) > 1e-9:
-        raise InputError(f"merge: geometry needs coefficients of sum 1, got {sum(scaled) + of_base:g}; normalize")
-    paths = (*models, *([base] if base and (of_base or config.geometry) else []))
-    return Combination(paths, (*scaled, of_base) if of_base else scaled)
 
 
 def merge_branches(
@@ -106,7 +75,7 @@ def merge_branches(
         InputError, MeritFastError: see ``combine``, ``read_checkpoint``, ``plan_merge`` and ``write_shard``.
     """
     combination = combine(models, weights, base, config)
-    plan = _plan(combination, config)
+    plan = _plan(combination, config, progress)
     if free := _too_little_space(directory, plan.num_bytes):
         raise InputError(f"{directory}: needs {plan.num_bytes} bytes, the disk has {free}")
     with progress.task(f"merge {directory.stem}", plan.num_elements, "parameters") as task:
@@ -116,7 +85,7 @@ def merge_branches(
                 task.advance(sum(segment.num_elements for segment in shard.segments))
                 continue
             temporary = directory / f"{shard.file}.part"
-            grams = write_shard(shard, combination.coefficients, config, temporary, lambda count: task.advance(count))
+            grams = write_shard(shard, config, temporary, lambda count: task.advance(count))
             if config.geometry:
                 write_shard_grams(directory, shard, grams)
             descriptor = os.open(temporary, os.O_RDONLY)
@@ -171,7 +140,7 @@ def merge_models(
     config = dataclasses.replace(config, weights=given or config.weights)
     weights = resolve_weights(paths, config)
     combination = combine(paths, weights, base, config)
-    summary = _summary(out, weights, combination, _plan(combination, config), config)
+    summary = _summary(out, weights, combination, config)
     if not dry_run:
         fingerprints = {str(path): model_fingerprint(path) for path in inputs}
         with output_directory(out, stage_manifest("merge", config, fingerprints)) as directory:
@@ -185,7 +154,7 @@ def resolve_weights(models: Sequence[Path], config: MergeConfig) -> list[float]:
     Raises:
         InputError: a branch.json is missing or starts from another base, a count is zero, the list's length is wrong.
     """
-    if config.weights == "uniform":
+    if config.weights == "uniform" or config.takes_gram:
         raw = [1.0] * len(models)
     elif isinstance(config.weights, tuple):
         if len(config.weights) != len(models):
@@ -219,23 +188,37 @@ def _branch_counts(models: Sequence[Path], unit: str) -> list[int]:
     return counts
 
 
-def _plan(combination: Combination, config: MergeConfig) -> Plan:
+def _plan(combination: Combination, config: MergeConfig, progress: Progress) -> Plan:
+    """The plan with every tensor's coefficients; methods that need Gram matrices read all inputs once for them."""
+    checkpoints = [read_checkpoint(path) for path in combination.paths]
     dtype = _DTYPES[config.dtype][0] if config.dtype else None
-    return plan_merge([read_checkpoint(path) for path in combination.paths], dtype)
+    from_gram = combination.from_gram
+    if from_gram is None:
+        return plan_merge(checkpoints, dtype, lambda name: combination.coefficients)
+    grams: dict[str, Array] = {}
+    plan = plan_merge(checkpoints, dtype)
+    with progress.task("compare models", plan.num_elements, "parameters") as task:
+        for shard in plan.shards:
+            grams |= gram_shard(shard, config, combination.gram_from_base, lambda count: task.advance(count))
+    for name, gram in grams.items():
+        if not np.isfinite(gram).all():
+            raise InputError(f"{combination.paths[0]}: {name}: must be finite here and in the other models")
+    return plan_merge(checkpoints, dtype, lambda name: from_gram(grams[name]))
 
 
-def _summary(
-    out: Path, weights: Sequence[float], combination: Combination, plan: Plan, config: MergeConfig
-) -> dict[str, Any]:
-    tensors = [entry for path in combination.paths for entry in read_checkpoint(path).tensors.values()]
+def _summary(out: Path, weights: Sequence[float], combination: Combination, config: MergeConfig) -> dict[str, Any]:
+    checkpoints = [read_checkpoint(path) for path in combination.paths]
+    plan = plan_merge(checkpoints, _DTYPES[config.dtype][0] if config.dtype else None)
+    passes = 1 if combination.from_gram is None else 2
+    coefficients = combination.coefficients if combination.from_gram is None else (None,) * len(combination.paths)
     return {
         "merged": str(out),
         "weights": list(weights),
-        "coefficients": [[str(p), c] for p, c in zip(combination.paths, combination.coefficients, strict=False)],
+        "coefficients": [[str(p), c] for p, c in zip(combination.paths, coefficients, strict=False)],
         "shards": len(plan.shards),
         "segments": sum(len(shard.segments) + len(shard.copies) for shard in plan.shards),
         "parameters": plan.num_elements,
-        "bytes_in": sum(entry.num_bytes for entry in tensors),
+        "bytes_in": passes * sum(entry.num_bytes for c in checkpoints for entry in c.tensors.values()),
         "bytes_out": plan.num_bytes,
         "buffer_bytes": config.threads * (len(combination.paths) + 1) * config.chunk_kib * 1024,
     }
