@@ -9,7 +9,6 @@ The inputs do not fit the page cache of a small machine, so this is a merge from
 import argparse
 import json
 import os
-import resource
 import shutil
 import struct
 import subprocess
@@ -75,9 +74,18 @@ def merge(root: Path) -> dict[str, float]:
     for k in range(4):
         command += ["--model", root / f"m{k}"]
     start = time.perf_counter()
-    result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak_mib = 0.0
+    while process.poll() is None:  # VmHWM belongs to the command; ru_maxrss would count this process before exec
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if "VmHWM:" in status:
+            peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
+        time.sleep(0.05)
     seconds = time.perf_counter() - start
-    peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    if process.returncode:
+        sys.exit(process.returncode)
+    assert process.stdout is not None
+    result = json.loads(process.stdout.read())
     gigabytes = (result["bytes_in"] + result["bytes_out"]) / 1e9
     return {"wall_s": seconds, "peak_mib": peak_mib, "gb_in_and_out": gigabytes, "gb_per_s": gigabytes / seconds}
 
