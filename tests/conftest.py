@@ -135,3 +135,13 @@ def native_levels() -> list[str]:
         levels += ["avx2"] if " avx2 " in flags and " fma " in flags else []
         levels += ["avx512"] if all(f" {f} " in flags for f in ("avx512f", "avx512bw", "avx512vl", "avx512dq")) else []
     return levels
+
+
+@pytest.fixture(scope="session")
+def branches(tmp_path_factory):
+    """Four tied bf16 models in several shards, with tokenizer-like companions."""
+    root = tmp_path_factory.mktemp("branches")
+    for k in range(4):
+        make_model(root / f"b{k}", dtype=torch.bfloat16, shard="60KB", seed=k)
+        (root / f"b{k}" / "tokenizer.json").write_text(json.dumps({"of": k}))
+    return [root / f"b{k}" for k in range(4)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import run_at_level
 from conftest import make_model
-from test_merge import load
+from merges import load
 
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from merges import load
 from safetensors.torch import save_file
-from test_merge import load
 
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
