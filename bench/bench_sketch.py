@@ -1,5 +1,7 @@
 """The CountSketch kernels against torch and against their floors. One example's gradient a time unless stated."""
 
+import functools
+
 import pytest
 import torch
 
@@ -28,11 +30,20 @@ def flat():
     return gradient, sketch, buckets, signs
 
 
+@functools.cache
+def scattered(count: int) -> torch.Tensor:
+    """Buckets of a CountSketch that is not blocked: every entry its own."""
+    return torch.randint(0, WIDTH, (count,))
+
+
 FLAT = {
     "flat_sketch": lambda g, sketch, buckets, signs: flat_sketch(g, "w", sketch),
     "read floor (sum)": lambda g, sketch, buckets, signs: g.sum(),
     "index_add_ with tables": lambda g, sketch, buckets, signs: torch.zeros(WIDTH).index_add_(
         0, buckets, g.flatten() * signs
+    ),
+    "index_add_ with scattered tables": lambda g, sketch, buckets, signs: torch.zeros(WIDTH).index_add_(
+        0, scattered(len(buckets)), g.flatten() * signs
     ),
     "scatter_add_ with tables": lambda g, sketch, buckets, signs: torch.zeros(WIDTH).scatter_add_(
         0, buckets, g.flatten() * signs
