@@ -13,4 +13,7 @@ def pytest_terminal_summary(terminalreporter, config):
     benchmarks = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
     for bench in benchmarks:
         if "extra_peak_mib" in bench.extra_info:
-            terminalreporter.write_line(f"{bench.name}: extra peak memory {bench.extra_info['extra_peak_mib']} MiB")
+            grew = bench.extra_info["extra_peak_mib"]
+            terminalreporter.write_line(f"{bench.name}: peak memory grew by {grew} MiB (freed memory used again is not counted)")
+                f"{bench.name}: process grew by {bench.extra_info['extra_peak_mib']} MiB (freed memory reused is not counted)"
+            )

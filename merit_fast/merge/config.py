@@ -33,9 +33,10 @@ class MergeConfig:
         require(abs(self.scale) < float("inf"), "scale", "a finite number", self.scale)
         require(0 <= self.t <= 1, "t", "between 0 and 1", self.t)
         if self.takes_gram:
-            linear = f"absent: method {self.method} has coefficients of its own"
-            require(self.scale == 1.0 and not self.geometry, "scale and geometry", linear, self.scale)
-            require(isinstance(self.weights, str), "weights", linear, self.weights)
+            rule = f"absent: method {self.method} has coefficients of its own"
+            require(self.scale == 1.0, "scale", rule, self.scale)
+            require(not self.geometry, "geometry", rule, self.geometry)
+            require(isinstance(self.weights, str), "weights", rule, list(self.weights))
         if not isinstance(self.weights, str):
             require(len(self.weights) > 0, "weights", "a list of at least one number", list(self.weights))
             finite = all(abs(weight) < float("inf") for weight in self.weights)

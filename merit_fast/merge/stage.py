@@ -128,7 +128,7 @@ def merge_models(
     paths = [path for path, _ in models]
     given = tuple(weight for _, weight in models if weight is not None)
     if given and len(given) < len(models):
-        raise InputError("command line: --model: give a weight to every model or to none")
+        raise InputError(f"merge: give a weight to every model or to none, got {len(given)} for {len(models)} models")
     inputs = [*paths, *([base] if base else [])]
     for path in inputs:
         if not path.is_dir():
