@@ -13,7 +13,5 @@ def pytest_terminal_summary(terminalreporter, config):
     benchmarks = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
     for bench in benchmarks:
         if "extra_peak_mib" in bench.extra_info:
-            grew = bench.extra_info["extra_peak_mib"]
-            terminalreporter.write_line(f"{bench.name}: peak memory grew by {grew} MiB (freed memory used again is not counted)")
-                f"{bench.name}: process grew by {bench.extra_info['extra_peak_mib']} MiB (freed memory reused is not counted)"
-            )
+            grew = f"peak memory grew by {bench.extra_info['extra_peak_mib']} MiB"
+            terminalreporter.write_line(f"{bench.name}: {grew} (freed memory used again is not counted)")
