@@ -2,6 +2,7 @@
 // Loops are plain so that each level's compiler vectorizes them; the tests compare the levels bit for bit.
 
 static const int64_t kBlock = kAverageBlock;
+static const int kMostCertain = 8;  // inputs
 
 static inline float as_float(uint32_t bits) {
   float f;
@@ -67,31 +68,116 @@ static void accumulate(const void* data, DType type, int64_t at, double w, bool 
 #undef MERIT_LOOP
 }
 
-// out[i] = sum_k w_k inputs_k[i], in the order of k; any NaN becomes the type's positive quiet NaN. Returns whether every value is finite in the output type.
+// Rounds m doubles to out[at..at+m); any NaN becomes the type's positive quiet NaN. Returns how many are not finite.
+static int64_t store(const double* acc, void* out, DType type, int64_t at, int64_t m) {
+  int64_t nonfinite = 0;
+  switch (type) {
+    case DType::BF16: {
+      uint16_t* __restrict y = static_cast<uint16_t*>(out) + at;
+      for (int64_t i = 0; i < m; i++) y[i] = bits_to_bf16(round_to_odd(acc[i]));
+      for (int64_t i = 0; i < m; i++) nonfinite += (y[i] & 0x7f80u) == 0x7f80u;
+      return nonfinite;
+    }
+    case DType::F16: {
+      uint16_t* __restrict y = static_cast<uint16_t*>(out) + at;
+      for (int64_t i = 0; i < m; i++) y[i] = bits_to_half(round_to_odd(acc[i]));
+      for (int64_t i = 0; i < m; i++) nonfinite += (y[i] & 0x7c00u) == 0x7c00u;
+      return nonfinite;
+    }
+    case DType::F32: {
+      float* __restrict y = static_cast<float*>(out) + at;
+      for (int64_t i = 0; i < m; i++) y[i] = acc[i] != acc[i] ? as_float(0x7fc00000u) : float(acc[i]);
+      for (int64_t i = 0; i < m; i++) nonfinite += (as_bits(y[i]) & 0x7f800000u) == 0x7f800000u;
+      return nonfinite;
+    }
+    case DType::F64: {
+      double* __restrict y = static_cast<double*>(out) + at;
+      for (int64_t i = 0; i < m; i++) y[i] = acc[i] != acc[i] ? double(as_float(0x7fc00000u)) : acc[i];
+      for (int64_t i = 0; i < m; i++) nonfinite += !(y[i] - y[i] == 0.0);
+      return nonfinite;
+    }
+  }
+  return nonfinite;
+}
+
+static const int64_t kGroup = 128;
+
+// The fp32 sum of kGroup bf16 inputs rounded to bf16, where that is provably what the fp64 sum rounds to. With
+// size = sum|w x| the fp32 sum is off by at most (K + 3) 2^-24 size: fine where twice that does not reach the middle
+// between two bf16. Weights that are one power of two meet that middle all the time, but exactly: their sum has no
+// error while size <= 2^15 min|w x|. Returns whether every element is proven; y is valid then.
+template <int K, bool power_of_two>
+static bool certain_group(const uint16_t* const* inputs, const float* weights, int64_t at, uint16_t* y) {
+  const uint16_t* x[K];
+  float w[K];
+  for (int k = 0; k < K; k++) x[k] = inputs[k] + at, w[k] = weights[k];
+  const float error = float(2 * (K + 4)) * 0x1p-24f;
+  uint32_t doubtful = 0;
+#pragma GCC ivdep
+  for (int i = 0; i < kGroup; i++) {
+    float sum = 0.0f, size = 0.0f, least = 0x1p127f;
+#pragma GCC unroll 8
+    for (int k = 0; k < K; k++) {
+      const float term = w[k] * as_float(uint32_t(x[k][i]) << 16);
+      const float magnitude = as_float(as_bits(term) & 0x7fffffffu);
+      sum = k ? sum + term : term;
+      size = k ? size + magnitude : magnitude;
+      const float nonzero = magnitude > 0.0f ? magnitude : 0x1p127f;
+      least = power_of_two && nonzero < least ? nonzero : least;
+    }
+    const uint32_t bits = as_bits(sum), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const float distance = as_float(as_bits(sum - as_float(rounded & 0xffff0000u)) & 0x7fffffffu);
+    const float middle = as_float(bits & 0x7f800000u) * 0x1p-8f;  // half a bf16's last place
+    const uint32_t far = distance + (size * error + 0x1p-110f) < middle;
+    const uint32_t exact = (size <= least * 0x1p15f) & (least > 0x1p-90f) & (size < 0x1p100f);
+    doubtful |= (power_of_two ? far | exact : far) ^ 1u;
+    y[i] = uint16_t(rounded >> 16);
+  }
+  return doubtful == 0;
+}
+
+typedef bool (*CertainGroup)(const uint16_t* const*, const float*, int64_t, uint16_t*);
+
+template <bool power_of_two>
+static CertainGroup certain_group_of(int count) {
+  switch (count) {
+    case 2: return certain_group<2, power_of_two>;
+    case 3: return certain_group<3, power_of_two>;
+    case 4: return certain_group<4, power_of_two>;
+    case 5: return certain_group<5, power_of_two>;
+    case 6: return certain_group<6, power_of_two>;
+    case 7: return certain_group<7, power_of_two>;
+    case 8: return certain_group<8, power_of_two>;
+    default: return nullptr;
+  }
+}
+
+// out[i] = sum_k w_k inputs_k[i], in the order of k. Returns whether every value is finite in the output type.
 bool weighted_average(const void* const* inputs, const DType* types, const double* weights, int count, void* out,
                       DType out_type, int64_t n) {
   alignas(64) double acc[kBlock];
-  int64_t nonfinite = 0;
-  for (int64_t lo = 0; lo < n; lo += kBlock) {
-    const int64_t m = n - lo < kBlock ? n - lo : kBlock;
-    for (int k = 0; k < count; k++) accumulate(inputs[k], types[k], lo, weights[k], k == 0, acc, m);
-    if (out_type == DType::BF16) {
-      uint16_t* __restrict y = static_cast<uint16_t*>(out) + lo;
-      for (int64_t i = 0; i < m; i++) y[i] = bits_to_bf16(round_to_odd(acc[i]));
-      for (int64_t i = 0; i < m; i++) nonfinite += (y[i] & 0x7f80u) == 0x7f80u;
-    } else if (out_type == DType::F16) {
-      uint16_t* __restrict y = static_cast<uint16_t*>(out) + lo;
-      for (int64_t i = 0; i < m; i++) y[i] = bits_to_half(round_to_odd(acc[i]));
-      for (int64_t i = 0; i < m; i++) nonfinite += (y[i] & 0x7c00u) == 0x7c00u;
-    } else if (out_type == DType::F32) {
-      float* __restrict y = static_cast<float*>(out) + lo;
-      for (int64_t i = 0; i < m; i++) y[i] = acc[i] != acc[i] ? as_float(0x7fc00000u) : float(acc[i]);
-      for (int64_t i = 0; i < m; i++) nonfinite += (as_bits(y[i]) & 0x7f800000u) == 0x7f800000u;
-    } else {
-      double* __restrict y = static_cast<double*>(out) + lo;
-      for (int64_t i = 0; i < m; i++) y[i] = acc[i] != acc[i] ? double(as_float(0x7fc00000u)) : acc[i];
-      for (int64_t i = 0; i < m; i++) nonfinite += !(y[i] - y[i] == 0.0);
+  float narrow[kMostCertain] = {};
+  bool all_bf16 = out_type == DType::BF16 && count <= kMostCertain, power_of_two = weights[0] > 0;
+  for (int k = 0; all_bf16 && k < count; k++) {
+    narrow[k] = float(weights[k]);
+    all_bf16 = types[k] == DType::BF16;
+    power_of_two &= weights[k] == weights[0];
+  }
+  power_of_two &= (as_bits(narrow[0]) & 0x7fffffu) == 0 && double(narrow[0]) == weights[0];
+  CertainGroup certain = !all_bf16 ? nullptr : power_of_two ? certain_group_of<true>(count) : certain_group_of<false>(count);
+  int64_t nonfinite = 0, tried = 0, doubted = 0;
+  for (int64_t lo = 0, m = 0; lo < n; lo += m) {
+    m = n - lo < kBlock ? n - lo : kBlock;
+    if (certain && n - lo >= kGroup) {
+      m = kGroup;
+      tried++;
+      if (certain(reinterpret_cast<const uint16_t* const*>(inputs), narrow, lo, static_cast<uint16_t*>(out) + lo))
+        continue;
+      doubted++;
+      if (tried >= 64 && 2 * doubted > tried) certain = nullptr;  // weights like 0.1 and 0.4 meet the middle too often
     }
+    for (int k = 0; k < count; k++) accumulate(inputs[k], types[k], lo, weights[k], k == 0, acc, m);
+    nonfinite += store(acc, out, out_type, lo, m);
   }
   return nonfinite == 0;
 }

@@ -7,6 +7,7 @@
 #pragma GCC target("avx2,fma")
 namespace level_avx2 {
 #include "average.inl"
+#include "deltas.inl"
 #include "sketch.inl"
 #include "sketch_linear.inl"
 }

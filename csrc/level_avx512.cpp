@@ -7,6 +7,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 namespace level_avx512 {
 #include "average.inl"
+#include "deltas.inl"
 #include "sketch.inl"
 #include "sketch_linear.inl"
 }

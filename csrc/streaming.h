@@ -1,20 +1,19 @@
-// N-way weighted average from files to files with bounded memory: workers take chunks from a counter, pread the
-// inputs into their own buffers, average, pwrite to the final offset. Memory: threads x (N + 1) x chunk bytes.
+// Merges from files to files with bounded memory: workers take chunks from a counter, read the inputs into their own
+// buffers, combine, pwrite to the final offset. Memory: threads x (N + 1) x chunk bytes.
 #pragma once
 #include <cstdint>
 #include <vector>
 
 #include "levels.h"
+#include "source.h"
 
 // A run of elements that is contiguous in every input and in the output.
 struct Segment {
   int64_t elements;
-  int output_fd;
-  int64_t output_offset;  // bytes
+  int output_fd;          // -1: the output is memory
+  int64_t output_offset;  // bytes, or an address
   DType output_type;
-  std::vector<int> input_fds;
-  std::vector<int64_t> input_offsets;  // bytes
-  std::vector<DType> input_types;
+  std::vector<Source> inputs;
   std::vector<double> weights;  // of the first inputs; none: nothing is averaged or written
 };
 
@@ -40,5 +39,32 @@ struct GramJob {
   double* gram;
 };
 
-MergeResult merge_files(const Level& level, const std::vector<Segment>& segments, int64_t chunk_elements, int threads,
-                        bool allow_nonfinite, const GramJob& grams, int64_t* elements_done);
+// What all workers of a merge share.
+struct Engine {
+  const Level& level;
+  const RemoteRead& remote;
+  int64_t chunk_elements;
+  int threads;
+  bool allow_nonfinite;
+  bool write_early;        // the output will be fsynced
+  int64_t* elements_done;  // grows while the merge runs
+};
+
+// The weighted sum of each segment's inputs.
+MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segments, const GramJob& grams);
+
+// How one tensor's deltas from its last input are thinned and mixed: MixRule with owned arrays, and ranks in place of
+// thresholds. Branch k keeps its elements of rank top[k] .. top[k] + keep[k] by falling size, ties by index.
+struct TensorRule {
+  std::vector<double> weight;
+  std::vector<int64_t> top, keep;  // or empty
+  double variance_share;           // below 1: one mask for all, this share of the nonzero variances, the largest
+  std::vector<uint64_t> stream;    // or empty
+  std::vector<double> density, epsilon;
+  int64_t row;
+  bool elect, normalize, weigh_by_squares;
+  double scale;
+};
+
+// One tensor: passes over its inputs until every threshold is exact, then one that writes. segment.weights is unused.
+MergeResult merge_deltas(const Engine& engine, const Segment& tensor, const TensorRule& rule, const GramJob& grams);

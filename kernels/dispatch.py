@@ -20,7 +20,8 @@ BACKENDS: tuple[Backend, ...] = ("eager", "cpu", "triton", "cuda")
 BEST_BY_DEVICE: Mapping[str, Backend] = {"cpu": "cpu", "cuda": "triton"}
 # Which backends each op has besides eager; `doctor` prints this table.
 OPS: Mapping[str, tuple[Backend, ...]] = {
-    "weighted_average": ("cpu",),
+    "weighted_average": ("cpu", "triton"),
+    "average_arrays": ("cpu",),
     "merge_files": ("cpu",),
     "flat_sketch": ("cpu",),
     "linear_grad_sketch": ("cpu",),
@@ -46,10 +47,25 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
         return f"is unknown; backends: {', '.join(BACKENDS)}"
     if backend not in OPS[op]:
         return "has no kernel for this op"
+    if backend == "triton":
+        return _triton_unavailable(device_type)
     if device_type != "cpu":
         return f"runs on cpu tensors, got {device_type}"
     if native_module() is None:
         return "was not built: install a C++ compiler, then reinstall merit_fast"
+    return None
+
+
+def _triton_unavailable(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "is not installed: pip install 'merit_fast[gpu]'"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "runs on cuda tensors, got cpu (with TRITON_INTERPRET=1 on cpu tensors, slowly, to test kernels)"
+    if device_type not in ("cpu", "cuda"):
+        return f"runs on cuda tensors, got {device_type}"
+    if device_type == "cuda" and interpreted:
+        return "runs on cpu tensors while TRITON_INTERPRET=1, got cuda"
     return None
 
 

@@ -1,13 +1,20 @@
-"""Weighted average of arrays of mixed float types. Imports no torch: the merge command runs on this family alone."""
+"""Weighted average of arrays or tensors of mixed float types. Imports no torch: the merge command runs on it alone.
+
+Two doors: ``average_arrays`` takes NumPy arrays; ``weighted_average`` and ``foreach_weighted_average`` take torch
+tensors, on any device, and import torch when they are called.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average import _eager
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # safetensors' names -> (code in csrc/levels.h, numpy type of the stored bits)
 FLOAT_DTYPES: dict[str, tuple[int, npt.DTypeLike]] = {
@@ -19,6 +26,66 @@ FLOAT_DTYPES: dict[str, tuple[int, npt.DTypeLike]] = {
 
 
 def weighted_average(
+    tensors: "Sequence[Tensor]", weights: Sequence[float], out: "Tensor | None" = None, *, backend: str | None = None
+) -> "Tensor":
+    """Average K tensors of one shape. Not differentiable.
+
+        out = sum(w * x.double() for w, x in zip(weights, tensors)).to(out.dtype)
+
+    On the CPU that is done in float64 and rounded once, by "eager" on every device too: the same bits as
+    ``average_arrays``. On "triton" products and sums are float32, in the order given and without contraction, or
+    float64 where a float64 tensor takes part; then they are rounded to the result.
+
+    Args:
+        tensors: K tensors of one shape on one device; bfloat16, float16, float32 or float64, mixed as you like.
+            Strided ones are copied first.
+        weights: K floats, used as they are (not normalised here).
+        out: where to write; its dtype is the result's. May be one of ``tensors``. None: new, of the first one's dtype.
+        backend: "eager" (PyTorch), "cpu" (native), "triton"; None chooses by device.
+
+    Returns:
+        ``out``, or a new contiguous tensor.
+
+    Raises:
+        ValueError: counts, shapes or devices disagree; ``out`` overlaps an input without being it.
+        TypeError: a tensor is not of a float type listed.
+        BackendUnavailableError: ``backend`` cannot run here.
+    """
+    from merit_fast.kernels.average import _tensors
+
+    outs = None if out is None else [out]
+    return _tensors.average("weighted_average", [[tensor] for tensor in tensors], weights, outs, backend)[0]
+
+
+def foreach_weighted_average(
+    models: "Sequence[Sequence[Tensor]]",
+    weights: Sequence[float],
+    out: "Sequence[Tensor] | None" = None,
+    *,
+    backend: str | None = None,
+) -> "list[Tensor]":
+    """``weighted_average`` of many tensors at once: on "triton" one launch for all of them.
+
+        [weighted_average([model[i] for model in models], weights) for i in range(N)]
+
+    Args:
+        models: K sequences of N tensors, all on one device; the i-th of every model have one shape.
+        weights: K floats.
+        out: N tensors, none overlapping another; the i-th may be the i-th of a model. Tied tensors must come once.
+        backend: as in ``weighted_average``.
+
+    Returns:
+        N tensors.
+
+    Raises:
+        as ``weighted_average``.
+    """
+    from merit_fast.kernels.average import _tensors
+
+    return _tensors.average("foreach_weighted_average", models, weights, out, backend)
+
+
+def average_arrays(
     inputs: Sequence[npt.NDArray[Any]],
     weights: Sequence[float],
     *,
@@ -49,7 +116,7 @@ def weighted_average(
     """
     if not inputs or not len(inputs) == len(weights) == len(dtypes):
         raise ValueError(
-            f"weighted_average: needs as many inputs as weights and dtypes, "
+            f"average_arrays: needs as many inputs as weights and dtypes, "
             f"got {len(inputs)}, {len(weights)}, {len(dtypes)}"
         )
     n = inputs[0].size
@@ -57,8 +124,8 @@ def weighted_average(
         out = np.empty(n, _storage(out_dtype))
     for array, dtype in zip([*inputs, out], [*dtypes, out_dtype], strict=True):
         _check(array, dtype, n)
-    if dispatch.choose("weighted_average", "cpu", backend) == "eager":
-        _eager.weighted_average(inputs, weights, dtypes, out, out_dtype)
+    if dispatch.choose("average_arrays", "cpu", backend) == "eager":
+        _eager.average_arrays(inputs, weights, dtypes, out, out_dtype)
         return out
     native = dispatch.native_module()
     assert native is not None
@@ -86,7 +153,7 @@ def delta_gram(
     Args:
         inputs: K one-dimensional arrays of n elements; bf16 as its uint16 bits.
         base: [n].
-        dtypes, base_dtype: the element types, named as in ``weighted_average``.
+        dtypes, base_dtype: the element types, named as in ``average_arrays``.
 
     Returns:
         [K, K] float64, symmetric.
@@ -98,12 +165,12 @@ def delta_gram(
 
 def _storage(dtype: str) -> npt.DTypeLike:
     if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"weighted_average: dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype}")
+        raise TypeError(f"average_arrays: dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype}")
     return FLOAT_DTYPES[dtype][1]
 
 
 def _check(array: npt.NDArray[Any], dtype: str, n: int) -> None:
     if array.dtype != _storage(dtype):
-        raise TypeError(f"weighted_average: a {dtype} array must be stored as {_storage(dtype)}, got {array.dtype}")
+        raise TypeError(f"average_arrays: a {dtype} array must be stored as {_storage(dtype)}, got {array.dtype}")
     if array.ndim != 1 or not array.flags.c_contiguous or array.size != n:
-        raise ValueError(f"weighted_average: arrays must be contiguous and [{n}], got {list(array.shape)}")
+        raise ValueError(f"average_arrays: arrays must be contiguous and [{n}], got {list(array.shape)}")

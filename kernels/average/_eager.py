@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-def weighted_average(
+def average_arrays(
     inputs: Sequence[npt.NDArray[Any]],
     weights: Sequence[float],
     dtypes: Sequence[str],

@@ -1,0 +1,167 @@
+"""Methods that thin every branch's delta before they sum: the rule as data, and its NumPy reference.
+
+The native engine that merges files (csrc/deltas.cpp) gives the same bits; it never holds a tensor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from merit_fast.kernels.average import FLOAT_DTYPES
+from merit_fast.kernels.average._eager import float64_to_bf16, to_float64
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+_U64 = np.uint64
+
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """How one tensor's deltas delta_k = theta_k - theta_0 become one step. Steps whose fields are empty do not happen.
+
+        size = abs(float32(theta_k) - float32(theta_0))     # of float64 inputs float32(delta_k)
+        # NaN ranks above infinity
+        order = argsort(-size, stable)                                                       # ties by index
+        delta_k[not in order[top[k] : top[k] + keep[k]]] = 0                                 # top, keep
+        v = var(deltas, axis=0) as float32; delta[not in the int(share * count(v > 0)) largest v] = 0
+        p = density[k], or density - epsilon + 2 epsilon rank / (row - 1), rank within the row by rising size
+        delta_k = where(uniform(stream[k], element) < p, delta_k / p, 0)                     # stream, row
+        d_k = weight[k] * delta_k           # weigh_by_squares: weight_k = sum(delta_k^2) / sum over branches
+        up = sum_k d_k >= 0                 # elect; with weigh_by_squares sum_k delta_k >= 0
+        d_k = where(up, d_k > 0, d_k < 0) ? d_k : 0
+        step = sum_k d_k, with normalize / the sum of the weights of those that agree
+        out = theta_0 + scale * step
+
+    All in float64, sums in the order of k, rounded once. Papers: TIES arXiv 2306.01708, DARE 2311.03099, Model
+    Breadcrumbs 2312.06795, DELLA 2406.11617, SCE (FuseChat) 2408.07990.
+    """
+
+    weight: tuple[float, ...]
+    top: tuple[int, ...] = ()
+    keep: tuple[int, ...] = ()
+    variance_share: float = 1.0  # below 1: one mask for all branches
+    stream: tuple[int, ...] = ()  # keys of SplitMix64, one per branch
+    density: tuple[float, ...] = ()
+    epsilon: tuple[float, ...] = ()
+    row: int = 0  # elements of a row; 0: probabilities do not depend on ranks
+    elect: bool = False
+    normalize: bool = False  # divide by the agreeing weights; only with elect
+    weigh_by_squares: bool = False
+    scale: float = 1.0
+
+
+SQUARES_CHUNK = 1 << 17  # elements; squares are summed chunk by chunk, so one size gives one result
+
+
+def mix_deltas(
+    inputs: Sequence[npt.NDArray[Any]],
+    base: npt.NDArray[Any],
+    rule: DeltaRule,
+    *,
+    dtypes: Sequence[str],
+    base_dtype: str,
+    out_dtype: str,
+) -> tuple[npt.NDArray[Any], bool]:
+    """One whole tensor by a rule.
+
+    Args:
+        inputs: K arrays [n] of the branches; bf16 as its uint16 bits.
+        base: [n].
+        dtypes, base_dtype, out_dtype: "BF16", "F16", "F32" or "F64".
+
+    Returns:
+        [n] of ``out_dtype`` (bf16 as uint16 bits), and whether every delta and result is finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        start = to_float64(base, base_dtype)
+        deltas = [to_float64(x, dtype) - start for x, dtype in zip(inputs, dtypes, strict=True)]
+        finite = all(bool(np.isfinite(delta).all()) for delta in deltas)
+        sizes = [_size(x, base, delta, d, base_dtype) for x, delta, d in zip(inputs, deltas, dtypes, strict=True)]
+        kept = [np.where(mask, d, 0.0) for mask, d in zip(_kept(rule, deltas, sizes), deltas, strict=True)]
+        if rule.stream:
+            kept = [_by_chance(rule, k, delta, sizes[k]) for k, delta in enumerate(kept)]
+        weight = _weights_by_squares(kept) if rule.weigh_by_squares else rule.weight
+        weighted = [d * w for d, w in zip(kept, weight, strict=True)]
+        votes = kept if rule.weigh_by_squares else weighted
+        step = _elect(votes, weighted, weight, rule.normalize) if rule.elect else sum(weighted, np.zeros(start.size))
+        total = start + rule.scale * step
+        total[np.isnan(total)] = np.nan
+        out = float64_to_bf16(total) if out_dtype == "BF16" else total.astype(FLOAT_DTYPES[out_dtype][1])
+        bits = (out & 0x7F80) != 0x7F80 if out_dtype == "BF16" else np.isfinite(out)
+    return out, finite and bool(np.asarray(bits).all())
+
+
+def uniform(stream: int, first: int, count: int) -> Array:
+    """[count] numbers in [0, 1) of a stream, from its element ``first`` on: SplitMix64 (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        z = _U64(stream) + np.arange(first + 1, first + 1 + count, dtype=_U64) * _U64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> _U64(27))) * _U64(0x94D049BB133111EB)
+    bits = (z ^ (z >> _U64(31))) >> _U64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def _size(x: Any, base: Any, delta: Array, dtype: str, base_dtype: str) -> npt.NDArray[np.float32]:
+    if "F64" in (dtype, base_dtype):
+        return np.abs(delta.astype(np.float32))
+    narrow = [to_float64(array, d).astype(np.float32) for array, d in ((x, dtype), (base, base_dtype))]
+    return np.asarray(np.abs(narrow[0] - narrow[1]))
+
+
+def _largest(sizes: npt.NDArray[np.float32], count: int) -> Mask:
+    mask = np.zeros(sizes.size, bool)
+    order = np.argsort(-sizes.view(np.int32), kind="stable")  # the bits' order is the values', NaN above infinity
+    mask[order[: max(count, 0)]] = True
+    return mask
+
+
+def _kept(rule: DeltaRule, deltas: Sequence[Array], sizes: Sequence[npt.NDArray[np.float32]]) -> list[Mask]:
+    if rule.variance_share < 1.0:
+        count = len(deltas)
+        mean = sum(deltas, np.zeros(deltas[0].size)) / count
+        variance = np.abs((sum(((d - mean) ** 2 for d in deltas), np.zeros(mean.size)) / count).astype(np.float32))
+        return [_largest(variance, int(np.count_nonzero(variance) * rule.variance_share))] * count
+    if not rule.top:
+        return [np.ones(delta.size, bool) for delta in deltas]
+    return [
+        _largest(size, top + keep) & ~_largest(size, top)
+        for size, top, keep in zip(sizes, rule.top, rule.keep, strict=True)
+    ]
+
+
+def _by_chance(rule: DeltaRule, k: int, delta: Array, size: npt.NDArray[np.float32]) -> Array:
+    density: Any = rule.density[k]
+    if rule.row > 1:
+        order = np.argsort(size.view(np.int32).reshape(-1, rule.row), axis=1, kind="stable")
+        ranks = np.argsort(order, axis=1, kind="stable").reshape(-1)
+        density = (density - rule.epsilon[k]) + 2.0 * rule.epsilon[k] * (ranks / (rule.row - 1))
+    return np.where(uniform(rule.stream[k], 0, delta.size) < density, delta / density, 0.0)
+
+
+def _weights_by_squares(kept: Sequence[Array]) -> tuple[float, ...]:
+    sums = []
+    for delta in kept:
+        total = 0.0
+        for first in range(0, delta.size, SQUARES_CHUNK):
+            chunk = delta[first : first + SQUARES_CHUNK]
+            lanes = np.add.accumulate(np.pad(chunk * chunk, (0, -chunk.size % 8)).reshape(-1, 8), axis=0)[-1]
+            pairs = lanes[0::2] + lanes[1::2]
+            total += (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+        sums.append(float(total))
+    whole = 0.0
+    for each in sums:
+        whole += each
+    return tuple(each / whole if whole > 0.0 else 1.0 / len(sums) for each in sums)
+
+
+def _elect(votes: Sequence[Array], weighted: Sequence[Array], weight: Sequence[float], normalize: bool) -> Array:
+    total = sum(votes, np.zeros(weighted[0].size))
+    mixed, divisor = np.zeros(total.size), np.zeros(total.size)
+    for d, w in zip(weighted, weight, strict=True):
+        agrees = np.where(total >= 0.0, d > 0.0, d < 0.0)
+        mixed += np.where(agrees, d, 0.0)
+        divisor += np.where(agrees, w, 0.0)
+    return np.where(divisor != 0.0, mixed / np.where(divisor != 0.0, divisor, 1.0), mixed) if normalize else mixed

@@ -1,0 +1,84 @@
+"""Triton's interpreter for CPU tests, made right for bfloat16 (triton 3.7.1).
+
+NumPy has no bfloat16, so the interpreter holds its bits as uint16 and, as it comes, casts float32 to it by cutting bits
+off, adds the bits of two numbers and multiplies matrices of them to garbage, all silently. Interpreted and compiled
+functions cannot live in one process: ``run_interpreted`` starts one, which loads this module as a plugin of pytest and
+so is repaired before a kernel is defined.
+
+Still raising: exp and atomic_add of bf16, None as a pointer, inline assembly.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+TESTS = Path(__file__).resolve().parent
+
+
+def run_interpreted(file: str) -> None:
+    """Runs the tests of a file of this directory in a process of its own that interprets kernels; fails as they do."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "triton_interp", str(TESTS / file)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def pytest_configure() -> None:
+    repair()
+
+
+def repair() -> None:
+    """Casts to bf16 to nearest even and from it exactly; binary operators and dot on float32; floats as tensors."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    convert, binary, dot, implicit = (
+        interpreter._convert_float,
+        builder.binary_op,
+        builder.create_dot,
+        interpreter._implicit_cvt,
+    )
+    nearest = (None, interpreter._ir.ROUNDING_MODE.RTNE)
+
+    def is_bf16(value):
+        return value.dtype.scalar == tl.bfloat16
+
+    def convert_float(values, source, target, rounding):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return widen(values)
+        if (source, target) == (tl.float32, tl.bfloat16) and rounding in nearest:
+            return narrow(np.ascontiguousarray(values).view(np.float32))
+        return convert(values, source, target, rounding)
+
+    def binary_op(self, a, b, op):
+        if is_bf16(a):
+            return handle(narrow(op(widen(a.data), widen(b.data))), tl.bfloat16)
+        return binary(self, a, b, op)
+
+    def create_dot(self, a, b, *rest):
+        return dot(self, *(handle(widen(x.data), tl.float32) if is_bf16(x) else x for x in (a, b)), *rest)
+
+    def implicit_cvt(value):
+        if isinstance(value, float):
+            return tl.tensor(handle(np.array([value], np.float32), tl.float32), tl.float32)
+        return implicit(value)
+
+    interpreter._convert_float = convert_float
+    interpreter._implicit_cvt = implicit_cvt
+    builder.binary_op, builder.create_dot = binary_op, create_dot
+
+
+def widen(bits):
+    """bf16 bits as float32."""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values):
+    """float32 to bf16 bits, to nearest even; one NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16))
