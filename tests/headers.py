@@ -1,0 +1,32 @@
+"""Safetensors files made byte by byte, right and wrong, for the tests of their reader."""
+
+import json
+import struct
+from pathlib import Path
+
+INDEX = "model.safetensors.index.json"
+
+
+def tensor(shape, begin, stop, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, stop]}
+
+
+def pack(header, data=b"", length=None) -> bytes:
+    """A file: ``header`` as JSON or as it is, under its own length or another."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def write_model(directory: Path, files: dict[str, bytes], weight_map=None) -> Path:
+    """A model directory of these files; ``weight_map`` as an index, or the bytes of one."""
+    directory.mkdir(parents=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    if weight_map is not None:
+        index = weight_map if isinstance(weight_map, bytes) else json.dumps({"weight_map": weight_map}).encode()
+        (directory / INDEX).write_bytes(index)
+    return directory
+
+
+def one_tensor(name="w", data=bytes(8)) -> bytes:
+    return pack({name: tensor([len(data) // 4], 0, len(data))}, data)
