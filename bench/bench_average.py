@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merit_fast.kernels.average import weighted_average
+from merit_fast.kernels.average import average_arrays
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.checkpoint import read_checkpoint
 from merit_fast.merge.plan import plan_merge
@@ -61,7 +61,7 @@ def file_floor(models: list[Path], out: Path) -> None:
 
 
 def in_cache(arrays: list[np.ndarray], out: np.ndarray) -> None:
-    weighted_average(arrays, WEIGHTS, dtypes=["BF16"] * 4, out_dtype="BF16", out=out)
+    average_arrays(arrays, WEIGHTS, dtypes=["BF16"] * 4, out_dtype="BF16", out=out)
 
 
 def bench_average_of_bf16_in_cache(benchmark):
