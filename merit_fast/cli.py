@@ -10,18 +10,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merit_fast.config import override, parse
 from merit_fast.errors import InputError, MeritFastError, one_line
-from merit_fast.evaluate.config import EvaluateConfig
-from merit_fast.merge.config import MergeConfig
-from merit_fast.progress import Progress, SilentProgress, TerminalProgress
-from merit_fast.run_config import RunConfig, read_run_config
-from merit_fast.split.config import SketchConfig, SplitConfig
-from merit_fast.train.config import TrainConfig
+from merit_fast.progress import PlainProgress, Progress, SilentProgress, TerminalProgress
+
+if TYPE_CHECKING:
+    from merit_fast.run_config import RunConfig
 
 app = typer.Typer(
     name="merit-fast",
@@ -45,12 +42,20 @@ Inputs = Annotated[
 ]
 MergeInputs = Annotated[
     list[str] | None,
-    typer.Argument(help="CONFIG.yml and overrides, or with --model: OUT", metavar="CONFIG [KEY=VALUE]... | OUT"),
+    typer.Argument(help="OUT, or CONFIG.yml and overrides", metavar="OUT | CONFIG [KEY=VALUE]..."),
 ]
 Models = Annotated[
-    list[str] | None, typer.Option("--model", help="DIR or DIR:WEIGHT; repeat for each checkpoint to merge")
+    list[str] | None,
+    typer.Option("--model", help="DIR or URL, also with :WEIGHT; repeat for each checkpoint or adapter"),
 ]
 Base = Annotated[str | None, typer.Option("--base", help="the checkpoint they started from, where the method needs it")]
+RunDirectory = Annotated[str | None, typer.Option("--run", help="output of `run`: merge its MERIT branches into OUT")]
+Mergekit = Annotated[str | None, typer.Option("--mergekit", help="a mergekit recipe (YAML) to merge into OUT")]
+Parameters = Annotated[list[str] | None, typer.Option("--param", help="KEY=VALUE of any option below; repeatable")]
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", help="I/N: write every N-th output file from the I-th on; the last one finishes"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check and plan from the headers, write nothing")]
 
 
@@ -58,6 +63,7 @@ def main() -> None:
     """The console script."""
     debug = "--debug" in sys.argv
     try:
+        _add_commands(next((word for word in sys.argv[1:] if word in _STAGES), None))
         code = app(standalone_mode=False)
     except InputError as error:
         code = _fail(error, 2, debug)
@@ -96,6 +102,7 @@ def demo(
     """Prepare a real small model and real tasks, then do exactly what `run` does. Works offline."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from merit_fast.demo import write_demo
+    from merit_fast.run_config import read_run_config
 
     progress = _progress(as_json)
     progress.note("preparing the demo's model and tasks (converted once, then cached)")
@@ -108,20 +115,24 @@ def demo(
 @app.command()
 def run(inputs: Inputs = None, as_json: Json = False, debug: Debug = False) -> None:
     """Run all stages of CONFIG.yml; what is up to date is skipped, what was interrupted goes on."""
+    from merit_fast.run_config import read_run_config
+
     file, assignments = _config_and_assignments(inputs)
     if file is None:
         raise InputError("command line: run: needs a CONFIG.yml")
     _run(read_run_config(file, assignments), _progress(as_json), str(file), as_json)
 
 
-def _split_weight(text: str) -> tuple[Path, float | None]:
-    path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), None
-    try:
-        return Path(path), float(weight)
-    except ValueError:
-        raise InputError(f"command line: --model: must be DIR or DIR:WEIGHT, got {text!r}") from None
+@app.command()
+def verify(
+    directory: Annotated[str, typer.Argument(help="a model merged with --checksum")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare a model's files with the checksums in its index."""
+    from merit_fast.merge_command import verify_command
+
+    verify_command(directory, as_json)
 
 
 def _stage(
@@ -135,6 +146,7 @@ def _stage(
 ) -> None:
     """Brings one stage up to date and says where its output is."""
     from merit_fast.pipeline import Run, check_output
+    from merit_fast.run_config import read_run_config
 
     file, given = _config_and_assignments(inputs)
     flags: dict[str, Any] = {"model": model, "output": output, "mixture": _mixture(datasets)}
@@ -171,8 +183,11 @@ def _add_command(command: Callable[..., None], name: str, common: dict[str, Any]
     parameters = [inspect.Parameter(key, kind, default=None, annotation=hint) for key, hint in common.items()]
     for field in dataclasses.fields(config):
         shown = list(field.default) if isinstance(field.default, tuple) else field.default
-        text = f"{field.metadata['help']} [default: {shown}]"
-        hint = Annotated[str | None, typer.Option("--" + field.name.replace("_", "-"), help=text)]
+        flag, text = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} [default: {shown}]"
+        if isinstance(field.default, bool):
+            hint: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text)]
+        else:
+            hint = Annotated[str | None, typer.Option(flag, help=text)]
         parameters.append(inspect.Parameter(field.name, kind, default=None, annotation=hint))
     switches = {"dry_run": DryRun} if name == "merge" else {}
     switches |= {"as_json": Json, "debug": Debug}
@@ -183,51 +198,81 @@ def _add_command(command: Callable[..., None], name: str, common: dict[str, Any]
 
 
 def _merge_command(
-    inputs: list[str] | None, model: list[str] | None, base: str | None, dry_run: bool, as_json: bool, debug: bool,
-    **flags: Any,
+    inputs: list[str] | None, model: list[str] | None, base: str | None, run: str | None, mergekit: str | None,
+    param: list[str] | None, shard: str | None, dry_run: bool, as_json: bool, debug: bool, **flags: Any,
 ) -> None:  # fmt: skip
-    if not model:
-        if dry_run or base:
-            raise InputError("command line: merge: --dry-run and --base go with --model")
-        _stage("merge", inputs, None, None, None, _assignments(flags, "merge."), as_json)
+    from merit_fast.merge_command import describe, merge_command
+
+    if not (model or run or mergekit):
+        if dry_run or base or shard:
+            raise InputError("command line: merge: --dry-run, --base and --shard go with --model, --run or --mergekit")
+        _stage(
+            "merge", inputs, None, None, None, [*_parameters(param, "merge."), *_assignments(flags, "merge.")], as_json
+        )
         return
     if not inputs or len(inputs) != 1 or "=" in inputs[0]:
-        raise InputError("command line: merge: with --model needs exactly one OUT directory")
-    from merit_fast.merge import merge_models
-
-    config = parse(MergeConfig, override({}, _assignments(flags)), "command line")
-    models = [_split_weight(text) for text in model]
-    progress, base_path = _progress(as_json), Path(base) if base else None
-    result = merge_models(models, Path(inputs[0]), config, progress, base_path, dry_run)
-    if as_json:
-        print(json.dumps(result))
-        return
-    for path, coefficient in result["coefficients"]:
-        print(f"{'per tensor' if coefficient is None else f'{coefficient:+.6f}'}  {path}")
-    sizes = f"{result['bytes_in']:,} bytes in, {result['bytes_out']:,} out, {result['buffer_bytes']:,} of buffers"
-    print(f"{inputs[0]}: {'planned' if dry_run else 'done'}: {result['parameters']:,} parameters, {sizes}")
+        raise InputError("command line: merge: with --model, --run or --mergekit needs exactly one OUT directory")
+    assignments = [*_parameters(param), *_assignments(flags)]
+    summary = merge_command(
+        inputs[0], model, base, run, mergekit, assignments, _progress(as_json), dry_run=dry_run, shard=shard
+    )
+    print(json.dumps(summary) if as_json else describe(summary, dry_run))
 
 
 def _assignments(flags: dict[str, Any], prefix: str = "") -> list[str]:
-    return [f"{prefix}{key}={value}" for key, value in flags.items() if value is not None]
+    shown = {key: str(value).lower() if isinstance(value, bool) else value for key, value in flags.items()}
+    return [f"{prefix}{key}={value}" for key, value in shown.items() if value is not None]
 
 
-def _add_stage_commands() -> None:
-    _stage_command("sketch", "split", SketchConfig, "Sketch per-example gradients at the base model.")
-    _stage_command("split", "split", SplitConfig, "Group the datasets along their conflict axes, from the sketches.")
-    _stage_command("train", "train", TrainConfig, "Fine-tune every branch, and the control arms.")
-    merge_help = "Merge a run's branches by their token counts, or any checkpoints given with --model."
-    common = {"inputs": MergeInputs, "model": Models, "base": Base}
-    _add_command(_merge_command, "merge", common, MergeConfig, merge_help)
-    _stage_command("evaluate", "evaluate", EvaluateConfig, "Measure every arm on held-out rows and on retention.")
-
-    @app.command()
-    def report(inputs: Inputs = None, as_json: Json = False, debug: Debug = False) -> None:
-        """Write the run's report.html."""
-        _stage("report", inputs, None, None, None, [], as_json)
+def _parameters(texts: list[str] | None, prefix: str = "") -> list[str]:
+    for text in texts or []:
+        if "=" not in text:
+            raise InputError(f"command line: --param: must be KEY=VALUE, got {text!r}")
+    return [prefix + text for text in texts or []]
 
 
-def _run(config: RunConfig, progress: Progress, file: str, as_json: bool) -> None:
+_STAGES = ("sketch", "split", "train", "merge", "evaluate", "report")
+
+
+def _add_commands(only: str | None) -> None:
+    """Adds the stages' commands; if the command line names one, that one alone: importing the others takes time."""
+    for name in _STAGES:
+        if only in (None, name) and name not in {command.name for command in app.registered_commands}:
+            _add_stage(name)
+
+
+def _add_stage(name: str) -> None:
+    if name == "merge":
+        from merit_fast.merge.config import MergeConfig
+
+        common = {"inputs": MergeInputs, "model": Models, "base": Base, "run": RunDirectory, "mergekit": Mergekit}
+        common |= {"param": Parameters, "shard": Shard}
+        help = "Merge a run's branches by their token counts, or any checkpoints; docs/method.md has the methods."
+        _add_command(_merge_command, "merge", common, MergeConfig, help)
+    elif name == "evaluate":
+        from merit_fast.evaluate.config import EvaluateConfig
+
+        _stage_command(name, "evaluate", EvaluateConfig, "Measure every arm on held-out rows and on retention.")
+    elif name == "train":
+        from merit_fast.train.config import TrainConfig
+
+        _stage_command(name, "train", TrainConfig, "Fine-tune every branch, and the control arms.")
+    elif name == "report":
+
+        @app.command()
+        def report(inputs: Inputs = None, as_json: Json = False, debug: Debug = False) -> None:
+            """Write the run's report.html."""
+            _stage("report", inputs, None, None, None, [], as_json)
+    else:
+        from merit_fast.split.config import SketchConfig, SplitConfig
+
+        config = SketchConfig if name == "sketch" else SplitConfig
+        help = "Sketch per-example gradients at the base model."
+        help = help if name == "sketch" else "Group the datasets along their conflict axes, from the sketches."
+        _stage_command(name, "split", config, help)
+
+
+def _run(config: "RunConfig", progress: Progress, file: str, as_json: bool) -> None:
     from merit_fast.pipeline import Run, check_output
 
     check_output(config)
@@ -277,7 +322,9 @@ def _mixture(datasets: list[str] | None) -> list[dict[str, str]] | None:
 
 
 def _progress(as_json: bool) -> Progress:
-    return SilentProgress() if as_json else TerminalProgress()
+    if as_json:
+        return SilentProgress()
+    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
 
 
 def _fail(error: Exception, code: int, debug: bool) -> int:
@@ -288,8 +335,6 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
     print(f"{'error' if code == 2 else 'failed'}: {error}", file=sys.stderr)
     return code
 
-
-_add_stage_commands()
 
 if __name__ == "__main__":
     main()

@@ -120,8 +120,10 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
         return {str(k): _coerce(arguments[1], v, where, _join(key, k)) for k, v in value.items()}
     if hint is Any:
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308:
         return float(value)
+    if hint is float and isinstance(value, float):
+        return value  # infinities and NaN are for the field's own rule
     if hint is float and isinstance(value, str) and _is_number(value):
         return float(value)  # YAML 1.1 reads 2e-4 (no dot) as a string
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):

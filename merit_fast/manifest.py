@@ -6,6 +6,7 @@ command picks up again. A manifest carries the fingerprint of all that went into
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from merit_fast.config import parse, to_plain
 from merit_fast.errors import InputError, MeritFastError
@@ -147,7 +148,13 @@ def fingerprint(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def read_manifest(cls: type[T], path: Path) -> T:
+class Readable(Protocol):
+    """A file here or in an object store."""
+
+    def read_text(self, encoding: str = ...) -> str: ...
+
+
+def read_manifest(cls: type[T], path: Readable) -> T:
     """Reads and validates one manifest.
 
     Raises:
@@ -157,7 +164,7 @@ def read_manifest(cls: type[T], path: Path) -> T:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: does not exist") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: is not readable JSON ({error})") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
@@ -172,7 +179,7 @@ def write_manifest(manifest: Any, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that a crash leaves the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write the same file
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -182,42 +189,78 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def output_directory(path: Path, manifest: StageManifest) -> Iterator[Path]:
+def output_directory(path: Path, manifest: StageManifest, fsync: bool = True) -> Iterator[Path]:
     """Yields ``path.tmp`` to fill; on success adds stage.json, fsyncs and renames it to ``path``.
 
     What an interrupted run of the same fingerprint left in ``path.tmp`` is kept for the stage to resume from; what
     another run left there is removed. An exception leaves ``path.tmp`` for the next try and ``path`` untouched.
     """
+    temporary = begin_directory(path, manifest.fingerprint)
+    yield temporary
+    finish_directory(temporary, path, manifest, fsync)
+
+
+def begin_directory(path: Path, fingerprint: str) -> Path:
+    """``path.tmp``, emptied unless a run of the same fingerprint left it. Several processes may call this at once."""
     temporary = path.with_name(path.name + ".tmp")
     marker = temporary / _MARKER
-    if temporary.exists() and (not marker.exists() or marker.read_text() != manifest.fingerprint):
-        shutil.rmtree(temporary)
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        write_text(marker, manifest.fingerprint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.with_name(path.name + ".begin.lock")):
+            if temporary.exists() and (not marker.exists() or marker.read_text() != fingerprint):
+                shutil.rmtree(temporary)
+            temporary.mkdir(exist_ok=True)
+            if not marker.exists():
+                write_text(marker, fingerprint)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    yield temporary
+    return temporary
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time, by a lock file that is gone afterwards."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
+                break
+        os.close(descriptor)  # whoever held it has removed it
+    try:
+        yield
+    finally:
+        lock.unlink()
+        os.close(descriptor)
+
+
+def finish_directory(temporary: Path, path: Path, manifest: StageManifest, fsync: bool = True) -> None:
+    """Adds stage.json and renames the directory to ``path``."""
+    for leftover in temporary.glob("*.tmp"):  # of a writer that was killed
+        leftover.unlink()
     write_manifest(manifest, temporary / STAGE_FILE)
-    marker.unlink()
-    commit_directory(temporary, path)
+    (temporary / _MARKER).unlink()
+    commit_directory(temporary, path, fsync)
 
 
-def commit_directory(temporary: Path, path: Path) -> None:
+def commit_directory(temporary: Path, path: Path, fsync: bool = True) -> None:
     """Fsyncs every file of ``temporary`` and renames it to ``path``, replacing what was there."""
     mask = os.umask(0)
     os.umask(mask)
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
             file.chmod(0o666 & ~mask)  # safetensors' writer makes 0600 whatever the umask
-        _fsync_path(file)
-    _fsync_path(temporary)
+        if fsync:
+            _fsync_path(file)
+    if fsync:
+        _fsync_path(temporary)
     old = path.with_name(path.name + ".old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
     os.rename(temporary, path)
-    _fsync_path(path.parent)
+    if fsync:
+        _fsync_path(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -122,8 +122,8 @@ def resolve_model(path: str) -> Path:
 def model_fingerprint(folder: Path) -> str:
     """32 hex digits of a checkpoint: config, every weight file's header, size and 64 spread blocks of 4 KiB."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.name == "config.json":
+    for file in sorted(file for file in folder.iterdir() if file.is_file()):  # a pipe would block
+        if file.name in ("config.json", "adapter_config.json"):
             config = json.loads(file.read_text())
             config.pop("_name_or_path", None)
             digest.update(json.dumps(config, sort_keys=True).encode())

@@ -24,7 +24,7 @@ from merit_fast.manifest import (
     stage_manifest,
     write_manifest,
 )
-from merit_fast.merge import merge_branches, resolve_weights
+from merit_fast.merge import merge_branches, resolve_weights, same_bytes
 from merit_fast.model import model_fingerprint, resolve_model
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import split_lines
@@ -203,11 +203,10 @@ class Run:
         return stage_manifest("train", self._train_config, {**inputs, "branch": name, "datasets": "\n".join(names)})
 
     def _merge_stage(self, arm: str) -> StageManifest:
-        same_bytes = replace(self.config.merge, threads=1, chunk_kib=512)
         inputs = {name: self._branch_stage(name).fingerprint for name in self._arm_branches(arm)}
-        if self.config.merge.needs_base or self.config.merge.geometry:
+        if self.config.merge.needs_base or self.config.merge.stats:
             inputs["base"] = self._base_fingerprint
-        return stage_manifest("merge", same_bytes, inputs)
+        return stage_manifest("merge", same_bytes(self.config.merge), inputs)
 
     @property
     def _evaluate_stage(self) -> StageManifest:

@@ -1,5 +1,7 @@
 """How long-running stages report: bars with throughput and time left on a terminal, nothing for machines."""
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -31,6 +33,20 @@ class SilentProgress:
         pass
 
 
+class PlainProgress:
+    """One line per finished task on standard error, for logs."""
+
+    @contextmanager
+    def task(self, name: str, total: float, unit: str) -> Iterator[Task]:
+        started = time.monotonic()
+        yield SilentProgress()
+        seconds = max(time.monotonic() - started, 1e-9)
+        print(f"{name}: {total:,.0f} {unit} in {seconds:.1f} s, {total / seconds:,.0f} {unit}/s", file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
 class TerminalProgress:
     """Rich bars on standard error; notes are printed above them."""
 
@@ -38,8 +54,6 @@ class TerminalProgress:
         from rich.console import Console
 
         self.console = Console(stderr=True)
-        if not self.console.is_terminal:
-            self.console = Console(stderr=True, width=120)  # a log file has no width of its own
 
     @contextmanager
     def task(self, name: str, total: float, unit: str) -> Iterator[Task]:

@@ -27,9 +27,10 @@ def tree_bytes(directory: Path, ignore: tuple[str, ...] = ()) -> dict[str, str]:
     }
 
 
-def run_at_level(script: str, level: str) -> str:
-    """Standard output of a Python script in a process whose native kernels are forced to one ISA level."""
-    environment = {**os.environ, "MERIT_FAST_SIMD": level}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+def run_at_level(script: str, level: str | None, timeout: float | None = None) -> str:
+    """Standard output of a Python script in a process whose native kernels are forced to one ISA level, if given."""
+    environment = {**os.environ, **({"MERIT_FAST_SIMD": level} if level else {})}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import run_at_level
 from conftest import make_model
-from merges import load
+from merges import load, write
 
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
@@ -18,7 +18,7 @@ from merit_fast.merge.plan import Segment
 from merit_fast.progress import SilentProgress
 
 WEIGHTS = [0.2, 0.3, 0.5]
-CONFIG = MergeConfig(geometry=True)
+CONFIG = MergeConfig(stats=True)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_merge_itself_does_not_change(models, tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_no_bit_and_numpy_gives_the_same(models, tmp_path, threads, monkeypatch):
-    first = merged_geometry(models, tmp_path / "a", MergeConfig(geometry=True, threads=threads, chunk_kib=16))
+    first = merged_geometry(models, tmp_path / "a", MergeConfig(stats=True, threads=threads, chunk_kib=16))
     monkeypatch.setattr(dispatch, "native_module", lambda: None)
     assert merged_geometry(models, tmp_path / "b") == first
 
@@ -94,7 +94,7 @@ from merit_fast.merge import MergeConfig, merge_branches
 from merit_fast.progress import SilentProgress
 out, base, *branches = map(Path, {paths!r})
 out.mkdir(exist_ok=True)
-merge_branches(branches, [.2, .3, .5], MergeConfig(geometry=True), out, SilentProgress(), base)
+merge_branches(branches, [.2, .3, .5], MergeConfig(stats=True), out, SilentProgress(), base)
 print((out / "geometry.json").read_text())
 """
 
@@ -109,10 +109,10 @@ def test_every_isa_level_gives_the_same_bits(models, tmp_path, native_levels):
 
 
 def test_an_interrupted_merge_keeps_the_parts_of_finished_shards(models, tmp_path, monkeypatch):
-    from merit_fast.merge import stage
+    from merit_fast.merge import shards
 
     whole = merged_geometry(models, tmp_path / "whole")
-    out, original, calls = tmp_path / "out", stage.write_shard, []
+    out, original, calls = tmp_path / "out", shards.write_shard, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
@@ -120,7 +120,7 @@ def test_an_interrupted_merge_keeps_the_parts_of_finished_shards(models, tmp_pat
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(stage, "write_shard", stopping)
+    monkeypatch.setattr(shards, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         merged_geometry(models, out)
     assert len(list(out.glob("*.gram.json"))) == 2
@@ -130,7 +130,7 @@ def test_an_interrupted_merge_keeps_the_parts_of_finished_shards(models, tmp_pat
 
 def test_scaled_and_equal_branches(models, tmp_path):
     base, branches = models
-    half = merged_geometry(models, tmp_path / "half", MergeConfig(geometry=True, scale=0.5))
+    half = merged_geometry(models, tmp_path / "half", MergeConfig(stats=True, scale=0.5))
     full = merged_geometry(models, tmp_path / "full")
     assert half.displacement == pytest.approx(full.displacement / 2)
     assert half.contraction == pytest.approx(full.contraction) and half.gram == full.gram
@@ -140,12 +140,16 @@ def test_scaled_and_equal_branches(models, tmp_path):
     assert still.displacement == 0.0 and still.contraction == 1.0 and still.norms == (0.0, 0.0)
 
 
-def test_what_geometry_needs_is_said(models):
+def test_what_stats_need_is_said(models, tmp_path):
     base, branches = models
-    with pytest.raises(InputError, match="geometry needs a base model"):
+    with pytest.raises(InputError, match="merge: stats needs? a base model; give --base"):
         combine(branches, WEIGHTS, None, CONFIG)
-    with pytest.raises(InputError, match="geometry needs coefficients of sum 1, got 6; normalize"):
-        combine(branches, [1.0, 2.0, 3.0], base, MergeConfig(geometry=True, normalize=False))
+    config = MergeConfig(stats=True, normalize=False)
+    with pytest.raises(InputError, match="stats need coefficients of sum 1, got 6; normalize"):
+        merged_geometry(models, tmp_path / "out", config, [1.0, 2.0, 3.0])
+    with pytest.raises(InputError, match="stats need coefficients of sum 1, got 0.5"):
+        config = MergeConfig(stats=True, method="passthrough", scale=0.5)
+        merged_geometry((base, branches[:1]), tmp_path / "out", config, [1.0])
 
 
 def test_pieces_end_at_tensors_and_chunks():
@@ -161,9 +165,22 @@ def test_pipeline_writes_it_on_demand(tmp_path, tiny_model, tiny_mixture, monkey
 
     monkeypatch.chdir(tmp_path)
     values = run_values(tiny_model, tiny_mixture)
-    values["train"]["arms"], values["merge"] = [], {"geometry": True}
+    values["train"]["arms"], values["merge"] = [], {"stats": True}
     (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
     summary = merit_fast.run("run.yml", "evaluate.max_new_tokens=2")
     geometry = json.loads((tmp_path / summary["merged"] / "geometry.json").read_text())
     assert geometry["branches"] == ["merit-0", "merit-1"]
     assert geometry["displacement"] == pytest.approx(summary["arms"]["merit"]["displacement"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "sce"])
+def test_thinned_deltas_are_measured_whole(tmp_path, method):
+    """Rows that divide no chunk, in a tensor of several chunks: the numbers are those of the tensors all the same."""
+    tensors = [torch.randn(2000, 100) for _ in range(3)]
+    paths = [write(tmp_path / f"m{k}", {"w": tensor}) for k, tensor in enumerate(tensors)]
+    options = {} if method == "sce" else {"density": 0.5}
+    config = MergeConfig(method=method, stats=True, threads=3, **options)
+    geometry = merged_geometry((paths[2], paths[:2]), tmp_path / "out", config, [0.5, 0.5])
+    deltas = torch.stack([(tensor.double() - tensors[2].double()).flatten() for tensor in tensors[:2]])
+    assert np.allclose(geometry.gram, (deltas @ deltas.T).numpy(), rtol=1e-12)
+    assert geometry.displacement is None and geometry.contraction is None

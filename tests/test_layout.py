@@ -29,7 +29,9 @@ ARROWS = {
     "doctor": {"kernels", "manifest"},
     "run_config": BASE | STAGES | {"data"},
     "pipeline": BASE | STAGES | {"data", "model", "run_config"},
-    "cli": BASE | STAGES | {"data", "model", "run_config", "pipeline", "doctor", "demo"},
+    "integrations": BASE | {"merge", "model"},
+    "merge_command": BASE | {"merge", "integrations"},
+    "cli": BASE | STAGES | {"data", "model", "run_config", "pipeline", "doctor", "demo", "merge_command"},
     "__init__": {"errors", "pipeline", "run_config"},
 }
 
@@ -87,7 +89,8 @@ def test_kernels_is_a_link_without_a_package_of_its_own():
     "statement,absent",
     [
         ("import merit_fast", ["torch", "transformers", "triton", "numpy"]),
-        ("import merit_fast.merge", ["torch", "transformers"]),
+        ("import merit_fast.merge", ["torch", "transformers", "triton"]),
+        ("import merit_fast.merge_command", ["torch", "transformers", "triton"]),
         ("import merit_fast.kernels.average", ["torch", "transformers"]),
         ("import merit_fast.cli", ["torch", "transformers", "triton"]),
         ("import merit_fast.pipeline", ["torch", "transformers"]),

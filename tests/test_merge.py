@@ -17,6 +17,7 @@ from merit_fast.kernels import dispatch
 from merit_fast.kernels.average._eager import float64_to_bf16
 from merit_fast.merge import MergeConfig, combine, merge_branches, merge_models, resolve_weights
 from merit_fast.merge.checkpoint import read_checkpoint
+from merit_fast.merge.layout import lay_out
 from merit_fast.merge.plan import plan_merge
 from merit_fast.progress import SilentProgress
 
@@ -97,7 +98,7 @@ def test_other_dtypes_mixed_shapes_and_integers(tmp_path):
 
 
 def test_runs_of_tensors_are_coalesced(branches):
-    plan = plan_merge([read_checkpoint(branch) for branch in branches])
+    plan = plan_merge(lay_out([read_checkpoint(branch) for branch in branches], None, None))
     tensors = sum(len(segment.names) for shard in plan.shards for segment in shard.segments)
     segments = sum(len(shard.segments) for shard in plan.shards)
     assert segments == len(plan.shards) < tensors
@@ -128,7 +129,9 @@ def test_linear_methods_are_their_formula(branches, tmp_path, method, normalize,
     models, base, out = branches[:2], branches[3], tmp_path / "out"
     weights = resolve_weights(models, config)
     combination = combine(models, weights, base, config)
-    assert combination.coefficients == coefficients
+    entry = read_checkpoint(base).tensors["model.norm.weight"]
+    assert combination.rule(entry) == coefficients
+    assert combination.paths == (*models, base)[: len(coefficients)]
     out.mkdir()
     merge_branches(models, weights, config, out, SilentProgress(), base)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -143,7 +146,7 @@ def test_scale_0_gives_the_base_and_a_method_that_needs_one_says_so(branches, tm
     merge_branches(branches[:2], [0.5, 0.5], config, out, SilentProgress(), branches[2])
     merged, base = load(out), load(branches[2])
     assert all(torch.equal(merged[name], base[name]) for name in base)
-    with pytest.raises(InputError, match="method linear with scale 0 needs a base model"):
+    with pytest.raises(InputError, match="merge: method linear with a scale needs a base model; give --base"):
         combine(branches[:2], [0.5, 0.5], None, config)
 
 
@@ -154,7 +157,7 @@ def test_output_dtype_is_chosen_and_mixed_inputs_are_taken_then(branches, tmp_pa
     make_model(tmp_path / "single", dtype=torch.float32, shard="60KB", seed=9)
     models = [branches[0], tmp_path / "single"]
     with pytest.raises(InputError, match="dtype must be BF16 .* got F32; merge.dtype chooses one"):
-        plan_merge([read_checkpoint(model) for model in models])
+        lay_out([read_checkpoint(model) for model in models], None, None)
     merge(models, [0.25, 0.75], tmp_path / "out", MergeConfig(dtype=dtype))
     merged = load(tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -170,13 +173,16 @@ def test_output_dtype_is_chosen_and_mixed_inputs_are_taken_then(branches, tmp_pa
 
 def test_dry_run_plans_and_writes_nothing(branches, tmp_path):
     models = [(branch, 1.0) for branch in branches]
-    plan = merge_models(models, tmp_path / "out", MergeConfig(threads=3), SilentProgress(), dry_run=True)
+    config = MergeConfig(threads=3, chunk_kib=512)
+    plan = merge_models(models, tmp_path / "out", config, SilentProgress(), dry_run=True)
     assert not list(tmp_path.iterdir())
-    assert plan == merge_models(models, tmp_path / "out", MergeConfig(threads=3), SilentProgress())
+    assert plan.pop("free_bytes") > plan["bytes_out"]
+    done = merge_models(models, tmp_path / "out", config, SilentProgress())
+    assert plan == {key: value for key, value in done.items() if key != "free_bytes"}
     assert plan["bytes_out"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert plan["bytes_in"] == 4 * sum(t.nbytes for t in load(branches[0]).values())
     assert plan["buffer_bytes"] == 3 * 5 * 512 * 1024
-    assert plan["coefficients"] == [[str(branch), 0.25] for branch in branches]
+    assert plan["coefficients"] == [(str(branch), 0.25) for branch in branches]
 
 
 MEMORY_SCRIPT = """

@@ -14,7 +14,11 @@ from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average._eager import float64_to_bf16
 from merit_fast.merge import MergeConfig, combine, merge_branches, merge_models
-from merit_fast.merge.methods import model_stock_coefficients, slerp_coefficients
+from merit_fast.merge.coefficients import (
+    model_stock_coefficients,
+    multislerp_coefficients,
+    slerp_coefficients,
+)
 from merit_fast.progress import SilentProgress
 
 
@@ -42,6 +46,21 @@ def slerp_by_hand(t, a, b):
     return np.sin((1 - t) * omega) / np.sin(omega) * a + np.sin(t * omega) / np.sin(omega) * b
 
 
+def multislerp_by_hand(tensors, weights, base=None, eps=1e-8):
+    """mergekit's formula, on the vectors themselves."""
+    origin = base.double().numpy().ravel() if base is not None else 0.0
+    x = [tensor.double().numpy().ravel() - origin for tensor in tensors]
+    lengths = [np.linalg.norm(v) for v in x]
+    units = [v / (n + eps) for v, n in zip(x, lengths, strict=True)]
+    mean = sum(w * u for w, u in zip(weights, units, strict=True))
+    mean = mean / np.linalg.norm(mean)
+    tangent = sum(w * (u - (u @ mean) * mean) for w, u in zip(weights, units, strict=True))
+    angle = np.linalg.norm(tangent) + eps
+    direction = mean * np.cos(angle) + tangent * np.sin(angle) / angle
+    out = direction * sum(w * n for w, n in zip(weights, lengths, strict=True)) + origin
+    return out.reshape(tensors[0].shape)
+
+
 def stock_by_hand(base, tensors):
     base = base.double().numpy()
     deltas = [x.double().numpy() - base for x in tensors]
@@ -51,7 +70,8 @@ def stock_by_hand(base, tensors):
         for b in deltas[i + 1 :]
     ]
     cosine, count = np.mean(cosines), len(deltas)
-    share = count * cosine / (1 + (count - 1) * cosine)
+    opposite = 1 + (count - 1) * cosine < 1e-12
+    share = 0.0 if opposite else count * cosine / (1 + (count - 1) * cosine)
     return base + share * np.mean(deltas, axis=0)
 
 
@@ -83,6 +103,81 @@ def test_model_stock_tensor_by_tensor(models, tmp_path, native, monkeypatch):
     base, parts = load(models[3]), [load(model) for model in models[:3]]
     for name, tensor in merged.items():
         assert_bits_nearly(tensor, stock_by_hand(base[name], [part[name] for part in parts]))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "numpy"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_multislerp_tensor_by_tensor(models, tmp_path, centred, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(dispatch, "native_module", lambda: None)
+    weights, base = [0.5, 0.2, 0.3], models[3] if centred else None
+    (tmp_path / "out").mkdir()
+    config = MergeConfig(method="multislerp")
+    merge_branches(models[:3], weights, config, tmp_path / "out", SilentProgress(), base)
+    parts, start = [load(model) for model in models[:3]], load(models[3])
+    for name, tensor in load(tmp_path / "out").items():
+        inputs, origin = [part[name] for part in parts], start[name] if centred else None
+        if centred and all(torch.equal(x, origin) for x in inputs):  # the norms' weights: nothing moved
+            assert torch.equal(tensor, origin)
+        else:
+            assert_bits_nearly(tensor, multislerp_by_hand(inputs, weights, origin))
+
+
+def test_multislerp_coefficients_at_the_edges():
+    assert multislerp_coefficients(np.array([[4.0]]), (0.3,), "w") == (1.0,)
+    opposite = np.array([[4.0, -6.0], [-6.0, 9.0]])
+    assert multislerp_coefficients(opposite, (0.6, 0.4), "w") != (0.6, 0.4)  # the mean direction has a length
+    assert multislerp_coefficients(opposite, (0.5, 0.5), "w") == (0.5, 0.5)  # they cancel: a straight sum
+    assert multislerp_coefficients(np.zeros((3, 3)), (0.2, 0.3, 0.5), "w") == (0.2, 0.3, 0.5)
+    same = multislerp_coefficients(np.full((2, 2), 4.0), (0.5, 0.5), "w")
+    assert sum(same) == pytest.approx(1.0)
+    star = np.full((3, 3), -0.5) + 1.5 * np.eye(3)  # three directions of a triangle
+    with pytest.raises(InputError, match="merge: w: multislerp needs directions that do not cancel"):
+        multislerp_coefficients(star, (1 / 3, 1 / 3, 1 / 3), "w")
+
+
+@pytest.mark.parametrize("method", ["slerp", "multislerp", "model_stock"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_other_dtypes_and_hard_values(tmp_path, method, dtype):
+    """Single elements, denormals, the largest numbers, tensors without elements, equal ones, zeros."""
+    info, generator = torch.finfo(dtype), torch.Generator().manual_seed(0)
+    top = 1e100 if dtype == torch.float64 else info.max / 4
+
+    def tensors():
+        signs = torch.randint(0, 2, (60,), generator=generator) * 2.0 - 1
+        return {
+            "single": torch.randn(1, generator=generator),
+            "scalar": torch.randn((), generator=generator),
+            "denormals": signs * torch.rand(60, generator=generator) * info.smallest_normal,
+            "largest": signs.double() * top,
+            "empty": torch.zeros(3, 0),
+            "equal": torch.ones(4, 4),
+            "zeros": torch.zeros(5),
+            "cube": torch.randn(2, 3, 4, generator=generator),
+        }
+
+    loaded = [{name: t.to(dtype) for name, t in tensors().items()} for _ in range(3)]
+    for k, one in enumerate(loaded):
+        (tmp_path / f"m{k}").mkdir()
+        save_file(one, tmp_path / f"m{k}/model.safetensors")
+    paths, base = [tmp_path / "m0", tmp_path / "m1"], tmp_path / "m2" if method == "model_stock" else None
+    merged = run(paths, tmp_path / "out", base, method=method)
+    assert merged["empty"].shape == (3, 0) and torch.equal(merged["zeros"], torch.zeros(5, dtype=dtype))
+    torch.testing.assert_close(merged["equal"], torch.ones(4, 4, dtype=dtype))
+    for name in ("single", "scalar", "cube", "largest", "denormals"):
+        inputs = [one[name] for one in loaded]
+        if dtype == torch.float64 and name == "denormals":
+            continue  # their squares are 0 in fp64
+        if method == "slerp":
+            truth = slerp_by_hand(0.5, *inputs[:2])
+        elif method == "multislerp":
+            if name == "denormals" or (name != "cube" and (inputs[0].double() * inputs[1].double()).sum() <= 0):
+                continue  # shorter than its epsilon; opposite: they cancel
+            truth = multislerp_by_hand(inputs[:2], [0.5, 0.5])
+        else:
+            truth = stock_by_hand(inputs[2], inputs[:2])
+        error = np.abs(merged[name].double().numpy() - truth).max() / np.abs(truth).max()
+        assert error < (1e-3 if dtype == torch.float16 else 1e-6), name
 
 
 def test_slerp_coefficients_at_the_edges():
@@ -132,21 +227,25 @@ def test_wrong_numbers_of_models_are_named(models, options, count, message):
         combine(models[:count], [1.0] * count, models[3], MergeConfig(**options))
 
 
-@pytest.mark.parametrize("options", [{"scale": 0.5}, {"geometry": True}, {"weights": (1.0, 2.0)}])
-def test_options_that_do_not_go_with_these_methods_are_refused(options):
+@pytest.mark.parametrize("method", ["slerp", "multislerp", "model_stock"])
+@pytest.mark.parametrize("options", [{"scale": 0.5}, {"stats": True}, {"weights": (1.0, 2.0)}])
+def test_options_that_do_not_go_with_these_methods_are_refused(method, options):
     key, value = next((k, list(v) if isinstance(v, tuple) else v) for k, v in options.items())
-    message = f"{key}: must be absent: method slerp has coefficients of its own, got {value!r}"
-    with pytest.raises(InputError, match=re.escape(message)):
-        MergeConfig(method="slerp", **options)
+    if (method, key) == ("multislerp", "weights"):
+        assert MergeConfig(method=method, **options).takes_weights
+        return
+    rule = "reads its inputs twice for itself" if key == "stats" else f"takes no {key}"
+    with pytest.raises(InputError, match=re.escape(f"{key}: must be absent: method {method} {rule}, got {value!r}")):
+        MergeConfig(method=method, **options)
 
 
 def test_model_stock_without_a_base_says_so_and_a_dry_run_reads_no_data(models, tmp_path, monkeypatch):
-    from merit_fast.merge import stage
+    from merit_fast.merge import prepare
 
     pairs = [(model, None) for model in models[:2]]
     with pytest.raises(InputError, match="model_stock .*needs a base model"):
         merge_models(pairs, tmp_path / "out", MergeConfig(method="model_stock"), SilentProgress())
-    monkeypatch.setattr(stage, "gram_shard", None)  # a call would fail
+    monkeypatch.setattr(prepare, "gram_shard", None)  # a call would fail
     config, silent = MergeConfig(method="model_stock"), SilentProgress()
     plan = merge_models(pairs, tmp_path / "out", config, silent, models[3], dry_run=True)
     one = sum(t.nbytes for t in load(models[0]).values())

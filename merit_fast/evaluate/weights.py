@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from merit_fast.kernels.average import weighted_average
+from merit_fast.kernels.average import average_arrays
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
@@ -35,7 +35,7 @@ def interpolate_towards(model: nn.Module, base: Path, share: float) -> None:
 def _average(base: Tensor, mine: Tensor, share: float) -> Tensor:
     dtype = _NAMES[mine.dtype]
     arrays = [_bits(tensor.contiguous().flatten()) for tensor in (base, mine)]
-    weighted_average(arrays, [1.0 - share, share], dtypes=[dtype, dtype], out_dtype=dtype, out=arrays[0])
+    average_arrays(arrays, [1.0 - share, share], dtypes=[dtype, dtype], out_dtype=dtype, out=arrays[0])
     return base
 
 

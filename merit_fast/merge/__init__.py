@@ -1,10 +1,22 @@
 """Stage three: token-weighted averaging of sharded checkpoints, streamed from files to files. Imports no torch.
 
-checkpoint (headers) -> methods (coefficients) -> plan (byte ranges) -> stream (the engine) -> stage (directories)
+checkpoint, adapter, sources (headers) -> methods (rules) -> layout, plan (byte ranges) -> stream (the engine)
+-> shards, companions (files) -> stage (directories); memory does without files.
 """
 
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.memory import load_merged, merge_state_dicts
 from merit_fast.merge.methods import combine
-from merit_fast.merge.stage import merge_branches, merge_models, resolve_weights
+from merit_fast.merge.stage import merge_branches, merge_models, same_bytes
+from merit_fast.merge.weights import resolve_weights
 
-__all__ = ["MergeConfig", "combine", "merge_branches", "merge_models", "resolve_weights"]
+__all__ = [
+    "MergeConfig",
+    "combine",
+    "load_merged",
+    "merge_branches",
+    "merge_models",
+    "merge_state_dicts",
+    "resolve_weights",
+    "same_bytes",
+]

@@ -1,0 +1,1 @@
+"""Foreign formats, read into the configs of the stages."""

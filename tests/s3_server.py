@@ -1,0 +1,80 @@
+"""A real S3 server on loopback for the tests of remote models, and a record of what it was asked."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": "/dev/null",
+    "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+    "NO_PROXY": "127.0.0.1",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    key: str  # bucket/object
+    range: str  # of the request, "" for none
+    sent: int  # bytes of the answer's body
+
+
+class Recorder:
+    """WSGI middleware: all requests in the order of their answers."""
+
+    def __init__(self, app: Any) -> None:
+        self.app, self.requests, self._lock = app, [], threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        body = b"".join(self.app(environ, start_response))
+        key = environ["PATH_INFO"].strip("/")
+        request = Request(environ["REQUEST_METHOD"], key, environ.get("HTTP_RANGE", ""), len(body))
+        with self._lock:
+            self.requests.append(request)
+        return [body]
+
+    def of(self, method: str, key_holds: str) -> list[Request]:
+        return [one for one in self.requests if one.method == method and key_holds in one.key]
+
+
+@contextmanager
+def s3_server() -> Iterator[Recorder]:
+    """Runs moto's server; inside, s3fs finds it by the environment and looks nowhere else."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    recorder = Recorder(server._server.app)
+    server._server.app = recorder
+    try:
+        with mock.patch.dict(os.environ, {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}):
+            yield recorder
+    finally:
+        server.stop()
+
+
+def put_tree(directory: Path, place: Any) -> None:
+    """Copies a local directory's files to a RemotePath."""
+    for file in directory.iterdir():
+        place.store.put_file(str(file), (place / file.name).path)
+
+
+def get_tree(place: Any, directory: Path) -> Path:
+    """Copies a RemotePath's objects into a new local directory."""
+    directory.mkdir()
+    for name in place.entries(fresh=True):
+        (place / name).copy_to(directory / name)
+    return directory
