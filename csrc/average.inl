@@ -115,21 +115,22 @@ static bool certain_group(const uint16_t* const* inputs, const float* weights, i
   uint32_t doubtful = 0;
 #pragma GCC ivdep
   for (int i = 0; i < kGroup; i++) {
-    float sum = 0.0f, size = 0.0f, least = 0x1p127f;
+    float sum = 0.0f, size = 0.0f;
+    uint32_t least = 0xffffffffu;  // bits of the smallest term but 0, less 1
 #pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
       const float term = w[k] * as_float(uint32_t(x[k][i]) << 16);
-      const float magnitude = as_float(as_bits(term) & 0x7fffffffu);
+      const uint32_t magnitude = as_bits(term) & 0x7fffffffu, nonzero = magnitude - 1u;
       sum = k ? sum + term : term;
-      size = k ? size + magnitude : magnitude;
-      const float nonzero = magnitude > 0.0f ? magnitude : 0x1p127f;
-      least = power_of_two && nonzero < least ? nonzero : least;
+      size = k ? size + as_float(magnitude) : as_float(magnitude);
+      if (power_of_two) least = nonzero < least ? nonzero : least;
     }
     const uint32_t bits = as_bits(sum), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     const float distance = as_float(as_bits(sum - as_float(rounded & 0xffff0000u)) & 0x7fffffffu);
     const float middle = as_float(bits & 0x7f800000u) * 0x1p-8f;  // half a bf16's last place
     const uint32_t far = distance + (size * error + 0x1p-110f) < middle;
-    const uint32_t exact = (size <= least * 0x1p15f) & (least > 0x1p-90f) & (size < 0x1p100f);
+    const float bound = as_float(least & 0x7fffffffu) * 0x1p15f;
+    const uint32_t exact = (size <= bound) & (bound > 0x1p-75f) & (size < 0x1p100f);
     doubtful |= (power_of_two ? far | exact : far) ^ 1u;
     y[i] = uint16_t(rounded >> 16);
   }
