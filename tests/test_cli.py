@@ -47,7 +47,7 @@ def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
         (["run", "run.yml", "model=/nowhere"], "'/nowhere' is neither a directory nor a hub id"),
         (["run", "run.yml", "output=run.yml"], "output: must be a directory, got the file run.yml"),
         (["sketch", "--proj-dim", "100", "run.yml"], "split.proj_dim: must be a multiple of 16, got 100"),
-        (["split", "--frobnicate"], "No such option"),
+        (["split", "--frobnicate"], "command line: unrecognized arguments: --frobnicate"),
         (["train"], "train: needs a CONFIG.yml, or --model and --dataset"),
         (["sketch", "--model", "m", "--dataset", "capitals"], "--dataset: must be NAME=PATH"),
         (["merge", "--model", "a"], "needs exactly one OUT directory"),
@@ -55,7 +55,7 @@ def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
         (["merge", "out", "--model", "a:1", "--model", "b"], "give a weight to every model or to none"),
         (["merge", "out", "--model", "nowhere:1"], "nowhere: is not a directory"),
         (["merge", "out", "--model", "nowhere", "--threads", "0"], "threads: must be at least 1, got 0"),
-        (["frobnicate"], "No such command"),
+        (["frobnicate"], "command line: no such command: 'frobnicate'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(call, config_file, arguments, message):

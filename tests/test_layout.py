@@ -30,8 +30,9 @@ ARROWS = {
     "run_config": BASE | STAGES | {"data"},
     "pipeline": BASE | STAGES | {"data", "model", "run_config"},
     "integrations": BASE | {"merge", "model"},
+    "arguments": {"errors"},
     "merge_command": BASE | {"merge", "integrations"},
-    "cli": BASE | STAGES | {"data", "model", "run_config", "pipeline", "doctor", "demo", "merge_command"},
+    "cli": BASE | STAGES | {"data", "model", "run_config", "pipeline", "doctor", "demo", "arguments", "merge_command"},
     "__init__": {"errors", "pipeline", "run_config"},
 }
 
