@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstring>
 
+const int64_t kWriteBack = 8 << 20;  // bytes handed to the disk at a time
+
 static_assert(kTruncated == ENODATA, "kTruncated is ENODATA");
 
 int read_all(int fd, char* p, size_t n, int64_t at) {
@@ -30,7 +32,9 @@ int write_all(int fd, const char* p, size_t n, int64_t at, bool early) {
     if (r < 0 && errno == EINTR) continue;
     if (r <= 0) return r < 0 ? errno : EIO;
 #ifdef SYNC_FILE_RANGE_WRITE
-    if (early) sync_file_range(fd, at, r, SYNC_FILE_RANGE_WRITE);  // a hint: what it cannot do, fsync will
+    const int64_t window = (at + r) / kWriteBack - 1;  // the last one that is over
+    if (early && at / kWriteBack <= window)  // a hint: what it cannot do, fsync will
+      sync_file_range(fd, window * kWriteBack, kWriteBack, SYNC_FILE_RANGE_WRITE);
 #endif
     p += r, n -= size_t(r), at += r;
   }
