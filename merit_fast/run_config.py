@@ -14,6 +14,7 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifest import write_text
 from merit_fast.merge.config import MergeConfig
 from merit_fast.split.config import SplitConfig
+from merit_fast.strict_yaml import read_yaml
 from merit_fast.train.config import TrainConfig
 
 
@@ -51,7 +52,7 @@ def read_run_config(
     Raises:
         InputError: the file is missing or no YAML, or a key or value breaks a rule.
     """
-    values = _read_yaml(file) if file else {}
+    values = (read_yaml(file) or {}) if file else {}
     if not isinstance(values, dict):
         raise InputError(f"{file}: must be a mapping of keys, got {type(values).__name__}")
     values = override({**values, **(flags or {})}, assignments)
@@ -66,32 +67,6 @@ def read_run_config(
 def write_run_config(config: RunConfig, path: Path) -> None:
     """The resolved config, every default spelled out: running it again repeats the run."""
     write_text(path, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
-
-
-def _read_yaml(file: Path) -> Any:
-    try:
-        return yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader) or {}
-    except FileNotFoundError:
-        raise InputError(f"{file}: does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{file}{line}: is not valid YAML: {getattr(error, 'problem', error)}") from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader keeps the last of two equal keys and says nothing; this one refuses."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:

@@ -196,7 +196,7 @@ def test_files_that_are_no_recipe(read, text, message):
 
 
 def test_a_recipe_that_is_not_there(read):
-    with pytest.raises(InputError, match="^nowhere.yml: cannot be read: No such file or directory$"):
+    with pytest.raises(InputError, match="^nowhere.yml: does not exist$"):
         read_mergekit(Path("nowhere.yml"))
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from merit_fast.errors import InputError, show
+from merit_fast.strict_yaml import read_yaml
 
 _TOP = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype")
 _TEXTS = ("tokenizer_source", "tokenizer", "chat_template")
@@ -77,7 +76,7 @@ def read_document(file: Path) -> Document:
     Raises:
         InputError: no YAML, a key that mergekit does not have or we do not, a value of another kind.
     """
-    reader, values = _Reader(str(file)), _load(file)
+    reader, values = _Reader(str(file)), read_yaml(file)
     idle = [key for key in values if key in _IDLE] if isinstance(values, dict) else []
     top = reader.mapping(values, "", (*_TOP, *_TEXTS, *_IDLE))
     if not isinstance(top.get("merge_method"), str):
@@ -204,30 +203,6 @@ class _Reader:
         if work is None or out is None or self.dtype_name("dtype", work) == self.dtype_name("out_dtype", out):
             return ()
         return (f"dtype: {work} is what mergekit computes in; here it is float64, rounded once to out_dtype {out}",)
-
-
-def _load(file: Path) -> Any:
-    try:
-        return yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{file}{line}: is not valid YAML: {getattr(error, 'problem', error)}") from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses two equal keys in one mapping."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        plain = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in plain]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                mark = plain[place].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", mark)
-        return super().construct_mapping(node, deep)
 
 
 def _join(key: str, name: str) -> str:
