@@ -34,7 +34,7 @@ def native_module() -> Extension:
         "merit_fast._C",
         [*sorted(glob.glob("csrc/*.cpp")), os.path.relpath(os.path.join(nanobind_source, "nb_combined.cpp"))],
         include_dirs=["csrc", nanobind.include_dir(), robin_map],
-        depends=sorted(glob.glob("csrc/*")),
+        depends=sorted(glob.glob("csrc/*.*")),  # not cuda/, which is no part of this module
         extra_compile_args=[
             "-O3",
             "-std=c++17",

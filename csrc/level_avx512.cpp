@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <omp.h>
 
 #include "levels.h"
 #define MERIT_AVX512 1

@@ -1,3 +1,5 @@
+#include <omp.h>
+
 #include "levels.h"
 #define MERIT_GENERIC 1
 namespace level_generic {

@@ -1,5 +1,5 @@
 // What every ISA level provides. The bodies are in the .inl files, compiled once per level (level_generic.cpp,
-// level_avx2.cpp, level_avx512.cpp) with contraction off, so all levels give the same bits.
+// level_avx2.cpp, level_avx512.cpp) with contraction off, so all levels give the same bits (but for sketch_linear).
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -35,29 +35,38 @@ struct MixRule {
   double scale;
 };
 
-// A batch of row-major matrices whose rows are hashed as rows `row_ids[b, r]` (or first_row + r) of one parameter.
-struct SketchRows {
-  const void* x;         // [batch, rows, cols], float or bf16 bits
+// Rows of examples laid end to end: those of example b are offsets[b]..offsets[b + 1] - 1.
+struct SketchMatrix {
+  const void* data;  // [rows, cols], float or bf16 bits
   bool bf16;
-  int64_t batch, rows, cols;
-  int64_t batch_stride, row_stride;  // elements
-  const int64_t* row_ids;            // [batch, rows], or null
-  int64_t first_row;
-  uint64_t key;       // of (hash version, seed, parameter name)
-  int64_t proj_dim;   // multiple of 16
-  float* out;         // [batch, proj_dim], added to
-  int threads;
+  int64_t cols, row_stride;  // elements
 };
 
-// sketch(dY^T X) of a batch of linear layers' calls; dY is given transposed, columns of x are padded to blocks of 16.
-struct LinearSketch {
-  const float* dy_t;  // [batch, rows, tokens]
-  const float* x;     // [batch, tokens, cols]
-  int64_t batch, tokens, rows, cols;
-  uint64_t key;
-  int64_t proj_dim;
-  float* out;  // [batch, proj_dim], added to
-  int threads;
+// Where a sketch goes: the part from (first_row, first_col) on of a parameter with all_cols columns.
+struct SketchTarget {
+  const int64_t* offsets;  // [examples + 1]
+  int64_t examples;
+  int64_t first_row, first_col, all_cols;
+  uint64_t key;       // of (hash version, seed, parameter name)
+  int64_t proj_dim;   // multiple of 64 * 64
+  const float* scale;    // [rows, cols] of this part, times which a gradient is hashed; or null
+  int64_t scale_stride;  // elements
+  float* out;         // [examples, proj_dim], added to
+  int parts, threads; // parts <= proj_dim / (64 * 64); each owns the buckets r with r % parts == part
+};
+
+// Gradients that exist: row n is row row_ids[n] of the parameter, or first_row + its place in the example.
+struct SketchRows : SketchTarget {
+  SketchMatrix x;
+  const int64_t* row_ids;  // or null
+};
+
+const int64_t kLinearScratch = 80 * 1024;  // words of 32 bits per thread; with a sketch of 65536 floats, half of L2
+
+// dY^T X of each example; rows of the matrices are tokens.
+struct LinearSketch : SketchTarget {
+  SketchMatrix dy, x;
+  uint32_t* scratch;  // [threads, kLinearScratch], on 64 bytes
 };
 
 #define MERIT_DECLARE_LEVEL(ns)                                                                              \
@@ -85,6 +94,9 @@ MERIT_DECLARE_LEVEL(level_generic)
 #if defined(__x86_64__)
 MERIT_DECLARE_LEVEL(level_avx2)
 MERIT_DECLARE_LEVEL(level_avx512)
+namespace level_avx512_bf16 {  // avx512 in all but this
+void sketch_linear(const LinearSketch& job);
+}
 #endif
 
 struct Level {

@@ -29,12 +29,18 @@ Level choose_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && (forced.empty() || forced == "avx512_bf16")) {
+    Level level = MERIT_LEVEL(avx512);
+    level.name = "avx512_bf16";
+    level.sketch_linear = level_avx512_bf16::sketch_linear;
+    return level;
+  }
   if (avx512 && (forced.empty() || forced == "avx512")) return MERIT_LEVEL(avx512);
   if (avx2 && (forced.empty() || forced == "avx2")) return MERIT_LEVEL(avx2);
 #endif
   if (forced.empty() || forced == "generic") return MERIT_LEVEL(generic);
   throw std::invalid_argument("MERIT_FAST_SIMD=" + forced +
-                              ": must be generic, avx2 or avx512 and supported by this CPU");
+                              ": must be generic, avx2, avx512 or avx512_bf16 and supported by this CPU");
 }
 
 }  // namespace
@@ -42,28 +48,6 @@ Level choose_level() {
 NB_MODULE(_C, m) {
   static const Level level = choose_level();
   m.def("simd_level", [] { return std::string(level.name); });
-
-  m.def("sketch_rows", [](uintptr_t x, bool bf16, int64_t batch, int64_t rows, int64_t cols, int64_t batch_stride,
-                          int64_t row_stride, uintptr_t row_ids, int64_t first_row, uint64_t key, int64_t proj_dim,
-                          uintptr_t out, int threads) {
-    if (proj_dim < 16 || proj_dim % 16 || threads < 1)
-      throw std::invalid_argument("sketch_rows: bad proj_dim or threads");
-    const SketchRows job{reinterpret_cast<const void*>(x), bf16, batch, rows, cols, batch_stride, row_stride,
-                         reinterpret_cast<const int64_t*>(row_ids), first_row, key, proj_dim,
-                         reinterpret_cast<float*>(out), threads};
-    nb::gil_scoped_release release;
-    level.sketch_rows(job);
-  });
-
-  m.def("sketch_linear", [](uintptr_t dy_t, uintptr_t x, int64_t batch, int64_t tokens, int64_t rows, int64_t cols,
-                            uint64_t key, int64_t proj_dim, uintptr_t out, int threads) {
-    if (proj_dim < 16 || proj_dim % 16 || cols % 16 || threads < 1)
-      throw std::invalid_argument("sketch_linear: bad proj_dim, cols or threads");
-    const LinearSketch job{reinterpret_cast<const float*>(dy_t), reinterpret_cast<const float*>(x), batch, tokens, rows,
-                           cols, key, proj_dim, reinterpret_cast<float*>(out), threads};
-    nb::gil_scoped_release release;
-    level.sketch_linear(job);
-  });
 
   m.def("weighted_average",
         [](std::vector<uintptr_t> inputs, std::vector<int64_t> types, std::vector<double> weights, uintptr_t out,
@@ -82,5 +66,6 @@ NB_MODULE(_C, m) {
                                         reinterpret_cast<void*>(out), out_code, n);
         });
 
+  define_sketch(m, level);
   define_merge(m, level);
 }

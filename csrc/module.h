@@ -7,6 +7,7 @@
 
 #include "levels.h"
 
+void define_sketch(nanobind::module_& m, const Level& level);
 void define_merge(nanobind::module_& m, const Level& level);
 
 inline DType dtype(int64_t code) {

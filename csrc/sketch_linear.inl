@@ -1,86 +1,226 @@
-// CountSketch of dY^T X without dY^T X: a tile of the product stays in registers over all tokens, then goes to its
-// buckets. Included inside a level's namespace, after sketch.inl. Each entry is one chain of fused multiply-adds over
-// the tokens in order (fmaf where there is no instruction), so every level gives the same bits.
+// CountSketch of dY^T X without dY^T X: blocks of the product stay in registers over a chunk of tokens, then go to their
+// bucket. Included inside a level's namespace, after sketch.inl. dY and X are packed in words of 32 bits: a float, or
+// where there are bf16 dot products and both sides are bf16, a pair of tokens.
 
-// The order in which tiles reach the buckets is the same on every level, whatever fits in its registers.
-static const int kTileRows = 6, kTileBlocks = 4;
+static const int kRows = 8, kCols = 32;        // of a block of the product: 16 vector registers of sums
+static const int64_t kDepth = 256;             // words of the reduction at a time: a panel of X fills half of L1
+static const int64_t kPanelWords = kLinearScratch - kTile * kDepth;  // of packed X
 
-// tile[a, :] = sum_t dy_t[a, t] * x[t, :] for ROWS rows and 16 * BLOCKS columns.
-template <int ROWS, int BLOCKS>
-static inline void product_tile(const float* dy_t, const float* x, int64_t tokens, int64_t x_stride, float* tile) {
-#if defined(MERIT_AVX512)
-  __m512 sum[ROWS][BLOCKS];  // 24 of 32 registers
-  for (int a = 0; a < ROWS; a++)
-    for (int b = 0; b < BLOCKS; b++) sum[a][b] = _mm512_setzero_ps();
-  for (int64_t t = 0; t < tokens; t++) {
-    __m512 column[BLOCKS];
-    for (int b = 0; b < BLOCKS; b++) column[b] = _mm512_loadu_ps(x + t * x_stride + 16 * b);
-    for (int a = 0; a < ROWS; a++) {
-      const __m512 y = _mm512_set1_ps(dy_t[a * tokens + t]);
-      for (int b = 0; b < BLOCKS; b++) sum[a][b] = _mm512_fmadd_ps(y, column[b], sum[a][b]);
+#if defined(MERIT_AVX512_BF16)
+static const bool kHasPairs = true;
+#else
+static const bool kHasPairs = false;
+#endif
+
+static inline void widen_row(const float* from, uint32_t* to, int n) { std::memcpy(to, from, size_t(n) * 4); }
+static inline void widen_row(const uint16_t* from, uint32_t* to, int n) {
+  for (int j = 0; j < n; j++) to[j] = uint32_t(from[j]) << 16;
+}
+
+// out[k, j] = word k of column j for `words` words from token `token` on, and columns `at`..`at + W - 1` of the matrix;
+// what lies outside of it is zero.
+template <int W, bool PAIRS, class T>
+static inline void pack_group(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at, uint32_t* out) {
+  const T* from = static_cast<const T*>(m.data) + token * m.row_stride + at;
+  const int first = at >= 0 ? 0 : at > -W ? int(-at) : W;
+  const int last = at + W <= m.cols ? W : at < m.cols ? int(m.cols - at) : 0;
+  if (first >= last) {
+    std::memset(out, 0, size_t(PAIRS ? (tokens + 1) / 2 : tokens) * W * 4);
+    return;
+  }
+  const int64_t step = PAIRS ? 2 : 1;
+  for (int64_t t = 0; t < tokens; t += step, from += step * m.row_stride, out += W) {
+    if (first > 0 || last < W) std::memset(out, 0, W * 4);
+    if constexpr (!PAIRS) {
+      if (first == 0 && last == W)
+        widen_row(from, out, W);
+      else
+        widen_row(from + first, out + first, last - first);
+    } else if (first == 0 && last == W && t + 1 < tokens) {
+      const T* next = from + m.row_stride;
+      for (int j = 0; j < W; j++) out[j] = uint32_t(from[j]) | uint32_t(next[j]) << 16;
+    } else {
+      for (int j = first; j < last; j++)
+        out[j] = uint32_t(from[j]) | (t + 1 < tokens ? uint32_t(from[m.row_stride + j]) << 16 : 0u);
     }
   }
-  for (int a = 0; a < ROWS; a++)
-    for (int b = 0; b < BLOCKS; b++) _mm512_store_ps(tile + (a * BLOCKS + b) * 16, sum[a][b]);
+}
+
+template <int W, bool PAIRS>
+static inline void pack(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at, int64_t groups, uint32_t* out) {
+  const int64_t words = PAIRS ? (tokens + 1) / 2 : tokens;
+  for (int64_t g = 0; g < groups; g++, at += W, out += words * W) {
+    if constexpr (PAIRS)
+      pack_group<W, true, uint16_t>(m, token, tokens, at, out);
+    else if (m.bf16)
+      pack_group<W, false, uint16_t>(m, token, tokens, at, out);
+    else
+      pack_group<W, false, float>(m, token, tokens, at, out);
+  }
+}
+
+#if defined(MERIT_AVX512)
+typedef __m512 Sums[kRows][2];
+
+// sum[a] = sum over k of left[k, a] * right[k, :]: 16 of 32 registers.
+template <bool PAIRS>
+static inline __attribute__((always_inline)) void product_sums(const uint32_t* left, const uint32_t* right, int64_t words,
+                                                               Sums& sum) {
+  for (int a = 0; a < kRows; a++) sum[a][0] = sum[a][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < words; k++, left += kRows, right += kCols) {
+    const __m512i low = _mm512_load_si512(right), high = _mm512_load_si512(right + 16);
+    for (int a = 0; a < kRows; a++) {
+      const __m512i y = _mm512_set1_epi32(int(left[a]));
+#if defined(MERIT_AVX512_BF16)
+      if constexpr (PAIRS) {
+        sum[a][0] = _mm512_dpbf16_ps(sum[a][0], (__m512bh)y, (__m512bh)low);
+        sum[a][1] = _mm512_dpbf16_ps(sum[a][1], (__m512bh)y, (__m512bh)high);
+        continue;
+      }
+#endif
+      sum[a][0] = _mm512_fmadd_ps(_mm512_castsi512_ps(y), _mm512_castsi512_ps(low), sum[a][0]);
+      sum[a][1] = _mm512_fmadd_ps(_mm512_castsi512_ps(y), _mm512_castsi512_ps(high), sum[a][1]);
+    }
+  }
+}
+#endif
+
+// block[a, j] = sum over k of left[k, a] * right[k, j], a < kRows, j < kCols.
+template <bool PAIRS>
+static inline void product_block(const uint32_t* left, const uint32_t* right, int64_t words, float* block) {
+#if defined(MERIT_AVX512)
+  Sums sum;
+  product_sums<PAIRS>(left, right, words, sum);
+  for (int a = 0; a < kRows; a++) {
+    _mm512_store_ps(block + a * kCols, sum[a][0]);
+    _mm512_store_ps(block + a * kCols + 16, sum[a][1]);
+  }
 #elif defined(MERIT_AVX2)
-  for (int b = 0; b < BLOCKS; b++) {
-    __m256 low[ROWS], high[ROWS];  // 12 of 16 registers
-    for (int a = 0; a < ROWS; a++) low[a] = high[a] = _mm256_setzero_ps();
-    for (int64_t t = 0; t < tokens; t++) {
-      const float* column = x + t * x_stride + 16 * b;
-      const __m256 column_low = _mm256_loadu_ps(column), column_high = _mm256_loadu_ps(column + 8);
-      for (int a = 0; a < ROWS; a++) {
-        const __m256 y = _mm256_set1_ps(dy_t[a * tokens + t]);
-        low[a] = _mm256_fmadd_ps(y, column_low, low[a]);
-        high[a] = _mm256_fmadd_ps(y, column_high, high[a]);
+  for (int part = 0; part < 4; part++) {  // 4 rows x 16 columns: 8 of 16 registers
+    const uint32_t *y = left + (part >> 1) * 4, *x = right + (part & 1) * 16;
+    __m256 low[4], high[4];
+    for (int a = 0; a < 4; a++) low[a] = high[a] = _mm256_setzero_ps();
+    for (int64_t k = 0; k < words; k++, y += kRows, x += kCols) {
+      const __m256 x_low = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
+      const __m256 x_high = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(x + 8)));
+      for (int a = 0; a < 4; a++) {
+        const __m256 value = _mm256_castsi256_ps(_mm256_set1_epi32(int(y[a])));
+        low[a] = _mm256_fmadd_ps(value, x_low, low[a]);
+        high[a] = _mm256_fmadd_ps(value, x_high, high[a]);
       }
     }
-    for (int a = 0; a < ROWS; a++) {
-      _mm256_store_ps(tile + (a * BLOCKS + b) * 16, low[a]);
-      _mm256_store_ps(tile + (a * BLOCKS + b) * 16 + 8, high[a]);
+    for (int a = 0; a < 4; a++) {
+      float* row = block + ((part >> 1) * 4 + a) * kCols + (part & 1) * 16;
+      _mm256_store_ps(row, low[a]);
+      _mm256_store_ps(row + 8, high[a]);
     }
   }
 #else
-  for (int i = 0; i < ROWS * BLOCKS * 16; i++) tile[i] = 0.f;
-  for (int64_t t = 0; t < tokens; t++)
-    for (int a = 0; a < ROWS; a++)
-      for (int j = 0; j < BLOCKS * 16; j++) {
-        float& sum = tile[a * BLOCKS * 16 + j];
-        sum = std::fma(dy_t[a * tokens + t], x[t * x_stride + j], sum);
-      }
+  for (int i = 0; i < kRows * kCols; i++) block[i] = 0.f;
+  for (int64_t k = 0; k < words; k++, left += kRows, right += kCols) {
+    float x[kCols];
+    std::memcpy(x, right, sizeof(x));
+    for (int a = 0; a < kRows; a++) {
+      float y;
+      std::memcpy(&y, left + a, 4);
+      for (int j = 0; j < kCols; j++) block[a * kCols + j] += y * x[j];
+    }
+  }
 #endif
 }
 
-template <int ROWS, int BLOCKS>
-static inline void sketch_tile(const LinearSketch& job, const float* dy_t, const float* x, int64_t row, int64_t block,
-                               float* out) {
-  alignas(64) float tile[ROWS * BLOCKS * 16];
-  product_tile<ROWS, BLOCKS>(dy_t + row * job.tokens, x + block * 16, job.tokens, job.cols, tile);
-  const uint64_t buckets = uint64_t(job.proj_dim / 16), blocks = uint64_t(job.cols / 16);
-  for (int a = 0; a < ROWS; a++)
-    for (int b = 0; b < BLOCKS; b++) {
-      const uint64_t h = hash_block(job.key, uint64_t(row + a) * blocks + uint64_t(block + b));
-      float* bucket = out + (((h >> 32) * buckets) >> 32) * 16;
-      add_block(tile + (a * BLOCKS + b) * 16, (h >> 16) & 15u, h & 0xffffu, bucket);
+// block[a, j] *= the scale of row `row` + a and column `col` + j of this part; outside of it the block is zero.
+static inline void scale_block(const LinearSketch& job, int64_t row, int64_t col, float* block) {
+  const int64_t top = row < 0 ? -row : 0, bottom = row + kRows > job.dy.cols ? job.dy.cols - row : kRows;
+  const int64_t first = col < 0 ? -col : 0, last = col + kCols > job.x.cols ? job.x.cols - col : kCols;
+  for (int64_t a = top; a < bottom; a++)
+    for (int64_t j = first; j < last; j++) block[a * kCols + j] *= job.scale[(row + a) * job.scale_stride + col + j];
+}
+
+// Rows first..first + 7 of a tile and its columns half..half + 31, from registers where they fit, to their bucket.
+template <bool PAIRS>
+static inline void sketch_block(const LinearSketch& job, const Tile& tile, int64_t row, int64_t col, int first, int half,
+                                const uint32_t* left, const uint32_t* right, int64_t words) {
+#if defined(MERIT_AVX512)
+  if (!job.scale) {
+    Sums sum;
+    product_sums<PAIRS>(left, right, words, sum);
+    for (int a = 0; a < kRows; a++) {
+      uint64_t signs;
+      float* to = bucket_row(tile, first + a, signs);
+      add16(sum[a][0], half, tile.col_mask, signs, to);
+      add16(sum[a][1], half + 16, tile.col_mask, signs, to);
     }
+    return;
+  }
+#endif
+  alignas(64) float block[kRows * kCols];
+  product_block<PAIRS>(left, right, words, block);
+  if (job.scale) scale_block(job, row + first, col + half, block);
+  for (int a = 0; a < kRows; a++) {
+    uint64_t signs;
+    float* to = bucket_row(tile, first + a, signs);
+    add_run<kCols>(block + a * kCols, half, tile.col_mask, signs, to);
+  }
 }
 
-template <int BLOCKS>
-static inline void sketch_panel(const LinearSketch& job, const float* dy_t, const float* x, int64_t block, float* out) {
-  int64_t row = 0;
-  for (; row + kTileRows <= job.rows; row += kTileRows) sketch_tile<kTileRows, BLOCKS>(job, dy_t, x, row, block, out);
-  for (; row < job.rows; row++) sketch_tile<1, BLOCKS>(job, dy_t, x, row, block, out);
+// One tile at (row, col) of this part: the products of dY packed in `left` and X packed in `right`, to its bucket.
+template <bool PAIRS>
+static inline void sketch_tile(const LinearSketch& job, const Tile& tile, int64_t row, int64_t col, const uint32_t* left,
+                               const uint32_t* right, int64_t words) {
+  for (int half = 0; half < kTile && col + half < job.x.cols; half += kCols)
+    for (int first = 0; first < kTile && row + first < job.dy.cols; first += kRows)
+      sketch_block<PAIRS>(job, tile, row, col, first, half, left + first * words, right + half * words, words);
 }
 
+// All strips of 64 rows against the column tiles from..to, whose words are packed in `panel`.
+template <bool PAIRS>
+static void sketch_panel(const LinearSketch& job, int64_t token, int64_t tokens, int64_t from, int64_t to, int part,
+                         float* out, const uint32_t* panel, uint32_t* left) {
+  const int64_t words = PAIRS ? (tokens + 1) / 2 : tokens;
+  const int64_t top = job.first_row / kTile, bottom = (job.first_row + job.dy.cols + kTile - 1) / kTile;
+  Strip strip;
+  for (int64_t s = top; s < bottom; s++) {
+    draw_strip(job, s, from, to, part, out, strip);
+    if (!strip.count) continue;
+    const int64_t row = s * kTile - job.first_row;
+    pack<kRows, PAIRS>(job.dy, token, tokens, row, kTile / kRows, left);
+    for (int k = 0; k < strip.count; k++) {
+      const uint32_t* right = panel + (strip.column[k] / kTile - from) * kTile * words;
+      sketch_tile<PAIRS>(job, strip.tiles[k], row, strip.column[k] - job.first_col, left, right, words);
+    }
+  }
+}
+
+template <bool PAIRS>
+static void sketch_example(const LinearSketch& job, int64_t b, int part, uint32_t* scratch) {
+  float* out = job.out + b * job.proj_dim;
+  const int64_t begin = job.offsets[b], end = job.offsets[b + 1], depth = PAIRS ? 2 * kDepth : kDepth;
+  const int64_t left = job.first_col / kTile, right = (job.first_col + job.x.cols + kTile - 1) / kTile;
+  uint32_t* panel = scratch + kTile * kDepth;
+  for (int64_t token = begin; token < end; token += depth) {
+    const int64_t tokens = token + depth < end ? depth : end - token, words = PAIRS ? (tokens + 1) / 2 : tokens;
+    int64_t wide = kPanelWords / (words * kTile);
+    if (wide > kStrip) wide = kStrip;
+    for (int64_t from = left; from < right; from += wide) {
+      const int64_t to = from + wide < right ? from + wide : right;
+      pack<kCols, PAIRS>(job.x, token, tokens, from * kTile - job.first_col, (to - from) * 2, panel);
+      sketch_panel<PAIRS>(job, token, tokens, from, to, part, out, panel, scratch);
+    }
+  }
+}
+
+// Parts own disjoint buckets, so threads share an example without meeting and the sums' order is always the same.
 void sketch_linear(const LinearSketch& job) {
-  const int64_t blocks = job.cols / 16;
-#pragma omp parallel for schedule(static) num_threads(job.threads)
-  for (int64_t b = 0; b < job.batch; b++) {
-    const float* dy_t = job.dy_t + b * job.rows * job.tokens;
-    const float* x = job.x + b * job.tokens * job.cols;
-    float* out = job.out + b * job.proj_dim;
-    int64_t block = 0;
-    for (; block + kTileBlocks <= blocks; block += kTileBlocks) sketch_panel<kTileBlocks>(job, dy_t, x, block, out);
-    for (; block < blocks; block++) sketch_panel<1>(job, dy_t, x, block, out);
+#pragma omp parallel num_threads(job.threads)
+  {
+    uint32_t* scratch = job.scratch + kLinearScratch * omp_get_thread_num();
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < job.examples * job.parts; item++) {
+      if (kHasPairs && job.dy.bf16 && job.x.bf16)
+        sketch_example<kHasPairs>(job, item / job.parts, int(item % job.parts), scratch);
+      else
+        sketch_example<false>(job, item / job.parts, int(item % job.parts), scratch);
+    }
   }
 }

@@ -23,9 +23,8 @@ OPS: Mapping[str, tuple[Backend, ...]] = {
     "weighted_average": ("cpu", "triton"),
     "average_arrays": ("cpu",),
     "merge_files": ("cpu",),
-    "flat_sketch": ("cpu",),
-    "linear_grad_sketch": ("cpu",),
-    "embedding_grad_sketch": ("cpu",),
+    "flat_sketch": ("cpu", "triton"),
+    "linear_grad_sketch": ("cpu", "triton", "cuda"),
 }
 
 logger = logging.getLogger(__name__)
@@ -49,6 +48,8 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
         return "has no kernel for this op"
     if backend == "triton":
         return _triton_unavailable(device_type)
+    if backend == "cuda":
+        return _cuda_unavailable(device_type)
     if device_type != "cpu":
         return f"runs on cpu tensors, got {device_type}"
     if native_module() is None:
@@ -66,6 +67,14 @@ def _triton_unavailable(device_type: str) -> str | None:
         return f"runs on cuda tensors, got {device_type}"
     if device_type == "cuda" and interpreted:
         return "runs on cpu tensors while TRITON_INTERPRET=1, got cuda"
+    return None
+
+
+def _cuda_unavailable(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return f"runs on cuda tensors, got {device_type}"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "needs cuda-bindings: pip install 'merit_fast[gpu]'"
     return None
 
 

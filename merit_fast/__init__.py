@@ -9,7 +9,15 @@ from typing import Any
 from merit_fast.errors import BackendUnavailableError, InputError, MeritFastError
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "InputError", "MeritFastError", "__version__", "run"]
+__all__ = ["BackendUnavailableError", "InputError", "MeritFastError", "__version__", "run", "sketch_gradients"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "sketch_gradients":
+        from merit_fast.split.gradients import sketch_gradients
+
+        return sketch_gradients
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def run(config: str | os.PathLike[str], *overrides: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The JSON files in which stages meet, and how outputs come to be complete.
+"""How the JSON files in which stages meet (``schemas``) are read and written, and how outputs come to be complete.
 
 Every file is written beside its final name, fsynced and renamed. Every output directory is filled as ``NAME.tmp`` and
 renamed when whole, so what bears the final name is finished; a killed stage leaves only ``NAME.tmp``, which the same
@@ -12,14 +12,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from merit_fast.config import parse, to_plain
 from merit_fast.errors import InputError, MeritFastError
+from merit_fast.schemas import SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 STAGE_FILE = "stage.json"
 _MARKER = "fingerprint"  # in an unfinished output: which stage may go on with it
 
@@ -35,110 +35,6 @@ class StageManifest:
     config: dict[str, Any]
     inputs: dict[str, str]  # name -> fingerprint
     tool_versions: dict[str, str]
-    schema_version: int = SCHEMA_VERSION
-
-
-@dataclass(frozen=True)
-class SplitDataset:
-    """One dataset's row of split.json."""
-
-    name: str
-    group: int
-    num_examples: int
-    num_target_tokens: int
-    num_sketched_examples: int
-    mean_loss: float  # nats per target token at the base model, over the sketched examples
-    gradient_norm: float  # of the mean per-example gradient, from its sketch
-    signal_fraction: float  # unbiased |mean gradient|^2 over its raw estimate; 1 is noiseless
-
-
-@dataclass(frozen=True)
-class SplitManifest:
-    """split.json: which dataset went to which group, and the conflict geometry behind it. N datasets, R axes."""
-
-    groups: int
-    datasets: tuple[SplitDataset, ...]
-    similarity: tuple[tuple[float, ...], ...]  # [N, N] cosines of mean gradients
-    similarity_errors: tuple[tuple[float, ...], ...]  # [N, N] block-jackknife standard errors
-    negative_pair_fraction: float
-    explained_variance: tuple[float, ...]  # [R] share of each conflict axis
-    scores: tuple[tuple[float, ...], ...]  # [N, R]
-    cuts: tuple[tuple[int, float], ...]  # (axis, score) of each median cut, in order
-    eta_squared: float  # between-group share of the sum of squares
-    eta_squared_null_mean: float  # the same of random balanced splits
-    eta_squared_null_std: float
-    random_groups: tuple[int, ...]  # [N] the control: a balanced random split
-    base_fingerprint: str
-    mixture_fingerprint: str
-    schema_version: int = SCHEMA_VERSION
-
-    def group_of(self, arm: str) -> dict[str, int]:
-        """dataset name -> group, for the arm ``merit`` or ``random``."""
-        groups = self.random_groups if arm == "random" else [row.group for row in self.datasets]
-        return {row.name: group for row, group in zip(self.datasets, groups, strict=True)}
-
-
-@dataclass(frozen=True)
-class BranchManifest:
-    """branch.json, written with a branch's weights; the merge takes its weights from ``num_target_tokens``."""
-
-    branch: str  # merit-0, random-3, joint
-    arm: str
-    group: int
-    datasets: tuple[str, ...]
-    num_examples: int  # seen in training, epochs counted
-    num_target_tokens: int  # in the loss, after the shift, epochs counted
-    num_tokens: int  # through the model, epochs counted, padding not
-    steps: int
-    seed: int
-    base_fingerprint: str
-    schema_version: int = SCHEMA_VERSION
-
-
-@dataclass(frozen=True)
-class DatasetResult:
-    loss: float  # nats per target token
-    exact_match: float  # share of rows whose every target token is the greedy choice
-    num_target_tokens: int
-    num_examples: int
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    """One model on the held-out rows, with the columns that show what it forgot (retention)."""
-
-    loss: float  # nats per target token, mean over datasets
-    token_loss: float  # nats per target token, mean over tokens
-    exact_match: float  # mean over datasets, 0..1
-    text_loss: float  # nats per token of a fixed general English text
-    chat_nll: float  # nats per token of the base model's own greedy answers to fixed prompts
-    answer_length_tokens: float  # mean length of this model's greedy answers to those prompts
-    displacement: float  # |theta - theta_0|
-    num_tokens: int = 0  # trained on, over all branches of the arm
-    num_target_tokens: int = 0
-    steps: int = 0  # of the longest branch
-    train_s: float = 0.0  # summed over branches
-    peak_memory_bytes: int = 0  # of the process while training, largest branch
-    datasets: dict[str, DatasetResult] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MergingGain:
-    """sum_k w_k L(theta_k) - L(theta_bar), L the held-out loss per target token over the whole mixture."""
-
-    gain: float
-    mean_branch_loss: float
-    merged_loss: float
-    weights: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class EvaluateManifest:
-    """evaluate.json: arm -> result; branch -> result; merged arm -> gain."""
-
-    arms: dict[str, ArmResult]
-    branches: dict[str, ArmResult]
-    merging_gain: dict[str, MergingGain]
     schema_version: int = SCHEMA_VERSION
 
 

@@ -82,7 +82,8 @@ def verify_command(directory: str, as_json: bool) -> None:
 
 
 def _branches(run: Path) -> list[Path]:
-    from merit_fast.manifest import BranchManifest, read_manifest
+    from merit_fast.manifest import read_manifest
+    from merit_fast.schemas import BranchManifest
 
     found = [(read_manifest(BranchManifest, file), file.parent) for file in sorted(run.glob("branches/*/branch.json"))]
     branches = sorted(

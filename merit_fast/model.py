@@ -54,18 +54,19 @@ def load_model(path: str, dtype: str) -> "nn.Module":
     return loaded
 
 
-def target_losses(model: "nn.Module", batch: "Batch") -> TargetLosses:
+def target_losses(model: "nn.Module", batch: "Batch", plain_attention: bool = False) -> TargetLosses:
     """Cross-entropy of every target token (label != -100, after the shift), in float32.
 
         logits = model(...).logits[:, :-1].float(); loss = F.cross_entropy(logits[mask], labels[:, 1:][mask])
 
     Only the last ``batch.logits_to_keep`` positions go through the head where the model's forward can be told so.
+    ``plain_attention``: whatever the length, so that the gradient has a gradient.
     """
     import torch
     from torch.nn import functional as F
 
     device = next(model.parameters()).device
-    _choose_attention(model, device.type, batch.input_ids.shape[1])
+    _choose_attention(model, device.type, 0 if plain_attention else batch.input_ids.shape[1])
     keep = min(-(-batch.logits_to_keep // 8) * 8, batch.input_ids.shape[1])  # few shapes: each costs a kernel's set-up
     accepted = inspect.signature(model.forward).parameters
     optional: dict[str, Any] = {
@@ -87,8 +88,8 @@ def target_losses(model: "nn.Module", batch: "Batch") -> TargetLosses:
 
 
 def _choose_attention(model: "nn.Module", device_type: str, width: int) -> None:
-    """Plain attention for short batches on a CPU, where torch's fused one takes up to twice its time."""
-    if device_type != "cpu" or not hasattr(model, "set_attn_implementation"):
+    """Plain attention for short batches on a CPU, where torch's fused one takes twice its time; for 0 on any device."""
+    if (device_type != "cpu" and width) or not hasattr(model, "set_attn_implementation"):
         return
     wanted = "eager" if width <= _SHORT_TOKENS else "sdpa"
     if model.config._attn_implementation != wanted:  # type: ignore[union-attr]

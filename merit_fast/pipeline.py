@@ -1,34 +1,33 @@
 """The run: sketch -> split -> train -> merge -> evaluate -> report, each skipped when its output is up to date.
 
-Stages meet in files only. A stage's fingerprint covers its options and its inputs' fingerprints, so that "up to date"
-is decided from the config and the files alone, before anything heavy is imported.
+Stages meet in files only; ``outputs`` says where they lie and when they are up to date.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merit_fast import arms
+from merit_fast.arms import Branch
 from merit_fast.config import to_plain
-from merit_fast.data import Dataset, load_mixture, load_tokenizer, mixture_fingerprint, pad_token_id
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.data import Dataset, load_mixture, load_tokenizer, pad_token_id
+from merit_fast.errors import InputError
 from merit_fast.manifest import (
-    EvaluateManifest,
-    SplitManifest,
     StageManifest,
     is_complete,
     output_directory,
     read_manifest,
     recover_directory,
-    stage_manifest,
     write_manifest,
 )
-from merit_fast.merge import merge_branches, resolve_weights, same_bytes
-from merit_fast.model import model_fingerprint, resolve_model
+from merit_fast.merge import merge_branches, resolve_weights
+from merit_fast.outputs import Outputs
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import split_lines
 from merit_fast.run_config import RunConfig, write_run_config
+from merit_fast.schemas import AuditManifest, EvaluateManifest
 
 STAGES = ("sketch", "split", "train", "merge", "evaluate", "report")
 
@@ -40,9 +39,8 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, progress: Progress | None = None, command: str = "merit-fast run") -> None:
-        self.config, self.progress, self.command = config, progress or SilentProgress(), command
-        self.output = Path(config.output)
-        self.base = resolve_model(config.model)
+        self.config, self.progress = config, progress or SilentProgress()
+        self.outputs = Outputs(config, command)
         if config.threads is not None:
             import torch
 
@@ -52,67 +50,78 @@ class Run:
     def sketch(self) -> bool:
         from merit_fast.split import sketch_mixture
 
-        def work(directory: Path) -> None:
-            config = self.config.split.sketch_config()
-            base, mark = str(self.base), self._base_fingerprint
-            sketch_mixture(base, mark, self._train_data, self._pad_token_id, config, directory, self.progress)
+        outputs = self.outputs
 
-        return self._bring_up_to_date(self.output / "sketch", self._sketch_stage, work)
+        def work(directory: Path) -> None:
+            config, mark = self.config.split.sketch_config(), outputs.start_fingerprint
+            datasets, pad = self._branch_data, self._pad_token_id
+            sketch_mixture(str(outputs.start), mark, datasets, pad, config, directory, self.progress)
+
+        if self.config.split.warmup:
+            self._train(arms.warmup_branch(self.config))
+        return self._bring_up_to_date(outputs.root / "sketch", outputs.sketch, work)
 
     def split(self) -> bool:
         from merit_fast.split import split_mixture
 
+        outputs = self.outputs
+
         def work(directory: Path) -> None:
-            self._require(self.output / "sketch", self._sketch_stage)
-            mark = self._train_fingerprint
-            manifest = split_mixture(self.output / "sketch", self._train_data, mark, self.config.split)
+            outputs.require(outputs.root / "sketch", outputs.sketch)
+            datasets, mark, config = self._branch_data, outputs.train_fingerprint, self.config.split
+            manifest = split_mixture(
+                outputs.root / "sketch", datasets, mark, config,
+                steps=self._joint_steps(), sketched_at=self._where, texts=self._texts,
+            )  # fmt: skip
             write_manifest(manifest, directory / "split.json")
             for line in split_lines(manifest):
                 self.progress.note(line)
 
-        return self._bring_up_to_date(self.output / "split", self._split_stage, work)
+        return self._bring_up_to_date(outputs.root / "split", outputs.split, work)
 
     def train(self) -> bool:
-        worked = False
-        for name, (arm, group, datasets) in self._branches.items():
-            work = functools.partial(self._train_one, name, arm, group, datasets)
-            worked |= self._bring_up_to_date(self._branch_path(name), self._branch_stage(name), work)
-        return worked
+        return any([self._train(branch) for branch in self.outputs.branches.values()])
 
     def merge(self) -> bool:
         worked = False
-        for arm in self._merged_arms:
+        for arm in arms.merged_arms(self.config):
             work = functools.partial(self._merge_one, arm)
-            worked |= self._bring_up_to_date(self.output / "merged" / arm, self._merge_stage(arm), work)
+            worked |= self._bring_up_to_date(self.outputs.root / "merged" / arm, self.outputs.merge(arm), work)
         return worked
 
     def evaluate(self) -> bool:
         from merit_fast.evaluate import evaluate_arms
-        from merit_fast.evaluate.stage import Candidates, Merge
+        from merit_fast.evaluate.stage import Candidates
+
+        outputs = self.outputs
 
         def work(directory: Path) -> None:
-            merges = {}
-            for arm in self._merged_arms:
-                self._require(self.output / "merged" / arm, self._merge_stage(arm))
-                weights = tuple(resolve_weights(self._arm_paths(arm), self.config.merge))
-                merges[arm] = Merge(self.output / "merged" / arm, tuple(self._arm_branches(arm)), weights)
-            branches = {name: self._branch_path(name) for name in self._branches}
-            candidates = Candidates(self.base, branches, merges)
+            branches = {name: outputs.branch_path(name) for name in outputs.branches}
+            candidates = Candidates(outputs.base, branches, self._merges())
             tokenizer, pad, config = self._tokenizer, self._pad_token_id, self.config.evaluate
             evaluate_arms(candidates, self._eval_data, tokenizer, pad, config, directory, self.progress)
 
-        return self._bring_up_to_date(self.output / "evaluate", self._evaluate_stage, work)
+        worked = self._bring_up_to_date(outputs.root / "evaluate", outputs.evaluate, work)
+        if self.config.evaluate.audit:
+            worked |= self._bring_up_to_date(outputs.root / "audit", outputs.audit, self._audit)
+        return worked
 
     def report(self) -> bool:
         from merit_fast.report import write_report
 
-        def work(directory: Path) -> None:
-            self._require(self.output / "evaluate", self._evaluate_stage)
-            evaluation = read_manifest(EvaluateManifest, self.output / "evaluate" / "evaluate.json")
-            path, title = directory / "report.html", self.output.name
-            write_report(self._split_manifest, evaluation, path, title=title, notes=self._notes())
+        outputs = self.outputs
 
-        return self._bring_up_to_date(self.output / "report", self._report_stage, work)
+        def work(directory: Path) -> None:
+            outputs.require(outputs.root / "evaluate", outputs.evaluate)
+            evaluation = read_manifest(EvaluateManifest, outputs.root / "evaluate" / "evaluate.json")
+            audit = None
+            if self.config.evaluate.audit:
+                outputs.require(outputs.root / "audit", outputs.audit)
+                audit = read_manifest(AuditManifest, outputs.root / "audit" / "audit.json")
+            path, title = directory / "report.html", outputs.root.name
+            write_report(outputs.split_manifest, evaluation, path, title=title, notes=self._notes(), audit=audit)
+
+        return self._bring_up_to_date(outputs.root / "report", outputs.report, work)
 
     def all(self) -> dict[str, Any]:
         """All stages in order; returns ``summary()``."""
@@ -123,119 +132,77 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """What a finished run says, JSON-ready: arms, split, merging gains, the report's path."""
-        evaluation = read_manifest(EvaluateManifest, self.output / "evaluate" / "evaluate.json")
+        root = self.outputs.root
+        evaluation = read_manifest(EvaluateManifest, root / "evaluate" / "evaluate.json")
         return {
             "arms": {name: to_plain(result) for name, result in evaluation.arms.items()},
             "branches": {name: to_plain(result) for name, result in evaluation.branches.items()},
-            "split": self._split_manifest.group_of("merit"),
+            "split": self.outputs.split_manifest.group_of("merit"),
             "merging_gain": evaluation.merging_gain["merit"].gain,
             "merging_gains": {arm: gain.gain for arm, gain in evaluation.merging_gain.items()},
-            "merged": str(self.output / "merged" / "merit"),
-            "report": str(self.output / "report" / "report.html"),
+            "merged": str(root / "merged" / "merit"),
+            "report": str(root / "report" / "report.html"),
         }
 
-    # ---- work of one branch and one merge
-    def _train_one(self, name: str, arm: str, group: int, names: Sequence[str], directory: Path) -> None:
+    def _joint_steps(self) -> int:
+        from merit_fast.train.schedule import num_steps
+
+        return num_steps(sum(dataset.num_examples for dataset in self._branch_data), self.outputs.train_config)
+
+    def _texts(self) -> dict[str, list[str]]:
+        decode = self._tokenizer.batch_decode
+        return {d.name: decode([e.input_ids for e in d.examples], skip_special_tokens=True) for d in self._branch_data}
+
+    # ---- work of one branch, one merge, one audit
+    def _train(self, branch: Branch) -> bool:
+        path, work = self.outputs.branch_path(branch.name), functools.partial(self._train_one, branch)
+        return self._bring_up_to_date(path, self.outputs.branch(branch), work)
+
+    def _train_one(self, branch: Branch, directory: Path) -> None:
         from merit_fast.train import train_branch
         from merit_fast.train.branch import BranchJob
         from merit_fast.train.schedule import FEW_STEPS, num_steps
 
-        datasets = tuple(d for d in self._train_data if d.name in names)
-        steps = num_steps(sum(d.num_examples for d in datasets), self._train_config)
+        name, datasets, config = branch.name, branch.choose(self._train_data, self.config), self.outputs.train_config
+        steps = num_steps(sum(d.num_examples for d in datasets), config)
         if steps < FEW_STEPS:
             self.progress.note(f"{name}: {steps} steps; below about {FEW_STEPS} a branch is far from converged")
-        job = BranchJob(name, arm, group, datasets, str(self.base), self._base_fingerprint)
-        train_branch(job, self._train_config, directory, self.progress)
+        start, mark = self.outputs.start_of(branch)
+        job = BranchJob(name, branch.arm, branch.group, datasets, str(start), mark)
+        train_branch(job, config, directory, self.progress)
 
     def _merge_one(self, arm: str, directory: Path) -> None:
-        for name in self._arm_branches(arm):
-            self._require(self._branch_path(name), self._branch_stage(name))
-        paths = self._arm_paths(arm)
+        outputs = self.outputs
+        for name in outputs.branches_of(arm):
+            outputs.require(outputs.branch_path(name), outputs.branch(outputs.branches[name]))
+        paths = outputs.branch_paths(arm)
         weights = resolve_weights(paths, self.config.merge)
-        merge_branches(paths, weights, self.config.merge, directory, self.progress, self.base)
+        merge_branches(paths, weights, self.config.merge, directory, self.progress, outputs.start)
 
-    # ---- who trains on what
-    @functools.cached_property
-    def _split_manifest(self) -> SplitManifest:
-        self._require(self.output / "split", self._split_stage)
-        return read_manifest(SplitManifest, self.output / "split" / "split.json")
+    def _merges(self) -> dict[str, Any]:
+        """The merged arms, as evaluate wants them."""
+        from merit_fast.evaluate.stage import Merge
 
-    @property
-    def _merged_arms(self) -> list[str]:
-        return ["merit", *(["random"] if "random" in self.config.train.arms else [])]
+        merges, outputs = {}, self.outputs
+        for arm in arms.merged_arms(self.config):
+            path = outputs.root / "merged" / arm
+            outputs.require(path, outputs.merge(arm))
+            weights = tuple(resolve_weights(outputs.branch_paths(arm), self.config.merge))
+            merges[arm] = Merge(path, tuple(outputs.branches_of(arm)), weights)
+        return merges
 
-    @functools.cached_property
-    def _branches(self) -> dict[str, tuple[str, int, list[str]]]:
-        """branch -> (arm, group, dataset names), joint first."""
-        everything = [dataset.name for dataset in self.config.mixture]
-        branches: dict[str, tuple[str, int, list[str]]] = {}
-        if "joint" in self.config.train.arms:
-            branches["joint"] = ("joint", 0, everything)
-        for arm in reversed(self._merged_arms):
-            groups = self._split_manifest.group_of(arm)
-            for group in range(self._split_manifest.groups):
-                names = [name for name in everything if groups[name] == group]
-                branches[f"{arm}-{group}"] = (arm, group, names)
-        return branches
+    def _audit(self, directory: Path) -> None:
+        from merit_fast.evaluate.audit import audit_merges
 
-    def _arm_branches(self, arm: str) -> list[str]:
-        return [name for name, (owner, _, _) in self._branches.items() if owner == arm]
-
-    def _arm_paths(self, arm: str) -> list[Path]:
-        return [self._branch_path(name) for name in self._arm_branches(arm)]
-
-    def _branch_path(self, name: str) -> Path:
-        return self.output / "branches" / name
-
-    # ---- fingerprints: the options and inputs of every stage
-    @property
-    def _sketch_stage(self) -> StageManifest:
-        inputs = {"base": self._base_fingerprint, "mixture": self._train_fingerprint}
-        return stage_manifest("sketch", self.config.split.sketch_config(), inputs)
-
-    @property
-    def _split_stage(self) -> StageManifest:
-        return stage_manifest("split", self.config.split, {"sketch": self._sketch_stage.fingerprint})
-
-    def _branch_stage(self, name: str) -> StageManifest:
-        arm, group, names = self._branches[name]
-        inputs = {"base": self._base_fingerprint, "mixture": self._train_fingerprint}
-        return stage_manifest("train", self._train_config, {**inputs, "branch": name, "datasets": "\n".join(names)})
-
-    def _merge_stage(self, arm: str) -> StageManifest:
-        inputs = {name: self._branch_stage(name).fingerprint for name in self._arm_branches(arm)}
-        if self.config.merge.needs_base or self.config.merge.stats:
-            inputs["base"] = self._base_fingerprint
-        return stage_manifest("merge", same_bytes(self.config.merge), inputs)
-
-    @property
-    def _evaluate_stage(self) -> StageManifest:
-        inputs = {arm: self._merge_stage(arm).fingerprint for arm in self._merged_arms}
-        inputs |= {name: self._branch_stage(name).fingerprint for name in self._branches}
-        inputs["held-out"] = mixture_fingerprint(self.config.mixture, self.config.data, str(self.base), part="eval")
-        return stage_manifest("evaluate", self.config.evaluate, inputs)
-
-    @property
-    def _report_stage(self) -> StageManifest:
-        inputs = {"split": self._split_stage.fingerprint, "evaluate": self._evaluate_stage.fingerprint}
-        return stage_manifest("report", self.config.data, inputs)
-
-    @property
-    def _train_config(self) -> Any:
-        return replace(self.config.train, arms=())  # which other arms run does not change a branch
-
-    @functools.cached_property
-    def _base_fingerprint(self) -> str:
-        return model_fingerprint(self.base)
-
-    @functools.cached_property
-    def _train_fingerprint(self) -> str:
-        return mixture_fingerprint(self.config.mixture, self.config.data, str(self.base), part="train")
+        branches = {name: self.outputs.branch_path(name) for name in self.outputs.branches}
+        start, pad, config = self.outputs.start, self._pad_token_id, self.config.evaluate
+        audits = audit_merges(self._merges(), branches, start, self._eval_data, pad, config, self.progress)
+        write_manifest(AuditManifest(audits), directory / "audit.json")
 
     # ---- data, loaded once and only when a stage works
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        return load_tokenizer(str(self.base))
+        return load_tokenizer(str(self.outputs.base))
 
     @functools.cached_property
     def _pad_token_id(self) -> int:
@@ -244,6 +211,13 @@ class Run:
     @functools.cached_property
     def _train_data(self) -> list[Dataset]:
         return self._load("train")
+
+    @functools.cached_property
+    def _branch_data(self) -> list[Dataset]:
+        """What the branches of an arm share: the mixture without the rows of a warm-up."""
+        everything = Branch("", "", 0, tuple(d.name for d in self._train_data))
+        rows = replace(everything, rows="after warmup") if self.config.split.warmup else everything
+        return list(rows.choose(self._train_data, self.config))
 
     @functools.cached_property
     def _eval_data(self) -> list[Dataset]:
@@ -260,7 +234,7 @@ class Run:
 
     # ---- the rule of every stage
     def _bring_up_to_date(self, path: Path, stage: StageManifest, work: Callable[[Path], None]) -> bool:
-        name = str(path.relative_to(self.output))
+        name = str(path.relative_to(self.outputs.root))
         recover_directory(path, stage.fingerprint)
         if is_complete(path, stage.fingerprint):
             self.progress.note(f"{name}: up to date")
@@ -270,20 +244,20 @@ class Run:
             write_run_config(self.config, directory / "config.yml")
         return True
 
-    def _require(self, path: Path, stage: StageManifest) -> None:
-        if not is_complete(path, stage.fingerprint):
-            state = "was made from another config or input" if path.exists() else "is not there"
-            raise MeritFastError(f"{path}: {state}; run first: {self.command.format(stage=stage.stage)}")
-
     def _notes(self) -> list[str]:
         config = self.config
         return [
             f"model {Path(config.model).name}, {len(config.mixture)} datasets, K = {config.split.groups}",
-            f"sketch: {config.split.examples} examples per dataset at the base model, width {config.split.proj_dim}",
+            f"sketch: {config.split.examples} examples per dataset {self._where}, width {config.split.proj_dim}",
             f"training: {config.train.epochs} epoch(s), learning rate {config.train.learning_rate:g}, "
             f"batch {config.train.batch_size}, {config.train.dtype}",
             f"seeds: split {config.split.seed}, train {config.train.seed}; every arm was trained once",
         ]
+
+    @property
+    def _where(self) -> str:
+        share = self.config.split.warmup
+        return f"after a joint warm-up on {share:.0%} of the rows" if share else "at the base model"
 
 
 def check_output(config: RunConfig) -> None:

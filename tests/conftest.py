@@ -133,7 +133,9 @@ def native_levels() -> list[str]:
     flags = File("/proc/cpuinfo").read_text() if File("/proc/cpuinfo").exists() else ""
     if platform.machine() == "x86_64":
         levels += ["avx2"] if " avx2 " in flags and " fma " in flags else []
-        levels += ["avx512"] if all(f" {f} " in flags for f in ("avx512f", "avx512bw", "avx512vl", "avx512dq")) else []
+        avx512 = all(f" {f} " in flags for f in ("avx512f", "avx512bw", "avx512vl", "avx512dq"))
+        levels += ["avx512"] if avx512 else []
+        levels += ["avx512_bf16"] if avx512 and " avx512_bf16 " in flags else []
     return levels
 
 

@@ -1,65 +1,124 @@
 """Split and evaluation manifests, and a reader of the page, for the tests of the report."""
 
 import json
+import math
 import random
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from merit_fast.manifest import (
+from merit_fast.report import write_report
+from merit_fast.schemas import (
     ArmResult,
+    AuditManifest,
+    Barrier,
     DatasetResult,
     EvaluateManifest,
+    GroupCount,
+    MergeAudit,
     MergingGain,
     SplitDataset,
     SplitManifest,
 )
-from merit_fast.report import write_report
 
 EVIL = "<script>alert(1)</script>"
 
 
-def make_split(number: int, axes: int, first_name: str = "", seed: int = 0) -> SplitManifest:
+def make_split(
+    number: int, groups: int, first_name: str = "", seed: int = 0, *, unresolved: int = 0, spread: int = 0
+) -> SplitManifest:
+    """Datasets around one direction per group. The first ``unresolved`` are noise, the last ``spread`` go to all."""
     draw = random.Random(seed)
-    groups = 2**axes
-    cosine = [[0.0] * number for _ in range(number)]
-    error = [[0.0] * number for _ in range(number)]
+    label = [(i * 7) % groups if i < number - spread else -1 for i in range(number)]
+    centers = [[draw.gauss(0, 1) for _ in range(6)] for _ in range(groups + 1)]
+    points = [_unit([c + draw.gauss(0, 0.7) for c in centers[label[i]]]) for i in range(number)]
+    cosine: list[list[float | None]] = [[_dot(a, b) for b in points] for a in points]
+    error: list[list[float | None]] = [[0.0] * number for _ in range(number)]
     for i in range(number):
         cosine[i][i] = 1.0
         for j in range(i):
-            cosine[i][j] = cosine[j][i] = draw.uniform(-0.6, 0.9)
             error[i][j] = error[j][i] = draw.uniform(0.01, 0.2)
+    for i in range(number):
+        for j in range(number):
+            if i < unresolved or j < unresolved:
+                cosine[i][j] = error[i][j] = None
     datasets = tuple(
         SplitDataset(
             name=first_name if first_name and i == 0 else f"task_{i:03d}",
-            group=(i * 7) % groups,
+            group=label[i],
             num_examples=draw.randint(100, 5_000),
             num_target_tokens=draw.randint(1_000, 200_000),
             num_sketched_examples=draw.randint(32, 200),
             mean_loss=draw.uniform(0.5, 6),
-            gradient_norm=draw.uniform(5, 50),
-            signal_fraction=draw.random(),
+            gradient_norm=None if i < unresolved else draw.uniform(5, 50),
+            signal_fraction=draw.uniform(-0.05, 0.1) if i < unresolved else draw.uniform(0.4, 1),
+            signal_error=draw.uniform(0.06, 0.2) if i < unresolved else draw.uniform(0.01, 0.1),
+            more_examples=draw.randint(100, 4_000) if i < unresolved else 0,
+            margin=0.0 if label[i] < 0 or groups == 1 else draw.uniform(-0.001, 0.02),
+            stability=draw.uniform(0.6, 1),
         )
         for i in range(number)
     )
-    negative = sum(cosine[i][j] < 0 for i in range(number) for j in range(i)) / (number * (number - 1) / 2)
+    pairs = [(cosine[i][j], error[i][j], label[i] == label[j]) for i in range(number) for j in range(i)]
+    known = [pair for pair in pairs if pair[0] is not None]
+    scores = tuple((point[0], point[1], point[2]) for point in points)
     return SplitManifest(
         groups=groups,
         datasets=datasets,
+        method="pca-swap",
+        balance="tokens",
+        reason="",
+        note="",
+        sketched_at="at the base model",
         similarity=tuple(map(tuple, cosine)),
         similarity_errors=tuple(map(tuple, error)),
-        negative_pair_fraction=negative,
-        explained_variance=tuple(0.4 / 2**a for a in range(axes)),
-        scores=tuple(tuple(draw.gauss(0, 1) for _ in range(axes)) for _ in range(number)),
-        cuts=tuple((a, draw.gauss(0, 0.3)) for a in range(axes) for _ in range(2**a)),
-        eta_squared=0.388,
-        eta_squared_null_mean=0.038,
-        eta_squared_null_std=0.011,
+        negative_pair_fraction=_share(c < 0 for c, _, _ in known),
+        certain_negative_fraction=_share(c + 2 * e < 0 for c, e, _ in known),
+        within_cosine=_mean(c for c, _, together in known if together),
+        across_cosine=_mean(c for c, _, together in known if not together),
+        explained_variance=(0.4, 0.2, 0.1),
+        scores=scores,
+        score_errors=tuple(tuple(draw.uniform(0.01, 0.15) for _ in row) for row in scores),
+        cuts=(),
+        separations=tuple(
+            GroupCount(k, 0.42 + 0.02 * k, 0.36 + 0.01 * k, 0.01 * k, 0.011) for k in sorted({2, 4, 8, groups} - {1})
+        ),
         random_groups=tuple((i * 3 + 1) % groups for i in range(number)),
         base_fingerprint="b" * 32,
         mixture_fingerprint="c" * 32,
     )
+
+
+def median_cuts(split: SplitManifest, *cuts: tuple[int, float]) -> SplitManifest:
+    return replace(split, method="pca-median", balance="samples", cuts=cuts)
+
+
+def make_audit() -> AuditManifest:
+    barriers = (Barrier("merit-0", "merit-1", 0.0123), Barrier("merit-0", "merit-2", -0.002))
+    noise = ((0.01, 0.0004), (0.1, 0.0456))
+    inside = MergeAudit(0.1, 0.098, (1.9, 2.1), 1.9, barriers, noise, 3.25, 0.31, 128)
+    return AuditManifest({"merit": inside, "random": replace(inside, predicted_gain=0.05)})
+
+
+def _unit(vector: list[float]) -> list[float]:
+    length = math.sqrt(_dot(vector, vector))
+    return [value / length for value in vector]
+
+
+def _dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _share(flags) -> float:  # type: ignore[no-untyped-def]
+    flags = list(flags)
+    return sum(flags) / len(flags) if flags else 0.0
+
+
+def _mean(values) -> float | None:  # type: ignore[no-untyped-def]
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
 def make_evaluation(split: SplitManifest, arm: str = "merit") -> EvaluateManifest:
@@ -138,7 +197,16 @@ def write(path: Path, split: SplitManifest, evaluation: EvaluateManifest | None 
 
 
 CASES = pytest.mark.parametrize(
-    ("number", "axes", "evaluated"),
-    [(6, 1, True), (6, 2, False), (136, 3, True), (136, 2, False), (2, 1, True), (8, 3, True)],
-    ids=["6-1axis", "6-2axes-split-only", "136-3axes", "136-2axes-split-only", "2-1axis", "one-dataset-each"],
+    ("split", "evaluated"),
+    [
+        (make_split(6, 2), True),
+        (median_cuts(make_split(6, 4), (0, 0.25), (1, -0.5), (1, 0.1)), False),
+        (make_split(136, 8, unresolved=9), True),
+        (make_split(136, 34, spread=3), False),
+        (make_split(2, 2), True),
+        (make_split(8, 8, unresolved=8), True),
+        (replace(make_split(5, 1), separations=(), reason="splitting would not help: too few datasets"), True),
+        (make_split(6, 3, spread=6), False),
+    ],
+    ids=["6-in-2", "6-in-4-medians", "136-in-8", "136-in-34", "one-each", "none-resolved", "one-group", "iid"],
 )

@@ -46,7 +46,7 @@ def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
         (["run", "run.yml", "other.yml"], "must be one CONFIG.yml"),
         (["run", "run.yml", "model=/nowhere"], "'/nowhere' is neither a directory nor a hub id"),
         (["run", "run.yml", "output=run.yml"], "output: must be a directory, got the file run.yml"),
-        (["sketch", "--proj-dim", "100", "run.yml"], "split.proj_dim: must be a multiple of 16, got 100"),
+        (["sketch", "--proj-dim", "100", "run.yml"], "split.proj_dim: must be a multiple of 4096, got 100"),
         (["split", "--frobnicate"], "command line: unrecognized arguments: --frobnicate"),
         (["train"], "train: needs a CONFIG.yml, or --model and --dataset"),
         (["sketch", "--model", "m", "--dataset", "capitals"], "--dataset: must be NAME=PATH"),
@@ -136,7 +136,7 @@ def test_merge_of_given_models(call, config_file, tmp_path, tiny_model):
 def test_doctor_lists_every_op(call):
     code, out, _ = call("doctor", "--json")
     report = json.loads(out)
-    assert code == 0 and report["native"]["simd_level"] in ("generic", "avx2", "avx512")
+    assert code == 0 and report["native"]["simd_level"] in ("generic", "avx2", "avx512", "avx512_bf16")
     assert {row["op"] for row in report["ops"]} >= {"weighted_average", "flat_sketch", "linear_grad_sketch"}
     assert call("doctor")[0] == 0
 

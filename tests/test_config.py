@@ -8,7 +8,6 @@ import yaml
 from merit_fast.config import override, parse, to_plain
 from merit_fast.errors import InputError
 from merit_fast.manifest import (
-    BranchManifest,
     StageManifest,
     fingerprint,
     is_complete,
@@ -18,6 +17,7 @@ from merit_fast.manifest import (
     write_manifest,
 )
 from merit_fast.run_config import RunConfig, read_run_config, write_run_config
+from merit_fast.schemas import BranchManifest
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
 
@@ -44,7 +44,7 @@ def write(tmp_path, values):
         ({"split": {"groups": True}}, "split.groups: must be an integer, got True"),
         ({"split": [1]}, "split: must be a mapping"),
         ({"train": {"learning_rate": -1}}, "train.learning_rate: must be positive, got -1"),
-        ({"train": {"arms": ["joint", "rnadom"]}}, r"train.arms\[1\]: must be one of joint, random, got 'rnadom'"),
+        ({"train": {"arms": ["joint", "rnadom"]}}, r"train.arms\[1\]: must be one of joint, random, iid, got 'rnadom'"),
         ({"train": {"dtype": "fp8"}}, "train.dtype: must be one of bf16, fp32, got 'fp8'"),
         ({"merge": {"weights": "token"}}, "merge.weights: must be one of tokens, samples, uniform or a list"),
         ({"merge": {"weights": [1, "x"]}}, "merge.weights: must be"),

@@ -24,7 +24,7 @@ def test_order_is_argument_then_environment_then_device(monkeypatch):
 @pytest.mark.parametrize("backend", ["triton", "cuda", "cpuu"])
 def test_a_backend_asked_for_never_falls_back(backend):
     with pytest.raises(BackendUnavailableError, match=f"flat_sketch: backend '{backend}'"):
-        flat_sketch(torch.zeros(1, 1, 16), "w", CountSketch(16), backend=backend)
+        flat_sketch(torch.zeros(1, 1, 16), "w", CountSketch(4096), backend=backend)
 
 
 def test_without_the_native_module_the_choice_is_eager_and_cpu_says_why(no_native, caplog):

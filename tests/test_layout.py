@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "merit_fast"
 STAGES = {"split", "train", "merge", "evaluate", "report"}
 # Who may be imported by whom: a room sees the rooms listed here and itself.
-BASE = {"errors", "config", "manifest", "progress"}
+BASE = {"errors", "config", "manifest", "schemas", "progress"}
 ARROWS = {
     "errors": set(),
     "config": {"errors"},
-    "manifest": {"errors", "config"},
+    "schemas": set(),
+    "manifest": {"errors", "config", "schemas"},
     "progress": set(),
     "kernels": {"errors"},
     "data": {"errors", "config", "manifest"},
@@ -28,13 +29,15 @@ ARROWS = {
     "demo": BASE,
     "doctor": {"kernels", "manifest"},
     "run_config": BASE | STAGES | {"data", "strict_yaml"},
-    "pipeline": BASE | STAGES | {"data", "model", "run_config"},
-    "integrations": BASE | {"merge", "model", "strict_yaml"},
+    "arms": BASE | {"data", "run_config"},
+    "outputs": BASE | {"arms", "data", "merge", "model", "run_config", "train"},
+    "pipeline": BASE | STAGES | {"data", "model", "run_config", "arms", "outputs"},
+    "integrations": BASE | {"merge", "model", "strict_yaml", "split", "kernels"},
     "arguments": {"errors"},
     "strict_yaml": {"errors"},
     "merge_command": BASE | {"merge", "integrations"},
     "cli": BASE | STAGES | {"data", "model", "run_config", "pipeline", "doctor", "demo", "arguments", "merge_command"},
-    "__init__": {"errors", "pipeline", "run_config"},
+    "__init__": {"errors", "pipeline", "run_config", "split"},
 }
 
 

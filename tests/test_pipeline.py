@@ -22,7 +22,7 @@ def run_values(model, mixture):
     return {
         "model": str(model),
         "mixture": mixture,
-        "split": {"groups": 2, "examples": 6, "proj_dim": 1024, "batch_size": 4, "dtype": "fp32"},
+        "split": {"groups": 2, "examples": 6, "proj_dim": 4096, "batch_size": 4, "dtype": "fp32"},
         "train": {"epochs": 2, "learning_rate": 1e-3, "batch_size": 4, "dtype": "fp32", "arms": ["joint", "random"],
                   "checkpoint_steps": 2, "max_shard_size": "60KB"},
         "evaluate": {"interpolate": [0.5], "max_new_tokens": 4, "dtype": "fp32"},

@@ -14,12 +14,13 @@ from headers import pack, tensor, write_model
 from s3_server import get_tree, put_tree, s3_server
 
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.manifest import BranchManifest, write_manifest
+from merit_fast.manifest import write_manifest
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.checkpoint import read_checkpoint
 from merit_fast.merge.remote import as_location
 from merit_fast.merge.upload import MARKER
 from merit_fast.progress import SilentProgress
+from merit_fast.schemas import BranchManifest
 
 TESTS = Path(__file__).parent
 SMALL = {"threads": 3, "chunk_kib": 8, "weights": "uniform"}  # several chunks and several readers for small models

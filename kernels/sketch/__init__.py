@@ -1,46 +1,69 @@
 """CountSketch of gradients: one definition of bucket and sign for every entry of every parameter, no tables.
 
-Definition, hash version 1. Parameter ``name`` of shape [R, C] (1-d: [1, C]; more: trailing dimensions flattened) is cut
-in runs of 16 along C; run c of row r is block ``r * ceil(C / 16) + c``. With key = BLAKE2b-64 of (version, seed, name)
-and h = SplitMix64(key, block), entry j of the run goes to
+Definition, hash version 2. Parameter ``name``, hashed as a matrix [R, C] (``matrix_shape``), is cut in tiles of
+64 x 64; tile (I, J) has the number t = I * ceil(C / 64) + J. With key = BLAKE2b-64 of (version, seed, name),
+h(n) = SplitMix64(key, n) and M = proj_dim / 4096 buckets, entry (i, j) of the tile goes to
 
-    out[16 * bucket + (j ^ lane)] += sign * g[r, 16 c + j]
-    bucket = (h >> 32) * (proj_dim / 16) >> 32,  lane = (h >> 16) & 15,  sign = 1 - 2 * bit (j ^ lane) of h
+    out[bucket, i ^ x, j ^ y] += row_sign * column_sign * g[64 I + i, 64 J + j]           out viewed as [M, 64, 64]
+    bucket = (t + (h(4 (t // M) + 3) >> 32) * M >> 32) mod M
+    x = h(4 t) & 63,  y = h(4 t) >> 8 & 63,  row_sign = 1 - 2 * bit i of h(4 t + 1),  column_sign: bit j of h(4 t + 2)
 
-Two entries of one run never collide, any others with probability 1 / proj_dim, so <sketch(g), sketch(h)> is an unbiased
-estimate of <g, h> with at most the variance of Charikar, Chen & Farach-Colton (2002), ICALP. The sketch depends on
-nothing else: not on batching, order of layers, shards, threads or device (up to the rounding of sums).
+Two entries of one tile never collide, any others with probability at most 1 / proj_dim and with independent signs, so
+<sketch(g), sketch(h)> is an unbiased estimate of <g, h> with at most the variance of Charikar, Chen & Farach-Colton
+(2002), ICALP. The sketch depends on nothing else: not on batching, order of layers, shards, threads or device (up to
+the rounding of sums). A bucket is a sum of signed, permuted tiles: for dY^T X one long matrix product.
 """
 
-import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from merit_fast.kernels import dispatch
-from merit_fast.kernels.sketch import _eager
+from merit_fast.kernels.sketch._eager import HASH_VERSION, TILE, hash_key
+from merit_fast.kernels.sketch._ops import sketch_linear, sketch_rows
 
-HASH_VERSION = 1
-BLOCK = 16
+__all__ = [
+    "HASH_VERSION",
+    "CountSketch",
+    "embedding_grad_sketch",
+    "flat_sketch",
+    "linear_grad_sketch",
+    "matrix_shape",
+    "vector_grad_sketch",
+]
+
+BUCKET = TILE * TILE
 
 
 @dataclass(frozen=True)
 class CountSketch:
-    """Which sketch: its width, a multiple of 16, and its seed. Sketches add and compare only when both agree."""
+    """Which sketch: its width, a multiple of 4096, and its seed. Sketches add and compare only when both agree."""
 
     proj_dim: int = 65536
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.proj_dim < BLOCK or self.proj_dim % BLOCK:
-            raise ValueError(f"CountSketch: proj_dim must be a positive multiple of {BLOCK}, got {self.proj_dim}")
+        if self.proj_dim < BUCKET or self.proj_dim % BUCKET:
+            raise ValueError(f"CountSketch: proj_dim must be a positive multiple of {BUCKET}, got {self.proj_dim}")
 
     def key(self, name: str) -> int:
         """64 bits that depend on hash version, seed and the parameter's name; signed, as torch wants it."""
-        text = f"{HASH_VERSION}\n{self.seed}\n{name}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+        return hash_key(self.seed, name)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns as which a parameter of ``shape`` is hashed.
+
+    [C] is one row; [E, O, I], a stack of matrices (experts), has E O rows; the weights of Conv2d and Conv3d, [O, ...],
+    have O. A scalar is one entry.
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    if len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    return shape[0], math.prod(shape[1:])
 
 
 def flat_sketch(
@@ -48,45 +71,86 @@ def flat_sketch(
     name: str,
     sketch: CountSketch,
     *,
-    out: Tensor | None = None,
-    first_row: int = 0,
     row_ids: Tensor | None = None,
+    first_row: int = 0,
+    first_column: int = 0,
+    columns: int | None = None,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sketch gradients that exist already, one per batch entry (definition in the module's docstring).
 
     Args:
-        gradient: [B, R, C] or [B, C] (one row), float32 or bfloat16; the last dimension contiguous. Column count C must
-            be the parameter's own; R may be any part of its rows.
+        gradient: [B, R, C] or [B, C] (one row). float32 and bfloat16 are read where they lie; others are converted to
+            float32 first.
         name: the parameter's name, which selects its hash.
         sketch: width D and seed.
-        out: [B, D] float32, contiguous, added to. None: new zeros.
-        first_row: the parameter's row that ``gradient[:, 0]`` is.
         row_ids: [B, R] int64, the parameter's row of each gradient row; repeats add up. Overrides ``first_row``.
-        backend: "eager", "cpu"; None chooses by device.
+        first_row, first_column, columns: of a shard, where it lies in the parameter and how many columns that has.
+        scale: [R, C] float32, by which every gradient is multiplied first; with ``row_ids``, of the whole parameter.
+        out: [B, D] float32, contiguous, added to. None: new zeros.
+        backend: "eager", "cpu", "triton"; None chooses by device.
 
     Returns:
-        [B, D] float32; ``out`` itself if given. Deterministic: sums run in row order.
+        [B, D] float32; ``out`` itself if given. Deterministic: sums run in the order of the rows.
 
     Raises:
-        ValueError: shapes disagree.   TypeError: dtype not listed.
-        BackendUnavailableError: ``backend`` cannot run here.
+        ValueError: shapes disagree.   BackendUnavailableError: ``backend`` cannot run here.
     """
     if gradient.dim() == 2:
         gradient = gradient.unsqueeze(1)
     if gradient.dim() != 3:
         raise ValueError(f"flat_sketch: gradient must be [B, R, C] or [B, C], got {list(gradient.shape)}")
-    if gradient.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"flat_sketch: gradient must be float32 or bfloat16, got {gradient.dtype}")
-    if gradient.stride(-1) != 1 and gradient.shape[-1] > 1:
-        raise ValueError("flat_sketch: the last dimension of gradient must be contiguous")
     if row_ids is not None and (row_ids.shape != gradient.shape[:2] or row_ids.dtype != torch.int64):
-        raise ValueError(f"flat_sketch: row_ids must be int64 {list(gradient.shape[:2])}, got {list(row_ids.shape)}")
-    out = _checked_out("flat_sketch", out, gradient, sketch)
-    chosen = dispatch.choose("flat_sketch", gradient.device.type, backend)
-    rows = None if row_ids is None else row_ids.contiguous()
-    _sketch_rows(gradient, rows, first_row, sketch.key(name), out, chosen == "cpu")
+        raise ValueError(
+            f"flat_sketch: row_ids must be int64 {list(gradient.shape[:2])}, got {row_ids.dtype} {list(row_ids.shape)}"
+        )
+    place = _place("flat_sketch", gradient.shape[2], first_row, first_column, columns)
+    out = _checked_out("flat_sketch", out, len(gradient), gradient.device, sketch)
+    rows, offsets = _end_to_end("flat_sketch", gradient, None)
+    if row_ids is None:
+        _check_scale("flat_sketch", scale, gradient.shape[1:])
+        ids = None
+    else:
+        _check_scale("flat_sketch", scale, (-1, gradient.shape[2]))
+        ids, place = row_ids.reshape(-1).contiguous(), (0, *place[1:])
+    sketch_rows(rows, offsets, ids, *place, sketch.seed, name, scale, out, backend)
     return out
+
+
+def vector_grad_sketch(
+    dy: Tensor,
+    name: str,
+    sketch: CountSketch,
+    *,
+    x: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sketch the gradient of a bias, or of a scale that multiplies ``x``, per example.
+
+        out[b] += flat_sketch((dy[b] * x[b]).float().sum(0)[None], name, sketch)          a bias: without x
+
+    Args:
+        dy: [B, T, C] gradient of the output; [N, C] with ``cu_seqlens``.
+        x: as dy, what the parameter multiplies (for RMSNorm the normalized input).
+        cu_seqlens: as in ``linear_grad_sketch``.
+        name, sketch, scale [1, C], out, backend: as in ``flat_sketch``; the parameter's shape is [C].
+
+    Returns:
+        [B, D] float32; ``out`` itself if given. Sums in float32.
+    """
+    if cu_seqlens is None:
+        sums = dy.sum(1, dtype=torch.float32) if x is None else (dy.float() * x.float()).sum(1)
+    else:
+        product = dy.float() if x is None else dy.float() * x.float()
+        lengths = cu_seqlens.diff()
+        example = torch.repeat_interleave(torch.arange(len(lengths), device=dy.device), lengths)
+        sums = product.new_zeros(len(lengths), dy.shape[-1]).index_add_(0, example, product)
+    return flat_sketch(sums, name, sketch, scale=scale, out=out, backend=backend)
 
 
 def linear_grad_sketch(
@@ -95,20 +159,29 @@ def linear_grad_sketch(
     name: str,
     sketch: CountSketch,
     *,
+    cu_seqlens: Tensor | None = None,
+    first_row: int = 0,
+    first_column: int = 0,
+    columns: int | None = None,
+    scale: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sketch the weight gradient of a linear layer, per example.
 
-        out[b] += flat_sketch(dy[b].float().T @ x[b].float())
+        out[b] += flat_sketch(dy[b].float().T @ x[b].float(), name, sketch)
 
-    The native kernel keeps tiles of the product in registers: dW is never stored.
+    The kernels keep blocks of the product in registers: dW is never stored.
 
     Args:
-        dy: [B, T, O] gradient of the output, float32 or bfloat16. For a weight stored [I, O] (GPT-2's Conv1D) pass the
-            input as ``dy`` and the output's gradient as ``x``.
-        x: [B, T, I] input of the layer, same dtypes.
-        name, sketch, out, backend: as in ``flat_sketch``; the parameter's shape is [O, I].
+        dy: [B, T, O] gradient of the output, float32 or bfloat16 (others are converted to float32). For a weight stored
+            [I, O] (GPT-2's Conv1D) pass the input as ``dy`` and the output's gradient as ``x``.
+        x: [B, T, I] input of the layer.
+        cu_seqlens: [B + 1] int64, for packed sequences: dy is [N, O], x [N, I], and example b has the tokens
+            cu_seqlens[b]..cu_seqlens[b + 1] - 1.
+        first_row, first_column, columns: as in ``flat_sketch``: of a shard (tensor parallel) or a part (fused q, k, v).
+        scale: [O, I] float32, by which dW is multiplied, entry by entry, before it is hashed.
+        name, sketch, out, backend: as in ``flat_sketch`` and "cuda"; the parameter's shape is [O, I].
 
     Returns:
         [B, D] float32; ``out`` itself if given. Products and sums in float32.
@@ -116,15 +189,16 @@ def linear_grad_sketch(
     Raises:
         ValueError: shapes disagree.   BackendUnavailableError: ``backend`` cannot run here.
     """
-    if dy.dim() != 3 or x.dim() != 3 or dy.shape[:2] != x.shape[:2]:
-        raise ValueError(
-            f"linear_grad_sketch: dy and x must be [B, T, O] and [B, T, I], got {list(dy.shape)}, {list(x.shape)}"
-        )
-    out = _checked_out("linear_grad_sketch", out, dy, sketch)
-    chosen = dispatch.choose("linear_grad_sketch", dy.device.type, backend)
-    dy_t = dy.float().transpose(1, 2).contiguous()  # [B, O, T]
-    x = F.pad(x.float(), (0, -x.shape[2] % BLOCK)).contiguous()  # [B, T, I to whole blocks]
-    _sketch_linear(dy_t, x, sketch.key(name), out, chosen == "cpu")
+    dims = 3 if cu_seqlens is None else 2
+    if dy.dim() != dims or x.dim() != dims or dy.shape[:-1] != x.shape[:-1]:
+        want = "[B, T, O] and [B, T, I]" if cu_seqlens is None else "[N, O] and [N, I]"
+        raise ValueError(f"linear_grad_sketch: dy and x must be {want}, got {list(dy.shape)}, {list(x.shape)}")
+    place = _place("linear_grad_sketch", x.shape[-1], first_row, first_column, columns)
+    dy, offsets = _end_to_end("linear_grad_sketch", dy, cu_seqlens)
+    x, _ = _end_to_end("linear_grad_sketch", x, cu_seqlens)
+    out = _checked_out("linear_grad_sketch", out, len(offsets) - 1, dy.device, sketch)
+    _check_scale("linear_grad_sketch", scale, (dy.shape[1], x.shape[1]))
+    sketch_linear(dy, x, offsets, *place, sketch.seed, name, scale, out, backend)
     return out
 
 
@@ -134,85 +208,82 @@ def embedding_grad_sketch(
     name: str,
     sketch: CountSketch,
     *,
+    cu_seqlens: Tensor | None = None,
+    scale: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sketch the weight gradient of an embedding, per example: token t adds dy[b, t] to row token_ids[b, t].
 
     Args:
-        dy: [B, T, C] gradient of the looked-up rows, float32 or bfloat16.
-        token_ids: [B, T] int64.
-        name, sketch, out, backend: as in ``flat_sketch``; the parameter's shape is [V, C].
+        dy: [B, T, C] gradient of the looked-up rows; [N, C] with ``cu_seqlens``.
+        token_ids: [B, T] int64; [N] with ``cu_seqlens``.
+        cu_seqlens: as in ``linear_grad_sketch``.
+        name, sketch, scale [V, C], out, backend: as in ``flat_sketch``; the parameter's shape is [V, C].
 
     Returns:
         [B, D] float32; ``out`` itself if given. A head tied to the embedding adds into the same hash by its name.
+
+    Raises:
+        ValueError: shapes disagree.   BackendUnavailableError: ``backend`` cannot run here.
     """
-    return flat_sketch(dy.contiguous(), name, sketch, out=out, row_ids=token_ids, backend=backend)
-
-
-def _checked_out(op: str, out: Tensor | None, gradient: Tensor, sketch: CountSketch) -> Tensor:
-    shape = (len(gradient), sketch.proj_dim)
-    if out is None:
-        return torch.zeros(shape, dtype=torch.float32, device=gradient.device)
-    if out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous():
-        raise ValueError(f"{op}: out must be contiguous float32 {list(shape)}, got {out.dtype} {list(out.shape)}")
+    if dy.shape[:-1] != token_ids.shape or token_ids.dtype != torch.int64:
+        raise ValueError(
+            f"embedding_grad_sketch: token_ids must be int64 {list(dy.shape[:-1])}, "
+            f"got {token_ids.dtype} {list(token_ids.shape)}"
+        )
+    place = _place("embedding_grad_sketch", dy.shape[-1], 0, 0, None)
+    rows, offsets = _end_to_end("embedding_grad_sketch", dy, cu_seqlens)
+    out = _checked_out("embedding_grad_sketch", out, len(offsets) - 1, dy.device, sketch)
+    _check_scale("embedding_grad_sketch", scale, (-1, dy.shape[-1]))
+    sketch_rows(rows, offsets, token_ids.reshape(-1).contiguous(), *place, sketch.seed, name, scale, out, backend)
     return out
 
 
-@torch.library.custom_op("merit_fast::sketch_rows", mutates_args={"out"})
-def _sketch_rows(
-    gradient: Tensor, row_ids: Tensor | None, first_row: int, key: int, out: Tensor, use_native: bool
-) -> None:
-    if not use_native:
-        _eager.sketch_rows(gradient, row_ids, first_row, key, out)
+def _place(op: str, width: int, first_row: int, first_column: int, columns: int | None) -> tuple[int, int, int]:
+    columns = first_column + width if columns is None else columns
+    if first_row < 0 or first_column < 0 or first_column + width > columns:
+        raise ValueError(
+            f"{op}: a part of {width} columns from row {first_row} and column {first_column} on does not lie in a "
+            f"parameter of {columns} columns"
+        )
+    return first_row, first_column, columns
+
+
+def _check_scale(op: str, scale: Tensor | None, shape: Sequence[int]) -> None:
+    """A shape of -1 is any."""
+    if scale is None:
         return
-    native = dispatch.native_module()
-    assert native is not None
-    batch, rows, columns = gradient.shape
-    native.sketch_rows(
-        gradient.data_ptr(),
-        gradient.dtype == torch.bfloat16,
-        batch,
-        rows,
-        columns,
-        gradient.stride(0),
-        gradient.stride(1),
-        0 if row_ids is None else row_ids.data_ptr(),
-        first_row,
-        key & 0xFFFFFFFFFFFFFFFF,
-        out.shape[1],
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    fits = scale.dim() == 2 and all(want in (-1, got) for want, got in zip(shape, scale.shape, strict=True))
+    if not fits or scale.dtype != torch.float32 or (scale.stride(1) != 1 and scale.shape[1] > 1):
+        raise ValueError(
+            f"{op}: scale must be float32 {list(shape)} with contiguous rows, got {scale.dtype} {list(scale.shape)}"
+        )
 
 
-@_sketch_rows.register_fake
-def _(gradient: Tensor, row_ids: Tensor | None, first_row: int, key: int, out: Tensor, use_native: bool) -> None:
-    return None
+def _end_to_end(op: str, values: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[N, C] with rows that are contiguous, float32 or bfloat16, and the examples' offsets [B + 1] int64."""
+    if values.dtype not in (torch.float32, torch.bfloat16):
+        values = values.float()
+    if cu_seqlens is None:
+        batch, tokens, width = values.shape
+        offsets = torch.arange(batch + 1, device=values.device) * tokens
+        values = values.reshape(batch * tokens, width)
+    else:
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{op}: cu_seqlens must be int64 [B + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+        offsets = cu_seqlens.to(values.device, torch.int64).contiguous()
+        if offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would be waited for
+            bounds = [0, *offsets.tolist(), len(values)]
+            if bounds != sorted(bounds):
+                raise ValueError(f"{op}: cu_seqlens must rise from 0 to at most {len(values)}, got {bounds[1:-1]}")
+    return (values if values.stride(-1) == 1 or values.shape[-1] <= 1 else values.contiguous()), offsets
 
 
-@torch.library.custom_op("merit_fast::sketch_linear", mutates_args={"out"})
-def _sketch_linear(dy_t: Tensor, x: Tensor, key: int, out: Tensor, use_native: bool) -> None:
-    if not use_native:
-        _eager.sketch_linear(dy_t, x, key, out)
-        return
-    native = dispatch.native_module()
-    assert native is not None
-    batch, rows, tokens = dy_t.shape
-    native.sketch_linear(
-        dy_t.data_ptr(),
-        x.data_ptr(),
-        batch,
-        tokens,
-        rows,
-        x.shape[2],
-        key & 0xFFFFFFFFFFFFFFFF,
-        out.shape[1],
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
-@_sketch_linear.register_fake
-def _(dy_t: Tensor, x: Tensor, key: int, out: Tensor, use_native: bool) -> None:
-    return None
+def _checked_out(op: str, out: Tensor | None, batch: int, device: torch.device, sketch: CountSketch) -> Tensor:
+    shape = (batch, sketch.proj_dim)
+    if out is None:
+        return torch.zeros(shape, dtype=torch.float32, device=device)
+    if out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError(f"{op}: out must be contiguous float32 {list(shape)}, got {out.dtype} {list(out.shape)}")
+    return out

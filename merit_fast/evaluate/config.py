@@ -1,6 +1,6 @@
 """Options of the evaluate stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from merit_fast.config import option, require
@@ -16,9 +16,18 @@ class EvaluateConfig:
     )
     max_new_tokens: int = option(48, "longest greedy answer to a retention prompt, in tokens")
     dtype: Literal["bf16", "fp32"] = option("bf16", "precision of the forward passes")
+    audit: bool = option(False, "also check each merge against the theory of its gain (float32, minutes)")
+    audit_rows: int = option(128, "held-out rows of the audit, dataset by dataset in turn")
+    audit_points: int = option(3, "points on the path between two branches where a barrier is looked for")
+
+    def without_audit(self) -> "EvaluateConfig":
+        """The part that decides evaluate.json."""
+        return replace(self, audit=False, audit_rows=1, audit_points=1)
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
+        require(self.audit_rows >= 1, "audit_rows", "at least 1", self.audit_rows)
+        require(self.audit_points >= 1, "audit_points", "at least 1", self.audit_points)
         for value in self.interpolate:
             require(0 < value < 1, "interpolate", "between 0 and 1", value)

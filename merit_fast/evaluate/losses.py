@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from merit_fast.data import Dataset, Example, collate
-from merit_fast.manifest import DatasetResult
 from merit_fast.model import target_losses
+from merit_fast.schemas import DatasetResult
 
 
 def dataset_results(

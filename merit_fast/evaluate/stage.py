@@ -14,17 +14,10 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import dataset_results
 from merit_fast.evaluate.retention import answers_nll, greedy_answers, text_loss
 from merit_fast.evaluate.weights import displacement, interpolate_towards
-from merit_fast.manifest import (
-    ArmResult,
-    BranchManifest,
-    EvaluateManifest,
-    MergingGain,
-    read_manifest,
-    write_manifest,
-    write_text,
-)
+from merit_fast.manifest import read_manifest, write_manifest, write_text
 from merit_fast.model import load_model
 from merit_fast.progress import Progress
+from merit_fast.schemas import ArmResult, BranchManifest, EvaluateManifest, MergingGain
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def evaluate_arms(
                 interpolated = evaluator.result(f"joint@{share:g}", candidates.branches["joint"], share)
                 arms[f"joint@{share:g}"] = _with_training(interpolated, [candidates.branches["joint"]])
                 task.advance(1)
-        for arm in sorted(candidates.merges, reverse=True):  # random before merit
+        for arm in sorted(candidates.merges, key=lambda arm: (arm == "merit", arm)):  # merit last
             merge = candidates.merges[arm]
             paths = [candidates.branches[name] for name in merge.branches]
             arms[arm] = _with_training(evaluator.result(arm, merge.path), paths)

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.kernels.average.deltas import DeltaRule
-from merit_fast.manifest import SCHEMA_VERSION, write_manifest, write_text
+from merit_fast.manifest import write_manifest, write_text
 from merit_fast.merge.plan import Segment, Shard
 from merit_fast.merge.remote import Location
+from merit_fast.schemas import SCHEMA_VERSION
 
 Array = npt.NDArray[np.float64]
 GEOMETRY_FILE = "geometry.json"

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from merit_fast.errors import InputError
-from merit_fast.manifest import BranchManifest, read_manifest
+from merit_fast.manifest import read_manifest
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.remote import Location
+from merit_fast.schemas import BranchManifest
 
 
 def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[float]:

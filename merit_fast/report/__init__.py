@@ -7,15 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merit_fast.errors import InputError
-from merit_fast.manifest import EvaluateManifest, SplitManifest, read_manifest, write_text
+from merit_fast.manifest import read_manifest, write_text
 from merit_fast.report.summary import split_lines, verdict
 from merit_fast.report.tables import gain_rows, results_rows
+from merit_fast.schemas import AuditManifest, EvaluateManifest, SplitManifest
 
 __all__ = ["gain_rows", "print_summary", "results_rows", "split_lines", "verdict", "write_report"]
 
 
 def write_report(
-    split: SplitManifest, evaluation: EvaluateManifest | None, path: Path, *, title: str, notes: Sequence[str] = ()
+    split: SplitManifest,
+    evaluation: EvaluateManifest | None,
+    path: Path,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    audit: AuditManifest | None = None,
 ) -> None:
     """Writes the page, atomically. The same arguments give the same bytes; the page loads nothing from anywhere.
 
@@ -24,6 +31,7 @@ def write_report(
         evaluation: None for a run that stopped after the split.
         path: the HTML file to write.
         title: heading of the page, plain text.
+        audit: None if the merges were not audited.
         notes: lines for "How this was made" (seeds, commands, versions), plain text.
 
     Raises:
@@ -31,7 +39,7 @@ def write_report(
     """
     from merit_fast.report.page import render
 
-    page = render(split, evaluation, title, notes)
+    page = render(split, evaluation, title, notes, audit)
     try:
         write_text(path, page)
     except OSError as error:

@@ -1,110 +1,141 @@
-"""The page's two figures. Colours that depend on light and dark are in ``THEMES``, which the page applies.
+"""The two maps of the conflict geometry: cosines of all pairs, datasets on the conflict axes.
 
 Everything is plain lists: plotly then writes numbers, not base64, and the page's JSON can be read back.
 """
 
-import html
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from merit_fast.manifest import SplitManifest
+from merit_fast.report.parts import (
+    LEGEND,
+    NEUTRAL,
+    dataset_hover,
+    group_color,
+    group_symbol,
+    label,
+    ordered,
+    plain,
+)
+from merit_fast.report.split_tables import group_name, with_error
+from merit_fast.schemas import SplitManifest
 
-# Okabe & Ito's colour-blind-safe palette without black; symbols carry the group as well.
-GROUP_COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8C8C8C", "#A0A020")
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 _NAMED_ROWS = 40  # more rows than this are labelled by group only
 _NAMED_POINTS = 16
+_TEXT_ROWS = 12  # so few rows have cells with room for their figures
+_CORNERS = 24  # of an ellipse
 
 
 def conflict_map(split: SplitManifest) -> go.Figure:
-    """Heat map of the cosines, rows and columns ordered by group and score. Hover: names, groups, cosine, error."""
-    order = sorted(range(len(split.datasets)), key=lambda i: (split.datasets[i].group, split.scores[i][:1], i))
+    """Heat map of the cosines, rows and columns in ``ordered``. Hover: names, groups, cosine and error.
+
+    A cell that is not resolved has no colour of its own: the grey ground shows.
+    """
+    order = ordered(split)
     rows = [split.datasets[i] for i in order]
-    names = [_plain(row.name) for row in rows]
-    hover = [
-        [[names[y], names[x], split.similarity_errors[i][j], rows[y].group, rows[x].group] for x, j in enumerate(order)]
-        for y, i in enumerate(order)
-    ]
+    names, groups = [plain(row.name) for row in rows], [row.group for row in rows]
+    texts = [[_cosine_text(split.similarity[i][j], split.similarity_errors[i][j]) for j in order] for i in order]
+    titles = [f"{name} ({group_name(group)})" for name, group in zip(names, groups, strict=True)]
     heat = go.Heatmap(
         z=[[split.similarity[i][j] for j in order] for i in order],
-        customdata=hover,
+        customdata=[[[titles[y], titles[x], texts[y][x]] for x in range(len(rows))] for y in range(len(rows))],
         coloraxis="coloraxis",
-        hovertemplate="%{customdata[0]} (group %{customdata[3]})<br>%{customdata[1]} (group %{customdata[4]})"
-        "<br>cosine %{z:.3f} ± %{customdata[2]:.3f}<extra></extra>",
+        hoverongaps=True,
+        hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>cosine %{customdata[2]}<extra></extra>",
     )
-    if len(rows) <= 12:
-        heat.texttemplate = "%{z:.2f}"
+    if len(rows) <= _TEXT_ROWS:
+        heat.text = [[_cell_text(split.similarity[i][j], split.similarity_errors[i][j]) for j in order] for i in order]
+        heat.texttemplate, heat.textfont = "%{text}", {"size": 11}
     figure = go.Figure(heat)
-    groups = [row.group for row in rows]
-    for i in range(1, len(groups)):
-        if groups[i] != groups[i - 1]:
-            figure.add_vline(x=i - 0.5)
-            figure.add_hline(y=i - 0.5)
+    borders = [i - 0.5 for i in range(1, len(groups)) if groups[i] != groups[i - 1]]
+    shapes = [{"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "y domain"} for at in borders]
+    shapes += [{"x0": 0, "x1": 1, "y0": at, "y1": at, "xref": "x domain"} for at in borders]
     centers, labels = _group_ticks(groups)
     figure.update_layout(
         template="none",
-        height=min(900, max(420, 150 + 32 * len(rows))),
+        height=min(900, max(420, 150 + (46 if len(rows) <= _TEXT_ROWS else 32) * len(rows))),
         margin={"l": 10, "r": 10, "t": 50, "b": 10},
-        coloraxis={"cmin": -1, "cmax": 1, "colorbar": {"title": {"text": "cosine"}, "tickvals": [-1, -0.5, 0, 0.5, 1]}},
+        plot_bgcolor=NEUTRAL,
+        shapes=[{"type": "line", **shape} for shape in shapes],
+        coloraxis={
+            "cmin": -1,
+            "cmax": 1,
+            "colorbar": {"title": {"text": "cosine", "side": "right"}, "tickvals": [-1, -0.5, 0, 0.5, 1]},
+        },
     )
     bare = {"constrain": "domain", "showgrid": False, "zeroline": False, "ticks": ""}
     figure.update_xaxes(bare, side="top", title={"text": "group", "standoff": 4}, tickvals=centers, ticktext=labels)
     figure.update_xaxes(range=[-0.5, len(rows) - 0.5])
     figure.update_yaxes(bare, scaleanchor="x", range=[len(rows) - 0.5, -0.5], automargin=True)
     if len(rows) <= _NAMED_ROWS:
-        figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=names)
+        figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[label(row.name) for row in rows])
     else:
         figure.update_yaxes(title={"text": "group"}, tickvals=centers, ticktext=labels)
     return figure
 
 
 def axes_map(split: SplitManifest) -> go.Figure:
-    """Datasets on conflict axes 1 and 2, or on axis 1 with one lane per group; median cuts as lines."""
-    flat = len(split.explained_variance) == 1
-    number_axes = len(split.explained_variance)
-    scores = "".join(f"<br>score on axis {a + 1}: %{{customdata[{9 + a}]:.3f}}" for a in range(number_axes))
-    template = (
-        "<b>%{customdata[0]}</b><br>group %{customdata[1]} (random control: %{customdata[2]})"
-        "<br>%{customdata[3]:,} examples, %{customdata[4]:,} target tokens"
-        f"{scores}<br>signal fraction %{{customdata[8]:.3f}} over %{{customdata[5]:,}} examples"
-        "<br>loss at base %{customdata[6]:.3f}, gradient norm %{customdata[7]:.3g}<extra></extra>"
-    )
-    places = _label_places(split)
+    """Datasets on conflict axes 1 and 2 with ellipses of one standard error; median cuts as lines."""
+    hover, template = dataset_hover(split)
+    places, names = _label_places(split), [label(row.name) for row in split.datasets]
     figure = go.Figure()
-    for group in range(split.groups):
+    for group in sorted({row.group for row in split.datasets}, key=lambda group: (group < 0, group)):
         members = [i for i, row in enumerate(split.datasets) if row.group == group]
+        x, y = _ellipses(split, members)
         figure.add_scatter(
-            name=f"group {group}",
+            x=x, y=y, mode="lines", fill="toself", opacity=0.35, hoverinfo="skip", showlegend=False,
+            legendgroup=group_name(group), line={"width": 1, "color": group_color(group)},
+        )  # fmt: skip
+        figure.add_scatter(
+            name=group_name(group),
+            legendgroup=group_name(group),
             x=[split.scores[i][0] for i in members],
-            y=[group if flat else split.scores[i][1] for i in members],
-            customdata=[_hover_row(split, i) for i in members],
-            text=[_plain(split.datasets[i].name) for i in members],
+            y=[split.scores[i][1] for i in members],
+            customdata=[hover[i] for i in members],
+            text=[names[i] for i in members],
             mode="markers+text" if len(split.datasets) <= _NAMED_POINTS else "markers",
             textposition=[places[i] for i in members],
             cliponaxis=False,
-            marker={"size": 10, "opacity": 0.85, "color": GROUP_COLORS[group % 8], "symbol": _SYMBOLS[group % 8]},
+            marker={"size": 9, "opacity": 0.9, "color": group_color(group), "symbol": group_symbol(group)},
             hovertemplate=template,
         )
-    bounds_x = _bounds([row[0] for row in split.scores])
-    bounds_y = (-0.6, split.groups - 0.4) if flat else _bounds([row[1] for row in split.scores])
+    bounds_x, bounds_y = _bounds(split, 0), _bounds(split, 1)
     for line in _cut_lines(split, bounds_x, bounds_y):
         figure.add_shape(type="line", line={"dash": "dash"}, layer="below", **line)
     titles = [f"axis {a + 1} ({100 * v:.1f} % of the variance)" for a, v in enumerate(split.explained_variance)]
     figure.update_layout(
         template="none",
-        height=180 + 60 * split.groups if flat else 560,
-        margin={"l": 10, "r": 10, "t": 10, "b": 10},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        height=600,
+        margin={"l": 10, "r": 10, "t": 40, "b": 10},
+        legend=LEGEND,
         xaxis={"title": {"text": titles[0]}, "range": list(bounds_x), "automargin": True},
-        yaxis={"range": list(bounds_y), "automargin": True},
+        yaxis={"title": {"text": titles[1]}, "range": list(bounds_y), "automargin": True},
     )
-    if flat:
-        ticks = list(range(split.groups))
-        figure.update_yaxes(tickvals=ticks, ticktext=[f"group {g}" for g in ticks], showgrid=False, zeroline=False)
-    else:
-        figure.update_yaxes(title={"text": titles[1]})
     return figure
+
+
+def _cosine_text(cosine: float | None, error: float | None) -> str:
+    return "not resolved" if cosine is None else with_error(cosine, error)
+
+
+def _cell_text(cosine: float | None, error: float | None) -> str:
+    """Two short lines; nothing in a cell that is not resolved."""
+    if cosine is None:
+        return ""
+    return f"{cosine:z.2f}" + (f"<br>±{error:.2f}" if error else "")
+
+
+def _ellipses(split: SplitManifest, members: Sequence[int]) -> tuple[list[float | None], list[float | None]]:
+    """x and y of the outlines, half axes of one standard error, a gap after each."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    turns = [2 * math.pi * corner / _CORNERS for corner in range(_CORNERS + 1)]
+    for i in members:
+        (center_x, center_y), (error_x, error_y) = split.scores[i][:2], split.score_errors[i][:2]
+        x += [*(round(center_x + error_x * math.cos(turn), 6) for turn in turns), None]
+        y += [*(round(center_y + error_y * math.sin(turn), 6) for turn in turns), None]
+    return x, y
 
 
 def _label_places(split: SplitManifest) -> list[str]:
@@ -115,13 +146,6 @@ def _label_places(split: SplitManifest) -> list[str]:
     for rank, i in enumerate(order):
         places[i] = turns[rank % 4]
     return places
-
-
-def _hover_row(split: SplitManifest, i: int) -> list[Any]:
-    row = split.datasets[i]
-    counts = [row.num_examples, row.num_target_tokens, row.num_sketched_examples]
-    measures = [row.mean_loss, row.gradient_norm, row.signal_fraction]
-    return [_plain(row.name), row.group, split.random_groups[i], *counts, *measures, *split.scores[i]]
 
 
 def _cut_lines(
@@ -140,42 +164,14 @@ def _cut_lines(
 
 def _group_ticks(groups: list[int]) -> tuple[list[float], list[str]]:
     """Centre and label of each group's block on an axis of sorted groups."""
-    present = sorted(set(groups))
+    present = list(dict.fromkeys(groups))
     places = [[i for i, g in enumerate(groups) if g == group] for group in present]
-    return [sum(block) / len(block) for block in places], [str(group) for group in present]
+    return [sum(block) / len(block) for block in places], ["all" if group < 0 else str(group) for group in present]
 
 
-def _bounds(values: list[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
+def _bounds(split: SplitManifest, axis: int) -> tuple[float, float]:
+    """What shows every point with its error."""
+    pairs = [(score[axis], error[axis]) for score, error in zip(split.scores, split.score_errors, strict=True)]
+    low, high = min(score - error for score, error in pairs), max(score + error for score, error in pairs)
     margin = 0.1 * (high - low) or 1.0
     return low - margin, high + margin
-
-
-def _plain(text: str) -> str:
-    """plotly reads a few HTML tags in labels; escaped text shows as it is."""
-    return html.escape(text, quote=False)
-
-
-def _theme(text: str, faint: str, surface: str, scale: list[str]) -> dict[str, Any]:
-    font = {"color": text, "family": "system-ui, sans-serif", "size": 13}
-    axis = {"gridcolor": faint, "zerolinecolor": faint, "linecolor": faint, "tickcolor": faint}
-    return {
-        "layout": {
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": font,
-            "hoverlabel": {"bgcolor": surface, "bordercolor": faint, "font": font, "align": "left"},
-            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": faint, "activecolor": text},
-            "coloraxis": {"colorscale": [[i / 4, color] for i, color in enumerate(scale)]},
-            "shapedefaults": {"line": {"color": text, "width": 1.5}},
-            "xaxis": axis,
-            "yaxis": axis,
-        }
-    }
-
-
-# Diverging, blue for agreement and red for conflict (ColorBrewer RdBu); the middle is the page's own background.
-THEMES = {
-    "light": _theme("#1f2328", "#c9ced6", "#ffffff", ["#b2182b", "#ef8a62", "#f7f7f7", "#67a9cf", "#2166ac"]),
-    "dark": _theme("#e4e7eb", "#4a515b", "#22272e", ["#ff8f73", "#b04a3c", "#262b32", "#3679ad", "#7cc0f5"]),
-}

@@ -9,21 +9,37 @@ from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 from merit_fast.errors import InputError
-from merit_fast.manifest import EvaluateManifest, SplitManifest
-from merit_fast.report import figures, tables
-from merit_fast.report.summary import verdict
+from merit_fast.report import figures, parts, split_figures, split_tables, tables
+from merit_fast.report.split_tables import group_name
+from merit_fast.report.summary import method_sentence, verdict
+from merit_fast.schemas import AuditManifest, EvaluateManifest, SplitManifest
 
 TEMPLATE = "page.html.j2"
 
 
-def render(split: SplitManifest, evaluation: EvaluateManifest | None, title: str, notes: Sequence[str]) -> str:
+def render(
+    split: SplitManifest,
+    evaluation: EvaluateManifest | None,
+    title: str,
+    notes: Sequence[str],
+    audit: AuditManifest | None = None,
+) -> str:
     """The whole page.
 
     Raises:
         InputError: a field of ``split`` has the wrong length.
     """
     _check_lengths(split)
+    steps = _branch_steps(split, evaluation)
     conflict_map = figures.conflict_map(split)
+    specs = {
+        "conflicts": conflict_map,
+        "axes": figures.axes_map(split),
+        "tree": split_figures.dendrogram(split),
+        "separations": split_figures.separation_map(split),
+        "balance": split_figures.balance_map(split, steps),
+        "datasets": split_figures.dataset_map(split),
+    }
     environment = Environment(
         loader=PackageLoader("merit_fast.report", ""),
         autoescape=True,
@@ -38,18 +54,28 @@ def render(split: SplitManifest, evaluation: EvaluateManifest | None, title: str
         split=split,
         summary=_summary(split, evaluation),
         verdict=verdict(split),
-        groups=tables.group_rows(split),
-        members=tables.group_members(split),
-        shares=_shares(split),
-        group_colors=figures.GROUP_COLORS,
-        datasets=tables.split_rows(split),
+        groups=split_tables.group_rows(split, steps),
+        group_colors=[parts.group_color(group) for group in range(split.groups)],
+        members=[
+            (group_name(g), parts.group_color(g), names) for g, names in split_tables.group_members(split).items()
+        ],
+        separations=split_tables.separation_rows(split),
+        datasets=split_tables.split_rows(split),
+        unresolved=sum(cosine is None for row in split.similarity for cosine in row) > 0,
         evaluation=None if evaluation is None else _evaluation(split, evaluation),
-        conflicts=_json(conflict_map),
+        audit=None if audit is None else tables.audit_rows(audit),
+        specs={name: _json(figure) for name, figure in specs.items() if figure is not None},
         conflict_width=conflict_map.layout.height + 200,  # a square, its row labels and its colour bar
-        axes=_json(figures.axes_map(split)),
-        themes=_json(figures.THEMES),
+        themes=_json(parts.THEMES),
         plotly_js=Markup(get_plotlyjs()),
     )
+
+
+def _branch_steps(split: SplitManifest, evaluation: EvaluateManifest | None) -> list[int] | None:
+    """[K] optimizer steps that each group's branch took; None before all are trained."""
+    branches = {} if evaluation is None else evaluation.branches
+    steps = [branches[name].steps for k in range(split.groups) if (name := f"merit-{k}") in branches]
+    return steps if len(steps) == split.groups and all(steps) else None
 
 
 def _evaluation(split: SplitManifest, evaluation: EvaluateManifest) -> dict[str, Any]:
@@ -65,22 +91,11 @@ def _evaluation(split: SplitManifest, evaluation: EvaluateManifest) -> dict[str,
 def _summary(split: SplitManifest, evaluation: EvaluateManifest | None) -> str:
     examples = sum(row.num_examples for row in split.datasets)
     tokens = sum(row.num_target_tokens for row in split.datasets)
-    axes = len(split.explained_variance)
-    text = (
-        f"{len(split.datasets)} datasets ({examples:,} examples, {tokens:,} target tokens) were split into "
-        f"{split.groups} groups along {axes} conflict {'axis' if axes == 1 else 'axes'} of their gradients"
-    )
+    text = f"{method_sentence(split)}; {examples:,} examples, {tokens:,} target tokens"
     if evaluation is None:
         return f"{text}; nothing was evaluated."
     models = len(evaluation.arms)
     return f"{text}; {models} {'model was' if models == 1 else 'models were'} evaluated on held-out rows."
-
-
-def _shares(split: SplitManifest) -> list[tuple[int, str]]:
-    """(group, CSS width in percent) of each group's part of the target tokens."""
-    total = sum(row.num_target_tokens for row in split.datasets) or 1
-    tokens = [sum(r.num_target_tokens for r in split.datasets if r.group == g) for g in range(split.groups)]
-    return [(group, f"{100 * count / total:.3f}") for group, count in enumerate(tokens)]
 
 
 def _json(data: Any) -> Markup:
@@ -94,6 +109,7 @@ def _check_lengths(split: SplitManifest) -> None:
         ("similarity", split.similarity, number),
         ("similarity_errors", split.similarity_errors, number),
         ("scores", split.scores, axes),
+        ("score_errors", split.score_errors, axes),
     ):
         widths = {len(row) for row in rows}
         if len(rows) != number or widths != {width}:
@@ -102,8 +118,8 @@ def _check_lengths(split: SplitManifest) -> None:
             )
     if len(split.random_groups) != number:
         raise InputError(f"split.json: random_groups: must have length {number}, got {len(split.random_groups)}")
-    if axes < 1:
-        raise InputError("split.json: explained_variance: must have at least one axis, got none")
+    if axes < 2:
+        raise InputError(f"split.json: explained_variance: must have at least two axes, got {axes}")
     for row in split.datasets:
-        if not 0 <= row.group < split.groups:
-            raise InputError(f"split.json: {row.name}: group must be below {split.groups}, got {row.group}")
+        if not -1 <= row.group < split.groups:
+            raise InputError(f"split.json: {row.name}: group must be -1 or below {split.groups}, got {row.group}")

@@ -1,55 +1,135 @@
-"""What the figures of split.json say, in plain sentences."""
+"""What the figures of split.json say, in plain sentences and as lines for a terminal."""
 
+from collections.abc import Iterable, Sequence
 from statistics import median
 
-from merit_fast.manifest import SplitManifest
-from merit_fast.report.tables import group_members, group_rows, percent
+from merit_fast.report.split_tables import (
+    deviations_above,
+    group_members,
+    group_name,
+    group_rows,
+    known_pairs,
+    separation_rows,
+    signal_text,
+    signed,
+    small_margins,
+)
+from merit_fast.report.tables import Table, percent
+from merit_fast.schemas import SplitManifest
+
+_LISTED = 10  # names in one line of the terminal
 
 
-def verdict(split: SplitManifest) -> tuple[str, str, str]:
-    """Three sentences: do datasets conflict, do the groups stand out from random ones, how noisy is all that."""
-    return (_conflict(split), _separation(split), _noise(split))
+def verdict(split: SplitManifest) -> tuple[str, ...]:
+    """Sentences: do datasets conflict, why so many groups, do they stand out of random ones, balance, noise."""
+    balance = (f"Balance: {split.note}.",) if split.note else ()
+    return (_conflict(split), *_groups(split), *balance, _noise(split))
 
 
-def split_lines(split: SplitManifest) -> tuple[str, ...]:
-    """The split for a terminal: a line per group, then the verdict."""
-    members, (_, rows) = group_members(split), group_rows(split)
-    groups = [
-        f"{row[0]}: {row[3]} target tokens ({row[4]}): {', '.join(names)}"
-        for row, names in zip(rows, members.values(), strict=True)
-    ]
-    return (*groups, *verdict(split))
+def split_lines(split: SplitManifest, steps: Sequence[int] | None = None) -> tuple[str, ...]:
+    """The split for a terminal: tables of the groups and of the numbers of groups tried, then the verdict.
+
+    steps: [K] optimizer steps of each group's branch, where they are known.
+    """
+    lines = [f"{method_sentence(split)}:", *_aligned(group_rows(split, steps))]
+    if split.separations:
+        lines += ["", *_aligned(separation_rows(split))]
+    lines.append("")
+    if split.groups > 1:
+        within, across = signed(split.within_cosine), signed(split.across_cosine)
+        lines.append(f"mean cosine of pairs within groups {within}, across groups {across}")
+    border = [f"{row.name} (margin {row.margin:z.2g}, stability {row.stability:.2f})" for row in small_margins(split)]
+    if border:
+        lines.append(f"small margin, another group would do nearly as well: {_listed(border, ', ')}")
+    unknown = [f"{row.name}: {signal_text(row)}" for row in split.datasets if row.more_examples]
+    if unknown:
+        lines.append(_listed(unknown, "; "))
+    lines += [f"{group_name(group)}: {', '.join(names) or 'none'}" for group, names in group_members(split).items()]
+    return (*lines, "", *verdict(split))
 
 
-def _conflict(split: SplitManifest) -> str:
+def method_sentence(split: SplitManifest) -> str:
+    """What was done, without a full stop."""
     number = len(split.datasets)
-    pairs = number * (number - 1) // 2
-    if split.negative_pair_fraction == 0:
-        return "No pair of datasets conflicts at the base model: splitting has little to separate here."
-    return (
-        f"{percent(split.negative_pair_fraction)} of the {pairs:,} pairs of datasets conflict at the base model "
-        "(their mean gradients have a cosine below 0)."
-    )
+    what = f"{number} {'dataset' if number == 1 else 'datasets'}"
+    if split.groups == 1:
+        return f"{what} in one group"
+    balance = "" if split.balance == "none" else f", balanced by {split.balance}"
+    return f"{what} in {split.groups} groups by {split.method}{balance}"
 
 
 def exceeds_null(split: SplitManifest) -> bool:
-    """Whether eta squared lies more than two standard deviations above that of random balanced splits."""
-    return split.eta_squared > split.eta_squared_null_mean + 2 * split.eta_squared_null_std
+    """Whether cross-validated eta squared lies more than two standard deviations above that of random splits."""
+    found = split.separation
+    if found is None or found.cross_validated is None or found.null_mean is None or found.null_std is None:
+        return False
+    return found.cross_validated > found.null_mean + 2 * found.null_std
+
+
+def _conflict(split: SplitManifest) -> str:
+    pairs, where = len(known_pairs(split)), split.sketched_at
+    if not pairs:
+        return f"The cosine of no pair of datasets is resolved {where}: whether they conflict is not known."
+    if split.negative_pair_fraction == 0:
+        return f"No pair of datasets conflicts {where}: splitting has little to separate here."
+    every = len(split.datasets) * (len(split.datasets) - 1) // 2
+    which = (
+        f"{pairs:,} pairs of datasets"
+        if pairs == every
+        else f"{pairs:,} pairs of datasets (of {every:,}) that are resolved"
+    )
+    share, certain = percent(split.negative_pair_fraction), percent(split.certain_negative_fraction)
+    return (
+        f"{share} of the {which} conflict {where} (their mean gradients have a cosine below 0), "
+        f"{certain} by more than two standard errors."
+    )
+
+
+def _groups(split: SplitManifest) -> tuple[str, ...]:
+    if split.groups == 1:
+        reason = split.reason or "one group was asked for, so nothing is split"
+        return (f"{reason[0].upper()}{reason[1:]}.",)
+    if split.reason:
+        return (f"The number of groups was chosen automatically: {split.reason}.", _separation(split))
+    return (_separation(split),)
 
 
 def _separation(split: SplitManifest) -> str:
-    figures = (
-        f"The groups account for {percent(split.eta_squared)} of the spread between datasets (η²), random balanced "
-        f"groups for {percent(split.eta_squared_null_mean)} (standard deviation {percent(split.eta_squared_null_std)})"
+    found = split.separation
+    if found is None or found.eta_squared is None:
+        return "The datasets differ by no more than the noise of their gradients: no split can be told from another."
+    own = f"The groups account for {percent(found.eta_squared)} of the spread between datasets (η², debiased)"
+    above = deviations_above(found.cross_validated, found.null_mean, found.null_std)
+    if found.cross_validated is None or found.null_mean is None or found.null_std is None:
+        return f"{own}; there are too few examples to tell that from chance."
+    verb = "" if exceeds_null(split) else "not "
+    by = "" if above is None else f" ({above:+z.1f})"
+    return (
+        f"{own}; found on one half of the examples and measured on the other, {percent(found.cross_validated)}, random "
+        f"balanced groups {percent(found.null_mean)} (standard deviation {percent(found.null_std)}): {verb}more than "
+        f"two standard deviations above chance{by}."
     )
-    if exceeds_null(split):
-        return f"{figures}: more than two standard deviations above chance."
-    return f"{figures}: not more than two standard deviations above chance."
 
 
 def _noise(split: SplitManifest) -> str:
     signal = median(row.signal_fraction for row in split.datasets)
-    return (
-        "The split was chosen to account for spread, so it exceeds random groups even on noise; "
-        f"the median signal fraction of the gradients is {signal:.2f} (1 is noiseless)."
-    )
+    unknown = sum(row.more_examples > 0 for row in split.datasets)
+    which = "every dataset's signal is resolved"
+    if unknown:
+        which = f"the signal of {unknown} of {len(split.datasets)} datasets is not resolved by so few examples"
+    return f"The median signal fraction of the gradients is {signal:.2f} (1 is noiseless); {which}."
+
+
+def _listed(items: Sequence[str], separator: str) -> str:
+    more = f"{separator}and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return separator.join(items[:_LISTED]) + more
+
+
+def _aligned(table: Table) -> Iterable[str]:
+    """The first column to the left, figures to the right."""
+    columns, rows = table
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        cells = [f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
+                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        yield "  ".join(cells).rstrip()

@@ -1,11 +1,11 @@
-"""Every table as formatted strings, from the manifests alone: the page and the terminal show the same ones.
+"""Tables as formatted strings, from the manifests alone: the page and the terminal show the same ones.
 
 A table is (columns, rows); the first column names the row, the others are right-aligned figures.
 """
 
 from collections.abc import Callable, Mapping
 
-from merit_fast.manifest import ArmResult, EvaluateManifest, SplitManifest
+from merit_fast.schemas import ArmResult, AuditManifest, EvaluateManifest, SplitManifest
 
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
@@ -44,6 +44,28 @@ def gain_rows(evaluation: EvaluateManifest) -> Table:
     return columns, rows
 
 
+def audit_rows(audit: AuditManifest) -> Table:
+    """One row per merged arm: the gain against its prediction, and where the merge lies."""
+    noise = next(iter(audit.arms.values())).noise
+    columns = ("merged arm", "gain", "½ Σ w δᵀHδ", "ratio", "in one basin", "highest barrier", "displacement",
+               "contraction", *(f"noise {share:g}" for share, _ in noise))  # fmt: skip
+    rows = tuple(
+        (
+            arm,
+            f"{one.gain:z.4f}",
+            f"{one.predicted_gain:z.4f}",
+            f"{one.ratio:.3f}",
+            "yes" if one.in_basin else "no",
+            f"{max((barrier.height for barrier in one.barriers), default=0.0):z.4f}",
+            f"{one.displacement:.2f}",
+            f"{one.contraction:.3f}",
+            *(f"{rise:+z.4f}" for _, rise in one.noise),
+        )
+        for arm, one in audit.arms.items()
+    )
+    return columns, rows
+
+
 def dataset_result_rows(split: SplitManifest, evaluation: EvaluateManifest) -> Table:
     """One row per dataset; per arm its loss and its exact match in percent. Datasets outside the split come last."""
     names = [row.name for row in split.datasets]
@@ -60,44 +82,6 @@ def dataset_result_rows(split: SplitManifest, evaluation: EvaluateManifest) -> T
             row += [ABSENT, ABSENT] if one is None else [f"{one.loss:z.3f}", f"{100 * one.exact_match:.1f}"]
         rows.append(tuple(row))
     return tuple(columns), tuple(rows)
-
-
-def split_rows(split: SplitManifest) -> Table:
-    """One row per dataset of the split: groups, counts, gradient figures and scores."""
-    axes = tuple(f"axis {axis + 1}" for axis in range(len(split.explained_variance)))
-    counts = ("group", "random control", "examples", "target tokens", "examples sketched")
-    columns = ("dataset", *counts, "loss at base", "gradient norm", "signal fraction", *axes)
-    rows = tuple(
-        (
-            row.name,
-            *(str(group) for group in (row.group, random)),
-            *(f"{count:,}" for count in (row.num_examples, row.num_target_tokens, row.num_sketched_examples)),
-            f"{row.mean_loss:z.3f}",
-            f"{row.gradient_norm:.3g}",
-            f"{row.signal_fraction:.3f}",
-            *(f"{score:z.3f}" for score in scores),
-        )
-        for row, random, scores in zip(split.datasets, split.random_groups, split.scores, strict=True)
-    )
-    return columns, rows
-
-
-def group_members(split: SplitManifest) -> Mapping[int, tuple[str, ...]]:
-    """group -> its datasets in the manifest's order, every group 0..K-1 present."""
-    return {group: tuple(row.name for row in split.datasets if row.group == group) for group in range(split.groups)}
-
-
-def group_rows(split: SplitManifest) -> Table:
-    """One row per group; the share is of the mixture's target tokens."""
-    total = sum(row.num_target_tokens for row in split.datasets)
-    rows = []
-    for group, names in group_members(split).items():
-        members = [row for row in split.datasets if row.group == group]
-        tokens = sum(row.num_target_tokens for row in members)
-        examples = sum(row.num_examples for row in members)
-        share = percent(tokens / total) if total else ABSENT
-        rows.append((f"group {group}", str(len(names)), f"{examples:,}", f"{tokens:,}", share))
-    return ("group", "datasets", "examples", "target tokens", "share"), tuple(rows)
 
 
 def percent(share: float) -> str:

@@ -11,8 +11,12 @@ __all__ = ["SketchConfig", "SplitConfig", "sketch_mixture", "split_mixture"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("sketch_mixture", "split_mixture"):
-        from merit_fast.split import stage
+    if name == "sketch_mixture":
+        from merit_fast.split.sketching import sketch_mixture
 
-        return getattr(stage, name)
+        return sketch_mixture
+    if name == "split_mixture":
+        from merit_fast.split.stage import split_mixture
+
+        return split_mixture
     raise AttributeError(name)

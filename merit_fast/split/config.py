@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merit_fast.config import option, require
+from merit_fast.errors import InputError
+from merit_fast.split.partition import Method
+from merit_fast.split.pins import Pins
 
 
 @dataclass(frozen=True)
@@ -12,33 +15,94 @@ class SketchConfig:
     """What the gradients' sketches depend on."""
 
     examples: int = option(200, "calibration examples per dataset (the paper: up to 200; fewer if it has fewer)")
-    proj_dim: int = option(65536, "width of the CountSketch, a multiple of 16")
+    precision: float = option(
+        0.0, "stop a dataset once its signal fraction is known to this relative standard error; 0: take all examples"
+    )
+    parameters: str = option("all", "whose gradients: all, blocks (the transformer blocks), or a regex on their names")
+    proj_dim: int = option(65536, "width of the CountSketch, a multiple of 4096")
     seed: int = option(0, "seed of the sketch's hash, of the choice of examples and of the random control")
     blocks: int = option(8, "blocks of examples per dataset, for standard errors")
+    warmup: float = option(
+        0.0, "share of every dataset's rows trained on jointly before; sketch and branches start there (the paper: 0)"
+    )
     batch_size: int = option(8, "examples per backward pass (does not change the sketch beyond rounding)")
     dtype: Literal["bf16", "fp32"] = option("bf16", "precision of the model's forward and backward pass")
 
     def __post_init__(self) -> None:
         require(self.examples >= 2, "examples", "at least 2", self.examples)
-        require(self.proj_dim >= 16 and self.proj_dim % 16 == 0, "proj_dim", "a multiple of 16", self.proj_dim)
+        require(0 <= self.precision < 1, "precision", "at least 0 and below 1", self.precision)
+        require(self.proj_dim >= 4096 and self.proj_dim % 4096 == 0, "proj_dim", "a multiple of 4096", self.proj_dim)
         require(self.blocks >= 2, "blocks", "at least 2", self.blocks)
+        require(0 <= self.warmup < 1, "warmup", "at least 0 and below 1", self.warmup)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
 
 
 @dataclass(frozen=True)
-class SplitConfig(SketchConfig):
-    """What the groups depend on, beside the sketches."""
+class Choices:
+    """What a preset sets where the config says nothing."""
 
-    groups: int = option(4, "number of groups K, a power of two: 2, 4 or 8")
-    preset: Literal["paper"] = option(
-        "paper", "paper: naive cosines, column-centred PCA, recursive weighted medians, as published"
+    method: Method
+    debias: Literal["blocks", "none"]
+    center: Literal["tokens", "columns"]
+    balance: Literal["tokens", "samples", "none"]
+
+
+PRESETS = {
+    "debiased": Choices("pca-swap", "blocks", "tokens", "tokens"),
+    "paper": Choices("pca-median", "none", "columns", "samples"),
+}
+
+
+@dataclass(frozen=True)
+class SplitConfig(SketchConfig):
+    """What the groups depend on, beside the sketches. None: as the preset says (``PRESETS``)."""
+
+    groups: int | Literal["auto"] = option(
+        4, "number of groups K; auto: the largest whose split stands out of random ones, or 1"
     )
-    balance: Literal["samples", "tokens"] = option("samples", "what the medians balance (the paper: samples)")
+    preset: Literal["debiased", "paper"] = option(
+        "debiased", "paper: naive cosines, column-centred PCA, recursive medians of samples, as published"
+    )
+    method: Method | None = option(
+        None, "pca-swap, pca-median, pddp, kmeans, random, iid, text-cluster, anti or manual [preset: pca-swap]"
+    )
+    similarity: Literal["cosine", "gram"] = option("cosine", "of mean gradients: their cosines or inner products")
+    debias: Literal["blocks", "none"] | None = option(None, "blocks: norms free of sampling noise [preset: blocks]")
+    center: Literal["tokens", "columns"] | None = option(
+        None, "tokens: weighted double centring; columns: unweighted, of the matrix's columns [preset: tokens]"
+    )
+    balance: Literal["tokens", "samples", "none"] | None = option(None, "what the groups balance [preset: tokens]")
+    tolerance: float | None = option(None, "how far a group may be from 1/K, as a share of all [0.05/K]")
+    min_steps: int = option(100, "with groups auto: optimizer steps that the shortest branch must take")
+    pins: Pins = option(Pins(), "datasets together, apart or in a given group: {together: [[a, b]], group: {c: 0}}")
+    spread: tuple[str, ...] = option([], "datasets whose rows go to all groups in equal shares")
+    manual: tuple[tuple[str, ...], ...] = option([], "with method manual: the datasets of every group")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.groups in (2, 4, 8), "groups", "2, 4 or 8 with preset paper", self.groups)
+        filled = self.filled()
+        require(self.groups == "auto" or self.groups >= 1, "groups", "at least 1, or auto", self.groups)
+        if filled.method == "pca-median" and self.groups != "auto" and self.groups & (self.groups - 1):
+            raise InputError(f"groups: must be a power of two with method pca-median, got {self.groups}")
+        few = filled.debias == "blocks" and self.blocks < 4
+        require(not few, "blocks", "at least 4 with debias blocks: splits are judged on halves", self.blocks)
+        require(self.tolerance is None or self.tolerance >= 0, "tolerance", "at least 0", self.tolerance)
+        require(self.min_steps >= 1, "min_steps", "at least 1", self.min_steps)
+        if self.groups == "auto" and filled.method in ("manual", "iid"):
+            raise InputError(f"groups: must be a number with method {filled.method}, got auto")
+        if (filled.method == "manual") != bool(self.manual):
+            raise InputError(f"manual: goes with method manual, and only with it; got method {filled.method}")
 
     def sketch_config(self) -> SketchConfig:
         """The part that decides the sketches."""
         return SketchConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SketchConfig)})
+
+    def filled(self) -> "Choices":
+        """The choices, those of the preset where none was made."""
+        preset = PRESETS[self.preset]
+        return Choices(
+            self.method or preset.method,
+            self.debias or preset.debias,
+            self.center or preset.center,
+            self.balance or preset.balance,
+        )

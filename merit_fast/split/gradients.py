@@ -1,195 +1,219 @@
 """Per-example gradient sketches from one ordinary backward pass.
 
-All weights are frozen, so autograd computes gradients of activations only; forward hooks keep each layer's input x,
-tensor hooks meet its output's gradient dy, and the kernels sketch dy^T x per example. No weight gradient is stored.
+All weights are frozen, so autograd computes gradients of activations only; forward hooks tap each module's output, and
+where its gradient dy arrives the kernels sketch dy^T x per example. No weight gradient is stored.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from merit_fast.errors import MeritFastError
-from merit_fast.kernels.sketch import CountSketch, embedding_grad_sketch, flat_sketch, linear_grad_sketch
+from merit_fast.errors import InputError, MeritFastError, show
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.split.hooks import ModelHooks
+from merit_fast.split.precondition import adam_scales, scales_fingerprint
+from merit_fast.split.selection import model_weights_fingerprint, select_parameters
+from merit_fast.split.statistics import SketchIdentity, SketchState
 
-Backward = Callable[[Tensor], None]
+if TYPE_CHECKING:
+    from merit_fast.split.summed import SummedSketcher
+
+DatasetId = str | int
+_entered: list["GradientSketcher"] = []  # innermost last: what these froze still counts as trainable
+
+
+def sketch_gradients(
+    model: nn.Module,
+    proj_dim: int = 65536,
+    seed: int = 0,
+    parameters: str = "all",
+    mode: Literal["per_example", "sum"] = "per_example",
+    normalize: Literal["adam"] | None = None,
+    optimizer: Any = None,
+    blocks: int = 8,
+) -> "GradientSketcher | SummedSketcher":
+    """Sketches gradients inside a with-block.
+
+        with sketch_gradients(model) as sketcher:
+            losses_per_example.sum().backward()
+            sketches = sketcher.update(dataset_ids)     # [B, D]
+        sketcher.state                                  # dataset -> SketchState
+
+    Args:
+        model: any torch module; transformers' language models are tested.
+        proj_dim, seed: of the CountSketch; proj_dim is a multiple of 4096.
+        parameters: "all" that require a gradient on entry; "blocks": those in the transformer blocks; else a regular
+            expression, searched for in their names.
+        mode: "per_example" freezes the weights meanwhile, one sketch an example; "sum" rides on a training step, one
+            sketch a backward pass (``SummedSketcher``).
+        normalize: "adam" multiplies every gradient by what Adam would, by ``optimizer``'s second moments.
+        blocks: of each dataset's state, for standard errors.
+
+    Raises:
+        InputError: an argument breaks its rule.   MeritFastError: a parameter cannot be covered; names it.
+    """
+    core = model.module if isinstance(model, DistributedDataParallel) else model
+    if mode not in ("per_example", "sum"):
+        raise InputError(f"mode: must be 'per_example' or 'sum', got {show(mode)}")
+    if normalize not in (None, "adam"):
+        raise InputError(f"normalize: must be None or 'adam', got {show(normalize)}")
+    if (normalize is None) != (optimizer is None):
+        raise InputError("optimizer: must be given with normalize='adam', and only then")
+    chosen = select_parameters(core, parameters, _trainable)
+    scales = adam_scales(core, optimizer, chosen) if normalize else {}
+    sketch = CountSketch(proj_dim, seed)
+    if mode == "sum":
+        from merit_fast.split.summed import SummedSketcher
+
+        return SummedSketcher(core, sketch, chosen, scales or None, blocks=blocks)
+    return GradientSketcher(model, sketch, chosen, scales, blocks=blocks)
 
 
 class GradientSketcher:
-    """Sketches the gradient of every trainable parameter, per example.
+    """Sketches the gradient of every chosen parameter, per example.
 
-        with GradientSketcher(model, CountSketch(65536)) as sketcher:
-            loss_per_example.sum().backward()
-            sketches = sketcher.take()  # [B, D]
+    The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding. Tied parameters
+    count once. One forward pass of the model, one or more backward passes through it and one ``update`` go together;
+    forward passes under ``torch.no_grad`` do not count. Linear, Conv1D (GPT-2), Conv2d, Conv3d and Embedding layers,
+    norms and routed experts use the kernels, and so do raw calls of F.linear and F.embedding; any other module that
+    maps one [B, ...] tensor to another is run again per example. On exit the model is as it was.
 
-    The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding. Parameters that
-    require no gradient on entry are left out; tied ones count once. Flags and hooks are restored on exit. Linear,
-    Conv1D (GPT-2) and Embedding layers use the kernels; any other module that owns parameters and maps one [B, ...]
-    tensor to one [B, ...] tensor (norms, for example) is replayed per example by ``torch.func``.
+    Args:
+        model: called as usual inside the block. With DistributedDataParallel nothing is communicated: add the states
+            of the ranks (``SketchState.merge``).
+        sketch: width and seed.
+        parameters: by name; None: all that require a gradient.
+        scales: by name, what the gradients are multiplied by (``adam_scales``).
+        blocks: of each state; examples go round.
+        fingerprint: of the model, for the states; None: of its weights in memory.
 
     Raises:
-        MeritFastError: in the forward or backward pass, for a parameter whose module fits none of these; names it.
+        MeritFastError: here, in the forward or in the backward pass, for a parameter that cannot be covered; names it.
     """
 
-    def __init__(self, model: nn.Module, sketch: CountSketch) -> None:
-        self.model, self.sketch = model, sketch
-        self.names: dict[int, str] = {
-            id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
-        if not self.names:
-            raise MeritFastError("GradientSketcher: the model has no trainable parameter")
-        if self._input_embedding() is None:
-            raise MeritFastError(f"GradientSketcher: {type(model).__name__} names no input embedding")
-        self._sketches: Tensor | None = None
-        self._replaying = False
+    def __init__(
+        self,
+        model: nn.Module,
+        sketch: CountSketch,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+        *,
+        blocks: int = 8,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        self.model = model if self.ddp is None else self.ddp.module
+        self.sketch, self.scales, self.blocks = sketch, dict(scales or {}), blocks
+        chosen = select_parameters(self.model, "all", _trainable) if parameters is None else parameters
+        self.names = {id(parameter): name for name, parameter in chosen.items()}
+        self.state: dict[DatasetId, SketchState] = {}
+        self._fingerprint = fingerprint
+        self._identity: SketchIdentity | None = None
+        self._hooks = ModelHooks(self.model, self.names, sketch, self.scales)
+        self._restore: list[Callable[[], object]] = []
 
     @property
     def parameter_names(self) -> list[str]:
         return list(self.names.values())
 
+    @property
+    def identity(self) -> SketchIdentity:
+        """What the states hold of sketch, model and parameters. Weights are read once."""
+        if self._identity is None:
+            fingerprint = self._fingerprint or model_weights_fingerprint(self.model)
+            adam = f"adam {scales_fingerprint(self.scales)}: " if self.scales else ""
+            self._identity = SketchIdentity(self.sketch, adam + fingerprint, tuple(self.parameter_names))
+        return self._identity
+
     def __enter__(self) -> "GradientSketcher":
-        self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        for parameter, _ in self._flags:
+        for parameter in self.model.parameters():
+            self._restore.append(functools.partial(parameter.requires_grad_, parameter.requires_grad))
             parameter.requires_grad_(False)
-        self._handles = []
-        for module in self.model.modules():
-            owned = {
-                local: self.names[id(parameter)]
-                for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-                if id(parameter) in self.names
-            }
-            if owned or module is self._input_embedding():
-                hook = self._forward_hook(module, owned)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            if isinstance(module, nn.Linear):
-                self._handles.append(module.register_forward_pre_hook(_contiguous_input))
+        _entered.append(self)
+        self._restore.append(functools.partial(_entered.remove, self))
+        self._hooks.attach()
+        self._restore.append(self._hooks.detach)
+        if self.ddp is not None:  # as no_sync does; buffers are not broadcast either: ranks may differ in passes
+            for flag in ("require_backward_grad_sync", "require_forward_param_sync"):
+                self._restore.append(functools.partial(setattr, self.ddp, flag, getattr(self.ddp, flag)))
+                setattr(self.ddp, flag, False)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._sketches = None
+        while self._restore:
+            self._restore.pop()()
+
+    def packed(self, cu_seqlens: Tensor) -> None:
+        """Says that the next forward pass gets one row [1, N] of examples end to end, whose position_ids start anew.
+
+        Not needed where the model is given ``cu_seq_lens_q``.
+
+        Args:
+            cu_seqlens: [B + 1] int: example b has the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
+        """
+        self._hooks.packed = cu_seqlens
+
+    def discard(self) -> None:
+        """Forgets the forward pass since the last update, after which its backward pass is an error."""
+        self._hooks.discard()
 
     def take(self) -> Tensor:
-        """The sketches [B, D] float32 of the batch whose backward pass has just run; the next batch starts at zero."""
-        if self._sketches is None:
-            raise MeritFastError("GradientSketcher: take() before a forward and backward pass")
-        sketches, self._sketches = self._sketches, None
+        """The sketches [B, D] float32 of the pass that has just run backward, without adding them to ``state``."""
+        run = self._hooks.run
+        if run is None or not run.fired:
+            raise MeritFastError("sketch_gradients: update() or take() before a forward and backward pass")
+        if run.ran_without_grad:
+            raise MeritFastError(
+                f"sketch_gradients: parameter {min(run.ran_without_grad)} was used under no_grad and never again: with "
+                "reentrant checkpointing give use_reentrant=False; else leave it out"
+            )
+        self.discard()
+        first, *others = run.outs.values()
+        for out in others:
+            first += out.to(first.device)
+        return first
+
+    def update(
+        self,
+        dataset_ids: Sequence[DatasetId] | Tensor,
+        loss_sums: Sequence[float] | Tensor | None = None,
+        num_target_tokens: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Adds the examples of the pass that has just run backward to their datasets' states.
+
+        Args:
+            dataset_ids: B of them, the dataset of each example: its name or number.
+            loss_sums: [B] each example's summed loss over its target tokens, nats, for the states' means.
+            num_target_tokens: [B] how many those are.
+
+        Returns:
+            [B, D] float32, the sketches.
+        """
+        ids, losses, tokens = (_listed(values) for values in (dataset_ids, loss_sums, num_target_tokens))
+        size = len(ids) if self._hooks.run is None else self._hooks.run.size
+        for key, values in (("dataset_ids", ids), ("loss_sums", losses), ("num_target_tokens", tokens)):
+            if (values or key == "dataset_ids") and len(values) != size:
+                raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
+        sketches = self.take()
+        for dataset in dict.fromkeys(ids):
+            rows = [row for row, one in enumerate(ids) if one == dataset]
+            state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
+            block = (state.num_examples + torch.arange(len(rows))) % self.blocks
+            loss, count = (sum(values[row] for row in rows) if values else 0 for values in (losses, tokens))
+            state.add_examples(sketches[rows], block, float(loss), int(count))
         return sketches
 
-    def _input_embedding(self) -> nn.Module | None:
-        try:
-            embedding: nn.Module | None = self.model.get_input_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):
-            return None
-        return embedding
 
-    def _forward_hook(self, module: nn.Module, owned: dict[str, str]) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._replaying:
-                return
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            name = next(iter(owned.values()), type(module).__name__)
-            if not isinstance(output, Tensor) or not isinstance(x, Tensor):
-                raise MeritFastError(
-                    f"sketch: parameter {name} belongs to {type(module).__name__}, which does not map one tensor to "
-                    "one tensor; freeze it (requires_grad_(False)) to leave it out"
-                )
-            if module is self._input_embedding():
-                self._sketches = torch.zeros(len(x), self.sketch.proj_dim, device=output.device)
-            if not output.requires_grad and torch.is_grad_enabled():
-                output.requires_grad_(True)  # embeddings: with frozen weights nothing before them asks for a gradient
-            if output.requires_grad and owned:
-                backward = self._backward(module, owned, x.detach())
-                output.register_hook(lambda dy: backward(dy))  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def _backward(self, module: nn.Module, owned: dict[str, str], x: Tensor) -> Backward:
-        if isinstance(module, nn.Linear):
-            return lambda dy: self._linear(owned, x, dy, stored_transposed=False)
-        if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers"):
-            return lambda dy: self._linear(owned, x, dy, stored_transposed=True)
-        if isinstance(module, nn.Embedding):
-            return lambda dy: self._embedding(module, owned, x, dy)
-        return lambda dy: self._replay(module, owned, x, dy)
-
-    def _linear(self, owned: dict[str, str], x: Tensor, dy: Tensor, stored_transposed: bool) -> None:
-        dy, x = self._by_example(owned, dy), self._by_example(owned, x)
-        if name := owned.get("weight"):
-            left, right = (x, dy) if stored_transposed else (dy, x)
-            linear_grad_sketch(left, right, name, self.sketch, out=self._out())
-        if name := owned.get("bias"):
-            flat_sketch(dy.float().sum(1), name, self.sketch, out=self._out())
-
-    def _embedding(self, module: nn.Embedding, owned: dict[str, str], token_ids: Tensor, dy: Tensor) -> None:
-        if type(module).forward is not nn.Embedding.forward:
-            if not hasattr(module, "embed_scale"):  # Gemma and others: rows times a constant
-                raise MeritFastError(
-                    f"sketch: parameter {owned['weight']} belongs to {type(module).__name__}, an embedding with a "
-                    "forward of its own; freeze it (requires_grad_(False)) to leave it out"
-                )
-            dy = dy.float() * module.embed_scale  # type: ignore[operator]
-        if len(token_ids) != len(self._out()):
-            token_ids = token_ids.expand(len(self._out()), -1)  # positions, shared by the batch
-        dy = dy.expand(*token_ids.shape, dy.shape[-1])
-        if module.padding_idx is not None:  # torch gives this row no gradient
-            dy = dy.masked_fill((token_ids == module.padding_idx).unsqueeze(-1), 0.0)
-        embedding_grad_sketch(dy, token_ids, owned["weight"], self.sketch, out=self._out())
-
-    def _replay(self, module: nn.Module, owned: dict[str, str], x: Tensor, dy: Tensor) -> None:
-        x, dy = self._by_example(owned, x).float(), self._by_example(owned, dy).float()
-        parameters = dict(module.named_parameters(recurse=False))
-        fixed = {local: p.detach().float() for local, p in parameters.items() if local not in owned}
-        wanted = {local: p.detach().float() for local, p in parameters.items() if local in owned}
-
-        def gradient(one_x: Tensor, one_dy: Tensor) -> dict[str, Tensor]:
-            def forward(values: dict[str, Tensor]) -> Tensor:
-                result: Tensor = torch.func.functional_call(module, {**fixed, **values}, (one_x.unsqueeze(0),))
-                return result.squeeze(0)
-
-            _, pull_back = torch.func.vjp(forward, wanted)  # type: ignore[misc]
-            gradients: dict[str, Tensor] = pull_back(one_dy)[0]
-            return gradients
-
-        self._replaying = True
-        try:
-            gradients = torch.func.vmap(gradient)(x, dy)
-        finally:
-            self._replaying = False
-        for local, value in gradients.items():  # [B, *shape]
-            rows = value.flatten(2) if value.dim() > 2 else value.unsqueeze(1)
-            flat_sketch(rows.contiguous(), owned[local], self.sketch, out=self._out())
-
-    def _out(self) -> Tensor:
-        assert self._sketches is not None  # set by the input embedding, which runs first
-        return self._sketches
-
-    def _by_example(self, owned: dict[str, str], value: Tensor) -> Tensor:
-        """[B, T, C] of a layer that saw [B, T, C], [B, C] or the tokens of all examples in one dimension."""
-        batch = len(self._out())
-        if value.dim() >= 2 and len(value) == batch:
-            return value.flatten(1, -2) if value.dim() > 2 else value.unsqueeze(1)
-        if value.dim() == 2 and len(value) % batch == 0 and not self._is_expert(owned):
-            return value.view(batch, -1, value.shape[-1])
-        name = next(iter(owned.values()))
-        raise MeritFastError(
-            f"sketch: parameter {name} sees an input of shape {list(value.shape)}, whose first dimension is not the "
-            f"batch ({batch}); freeze it (requires_grad_(False)) to leave it out"
-        )
-
-    @staticmethod
-    def _is_expert(owned: dict[str, str]) -> bool:
-        """Routed experts see tokens in an order of their own, so their rows cannot be told apart by position."""
-        return any("experts" in name for name in owned.values())
+def _trainable(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad or any(id(parameter) in sketcher.names for sketcher in _entered)
 
 
-def _contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With a frozen weight and strided input (a head after a slice) torch copies the weight once per example."""
-    return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
+def _listed(values: Sequence[Any] | Tensor | None) -> list[Any]:
+    return [] if values is None else values.tolist() if isinstance(values, Tensor) else list(values)

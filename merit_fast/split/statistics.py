@@ -78,6 +78,15 @@ class SketchState:
         Raises:
             MeritFastError: they differ; the message names in what.
         """
+        self.require_same(other)
+        self.block_sums += other.block_sums
+        self.block_square_norms += other.block_square_norms
+        self.block_counts += other.block_counts
+        self.loss_sum += other.loss_sum
+        self.num_target_tokens += other.num_target_tokens
+
+    def require_same(self, other: "SketchState") -> None:
+        """Raises MeritFastError if the two may not be added or compared; the message names in what they differ."""
         mine, theirs = self.identity.metadata(), other.identity.metadata()
         for key, value in mine.items():
             if value != theirs[key]:
@@ -86,11 +95,6 @@ class SketchState:
             raise MeritFastError(
                 f"sketch states disagree in blocks: {len(self.block_counts)} and {len(other.block_counts)}"
             )
-        self.block_sums += other.block_sums
-        self.block_square_norms += other.block_square_norms
-        self.block_counts += other.block_counts
-        self.loss_sum += other.loss_sum
-        self.num_target_tokens += other.num_target_tokens
 
     def to_bytes(self) -> bytes:
         """One safetensors file; the same state gives the same bytes."""
@@ -114,7 +118,10 @@ class SketchState:
         except Exception as error:
             raise InputError(f"{path}: is not a sketch state ({one_line(error)})") from None
         if metadata["hash_version"] != str(HASH_VERSION):
-            raise InputError(f"{path}: hash_version: must be {HASH_VERSION}, got {metadata['hash_version']}")
+            raise InputError(
+                f"{path}: hash_version: must be {HASH_VERSION}, got {metadata['hash_version']}; "
+                "remove it to sketch anew"
+            )
         identity = SketchIdentity(
             CountSketch(int(metadata["proj_dim"]), int(metadata["seed"])),
             metadata["model_fingerprint"],

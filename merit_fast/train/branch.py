@@ -11,9 +11,10 @@ from torch import nn
 
 from merit_fast.data import Dataset, Example, collate, load_tokenizer, pad_token_id
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.manifest import BranchManifest, write_manifest, write_text
+from merit_fast.manifest import write_manifest, write_text
 from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, reset_peak_memory, target_losses
 from merit_fast.progress import Progress as Display
+from merit_fast.schemas import BranchManifest
 from merit_fast.train.checkpoint import Progress, read_checkpoint, remove_checkpoint, write_checkpoint
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.optimizer import MasterAdamW

@@ -22,8 +22,8 @@ class TrainConfig:
     clip_norm: float = option(1.0, "gradients are scaled to at most this norm; 0 turns it off")
     dtype: Literal["bf16", "fp32"] = option("bf16", "weights; bf16 keeps fp32 master weights beside them")
     seed: int = option(0, "seed of the data order")
-    arms: tuple[Literal["joint", "random"], ...] = option(
-        [], "controls to train beside merit: joint (one run on all), random (a balanced random split)"
+    arms: tuple[Literal["joint", "random", "iid"], ...] = option(
+        [], "controls beside merit: joint (one run on all), random (a balanced split), iid (rows dealt to the branches)"
     )
     checkpoint_steps: int = option(200, "optimizer steps between checkpoints to resume from")
     max_shard_size: str = option("2GB", "largest weight file of a branch")

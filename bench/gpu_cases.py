@@ -1,0 +1,48 @@
+"""What an op brings to be checked and timed by ``bench.gpu``: an entry, as in gpu_average.py and gpu_sketch.py."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op. Cases are made on the device asked for, so that the same ones run on a CPU in the tests.
+
+    Attributes:
+        run: from the name of a backend to the results.
+        truth: the results in float64, by other code than the op's.
+        peers: what the op is timed against, by name: eager, torch.compile, liger-kernel where it has a counterpart.
+        moved_bytes, operations: what no implementation can do without: every input read and every result written once,
+            two operations a product.
+    """
+
+    name: str
+    dtype: str
+    run: Callable[[str], Sequence[Tensor]]
+    truth: Callable[[], Sequence[Tensor]]
+    peers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    moved_bytes: int = 0
+    operations: int = 0
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    row: str  # of dispatch.OPS, which says what backends it has
+    small: Callable[[torch.device], Iterator[Case]]  # odd sizes, only checked
+    large: Callable[[torch.device], Iterator[Case]]  # checked, then timed
+
+
+def random(*shape: int, dtype: str, device: torch.device) -> Tensor:
+    return torch.randn(*shape, device=device).to(DTYPES[dtype])
+
+
+def with_compiled(name: str, function: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """A peer and what torch.compile makes of it."""
+    return {name: function, "torch.compile": torch.compile(function, dynamic=False)}

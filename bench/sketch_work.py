@@ -1,0 +1,202 @@
+"""Models, batches and steps that the sketch's benchmarks share. Peers' environments read this too: torch and
+transformers at the top, merit_fast only inside the functions that sketch."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PROJ_DIM = 65536
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SMALL = dict(hidden_size=512, num_hidden_layers=8, intermediate_size=1408, num_attention_heads=8, vocab_size=8192)
+QUICK = dict(hidden_size=72, num_hidden_layers=2, intermediate_size=100, num_attention_heads=4, vocab_size=400)
+
+
+@dataclass
+class Work:
+    """A model and what one step of it reads: ``losses`` gives one mean loss for each of ``batch`` examples."""
+
+    model: nn.Module
+    losses: Callable[[], Tensor]
+    batch: int
+    ids: Tensor | None = None
+    optimizer: torch.optim.Optimizer | None = None
+
+
+Step = Callable[[], Tensor | None]
+
+
+def small_model(dtype: str, quick: bool = False, **changes: Any) -> nn.Module:
+    """Qwen2's shape with 30.95 M parameters (``quick``: 0.2 M), untied, random."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**(QUICK if quick else SMALL), **changes}
+    config = Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=False, use_cache=False)
+    model: nn.Module = Qwen2ForCausalLM(config).to(DTYPES[dtype])
+    return model.train()
+
+
+def token_work(model: nn.Module, batch: int, tokens: int) -> Work:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=generator)  # type: ignore[union-attr]
+    return Work(model, lambda: mean_losses(model(input_ids=ids).logits, ids), batch, ids)
+
+
+def mean_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).mean(1)
+
+
+@contextlib.contextmanager
+def plain(work: Work) -> Iterator[Step]:
+    """Forward and backward with every weight's gradient, as a training step computes them."""
+    yield lambda: work.losses().sum().backward()  # type: ignore[no-untyped-call, func-returns-value]
+
+
+@contextlib.contextmanager
+def frozen(work: Work) -> Iterator[Step]:
+    """The floor of a per-example sketch: gradients of activations only."""
+    flags = [(parameter, parameter.requires_grad) for parameter in work.model.parameters()]
+    embedding: nn.Module = work.model.get_input_embeddings()  # type: ignore[operator]
+    handles = [embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
+    for module in work.model.modules():
+        if isinstance(module, nn.Linear):  # a frozen weight beside a strided input: torch copies it once per example
+            handles.append(module.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:])))
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield lambda: work.losses().sum().backward()  # type: ignore[no-untyped-call, func-returns-value]
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def sketched(work: Work) -> Iterator[Step]:
+    """Every example's sketch, all parameters: [B, D]."""
+    from merit_fast import sketch_gradients
+
+    with sketch_gradients(work.model, PROJ_DIM) as sketcher:
+
+        def step() -> Tensor:
+            work.losses().sum().backward()  # type: ignore[no-untyped-call]
+            sketches: Tensor = sketcher.update(["all"] * work.batch)
+            return sketches
+
+        yield step
+
+
+@contextlib.contextmanager
+def training(work: Work) -> Iterator[Step]:
+    """A training step: plain, then AdamW with its moments in place."""
+    optimizer = _optimizer(work)
+
+    def step() -> None:
+        work.losses().sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    yield step
+
+
+@contextlib.contextmanager
+def training_sketched(work: Work) -> Iterator[Step]:
+    """The same with ``mode="sum"`` riding on it: [1, D]."""
+    from merit_fast import sketch_gradients
+
+    optimizer = _optimizer(work)
+    with sketch_gradients(work.model, PROJ_DIM, mode="sum") as sketcher:
+
+        def step() -> Tensor:
+            work.losses().sum().backward()  # type: ignore[no-untyped-call]
+            sketch: Tensor = sketcher.update(["all"] * work.batch)
+            optimizer.step()
+            return sketch
+
+        yield step
+
+
+def _optimizer(work: Work) -> torch.optim.Optimizer:
+    """One for all rounds; so small a rate that weights, and losses, stay."""
+    if work.optimizer is None:
+        work.optimizer = torch.optim.AdamW(work.model.parameters(), lr=1e-9, weight_decay=0.0)
+        work.losses().sum().backward()  # type: ignore[no-untyped-call]
+        work.optimizer.step()
+        work.model.zero_grad()
+    return work.optimizer
+
+
+@contextlib.contextmanager
+def onednn(work: Work) -> Iterator[None]:
+    """Linear layers by oneDNN, forward and backward, where torch's fp32 product is MKL's: slow on AMD."""
+    layers = [module for module in work.model.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        layer.forward = _OneDnn(layer)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class _OneDnn:
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = _OneDnnProduct.apply(x, self.layer.weight)  # type: ignore[no-untyped-call]
+        return result if self.layer.bias is None else result + self.layer.bias
+
+
+class _OneDnnProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = onednn_linear(dy, weight.T) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = onednn_linear(dy.flatten(0, -2).T, x.flatten(0, -2).T)
+        return dx, dw
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T"""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return result
+
+
+def timed(step: Step) -> dict[str, float]:
+    """Wall seconds, and CPU seconds of all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+
+def rotated(items: Sequence[Any], number: int) -> list[Any]:
+    start = number % len(items)
+    return [*items[start:], *items[:start]]
+
+
+def exact_gradients(work: Work, example: int) -> dict[str, Tensor]:
+    """One example's gradient of every parameter, by an ordinary backward pass."""
+    work.model.zero_grad()
+    work.losses()[example].backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in work.model.named_parameters() if p.grad is not None}
+    work.model.zero_grad()
+    return gradients
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    return float((actual.double() - truth.double()).norm() / truth.double().norm())

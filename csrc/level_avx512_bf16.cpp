@@ -1,0 +1,15 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <omp.h>
+
+#include "levels.h"
+#define MERIT_AVX512 1
+#define MERIT_AVX512_BF16 1
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+namespace level_avx512_bf16 {
+#include "sketch.inl"
+#include "sketch_linear.inl"
+}
+#pragma GCC pop_options
+#endif

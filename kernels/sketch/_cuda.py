@@ -1,0 +1,234 @@
+"""The linear sketch in CUDA C++: csrc/cuda/sketch_linear.cu, compiled by NVRTC when a device first needs it.
+
+It has not run on a GPU yet, so only ``backend="cuda"`` chooses it. Tested without one: the same source on the CPU,
+launched with the very bytes that are packed here; its code for sm_80, sm_90a and sm_100a; every call below against a
+driver that is not there. Not tested: the driver itself, races, speed and the rounding of tensor cores.
+"""
+
+import ctypes
+import functools
+import importlib
+import struct
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merit_fast.errors import BackendUnavailableError, MeritFastError, one_line
+
+OP = "linear_grad_sketch"
+TILE = 64
+THREADS = 128
+# Splits shorten the walks of an example's blocks, up to this many of them. Their number depends on the parameter and on
+# proj_dim alone, and so does the order of sums: not on the GPU or on the batch.
+SPLIT_BLOCKS = 128
+SPLIT_TILES = 4  # of a split, at least: it costs writing and reading a bucket
+PARTIAL_BYTES = 64 << 20  # of the splits' sums at a time: a launch takes as many examples as fit
+SOURCE = Path(__file__).with_name("sketch_linear.cu")  # a link to csrc/cuda; a file in a wheel
+KERNELS = ("sketch_linear_bf16", "sketch_linear_f32", "add_splits")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The struct of the same name in the source, 8 bytes a field: addresses, then integers."""
+
+    dy: int
+    x: int
+    offsets: int
+    scale: int
+    out: int
+    partial: int
+    dy_stride: int
+    x_stride: int
+    scale_stride: int
+    rows: int
+    columns: int
+    first_row: int
+    first_column: int
+    tiles_across: int
+    first_group: int
+    last_group: int
+    key: int
+    examples: int
+    buckets: int
+    splits: int
+    dy_wide: int
+    x_wide: int
+
+    def pack(self) -> bytes:
+        return struct.pack("=6Q10qQ5q", *astuple(self))
+
+
+def sketch_linear(
+    dy: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    place: tuple[int, int, int],
+    key: int,
+    out: Tensor,
+    scale: Tensor | None = None,
+) -> None:
+    """out[b] += the sketch of dY^T X of example b, times ``scale``, on the current stream.
+
+    Args:
+        dy, x: [N, O] and [N, I], bfloat16 (tensor cores) or float32 (no tf32), rows contiguous. If one is float32 the
+            other is converted. Loads are 16 bytes wide where the data, the row strides, the first row and the first
+            column are multiples of 16 bytes; element by element, and slower, elsewhere.
+        offsets: [B + 1] int64, where each example begins.
+        place: first row, first column and column count of the parameter.
+        scale: None or [O, I] float32, rows contiguous.
+        out: [B, D] float32, contiguous. Deterministic: the order of sums depends on neither batch nor device.
+
+    Raises:
+        BackendUnavailableError: no cuda-bindings, or a GPU older than sm_80.
+        MeritFastError: NVRTC or the driver fails; the message names the call and its error.
+    """
+    if not (dy.shape[1] and x.shape[1] and out.numel()):
+        return
+    if dy.dtype != x.dtype:
+        dy, x = dy.float(), x.float()
+    kernel = "sketch_linear_bf16" if dy.dtype == torch.bfloat16 else "sketch_linear_f32"
+    splits = _splits(dy.shape[1], x.shape[1], place, out.shape[1])
+    examples, partial = len(out), None
+    if splits > 1:
+        examples = min(examples, max(1, PARTIAL_BYTES // (splits * out.shape[1] * 4)))
+        partial = torch.empty(examples, splits, out.shape[1], dtype=torch.float32, device=out.device)
+    for first in range(0, len(out), examples):
+        part = out[first : first + examples]
+        job = describe(dy, x, offsets[first:], place, key, part, scale, partial)
+        launch(kernel, job.examples * job.splits * job.buckets, job.pack(), out.device)
+        if splits > 1:
+            launch("add_splits", part.numel() // THREADS, job.pack(), out.device)
+
+
+def describe(
+    dy: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    place: tuple[int, int, int],
+    key: int,
+    out: Tensor,
+    scale: Tensor | None,
+    partial: Tensor | None,
+) -> Job:
+    """What the kernels read; ``partial`` [>= B, splits, D], if any, takes the sums of the splits."""
+    first_row, first_column, columns = place
+    first_group, last_group = _groups(dy.shape[1], x.shape[1], place, out.shape[1])
+    return Job(
+        dy=dy.data_ptr(),
+        x=x.data_ptr(),
+        offsets=offsets.data_ptr(),
+        scale=0 if scale is None else scale.data_ptr(),
+        out=out.data_ptr(),
+        partial=0 if partial is None else partial.data_ptr(),
+        dy_stride=dy.stride(0),
+        x_stride=x.stride(0),
+        scale_stride=0 if scale is None else scale.stride(0),
+        rows=dy.shape[1],
+        columns=x.shape[1],
+        first_row=first_row,
+        first_column=first_column,
+        tiles_across=-(-columns // TILE),
+        first_group=first_group,
+        last_group=last_group,
+        key=key & 0xFFFFFFFFFFFFFFFF,
+        examples=out.shape[0],
+        buckets=out.shape[1] // TILE**2,
+        splits=1 if partial is None else partial.shape[1],
+        dy_wide=_wide(dy, first_row),
+        x_wide=_wide(x, first_column),
+    )
+
+
+def _groups(rows: int, columns: int, place: tuple[int, int, int], proj_dim: int) -> tuple[int, int]:
+    """First and last (excluded) of the groups, each of one tile per bucket, that hold a tile of the part."""
+    first_row, first_column, all_columns = place
+    across, buckets = -(-all_columns // TILE), proj_dim // TILE**2
+    first = first_row // TILE * across + first_column // TILE
+    last = (first_row + rows - 1) // TILE * across + (first_column + columns - 1) // TILE
+    if last + buckets > 1 << 32:
+        raise ValueError(f"{OP}: backend 'cuda' counts tiles in 32 bits, a parameter with tile {last} has too many")
+    return first // buckets, last // buckets + 1
+
+
+def _splits(rows: int, columns: int, place: tuple[int, int, int], proj_dim: int) -> int:
+    first, last = _groups(rows, columns, place, proj_dim)
+    return max(1, min((last - first) // SPLIT_TILES, SPLIT_BLOCKS // (proj_dim // TILE**2)))
+
+
+def _wide(matrix: Tensor, first: int) -> bool:
+    """Whether every 16 bytes of a tile's rows begin at a multiple of 16."""
+    size = matrix.element_size()
+    return all(place % 16 == 0 for place in (matrix.data_ptr(), matrix.stride(0) * size, first * size))
+
+
+def launch(kernel: str, blocks: int, job: bytes, device: torch.device) -> None:
+    """Queues ``kernel`` on torch's current stream; the driver copies ``job`` before it returns."""
+    driver, _ = bindings()
+    with torch.cuda.device(device):
+        index, stream = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+        if not int(call(driver, "cuCtxGetCurrent")):  # a thread in which torch has done nothing yet
+            context = call(driver, "cuDevicePrimaryCtxRetain", call(driver, "cuDeviceGet", index))
+            call(driver, "cuCtxSetCurrent", context)
+        function = kernels(index)[kernel]
+        data = ctypes.create_string_buffer(job, len(job))
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(data))
+        shape = (blocks, 1, 1, THREADS, 1, 1, 0)  # grid, block, bytes of dynamic shared memory
+        call(driver, "cuLaunchKernel", function, *shape, driver.CUstream(stream), ctypes.addressof(arguments), 0)
+
+
+@functools.cache
+def kernels(index: int) -> dict[str, Any]:
+    """The functions of the module, compiled for the device ``index`` and loaded into its context."""
+    driver, nvrtc = bindings()
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        raise BackendUnavailableError(f"{OP}: backend 'cuda' needs a GPU of sm_80 or newer, got sm_{major}{minor}")
+    module = call(driver, "cuModuleLoadData", compile_source(nvrtc, f"sm_{major}{minor}"))
+    return {name: call(driver, "cuModuleGetFunction", module, name.encode()) for name in KERNELS}
+
+
+def compile_source(nvrtc: Any, architecture: str) -> bytes:
+    """The cubin of the shipped source for one architecture."""
+    program = call(nvrtc, "nvrtcCreateProgram", SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None)
+    try:
+        options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+        try:
+            call(nvrtc, "nvrtcCompileProgram", program, len(options), options)
+        except MeritFastError as error:
+            log = _bytes(nvrtc, "ProgramLog", program).rstrip(b"\0").decode(errors="replace")
+            raise MeritFastError(f"{error} for {architecture}: {one_line(MeritFastError(log))}") from None
+        return _bytes(nvrtc, "CUBIN", program)
+    finally:
+        call(nvrtc, "nvrtcDestroyProgram", program)
+
+
+def _bytes(nvrtc: Any, what: str, program: Any) -> bytes:
+    buffer = bytearray(call(nvrtc, f"nvrtcGet{what}Size", program))
+    call(nvrtc, f"nvrtcGet{what}", program, buffer)
+    return bytes(buffer)
+
+
+def bindings() -> tuple[Any, Any]:
+    """cuda.bindings.driver and .nvrtc."""
+    try:
+        return importlib.import_module("cuda.bindings.driver"), importlib.import_module("cuda.bindings.nvrtc")
+    except ImportError as error:
+        raise BackendUnavailableError(f"{OP}: backend 'cuda' needs cuda-bindings: {one_line(error)}") from None
+
+
+def call(library: Any, name: str, *arguments: Any) -> Any:
+    """What a function of cuda-bindings returns after its status: nothing or one value.
+
+    Raises:
+        MeritFastError: the status is not success, or the library behind the bindings is not there.
+    """
+    try:
+        status, *values = getattr(library, name)(*arguments)
+    except RuntimeError as error:
+        raise MeritFastError(f"{OP}: {name}: {one_line(error)}") from None
+    if int(status):
+        raise MeritFastError(f"{OP}: {name} failed with {status.name}")
+    return values[0] if values else None

@@ -1,0 +1,134 @@
+"""The two custom ops of the sketch: rows of a gradient that exists, and the product of a linear layer.
+
+Examples lie end to end along the first dimension; ``offsets`` [B + 1] says where each begins. ``place`` is the first
+row, the first column and the column count of the parameter; ``scale`` [rows, columns] is of the part given (of the
+whole parameter with ``row_ids``). The backend is chosen here, when the op runs.
+"""
+
+import torch
+from torch import Tensor
+
+from merit_fast.kernels import dispatch
+from merit_fast.kernels.sketch import _eager
+
+
+@torch.library.custom_op("merit_fast::sketch_rows", mutates_args={"out"})
+def sketch_rows(
+    gradient: Tensor,
+    offsets: Tensor,
+    row_ids: Tensor | None,
+    first_row: int,
+    first_column: int,
+    columns: int,
+    seed: int,
+    name: str,
+    scale: Tensor | None,
+    out: Tensor,
+    backend: str | None,
+) -> None:
+    place, key = (first_row, first_column, columns), _eager.hash_key(seed, name)
+    chosen = dispatch.choose("flat_sketch", gradient.device.type, backend)
+    if chosen == "triton":
+        from merit_fast.kernels.sketch import _triton
+
+        _triton.sketch_rows(gradient, offsets, row_ids, place, key, out, scale)
+    elif chosen == "cpu":
+        native = dispatch.native_module()
+        assert native is not None
+        native.sketch_rows(
+            _matrix(gradient),
+            offsets.data_ptr(),
+            0 if row_ids is None else row_ids.data_ptr(),
+            place,
+            key & 0xFFFFFFFFFFFFFFFF,
+            _scale(scale),
+            _output(out),
+        )
+    else:
+        _eager.sketch_rows(gradient, offsets, row_ids, place, key, out, scale)
+
+
+@torch.library.custom_op("merit_fast::sketch_linear", mutates_args={"out"})
+def sketch_linear(
+    dy: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    first_row: int,
+    first_column: int,
+    columns: int,
+    seed: int,
+    name: str,
+    scale: Tensor | None,
+    out: Tensor,
+    backend: str | None,
+) -> None:
+    place, key = (first_row, first_column, columns), _eager.hash_key(seed, name)
+    chosen = dispatch.choose("linear_grad_sketch", dy.device.type, backend)
+    if chosen == "triton":
+        from merit_fast.kernels.sketch import _triton
+
+        _triton.sketch_linear(dy, x, offsets, place, key, out, scale)
+    elif chosen == "cuda":
+        from merit_fast.kernels.sketch import _cuda
+
+        _cuda.sketch_linear(dy, x, offsets, place, key, out, scale)
+    elif chosen == "cpu":
+        native = dispatch.native_module()
+        assert native is not None
+        native.sketch_linear(
+            _matrix(dy),
+            _matrix(x),
+            offsets.data_ptr(),
+            place,
+            key & 0xFFFFFFFFFFFFFFFF,
+            _scale(scale),
+            _output(out),
+        )
+    else:
+        _eager.sketch_linear(dy, x, offsets, place, key, out, scale)
+
+
+def _matrix(values: Tensor) -> tuple[int, bool, int, int]:
+    return values.data_ptr(), values.dtype == torch.bfloat16, values.shape[1], values.stride(0)
+
+
+def _scale(scale: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if scale is None else (scale.data_ptr(), scale.stride(0))
+
+
+def _output(out: Tensor) -> tuple[int, int, int, int]:
+    return out.data_ptr(), out.shape[0], out.shape[1], torch.get_num_threads()
+
+
+@sketch_rows.register_fake
+def _(
+    gradient: Tensor,
+    offsets: Tensor,
+    row_ids: Tensor | None,
+    first_row: int,
+    first_column: int,
+    columns: int,
+    seed: int,
+    name: str,
+    scale: Tensor | None,
+    out: Tensor,
+    backend: str | None,
+) -> None:
+    return None
+
+
+@sketch_linear.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    first_row: int,
+    first_column: int,
+    columns: int,
+    seed: int,
+    name: str,
+    scale: Tensor | None,
+    out: Tensor,
+    backend: str | None,
+) -> None:
+    return None

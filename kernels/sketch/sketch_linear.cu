@@ -1,0 +1,1 @@
+../../csrc/cuda/sketch_linear.cu

@@ -1,0 +1,293 @@
+"""Sketches of every dataset's gradient from a run of the transformers Trainer, beside its training steps.
+
+    trainer = Trainer(model, args, train_dataset=rows, ...)   # each row with a `dataset_id`, each batch of one dataset
+    SketchCallback(proj_dim=65536).attach(trainer)
+    trainer.train()
+
+Training goes on to the same bits. The states lie in ``output_dir/sketches`` at the end and in every checkpoint, one
+``NAME.safetensors`` each, and a resumed run goes on from the checkpoint's.
+"""
+
+import copy
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from torch import Tensor
+from torch import distributed as dist
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.split.selection import select_parameters
+from merit_fast.split.statistics import SketchState
+from merit_fast.split.summed import SummedSketcher
+
+FOLDER = "sketches"
+
+logger = logging.getLogger(__name__)
+
+
+class SketchCallback(TrainerCallback):  # type: ignore[misc]
+    """Sketches what each backward pass of a Trainer adds to the gradients (``SummedSketcher``), by dataset.
+
+    A Trainer shows its callbacks no batch. ``attach`` therefore puts three of its public methods into wrappers:
+    ``get_train_dataloader``, so that the column of ids survives ``remove_unused_columns`` and never reaches collator or
+    model (evaluation is as before); ``training_step``, whose one backward pass and batch belong together under gradient
+    accumulation too; and ``train``, to take the hooks off after an exception.
+
+    An example's loss is here the sum over its target tokens, whatever the Trainer divides by. A custom
+    ``compute_loss_func`` must divide by ``num_items_in_batch``, as transformers asks of it.
+
+    Args:
+        proj_dim, seed: of the CountSketch.
+        parameters: "all", "blocks" or a regular expression (``select_parameters``).
+        column: of the rows, a str or int.
+        blocks: of each dataset's state, for standard errors.
+        scales: as for ``SummedSketcher``, for example ``adam_scales_of_checkpoint(...)``.
+
+    Attributes:
+        sketcher: from the beginning of training on; its ``state`` is this rank's. The files hold the sum over ranks.
+
+    Raises:
+        InputError: by ``attach`` or with the first batch: rows without the column; packing, fp16, DataParallel, FSDP,
+            DeepSpeed, tensor or context parallelism; a batch of several datasets.
+    """
+
+    def __init__(
+        self,
+        proj_dim: int = 65536,
+        seed: int = 0,
+        parameters: str = "all",
+        column: str = "dataset_id",
+        blocks: int = 8,
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.sketch, self.parameters, self.column = CountSketch(proj_dim, seed), parameters, column
+        self.blocks, self.scales = blocks, scales
+        self.sketcher: SummedSketcher | None = None
+        self._attached = False
+        self._resume: Any = None
+
+    def attach(self, trainer: Trainer) -> "SketchCallback":
+        """Adds itself to ``trainer``; returns itself."""
+        if self._attached:
+            raise MeritFastError("SketchCallback: is attached already; take one for each Trainer")
+        _check_trainer(trainer, self.column)
+        self._attached = True
+        self._wrap(trainer)
+        trainer.add_callback(self)
+        return self
+
+    def _wrap(self, trainer: Any) -> None:
+        plain_train, plain_loader, plain_step = trainer.train, trainer.get_train_dataloader, trainer.training_step
+
+        def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            self._resume = resume_from_checkpoint
+            try:
+                return plain_train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self._close()
+
+        def get_train_dataloader() -> Any:
+            trainer._set_signature_columns_if_needed()
+            columns, collator = trainer._signature_columns, trainer.data_collator
+            trainer._signature_columns = [*columns, self.column]
+            trainer.data_collator = _IdsBesideBatch(collator, self.column)
+            try:
+                return plain_loader()
+            finally:
+                trainer._signature_columns, trainer.data_collator = columns, collator
+
+        def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            ids = inputs.pop(self.column)
+            tokens = _target_tokens(inputs)
+            self._running().discard()
+            loss = plain_step(model, inputs, num_items_in_batch)
+            divisor = _loss_divisor(trainer, tokens, num_items_in_batch)
+            self._running().update(ids, len(ids), float(loss) * divisor, tokens, loss_divisor=divisor)
+            return loss
+
+        trainer.train, trainer.get_train_dataloader, trainer.training_step = train, get_train_dataloader, training_step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self._attached:
+            raise MeritFastError("SketchCallback: give it the Trainer by attach(trainer); callbacks see no batch")
+        if state.is_hyper_param_search:
+            raise MeritFastError("SketchCallback: does not go with a hyperparameter search")
+        self._close()  # a first try with too large a batch (auto_find_batch_size)
+        kept: dict[Any, SketchState] = self._kept(args) if state.global_step else {}
+        fingerprint = next((s.identity.model_fingerprint.split(": ", 1)[-1] for s in kept.values()), None)
+        self.sketcher = SummedSketcher(
+            model,
+            self.sketch,
+            select_parameters(model, self.parameters),
+            self.scales,
+            blocks=self.blocks,
+            fingerprint=fingerprint,
+        )
+        self.sketcher.restore(kept if args.process_index == 0 else {})
+        self.sketcher.__enter__()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", args)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(Path(args.output_dir), args)
+        self._close()
+
+    def _running(self) -> SummedSketcher:
+        assert self.sketcher is not None  # on_train_begin comes before every step
+        return self.sketcher
+
+    def _close(self) -> None:
+        if self.sketcher is not None:
+            self.sketcher.__exit__(None, None, None)
+
+    def _kept(self, args: Any) -> dict[Any, SketchState]:
+        found = self._resume
+        if found is True:
+            found = get_last_checkpoint(args.output_dir)  # type: ignore[no-untyped-call]
+        folder = Path(found) / FOLDER
+        if not folder.is_dir():
+            logger.warning("%s: is missing: the sketches begin at this step", folder)
+            return {}
+        return dict(read_states(folder))
+
+    def _write(self, directory: Path, args: Any) -> None:
+        states = _sum_over_ranks(self._running().state)
+        if args.process_index == 0:
+            write_states(directory / FOLDER, states)
+
+
+def read_states(folder: str | Path) -> dict[str, SketchState]:
+    """The states of a ``sketches`` folder, by dataset.
+
+    Raises:
+        InputError: a file that is no sketch state.
+    """
+    return {unquote(file.stem): SketchState.read(file) for file in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def write_states(folder: Path, states: Mapping[Any, SketchState]) -> None:
+    """Writes ``folder`` anew, one file per dataset; a crash leaves the old one, or none, but never a part."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, state in states.items():
+        with open(temporary / f"{quote(str(name), safe=' ')}.safetensors", "wb") as file:
+            file.write(state.to_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def batches_of_one_dataset(ids: Sequence[Hashable], batch_size: int, seed: int = 0) -> list[int]:
+    """An order of rows in which every ``batch_size`` in a row are of one dataset, the batches shuffled.
+
+        rows = rows.select(batches_of_one_dataset(rows["dataset_id"], 8))     with train_sampling_strategy="sequential"
+
+    The rows that fill no batch, fewer than ``batch_size`` per dataset, are left out; their number is logged.
+    """
+    generator, batches = random.Random(seed), []
+    by_dataset: dict[Hashable, list[int]] = {}
+    for row, dataset in enumerate(ids):
+        by_dataset.setdefault(dataset, []).append(row)
+    for rows in by_dataset.values():
+        generator.shuffle(rows)
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows) - batch_size + 1, batch_size)]
+    generator.shuffle(batches)
+    order = [row for batch in batches for row in batch]
+    if len(order) < len(ids):
+        logger.warning("%d of %d rows fill no batch of one dataset and are left out", len(ids) - len(order), len(ids))
+    return order
+
+
+class _IdsBesideBatch:
+    """A collator that never sees the ids, which then stand beside what it made. A class: workers must load it."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any], column: str) -> None:
+        self.collator, self.column = collator, column
+
+    def __call__(self, rows: list[Any]) -> Any:
+        ids = []
+        for row in rows:
+            if not isinstance(row, Mapping) or self.column not in row:
+                raise InputError(f"train_dataset: {self.column}: is missing in a row; every row must say its dataset")
+            value = row[self.column]
+            ids.append(str(value.item() if isinstance(value, Tensor) else value))
+        if len(set(ids)) > 1:
+            raise InputError(
+                f"train_dataset: {self.column}: a batch must be of one dataset, got {', '.join(sorted(set(ids))[:3])}; "
+                "take per_device_train_batch_size=1, or rows ordered by batches_of_one_dataset"
+            )
+        batch = self.collator([{key: value for key, value in row.items() if key != self.column} for row in rows])
+        batch[self.column] = ids
+        return batch
+
+
+def _check_trainer(trainer: Any, column: str) -> None:
+    args, dataset = trainer.args, trainer.train_dataset
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    refused = {
+        "packing": getattr(args, "packing", False),  # TRL: several datasets' examples in a row, their ids dropped
+        "fp16": args.fp16,  # its loss scale changes on the way; bf16 has none
+        "a Trainer that sets loss_is_scaled_for_ga": getattr(trainer, "loss_is_scaled_for_ga", None) is not None,
+        "DataParallel (several GPUs in one process)": args.n_gpu > 1,
+        "FSDP": trainer.is_fsdp_enabled,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "tensor or context parallelism": parallel is not None and (parallel.tp_enabled or parallel.cp_enabled),
+        "an iterable dataset dispatched to several processes (accelerator_config.dispatch_batches must be false)": (
+            args.world_size > 1
+            and not hasattr(dataset, "__len__")
+            and args.accelerator_config.dispatch_batches is not False
+        ),
+    }
+    for what, found in refused.items():
+        if found:
+            raise InputError(f"SketchCallback: does not go with {what}")
+    names = getattr(dataset, "column_names", None)
+    if names is not None and column not in names:
+        raise InputError(f"train_dataset: {column}: is missing; columns: {', '.join(names)}")
+
+
+def _target_tokens(inputs: Mapping[str, Any]) -> int:
+    """Labels that are predicted: from the second position on, but all of ``shift_labels``."""
+    if "shift_labels" in inputs:
+        return int((inputs["shift_labels"] != -100).sum())
+    if "labels" not in inputs:
+        raise InputError("train_dataset: labels: are missing in a batch; sketches need the loss of a causal model")
+    return int((inputs["labels"][..., 1:] != -100).sum())
+
+
+def _loss_divisor(trainer: Any, tokens: int, num_items_in_batch: Any) -> float:
+    """What the sum of the batch's token losses was divided by, on this rank, before the backward pass."""
+    if num_items_in_batch is None:
+        return float(tokens * trainer.current_gradient_accumulation_steps)
+    ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+    return float(num_items_in_batch) / ranks
+
+
+def _sum_over_ranks(states: Mapping[Any, SketchState]) -> dict[Any, SketchState]:
+    """The sums of all ranks' states, on rank 0 (elsewhere the rank's own), a dataset at a time."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(states)
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, sorted(states))
+    summed = dict(states)
+    for name in sorted({name for some in names for name in some}):
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(states.get(name), parts, dst=0)
+        present = [part for part in parts or () if part is not None]
+        if present:
+            summed[name] = copy.deepcopy(present[0])
+            for part in present[1:]:
+                summed[name].merge(part)
+    return summed

@@ -1,0 +1,199 @@
+"""The figures that say how far a split can be trusted: dendrogram, eta squared, balance, signal and stability."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from merit_fast.report.linkage import Merge, average_linkage, leaf_order
+from merit_fast.report.parts import (
+    GROUP_COLORS,
+    LEGEND,
+    NEUTRAL,
+    ROW,
+    dataset_hover,
+    group_color,
+    group_symbol,
+    label,
+    ordered,
+)
+from merit_fast.report.split_tables import group_totals
+from merit_fast.schemas import SplitManifest
+
+
+def dendrogram(split: SplitManifest) -> go.Figure:
+    """Average linkage of the datasets on 1 - cosine, at least 0; a cosine that is not resolved counts as 0."""
+    distance = [[max(0.0, 1.0 - (cosine or 0.0)) for cosine in row] for row in split.similarity]
+    merges = average_linkage(distance)
+    order = leaf_order(merges)
+    x, y, joints = _tree(merges, order)
+    hover, template = dataset_hover(split)
+    figure = go.Figure()
+    figure.add_scatter(x=x, y=y, mode="lines", line={"width": 1.5, "color": NEUTRAL}, hoverinfo="skip")
+    figure.add_scatter(
+        x=[merge.height for merge in merges],
+        y=joints,
+        customdata=[[merge.size] for merge in merges],
+        mode="markers",
+        marker={"size": 6, "color": NEUTRAL},
+        hovertemplate="%{customdata[0]} datasets<br>mean distance of the two sides %{x:.3f}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=[0.0] * len(order),
+        y=list(range(len(order))),
+        customdata=[hover[i] for i in order],
+        mode="markers",
+        marker=_marks(split, order),
+        cliponaxis=False,
+        hovertemplate=template,
+    )
+    _name_rows(figure, split, order)
+    figure.update_layout(showlegend=False)
+    figure.update_xaxes(side="top", title={"text": "1 − cosine, mean over pairs", "standoff": 4}, zeroline=False)
+    figure.update_yaxes(showgrid=False)
+    return figure
+
+
+def separation_map(split: SplitManifest) -> go.Figure | None:
+    """Eta squared against K with its null, mean and two standard deviations; None if no K was measured."""
+    found = split.separations
+    if not found:
+        return None
+    tried = [str(one.groups) for one in found]
+    null = [[one.null_mean, one.null_std] for one in found]
+    figure = go.Figure()
+    figure.add_scatter(
+        name="random groups, ± 2 standard deviations",
+        x=tried,
+        y=[one.null_mean for one in found],
+        error_y={"type": "data", "array": [None if one.null_std is None else 2 * one.null_std for one in found]},
+        customdata=null,
+        hovertemplate="%{x} random groups<br>η² %{y:.4f}, standard deviation %{customdata[1]:.4f}<extra></extra>",
+        mode="lines+markers",
+        line={"color": NEUTRAL, "dash": "dot"},
+        marker={"symbol": "square", "size": 8},
+    )
+    measures = (
+        ("cross-validated", [one.cross_validated for one in found], GROUP_COLORS[0], "circle"),
+        ("debiased", [one.eta_squared for one in found], GROUP_COLORS[1], "diamond"),
+    )
+    for name, values, color, symbol in measures:
+        figure.add_scatter(
+            name=f"the split, {name}", x=tried, y=values, mode="lines+markers", line={"color": color},
+            marker={"symbol": symbol, "size": 10},
+            hovertemplate=f"%{{x}} groups<br>η² {name} %{{y:.4f}}<extra></extra>",
+        )  # fmt: skip
+    if str(split.groups) in tried:
+        figure.add_vline(x=tried.index(str(split.groups)), line={"dash": "dash"}, layer="below")
+    _plain_layout(figure, 380)
+    figure.update_xaxes(type="category", title={"text": "number of groups"}, range=[-0.5, len(tried) - 0.5])
+    figure.update_yaxes(title={"text": "η²"}, rangemode="tozero")
+    return figure
+
+
+def balance_map(split: SplitManifest, steps: Sequence[int] | None = None) -> go.Figure:
+    """Bars per group: its share of the target tokens, of the examples and, where known, of the optimizer steps."""
+    names = [str(group) for group in range(split.groups)]
+    tokens, examples = [total[1] for total in group_totals(split)], [total[0] for total in group_totals(split)]
+    measures: list[tuple[str, Sequence[float], str]] = [("target tokens", tokens, ""), ("examples", examples, "/")]
+    if steps:
+        measures.append(("optimizer steps", steps, "x"))
+    figure = go.Figure()
+    for what, amounts, pattern in measures:
+        total = sum(amounts) or 1
+        figure.add_bar(
+            name=what,
+            x=names,
+            y=[100 * amount / total for amount in amounts],
+            customdata=[[round(amount)] for amount in amounts],
+            marker={"color": [group_color(group) for group in range(split.groups)], "pattern": {"shape": pattern}},
+            hovertemplate=f"group %{{x}}<br>%{{customdata[0]:,}} {what}<br>%{{y:.2f}} %<extra></extra>",
+        )
+    figure.add_hline(y=100 / split.groups, line={"dash": "dash"})
+    _plain_layout(figure, 340)
+    figure.update_layout(barmode="group", bargap=0.3)
+    figure.update_xaxes(type="category", title={"text": "group"})
+    figure.update_yaxes(title={"text": "share, %"}, rangemode="tozero")
+    return figure
+
+
+def dataset_map(split: SplitManifest) -> go.Figure:
+    """One line per dataset: signal fraction with its standard error, stability and margin. In ``ordered``."""
+    order = ordered(split)
+    hover, template = dataset_hover(split)
+    rows = [split.datasets[i] for i in order]
+    panels: list[tuple[str, list[float], list[float | None] | None]] = [
+        ("signal", [row.signal_fraction for row in rows], [row.signal_error for row in rows]),
+        ("stability", [row.stability for row in rows], None),
+        ("margin", [row.margin for row in rows], None),
+    ]
+    figure = go.Figure()
+    for place, (title, values, errors) in enumerate(panels):
+        axis = "x" if place == 0 else f"x{place + 1}"
+        figure.add_scatter(
+            x=values,
+            y=list(range(len(order))),
+            xaxis=axis,
+            customdata=[hover[i] for i in order],
+            mode="markers",
+            marker=_marks(split, order),
+            error_x=None if errors is None else {"type": "data", "array": errors, "color": NEUTRAL, "width": 3},
+            hovertemplate=template,
+        )
+        figure.update_layout(
+            {
+                f"{axis[0]}axis{axis[1:]}": {
+                    "side": "top",
+                    "anchor": "y",
+                    "title": {"text": title, "standoff": 4},
+                    "domain": [0.35 * place, 0.35 * place + 0.3],
+                    "nticks": 4,
+                    "tickangle": 0,
+                }
+            }
+        )
+    _name_rows(figure, split, order)
+    figure.update_layout(showlegend=False)
+    return figure
+
+
+def _tree(merges: Sequence[Merge], order: Sequence[int]) -> tuple[list[float | None], list[float | None], list[float]]:
+    """The lines of a dendrogram, x along the distance, and where each merge stands between its two branches."""
+    number = len(order)
+    place = [0.0] * (number + len(merges))
+    for row, leaf in enumerate(order):
+        place[leaf] = float(row)
+    height = [0.0] * number + [merge.height for merge in merges]
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for step, merge in enumerate(merges):
+        a, b = merge.first, merge.second
+        place[number + step] = (place[a] + place[b]) / 2
+        x += [height[a], merge.height, merge.height, height[b], None]
+        y += [place[a], place[a], place[b], place[b], None]
+    return x, y, place[number:]
+
+
+def _marks(split: SplitManifest, order: Sequence[int]) -> dict[str, Any]:
+    groups = [split.datasets[i].group for i in order]
+    return {"size": 8, "color": [group_color(g) for g in groups], "symbol": [group_symbol(g) for g in groups]}
+
+
+def _name_rows(figure: go.Figure, split: SplitManifest, order: Sequence[int]) -> None:
+    """A line of text per dataset, from the top down: any number stays readable, the figure grows."""
+    figure.update_layout(template="none", height=110 + ROW * len(order), margin={"l": 10, "r": 20, "t": 90, "b": 10})
+    figure.update_yaxes(
+        tickvals=list(range(len(order))),
+        ticktext=[label(split.datasets[i].name) for i in order],
+        tickfont={"size": 11},
+        range=[len(order) - 0.5, -0.5],
+        automargin=True,
+        zeroline=False,
+        ticks="",
+    )
+
+
+def _plain_layout(figure: go.Figure, height: int) -> None:
+    figure.update_layout(template="none", height=height, margin={"l": 10, "r": 10, "t": 40, "b": 10}, legend=LEGEND)
+    figure.update_xaxes(automargin=True)
+    figure.update_yaxes(automargin=True)

@@ -1,0 +1,178 @@
+"""What the JSON files in which stages meet say: one dataclass per file or part of one."""
+
+from dataclasses import dataclass, field
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SplitDataset:
+    """One dataset's row of split.json."""
+
+    name: str
+    group: int  # -1: its rows go to all groups in equal shares
+    num_examples: int
+    num_target_tokens: int
+    num_sketched_examples: int
+    mean_loss: float  # nats per target token where the sketch was taken, over the sketched examples
+    gradient_norm: float | None  # of the mean per-example gradient, from its sketch; None: not resolved
+    signal_fraction: float  # unbiased |mean gradient|^2 over its raw estimate; 1 is noiseless
+    signal_error: float | None  # its standard error
+    more_examples: int  # 0: the signal is resolved; else about how many more examples would do that
+    margin: float  # by how much the objective falls if it moves to its best other group
+    stability: float  # of its company when a block of examples is left out, 0..1
+
+
+@dataclass(frozen=True)
+class GroupCount:
+    """How well a split in so many groups separates: shares of the weighted sum of squares between groups."""
+
+    groups: int
+    eta_squared: float | None  # of the split itself, debiased; None: nothing varies beyond noise
+    cross_validated: float | None  # splits made on one half of the examples, measured on the other
+    null_mean: float | None  # the same of random balanced splits
+    null_std: float | None
+
+
+@dataclass(frozen=True)
+class SplitManifest:
+    """split.json: which dataset went to which group, and the conflict geometry behind it. N datasets, R axes."""
+
+    groups: int
+    datasets: tuple[SplitDataset, ...]
+    method: str
+    balance: str
+    reason: str  # of an automatic K; "" where it was asked for
+    note: str  # why the balance's tolerance is not kept; "" if it is
+    sketched_at: str  # "the base model", or after which warm-up
+    similarity: tuple[tuple[float | None, ...], ...]  # [N, N] cosines of mean gradients; None: not resolved
+    similarity_errors: tuple[tuple[float | None, ...], ...]  # [N, N] block-jackknife standard errors
+    negative_pair_fraction: float
+    certain_negative_fraction: float  # below zero by two standard errors
+    within_cosine: float | None  # mean over the pairs within groups
+    across_cosine: float | None
+    explained_variance: tuple[float, ...]  # [R] share of each conflict axis
+    scores: tuple[tuple[float, ...], ...]  # [N, R]
+    score_errors: tuple[tuple[float, ...], ...]  # [N, R]
+    cuts: tuple[tuple[int, float], ...]  # (axis, score) of each median cut, in order; of method pca-median only
+    separations: tuple[GroupCount, ...]  # of every K tried, rising
+    random_groups: tuple[int, ...]  # [N] the control: a balanced random split
+    base_fingerprint: str
+    mixture_fingerprint: str
+    schema_version: int = SCHEMA_VERSION
+
+    def group_of(self, arm: str) -> dict[str, int]:
+        """dataset name -> group, for the arm ``merit`` or ``random``."""
+        groups = self.random_groups if arm == "random" else [row.group for row in self.datasets]
+        return {row.name: group for row, group in zip(self.datasets, groups, strict=True)}
+
+    @property
+    def separation(self) -> GroupCount | None:
+        """Of the split itself; None for one group."""
+        return next((found for found in self.separations if found.groups == self.groups), None)
+
+
+@dataclass(frozen=True)
+class BranchManifest:
+    """branch.json, written with a branch's weights; the merge takes its weights from ``num_target_tokens``."""
+
+    branch: str  # merit-0, random-3, joint
+    arm: str
+    group: int
+    datasets: tuple[str, ...]
+    num_examples: int  # seen in training, epochs counted
+    num_target_tokens: int  # in the loss, after the shift, epochs counted
+    num_tokens: int  # through the model, epochs counted, padding not
+    steps: int
+    seed: int
+    base_fingerprint: str
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class DatasetResult:
+    loss: float  # nats per target token
+    exact_match: float  # share of rows whose every target token is the greedy choice
+    num_target_tokens: int
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One model on the held-out rows, with the columns that show what it forgot (retention)."""
+
+    loss: float  # nats per target token, mean over datasets
+    token_loss: float  # nats per target token, mean over tokens
+    exact_match: float  # mean over datasets, 0..1
+    text_loss: float  # nats per token of a fixed general English text
+    chat_nll: float  # nats per token of the base model's own greedy answers to fixed prompts
+    answer_length_tokens: float  # mean length of this model's greedy answers to those prompts
+    displacement: float  # |theta - theta_0|
+    num_tokens: int = 0  # trained on, over all branches of the arm
+    num_target_tokens: int = 0
+    steps: int = 0  # of the longest branch
+    train_s: float = 0.0  # summed over branches
+    peak_memory_bytes: int = 0  # of the process while training, largest branch
+    datasets: dict[str, DatasetResult] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """How far the loss rises above a straight line on the straight path between two branches."""
+
+    first: str
+    second: str
+    height: float  # nats per target token
+
+
+@dataclass(frozen=True)
+class MergeAudit:
+    """One merge against the theory of its gain. Losses in nats per target token of the audit's rows, float32 models."""
+
+    gain: float  # sum_k w_k L(theta_k) - L(theta)
+    predicted_gain: float  # 1/2 sum_k w_k delta_k^T H delta_k, H the Hessian at the merge
+    branch_losses: tuple[float, ...]
+    merged_loss: float
+    barriers: tuple[Barrier, ...]
+    noise: tuple[tuple[float, float], ...]  # (share of each tensor's rms, rise of the loss)
+    displacement: float  # |theta - start|
+    contraction: float  # |theta - start|^2 / sum_k w_k |theta_k - start|^2
+    num_examples: int
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted gain; nan without a prediction."""
+        return self.gain / self.predicted_gain if self.predicted_gain else float("nan")
+
+    @property
+    def in_basin(self) -> bool:
+        """Whether the quadratic theory explains the gain to within 10 %."""
+        return abs(self.ratio - 1.0) <= 0.1
+
+
+@dataclass(frozen=True)
+class AuditManifest:
+    """audit.json: every merged arm's audit."""
+
+    arms: dict[str, MergeAudit]
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class MergingGain:
+    """sum_k w_k L(theta_k) - L(theta_bar), L the held-out loss per target token over the whole mixture."""
+
+    gain: float
+    mean_branch_loss: float
+    merged_loss: float
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EvaluateManifest:
+    """evaluate.json: arm -> result; branch -> result; merged arm -> gain."""
+
+    arms: dict[str, ArmResult]
+    branches: dict[str, ArmResult]
+    merging_gain: dict[str, MergingGain]
+    schema_version: int = SCHEMA_VERSION

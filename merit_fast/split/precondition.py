@@ -1,0 +1,110 @@
+"""Diagonal preconditioning of gradients by Adam's second moments: ``normalize="adam"``."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merit_fast.errors import InputError, MeritFastError, one_line
+from merit_fast.kernels.sketch import matrix_shape
+
+_PROBES = 64
+
+
+def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """What ``torch.optim.Adam`` and ``AdamW`` would multiply each entry of the first moment by, at their present state.
+
+        scale = 1 / (sqrt(v / (1 - beta2 ** step)) + eps)         v: exp_avg_sq; with amsgrad max_exp_avg_sq
+
+    A sketch of ``scale * g`` is linear in g, so means over examples, blocks and ranks stay sums. LESS (Xia et al. 2024,
+    arXiv 2402.04333) instead puts every example through Adam's whole update, whose moments take in the example's own
+    gradient; that is not linear in g, so its mean over examples is not a function of the mean gradient.
+
+    An entry that never had a gradient (the embedding of a token not seen) has scale 1 / eps and would outweigh all
+    others: take an optimizer that has seen the data, or leave embeddings out.
+
+    Args:
+        model: whose parameters ``optimizer`` holds.
+        optimizer: an Adam or AdamW that has stepped, any variant (fused, foreach, capturable), or a wrapper with its
+            ``state`` and ``param_groups``.
+        names: parameters of ``model``.
+
+    Returns:
+        By name, float32 of the shape as which the parameter is hashed (``matrix_shape``), on the moments' device.
+
+    Raises:
+        MeritFastError: a parameter that the model or the optimizer lacks, or without second moments; names it.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    scales = {}
+    for name in names:
+        if name not in parameters:
+            raise MeritFastError(f"adam_scales: the model has no parameter {name}")
+        parameter = parameters[name]
+        if id(parameter) not in groups:
+            raise MeritFastError(f"adam_scales: parameter {name} is not among the optimizer's")
+        group = groups[id(parameter)]
+        scales[name] = _scale(name, parameter, group, optimizer.state.get(parameter, {}))
+    return scales
+
+
+def adam_scales_of_checkpoint(model: nn.Module, directory: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """``adam_scales`` from a checkpoint of the transformers Trainer: its ``optimizer.pt``, read without pickled code.
+
+    The file numbers the parameters: first those with weight decay, then the others, each in the model's order. The same
+    parameters must be trainable in ``model`` as in the run.
+
+    Raises:
+        InputError: the file is absent or broken, or numbers other parameters than ``model``'s.
+        MeritFastError: as ``adam_scales``.
+    """
+    from transformers import Trainer
+
+    file = Path(directory) / "optimizer.pt"
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved_groups, moments = saved["param_groups"], saved["state"]
+    except Exception as error:  # the reader raises many kinds, and all mean that the file is not to be had
+        raise InputError(f"{file}: is not an optimizer's state ({one_line(error)})") from None
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # uses no attribute
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ordered = sorted(trainable, key=lambda item: item[0] not in decayed)
+    numbers = [(number, group) for group in saved_groups for number in group["params"]]
+    if len(numbers) != len(ordered):
+        raise InputError(f"{file}: must hold the model's {len(ordered)} trainable parameters, got {len(numbers)}")
+    by_name = {name: (p, group, number) for (name, p), (number, group) in zip(ordered, numbers, strict=True)}
+    scales = {}
+    for name in names:
+        if name not in by_name:
+            raise MeritFastError(f"adam_scales: the model has no trainable parameter {name}")
+        parameter, group, number = by_name[name]
+        scales[name] = _scale(name, parameter, group, moments.get(number, {}))
+    return scales
+
+
+def scales_fingerprint(scales: Mapping[str, Tensor]) -> str:
+    """16 hex digits of names, shapes and 64 spread entries of each: sketches by other scales must not be added."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, scale in sorted(scales.items()):
+        probes = scale.flatten()[:: max(1, scale.numel() // _PROBES)].float().cpu()
+        digest.update(f"{name}\n{list(scale.shape)}\n".encode() + probes.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _scale(name: str, parameter: nn.Parameter, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+    if "betas" not in group or "eps" not in group:
+        raise MeritFastError(f"adam_scales: parameter {name} is not optimized by Adam or AdamW")
+    moments = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
+    if moments is None or "step" not in state:
+        raise MeritFastError(f"adam_scales: parameter {name} has no second moments yet: the optimizer never stepped it")
+    if moments.shape != parameter.shape:
+        raise MeritFastError(
+            f"adam_scales: parameter {name} is {list(parameter.shape)}, its second moments {list(moments.shape)}"
+        )
+    correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
+    scale: Tensor = (moments.detach().float() / correction).sqrt_().add_(float(group["eps"])).reciprocal_()
+    return scale.reshape(matrix_shape(parameter.shape)).contiguous()

@@ -1,0 +1,77 @@
+"""Which parameters are sketched, and what a state needs to know of the model they are in."""
+
+import hashlib
+import re
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from merit_fast.errors import InputError, show
+
+_PROBES = 64
+
+
+def select_parameters(
+    model: nn.Module, parameters: str = "all", trainable: Callable[[nn.Parameter], bool] | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters to sketch, by name in the model's order; a tied one goes by its first name.
+
+    Args:
+        model: as given to ``sketch_gradients``; names are those of ``model.named_parameters()``.
+        parameters: "all" that require a gradient; "blocks": those inside the transformer blocks; else a regular
+            expression, searched for in the names. Parameters that require no gradient are never among them.
+        trainable: what counts as requiring a gradient; None: ``requires_grad``.
+
+    Raises:
+        InputError: ``parameters`` is no regular expression, or nothing is selected.
+    """
+    wanted = _wanted(model, parameters)
+    trainable = trainable or (lambda parameter: parameter.requires_grad)
+    chosen = {name: p for name, p in model.named_parameters() if trainable(p) and wanted(name)}
+    if not chosen:
+        raise InputError(
+            f"parameters: must select at least one parameter that requires a gradient, got {show(parameters)}"
+        )
+    return chosen
+
+
+def model_weights_fingerprint(model: nn.Module) -> str:
+    """32 hex digits of a model in memory: names, shapes, dtypes and 64 spread values of every parameter."""
+    digest, probes = hashlib.sha256(), []
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}\n{list(parameter.shape)}\n{parameter.dtype}\n".encode())
+        flat = parameter.detach().reshape(-1)
+        probes.append(flat[:: max(1, len(flat) // _PROBES)].float())
+    for device in sorted({str(probe.device) for probe in probes}):
+        values = torch.cat([probe for probe in probes if str(probe.device) == device]).cpu()
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _wanted(model: nn.Module, parameters: str) -> Callable[[str], bool]:
+    if parameters == "all":
+        return lambda name: True
+    if parameters == "blocks":
+        blocks = tuple(f"{name}." for name in _block_lists(model))
+        return lambda name: name.startswith(blocks)
+    try:
+        pattern = re.compile(parameters)
+    except re.error as error:
+        raise InputError(
+            f"parameters: must be 'all', 'blocks' or a regular expression, got {show(parameters)} ({error})"
+        ) from None
+    return lambda name: pattern.search(name) is not None
+
+
+def _block_lists(model: nn.Module) -> list[str]:
+    """Names of the outermost module lists with the most parameters: those with at least half of what the largest has.
+
+    Encoder and decoder are both among them; the vision tower of a language model is not.
+    """
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in sizes):
+            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+    largest = max(sizes.values(), default=0)
+    return [name for name, size in sizes.items() if largest and 2 * size >= largest]

@@ -1,0 +1,119 @@
+"""Is a split better than random? eta squared free of noise and of the choice made on it. Pure NumPy, no files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from merit_fast.split.conflict import (
+    Debias,
+    Labels,
+    Similarity,
+    between_sum,
+    double_center,
+    half_grams,
+    mean_gram,
+    similarity_matrix,
+    total_sum,
+)
+from merit_fast.split.moments import BlockProducts
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Between-group shares of the weighted sum of squares: estimates, so below 0 or above 1 now and then.
+
+    Attributes:
+        eta_squared: of the split, debiased. It was chosen to make this large, so it is high on pure noise too.
+        cross_validated: splits chosen on the blocks of even number, measured on those of odd number, and the other way
+            round: mean of both. NaN: not enough blocks with examples, or no spread beyond noise.
+        null: [R] the same of random splits, a fresh one for each half.
+    """
+
+    eta_squared: float
+    cross_validated: float
+    null: Array
+
+    @property
+    def null_mean(self) -> float:
+        return float(self.null.mean())
+
+    @property
+    def null_std(self) -> float:
+        return float(self.null.std(ddof=1))
+
+    @property
+    def better_than_random(self) -> bool:
+        """Whether the cross-validated share lies above the null's mean by two standard deviations."""
+        return self.cross_validated > self.null_mean + 2 * self.null_std
+
+
+def separation(
+    products: BlockProducts,
+    weights: Array,
+    groups: Labels,
+    partition: Callable[[Array], Labels],
+    random_groups: Callable[[], Labels],
+    *,
+    similarity: Similarity = "cosine",
+    debias: Debias = "blocks",
+    draws: int = 200,
+) -> Separation:
+    """Judges a split with ``partition`` as its maker.
+
+    Sums of squares are always debiased ones (U on the diagonal), of vectors divided by the lengths that all blocks give
+    (similarity "cosine") or as they are ("gram"), and divided by the total that all blocks give.
+
+    Args:
+        products: of the datasets' block sums.
+        weights: [N] token shares, sum 1.
+        groups: [N] the split made on ``conflict_of(products, ...).similarity``.
+        partition: makes a split [N] from such a matrix [N, N], here of half the examples.
+        random_groups: a random balanced split [N], another one at each call.
+        similarity: as in ``conflict_of``.
+        debias: of the matrices that ``partition`` gets.
+        draws: R, random splits for each half.
+    """
+    whole = mean_gram(products, "blocks")
+    square = whole.square if similarity == "cosine" else np.ones(len(weights))
+    centered = double_center(whole.cosine(square), weights)
+    total = total_sum(centered, weights)
+    if not total > 0:
+        nothing = np.full(draws, np.nan)
+        return Separation(float("nan"), float("nan"), nothing)
+    eta = between_sum(centered, weights, groups) / total
+    halves = half_grams(products, "blocks")
+    if not all(np.isfinite(half.gram).all() for half in halves):
+        return Separation(eta, float("nan"), np.full(draws, np.nan))
+    judges = [double_center(half.cosine(square), weights) for half in halves]
+    lengths = mean_gram(products, debias).square if similarity == "cosine" else square
+    matrices = [similarity_matrix(half, similarity, debias, lengths) for half in half_grams(products, debias)]
+
+    def crossed(from_even: Labels, from_odd: Labels) -> float:
+        on_odd, on_even = between_sum(judges[1], weights, from_even), between_sum(judges[0], weights, from_odd)
+        return (on_odd + on_even) / (2 * total)
+
+    return Separation(
+        eta_squared=eta,
+        cross_validated=crossed(partition(matrices[0]), partition(matrices[1])),
+        null=np.array([crossed(random_groups(), random_groups()) for _ in range(draws)]),
+    )
+
+
+def pair_means(cosine: Array, groups: Labels) -> tuple[float, float, float]:
+    """Of the pairs whose cosine is known: mean cosine within groups, across groups, share of negative pairs separated.
+
+    NaN where there is no such pair.
+    """
+    labels = np.asarray(groups)
+    upper = np.triu_indices(len(labels), 1)
+    pairs, apart = cosine[upper], (labels[:, None] != labels)[upper]
+    known = ~np.isnan(pairs)
+    return _mean(pairs[known & ~apart]), _mean(pairs[known & apart]), _mean(apart[known & (pairs < 0)] * 1.0)
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if len(values) else float("nan")

@@ -1,0 +1,111 @@
+"""The sketch stage: a model and datasets in, one file of sums per dataset out."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from merit_fast.data import Dataset, collate
+from merit_fast.errors import InputError
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.model import load_model, target_losses
+from merit_fast.progress import Progress, Task
+from merit_fast.split.config import SketchConfig
+from merit_fast.split.gradients import GradientSketcher
+from merit_fast.split.sampling import check_blocks, describe, next_examples
+from merit_fast.split.selection import select_parameters
+from merit_fast.split.statistics import SketchState
+
+FIRST_LOOK, ERROR_RATE = 32, 0.05  # of adaptive sampling
+
+
+def sketch_mixture(
+    model_path: str,
+    model_fingerprint: str,
+    datasets: Sequence[Dataset],
+    pad_token_id: int,
+    config: SketchConfig,
+    directory: Path,
+    progress: Progress,
+) -> None:
+    """Sketches per-example gradients of every dataset at the model, one ``NAME.safetensors`` of sums each.
+
+    The loss of an example is the mean over its target tokens. A file that is there already is taken as done, so a
+    killed run goes on with the next dataset.
+
+    Raises:
+        InputError: a dataset of one example; parameters that select nothing; blocks too few for ``precision``.
+    """
+    chosen = {d.name: choose_examples(d, config) for d in datasets}
+    if config.precision:
+        check_blocks(config.blocks, FIRST_LOOK, max(map(len, chosen.values())), ERROR_RATE)
+    missing = [d for d in datasets if not (directory / f"{d.name}.safetensors").exists()]
+    if not missing:
+        return
+    model = load_model(model_path, config.dtype)
+    parameters = select_parameters(model, config.parameters)
+    sketch = CountSketch(config.proj_dim, config.seed)
+    with (
+        GradientSketcher(model, sketch, parameters, blocks=config.blocks, fingerprint=model_fingerprint) as sketcher,
+        progress.task("sketch gradients", sum(len(chosen[d.name]) for d in missing), "examples") as task,
+    ):
+        for dataset in missing:
+            state = _sketch_dataset(model, sketcher, dataset, chosen[dataset.name], pad_token_id, config, task)
+            _write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
+            if config.precision:
+                progress.note(f"{dataset.name}: {describe(state, len(chosen[dataset.name]), first=FIRST_LOOK)}")
+
+
+def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
+    """Up to ``config.examples`` indices, by a random order that depends on seed and dataset name alone."""
+    if dataset.num_examples < 2:
+        raise InputError(f"{dataset.name}: split needs at least 2 examples per dataset, got {dataset.num_examples}")
+    digest = hashlib.blake2b(f"{config.seed}\n{dataset.name}".encode(), digest_size=8).digest()
+    generator = np.random.default_rng(int.from_bytes(digest, "little"))
+    return [int(i) for i in generator.permutation(dataset.num_examples)[: config.examples]]
+
+
+def _sketch_dataset(
+    model: torch.nn.Module,
+    sketcher: GradientSketcher,
+    dataset: Dataset,
+    indices: list[int],
+    pad_token_id: int,
+    config: SketchConfig,
+    task: Task,
+) -> SketchState:
+    """All of ``indices`` in their order, or, with ``config.precision``, as many as it takes."""
+    state = sketcher.state[dataset.name] = SketchState.zeros(sketcher.identity, config.blocks)
+    while more := next_examples(state, len(indices), config.precision, first=FIRST_LOOK, error_rate=ERROR_RATE):
+        stop = state.num_examples + more
+        for start in range(state.num_examples, stop, config.batch_size):
+            rows = indices[start : min(start + config.batch_size, stop)]
+            _sketch_batch(model, sketcher, dataset, rows, pad_token_id)
+            task.advance(len(rows), dataset.name)
+    task.advance(len(indices) - state.num_examples, dataset.name)  # those that were not needed
+    return sketcher.state.pop(dataset.name)
+
+
+def _sketch_batch(
+    model: torch.nn.Module, sketcher: GradientSketcher, dataset: Dataset, rows: list[int], pad_token_id: int
+) -> None:
+    examples = [dataset.examples[row] for row in rows]
+    losses = target_losses(model, collate(examples, [0] * len(examples), pad_token_id))
+    zeros = losses.loss.new_zeros(len(examples))
+    per_example = zeros.index_add(0, losses.example, losses.loss)
+    counts = zeros.index_add(0, losses.example, torch.ones_like(losses.loss))
+    (per_example / counts).sum().backward()  # type: ignore[no-untyped-call]
+    sums = zeros.double().index_add(0, losses.example, losses.loss.detach().double())
+    sketcher.update([dataset.name] * len(examples), sums, counts.long())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,86 @@
+"""csrc/cuda without a GPU: its source built by g++ with the shim of cuda_host/ and run, or built by nvcc and read."""
+
+import ctypes
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "sketch_linear.cu"
+
+
+def build_for_cpu(folder: Path, *flags: str) -> Path:
+    """A library of the kernels that runs on this CPU."""
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("the host shim needs g++ on x86-64")
+    host, library = ROOT / "tests" / "cuda_host", folder / "sketch_host.so"
+    command = ["g++", "-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+    command += ["-shared", "-fPIC", "-pthread", f"-I{SOURCE.parent}", f"-I{host}"]
+    result = subprocess.run([*command, host / "sketch_host.cpp", "-o", library], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return library
+
+
+def launcher(library: ctypes.CDLL, backwards: bool = False) -> Callable[..., None]:
+    """To stand in for ``_cuda.launch``; ``backwards``: the threads of a block run in the opposite order."""
+
+    def launch(kernel: str, blocks: int, job: bytes, device: object) -> None:
+        assert library.launch_kernel(kernel.encode(), blocks, job, int(backwards)) == 0, kernel
+
+    return launch
+
+
+@dataclass(frozen=True)
+class Kernel:
+    registers: int  # of a thread
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int  # of a block
+    opcodes: tuple[str, ...]  # with their suffixes, in order
+
+    def count(self, pattern: str) -> int:
+        return sum(1 for opcode in self.opcodes if re.match(pattern, opcode))
+
+
+def nvcc_release() -> str:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    return re.search(r"release ([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)[
+        1
+    ]
+
+
+def compile_for(architectures: list[str], folder: Path) -> dict[str, dict[str, Kernel]]:
+    """What nvcc makes of the source: architecture -> kernel -> registers and instructions."""
+    gpu_code = pytest.importorskip("gpu_code", reason="triton, which brings nvdisasm, is not installed")
+    command = ["nvcc", "-std=c++17", "-cubin", "-Xptxas", "-v", str(SOURCE)]
+    running = {
+        name: subprocess.Popen([*command, f"-arch={name}", "-o", folder / name], stderr=subprocess.PIPE, text=True)
+        for name in architectures
+    }
+    compiled = {}
+    for name, process in running.items():
+        report = process.communicate()[1]
+        assert process.returncode == 0, report
+        code = subprocess.run([gpu_code.NVIDIA_TOOLS / "nvdisasm", "-c", folder / name], capture_output=True, text=True)
+        compiled[name] = dict(_kernels(report, code.stdout))
+    return compiled
+
+
+def _kernels(report: str, code: str):
+    for usage in report.split("Compiling entry function")[1:]:
+        kernel = re.search(r"'(\w+)'", usage)[1]
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", usage, re.S).groups()
+        )
+        shared = re.search(r"(\d+) bytes smem", usage)
+        text = re.search(rf"^\.text\.{kernel}:$(.*?)(?=^\.text\.|\Z)", code, re.S | re.M)[1]
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M)
+        registers = int(re.search(r"Used (\d+) registers", usage)[1])
+        yield kernel, Kernel(registers, stores + loads, stack, int(shared[1]) if shared else 0, tuple(opcodes))
