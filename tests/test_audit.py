@@ -72,7 +72,7 @@ def test_near_the_merge_the_gain_is_what_the_hessian_says(tmp_path, tiny_model, 
     assert audit.contraction == pytest.approx(square(merged, base) / spread, rel=1e-5)
     assert audit.contraction == pytest.approx(sum(w * w for w in WEIGHTS), rel=0.05)  # unrelated branches
     assert [(b.first, b.second) for b in audit.barriers] == [("b0", "b1"), ("b0", "b2"), ("b1", "b2")]
-    assert [share for share, _ in audit.noise] == [0.01, 0.03, 0.1] and audit.num_examples == 12
+    assert [share for share, _ in audit.noise] == [0.01, 0.03, 0.1] and audit.num_examples == 8
 
 
 def test_far_from_the_merge_it_says_so(tmp_path, tiny_model, datasets):

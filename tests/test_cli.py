@@ -104,8 +104,8 @@ def test_stages_from_flags_alone(call, tmp_path, monkeypatch, tiny_model, tiny_m
     common = ["--model", tiny_model, "--output", "flags", "--json"]
     for entry in tiny_mixture:
         common += ["--dataset", f"{entry['name']}={entry['path']},{entry['eval_path']}"]
-    assert call("sketch", *common, "--examples", "4", "--proj-dim", "256")[0] == 0
-    code, _, err = call("split", *common, "--examples", "4", "--proj-dim", "256", "--groups", "2")
+    assert call("sketch", *common, "--examples", "4", "--proj-dim", "4096")[0] == 0
+    code, _, err = call("split", *common, "--examples", "4", "--proj-dim", "4096", "--groups", "2")
     assert code == 0, err
     split = json.loads(Path("flags/split/split.json").read_text())
     assert {row["name"] for row in split["datasets"]} == {entry["name"] for entry in tiny_mixture}
