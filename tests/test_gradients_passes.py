@@ -1,6 +1,7 @@
 """Every way to run the passes gives the same sketches: checkpointing, attention, padding, packing, precision, ranks."""
 
 import gc
+import os
 import weakref
 
 import pytest
@@ -158,7 +159,9 @@ def rank_main(rank, port, path):
     both = [torch.empty_like(gradients) for _ in range(2)]
     dist.all_gather(both, gradients)
     assert torch.equal(*both)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may otherwise be torn down while they run, which aborts the process
 
 
 class Unwrapped(torch.nn.Module):
