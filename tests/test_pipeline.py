@@ -153,7 +153,7 @@ def test_the_order_of_the_mixture_does_not_change_the_split(
         config_file.write_text(yaml.safe_dump(values))
         run = Run(read_run_config(config_file))
         run.sketch(), run.split()
-        groups.append(run._split_manifest.group_of("merit"))
+        groups.append(run.outputs.split_manifest.group_of("merit"))
     assert groups[0] == groups[1]
 
 
