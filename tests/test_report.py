@@ -220,6 +220,9 @@ def test_names_are_data(tmp_path, name):
 
 def test_cuts_bound_the_halves_they_cut(tmp_path):
     split = median_cuts(make_split(8, 4), (0, 0.25), (1, -0.5), (1, 0.75))
+    deeper = replace(split, cuts=(*split.cuts, (2, 0.1)))
+    for one, said in ((split, False), (deeper, True)):
+        assert ("cuts on axes above 2 are not drawn" in page_of(tmp_path, one).text) == said
     layout = Page(write(tmp_path / "r.html", split)).json("axes")["layout"]
     low, high = layout["xaxis"]["range"]
     lines = [{key: line[key] for key in ("x0", "x1", "y0", "y1")} for line in layout["shapes"]]

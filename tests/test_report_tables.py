@@ -165,7 +165,8 @@ def test_verdict_follows_the_figures(tmp_path):
         "40.0 % of the 15 pairs of datasets conflict after a warm-up (their mean gradients have a cosine below 0), "
         "25.0 % by more than two standard errors."
     )
-    assert "of the 6 pairs of datasets (of 15) that are resolved" in verdict(make_split(6, 4, unresolved=2))[0]
+    assert "of the 6 resolved pairs of datasets (of 15) conflict" in verdict(make_split(6, 4, unresolved=2))[0]
+    assert verdict(make_split(1, 1))[0] == "One dataset has none to conflict with."
     assert verdict(make_split(6, 4, unresolved=6))[0].startswith("The cosine of no pair of datasets is resolved")
 
     assert "more than two standard deviations above chance (+32.7)" in verdict(split)[1]

@@ -31,15 +31,7 @@ def render(
     """
     _check_lengths(split)
     steps = _branch_steps(split, evaluation)
-    conflict_map = figures.conflict_map(split)
-    specs = {
-        "conflicts": conflict_map,
-        "axes": figures.axes_map(split),
-        "tree": split_figures.dendrogram(split),
-        "separations": split_figures.separation_map(split),
-        "balance": split_figures.balance_map(split, steps),
-        "datasets": split_figures.dataset_map(split),
-    }
+    drawn = _figures(split, steps)
     environment = Environment(
         loader=PackageLoader("merit_fast.report", ""),
         autoescape=True,
@@ -61,14 +53,27 @@ def render(
         ],
         separations=split_tables.separation_rows(split),
         datasets=split_tables.split_rows(split),
-        unresolved=sum(cosine is None for row in split.similarity for cosine in row) > 0,
+        unresolved=any(cosine is None for row in split.similarity for cosine in row),
         evaluation=None if evaluation is None else _evaluation(split, evaluation),
         audit=None if audit is None else tables.audit_rows(audit),
-        specs={name: _json(figure) for name, figure in specs.items() if figure is not None},
-        conflict_width=conflict_map.layout.height + 200,  # a square, its row labels and its colour bar
+        specs={name: _json(figure) for name, figure in drawn.items()},
+        conflict_width=drawn["conflicts"].layout.height + 200,  # a square, its row labels and its colour bar
         themes=_json(parts.THEMES),
         plotly_js=Markup(get_plotlyjs()),
     )
+
+
+def _figures(split: SplitManifest, steps: list[int] | None) -> dict[str, Any]:
+    """By name, in the page's order; the separations only where some were measured."""
+    drawn = {
+        "conflicts": figures.conflict_map(split),
+        "axes": figures.axes_map(split),
+        "tree": split_figures.dendrogram(split),
+        "separations": split_figures.separation_map(split),
+        "balance": split_figures.balance_map(split, steps),
+        "datasets": split_figures.dataset_map(split),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def _branch_steps(split: SplitManifest, evaluation: EvaluateManifest | None) -> list[int] | None:

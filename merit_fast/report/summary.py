@@ -35,12 +35,12 @@ def split_lines(split: SplitManifest, steps: Sequence[int] | None = None) -> tup
     if split.separations:
         lines += ["", *_aligned(separation_rows(split))]
     lines.append("")
-    if split.groups > 1:
+    if split.across_cosine is not None:
         within, across = signed(split.within_cosine), signed(split.across_cosine)
         lines.append(f"mean cosine of pairs within groups {within}, across groups {across}")
     border = [f"{row.name} (margin {row.margin:z.2g}, stability {row.stability:.2f})" for row in small_margins(split)]
     if border:
-        lines.append(f"small margin, another group would do nearly as well: {_listed(border, ', ')}")
+        lines.append(f"small margin, another group would do as well but for the balance: {_listed(border, ', ')}")
     unknown = [f"{row.name}: {signal_text(row)}" for row in split.datasets if row.more_examples]
     if unknown:
         lines.append(_listed(unknown, "; "))
@@ -67,21 +67,18 @@ def exceeds_null(split: SplitManifest) -> bool:
 
 
 def _conflict(split: SplitManifest) -> str:
-    pairs, where = len(known_pairs(split)), split.sketched_at
+    number, known, where = len(split.datasets), len(known_pairs(split)), split.sketched_at
+    pairs = number * (number - 1) // 2
     if not pairs:
+        return "One dataset has none to conflict with."
+    if not known:
         return f"The cosine of no pair of datasets is resolved {where}: whether they conflict is not known."
     if split.negative_pair_fraction == 0:
         return f"No pair of datasets conflicts {where}: splitting has little to separate here."
-    every = len(split.datasets) * (len(split.datasets) - 1) // 2
-    which = (
-        f"{pairs:,} pairs of datasets"
-        if pairs == every
-        else f"{pairs:,} pairs of datasets (of {every:,}) that are resolved"
-    )
-    share, certain = percent(split.negative_pair_fraction), percent(split.certain_negative_fraction)
+    which = f"{known:,} pairs of datasets" if known == pairs else f"{known:,} resolved pairs of datasets (of {pairs:,})"
     return (
-        f"{share} of the {which} conflict {where} (their mean gradients have a cosine below 0), "
-        f"{certain} by more than two standard errors."
+        f"{percent(split.negative_pair_fraction)} of the {which} conflict {where} (their mean gradients have a cosine "
+        f"below 0), {percent(split.certain_negative_fraction)} by more than two standard errors."
     )
 
 
