@@ -4,7 +4,7 @@ Stages meet in files only; ``outputs`` says where they lie and when they are up 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from merit_fast.outputs import Outputs
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import split_lines
 from merit_fast.run_config import RunConfig, write_run_config
-from merit_fast.schemas import AuditManifest, EvaluateManifest
+from merit_fast.schemas import AuditManifest, EvaluateManifest, SplitManifest
 
 STAGES = ("sketch", "split", "train", "merge", "evaluate", "report")
 
@@ -71,10 +71,10 @@ class Run:
             datasets, mark, config = self._branch_data, outputs.train_fingerprint, self.config.split
             manifest = split_mixture(
                 outputs.root / "sketch", datasets, mark, config,
-                steps=self._joint_steps(), sketched_at=self._where, texts=self._texts,
+                steps=self._steps(self._branch_data), sketched_at=self._where, texts=self._texts,
             )  # fmt: skip
             write_manifest(manifest, directory / "split.json")
-            for line in split_lines(manifest):
+            for line in split_lines(manifest, self._branch_steps(manifest)):
                 self.progress.note(line)
 
         return self._bring_up_to_date(outputs.root / "split", outputs.split, work)
@@ -144,10 +144,16 @@ class Run:
             "report": str(root / "report" / "report.html"),
         }
 
-    def _joint_steps(self) -> int:
+    def _steps(self, datasets: Sequence[Dataset]) -> int:
+        """Optimizer steps of a run on these."""
         from merit_fast.train.schedule import num_steps
 
-        return num_steps(sum(dataset.num_examples for dataset in self._branch_data), self.outputs.train_config)
+        return num_steps(sum(dataset.num_examples for dataset in datasets), self.outputs.train_config)
+
+    def _branch_steps(self, split: SplitManifest) -> list[int]:
+        """[K] of MERIT's branches."""
+        planned = [branch for branch in arms.branches(self.config, split).values() if branch.arm == "merit"]
+        return [self._steps(branch.choose(self._train_data, self.config)) for branch in planned]
 
     def _texts(self) -> dict[str, list[str]]:
         decode = self._tokenizer.batch_decode
@@ -161,10 +167,10 @@ class Run:
     def _train_one(self, branch: Branch, directory: Path) -> None:
         from merit_fast.train import train_branch
         from merit_fast.train.branch import BranchJob
-        from merit_fast.train.schedule import FEW_STEPS, num_steps
+        from merit_fast.train.schedule import FEW_STEPS
 
         name, datasets, config = branch.name, branch.choose(self._train_data, self.config), self.outputs.train_config
-        steps = num_steps(sum(d.num_examples for d in datasets), config)
+        steps = self._steps(datasets)
         if steps < FEW_STEPS:
             self.progress.note(f"{name}: {steps} steps; below about {FEW_STEPS} a branch is far from converged")
         start, mark = self.outputs.start_of(branch)

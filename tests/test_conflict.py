@@ -1,161 +1,18 @@
-"""What block sums tell: products with fixed bits, cosines with honest errors, signal, and a fair eta squared."""
-
-import subprocess
-import sys
+"""What block sums tell: cosines with honest errors, signal, centring."""
 
 import numpy as np
 import pytest
+from block_sums import draw, sample, unit
 
-from merit_fast.errors import MeritFastError
 from merit_fast.split.conflict import (
     between_sum,
     center_matrix,
     conflict_of,
     cosine_matrix,
-    double_center,
-    eta_squared,
     measure_conflict,
     signal_fractions,
 )
-from merit_fast.split.medians import median_partition, weighted_axes
-from merit_fast.split.moments import block_products, extend_products
-from merit_fast.split.partition import random_groups
-from merit_fast.split.separation import pair_means, separation
-
-FIELDS = ("counts", "within", "total", "left_out", "halves")
-
-
-def draw(datasets=6, blocks=8, width=5000, seed=0):
-    """Block sums of very different lengths, with heavy-tailed columns, and unequal counts."""
-    generator = np.random.default_rng(seed)
-    lengths = np.exp(2 * generator.standard_normal((datasets, 1, 1)) + generator.standard_normal(width))
-    sums = generator.standard_normal((datasets, blocks, width)) * lengths + 0.3 * lengths
-    return sums, generator.integers(3, 9, (datasets, blocks))
-
-
-def sample(means, examples, noise, generator, blocks=8):
-    """Block sums of ``examples`` gradients, round-robin: each its dataset's mean, plus noise of that square length."""
-    counts = np.array([examples // blocks + (g < examples % blocks) for g in range(blocks)])
-    size = counts[:, None].astype(float)
-    draws = generator.standard_normal((len(means), blocks, means.shape[1])) / np.sqrt(means.shape[1])
-    return size * means[:, None] + np.sqrt(size * noise) * draws, np.tile(counts, (len(means), 1))
-
-
-def unit(rows):
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def assert_same_bits(first, second, fields=FIELDS):
-    for field in fields:
-        assert np.array_equal(getattr(first, field), getattr(second, field), equal_nan=True), field
-
-
-# ---- products
-def test_products_are_those_of_the_block_sums():
-    sums, counts = draw()
-    products, total = block_products(sums, counts), sums.sum(1)
-
-    def assert_products(found, rows):
-        length = np.linalg.norm(total, axis=1)
-        assert np.abs((found - rows @ rows.T) / np.outer(length, length)).max() < 1e-6
-
-    assert_products(products.total, total)
-    assert_products(products.halves[0], sums[:, 0::2].sum(1))
-    assert_products(products.halves[1], sums[:, 1::2].sum(1))
-    for block in range(8):
-        assert_products(products.left_out[block], total - sums[:, block])
-    for i in range(len(sums)):
-        assert products.within[i] == pytest.approx(sums[i] @ sums[i].T, abs=1e-6 * total[i] @ total[i])
-
-
-def test_order_and_company_of_the_datasets_change_no_bit():
-    sums, counts = draw()
-    products, order = block_products(sums, counts), [4, 0, 5, 2, 1, 3]
-    assert_same_bits(block_products(sums[order], counts[order]), products.take(order))
-    assert_same_bits(block_products(sums[[3]], counts[[3]]), products.take([3]))
-    fields = ("gram", "gram_error", "cosine", "error", "similarity", "norm", "signal_fraction", "signal_error")
-    whole = conflict_of(products, debias="blocks")
-    permuted = conflict_of(products.take(order), debias="blocks")
-    for field in fields:
-        value = getattr(whole, field)
-        assert np.array_equal(getattr(permuted, field), value[np.ix_(*[order] * value.ndim)], equal_nan=True), field
-    weights = np.random.default_rng(0).dirichlet(np.ones(6))
-    centered = double_center(whole.gram, weights)
-    assert np.array_equal(double_center(permuted.gram, weights[order]), centered[np.ix_(order, order)])
-    groups = np.array([0, 1, 2, 0, 1, 0])
-    share = eta_squared(centered, weights, groups)
-    assert eta_squared(centered[np.ix_(order, order)], weights[order], groups[order]) == share
-
-
-def test_leaving_a_dataset_out_needs_no_second_look_at_the_sums():
-    sums, counts = draw()
-    rest = [0, 1, 3, 4, 5]
-    assert_same_bits(block_products(sums, counts).take(rest), block_products(sums[rest], counts[rest]))
-
-
-@pytest.mark.parametrize("old", [1, 4, 5])
-def test_more_datasets_later_give_the_bits_of_all_at_once(old):
-    sums, counts = draw()
-    first = block_products(sums[:old], counts[:old])
-    grown = extend_products(first, sums, counts)
-    assert_same_bits(grown, block_products(sums, counts))
-    assert_same_bits(grown.take(range(old)), first)
-
-
-def test_datasets_that_were_sketched_anew_are_not_extended():
-    sums, counts = draw()
-    first = block_products(sums[:4], counts[:4])
-    with pytest.raises(MeritFastError, match="the first 4 datasets have changed"):
-        extend_products(first, sums, counts + 1)
-
-
-def test_the_order_in_which_a_product_is_summed_changes_no_bit():
-    """Columns within a chunk may be shuffled; where all products have one sign, partial sums grow to the full bound."""
-    generator = np.random.default_rng(1)
-    sums = np.abs(generator.standard_normal((3, 8, 2048))) + 1 / 3
-    counts = np.full((3, 8), 4)
-    expected = block_products(sums, counts)
-    for _ in range(3):
-        assert_same_bits(block_products(sums[:, :, generator.permutation(2048)], counts), expected)
-
-
-def test_threads_change_no_bit():
-    script = (
-        "import hashlib, numpy as np; from merit_fast.split.moments import block_products;"
-        "s = np.random.default_rng(0).standard_normal((90, 4, 5000));"
-        "p = block_products(s, np.full((90, 4), 3));"
-        "print(hashlib.sha256(p.total.tobytes() + p.left_out.tobytes() + p.within.tobytes()).hexdigest())"
-    )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", script],
-            env={"OPENBLAS_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for threads in (1, 2)
-    }
-    assert len(found) == 1
-
-
-def test_sums_may_stay_on_disk(tmp_path):
-    sums, counts = draw()
-    files = []
-    for i, array in enumerate(sums):
-        np.save(tmp_path / f"{i}.npy", array)
-        files.append(np.load(tmp_path / f"{i}.npy", mmap_mode="r"))
-    assert_same_bits(block_products(files, counts), block_products(sums, counts))
-
-
-def test_sums_that_are_no_numbers_and_lone_blocks_are_refused():
-    sums, counts = draw(3)
-    counts[1, 1:] = 0
-    with pytest.raises(MeritFastError, match="dataset 1 needs examples in two blocks or more"):
-        block_products(sums, counts)
-    sums[2, 0, 0] = np.inf
-    with pytest.raises(MeritFastError, match="block sums of dataset 2 are not finite"):
-        block_products(sums, np.ones_like(counts))
+from merit_fast.split.moments import block_products
 
 
 # ---- cosines and their errors
@@ -313,60 +170,3 @@ def test_rows_spread_over_all_groups_count_in_each():
     expected = between_sum(halves @ halves.T, shared, [0, 1, 0, 1, 0, 1])
     assert between_sum(rows @ rows.T, weights, [0, 1, 0, 1, -1]) == pytest.approx(expected)
     assert between_sum(rows @ rows.T, weights, [-1] * 5) == pytest.approx(0, abs=1e-12)
-
-
-def judge(sums, counts, seed=0, **options):
-    """separation() of a PCA median split in four, and the debiased eta squared of a known truth for it."""
-    names, weights = [f"d{i:02}" for i in range(len(sums))], np.full(len(sums), 1 / len(sums))
-    generator, products = np.random.default_rng(seed), block_products(sums, counts)
-
-    def split(matrix):
-        shares = double_center(matrix, weights) * np.outer(weights, weights)
-        return median_partition(weighted_axes(shares, weights, 2).scores, weights, names).groups
-
-    drawn = iter(random_groups(weights, names, 4, 2 * 60, tolerance=np.inf, seed=int(generator.integers(1 << 30))))
-
-    def random():
-        return next(drawn)
-
-    groups = split(conflict_of(products, debias="blocks").similarity)
-    return separation(products, weights, groups, split, random, draws=60, **options), groups, weights
-
-
-def test_eta_squared_of_a_found_split_is_honest():
-    generator, found = np.random.default_rng(11), []
-    for _ in range(25):
-        axes = generator.standard_normal((20, 2)) @ generator.standard_normal((2, 400))
-        means = unit(axes + generator.standard_normal((20, 400)))
-        result, groups, weights = judge(*sample(means, 64, 80, generator))
-        truth = eta_squared(double_center(means @ means.T, weights), weights, groups)
-        found.append((truth, result.eta_squared, result.cross_validated, result.null_mean))
-        assert result.better_than_random
-    truth, eta, crossed, null = np.mean(found, axis=0)
-    assert eta == pytest.approx(truth, abs=0.04) and crossed == pytest.approx(truth, abs=0.04)
-    assert eta > crossed
-    assert null == pytest.approx(3 / 19, abs=0.02)  # K - 1 of N - 1 directions
-
-
-@pytest.mark.parametrize("similarity", ["cosine", "gram"])
-def test_a_split_of_noise_is_not_called_better_than_random(similarity):
-    """All datasets have one and the same mean gradient: whatever differs is noise."""
-    generator = np.random.default_rng(12)
-    means = np.tile(unit(generator.standard_normal((1, 400))), (20, 1))
-    called = [judge(*sample(means, 64, 80, generator), similarity=similarity)[0] for _ in range(30)]
-    assert sum(result.better_than_random for result in called) <= 3
-
-
-def test_eta_squared_stays_unknown_where_halves_cannot_tell():
-    means = np.random.default_rng(13).standard_normal((8, 200))
-    result, *_ = judge(*sample(means, 60, 1.0, np.random.default_rng(13), blocks=3))
-    assert np.isfinite(result.eta_squared) and np.isnan(result.cross_validated) and not result.better_than_random
-    same = np.tile(np.arange(1.0, 201), (8, 8, 1))
-    assert not judge(same, np.ones((8, 8)))[0].better_than_random
-
-
-def test_pairs_are_summed_up_within_and_across_groups():
-    cosine = np.array([[1, 0.5, -0.3, np.nan], [0.5, 1, -0.1, np.nan], [-0.3, -0.1, 1, np.nan], [np.nan] * 4])
-    assert pair_means(cosine, [0, 0, 1, 1]) == pytest.approx((0.5, -0.2, 1.0))
-    assert pair_means(cosine, [0, 1, 0, 1]) == pytest.approx((-0.3, 0.2, 0.5))
-    assert np.isnan(pair_means(cosine, [0, 1, 2, 2])[0])

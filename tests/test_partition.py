@@ -1,39 +1,19 @@
-"""Groups: the objective, the search against every split there is, balance, pins, and the paper's worked example."""
+"""Groups: the objective, the search against every split there is, balance and invariance."""
 
 import itertools
 import math
 
 import numpy as np
 import pytest
+from partitions import NAMES, mixture, split
 
-from merit_fast.config import parse
 from merit_fast.errors import InputError
 from merit_fast.split import swap
-from merit_fast.split.conflict import between_sum, cosine_matrix, double_center, eta_squared
-from merit_fast.split.medians import conflict_axes, median_partition
-from merit_fast.split.partition import METHODS, Pins, partition, random_groups
+from merit_fast.split.conflict import between_sum, cosine_matrix, double_center
+from merit_fast.split.partition import METHODS, Pins, partition
 from merit_fast.split.pins import pose_problem
 
-NAMES = [f"d{i:02}" for i in range(40)]
 BALANCED = ("pca-swap", "pddp", "kmeans", "random", "anti")
-
-
-def mixture(seed, number, *, spread=0.4, dimensions=3):
-    """Centred inner products and weights of datasets with one strong conflict axis."""
-    generator = np.random.default_rng(seed)
-    z = generator.standard_normal((number, dimensions))
-    z += 2 * generator.standard_normal((number, 1)) * generator.standard_normal(dimensions)
-    weights = np.exp(spread * generator.standard_normal(number))
-    weights /= weights.sum()
-    return double_center(z @ z.T, weights), weights
-
-
-def split(similarity, weights, groups, method="pca-swap", **options):
-    if method == "text-cluster":
-        options["text_similarity"] = similarity
-    if method == "manual":
-        options["manual"] = [NAMES[k : len(weights) : groups] for k in range(groups)]
-    return partition(similarity, weights, NAMES[: len(weights)], groups, method, **options)
 
 
 def imbalance(found):
@@ -250,87 +230,6 @@ def test_twins_stay_and_opposites_part(method):
         assert groups[8 + i] == groups[12 + i] != groups[i]
 
 
-# ---- pins
-@pytest.mark.parametrize("method", ["pca-swap", "pca-median", "pddp", "kmeans", "random", "text-cluster", "anti"])
-def test_pins_hold_in_every_method(method):
-    pins = Pins(
-        together=(("d00", "d07", "d09"), ("d09", "d11")),
-        apart=(("d01", "d02", "d00"), ("d03", "d04")),
-        group={"d05": 2, "d06": 2, "d07": 1},
-    )
-    for seed in range(3):
-        found = split(*mixture(seed, 16), 4, method, pins=pins, seed=seed)
-        group = dict(zip(NAMES, found.groups, strict=False))
-        assert group["d00"] == group["d07"] == group["d09"] == group["d11"] == 1
-        assert group["d05"] == group["d06"] == 2
-        assert len({group["d00"], group["d01"], group["d02"]}) == 3 and group["d03"] != group["d04"]
-        assert set(found.groups) == {0, 1, 2, 3}
-
-
-def test_apart_is_kept_where_it_leaves_a_single_way():
-    names = NAMES[:6]  # a 3-colouring of a prism with two corners pinned
-    apart = tuple((names[a], names[b]) for a, b in ((0, 1), (1, 2), (0, 2), (3, 4), (4, 5), (3, 5), (0, 3), (1, 4)))
-    pins = Pins(apart=apart, group={"d00": 0, "d05": 0})
-    for seed in range(6):
-        groups = split(*mixture(seed, 6), 3, pins=pins).groups
-        assert all(groups[names.index(a)] != groups[names.index(b)] for a, b in apart)
-        assert groups[0] == groups[5] == 0
-
-
-def test_random_groups_obey_what_the_split_obeys():
-    weights = mixture(12, 20)[1]
-    pins = Pins(together=(("d00", "d01"),), apart=(("d02", "d03"),), group={"d04": 3})
-    draws = random_groups(weights, NAMES[:20], 4, 50, pins=pins, tolerance=0.05)
-    assert (draws[:, 0] == draws[:, 1]).all() and (draws[:, 2] != draws[:, 3]).all() and (draws[:, 4] == 3).all()
-    shares = np.stack([(draws == k) @ weights for k in range(4)])
-    assert np.abs(shares - 0.25).max() <= 0.05 + 1e-9
-    assert len({tuple(row) for row in draws.tolist()}) == 50
-    again = random_groups(weights[::-1], NAMES[:20][::-1], 4, 50, pins=pins, tolerance=0.05)
-    assert (again[:, ::-1] == draws).all()
-
-
-@pytest.mark.parametrize(
-    "pins,message",
-    [
-        (Pins(together=(("d00", "x"),)), "pins.together: must be a dataset of the mixture, got 'x'"),
-        (Pins(group={"x": 0}), "pins.group: must be a dataset of the mixture, got 'x'"),
-        (Pins(group={"d01": 2}), "pins.group.d01: must be 0 to 1, got 2"),
-        (Pins(together=(("d00", "d01"),), apart=(("d01", "d00"),)), "pins: d00 and d01 must be together and apart"),
-        (
-            Pins(together=(("d00", "d01"), ("d01", "d02")), group={"d00": 0, "d02": 1}),
-            "pins: d00 and d02 must be together, but are pinned to groups 0 and 1",
-        ),
-        (
-            Pins(apart=(("d00", "d01"),), group={"d00": 1, "d01": 1}),
-            "pins: d00 and d01 must be apart, but both are pinned to group 1",
-        ),
-        (Pins(apart=(("d00", "d01", "d02"),)), "pins.apart: d00, d01, d02 must be apart, which takes 3 groups, not 2"),
-        (
-            Pins(apart=(("d00", "d01"), ("d01", "d02"), ("d02", "d00"))),
-            "pins: no way to keep d00, d01, d02 apart in 2 groups",
-        ),
-        (Pins(group={name: 0 for name in NAMES[:6]}), "groups: must be at most the number of datasets"),
-    ],
-)
-def test_pins_that_cannot_be_kept_are_named_in_one_line(pins, message):
-    with pytest.raises(InputError) as error:
-        split(*mixture(0, 6), 2, pins=pins)
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
-
-
-def test_pins_are_read_from_a_config():
-    values = {"together": [["d00", "d01"]], "apart": [["d02", "d03"]], "group": {"d04": 1}}
-    pins = parse(Pins, values, "run.yaml", "split.pins")
-    assert pins == Pins(together=(("d00", "d01"),), apart=(("d02", "d03"),), group={"d04": 1})
-    groups = split(*mixture(0, 6), 2, pins=pins).groups
-    assert groups[0] == groups[1] and groups[2] != groups[3] and groups[4] == 1
-
-
-def test_a_spread_dataset_cannot_be_pinned():
-    with pytest.raises(InputError, match="pins.group: d00 cannot be pinned, its rows are spread over all groups"):
-        split(*mixture(0, 6), 2, pins=Pins(group={"d00": 0}), spread=["d00"])
-
-
 # ---- what a caller may give
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("number,groups", [(1, 1), (2, 1), (2, 2), (3, 2), (4, 4), (5, 4), (9, 8)])
@@ -403,89 +302,3 @@ def test_what_cannot_be_split_is_refused(changes, message):
     call = {"similarity": similarity, "weights": weights, "names": NAMES[:4], "groups": 2, **changes}
     with pytest.raises(InputError, match=message):
         partition(**call)
-
-
-# ---- the paper's axes and medians
-def between(groups, gradients, hessian):
-    """eta^2 / 2 times the between-group sum of squares of H^(1/2) H g: the gain of one step, up to a constant."""
-    z = gradients @ np.linalg.cholesky(hessian)
-    parts = [z[np.array(groups) == k] for k in set(groups)]
-    return sum(len(p) / len(z) * np.sum((p.mean(0) - z.mean(0)) ** 2) for p in parts)
-
-
-def test_worked_example_of_the_paper():
-    """T=4 datasets at (+-1, +-1), H = diag(2, 1), step .1: gains .04, .005, 0; random mean .015; axis 1 is chosen."""
-    hessian, step = np.diag([2.0, 1.0]), 0.1
-    optima = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)], float)
-    gradients = -optima @ hessian
-
-    def gain(groups):
-        return 0.5 * step**2 * between(groups, gradients, hessian)
-
-    assert gain([1, 1, 0, 0]) == pytest.approx(0.04)
-    assert gain([1, 0, 1, 0]) == pytest.approx(0.005)
-    assert gain([1, 0, 0, 1]) == pytest.approx(0.0, abs=1e-15)
-    halves = [[int(i in pair) for i in range(4)] for pair in itertools.combinations(range(4), 2)]
-    assert np.mean([gain(groups) for groups in halves]) == pytest.approx(0.015)
-    axes = conflict_axes(cosine_matrix(gradients), 1)
-    groups = median_partition(axes.scores, np.full(4, 0.25), NAMES[:4]).groups
-    assert groups in ((1, 1, 0, 0), (0, 0, 1, 1))
-    assert gain(groups) == pytest.approx(0.04)
-
-
-def test_opposites_part_and_twins_stay():
-    generator = np.random.default_rng(2)
-    directions = generator.standard_normal((4, 30))
-    rows = np.concatenate(
-        [directions, directions + 1e-3 * generator.standard_normal((4, 30)), -directions, -directions]
-    )
-    axes = conflict_axes(cosine_matrix(rows), 2)
-    groups = median_partition(axes.scores, np.full(16, 1 / 16), NAMES).groups
-    for i in range(4):
-        assert groups[i] == groups[i + 4]
-        assert groups[8 + i] == groups[12 + i] != groups[i]
-
-
-@pytest.mark.parametrize("axes", [1, 2, 3])
-def test_groups_do_not_depend_on_order_scale_or_axis_sign(axes):
-    generator = np.random.default_rng(3)
-    rows, weights = generator.standard_normal((16, 40)), generator.uniform(0.5, 2, 16)
-
-    def groups(order, scale):
-        names = [NAMES[i] for i in order]
-        scores = conflict_axes(cosine_matrix(rows[order] * scale[order, None]), axes).scores
-        return dict(zip(names, median_partition(scores, weights[order], names).groups, strict=True))
-
-    first = groups(np.arange(16), np.ones(16))
-    assert first == groups(generator.permutation(16), generator.uniform(0.1, 9, 16))
-    assert set(first.values()) == set(range(2**axes))
-
-
-def test_median_lies_within_one_dataset_of_half_the_weight():
-    generator = np.random.default_rng(7)
-    for _ in range(50):
-        weights = generator.uniform(0.1, 3, 11)
-        groups = np.array(median_partition(generator.standard_normal((11, 1)), weights, NAMES[:11]).groups)
-        assert abs(weights[groups == 0].sum() - weights.sum() / 2) <= weights.max() / 2 + 1e-12
-
-
-def test_no_group_is_empty_even_under_one_heavy_dataset():
-    weights = np.array([100.0, 1, 1, 1, 1, 1, 1, 1])
-    scores = np.random.default_rng(0).standard_normal((8, 3))
-    assert sorted(median_partition(scores, weights, NAMES[:8]).groups) == list(range(8))
-    with pytest.raises(ValueError, match="8 groups need at least as many datasets, got 7"):
-        median_partition(scores[:7], weights[:7], NAMES[:7])
-
-
-def test_eta_squared_is_the_explicit_share():
-    generator = np.random.default_rng(8)
-    z, weights = generator.standard_normal((10, 6)), generator.uniform(0.5, 2, 10)
-    weights /= weights.sum()
-    groups = generator.integers(0, 3, 10)
-    mean = weights @ z
-    total = weights @ np.sum((z - mean) ** 2, axis=1)
-    between_groups = 0.0
-    for k in range(3):
-        w = weights * (groups == k)
-        between_groups += w.sum() * np.sum((w @ z / w.sum() - mean) ** 2)
-    assert eta_squared(double_center(z @ z.T, weights), weights, groups) == pytest.approx(between_groups / total)

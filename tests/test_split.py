@@ -139,6 +139,15 @@ def test_split_stage_chooses_k_or_says_why_not(planted):
     assert {row.group for row in few.datasets} == {0} and few.separation is None
 
 
+@pytest.mark.parametrize("preset", ["debiased", "paper"])
+def test_split_stage_of_one_dataset_and_of_two(planted, preset):
+    folder, datasets = planted
+    for number in (1, 2):
+        manifest = split(folder, datasets[:number], SplitConfig(groups=1, preset=preset))
+        assert {row.group for row in manifest.datasets} == {0} and manifest.separations == ()
+        assert len(manifest.explained_variance) == 2 and len(manifest.scores) == number
+
+
 def test_split_stage_obeys(planted):
     folder, datasets = planted
     listed = SplitConfig(groups=2, method="manual", manual=(tuple(NAMES[:5]), tuple(NAMES[5:])))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from merit_fast.split.auto import Choice, candidate_groups, choose_groups
 from merit_fast.split.config import SplitConfig
 from merit_fast.split.conflict import Conflict, center_matrix, conflict_of, double_center, left_out_similarities
-from merit_fast.split.medians import conflict_axes
+from merit_fast.split.medians import Axes, conflict_axes, weighted_axes
 from merit_fast.split.moments import BlockProducts
 from merit_fast.split.partition import Partition, partition, random_groups
 from merit_fast.split.pins import Pins
@@ -183,40 +183,22 @@ def _choose(splitter: Splitter) -> Choice:
 
 def _axes(splitter: Splitter, count: int) -> tuple[Array, Array, Array]:
     """Scores [N, R], their errors and the axes' shares of the variance."""
-    if splitter.choices.method == "pca-median":
-        axes = conflict_axes(splitter.conflict.similarity, count)
-        scores, variance = axes.scores, axes.explained_variance
-    else:
-        scores, variance = principal_scores(splitter.centered(splitter.conflict.similarity), count)
+    config, choices = splitter.config, splitter.choices
+
+    def axes(similarity: Array) -> Axes:
+        if choices.method == "pca-median":
+            return conflict_axes(similarity, count)
+        weights = splitter.weights
+        return weighted_axes(splitter.centered(similarity) * np.outer(weights, weights), weights, count)
+
+    found = axes(splitter.conflict.similarity)
     folds = []
-    for similarity in left_out_similarities(splitter.products, splitter.config.similarity, splitter.choices.debias):
-        if splitter.choices.method == "pca-median":
-            again = conflict_axes(similarity, count).scores
-        else:
-            again, _ = principal_scores(splitter.centered(similarity), count)
-        folds.append(again @ _turn(again, scores))
+    for similarity in left_out_similarities(splitter.products, config.similarity, choices.debias):
+        again = axes(similarity).scores
+        folds.append(again @ _turn(again, found.scores))
     deviation = np.stack(folds) - np.mean(folds, 0)
     errors = np.sqrt((len(folds) - 1) / len(folds) * (deviation**2).sum(0))
-    return scores, errors, variance
-
-
-def principal_scores(centered: Array, count: int) -> tuple[Array, Array]:
-    """Scores [N, count] of a centred Gram on its leading axes, and the axes' shares of what is positive in it.
-
-        values, vectors = eigh(centered); scores = vectors * sqrt(values)          largest first, negative ones as 0
-
-    Each axis is turned so that its score of largest magnitude is positive (the first one on a tie).
-    """
-    values, vectors = np.linalg.eigh((centered + centered.T) / 2)
-    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-    kept = min(count, len(values))
-    scores = np.zeros((len(values), count))
-    scores[:, :kept] = vectors[:, :kept] * np.sqrt(values[:kept])
-    largest = np.abs(scores).argmax(0)
-    scores *= np.where(scores[largest, np.arange(count)] < 0, -1.0, 1.0)
-    shares = np.zeros(count)
-    shares[:kept] = values[:kept] / values.sum() if values.sum() > 0 else 0.0
-    return scores, shares
+    return found.scores, errors, found.explained_variance
 
 
 def _turn(scores: Array, onto: Array) -> Array:

@@ -41,7 +41,7 @@ def conflict_axes(cosine: Array, count: int) -> Axes:
     shares = variance / variance.sum() if variance.sum() > 0 else np.zeros_like(variance)
     scores = np.zeros((len(cosine), count))
     scores[:, : len(axes)] = centered @ axes.T
-    return Axes(scores, shares[:count])
+    return Axes(scores, _padded(shares, count))
 
 
 def weighted_axes(products: Array, weights: Array, count: int) -> Axes:
@@ -65,7 +65,12 @@ def weighted_axes(products: Array, weights: Array, count: int) -> Axes:
     scores = np.zeros((len(weights), count))
     scores[:, : len(order)] = _turn(vectors[:, order].T).T * np.sqrt(variance[order]) / root[:, None]
     total = variance.sum()
-    return Axes(scores, variance[order] / total if total > 0 else np.zeros(len(order)))
+    return Axes(scores, _padded(variance[order] / total if total > 0 else variance[order], count))
+
+
+def _padded(shares: Array, count: int) -> Array:
+    """[count]: axes that fewer datasets than ``count`` do not have explain nothing."""
+    return np.pad(shares[:count], (0, count - len(shares[:count])))
 
 
 def median_partition(scores: Array, weights: Array, names: Sequence[str]) -> MedianCuts:

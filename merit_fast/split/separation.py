@@ -106,12 +106,12 @@ def separation(
 def pair_means(cosine: Array, groups: Labels) -> tuple[float, float, float]:
     """Of the pairs whose cosine is known: mean cosine within groups, across groups, share of negative pairs separated.
 
-    NaN where there is no such pair.
+    NaN where there is no such pair. Datasets whose rows are spread over the groups (-1) are in no pair.
     """
     labels = np.asarray(groups)
     upper = np.triu_indices(len(labels), 1)
     pairs, apart = cosine[upper], (labels[:, None] != labels)[upper]
-    known = ~np.isnan(pairs)
+    known = ~np.isnan(pairs) & ((labels[:, None] >= 0) & (labels >= 0))[upper]
     return _mean(pairs[known & ~apart]), _mean(pairs[known & apart]), _mean(apart[known & (pairs < 0)] * 1.0)
 
 

@@ -1,0 +1,26 @@
+"""Mixtures and splits of them for tests."""
+
+import numpy as np
+
+from merit_fast.split.conflict import double_center
+from merit_fast.split.partition import partition
+
+NAMES = [f"d{i:02}" for i in range(40)]
+
+
+def mixture(seed, number, *, spread=0.4, dimensions=3):
+    """Centred inner products and weights of datasets with one strong conflict axis."""
+    generator = np.random.default_rng(seed)
+    z = generator.standard_normal((number, dimensions))
+    z += 2 * generator.standard_normal((number, 1)) * generator.standard_normal(dimensions)
+    weights = np.exp(spread * generator.standard_normal(number))
+    weights /= weights.sum()
+    return double_center(z @ z.T, weights), weights
+
+
+def split(similarity, weights, groups, method="pca-swap", **options):
+    if method == "text-cluster":
+        options["text_similarity"] = similarity
+    if method == "manual":
+        options["manual"] = [NAMES[k : len(weights) : groups] for k in range(groups)]
+    return partition(similarity, weights, NAMES[: len(weights)], groups, method, **options)
