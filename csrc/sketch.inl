@@ -144,13 +144,14 @@ static inline void add_tile_row(const SketchRows& job, const T* x, int64_t row, 
   add_run<kTile>(copy, 0, tile.col_mask, signs, to);
 }
 
-// Rows begin..end-1 of x, all of one strip, tile by tile: a bucket stays in L1, the next tile's rows are asked for.
+// Rows begin..end-1 of x, all of one strip, tile by tile: a bucket stays in L1, and the next tile's rows are asked for
+// (those after it would push it out again).
 template <class T>
 static inline void add_strip(const SketchRows& job, int64_t begin, int64_t end, int64_t row, const Strip& strip) {
   const T* x = static_cast<const T*>(job.x.data);
   for (int k = 0; k < strip.count; k++) {
     const int64_t at = strip.column[k] - job.first_col;
-    const int64_t next = k + 2 < strip.count ? strip.column[k + 2] - job.first_col : at;
+    const int64_t next = k + 1 < strip.count ? strip.column[k + 1] - job.first_col : at;
     for (int64_t n = begin; n < end; n++) {
       const T* from = x + n * job.x.row_stride;
       for (int line = 0; line < kTile; line += 64 / int(sizeof(T))) __builtin_prefetch(from + next + line);

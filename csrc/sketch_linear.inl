@@ -3,7 +3,7 @@
 // where there are bf16 dot products and both sides are bf16, a pair of tokens.
 
 static const int kRows = 8, kCols = 32;        // of a block of the product: 16 vector registers of sums
-static const int64_t kDepth = 256;             // words of the reduction at a time: a panel of X fills half of L1
+static const int64_t kDepth = 128;             // words of the reduction at a time: a panel of X fills half of L1
 static const int64_t kPanelWords = kLinearScratch - kTile * kDepth;  // of packed X
 
 #if defined(MERIT_AVX512_BF16)
@@ -12,51 +12,58 @@ static const bool kHasPairs = true;
 static const bool kHasPairs = false;
 #endif
 
-static inline void widen_row(const float* from, uint32_t* to, int n) { std::memcpy(to, from, size_t(n) * 4); }
-static inline void widen_row(const uint16_t* from, uint32_t* to, int n) {
-  for (int j = 0; j < n; j++) to[j] = uint32_t(from[j]) << 16;
+static inline uint32_t word_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+static inline uint32_t word_of(uint16_t value) { return uint32_t(value) << 16; }
+
+// Word of one column: a float, or the tokens of `row` and `next` (null: zero).
+template <bool PAIRS, class T>
+static inline uint32_t word_at(const T* row, const T* next, int64_t column) {
+  if constexpr (PAIRS)
+    return uint32_t(row[column]) | (next ? uint32_t(next[column]) << 16 : 0u);
+  else
+    return word_of(row[column]);
 }
 
-// out[k, j] = word k of column j for `words` words from token `token` on, and columns `at`..`at + W - 1` of the matrix;
-// what lies outside of it is zero.
+// out[g][k][j]: word k of column at + g * W + j, from token `token` on; what lies outside of the matrix is zero. Token by
+// token, since rows may lie apart by a power of two, where lines of many rows would push each other out of the cache.
 template <int W, bool PAIRS, class T>
-static inline void pack_group(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at, uint32_t* out) {
-  const T* from = static_cast<const T*>(m.data) + token * m.row_stride + at;
-  const int first = at >= 0 ? 0 : at > -W ? int(-at) : W;
-  const int last = at + W <= m.cols ? W : at < m.cols ? int(m.cols - at) : 0;
-  if (first >= last) {
-    std::memset(out, 0, size_t(PAIRS ? (tokens + 1) / 2 : tokens) * W * 4);
-    return;
-  }
-  const int64_t step = PAIRS ? 2 : 1;
-  for (int64_t t = 0; t < tokens; t += step, from += step * m.row_stride, out += W) {
-    if (first > 0 || last < W) std::memset(out, 0, W * 4);
-    if constexpr (!PAIRS) {
-      if (first == 0 && last == W)
-        widen_row(from, out, W);
-      else
-        widen_row(from + first, out + first, last - first);
-    } else if (first == 0 && last == W && t + 1 < tokens) {
-      const T* next = from + m.row_stride;
-      for (int j = 0; j < W; j++) out[j] = uint32_t(from[j]) | uint32_t(next[j]) << 16;
-    } else {
-      for (int j = first; j < last; j++)
-        out[j] = uint32_t(from[j]) | (t + 1 < tokens ? uint32_t(from[m.row_stride + j]) << 16 : 0u);
+static inline void pack_rows(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at, int64_t groups,
+                             uint32_t* out) {
+  const int64_t step = PAIRS ? 2 : 1, words = (tokens + step - 1) / step;
+  for (int64_t k = 0; k < words; k++, out += W) {
+    const T* row = static_cast<const T*>(m.data) + (token + k * step) * m.row_stride;
+    const T* next = PAIRS && k * step + 1 < tokens ? row + m.row_stride : nullptr;
+    uint32_t* to = out;
+    for (int64_t g = 0, column = at; g < groups; g++, column += W, to += words * W) {
+      if (column >= 0 && column + W <= m.cols && (!PAIRS || next)) {
+        for (int j = 0; j < W; j++) {
+          if constexpr (PAIRS)
+            to[j] = uint32_t(row[column + j]) | uint32_t(next[column + j]) << 16;
+          else
+            to[j] = word_of(row[column + j]);
+        }
+      } else {
+        for (int j = 0; j < W; j++) {
+          const bool inside = column + j >= 0 && column + j < m.cols;
+          to[j] = inside ? word_at<PAIRS>(row, next, column + j) : 0u;
+        }
+      }
     }
   }
 }
 
 template <int W, bool PAIRS>
 static inline void pack(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at, int64_t groups, uint32_t* out) {
-  const int64_t words = PAIRS ? (tokens + 1) / 2 : tokens;
-  for (int64_t g = 0; g < groups; g++, at += W, out += words * W) {
-    if constexpr (PAIRS)
-      pack_group<W, true, uint16_t>(m, token, tokens, at, out);
-    else if (m.bf16)
-      pack_group<W, false, uint16_t>(m, token, tokens, at, out);
-    else
-      pack_group<W, false, float>(m, token, tokens, at, out);
-  }
+  if constexpr (PAIRS)
+    pack_rows<W, true, uint16_t>(m, token, tokens, at, groups, out);
+  else if (m.bf16)
+    pack_rows<W, false, uint16_t>(m, token, tokens, at, groups, out);
+  else
+    pack_rows<W, false, float>(m, token, tokens, at, groups, out);
 }
 
 #if defined(MERIT_AVX512)
