@@ -11,6 +11,7 @@ namespace level_avx2 {
 #include "deltas.inl"
 #include "sketch.inl"
 #include "sketch_linear.inl"
+#include "token_sums.inl"
 }
 #pragma GCC pop_options
 #endif

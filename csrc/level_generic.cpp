@@ -7,4 +7,5 @@ namespace level_generic {
 #include "deltas.inl"
 #include "sketch.inl"
 #include "sketch_linear.inl"
+#include "token_sums.inl"
 }

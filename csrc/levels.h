@@ -69,10 +69,22 @@ struct LinearSketch : SketchTarget {
   uint32_t* scratch;  // [threads, kLinearScratch], on 64 bytes
 };
 
+// out[b, c] += the sum over example b's tokens of dy[., c] * x[., c], each row of x over its root mean square if wanted.
+struct TokenSums {
+  SketchMatrix dy, x;       // x without data: of dy alone
+  const int64_t* offsets;   // [examples + 1]
+  int64_t examples;
+  bool normalize;
+  float epsilon;            // under the root
+  float* out;               // [examples, dy.cols]
+  int threads;
+};
+
 #define MERIT_DECLARE_LEVEL(ns)                                                                              \
   namespace ns {                                                                                             \
   void sketch_rows(const SketchRows& job);                                                                   \
   void sketch_linear(const LinearSketch& job);                                                               \
+  void token_sums(const TokenSums& job);                                                                     \
   bool weighted_average(const void* const* inputs, const DType* types, const double* weights, int count,     \
                         void* out, DType out_type, int64_t n);                                               \
   void delta_gram(const void* const* inputs, const DType* types, int branches, bool from_base,               \
@@ -103,6 +115,7 @@ struct Level {
   const char* name;
   decltype(&level_generic::sketch_rows) sketch_rows;
   decltype(&level_generic::sketch_linear) sketch_linear;
+  decltype(&level_generic::token_sums) token_sums;
   decltype(&level_generic::weighted_average) weighted_average;
   decltype(&level_generic::delta_gram) delta_gram;
   decltype(&level_generic::delta_sizes) delta_sizes;

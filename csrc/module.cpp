@@ -16,7 +16,7 @@ namespace nb = nanobind;
 namespace {
 
 #define MERIT_LEVEL(name) \
-  Level{#name, level_##name::sketch_rows, level_##name::sketch_linear, level_##name::weighted_average, \
+  Level{#name, level_##name::sketch_rows, level_##name::sketch_linear, level_##name::token_sums, level_##name::weighted_average, \
         level_##name::delta_gram, level_##name::delta_sizes, level_##name::count_sizes,                \
         level_##name::pick_sizes, level_##name::mix_deltas, level_##name::kept_squares,                \
         level_##name::low_rank_rows}

@@ -53,4 +53,13 @@ void define_sketch(nb::module_& m, const Level& level) {
     level.sketch_linear(job);
     operator delete[](job.scratch, line);
   });
+
+  m.def("token_sums", [&level](const Matrix& dy, const Matrix& x, uintptr_t offsets, int64_t examples, double epsilon,
+                               uintptr_t out, int threads) {
+    if (threads < 1) throw std::invalid_argument("token_sums: bad threads");
+    const TokenSums job{matrix(dy), matrix(x), reinterpret_cast<const int64_t*>(offsets), examples, epsilon >= 0,
+                        float(epsilon), reinterpret_cast<float*>(out), threads};
+    nb::gil_scoped_release release;
+    level.token_sums(job);
+  });
 }

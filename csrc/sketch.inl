@@ -50,6 +50,14 @@ static inline float widen(uint16_t bf16) {
   return value;
 }
 
+template <class T>
+static inline float value_of(T x) {
+  if constexpr (sizeof(T) == 2)
+    return widen(x);
+  else
+    return x;
+}
+
 #if defined(MERIT_AVX512)
 static inline __m512 load16(const float* v) { return _mm512_loadu_ps(v); }
 static inline __m512 load16(const uint16_t* v) {
@@ -62,9 +70,6 @@ static inline __m256 load8(const uint16_t* v) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(v));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
-#else
-static inline float load1(const float* v) { return *v; }
-static inline float load1(const uint16_t* v) { return widen(*v); }
 #endif
 
 #if defined(MERIT_AVX512)
@@ -98,7 +103,7 @@ static inline void add_run(const T* v, int first, uint32_t col_mask, uint64_t si
     _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), moved));
   }
 #else
-  for (int j = first; j < first + COUNT; j++) row[uint32_t(j) ^ col_mask] += flip(load1(v + (j - first)), signs >> j);
+  for (int j = first; j < first + COUNT; j++) row[uint32_t(j) ^ col_mask] += flip(value_of(v[j - first]), signs >> j);
 #endif
 }
 
@@ -123,14 +128,6 @@ static inline void draw_strip(const Job& job, int64_t strip, int64_t from, int64
   }
 }
 
-template <class T>
-static inline float as_float(T value) {
-  if constexpr (sizeof(T) == 2)
-    return widen(value);
-  else
-    return value;
-}
-
 // The run of row `row` of the parameter in one tile: whole and unscaled from where it lies, else from a copy.
 template <class T>
 static inline void add_tile_row(const SketchRows& job, const T* x, int64_t row, int64_t at, const Tile& tile) {
@@ -140,7 +137,7 @@ static inline void add_tile_row(const SketchRows& job, const T* x, int64_t row, 
   const int first = at < 0 ? int(-at) : 0, last = at + kTile > job.x.cols ? int(job.x.cols - at) : kTile;
   alignas(64) float copy[kTile] = {};
   const float* scale = job.scale ? job.scale + (row - job.first_row) * job.scale_stride + at : nullptr;
-  for (int j = first; j < last; j++) copy[j] = as_float(x[at + j]) * (scale ? scale[j] : 1.f);
+  for (int j = first; j < last; j++) copy[j] = value_of(x[at + j]) * (scale ? scale[j] : 1.f);
   add_run<kTile>(copy, 0, tile.col_mask, signs, to);
 }
 

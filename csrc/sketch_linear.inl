@@ -3,7 +3,7 @@
 // where there are bf16 dot products and both sides are bf16, a pair of tokens.
 
 static const int kRows = 8, kCols = 32;        // of a block of the product: 16 vector registers of sums
-static const int64_t kDepth = 128;             // words of the reduction at a time: a panel of X fills half of L1
+static const int64_t kDepth = 128;             // words of the reduction at a time: a panel of X fills a third of L1
 static const int64_t kPanelWords = kLinearScratch - kTile * kDepth;  // of packed X
 
 #if defined(MERIT_AVX512_BF16)

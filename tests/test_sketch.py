@@ -209,6 +209,27 @@ def test_embedding_grad_sketch_adds_rows_by_token(backend):
     assert torch.equal(embedding_grad_sketch(dy, token_ids, "embed", SKETCH, backend=backend), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtypes", ["float32 float32", "bfloat16 bfloat16", "bfloat16 float32", "float32 bfloat16"])
+@pytest.mark.parametrize("tokens,columns", [(1, 1), (70, 37), (33, 64), (0, 5), (300, 200)])
+def test_vector_grad_sketch_sums_over_tokens(tokens, columns, dtypes, backend):
+    left, right = (getattr(torch, dtype) for dtype in dtypes.split())
+    dy, x = torch.randn(3, tokens, columns).to(left), torch.randn(3, tokens, columns).to(right)
+    normal = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-3)
+    cases = [(dy.double(), {}), (dy.double() * x.double(), {"x": x}), (dy.double() * normal, {"x": x, "epsilon": 1e-3})]
+    for products, options in cases:
+        truth = flat_sketch(products.sum(1), "w", SKETCH, backend="eager")
+        result = vector_grad_sketch(dy, "w", SKETCH, **options, backend=backend)
+        size = flat_sketch(products.abs().sum(1), "w", SKETCH, backend="eager").abs().max() if tokens else 0
+        assert (result - truth).abs().max() <= 3e-7 * size  # of what is summed, not of what is left of it
+
+
+def test_a_strided_dy_is_summed_where_it_lies():
+    whole = torch.randn(2, 9, 50)
+    part = whole[..., 10:30]
+    assert torch.equal(vector_grad_sketch(part, "w", SKETCH), vector_grad_sketch(part.contiguous(), "w", SKETCH))
+
+
 def test_nearby_seeds_and_names_are_unrelated():
     gradient = torch.randn(1, 200, 256)
     keys = [(0, "a"), (1, "a"), (2, "a"), (0, "b")]
@@ -242,6 +263,7 @@ def test_custom_ops_pass_opcheck():
     torch.library.opcheck(_ops.sketch_rows, (torch.randn(5, 20), offsets, None, 0, 0, 20, 7, "w", None, out, "cpu"))
     arguments = (torch.randn(5, 4), torch.randn(5, 16), offsets, 0, 0, 16, 7, "w", None, out, "cpu")
     torch.library.opcheck(_ops.sketch_linear, arguments)
+    torch.library.opcheck(_ops.token_sums, (torch.randn(5, 4), torch.randn(5, 4), offsets, 1e-6, "cpu"))
 
 
 def test_the_public_functions_compile_whole():
@@ -280,6 +302,7 @@ ZEROS = torch.zeros(2, 3, 4)
         (lambda s: linear_grad_sketch(ZEROS[0], ZEROS[0], "w", s, cu_seqlens=torch.tensor([0, 2, 1])), "must rise"),
         (lambda s: linear_grad_sketch(ZEROS[0], ZEROS[0], "w", s, cu_seqlens=torch.zeros(2)), "must be int64"),
         (lambda s: embedding_grad_sketch(ZEROS, torch.zeros(2, 2).long(), "w", s), "token_ids must be"),
+        (lambda s: vector_grad_sketch(ZEROS, "w", s, x=ZEROS[:1]), "x must be as dy"),
         (lambda s: CountSketch(100), "multiple of 4096"),
     ],
 )

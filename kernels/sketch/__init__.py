@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels.sketch._eager import HASH_VERSION, TILE, hash_key
-from merit_fast.kernels.sketch._ops import sketch_linear, sketch_rows
+from merit_fast.kernels.sketch._ops import sketch_linear, sketch_rows, token_sums
 
 __all__ = [
     "HASH_VERSION",
@@ -125,6 +125,7 @@ def vector_grad_sketch(
     sketch: CountSketch,
     *,
     x: Tensor | None = None,
+    epsilon: float | None = None,
     cu_seqlens: Tensor | None = None,
     scale: Tensor | None = None,
     out: Tensor | None = None,
@@ -136,20 +137,20 @@ def vector_grad_sketch(
 
     Args:
         dy: [B, T, C] gradient of the output; [N, C] with ``cu_seqlens``.
-        x: as dy, what the parameter multiplies (for RMSNorm the normalized input).
+        x: as dy, what the parameter multiplies.
+        epsilon: of an RMSNorm: the parameter multiplies x * rsqrt(mean(x ** 2, -1) + epsilon). None: x itself.
         cu_seqlens: as in ``linear_grad_sketch``.
         name, sketch, scale [1, C], out, backend: as in ``flat_sketch``; the parameter's shape is [C].
 
     Returns:
         [B, D] float32; ``out`` itself if given. Sums in float32.
     """
-    if cu_seqlens is None:
-        sums = dy.sum(1, dtype=torch.float32) if x is None else (dy.float() * x.float()).sum(1)
-    else:
-        product = dy.float() if x is None else dy.float() * x.float()
-        lengths = cu_seqlens.diff()
-        example = torch.repeat_interleave(torch.arange(len(lengths), device=dy.device), lengths)
-        sums = product.new_zeros(len(lengths), dy.shape[-1]).index_add_(0, example, product)
+    if x is not None and x.shape != dy.shape:
+        raise ValueError(f"vector_grad_sketch: x must be as dy, {list(dy.shape)}, got {list(x.shape)}")
+    dy, offsets = _end_to_end("vector_grad_sketch", dy, cu_seqlens)
+    if x is not None:
+        x, _ = _end_to_end("vector_grad_sketch", x, cu_seqlens)
+    sums = token_sums(dy, x, offsets, epsilon, backend)
     return flat_sketch(sums, name, sketch, scale=scale, out=out, backend=backend)
 
 

@@ -1,4 +1,4 @@
-"""The two custom ops of the sketch: rows of a gradient that exists, and the product of a linear layer.
+"""The custom ops of the sketch: rows of a gradient that exists, the product of a linear layer, sums over tokens.
 
 Examples lie end to end along the first dimension; ``offsets`` [B + 1] says where each begins. ``place`` is the first
 row, the first column and the column count of the parameter; ``scale`` [rows, columns] is of the part given (of the
@@ -88,6 +88,20 @@ def sketch_linear(
         _eager.sketch_linear(dy, x, offsets, place, key, out, scale)
 
 
+@torch.library.custom_op("merit_fast::token_sums", mutates_args=())
+def token_sums(dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | None, backend: str | None) -> Tensor:
+    """[B, C] float32: sums over each example's tokens of dy, or of dy times x, its rows over their RMS if wanted."""
+    if dispatch.choose("flat_sketch", dy.device.type, backend) != "cpu":  # on a GPU torch's own operations
+        return _eager.token_sums(dy, x, offsets, epsilon)
+    native = dispatch.native_module()
+    assert native is not None
+    out = torch.zeros(len(offsets) - 1, dy.shape[1], dtype=torch.float32)
+    of_x = (0, False, dy.shape[1], 0) if x is None else _matrix(x)
+    epsilon = -1.0 if epsilon is None else epsilon
+    native.token_sums(_matrix(dy), of_x, offsets.data_ptr(), len(out), epsilon, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
 def _matrix(values: Tensor) -> tuple[int, bool, int, int]:
     return values.data_ptr(), values.dtype == torch.bfloat16, values.shape[1], values.stride(0)
 
@@ -101,7 +115,12 @@ def _output(out: Tensor) -> tuple[int, int, int, int]:
 
 
 def _nothing(*arguments: object) -> None:
-    """Both ops return nothing, whatever they are given."""
+    """Both sketches return nothing, whatever they are given."""
+
+
+@token_sums.register_fake
+def _(dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | None, backend: str | None) -> Tensor:
+    return dy.new_empty(offsets.shape[0] - 1, dy.shape[1], dtype=torch.float32)
 
 
 sketch_rows.register_fake(_nothing)

@@ -86,7 +86,8 @@ def cover(site: Site) -> Cover | None:
         return Cover(site, experts_inputs, experts_backward)
     unit = _unit_of_affine(module)
     if unit is not None:
-        return Cover(site, _only_input, functools.partial(affine_backward, unit))
+        epsilon = _epsilon_of_rms_norm(unit)
+        return Cover(site, _only_input, functools.partial(affine_backward, unit, epsilon))
     return None
 
 
@@ -136,12 +137,16 @@ def conv_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     _bias(site, run, dy, offsets)
 
 
-def affine_backward(unit: nn.Module, site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
-    """Norms, y = a(w) n(x) + b with a linear: the gradient of w is the sum of dy n(x), and ``unit`` computes n."""
-    normalized = unit.forward(x) if "weight" in site.owned else dy
-    (dy, normalized), offsets = run.divide(site, dy, normalized)
+def affine_backward(unit: nn.Module, epsilon: float | None, site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
+    """Norms, y = a(w) n(x) + b with a linear: the gradient of w is the sum of dy n(x).
+
+    ``unit`` computes n; the kernel does where n is an RMSNorm of that ``epsilon``.
+    """
+    if "weight" in site.owned and epsilon is None:
+        x = unit.forward(x)
+    (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
-        vector_grad_sketch(dy, name, run.sketch, x=normalized, **_options(run, name, dy, offsets))
+        vector_grad_sketch(dy, name, run.sketch, x=x, epsilon=epsilon, **_options(run, name, dy, offsets))
     _bias(site, run, dy, offsets)
 
 
@@ -254,6 +259,19 @@ def _unit_of_affine(module: nn.Module) -> nn.Module | None:
     except Exception:  # whatever a foreign module raises on the trial: it is no norm over its last dimension
         return None
     return None
+
+
+def _epsilon_of_rms_norm(unit: nn.Module) -> float | None:
+    """If unit(x) is x * rsqrt(mean(x ** 2, -1) + epsilon), found by trying: epsilon."""
+    epsilon = getattr(unit, "variance_epsilon", getattr(unit, "eps", None))
+    if not isinstance(epsilon, float):
+        return None
+    weight = unit.get_parameter("weight")
+    x = torch.randn(4, 3, len(weight), generator=torch.Generator().manual_seed(1)).to(weight.device)
+    x *= torch.tensor([1e3, 1.0, 1e-2, epsilon**0.5], device=x.device).view(4, 1, 1)  # the last tells epsilons apart
+    expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+    exact = _twin(unit, {local: parameter.float() for local, parameter in _own(unit).items()})
+    return epsilon if torch.allclose(exact.forward(x), expected, rtol=1e-4, atol=1e-6) else None
 
 
 def _twin(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
