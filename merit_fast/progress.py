@@ -41,7 +41,9 @@ class PlainProgress:
         started = time.monotonic()
         yield SilentProgress()
         seconds = max(time.monotonic() - started, 1e-9)
-        print(f"{name}: {total:,.0f} {unit} in {seconds:.1f} s, {total / seconds:,.0f} {unit}/s", file=sys.stderr)
+        rate = total / seconds
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        print(f"{name}: {total:,.0f} {unit} in {seconds:.1f} s, {shown} {unit}/s", file=sys.stderr)
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
