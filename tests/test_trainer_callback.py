@@ -191,6 +191,11 @@ from test_trainer_callback import PROJ_DIM, SketchCallback, rows, trainer
 run = trainer(sys.argv[3], rows(), learning_rate=0.0, max_steps=2, ddp_backend="gloo")
 SketchCallback(PROJ_DIM).attach(run)
 run.train()
+import torch.distributed as dist
+dist.barrier()
+dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may otherwise be torn down while they run, which aborts the process
 """
 
 
