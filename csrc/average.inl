@@ -4,18 +4,6 @@
 static const int64_t kBlock = kAverageBlock;
 static const int kMostCertain = 8;  // inputs
 
-static inline float as_float(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-static inline uint32_t as_bits(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return bits;
-}
-
 static inline float half_to_float(uint16_t h) {
   const uint32_t magnitude = uint32_t(h & 0x7fff) << 13, sign = uint32_t(h & 0x8000) << 16;
   const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);  // exact, denormals too
@@ -31,12 +19,6 @@ static inline uint32_t round_to_odd(double d) {
   const double back = double(f), size = d < 0 ? -d : d, back_size = back < 0 ? -back : back;
   const uint32_t toward_zero = bits - (back_size > size ? 1u : 0u);
   return back == d || d != d ? bits : toward_zero | 1u;
-}
-
-static inline uint16_t bits_to_bf16(uint32_t bits) {
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return uint16_t(nan ? 0x7fc0u : rounded);
 }
 
 static inline uint16_t bits_to_half(uint32_t bits) {

@@ -8,6 +8,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 namespace level_avx512_bf16 {
+#include "numbers.inl"
 #include "sketch.inl"
 #include "sketch_linear.inl"
 }

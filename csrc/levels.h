@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cross_entropy.h"
+#include "layers.h"
+#include "optimizer.h"
+
 // Codes shared with kernels/average/__init__.py.
 enum class DType : int32_t { BF16 = 0, F16 = 1, F32 = 2, F64 = 3 };
 
@@ -82,6 +86,9 @@ struct TokenSums {
 
 #define MERIT_DECLARE_LEVEL(ns)                                                                              \
   namespace ns {                                                                                             \
+  extern const LossKernels loss_kernels;                                                                     \
+  extern const OptimizerKernels optimizer_kernels;                                                           \
+  extern const LayerKernels layer_kernels;                                                                   \
   void sketch_rows(const SketchRows& job);                                                                   \
   void sketch_linear(const LinearSketch& job);                                                               \
   void token_sums(const TokenSums& job);                                                                     \
@@ -113,6 +120,9 @@ void sketch_linear(const LinearSketch& job);
 
 struct Level {
   const char* name;
+  const LossKernels* loss;
+  const OptimizerKernels* optimizer;
+  const LayerKernels* layers;
   decltype(&level_generic::sketch_rows) sketch_rows;
   decltype(&level_generic::sketch_linear) sketch_linear;
   decltype(&level_generic::token_sums) token_sums;

@@ -16,10 +16,11 @@ namespace nb = nanobind;
 namespace {
 
 #define MERIT_LEVEL(name) \
-  Level{#name, level_##name::sketch_rows, level_##name::sketch_linear, level_##name::token_sums, level_##name::weighted_average, \
-        level_##name::delta_gram, level_##name::delta_sizes, level_##name::count_sizes,                \
-        level_##name::pick_sizes, level_##name::mix_deltas, level_##name::kept_squares,                \
-        level_##name::low_rank_rows}
+  Level{#name, &level_##name::loss_kernels, &level_##name::optimizer_kernels, &level_##name::layer_kernels, \
+        level_##name::sketch_rows, level_##name::sketch_linear, level_##name::token_sums,              \
+        level_##name::weighted_average, level_##name::delta_gram, level_##name::delta_sizes,           \
+        level_##name::count_sizes, level_##name::pick_sizes, level_##name::mix_deltas,                 \
+        level_##name::kept_squares, level_##name::low_rank_rows}
 
 Level choose_level() {
   const char* environment = std::getenv("MERIT_FAST_SIMD");
@@ -67,5 +68,8 @@ NB_MODULE(_C, m) {
         });
 
   define_sketch(m, level);
+  define_cross_entropy(m, level);
+  define_optimizer(m, level);
+  define_layers(m, level);
   define_merge(m, level);
 }

@@ -8,6 +8,9 @@
 #include "levels.h"
 
 void define_sketch(nanobind::module_& m, const Level& level);
+void define_cross_entropy(nanobind::module_& m, const Level& level);
+void define_optimizer(nanobind::module_& m, const Level& level);
+void define_layers(nanobind::module_& m, const Level& level);
 void define_merge(nanobind::module_& m, const Level& level);
 
 inline DType dtype(int64_t code) {

@@ -43,21 +43,6 @@ static inline float flip(float value, uint64_t sign) {
   return value;
 }
 
-static inline float widen(uint16_t bf16) {
-  const uint32_t bits = uint32_t(bf16) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-template <class T>
-static inline float value_of(T x) {
-  if constexpr (sizeof(T) == 2)
-    return widen(x);
-  else
-    return x;
-}
-
 #if defined(MERIT_AVX512)
 static inline __m512 load16(const float* v) { return _mm512_loadu_ps(v); }
 static inline __m512 load16(const uint16_t* v) {

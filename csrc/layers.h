@@ -1,0 +1,5 @@
+// Norms, gated activations and rotary positions.
+#pragma once
+#include <cstdint>
+
+struct LayerKernels {};

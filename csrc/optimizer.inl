@@ -1,0 +1,3 @@
+// AdamW in one pass over each parameter. Included inside a level's namespace.
+
+const OptimizerKernels optimizer_kernels = {};
