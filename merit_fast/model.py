@@ -34,7 +34,7 @@ def load_model(path: str, dtype: str) -> "nn.Module":
 
     Args:
         path: directory or hub id.
-        dtype: "bf16" or "fp32".
+        dtype: "bf16", "fp32" or "auto".
 
     Raises:
         InputError: nothing that transformers can load is there.
@@ -44,7 +44,7 @@ def load_model(path: str, dtype: str) -> "nn.Module":
 
     try:
         with no_loading_bar():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, DTYPES[dtype]))
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, DTYPES[settle_dtype(dtype)]))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{path}: is not a causal language model that transformers can load: {one_line(error)}"
@@ -97,6 +97,29 @@ def _choose_attention(model: "nn.Module", device_type: str, width: int) -> None:
             model.set_attn_implementation(wanted)  # type: ignore[operator]
         except ValueError:  # the architecture has no such attention: it keeps its own
             return
+
+
+def settle_dtype(dtype: str) -> str:
+    """The dtype itself, or for "auto" bf16 where this machine multiplies it fast and fp32 elsewhere.
+
+    On a CPU without instructions for bf16 its products take hundreds of times those of fp32 (measured with AVX2).
+    """
+    return (
+        dtype if dtype != "auto" else "bf16" if _cpu_multiplies_bf16(Path("/proc/cpuinfo")) or _gpu_does() else "fp32"
+    )
+
+
+def _cpu_multiplies_bf16(cpuinfo: Path) -> bool:
+    """Read from the system, since a run that is up to date imports no torch."""
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def _gpu_does() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 def resolve_model(path: str) -> Path:

@@ -14,7 +14,7 @@ from merit_fast.data import mixture_fingerprint
 from merit_fast.errors import MeritFastError
 from merit_fast.manifest import StageManifest, is_complete, read_manifest, stage_manifest
 from merit_fast.merge import same_bytes
-from merit_fast.model import model_fingerprint, resolve_model
+from merit_fast.model import model_fingerprint, resolve_model, settle_dtype
 from merit_fast.run_config import RunConfig
 from merit_fast.schemas import SplitManifest
 from merit_fast.train.config import TrainConfig
@@ -24,7 +24,7 @@ class Outputs:
     """The outputs of one configured run. ``command`` names, with {stage}, what makes the output of a stage."""
 
     def __init__(self, config: RunConfig, command: str) -> None:
-        self.config, self.command = config, command
+        self.config, self.command = _settled(config), command
         self.root = Path(config.output)
         self.base = resolve_model(config.model)
 
@@ -124,3 +124,9 @@ class Outputs:
     @property
     def train_config(self) -> TrainConfig:
         return replace(self.config.train, arms=())  # which other arms run does not change a branch
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """Every dtype "auto" as what it means on this machine, so that outputs say what made them."""
+    stages = {name: getattr(config, name) for name in ("split", "train", "evaluate")}
+    return replace(config, **{name: replace(s, dtype=settle_dtype(s.dtype)) for name, s in stages.items()})  # type: ignore[arg-type]

@@ -39,8 +39,9 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, progress: Progress | None = None, command: str = "merit-fast run") -> None:
-        self.config, self.progress = config, progress or SilentProgress()
+        self.progress = progress or SilentProgress()
         self.outputs = Outputs(config, command)
+        self.config = self.outputs.config
         if config.threads is not None:
             import torch
 

@@ -15,7 +15,9 @@ class EvaluateConfig:
         [0.25, 0.5, 0.75], "controls base + a * (joint - base) for these a (WiSE-FT); no training"
     )
     max_new_tokens: int = option(48, "longest greedy answer to a retention prompt, in tokens")
-    dtype: Literal["bf16", "fp32"] = option("bf16", "precision of the forward passes")
+    dtype: Literal["auto", "bf16", "fp32"] = option(
+        "auto", "precision of the forward passes; auto: bf16 if products of it are fast here"
+    )
     audit: bool = option(False, "also check each merge against the theory of its gain (float32, minutes)")
     audit_rows: int = option(128, "held-out rows of the audit, dataset by dataset in turn")
     audit_points: int = option(3, "points on the path between two branches where a barrier is looked for")

@@ -26,7 +26,10 @@ class SketchConfig:
         0.0, "share of every dataset's rows trained on jointly before; sketch and branches start there (the paper: 0)"
     )
     batch_size: int = option(8, "examples per backward pass (does not change the sketch beyond rounding)")
-    dtype: Literal["bf16", "fp32"] = option("bf16", "precision of the model's forward and backward pass")
+    dtype: Literal["auto", "bf16", "fp32"] = option(
+        "auto",
+        "precision of the model's forward and backward pass; auto: bf16 if products of it are fast here",
+    )
 
     def __post_init__(self) -> None:
         require(self.examples >= 2, "examples", "at least 2", self.examples)

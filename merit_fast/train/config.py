@@ -20,7 +20,10 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW's first moment decay")
     beta2: float = option(0.98, "AdamW's second moment decay")
     clip_norm: float = option(1.0, "gradients are scaled to at most this norm; 0 turns it off")
-    dtype: Literal["bf16", "fp32"] = option("bf16", "weights; bf16 keeps fp32 master weights beside them")
+    dtype: Literal["auto", "bf16", "fp32"] = option(
+        "auto",
+        "weights; bf16 keeps fp32 master weights beside them; auto: bf16 if products of it are fast here",
+    )
     seed: int = option(0, "seed of the data order")
     arms: tuple[Literal["joint", "random", "iid"], ...] = option(
         [], "controls beside merit: joint (one run on all), random (a balanced split), iid (rows dealt to the branches)"
