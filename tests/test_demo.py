@@ -10,6 +10,8 @@ import pytest
 import torch
 from checks import tree_bytes
 
+from merit_fast.model import DTYPES, settle_dtype
+
 SCRIPT = Path(sys.executable).with_name("merit-fast")
 
 
@@ -51,7 +53,7 @@ def test_merged_checkpoint_loads_and_generates(demo):
     directory, summary = demo
     path = directory / summary["merged"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == getattr(torch, DTYPES[settle_dtype("auto")])
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     written = model.generate(**inputs, max_new_tokens=12, do_sample=False)
