@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -218,7 +219,9 @@ def _loses_nothing(model: Any, name: str, backend: str | None) -> bool:
     twin.__dict__["_modules"] = {child: _Decoder(hidden) for child in model._modules} | {name: head}
     labels = torch.tensor([[1, 2, -100, 3, 4], [-100, 5, 6, 0, 1]], device=weight.device) % len(weight)
     labels[0, 2] = labels[1, 0] = -100
-    inputs = {"input_ids": torch.zeros_like(labels), "labels": labels, "return_dict": True}
+    inputs: dict[str, Any] = {"input_ids": torch.zeros_like(labels), "labels": labels, "return_dict": True}
+    if "output_router_logits" in inspect.signature(type(model).forward).parameters:
+        inputs["output_router_logits"] = False
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         for extra in ({}, {"num_items_in_batch": 11}, {"shift_labels": labels}):
             try:

@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
 
 def patch_layers(decoder: nn.Module, backend: str | None) -> tuple[dict[str, int], list[str]]:
     """Swaps every norm, gated MLP and attention of ``decoder`` that is understood: counts by op, and notes."""
-    counts: dict[str, int] = {}
+    counts = dict.fromkeys(("rms_norm", "swiglu", "geglu", "rope"), 0)
     refused: dict[tuple[str, str], int] = {}
     finder = _Finder(next(decoder.parameters()).device, backend)
     for module in decoder.modules():
@@ -42,8 +42,8 @@ def patch_layers(decoder: nn.Module, backend: str | None) -> tuple[dict[str, int
         else:
             op, kind, *options = found
             swap(module, kind, *options, backend)
-            counts[op] = counts.get(op, 0) + 1
-    return counts, [f"{count} {name}: {reason}" for (name, reason), count in refused.items()]
+            counts[op] += 1
+    return {op: count for op, count in counts.items() if count}, [f"{count} {name}: {reason}" for (name, reason), count in refused.items()]
 
 
 class _Finder:
