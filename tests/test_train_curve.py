@@ -12,7 +12,7 @@ from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig
 
 STEPS = 50
-RECIPE = dict(epochs=10, batch_size=4, learning_rate=1e-3, max_shard_size="60KB", checkpoint_steps=20)
+RECIPE = dict(epochs=10, batch_size=4, learning_rate=5e-3, max_shard_size="60KB", checkpoint_steps=20)
 
 
 def curves(base, tmp_path, **changes):
