@@ -75,7 +75,9 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{'':24}{'tokens/s':>10}{'targets/s':>11}{'wall x':>8}{'CPU x':>8}{'curve off by':>14}")
     for name, row in rows.items():
         numbers = [row[key][0] for key in ("tokens_per_s", "target_tokens_per_s", "wall_speedup", "cpu_speedup")]
-        print(f"{name:24}{numbers[0]:10.1f}{numbers[1]:11.1f}{numbers[2]:8.2f}{numbers[3]:8.2f}{row['curve_off_by']:14.1e}")
+        print(
+            f"{name:24}{numbers[0]:10.1f}{numbers[1]:11.1f}{numbers[2]:8.2f}{numbers[3]:8.2f}{row['curve_off_by']:14.1e}"
+        )
     return {"rows": rows, "curve": curve, "tokens": tokens, "targets": targets}
 
 
@@ -89,7 +91,9 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         note(f"{variant}: {found[variant]}")
         assert "error" not in found[variant], found[variant]
     stock = found["stock"]["above_mib"]
-    print(f"\nQwen2-0.5B's shape, {arguments.layers} layers, {arguments.dtype}, T={arguments.tokens}: above the weights")
+    print(
+        f"\nQwen2-0.5B's shape, {arguments.layers} layers, {arguments.dtype}, T={arguments.tokens}: above the weights"
+    )
     for variant, row in found.items():
         share = row["above_mib"] / stock
         print(f"{variant:24}{row['above_mib']:10.0f} MiB{share:8.2f} of stock{row['step_s']:8.1f} s a step")

@@ -42,17 +42,21 @@ class Run:
 def recipe(work: Work, **changes: Any) -> TrainConfig:
     """What both sides train with: AdamW(0.9, 0.98), one learning rate, clipping to norm 1."""
     constant = dict(warmup_fraction=0.0, final_fraction=1.0)
-    return TrainConfig(
-        learning_rate=LEARNING_RATE, batch_size=work.batch_size, dtype="fp32", **{**constant, **changes}
-    )
+    return TrainConfig(learning_rate=LEARNING_RATE, batch_size=work.batch_size, dtype="fp32", **{**constant, **changes})
 
 
 def trainer(work: Work, folder: Path, patched: bool) -> Run:
     """transformers' Trainer as it comes: its collator's padding, SDPA, its fused AdamW, the model's own loss."""
     import logging
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback
-    from transformers import TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     run = Run([], [], [])

@@ -79,9 +79,7 @@ def target_losses(model: "nn.Module", batch: "Batch", plain_attention: bool = Fa
     return TargetLosses(loss, logits.detach().argmax(-1) == targets, row)
 
 
-def model_inputs(
-    model: "nn.Module", batch: "Batch", plain_attention: bool = False
-) -> "tuple[dict[str, Any], Tensor]":
+def model_inputs(model: "nn.Module", batch: "Batch", plain_attention: bool = False) -> "tuple[dict[str, Any], Tensor]":
     """The arguments of the model's forward, and the targets [B, n] of its positions ``[-n - 1 : -1]``.
 
     A packed row goes without a mask: from restarting positions transformers makes a block-diagonal one.

@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch(Batch):
-    """One row [1, T] of B examples end to end, from ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``, a LongTensor [B + 1]."""
+    """One row [1, T] of B examples end to end; ``cu_seqlens`` [B + 1] says where each begins, and where the last ends."""
 
     cu_seqlens: torch.Tensor
 
@@ -104,8 +104,9 @@ def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch
     labels = torch.cat([torch.as_tensor(example.labels) for example in examples]).long()
     labels[cu_seqlens[:-1]] = IGNORED_LABEL  # else an example would predict the next one's first token
     position_ids = torch.arange(len(input_ids)) - cu_seqlens[:-1].repeat_interleave(lengths)
-    rows = (row.unsqueeze(0) for row in (input_ids, labels, torch.ones_like(input_ids), position_ids))
-    return PackedBatch(*rows, torch.tensor(dataset_ids, dtype=torch.long), cu_seqlens)
+    ids = torch.tensor(dataset_ids, dtype=torch.long)
+    mask = torch.ones_like(input_ids)
+    return PackedBatch(input_ids[None], labels[None], mask[None], position_ids[None], ids, cu_seqlens)
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -21,7 +21,9 @@ class TrainConfig:
     beta2: float = option(0.98, "AdamW's second moment decay")
     clip_norm: float = option(1.0, "gradients are scaled to at most this norm; 0 turns it off")
     dtype: Literal["bf16", "fp32"] = option("bf16", "weights; bf16 keeps fp32 master weights beside them")
-    kernels: Literal["auto", "eager"] = option("auto", "auto runs norms, MLPs, positions, loss by our kernels; eager none")
+    kernels: Literal["auto", "eager"] = option(
+        "auto", "auto: norms, MLPs, positions and loss by our kernels; eager: none"
+    )
     packing: bool = option(False, "lay a micro-batch's examples end to end in one row, without padding")
     seed: int = option(0, "seed of the data order")
     arms: tuple[Literal["joint", "random", "iid"], ...] = option(

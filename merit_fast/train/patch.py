@@ -9,14 +9,14 @@ from torch import nn
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.dispatch import BACKENDS
-from merit_fast.train.patch_classes import is_patched, swap_back
+from merit_fast.train.patch_classes import swap_back
 from merit_fast.train.patch_head import patch_head
 from merit_fast.train.patch_layers import patch_layers
 
 # model_type of the configs whose models are tested with and without our kernels.
 ARCHITECTURES = frozenset(
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3 gemma3_text phi3 smollm3 qwen2_5_vl qwen2_5_vl_text qwen3_vl "
-    "qwen3_vl_text mixtral qwen2_moe qwen3_moe granite cohere".split()
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "phi3", "smollm3", "granite")
+    + ("cohere", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl", "qwen3_vl_text", "mixtral", "qwen2_moe", "qwen3_moe")
 )
 
 
@@ -61,7 +61,8 @@ def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
     Only this instance changes, in place: parameters, state dict, hooks and other models of the class stay as they are,
     and copies and pickles stay patched. What is inside wrappers (PEFT, DistributedDataParallel, torch.compile) is
     patched; layers with adapters are called as they are. Before a module is replaced, its own forward and ours are
-    compared on small random inputs: what differs is left alone. Of vision-language models the language tower is patched.
+    compared on small random inputs; what differs is left alone. Of a vision-language model only the language tower is
+    patched.
 
     In training with ``labels``, the loss comes from the hidden states and ``logits`` of the output is None (a batch
     without any target gives 0, not NaN). In evaluation, without labels, with hooks or adapters on the head, or with
@@ -100,10 +101,6 @@ def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
         notes.append(f"{type(inner).__name__}: {reason}")
     notes += [f"{tower}: is not the language tower" for tower in _other_towers(inner, decoder)]
     return Patch(inner, replaced, tuple(notes))
-
-
-def is_model_patched(model: nn.Module) -> bool:
-    return any(is_patched(module) for module in _unwrapped(model).modules())
 
 
 def _unwrapped(model: Any) -> Any:

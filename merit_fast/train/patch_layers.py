@@ -3,14 +3,13 @@
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels.layers import geglu, rms_norm, rope, swiglu
 from merit_fast.train.patch_classes import MAKERS, Forward, supported, swap
 
@@ -43,7 +42,9 @@ def patch_layers(decoder: nn.Module, backend: str | None) -> tuple[dict[str, int
             op, kind, *options = found
             swap(module, kind, *options, backend)
             counts[op] += 1
-    return {op: count for op, count in counts.items() if count}, [f"{count} {name}: {reason}" for (name, reason), count in refused.items()]
+    return {op: count for op, count in counts.items() if count}, [
+        f"{count} {name}: {reason}" for (name, reason), count in refused.items()
+    ]
 
 
 class _Finder:
@@ -55,7 +56,9 @@ class _Finder:
         self.by_ending = {"RMSNorm": self.norm, "MLP": self.mlp, "Attention": self.attention}
 
     def norm(self, module: nn.Module) -> Any:
-        epsilon = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), "")
+        epsilon = next(
+            (name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), ""
+        )
         own = dict(module.named_parameters(recurse=False))
         if not epsilon or set(own) != {"weight"} or own["weight"].dim() != 1:
             return "has no weight with an epsilon"
@@ -117,7 +120,9 @@ class _Finder:
             ours = _rope_function(plain, width < 8, self.backend)
             angles = self._random(2, 5, width // 2, seed=3).repeat(1, 1, 2)
             arguments = (q, k, angles.cos(), angles.sin())
-            works.append(_equal(lambda a=arguments: torch.cat(plain(*a), 1), lambda a=arguments, f=ours: torch.cat(f(*a), 1)))
+            works.append(
+                _equal(lambda a=arguments: torch.cat(plain(*a), 1), lambda a=arguments, f=ours: torch.cat(f(*a), 1))
+            )
         return ("rope", "rope", bool(works[1])) if works[0] else "rotates positions in another layout"
 
     def _once(self, key: Any, attempt: Callable[[], Any]) -> Any:
