@@ -5,8 +5,8 @@
 speed: SmolLM2-135M in fp32 on the demo's rows, every variant on the same rows in the same order, a run of --steps steps
 each; variants alternate within a round and each round starts with the next one. The first step of a run is left out of
 the times (it makes the optimizer's states); ratios are of one round. Loss curves must agree before times are shown.
-memory: Qwen2-0.5B's shape (--dtype, --layers), a process each (bench/train_memory.py). profile: where a step's time goes,
-by torch.profiler, for the Trainer's model and ours. The last line of standard output is JSON.
+memory: Qwen2-0.5B's shape (--dtype, --layers), a process each (bench/train_memory.py). profile: where the time of two
+steps goes, by torch.profiler, with our kernels and without. The last line of standard output is JSON.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         assert "error" not in found[variant], found[variant]
     stock = found["stock"]["above_mib"]
     print(
-        f"\nQwen2-0.5B's shape, {arguments.layers} layers, {arguments.dtype}, T={arguments.tokens}: above the weights"
+        f"\nQwen2-0.5B's shape, {arguments.layers} layers, {arguments.dtype}, T={arguments.tokens}: peak over weights"
     )
     for variant, row in found.items():
         share = row["above_mib"] / stock
@@ -102,7 +102,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def profile(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Self CPU time by operator, of the second step of a run."""
+    """Self CPU time by operator, of two steps with loading, which is small beside them."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 

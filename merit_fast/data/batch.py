@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch(Batch):
-    """One row [1, T] of B examples end to end; ``cu_seqlens`` [B + 1] says where each begins, and where the last ends."""
+    """One row [1, T] of B examples end to end; ``cu_seqlens`` [B + 1]: where each begins; the last ends."""
 
     cu_seqlens: torch.Tensor
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def train_branch(job: BranchJob, config: TrainConfig, directory: Path, display: 
     start = time.perf_counter()
     model = load_model(job.base_path, config.dtype).train()
     patch = patch_model(model, config.kernels)
-    _say(display, str(patch))
+    _say(display, str(patch))  # type: ignore[arg-type]
     choose_attention(model)
     if config.packing:
         require_packing(model, examples)
@@ -160,6 +161,6 @@ def _write_timing(directory: Path, train_s: float, patch: Patch) -> None:
 
 
 @functools.cache
-def _say(display: Display, text: str) -> None:
+def _say(display: Any, text: str) -> None:
     """A note that is shown once, however many branches have it."""
     display.note(text)

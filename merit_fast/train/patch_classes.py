@@ -14,7 +14,7 @@ MAKERS: dict[str, Callable[..., Forward]] = {}
 
 def swap(module: nn.Module, kind: str, *options: Any) -> None:
     """Gives this one module the forward that ``MAKERS[kind]`` makes. Parameters, hooks and names stay as they are."""
-    module.__class__ = patched_class(type(module), kind, options)
+    module.__class__ = patched_class(type(module), kind, options)  # type: ignore[arg-type]
 
 
 def swap_back(module: nn.Module) -> None:
@@ -27,7 +27,7 @@ def is_patched(module: nn.Module) -> bool:
 
 
 @functools.cache
-def patched_class(original: type[nn.Module], kind: str, options: tuple[Any, ...]) -> type[nn.Module]:
+def patched_class(original: Any, kind: str, options: tuple[Any, ...]) -> type[nn.Module]:
     """A subclass under its parent's name: transformers goes by names in configs, device maps and recorded outputs."""
     make = MAKERS[kind]
 
@@ -50,7 +50,7 @@ def patched_class(original: type[nn.Module], kind: str, options: tuple[Any, ...]
 
 
 def _new_instance(original: type[nn.Module], kind: str, options: tuple[Any, ...]) -> nn.Module:
-    cls = patched_class(original, kind, options)
+    cls = patched_class(original, kind, options)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

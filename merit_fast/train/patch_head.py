@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def patch_head(model: Any, backend: str | None) -> str | None:
         return "has no language-model head of its own"
     if "forward" in model.__dict__:
         return "has a forward of its own on the instance"
-    if type(head).forward is not nn.Linear.forward:
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return f"{name}: {type(head).__name__} is no plain linear layer"
     if not _loses_nothing(model, name, backend):
         return f"{name}: the loss without logits is not what the model computes"
@@ -175,10 +175,10 @@ class _View:
             )
             return loss
         if num_items_in_batch is None:
-            return found.loss.clone()  # mixtures of experts add to it in place
+            return cast(Tensor, found.loss.clone())  # mixtures of experts add to it in place
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(found.loss.device)
-        return found.loss / num_items_in_batch
+        return cast(Tensor, found.loss / num_items_in_batch)
 
 
 def _defer(head: nn.Linear, hidden: Tensor) -> DeferredLogits:

@@ -42,9 +42,8 @@ def patch_layers(decoder: nn.Module, backend: str | None) -> tuple[dict[str, int
             op, kind, *options = found
             swap(module, kind, *options, backend)
             counts[op] += 1
-    return {op: count for op, count in counts.items() if count}, [
-        f"{count} {name}: {reason}" for (name, reason), count in refused.items()
-    ]
+    notes = [f"{count} {name}: {reason}" for (name, reason), count in refused.items()]
+    return {op: count for op, count in counts.items() if count}, notes
 
 
 class _Finder:
@@ -56,9 +55,8 @@ class _Finder:
         self.by_ending = {"RMSNorm": self.norm, "MLP": self.mlp, "Attention": self.attention}
 
     def norm(self, module: nn.Module) -> Any:
-        epsilon = next(
-            (name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), ""
-        )
+        names = ("variance_epsilon", "eps")
+        epsilon = next((name for name in names if isinstance(getattr(module, name, None), float)), "")
         own = dict(module.named_parameters(recurse=False))
         if not epsilon or set(own) != {"weight"} or own["weight"].dim() != 1:
             return "has no weight with an epsilon"
@@ -73,7 +71,7 @@ class _Finder:
                 twin = _twin(module)
                 twin._parameters["weight"] = nn.Parameter(self._random(16, dtype=dtype, seed=1), False)
                 x = self._random(3, 40, 16, dtype=dtype, seed=2)
-                equal += _equal(lambda t=twin, v=x: type(t).forward(t, v), lambda t=twin, v=x, f=ours: f(t, v))
+                equal += _equal(type(module).forward, ours, twin, x)
             if equal > best:  # castings differ in single roundings of bfloat16
                 best, found = equal, ("rms_norm", "rms_norm", epsilon, offset, casting)
         return found or "computes no RMSNorm that is known here"
@@ -81,7 +79,7 @@ class _Finder:
     def mlp(self, module: nn.Module) -> Any:
         children = dict(module.named_children())
         act = next((name for name in ("act_fn", "activation_fn") if callable(getattr(module, name, None))), "")
-        parts = [name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if name in children]
+        parts: list[str] = [name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if name in children]
         if not act or parts not in (["gate_proj", "up_proj", "down_proj"], ["gate_up_proj", "down_proj"]):
             return "has other parts than gate, up and down projections with an activation"
         function = getattr(module, act)
@@ -98,7 +96,7 @@ class _Finder:
             twin._modules[name] = self._linear(*size, seed)
         ours = _mlp_forward(type(module), act, kind, len(parts) == 2, self.backend)
         x = self._random(2, 5, 8, seed=5)
-        if not _equal(lambda: type(module).forward(twin, x), lambda: ours(twin, x)):
+        if not _equal(type(module).forward, ours, twin, x):
             return "does more than down(act(gate(x)) * up(x))"
         return kind.split("_")[0], "mlp", act, kind, len(parts) == 2
 
@@ -119,10 +117,7 @@ class _Finder:
         for width in (8, 4):
             ours = _rope_function(plain, width < 8, self.backend)
             angles = self._random(2, 5, width // 2, seed=3).repeat(1, 1, 2)
-            arguments = (q, k, angles.cos(), angles.sin())
-            works.append(
-                _equal(lambda a=arguments: torch.cat(plain(*a), 1), lambda a=arguments, f=ours: torch.cat(f(*a), 1))
-            )
+            works.append(_equal(plain, ours, q, k, angles.cos(), angles.sin()))
         return ("rope", "rope", bool(works[1])) if works[0] else "rotates positions in another layout"
 
     def _once(self, key: Any, attempt: Callable[[], Any]) -> Any:
@@ -156,7 +151,7 @@ def _rms_norm_forward(
 
 
 def _mlp_forward(original: type[nn.Module], act: str, kind: str, joined: bool, backend: str | None) -> Forward:
-    approximate = _ACTIVATIONS[kind][1]
+    approximate = _ACTIVATIONS[kind][1]  # None: SiLU
 
     @functools.wraps(original.forward)
     def forward(self: Any, x: Tensor) -> Any:
@@ -201,17 +196,22 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _equal(theirs: Callable[[], Tensor], ours: Callable[[], Tensor]) -> int:
-    """How many elements have the same bits; 0 unless all agree within rounding."""
+def _equal(plain: Forward, ours: Forward, *arguments: Any) -> int:
+    """How many elements of the results have the same bits; 0 unless all agree within rounding."""
     try:
-        expected = theirs()
+        expected = plain(*arguments)
     except Exception:  # whatever foreign code raises on the trial: it is not what we compute
         return 0
-    actual = ours()
-    tolerance = 1e-5 if expected.dtype == torch.float32 else 2**-5
-    if actual.dtype != expected.dtype or not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
-        return 0
-    return int((actual == expected).sum())
+    actual = ours(*arguments)
+    if isinstance(expected, Tensor):
+        expected, actual = (expected,), (actual,)
+    equal = 0
+    for theirs, mine in zip(expected, actual, strict=True):
+        tolerance = 1e-5 if theirs.dtype == torch.float32 else 2**-5
+        if mine.dtype != theirs.dtype or not torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance):
+            return 0
+        equal += int((mine == theirs).sum())
+    return equal
 
 
 MAKERS.update(rms_norm=_rms_norm_forward, mlp=_mlp_forward, rope=_attention_forward)
