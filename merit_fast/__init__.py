@@ -9,7 +9,15 @@ from typing import Any
 from merit_fast.errors import BackendUnavailableError, InputError, MeritFastError
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "InputError", "MeritFastError", "__version__", "run", "sketch_gradients"]
+__all__ = [
+    "BackendUnavailableError",
+    "InputError",
+    "MeritFastError",
+    "__version__",
+    "patch_model",
+    "run",
+    "sketch_gradients",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from merit_fast.split.gradients import sketch_gradients
 
         return sketch_gradients
+    if name == "patch_model":
+        from merit_fast.train.patch import patch_model
+
+        return patch_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

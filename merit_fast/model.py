@@ -26,7 +26,7 @@ class TargetLosses(NamedTuple):
 
     loss: "Tensor"  # [M] float32, nats
     correct: "Tensor"  # [M] bool: the target is the greedy choice
-    example: "Tensor"  # [M] int64: row of the batch
+    example: "Tensor"  # [M] int64: row of the batch, or place in a packed row
 
 
 def load_model(path: str, dtype: str) -> "nn.Module":
@@ -65,26 +65,43 @@ def target_losses(model: "nn.Module", batch: "Batch", plain_attention: bool = Fa
     import torch
     from torch.nn import functional as F
 
+    from merit_fast.data import PackedBatch
+
+    inputs, targets = model_inputs(model, batch, plain_attention)
+    mask = targets != -100
+    logits = model(**inputs).logits[:, -targets.shape[1] - 1 : -1][mask].float()  # [M, V]
+    row, column = torch.nonzero(mask, as_tuple=True)
+    if isinstance(batch, PackedBatch):
+        first = batch.input_ids.shape[1] - targets.shape[1] - 1
+        row = torch.bucketize(column + first, batch.cu_seqlens[1:].to(row.device), right=True)
+    targets = targets[mask]
+    loss = F.cross_entropy(logits, targets, reduction="none")
+    return TargetLosses(loss, logits.detach().argmax(-1) == targets, row)
+
+
+def model_inputs(model: "nn.Module", batch: "Batch", plain_attention: bool = False) -> "tuple[dict[str, Any], Tensor]":
+    """The arguments of the model's forward, and the targets [B, n] of its positions ``[-n - 1 : -1]``.
+
+    A packed row goes without a mask: from restarting positions transformers makes a block-diagonal one.
+    """
+    from merit_fast.data import PackedBatch
+
     device = next(model.parameters()).device
-    _choose_attention(model, device.type, 0 if plain_attention else batch.input_ids.shape[1])
-    keep = min(-(-batch.logits_to_keep // 8) * 8, batch.input_ids.shape[1])  # few shapes: each costs a kernel's set-up
+    width = batch.input_ids.shape[1]
+    _choose_attention(model, device.type, 0 if plain_attention else width)
+    keep = min(-(-batch.logits_to_keep // 8) * 8, width)  # few shapes: each costs a kernel's set-up
     accepted = inspect.signature(model.forward).parameters
     optional: dict[str, Any] = {
         "logits_to_keep": keep,
         "position_ids": batch.position_ids.to(device),
         "use_cache": False,
     }
-    output = model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
+    inputs = {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": None if isinstance(batch, PackedBatch) else batch.attention_mask.to(device),
         **{name: value for name, value in optional.items() if name in accepted},
-    )
-    targets = batch.labels[:, -keep + 1 :].to(device)  # [B, keep - 1]
-    mask = targets != -100
-    logits = output.logits[:, -keep:-1][mask].float()  # [M, V]
-    targets = targets[mask]
-    loss = F.cross_entropy(logits, targets, reduction="none")
-    return TargetLosses(loss, logits.detach().argmax(-1) == targets, torch.nonzero(mask)[:, 0])
+    }
+    return inputs, batch.labels[:, -keep + 1 :].to(device)
 
 
 def _choose_attention(model: "nn.Module", device_type: str, width: int) -> None:

@@ -37,7 +37,7 @@ ARROWS = {
     "strict_yaml": {"errors"},
     "merge_command": BASE | {"merge", "integrations"},
     "cli": BASE | STAGES | {"data", "model", "run_config", "pipeline", "doctor", "demo", "arguments", "merge_command"},
-    "__init__": {"errors", "pipeline", "run_config", "split"},
+    "__init__": {"errors", "pipeline", "run_config", "split", "train"},
 }
 
 

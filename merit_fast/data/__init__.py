@@ -3,7 +3,7 @@
 Importing this loads numpy but neither torch, transformers, datasets nor pyarrow.
 """
 
-from merit_fast.data.batch import Batch, collate, pad_token_id
+from merit_fast.data.batch import Batch, PackedBatch, collate, pack, pad_token_id
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.dataset import IGNORED_LABEL, Dataset, Example, count_target_tokens
 from merit_fast.data.fingerprint import mixture_fingerprint
@@ -17,10 +17,12 @@ __all__ = [
     "Dataset",
     "DatasetConfig",
     "Example",
+    "PackedBatch",
     "collate",
     "count_target_tokens",
     "load_mixture",
     "load_tokenizer",
     "mixture_fingerprint",
+    "pack",
     "pad_token_id",
 ]

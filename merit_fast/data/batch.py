@@ -1,4 +1,4 @@
-"""Examples to padded tensors. Padding is on the left, so that answers end at the right edge."""
+"""Examples to tensors: padded on the left, so that answers end at the right edge, or packed end to end."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ class Batch:
         return int(self.labels.shape[1] - columns[0, 0]) if len(columns) else 0
 
 
+@dataclass(frozen=True, eq=False)
+class PackedBatch(Batch):
+    """One row [1, T] of B examples end to end; ``cu_seqlens`` [B + 1]: where each begins; the last ends."""
+
+    cu_seqlens: torch.Tensor
+
+
 def collate(
     examples: Sequence[Example], dataset_ids: Sequence[int], pad_token_id: int, *, pad_to_multiple_of: int = 8
 ) -> Batch:
@@ -75,6 +82,31 @@ def collate(
         attention_mask[row, start:] = 1
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     return Batch(input_ids, labels, attention_mask, position_ids, torch.tensor(dataset_ids, dtype=torch.long))
+
+
+def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch:
+    """Lays examples end to end in one row, without padding. Each begins at position 0 and is predicted from itself.
+
+    Args:
+        examples: B >= 1 examples.
+        dataset_ids: [B] which dataset each example comes from.
+
+    Raises:
+        ValueError: no example, or another number of dataset ids.
+    """
+    import torch
+
+    if not examples or len(examples) != len(dataset_ids):
+        raise ValueError(f"pack: needs one dataset id per example, got {len(dataset_ids)} for {len(examples)} examples")
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    input_ids = torch.cat([torch.as_tensor(example.input_ids) for example in examples]).long()
+    labels = torch.cat([torch.as_tensor(example.labels) for example in examples]).long()
+    labels[cu_seqlens[:-1]] = IGNORED_LABEL  # else an example would predict the next one's first token
+    position_ids = torch.arange(len(input_ids)) - cu_seqlens[:-1].repeat_interleave(lengths)
+    ids = torch.tensor(dataset_ids, dtype=torch.long)
+    mask = torch.ones_like(input_ids)
+    return PackedBatch(input_ids[None], labels[None], mask[None], position_ids[None], ids, cu_seqlens)
 
 
 def pad_token_id(tokenizer: Any) -> int:

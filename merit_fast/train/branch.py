@@ -1,23 +1,27 @@
 """The train stage: full fine-tuning of one branch, resumable to the same bytes."""
 
+import functools
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from merit_fast.data import Dataset, Example, collate, load_tokenizer, pad_token_id
+from merit_fast.data import Dataset, Example, collate, load_tokenizer, pack, pad_token_id
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifest import write_manifest, write_text
-from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, reset_peak_memory, target_losses
+from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, reset_peak_memory
 from merit_fast.progress import Progress as Display
 from merit_fast.schemas import BranchManifest
 from merit_fast.train.checkpoint import Progress, read_checkpoint, remove_checkpoint, write_checkpoint
 from merit_fast.train.config import TrainConfig
+from merit_fast.train.loss import batch_loss, choose_attention, require_packing
 from merit_fast.train.optimizer import MasterAdamW
+from merit_fast.train.patch import Patch, patch_model
 from merit_fast.train.schedule import learning_rate, num_steps, step_examples
 
 
@@ -55,6 +59,11 @@ def train_branch(job: BranchJob, config: TrainConfig, directory: Path, display: 
     reset_peak_memory()
     start = time.perf_counter()
     model = load_model(job.base_path, config.dtype).train()
+    patch = patch_model(model, config.kernels)
+    _say(display, str(patch))  # type: ignore[arg-type]
+    choose_attention(model)
+    if config.packing:
+        require_packing(model, examples)
     optimizer = MasterAdamW(model, config)
     progress, earlier_s = _resume(directory, optimizer)
     padding = pad_token_id(load_tokenizer(job.base_path))
@@ -67,9 +76,9 @@ def train_branch(job: BranchJob, config: TrainConfig, directory: Path, display: 
             task.advance(sum(len(e.input_ids) for e in chosen), f"loss {progress.losses[-1]:.3f}")
             if progress.step % config.checkpoint_steps == 0 and progress.step < steps:
                 write_checkpoint(directory, optimizer.state(), progress)
-                _write_timing(directory, earlier_s + time.perf_counter() - start)
+                _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
     manifest = _write_branch(job, model, config, progress, directory)
-    _write_timing(directory, earlier_s + time.perf_counter() - start)
+    _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
     remove_checkpoint(directory)
     return manifest
 
@@ -85,16 +94,17 @@ def _train_step(
 ) -> Progress:
     torch.manual_seed(config.seed * 1_000_003 + progress.step)  # dropout, where a model has it
     micro = -(-len(examples) // config.accumulation)
+    parts = [examples[at : at + micro] for at in range(0, len(examples), micro)]
+    ids = [0] * micro
     batches = [
-        collate(examples[at : at + micro], [0] * len(examples[at : at + micro]), padding)
-        for at in range(0, len(examples), micro)
+        pack(part, ids[: len(part)]) if config.packing else collate(part, ids[: len(part)], padding) for part in parts
     ]
     targets = sum(batch.num_target_tokens for batch in batches)
     loss_sum = 0.0
     for batch in batches:
-        losses = target_losses(model, batch).loss
-        (losses.sum() / targets).backward()  # type: ignore[no-untyped-call]  # the mean over the whole step's target tokens
-        loss_sum += float(losses.detach().double().sum())
+        loss, summed = batch_loss(model, batch, targets)  # the mean over the whole step's target tokens
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss_sum += summed
     if not loss_sum < float("inf"):
         raise MeritFastError(f"train: loss is not finite at step {progress.step}; lower train.learning_rate")
     optimizer.step(learning_rate(progress.step, steps, config))
@@ -141,6 +151,16 @@ def _write_branch(
     return manifest
 
 
-def _write_timing(directory: Path, train_s: float) -> None:
-    timing = {"train_s": round(train_s, 3), "peak_memory_bytes": peak_memory_bytes()}
+def _write_timing(directory: Path, train_s: float, patch: Patch) -> None:
+    timing = {
+        "train_s": round(train_s, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "kernels": dict(patch.replaced),
+    }
     write_text(directory / "timing.json", json.dumps(timing) + "\n")
+
+
+@functools.cache
+def _say(display: Any, text: str) -> None:
+    """A note that is shown once, however many branches have it."""
+    display.note(text)

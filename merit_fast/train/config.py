@@ -24,6 +24,10 @@ class TrainConfig:
         "auto",
         "weights; bf16 keeps fp32 master weights beside them; auto: bf16 if products of it are fast here",
     )
+    kernels: Literal["auto", "eager"] = option(
+        "auto", "auto: norms, MLPs, positions and loss by our kernels; eager: none"
+    )
+    packing: bool = option(False, "lay a micro-batch's examples end to end in one row, without padding")
     seed: int = option(0, "seed of the data order")
     arms: tuple[Literal["joint", "random", "iid"], ...] = option(
         [], "controls beside merit: joint (one run on all), random (a balanced split), iid (rows dealt to the branches)"

@@ -1,0 +1,117 @@
+"""The ways to train that bench_train compares: the stock Trainer, the Trainer with our kernels, our loop."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merit_fast.data import Example
+from merit_fast.train.config import TrainConfig
+from merit_fast.train.patch import patch_model
+
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Work:
+    model: str
+    examples: Sequence[Example]  # in the order of the steps
+    batch_size: int
+    padding: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.examples) // self.batch_size
+
+    def batch(self, step: int) -> Sequence[Example]:
+        return self.examples[step * self.batch_size : (step + 1) * self.batch_size]
+
+
+@dataclass
+class Run:
+    """Loss, wall and CPU seconds of every step."""
+
+    losses: list[float]
+    wall_s: list[float]
+    cpu_s: list[float]
+
+
+def recipe(work: Work, **changes: Any) -> TrainConfig:
+    """What both sides train with: AdamW(0.9, 0.98), one learning rate, clipping to norm 1."""
+    constant = dict(warmup_fraction=0.0, final_fraction=1.0)
+    return TrainConfig(learning_rate=LEARNING_RATE, batch_size=work.batch_size, dtype="fp32", **{**constant, **changes})
+
+
+def trainer(work: Work, folder: Path, patched: bool) -> Run:
+    """transformers' Trainer as it comes: its collator's padding, SDPA, its fused AdamW, the model's own loss."""
+    import logging
+
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    run = Run([], [], [])
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.start = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            run.wall_s.append(time.perf_counter() - self.start[0])
+            run.cpu_s.append(time.process_time() - self.start[1])
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                run.losses.append(logs["loss"])
+
+    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+    if patched:
+        patch_model(model)
+    arguments = TrainingArguments(
+        str(folder), num_train_epochs=1, per_device_train_batch_size=work.batch_size, learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant", adam_beta2=0.98, max_grad_norm=1.0, logging_steps=1, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential", dataloader_num_workers=0,
+    )  # fmt: skip
+    rows = [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in work.examples]
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(work.model), padding=True)
+    Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()]).train()
+    return run
+
+
+def ours(work: Work, **changes: Any) -> Run:
+    """The loop of ``merit-fast train``."""
+    from merit_fast.model import load_model
+    from merit_fast.train.branch import _train_step
+    from merit_fast.train.checkpoint import Progress
+    from merit_fast.train.optimizer import MasterAdamW
+
+    config = recipe(work, **changes)
+    model = load_model(work.model, "fp32").train()
+    patch_model(model, config.kernels)
+    optimizer = MasterAdamW(model, config)
+    run, progress = Run([], [], []), Progress()
+    for step in range(work.steps):
+        wall, cpu = time.perf_counter(), time.process_time()
+        progress = _train_step(model, optimizer, work.batch(step), work.padding, work.steps, config, progress)
+        run.wall_s.append(time.perf_counter() - wall)
+        run.cpu_s.append(time.process_time() - cpu)
+    run.losses = list(progress.losses)
+    return run
+
+
+VARIANTS: dict[str, Callable[[Work, Path], Run]] = {
+    "Trainer": lambda work, folder: trainer(work, folder, patched=False),
+    "Trainer + patch_model": lambda work, folder: trainer(work, folder, patched=True),
+    "train, kernels eager": lambda work, folder: ours(work, kernels="eager"),
+    "train": lambda work, folder: ours(work),
+    "train, packing": lambda work, folder: ours(work, packing=True),
+}
