@@ -17,9 +17,9 @@ from merit_fast.kernels.cross_entropy._eager import IGNORED
 from merit_fast.kernels.sketch import CountSketch, linear_grad_sketch
 
 # Of what is held beside inputs and gradients: logits kept for the backward pass, and a tile's temporaries.
-KEPT_BYTES = 12 << 20
-TILE_BYTES = {"cpu": 12 << 20, "cuda": 256 << 20}
-FEWEST_COLUMNS = 512  # of a tile, before tokens are cut in chunks
+KEPT_BYTES = 8 << 20
+TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+FEWEST_COLUMNS = 1024  # of a tile, narrower products are slow: many tokens take up to 4 TILE_BYTES, then come in chunks
 STEP = 64  # columns of a tile are a multiple: of vectors, and of the sketch's tiles
 
 
@@ -99,14 +99,13 @@ class TiledHead:
 
 
 def tile_shape(rows: int, vocabulary: int, width: int, dtype: torch.dtype, weight: Tensor) -> tuple[int, int]:
-    """Rows of a chunk and columns of a tile, whose temporaries fit the limit; tiles are about equal."""
+    """Rows of a chunk and columns of a tile; chunks, and tiles, are about equal."""
     limit = TILE_BYTES.get(weight.device.type, TILE_BYTES["cpu"])
-    chunk = max(1, min(rows, limit // (dtype.itemsize * FEWEST_COLUMNS)))
+    chunk = max(1, min(rows, 4 * limit // (dtype.itemsize * FEWEST_COLUMNS)))
     chunk = -(-rows // -(-max(rows, 1) // chunk))
     column_bytes = dtype.itemsize * chunk
-    if dtype != weight.dtype or chunk < rows:
-        column_bytes += 4 * width  # W[tile] widened, or the sum of dW[tile] over chunks
-    most = max(STEP, limit // max(column_bytes, 1) // STEP * STEP)
+    column_bytes += 4 * width * ((dtype != weight.dtype) + (chunk < rows))  # W widened; the sum of dW over chunks
+    most = max(FEWEST_COLUMNS, limit // max(column_bytes, 1) // STEP * STEP)
     tiles = max(1, -(-vocabulary // most))
     return chunk, -(-vocabulary // (tiles * STEP)) * STEP
 
@@ -115,12 +114,15 @@ def forward(head: TiledHead, kept: Tensor, softmax: Tensor) -> Tensor:
     """float64 losses of the trainable rows [M]; fills maximum and sum of exponentials, softmax[:, :M]."""
     state = torch.zeros(4, len(head), dtype=torch.float64, device=head.hidden.device)
     state[0] = -torch.inf
+    filled = 0
     for first, last, weight in head.tiles() if len(head) else ():
         keep = head.kept(kept, first, last)
+        filled = filled if keep is None else last * len(head)
         for rows in head.chunks():
             logits = head.buffer(rows, last - first) if keep is None else keep
             torch.mm(head.hidden[rows], weight.T, out=logits)
             head.epilogue.update(logits, *head.of_tile(first, last, rows), state[:, rows])
+    kept[filled:] = 0  # the result of an op is defined
     softmax[:, : len(head)] = state[:2]
     top, total, target, plain = state
     lse, smoothing = top + total.log(), head.terms.label_smoothing
