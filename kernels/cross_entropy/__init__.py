@@ -179,4 +179,6 @@ def _check_sketch(examples: int, sketch: CountSketch | None, name: str | None, o
         raise ValueError(f"{OP}: sketch, sketch_name and sketch_out go together, got {sketch}, {name}, {out}")
     shape = (examples, sketch.proj_dim)
     if out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous():
-        raise ValueError(f"{OP}: sketch_out must be contiguous float32 {list(shape)}, got {out.dtype} {list(out.shape)}")
+        raise ValueError(
+            f"{OP}: sketch_out must be contiguous float32 {list(shape)}, got {out.dtype} {list(out.shape)}"
+        )

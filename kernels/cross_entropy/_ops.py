@@ -51,18 +51,12 @@ def linear_cross_entropy(
     terms = _tiled.LossTerms(softcap, label_smoothing, z_loss)
     head = _tiled.TiledHead(hidden, weight, bias, labels, terms, _epilogue(hidden.device.type, backend)[1])
     softmax = hidden.new_zeros(2, len(labels), dtype=torch.float64)
-    kept = hidden.new_empty(_kept_numel(hidden, weight, for_backward), dtype=head.dtype)
+    kept = hidden.new_empty(_tiled.kept_numel(hidden, weight) if for_backward else 0, dtype=head.dtype)
     token_loss = _tiled.forward(head, kept, softmax)
     offsets = trainable_offsets(labels, offsets)
     *sums, counts = _loss_sums(token_loss, offsets, dataset_ids, num_datasets, dataset_weights)
     total, example, dataset = (values.float() for values in sums)
     return total, example, dataset, counts, offsets[-1].clone(), softmax, kept
-
-
-def _kept_numel(hidden: Tensor, weight: Tensor, for_backward: bool) -> Any:
-    if not for_backward:
-        return 0
-    return torch.sym_min(hidden.shape[0] * weight.shape[0], _tiled.KEPT_BYTES // _tiled.work_dtype(weight).itemsize)
 
 
 def _loss_sums(
@@ -97,7 +91,7 @@ def _(
 
     examples, counted = offsets.shape[0] - 1, torch.int64
     sums = new(), new(examples), new(num_datasets), new(num_datasets, dtype=counted), new(dtype=counted)
-    kept = new(_kept_numel(hidden, weight, for_backward), dtype=_tiled.work_dtype(weight))
+    kept = new(_tiled.kept_numel(hidden, weight) if for_backward else 0, dtype=_tiled.work_dtype(weight))
     return *sums, new(2, hidden.shape[0], dtype=torch.float64), kept
 
 
@@ -126,9 +120,7 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias; one that is not wanted is empty."""
     chosen, epilogue = _epilogue(hidden.device.type, backend)
-    head = _tiled.TiledHead(
-        hidden, weight, bias, labels, _tiled.LossTerms(softcap, label_smoothing, z_loss), epilogue
-    )
+    head = _tiled.TiledHead(hidden, weight, bias, labels, _tiled.LossTerms(softcap, label_smoothing, z_loss), epilogue)
     gradients = [torch.empty_like(like) if want else None for want, like in zip(wanted, (hidden, weight), strict=False)]
     d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if bias is not None and wanted[2] else None
     if not len(head) and gradients[1] is not None:

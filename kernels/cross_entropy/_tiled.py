@@ -9,6 +9,7 @@ come in chunks inside a tile, so that W[tile] and dW[tile] stay in the cache.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch import Tensor
 from merit_fast.kernels.cross_entropy._eager import IGNORED
 from merit_fast.kernels.sketch import CountSketch, linear_grad_sketch
 
-# Of what is held beside inputs and gradients: logits kept for the backward pass, and a tile's temporaries.
-KEPT_BYTES = 8 << 20
+# Of a tile's temporaries. Inputs and gradients aside, KEPT_TILES times as much is held where logits are kept.
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+KEPT_TILES = 3
 FEWEST_COLUMNS = 1024  # of a tile, narrower products are slow: many tokens take up to 4 TILE_BYTES, then come in chunks
 STEP = 64  # columns of a tile are a multiple: of vectors, and of the sketch's tiles
 
@@ -49,11 +50,29 @@ def work_dtype(weight: Tensor) -> torch.dtype:
     return torch.float32 if slow else weight.dtype
 
 
+def kept_numel(hidden: Tensor, weight: Tensor) -> Any:
+    """How many logits are kept for the backward pass: by shapes alone, as far as other temporaries leave room."""
+    item, tokens = work_dtype(weight).itemsize, hidden.shape[0]
+    tile = _tile_bytes(weight)
+    others = torch.sym_min(tile, tokens * 4 * FEWEST_COLUMNS * item) + 3 * item * tokens * weight.shape[1]
+    return torch.sym_min(tokens * weight.shape[0], torch.sym_max(0, KEPT_TILES * tile - others) // item)
+
+
+def _tile_bytes(weight: Tensor) -> int:
+    return TILE_BYTES.get(weight.device.type, TILE_BYTES["cpu"])
+
+
 class TiledHead:
     """The trainable rows of a batch before a head, and the tiles in which the product with the head is taken."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: LossTerms, epilogue: ModuleType
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        terms: LossTerms,
+        epilogue: ModuleType,
     ) -> None:
         self.rows = (labels != IGNORED).nonzero().squeeze(1)
         self.all_rows = len(labels)
@@ -100,12 +119,13 @@ class TiledHead:
 
 def tile_shape(rows: int, vocabulary: int, width: int, dtype: torch.dtype, weight: Tensor) -> tuple[int, int]:
     """Rows of a chunk and columns of a tile; chunks, and tiles, are about equal."""
-    limit = TILE_BYTES.get(weight.device.type, TILE_BYTES["cpu"])
+    limit = _tile_bytes(weight)
     chunk = max(1, min(rows, 4 * limit // (dtype.itemsize * FEWEST_COLUMNS)))
     chunk = -(-rows // -(-max(rows, 1) // chunk))
     column_bytes = dtype.itemsize * chunk
     column_bytes += 4 * width * ((dtype != weight.dtype) + (chunk < rows))  # W widened; the sum of dW over chunks
-    most = max(FEWEST_COLUMNS, limit // max(column_bytes, 1) // STEP * STEP)
+    in_cache = 2 * limit // (dtype.itemsize * max(width, 1))  # W[tile] is read by two products
+    most = max(FEWEST_COLUMNS, min(limit // max(column_bytes, 1), in_cache) // STEP * STEP)
     tiles = max(1, -(-vocabulary // most))
     return chunk, -(-vocabulary // (tiles * STEP)) * STEP
 
@@ -206,4 +226,3 @@ def _add_sketch(sketch: HeadSketch, head: TiledHead, d: Tensor, rows: slice, fir
         d, head.hidden[rows], sketch.name, sketch.sketch, cu_seqlens=offsets, first_row=first, out=sketch.out,
         backend=sketch.backend,
     )  # fmt: skip
-
