@@ -18,15 +18,23 @@ static inline float tanh_of(float x) {
   return size < 0.625f ? near : x < 0.f ? -far : far;
 }
 
-// The n logits from column c on, with bias and softcap.
+// The derivative of tanh, of full precision also where tanh is 1.
+static inline float tanh_slope(float x) {
+  const float decay = exp_of(-2.f * (x < 0.f ? -x : x));
+  return 4.f * decay / ((1.f + decay) * (1.f + decay));
+}
+
+// The n logits from column c on, with bias and softcap; its slope too where one is wanted.
 template <class T>
-static inline void final_logits(const LogitsTile& job, int64_t row, int64_t c, int n, float* z) {
+static inline void final_logits(const LogitsTile& job, int64_t row, int64_t c, int n, float* z, float* slope) {
   const T* logits = static_cast<const T*>(job.logits) + row * job.columns + c;
   for (int j = 0; j < n; j++) z[j] = value_of(logits[j]);
   if (job.bias)
     for (int j = 0; j < n; j++) z[j] += job.bias[c + j];
   if (job.softcap > 0.f) {
     const float cap = job.softcap, inverse = 1.f / cap;
+    if (slope)
+      for (int j = 0; j < n; j++) slope[j] = tanh_slope(z[j] * inverse);
     for (int j = 0; j < n; j++) z[j] = cap * tanh_of(z[j] * inverse);
   }
 }
@@ -69,7 +77,7 @@ static void update_row(const LossUpdate& job, int64_t row) {
   float z[kLogits];
   for (int64_t c = 0; c < job.columns; c += kLogits) {
     const int n = job.columns - c < kLogits ? int(job.columns - c) : kLogits;
-    final_logits<T>(job, row, c, n, z);
+    final_logits<T>(job, row, c, n, z, nullptr);
     const double high = double(largest(z, n));
     if (high > *top) {
       *sum *= std::exp(*top - high);  // 0 for the first, whose maximum before is -infinity
@@ -87,19 +95,14 @@ static void gradient_row(const LossGradient& job, int64_t row) {
   const float shift = job.terms[row], factor = job.terms[row + job.stride];
   const float target = job.terms[row + 2 * job.stride], uniform = job.terms[row + 3 * job.stride];
   const int64_t label = job.labels[row] - job.first;
-  float z[kLogits], d[kLogits];
+  float z[kLogits], d[kLogits], slope[kLogits];
   for (int64_t c = 0; c < job.columns; c += kLogits) {
     const int n = job.columns - c < kLogits ? int(job.columns - c) : kLogits;
-    final_logits<T>(job, row, c, n, z);
+    final_logits<T>(job, row, c, n, z, slope);
     for (int j = 0; j < n; j++) d[j] = factor * exp_of(z[j] - shift) - uniform;
     if (label >= c && label < c + n) d[label - c] -= target;
-    if (job.softcap > 0.f) {
-      const float inverse = 1.f / job.softcap;
-      for (int j = 0; j < n; j++) {
-        const float ratio = z[j] * inverse;
-        d[j] *= (1.f - ratio) * (1.f + ratio);
-      }
-    }
+    if (job.softcap > 0.f)
+      for (int j = 0; j < n; j++) d[j] *= slope[j];
     T* out = static_cast<T*>(job.out) + row * job.columns + c;
     for (int j = 0; j < n; j++) out[j] = rounded_to<T>(d[j]);
   }

@@ -70,7 +70,7 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1]: this share of the target is spread evenly over the vocabulary.
         softcap, z_loss: positive; as above.
         sketch: which CountSketch of weight's gradient is taken in the backward pass, per example, without that gradient
-            in memory: weight may be frozen. Not under torch.compile.
+            in memory: weight may be frozen.
         sketch_name: the parameter's name, which selects its hash: a tied head's is its embedding's.
         sketch_out: [B, D] float32, contiguous, added to.
         backend: "eager", "cpu", "triton"; None chooses by device.

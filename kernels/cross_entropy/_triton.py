@@ -27,14 +27,12 @@ def _tanh(x):
 
 
 @triton.jit
-def _final_logits(logits, bias, row, column, columns, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """A block of a row with bias and softcap; behind its end -infinity."""
+def _logits(logits, bias, row, column, columns, HAS_BIAS: tl.constexpr):
+    """A block of a row with its bias; behind its end -infinity."""
     inside = column < columns
     z = tl.load(logits + row * columns + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias + column, mask=inside, other=0.0)
-    if HAS_CAP:
-        z = softcap * _tanh(z / softcap)
     return tl.where(inside, z, -float("inf"))
 
 
@@ -51,7 +49,9 @@ def update_kernel(
     label = tl.load(labels + row) - first
     for c in range(0, columns, BLOCK):
         column = c + tl.arange(0, BLOCK)
-        z = _final_logits(logits, bias, row, column, columns, softcap, HAS_BIAS, HAS_CAP)
+        z = _logits(logits, bias, row, column, columns, HAS_BIAS)
+        if HAS_CAP:
+            z = tl.where(column < columns, softcap * _tanh(z / softcap), z)
         high = tl.maximum(top, tl.max(z, 0))
         shift = tl.where(high == -float("inf"), 0.0, high)  # any gives the sum of 0
         total = total * tl.exp(top - shift).to(tl.float64) + tl.sum(tl.exp(z - shift), 0).to(tl.float64)
@@ -77,11 +77,16 @@ def gradient_kernel(
     shift, factor = tl.load(at), tl.load(at + stride)
     target, uniform = tl.load(at + 2 * stride), tl.load(at + 3 * stride)
     label = tl.load(labels + row) - first
-    z = _final_logits(logits, bias, row, column, columns, softcap, HAS_BIAS, HAS_CAP)
+    z = _logits(logits, bias, row, column, columns, HAS_BIAS)
+    slope = 1.0
+    if HAS_CAP:
+        x = z / softcap
+        z = softcap * _tanh(x)
+        decay = tl.exp(-2.0 * tl.abs(x))  # of full precision also where tanh is 1
+        slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
     d = factor * tl.exp(z - shift) - uniform - tl.where(column == label, target, 0.0)
     if HAS_CAP:
-        ratio = z / softcap
-        d *= (1.0 - ratio) * (1.0 + ratio)
+        d *= slope
     tl.store(out + row * columns + column, d.to(out.dtype.element_ty), mask=column < columns)
 
 
