@@ -39,9 +39,7 @@ def packed(**options) -> Batch:
 def everything(of: Batch, backend: str | None, dtype: torch.dtype | None = None, frozen: tuple[str, ...] = ()):
     """By name: the results, and the gradients of a function of all three losses."""
     tensors = {name: getattr(of, name) for name in NAMES[4:] if getattr(of, name) is not None}
-    leaves = {
-        name: t.detach().to(dtype or t.dtype).requires_grad_(name not in frozen) for name, t in tensors.items()
-    }
+    leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_(name not in frozen) for name, t in tensors.items()}
     result = linear_cross_entropy(labels=of.labels, backend=backend, **leaves, **of.options)
     example = torch.linspace(-0.1, 0.3, len(result.example_loss))
     dataset = torch.linspace(0.05, 0.1, len(result.dataset_loss))

@@ -23,7 +23,10 @@ BACKENDS = pytest.mark.parametrize("backend", ["cpu", "eager"])
     [
         ({"hidden": torch.zeros(37)}, "hidden must be [N, H] or [B, T, H] of float32 or bfloat16"),
         ({"hidden": torch.zeros(37, 45, dtype=torch.float16)}, "got torch.float16 [37, 45]"),
-        ({"weight": torch.zeros(9, 44)}, "weight must be torch.float32 [V, 45] as hidden is, got torch.float32 [9, 44]"),
+        (
+            {"weight": torch.zeros(9, 44)},
+            "weight must be torch.float32 [V, 45] as hidden is, got torch.float32 [9, 44]",
+        ),
         ({"weight": torch.zeros(9, 45).bfloat16()}, "as hidden is, got torch.bfloat16 [9, 45]"),
         ({"weight": torch.zeros(0, 45)}, "got torch.float32 [0, 45]"),
         ({"labels": torch.zeros(36, dtype=torch.int64)}, "labels must be int64 [37], got torch.int64 [36]"),
