@@ -145,12 +145,9 @@ def measure(shape: tuple[int, int, int], dtype: str, options: argparse.Namespace
     for name in ("ours", "eager"):
         rows[name]["peak_mib"] = (in_child(name, shape, dtype, 600) or {})["peak_mib"]
     if hasattr(F, "linear_cross_entropy"):
-        of_torch = in_child("F.linear_cross_entropy", shape, dtype, options.cap)
-        rows["F.linear_cross_entropy"] = (
-            {"wall_s": of_torch["seconds"], "peak_mib": of_torch["peak_mib"]}
-            if of_torch
-            else {"stopped_s": options.cap}
-        )
+        found = in_child("F.linear_cross_entropy", shape, dtype, options.cap)
+        row = {"wall_s": found["seconds"], "peak_mib": found["peak_mib"]} if found else {"stopped_s": options.cap}
+        rows["F.linear_cross_entropy"] = row
     head_mib = shape[1] * shape[2] * DTYPES[dtype].itemsize / 2**20
     return {"tokens": shape[0], "width": shape[1], "vocabulary": shape[2], "dtype": dtype, "dw_mib": head_mib} | {
         "rows": rows
@@ -158,10 +155,8 @@ def measure(shape: tuple[int, int, int], dtype: str, options: argparse.Namespace
 
 
 def describe(found: dict[str, Any]) -> None:
-    rows = found["rows"]
-    print(
-        f"\n{found['dtype']}, N={found['tokens']} H={found['width']} V={found['vocabulary']}, dW {found['dw_mib']:.0f} MiB"
-    )
+    rows, sizes = found["rows"], f"N={found['tokens']} H={found['width']} V={found['vocabulary']}"
+    print(f"\n{found['dtype']}, {sizes}, dW {found['dw_mib']:.0f} MiB")
     print(f"{'':24}{'wall s':>9}{'(range)':>9}{'CPU s':>8}{'x eager':>9}{'x products':>12}{'peak MiB':>10}")
     for name, row in rows.items():
         if "stopped_s" in row:
@@ -184,7 +179,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0, help="for the turns of one size")
     parser.add_argument("--cap", type=float, default=30.0, help="after which F.linear_cross_entropy is stopped")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    parser.add_argument("--quick", action="store_true", help="a small head, in less than a minute")
+    parser.add_argument("--quick", action="store_true", help="a small head, few turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line to FILE too")
     parser.add_argument("--child", choices=LOSSES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -163,17 +163,18 @@ def test_all_isa_levels_give_the_same_bits(native_levels):
 def test_the_number_of_threads_changes_no_bit_between_the_products():
     before = torch.get_num_threads()
     try:
-        for k, threads in enumerate((1, 2, 3)):
+        found = []
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
             logits, labels = torch.randn(13, 1500), torch.randint(0, 1500, (13,))
             state = torch.zeros(4, 13, dtype=torch.float64)
             _native.update(logits, 0, None, 3.0, labels, state)
             _native.gradient(logits, 0, None, 3.0, labels, torch.ones(4, 13), out := torch.empty_like(logits))
-            first = (state, out) if k == 0 else first
-            assert torch.equal(state, first[0]) and torch.equal(out, first[1])
+            found.append((state, out))
     finally:
         torch.set_num_threads(before)
+    assert all(torch.equal(state, found[0][0]) and torch.equal(out, found[0][1]) for state, out in found[1:])
 
 
 def test_two_runs_give_the_same_bits():

@@ -108,7 +108,7 @@ def linear_cross_entropy(
     return LinearCrossEntropy(total / divisor, example_loss, dataset_loss, dataset_tokens)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chosen(device_type: str, dtype: torch.dtype, backend: str | None) -> str:
     if dtype == torch.float64 and backend in (None, "eager"):
         return "eager"

@@ -82,4 +82,4 @@ def _sketch_when_known(
     def add(gradient: Tensor) -> None:
         linear_grad_sketch(gradient, hidden, name, sketch, cu_seqlens=offsets, out=out)
 
-    logits.register_hook(add)
+    logits.register_hook(add)  # type: ignore[no-untyped-call]

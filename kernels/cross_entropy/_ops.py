@@ -78,14 +78,15 @@ def _loss_sums(
 
 
 def _segments(values: Tensor, offsets: Tensor) -> Tensor:
-    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+    sums: Tensor = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+    return sums
 
 
 @linear_cross_entropy.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, offsets, dataset_ids, num_datasets, dataset_weights, softcap, label_smoothing, z_loss,
     sketch, sketch_name, sketch_out, for_backward, backend,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     def new(*shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
 
@@ -121,19 +122,20 @@ def linear_cross_entropy_backward(
     """The gradients of hidden, weight and bias; one that is not wanted is empty."""
     chosen, epilogue = _epilogue(hidden.device.type, backend)
     head = _tiled.TiledHead(hidden, weight, bias, labels, _tiled.LossTerms(softcap, label_smoothing, z_loss), epilogue)
-    gradients = [torch.empty_like(like) if want else None for want, like in zip(wanted, (hidden, weight), strict=False)]
+    d_hidden = torch.empty_like(hidden) if wanted[0] else None
+    d_weight = torch.empty_like(weight) if wanted[1] else None
     d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if bias is not None and wanted[2] else None
-    if not len(head) and gradients[1] is not None:
-        gradients[1].zero_()
+    if not len(head) and d_weight is not None:
+        d_weight.zero_()
     of_head = None
     if sketch_out is not None:
         where = trainable_offsets(labels, offsets)
         of_head = _tiled.HeadSketch(CountSketch(*sketch), sketch_name, sketch_out, where, chosen)
     weights = _row_weights(len(labels), offsets, dataset_ids, dataset_weights, d_total, d_example, d_dataset)
-    _tiled.backward(head, kept, softmax, weights, *gradients, d_bias, of_head)
-    none = hidden.new_empty(0)
-    d_hidden, d_weight = (none.clone() if gradient is None else gradient for gradient in gradients)
-    return d_hidden, d_weight, none if bias is None or d_bias is None else d_bias.to(bias.dtype)
+    _tiled.backward(head, kept, softmax, weights, d_hidden, d_weight, d_bias, of_head)
+    rounded = None if bias is None or d_bias is None else d_bias.to(bias.dtype)
+    d_hidden, d_weight, rounded = (hidden.new_empty(0) if d is None else d for d in (d_hidden, d_weight, rounded))
+    return d_hidden, d_weight, rounded
 
 
 def _row_weights(

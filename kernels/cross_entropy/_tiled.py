@@ -52,10 +52,11 @@ def work_dtype(weight: Tensor) -> torch.dtype:
 
 def kept_numel(hidden: Tensor, weight: Tensor) -> Any:
     """How many logits are kept for the backward pass: by shapes alone, as far as other temporaries leave room."""
-    item, tokens = work_dtype(weight).itemsize, hidden.shape[0]
-    tile = _tile_bytes(weight)
-    others = torch.sym_min(tile, tokens * 4 * FEWEST_COLUMNS * item) + 3 * item * tokens * weight.shape[1]
-    return torch.sym_min(tokens * weight.shape[0], torch.sym_max(0, KEPT_TILES * tile - others) // item)
+    item, tokens, tile = work_dtype(weight).itemsize, hidden.shape[0], _tile_bytes(weight)
+    least: Any = torch.sym_min
+    most: Any = torch.sym_max
+    others = least(tile, tokens * 4 * FEWEST_COLUMNS * item) + 3 * item * tokens * weight.shape[1]
+    return least(tokens * weight.shape[0], most(0, KEPT_TILES * tile - others) // item)
 
 
 def _tile_bytes(weight: Tensor) -> int:
@@ -81,7 +82,7 @@ class TiledHead:
         self.labels = labels[self.rows]
         self.weight, self.terms, self.epilogue = weight, terms, epilogue
         self.bias = None if bias is None else bias.float().contiguous()
-        self.chunk, self.columns = tile_shape(len(self.rows), *weight.shape, self.dtype, weight)
+        self.chunk, self.columns = tile_shape(len(self.rows), weight, self.dtype)
         self.logits = hidden.new_empty(self.chunk * self.columns, dtype=self.dtype)
         wide = self.columns * weight.shape[1] if self.dtype != weight.dtype else 0
         self.wide = hidden.new_empty(wide, dtype=self.dtype)
@@ -117,9 +118,9 @@ class TiledHead:
         return first, bias, self.terms.softcap, self.labels[rows]
 
 
-def tile_shape(rows: int, vocabulary: int, width: int, dtype: torch.dtype, weight: Tensor) -> tuple[int, int]:
+def tile_shape(rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
     """Rows of a chunk and columns of a tile; chunks, and tiles, are about equal."""
-    limit = _tile_bytes(weight)
+    (vocabulary, width), limit = weight.shape, _tile_bytes(weight)
     chunk = max(1, min(rows, 4 * limit // (dtype.itemsize * FEWEST_COLUMNS)))
     chunk = -(-rows // -(-max(rows, 1) // chunk))
     column_bytes = dtype.itemsize * chunk
@@ -146,7 +147,7 @@ def forward(head: TiledHead, kept: Tensor, softmax: Tensor) -> Tensor:
     softmax[:, : len(head)] = state[:2]
     top, total, target, plain = state
     lse, smoothing = top + total.log(), head.terms.label_smoothing
-    loss = lse - (1 - smoothing) * target
+    loss: Tensor = lse - (1 - smoothing) * target
     if smoothing:
         loss = loss - smoothing / len(head.weight) * plain
     return loss + head.terms.z_loss * lse**2 if head.terms.z_loss else loss
