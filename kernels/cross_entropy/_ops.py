@@ -88,7 +88,8 @@ def _(  # type: ignore[no-untyped-def]
     sketch, sketch_name, sketch_out, for_backward, backend,
 ):  # fmt: skip
     def new(*shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        return hidden.new_empty(shape, dtype=dtype)
+        made: Tensor = hidden.new_empty(shape, dtype=dtype)
+        return made
 
     examples, counted = offsets.shape[0] - 1, torch.int64
     sums = new(), new(examples), new(num_datasets), new(num_datasets, dtype=counted), new(dtype=counted)
