@@ -1,0 +1,229 @@
+"""Linear + cross-entropy, a tile of the vocabulary at a time. Products are torch's, what is between them a backend's.
+
+Forward: logits of a tile = hidden @ W[tile].T, of the trainable rows; ``update`` carries maximum, sum of exponentials
+and the label's logit of each row. Backward: the logits again (the first ones may have been kept), ``gradient`` turns
+them into their gradient d, then dW[tile] = d.T @ hidden, written once, and d_hidden += d @ W[tile]. Very many tokens
+come in chunks inside a tile, so that W[tile] and dW[tile] stay in the cache.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merit_fast.kernels.cross_entropy._eager import IGNORED
+from merit_fast.kernels.sketch import CountSketch, linear_grad_sketch
+
+# Of a tile's temporaries. Inputs and gradients aside, KEPT_TILES times as much is held where logits are kept.
+TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+KEPT_TILES = 3
+FEWEST_COLUMNS = 1024  # of a tile, narrower products are slow: many tokens take up to 4 TILE_BYTES, then come in chunks
+STEP = 64  # columns of a tile are a multiple: of vectors, and of the sketch's tiles
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What is added to, or done to, the plain cross-entropy."""
+
+    softcap: float | None
+    label_smoothing: float
+    z_loss: float
+
+
+@dataclass(frozen=True)
+class HeadSketch:
+    """Where the CountSketch of dW is added, per example, instead of or besides dW itself."""
+
+    sketch: CountSketch
+    name: str
+    out: Tensor
+    offsets: Tensor  # of the examples, among the trainable rows
+    backend: str
+
+
+def work_dtype(weight: Tensor) -> torch.dtype:
+    """Of products and logits. torch multiplies bf16 hundreds of times slower on a CPU without instructions for it."""
+    slow = weight.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if slow else weight.dtype
+
+
+def kept_numel(hidden: Tensor, weight: Tensor) -> Any:
+    """How many logits are kept for the backward pass: by shapes alone, as far as other temporaries leave room."""
+    item, tokens, tile = work_dtype(weight).itemsize, hidden.shape[0], _tile_bytes(weight)
+    least: Any = torch.sym_min
+    most: Any = torch.sym_max
+    others = least(tile, tokens * 4 * FEWEST_COLUMNS * item) + 3 * item * tokens * weight.shape[1]
+    return least(tokens * weight.shape[0], most(0, KEPT_TILES * tile - others) // item)
+
+
+def _tile_bytes(weight: Tensor) -> int:
+    return TILE_BYTES.get(weight.device.type, TILE_BYTES["cpu"])
+
+
+class TiledHead:
+    """The trainable rows of a batch before a head, and the tiles in which the product with the head is taken."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        terms: LossTerms,
+        epilogue: ModuleType,
+    ) -> None:
+        self.rows = (labels != IGNORED).nonzero().squeeze(1)
+        self.all_rows = len(labels)
+        self.dtype = work_dtype(weight)
+        self.hidden = (hidden if len(self.rows) == len(labels) else hidden[self.rows]).to(self.dtype)
+        self.labels = labels[self.rows]
+        self.weight, self.terms, self.epilogue = weight, terms, epilogue
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.chunk, self.columns = tile_shape(len(self.rows), weight, self.dtype)
+        self.logits = hidden.new_empty(self.chunk * self.columns, dtype=self.dtype)
+        wide = self.columns * weight.shape[1] if self.dtype != weight.dtype else 0
+        self.wide = hidden.new_empty(wide, dtype=self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """First and last + 1 word, and their rows of W in the dtype of products."""
+        for first in range(0, len(self.weight), self.columns):
+            last = min(first + self.columns, len(self.weight))
+            tile = self.weight[first:last]
+            yield first, last, tile if self.dtype == tile.dtype else self.wide_buffer(last - first).copy_(tile)
+
+    def wide_buffer(self, columns: int) -> Tensor:
+        return self.wide[: columns * self.weight.shape[1]].view(columns, -1)
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, len(self), self.chunk):
+            yield slice(start, min(start + self.chunk, len(self)))
+
+    def buffer(self, rows: slice, columns: int) -> Tensor:
+        return self.logits[: (rows.stop - rows.start) * columns].view(-1, columns)
+
+    def kept(self, kept: Tensor, first: int, last: int) -> Tensor | None:
+        """Where the logits of a tile are kept, if they are: the first tiles, end to end, as many as fit."""
+        place = slice(first * len(self), last * len(self))
+        return kept[place].view(-1, last - first) if self.chunk == len(self) and place.stop <= len(kept) else None
+
+    def of_tile(self, first: int, last: int, rows: slice) -> tuple[int, Tensor | None, float | None, Tensor]:
+        """What both epilogues ask for besides the logits."""
+        bias = None if self.bias is None else self.bias[first:last]
+        return first, bias, self.terms.softcap, self.labels[rows]
+
+
+def tile_shape(rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows of a chunk and columns of a tile; chunks, and tiles, are about equal."""
+    (vocabulary, width), limit = weight.shape, _tile_bytes(weight)
+    chunk = max(1, min(rows, 4 * limit // (dtype.itemsize * FEWEST_COLUMNS)))
+    chunk = -(-rows // -(-max(rows, 1) // chunk))
+    column_bytes = dtype.itemsize * chunk
+    column_bytes += 4 * width * ((dtype != weight.dtype) + (chunk < rows))  # W widened; the sum of dW over chunks
+    in_cache = 2 * limit // (dtype.itemsize * max(width, 1))  # W[tile] is read by two products
+    most = max(FEWEST_COLUMNS, min(limit // max(column_bytes, 1), in_cache) // STEP * STEP)
+    tiles = max(1, -(-vocabulary // most))
+    return chunk, -(-vocabulary // (tiles * STEP)) * STEP
+
+
+def forward(head: TiledHead, kept: Tensor, softmax: Tensor) -> Tensor:
+    """float64 losses of the trainable rows [M]; fills maximum and sum of exponentials, softmax[:, :M]."""
+    state = torch.zeros(4, len(head), dtype=torch.float64, device=head.hidden.device)
+    state[0] = -torch.inf
+    filled = 0
+    for first, last, weight in head.tiles() if len(head) else ():
+        keep = head.kept(kept, first, last)
+        filled = filled if keep is None else last * len(head)
+        for rows in head.chunks():
+            logits = head.buffer(rows, last - first) if keep is None else keep
+            torch.mm(head.hidden[rows], weight.T, out=logits)
+            head.epilogue.update(logits, *head.of_tile(first, last, rows), state[:, rows])
+    kept[filled:] = 0  # the result of an op is defined
+    softmax[:, : len(head)] = state[:2]
+    top, total, target, plain = state
+    lse, smoothing = top + total.log(), head.terms.label_smoothing
+    loss: Tensor = lse - (1 - smoothing) * target
+    if smoothing:
+        loss = loss - smoothing / len(head.weight) * plain
+    return loss + head.terms.z_loss * lse**2 if head.terms.z_loss else loss
+
+
+def backward(
+    head: TiledHead,
+    kept: Tensor,
+    softmax: Tensor,
+    row_weights: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    sketch: HeadSketch | None,
+) -> None:
+    """Fills the gradients of the sum of row_weights [N] * losses; those that are None are not wanted."""
+    terms = _gradient_terms(head, softmax, row_weights)
+    sums = None if d_hidden is None else torch.zeros_like(head.hidden, dtype=torch.float32)
+    for first, last, weight in head.tiles() if len(head) else ():
+        keep, total = head.kept(kept, first, last), None
+        for rows in head.chunks():
+            d = logits = head.buffer(rows, last - first)
+            if keep is None:
+                torch.mm(head.hidden[rows], weight.T, out=logits)
+            else:
+                logits = keep
+            head.epilogue.gradient(logits, *head.of_tile(first, last, rows), terms[:, rows], d)
+            if sums is not None:
+                add_product(sums[rows], d, weight)
+            if d_bias is not None:
+                d_bias[first:last] += d.sum(0, dtype=torch.float32)
+            if sketch is not None:
+                _add_sketch(sketch, head, d, rows, first)
+            if d_weight is not None:
+                total = _weight_gradient(head, d, rows, d_weight[first:last], total)
+        if d_weight is not None and total is not None:
+            d_weight[first:last] = total
+    if d_hidden is not None and sums is not None:
+        d_hidden.zero_()[head.rows] = sums.to(d_hidden.dtype)
+
+
+def _gradient_terms(head: TiledHead, softmax: Tensor, row_weights: Tensor) -> Tensor:
+    """[4, M] float32: shift, factor, target, uniform of ``gradient``."""
+    top, total = softmax[:, : len(head)]
+    weights, smoothing = row_weights[head.rows].double(), head.terms.label_smoothing
+    factor = weights * (1 + 2 * head.terms.z_loss * (top + total.log())) / total
+    return torch.stack([top, factor, weights * (1 - smoothing), weights * (smoothing / len(head.weight))]).float()
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b in float32; torch has no bf16 product that adds to float32 on every device."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        out += torch.mm(a, b)
+
+
+def _weight_gradient(head: TiledHead, d: Tensor, rows: slice, out: Tensor, total: Tensor | None) -> Tensor | None:
+    """dW[tile] of a chunk: written to ``out`` where it is the only one, else added to the sum that is returned.
+
+    A widened W[tile] has served its purpose by now, and its memory takes the product.
+    """
+    if head.chunk == len(head) and head.dtype == out.dtype:
+        torch.mm(d.T, head.hidden[rows], out=out)
+        return None
+    if head.chunk == len(head):
+        return torch.mm(d.T, head.hidden[rows], out=head.wide_buffer(len(out)))
+    if total is None:
+        total = torch.zeros_like(out, dtype=torch.float32)
+    add_product(total, d.T, head.hidden[rows])
+    return total
+
+
+def _add_sketch(sketch: HeadSketch, head: TiledHead, d: Tensor, rows: slice, first: int) -> None:
+    offsets = (sketch.offsets - rows.start).clamp(0, rows.stop - rows.start)
+    linear_grad_sketch(
+        d, head.hidden[rows], sketch.name, sketch.sketch, cu_seqlens=offsets, first_row=first, out=sketch.out,
+        backend=sketch.backend,
+    )  # fmt: skip
