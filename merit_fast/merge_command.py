@@ -62,15 +62,14 @@ def merge_command(
             progress.note(note)
         return merge_recipe(recipe, out, progress, dry_run=dry_run, share=share)
     config = parse(MergeConfig, override({}, assignments), "command line")
+    pairs: list[tuple[Location, float | None]]
     pairs = [_split_weight(text) for text in models] if models else [(p, None) for p in _branches(Path(run or ""))]
     if tune is None:  # which merge_models refuses if a number is still to be chosen
         return merge_models(pairs, out, config, progress, base, dry_run=dry_run, share=share)
     if not config.is_tuned:
         raise InputError("command line: merge: --validation goes with --scale auto or --weights fit")
     if dry_run or shard:
-        raise InputError(
-            "command line: merge: --scale auto and --weights fit evaluate merges, so they go without --dry-run and --shard"
-        )
+        raise InputError("command line: merge: --dry-run and --shard go with a scale and weights in numbers")
     check_places([as_location(path) for path, _ in pairs], as_location(out))
     start = as_location(base) if base else None
     chosen = tune([(as_location(path), weight) for path, weight in pairs], start, config)
