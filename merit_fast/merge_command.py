@@ -11,6 +11,7 @@ from merit_fast.manifest import manifest_text
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.remote import Location, as_location
 from merit_fast.merge.stage import check_places
+from merit_fast.merge.weights import require_numbers
 from merit_fast.progress import Progress
 from merit_fast.schemas import TUNE_FILE, TuneManifest
 
@@ -64,7 +65,8 @@ def merge_command(
     config = parse(MergeConfig, override({}, assignments), "command line")
     pairs: list[tuple[Location, float | None]]
     pairs = [_split_weight(text) for text in models] if models else [(p, None) for p in _branches(Path(run or ""))]
-    if tune is None:  # which merge_models refuses if a number is still to be chosen
+    if tune is None:
+        require_numbers(config)
         return merge_models(pairs, out, config, progress, base, dry_run=dry_run, share=share)
     if not config.is_tuned:
         raise InputError("command line: merge: --validation goes with --scale auto or --weights fit")

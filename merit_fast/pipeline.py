@@ -55,7 +55,8 @@ class Run:
         def work(directory: Path) -> None:
             config, mark = self.config.split.sketch_config(), outputs.start_fingerprint
             datasets, pad = self._branch_data, self._pad_token_id
-            sketch_mixture(str(outputs.start), mark, datasets, pad, config, directory, self.progress)
+            earlier = outputs.root / "sketch"
+            sketch_mixture(str(outputs.start), mark, datasets, pad, config, directory, self.progress, earlier)
 
         if self.config.split.warmup:
             self._train(arms.warmup_branch(self.config))

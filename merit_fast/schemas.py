@@ -167,7 +167,7 @@ class MergeAudit:
     """One merge against the theory of its gain. Losses in nats per target token of the audit's rows, float32 models."""
 
     gain: float  # sum_k w_k L(theta_k) - L(theta)
-    predicted_gain: float  # 1/2 sum_k w_k delta_k^T H delta_k, H the Hessian at the merge
+    predicted_gain: float  # sum_k w_k (g^T delta_k + 1/2 delta_k^T H delta_k), gradient and Hessian at the merge
     branch_losses: tuple[float, ...]
     merged_loss: float
     barriers: tuple[Barrier, ...]

@@ -47,7 +47,7 @@ def gain_rows(evaluation: EvaluateManifest) -> Table:
 def audit_rows(audit: AuditManifest) -> Table:
     """One row per merged arm: the gain against its prediction, and where the merge lies."""
     noise = next(iter(audit.arms.values())).noise
-    columns = ("merged arm", "gain", "½ Σ w δᵀHδ", "ratio", "in one basin", "highest barrier", "displacement",
+    columns = ("merged arm", "gain", "Σ w (gᵀδ + ½ δᵀHδ)", "ratio", "in one basin", "highest barrier", "displacement",
                "contraction", *(f"noise {share:g}" for share, _ in noise))  # fmt: skip
     rows = tuple(
         (
@@ -72,7 +72,7 @@ def tuning_rows(tuned: Mapping[str, TuneManifest]) -> Table:
     rows: list[tuple[str, ...]] = []
     for arm, one in tuned.items():
         if (by := one.weight_search) is not None:
-            losses = (by.start_loss, by.fitted_loss)
+            losses: tuple[float | None, float | None] = (by.start_loss, by.fitted_loss)
             tried = ", ".join(map(_loss, by.losses)) or ABSENT
             rows.append(_tuning_row(arm, "weights", by.start, by.fitted, losses, one.weights, tried))
         if (along := one.scale_search) is not None:

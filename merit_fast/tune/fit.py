@@ -105,7 +105,8 @@ def _onto_simplex(point: Array) -> Array:
     """The nearest point of w >= 0, sum w = 1 (Duchi et al. 2008)."""
     falling = np.sort(point)[::-1]
     excess = (np.cumsum(falling) - 1.0) / np.arange(1, len(point) + 1)
-    return np.maximum(point - excess[np.flatnonzero(falling > excess)[-1]], 0.0)
+    nearest: Array = np.maximum(point - excess[np.flatnonzero(falling > excess)[-1]], 0.0)
+    return nearest
 
 
 def _rounded(weights: Array) -> Weights:

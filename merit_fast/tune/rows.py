@@ -29,8 +29,8 @@ def _halves(dataset: Dataset) -> tuple[Dataset, Dataset]:
     count = dataset.num_examples
     if count < 2:
         raise InputError(
-            f"{dataset.name}: scale auto and weights fit need at least 2 held-out rows per dataset (half of them choose, "
-            f"the others report), got {count}"
+            f"{dataset.name}: scale auto and weights fit need at least 2 held-out rows per dataset (half of them "
+            f"choose, the others report), got {count}"
         )
     digest = hashlib.blake2b(f"held-out\n{dataset.name}".encode(), digest_size=8).digest()
     order = np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)

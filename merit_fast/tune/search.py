@@ -108,14 +108,13 @@ def tuning_sentence(found: TuneManifest) -> str:
     """What was chosen and what it did to the loss, in one line."""
     parts, by_weights, by_scale = [], found.weight_search, found.scale_search
     if by_weights is not None:
-        kept = "fitted" if by_weights.accepted else "token weights kept, no better ones were found"
+        kept = "fitted" if by_weights.accepted else "kept, no better ones were found"
         last = by_weights.fitted_loss if by_weights.accepted else by_weights.start_loss
-        parts.append(
-            f"weights {', '.join(f'{w:.4g}' for w in found.weights)} ({kept}): {_change(by_weights.start_loss, last)}"
-        )
+        shown = ", ".join(f"{weight:.4g}" for weight in found.weights)
+        parts.append(f"weights {shown} ({kept}): {_change(last, by_weights.start_loss)}")
     if by_scale is not None:
         losses = dict(zip(by_scale.scales, by_scale.losses, strict=True))
-        parts.append(f"scale {found.scale:g}: {_change(losses[1.0], losses[found.scale or 0.0])} at scale 1")
+        parts.append(f"scale {found.scale:g}: {_change(losses[found.scale or 0.0], losses[1.0])} at scale 1")
     return f"{'; '.join(parts)} (nats per target token of {found.num_examples} held-out rows)"
 
 
@@ -143,7 +142,7 @@ def _search_scale(losses: "_Losses", weights: fit.Weights) -> tuple[float, Scale
     return best, ScaleSearch(tuple(tried), tuple(tried.values()), minimum)
 
 
-def _change(before: float | None, after: float | None) -> str:
+def _change(after: float | None, before: float | None) -> str:
     shown = ["not finite" if loss is None else f"{loss:.4f}" for loss in (after, before)]
     return f"loss {shown[0]} against {shown[1]}"
 
