@@ -142,7 +142,7 @@ class _Auditor:
             gradients = self._gradients(loss, parameters)
             for k, delta in enumerate(deltas):
                 slope = torch.stack([(delta[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
-                slopes[k] += float(slope)
+                slopes[k] += float(slope.detach())
                 seconds = self._gradients(slope, parameters)
                 bends[k] += sum(float((delta[n] * second.detach()).double().sum()) for n, second in seconds.items())
         return list(zip(slopes, bends, strict=True))
