@@ -25,7 +25,7 @@ from merit_fast.progress import Progress, Task
 from merit_fast.schemas import TUNE_FILE, ScaleSearch, TuneManifest, WeightSearch
 from merit_fast.tune import fit
 
-_LOSSES = "losses.json"
+_LOSSES = "tried.json"
 _NOT_OF_MODELS = ("weights", "scale", "dtype", "shard_size", "stats", "checksum", "fsync", "ridge", "tune_rows")
 
 
