@@ -4,7 +4,8 @@ For any quadratic loss, w the branches' weights and delta_k = theta_k - theta th
 
     gain = sum_k w_k L(theta_k) - L(theta) = sum_k w_k (g^T delta_k + 1/2 delta_k^T H delta_k)
 
-with g and H the gradient and Hessian of L at theta (docs/method.md); g drops out where theta is the branches' mean. A ratio of the two sides near 1 says that the branches lie in one quadratic basin around the merge.
+with g and H the gradient and Hessian of L at theta (docs/method.md); g drops out where theta is the branches' mean. A
+ratio of the two sides near 1 says that the branches lie in one quadratic basin around the merge.
 """
 
 import itertools
