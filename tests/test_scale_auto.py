@@ -12,6 +12,7 @@ import yaml
 from checks import tree_bytes
 from conftest import chat_row
 from safetensors.torch import load_file
+from test_cli import call  # noqa: F401
 from test_pipeline import MEASURED, run_values
 from test_weights_fit import setting, tune  # noqa: F401
 from tuning import make_branches, read
@@ -130,22 +131,29 @@ def test_a_run_directory_can_be_merged_with_rows(tmp_path, tiny_model, checkpoin
         (["--weights", "fit", "--validation", "c=rows.jsonl", "--dry-run"], "go with a scale and weights in numbers"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, checkpoints, words, message):
-    result = merit("merge", "out", *checkpoints[0], *words, cwd=tmp_path)
-    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, checkpoints, call, monkeypatch, words, message):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = call("merge", "out", *checkpoints[0], *words)
+    assert code == 2 and message in errors and errors.count("\n") == 1, errors
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_held_out_rows_are_refused_before_the_training(tmp_path, tiny_model, tiny_mixture):
+def test_too_few_held_out_rows_are_refused_before_the_training(
+    tmp_path,
+    tiny_model,
+    tiny_mixture,
+    call,
+    monkeypatch,  # noqa: F811
+):
     values = run_values(tiny_model, tiny_mixture) | {"merge": {"scale": "auto"}}
     values["mixture"] = [dict(entry) for entry in tiny_mixture]
     rows = Path(values["mixture"][1]["eval_path"]).read_text().splitlines()
     (tmp_path / "one.jsonl").write_text(rows[0] + "\n")
     values["mixture"][1]["eval_path"] = str(tmp_path / "one.jsonl")
     (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
-    result = merit("run", "run.yml", "--json", cwd=tmp_path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert "codes: scale auto and weights fit need at least 2 held-out rows per dataset" in result.stderr
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = call("run", "run.yml", "--json")
+    assert code == 2 and "codes: scale auto and weights fit need at least 2 held-out rows per dataset" in errors
     assert not (tmp_path / "out" / "branches" / "joint").exists()
 
 
