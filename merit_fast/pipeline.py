@@ -25,7 +25,7 @@ from merit_fast.manifest import (
 from merit_fast.merge import merge_branches, resolve_weights
 from merit_fast.outputs import Outputs
 from merit_fast.progress import Progress, SilentProgress
-from merit_fast.report import split_lines
+from merit_fast.report import audit_sentence, split_lines
 from merit_fast.run_config import RunConfig, write_run_config
 from merit_fast.schemas import TUNE_FILE, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
@@ -228,6 +228,8 @@ class Run:
         start, pad, config = self.outputs.start, self._pad_token_id, self.config.evaluate
         audits = audit_merges(self._merges(), branches, start, self._eval_data, pad, config, self.progress)
         write_manifest(AuditManifest(audits), directory / "audit.json")
+        for arm, audit in audits.items():
+            self.progress.note(f"audit {arm}: {audit_sentence(audit)}")
 
     # ---- data, loaded once and only when a stage works
     @functools.cached_property

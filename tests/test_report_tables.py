@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from reports import CASES, Page, make_audit, make_evaluation, make_split, make_tuned, write
 
-from merit_fast.report import gain_rows, results_rows, split_lines, verdict
+from merit_fast.report import audit_sentence, gain_rows, results_rows, split_lines, verdict
 from merit_fast.report.split_tables import group_rows, separation_rows, small_margins, split_rows
 from merit_fast.report.tables import audit_rows, dataset_result_rows, percent, tuning_rows
 from merit_fast.schemas import ArmResult, DatasetResult, EvaluateManifest, GroupCount, MergingGain
@@ -82,6 +82,8 @@ def test_audit_rows_are_the_manifest():
         "merit", "0.1000", "0.0980", "1.020", "yes", "0.0123", "3.25", "0.310", "+0.0004", "+0.0456"
     )  # fmt: skip
     assert rows[1][:5] == ("random", "0.1000", "0.0500", "2.000", "no")
+    inside, outside = map(audit_sentence, make_audit().arms.values())
+    assert "ratio 1.020: the branches lie in one" in inside and "ratio 2.000, more than 10 % off 1" in outside
 
 
 def test_tuning_rows_are_the_manifests():

@@ -143,7 +143,7 @@ def test_too_few_held_out_rows_are_refused_before_the_training(
     tiny_model,
     tiny_mixture,
     call,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     values = run_values(tiny_model, tiny_mixture) | {"merge": {"scale": "auto"}}
     values["mixture"] = [dict(entry) for entry in tiny_mixture]

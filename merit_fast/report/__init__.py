@@ -8,11 +8,20 @@ from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifest import read_manifest, write_text
-from merit_fast.report.summary import split_lines, verdict
+from merit_fast.report.summary import audit_sentence, split_lines, verdict
 from merit_fast.report.tables import gain_rows, results_rows, tuning_rows
 from merit_fast.schemas import TUNE_FILE, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
-__all__ = ["gain_rows", "print_summary", "read_tuned", "results_rows", "split_lines", "verdict", "write_report"]
+__all__ = [
+    "audit_sentence",
+    "gain_rows",
+    "print_summary",
+    "read_tuned",
+    "results_rows",
+    "split_lines",
+    "verdict",
+    "write_report",
+]
 
 
 def write_report(
