@@ -9,22 +9,6 @@ import pytest
 import yaml
 from test_pipeline import run_values
 
-from merit_fast import cli
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs merit-fast in this process; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["merit-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
-
 
 @pytest.fixture
 def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):

@@ -12,10 +12,8 @@ import yaml
 from checks import tree_bytes
 from conftest import chat_row
 from safetensors.torch import load_file
-from test_cli import call  # noqa: F401
 from test_pipeline import MEASURED, run_values
-from test_weights_fit import setting, tune  # noqa: F401
-from tuning import make_branches, read
+from tuning import make_branches, make_setting, read, tune
 
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.merge import load_merged, merge_state_dicts
@@ -23,6 +21,11 @@ from merit_fast.tune import fit
 from merit_fast.tune.search import _Losses
 
 SCALES = fit.SCALES
+
+
+@pytest.fixture
+def setting(tmp_path, tiny_model, tiny_mixture):
+    return make_setting(tmp_path, tiny_model, tiny_mixture)
 
 
 def losses_of(monkeypatch, loss):
@@ -39,7 +42,7 @@ def test_what_does_not_curve_upwards_has_no_minimum(losses):
     assert fit.parabola_minimum(SCALES, losses) is None
 
 
-def test_a_known_minimum_is_taken(setting, monkeypatch):  # noqa: F811
+def test_a_known_minimum_is_taken(setting, monkeypatch):
     losses_of(monkeypatch, lambda s: 3 + 0.5 * (s - 1.37) ** 2)
     found, notes = tune(setting, scale="auto")
     assert found.scale == found.scale_search.minimum == pytest.approx(1.37, abs=1e-4)
@@ -58,12 +61,12 @@ def test_a_known_minimum_is_taken(setting, monkeypatch):  # noqa: F811
         (lambda s: None if s > 1 else s, 0.5),  # not finite beyond 1
     ],
 )
-def test_nothing_worse_than_what_was_evaluated_is_taken(setting, monkeypatch, loss, expected):  # noqa: F811
+def test_nothing_worse_than_what_was_evaluated_is_taken(setting, monkeypatch, loss, expected):
     losses_of(monkeypatch, loss)
     assert tune(setting, scale="auto")[0].scale == expected
 
 
-def test_losses_are_those_of_the_merges(setting):  # noqa: F811
+def test_losses_are_those_of_the_merges(setting):
     candidates, examples = setting
     found, _ = tune(setting, scale="auto", method="task_arithmetic", weights="uniform")
     search = found.scale_search
@@ -75,7 +78,7 @@ def test_losses_are_those_of_the_merges(setting):  # noqa: F811
     assert min(search.losses) == search.losses[search.scales.index(found.scale)]
 
 
-def test_a_method_without_weights_takes_a_scale(setting):  # noqa: F811
+def test_a_method_without_weights_takes_a_scale(setting):
     found, _ = tune(setting, scale="auto", method="sce")
     assert min(found.scale_search.losses) == found.scale_search.losses[found.scale_search.scales.index(found.scale)]
 
@@ -131,7 +134,7 @@ def test_a_run_directory_can_be_merged_with_rows(tmp_path, tiny_model, checkpoin
         (["--weights", "fit", "--validation", "c=rows.jsonl", "--dry-run"], "go with a scale and weights in numbers"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, checkpoints, call, monkeypatch, words, message):  # noqa: F811
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, checkpoints, call, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     code, _, errors = call("merge", "out", *checkpoints[0], *words)
     assert code == 2 and message in errors and errors.count("\n") == 1, errors

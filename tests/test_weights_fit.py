@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import yaml
 from checks import tree_bytes
-from test_pipeline import Notes, run_all, run_values
-from tuning import make_branches, quadratic, read
+from test_pipeline import run_all, run_values
+from tuning import make_branches, make_setting, quadratic, read, tune
 
 from merit_fast.config import parse
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
@@ -15,7 +15,7 @@ from merit_fast.errors import InputError, MeritFastError
 from merit_fast.merge import MergeConfig
 from merit_fast.tune import fit
 from merit_fast.tune.rows import split_held_out
-from merit_fast.tune.search import Candidates, _Losses, starting_weights, tune_merge
+from merit_fast.tune.search import _Losses, starting_weights
 
 
 def random_quadratic(count, seed):
@@ -69,18 +69,7 @@ def test_nothing_to_fit_is_said():
 
 @pytest.fixture
 def setting(tmp_path, tiny_model, tiny_mixture):
-    configs = [DatasetConfig(**entry) for entry in tiny_mixture]
-    rows = load_mixture(configs, load_tokenizer(str(tiny_model)), DataConfig(), part="eval")
-    examples = [example for dataset in rows for example in dataset.examples]
-    paths = make_branches(tmp_path, tiny_model)
-    start = starting_weights(paths, MergeConfig(weights="fit"))
-    return Candidates(paths, ("a", "b", "c"), start, tiny_model), examples
-
-
-def tune(setting, directory=None, **options):
-    candidates, examples = setting
-    notes = Notes()
-    return tune_merge(candidates, examples, 1, 4, MergeConfig(**options), directory, notes), notes.notes
+    return make_setting(tmp_path, tiny_model, tiny_mixture)
 
 
 def test_the_start_is_by_tokens_or_as_given(tmp_path, tiny_model):

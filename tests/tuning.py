@@ -4,9 +4,13 @@ import json
 
 import torch
 from safetensors.torch import load_file, save_file
+from test_pipeline import Notes
 
+from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
 from merit_fast.manifest import write_manifest
+from merit_fast.merge import MergeConfig
 from merit_fast.schemas import BranchManifest
+from merit_fast.tune.search import Candidates, starting_weights, tune_merge
 
 TOKENS = (100, 200, 100)
 
@@ -45,3 +49,20 @@ def quadratic(minimum, curvature, at=1.0):
 
 def read(path):
     return json.loads(path.read_text())
+
+
+def make_setting(root, tiny_model, tiny_mixture):
+    """Three branches around the tiny model as candidates, and all held-out rows."""
+    configs = [DatasetConfig(**entry) for entry in tiny_mixture]
+    rows = load_mixture(configs, load_tokenizer(str(tiny_model)), DataConfig(), part="eval")
+    paths = make_branches(root, tiny_model)
+    start = starting_weights(paths, MergeConfig(weights="fit"))
+    candidates = Candidates(paths, ("a", "b", "c"), start, tiny_model)
+    return candidates, [example for dataset in rows for example in dataset.examples]
+
+
+def tune(setting, directory=None, **options):
+    """What is chosen, and the notes."""
+    candidates, examples = setting
+    progress = Notes()
+    return tune_merge(candidates, examples, 1, 4, MergeConfig(**options), directory, progress), progress.notes
