@@ -181,7 +181,7 @@ class Run:
         if steps < FEW_STEPS:
             self.progress.note(f"{name}: {steps} steps; below about {FEW_STEPS} a branch is far from converged")
         if self.config.merge.is_tuned:
-            self._held_out_rows()  # too few are refused now, not after the training
+            _ = self._held_out  # too few are refused now, not after the training
         start, mark = self.outputs.start_of(branch)
         job = BranchJob(name, branch.arm, branch.group, datasets, str(start), mark)
         train_branch(job, config, directory, self.progress)
@@ -198,13 +198,15 @@ class Run:
 
     def _tune(self, arm: str, paths: list[Path], directory: Path) -> TuneManifest:
         from merit_fast.evaluate.audit import audit_rows
-        from merit_fast.tune.search import Candidates, starting_weights, tune_merge
+        from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
 
         config = self.config.merge
         names, start = tuple(self.outputs.branches_of(arm)), starting_weights(paths, config)
         candidates, pad = Candidates(paths, names, start, self.outputs.start), self._pad_token_id
-        rows, batch_size = audit_rows(self._held_out_rows()[0], config.tune_rows), self.config.evaluate.batch_size
-        return tune_merge(candidates, rows, pad, batch_size, config, directory, self.progress)
+        rows, batch_size = audit_rows(self._held_out[0], config.tune_rows), self.config.evaluate.batch_size
+        found = tune_merge(candidates, rows, pad, batch_size, config, directory, self.progress)
+        self.progress.note(f"{arm}: {tuning_sentence(found)}")
+        return found
 
     def _merges(self) -> dict[str, Any]:
         """The merged arms, as evaluate wants them."""
@@ -254,10 +256,10 @@ class Run:
     @functools.cached_property
     def _eval_data(self) -> list[Dataset]:
         """What every arm is measured on."""
-        return self._held_out_rows()[1]
+        return self._held_out[1]
 
-    @functools.cache  # noqa: B019
-    def _held_out_rows(self) -> tuple[list[Dataset], list[Dataset]]:
+    @functools.cached_property
+    def _held_out(self) -> tuple[list[Dataset], list[Dataset]]:
         """Held-out rows that choose a merge's numbers, and those that report: all, where nothing is chosen."""
         from merit_fast.tune.rows import split_held_out
 

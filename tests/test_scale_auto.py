@@ -44,10 +44,10 @@ def test_what_does_not_curve_upwards_has_no_minimum(losses):
 
 def test_a_known_minimum_is_taken(setting, monkeypatch):
     losses_of(monkeypatch, lambda s: 3 + 0.5 * (s - 1.37) ** 2)
-    found, notes = tune(setting, scale="auto")
+    found, said = tune(setting, scale="auto")
     assert found.scale == found.scale_search.minimum == pytest.approx(1.37, abs=1e-4)
     assert found.scale_search.scales[:3] == SCALES and len(found.scale_search.losses) == 4
-    assert "scale 1.37: loss 3.0000 against 3.0684 at scale 1" in notes[-1]
+    assert "scale 1.37: loss 3.0000 against 3.0684 at scale 1" in said
     assert found.weights == (0.25, 0.5, 0.25) and found.weight_search is None
 
 

@@ -85,19 +85,19 @@ def test_a_known_minimum_is_found_and_the_fit_is_never_worse_than_the_start(sett
     minimum, bend = (0.5, 0.2, 0.3), [[2.0, 0.3, 0.0], [0.3, 1.0, 0.0], [0.0, 0.0, 3.0]]
     loss = quadratic(minimum, bend)
     monkeypatch.setattr(_Losses, "_measure", lambda self, point: loss(point["weights"], point["scale"]))
-    found, notes = tune(setting, weights="fit", ridge=0.0)
+    found, said = tune(setting, weights="fit", ridge=0.0)
     assert found.weights == pytest.approx(minimum, abs=2e-4) and found.scale is None
     assert found.weight_search.accepted and found.weight_search.start == (0.25, 0.5, 0.25)
-    assert "(fitted): loss 1.0000 against" in notes[-1]
+    assert "(fitted): loss 1.0000 against" in said
 
     def misleading(self, point):  # as the quadratic says, but where the fit ends
         far = np.abs(np.array(point["weights"]) - minimum).max() < 1e-3
         return 9.0 if far else loss(point["weights"], point["scale"])
 
     monkeypatch.setattr(_Losses, "_measure", misleading)
-    found, notes = tune(setting, weights="fit", ridge=0.0)
+    found, said = tune(setting, weights="fit", ridge=0.0)
     assert found.weights == (0.25, 0.5, 0.25) and not found.weight_search.accepted
-    assert found.weight_search.fitted_loss == 9.0 and "kept, no better ones" in notes[-1]
+    assert found.weight_search.fitted_loss == 9.0 and "kept, no better ones" in said
 
 
 def test_a_real_model_is_never_worse_than_at_the_token_weights(setting):

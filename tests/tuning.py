@@ -4,13 +4,13 @@ import json
 
 import torch
 from safetensors.torch import load_file, save_file
-from test_pipeline import Notes
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
 from merit_fast.manifest import write_manifest
 from merit_fast.merge import MergeConfig
+from merit_fast.progress import SilentProgress
 from merit_fast.schemas import BranchManifest
-from merit_fast.tune.search import Candidates, starting_weights, tune_merge
+from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
 
 TOKENS = (100, 200, 100)
 
@@ -62,7 +62,7 @@ def make_setting(root, tiny_model, tiny_mixture):
 
 
 def tune(setting, directory=None, **options):
-    """What is chosen, and the notes."""
+    """What is chosen, and the sentence that says so."""
     candidates, examples = setting
-    progress = Notes()
-    return tune_merge(candidates, examples, 1, 4, MergeConfig(**options), directory, progress), progress.notes
+    found = tune_merge(candidates, examples, 1, 4, MergeConfig(**options), directory, SilentProgress())
+    return found, tuning_sentence(found)

@@ -11,7 +11,7 @@ from merit_fast.merge import MergeConfig
 from merit_fast.merge.remote import Location
 from merit_fast.progress import Progress
 from merit_fast.schemas import TuneManifest
-from merit_fast.tune.search import Candidates, starting_weights, tune_merge
+from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
 
 
 def tune_checkpoints(
@@ -41,4 +41,6 @@ def tune_checkpoints(
     examples = audit_rows(datasets, config.tune_rows)
     candidates = Candidates(paths, tuple(map(str, paths)), start, base)
     batch_size = EvaluateConfig().batch_size
-    return tune_merge(candidates, examples, pad_token_id(tokenizer), batch_size, config, None, progress)
+    found = tune_merge(candidates, examples, pad_token_id(tokenizer), batch_size, config, None, progress)
+    progress.note(tuning_sentence(found))
+    return found

@@ -80,7 +80,6 @@ def tune_merge(
             scale, found_scale = _search_scale(losses, weights)
     tokens = sum(int((example.labels[1:] != -100).sum()) for example in examples)
     manifest = TuneManifest(candidates.names, weights, scale, len(examples), tokens, found_weights, found_scale)
-    progress.note(tuning_sentence(manifest))
     if directory is not None:
         write_manifest(manifest, directory / TUNE_FILE)
         (directory / _LOSSES).unlink(missing_ok=True)
