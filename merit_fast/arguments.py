@@ -37,3 +37,28 @@ def assignments_of(arguments: argparse.Namespace, config: type[Any], prefix: str
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)}
     shown = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given.items()}
     return [f"{prefix}{key}={value}" for key, value in shown.items() if value is not None]
+
+
+def mixture_of(datasets: list[str] | None) -> list[dict[str, str]] | None:
+    """Entries of ``mixture:`` from ``--dataset NAME=PATH`` or ``NAME=PATH,EVAL_PATH``."""
+    if not datasets:
+        return None
+    mixture = []
+    for text in datasets:
+        name, paths = _named(text, "--dataset", "NAME=PATH or NAME=PATH,EVAL_PATH")
+        path, _, eval_path = paths.partition(",")
+        mixture.append({"name": name, "path": path, **({"eval_path": eval_path} if eval_path else {})})
+    return mixture
+
+
+def rows_of(datasets: list[str]) -> list[dict[str, str]]:
+    """Entries of ``mixture:`` from ``--validation NAME=PATH``."""
+    named = (_named(text, "--validation", "NAME=PATH") for text in datasets)
+    return [{"name": name, "path": path} for name, path in named]
+
+
+def _named(text: str, flag: str, form: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not path.strip(","):
+        raise InputError(f"command line: {flag}: must be {form}, got {text!r}")
+    return name, path

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merit_fast.arguments import Parser, add_fields, add_inputs, assignments_of
+from merit_fast.arguments import Parser, add_fields, add_inputs, assignments_of, mixture_of, rows_of
 from merit_fast.errors import InputError, MeritFastError, one_line
 from merit_fast.progress import PlainProgress, Progress, SilentProgress, TerminalProgress
 
 if TYPE_CHECKING:
+    from merit_fast.merge_command import Tune
     from merit_fast.run_config import RunConfig
 
 Arguments = argparse.Namespace
@@ -179,6 +180,8 @@ def _merge_parser(parser: argparse.ArgumentParser) -> Work:
     add("--base", help="the checkpoint they started from, where the method needs it")
     add("--run", help="output of `run`: merge its MERIT branches into OUT")
     add("--mergekit", help="a mergekit recipe (YAML) to merge into OUT")
+    rows = "rows that --scale auto and --weights fit choose on, with --model or --run; repeat for each dataset"
+    add("--validation", action="append", metavar="NAME=PATH", help=rows)
     add("--param", action="append", metavar="KEY=VALUE", help="of any option below; repeatable")
     add("--shard", metavar="I/N", help="write each N-th output file from the I-th on; the last process finishes")
     add("--dry-run", action="store_true", help="check and plan from the headers, write nothing")
@@ -192,19 +195,35 @@ def _merge(arguments: Arguments, fields: type[Any]) -> None:
             raise InputError(f"command line: --param: must be KEY=VALUE, got {text!r}")
     assignments = [*(arguments.param or []), *assignments_of(arguments, fields)]
     if not (arguments.model or arguments.run or arguments.mergekit):
-        if arguments.dry_run or arguments.base or arguments.shard:
-            raise InputError("command line: merge: --dry-run, --base and --shard go with --model, --run or --mergekit")
+        if arguments.dry_run or arguments.base or arguments.shard or arguments.validation:
+            flags = "--dry-run, --base, --shard and --validation"
+            raise InputError(f"command line: merge: {flags} go with --model, --run or --mergekit")
         _stage("merge", arguments.inputs, None, None, None, [f"merge.{a}" for a in assignments], arguments.as_json)
         return
     if len(arguments.inputs) != 1 or "=" in arguments.inputs[0]:
         raise InputError("command line: merge: with --model, --run or --mergekit needs exactly one OUT directory")
     from merit_fast.merge_command import describe, merge_command
 
+    progress = _progress(arguments.as_json)
     summary = merge_command(
         arguments.inputs[0], arguments.model, arguments.base, arguments.run, arguments.mergekit, assignments,
-        _progress(arguments.as_json), dry_run=arguments.dry_run, shard=arguments.shard,
+        progress, dry_run=arguments.dry_run, shard=arguments.shard, tune=_tune(arguments.validation, progress),
     )  # fmt: skip
     print(json.dumps(summary) if arguments.as_json else describe(summary, arguments.dry_run))
+
+
+def _tune(validation: list[str] | None, progress: Progress) -> "Tune | None":
+    """Chooses a merge's numbers on these rows; torch is imported when it is called."""
+    if not validation:
+        return None
+    rows = rows_of(validation)
+
+    def tune(models: Any, base: Any, config: Any) -> Any:
+        from merit_fast.tune.command import tune_checkpoints
+
+        return tune_checkpoints(models, base, rows, config, progress)
+
+    return tune
 
 
 _PARSERS: dict[str, Callable[[argparse.ArgumentParser], Work]] = {
@@ -249,7 +268,7 @@ def _stage(
     from merit_fast.run_config import read_run_config
 
     file, given = _config_and_assignments(inputs)
-    flags: dict[str, Any] = {"model": model, "output": output, "mixture": _mixture(datasets)}
+    flags: dict[str, Any] = {"model": model, "output": output, "mixture": mixture_of(datasets)}
     flags = {key: value for key, value in flags.items() if value is not None}
     if file is None and not flags:
         raise InputError(f"command line: {name}: needs a CONFIG.yml, or --model and --dataset")
@@ -298,19 +317,6 @@ def _config_and_assignments(inputs: list[str] | None) -> tuple[Path | None, list
     if len(files) > 1:
         raise InputError(f"command line: must be one CONFIG.yml and section.key=value, got {' '.join(files)}")
     return (Path(files[0]) if files else None), [text for text in inputs if "=" in text]
-
-
-def _mixture(datasets: list[str] | None) -> list[dict[str, str]] | None:
-    if not datasets:
-        return None
-    mixture = []
-    for text in datasets:
-        name, equals, paths = text.partition("=")
-        path, _, eval_path = paths.partition(",")
-        if not equals or not path:
-            raise InputError(f"command line: --dataset: must be NAME=PATH or NAME=PATH,EVAL_PATH, got {text!r}")
-        mixture.append({"name": name, "path": path, **({"eval_path": eval_path} if eval_path else {})})
-    return mixture
 
 
 def _progress(as_json: bool) -> Progress:

@@ -70,7 +70,12 @@ def read_manifest(cls: type[T], path: Readable) -> T:
 
 def write_manifest(manifest: Any, path: Path) -> None:
     """Writes a manifest dataclass as JSON: the same object gives the same bytes."""
-    write_text(path, json.dumps(to_plain(manifest), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, manifest_text(manifest))
+
+
+def manifest_text(manifest: Any) -> str:
+    """What ``write_manifest`` writes."""
+    return json.dumps(to_plain(manifest), indent=1, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,14 +1,21 @@
 """The command `merge`: a run's stage, any checkpoints, a run's branches, or a mergekit recipe. Imports no torch."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from merit_fast.config import override, parse
+from merit_fast.config import override, parse, to_plain
 from merit_fast.errors import InputError
+from merit_fast.manifest import manifest_text
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.remote import Location, as_location
+from merit_fast.merge.stage import check_places
+from merit_fast.merge.weights import require_numbers
 from merit_fast.progress import Progress
+from merit_fast.schemas import TUNE_FILE, TuneManifest
+
+Tune = Callable[[Sequence[tuple[Location, float | None]], Location | None, MergeConfig], TuneManifest]
 
 
 def merge_command(
@@ -22,6 +29,7 @@ def merge_command(
     *,
     dry_run: bool = False,
     shard: str | None = None,
+    tune: Tune | None = None,
 ) -> dict[str, Any]:
     """Merges what one of ``models``, ``run`` or ``mergekit`` names into the directory ``out``.
 
@@ -32,12 +40,13 @@ def merge_command(
         assignments: ``key=value`` of MergeConfig.
         dry_run: check and plan only.
         shard: "i/n".
+        tune: chooses what --scale auto and --weights fit leave open, on rows that were given; None: there are none.
 
     Returns:
-        the summary of ``merge_models``.
+        the summary of ``merge_models``; with "tuned", what was chosen and why, where something was.
 
     Raises:
-        InputError: not exactly one of the three is given; see ``merge_models``.
+        InputError: not exactly one of the three is given; options that do not go together; see ``merge_models``.
     """
     if sum(given is not None for given in (models or None, run, mergekit)) != 1:
         raise InputError("command line: merge: give one of --model, --run and --mergekit")
@@ -45,6 +54,8 @@ def merge_command(
     if mergekit is not None:
         from merit_fast.integrations.mergekit import merge_recipe, read_mergekit
 
+        if tune:
+            raise InputError("command line: merge: --validation goes with --model or --run")
         if base:
             raise InputError("command line: merge: --base is named in the recipe of --mergekit")
         recipe = read_mergekit(Path(mergekit), assignments)
@@ -52,8 +63,24 @@ def merge_command(
             progress.note(note)
         return merge_recipe(recipe, out, progress, dry_run=dry_run, share=share)
     config = parse(MergeConfig, override({}, assignments), "command line")
+    pairs: list[tuple[Location, float | None]]
     pairs = [_split_weight(text) for text in models] if models else [(p, None) for p in _branches(Path(run or ""))]
-    return merge_models(pairs, out, config, progress, base, dry_run=dry_run, share=share)
+    if tune is None:
+        require_numbers(config)
+        return merge_models(pairs, out, config, progress, base, dry_run=dry_run, share=share)
+    if not config.is_tuned:
+        raise InputError("command line: merge: --validation goes with --scale auto or --weights fit")
+    if dry_run or shard:
+        raise InputError("command line: merge: --dry-run and --shard go with a scale and weights in numbers")
+    check_places([as_location(path) for path, _ in pairs], as_location(out))
+    start = as_location(base) if base else None
+    chosen = tune([(as_location(path), weight) for path, weight in pairs], start, config)
+    if config.weights == "fit":  # it was pulled towards the weights given
+        pairs = [(path, None) for path, _ in pairs]
+    config = config.filled(chosen.weights, chosen.scale)
+    records = {TUNE_FILE: manifest_text(chosen)}
+    summary = merge_models(pairs, out, config, progress, base, records=records)
+    return summary | {"tuned": to_plain(chosen)}
 
 
 def describe(summary: dict[str, Any], dry_run: bool) -> str:

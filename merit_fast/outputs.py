@@ -100,19 +100,27 @@ class Outputs:
         inputs = {name: self.branch(self.branches[name]).fingerprint for name in self.branches_of(arm)}
         if self.config.merge.needs_base or self.config.merge.stats:
             inputs["base"] = self.start_fingerprint
+        if self.config.merge.is_tuned:
+            inputs["held-out"] = self.held_out_fingerprint
+            inputs["rows per pass"] = str(self.config.evaluate.batch_size)
         return stage_manifest("merge", same_bytes(self.config.merge), inputs)
 
     @property
     def evaluate(self) -> StageManifest:
         inputs = {arm: self.merge(arm).fingerprint for arm in arms.merged_arms(self.config)}
         inputs |= {name: self.branch(branch).fingerprint for name, branch in self.branches.items()}
-        inputs["held-out"] = self.held_out_fingerprint
-        return stage_manifest("evaluate", self.config.evaluate.without_audit(), inputs)
+        return stage_manifest("evaluate", self.config.evaluate.without_audit(), inputs | self._reporting_rows)
 
     @property
     def audit(self) -> StageManifest:
         inputs = {arm: self.merge(arm).fingerprint for arm in arms.merged_arms(self.config)}
-        return stage_manifest("evaluate", self.config.evaluate, inputs | {"held-out": self.held_out_fingerprint})
+        return stage_manifest("evaluate", self.config.evaluate, inputs | self._reporting_rows)
+
+    @property
+    def _reporting_rows(self) -> dict[str, str]:
+        """A merge that is tuned takes half of the held-out rows from what reports."""
+        half = {"rows": "the half that reports"} if self.config.merge.is_tuned else {}
+        return {"held-out": self.held_out_fingerprint} | half
 
     @property
     def report(self) -> StageManifest:

@@ -25,9 +25,9 @@ from merit_fast.manifest import (
 from merit_fast.merge import merge_branches, resolve_weights
 from merit_fast.outputs import Outputs
 from merit_fast.progress import Progress, SilentProgress
-from merit_fast.report import split_lines
+from merit_fast.report import audit_sentence, split_lines
 from merit_fast.run_config import RunConfig, write_run_config
-from merit_fast.schemas import AuditManifest, EvaluateManifest, SplitManifest
+from merit_fast.schemas import TUNE_FILE, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
 STAGES = ("sketch", "split", "train", "merge", "evaluate", "report")
 
@@ -56,7 +56,8 @@ class Run:
         def work(directory: Path) -> None:
             config, mark = self.config.split.sketch_config(), outputs.start_fingerprint
             datasets, pad = self._branch_data, self._pad_token_id
-            sketch_mixture(str(outputs.start), mark, datasets, pad, config, directory, self.progress)
+            earlier = outputs.root / "sketch"
+            sketch_mixture(str(outputs.start), mark, datasets, pad, config, directory, self.progress, earlier)
 
         if self.config.split.warmup:
             self._train(arms.warmup_branch(self.config))
@@ -108,7 +109,7 @@ class Run:
         return worked
 
     def report(self) -> bool:
-        from merit_fast.report import write_report
+        from merit_fast.report import read_tuned, write_report
 
         outputs = self.outputs
 
@@ -119,8 +120,11 @@ class Run:
             if self.config.evaluate.audit:
                 outputs.require(outputs.root / "audit", outputs.audit)
                 audit = read_manifest(AuditManifest, outputs.root / "audit" / "audit.json")
-            path, title = directory / "report.html", outputs.root.name
-            write_report(outputs.split_manifest, evaluation, path, title=title, notes=self._notes(), audit=audit)
+            path, title, tuned = directory / "report.html", outputs.root.name, read_tuned(outputs.root, evaluation)
+            write_report(
+                outputs.split_manifest, evaluation, path,
+                title=title, notes=self._notes(), audit=audit, tuned=tuned,
+            )  # fmt: skip
 
         return self._bring_up_to_date(outputs.root / "report", outputs.report, work)
 
@@ -133,6 +137,8 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """What a finished run says, JSON-ready: arms, split, merging gains, the report's path."""
+        from merit_fast.report import read_tuned
+
         root = self.outputs.root
         evaluation = read_manifest(EvaluateManifest, root / "evaluate" / "evaluate.json")
         return {
@@ -141,6 +147,7 @@ class Run:
             "split": self.outputs.split_manifest.group_of("merit"),
             "merging_gain": evaluation.merging_gain["merit"].gain,
             "merging_gains": {arm: gain.gain for arm, gain in evaluation.merging_gain.items()},
+            "tuned": {arm: to_plain(found) for arm, found in read_tuned(root, evaluation).items()},
             "merged": str(root / "merged" / "merit"),
             "report": str(root / "report" / "report.html"),
         }
@@ -174,6 +181,8 @@ class Run:
         steps = self._steps(datasets)
         if steps < FEW_STEPS:
             self.progress.note(f"{name}: {steps} steps; below about {FEW_STEPS} a branch is far from converged")
+        if self.config.merge.is_tuned:
+            _ = self._held_out  # too few are refused now, not after the training
         start, mark = self.outputs.start_of(branch)
         job = BranchJob(name, branch.arm, branch.group, datasets, str(start), mark)
         train_branch(job, config, directory, self.progress)
@@ -182,9 +191,23 @@ class Run:
         outputs = self.outputs
         for name in outputs.branches_of(arm):
             outputs.require(outputs.branch_path(name), outputs.branch(outputs.branches[name]))
-        paths = outputs.branch_paths(arm)
-        weights = resolve_weights(paths, self.config.merge)
-        merge_branches(paths, weights, self.config.merge, directory, self.progress, outputs.start)
+        paths, config = outputs.branch_paths(arm), self.config.merge
+        if config.is_tuned:
+            chosen = self._tune(arm, paths, directory)
+            config = config.filled(chosen.weights, chosen.scale)
+        merge_branches(paths, resolve_weights(paths, config), config, directory, self.progress, outputs.start)
+
+    def _tune(self, arm: str, paths: list[Path], directory: Path) -> TuneManifest:
+        from merit_fast.evaluate.audit import audit_rows
+        from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
+
+        config = self.config.merge
+        names, start = tuple(self.outputs.branches_of(arm)), starting_weights(paths, config)
+        candidates, pad = Candidates(paths, names, start, self.outputs.start), self._pad_token_id
+        rows, batch_size = audit_rows(self._held_out[0], config.tune_rows), self.config.evaluate.batch_size
+        found = tune_merge(candidates, rows, pad, batch_size, config, directory, self.progress)
+        self.progress.note(f"{arm}: {tuning_sentence(found)}")
+        return found
 
     def _merges(self) -> dict[str, Any]:
         """The merged arms, as evaluate wants them."""
@@ -194,7 +217,10 @@ class Run:
         for arm in arms.merged_arms(self.config):
             path = outputs.root / "merged" / arm
             outputs.require(path, outputs.merge(arm))
-            weights = tuple(resolve_weights(outputs.branch_paths(arm), self.config.merge))
+            if self.config.merge.is_tuned:
+                weights = read_manifest(TuneManifest, path / TUNE_FILE).weights
+            else:
+                weights = tuple(resolve_weights(outputs.branch_paths(arm), self.config.merge))
             merges[arm] = Merge(path, tuple(outputs.branches_of(arm)), weights)
         return merges
 
@@ -205,6 +231,8 @@ class Run:
         start, pad, config = self.outputs.start, self._pad_token_id, self.config.evaluate
         audits = audit_merges(self._merges(), branches, start, self._eval_data, pad, config, self.progress)
         write_manifest(AuditManifest(audits), directory / "audit.json")
+        for arm, audit in audits.items():
+            self.progress.note(f"audit {arm}: {audit_sentence(audit)}")
 
     # ---- data, loaded once and only when a stage works
     @functools.cached_property
@@ -228,7 +256,16 @@ class Run:
 
     @functools.cached_property
     def _eval_data(self) -> list[Dataset]:
-        return self._load("eval")
+        """What every arm is measured on."""
+        return self._held_out[1]
+
+    @functools.cached_property
+    def _held_out(self) -> tuple[list[Dataset], list[Dataset]]:
+        """Held-out rows that choose a merge's numbers, and those that report: all, where nothing is chosen."""
+        from merit_fast.tune.rows import split_held_out
+
+        rows = self._load("eval")
+        return split_held_out(rows) if self.config.merge.is_tuned else ([], rows)
 
     def _load(self, part: Any) -> list[Dataset]:
         datasets = load_mixture(self.config.mixture, self._tokenizer, self.config.data, part=part)

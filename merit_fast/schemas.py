@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 SCHEMA_VERSION = 1
+TUNE_FILE = "tune.json"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,42 @@ class BranchManifest:
 
 
 @dataclass(frozen=True)
+class ScaleSearch:
+    """Three losses, the minimum of the parabola through them, and the loss there."""
+
+    scales: tuple[float, ...]  # in the order tried; the last is the minimum, unless it was none or one of the others
+    losses: tuple[float | None, ...]  # nats per target token of the rows that choose; None: not finite
+    minimum: float | None  # moved into the range allowed; None: the parabola has none
+
+
+@dataclass(frozen=True)
+class WeightSearch:
+    """Losses around the start, the minimum of the quadratic through them, and the loss there."""
+
+    start: tuple[float, ...]  # [K] by token counts
+    start_loss: float
+    points: tuple[tuple[float, ...], ...]
+    losses: tuple[float | None, ...]
+    fitted: tuple[float, ...] | None  # None: no direction curves upwards
+    fitted_loss: float | None
+    accepted: bool  # whether the loss at ``fitted`` is lower than at the start
+
+
+@dataclass(frozen=True)
+class TuneManifest:
+    """tune.json, beside a merge's weights: what held-out rows chose about it, and by which losses (float32 models)."""
+
+    branches: tuple[str, ...]  # names or paths, in the weights' order
+    weights: tuple[float, ...]  # those of the merge
+    scale: float | None  # that of the merge; None: not chosen here
+    num_examples: int  # held-out rows that chose; none of them is in evaluate.json
+    num_target_tokens: int
+    weight_search: WeightSearch | None
+    scale_search: ScaleSearch | None
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
 class DatasetResult:
     loss: float  # nats per target token
     exact_match: float  # share of rows whose every target token is the greedy choice
@@ -130,7 +167,7 @@ class MergeAudit:
     """One merge against the theory of its gain. Losses in nats per target token of the audit's rows, float32 models."""
 
     gain: float  # sum_k w_k L(theta_k) - L(theta)
-    predicted_gain: float  # 1/2 sum_k w_k delta_k^T H delta_k, H the Hessian at the merge
+    predicted_gain: float  # sum_k w_k (g^T delta_k + 1/2 delta_k^T H delta_k), gradient and Hessian at the merge
     branch_losses: tuple[float, ...]
     merged_loss: float
     barriers: tuple[Barrier, ...]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -147,3 +148,19 @@ def branches(tmp_path_factory):
         make_model(root / f"b{k}", dtype=torch.bfloat16, shard="60KB", seed=k)
         (root / f"b{k}" / "tokenizer.json").write_text(json.dumps({"of": k}))
     return [root / f"b{k}" for k in range(4)]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs merit-fast in this process; returns (exit code, standard output, standard error)."""
+
+    from merit_fast import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["merit-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run

@@ -19,8 +19,11 @@ from merit_fast.schemas import (
     GroupCount,
     MergeAudit,
     MergingGain,
+    ScaleSearch,
     SplitDataset,
     SplitManifest,
+    TuneManifest,
+    WeightSearch,
 )
 
 EVIL = "<script>alert(1)</script>"
@@ -100,6 +103,17 @@ def make_audit() -> AuditManifest:
     noise = ((0.01, 0.0004), (0.1, 0.0456))
     inside = MergeAudit(0.1, 0.098, (1.9, 2.1), 1.9, barriers, noise, 3.25, 0.31, 128)
     return AuditManifest({"merit": inside, "random": replace(inside, predicted_gain=0.05)})
+
+
+def make_tuned() -> dict[str, TuneManifest]:
+    branches, start, fitted = ("merit-0", "merit-1"), (0.5, 0.5), (0.3125, 0.6875)
+    by = WeightSearch(start, 2.5, (start,) * 3, (2.75, None, 2.625), fitted, 2.25, True)
+    along = ScaleSearch((0.5, 1.0, 1.5, 1.25), (2.5, 2.25, 2.375, 2.125), 1.25)
+    kept = replace(by, fitted_loss=2.875, accepted=False)
+    return {
+        "random": TuneManifest(branches, start, 1.5, 9, 90, kept, ScaleSearch((0.5, 1.0, 1.5), (3.0, 2.0, 1.0), None)),
+        "merit": TuneManifest(branches, fitted, 1.25, 9, 90, by, along),
+    }
 
 
 def _unit(vector: list[float]) -> list[float]:

@@ -75,6 +75,16 @@ def test_near_the_merge_the_gain_is_what_the_hessian_says(tmp_path, tiny_model, 
     assert [share for share, _ in audit.noise] == [0.01, 0.03, 0.1] and audit.num_examples == 8
 
 
+def test_a_merge_beside_the_mean_of_its_branches_has_a_slope_and_the_audit_counts_it(tmp_path, tiny_model, datasets):
+    paths, _, base, _, merged = branches_around(tmp_path, tiny_model, 0.02)
+    scaled = checkpoint(tmp_path / "scaled", {n: base[n] + 2 * (merged[n] - base[n]) for n in base}, tiny_model)
+    start = checkpoint(tmp_path / "base", base, tiny_model)
+    merges = {"merit": Merge(scaled, tuple(paths), WEIGHTS)}
+    config = EvaluateConfig(batch_size=3, audit_rows=12, audit_points=1)
+    audit = audit_merges(merges, paths, start, datasets, 1, config, SilentProgress())["merit"]
+    assert audit.gain < 0 and audit.ratio == pytest.approx(1.0, abs=0.1)  # without its slope: above 0
+
+
 def test_far_from_the_merge_it_says_so(tmp_path, tiny_model, datasets):
     audit, *_ = audited(tmp_path, tiny_model, datasets, 3.0)
     assert not audit.in_basin
@@ -86,10 +96,11 @@ def test_curvature_is_the_second_difference_of_the_loss(tiny_model, datasets):
     auditor.set({name: value for name, value in sharpened(tiny_model).items() if name in auditor.weights})
     center = {name: value.clone() for name, value in auditor.weights.items()}
     delta = {n: v.abs() * torch.randn(v.shape, generator=numbers) for n, v in center.items()}
-    (curvature,) = auditor.curvatures([delta])
+    ((slope, curvature),) = auditor.derivatives([delta])
     auditor.model.requires_grad_(False)
     step = 0.02
     there, here, back = (auditor.loss({n: v + s * delta[n] for n, v in center.items()}) for s in (step, 0.0, -step))
+    assert slope == pytest.approx((there - back) / (2 * step), rel=0.05)
     assert curvature == pytest.approx((there - 2 * here + back) / step**2, rel=0.05)
 
 

@@ -9,22 +9,6 @@ import pytest
 import yaml
 from test_pipeline import run_values
 
-from merit_fast import cli
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs merit-fast in this process; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["merit-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
-
 
 @pytest.fixture
 def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
@@ -123,7 +107,7 @@ def test_merge_of_given_models(call, config_file, tmp_path, tiny_model):
     code, _, err = call("merge", "merged", *scaled)
     assert code == 2 and "needs a base model" in err
     code, _, err = call("merge", config_file, "--dry-run")
-    assert code == 2 and "--dry-run, --base and --shard go with --model" in err
+    assert code == 2 and "--dry-run, --base, --shard and --validation go with --model" in err
     code, _, err = call("merge", "again", "--model", tiny_model, "--model", tiny_model)
     assert code == 2 and "has no branch.json" in err and not Path("again").exists()
     code, _, err = call("merge", tiny_model, "--model", f"{tiny_model}:1")

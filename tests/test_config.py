@@ -46,7 +46,7 @@ def write(tmp_path, values):
         ({"train": {"learning_rate": -1}}, "train.learning_rate: must be positive, got -1"),
         ({"train": {"arms": ["joint", "rnadom"]}}, r"train.arms\[1\]: must be one of joint, random, iid, got 'rnadom'"),
         ({"train": {"dtype": "fp8"}}, "train.dtype: must be one of auto, bf16, fp32, got 'fp8'"),
-        ({"merge": {"weights": "token"}}, "merge.weights: must be one of tokens, samples, uniform or a list"),
+        ({"merge": {"weights": "token"}}, "merge.weights: must be one of tokens, samples, uniform, fit or a list"),
         ({"merge": {"weights": [1, "x"]}}, "merge.weights: must be"),
         ({"evaluate": {"interpolate": [2]}}, "evaluate.interpolate: must be between 0 and 1, got 2"),
         ({"model": None}, "model: must be a string, got None"),

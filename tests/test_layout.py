@@ -31,12 +31,15 @@ ARROWS = {
     "run_config": BASE | STAGES | {"data", "strict_yaml"},
     "arms": BASE | {"data", "run_config"},
     "outputs": BASE | {"arms", "data", "merge", "model", "run_config", "train"},
-    "pipeline": BASE | STAGES | {"data", "model", "run_config", "arms", "outputs"},
+    "tune": BASE | {"merge", "evaluate", "data", "model"},
+    "pipeline": BASE | STAGES | {"data", "model", "run_config", "arms", "outputs", "tune"},
     "integrations": BASE | {"merge", "model", "strict_yaml", "split", "kernels"},
     "arguments": {"errors"},
     "strict_yaml": {"errors"},
     "merge_command": BASE | {"merge", "integrations"},
-    "cli": BASE | STAGES | {"data", "model", "run_config", "pipeline", "doctor", "demo", "arguments", "merge_command"},
+    "cli": BASE
+    | STAGES
+    | {"data", "model", "run_config", "pipeline", "doctor", "demo", "arguments", "merge_command", "tune"},
     "__init__": {"errors", "pipeline", "run_config", "split", "train"},
 }
 

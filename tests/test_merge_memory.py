@@ -167,7 +167,7 @@ def test_a_head_that_comes_to_differ_from_its_embedding_is_kept(pair, tmp_path, 
         ({"method": "ties"}, "^load_merged: density: must be given for method ties"),
         (
             {"weights": "unifrm"},
-            "^load_merged: weights: must be one of tokens, samples, uniform or a list, got 'unifrm'",
+            "^load_merged: weights: must be one of tokens, samples, uniform, fit or a list, got 'unifrm'",
         ),
         ({"weights": [1.0]}, "weights: must list 2 numbers, got 1"),
         (

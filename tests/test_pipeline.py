@@ -131,6 +131,32 @@ def without_timing(value):
     return value
 
 
+@pytest.mark.slow
+def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(config_file, tmp_path, monkeypatch, tiny_mixture):
+    monkeypatch.chdir(tmp_path)
+    values = yaml.safe_load(config_file.read_text())
+    config_file.write_text(yaml.safe_dump(values | {"mixture": tiny_mixture[:3]}))
+    Run(read_run_config(config_file)).sketch()
+    config_file.write_text(yaml.safe_dump(values))
+    script = str(Path(__file__).with_name("kill_at.py"))
+    for pattern in ("sketch.tmp/plurals.safetensors", "sketch.tmp/opposites.safetensors", "out/sketch$"):
+        command = [sys.executable, script, pattern, "1", "sketch", str(config_file)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == -signal.SIGKILL, (pattern, result.stderr)
+    notes = Notes()
+    run = Run(read_run_config(config_file), notes)
+    run.sketch(), run.split()
+    fresh = Run(read_run_config(config_file, ["output=fresh"]))
+    fresh.sketch(), fresh.split()
+    for stage in ("sketch", "split"):
+        assert tree_bytes(tmp_path / "out" / stage, ("config.yml",)) == tree_bytes(
+            tmp_path / "fresh" / stage, ("config.yml",)
+        )
+    run = Run(read_run_config(config_file, ["data.max_length=999"]), notes)  # the same tokens
+    run.sketch()
+    assert "sketch: 4 of 4 datasets are as before, their sketches are reused" in notes.notes
+
+
 def test_a_stage_whose_input_is_absent_or_stale_names_the_command(config_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run(read_run_config(config_file), command="merit-fast {stage} run.yml")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from chromium import EXECUTABLE, Browser
-from reports import make_audit, make_evaluation, make_split, median_cuts, write
+from reports import make_audit, make_evaluation, make_split, make_tuned, median_cuts, write
 
 from merit_fast.manifest import read_manifest, write_manifest
 from merit_fast.schemas import SplitManifest
@@ -76,7 +76,7 @@ def pages(tmp_path_factory):
         write_manifest(split, folder / f"{name}.json")
         read = read_manifest(SplitManifest, folder / f"{name}.json")
         found[name] = folder / f"{name}.html"
-        write(found[name], read, make_evaluation(read), title=name, audit=make_audit())
+        write(found[name], read, make_evaluation(read), title=name, audit=make_audit(), tuned=make_tuned())
     return found
 
 

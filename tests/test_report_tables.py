@@ -6,11 +6,11 @@ import sys
 from dataclasses import replace
 
 import pytest
-from reports import CASES, Page, make_audit, make_evaluation, make_split, write
+from reports import CASES, Page, make_audit, make_evaluation, make_split, make_tuned, write
 
-from merit_fast.report import gain_rows, results_rows, split_lines, verdict
+from merit_fast.report import audit_sentence, gain_rows, results_rows, split_lines, verdict
 from merit_fast.report.split_tables import group_rows, separation_rows, small_margins, split_rows
-from merit_fast.report.tables import audit_rows, dataset_result_rows, percent
+from merit_fast.report.tables import audit_rows, dataset_result_rows, percent, tuning_rows
 from merit_fast.schemas import ArmResult, DatasetResult, EvaluateManifest, GroupCount, MergingGain
 
 
@@ -62,13 +62,14 @@ def test_results_formats():
 def test_tables_reach_the_page(tmp_path, split, evaluated):
     evaluation = make_evaluation(split) if evaluated else None
     audit = make_audit() if evaluated else None
-    rows = {tuple(row) for row in Page(write(tmp_path / "r.html", split, evaluation, audit=audit)).rows}
+    tuned = make_tuned() if evaluated else None
+    rows = {tuple(row) for row in Page(write(tmp_path / "r.html", split, evaluation, audit=audit, tuned=tuned)).rows}
     steps = [evaluation.branches[f"merit-{k}"].steps for k in range(split.groups)] if evaluation else None
     expected = [group_rows(split, steps), split_rows(split)]
     if split.separations:
         expected.append(separation_rows(split))
     if evaluation:
-        expected += [results_rows(evaluation), gain_rows(evaluation), audit_rows(audit)]
+        expected += [results_rows(evaluation), gain_rows(evaluation), audit_rows(audit), tuning_rows(tuned)]
         assert set(dataset_result_rows(split, evaluation)[1]) <= rows
     for columns, body in expected:
         assert {columns, *body} <= rows
@@ -81,6 +82,20 @@ def test_audit_rows_are_the_manifest():
         "merit", "0.1000", "0.0980", "1.020", "yes", "0.0123", "3.25", "0.310", "+0.0004", "+0.0456"
     )  # fmt: skip
     assert rows[1][:5] == ("random", "0.1000", "0.0500", "2.000", "no")
+    inside, outside = map(audit_sentence, make_audit().arms.values())
+    assert "ratio 1.020: the branches lie in one" in inside and "ratio 2.000, more than 10 % off 1" in outside
+
+
+def test_tuning_rows_are_the_manifests():
+    columns, rows = tuning_rows(make_tuned())
+    assert columns == ("merged arm", "chosen", "before", "loss before", "fitted", "loss there", "taken", "losses tried")
+    assert rows == (
+        ("random", "weights", "0.5 0.5", "2.5000", "0.3125 0.6875", "2.8750", "0.5 0.5", "2.7500, –, 2.6250"),
+        ("random", "scale", "1", "2.0000", "–", "–", "1.5", "3.0000 at 0.5, 2.0000 at 1, 1.0000 at 1.5"),
+        ("merit", "weights", "0.5 0.5", "2.5000", "0.3125 0.6875", "2.2500", "0.3125 0.6875", "2.7500, –, 2.6250"),
+        ("merit", "scale", "1", "2.2500", "1.25", "2.1250", "1.25",
+         "2.5000 at 0.5, 2.2500 at 1, 2.3750 at 1.5, 2.1250 at 1.25"),
+    )  # fmt: skip
 
 
 def test_dataset_rows_show_absent_and_extra_datasets():

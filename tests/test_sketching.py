@@ -1,11 +1,14 @@
 """The sketch stage: as many examples as it takes, of the parameters asked for, and no more work than is left."""
 
+import os
+
 import numpy as np
 import pytest
 from test_pipeline import Notes
 
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError
+from merit_fast.split import sketching
 from merit_fast.split.config import SketchConfig
 from merit_fast.split.sketching import sketch_mixture
 from merit_fast.split.statistics import SketchState
@@ -70,3 +73,76 @@ def test_too_few_blocks_for_the_looks_are_refused_before_any_work(tiny_model, tm
     with pytest.raises(InputError, match="blocks: must be at least"):
         sketch(tiny_model, tmp_path, precision=0.1, blocks=4)
     assert not list(tmp_path.iterdir())
+
+
+def sketched(model, folder, rows, earlier=None, fingerprint="fingerprint", **options):
+    """A finished output: (name -> bytes of its files, the notes)."""
+    options = {"proj_dim": 4096, "dtype": "fp32", "batch_size": 16, "examples": 20, **options}
+    folder.mkdir(parents=True)
+    progress = Notes()
+    sketch_mixture(str(model), fingerprint, rows, 1, SketchConfig(**options), folder, progress, earlier)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}, progress.notes
+
+
+def named(names):
+    return [Dataset(name, tuple(example([5, 9, 11, *map(ord, name), k % 9 + 5]) for k in range(24))) for name in names]
+
+
+def test_a_new_dataset_costs_itself_and_gives_the_bytes_of_a_fresh_run(tiny_model, tmp_path, monkeypatch):
+    first, notes = sketched(tiny_model, tmp_path / "first", named("abc"))
+    assert notes == []
+    whole, _ = sketched(tiny_model, tmp_path / "whole", named("dba"))
+
+    done = []
+    real = sketching._sketch_dataset
+    monkeypatch.setattr(sketching, "_sketch_dataset", lambda *given: done.append(given[2].name) or real(*given))
+    grown, notes = sketched(
+        tiny_model, tmp_path / "grown", named("dba"), tmp_path / "first"
+    )  # d new, c gone, reordered
+    assert done == ["d"] and grown == whole
+    assert notes == ["sketch: 2 of 3 datasets are as before, their sketches are reused"]
+    assert grown["a.safetensors"] == first["a.safetensors"] and "c.safetensors" not in grown
+
+    monkeypatch.setattr(sketching, "load_model", None)  # with nothing left to sketch there is no model to load
+    fewer, _ = sketched(tiny_model, tmp_path / "fewer", named("ba"), tmp_path / "grown")
+    assert set(fewer) == {"a.safetensors", "b.safetensors", "datasets.json"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"fingerprint": "another"}, {"seed": 1}, {"examples": 19}, {"parameters": "blocks"}]
+)
+def test_another_model_or_option_reuses_nothing(tiny_model, tmp_path, change):
+    sketched(tiny_model, tmp_path / "first", named("ab"))
+    fresh, _ = sketched(tiny_model, tmp_path / "fresh", named("ab"), **change)
+    again, notes = sketched(tiny_model, tmp_path / "again", named("ab"), tmp_path / "first", **change)
+    assert again == fresh and notes == []
+
+
+def test_a_row_that_changed_makes_its_dataset_new(tiny_model, tmp_path):
+    sketched(tiny_model, tmp_path / "first", named("ab"))
+    rows = named("ab")
+    labels = rows[1].examples[3].labels.copy()
+    labels[-1] = -100  # the same tokens, one target less
+    changed = (*rows[1].examples[:3], Example(rows[1].examples[3].input_ids, labels), *rows[1].examples[4:])
+    rows[1] = Dataset("b", changed)
+    options = {"examples": 24}
+    sketched(tiny_model, tmp_path / "all", named("ab"), **options)
+    fresh, _ = sketched(tiny_model, tmp_path / "fresh", rows, **options)
+    again, notes = sketched(tiny_model, tmp_path / "again", rows, tmp_path / "all", **options)
+    assert again == fresh and notes == ["sketch: 1 of 2 datasets are as before, their sketches are reused"]
+
+
+@pytest.mark.parametrize("broken", ["absent", "not JSON", "no file", "no links"])
+def test_an_earlier_output_that_lacks_something_is_no_error(tiny_model, tmp_path, broken, monkeypatch):
+    whole, _ = sketched(tiny_model, tmp_path / "first", named("ab"))
+    if broken == "absent":
+        (tmp_path / "first" / "datasets.json").unlink()
+    elif broken == "not JSON":
+        (tmp_path / "first" / "datasets.json").write_text("{")
+    elif broken == "no file":
+        (tmp_path / "first" / "b.safetensors").unlink()
+    else:
+        monkeypatch.setattr(os, "link", lambda *given: (_ for _ in ()).throw(OSError("no hard links here")))
+    again, notes = sketched(tiny_model, tmp_path / "again", named("ab"), tmp_path / "first")
+    reused = {"no file": 1, "no links": 2}.get(broken, 0)
+    assert again == whole and len(notes) == bool(reused) and all(f"{reused} of 2" in note for note in notes)

@@ -2,9 +2,10 @@
 
 For any quadratic loss, w the branches' weights and delta_k = theta_k - theta the way from the merge theta to branch k,
 
-    gain = sum_k w_k L(theta_k) - L(theta) = 1/2 sum_k w_k delta_k^T H delta_k        H the Hessian of L at theta
+    gain = sum_k w_k L(theta_k) - L(theta) = sum_k w_k (g^T delta_k + 1/2 delta_k^T H delta_k)
 
-(docs/method.md). A ratio of the two sides near 1 says that the branches lie in one quadratic basin around the merge.
+with g and H the gradient and Hessian of L at theta (docs/method.md); g drops out where theta is the branches' mean. A
+ratio of the two sides near 1 says that the branches lie in one quadratic basin around the merge.
 """
 
 import itertools
@@ -96,14 +97,14 @@ class _Auditor:
         noise = tuple((sigma, self.loss(_noisy(center, sigma)) - loss) for sigma in NOISE)
         task.advance(1, "noise")
         self.set(center)
-        curvatures = self.curvatures(list(deltas.values()))
+        rises = [slope + 0.5 * bend for slope, bend in self.derivatives(list(deltas.values()))]
         task.advance(1, "curvature")
         moved = _difference(center, _read(start, center))
         from_start = [_square(_moved(moved, delta)) for delta in deltas.values()]
         spread = sum(w * square for w, square in zip(weights, from_start, strict=True))
         return MergeAudit(
             gain=sum(w * value for w, value in zip(weights, losses.values(), strict=True)) - loss,
-            predicted_gain=0.5 * sum(w * c for w, c in zip(weights, curvatures, strict=True)),
+            predicted_gain=sum(w * rise for w, rise in zip(weights, rises, strict=True)),
             branch_losses=tuple(losses.values()),
             merged_loss=loss,
             barriers=tuple(barriers),
@@ -127,13 +128,13 @@ class _Auditor:
             heights.append(self.loss(middle) - (1 - a) * losses[0] - a * losses[1])
         return max(heights)
 
-    def curvatures(self, deltas: Sequence[Weights]) -> list[float]:
-        """delta^T H delta of every delta at the weights that are set, by double backward passes (Pearlmutter 1994)."""
+    def derivatives(self, deltas: Sequence[Weights]) -> list[tuple[float, float]]:
+        """g^T delta and delta^T H delta of every delta at the weights set, by double backward (Pearlmutter 1994)."""
         parameters = dict(self.model.named_parameters())
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         total = sum(int((example.labels[1:] != -100).sum()) for example in self.examples)
-        sums = [0.0] * len(deltas)
+        slopes, bends = [0.0] * len(deltas), [0.0] * len(deltas)
         order = sorted(range(len(self.examples)), key=lambda i: (len(self.examples[i].input_ids), i))
         for at in range(0, len(order), self.batch_size):
             rows = [self.examples[i] for i in order[at : at + self.batch_size]]
@@ -142,9 +143,10 @@ class _Auditor:
             gradients = self._gradients(loss, parameters)
             for k, delta in enumerate(deltas):
                 slope = torch.stack([(delta[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
+                slopes[k] += float(slope.detach())
                 seconds = self._gradients(slope, parameters)
-                sums[k] += sum(float((delta[n] * second.detach()).double().sum()) for n, second in seconds.items())
-        return sums
+                bends[k] += sum(float((delta[n] * second.detach()).double().sum()) for n, second in seconds.items())
+        return list(zip(slopes, bends, strict=True))
 
     @staticmethod
     def _gradients(value: Tensor, parameters: dict[str, nn.Parameter]) -> Weights:

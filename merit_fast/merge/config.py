@@ -1,7 +1,7 @@
 """Options of the merge stage."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from merit_fast.config import option, require
@@ -39,14 +39,18 @@ class MergeConfig:
     A Setting is a number, a gradient over the layers, or a list of {filter, value}.
     """
 
-    weights: Literal["tokens", "samples", "uniform"] | tuple[float, ...] = option(
-        "tokens", "tokens or samples (from each branch.json), uniform, or a list of numbers"
+    weights: Literal["tokens", "samples", "uniform", "fit"] | tuple[float, ...] = option(
+        "tokens", "tokens or samples (from each branch.json), uniform, a list of numbers, or fit: on held-out rows"
     )
     normalize: bool = option(
         True, "divide the weights by their sum, and elected deltas by the weights of those that agree"
     )
     method: Method = option("linear", f"one of {', '.join(PARAMETERS)}; docs/method.md has the formulas")
-    scale: Setting = option(1.0, "factor on the step from the base; linear with 1 needs no base")
+    scale: Setting | Literal["auto"] = option(
+        1.0, "factor on the step from the base (linear with 1 needs no base); auto: chosen on held-out rows"
+    )
+    ridge: float = option(0.1, "with weights fit: pull towards the token weights, as a share of the mean curvature")
+    tune_rows: int = option(256, "with scale auto or weights fit: held-out rows that choose, at most half of them")
     density: Setting | None = option(None, "share of every delta that is kept (ties, dare, breadcrumbs, della)")
     gamma: Setting = option(0.01, "share of every delta's largest entries that breadcrumbs drops")
     epsilon: Setting = option(0.15, "della keeps the smallest of a row with density - epsilon, the largest with +")
@@ -76,6 +80,7 @@ class MergeConfig:
                 parse_bytes(name, getattr(self, name))
         self._check_parameters()
         self._check_weights()
+        self._check_tuning()
 
     def _check_parameters(self) -> None:
         takes = PARAMETERS[self.method]
@@ -110,6 +115,27 @@ class MergeConfig:
             total = abs(sum(self.weights))
             require(not self.normalize or total > 1e-12, "weights", "of a sum other than 0", list(self.weights))
 
+    def _check_tuning(self) -> None:
+        require(0 <= self.ridge < float("inf"), "ridge", "a number of at least 0", self.ridge)
+        require(self.tune_rows >= 1, "tune_rows", "at least 1", self.tune_rows)
+        scaled = self.scale != "auto" or self.method != "passthrough"
+        require(scaled, "scale", "a number with method passthrough", self.scale)
+        if self.weights == "fit":
+            linear = self.method in ("linear", "task_arithmetic")
+            require(linear, "weights", f"other than fit with method {self.method}: its result is no sum", "fit")
+            own = any(model.weight is not None for model in self.models)
+            require(not own, "weights", "other than fit where models have weights of their own", "fit")
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether held-out rows choose a number of this merge."""
+        return self.scale == "auto" or self.weights == "fit"
+
+    def filled(self, weights: tuple[float, ...], scale: float | None) -> "MergeConfig":
+        """With the numbers that were chosen in the place of ``fit`` and ``auto``."""
+        chosen = weights if self.weights == "fit" else self.weights
+        return replace(self, weights=chosen, scale=self.scale if scale is None else scale)
+
     @property
     def needs_base(self) -> bool:
         """Whether the base enters the result."""
@@ -134,6 +160,8 @@ def parse_bytes(key: str, text: str) -> int:
 
 
 def _check_range(key: str, name: str, value: Any) -> None:
+    if value == "auto":
+        return
     if isinstance(value, tuple):
         require(len(value) > 0, key, "a number or a list of at least one", list(value))
     for number in numbers_of(value):

@@ -18,6 +18,7 @@ from merit_fast.merge.coefficients import (
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.parameters import Layers, setting_at
 from merit_fast.merge.remote import Location
+from merit_fast.merge.weights import require_numbers
 
 Rule = Coefficients | DeltaRule
 
@@ -123,6 +124,7 @@ class _Values:
 
 
 def _check_counts(models: Sequence[Location], base: Location | None, config: MergeConfig) -> None:
+    require_numbers(config)
     least = {"model_stock": 2, "slerp": 2}.get(config.method, 1)
     most = {"slerp": 2, "passthrough": 1}.get(config.method)
     if len(models) < least or (most is not None and len(models) > most):

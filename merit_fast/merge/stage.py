@@ -1,7 +1,7 @@
 """The merge stage: checkpoints and weights in, one checkpoint out."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from merit_fast.manifest import (
     STAGE_FILE,
     StageManifest,
     begin_directory,
+    fingerprint,
     finish_directory,
     stage_manifest,
     write_manifest,
+    write_text,
 )
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.files import is_directory
@@ -70,6 +72,7 @@ def merge_models(
     share: Share = (1, 1),
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
+    records: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Combines any checkpoints into the directory ``out``. Directories may be fsspec URLs, as in ``as_location``.
 
@@ -81,6 +84,7 @@ def merge_models(
         share: (i, n): of the output's files write every n-th from the i-th on; the process that finds all of them
             there finishes the output.
         slices, companions: as in ``read_inputs``.
+        records: names and texts of files to lie beside the weights.
 
     Returns:
         JSON-ready: weights and coefficients used; bytes in and out, the memory of the engine's buffers.
@@ -96,7 +100,7 @@ def merge_models(
         raise InputError(f"merge: give a weight to every model or to none, got {len(given)} for {len(models)} models")
     if not 1 <= share[0] <= share[1]:
         raise InputError(f"merge: share: must be 1 to n of n, got {share[0]}/{share[1]}")
-    _check_places([*paths, *([base] if base else [])], out)
+    check_places([*paths, *([base] if base else [])], out)
     config = replace(config, weights=given or config.weights)
     weights = resolve_weights(paths, config)
     inputs = read_inputs(paths, weights, base, config, slices, companions)
@@ -107,9 +111,11 @@ def merge_models(
     fingerprints = {str(path): input_fingerprint(path) for path in (*paths, *([base] if base else []))}
     if slices:
         fingerprints["slices"] = describe_slices(slices)
+    records = dict(records or {})
+    fingerprints |= {name: fingerprint(text) for name, text in records.items()}
     manifest = stage_manifest("merge", same_bytes(config), fingerprints)
     if isinstance(out, RemotePath):
-        finished = _merge_into_store(out, manifest, inputs, paths, config, progress, share, slices)
+        finished = _merge_into_store(out, manifest, inputs, paths, config, progress, share, slices, records)
         return summary | {"finished": finished}
     directory = begin_directory(out, manifest.fingerprint)
     plan = make_plan(inputs, config, progress)
@@ -121,6 +127,7 @@ def merge_models(
             finish_output(plan, inputs, paths, config, directory)
             if slices:
                 write_depth(directory, slices)
+            _write_records(directory, records)
             finish_directory(directory, out, manifest, config.fsync)
     return summary
 
@@ -134,6 +141,7 @@ def _merge_into_store(
     progress: Progress,
     share: Share,
     slices: Sequence[Slice],
+    records: Mapping[str, str],
 ) -> bool:
     """Makes the output file by file and sends it; False while other processes' files are missing."""
     upload = Upload(out, {shard.file: shard.num_bytes for shard in plan_merge(inputs.files).shards})
@@ -148,6 +156,7 @@ def _merge_into_store(
                 finish_output(plan, inputs, branches, config, spool, out)
                 if slices:
                     write_depth(spool, slices)
+                _write_records(spool, records)
                 write_manifest(manifest, spool / STAGE_FILE)
                 upload.finish(spool)
     upload.sweep()
@@ -156,10 +165,19 @@ def _merge_into_store(
 
 def same_bytes(config: MergeConfig) -> MergeConfig:
     """The config without what changes no byte of the output."""
-    return replace(config, threads=1, chunk_kib=512, max_memory=None, fsync=True)
+    same = replace(config, threads=1, chunk_kib=512, max_memory=None, fsync=True)
+    if config.is_tuned:
+        return same
+    return replace(same, ridge=MergeConfig.ridge, tune_rows=MergeConfig.tune_rows)
 
 
-def _check_places(inputs: Sequence[Location], out: Location) -> None:
+def _write_records(directory: Path, records: Mapping[str, str]) -> None:
+    for name, text in records.items():
+        write_text(directory / name, text)
+
+
+def check_places(inputs: Sequence[Location], out: Location) -> None:
+    """Raises InputError if an input is no directory, or the output would lie in its way or over what is not ours."""
     for path in inputs:
         if not is_directory(path):
             raise InputError(f"{path}: is not a directory")

@@ -16,8 +16,9 @@ def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[flo
 
     Raises:
         InputError: token or sample counts are wanted and a model has no branch.json, or branches disagree about their
-            base; a list's length is wrong.
+            base; a list's length is wrong; the weights or the scale are still to be chosen.
     """
+    require_numbers(config)
     own = any(model.weight is not None for model in config.models)
     if config.weights == "uniform" or not config.takes_weights or own:
         raw = [1.0] * len(models)
@@ -30,6 +31,15 @@ def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[flo
         return [count / sum(raw) for count in raw]  # counts mean nothing unless normalised
     total = sum(raw) if config.normalize else 1.0
     return [weight / total for weight in raw]
+
+
+def require_numbers(config: MergeConfig) -> None:
+    """Raises InputError if held-out rows are to choose a number: merges themselves read none (merit_fast/tune does)."""
+    if config.is_tuned:
+        what = "scale: auto" if config.scale == "auto" else "weights: fit"
+        raise InputError(
+            f"merge.{what} is chosen on held-out rows: merge by a run's CONFIG.yml, or give --validation NAME=PATH"
+        )
 
 
 def _branch_counts(models: Sequence[Location], unit: str) -> list[int]:

@@ -3,16 +3,25 @@
 The tables are pure Python, so that the terminal can show them too; plotly and jinja2 are imported by ``write_report``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifest import read_manifest, write_text
-from merit_fast.report.summary import split_lines, verdict
-from merit_fast.report.tables import gain_rows, results_rows
-from merit_fast.schemas import AuditManifest, EvaluateManifest, SplitManifest
+from merit_fast.report.summary import audit_sentence, split_lines, verdict
+from merit_fast.report.tables import gain_rows, results_rows, tuning_rows
+from merit_fast.schemas import TUNE_FILE, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
-__all__ = ["gain_rows", "print_summary", "results_rows", "split_lines", "verdict", "write_report"]
+__all__ = [
+    "audit_sentence",
+    "gain_rows",
+    "print_summary",
+    "read_tuned",
+    "results_rows",
+    "split_lines",
+    "verdict",
+    "write_report",
+]
 
 
 def write_report(
@@ -23,6 +32,7 @@ def write_report(
     title: str,
     notes: Sequence[str] = (),
     audit: AuditManifest | None = None,
+    tuned: Mapping[str, TuneManifest] | None = None,
 ) -> None:
     """Writes the page, atomically. The same arguments give the same bytes; the page loads nothing from anywhere.
 
@@ -32,6 +42,7 @@ def write_report(
         path: the HTML file to write.
         title: heading of the page, plain text.
         audit: None if the merges were not audited.
+        tuned: of the merged arms of which held-out rows chose a number.
         notes: lines for "How this was made" (seeds, commands, versions), plain text.
 
     Raises:
@@ -39,11 +50,17 @@ def write_report(
     """
     from merit_fast.report.page import render
 
-    page = render(split, evaluation, title, notes, audit)
+    page = render(split, evaluation, title, notes, audit, tuned or {})
     try:
         write_text(path, page)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def read_tuned(output: Path, evaluation: EvaluateManifest) -> dict[str, TuneManifest]:
+    """What held-out rows chose, of every merged arm of a run where they did."""
+    files = {arm: output / "merged" / arm / TUNE_FILE for arm in evaluation.merging_gain}
+    return {arm: read_manifest(TuneManifest, file) for arm, file in files.items() if file.exists()}
 
 
 def print_summary(output: Path) -> None:
@@ -56,7 +73,9 @@ def print_summary(output: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a log file has no width of its own
-    for columns, rows in (results_rows(evaluation), gain_rows(evaluation)):
+    tuned = read_tuned(output, evaluation)
+    tables = [results_rows(evaluation), gain_rows(evaluation), *([tuning_rows(tuned)] if tuned else [])]
+    for columns, rows in tables:
         table = Table(box=None, pad_edge=False)
         table.add_column(columns[0], no_wrap=True)
         for column in columns[1:]:

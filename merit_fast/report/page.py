@@ -1,6 +1,6 @@
 """Puts tables, sentences and figures into the template. No clock, no random ids: same input, same bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,7 +12,7 @@ from merit_fast.errors import InputError
 from merit_fast.report import figures, parts, split_figures, split_tables, tables
 from merit_fast.report.split_tables import group_name
 from merit_fast.report.summary import method_sentence, verdict
-from merit_fast.schemas import AuditManifest, EvaluateManifest, SplitManifest
+from merit_fast.schemas import AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
 TEMPLATE = "page.html.j2"
 
@@ -23,6 +23,7 @@ def render(
     title: str,
     notes: Sequence[str],
     audit: AuditManifest | None = None,
+    tuned: Mapping[str, TuneManifest] | None = None,
 ) -> str:
     """The whole page.
 
@@ -56,6 +57,8 @@ def render(
         unresolved=any(cosine is None for row in split.similarity for cosine in row),
         evaluation=None if evaluation is None else _evaluation(split, evaluation),
         audit=None if audit is None else tables.audit_rows(audit),
+        tuned=tables.tuning_rows(tuned) if tuned else None,
+        choosing_rows=max((one.num_examples for one in (tuned or {}).values()), default=0),
         specs={name: _json(figure) for name, figure in drawn.items()},
         conflict_width=drawn["conflicts"].layout.height + 200,  # a square, its row labels and its colour bar
         themes=_json(parts.THEMES),

@@ -15,7 +15,7 @@ from merit_fast.report.split_tables import (
     small_margins,
 )
 from merit_fast.report.tables import Table, percent
-from merit_fast.schemas import SplitManifest
+from merit_fast.schemas import MergeAudit, SplitManifest
 
 _LISTED = 10  # names in one line of the terminal
 
@@ -56,6 +56,14 @@ def method_sentence(split: SplitManifest) -> str:
         return f"{what} in one group"
     balance = "" if split.balance == "none" else f", balanced by {split.balance}"
     return f"{what} in {split.groups} groups by {split.method}{balance}"
+
+
+def audit_sentence(audit: MergeAudit) -> str:
+    """Whether the theory of the gain holds for a merge, without a full stop."""
+    found = f"gain {audit.gain:z.4f}, predicted {audit.predicted_gain:z.4f}, ratio {audit.ratio:.3f}"
+    if audit.in_basin:
+        return f"{found}: the branches lie in one quadratic basin"
+    return f"{found}, more than 10 % off 1: the branches do not lie in one quadratic basin"
 
 
 def exceeds_null(split: SplitManifest) -> bool:

@@ -5,7 +5,7 @@ A table is (columns, rows); the first column names the row, the others are right
 
 from collections.abc import Callable, Mapping
 
-from merit_fast.schemas import ArmResult, AuditManifest, EvaluateManifest, SplitManifest
+from merit_fast.schemas import ArmResult, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
@@ -47,7 +47,7 @@ def gain_rows(evaluation: EvaluateManifest) -> Table:
 def audit_rows(audit: AuditManifest) -> Table:
     """One row per merged arm: the gain against its prediction, and where the merge lies."""
     noise = next(iter(audit.arms.values())).noise
-    columns = ("merged arm", "gain", "½ Σ w δᵀHδ", "ratio", "in one basin", "highest barrier", "displacement",
+    columns = ("merged arm", "gain", "Σ w (gᵀδ + ½ δᵀHδ)", "ratio", "in one basin", "highest barrier", "displacement",
                "contraction", *(f"noise {share:g}" for share, _ in noise))  # fmt: skip
     rows = tuple(
         (
@@ -64,6 +64,43 @@ def audit_rows(audit: AuditManifest) -> Table:
         for arm, one in audit.arms.items()
     )
     return columns, rows
+
+
+def tuning_rows(tuned: Mapping[str, TuneManifest]) -> Table:
+    """One row per number that held-out rows chose for a merged arm: before, as fitted, and what was taken."""
+    columns = ("merged arm", "chosen", "before", "loss before", "fitted", "loss there", "taken", "losses tried")
+    rows: list[tuple[str, ...]] = []
+    for arm, one in tuned.items():
+        if (by := one.weight_search) is not None:
+            losses: tuple[float | None, float | None] = (by.start_loss, by.fitted_loss)
+            tried = ", ".join(map(_loss, by.losses)) or ABSENT
+            rows.append(_tuning_row(arm, "weights", by.start, by.fitted, losses, one.weights, tried))
+        if (along := one.scale_search) is not None:
+            found = dict(zip(along.scales, along.losses, strict=True))
+            at_minimum = None if along.minimum is None else (along.minimum,)
+            losses = (found[1.0], found.get(along.minimum or 0.0) if at_minimum else None)
+            tried = ", ".join(f"{_loss(loss)} at {scale:g}" for scale, loss in found.items())
+            rows.append(_tuning_row(arm, "scale", (1.0,), at_minimum, losses, (one.scale or 0.0,), tried))
+    return columns, tuple(rows)
+
+
+def _tuning_row(
+    arm: str,
+    what: str,
+    before: tuple[float, ...],
+    fitted: tuple[float, ...] | None,
+    losses: tuple[float | None, float | None],
+    taken: tuple[float, ...],
+    tried: str,
+) -> tuple[str, ...]:
+    def shown(numbers: tuple[float, ...] | None) -> str:
+        return ABSENT if numbers is None else " ".join(f"{number:.4g}" for number in numbers)
+
+    return (arm, what, shown(before), _loss(losses[0]), shown(fitted), _loss(losses[1]), shown(taken), tried)
+
+
+def _loss(loss: float | None) -> str:
+    return ABSENT if loss is None else f"{loss:z.4f}"
 
 
 def dataset_result_rows(split: SplitManifest, evaluation: EvaluateManifest) -> Table:
