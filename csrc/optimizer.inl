@@ -1,9 +1,6 @@
 // AdamW in one pass over each parameter, a chunk in L1 at a time. Included inside a level's namespace.
 
-// Every chunk in float, whatever it is stored as; without math-errno square roots vectorize.
-#pragma GCC push_options
-#pragma GCC optimize("no-math-errno")
-
+// In float, whatever it is stored as. Square roots vectorize because of -fno-math-errno.
 static void update_chunk(const AdamWJob& job, const AdamWTensor& t, int n, float* __restrict w,
                          const float* __restrict g, float* __restrict m, float* __restrict v) {
   const bool near = job.rest1 < 0.5f;  // lerp from the nearer end, as torch does: exact at both
@@ -25,8 +22,6 @@ static void update_chunk(const AdamWJob& job, const AdamWTensor& t, int n, float
 static void take_roots(float* __restrict x, int n) {
   for (int i = 0; i < n; i++) x[i] = std::sqrt(x[i]);
 }
-
-#pragma GCC pop_options
 
 // 32 random bits of element i: two rounds of Wellons' lowbias32 with a key before each.
 struct RandomBits {
@@ -114,7 +109,7 @@ static void encode(const float* x, Code* codes, float* scale, int n, bool stocha
     const float above = Second ? (high * high) * (high * high) : high * high;
     int32_t code = whole + int32_t(share * (above - below) < place[i] - below);
     if constexpr (Second)
-      code = code == 0 && place[i] > 0.f ? 1 : code;
+      code += int32_t(code == 0) & int32_t(place[i] > 0.f);
     else
       code = x[i] < 0.f ? -code : code;
     codes[i] = Code(code);

@@ -25,6 +25,7 @@ OPS: Mapping[str, tuple[Backend, ...]] = {
     "merge_files": ("cpu",),
     "flat_sketch": ("cpu", "triton"),
     "linear_grad_sketch": ("cpu", "triton", "cuda"),
+    "adamw": ("cpu", "triton"),
 }
 
 logger = logging.getLogger(__name__)
