@@ -36,7 +36,7 @@ def adamw(
     rest1 = 1.0 - beta1
     m = m + rest1 * (g - m) if _single(rest1) < 0.5 else g + -beta1 * (g - m)
     v = v * beta2 + (1.0 - beta2) * g * g
-    w = w * decay - rate * (m / (v.sqrt() * root + epsilon))
+    w = w * decay - rate * (m / (_sqrt(v) * root + epsilon))
     key &= (1 << 64) - 1
     low, high = key & _MASK, key >> 32
     bits = random_bits(len(weight), low, high, weight.device) if stochastic else None
@@ -131,7 +131,7 @@ def encode(values: Tensor, codes: Tensor, scale: Tensor, *, second: bool, bits: 
     usable = (top >= _TINY) & (top <= _HUGE)
     inverse = 1 / torch.where(usable, top, 1.0)
     place = size * inverse[:, None] * float(steps**power)
-    root = place.sqrt().sqrt() if second else place.sqrt()
+    root = _sqrt(_sqrt(place)) if second else _sqrt(place)
     whole = torch.where(root < steps - 1, root, steps - 1.0).trunc()
     high = whole + 1
     below, above = _power(whole, power), _power(high, power)
@@ -147,6 +147,11 @@ def encode(values: Tensor, codes: Tensor, scale: Tensor, *, second: bool, bits: 
 def _power(x: Tensor, power: int) -> Tensor:
     square = x * x
     return square * square if power == 4 else square
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """To nearest, which MKL's of floats is not."""
+    return x.double().sqrt().float()
 
 
 def _single(value: float) -> float:
