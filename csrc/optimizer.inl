@@ -65,8 +65,12 @@ static void store_split(const float* x, uint16_t* out, int16_t* low, int n) {
   }
 }
 
-static void store_bf16_stochastic(const float* x, uint16_t* out, int n, RandomBits random, uint32_t first, int shift) {
-  for (int i = 0; i < n; i++) out[i] = stochastic_bf16(x[i], (random(first + uint32_t(i)) >> shift) & 0xffffu);
+static void fill_random(RandomBits random, uint32_t first, uint32_t* bits, int n) {
+  for (int i = 0; i < n; i++) bits[i] = random(first + uint32_t(i));
+}
+
+static void store_bf16_stochastic(const float* x, uint16_t* out, int n, const uint32_t* bits, int shift) {
+  for (int i = 0; i < n; i++) out[i] = stochastic_bf16(x[i], (bits[i] >> shift) & 0xffffu);
 }
 
 // Scale of up to 256 moments: their largest size, NaN if one is NaN.
@@ -80,10 +84,9 @@ static inline float largest(const float* x, int n) {
 }
 
 // First moments as sign * (code / 127)^2 * scale, second ones as (code / 255)^4 * scale. Stochastic rounding is unbiased
-// in the value; a second moment above zero keeps a code above zero, so that no step is divided by epsilon alone.
+// in the value, without random bits it is to nearest; a second moment above zero keeps a code above zero, so that no step is divided by epsilon alone.
 template <bool Second, class Code>
-static void encode(const float* x, Code* codes, float* scale, int n, bool stochastic, RandomBits random,
-                   uint32_t first) {
+static void encode(const float* x, Code* codes, float* scale, int n, const uint32_t* random) {
   const float steps = Second ? 255.f : 127.f, most = Second ? steps * steps * steps * steps : steps * steps;
   const float top = largest(x, n);
   *scale = top;
@@ -101,8 +104,8 @@ static void encode(const float* x, Code* codes, float* scale, int n, bool stocha
   take_roots(root, n);
   if constexpr (Second) take_roots(root, n);
   for (int i = 0; i < n; i++) {
-    const uint32_t bits = (random(first + uint32_t(i)) >> (Second ? 0 : 16)) & 0xffffu;
-    const float share = stochastic ? float(int32_t(bits)) * (1.f / 65536.f) : 0.5f;
+    const uint32_t bits = ((random ? random[i] : 0x80008000u) >> (Second ? 0 : 16)) & 0xffffu;
+    const float share = float(int32_t(bits)) * (1.f / 65536.f);
     const int32_t whole = int32_t(root[i] < steps - 1.f ? root[i] : steps - 1.f);
     const float low = float(whole), high = low + 1.f;
     const float below = Second ? (low * low) * (low * low) : low * low;
@@ -159,21 +162,22 @@ struct MomentChunk {
   }
 
   void store(const AdamWJob& job, const AdamWTensor& t, int64_t from, int n, RandomBits random) const {
-    const uint32_t index = uint32_t(from);
+    if (job.moments == Moments::F32) return;
+    uint32_t bits[kUpdateChunk];
+    if (job.stochastic) fill_random(random, uint32_t(from), bits, n);
     if (job.moments == Moments::BF16 && job.stochastic) {
-      store_bf16_stochastic(first, at<uint16_t>(t.exp_avg, from), n, random, index, 16);
-      store_bf16_stochastic(second, at<uint16_t>(t.exp_avg_sq, from), n, random, index, 0);
+      store_bf16_stochastic(first, at<uint16_t>(t.exp_avg, from), n, bits, 16);
+      store_bf16_stochastic(second, at<uint16_t>(t.exp_avg_sq, from), n, bits, 0);
     } else if (job.moments == Moments::BF16) {
       store_bf16(first, at<uint16_t>(t.exp_avg, from), n);
       store_bf16(second, at<uint16_t>(t.exp_avg_sq, from), n);
-    } else if (job.moments == Moments::INT8) {
+    } else {
       for (int i = 0; i < n; i += kMomentBlock) {
         const int64_t block = (from + i) / kMomentBlock;
         const int size = n - i < kMomentBlock ? n - i : kMomentBlock;
-        encode<false>(first + i, at<int8_t>(t.exp_avg, from + i), t.exp_avg_scale + block, size, job.stochastic, random,
-                      index + uint32_t(i));
-        encode<true>(second + i, at<uint8_t>(t.exp_avg_sq, from + i), t.exp_avg_sq_scale + block, size, job.stochastic,
-                     random, index + uint32_t(i));
+        const uint32_t* of_block = job.stochastic ? bits + i : nullptr;
+        encode<false>(first + i, at<int8_t>(t.exp_avg, from + i), t.exp_avg_scale + block, size, of_block);
+        encode<true>(second + i, at<uint8_t>(t.exp_avg_sq, from + i), t.exp_avg_sq_scale + block, size, of_block);
       }
     }
   }
@@ -204,10 +208,13 @@ struct WeightChunk {
     if (!job.weight_bf16) return;
     uint16_t* weight = at<uint16_t>(t.weight, from);
     if (job.master == Master::SPLIT) return store_split(w, weight, at<int16_t>(t.master, from), n);
-    if (job.master == Master::F32 || !job.stochastic)
+    if (job.master == Master::F32 || !job.stochastic) {
       store_bf16(w, weight, n);
-    else
-      store_bf16_stochastic(w, weight, n, random, uint32_t(from), 16);
+    } else {
+      uint32_t bits[kUpdateChunk];
+      fill_random(random, uint32_t(from), bits, n);
+      store_bf16_stochastic(w, weight, n, bits, 16);
+    }
     if (job.master == Master::NONE && t.average) widen_all(weight, values, n);
   }
 };

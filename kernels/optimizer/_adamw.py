@@ -171,7 +171,7 @@ class FusedAdamW(torch.optim.Optimizer):
             self._call(groups[group_id], rows, clips.get(device))
 
     def _call(self, group: Group, rows: list[tuple[int, Tensor, Tensor]], clip: Tensor | None) -> None:
-        states = [self._state_of(parameter) for _, parameter, _ in rows]
+        states = [self.state_of(parameter) for _, parameter, _ in rows]
         torch._foreach_add_([state["step"] for state in states], 1)
         steps = [int(state["step"]) for state in states]
         parameters = [parameter.detach() for _, parameter, _ in rows]
@@ -210,7 +210,8 @@ class FusedAdamW(torch.optim.Optimizer):
                 state["num_averaged"] += 1
             yield from (lr / (1.0 - beta1**step), 1.0 / (1.0 - beta2**step) ** 0.5, share)
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The state of a parameter, made if it has none yet: its master and average exist before the first step."""
         state = self.state[parameter]
         if not state:
             state.update(new_state(parameter, self.options))
