@@ -1,0 +1,54 @@
+"""Short trainings with ``FusedAdamW`` for its tests: ragged tensors, gradients that depend on the step alone."""
+
+import torch
+
+from merit_fast.kernels.optimizer import FusedAdamW
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPES = [(3, 7), (1,), (257,), (40, 60), (0,), (1023,)]
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
+
+
+def make_parameters(dtype, gradients=None):
+    torch.manual_seed(0)
+    shapes = SHAPES if gradients is None else [g.shape for g in gradients]
+    return [torch.nn.Parameter((torch.randn(shape) * 0.02).to(DTYPES[dtype])) for shape in shapes]
+
+
+def set_gradients(parameters, step, gradients=None):
+    numbers = torch.Generator().manual_seed(step)
+    for k, parameter in enumerate(parameters):
+        random = torch.randn(parameter.shape, generator=numbers) * 10.0 ** (k - 2)
+        parameter.grad = (random if gradients is None else gradients[k]).to(parameter.dtype)
+
+
+def train(dtype, steps=3, first=0, parameters=None, optimizer=None, gradients=None, make=FusedAdamW, **options):
+    """(parameters, optimizer) after the steps."""
+    parameters = parameters or make_parameters(dtype, gradients)
+    optimizer = optimizer or make(parameters, **{**SETTINGS, **options})
+    for step in range(first, first + steps):
+        set_gradients(parameters, step, gradients)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def bits(tensor):
+    """Comparable to the bit, any NaN as good as another."""
+    if not tensor.is_floating_point():
+        return tensor
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().masked_fill(tensor.isnan(), 0.5).view(kinds[tensor.itemsize])
+
+
+def assert_same_run(a, b, exact=True):
+    for x, y in zip(a[0], b[0], strict=True):
+        states = a[1].state[x], b[1].state[y]
+        assert states[0].keys() == states[1].keys()
+        for key in states[0]:
+            u, v = (state[key] for state in states)
+            assert type(u) is type(v) and getattr(u, "dtype", None) == getattr(v, "dtype", None)
+            if torch.is_tensor(u) and not exact and u.dtype == torch.float32:
+                assert torch.allclose(u, v, rtol=1e-5, atol=1e-30), key
+            elif torch.is_tensor(u) and exact:
+                assert torch.equal(bits(u), bits(v)), key
+        assert torch.equal(bits(x), bits(y)) if exact else torch.allclose(x, y, rtol=1e-2 if x.itemsize == 2 else 1e-5)
