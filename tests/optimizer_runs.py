@@ -47,8 +47,14 @@ def assert_same_run(a, b, exact=True):
         for key in states[0]:
             u, v = (state[key] for state in states)
             assert type(u) is type(v) and getattr(u, "dtype", None) == getattr(v, "dtype", None)
-            if torch.is_tensor(u) and not exact and u.dtype == torch.float32:
-                assert torch.allclose(u, v, rtol=1e-5, atol=1e-30), key
-            elif torch.is_tensor(u) and exact:
+            if torch.is_tensor(u) and exact:
                 assert torch.equal(bits(u), bits(v)), key
-        assert torch.equal(bits(x), bits(y)) if exact else torch.allclose(x, y, rtol=1e-2 if x.itemsize == 2 else 1e-5)
+            elif torch.is_tensor(u):
+                assert_near(u, v)
+        assert torch.equal(bits(x), bits(y)) if exact else assert_near(x, y) is None
+
+
+def assert_near(u, v):
+    """To what the order of a norm's sums may change: in float32 an ulp or two; rounded, an ulp of few elements."""
+    difference = (u.detach().double() - v.detach().double()).norm()
+    assert difference <= (1e-6 if u.dtype == torch.float32 else 1e-3) * v.detach().double().norm()

@@ -70,6 +70,7 @@ def in_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     return tensor if tensor.stride() == like.stride() else like.copy_(tensor)
 
 
+@torch.no_grad()
 def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
     """torch's keys, so that torch's AdamW can go on from them, and ours. 8-bit moments are flat, in memory's order."""
     state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
@@ -90,6 +91,7 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
     return state
 
 
+@torch.no_grad()
 def adopted(parameter: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str, Any]:
     """A loaded state in the dtypes and layout that ``new_state`` has; what it lacks is new.
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 ROWS, WIDTH = 4, 256  # of one program; a row is a block of 8-bit moments
 BLOCK = ROWS * WIDTH
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # Codes of ``KINDS``, which the compiler knows: moments and masters as in csrc/optimizer.h.
 MOMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MASTERS = {torch.float32: 1, torch.int16: 2}
+_FIRST, _SECOND = tl.constexpr(1 / 127**2), tl.constexpr(1 / 255**4)
 
 
 @triton.jit
@@ -31,15 +32,29 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _read(pointer, inside, FULL: tl.constexpr):
+    """``FULL``: without a mask, which would cut 128-bit accesses into elements."""
+    return tl.load(pointer) if FULL else tl.load(pointer, mask=inside, other=0)
+
+
+@triton.jit
+def _write(pointer, value, inside, FULL: tl.constexpr):
+    if FULL:
+        tl.store(pointer, value)
+    else:
+        tl.store(pointer, value, mask=inside)
+
+
+@triton.jit
 def _widened(bits):
     return (bits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _load(address, place, inside, BF16: tl.constexpr, ALIGNED: tl.constexpr):
+def _load(address, place, inside, BF16: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
     if BF16:
-        return _widened(tl.load(_pointer(address, tl.int16, ALIGNED) + place, mask=inside, other=0))
-    return tl.load(_pointer(address, tl.float32, ALIGNED) + place, mask=inside, other=0.0)
+        return _widened(_read(_pointer(address, tl.int16, ALIGNED) + place, inside, FULL))
+    return _read(_pointer(address, tl.float32, ALIGNED) + place, inside, FULL)
 
 
 @triton.jit
@@ -58,10 +73,12 @@ def _stochastic_bits(value, random16):
 
 
 @triton.jit
-def _store_bf16(address, place, inside, value, random16, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):
+def _store_bf16(
+    address, place, inside, value, random16, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr
+):
     bits = _stochastic_bits(value, random16) if STOCHASTIC else _nearest_bits(value)
     bits = bits.to(tl.uint16)
-    tl.store(_pointer(address, tl.int16, ALIGNED) + place, bits.to(tl.int16, bitcast=True), mask=inside)
+    _write(_pointer(address, tl.int16, ALIGNED) + place, bits.to(tl.int16, bitcast=True), inside, FULL)
     return _widened(bits)
 
 
@@ -82,19 +99,22 @@ def _power(x, SECOND: tl.constexpr):
 
 
 @triton.jit
-def _load_codes(address, scale_address, place, row, inside, full_row, SECOND: tl.constexpr, ALIGNED: tl.constexpr):
+def _load_codes(
+    address, scale_address, place, row, inside, full_row,
+    SECOND: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     TYPE: tl.constexpr = tl.uint8 if SECOND else tl.int8
-    code = tl.load(_pointer(address, TYPE, ALIGNED) + place, mask=inside, other=0).to(tl.float32)
+    code = _read(_pointer(address, TYPE, ALIGNED) + place, inside, FULL).to(tl.float32)
     scale = tl.load(_pointer(scale_address, tl.float32, False) + row, mask=full_row, other=0.0)
     square = code * code if SECOND else code * tl.abs(code)
-    share = square * square * 2.365011952e-10 if SECOND else square * 6.200012400e-05
+    share = square * square * _SECOND if SECOND else square * _FIRST
     return share * scale[:, None]
 
 
 @triton.jit
 def _store_codes(
     address, scale_address, place, row, inside, full_row, value, random16,
-    SECOND: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = 255.0 if SECOND else 127.0
     MOST: tl.constexpr = 255.0**4 if SECOND else 127.0**2
@@ -116,7 +136,7 @@ def _store_codes(
         code = tl.where(value < 0, -code, code)
     code = tl.where(usable[:, None], code, tl.where(top < 1, 0.0, STEPS)[:, None])
     TYPE: tl.constexpr = tl.uint8 if SECOND else tl.int8
-    tl.store(_pointer(address, TYPE, ALIGNED) + place, code.to(tl.int32).to(TYPE), mask=inside)
+    _write(_pointer(address, TYPE, ALIGNED) + place, code.to(tl.int32).to(TYPE), inside, FULL)
     tl.store(_pointer(scale_address, tl.float32, False) + row, tl.where((top < 1) & (usable == 0), 0.0, top), mask=full_row)
 
 
@@ -125,27 +145,17 @@ def _number(table, at):
     return tl.load(table + at).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["count"])
-def adamw_kernel(
-    table, count, clip, decay, beta1, rest1, beta2, rest2, epsilon,
-    KINDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit
+def _update(
+    column, count, first_row, size, clip, decay, beta1, rest1, beta2, rest2, epsilon,
+    KINDS: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program per ROWS x WIDTH elements of one tensor; ``KINDS`` as ``describe`` gives them."""
     ALIGNED: tl.constexpr = KINDS[0]
     WEIGHT_BF16: tl.constexpr = KINDS[1]
     MOMENTS: tl.constexpr = KINDS[3]
     MASTER: tl.constexpr = KINDS[4] if WEIGHT_BF16 else 0
     STOCHASTIC: tl.constexpr = KINDS[6]
-    block = tl.program_id(0).to(tl.int64)
-    low, high = count * 0, count
-    while high - low > 1:  # the last tensor whose first block is not after this one
-        middle = (low + high) // 2
-        before = tl.load(table + middle) <= block
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    column = table + low
-    size = tl.load(column + count)
-    row = (block - tl.load(column)) * ROWS + tl.arange(0, ROWS)
+    row = first_row + tl.arange(0, ROWS)
     place = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside, full_row = place < size, row * WIDTH < size
     weight, grad, first, second = (
@@ -155,21 +165,21 @@ def adamw_kernel(
     master, key = tl.load(column + 8 * count), tl.load(column + 10 * count)
     key_low, key_high = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
 
-    g = _load(grad, place, inside, KINDS[2], ALIGNED)
+    g = _load(grad, place, inside, KINDS[2], ALIGNED, FULL)
     if KINDS[8]:
         g = g * tl.load(clip)
     if MOMENTS == 2:
-        m = _load_codes(first, first_scale, place, row, inside, full_row, False, ALIGNED)
-        v = _load_codes(second, second_scale, place, row, inside, full_row, True, ALIGNED)
+        m = _load_codes(first, first_scale, place, row, inside, full_row, False, ALIGNED, FULL)
+        v = _load_codes(second, second_scale, place, row, inside, full_row, True, ALIGNED, FULL)
     else:
-        m = _load(first, place, inside, MOMENTS == 1, ALIGNED)
-        v = _load(second, place, inside, MOMENTS == 1, ALIGNED)
+        m = _load(first, place, inside, MOMENTS == 1, ALIGNED, FULL)
+        v = _load(second, place, inside, MOMENTS == 1, ALIGNED, FULL)
     if MASTER == 1:
-        w = _load(master, place, inside, False, ALIGNED)
+        w = _load(master, place, inside, False, ALIGNED, FULL)
     else:
-        w = _load(weight, place, inside, WEIGHT_BF16, ALIGNED)
+        w = _load(weight, place, inside, WEIGHT_BF16, ALIGNED, FULL)
     if MASTER == 2:
-        missing = tl.load(_pointer(master, tl.int16, ALIGNED) + place, mask=inside, other=0).to(tl.int32)
+        missing = _read(_pointer(master, tl.int16, ALIGNED) + place, inside, FULL).to(tl.int32)
         w = (w.to(tl.int32, bitcast=True) + missing).to(tl.float32, bitcast=True)
 
     near = rest1 < 0.5
@@ -181,39 +191,61 @@ def adamw_kernel(
     moment_bits = _random(place, key_high, key_low)
     if MOMENTS == 2:
         _store_codes(
-            first, first_scale, place, row, inside, full_row, m, moment_bits >> 16, False, STOCHASTIC, ALIGNED
+            first, first_scale, place, row, inside, full_row, m, moment_bits >> 16, False, STOCHASTIC, ALIGNED, FULL
         )
         _store_codes(
-            second, second_scale, place, row, inside, full_row, v, moment_bits & 0xFFFF, True, STOCHASTIC, ALIGNED
+            second, second_scale, place, row, inside, full_row, v, moment_bits & 0xFFFF, True, STOCHASTIC, ALIGNED, FULL
         )
     elif MOMENTS == 1:
-        _store_bf16(first, place, inside, m, moment_bits >> 16, STOCHASTIC, ALIGNED)
-        _store_bf16(second, place, inside, v, moment_bits & 0xFFFF, STOCHASTIC, ALIGNED)
+        _store_bf16(first, place, inside, m, moment_bits >> 16, STOCHASTIC, ALIGNED, FULL)
+        _store_bf16(second, place, inside, v, moment_bits & 0xFFFF, STOCHASTIC, ALIGNED, FULL)
     else:
-        tl.store(_pointer(first, tl.float32, ALIGNED) + place, m, mask=inside)
-        tl.store(_pointer(second, tl.float32, ALIGNED) + place, v, mask=inside)
+        _write(_pointer(first, tl.float32, ALIGNED) + place, m, inside, FULL)
+        _write(_pointer(second, tl.float32, ALIGNED) + place, v, inside, FULL)
     if not WEIGHT_BF16:
-        tl.store(_pointer(weight, tl.float32, ALIGNED) + place, w, mask=inside)
+        _write(_pointer(weight, tl.float32, ALIGNED) + place, w, inside, FULL)
     elif MASTER == 2:  # to nearest, halves away from zero
         raw = w.to(tl.uint32, bitcast=True)
         raw = tl.where((raw & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, raw).to(tl.uint32)
         rounded = ((raw + 0x8000) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
-        tl.store(_pointer(weight, tl.int16, ALIGNED) + place, rounded, mask=inside)
-        tl.store(_pointer(master, tl.int16, ALIGNED) + place, raw.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
+        _write(_pointer(weight, tl.int16, ALIGNED) + place, rounded, inside, FULL)
+        _write(_pointer(master, tl.int16, ALIGNED) + place, raw.to(tl.uint16).to(tl.int16, bitcast=True), inside, FULL)
     elif MASTER == 1:
-        tl.store(_pointer(master, tl.float32, ALIGNED) + place, w, mask=inside)
-        _store_bf16(weight, place, inside, w, moment_bits, False, ALIGNED)
+        _write(_pointer(master, tl.float32, ALIGNED) + place, w, inside, FULL)
+        _store_bf16(weight, place, inside, w, moment_bits, False, ALIGNED, FULL)
     else:
-        w = _store_bf16(weight, place, inside, w, _random(place, key_low, key_high) >> 16, STOCHASTIC, ALIGNED)
+        w = _store_bf16(weight, place, inside, w, _random(place, key_low, key_high) >> 16, STOCHASTIC, ALIGNED, FULL)
     if KINDS[5]:
         average = _pointer(tl.load(column + 9 * count), tl.float32, ALIGNED) + place
-        old = tl.load(average, mask=inside, other=0.0)
-        tl.store(average, old + (w - old) * _number(column, 13 * count), mask=inside)
+        old = _read(average, inside, FULL)
+        _write(average, old + (w - old) * _number(column, 13 * count), inside, FULL)
     if KINDS[7]:
         if KINDS[2]:
-            tl.store(_pointer(grad, tl.int16, ALIGNED) + place, tl.zeros(place.shape, tl.int16), mask=inside)
+            _write(_pointer(grad, tl.int16, ALIGNED) + place, tl.zeros(place.shape, tl.int16), inside, FULL)
         else:
-            tl.store(_pointer(grad, tl.float32, ALIGNED) + place, tl.zeros(place.shape, tl.float32), mask=inside)
+            _write(_pointer(grad, tl.float32, ALIGNED) + place, tl.zeros(place.shape, tl.float32), inside, FULL)
+
+
+@triton.jit(do_not_specialize=["count"])
+def adamw_kernel(
+    table, count, clip, decay, beta1, rest1, beta2, rest2, epsilon,
+    KINDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program per ROWS x WIDTH elements of one tensor; ``KINDS`` as ``describe`` gives them."""
+    block = tl.program_id(0).to(tl.int64)
+    low, high = count * 0, count
+    while high - low > 1:  # the last tensor whose first block is not after this one
+        middle = (low + high) // 2
+        before = tl.load(table + middle) <= block
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    column = table + low
+    size = tl.load(column + count)
+    first_row = (block - tl.load(column)) * ROWS
+    if (first_row + ROWS) * WIDTH <= size:
+        _update(column, count, first_row, size, clip, decay, beta1, rest1, beta2, rest2, epsilon, KINDS, True, ROWS, WIDTH)
+    else:
+        _update(column, count, first_row, size, clip, decay, beta1, rest1, beta2, rest2, epsilon, KINDS, False, ROWS, WIDTH)
 
 
 def adamw(
