@@ -23,9 +23,7 @@ OPTIONS = [
 def test_the_kernel_gives_the_bits_of_eager(dtype, options):
     """But for the norm's sums, whose order is another: a clip may differ in its last bit."""
     exact = "max_norm" not in options
-    assert_same_run(
-        train(dtype, backend="triton", **options), train(dtype, backend="eager", **options), exact=exact
-    )
+    assert_same_run(train(dtype, backend="triton", **options), train(dtype, backend="eager", **options), exact=exact)
 
 
 def test_nan_and_infinity_stay_where_they_are():

@@ -119,7 +119,9 @@ def _adopt_moment(parameter: Tensor, saved: Mapping[str, Any], state: dict[str, 
     value, second, scale = saved[name], name == "exp_avg_sq", f"{name}_scale"
     if scale in saved and scale in state:
         if saved[scale].shape != state[scale].shape:
-            raise ValueError(f"FusedAdamW: loaded {scale} must be {list(state[scale].shape)}, is {list(saved[scale].shape)}")
+            raise ValueError(
+                f"FusedAdamW: loaded {scale} must be {list(state[scale].shape)}, is {list(saved[scale].shape)}"
+            )
         state[name] = value.to(state[name].dtype).to(parameter.device)
         state[scale] = saved[scale].to(parameter.device, torch.float32)
         return

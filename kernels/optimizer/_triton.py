@@ -137,7 +137,9 @@ def _store_codes(
     code = tl.where(usable[:, None], code, tl.where(top < 1, 0.0, STEPS)[:, None])
     TYPE: tl.constexpr = tl.uint8 if SECOND else tl.int8
     _write(_pointer(address, TYPE, ALIGNED) + place, code.to(tl.int32).to(TYPE), inside, FULL)
-    tl.store(_pointer(scale_address, tl.float32, False) + row, tl.where((top < 1) & (usable == 0), 0.0, top), mask=full_row)
+    tl.store(
+        _pointer(scale_address, tl.float32, False) + row, tl.where((top < 1) & (usable == 0), 0.0, top), mask=full_row
+    )
 
 
 @triton.jit
@@ -243,9 +245,13 @@ def adamw_kernel(
     size = tl.load(column + count)
     first_row = (block - tl.load(column)) * ROWS
     if (first_row + ROWS) * WIDTH <= size:
-        _update(column, count, first_row, size, clip, decay, beta1, rest1, beta2, rest2, epsilon, KINDS, True, ROWS, WIDTH)
+        _update(
+            column, count, first_row, size, clip, decay, beta1, rest1, beta2, rest2, epsilon, KINDS, True, ROWS, WIDTH
+        )
     else:
-        _update(column, count, first_row, size, clip, decay, beta1, rest1, beta2, rest2, epsilon, KINDS, False, ROWS, WIDTH)
+        _update(
+            column, count, first_row, size, clip, decay, beta1, rest1, beta2, rest2, epsilon, KINDS, False, ROWS, WIDTH
+        )
 
 
 def adamw(
