@@ -2,11 +2,27 @@
 
 import torch
 
+from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import FusedAdamW
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = [(3, 7), (1,), (257,), (40, 60), (0,), (1023,)]
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
+BACKENDS = ["eager"] + (["cpu"] if dispatch.native_module() is not None else [])
+# Every option at least once with every other kind it meets in the kernel.
+OPTIONS = [
+    ("fp32", {}),
+    ("fp32", {"moments": "bf16", "average_decay": "mean", "zero_grad": True, "betas": (0.3, 0.9)}),
+    ("fp32", {"moments": "int8", "max_norm": 1.0, "average_decay": 0.9}),
+    ("fp32", {"moments": "int8", "rounding": "nearest"}),
+    ("bf16", {"average_decay": 0.9, "max_norm": 0.1}),
+    ("bf16", {"rounding": "nearest", "moments": "bf16"}),
+    ("bf16", {"moments": "bf16", "zero_grad": True}),
+    ("bf16", {"moments": "int8", "average_decay": "mean"}),
+    ("bf16", {"master": "fp32", "moments": "int8", "zero_grad": True}),
+    ("bf16", {"master": "split", "average_decay": 0.5, "max_norm": 1.0}),
+    ("bf16", {"master": "split", "moments": "bf16", "rounding": "nearest"}),
+]
 
 
 def make_parameters(dtype, gradients=None):

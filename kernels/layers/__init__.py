@@ -8,19 +8,13 @@ __all__ = ["add_rms_norm", "geglu", "rms_norm", "rope", "swiglu"]
 
 
 def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    epsilon: float,
-    *,
-    offset: float = 0.0,
-    casting: str = "llama",
-    backend: str | None = None,
+    x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, casting: str = "llama", backend: str | None = None
 ) -> Tensor:
     """RMSNorm (Zhang & Sennrich 2019) over the last dimension, as transformers computes it.
 
-    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
-    y.to(x.dtype) * (offset + weight)                   # casting="llama"
-    (y * (offset + weight.float())).to(x.dtype)         # casting="gemma", whose offset is 1
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+        y.to(x.dtype) * (offset + weight)                   # casting="llama"
+        (y * (offset + weight.float())).to(x.dtype)         # casting="gemma", whose offset is 1
     """
     return _eager.rms_norm(x, weight, epsilon, offset, casting)
 

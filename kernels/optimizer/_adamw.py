@@ -25,10 +25,10 @@ class FusedAdamW(torch.optim.Optimizer):
         average = average + (p - average) * (1 - average_decay)         # with average_decay
         p.grad = 0                                                      # with zero_grad, in place
 
-    A bf16 weight keeps 8 bits of a number, and a step of lr 1e-5 is less than the last of them: rounded to nearest, most
-    updates are lost. Three ways out: ``rounding="stochastic"`` (up or down with the probabilities that make the mean
-    exact; Gupta et al. 2015), ``master="fp32"`` (4 more bytes), ``master="split"`` (2 more bytes: the 16 bits by which
-    the weight differs from its float32 master, which is the same to the bit; the weight is its master rounded to
+    A bf16 weight keeps 8 bits of a number, and a step of lr 1e-5 is less than the last of them: rounded to nearest,
+    most updates are lost. Three ways out: ``rounding="stochastic"`` (up or down with the probabilities that make the
+    mean exact; Gupta et al. 2015), ``master="fp32"`` (4 more bytes), ``master="split"`` (2 more bytes: the 16 bits by
+    which the weight differs from its float32 master, which is the same to the bit; the weight is its master rounded to
     nearest, halves away from zero). A float32 weight needs none and ignores both.
 
     Args:
@@ -45,8 +45,8 @@ class FusedAdamW(torch.optim.Optimizer):
         average_decay: keep ``state[p]["average"]`` in float32: 0 <= decay < 1, or "mean" for the mean of all weights.
             It begins as the first updated weight. None: no average.
         max_norm: clip the norm of all gradients together; it is read beforehand, in float64 sums of fixed order. The
-            norm is left in ``grad_norm``, a float64 scalar; ``inf`` only measures; 0 turns it off. ``p.grad`` is left as
-            it is.
+            norm is left in ``grad_norm``, a float64 scalar; ``inf`` only measures; 0 turns it off. ``p.grad`` is left
+            as it is.
         zero_grad: write zeros into the gradients in the same pass. Where they can be None, ``zero_grad()`` costs less.
         seed: of stochastic rounding.
         backend: "eager" (PyTorch), "cpu" (native), "triton"; None chooses by device.
@@ -212,7 +212,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         """The state of a parameter, made if it has none yet: its master and average exist before the first step."""
-        state = self.state[parameter]
+        state: dict[str, Any] = self.state[parameter]
         if not state:
             state.update(new_state(parameter, self.options))
         return state

@@ -10,9 +10,9 @@ from torch import Tensor
 class InBackward:
     """Hooks that update a parameter as soon as its gradient is complete and then free the gradient.
 
-    Made by ``FusedAdamW.step_in_backward``; ends with ``remove`` or at the end of a with-block. Meanwhile ``step`` finds
-    no gradient and does nothing, but for learning-rate schedulers it should still be called. A weight that is used
-    several times, as a tied one is, is updated once, when all its uses have been passed.
+    Made by ``FusedAdamW.step_in_backward``; ends with ``remove`` or at the end of a with-block. Meanwhile ``step``
+    finds no gradient and does nothing, but for learning-rate schedulers it should still be called. A weight that is
+    used several times, as a tied one is, is updated once, when all its uses have been passed.
 
     One backward pass is one step, so micro-batches cannot be accumulated: every pass would update. Checkpointing with
     ``use_reentrant=True`` runs passes of its own and would update a shared weight more than once; use False.

@@ -1,7 +1,7 @@
 """The custom ops: a step of many tensors of one kind at once, and the sum of their gradients' squares.
 
-All tensors of a call share a device and their kinds of weight, gradient, moments and master. Each is dense, and all of a
-parameter have its layout: elements are taken in the order of memory. The backend is chosen here, when the op runs.
+All tensors of a call share a device and their kinds of weight, gradient, moments and master. Each is dense, and all of
+a parameter have its layout: elements are taken in the order of memory. The backend is chosen here, when the op runs.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def adamw(
 ) -> None:
     """One step of N tensors.
 
-    ``scales``: N of the first moments, then N of the second, if these are 8-bit; ``masters`` and ``averages``: N or none;
+    ``scales``: N of the first moments, then N of the second, if these are 8-bit; ``masters``, ``averages``: N or none;
     ``clip``: what gradients are multiplied with, a float32 scalar on their device; ``rates``: for each tensor
     lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t) and the new weight's share in the average; ``keys``: of (seed, step,
     parameter), for stochastic rounding; ``numbers``: 1 - lr * weight_decay, beta1, beta2, epsilon.
@@ -51,18 +51,28 @@ def adamw(
 
         _triton.adamw(*lists, clip, rates, keys, numbers, stochastic, zero_grad)
     elif chosen == "cpu":
-        _native(*lists, clip, rates, keys, numbers, stochastic, zero_grad)
+        factor = 1.0 if clip is None else float(clip)
+        _native(lists, rates, keys, (*numbers, factor), stochastic, zero_grad)
     else:
         for k in range(len(weights)):
-            flats = [flat(part[k]) for part in lists[:4]]
+            weight, grad, exp_avg, exp_avg_sq = (flat(part[k]) for part in lists[:4])
             scale = scales[k :: len(weights)]
             master, average = (flat(part[k]) if part else None for part in (masters, averages))
             _eager.adamw(
-                *flats, scale, master, average, clip, rates[3 * k : 3 * k + 3], keys[k], numbers, stochastic, zero_grad
+                weight, grad, exp_avg, exp_avg_sq, scale, master, average, clip,
+                rates[3 * k : 3 * k + 3], keys[k], numbers, stochastic, zero_grad,
             )  # fmt: skip
 
 
-def _native(weights, grads, exp_avgs, exp_avg_sqs, scales, masters, averages, clip, rates, keys, numbers, stochastic, zero_grad):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+def _native(
+    lists: Sequence[Sequence[Tensor]],
+    rates: Sequence[float],
+    keys: Sequence[int],
+    numbers: Sequence[float],
+    stochastic: bool,
+    zero_grad: bool,
+) -> None:
+    weights, grads, exp_avgs, exp_avg_sqs, scales, masters, averages = lists
     native = dispatch.native_module()
     assert native is not None
     count = len(weights)
@@ -81,7 +91,7 @@ def _native(weights, grads, exp_avgs, exp_avg_sqs, scales, masters, averages, cl
         zero_grad,
     )
     triples = list(zip(rates[0::3], rates[1::3], rates[2::3], strict=True))
-    native.adamw(rows, triples, kinds, (*numbers, 1.0 if clip is None else float(clip)), torch.get_num_threads())
+    native.adamw(rows, triples, kinds, tuple(numbers), torch.get_num_threads())
 
 
 @torch.library.custom_op("merit_fast::grad_square_sum", mutates_args=())

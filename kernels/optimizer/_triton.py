@@ -130,10 +130,7 @@ def _store_codes(
     below, above = _power(whole, SECOND), _power(whole + 1, SECOND)
     share = random16.to(tl.int32).to(tl.float32) * (1.0 / 65536) if STOCHASTIC else 0.5
     code = whole + tl.where(share * (above - below) < place_in - below, 1.0, 0.0)
-    if SECOND:
-        code = tl.where((code == 0) & (place_in > 0), 1.0, code)
-    else:
-        code = tl.where(value < 0, -code, code)
+    code = tl.where((code == 0) & (place_in > 0), 1.0, code) if SECOND else tl.where(value < 0, -code, code)
     code = tl.where(usable[:, None], code, tl.where(top < 1, 0.0, STEPS)[:, None])
     TYPE: tl.constexpr = tl.uint8 if SECOND else tl.int8
     _write(_pointer(address, TYPE, ALIGNED) + place, code.to(tl.int32).to(TYPE), inside, FULL)
@@ -160,9 +157,8 @@ def _update(
     row = first_row + tl.arange(0, ROWS)
     place = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside, full_row = place < size, row * WIDTH < size
-    weight, grad, first, second = (
-        tl.load(column + 2 * count), tl.load(column + 3 * count), tl.load(column + 4 * count), tl.load(column + 5 * count)
-    )  # fmt: skip
+    weight, grad = tl.load(column + 2 * count), tl.load(column + 3 * count)
+    first, second = tl.load(column + 4 * count), tl.load(column + 5 * count)
     first_scale, second_scale = tl.load(column + 6 * count), tl.load(column + 7 * count)
     master, key = tl.load(column + 8 * count), tl.load(column + 10 * count)
     key_low, key_high = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
