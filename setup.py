@@ -42,6 +42,7 @@ def native_module() -> Extension:
             "-fvisibility=hidden",
             "-fno-strict-aliasing",
             "-fno-trapping-math",  # lets conversions and selects vectorize; no result changes
+            "-fno-math-errno",  # lets square roots vectorize
             "-ffp-contract=off",  # no fused multiply-add: every ISA level gives the same bits
             "-DNDEBUG",
             "-DNB_COMPACT_ASSERTIONS",

@@ -1,5 +1,47 @@
-// AdamW in one pass over each parameter.
+// AdamW in one pass over each parameter, and the norm of gradients.
 #pragma once
 #include <cstdint>
 
-struct OptimizerKernels {};
+enum class Moments : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
+enum class Master : int32_t { NONE = 0, F32 = 1, SPLIT = 2 };  // split: the 16 bits that a bf16 weight lacks
+
+const int64_t kUpdateItem = 16384;  // elements that one thread takes
+const int kUpdateChunk = 1024;      // of them held in L1 at a time; four blocks of 8-bit moments
+const int kMomentBlock = 256;       // 8-bit moments that share a scale
+
+struct AdamWTensor {
+  int64_t n;
+  void *weight, *grad, *exp_avg, *exp_avg_sq;
+  float *exp_avg_scale, *exp_avg_sq_scale;  // [ceil(n / 256)], of 8-bit moments
+  void* master;                             // float [n], or int16_t [n]
+  float* average;                           // [n] or null
+  uint64_t key;                             // of (seed, step, parameter)
+  float rate, root, average_weight;         // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), share of the new weight
+};
+
+struct AdamWJob {
+  const AdamWTensor* tensors;
+  int64_t count;
+  bool weight_bf16, grad_bf16;
+  Moments moments;
+  Master master;
+  bool stochastic, zero_grad;
+  float decay, beta1, rest1, beta2, rest2, epsilon, clip;  // 1 - lr * weight_decay; rest: 1 - beta
+  int threads;
+};
+
+struct SquareSums {
+  const void* const* data;  // float or bf16
+  const int64_t* sizes;
+  int64_t count;
+  bool bf16;
+  int threads;
+  double* sums;  // [blocks], one for every kUpdateItem elements of each tensor, in order
+};
+
+struct OptimizerKernels {
+  void (*adamw)(const AdamWJob& job);
+  void (*square_sums)(const SquareSums& job);
+};
+
+inline int64_t update_items(int64_t n) { return (n + kUpdateItem - 1) / kUpdateItem; }

@@ -26,6 +26,7 @@ OPS: Mapping[str, tuple[Backend, ...]] = {
     "flat_sketch": ("cpu", "triton"),
     "linear_grad_sketch": ("cpu", "triton", "cuda"),
     "linear_cross_entropy": ("cpu", "triton"),
+    "adamw": ("cpu", "triton"),
 }
 
 logger = logging.getLogger(__name__)

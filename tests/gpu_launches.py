@@ -1,6 +1,7 @@
 """Every Triton kernel of the repository with the launches that the gate compiles for GPUs that are not here."""
 
 import gpu_launches_cross_entropy
+import gpu_launches_optimizer
 import gpu_launches_sketch
 import torch
 from gpu_code import GpuLaunch
@@ -23,7 +24,8 @@ def launches() -> list[GpuLaunch]:
     averages = [average(name, columns) for name, columns in AVERAGES.items()]
     # bf16 rows times a float32 scale: what sm_100 would multiply in tf32.
     scaled = gpu_launches_sketch.rows("sketch of rows by id, bf16, scaled", BF16, by_id=True, scaled=True)
-    return [*averages, *gpu_launches_sketch.launches(), scaled, *gpu_launches_cross_entropy.launches()]
+    training = [*gpu_launches_cross_entropy.launches(), *gpu_launches_optimizer.launches()]
+    return [*averages, *gpu_launches_sketch.launches(), scaled, *training]
 
 
 def average(name, columns) -> GpuLaunch:

@@ -1,64 +1,120 @@
-"""torch's fused AdamW over fp32 master weights, with a state that saves to and loads from plain tensors."""
+"""AdamW over fp32 master weights, with a state that saves to and loads from plain tensors."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from merit_fast.kernels import dispatch
+from merit_fast.kernels.optimizer import FusedAdamW
 from merit_fast.train.config import TrainConfig
+
+_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class MasterAdamW:
     """AdamW (Loshchilov & Hutter 2019) whose weights and moments are fp32 whatever the model's dtype.
 
     bf16 alone loses updates: at lr 1e-5 plain bf16 AdamW moves a weight 11 % of what it should. An fp32 model is its
-    own master.
+    own master. ``backend``: as in ``FusedAdamW``; "eager" is torch's own fused AdamW on widened gradients.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.clip_norm = config.clip_norm
+    def __init__(self, model: nn.Module, config: TrainConfig, backend: str | None = None) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters: list[Tensor] = [p for _, p in named]
-        self.masters = [p.detach().float() if p.dtype != torch.float32 else p for p in self.parameters]
-        self.separate = any(m is not p for m, p in zip(self.masters, self.parameters, strict=True))
-        decayed = [m for m in self.masters if m.dim() >= 2]
-        plain = [m for m in self.masters if m.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
+        device = self.parameters[0].device.type if named else "cpu"
+        kernel = _Torch if dispatch.choose("adamw", device, backend) == "eager" else _OnePass
+        self._adamw = kernel(self.parameters, config, backend)
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The fp32 weights: the parameters themselves, or what they are rounded from."""
+        return self._adamw.masters
 
     def step(self, learning_rate: float) -> float:
         """One update from the parameters' gradients, which are then freed. Returns their norm before clipping."""
-        self._gather_gradients()
-        norm = nn.utils.clip_grad_norm_(self.masters, self.clip_norm or float("inf"), foreach=True)
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
-        self._copy_back()
+        norm = self._adamw.step(learning_rate)
         for parameter in self.parameters:
             parameter.grad = None
-        return float(norm)
+        return norm
 
     def state(self) -> dict[str, Tensor]:
         """Masters, moments and step counts by parameter name: what ``load_state`` needs to go on exactly."""
         tensors = {}
-        for name, master in zip(self.names, self.masters, strict=True):
+        for name, master, state in zip(self.names, self.masters, self._adamw.states, strict=True):
             tensors[f"master.{name}"] = master.detach()
-            for key, value in self.adamw.state.get(master, {}).items():
-                tensors[f"{key}.{name}"] = value
+            for key in _KEYS:
+                if key in state:
+                    tensors[f"{key}.{name}"] = state[key]
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        for name, master in zip(self.names, self.masters, strict=True):
+        for name, parameter, master, state in zip(
+            self.names, self.parameters, self.masters, self._adamw.states, strict=True
+        ):
             with torch.no_grad():
                 master.copy_(tensors[f"master.{name}"])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-            if keys:
-                self.adamw.state[master] = {key: tensors[f"{key}.{name}"].to(master.device) for key in keys}
-        self._copy_back()
+                if master is not parameter:
+                    parameter.copy_(master)
+            for key in _KEYS:
+                if f"{key}.{name}" in tensors:
+                    device = torch.device("cpu") if key == "step" else master.device
+                    state[key] = tensors[f"{key}.{name}"].to(device)
+
+
+def _groups(tensors: list[Tensor], config: TrainConfig) -> list[dict[str, Any]]:
+    decayed = {"params": [t for t in tensors if t.dim() >= 2], "weight_decay": config.weight_decay}
+    plain = {"params": [t for t in tensors if t.dim() < 2], "weight_decay": 0.0}
+    return [group for group in (decayed, plain) if group["params"]]
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+
+
+class _OnePass:
+    """Our kernel: gradients are read as they are, clipped on the way."""
+
+    def __init__(self, parameters: list[Tensor], config: TrainConfig, backend: str | None) -> None:
+        self.optimizer = FusedAdamW(
+            _groups(parameters, config),
+            **_settings(config),
+            master="fp32",
+            max_norm=config.clip_norm or float("inf"),
+            backend=backend,
+        )
+        self.states = [self.optimizer.state_of(parameter) for parameter in parameters]
+        self.masters = [state.get("master", p) for p, state in zip(parameters, self.states, strict=True)]
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        assert self.optimizer.grad_norm is not None
+        return float(self.optimizer.grad_norm)
+
+
+class _Torch:
+    """torch's fused AdamW; gradients of bf16 weights are widened beside them."""
+
+    def __init__(self, parameters: list[Tensor], config: TrainConfig, backend: str | None) -> None:
+        self.parameters, self.clip_norm = parameters, config.clip_norm
+        self.masters = [p.detach().float() if p.dtype != torch.float32 else p for p in parameters]
+        self.separate = any(m is not p for m, p in zip(self.masters, parameters, strict=True))
+        self.optimizer = torch.optim.AdamW(_groups(self.masters, config), **_settings(config), fused=True)
+        self.states = [self.optimizer.state[master] for master in self.masters]
+
+    def step(self, learning_rate: float) -> float:
+        self._gather_gradients()
+        norm = nn.utils.clip_grad_norm_(self.masters, self.clip_norm or float("inf"), foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        if self.separate:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.masters)
+        return float(norm)
 
     def _gather_gradients(self) -> None:
         """Widens gradients into buffers that live as long as the run: fresh ones cost a page fault per 4 KiB."""
@@ -71,8 +127,3 @@ class MasterAdamW:
                 master.grad = parameter.grad.float()
             else:
                 master.grad.copy_(parameter.grad)
-
-    def _copy_back(self) -> None:
-        if self.separate:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, self.masters)

@@ -1,0 +1,76 @@
+"""Short trainings with ``FusedAdamW`` for its tests: ragged tensors, gradients that depend on the step alone."""
+
+import torch
+
+from merit_fast.kernels import dispatch
+from merit_fast.kernels.optimizer import FusedAdamW
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPES = [(3, 7), (1,), (257,), (40, 60), (0,), (1023,)]
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
+BACKENDS = ["eager"] + (["cpu"] if dispatch.native_module() is not None else [])
+# Every option at least once with every other kind it meets in the kernel.
+OPTIONS = [
+    ("fp32", {}),
+    ("fp32", {"moments": "bf16", "average_decay": "mean", "zero_grad": True, "betas": (0.3, 0.9)}),
+    ("fp32", {"moments": "int8", "max_norm": 1.0, "average_decay": 0.9}),
+    ("fp32", {"moments": "int8", "rounding": "nearest"}),
+    ("bf16", {"average_decay": 0.9, "max_norm": 0.1}),
+    ("bf16", {"rounding": "nearest", "moments": "bf16"}),
+    ("bf16", {"moments": "bf16", "zero_grad": True}),
+    ("bf16", {"moments": "int8", "average_decay": "mean"}),
+    ("bf16", {"master": "fp32", "moments": "int8", "zero_grad": True}),
+    ("bf16", {"master": "split", "average_decay": 0.5, "max_norm": 1.0}),
+    ("bf16", {"master": "split", "moments": "bf16", "rounding": "nearest"}),
+]
+
+
+def make_parameters(dtype, gradients=None):
+    torch.manual_seed(0)
+    shapes = SHAPES if gradients is None else [g.shape for g in gradients]
+    return [torch.nn.Parameter((torch.randn(shape) * 0.02).to(DTYPES[dtype])) for shape in shapes]
+
+
+def set_gradients(parameters, step, gradients=None):
+    numbers = torch.Generator().manual_seed(step)
+    for k, parameter in enumerate(parameters):
+        random = torch.randn(parameter.shape, generator=numbers) * 10.0 ** (k - 2)
+        parameter.grad = (random if gradients is None else gradients[k]).to(parameter.dtype)
+
+
+def train(dtype, steps=3, first=0, parameters=None, optimizer=None, gradients=None, make=FusedAdamW, **options):
+    """(parameters, optimizer) after the steps."""
+    parameters = parameters or make_parameters(dtype, gradients)
+    optimizer = optimizer or make(parameters, **{**SETTINGS, **options})
+    for step in range(first, first + steps):
+        set_gradients(parameters, step, gradients)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def bits(tensor):
+    """Comparable to the bit, any NaN as good as another."""
+    if not tensor.is_floating_point():
+        return tensor
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().masked_fill(tensor.isnan(), 0.5).view(kinds[tensor.itemsize])
+
+
+def assert_same_run(a, b, exact=True):
+    for x, y in zip(a[0], b[0], strict=True):
+        states = a[1].state[x], b[1].state[y]
+        assert states[0].keys() == states[1].keys()
+        for key in states[0]:
+            u, v = (state[key] for state in states)
+            assert type(u) is type(v) and getattr(u, "dtype", None) == getattr(v, "dtype", None)
+            if torch.is_tensor(u) and exact:
+                assert torch.equal(bits(u), bits(v)), key
+            elif torch.is_tensor(u) and u.is_floating_point():
+                assert_near(u, v)
+        assert torch.equal(bits(x), bits(y)) if exact else assert_near(x, y) is None
+
+
+def assert_near(u, v):
+    """To what the order of a norm's sums may change: in float32 an ulp or two; rounded, an ulp of few elements."""
+    difference = (u.detach().double() - v.detach().double()).norm()
+    assert difference <= (1e-6 if u.dtype == torch.float32 else 1e-3) * v.detach().double().norm()
