@@ -3,6 +3,9 @@
 38 tensors of the shapes of Qwen2-0.5B's layers, 48.4 million parameters. Every variant steps once a round, each round
 begins with the next variant, and ratios are those of a round; medians count. The floor is the traffic that no way of
 computing avoids, at the rate of an in-place ``mul_`` of the same round. Results are compared before anything is timed.
+
+On a busy machine set OMP_WAIT_POLICY=passive: torch forks threads once a tensor, and waiting for one that is not
+scheduled then counts as wall and CPU time. That alone made torch's fused step look 2.8 to 6 times slower than it is.
 """
 
 import argparse
