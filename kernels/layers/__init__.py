@@ -185,12 +185,15 @@ def _check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-def _choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
-    given = [x for x in tensors if x is not None]
-    if any(x.device != given[0].device for x in given):
-        raise ValueError(f"{op}: tensors must be on one device, got {', '.join(str(x.device) for x in given)}")
-    other = next((str(x.dtype) for x in given if x.dtype not in _DTYPES), None)
-    return _backend_for(op, given[0].device.type, other, backend)
+def _choose(op: str, backend: str | None, first: Tensor, *others: Tensor | None) -> str:
+    device, other = first.device, None if first.dtype in _DTYPES else first.dtype
+    for x in others:
+        if x is not None:
+            if x.device != device:
+                raise ValueError(f"{op}: tensors must be on one device, got {device}, {x.device}")
+            if x.dtype not in _DTYPES:
+                other = x.dtype
+    return _backend_for(op, device.type, None if other is None else str(other), backend)
 
 
 @torch.compiler.assume_constant_result
