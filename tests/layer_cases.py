@@ -19,7 +19,6 @@ class LayerCase:
     run: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: Callable[[torch.dtype], Sequence[Tensor]]
     differentiated: int
-    mixed: dict[int, torch.dtype] | None = None  # inputs of another dtype than the rest
 
 
 def results(case: LayerCase, inputs: Sequence[Tensor], backend: str, seed: int = 5) -> list[Tensor]:
@@ -28,8 +27,8 @@ def results(case: LayerCase, inputs: Sequence[Tensor], backend: str, seed: int =
     outputs = case.run(*leaves, backend=backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(y.shape, generator=generator).to(y.dtype if y.dtype != torch.float64 else F32) for y in outputs]
-    gradients = torch.autograd.grad(outputs, leaves[: case.differentiated], [w.to(y.dtype) for w, y in zip(weights, outputs)])
+    weights = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]  # exact in all
+    gradients = torch.autograd.grad(outputs, leaves[: case.differentiated], weights)
     return [*(y.detach() for y in outputs), *gradients]
 
 
