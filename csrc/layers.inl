@@ -23,6 +23,7 @@ struct NoResidual {};
 // One row: total = x + residual rounded to S, what is normed; or x itself, then of type S.
 template <class X, class R, class S, class O, bool kRoundFirst>
 static inline void norm_row(const NormJob& job, int64_t row) {
+  const int64_t cols = job.cols;  // not read again after each store
   constexpr bool adds = !std::is_same<R, NoResidual>::value;
   const X* __restrict x = row_of<X>(job.x, row);
   float lanes[kNormLanes] = {};
@@ -36,21 +37,21 @@ static inline void norm_row(const NormJob& job, int64_t row) {
       return value_of(sum) * value_of(sum);
     };
     int64_t c = 0;
-    for (; c + kNormLanes <= job.cols; c += kNormLanes)
+    for (; c + kNormLanes <= cols; c += kNormLanes)
       for (int j = 0; j < kNormLanes; j++) lanes[j] += add(c + j);
-    for (int j = 0; c < job.cols; c++, j++) lanes[j] += add(c);
+    for (int j = 0; c < cols; c++, j++) lanes[j] += add(c);
     normed = total;
   } else {
     int64_t c = 0;
-    for (; c + kNormLanes <= job.cols; c += kNormLanes)
+    for (; c + kNormLanes <= cols; c += kNormLanes)
       for (int j = 0; j < kNormLanes; j++) lanes[j] += value_of(x[c + j]) * value_of(x[c + j]);
-    for (int j = 0; c < job.cols; c++, j++) lanes[j] += value_of(x[c]) * value_of(x[c]);
+    for (int j = 0; c < cols; c++, j++) lanes[j] += value_of(x[c]) * value_of(x[c]);
     normed = x;
   }
-  const float inverse = 1.f / std::sqrt(sum_of_lanes(lanes) / float(job.cols) + job.epsilon);
+  const float inverse = 1.f / std::sqrt(sum_of_lanes(lanes) / float(cols) + job.epsilon);
   const float* __restrict scale = job.scale;
   O* __restrict out = row_of<O>(job.out, row);
-  for (int64_t c = 0; c < job.cols; c++) {
+  for (int64_t c = 0; c < cols; c++) {
     const float y = value_of(normed[c]) * inverse;
     out[c] = rounded_to<O>((kRoundFirst ? value_of(rounded_to<S>(y)) : y) * scale[c]);
   }
@@ -80,6 +81,7 @@ static void norm(const NormJob& job) {
 // dx = (g - x * mean(g * x) / mean square) / RMS with g = dout * scale; sums += dout * x / RMS.
 template <class G, class X, bool kTotal>
 static inline void norm_backward_row(const NormBackward& job, int64_t row, float* __restrict sums) {
+  const int64_t cols = job.cols;
   const G* __restrict dout = row_of<G>(job.dout, row);
   const X* __restrict x = row_of<X>(job.x, row);
   const X* __restrict dtotal = kTotal ? row_of<X>(job.dtotal, row) : nullptr;
@@ -87,20 +89,20 @@ static inline void norm_backward_row(const NormBackward& job, int64_t row, float
   X* __restrict dx = row_of<X>(job.dx, row);
   float squares[kNormLanes] = {}, products[kNormLanes] = {};
   int64_t c = 0;
-  for (; c + kNormLanes <= job.cols; c += kNormLanes)
+  for (; c + kNormLanes <= cols; c += kNormLanes)
     for (int j = 0; j < kNormLanes; j++) {
       const float value = value_of(x[c + j]);
       squares[j] += value * value;
       products[j] += value_of(dout[c + j]) * scale[c + j] * value;
     }
-  for (int j = 0; c < job.cols; c++, j++) {
+  for (int j = 0; c < cols; c++, j++) {
     const float value = value_of(x[c]);
     squares[j] += value * value;
     products[j] += value_of(dout[c]) * scale[c] * value;
   }
-  const float inverse = 1.f / std::sqrt(sum_of_lanes(squares) / float(job.cols) + job.epsilon);
-  const float along = sum_of_lanes(products) * inverse / float(job.cols) * inverse;
-  for (c = 0; c < job.cols; c++) {
+  const float inverse = 1.f / std::sqrt(sum_of_lanes(squares) / float(cols) + job.epsilon);
+  const float along = sum_of_lanes(products) * inverse / float(cols) * inverse;
+  for (c = 0; c < cols; c++) {
     const float gradient = (value_of(dout[c]) * scale[c] - value_of(x[c]) * along) * inverse;
     if constexpr (kTotal)
       dx[c] = rounded_to<X>(value_of(dtotal[c]) + gradient);
@@ -108,7 +110,7 @@ static inline void norm_backward_row(const NormBackward& job, int64_t row, float
       dx[c] = rounded_to<X>(gradient);
   }
   if (sums)
-    for (c = 0; c < job.cols; c++) sums[c] += value_of(dout[c]) * (value_of(x[c]) * inverse);
+    for (c = 0; c < cols; c++) sums[c] += value_of(dout[c]) * (value_of(x[c]) * inverse);
 }
 
 // Blocks of rows, not shares of threads, so that no thread count changes a bit.
@@ -166,23 +168,47 @@ static inline float erf_of(float x) {
   return size > 0.927734375f ? (x < 0.f ? -far : far) : near;
 }
 
+// 1 + e^x as with exp_of, without its care below -86.9, where nothing is left of it; infinity from 88.73 on.
+static inline float one_plus_exp(float x) {
+  const float above = x < -86.9f ? -86.9f : x;  // NaN passes
+  const float inside = above > 88.8f ? 88.8f : above;
+  const float shifted = inside * 1.44269504f + 12582912.f;
+  const float n = shifted - 12582912.f;
+  const float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float square = r * r;
+  float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  float q = 8.3334519073e-3f * r + 4.1665795894e-2f;
+  p = p * square + q;
+  q = 1.6666665459e-1f * r + 5.0000001201e-1f;
+  p = (p * square + q) * square + r + 1.f;
+  const float half_power = as_float((as_bits(shifted) + 126u) << 23);  // 2^(n - 1), since 2^128 is no float
+  return p * half_power * 2.f + 1.f;
+}
+
+// The activation: x times a share of it.
+template <Activation kind>
+static inline float activation_of(float x) {
+  if constexpr (kind == Activation::GELU) return x * (0.5f * (1.f + erf_of(x * 0.70710678f)));
+  if constexpr (kind == Activation::GELU_TANH) return x / one_plus_exp(x * (-1.59576912f - 0.07135482f * (x * x)));
+  return x / one_plus_exp(-x);
+}
+
 struct Slope {
   float value, slope;
 };
 
-// The activation of x and its derivative, of which an unused one costs nothing.
+// The same with the derivative.
 template <Activation kind>
-static inline Slope activation_of(float x) {
+static inline Slope slope_of(float x) {
   if constexpr (kind == Activation::GELU) {
     const float share = 0.5f * (1.f + erf_of(x * 0.70710678f));
     return {x * share, share + x * 0.39894228f * exp_of(-0.5f * x * x)};
-  } else {  // x times the logistic function of x, or of a cubic
+  } else {
     constexpr bool cubic = kind == Activation::GELU_TANH;
-    const float inner = cubic ? x * (1.59576912f + 0.07135481f * (x * x)) : x;
-    const float below = 1.f + exp_of(-inner);
-    const float share = 1.f / below;
-    const float steep = cubic ? 1.59576912f + 0.21406444f * (x * x) : 1.f;
-    return {x / below, share + share * (1.f - share) * (x * steep)};
+    const float share = 1.f / one_plus_exp(cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x);
+    const float value = x * share;
+    const float steep = cubic ? 1.59576912f + 0.21406445f * (x * x) : 1.f;
+    return {value, share + value * (1.f - share) * steep};
   }
 }
 
@@ -193,14 +219,14 @@ static inline void gated_piece(const GatedJob& job, int64_t row, int64_t first, 
   if (!job.dout.data) {
     T* __restrict out = row_of<T>(job.out, row) + first;
     for (int64_t c = 0; c < cols; c++)
-      out[c] = rounded_to<T>(activation_of<kind>(value_of(gate[c])).value * value_of(up[c]));
+      out[c] = rounded_to<T>(activation_of<kind>(value_of(gate[c])) * value_of(up[c]));
     return;
   }
   const T* __restrict dout = row_of<T>(job.dout, row) + first;
   T* __restrict dgate = row_of<T>(job.dgate, row) + first;
   T* __restrict dup = row_of<T>(job.dup, row) + first;
   for (int64_t c = 0; c < cols; c++) {
-    const Slope a = activation_of<kind>(value_of(gate[c]));
+    const Slope a = slope_of<kind>(value_of(gate[c]));
     const float gradient = value_of(dout[c]);
     dgate[c] = rounded_to<T>(gradient * value_of(up[c]) * a.slope);
     dup[c] = rounded_to<T>(gradient * a.value);
@@ -233,7 +259,7 @@ static inline T* head_of(const RopeHeads& x, int64_t b, int64_t head, int64_t to
 template <class I, class C, class O>
 static inline void rotate(const RopeJob& job, const I* __restrict in, const C* __restrict cos, const C* __restrict sin,
                           O* __restrict out) {
-  const int64_t half = job.rotary / 2;
+  const int64_t half = job.rotary / 2, rotary = job.rotary, width = job.width;
   const C *low = job.backward ? sin + half : sin, *high = job.backward ? sin : sin + half;
   const float sign = job.backward ? -1.f : 1.f;  // exact
   for (int64_t j = 0; j < half; j++) {
@@ -241,7 +267,7 @@ static inline void rotate(const RopeJob& job, const I* __restrict in, const C* _
     out[j] = rounded_to<O>(a * value_of(cos[j]) - b * (sign * value_of(low[j])));
     out[half + j] = rounded_to<O>(b * value_of(cos[half + j]) + a * (sign * value_of(high[j])));
   }
-  for (int64_t j = job.rotary; j < job.width; j++) out[j] = rounded_to<O>(value_of(in[j]));
+  for (int64_t j = rotary; j < width; j++) out[j] = rounded_to<O>(value_of(in[j]));
 }
 
 // In the order in which the results lie in memory.
