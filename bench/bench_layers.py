@@ -2,9 +2,9 @@
 
 One layer's worth of SmolLM2-135M and of Qwen2-0.5B, against transformers' own code as it is and compiled by
 torch.compile. Every contender runs once a round in one process, each round starting with the next one; medians of wall
-and CPU seconds, ratios those of a round. The floor is the bytes that nobody can do without (each tensor that backward or
-the next layer must have, read or written once) at the rate of the best copy of as many bytes here. Results are compared
-before anything is timed. The last line of standard output is one JSON object.
+and CPU seconds, ratios those of a round. The floor is a copy of the bytes that nobody can do without: every input and
+gradient read, every result written, once in forward and once in backward. Results are compared before anything is
+timed. The last line of standard output is one JSON object.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from bench.measure import machine
+from bench.measure import machine, spread
 from merit_fast.kernels.layers import add_rms_norm, rms_norm, rope, swiglu
 
 MODELS = {
@@ -34,7 +34,7 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Layer:
-    """``ours`` and ``theirs``: from the inputs to the outputs. ``passes``: tensors read or written, by their elements."""
+    """``ours`` and ``theirs``: from the inputs to the outputs."""
 
     name: str
     ours: Callable[..., Any]
@@ -96,8 +96,7 @@ def contenders(layer: Layer) -> dict[str, Callable[[], Any]]:
     gradients = [torch.randn_like(y) for y in outputs]  # in the outputs' layouts
     functions = {"ours": layer.ours, "eager": layer.theirs, "torch.compile": torch.compile(layer.theirs, dynamic=False)}
     runs = {
-        name: lambda function=function: step(function, layer.inputs, gradients)
-        for name, function in functions.items()
+        name: lambda function=function: step(function, layer.inputs, gradients) for name, function in functions.items()
     }
     expected = runs["eager"]()
     bound = 1e-5 if layer.inputs[0].dtype == torch.float32 else 2e-2
@@ -142,11 +141,14 @@ def measured(model: str, dtype: str, threads: int, rounds: int) -> list[dict[str
         times = timed({**contenders(layer), "floor": copy_of(layer.moved_bytes)}, rounds)
         row: dict[str, Any] = {"model": model, "layer": layer.name, "dtype": dtype, "threads": threads}
         for name, pairs in times.items():
-            row[f"{name}_us"], row[f"{name}_cpu_us"] = (1e6 * statistics.median(column) for column in zip(*pairs))
+            row[f"{name}_us"], row[f"{name}_cpu_us"] = (
+                1e6 * statistics.median(column) for column in zip(*pairs, strict=True)
+            )
         for name in ("eager", "torch.compile", "floor"):
-            ratios = [theirs[0] / ours[0] for ours, theirs in zip(times["ours"], times[name])]
-            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-            row[f"ratio_{name}"], row[f"spread_{name}"] = middle, high - low
+            for place, clock in enumerate(("", "cpu_")):
+                pairs = zip(times["ours"], times[name], strict=True)
+                ratio, width = spread([theirs[place] / ours[place] for ours, theirs in pairs])
+                row[f"{clock}ratio_{name}"], row[f"{clock}spread_{name}"] = ratio, width
         rows.append(row)
     return rows
 
@@ -157,19 +159,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     arguments = parser.parse_args()
     rows = []
-    print(f"{'model':14}{'layer':14}{'dtype':6}{'threads':>8}{'ours us':>9}{'eager':>9}{'compile':>9}{'floor':>8}"
-          f"{'x eager':>9}{'x compile':>11}{'of floor':>10}")  # fmt: skip
+    heads = ("ours us", "eager", "compile", "floor", "x eager", "x compile", "of floor", "cpu: x eager", "x compile")
+    print(f"{'model':14}{'layer':14}{'dtype':6}{'threads':>8}", *(f"{head:>13}" for head in heads), sep="")
     for threads in arguments.threads:
         for model in MODELS:
             for dtype in DTYPES:
                 for row in measured(model, dtype, threads, arguments.rounds):
                     rows.append(row)
-                    print(
-                        f"{row['model']:14}{row['layer']:14}{row['dtype']:6}{row['threads']:8}{row['ours_us']:9.0f}"
-                        f"{row['eager_us']:9.0f}{row['torch.compile_us']:9.0f}{row['floor_us']:8.0f}"
-                        f"{row['ratio_eager']:9.2f}{row['ratio_torch.compile']:11.2f}{row['ratio_floor']:10.2f}",
-                        flush=True,
-                    )
+                    ratios = ("ratio_eager", "ratio_torch.compile", "ratio_floor", "cpu_ratio_eager")
+                    cells = [f"{row[f'{name}_us']:13.0f}" for name in ("ours", "eager", "torch.compile", "floor")]
+                    cells += [f"{row[key]:13.2f}" for key in (*ratios, "cpu_ratio_torch.compile")]
+                    print(f"{model:14}{row['layer']:14}{dtype:6}{threads:8}", *cells, sep="", flush=True)
     print(json.dumps({"machine": machine(), "torch": torch.__version__, "goals": GOALS, "rows": rows}))
 
 

@@ -37,7 +37,7 @@ def run_at_level(script: str, level: str | None, timeout: float | None = None) -
 
 
 def assert_never_worse(actual: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
-    """|truth - actual| <= |truth - eager| + floor * |truth| in the 2-norm; the floor is float32's, whatever the dtype."""
+    """|truth - actual| <= |truth - eager| + floor * |truth| in the 2-norm; the floor is float32's for all dtypes."""
     truth = truth.double()
     ours, theirs = ((values.double() - truth).norm() for values in (actual, eager))
     bound = theirs + FLOOR[torch.float32] * truth.norm()

@@ -1,6 +1,6 @@
 """Calls of the layers with the shapes, layouts and dtypes that matter, for the tests of every backend."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swigl
 
 F32, BF16 = torch.float32, torch.bfloat16
 WIDTHS = (1, 7, 72, 576, 1003)
+NORM_WIDTHS = (2, *WIDTHS[1:])  # of one column nothing is left of the gradient but what rounding leaves
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class LayerCase:
 
 def results(case: LayerCase, inputs: Sequence[Tensor], backend: str, seed: int = 5) -> list[Tensor]:
     """Outputs and gradients of all differentiated inputs under random gradients of the outputs, detached."""
-    leaves = [_as_leaf(x) if i < case.differentiated else x for i, x in enumerate(inputs)]
+    leaves = [x.detach().requires_grad_() if i < case.differentiated else x for i, x in enumerate(inputs)]
     outputs = case.run(*leaves, backend=backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(seed)
@@ -32,19 +33,21 @@ def results(case: LayerCase, inputs: Sequence[Tensor], backend: str, seed: int =
     return [*(y.detach() for y in outputs), *gradients]
 
 
-def _as_leaf(x: Tensor) -> Tensor:
-    """With x's strides."""
-    return x.detach().requires_grad_()
+def compared(case: LayerCase, dtype: torch.dtype, backend: str, draws: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """For every output and gradient: ours, eager's, the truth in float64 from the same inputs; all draws together.
 
-
-def truth_and_eager(case: LayerCase, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """In float64 from the same inputs, and in their own dtypes."""
-    eager = results(case, inputs, "eager")
-    return results(case, [x.double() for x in inputs], "eager"), eager
-
-
-def random(*shape: int) -> Callable[[torch.dtype], Tensor]:
-    return lambda dtype: torch.randn(shape).to(dtype)
+    Several draws, since the rounding of a handful of numbers to bf16 may fall out well for eager once.
+    """
+    drawn: list[list[list[Tensor]]] = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        inputs = case.inputs(dtype)
+        wide = [x.double() for x in inputs]
+        drawn.append([results(case, inputs, backend), results(case, inputs, "eager"), results(case, wide, "eager")])
+        for ours, eager in zip(*drawn[-1][:2], strict=True):
+            assert ours.dtype == eager.dtype and ours.shape == eager.shape
+    for together in zip(*(zip(*draw, strict=True) for draw in drawn), strict=True):
+        yield tuple(torch.cat([x.flatten() for x in column]) for column in zip(*together, strict=True))
 
 
 def _heads(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -90,11 +93,11 @@ def _rope(batch, tokens, q_heads, k_heads, width, rotary=None, one_row=True) -> 
 
 GEMMA = {"casting": "gemma", "offset": 1.0}
 CASES: dict[str, LayerCase] = {
-    **{f"norm of {w}": _norm((3, 7, w)) for w in WIDTHS},
+    **{f"norm of {w}": _norm((3, 7, w)) for w in NORM_WIDTHS},
     **{f"gemma's norm of {w}": _norm((5, w), **GEMMA) for w in (7, 576)},
     "norm of one row": _norm((72,)),
     "norm of 40 rows": _norm((40, 33)),
-    **{f"add and norm of {w}": _added((3, 7, w)) for w in WIDTHS},
+    **{f"add and norm of {w}": _added((3, 7, w)) for w in NORM_WIDTHS},
     "add and gemma's norm": _added((3, 7, 72), **GEMMA),
     **{f"swiglu of {w}": _gated((3, 5, w), swiglu) for w in WIDTHS},
     **{f"geglu of {w}": _gated((3, 5, w), geglu) for w in (7, 1003)},

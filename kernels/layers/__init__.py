@@ -100,9 +100,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
     return _gated("swiglu", "silu", gate, up, backend)
 
 
-def geglu(
-    gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", backend: str | None = None
-) -> Tensor:
+def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
     """``F.gelu(gate, approximate=approximate) * up`` (Shazeer 2020).
 
     Args:

@@ -138,9 +138,7 @@ def _rope_gradients(ctx: Any, backward: Any, dq: Tensor, dk: Tensor) -> tuple[Te
 
 
 rms_norm = _differentiable(_run.rms_norm, _run.rms_norm_backward, _save_norm, _norm_gradients)
-add_rms_norm = _differentiable(
-    _run.add_rms_norm, _run.rms_norm_backward, _save_added_norm, _added_norm_gradients
-)
+add_rms_norm = _differentiable(_run.add_rms_norm, _run.rms_norm_backward, _save_added_norm, _added_norm_gradients)
 gated = _differentiable(_run.gated, _run.gated_backward, _save_gated, _gated_gradients)
 gated_packed = _differentiable(_run.gated_packed, _run.gated_packed_backward, _save_gated, _packed_gradients)
 rope = _differentiable(_run.rope, _run.rope_backward, _save_rope, _rope_gradients)
