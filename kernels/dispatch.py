@@ -27,6 +27,11 @@ OPS: Mapping[str, tuple[Backend, ...]] = {
     "linear_grad_sketch": ("cpu", "triton", "cuda"),
     "linear_cross_entropy": ("cpu", "triton"),
     "adamw": ("cpu", "triton"),
+    "rms_norm": ("cpu", "triton"),
+    "add_rms_norm": ("cpu", "triton"),
+    "swiglu": ("cpu", "triton"),
+    "geglu": ("cpu", "triton"),
+    "rope": ("cpu", "triton"),
 }
 
 logger = logging.getLogger(__name__)
@@ -80,17 +85,21 @@ def _cuda_unavailable(device_type: str) -> str | None:
     return None
 
 
+def asked(requested: str | None) -> str | None:
+    """The backend that somebody asked for, by argument or environment."""
+    return requested or os.environ.get("MERIT_FAST_BACKEND")
+
+
 def choose(op: str, device_type: str, requested: str | None) -> str:
     """The backend that runs ``op``.
 
     Raises:
         BackendUnavailableError: the requested backend (argument or environment) cannot run here.
     """
-    asked = requested or os.environ.get("MERIT_FAST_BACKEND")
-    if asked:
-        if reason := unavailable(op, asked, device_type):
-            raise BackendUnavailableError(f"{op}: backend {asked!r} {reason}")
-        return asked
+    if backend := asked(requested):
+        if reason := unavailable(op, backend, device_type):
+            raise BackendUnavailableError(f"{op}: backend {backend!r} {reason}")
+        return backend
     best = BEST_BY_DEVICE.get(device_type, "eager")
     if reason := unavailable(op, best, device_type):
         _log_fallback(op, best, reason)

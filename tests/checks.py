@@ -34,3 +34,11 @@ def run_at_level(script: str, level: str | None, timeout: float | None = None) -
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+def assert_never_worse(actual: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
+    """|truth - actual| <= |truth - eager| + floor * |truth| in the 2-norm; the floor is float32's for all dtypes."""
+    truth = truth.double()
+    ours, theirs = ((values.double() - truth).norm() for values in (actual, eager))
+    bound = theirs + FLOOR[torch.float32] * truth.norm()
+    assert ours <= bound, f"error {ours:.3e}, eager has {theirs:.3e}, the truth's norm is {truth.norm():.3e}"

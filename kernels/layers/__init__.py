@@ -1,47 +1,118 @@
-"""The parts of a transformer between its matrix products: norms, gated activations, rotary positions."""
+"""The parts of a transformer between its matrix products: norms, gated activations, rotary positions.
 
+Arithmetic is in float32 whatever the dtype, results are rounded once, and no bit depends on the number of threads. In
+backward nothing is read that the layer had not to keep anyway: inverse RMS and activations are computed again. All ops
+differentiate once; a gradient of a gradient raises, but for ``backend="eager"``, which is plain PyTorch throughout.
+float32 and bfloat16 have kernels; with other dtypes the automatic choice of the backend is eager. On a GPU the kernels
+are ours for all ops, not liger-kernel's: one definition of rounding and layout on every device.
+"""
+
+import torch
 from torch import Tensor
 
-from merit_fast.kernels.layers import _eager
+from merit_fast.errors import BackendUnavailableError
+from merit_fast.kernels import dispatch
+from merit_fast.kernels.layers import _eager, _ops
 
 __all__ = ["add_rms_norm", "geglu", "rms_norm", "rope", "swiglu"]
 
+CASTINGS = ("llama", "gemma")
+_DTYPES = (torch.float32, torch.bfloat16)
+
 
 def rms_norm(
-    x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, casting: str = "llama", backend: str | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    *,
+    offset: float = 0.0,
+    casting: str = "llama",
+    backend: str | None = None,
 ) -> Tensor:
     """RMSNorm (Zhang & Sennrich 2019) over the last dimension, as transformers computes it.
 
         y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
         y.to(x.dtype) * (offset + weight)                   # casting="llama"
         (y * (offset + weight.float())).to(x.dtype)         # casting="gemma", whose offset is 1
+
+    Args:
+        x: [..., H]. Views whose rows have one stride are read where they lie, whatever the order of the others.
+        weight: [H], of any of the dtypes; None: y.to(x.dtype).
+        backend: "eager", "cpu", "triton"; None chooses by device.
+
+    Returns:
+        As x, and in its layout; with casting="llama" promoted by the weight's dtype.
+
+    Raises:
+        ValueError: shapes disagree or casting is unknown.   BackendUnavailableError: ``backend`` cannot run here.
     """
-    return _eager.rms_norm(x, weight, epsilon, offset, casting)
+    _check_norm("rms_norm", x, weight, casting)
+    chosen = _choose("rms_norm", backend, x, weight)
+    if chosen == "eager":
+        return _eager.rms_norm(x, weight, epsilon, offset, casting)
+    result: Tensor = _ops.rms_norm(x, weight, epsilon, offset, casting, chosen)
+    return result
 
 
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     epsilon: float,
     *,
     offset: float = 0.0,
     casting: str = "llama",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``total = residual + x; return rms_norm(total, ...), total`` in one pass."""
-    total = residual + x
-    return _eager.rms_norm(total, weight, epsilon, offset, casting), total
+    """``total = residual + x; return rms_norm(total, ...), total`` in one pass.
+
+    Args:
+        x, residual: [..., H], one shape. Both results carry gradients.
+        weight, epsilon, offset, casting, backend: as in ``rms_norm``.
+
+    Raises:
+        ValueError: shapes disagree or casting is unknown.   BackendUnavailableError: ``backend`` cannot run here.
+    """
+    _check_norm("add_rms_norm", x, weight, casting)
+    if x.shape != residual.shape:
+        raise ValueError(f"add_rms_norm: residual must be as x, {list(x.shape)}, got {list(residual.shape)}")
+    chosen = _choose("add_rms_norm", backend, x, residual, weight)
+    if chosen == "eager":
+        return _eager.add_rms_norm(x, residual, weight, epsilon, offset, casting)
+    out, total = _ops.add_rms_norm(x, residual, weight, epsilon, offset, casting, chosen)
+    return out, total
 
 
-def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
-    """``F.silu(gate) * up`` (Shazeer 2020)."""
-    return _eager.swiglu(gate, up)
+def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """``F.silu(gate) * up`` (Shazeer 2020).
+
+    Args:
+        gate, up: [..., I], one shape. Without ``up``, gate is [..., 2 I]: the gate and behind it up, as one matrix
+            product gives them; neither half is copied, and the gradient is one tensor too.
+        backend: "eager", "cpu", "triton"; None chooses by device.
+
+    Returns:
+        [..., I].
+
+    Raises:
+        ValueError: shapes disagree.   BackendUnavailableError: ``backend`` cannot run here.
+    """
+    return _gated("swiglu", "silu", gate, up, backend)
 
 
-def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
-    """``F.gelu(gate, approximate=approximate) * up`` (Shazeer 2020)."""
-    return _eager.geglu(gate, up, approximate)
+def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
+    """``F.gelu(gate, approximate=approximate) * up`` (Shazeer 2020).
+
+    Args:
+        gate, up, backend: as in ``swiglu``.
+        approximate: "tanh" or "none" (by erf).
+
+    Raises:
+        ValueError: shapes disagree or approximate is unknown.   BackendUnavailableError: ``backend`` cannot run here.
+    """
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"geglu: approximate must be 'tanh' or 'none', got {approximate!r}")
+    return _gated("geglu", "gelu_tanh" if approximate == "tanh" else "gelu", gate, up, backend)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -51,7 +122,84 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
         q * cos.unsqueeze(1) + rotate(q) * sin.unsqueeze(1)     # the same for k
 
     Args:
-        q, k: [B, heads, T, R], any strides whose last is 1; k may have fewer heads.
-        cos, sin: [B or 1, T, R].
+        q, k: [B, heads, T, D], any strides whose last is 1; k may have fewer heads.
+        cos, sin: [B or 1, T, R], R even, without gradients. Where R < D, the rest of every head passes as it is.
+        backend: "eager", "cpu", "triton"; None chooses by device.
+
+    Returns:
+        q and k turned; where one was a transposed [B, T, heads, D], the result is, too.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or cos or sin require gradients.
+        BackendUnavailableError: ``backend`` cannot run here.
     """
-    return _eager.rope(q, k, cos, sin)
+    _check_rope(q, k, cos, sin)
+    chosen = _choose("rope", backend, q, k, cos, sin)
+    if chosen == "eager":
+        return _eager.rope(q, k, cos, sin)
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("rope: cos and sin must not require gradients, but with backend='eager'")
+    q_out, k_out = _ops.rope(q, k, cos, sin, chosen)
+    return q_out, k_out
+
+
+def _gated(op: str, activation: str, gate: Tensor, up: Tensor | None, backend: str | None) -> Tensor:
+    if up is None and (gate.dim() == 0 or gate.shape[-1] % 2):
+        raise ValueError(f"{op}: gate without up must be [..., 2 I], got {list(gate.shape)}")
+    if up is not None and (up.shape != gate.shape or gate.dim() == 0):
+        raise ValueError(f"{op}: gate and up must be [..., I] of one shape, got {list(gate.shape)}, {list(up.shape)}")
+    chosen = _choose(op, backend, gate, up)
+    if chosen == "eager":
+        return _eager.gated(*(gate.chunk(2, -1) if up is None else (gate, up)), activation)
+    if up is None:
+        result: Tensor = _ops.gated_packed(gate, activation, chosen)
+        return result
+    dtype = torch.promote_types(gate.dtype, up.dtype)
+    result = _ops.gated(gate.to(dtype), up.to(dtype), activation, chosen)
+    return result
+
+
+def _check_norm(op: str, x: Tensor, weight: Tensor | None, casting: str) -> None:
+    if casting not in CASTINGS:
+        raise ValueError(f"{op}: casting must be one of {', '.join(CASTINGS)}, got {casting!r}")
+    if x.dim() == 0 or (weight is not None and weight.shape != x.shape[-1:]):
+        got = None if weight is None else list(weight.shape)
+        raise ValueError(f"{op}: x must be [..., H] and weight [H], got {list(x.shape)}, {got}")
+
+
+def _check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(f"rope: q and k must be [B, heads, T, D], got {list(q.shape)}, {list(k.shape)}")
+    batch, _, tokens, width = q.shape
+    fits = cos.dim() == 3 and cos.shape == sin.shape and cos.shape[0] in (1, batch) and cos.shape[1] == tokens
+    if not fits or cos.shape[2] % 2 or cos.shape[2] > width:
+        raise ValueError(
+            f"rope: cos and sin must be [{batch} or 1, {tokens}, R] with an even R <= {width}, "
+            f"got {list(cos.shape)}, {list(sin.shape)}"
+        )
+    if q.dtype != k.dtype or cos.dtype != sin.dtype:
+        raise ValueError(
+            f"rope: q and k, cos and sin must have one dtype each, got {q.dtype}, {k.dtype}, {cos.dtype}, {sin.dtype}"
+        )
+
+
+def _choose(op: str, backend: str | None, first: Tensor, *others: Tensor | None) -> str:
+    device, other = first.device, None if first.dtype in _DTYPES else first.dtype
+    for x in others:
+        if x is not None:
+            if x.device != device:
+                raise ValueError(f"{op}: tensors must be on one device, got {device}, {x.device}")
+            if x.dtype not in _DTYPES:
+                other = x.dtype
+    return _backend_for(op, device.type, None if other is None else str(other), backend)
+
+
+@torch.compiler.assume_constant_result
+def _backend_for(op: str, device_type: str, other: str | None, backend: str | None) -> str:
+    """``other``: a dtype among the inputs that no kernel takes."""
+    if other is None:
+        return dispatch.choose(op, device_type, backend)
+    asked = dispatch.asked(backend)
+    if asked not in (None, "eager"):
+        raise BackendUnavailableError(f"{op}: backend {asked!r} takes float32 and bfloat16, got {other}")
+    return "eager"

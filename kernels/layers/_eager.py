@@ -1,29 +1,45 @@
-"""The references: plain PyTorch, as transformers writes it."""
+"""The references: plain PyTorch, as transformers writes it. In float64 all of it is float64."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+GATES = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float, casting: str) -> Tensor:
-    wide = x.float()
+
+def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, offset: float, casting: str) -> Tensor:
+    wide = _at_least_float32(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    scale = weight if not offset else offset + weight.float()
-    return y.to(x.dtype) * scale.to(x.dtype) if casting == "llama" else (y * scale.float()).to(x.dtype)
+    if weight is None:
+        return y.to(x.dtype)
+    if casting == "llama":
+        return y.to(x.dtype) * (offset + weight if offset else weight)
+    return (y * (offset + _at_least_float32(weight))).to(x.dtype)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, epsilon: float, offset: float, casting: str
+) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return rms_norm(total, weight, epsilon, offset, casting), total
 
 
-def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
-    return F.gelu(gate, approximate=approximate) * up
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return GATES[activation](gate) * up
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotary = cos.shape[-1]
+
     def rotated(x: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-        return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+        x, rest = x[..., :rotary], x[..., rotary:]
+        turned = torch.cat([-x[..., rotary // 2 :], x[..., : rotary // 2]], -1)
+        out = x * cos + turned * sin
+        return torch.cat([out, rest], -1) if rest.shape[-1] else out
 
     return rotated(q), rotated(k)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,156 @@
+"""The layers' Triton kernels: a program takes some rows, or a piece of one, in registers; nothing is added atomically.
+
+Everything is loaded, made float32, computed and rounded once where it is stored. Strides are in elements. A tensor that
+is not there is given as another, which a constant keeps from being touched.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(first, rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Row numbers [ROWS, 1], column numbers [1, BLOCK], and which entries there are."""
+    row = first + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    return row.to(tl.int64), col, (row < rows) & (col < cols)
+
+
+@triton.jit
+def norm_kernel(
+    x, residual, total, out, scale, rows, cols, x_stride, residual_stride, total_stride, out_stride, epsilon,
+    ADDS: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = RMSNorm(x) * scale; with ADDS of total = x + residual, which is stored and normed as it was rounded."""
+    row, col, inside = _tile(tl.program_id(0) * ROWS, rows, cols, ROWS, BLOCK)
+    values = tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        values += tl.load(residual + row * residual_stride + col, mask=inside, other=0.0).to(tl.float32)
+        rounded = values.to(total.dtype.element_ty)
+        tl.store(total + row * total_stride + col, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+    inverse = 1.0 / tl.sqrt(tl.sum(values * values, 1) / cols + epsilon)
+    y = values * inverse[:, None]
+    if ROUNDS:
+        y = y.to(total.dtype.element_ty).to(tl.float32)
+    factor = tl.load(scale + col, mask=col < cols, other=0.0)
+    tl.store(out + row * out_stride + col, (y * factor).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_backward_kernel(
+    dout, dtotal, x, dx, scale, sums, rows, cols, dout_stride, dtotal_stride, x_stride, dx_stride, epsilon, steps,
+    ADDS: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx of ``steps`` tiles of rows, and their sum of dout * x / RMS, a row of ``sums`` [programs, cols]."""
+    program = tl.program_id(0).to(tl.int64)
+    factor = tl.load(scale + tl.arange(0, BLOCK)[None, :], mask=tl.arange(0, BLOCK)[None, :] < cols, other=0.0)
+    partial = tl.zeros((BLOCK,), tl.float32)
+    for step in range(steps):
+        row, col, inside = _tile((program * steps + step) * ROWS, rows, cols, ROWS, BLOCK)
+        values = tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.load(dout + row * dout_stride + col, mask=inside, other=0.0).to(tl.float32)
+        inverse = (1.0 / tl.sqrt(tl.sum(values * values, 1) / cols + epsilon))[:, None]
+        along = tl.sum(gradient * factor * values, 1)[:, None] * inverse / cols * inverse
+        result = (gradient * factor - values * along) * inverse
+        if ADDS:
+            result += tl.load(dtotal + row * dtotal_stride + col, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * dx_stride + col, result.to(dx.dtype.element_ty), mask=inside)
+        if SUMS:
+            partial += tl.sum(gradient * (values * inverse), 0)
+    if SUMS:
+        tl.store(sums + program * cols + tl.arange(0, BLOCK), partial, mask=tl.arange(0, BLOCK) < cols)
+
+
+@triton.jit
+def _activation(x, KIND: tl.constexpr):
+    """The activation's value, and its derivative."""
+    if KIND == "gelu":
+        share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * share, share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:  # x times the logistic function of x, or of a cubic
+        inner, steep = x, x
+        if KIND == "gelu_tanh":
+            inner = x * (1.5957691216057308 + 0.07135481627260025 * (x * x))
+            steep = x * (1.5957691216057308 + 0.21406444881780074 * (x * x))
+        below = 1.0 + tl.exp(-inner)
+        share = 1.0 / below
+        return x / below, share + share * (1.0 - share) * steep
+
+
+@triton.jit
+def gated_kernel(
+    gate, up, out, cols, gate_stride, up_stride, out_stride, across, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    program = tl.program_id(0).to(tl.int64)
+    row, col = program // across, program % across * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + row * gate_stride + col, mask=col < cols, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + col, mask=col < cols, other=0.0).to(tl.float32)
+    value, _ = _activation(g, KIND)
+    tl.store(out + row * out_stride + col, (value * u).to(out.dtype.element_ty), mask=col < cols)
+
+
+@triton.jit
+def gated_backward_kernel(
+    dout, gate, up, dgate, dup, cols, dout_stride, gate_stride, up_stride, dgate_stride, dup_stride, across,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row, col = program // across, program % across * BLOCK + tl.arange(0, BLOCK)
+    gradient = tl.load(dout + row * dout_stride + col, mask=col < cols, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + col, mask=col < cols, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + col, mask=col < cols, other=0.0).to(tl.float32)
+    value, slope = _activation(g, KIND)
+    tl.store(dgate + row * dgate_stride + col, (gradient * u * slope).to(dgate.dtype.element_ty), mask=col < cols)
+    tl.store(dup + row * dup_stride + col, (gradient * value).to(dup.dtype.element_ty), mask=col < cols)
+
+
+@triton.jit
+def _turn(
+    x, out, cos, sin, x_stride, out_stride, heads, half, width,
+    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token; the rows of cos and sin are its own. Backward is the transposed rotation."""
+    col = tl.arange(0, HALF)
+    low_cos = tl.load(cos + col, mask=col < half, other=0.0).to(tl.float32)[None, :]
+    high_cos = tl.load(cos + half + col, mask=col < half, other=0.0).to(tl.float32)[None, :]
+    low_sin = tl.load(sin + col, mask=col < half, other=0.0).to(tl.float32)[None, :]
+    high_sin = tl.load(sin + half + col, mask=col < half, other=0.0).to(tl.float32)[None, :]
+    if BACKWARD:
+        low_sin, high_sin = -high_sin, -low_sin
+    for first in range(0, heads, HEADS):
+        head = first + tl.arange(0, HEADS)[:, None]
+        inside = (head < heads) & (col < half)[None, :]
+        source = x + head.to(tl.int64) * x_stride
+        target = out + head.to(tl.int64) * out_stride
+        a = tl.load(source + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(source + half + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(target + col[None, :], (a * low_cos - b * low_sin).to(out.dtype.element_ty), mask=inside)
+        tl.store(target + half + col[None, :], (b * high_cos + a * high_sin).to(out.dtype.element_ty), mask=inside)
+        if REST > 0:
+            rest = 2 * half + tl.arange(0, REST)[None, :]
+            inside = (head < heads) & (rest < width)
+            values = tl.load(source + rest, mask=inside, other=0.0)
+            tl.store(target + rest, values.to(tl.float32).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rope_kernel(
+    q, k, cos, sin, q_out, k_out, tokens, q_heads, k_heads, half, width,
+    q_batch, q_head, q_token, k_batch, k_head, k_token,
+    q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
+    cos_batch, cos_token, sin_batch, sin_token,
+    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Queries and keys of one token."""
+    program = tl.program_id(0).to(tl.int64)
+    b, t = program // tokens, program % tokens
+    cos += b * cos_batch + t * cos_token
+    sin += b * sin_batch + t * sin_token
+    q += b * q_batch + t * q_token
+    k += b * k_batch + t * k_token
+    q_out += b * q_out_batch + t * q_out_token
+    k_out += b * k_out_batch + t * k_out_token
+    _turn(q, q_out, cos, sin, q_head, q_out_head, q_heads, half, width, BACKWARD, HEADS, HALF, REST)
+    _turn(k, k_out, cos, sin, k_head, k_out_head, k_heads, half, width, BACKWARD, HEADS, HALF, REST)

@@ -1,0 +1,111 @@
+"""Calls of the layers with the shapes, layouts and dtypes that matter, for the tests of every backend."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swiglu
+
+F32, BF16 = torch.float32, torch.bfloat16
+WIDTHS = (1, 7, 72, 576, 1003)
+NORM_WIDTHS = (2, *WIDTHS[1:])  # of one column nothing is left of the gradient but what rounding leaves
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """``run(*inputs, backend=...)`` gives one tensor or several; the first ``differentiated`` inputs have gradients."""
+
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
+    inputs: Callable[[torch.dtype], Sequence[Tensor]]
+    differentiated: int
+
+
+def results(case: LayerCase, inputs: Sequence[Tensor], backend: str, seed: int = 5) -> list[Tensor]:
+    """Outputs and gradients of all differentiated inputs under random gradients of the outputs, detached."""
+    leaves = [x.detach().requires_grad_() if i < case.differentiated else x for i, x in enumerate(inputs)]
+    outputs = case.run(*leaves, backend=backend)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]  # exact in all
+    gradients = torch.autograd.grad(outputs, leaves[: case.differentiated], weights)
+    return [*(y.detach() for y in outputs), *gradients]
+
+
+def compared(case: LayerCase, dtype: torch.dtype, backend: str, draws: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """For every output and gradient: ours, eager's, the truth in float64 from the same inputs; all draws together.
+
+    Several draws, since the rounding of a handful of numbers to bf16 may fall out well for eager once.
+    """
+    drawn: list[list[list[Tensor]]] = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        inputs = case.inputs(dtype)
+        wide = [x.double() for x in inputs]
+        drawn.append([results(case, inputs, backend), results(case, inputs, "eager"), results(case, wide, "eager")])
+        for ours, eager in zip(*drawn[-1][:2], strict=True):
+            assert ours.dtype == eager.dtype and ours.shape == eager.shape
+    for together in zip(*(zip(*draw, strict=True) for draw in drawn), strict=True):
+        yield tuple(torch.cat([x.flatten() for x in column]) for column in zip(*together, strict=True))
+
+
+def _heads(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(batch, tokens, heads, width).to(dtype).transpose(1, 2)
+
+
+def _norm(shape, **options) -> LayerCase:
+    def inputs(dtype):
+        return torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+
+    return LayerCase(lambda x, w, backend: rms_norm(x, w, 1e-6, backend=backend, **options), inputs, 2)
+
+
+def _added(shape, **options) -> LayerCase:
+    def inputs(dtype):
+        return torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+
+    return LayerCase(lambda x, r, w, backend: add_rms_norm(x, r, w, 1e-6, backend=backend, **options), inputs, 3)
+
+
+def _gated(shape, function, **options) -> LayerCase:
+    def inputs(dtype):
+        return 2 * torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+
+    return LayerCase(lambda g, u, backend: function(g, u, backend=backend, **options), inputs, 2)
+
+
+def _packed(shape, function, **options) -> LayerCase:
+    def inputs(dtype):
+        return ((2 * torch.randn(*shape[:-1], 2 * shape[-1])).to(dtype),)
+
+    return LayerCase(lambda g, backend: function(g, backend=backend, **options), inputs, 1)
+
+
+def _rope(batch, tokens, q_heads, k_heads, width, rotary=None, one_row=True) -> LayerCase:
+    def inputs(dtype):
+        angles = torch.rand(1 if one_row else batch, tokens, rotary or width) * 6
+        q, k = (_heads(batch, tokens, heads, width, dtype) for heads in (q_heads, k_heads))
+        return q, k, angles.cos().to(dtype), angles.sin().to(dtype)
+
+    return LayerCase(rope, inputs, 2)
+
+
+GEMMA = {"casting": "gemma", "offset": 1.0}
+CASES: dict[str, LayerCase] = {
+    **{f"norm of {w}": _norm((3, 7, w)) for w in NORM_WIDTHS},
+    **{f"gemma's norm of {w}": _norm((5, w), **GEMMA) for w in (7, 576)},
+    "norm of one row": _norm((72,)),
+    "norm of 40 rows": _norm((40, 33)),
+    **{f"add and norm of {w}": _added((3, 7, w)) for w in NORM_WIDTHS},
+    "add and gemma's norm": _added((3, 7, 72), **GEMMA),
+    **{f"swiglu of {w}": _gated((3, 5, w), swiglu) for w in WIDTHS},
+    **{f"geglu of {w}": _gated((3, 5, w), geglu) for w in (7, 1003)},
+    **{f"geglu by erf of {w}": _gated((3, 5, w), geglu, approximate="none") for w in (7, 1003)},
+    **{f"packed swiglu of {w}": _packed((3, 5, w), swiglu) for w in WIDTHS},
+    "packed geglu": _packed((3, 5, 72), geglu),
+    "rope": _rope(2, 19, 9, 3, 64),
+    "rope of the smallest head": _rope(1, 3, 1, 1, 2),
+    "rope, ragged, a row of cosines each": _rope(2, 17, 5, 2, 14, one_row=False),
+    "partial rope": _rope(2, 5, 4, 4, 40, rotary=10),
+}
