@@ -64,7 +64,7 @@ def train_branch(job: BranchJob, config: TrainConfig, directory: Path, display: 
     choose_attention(model)
     if config.packing:
         require_packing(model, examples)
-    optimizer = MasterAdamW(model, config)
+    optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     progress, earlier_s = _resume(directory, optimizer)
     padding = pad_token_id(load_tokenizer(job.base_path))
     steps = num_steps(len(examples), config)
