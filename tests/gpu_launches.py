@@ -1,5 +1,6 @@
 """Every Triton kernel of the repository with the launches that the gate compiles for GPUs that are not here."""
 
+import gpu_launches_layers
 import gpu_launches_sketch
 import torch
 from gpu_code import GpuLaunch
@@ -22,7 +23,7 @@ def launches() -> list[GpuLaunch]:
     averages = [average(name, columns) for name, columns in AVERAGES.items()]
     # bf16 rows times a float32 scale: what sm_100 would multiply in tf32.
     scaled = gpu_launches_sketch.rows("sketch of rows by id, bf16, scaled", BF16, by_id=True, scaled=True)
-    return [*averages, *gpu_launches_sketch.launches(), scaled]
+    return [*averages, *gpu_launches_sketch.launches(), *gpu_launches_layers.launches(), scaled]
 
 
 def average(name, columns) -> GpuLaunch:
