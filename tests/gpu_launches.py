@@ -1,6 +1,7 @@
 """Every Triton kernel of the repository with the launches that the gate compiles for GPUs that are not here."""
 
 import gpu_launches_cross_entropy
+import gpu_launches_layers
 import gpu_launches_optimizer
 import gpu_launches_sketch
 import torch
@@ -24,7 +25,8 @@ def launches() -> list[GpuLaunch]:
     averages = [average(name, columns) for name, columns in AVERAGES.items()]
     # bf16 rows times a float32 scale: what sm_100 would multiply in tf32.
     scaled = gpu_launches_sketch.rows("sketch of rows by id, bf16, scaled", BF16, by_id=True, scaled=True)
-    training = [*gpu_launches_cross_entropy.launches(), *gpu_launches_optimizer.launches()]
+    families = (gpu_launches_cross_entropy, gpu_launches_layers, gpu_launches_optimizer)
+    training = [launch for family in families for launch in family.launches()]
     return [*averages, *gpu_launches_sketch.launches(), scaled, *training]
 
 

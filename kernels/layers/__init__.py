@@ -150,7 +150,8 @@ def _gated(op: str, activation: str, gate: Tensor, up: Tensor | None, backend: s
         raise ValueError(f"{op}: gate and up must be [..., I] of one shape, got {list(gate.shape)}, {list(up.shape)}")
     chosen = _choose(op, backend, gate, up)
     if chosen == "eager":
-        return _eager.gated(*(gate.chunk(2, -1) if up is None else (gate, up)), activation)
+        gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+        return _eager.gated(gate, up, activation)
     if up is None:
         result: Tensor = _ops.gated_packed(gate, activation, chosen)
         return result
@@ -191,10 +192,11 @@ def _choose(op: str, backend: str | None, first: Tensor, *others: Tensor | None)
                 raise ValueError(f"{op}: tensors must be on one device, got {device}, {x.device}")
             if x.dtype not in _DTYPES:
                 other = x.dtype
-    return _backend_for(op, device.type, None if other is None else str(other), backend)
+    chosen: str = _backend_for(op, device.type, None if other is None else str(other), backend)
+    return chosen
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _backend_for(op: str, device_type: str, other: str | None, backend: str | None) -> str:
     """``other``: a dtype among the inputs that no kernel takes."""
     if other is None:

@@ -1,10 +1,16 @@
 """The references: plain PyTorch, as transformers writes it. In float64 all of it is float64."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GATES = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, offset: float, casting: str) -> Tensor:

@@ -76,7 +76,8 @@ def gated_backward(dout: Tensor, gate: Tensor, up: Tensor, activation: str, back
 
 
 def gated_packed(packed: Tensor, activation: str, backend: str) -> Tensor:
-    return gated(*packed.chunk(2, -1), activation, backend)
+    gate, up = packed.chunk(2, -1)
+    return gated(gate, up, activation, backend)
 
 
 def gated_packed_backward(dout: Tensor, packed: Tensor, activation: str, backend: str) -> Tensor:

@@ -45,20 +45,20 @@ def norm_backward_kernel(
 ):  # fmt: skip
     """dx of ``steps`` tiles of rows, and their sum of dout * x / RMS, a row of ``sums`` [programs, cols]."""
     program = tl.program_id(0).to(tl.int64)
-    factor = tl.load(scale + tl.arange(0, BLOCK)[None, :], mask=tl.arange(0, BLOCK)[None, :] < cols, other=0.0)
     partial = tl.zeros((BLOCK,), tl.float32)
     for step in range(steps):
         row, col, inside = _tile((program * steps + step) * ROWS, rows, cols, ROWS, BLOCK)
         values = tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
         gradient = tl.load(dout + row * dout_stride + col, mask=inside, other=0.0).to(tl.float32)
         inverse = (1.0 / tl.sqrt(tl.sum(values * values, 1) / cols + epsilon))[:, None]
-        along = tl.sum(gradient * factor * values, 1)[:, None] * inverse / cols * inverse
-        result = (gradient * factor - values * along) * inverse
+        if SUMS:
+            partial += tl.sum(gradient * (values * inverse), 0)
+        gradient *= tl.load(scale + col, mask=col < cols, other=0.0)  # again every step: registers are few
+        along = tl.sum(gradient * values, 1)[:, None] * inverse / cols * inverse
+        result = (gradient - values * along) * inverse
         if ADDS:
             result += tl.load(dtotal + row * dtotal_stride + col, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + row * dx_stride + col, result.to(dx.dtype.element_ty), mask=inside)
-        if SUMS:
-            partial += tl.sum(gradient * (values * inverse), 0)
     if SUMS:
         tl.store(sums + program * cols + tl.arange(0, BLOCK), partial, mask=tl.arange(0, BLOCK) < cols)
 
@@ -80,11 +80,17 @@ def _activation(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def _piece(across, BLOCK: tl.constexpr):
+    """Row and columns of a program, of which ``across`` share a row."""
+    program = tl.program_id(0)  # divided as 32 bits: a division of 64 is a call, around which registers are spilled
+    return (program // across).to(tl.int64), (program % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def gated_kernel(
     gate, up, out, cols, gate_stride, up_stride, out_stride, across, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row, col = program // across, program % across * BLOCK + tl.arange(0, BLOCK)
+    row, col = _piece(across, BLOCK)
     g = tl.load(gate + row * gate_stride + col, mask=col < cols, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + col, mask=col < cols, other=0.0).to(tl.float32)
     value, _ = _activation(g, KIND)
@@ -96,8 +102,7 @@ def gated_backward_kernel(
     dout, gate, up, dgate, dup, cols, dout_stride, gate_stride, up_stride, dgate_stride, dup_stride, across,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row, col = program // across, program % across * BLOCK + tl.arange(0, BLOCK)
+    row, col = _piece(across, BLOCK)
     gradient = tl.load(dout + row * dout_stride + col, mask=col < cols, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + col, mask=col < cols, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + col, mask=col < cols, other=0.0).to(tl.float32)
@@ -144,8 +149,8 @@ def rope_kernel(
     BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Queries and keys of one token."""
-    program = tl.program_id(0).to(tl.int64)
-    b, t = program // tokens, program % tokens
+    program = tl.program_id(0)
+    b, t = (program // tokens).to(tl.int64), (program % tokens).to(tl.int64)
     cos += b * cos_batch + t * cos_token
     sin += b * sin_batch + t * sin_token
     q += b * q_batch + t * q_token
