@@ -17,12 +17,13 @@ from torch import Tensor
 from bench.gpu_average import AVERAGE
 from bench.gpu_cases import DTYPES, Case, Op
 from bench.gpu_cross_entropy import CROSS_ENTROPY
+from bench.gpu_layers import LAYERS
 from bench.gpu_optimizer import ADAMW
 from bench.gpu_sketch import SKETCHES
 from merit_fast.errors import one_line
 from merit_fast.kernels import dispatch
 
-OPS = [AVERAGE, *SKETCHES, CROSS_ENTROPY, ADAMW]
+OPS = [AVERAGE, *SKETCHES, CROSS_ENTROPY, *LAYERS, ADAMW]
 BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 # What a backend's error may exceed that of eager on the same device by, relative: the order of float32 sums.
 FLOOR = 2e-6

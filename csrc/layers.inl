@@ -168,10 +168,17 @@ static inline float erf_of(float x) {
   return size > 0.927734375f ? (x < 0.f ? -far : far) : near;
 }
 
+struct ExpBounds {
+  float low, high;
+};
+
+// Variables: of constants the compiler makes a branch each, with a division of its own.
+ExpBounds exp_bounds = {-86.9f, 88.8f};
+
 // 1 + e^x as with exp_of, without its care below -86.9, where nothing is left of it; infinity from 88.73 on.
-static inline float one_plus_exp(float x) {
-  const float above = x < -86.9f ? -86.9f : x;  // NaN passes
-  const float inside = above > 88.8f ? 88.8f : above;
+static inline float one_plus_exp(float x, ExpBounds bounds) {
+  const float above = x < bounds.low ? bounds.low : x;  // NaN passes
+  const float inside = above > bounds.high ? bounds.high : above;
   const float shifted = inside * 1.44269504f + 12582912.f;
   const float n = shifted - 12582912.f;
   const float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -187,10 +194,10 @@ static inline float one_plus_exp(float x) {
 
 // The activation: x times a share of it.
 template <Activation kind>
-static inline float activation_of(float x) {
+static inline float activation_of(float x, ExpBounds bounds) {
   if constexpr (kind == Activation::GELU) return x * (0.5f * (1.f + erf_of(x * 0.70710678f)));
-  if constexpr (kind == Activation::GELU_TANH) return x / one_plus_exp(x * (-1.59576912f - 0.07135482f * (x * x)));
-  return x / one_plus_exp(-x);
+  if constexpr (kind == Activation::GELU_TANH) return x / one_plus_exp(x * (-1.59576912f - 0.07135482f * (x * x)), bounds);
+  return x / one_plus_exp(-x, bounds);
 }
 
 struct Slope {
@@ -199,13 +206,13 @@ struct Slope {
 
 // The same with the derivative.
 template <Activation kind>
-static inline Slope slope_of(float x) {
+static inline Slope slope_of(float x, ExpBounds bounds) {
   if constexpr (kind == Activation::GELU) {
     const float share = 0.5f * (1.f + erf_of(x * 0.70710678f));
     return {x * share, share + x * 0.39894228f * exp_of(-0.5f * x * x)};
   } else {
     constexpr bool cubic = kind == Activation::GELU_TANH;
-    const float share = 1.f / one_plus_exp(cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x);
+    const float share = 1.f / one_plus_exp(cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x, bounds);
     const float value = x * share;
     const float steep = cubic ? 1.59576912f + 0.21406445f * (x * x) : 1.f;
     return {value, share + value * (1.f - share) * steep};
@@ -216,17 +223,18 @@ template <Activation kind, class T>
 static inline void gated_piece(const GatedJob& job, int64_t row, int64_t first, int64_t cols) {
   const T* __restrict gate = row_of<T>(job.gate, row) + first;
   const T* __restrict up = row_of<T>(job.up, row) + first;
+  const ExpBounds bounds = exp_bounds;
   if (!job.dout.data) {
     T* __restrict out = row_of<T>(job.out, row) + first;
     for (int64_t c = 0; c < cols; c++)
-      out[c] = rounded_to<T>(activation_of<kind>(value_of(gate[c])) * value_of(up[c]));
+      out[c] = rounded_to<T>(activation_of<kind>(value_of(gate[c]), bounds) * value_of(up[c]));
     return;
   }
   const T* __restrict dout = row_of<T>(job.dout, row) + first;
   T* __restrict dgate = row_of<T>(job.dgate, row) + first;
   T* __restrict dup = row_of<T>(job.dup, row) + first;
   for (int64_t c = 0; c < cols; c++) {
-    const Slope a = slope_of<kind>(value_of(gate[c]));
+    const Slope a = slope_of<kind>(value_of(gate[c]), bounds);
     const float gradient = value_of(dout[c]);
     dgate[c] = rounded_to<T>(gradient * value_of(up[c]) * a.slope);
     dup[c] = rounded_to<T>(gradient * a.value);

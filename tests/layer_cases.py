@@ -97,6 +97,7 @@ CASES: dict[str, LayerCase] = {
     **{f"gemma's norm of {w}": _norm((5, w), **GEMMA) for w in (7, 576)},
     "norm of one row": _norm((72,)),
     "norm of 40 rows": _norm((40, 33)),
+    "norm of 9000": _norm((3, 9000)),
     **{f"add and norm of {w}": _added((3, 7, w)) for w in NORM_WIDTHS},
     "add and gemma's norm": _added((3, 7, 72), **GEMMA),
     **{f"swiglu of {w}": _gated((3, 5, w), swiglu) for w in WIDTHS},

@@ -24,7 +24,7 @@ from merit_fast.kernels.layers._triton_kernels import (
 PIECE = 1024  # elements of a program of the gated activations
 TILE = 2048  # elements of a program of the norms: several short rows, or one long one
 PROGRAMS = 512  # that share the rows in a norm's backward; by the shapes alone, so that the order of sums is
-HEADS = 8  # of a token that a program turns at a time
+HEADS = 8  # that a program turns
 
 
 def norm(
@@ -76,10 +76,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: T
     strides = [stride for x in (q, k, q_out, k_out) for stride in (x.stride(0), x.stride(1), x.stride(2))]
     positions = [stride for x in (cos, sin) for stride in (x.stride(0) if len(x) > 1 else 0, x.stride(1))]
     rest = triton.next_power_of_2(width - 2 * half) if width > 2 * half else 0
-    if batch * tokens:
+    q_tiles, tiles = -(-q_heads // HEADS), -(-q_heads // HEADS) + -(-k.shape[1] // HEADS)
+    if batch * tokens * tiles:
         _launch(
-            rope_kernel, batch * tokens, q, q, k, cos, sin, q_out, k_out, tokens, q_heads, k.shape[1], half, width,
-            *strides, *positions, backward, HEADS, triton.next_power_of_2(max(half, 1)), rest, num_warps=4,
+            rope_kernel, batch * tokens * tiles, q, q, k, cos, sin, q_out, k_out, tokens, q_heads, k.shape[1], q_tiles,
+            tiles, half, width, *strides, *positions, backward, HEADS, triton.next_power_of_2(max(half, 1)), rest,
+            num_warps=4,
         )  # fmt: skip
 
 

@@ -43,7 +43,11 @@ def norm_backward_kernel(
     dout, dtotal, x, dx, scale, sums, rows, cols, dout_stride, dtotal_stride, x_stride, dx_stride, epsilon, steps,
     ADDS: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx of ``steps`` tiles of rows, and their sum of dout * x / RMS, a row of ``sums`` [programs, cols]."""
+    """dx of ``steps`` tiles of rows, and their sum of dout * x / RMS, a row of ``sums`` [programs, cols].
+
+    The sum is held in registers; those of rows of more than 8192 (then one is a tile) are taken, it stays in memory.
+    """
+    HOLDS: tl.constexpr = BLOCK <= 8192
     program = tl.program_id(0).to(tl.int64)
     partial = tl.zeros((BLOCK,), tl.float32)
     for step in range(steps):
@@ -52,14 +56,19 @@ def norm_backward_kernel(
         gradient = tl.load(dout + row * dout_stride + col, mask=inside, other=0.0).to(tl.float32)
         inverse = (1.0 / tl.sqrt(tl.sum(values * values, 1) / cols + epsilon))[:, None]
         if SUMS:
-            partial += tl.sum(gradient * (values * inverse), 0)
+            if HOLDS:
+                partial += tl.sum(gradient * (values * inverse), 0)
+            else:
+                added = gradient * (values * inverse)
+                before = tl.load(sums + program * cols + col, mask=(col < cols) & (step > 0), other=0.0)
+                tl.store(sums + program * cols + col, before + added, mask=col < cols)
         gradient *= tl.load(scale + col, mask=col < cols, other=0.0)  # again every step: registers are few
         along = tl.sum(gradient * values, 1)[:, None] * inverse / cols * inverse
         result = (gradient - values * along) * inverse
         if ADDS:
             result += tl.load(dtotal + row * dtotal_stride + col, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + row * dx_stride + col, result.to(dx.dtype.element_ty), mask=inside)
-    if SUMS:
+    if SUMS and HOLDS:
         tl.store(sums + program * cols + tl.arange(0, BLOCK), partial, mask=tl.arange(0, BLOCK) < cols)
 
 
@@ -113,49 +122,53 @@ def gated_backward_kernel(
 
 @triton.jit
 def _turn(
-    x, out, cos, sin, x_stride, out_stride, heads, half, width,
+    x, out, cos, sin, x_stride, out_stride, first, heads, half, width,
     BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token; the rows of cos and sin are its own. Backward is the transposed rotation."""
-    col = tl.arange(0, HALF)
-    low_cos = tl.load(cos + col, mask=col < half, other=0.0).to(tl.float32)[None, :]
-    high_cos = tl.load(cos + half + col, mask=col < half, other=0.0).to(tl.float32)[None, :]
-    low_sin = tl.load(sin + col, mask=col < half, other=0.0).to(tl.float32)[None, :]
-    high_sin = tl.load(sin + half + col, mask=col < half, other=0.0).to(tl.float32)[None, :]
+    """HEADS heads of one token; the rows of cos and sin are its own. Backward is the transposed rotation."""
+    col = tl.arange(0, HALF)[None, :]
+    low_cos = tl.load(cos + col, mask=col < half, other=0.0).to(tl.float32)
+    high_cos = tl.load(cos + half + col, mask=col < half, other=0.0).to(tl.float32)
+    low_sin = tl.load(sin + col, mask=col < half, other=0.0).to(tl.float32)
+    high_sin = tl.load(sin + half + col, mask=col < half, other=0.0).to(tl.float32)
     if BACKWARD:
         low_sin, high_sin = -high_sin, -low_sin
-    for first in range(0, heads, HEADS):
-        head = first + tl.arange(0, HEADS)[:, None]
-        inside = (head < heads) & (col < half)[None, :]
-        source = x + head.to(tl.int64) * x_stride
-        target = out + head.to(tl.int64) * out_stride
-        a = tl.load(source + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(source + half + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(target + col[None, :], (a * low_cos - b * low_sin).to(out.dtype.element_ty), mask=inside)
-        tl.store(target + half + col[None, :], (b * high_cos + a * high_sin).to(out.dtype.element_ty), mask=inside)
-        if REST > 0:
-            rest = 2 * half + tl.arange(0, REST)[None, :]
-            inside = (head < heads) & (rest < width)
-            values = tl.load(source + rest, mask=inside, other=0.0)
-            tl.store(target + rest, values.to(tl.float32).to(out.dtype.element_ty), mask=inside)
+    head = first + tl.arange(0, HEADS)[:, None]
+    inside = (head < heads) & (col < half)
+    source = x + head.to(tl.int64) * x_stride
+    target = out + head.to(tl.int64) * out_stride
+    a = tl.load(source + col, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + half + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target + col, (a * low_cos - b * low_sin).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + half + col, (b * high_cos + a * high_sin).to(out.dtype.element_ty), mask=inside)
+    if REST > 0:
+        rest = 2 * half + tl.arange(0, REST)[None, :]
+        inside = (head < heads) & (rest < width)
+        values = tl.load(source + rest, mask=inside, other=0.0)
+        tl.store(target + rest, values.to(tl.float32).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def rope_kernel(
-    q, k, cos, sin, q_out, k_out, tokens, q_heads, k_heads, half, width,
+    q, k, cos, sin, q_out, k_out, tokens, q_heads, k_heads, q_tiles, tiles, half, width,
     q_batch, q_head, q_token, k_batch, k_head, k_token,
     q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
     cos_batch, cos_token, sin_batch, sin_token,
     BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Queries and keys of one token."""
+    """Some heads of one token, of which queries take ``q_tiles`` programs and keys the rest of ``tiles``."""
     program = tl.program_id(0)
-    b, t = (program // tokens).to(tl.int64), (program % tokens).to(tl.int64)
+    tile, token = program % tiles, program // tiles
+    b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
     cos += b * cos_batch + t * cos_token
     sin += b * sin_batch + t * sin_token
-    q += b * q_batch + t * q_token
-    k += b * k_batch + t * k_token
-    q_out += b * q_out_batch + t * q_out_token
-    k_out += b * k_out_batch + t * k_out_token
-    _turn(q, q_out, cos, sin, q_head, q_out_head, q_heads, half, width, BACKWARD, HEADS, HALF, REST)
-    _turn(k, k_out, cos, sin, k_head, k_out_head, k_heads, half, width, BACKWARD, HEADS, HALF, REST)
+    if tile < q_tiles:
+        q += b * q_batch + t * q_token
+        q_out += b * q_out_batch + t * q_out_token
+        first = tile * HEADS
+        _turn(q, q_out, cos, sin, q_head, q_out_head, first, q_heads, half, width, BACKWARD, HEADS, HALF, REST)
+    else:
+        k += b * k_batch + t * k_token
+        k_out += b * k_out_batch + t * k_out_token
+        first = (tile - q_tiles) * HEADS
+        _turn(k, k_out, cos, sin, k_head, k_out_head, first, k_heads, half, width, BACKWARD, HEADS, HALF, REST)
