@@ -10,7 +10,6 @@ steps goes, by torch.profiler, with our kernels and without. The last line of st
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -83,8 +82,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    fused = importlib.util.find_spec("merit_fast.kernels.optimizer") is not None
-    for variant in MEMORY if fused else MEMORY[:2]:
+    for variant in MEMORY:
         command = [sys.executable, "-m", "bench.train_memory", variant, "--dtype", arguments.dtype]
         command += ["--layers", str(arguments.layers), "--tokens", str(arguments.tokens)]
         found[variant] = run_child(command)

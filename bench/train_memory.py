@@ -1,10 +1,10 @@
 """One training step of Qwen2-0.5B's shape in a process of its own: peak memory above the weights.
 
-    python -m bench.train_memory stock|patched|fused|backward [--dtype fp32] [--tokens 512] [--layers 24]
+    python -m bench.train_memory VARIANT [--dtype fp32] [--tokens 512] [--layers 24]
 
 stock: transformers' loss and torch's fused AdamW, the Trainer's default. patched: ``patch_model``. fused: and
-``FusedAdamW``. backward: its updates happen in the backward pass, so that gradients do not live together. Two steps:
-the first makes the optimizer's states. Prints one line of JSON.
+``FusedAdamW``. backward: its updates happen in the backward pass, so that gradients do not live together;
+then with moments in bf16 or 8 bits. Two steps: the first makes the optimizer's states. Prints one line of JSON.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from merit_fast.model import DTYPES, peak_memory_bytes, reset_peak_memory
 from merit_fast.train.patch import patch_model
 
-VARIANTS = ("stock", "patched", "fused", "backward")
+VARIANTS = ("stock", "patched", "fused", "backward", "backward-bf16", "backward-int8")
 IGNORED_SHARE = 0.25
 
 
@@ -35,8 +35,9 @@ def make_optimizer(model: torch.nn.Module, variant: str) -> Any:
         return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     from merit_fast.kernels.optimizer import FusedAdamW
 
-    optimizer = FusedAdamW(model.parameters(), lr=1e-5)
-    if variant == "backward":
+    kind, _, moments = variant.partition("-")
+    optimizer = FusedAdamW(model.parameters(), lr=1e-5, moments=moments or "fp32")
+    if kind == "backward":
         optimizer.step_in_backward()
     return optimizer
 
