@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from merit_fast.kernels.average import average_arrays
 from merit_fast.merge import MergeConfig
-from merit_fast.merge.checkpoint import read_checkpoint
-from merit_fast.merge.plan import plan_merge
-from merit_fast.merge.stream import write_shard
+from merit_fast.merge.read.checkpoint import read_checkpoint
+from merit_fast.merge.engine.plan import plan_merge
+from merit_fast.merge.engine.driver import write_shard
 from merit_fast.model import peak_memory_bytes, reset_peak_memory
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]

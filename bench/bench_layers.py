@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from bench.measure import machine, spread
-from merit_fast.cli import _keep_freed_memory
+from merit_fast.cli.main import _keep_freed_memory
 from merit_fast.kernels.layers import add_rms_norm, rms_norm, rope, swiglu
 
 MODELS = {

@@ -2,7 +2,7 @@
 
 
 def pytest_report_header(config):
-    from merit_fast.doctor import diagnose
+    from merit_fast.cli.doctor import diagnose
 
     facts = diagnose()
     versions = " ".join(f"{name}={version}" for name, version in facts["versions"].items())

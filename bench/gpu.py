@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: no GPU here: nothing was checked, nothing was timed, nothing is claimed")
         return 0
-    from merit_fast.doctor import diagnose
+    from merit_fast.cli.doctor import diagnose
 
     report = {**diagnose(), **run(torch.device("cuda"), gpu_timer())}
     print(report["device"], *describe(report), sep="\n")

@@ -73,7 +73,7 @@ def available_gib() -> float:
 
 
 def run_small(arguments: argparse.Namespace) -> dict[str, float]:
-    importlib.import_module("merit_fast.split.gradients")
+    importlib.import_module("merit_fast.sketch.gradients")
     work = token_work(small_model(arguments.dtype, arguments.quick), BATCH, arguments.tokens)
     before = status_mib("VmHWM")
     for _ in range(ROUNDS):

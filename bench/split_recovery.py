@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from merit_fast.split.conflict import Conflict, between_sum, conflict_of, cosine_matrix, double_center
 from merit_fast.split.moments import BlockProducts, block_products
-from merit_fast.split.partition import partition, random_groups
+from merit_fast.split.search.partition import partition, random_groups
 from merit_fast.split.separation import separation
 from merit_fast.split.text_cluster import dataset_similarity
 

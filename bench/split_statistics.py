@@ -26,7 +26,7 @@ from bench.measure import machine, run_child, spread
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.split.conflict import conflict_of
 from merit_fast.split.moments import block_products
-from merit_fast.split.statistics import SketchIdentity, SketchState
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 
 GOAL_S, GOAL_MIB = 2.0, 1024.0
 

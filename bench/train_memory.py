@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from merit_fast.model import DTYPES, peak_memory_bytes, reset_peak_memory
-from merit_fast.train.patch import patch_model
+from merit_fast.patch.model import patch_model
 
 VARIANTS = ("stock", "patched", "fused", "backward", "backward-bf16", "backward-int8")
 IGNORED_SHARE = 0.25

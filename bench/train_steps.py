@@ -10,7 +10,7 @@ import torch
 
 from merit_fast.data import Example
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.patch import patch_model
+from merit_fast.patch.model import patch_model
 
 LEARNING_RATE = 1e-4
 
@@ -90,8 +90,8 @@ def trainer(work: Work, folder: Path, patched: bool) -> Run:
 def ours(work: Work, **changes: Any) -> Run:
     """The loop of ``merit-fast train``."""
     from merit_fast.model import load_model
-    from merit_fast.train.branch import _train_step
-    from merit_fast.train.checkpoint import Progress
+    from merit_fast.train.stage import _train_step
+    from merit_fast.train.resume import Progress
     from merit_fast.train.optimizer import MasterAdamW
 
     config = recipe(work, **changes)

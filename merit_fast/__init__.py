@@ -22,11 +22,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "sketch_gradients":
-        from merit_fast.split.gradients import sketch_gradients
+        from merit_fast.sketch.gradients import sketch_gradients
 
         return sketch_gradients
     if name == "patch_model":
-        from merit_fast.train.patch import patch_model
+        from merit_fast.patch.model import patch_model
 
         return patch_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -48,8 +48,8 @@ def run(config: str | os.PathLike[str], *overrides: str) -> dict[str, Any]:
     """
     from pathlib import Path
 
-    from merit_fast.pipeline import Run, check_output
-    from merit_fast.run_config import read_run_config
+    from merit_fast.pipeline.run import Run, check_output
+    from merit_fast.pipeline.config import read_run_config
 
     parsed = read_run_config(Path(config), overrides)
     check_output(parsed)

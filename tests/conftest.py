@@ -154,7 +154,7 @@ def branches(tmp_path_factory):
 def call(monkeypatch, capsys):
     """Runs merit-fast in this process; returns (exit code, standard output, standard error)."""
 
-    from merit_fast import cli
+    from merit_fast.cli import main as cli
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["merit-fast", *map(str, arguments)])

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from merit_fast.data import Example, collate
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 from merit_fast.model import target_losses
-from merit_fast.split.gradients import GradientSketcher
+from merit_fast.sketch.gradients import GradientSketcher
 
 SKETCH = CountSketch(4096, seed=7)
 SIZES = dict(vocab_size=97, hidden_size=36, intermediate_size=52, num_hidden_layers=2)

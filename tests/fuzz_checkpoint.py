@@ -55,9 +55,9 @@ def survives(read) -> bool:
 
 def check(kind: str, content: bytes, data_bytes: int, root: Path) -> None:
     """Reads ``content`` as one of KINDS, in a directory whose other files are right."""
-    from merit_fast.merge.adapter import read_adapter
-    from merit_fast.merge.checkpoint import read_checkpoint, read_files
-    from merit_fast.merge.companions import check_configs, copy_companions
+    from merit_fast.merge.read.adapter import read_adapter
+    from merit_fast.merge.read.checkpoint import read_checkpoint, read_files
+    from merit_fast.merge.read.companions import check_configs, copy_companions
 
     model = root / kind
     if not model.exists():
@@ -151,9 +151,9 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["merit_fast.merge"]):
-        import merit_fast.merge.adapter
-        import merit_fast.merge.checkpoint
-        import merit_fast.merge.companions  # noqa: F401
+        import merit_fast.merge.read.adapter
+        import merit_fast.merge.read.checkpoint
+        import merit_fast.merge.read.companions  # noqa: F401
 
     def one(data: bytes) -> None:
         kind = KINDS[data[0] % len(KINDS)] if data else "raw"

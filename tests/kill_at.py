@@ -23,6 +23,6 @@ def killing(rename):
 os.replace, os.rename = killing(os.replace), killing(os.rename)
 sys.argv = ["merit-fast", *sys.argv[3:]]
 
-from merit_fast.cli import main  # noqa: E402
+from merit_fast.cli.main import main  # noqa: E402
 
 main()

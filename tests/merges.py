@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from merit_fast.config import parse
+from merit_fast.options.fields import parse
 from merit_fast.merge import MergeConfig, merge_branches
 from merit_fast.progress import SilentProgress
 

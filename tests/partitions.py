@@ -3,7 +3,7 @@
 import numpy as np
 
 from merit_fast.split.conflict import double_center
-from merit_fast.split.partition import partition
+from merit_fast.split.search.partition import partition
 
 NAMES = [f"d{i:02}" for i in range(40)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from merit_fast.report import write_report
-from merit_fast.schemas import (
+from merit_fast.manifests.schemas import (
     ArmResult,
     AuditManifest,
     Barrier,

@@ -8,8 +8,8 @@ import pytest
 from headers import pack, tensor, write_model
 
 from merit_fast.errors import InputError
-from merit_fast.merge.adapter import check_tied, read_adapter
-from merit_fast.merge.checkpoint import read_checkpoint
+from merit_fast.merge.read.adapter import check_tied, read_adapter
+from merit_fast.merge.read.checkpoint import read_checkpoint
 
 PREFIX = "base_model.model."
 Q, EMBEDDING = f"{PREFIX}model.layers.1.self_attn.q_proj", f"{PREFIX}model.embed_tokens"

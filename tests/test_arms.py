@@ -7,10 +7,10 @@ from test_pipeline import Notes, run_values
 from merit_fast.data import Dataset
 from merit_fast.data.shares import dealt_rows, warmup_rows
 from merit_fast.errors import InputError
-from merit_fast.manifest import read_manifest
-from merit_fast.pipeline import Run
-from merit_fast.run_config import read_run_config
-from merit_fast.schemas import BranchManifest, SplitManifest
+from merit_fast.manifests.io import read_manifest
+from merit_fast.pipeline.run import Run
+from merit_fast.pipeline.config import read_run_config
+from merit_fast.manifests.schemas import BranchManifest, SplitManifest
 
 
 def dataset(name="d", rows=37):

@@ -9,10 +9,10 @@ from merit_fast.errors import InputError
 from merit_fast.evaluate import EvaluateConfig
 from merit_fast.evaluate.audit import _Auditor, audit_merges, audit_rows
 from merit_fast.evaluate.stage import Merge
-from merit_fast.manifest import read_manifest
+from merit_fast.manifests.io import read_manifest
 from merit_fast.model import load_model
 from merit_fast.progress import SilentProgress
-from merit_fast.schemas import AuditManifest
+from merit_fast.manifests.schemas import AuditManifest
 
 WEIGHTS = (0.2, 0.3, 0.5)
 

@@ -6,7 +6,7 @@ import pytest
 from merit_fast.split.auto import candidate_groups, choose_groups
 from merit_fast.split.conflict import conflict_of, double_center
 from merit_fast.split.moments import block_products
-from merit_fast.split.partition import partition, random_groups
+from merit_fast.split.search.partition import partition, random_groups
 from merit_fast.split.separation import Separation, separation
 
 

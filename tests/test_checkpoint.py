@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig, merge_models
-from merit_fast.merge.checkpoint import read_checkpoint
+from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.progress import SilentProgress
 
 W = tensor([2], 0, 8)
@@ -158,7 +158,7 @@ def test_what_may_not_be_read_is_named(tmp_path):
     model = write_model(tmp_path / "model", {"model.safetensors": one_tensor()})
     closed = write_model(tmp_path / "closed", {"model.safetensors": one_tensor()})
     script = (
-        "import os, sys; from pathlib import Path; from merit_fast.merge.checkpoint import read_checkpoint\n"
+        "import os, sys; from pathlib import Path; from merit_fast.merge.read.checkpoint import read_checkpoint\n"
         "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)  # root may read all\n"
         "read_checkpoint(Path(sys.argv[1]))"
     )

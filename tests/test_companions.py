@@ -7,8 +7,8 @@ import pytest
 from headers import one_tensor, pack, tensor, write_model
 
 from merit_fast.errors import InputError
-from merit_fast.merge.checkpoint import read_checkpoint
-from merit_fast.merge.companions import (
+from merit_fast.merge.read.checkpoint import read_checkpoint
+from merit_fast.merge.read.companions import (
     check_configs,
     copy_companions,
     find_head,

@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from merit_fast.config import override, parse, to_plain
+from merit_fast.options.fields import override, parse, to_plain
 from merit_fast.errors import InputError
-from merit_fast.manifest import (
+from merit_fast.manifests.io import (
     StageManifest,
     fingerprint,
     is_complete,
@@ -16,8 +16,8 @@ from merit_fast.manifest import (
     stage_manifest,
     write_manifest,
 )
-from merit_fast.run_config import RunConfig, read_run_config, write_run_config
-from merit_fast.schemas import BranchManifest
+from merit_fast.pipeline.config import RunConfig, read_run_config, write_run_config
+from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
 
@@ -188,7 +188,7 @@ def test_an_output_that_cannot_be_written_is_bad_input(tmp_path):
 
 
 def test_an_output_that_was_whole_when_the_crash_came_only_gets_its_name(tmp_path, monkeypatch):
-    from merit_fast import manifest
+    from merit_fast.manifests import io as manifest
 
     stage, path = stage_manifest("split", SplitConfig(), {}), tmp_path / "split"
     with monkeypatch.context() as patch:

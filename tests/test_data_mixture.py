@@ -18,7 +18,7 @@ from rows import (
     write,
 )
 
-from merit_fast.config import parse
+from merit_fast.options.fields import parse
 from merit_fast.data import (
     DataConfig,
     Dataset,

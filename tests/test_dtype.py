@@ -6,8 +6,8 @@ import yaml
 
 from merit_fast import model
 from merit_fast.model import load_model, settle_dtype
-from merit_fast.pipeline import Run
-from merit_fast.run_config import read_run_config
+from merit_fast.pipeline.run import Run
+from merit_fast.pipeline.config import read_run_config
 
 ZEN5 = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16\n"
 ZEN3 = "processor\t: 0\nflags\t\t: fpu avx avx2 fma\nbugs\t\t: bf16\n"

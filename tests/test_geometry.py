@@ -11,10 +11,10 @@ from merges import load, write
 
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
-from merit_fast.manifest import read_manifest
+from merit_fast.manifests.io import read_manifest
 from merit_fast.merge import MergeConfig, combine, merge_branches
-from merit_fast.merge.geometry import Geometry, cut_pieces
-from merit_fast.merge.plan import Segment
+from merit_fast.merge.engine.geometry import Geometry, cut_pieces
+from merit_fast.merge.engine.plan import Segment
 from merit_fast.progress import SilentProgress
 
 WEIGHTS = [0.2, 0.3, 0.5]
@@ -109,7 +109,7 @@ def test_every_isa_level_gives_the_same_bits(models, tmp_path, native_levels):
 
 
 def test_an_interrupted_merge_keeps_the_parts_of_finished_shards(models, tmp_path, monkeypatch):
-    from merit_fast.merge import shards
+    from merit_fast.merge.write import shards
 
     whole = merged_geometry(models, tmp_path / "whole")
     out, original, calls = tmp_path / "out", shards.write_shard, []

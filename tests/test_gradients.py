@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import flat_sketch, matrix_shape
-from merit_fast.split.gradients import GradientSketcher
-from merit_fast.split.selection import select_parameters
+from merit_fast.sketch.gradients import GradientSketcher
+from merit_fast.sketch.selection import select_parameters
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt2", "neox"])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import merit_fast
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.split.gradients import GradientSketcher
+from merit_fast.sketch.gradients import GradientSketcher
 
 
 def everything(model):

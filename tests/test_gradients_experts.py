@@ -14,8 +14,8 @@ from exact_gradients import (
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import matrix_shape
-from merit_fast.split.gradients import GradientSketcher
-from merit_fast.split.selection import select_parameters
+from merit_fast.sketch.gradients import GradientSketcher
+from merit_fast.sketch.selection import select_parameters
 
 
 @pytest.mark.parametrize(

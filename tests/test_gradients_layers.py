@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError
-from merit_fast.split.coverage import cover
-from merit_fast.split.gradients import GradientSketcher
-from merit_fast.split.layout import Site
+from merit_fast.sketch.capture.coverage import cover
+from merit_fast.sketch.gradients import GradientSketcher
+from merit_fast.sketch.capture.layout import Site
 
 
 def assert_equal_to_examples(model, x, **options):

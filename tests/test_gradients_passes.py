@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import merit_fast
 from merit_fast.errors import MeritFastError
-from merit_fast.split.gradients import GradientSketcher
+from merit_fast.sketch.gradients import GradientSketcher
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
@@ -178,7 +178,7 @@ class Unwrapped(torch.nn.Module):
 def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):
     import socket
 
-    from merit_fast.split.statistics import SketchState
+    from merit_fast.manifests.sketch_state import SketchState
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -7,8 +7,8 @@ from exact_gradients import SKETCH, sketch_of_loss
 from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError
-from merit_fast.split.gradients import GradientSketcher
-from merit_fast.split.selection import select_parameters
+from merit_fast.sketch.gradients import GradientSketcher
+from merit_fast.sketch.selection import select_parameters
 
 IMAGE, VIDEO = 100, 101
 GRIDS = torch.tensor([[1, 4, 4], [1, 4, 8], [1, 8, 4], [1, 4, 4]])  # patches; image tokens: 4, 8, 8, 4

@@ -11,7 +11,7 @@ from merit_fast.split.conflict import (
     double_center,
     eta_squared,
 )
-from merit_fast.split.medians import conflict_axes, median_partition
+from merit_fast.split.search.medians import conflict_axes, median_partition
 
 
 def between(groups, gradients, hessian):

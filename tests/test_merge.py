@@ -16,9 +16,9 @@ from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average._eager import float64_to_bf16
 from merit_fast.merge import MergeConfig, combine, merge_branches, merge_models, resolve_weights
-from merit_fast.merge.checkpoint import read_checkpoint
-from merit_fast.merge.layout import lay_out
-from merit_fast.merge.plan import plan_merge
+from merit_fast.merge.read.checkpoint import read_checkpoint
+from merit_fast.merge.engine.layout import lay_out
+from merit_fast.merge.engine.plan import plan_merge
 from merit_fast.progress import SilentProgress
 
 

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels import dispatch
-from merit_fast.manifest import write_manifest
+from merit_fast.manifests.io import write_manifest
 from merit_fast.merge import MergeConfig, merge_branches, merge_models, resolve_weights
-from merit_fast.merge.checkpoint import read_checkpoint
+from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.progress import SilentProgress
-from merit_fast.schemas import BranchManifest
+from merit_fast.manifests.schemas import BranchManifest
 
 
 # ---- weights

@@ -7,9 +7,9 @@ import torch
 from merges import METHODS, bits, config_of, load, merge, write
 
 from merit_fast.errors import InputError
-from merit_fast.merge import lazy as lazy_tensors
-from merit_fast.merge.lazy import Staging, open_merged
-from merit_fast.merge.prepare import make_plan, read_inputs
+from merit_fast.merge.in_memory import lazy as lazy_tensors
+from merit_fast.merge.in_memory.lazy import Staging, open_merged
+from merit_fast.merge.engine.prepare import make_plan, read_inputs
 from merit_fast.progress import SilentProgress
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mixt
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.merge import merge_models
-from merit_fast.merge import opened as files
-from merit_fast.merge.checkpoint import read_checkpoint
-from merit_fast.merge.memory import _checked_device, load_merged
+from merit_fast.merge.engine import opened as files
+from merit_fast.merge.read.checkpoint import read_checkpoint
+from merit_fast.merge.in_memory.state_dicts import _checked_device, load_merged
 from merit_fast.progress import SilentProgress
 
 SOME = [METHODS[k] for k in (0, 2, 7, 9)]

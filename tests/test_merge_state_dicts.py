@@ -5,7 +5,7 @@ import torch
 from merges import WEIGHTS, load, merge
 
 from merit_fast.errors import InputError
-from merit_fast.merge.memory import merge_state_dicts
+from merit_fast.merge.in_memory.state_dicts import merge_state_dicts
 
 
 def state(seed, **changes):

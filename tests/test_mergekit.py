@@ -13,10 +13,10 @@ from merges import load, write
 from test_methods import slerp_by_hand, stock_by_hand
 
 from merit_fast.errors import InputError
-from merit_fast.integrations.mergekit import merge_recipe, read_mergekit
+from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit
 from merit_fast.merge.config import PARAMETERS
 from merit_fast.merge.parameters import Layers, setting_at
-from merit_fast.merge.slices import stands_before
+from merit_fast.merge.read.slices import stands_before
 from merit_fast.progress import SilentProgress
 
 SMALL = dict(

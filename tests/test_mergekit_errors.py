@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from merit_fast.errors import InputError
-from merit_fast.integrations.mergekit import read_mergekit
+from merit_fast.integrations.mergekit.recipe import read_mergekit
 from merit_fast.merge.config import PARAMETERS
 
 TOP = (

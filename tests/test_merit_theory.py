@@ -8,9 +8,9 @@ import torch
 
 from merit_fast.merge import merge_state_dicts
 from merit_fast.split.conflict import between_sum, conflict_of, double_center, eta_squared, total_sum
-from merit_fast.split.medians import conflict_axes, median_partition
+from merit_fast.split.search.medians import conflict_axes, median_partition
 from merit_fast.split.moments import block_products
-from merit_fast.split.partition import partition
+from merit_fast.split.search.partition import partition
 
 
 def hessian(generator, size, decades=2.0):

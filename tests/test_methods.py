@@ -14,7 +14,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average._eager import float64_to_bf16
 from merit_fast.merge import MergeConfig, combine, merge_branches, merge_models
-from merit_fast.merge.coefficients import (
+from merit_fast.merge.combine.coefficients import (
     model_stock_coefficients,
     multislerp_coefficients,
     slerp_coefficients,
@@ -240,7 +240,7 @@ def test_options_that_do_not_go_with_these_methods_are_refused(method, options):
 
 
 def test_model_stock_without_a_base_says_so_and_a_dry_run_reads_no_data(models, tmp_path, monkeypatch):
-    from merit_fast.merge import prepare
+    from merit_fast.merge.engine import prepare
 
     pairs = [(model, None) for model in models[:2]]
     with pytest.raises(InputError, match="model_stock .*needs a base model"):

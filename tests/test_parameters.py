@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merges import load, merge, write
 
-from merit_fast.config import parse, to_plain
+from merit_fast.options.fields import parse, to_plain
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.config import PARAMETERS

@@ -8,10 +8,10 @@ import pytest
 from partitions import NAMES, mixture, split
 
 from merit_fast.errors import InputError
-from merit_fast.split import swap
+from merit_fast.split.search import swap
 from merit_fast.split.conflict import between_sum, cosine_matrix, double_center
-from merit_fast.split.partition import METHODS, Pins, partition
-from merit_fast.split.pins import pose_problem
+from merit_fast.split.search.partition import METHODS, Pins, partition
+from merit_fast.split.search.problem import pose_problem
 
 BALANCED = ("pca-swap", "pddp", "kmeans", "random", "anti")
 

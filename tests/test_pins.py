@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from partitions import NAMES, mixture, split
 
-from merit_fast.config import parse
+from merit_fast.options.fields import parse
 from merit_fast.errors import InputError
-from merit_fast.split.partition import Pins, random_groups
+from merit_fast.split.search.partition import Pins, random_groups
 
 
 @pytest.mark.parametrize("method", ["pca-swap", "pca-median", "pddp", "kmeans", "random", "text-cluster", "anti"])

@@ -11,9 +11,9 @@ import yaml
 from checks import tree_bytes
 
 from merit_fast.errors import MeritFastError
-from merit_fast.pipeline import Run
+from merit_fast.pipeline.run import Run
 from merit_fast.progress import SilentProgress
-from merit_fast.run_config import read_run_config
+from merit_fast.pipeline.config import read_run_config
 
 MEASURED = ("timing.json", "report.html")  # seconds and bytes of memory: no part of the result
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import matrix_shape
-from merit_fast.split.precondition import adam_scales, adam_scales_of_checkpoint, scales_fingerprint
+from merit_fast.sketch.precondition import adam_scales, adam_scales_of_checkpoint, scales_fingerprint
 
 
 def small():

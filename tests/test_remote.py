@@ -14,13 +14,13 @@ from headers import pack, tensor, write_model
 from s3_server import get_tree, put_tree, s3_server
 
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.manifest import write_manifest
+from merit_fast.manifests.io import write_manifest
 from merit_fast.merge import MergeConfig, merge_models
-from merit_fast.merge.checkpoint import read_checkpoint
-from merit_fast.merge.remote import as_location
-from merit_fast.merge.upload import MARKER
+from merit_fast.merge.read.checkpoint import read_checkpoint
+from merit_fast.merge.read.remote import as_location
+from merit_fast.merge.write.upload import MARKER
 from merit_fast.progress import SilentProgress
-from merit_fast.schemas import BranchManifest
+from merit_fast.manifests.schemas import BranchManifest
 
 TESTS = Path(__file__).parent
 SMALL = {"threads": 3, "chunk_kib": 8, "weights": "uniform"}  # several chunks and several readers for small models
@@ -125,7 +125,7 @@ def test_weights_come_from_branch_json_in_the_store(branches, in_memory, tmp_pat
 
 
 def test_the_command_line_takes_urls_with_weights(remote, branches, bucket, tmp_path):
-    command = [sys.executable, "-m", "merit_fast.cli", "merge"]
+    command = [sys.executable, "-m", "merit_fast.cli.main", "merge"]
     models = [f"--model={remote[0]}:3", f"--model={remote[1]}:1"]
     options = ["--threads=3", "--chunk-kib=8", "--json"]
     result = subprocess.run([*command, str(bucket / "out"), *models, *options], capture_output=True, text=True)
@@ -297,7 +297,7 @@ def test_file_urls_are_local_paths():
 
 
 def test_a_full_spool_is_found_before_anything_is_sent(branches, in_memory, monkeypatch):
-    import merit_fast.merge.shards as shards
+    import merit_fast.merge.write.shards as shards
 
     monkeypatch.setattr(shards, "free_bytes", lambda path: 1000)
     with pytest.raises(InputError, match="needs [0-9]+ bytes, the disk has 1000"):

@@ -13,9 +13,9 @@ from plotly.offline import get_plotlyjs
 from reports import CASES, EVIL, Page, make_audit, make_evaluation, make_split, median_cuts, write
 
 from merit_fast.errors import InputError
-from merit_fast.manifest import read_manifest, write_manifest
+from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.report.parts import THEMES, group_color, group_symbol
-from merit_fast.schemas import SplitManifest
+from merit_fast.manifests.schemas import SplitManifest
 
 FIGURES = ("conflicts", "axes", "tree", "balance", "datasets")
 

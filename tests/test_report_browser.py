@@ -14,8 +14,8 @@ import pytest
 from chromium import EXECUTABLE, Browser
 from reports import make_audit, make_evaluation, make_split, make_tuned, median_cuts, write
 
-from merit_fast.manifest import read_manifest, write_manifest
-from merit_fast.schemas import SplitManifest
+from merit_fast.manifests.io import read_manifest, write_manifest
+from merit_fast.manifests.schemas import SplitManifest
 
 SCREENSHOTS = Path(__file__).resolve().parent.parent / "artefacts" / "report"
 PLOTS = ["conflicts", "axes", "tree", "separations", "balance", "datasets"]

@@ -11,7 +11,7 @@ from reports import CASES, Page, make_audit, make_evaluation, make_split, make_t
 from merit_fast.report import audit_sentence, gain_rows, results_rows, split_lines, verdict
 from merit_fast.report.split_tables import group_rows, separation_rows, small_margins, split_rows
 from merit_fast.report.tables import audit_rows, dataset_result_rows, percent, tuning_rows
-from merit_fast.schemas import ArmResult, DatasetResult, EvaluateManifest, GroupCount, MergingGain
+from merit_fast.manifests.schemas import ArmResult, DatasetResult, EvaluateManifest, GroupCount, MergingGain
 
 
 def test_results_rows_are_the_manifest():

@@ -7,8 +7,8 @@ import torch
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.split.conflict import measure_conflict
-from merit_fast.split.sampling import check_blocks, describe, enough, looks, measure_signal, next_examples
-from merit_fast.split.statistics import SketchIdentity, SketchState
+from merit_fast.sketch.sampling import check_blocks, describe, enough, looks, measure_signal, next_examples
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 
 WIDTH = 300
 RATE = 0.05

@@ -84,7 +84,7 @@ def test_a_method_without_weights_takes_a_scale(setting):
 
 
 def merit(*words, cwd):
-    command = [sys.executable, "-m", "merit_fast.cli", *map(str, words)]
+    command = [sys.executable, "-m", "merit_fast.cli.main", *map(str, words)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 

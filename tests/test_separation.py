@@ -9,9 +9,9 @@ from merit_fast.split.conflict import (
     double_center,
     eta_squared,
 )
-from merit_fast.split.medians import median_partition, weighted_axes
+from merit_fast.split.search.medians import median_partition, weighted_axes
 from merit_fast.split.moments import block_products
-from merit_fast.split.partition import random_groups
+from merit_fast.split.search.partition import random_groups
 from merit_fast.split.separation import pair_means, separation
 
 

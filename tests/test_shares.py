@@ -14,7 +14,7 @@ from merges import load, write
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig, merge_models
-from merit_fast.merge.shards import checksum, verify_checksums
+from merit_fast.merge.write.shards import checksum, verify_checksums
 from merit_fast.progress import SilentProgress
 
 OPTIONS = dict(method="ties", density=0.5, weights="uniform", shard_size="20K", checksum=True, stats=True)
@@ -200,7 +200,7 @@ def test_max_memory_makes_chunks_small_and_changes_no_byte(root, whole):
 
 
 def begin(path, barrier, results):
-    from merit_fast.manifest import begin_directory
+    from merit_fast.manifests.io import begin_directory
 
     barrier.wait()
     try:

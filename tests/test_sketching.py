@@ -8,10 +8,10 @@ from test_pipeline import Notes
 
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError
-from merit_fast.split import sketching
+from merit_fast.sketch import stage as sketching
 from merit_fast.split.config import SketchConfig
-from merit_fast.split.sketching import sketch_mixture
-from merit_fast.split.statistics import SketchState
+from merit_fast.sketch.stage import sketch_mixture
+from merit_fast.manifests.sketch_state import SketchState
 
 
 def example(ids):

@@ -10,7 +10,7 @@ from merges import bits, load, merge, write
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig
-from merit_fast.merge.values import float8_table
+from merit_fast.merge.engine.values import float8_table
 
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from merit_fast.config import to_plain
+from merit_fast.options.fields import to_plain
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.split import SplitConfig, split_mixture
-from merit_fast.split.pins import Pins
-from merit_fast.split.statistics import SketchIdentity, SketchState
+from merit_fast.split.search.problem import Pins
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 
 NAMES = [f"d{i}" for i in range(16)]
 

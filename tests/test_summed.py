@@ -14,9 +14,9 @@ from torch import nn
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 from merit_fast.split.conflict import measure_conflict
-from merit_fast.split.precondition import adam_scales
-from merit_fast.split.statistics import SketchState
-from merit_fast.split.summed import SummedSketcher
+from merit_fast.sketch.precondition import adam_scales
+from merit_fast.manifests.sketch_state import SketchState
+from merit_fast.sketch.summed import SummedSketcher
 
 SKETCH = CountSketch(4096, seed=7)
 

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.manifest import read_manifest
+from merit_fast.manifests.io import read_manifest
 from merit_fast.progress import SilentProgress
-from merit_fast.schemas import BranchManifest
+from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.train import TrainConfig, train_branch
-from merit_fast.train.branch import BranchJob
+from merit_fast.train.stage import BranchJob
 from merit_fast.train.optimizer import MasterAdamW
 from merit_fast.train.schedule import learning_rate, num_steps, step_examples
 

@@ -9,7 +9,7 @@ from checks import tree_bytes
 from test_pipeline import run_all, run_values
 from tuning import make_branches, make_setting, quadratic, read, tune
 
-from merit_fast.config import parse
+from merit_fast.options.fields import parse
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.merge import MergeConfig

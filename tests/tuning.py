@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
-from merit_fast.manifest import write_manifest
+from merit_fast.manifests.io import write_manifest
 from merit_fast.merge import MergeConfig
 from merit_fast.progress import SilentProgress
-from merit_fast.schemas import BranchManifest
+from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
 
 TOKENS = (100, 200, 100)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from merit_fast.config import option, require
+from merit_fast.options.fields import option, require
 
 Part = Literal["train", "eval"]
 

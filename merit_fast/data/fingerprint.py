@@ -10,7 +10,7 @@ from merit_fast.data.mixture import check_mixture
 from merit_fast.data.sources import local_files
 from merit_fast.data.template import PLAIN, read_template
 from merit_fast.errors import InputError
-from merit_fast.manifest import fingerprint
+from merit_fast.manifests.io import fingerprint
 
 ENCODING_VERSION = 1  # raise it when the same rows would give other tokens or labels
 _TOKENIZER_FILES = (

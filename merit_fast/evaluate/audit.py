@@ -23,7 +23,7 @@ from merit_fast.evaluate.losses import mean_loss
 from merit_fast.evaluate.stage import Merge
 from merit_fast.model import load_model, target_losses
 from merit_fast.progress import Progress, Task
-from merit_fast.schemas import Barrier, MergeAudit
+from merit_fast.manifests.schemas import Barrier, MergeAudit
 
 NOISE = (0.01, 0.03, 0.1)  # standard deviation of a perturbation, as a share of each tensor's root mean square
 Weights = dict[str, Tensor]

@@ -7,7 +7,7 @@ from torch import nn
 
 from merit_fast.data import Dataset, Example, collate
 from merit_fast.model import target_losses
-from merit_fast.schemas import DatasetResult
+from merit_fast.manifests.schemas import DatasetResult
 
 
 def dataset_results(

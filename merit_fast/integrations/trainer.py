@@ -25,9 +25,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.split.selection import select_parameters
-from merit_fast.split.statistics import SketchState
-from merit_fast.split.summed import SummedSketcher
+from merit_fast.sketch.selection import select_parameters
+from merit_fast.manifests.sketch_state import SketchState
+from merit_fast.sketch.summed import SummedSketcher
 
 FOLDER = "sketches"
 

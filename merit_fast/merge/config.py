@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from merit_fast.config import option, require
+from merit_fast.options.fields import option, require
 from merit_fast.merge.parameters import ModelSettings, Setting, numbers_of
 
 Method = Literal[

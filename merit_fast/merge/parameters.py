@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from merit_fast.config import option
+from merit_fast.options.fields import option
 
 Gradient = tuple[float, ...]
 

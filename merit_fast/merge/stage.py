@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifest import (
+from merit_fast.manifests.io import (
     STAGE_FILE,
     StageManifest,
     begin_directory,
@@ -18,16 +18,16 @@ from merit_fast.manifest import (
     write_text,
 )
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.files import is_directory
-from merit_fast.merge.layout import header_bytes
-from merit_fast.merge.plan import plan_merge
-from merit_fast.merge.prepare import Inputs, buffer_bytes, fit_memory, make_plan, read_inputs
-from merit_fast.merge.remote import Location, RemotePath, as_location, input_fingerprint
-from merit_fast.merge.shards import Share, all_written, finish_output, free_bytes, only_finisher, write_shards
-from merit_fast.merge.slices import Slice, describe_slices, write_depth
-from merit_fast.merge.sources import is_float
-from merit_fast.merge.upload import Upload, check_output, spool_directory
-from merit_fast.merge.weights import resolve_weights
+from merit_fast.merge.read.files import is_directory
+from merit_fast.merge.engine.layout import header_bytes
+from merit_fast.merge.engine.plan import plan_merge
+from merit_fast.merge.engine.prepare import Inputs, buffer_bytes, fit_memory, make_plan, read_inputs
+from merit_fast.merge.read.remote import Location, RemotePath, as_location, input_fingerprint
+from merit_fast.merge.write.shards import Share, all_written, finish_output, free_bytes, only_finisher, write_shards
+from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
+from merit_fast.merge.read.decoded import is_float
+from merit_fast.merge.write.upload import Upload, check_output, spool_directory
+from merit_fast.merge.combine.weights import resolve_weights
 from merit_fast.progress import Progress
 
 

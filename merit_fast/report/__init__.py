@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from merit_fast.errors import InputError
-from merit_fast.manifest import read_manifest, write_text
+from merit_fast.manifests.io import read_manifest, write_text
 from merit_fast.report.summary import audit_sentence, split_lines, verdict
 from merit_fast.report.tables import gain_rows, results_rows, tuning_rows
-from merit_fast.schemas import TUNE_FILE, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
+from merit_fast.manifests.schemas import TUNE_FILE, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
 __all__ = [
     "audit_sentence",

@@ -19,7 +19,7 @@ from merit_fast.report.parts import (
     plain,
 )
 from merit_fast.report.split_tables import group_name, with_error
-from merit_fast.schemas import SplitManifest
+from merit_fast.manifests.schemas import SplitManifest
 
 _NAMED_ROWS = 40  # more rows than this are labelled by group only
 _NAMED_POINTS = 16

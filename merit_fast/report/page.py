@@ -12,7 +12,7 @@ from merit_fast.errors import InputError
 from merit_fast.report import figures, parts, split_figures, split_tables, tables
 from merit_fast.report.split_tables import group_name
 from merit_fast.report.summary import method_sentence, verdict
-from merit_fast.schemas import AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
+from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
 TEMPLATE = "page.html.j2"
 

@@ -7,7 +7,7 @@ import html
 from typing import Any
 
 from merit_fast.report.split_tables import group_name, norm_text, signal_text, with_error
-from merit_fast.schemas import SplitManifest
+from merit_fast.manifests.schemas import SplitManifest
 
 # Okabe & Ito's colour-blind-safe palette without black and yellow; symbols carry the group as well.
 GROUP_COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8A63D2", "#A0A020")

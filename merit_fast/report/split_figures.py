@@ -18,7 +18,7 @@ from merit_fast.report.parts import (
     ordered,
 )
 from merit_fast.report.split_tables import group_totals
-from merit_fast.schemas import SplitManifest
+from merit_fast.manifests.schemas import SplitManifest
 
 
 def dendrogram(split: SplitManifest) -> go.Figure:

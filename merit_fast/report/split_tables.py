@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from merit_fast.report.tables import ABSENT, Table, percent
-from merit_fast.schemas import SplitDataset, SplitManifest
+from merit_fast.manifests.schemas import SplitDataset, SplitManifest
 
 _SMALL = 0.1  # of the median margin
 

@@ -15,7 +15,7 @@ from merit_fast.report.split_tables import (
     small_margins,
 )
 from merit_fast.report.tables import Table, percent
-from merit_fast.schemas import MergeAudit, SplitManifest
+from merit_fast.manifests.schemas import MergeAudit, SplitManifest
 
 _LISTED = 10  # names in one line of the terminal
 

@@ -5,7 +5,7 @@ A table is (columns, rows); the first column names the row, the others are right
 
 from collections.abc import Callable, Mapping
 
-from merit_fast.schemas import ArmResult, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
+from merit_fast.manifests.schemas import ArmResult, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 

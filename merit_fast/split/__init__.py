@@ -12,7 +12,7 @@ __all__ = ["SketchConfig", "SplitConfig", "sketch_mixture", "split_mixture"]
 
 def __getattr__(name: str) -> Any:
     if name == "sketch_mixture":
-        from merit_fast.split.sketching import sketch_mixture
+        from merit_fast.sketch.stage import sketch_mixture
 
         return sketch_mixture
     if name == "split_mixture":

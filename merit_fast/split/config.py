@@ -4,10 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from merit_fast.config import option, require
+from merit_fast.options.fields import option, require
 from merit_fast.errors import InputError
-from merit_fast.split.partition import Method
-from merit_fast.split.pins import Pins
+from merit_fast.split.search.partition import Method
+from merit_fast.split.search.problem import Pins
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from merit_fast.split.auto import Choice, candidate_groups, choose_groups
 from merit_fast.split.config import SplitConfig
 from merit_fast.split.conflict import Conflict, center_matrix, conflict_of, double_center, left_out_similarities
-from merit_fast.split.medians import Axes, conflict_axes, weighted_axes
+from merit_fast.split.search.medians import Axes, conflict_axes, weighted_axes
 from merit_fast.split.moments import BlockProducts
-from merit_fast.split.partition import Partition, partition, random_groups
-from merit_fast.split.pins import Pins
+from merit_fast.split.search.partition import Partition, partition, random_groups
+from merit_fast.split.search.problem import Pins
 from merit_fast.split.separation import Separation, separation
 
 Array = npt.NDArray[np.float64]

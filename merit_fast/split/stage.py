@@ -9,12 +9,12 @@ import torch
 
 from merit_fast.data import Dataset
 from merit_fast.errors import InputError
-from merit_fast.schemas import GroupCount, SplitDataset, SplitManifest
+from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
 from merit_fast.split.config import SplitConfig
 from merit_fast.split.decide import Decision, Mixture, decide
 from merit_fast.split.moments import block_products
 from merit_fast.split.separation import pair_means
-from merit_fast.split.statistics import SketchState
+from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.split.text_cluster import dataset_similarity
 
 

@@ -9,7 +9,7 @@ __all__ = ["TrainConfig", "train_branch"]
 
 def __getattr__(name: str) -> Any:
     if name == "train_branch":
-        from merit_fast.train.branch import train_branch
+        from merit_fast.train.stage import train_branch
 
         return train_branch
     raise AttributeError(name)

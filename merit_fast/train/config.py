@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from merit_fast.config import option, require
+from merit_fast.options.fields import option, require
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from merit_fast.data import Batch, Example, pack
 from merit_fast.errors import InputError
 from merit_fast.model import model_inputs, target_losses
-from merit_fast.train.patch_head import DeferredLogits, deferred_cross_entropy, deferred_logits
+from merit_fast.patch.head import DeferredLogits, deferred_cross_entropy, deferred_logits
 
 
 def batch_loss(model: nn.Module, batch: Batch, divisor: int) -> tuple[Tensor, float]:

@@ -1,0 +1,52 @@
+"""What this machine can run: versions, ISA level, and the backend of every op with the reasons against the others."""
+
+import os
+import platform
+from typing import Any
+
+from merit_fast.kernels import dispatch
+from merit_fast.manifests.io import tool_versions
+
+
+def diagnose() -> dict[str, Any]:
+    """JSON-ready facts. Imports torch (to see a GPU) but no transformers."""
+    import torch
+
+    native = dispatch.native_module()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "versions": {"python": platform.python_version(), **tool_versions()},
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "native": {"built": native is not None, "simd_level": native.simd_level() if native else None},
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MERIT_FAST_")},
+        "ops": dispatch.backend_table("cpu"),
+    }
+
+
+def print_diagnosis(diagnosis: dict[str, Any]) -> None:
+    """The same for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print("  ".join(f"{name} {version}" for name, version in diagnosis["versions"].items()), highlight=False)
+    machine, native = diagnosis["machine"], diagnosis["native"]
+    console.print(f"{machine['processor']}, {machine['cores']} cores, torch uses {machine['torch_threads']} threads")
+    state = f"built, ISA level {native['simd_level']}" if native["built"] else "not built: install g++ and reinstall"
+    console.print(f"native kernels: {state}; device: {diagnosis['device']}")
+    for key, value in diagnosis["environment"].items():
+        console.print(f"{key}={value}")
+    table = Table("op", "backend on cpu", "why not the others")
+    for row in diagnosis["ops"]:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in row["unavailable"].items())
+        table.add_row(row["op"], row["backend"], reasons)
+    console.print(table)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

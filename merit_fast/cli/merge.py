@@ -1,0 +1,140 @@
+"""The command `merge`: a run's stage, any checkpoints, a run's branches, or a mergekit recipe. Imports no torch."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from merit_fast.options.fields import override, parse, to_plain
+from merit_fast.errors import InputError
+from merit_fast.manifests.io import manifest_text
+from merit_fast.merge import MergeConfig, merge_models
+from merit_fast.merge.read.remote import Location, as_location
+from merit_fast.merge.stage import check_places
+from merit_fast.merge.combine.weights import require_numbers
+from merit_fast.progress import Progress
+from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
+
+Tune = Callable[[Sequence[tuple[Location, float | None]], Location | None, MergeConfig], TuneManifest]
+
+
+def merge_command(
+    out: str,
+    models: list[str] | None,
+    base: str | None,
+    run: str | None,
+    mergekit: str | None,
+    assignments: list[str],
+    progress: Progress,
+    *,
+    dry_run: bool = False,
+    shard: str | None = None,
+    tune: Tune | None = None,
+) -> dict[str, Any]:
+    """Merges what one of ``models``, ``run`` or ``mergekit`` names into the directory ``out``.
+
+    Args:
+        models: DIR or DIR:WEIGHT each.
+        run: the output of `merit-fast run`: its MERIT branches by their token counts.
+        mergekit: a YAML recipe of mergekit.
+        assignments: ``key=value`` of MergeConfig.
+        dry_run: check and plan only.
+        shard: "i/n".
+        tune: chooses what --scale auto and --weights fit leave open, on rows that were given; None: there are none.
+
+    Returns:
+        the summary of ``merge_models``; with "tuned", what was chosen and why, where something was.
+
+    Raises:
+        InputError: not exactly one of the three is given; options that do not go together; see ``merge_models``.
+    """
+    if sum(given is not None for given in (models or None, run, mergekit)) != 1:
+        raise InputError("command line: merge: give one of --model, --run and --mergekit")
+    share = _share(shard)
+    if mergekit is not None:
+        from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit
+
+        if tune:
+            raise InputError("command line: merge: --validation goes with --model or --run")
+        if base:
+            raise InputError("command line: merge: --base is named in the recipe of --mergekit")
+        recipe = read_mergekit(Path(mergekit), assignments)
+        for note in recipe.notes:
+            progress.note(note)
+        return merge_recipe(recipe, out, progress, dry_run=dry_run, share=share)
+    config = parse(MergeConfig, override({}, assignments), "command line")
+    pairs: list[tuple[Location, float | None]]
+    pairs = [_split_weight(text) for text in models] if models else [(p, None) for p in _branches(Path(run or ""))]
+    if tune is None:
+        require_numbers(config)
+        return merge_models(pairs, out, config, progress, base, dry_run=dry_run, share=share)
+    if not config.is_tuned:
+        raise InputError("command line: merge: --validation goes with --scale auto or --weights fit")
+    if dry_run or shard:
+        raise InputError("command line: merge: --dry-run and --shard go with a scale and weights in numbers")
+    check_places([as_location(path) for path, _ in pairs], as_location(out))
+    start = as_location(base) if base else None
+    chosen = tune([(as_location(path), weight) for path, weight in pairs], start, config)
+    if config.weights == "fit":  # it was pulled towards the weights given
+        pairs = [(path, None) for path, _ in pairs]
+    config = config.filled(chosen.weights, chosen.scale)
+    records = {TUNE_FILE: manifest_text(chosen)}
+    summary = merge_models(pairs, out, config, progress, base, records=records)
+    return summary | {"tuned": to_plain(chosen)}
+
+
+def describe(summary: dict[str, Any], dry_run: bool) -> str:
+    """The summary for people, in a few lines."""
+    lines = []
+    for path, coefficient in summary["coefficients"]:
+        lines.append(f"{'per tensor' if coefficient is None else f'{coefficient:+.6f}'}  {path}")
+    state = "planned" if dry_run else "done" if summary["finished"] else "this share is done, others are missing"
+    lines.append(
+        f"{summary['merged']}: {state}: {summary['method']}, {summary['parameters']:,} parameters in "
+        f"{summary['tensors']} tensors and {summary['shards']} files, {summary['bytes_in']:,} bytes in, "
+        f"{summary['bytes_out']:,} out, {summary['buffer_bytes']:,} of buffers, {summary['free_bytes']:,} free on disk"
+    )
+    return "\n".join(lines)
+
+
+def verify_command(directory: str, as_json: bool) -> None:
+    """Compares a model's files with the checksums of its index."""
+    from merit_fast.merge.write.shards import verify_checksums
+
+    sums = verify_checksums(Path(directory))
+    if as_json:
+        print(json.dumps({"verified": directory, "files": sums}))
+    else:
+        print(f"{directory}: {len(sums)} files agree with their checksums")
+
+
+def _branches(run: Path) -> list[Path]:
+    from merit_fast.manifests.io import read_manifest
+    from merit_fast.manifests.schemas import BranchManifest
+
+    found = [(read_manifest(BranchManifest, file), file.parent) for file in sorted(run.glob("branches/*/branch.json"))]
+    branches = sorted(
+        ((branch.group, path) for branch, path in found if branch.arm == "merit"), key=lambda pair: pair[0]
+    )
+    if not branches:
+        raise InputError(f"{run}: holds no branches/*/branch.json of the arm merit; run first: merit-fast train")
+    return [path for _, path in branches]
+
+
+def _split_weight(text: str) -> tuple[Location, float | None]:
+    path, colon, weight = text.rpartition(":")
+    if not colon or weight.startswith("//") or Path(text).exists():
+        return as_location(text), None
+    try:
+        return as_location(path), float(weight)
+    except ValueError:
+        raise InputError(f"command line: --model: must be DIR or DIR:WEIGHT, got {text!r}") from None
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise InputError(f"command line: --shard: must be I/N with 1 <= I <= N, got {text!r}")
+    return int(number), int(count)

@@ -1,0 +1,209 @@
+"""The text of a mergekit recipe as a tree: models or slices, each with its parameters. Strict: no key goes unread."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merit_fast.errors import InputError, show
+from merit_fast.options.yaml import read_yaml
+
+_TOP = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype")
+_TEXTS = ("tokenizer_source", "tokenizer", "chat_template")
+# Options of mergekit's command line that some files carry; mergekit does not read them there.
+_IDLE = ("lazy_unpickle", "lazy_loader", "low_cpu_memory", "clone_tensors", "read_to_gpu")
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model, and the adapter on it."""
+
+    model: str
+    lora: str | None = None
+    key: str = field(default="", compare=False)  # where it stands in the file
+
+    def __str__(self) -> str:
+        return f"{self.model}+{self.lora}" if self.lora else self.model
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One `parameters:` of the file. ``slice``: the slice it holds in, None: in all."""
+
+    key: str
+    values: Mapping[str, Any]
+    slice: int | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of a part. ``layers``: of which layers, first and end; None: whole."""
+
+    reference: Reference
+    scope: Scope
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One slice of the output, or the whole of it."""
+
+    key: str
+    entries: tuple[Entry, ...]
+    base: Reference | None
+    scope: Scope
+
+
+@dataclass(frozen=True)
+class Document:
+    """``scopes``: what holds for all parts, the innermost first. ``texts``: what it says of tokenizer and template."""
+
+    where: str
+    method: str
+    base: Reference | None
+    parts: tuple[Part, ...]
+    scopes: tuple[Scope, ...]
+    dtype: str | None
+    texts: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def read_document(file: Path) -> Document:
+    """Reads the file; no model.
+
+    Raises:
+        InputError: no YAML, a key that mergekit does not have or we do not, a value of another kind.
+    """
+    reader, values = _Reader(str(file)), read_yaml(file)
+    idle = [key for key in values if key in _IDLE] if isinstance(values, dict) else []
+    top = reader.mapping(values, "", (*_TOP, *_TEXTS, *_IDLE))
+    if not isinstance(top.get("merge_method"), str):
+        raise reader.error("merge_method", f"must be the name of a method, got {show(top.get('merge_method'))}")
+    where, scopes = top, [reader.scope(top, "")]
+    prefix = ""
+    if sum(bool(top.get(key)) for key in ("models", "slices", "modules")) != 1:
+        raise reader.error("", "must have exactly one of models, slices and modules")
+    if modules := top.get("modules"):
+        if not isinstance(modules, dict) or len(modules) != 1:
+            raise reader.error("modules", f"must be a mapping of one module, got {show(modules)}")
+        prefix = f"modules.{next(iter(modules))}"
+        where = reader.mapping(next(iter(modules.values())), prefix, ("models", "slices", "parameters"))
+        if sum(bool(where.get(key)) for key in ("models", "slices")) != 1:
+            raise reader.error(prefix, "must have exactly one of models and slices")
+        scopes.insert(0, reader.scope(where, prefix))
+    return Document(
+        str(file),
+        top["merge_method"],
+        reader.reference(top["base_model"], "base_model") if top.get("base_model") is not None else None,
+        reader.parts(where, prefix),
+        tuple(scopes),
+        reader.dtype(top),
+        {key: top[key] for key in _TEXTS if top.get(key) is not None},
+        (*(f"{key}: is an option of mergekit's command line and has no effect in its file" for key in idle),)
+        + reader.dtype_note(top),
+    )
+
+
+class _Reader:
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def error(self, key: str, rule: str) -> InputError:
+        return InputError(f"{self.where}: {key or 'the top level'}: {rule}")
+
+    def mapping(self, value: Any, key: str, valid: Sequence[str]) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be a mapping of keys, got {show(value)}")
+        for name in value:
+            if name not in valid:
+                raise self.error(_join(key, str(name)), f"is not supported; valid keys: {', '.join(valid)}")
+        return value
+
+    def sequence(self, value: Any, key: str) -> list[Any]:
+        if not isinstance(value, list) or not value:
+            raise self.error(key, f"must be a list of at least one, got {show(value)}")
+        return value
+
+    def scope(self, values: Mapping[str, Any], key: str, part: int | None = None) -> Scope:
+        found, key = values.get("parameters"), _join(key, "parameters")
+        if found is not None and not isinstance(found, dict):
+            raise self.error(key, f"must be a mapping of keys, got {show(found)}")
+        return Scope(key, found or {}, part)
+
+    def parts(self, values: Mapping[str, Any], prefix: str) -> tuple[Part, ...]:
+        if values.get("models"):
+            key = _join(prefix, "models")
+            models = self.sequence(values["models"], key)
+            entries = tuple(self.entry(value, f"{key}[{k}]", None) for k, value in enumerate(models))
+            return (Part(key, entries, None, Scope(key, {})),)
+        key = _join(prefix, "slices")
+        slices = self.sequence(values["slices"], key)
+        return tuple(self.slice(value, f"{key}[{s}]", s) for s, value in enumerate(slices))
+
+    def slice(self, value: Any, key: str, number: int) -> Part:
+        found = self.mapping(value, key, ("sources", "base_model", "parameters"))
+        sources = self.sequence(found.get("sources"), f"{key}.sources")
+        entries = [self.entry(source, f"{key}.sources[{k}]", number) for k, source in enumerate(sources)]
+        depths = [entry.layers[1] - entry.layers[0] for entry in entries if entry.layers]
+        for k, depth in enumerate(depths):
+            if depth != depths[0]:
+                rule = f"must span {depths[0]} layers as in sources[0], got {depth}"
+                raise self.error(f"{key}.sources[{k}].layer_range", rule)
+        base = found.get("base_model")
+        reference = self.reference(base, f"{key}.base_model") if base is not None else None
+        return Part(f"{key}.sources", tuple(entries), reference, self.scope(found, key, number))
+
+    def entry(self, value: Any, key: str, number: int | None) -> Entry:
+        valid = ("model", "parameters") if number is None else ("model", "layer_range", "parameters")
+        found = self.mapping(value, key, valid)
+        reference = self.reference(found.get("model"), f"{key}.model")
+        if number is None:
+            return Entry(reference, self.scope(found, key))
+        layers = found.get("layer_range")
+        whole = isinstance(layers, list) and len(layers) == 2 and all(type(n) is int for n in layers)
+        if not whole or not 0 <= layers[0] < layers[1]:  # type: ignore[index]
+            raise self.error(f"{key}.layer_range", f"must be [first, end] with 0 <= first < end, got {show(layers)}")
+        return Entry(reference, self.scope(found, key, number), tuple(layers))  # type: ignore[arg-type]
+
+    def reference(self, value: Any, key: str) -> Reference:
+        """path, path+adapter, or {model: path or {path}, lora: the same}."""
+        if isinstance(value, dict):
+            found = self.mapping(value, key, ("model", "lora"))
+            model = self.path(found.get("model"), f"{key}.model")
+            return Reference(model, self.path(found["lora"], f"{key}.lora") if found.get("lora") else None, key)
+        path, plus, lora = str(value).partition("+")
+        if isinstance(value, str) and os.path.isdir(value) or not plus:
+            return Reference(self.path(value, key), None, key)
+        return Reference(self.path(path, key), self.path(lora, key), key)
+
+    def path(self, value: Any, key: str) -> str:
+        if isinstance(value, dict):
+            value = self.mapping(value, key, ("path",)).get("path")
+        if not isinstance(value, str) or not value:
+            raise self.error(key, f"must be a directory or a hub id, got {show(value)}")
+        local = os.path.isdir(value) or "://" in value
+        if not local and ("@" in value or "+" in value):
+            raise self.error(key, f"must name no revision and at most one adapter, got {show(value)}")
+        return value
+
+    def dtype(self, top: Mapping[str, Any]) -> str | None:
+        names = {key: self.dtype_name(key, top[key]) for key in ("dtype", "out_dtype") if top.get(key) is not None}
+        return names.get("out_dtype", names.get("dtype"))
+
+    def dtype_name(self, key: str, value: Any) -> str:
+        name = str(value).removeprefix("torch.")
+        if name not in _DTYPES:
+            raise self.error(key, f"must be one of {', '.join(_DTYPES)}, got {show(value)}")
+        return _DTYPES[name]
+
+    def dtype_note(self, top: Mapping[str, Any]) -> tuple[str, ...]:
+        work, out = top.get("dtype"), top.get("out_dtype")
+        if work is None or out is None or self.dtype_name("dtype", work) == self.dtype_name("out_dtype", out):
+            return ()
+        return (f"dtype: {work} is what mergekit computes in; here it is float64, rounded once to out_dtype {out}",)
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

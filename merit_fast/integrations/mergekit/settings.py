@@ -1,0 +1,112 @@
+"""mergekit's parameter settings as ours: of several scopes one list of cases, the innermost first."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from merit_fast.errors import InputError, show
+from merit_fast.integrations.mergekit.document import Scope
+
+_TRUE = ("1", "true", "t", "yes", "y", "on")
+_FALSE = ("0", "false", "f", "no", "n", "off")
+_SHARES = ("density", "gamma", "epsilon", "t", "select_topk")
+
+
+def has(name: str, scopes: Sequence[Scope]) -> bool:
+    return any(name in scope.values for scope in scopes)
+
+
+def setting(name: str, scopes: Sequence[Scope], default: float | None, where: str) -> Any:
+    """One parameter as plain data for ``parse``: a number, a gradient, or a list of {value, filter, slice}.
+
+    A scope that does not speak of a tensor leaves it to the next: cases are tried in order, the first that fits counts.
+
+    Raises:
+        InputError: not numbers, or not shares between 0 and 1 where such are wanted.
+    """
+    cases: list[dict[str, Any]] = []
+    for value, key, part in _cases(name, scopes, where):
+        numbers = value["value"] if isinstance(value["value"], list) else [value["value"]]
+        converted = [_number(number, name, f"{where}: {key}") for number in numbers]
+        gradient = converted if isinstance(value["value"], list) else converted[0]
+        cases.append({"value": gradient, "filter": value.get("filter"), "slice": part})
+    if default is not None:
+        cases.append({"value": default, "filter": None, "slice": None})
+    for place, case in enumerate(cases):
+        if case["filter"] in (None, "*") and case["slice"] is None:
+            cases = cases[: place + 1]  # the others never count
+            break
+    always = len(cases) == 1 and cases[0]["filter"] in (None, "*") and cases[0]["slice"] is None
+    return cases[0]["value"] if always else cases
+
+
+def one_flag(name: str, scopes: Sequence[Scope], default: bool, where: str) -> bool:
+    """A parameter that is true or false, and must be one of them for all tensors.
+
+    Raises:
+        InputError: it is neither, or both.
+    """
+    found, last = default, ""
+    for value, key, part in _cases(name, scopes, where):
+        values = value["value"] if isinstance(value["value"], list) else [value["value"]]
+        flags = {_flag(one, f"{where}: {key}") for one in values}
+        always = value.get("filter") in (None, "*") and part is None
+        if not last and always and len(flags) == 1:
+            return flags.pop()
+        if flags != {found}:
+            raise InputError(f"{where}: {key}: must be the same for all tensors")
+        last = key
+    return found
+
+
+def _cases(name: str, scopes: Sequence[Scope], where: str) -> list[tuple[dict[str, Any], str, int | None]]:
+    """({value, filter}, key, slice) of every scope that has the parameter, as they are tried."""
+    found = []
+    for scope in scopes:
+        if name in scope.values:
+            key = f"{scope.key}.{name}"
+            found += [(case, key, scope.slice) for case in _plain(scope.values[name], where, key)]
+    return found
+
+
+def _plain(value: Any, where: str, key: str) -> list[dict[str, Any]]:
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        cases = value
+    elif isinstance(value, dict):
+        cases = [value]
+    else:
+        return [] if value == [] else [{"value": _scalars(value, where, key)}]
+    for case in cases:
+        if not isinstance(case, dict):
+            raise InputError(f"{where}: {key}: a list of filters must hold mappings only, got {show(case)}")
+        for name in case:
+            if name not in ("value", "filter"):
+                raise InputError(f"{where}: {key}.{name}: is not supported; valid keys: value, filter")
+        if "value" not in case or not isinstance(case.get("filter"), (str, type(None))):
+            raise InputError(f"{where}: {key}: must have a value, and a filter that is text, got {show(case)}")
+    return [case | {"value": _scalars(case["value"], where, key)} for case in cases if case["value"] != []]
+
+
+def _scalars(value: Any, where: str, key: str) -> Any:
+    for one in value if isinstance(value, list) else [value]:
+        if not isinstance(one, (bool, int, float, str)):
+            raise InputError(f"{where}: {key}: must be a number, a list of numbers or of filters, got {show(one)}")
+    return value
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        number = float("nan")
+    if not abs(number) < float("inf"):
+        raise InputError(f"{where}: must be a finite number, got {show(value)}")
+    if name in _SHARES and not 0 <= number <= 1:
+        raise InputError(f"{where}: must be between 0 and 1, got {show(value)}")
+    return number
+
+
+def _flag(value: Any, where: str) -> bool:
+    text = str(int(value) if isinstance(value, float) and value in (0, 1) else value).lower()
+    if text not in (*_TRUE, *_FALSE):
+        raise InputError(f"{where}: must be true or false, got {show(value)}")
+    return text in _TRUE

@@ -1,0 +1,63 @@
+"""From options to one number per model."""
+
+from collections.abc import Sequence
+
+from merit_fast.errors import InputError
+from merit_fast.manifests.io import read_manifest
+from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.read.remote import Location
+from merit_fast.manifests.schemas import BranchManifest
+
+
+def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[float]:
+    """``config.weights`` for these models, as numbers that sum to 1 unless ``normalize`` is off.
+
+    Methods without weights, and models with weights of their own (``config.models``), count alike here.
+
+    Raises:
+        InputError: token or sample counts are wanted and a model has no branch.json, or branches disagree about their
+            base; a list's length is wrong; the weights or the scale are still to be chosen.
+    """
+    require_numbers(config)
+    own = any(model.weight is not None for model in config.models)
+    if config.weights == "uniform" or not config.takes_weights or own:
+        raw = [1.0] * len(models)
+    elif isinstance(config.weights, tuple):
+        if len(config.weights) != len(models):
+            raise InputError(f"merge.weights: must list {len(models)} numbers, got {len(config.weights)}")
+        raw = list(config.weights)
+    else:
+        raw = [float(count) for count in _branch_counts(models, config.weights)]
+        return [count / sum(raw) for count in raw]  # counts mean nothing unless normalised
+    total = sum(raw) if config.normalize else 1.0
+    return [weight / total for weight in raw]
+
+
+def require_numbers(config: MergeConfig) -> None:
+    """Raises InputError if held-out rows are to choose a number: merges themselves read none (merit_fast/tune does)."""
+    if config.is_tuned:
+        what = "scale: auto" if config.scale == "auto" else "weights: fit"
+        raise InputError(
+            f"merge.{what} is chosen on held-out rows: merge by a run's CONFIG.yml, or give --validation NAME=PATH"
+        )
+
+
+def _branch_counts(models: Sequence[Location], unit: str) -> list[int]:
+    branches = []
+    for model in models:
+        if not (model / "branch.json").is_file():
+            raise InputError(
+                f"{model}: has no branch.json to take its {unit} from; give weights as a list, or --weights uniform"
+            )
+        branches.append(read_manifest(BranchManifest, model / "branch.json"))
+    for model, branch in zip(models, branches, strict=True):
+        if branch.base_fingerprint != branches[0].base_fingerprint:
+            raise InputError(
+                f"{model / 'branch.json'}: base_fingerprint: must be {branches[0].base_fingerprint} as in {models[0]}, "
+                f"got {branch.base_fingerprint}"
+            )
+    counts = [b.num_target_tokens if unit == "tokens" else b.num_examples for b in branches]
+    for model, count in zip(models, counts, strict=True):
+        if count <= 0:
+            raise InputError(f"{model / 'branch.json'}: {unit} must be positive to weigh the merge, got {count}")
+    return counts

@@ -1,0 +1,277 @@
+"""The engine's driver: opens files, hands byte ranges to C++ (or NumPy), turns what went wrong into one line.
+
+Memory is threads x (K + 1) x chunk, whatever the model's size.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.kernels import dispatch
+from merit_fast.kernels.average import FLOAT_DTYPES
+from merit_fast.kernels.average.deltas import SQUARES_CHUNK, DeltaRule
+from merit_fast.merge.engine import reference
+from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
+from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
+from merit_fast.merge.engine.opened import OpenFiles, open_files
+from merit_fast.merge.engine.plan import Segment, Shard
+from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.decoded import MadeEntry, is_float, value_dtype
+from merit_fast.merge.engine.values import factors, finite, scale_grid, values
+
+GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
+_ALLOW = "; merge.allow_nonfinite=true writes it all the same"
+_CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
+
+Advance = Callable[[int], None]  # told how many more elements are done
+
+
+def write_shard(
+    shard: Shard, config: MergeConfig, path: Path, advance: Advance, backend: str | None = None
+) -> dict[str, Array]:
+    """Makes one output file (created, preallocated, not fsynced) by its segments' rules.
+
+    Returns:
+        With ``config.stats``, each tensor's Gram matrix of the deltas from its last input, the base; else nothing.
+
+    Raises:
+        InputError: a value is not finite, an integer tensor differs, an input is shorter than its header says.
+        MeritFastError: reading or writing failed, the disk is full.
+    """
+    with open_files(input_files((*shard.segments, *shard.copies)), path) as opened:
+        os.posix_fallocate(opened.output, 0, shard.num_bytes)
+        os.pwrite(opened.output, shard.header, 0)
+        engine = _Engine(config, opened, config.stats, config.stats, advance, backend)
+        grams = engine.run(shard.segments)
+        for segment in shard.copies:
+            _copy_equal(segment, opened)
+    return grams
+
+
+def gram_shard(
+    shard: Shard, config: MergeConfig, from_base: bool, advance: Advance, backend: str | None = None
+) -> dict[str, Array]:
+    """Reads one shard of every input and writes nothing: each float tensor's Gram matrix.
+
+    Args:
+        shard: of a plan without rules.
+        from_base: the last input is the base and taken off the others; else all inputs count, from zero.
+
+    Raises:
+        as ``write_shard``.
+    """
+    with open_files(input_files(shard.segments), None) as opened:
+        return _Engine(config, opened, True, from_base, advance, backend).run(shard.segments)
+
+
+def merge_tensor(
+    segment: Segment, config: MergeConfig, opened: OpenFiles, address: int, backend: str | None = None
+) -> None:
+    """Makes one tensor in memory by its rule; an integer tensor is found equal in all inputs and copied.
+
+    Args:
+        segment: of one tensor, float or not; its output offset does not count.
+        opened: with ``input_files`` of the segment, and no output.
+        address: where the tensor's elements belong, all of them; the caller keeps that memory.
+
+    Raises:
+        as ``write_shard``.
+    """
+    placed = replace(segment, output_offset=address)
+    if is_float(segment.inputs[0]):
+        _Engine(config, opened, False, False, lambda count: None, backend).run([placed])
+    else:
+        _copy_equal(placed, opened)
+
+
+def input_files(segments: Iterable[Segment]) -> set[Location]:
+    """The files that hold what segments are made of."""
+    files = set()
+    for segment in segments:
+        for entry in segment.inputs:
+            files.add(entry.file)
+            if isinstance(entry, MadeEntry) and entry.scales:
+                files.add(entry.scales.entry.file)
+            if isinstance(entry, MadeEntry) and entry.low_rank:
+                files |= {entry.low_rank.a.file, entry.low_rank.b.file}
+    return files
+
+
+def chunk_elements(segments: Iterable[Segment], config: MergeConfig, chunk_bytes: int) -> int:
+    """Elements of a chunk: ``chunk_bytes`` of the widest type that takes part."""
+    widest = max(
+        (ITEM_BYTES[dtype] for s in segments for dtype in (s.dtype, *(value_dtype(entry) for entry in s.inputs))),
+        default=1,
+    )
+    return max(chunk_bytes // widest, 1)
+
+
+class _Engine:
+    """Passes over a shard's segments: sums in one call, tensors with a rule for their deltas one by one."""
+
+    def __init__(
+        self,
+        config: MergeConfig,
+        opened: OpenFiles,
+        takes_gram: bool,
+        from_base: bool,
+        advance: Advance,
+        backend: str | None,
+    ) -> None:
+        self.config, self.opened, self.advance = config, opened, advance
+        self.takes_gram, self.from_base = takes_gram, from_base
+        self.native = dispatch.native_module() if dispatch.choose("merge_files", "cpu", backend) == "cpu" else None
+
+    def run(self, segments: Sequence[Segment]) -> dict[str, Array]:
+        grams: dict[str, Array] = {}
+        for batch in _batches(segments):
+            pieces, gram = self._pieces(batch)
+            step = self._step(batch)
+            if self.native is None:
+                reference.run(batch, self.config, self.opened, step, pieces, gram, self.from_base, self.advance)
+            else:
+                self._run_native(batch, step, pieces, gram)
+            grams |= gram_by_tensor(batch, pieces, gram)
+        return grams
+
+    def _pieces(self, batch: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], Array]:
+        if not self.takes_gram:
+            return np.empty((0, 3), np.int64), np.empty((0, 0, 0))
+        pieces = cut_pieces(batch, self._step(batch))
+        branches = len(batch[0].inputs) - int(self.from_base)
+        return pieces, np.zeros((len(pieces), branches, branches))
+
+    def _step(self, batch: Sequence[Segment]) -> int:
+        rule = batch[0].rule
+        if isinstance(rule, DeltaRule) and self.takes_gram and rule.row:
+            return max(rule.row, GRAM_CHUNK // rule.row * rule.row)  # a chunk of the engine's is whole rows
+        if self.takes_gram or (isinstance(rule, DeltaRule) and rule.weigh_by_squares):
+            return GRAM_CHUNK
+        return chunk_elements(batch, self.config, self.config.chunk_kib * 1024)
+
+    def _run_native(self, batch: Sequence[Segment], step: int, pieces: npt.NDArray[np.int64], gram: Array) -> None:
+        native, config, alive = self.native, self.config, []  # type: ignore[var-annotated]
+        assert native is not None
+        packed = [
+            (
+                s.num_elements,
+                self.opened.output,
+                s.output_offset,
+                _CODES[s.dtype],
+                [self._source(e, alive) for e in s.inputs],
+            )
+            for s in batch
+        ]
+        done = np.zeros(1, np.int64)
+        rule, read = batch[0].rule, self.opened.remote_read
+        with _watch(done, self.advance):
+            if isinstance(rule, DeltaRule):
+                result = native.merge_deltas(
+                    packed[0], native.TensorRule(*astuple(rule)), read, step, config.threads, config.allow_nonfinite,
+                    config.fsync,
+                    pieces, gram, done,
+                )  # fmt: skip
+            else:
+                result = native.merge_sums(
+                    packed, [list(s.rule) for s in batch], read, step, config.threads,  # type: ignore[arg-type]
+                    config.allow_nonfinite, config.fsync,
+                    pieces, gram, self.from_base, done,
+                )  # fmt: skip
+        error, segment, element, source, nonfinite = result
+        if nonfinite:
+            raise nonfinite_error(batch[segment], element, step, self.opened)
+        if error:
+            self.opened.raise_remote()
+            where = batch[segment].inputs[source].file if source >= 0 else "output"
+            raise MeritFastError(f"{where}: {os.strerror(error)} while merging {batch[segment].names[0]}")
+
+    def _source(self, entry: TensorEntry, alive: list[np.ndarray]) -> Any:
+        """The engine's view of an input. ``alive`` keeps the small arrays that it points to."""
+        assert self.native is not None
+        made = isinstance(entry, MadeEntry)
+        source = self.native.Source(self.opened.number(entry.file), entry.offset, _CODES.get(entry.dtype, 0))
+        if not isinstance(entry, MadeEntry):
+            return source
+        cols = entry.shape[-1] if entry.shape else 1
+        if entry.dtype not in FLOAT_DTYPES:
+            grid = scale_grid(entry.scales, self.opened) if entry.scales else np.ones((1, 1))
+            block = (entry.scales.block_rows, entry.scales.block_cols) if entry.scales else (1 << 62, 1 << 62)
+            alive.append(grid)
+            source.scale(entry.dtype == "F8_E5M2", cols, *block, grid.shape[1], grid.ctypes.data)
+        pair = factors(entry, self.opened)
+        if pair is not None and made and entry.low_rank is not None:
+            alive.extend(pair)
+            left, right = pair
+            source.add_low_rank(left.ctypes.data, right.ctypes.data, left.shape[1], cols, entry.low_rank.scaling)
+        return source
+
+
+def nonfinite_error(segment: Segment, chunk: int, step: int, files: OpenFiles) -> InputError:
+    """Finds the first bad element of the chunk, by its tensor and the input it came from."""
+    count = min(step, segment.num_elements - chunk)
+    for entry in segment.inputs:
+        bad = np.flatnonzero(~finite(*values(entry, chunk, count, files)))
+        if len(bad):
+            name = segment.name_at(chunk + int(bad[0]))
+            return InputError(f"{entry.file}: {name}: must be finite, holds NaN or infinity{_ALLOW}")
+    name = segment.name_at(chunk)
+    return InputError(f"{segment.inputs[0].file}: {name}: the result overflows {segment.dtype}{_ALLOW}")
+
+
+def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """What goes into one call: plain sums together; alone what has a rule, or small arrays to hold meanwhile."""
+    plain: list[Segment] = []
+    alone: list[Segment] = []
+    for segment in segments:
+        made = any(isinstance(entry, MadeEntry) for entry in segment.inputs)
+        (alone if made or isinstance(segment.rule, DeltaRule) else plain).append(segment)
+    return [*([plain] if plain else []), *([segment] for segment in alone)]
+
+
+def _copy_equal(segment: Segment, files: OpenFiles) -> None:
+    item = ITEM_BYTES[segment.dtype]
+    step = (1 << 20) // item
+    for at in range(0, segment.num_elements, step):
+        count = min(step, segment.num_elements - at)
+        chunks = [files.read(entry, at, count) for entry in segment.inputs]
+        for entry, chunk in zip(segment.inputs, chunks, strict=True):
+            if chunk != chunks[0]:
+                raise InputError(
+                    f"{entry.file}: {entry.name}: a {entry.dtype} tensor cannot be averaged and must equal that of "
+                    f"{segment.inputs[0].file}"
+                )
+        files.write(chunks[0], segment.output_offset + at * item)
+
+
+@contextmanager
+def _watch(done: npt.NDArray[np.int64], advance: Advance) -> Any:
+    """Reports a counter that C++ advances while it holds no GIL."""
+    stop, reported = threading.Event(), 0
+
+    def report() -> None:
+        nonlocal reported
+        now = int(done[0])
+        advance(now - reported)
+        reported = now
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            report()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        report()

@@ -1,0 +1,154 @@
+"""Which tensors the output has, from which entry of each input, and in which files."""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from merit_fast.errors import InputError
+from merit_fast.merge.read.checkpoint import INDEX_FILE, ITEM_BYTES, SINGLE_FILE, Checkpoint, TensorEntry
+from merit_fast.merge.read.decoded import FP8_DTYPES, is_float
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the output, and the input entries it is made of, in the order of the inputs."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    inputs: tuple[TensorEntry, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return self.inputs[0].num_elements
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    name: str
+    tensors: tuple[OutputTensor, ...]
+
+
+def lay_out(
+    checkpoints: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    dtype: str | None,
+    missing: str = "error",
+    shard_bytes: int | None = None,
+) -> tuple[OutputFile, ...]:
+    """Checks that the inputs go together and decides the output's files.
+
+    Args:
+        checkpoints: the inputs; the output's files are those of the first.
+        base: stands in where an input lacks a tensor and ``missing`` is "base".
+        dtype: of the output's float tensors ("BF16", "F16", "F32"). None: the inputs', which must then agree.
+        missing: "error", "base" or "drop": what becomes of a tensor that some input lacks.
+        shard_bytes: cut the output anew into files of at most so many bytes. None: as the first input's.
+
+    Raises:
+        InputError: a tensor is missing, extra, of another shape or dtype; names file, tensor, rule and values.
+    """
+    first = base if missing == "base" and base else checkpoints[0]
+    entries = {name: _entries(name, checkpoints, base, missing) for name in first.tensors}
+    for checkpoint in checkpoints:
+        for name, entry in checkpoint.tensors.items():
+            if name not in first.tensors and missing != "drop":
+                raise InputError(f"{entry.file}: {name}: is not in {first.path}{_HINT}")
+    files = []
+    for file, names in first.shards:
+        tensors = [_tensor(name, found, dtype) for name in names if (found := entries[name])]
+        if tensors:
+            files.append(OutputFile(file, tuple(tensors)))
+    if not files:
+        raise InputError(f"{first.path}: shares no tensor with the other models")
+    return _cut([tensor for file in files for tensor in file.tensors], shard_bytes) if shard_bytes else tuple(files)
+
+
+_HINT = "; merge.missing says what to do"
+
+
+def index_text(files: Sequence[OutputFile], metadata: dict[str, object] | None = None) -> str | None:
+    """The index of the output; None for a single file without ``metadata``."""
+    if [file.name for file in files] == [SINGLE_FILE] and not metadata:
+        return None
+    tensors = [tensor for file in files for tensor in file.tensors]
+    values = {
+        "total_parameters": sum(tensor.num_elements for tensor in tensors),
+        "total_size": sum(tensor.num_bytes for tensor in tensors),
+        **(metadata or {}),
+    }
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    return json.dumps({"metadata": values, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+
+
+def header_bytes(file: OutputFile) -> bytes:
+    """Length and JSON of a safetensors header, padded to a multiple of 8."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for tensor in file.tensors:
+        end = start + tensor.num_bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _entries(
+    name: str, checkpoints: Sequence[Checkpoint], base: Checkpoint | None, missing: str
+) -> tuple[TensorEntry, ...]:
+    """The inputs' entries of a tensor; none if it is dropped."""
+    found = []
+    for checkpoint in checkpoints:
+        entry = checkpoint.tensors.get(name)
+        if entry is None and missing == "base" and base is not None:
+            entry = base.tensors[name]
+        if entry is None and missing == "drop":
+            return ()
+        if entry is None:
+            where = checkpoint.path / INDEX_FILE
+            where = where if where.exists() else checkpoint.path / SINGLE_FILE
+            raise InputError(f"{where}: {name}: is missing, {checkpoints[0].path} has it{_HINT}")
+        found.append(entry)
+    return tuple(found)
+
+
+def _tensor(name: str, entries: Sequence[TensorEntry], dtype: str | None) -> OutputTensor:
+    first = entries[0]
+    for other in entries[1:]:
+        both_float = is_float(first) and is_float(other)
+        for rule, mine, theirs in (("shape", first.shape, other.shape), ("dtype", first.dtype, other.dtype)):
+            if mine != theirs and not (rule == "dtype" and both_float and dtype):
+                hint = "; merge.dtype chooses one" if rule == "dtype" and both_float else ""
+                raise InputError(
+                    f"{other.file}: {name}: {rule} must be {_text(mine)} as in {first.file}, got {_text(theirs)}{hint}"
+                )
+    if first.dtype in FP8_DTYPES and dtype is None:
+        raise InputError(f"{first.file}: {name}: is {first.dtype}; merge.dtype must choose the output's dtype")
+    return OutputTensor(name, dtype if dtype and is_float(first) else first.dtype, first.shape, tuple(entries))
+
+
+def _cut(tensors: Sequence[OutputTensor], shard_bytes: int) -> tuple[OutputFile, ...]:
+    groups: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.num_bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.num_bytes
+    if len(groups) == 1:
+        return (OutputFile(SINGLE_FILE, tuple(groups[0])),)
+    count = len(groups)
+    return tuple(
+        OutputFile(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)
+    )
+
+
+def _text(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

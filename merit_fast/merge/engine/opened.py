@@ -1,0 +1,103 @@
+"""The files of a merge while it runs: descriptors or URLs for the engine, checked reads for Python."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.kernels.average import FLOAT_DTYPES
+from merit_fast.kernels.average._eager import to_float64
+from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
+from merit_fast.merge.read.remote import Location, RemotePath
+
+
+class OpenFiles:
+    """Inputs by path, and at most one output; without one, outputs go to addresses of memory."""
+
+    def __init__(self) -> None:
+        self.descriptors: dict[Location, int] = {}
+        self.remote: list[RemotePath] = []
+        self.output = -1
+        self._failure: MeritFastError | None = None
+
+    def number(self, file: Location) -> int:
+        """What the engine calls the file: its descriptor, or -1 - place among the remote ones."""
+        return -1 - self.remote.index(file) if isinstance(file, RemotePath) else self.descriptors[file]
+
+    @property
+    def remote_read(self) -> Callable[[int, int, int, int], int] | None:
+        """What the engine's threads call for (place, offset, bytes, address); waits for the store without the GIL."""
+        return self._read_remote if self.remote else None
+
+    def raise_remote(self) -> None:
+        """Raises what a remote read met first, if any did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def read(self, entry: TensorEntry, first: int, count: int) -> bytes:
+        """Bytes of ``count`` elements of an input, counted from the start of its segment."""
+        item = ITEM_BYTES[entry.dtype]
+        start = entry.offset + first * item
+        if isinstance(entry.file, RemotePath):
+            data = entry.file.read_range(start, count * item)
+        else:
+            data = os.pread(self.descriptors[entry.file], count * item, start)
+        if len(data) != count * item:
+            raise InputError(f"{entry.file}: {entry.name}: the file ends before its header says")
+        return data
+
+    def write(self, data: bytes, at: int) -> None:
+        """Bytes to an offset of the output, or to an address where no output is open; as the engine does."""
+        if self.output < 0:
+            ctypes.memmove(at, data, len(data))
+        else:
+            os.pwrite(self.output, data, at)
+
+    def small_array(self, entry: TensorEntry) -> np.ndarray:
+        """A whole small tensor (a scale, a factor of an adapter) in float64."""
+        values = np.frombuffer(self.read(entry, 0, entry.num_elements), FLOAT_DTYPES[entry.dtype][1])
+        return to_float64(values, entry.dtype).reshape(entry.shape)
+
+    def _read_remote(self, place: int, offset: int, num_bytes: int, address: int) -> int:
+        try:
+            data = self.remote[place].read_range(offset, num_bytes)
+        except MeritFastError as error:
+            self._failure = self._failure or error
+            return errno.EIO
+        if len(data) != num_bytes:
+            return errno.ENODATA
+        ctypes.memmove(address, data, num_bytes)
+        return 0
+
+
+@contextmanager
+def open_files(inputs: Iterable[Location], output: Path | None) -> Iterator[OpenFiles]:
+    """Opens every input for reading and the output, created, for writing.
+
+    Raises:
+        MeritFastError: one cannot be opened, the block raises an OSError, or a remote input changed meanwhile.
+    """
+    opened = OpenFiles()
+    try:
+        for file in sorted(set(inputs), key=str):
+            if isinstance(file, RemotePath):
+                opened.remote.append(file)
+            else:
+                opened.descriptors[file] = os.open(file, os.O_RDONLY)
+        if output is not None:
+            opened.output = os.open(output, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        yield opened
+        for remote in opened.remote:
+            remote.check_unchanged()
+    except OSError as error:
+        raise MeritFastError(f"{error.filename or output or 'merge'}: {error.strerror}") from None
+    finally:
+        for descriptor in opened.descriptors.values():
+            os.close(descriptor)
+        if opened.output >= 0:
+            os.close(opened.output)

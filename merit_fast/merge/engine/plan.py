@@ -1,0 +1,129 @@
+"""Which bytes go where: the output's files as runs of elements, tensors coalesced where they can be. No data."""
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from merit_fast.kernels.average.deltas import DeltaRule
+from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
+from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
+from merit_fast.merge.read.decoded import MadeEntry, is_float
+
+Rule = tuple[float, ...] | DeltaRule
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of elements that is contiguous in every input and in the output. Offsets in bytes."""
+
+    names: tuple[str, ...]
+    ends: tuple[int, ...]  # where each tensor ends, in elements from the segment's start
+    dtype: str  # of the output
+    output_offset: int
+    inputs: tuple[TensorEntry, ...]  # of the first tensor, one per input; all tensors of an input have its dtype
+    rule: Rule = ()  # coefficients of the first inputs, or what becomes of their deltas from the last input
+
+    @property
+    def num_elements(self) -> int:
+        return self.ends[-1]
+
+    def name_at(self, element: int) -> str:
+        """The tensor that holds an element of the segment."""
+        return self.names[bisect.bisect_right(self.ends, element)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its header, its size, its averaged segments and the tensors that are copied as they are."""
+
+    file: str
+    header: bytes
+    num_bytes: int
+    segments: tuple[Segment, ...]
+    copies: tuple[Segment, ...]  # integer tensors, equal in all inputs
+
+    @property
+    def num_elements(self) -> int:
+        return sum(segment.num_elements for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Plan:
+    files: tuple[OutputFile, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def num_elements(self) -> int:
+        return sum(shard.num_elements for shard in self.shards)
+
+
+def plan_merge(files: Sequence[OutputFile], rule: Callable[[TensorEntry], Rule] = lambda entry: ()) -> Plan:
+    """Every output file's segments.
+
+    Args:
+        files: as ``lay_out`` gives them.
+        rule: what becomes of a float tensor, asked with its entry in the first input under the output's name.
+    """
+    return Plan(tuple(files), tuple(_plan_shard(file, rule) for file in files))
+
+
+def plan_alone(plan: Plan) -> dict[str, Segment]:
+    """Every tensor of a plan that has elements as a segment of its own, at offset 0."""
+    rules = {name: segment.rule for shard in plan.shards for segment in shard.segments for name in segment.names}
+    tensors = [tensor for file in plan.files for tensor in file.tensors if tensor.num_elements]
+    return {tensor.name: _segment(tensor, 0, rules.get(tensor.name, ())) for tensor in tensors}
+
+
+def _plan_shard(file: OutputFile, rule: Callable[[TensorEntry], Rule]) -> Shard:
+    header = header_bytes(file)
+    offset = len(header)
+    segments: list[Segment] = []
+    copies: list[Segment] = []
+    for tensor in file.tensors:
+        if tensor.num_elements and is_float(tensor.inputs[0]):
+            segments.append(_segment(tensor, offset, rule(_named(tensor))))
+        elif tensor.num_elements:
+            copies.append(_segment(tensor, offset))
+        offset += tensor.num_bytes
+    return Shard(file.name, header, offset, tuple(_coalesce(segments)), tuple(copies))
+
+
+def _named(tensor: OutputTensor) -> TensorEntry:
+    entry = tensor.inputs[0]
+    return TensorEntry(tensor.name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes)
+
+
+def _segment(tensor: OutputTensor, offset: int, rule: Rule = ()) -> Segment:
+    return Segment((tensor.name,), (tensor.num_elements,), tensor.dtype, offset, tensor.inputs, rule)
+
+
+def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
+    """Joins neighbours that follow each other without a gap in the output and in every input."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if last is not None and _follows(last, segment):
+            ends = (*last.ends, last.num_elements + segment.num_elements)
+            names = last.names + segment.names
+            joined[-1] = Segment(names, ends, last.dtype, last.output_offset, last.inputs, last.rule)
+        else:
+            joined.append(segment)
+    return joined
+
+
+def _follows(last: Segment, segment: Segment) -> bool:
+    if isinstance(last.rule, DeltaRule) or last.rule != segment.rule or last.dtype != segment.dtype:
+        return False
+    elements = last.num_elements
+    return last.output_offset + elements * ITEM_BYTES[last.dtype] == segment.output_offset and all(
+        mine.file == theirs.file
+        and mine.dtype == theirs.dtype
+        and mine.offset + elements * ITEM_BYTES[mine.dtype] == theirs.offset
+        and not isinstance(mine, MadeEntry)
+        and not isinstance(theirs, MadeEntry)
+        for mine, theirs in zip(last.inputs, segment.inputs, strict=True)
+    )

@@ -1,0 +1,128 @@
+"""From merged tensors to a model of transformers, which is imported when a function is called."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from merit_fast.errors import InputError, one_line
+from merit_fast.manifests.io import write_text
+from merit_fast.merge.read.companions import find_head, output_dtypes
+from merit_fast.merge.read.files import list_directory, read_json
+from merit_fast.merge.in_memory.lazy import MergedTensors
+from merit_fast.merge.read.remote import Location
+from merit_fast.model import no_loading_bar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_CONFIGS = ("config.json", "generation_config.json")
+
+
+class Kind(NamedTuple):
+    """What a model directory says beside its weights, as transformers reads it."""
+
+    config: Any
+    model_class: Any
+    generation: Any  # or None
+
+
+def kind_of(path: Location) -> Kind:
+    """config.json, the class it names first, and generation_config.json.
+
+    Raises:
+        InputError: transformers cannot read them, or has no such class.
+    """
+    import transformers
+
+    generation = None
+    with _local_configs(path) as folder:
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if (folder / _CONFIGS[1]).exists():
+                generation = transformers.GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: has no config that transformers can read: {one_line(error)}") from None
+    names = config.architectures or [None]
+    model_class = getattr(transformers, str(names[0]), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise InputError(f"{path / 'config.json'}: architectures: must name a model of transformers, got {names[0]}")
+    return Kind(config, model_class, generation)
+
+
+def fit_config(kind: Kind, source: MergedTensors, dequantized: bool) -> None:
+    """Makes a model's config agree with the merged tensors, as a file merge does with config.json."""
+    import torch
+
+    config = kind.config
+    parts = (config, config.get_text_config())
+    dtypes = output_dtypes((tensor.dtype, tensor.num_elements) for tensor in source.tensors.values())
+    if dtypes and config.dtype is not None:
+        config.dtype = getattr(torch, dtypes[0])
+    for part in parts:
+        if dequantized and hasattr(part, "quantization_config"):
+            del part.quantization_config
+    pair = find_head({name: tensor.inputs[0] for name, tensor in source.tensors.items()})
+    if pair is not None and any(getattr(part, "tie_word_embeddings", False) for part in parts):
+        embedding, head = (source.read(entry.name) for entry in pair)  # a tied model would drop a head of its own
+        if embedding.dtype != head.dtype or not torch.equal(_bytes(embedding), _bytes(head)):
+            for part in parts:
+                part.tie_word_embeddings = False
+
+
+def build_model(path: Location, kind: Kind, source: MergedTensors, device: "torch.device") -> "PreTrainedModel":
+    """A model of the source's tensors, renamed and joined as transformers does.
+
+    Raises:
+        InputError, MeritFastError: what a tensor met first; or the class does not have the tensors of ``path``.
+    """
+    options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": device}
+    if kind.generation is not None:
+        options["generation_config"] = kind.generation
+    try:
+        with no_loading_bar():
+            model, report = kind.model_class.from_pretrained(
+                None,
+                config=kind.config,
+                state_dict=source.state_dict(),
+                dtype="auto",  # the config's, which agrees; where it has none the tensors'
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise source.error or InputError(f"{path}: cannot be loaded: {one_line(error)}") from None
+    _check_report(path, kind.model_class.__name__, report)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def _local_configs(path: Location) -> Iterator[Path]:
+    """A directory itself; of a store's a temporary copy of the configs, since transformers opens files."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with TemporaryDirectory() as folder:
+        for name in {*_CONFIGS} & {*list_directory(path)}:
+            write_text(Path(folder) / name, json.dumps(read_json(path / name)))
+        yield Path(folder)
+
+
+def _bytes(tensor: "Tensor") -> "Tensor":
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _check_report(path: Location, class_name: str, report: Mapping[str, Any]) -> None:
+    for key, rule in (("missing_keys", "is missing, {} needs it"), ("unexpected_keys", "is not in {}")):
+        if names := sorted(report[key]):
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise InputError(f"{path}: {names[0]}: {rule.format(class_name)}{more}")
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise InputError(f"{path}: {name}: shape must be {list(expected)} by config.json, got {list(found)}")

@@ -1,0 +1,246 @@
+"""What lies beside the weights: which files go into the output, and what of config.json the tensors decide."""
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from merit_fast.errors import InputError
+from merit_fast.manifests.io import write_text
+from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry
+from merit_fast.merge.read.files import copy_file, is_directory, list_directory, open_regular, quote, read_json
+from merit_fast.merge.read.remote import Location
+
+CONFIG_FILE = "config.json"
+# Copied where the model has them, in any case. A license goes along with what is made from the weights; a model card
+# does not, it describes another model.
+COMPANIONS = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer*",
+    "*.model",  # SentencePiece, under many names
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab*",
+    "*_vocab.json",
+    "merges.txt",
+    "bpe.codes",
+    "emoji.json",
+    "dict.txt",
+    "byte_maps.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "*processor_config.json",
+    "audio_tokenizer_config.json",
+    "license*",
+    "notice*",
+    "use_policy*",
+)
+TEMPLATE_FOLDER = "additional_chat_templates"
+_NEVER = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".index.json", ".part", ".tmp")
+_SAME = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+# safetensors dtype -> its name in config.json; those a model can compute in
+CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_AVERAGED_QUANTIZATION = ("fp8", None)
+_WHOLE = ("", "text_config")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_BLOCK_BYTES = 1 << 20
+
+
+def list_companions(source: Location) -> tuple[str, ...]:
+    """The files beside the weights that an output takes over, relative to ``source``; code if a config refers to it.
+
+    Raises:
+        InputError: one of them is no regular file, cannot be read, or should be JSON and is not.
+    """
+    present = list_directory(source)
+    names = [name for name in present if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)]
+    names = [name for name in names if not name.endswith(_NEVER) and not is_directory(source / name)]
+    if is_directory(source / CONFIG_FILE):
+        raise InputError(f"{source / CONFIG_FILE}: must be a regular file")
+    configs = [name for name in names if name.endswith("config.json")]
+    if any("auto_map" in read_json(source / name) for name in configs):
+        names += [name for name in present if name.endswith(".py")]
+    if is_directory(source / TEMPLATE_FOLDER):
+        folder = list_directory(source / TEMPLATE_FOLDER)
+        names += [f"{TEMPLATE_FOLDER}/{name}" for name in folder if name.endswith(".jinja")]
+    for name in names:
+        with open_regular(source / name):
+            pass
+    return tuple(names)
+
+
+def copy_companions(
+    source: Location, directory: Path, dtypes: Sequence[str] = (), *, dequantized: bool = False
+) -> None:
+    """Copies ``list_companions`` into an output; config.json then agrees with the output's tensors.
+
+    Args:
+        source: the model directory that gives them.
+        directory: the output, still under its temporary name.
+        dtypes: of the output's tensors, as ``output_dtypes`` gives them. (): config.json's dtypes stay.
+        dequantized: the output holds no quantised tensor, so quantization_config goes.
+
+    Raises:
+        InputError: as ``list_companions``; a file cannot be copied.
+    """
+    for name in list_companions(source):
+        target = directory / name
+        try:
+            target.parent.mkdir(exist_ok=True)
+            copy_file(source / name, target)
+        except OSError as error:
+            raise InputError(f"{source / name}: cannot be copied to {target}: {error.strerror}") from None
+    if (directory / CONFIG_FILE).exists():
+        values = read_json(directory / CONFIG_FILE)
+        _write_if_changed(directory / CONFIG_FILE, _agreeing(values, dtypes, dequantized))
+
+
+def output_dtypes(tensors: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+    """The float dtypes among tensors (safetensors dtype, elements), as config.json names them; the commonest first.
+
+    Those of quantised tensors do not count: a model does not compute in them.
+    """
+    elements = dict.fromkeys(CONFIG_DTYPES.values(), 0)
+    for dtype, count in tensors:
+        if dtype in CONFIG_DTYPES:
+            elements[CONFIG_DTYPES[dtype]] += count
+    return tuple(sorted((name for name, count in elements.items() if count), key=lambda name: -elements[name]))
+
+
+def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False) -> None:
+    """Refuses models that differ in what config.json says of the tensors' meaning, and tied beside untied heads.
+
+    A key counts where both configs have it, in text_config or at the top; a model without config.json is not checked.
+    ``any_depth``: they may differ in num_hidden_layers.
+
+    Raises:
+        InputError: such a difference, with both values; a config.json that is not JSON; weights quantised to integers.
+    """
+    configs = [(c, read_json(c.path / CONFIG_FILE)) for c in checkpoints if CONFIG_FILE in list_directory(c.path)]
+    for checkpoint, values in configs if len(checkpoints) > 1 else []:
+        quantization = values.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method not in _AVERAGED_QUANTIZATION:
+            raise InputError(
+                f"{checkpoint.path / CONFIG_FILE}: quantization_config: quant_method must be fp8 or absent, "
+                f"got {quote(method)}"
+            )
+    for other, values in configs[1:]:
+        first, wanted = configs[0]
+        same = [key for key in _SAME if not (any_depth and key == "num_hidden_layers")]
+        for key in (*same, "tie_word_embeddings"):
+            mine, theirs = _value(wanted, key), _value(values, key)
+            if mine is not None and theirs is not None and mine != theirs:
+                raise InputError(
+                    f"{other.path / CONFIG_FILE}: {key}: must be {quote(mine)} as in {first.path}, got {quote(theirs)}"
+                )
+    for other in checkpoints[1:]:
+        _check_heads(checkpoints[0], other)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is an input embedding, by its name."""
+    return bool(_ending([name], _EMBEDDINGS))
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the model's head is its input embedding: config.json says so and the checkpoint holds no other."""
+    file = checkpoint.path / CONFIG_FILE
+    tied = file.exists() and _value(read_json(file), "tie_word_embeddings") is True
+    return tied and not _ending(checkpoint.tensors, _HEADS)
+
+
+def find_head(tensors: Mapping[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry] | None:
+    """(input embedding, output head) of a model that holds one of each."""
+    embeddings, heads = _ending(tensors, _EMBEDDINGS), _ending(tensors, _HEADS)
+    return (tensors[embeddings[0]], tensors[heads[0]]) if len(embeddings) == len(heads) == 1 else None
+
+
+def untie_if_different(directory: Path, embedding: TensorEntry, head: TensorEntry) -> bool:
+    """Sets tie_word_embeddings false in an output whose head is not its embedding; a tied model would drop the head.
+
+    Returns:
+        Whether the two differ. They are compared in blocks of 1 MiB.
+    """
+    differ = (embedding.dtype, embedding.shape) != (head.dtype, head.shape) or not _same_bytes(embedding, head)
+    file = directory / CONFIG_FILE
+    if differ and file.exists():
+        values = read_json(file)
+        for place, part in _parts(values):
+            if not place or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+        _write_if_changed(file, values)
+    return differ
+
+
+def _agreeing(values: dict[str, Any], dtypes: Sequence[str], dequantized: bool) -> dict[str, Any]:
+    """A part of another dtype than the whole, such as a vision tower, keeps it while some tensors have it."""
+    for place, part in _parts(values):
+        for key in ("dtype", "torch_dtype"):
+            agrees = part.get(key) == dtypes[0] if place in _WHOLE and dtypes else part.get(key) in dtypes
+            if dtypes and key in part and not agrees:
+                part[key] = dtypes[0]
+        if dequantized:
+            part.pop("quantization_config", None)
+    return values
+
+
+def _parts(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The config itself and the configs nested in it (text_config, vision_config, ...)."""
+    nested = [(key, part) for key, part in values.items() if key.endswith("_config") and isinstance(part, dict)]
+    return [("", values), *((key, part) for key, part in nested if key != "quantization_config")]
+
+
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    text = values.get("text_config")
+    if key in ("model_type", "tie_word_embeddings") and values.get(key) is not None:
+        return values[key]
+    return text[key] if isinstance(text, dict) and text.get(key) is not None else values.get(key)
+
+
+def _check_heads(first: Checkpoint, other: Checkpoint) -> None:
+    for having, lacking in ((first, other), (other, first)):
+        heads = _ending(having.tensors, _HEADS)
+        if heads and not _ending(lacking.tensors, _HEADS):
+            raise InputError(
+                f"{lacking.path}: {heads[0]}: is missing, {having.path} has it: a tied head cannot be merged with an "
+                "untied one"
+            )
+
+
+def _ending(tensors: Iterable[str], endings: Sequence[str]) -> list[str]:
+    return [name for name in tensors if name in endings or name.endswith(tuple(f".{ending}" for ending in endings))]
+
+
+def _same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
+    with open_regular(first.file) as a, open_regular(second.file) as b:
+        for at in range(0, first.num_bytes, _BLOCK_BYTES):
+            count = min(_BLOCK_BYTES, first.num_bytes - at)
+            blocks = [_block(file, entry.offset + at, count) for file, entry in ((a, first), (b, second))]
+            if blocks[0] != blocks[1]:
+                return False
+    return True
+
+
+def _block(file: BinaryIO, start: int, count: int) -> bytes:
+    file.seek(start)
+    return file.read(count)
+
+
+def _write_if_changed(file: Path, values: dict[str, Any]) -> None:
+    if values != read_json(file):
+        write_text(file, json.dumps(values, indent=2) + "\n")

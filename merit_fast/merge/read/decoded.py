@@ -1,0 +1,145 @@
+"""Inputs whose values are made from what the files hold: 8-bit floats with their scales, adapters on a base."""
+
+import math
+from dataclasses import dataclass, fields
+
+from merit_fast.errors import InputError
+from merit_fast.kernels.average import FLOAT_DTYPES
+from merit_fast.merge.read.adapter import ADAPTER_CONFIG, Adapter, LowRank, check_tied, read_adapter
+from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry, read_checkpoint
+from merit_fast.merge.read.files import quote, read_json
+from merit_fast.merge.read.remote import Location
+
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
+_SCALE_SUFFIXES = ("_scale_inv", "_scale")
+_LAYER_SCALES = ("input_scale", "output_scale")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """value[i, j] = stored[i, j] * scale[i // block_rows, j // block_cols]"""
+
+    entry: TensorEntry
+    block_rows: int
+    block_cols: int
+
+
+@dataclass(frozen=True)
+class MadeEntry(TensorEntry):
+    """A tensor of which the file holds a part; the engine makes its values in float64 on the way in."""
+
+    scales: Scales | None = None
+    low_rank: LowRank | None = None
+
+
+def is_float(entry: TensorEntry) -> bool:
+    return entry.dtype in FLOAT_DTYPES or entry.dtype in FP8_DTYPES
+
+
+def value_dtype(entry: TensorEntry) -> str:
+    """The dtype in which the engine sees the tensor's values."""
+    return "F64" if isinstance(entry, MadeEntry) else entry.dtype
+
+
+def is_adapter(path: Location) -> bool:
+    return (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists()
+
+
+def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
+    """One model to merge: a checkpoint, of 8-bit floats too, or a LoRA adapter on the base.
+
+    Raises:
+        InputError: an adapter without a base, or one that does not fit it; see ``read_checkpoint``.
+    """
+    if not is_adapter(path):
+        return _with_scales(read_checkpoint(path))
+    if base is None:
+        raise InputError(f"{path}: is an adapter and needs the model it was trained on; give --base")
+    adapter = read_adapter(path)
+    check_tied(adapter, base)
+    return _on_base(adapter, base)
+
+
+def _on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
+    """The base with the adapter's changes, as a checkpoint of tensors that are made on the way in."""
+    tensors = dict(base.tensors)
+    for name, entry in adapter.full.items():
+        found = tensors.get(name)
+        if found is None or found.shape != entry.shape:
+            shape = "no such tensor" if found is None else str(list(found.shape))
+            raise InputError(f"{entry.file}: {entry.name}: must have the shape of {name} in {base.path}, {shape}")
+        tensors[name] = _renamed(entry, name)
+    for name, change in adapter.low_rank.items():
+        found = tensors.get(name)
+        if found is None or found.shape != change.shape or not is_float(found):
+            shape = "no such tensor" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise InputError(
+                f"{change.a.file}: {change.a.name}: changes {name} as a float tensor of {list(change.shape)}, "
+                f"{base.path} has {shape}"
+            )
+        tensors[name] = _made(found, low_rank=change)
+    return Checkpoint(adapter.path, tensors, base.shards)
+
+
+def _with_scales(checkpoint: Checkpoint) -> Checkpoint:
+    """8-bit tensors paired with their scales; the scales themselves are no tensors of the model any more."""
+    small = [entry for entry in checkpoint.tensors.values() if entry.dtype in FP8_DTYPES]
+    if not small:
+        return checkpoint
+    block = _block_size(checkpoint.path)
+    tensors, used = dict(checkpoint.tensors), set()
+    for entry in small:
+        names = [entry.name + suffix for suffix in _SCALE_SUFFIXES if entry.name + suffix in tensors]
+        scales = _scales(entry, checkpoint.tensors[names[0]], block) if names else None
+        used.update(names)
+        layer = entry.name.rpartition(".")[0]
+        used.update(f"{layer}.{name}" for name in _LAYER_SCALES if f"{layer}.{name}" in tensors)
+        tensors[entry.name] = _made(entry, scales=scales)
+    tensors = {name: entry for name, entry in tensors.items() if name not in used}
+    shards = tuple((file, tuple(name for name in names if name in tensors)) for file, names in checkpoint.shards)
+    return Checkpoint(checkpoint.path, tensors, tuple(shard for shard in shards if shard[1]))
+
+
+def _scales(entry: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None) -> Scales:
+    if scale.dtype not in FLOAT_DTYPES:
+        raise InputError(f"{scale.file}: {scale.name}: a scale must be of a float dtype, got {scale.dtype}")
+    cols = entry.shape[-1] if entry.shape else 1
+    rows = math.prod(entry.shape[:-1])
+    shape = scale.shape if len(scale.shape) == 2 else (scale.num_elements, 1)
+    if scale.num_elements == 1:
+        return Scales(scale, max(rows, 1), max(cols, 1))
+    if shape == (rows, 1):
+        return Scales(scale, 1, max(cols, 1))
+    size = block or (_even(rows, shape[0]), _even(cols, shape[1]))
+    if not all(size) or (-(-rows // size[0]), -(-cols // size[1])) != shape:
+        raise InputError(
+            f"{scale.file}: {scale.name}: must have one scale, one per row or one per block of {entry.name} "
+            f"{list(entry.shape)}, got {list(scale.shape)}"
+        )
+    return Scales(scale, *size)
+
+
+def _even(size: int, parts: int) -> int:
+    return size // parts if parts and size % parts == 0 else 0
+
+
+def _block_size(path: Location) -> tuple[int, int] | None:
+    """quantization_config.weight_block_size of config.json, where blocks may not divide the shape."""
+    file = path / "config.json"
+    found = read_json(file).get("quantization_config") if file.exists() else None
+    size = found.get("weight_block_size") if isinstance(found, dict) else None
+    if size is None:
+        return None
+    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+        raise InputError(f"{file}: weight_block_size: must be two positive integers, got {quote(size)}")
+    return size[0], size[1]
+
+
+def _made(entry: TensorEntry, scales: Scales | None = None, low_rank: LowRank | None = None) -> MadeEntry:
+    values = {field.name: getattr(entry, field.name) for field in fields(TensorEntry)}
+    earlier = entry.scales if isinstance(entry, MadeEntry) else None
+    return MadeEntry(**values, scales=scales or earlier, low_rank=low_rank)
+
+
+def _renamed(entry: TensorEntry, name: str) -> TensorEntry:
+    return TensorEntry(name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes)

@@ -1,0 +1,135 @@
+"""Reading files that come from anywhere: none may crash the reader, hang it or break the one line of a message.
+
+Symbolic links are followed: the hub's cache keeps every file behind one.
+"""
+
+import json
+import os
+import reprlib
+import shutil
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from merit_fast.errors import InputError, one_line
+from merit_fast.merge.read.remote import Location, RemotePath
+
+MAX_JSON_BYTES = 100_000_000
+_MAX_DEPTH = 100
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """Strict JSON in UTF-8, no key twice in one object. ``where`` opens the message of the InputError."""
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: is not UTF-8 text, byte {error.start} is {text[error.start]:#04x}") from None
+    except RecursionError:
+        raise InputError(f"{where}: is not JSON that can be read: nested too deeply") from None
+    except ValueError as error:  # also a number of more than 4300 digits
+        raise InputError(f"{where}: is not JSON: {one_line(error)}") from None
+
+
+def read_json(file: Location) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: it cannot be read, is larger than 100 MB, no JSON object or too deep to be written again.
+    """
+    with open_regular(file) as opened:
+        size = size_of(opened)
+        if size > MAX_JSON_BYTES:
+            raise InputError(f"{file}: must hold at most {MAX_JSON_BYTES} bytes, got {size}")
+        text = opened.read(size)
+    values = parse_json(text, str(file))
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: must be a JSON object, got {quote(values)}")
+    level: list[Any] = [values]
+    for _ in range(_MAX_DEPTH):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [value for one in inner for value in one if isinstance(value, (dict, list))]
+    if level:
+        raise InputError(f"{file}: must be nested at most {_MAX_DEPTH} deep")
+    return values
+
+
+@contextmanager
+def open_regular(file: Location) -> Iterator[BinaryIO]:
+    """Opens a file for reading, but no pipe, device or directory: reading one could block for ever.
+
+    Raises:
+        InputError: it is none, or it cannot be opened or read.
+    """
+    if isinstance(file, RemotePath):
+        with file.open() as remote:
+            yield remote
+        return
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError(f"{file}: must be a regular file")
+            with open(descriptor, "rb", closefd=False) as opened:
+                yield opened
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def size_of(opened: BinaryIO) -> int:
+    """Bytes of an open file, which is then at its start."""
+    size = opened.seek(0, os.SEEK_END)
+    opened.seek(0)
+    return size
+
+
+def copy_file(source: Location, target: Path) -> None:
+    """Copies a file into a local one."""
+    source.copy_to(target) if isinstance(source, RemotePath) else shutil.copyfile(source, target)
+
+
+def is_directory(path: Location) -> bool:
+    """False too where a local path's parent may not be read."""
+    return path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path)
+
+
+def list_directory(path: Location) -> list[str]:
+    """The names in a directory, sorted.
+
+    Raises:
+        InputError: it is none, or may not be read.
+    """
+    if isinstance(path, RemotePath):
+        names = sorted(path.entries(fresh=True))
+        if not names:
+            raise InputError(f"{path}: is not a directory")
+        return names
+    try:
+        return sorted(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: is not a directory") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def quote(value: object) -> str:
+    """A value of a foreign JSON file as a message shows it: one line, short, however deep or long it is."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise InputError(f"{where}: {quote(repeated)} stands twice in one object")
+    return values

@@ -1,0 +1,86 @@
+"""The run's YAML: one section per stage, each a frozen dataclass that lives beside the code that reads it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merit_fast.options.fields import option, override, parse, require, to_plain
+from merit_fast.data.config import DataConfig, DatasetConfig
+from merit_fast.errors import InputError
+from merit_fast.evaluate.config import EvaluateConfig
+from merit_fast.manifests.io import write_text
+from merit_fast.merge.config import MergeConfig
+from merit_fast.split.config import SplitConfig
+from merit_fast.options.yaml import read_yaml
+from merit_fast.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs. ``model`` and ``mixture`` are required."""
+
+    model: str
+    mixture: tuple[DatasetConfig, ...]
+    data: DataConfig = field(default=DataConfig())
+    split: SplitConfig = field(default=SplitConfig())
+    train: TrainConfig = field(default=TrainConfig())
+    merge: MergeConfig = field(default=MergeConfig())
+    evaluate: EvaluateConfig = field(default=EvaluateConfig())
+    output: str = option("runs/merit", "directory of all outputs")
+    threads: int | None = option(None, "CPU threads of torch; None: as many as torch takes")
+
+    def __post_init__(self) -> None:
+        require(len(self.mixture) > 0, "mixture", "a list of at least one dataset", [])
+        require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
+
+
+def read_run_config(
+    file: Path | None, assignments: Sequence[str] = (), flags: dict[str, Any] | None = None
+) -> RunConfig:
+    """Reads the YAML and lays the command line over it.
+
+    Args:
+        file: the YAML; None: all comes from the command line.
+        assignments: ``section.key=value`` strings.
+        flags: top-level keys given as flags (model, mixture, output).
+
+    Relative paths of the model and the mixture are looked for beside the YAML first, then in the current directory.
+
+    Raises:
+        InputError: the file is missing or no YAML, or a key or value breaks a rule.
+    """
+    values = (read_yaml(file) or {}) if file else {}
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: must be a mapping of keys, got {type(values).__name__}")
+    values = override({**values, **(flags or {})}, assignments)
+    where = str(file) if file else "command line"
+    if file and (assignments or flags):
+        where += " with command line"
+    if file:
+        _resolve_paths(values, file.parent)
+    return parse(RunConfig, values, where)
+
+
+def write_run_config(config: RunConfig, path: Path) -> None:
+    """The resolved config, every default spelled out: running it again repeats the run."""
+    write_text(path, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    def beside(path: Any) -> Any:
+        return str(folder / path) if isinstance(path, str) and (folder / path).exists() else path
+
+    if "model" in values:
+        values["model"] = beside(values["model"])
+    mixture = values.get("mixture")
+    for entry in mixture if isinstance(mixture, list) else []:
+        if isinstance(entry, dict):
+            for key in ("path", "eval_path"):
+                if entry.get(key):
+                    entry[key] = beside(entry[key])
+    template = (values.get("data") or {}).get("chat_template") if isinstance(values.get("data"), dict) else None
+    if template and template != "plain":
+        values["data"]["chat_template"] = beside(template)

@@ -1,0 +1,136 @@
+"""Routed experts, as transformers 5 holds them: stacks of matrices in one module that gets tokens and their routing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from merit_fast.errors import one_line
+from merit_fast.kernels.sketch import flat_sketch, linear_grad_sketch
+from merit_fast.sketch.capture.layout import Pass, Site
+
+_PROBE_TOKENS = 4
+
+
+def is_experts(site: Site) -> bool:
+    """Whether the module holds stacked experts.
+
+    Raises:
+        MeritFastError: it does, but does not compute with them what ``experts_backward`` derives.
+    """
+    own = dict(site.module.named_parameters(recurse=False))
+    if any(local not in own or own[local].dim() != 3 for local in (_first_name(site.module), "down_proj")):
+        return False
+    problem = _mismatch(site.module)
+    if problem:
+        raise site.refusal(f"is not the mixture of experts that is known here ({problem})")
+    return True
+
+
+def experts_inputs(site: Site, values: list[Any]) -> list[Tensor]:
+    """Hidden states [N, H], expert ids [N, k] and routing weights [N, k], told apart by dtype and shape."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    ids = [value for value in tensors if not value.is_floating_point()]
+    weights = [value for value in tensors[1:] if value.is_floating_point()]
+    if len(ids) != 1 or len(weights) != 1 or ids[0].shape != weights[0].shape or tensors[0].dim() != 2:
+        shapes = [list(value.shape) for value in tensors]
+        raise site.refusal(f"is not called with [N, H] states and [N, k] expert ids and weights, but {shapes}")
+    return [tensors[0], ids[0], weights[0]]
+
+
+def experts_backward(site: Site, run: Pass, dy: Tensor, states: Tensor, ids: Tensor, weights: Tensor) -> None:
+    """Sketches dW of every expert that got a token; the experts' forward is computed again, one expert at a time.
+
+        y[n] = sum over k of weights[n, k] * (act(x[n] @ up[ids[n, k]].T) @ down[ids[n, k]].T)
+
+    A stack [E, O, I] is hashed as [E O, I]: expert e has the rows from e O on.
+    """
+    module, example = site.module, run.example_of_rows(site, states)
+    experts = int(next(iter(module.parameters(recurse=False))).shape[0])
+    order = torch.argsort(ids.reshape(-1), stable=True)  # by expert, then token, so by example within an expert
+    token = order.div(ids.shape[1], rounding_mode="floor")
+    cells = ids.reshape(-1)[order] * run.size + example[token]
+    counts = torch.bincount(cells, minlength=experts * run.size).view(experts, run.size).cpu()
+    start = 0
+    for expert, stop in enumerate(counts.sum(1).cumsum(0).tolist()):
+        if stop > start:
+            rows = token[start:stop]
+            routed = dy[rows] * weights.reshape(-1)[order[start:stop]].unsqueeze(-1)
+            bounds = F.pad(counts[expert].cumsum(0), (1, 0))
+            _one_expert(site, run, expert, states[rows], routed, bounds)
+        start = stop
+
+
+def _one_expert(site: Site, run: Pass, expert: int, x: Tensor, dy: Tensor, bounds: Tensor) -> None:
+    module, name = site.module, _first_name(site.module)
+    up, down = getattr(module, name)[expert], module.down_proj[expert]  # type: ignore[index]
+    x, dy = x.to(up.dtype), dy.to(up.dtype)
+    transposed = getattr(module, "is_transposed", False)
+    with torch.autocast(x.device.type, enabled=False):
+        inner = x @ (up if transposed else up.T)
+        if f"{name}_bias" in module._parameters:
+            inner = inner + getattr(module, f"{name}_bias")[expert]
+        with torch.enable_grad():
+            inner = inner.requires_grad_()
+            hidden = _activate(module, inner)
+        (d_inner,) = torch.autograd.grad(hidden, inner, (dy @ (down.T if transposed else down)).to(hidden.dtype))
+    for local, gradient, value in (("down_proj", dy, hidden.detach()), (name, d_inner, x)):
+        if full := site.owned.get(local):
+            left, right = (value, gradient) if transposed else (gradient, value)
+            place = _place(run, full, expert, left.shape[1])
+            out = run.out(x.device)
+            linear_grad_sketch(left, right, full, run.sketch, cu_seqlens=bounds.to(x.device), out=out, **place)
+        if full := site.owned.get(f"{local}_bias"):  # [E, O]: one row an expert
+            segments = torch.repeat_interleave(torch.arange(run.size), bounds.diff()).to(x.device)
+            sums = gradient.new_zeros(run.size, gradient.shape[1], dtype=torch.float32)
+            sums.index_add_(0, segments, gradient.float())
+            flat_sketch(sums, full, run.sketch, out=run.out(x.device), **_place(run, full, expert, 1))
+
+
+def _place(run: Pass, name: str, expert: int, rows: int) -> dict[str, Any]:
+    scale, first = run.scales.get(name), expert * rows
+    return {"first_row": first, "scale": None if scale is None else scale[first : first + rows]}
+
+
+def _first_name(module: nn.Module) -> str:
+    return "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
+
+
+def _activate(module: nn.Module, inner: Tensor) -> Tensor:
+    if _first_name(module) == "up_proj":
+        return module.act_fn(inner)  # type: ignore[operator, no-any-return]
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(inner)  # type: ignore[operator, no-any-return]
+    gate, up = inner.chunk(2, dim=-1)
+    return module.act_fn(gate) * up  # type: ignore[operator, no-any-return]
+
+
+@torch.no_grad()
+def _mismatch(module: nn.Module) -> str | None:
+    """Why the module is not y above, found by trying it on a few tokens; None if it is."""
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are split over processes"
+    first, down = getattr(module, _first_name(module)), module.down_proj
+    transposed = getattr(module, "is_transposed", False)
+    width, experts = first.shape[1] if transposed else first.shape[2], len(first)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_PROBE_TOKENS, width, generator=generator).to(first.device, first.dtype)
+    ids = (torch.arange(2 * _PROBE_TOKENS, device=first.device) % experts).view(-1, 2)[:, : min(2, experts)]
+    weights = torch.rand(ids.shape, generator=generator).to(first.device, first.dtype)
+    try:
+        result = type(module).forward(module, x, ids, weights)
+    except Exception as error:  # whatever a foreign module raises when it is called so
+        return one_line(error)
+    truth = torch.zeros_like(result, dtype=torch.float32)
+    for n, k in ((n, k) for n in range(len(ids)) for k in range(ids.shape[1])):
+        e = int(ids[n, k])
+        inner = x[n : n + 1] @ (first[e] if transposed else first[e].T)
+        if f"{_first_name(module)}_bias" in module._parameters:
+            inner = inner + getattr(module, f"{_first_name(module)}_bias")[e]
+        y = _activate(module, inner) @ (down[e] if transposed else down[e].T)  # type: ignore[index]
+        if "down_proj_bias" in module._parameters:
+            y = y + module.down_proj_bias[e]  # type: ignore[index]
+        truth[n] += (weights[n, k] * y[0]).float()
+    distance, floor = (result.float() - truth).norm(), 1e-3 if first.dtype == torch.float32 else 0.05
+    return None if distance <= floor * truth.norm() else f"its output differs by {float(distance / truth.norm()):.2f}"

@@ -1,0 +1,219 @@
+"""Per-example gradient sketches from one ordinary backward pass.
+
+All weights are frozen, so autograd computes gradients of activations only; forward hooks tap each module's output, and
+where its gradient dy arrives the kernels sketch dy^T x per example. No weight gradient is stored.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from merit_fast.errors import InputError, MeritFastError, show
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.sketch.capture.hooks import ModelHooks
+from merit_fast.sketch.precondition import adam_scales, scales_fingerprint
+from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+
+if TYPE_CHECKING:
+    from merit_fast.sketch.summed import SummedSketcher
+
+DatasetId = str | int
+_entered: list["GradientSketcher"] = []  # innermost last: what these froze still counts as trainable
+
+
+def sketch_gradients(
+    model: nn.Module,
+    proj_dim: int = 65536,
+    seed: int = 0,
+    parameters: str = "all",
+    mode: Literal["per_example", "sum"] = "per_example",
+    normalize: Literal["adam"] | None = None,
+    optimizer: Any = None,
+    blocks: int = 8,
+) -> "GradientSketcher | SummedSketcher":
+    """Sketches gradients inside a with-block.
+
+        with sketch_gradients(model) as sketcher:
+            losses_per_example.sum().backward()
+            sketches = sketcher.update(dataset_ids)     # [B, D]
+        sketcher.state                                  # dataset -> SketchState
+
+    Args:
+        model: any torch module; transformers' language models are tested.
+        proj_dim, seed: of the CountSketch; proj_dim is a multiple of 4096.
+        parameters: "all" that require a gradient on entry; "blocks": those in the transformer blocks; else a regular
+            expression, searched for in their names.
+        mode: "per_example" freezes the weights meanwhile, one sketch an example; "sum" rides on a training step, one
+            sketch a backward pass (``SummedSketcher``).
+        normalize: "adam" multiplies every gradient by what Adam would, by ``optimizer``'s second moments.
+        blocks: of each dataset's state, for standard errors.
+
+    Raises:
+        InputError: an argument breaks its rule.   MeritFastError: a parameter cannot be covered; names it.
+    """
+    core = model.module if isinstance(model, DistributedDataParallel) else model
+    if mode not in ("per_example", "sum"):
+        raise InputError(f"mode: must be 'per_example' or 'sum', got {show(mode)}")
+    if normalize not in (None, "adam"):
+        raise InputError(f"normalize: must be None or 'adam', got {show(normalize)}")
+    if (normalize is None) != (optimizer is None):
+        raise InputError("optimizer: must be given with normalize='adam', and only then")
+    chosen = select_parameters(core, parameters, _trainable)
+    scales = adam_scales(core, optimizer, chosen) if normalize else {}
+    sketch = CountSketch(proj_dim, seed)
+    if mode == "sum":
+        from merit_fast.sketch.summed import SummedSketcher
+
+        return SummedSketcher(core, sketch, chosen, scales or None, blocks=blocks)
+    return GradientSketcher(model, sketch, chosen, scales, blocks=blocks)
+
+
+class GradientSketcher:
+    """Sketches the gradient of every chosen parameter, per example.
+
+    The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding. Tied parameters
+    count once. One forward pass of the model, one or more backward passes through it and one ``update`` go together;
+    forward passes under ``torch.no_grad`` do not count. Linear, Conv1D (GPT-2), Conv2d, Conv3d and Embedding layers,
+    norms and routed experts use the kernels, and so do raw calls of F.linear and F.embedding; any other module that
+    maps one [B, ...] tensor to another is run again per example. On exit the model is as it was.
+
+    Args:
+        model: called as usual inside the block. With DistributedDataParallel nothing is communicated: add the states
+            of the ranks (``SketchState.merge``).
+        sketch: width and seed.
+        parameters: by name; None: all that require a gradient.
+        scales: by name, what the gradients are multiplied by (``adam_scales``).
+        blocks: of each state; examples go round.
+        fingerprint: of the model, for the states; None: of its weights in memory.
+
+    Raises:
+        MeritFastError: here, in the forward or in the backward pass, for a parameter that cannot be covered; names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sketch: CountSketch,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+        *,
+        blocks: int = 8,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        self.model = model if self.ddp is None else self.ddp.module
+        self.sketch, self.scales, self.blocks = sketch, dict(scales or {}), blocks
+        chosen = select_parameters(self.model, "all", _trainable) if parameters is None else parameters
+        self.names = {id(parameter): name for name, parameter in chosen.items()}
+        self.state: dict[DatasetId, SketchState] = {}
+        self._fingerprint = fingerprint
+        self._identity: SketchIdentity | None = None
+        self._hooks = ModelHooks(self.model, self.names, sketch, self.scales)
+        self._restore: list[Callable[[], object]] = []
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return list(self.names.values())
+
+    @property
+    def identity(self) -> SketchIdentity:
+        """What the states hold of sketch, model and parameters. Weights are read once."""
+        if self._identity is None:
+            fingerprint = self._fingerprint or model_weights_fingerprint(self.model)
+            adam = f"adam {scales_fingerprint(self.scales)}: " if self.scales else ""
+            self._identity = SketchIdentity(self.sketch, adam + fingerprint, tuple(self.parameter_names))
+        return self._identity
+
+    def __enter__(self) -> "GradientSketcher":
+        for parameter in self.model.parameters():
+            self._restore.append(functools.partial(parameter.requires_grad_, parameter.requires_grad))
+            parameter.requires_grad_(False)
+        _entered.append(self)
+        self._restore.append(functools.partial(_entered.remove, self))
+        self._hooks.attach()
+        self._restore.append(self._hooks.detach)
+        if self.ddp is not None:  # as no_sync does; buffers are not broadcast either: ranks may differ in passes
+            for flag in ("require_backward_grad_sync", "require_forward_param_sync"):
+                self._restore.append(functools.partial(setattr, self.ddp, flag, getattr(self.ddp, flag)))
+                setattr(self.ddp, flag, False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._restore:
+            self._restore.pop()()
+
+    def packed(self, cu_seqlens: Tensor) -> None:
+        """Says that the next forward pass gets one row [1, N] of examples end to end, whose position_ids start anew.
+
+        Not needed where the model is given ``cu_seq_lens_q``.
+
+        Args:
+            cu_seqlens: [B + 1] int: example b has the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
+        """
+        self._hooks.packed = cu_seqlens
+
+    def discard(self) -> None:
+        """Forgets the forward pass since the last update, after which its backward pass is an error."""
+        self._hooks.discard()
+
+    def take(self) -> Tensor:
+        """The sketches [B, D] float32 of the pass that has just run backward, without adding them to ``state``."""
+        run = self._hooks.run
+        if run is None or not run.fired:
+            raise MeritFastError("sketch_gradients: update() or take() before a forward and backward pass")
+        if run.ran_without_grad:
+            raise MeritFastError(
+                f"sketch_gradients: parameter {min(run.ran_without_grad)} was used under no_grad and never again: with "
+                "reentrant checkpointing give use_reentrant=False; else leave it out"
+            )
+        self.discard()
+        first, *others = run.outs.values()
+        for out in others:
+            first += out.to(first.device)
+        return first
+
+    def update(
+        self,
+        dataset_ids: Sequence[DatasetId] | Tensor,
+        loss_sums: Sequence[float] | Tensor | None = None,
+        num_target_tokens: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Adds the examples of the pass that has just run backward to their datasets' states.
+
+        Args:
+            dataset_ids: B of them, the dataset of each example: its name or number.
+            loss_sums: [B] each example's summed loss over its target tokens, nats, for the states' means.
+            num_target_tokens: [B] how many those are.
+
+        Returns:
+            [B, D] float32, the sketches.
+        """
+        ids, losses, tokens = (_listed(values) for values in (dataset_ids, loss_sums, num_target_tokens))
+        size = len(ids) if self._hooks.run is None else self._hooks.run.size
+        for key, values in (("dataset_ids", ids), ("loss_sums", losses), ("num_target_tokens", tokens)):
+            if (values or key == "dataset_ids") and len(values) != size:
+                raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
+        sketches = self.take()
+        for dataset in dict.fromkeys(ids):
+            rows = [row for row, one in enumerate(ids) if one == dataset]
+            state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
+            block = (state.num_examples + torch.arange(len(rows))) % self.blocks
+            loss, count = (sum(values[row] for row in rows) if values else 0 for values in (losses, tokens))
+            state.add_examples(sketches[rows], block, float(loss), int(count))
+        return sketches
+
+
+def _trainable(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad or any(id(parameter) in sketcher.names for sketcher in _entered)
+
+
+def _listed(values: Sequence[Any] | Tensor | None) -> list[Any]:
+    return [] if values is None else values.tolist() if isinstance(values, Tensor) else list(values)

@@ -1,0 +1,203 @@
+"""Sketches of whole gradients, read on their way into ``parameter.grad``: ``mode="sum"``.
+
+A hook on each parameter sees what this backward pass adds to ``.grad``, before accumulation, clipping and any reduction
+over ranks, and sketches it: one read of the gradient. Nothing is changed or kept, so training goes on to the same bits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merit_fast.errors import MeritFastError
+from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
+from merit_fast.sketch.precondition import scales_fingerprint
+from merit_fast.sketch.selection import model_weights_fingerprint
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+
+DatasetId = str | int
+
+
+class SummedSketcher:
+    """Sketches the gradient of every backward pass, one dataset per pass, beside ordinary training.
+
+        with SummedSketcher(model, CountSketch(65536), dict(model.named_parameters())) as sketcher:
+            loss.backward()                       # the mean over 8 examples of one dataset
+            sketcher.update("alpaca", count=8, loss_divisor=8)
+            optimizer.step()
+
+    Equals ``sum over parameters of flat_sketch(what this pass added to parameter.grad)`` up to rounding, times
+    ``loss_divisor``. Tied parameters count once, by one name; a parameter without gradient in a pass adds nothing.
+    Under DDP every rank sketches its own examples, before the gradients are averaged: add the ranks' states.
+
+    ``state`` holds a ``SketchState`` per dataset whose units are passes: each goes to the block with the fewest
+    examples, so equal passes go round. Estimates from block sums and counts (``measure_conflict``, jackknife errors)
+    stay unbiased, for passes of unequal size too: E[block sum | count] = count * mean. Sums of |s|^2 over examples
+    cannot be had from sums of gradients: ``block_square_norms`` is NaN, so nothing that would need it comes out as a
+    number. While weights change, the mean is that along the run. The identity says ``sum`` before the model's
+    fingerprint (and which scales), so such a state never merges with one of per-example gradients at fixed weights.
+
+    Args:
+        model: what ``parameters`` belong to.
+        sketch: width and seed.
+        parameters: by name, the trainable ones to sketch.
+        scales: by name, factors of the gradient's entries, float32 [R, C] (``adam_scales``); for all or None.
+        blocks: of each dataset's state.
+        fingerprint: of the model at the start of training; None: of its weights now.
+
+    Raises:
+        MeritFastError: a parameter that is frozen, sharded (DTensor), twice in ``parameters`` or without a scale.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sketch: CountSketch,
+        parameters: Mapping[str, nn.Parameter],
+        scales: Mapping[str, Tensor] | None = None,
+        *,
+        blocks: int = 8,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.sketch, self.blocks, self.scales = sketch, blocks, scales
+        self.parameters = dict(parameters)
+        self.state: dict[DatasetId, SketchState] = {}
+        if not self.parameters:
+            raise MeritFastError(f"sketch: {type(model).__name__} has no trainable parameter among the chosen ones")
+        self._check()
+        adam = f" adam {scales_fingerprint(scales)}" if scales else ""
+        fingerprint = model_weights_fingerprint(model) if fingerprint is None else fingerprint
+        self.identity = SketchIdentity(sketch, f"sum{adam}: {fingerprint}", tuple(self.parameters))
+        self._sums: dict[torch.device, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "SummedSketcher":
+        for name, parameter in self.parameters.items():
+            self._handles.append(parameter.register_hook(self._hook(name)))  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._sums.clear()
+
+    def update(
+        self,
+        dataset_id: DatasetId | Sequence[DatasetId] | Tensor,
+        count: int | None = None,
+        loss_sum: float = 0.0,
+        num_target_tokens: int = 0,
+        *,
+        loss_divisor: float = 1.0,
+    ) -> Tensor:
+        """Adds the backward passes since the last update, as one unit, to a dataset's state.
+
+        Args:
+            dataset_id: whose examples they were; or one id per example, all the same.
+            count: how many examples; None: one per id given.
+            loss_sum: their summed loss, nats.
+            num_target_tokens: how many target tokens they have.
+            loss_divisor: what the sum of the examples' losses was divided by before ``backward``: ``count`` for their
+                mean, the optimizer step's target tokens for a mean over these.
+
+        Returns:
+            [1, D] float32, the sketch of the gradient of the examples' summed loss.
+
+        Raises:
+            MeritFastError: no backward pass since the last update; examples of several datasets; a gradient that is not
+                finite. The state is as before.
+        """
+        dataset, count = _one_dataset(dataset_id, count)
+        if not self._sums:
+            raise MeritFastError(
+                f"sketch: update({dataset!r}) without a backward pass through the chosen parameters since the last one"
+            )
+        total = sum(sums.cpu().double() for sums in self._sums.values())
+        self._sums.clear()
+        assert isinstance(total, Tensor)
+        total *= loss_divisor
+        if not torch.isfinite(total).all():
+            raise MeritFastError(f"sketch: the gradient of dataset {dataset!r} is not finite")
+        self._add(dataset, total, count, loss_sum, num_target_tokens)
+        return total.float()
+
+    def discard(self) -> None:
+        """Forgets the backward passes since the last update."""
+        self._sums.clear()
+
+    def restore(self, states: Mapping[DatasetId, SketchState]) -> None:
+        """Goes on from states kept earlier.
+
+        Raises:
+            MeritFastError: a state of another sketch, model, mode or parameters; the message names in what they differ.
+        """
+        for state in states.values():
+            SketchState.zeros(self.identity, self.blocks).merge(state)
+        self.state = dict(states)
+
+    def _add(self, dataset: DatasetId, total: Tensor, count: int, loss_sum: float, num_target_tokens: int) -> None:
+        if dataset not in self.state:
+            state = self.state[dataset] = SketchState.zeros(self.identity, self.blocks)
+            state.block_square_norms.fill_(torch.nan)
+        state = self.state[dataset]
+        counts = state.block_counts.tolist()
+        block = counts.index(min(counts))
+        state.block_sums[block] += total[0]
+        state.block_counts[block] += count
+        state.loss_sum += loss_sum
+        state.num_target_tokens += num_target_tokens
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        shape = matrix_shape(self.parameters[name].shape)
+        scale = self.scales[name] if self.scales else None
+
+        @torch.no_grad()
+        def hook(gradient: Tensor) -> None:
+            gradient, rows = gradient.detach(), None
+            if gradient.is_sparse:  # an embedding's rows, repeats not yet added up
+                if gradient.sparse_dim() != 1:
+                    raise MeritFastError(f"sketch: the gradient of parameter {name} is sparse within its rows")
+                rows, gradient = gradient._indices(), gradient._values()
+            matrix = gradient.reshape(-1, shape[1]) if rows is not None else gradient.reshape(shape)
+            flat_sketch(matrix.unsqueeze(0), name, self.sketch, row_ids=rows, scale=scale, out=self._out(matrix.device))
+
+        return hook
+
+    def _out(self, device: torch.device) -> Tensor:
+        if device not in self._sums:
+            self._sums[device] = torch.zeros(1, self.sketch.proj_dim, device=device)
+        return self._sums[device]
+
+    def _check(self) -> None:
+        names: dict[int, str] = {}
+        for name, parameter in self.parameters.items():
+            if not parameter.requires_grad:
+                raise MeritFastError(f"sketch: parameter {name} is frozen: mode sum reads the gradients of training")
+            if hasattr(parameter, "device_mesh") or not parameter.numel():  # DTensor; emptied by ZeRO-3
+                raise MeritFastError(f"sketch: parameter {name} is sharded: no rank sees its gradient in mode sum")
+            if id(parameter) in names:
+                raise MeritFastError(f"sketch: parameters {names[id(parameter)]} and {name} are one: name it once")
+            if self.scales is not None and name not in self.scales:
+                raise MeritFastError(f"sketch: parameter {name} has no scale")
+            names[id(parameter)] = name
+
+
+def _one_dataset(dataset_id: DatasetId | Sequence[DatasetId] | Tensor, count: int | None) -> tuple[DatasetId, int]:
+    if isinstance(dataset_id, Tensor):
+        dataset_id = dataset_id.tolist()
+    ids = [dataset_id] if isinstance(dataset_id, str | int) else list(dataset_id)
+    if count is None and isinstance(dataset_id, str | int):
+        raise MeritFastError(f"sketch: update({dataset_id!r}): count, the number of examples of the pass, is required")
+    count = len(ids) if count is None else count
+    others = sorted({str(one) for one in ids})
+    if len(others) != 1:
+        found = ", ".join(others[:3]) or "none"
+        raise MeritFastError(f"sketch: mode sum needs the examples of one dataset per backward pass, got {found}")
+    if count < 1:
+        raise MeritFastError(f"sketch: update({ids[0]!r}): count must be at least 1, got {count}")
+    return ids[0], count
