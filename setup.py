@@ -32,7 +32,10 @@ def native_module() -> Extension:
     robin_map = os.path.join(os.path.dirname(nanobind_source), "ext", "robin_map", "include")
     return Extension(
         "merit_fast._C",
-        [*sorted(glob.glob("csrc/*.cpp")), os.path.relpath(os.path.join(nanobind_source, "nb_combined.cpp"))],
+        [
+            *sorted(glob.glob("csrc/*.cpp")),
+            os.path.relpath(os.path.join(nanobind_source, "nb_combined.cpp")),
+        ],
         include_dirs=["csrc", nanobind.include_dir(), robin_map],
         depends=sorted(glob.glob("csrc/*.*")),  # not cuda/, which is no part of this module
         extra_compile_args=[

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from merit_fast.kernels.average import average_arrays
 from merit_fast.merge import MergeConfig
-from merit_fast.merge.read.checkpoint import read_checkpoint
-from merit_fast.merge.engine.plan import plan_merge
 from merit_fast.merge.engine.driver import write_shard
+from merit_fast.merge.engine.plan import plan_merge
+from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.model import peak_memory_bytes, reset_peak_memory
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
@@ -25,7 +25,9 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for k in range(4):
         generator = torch.Generator().manual_seed(k)
-        tensors = {f"layer.{i}": torch.randn(2048, 2048, generator=generator).bfloat16() for i in range(30)}
+        tensors = {
+            f"layer.{i}": torch.randn(2048, 2048, generator=generator).bfloat16() for i in range(30)
+        }
         (root / f"m{k}").mkdir()
         save_file(tensors, root / f"m{k}/model.safetensors", {"format": "pt"})
     yield [root / f"m{k}" for k in range(4)]
@@ -33,7 +35,9 @@ def models(tmp_path_factory):
 
 
 def streaming(models: list[Path], out: Path, threads: int) -> None:
-    plan = plan_merge([read_checkpoint(model) for model in models], coefficients=lambda name: tuple(WEIGHTS))
+    plan = plan_merge(
+        [read_checkpoint(model) for model in models], coefficients=lambda name: tuple(WEIGHTS)
+    )
     write_shard(plan.shards[0], MergeConfig(threads=threads), out, lambda _: None)
 
 
@@ -42,7 +46,9 @@ def safetensors_loop(models: list[Path], out: Path) -> None:
     files = [safe_open(model / "model.safetensors", framework="pt") for model in models]
     merged = {}
     for name in files[0].keys():  # noqa: SIM118
-        merged[name] = sum(w * f.get_tensor(name).float() for w, f in zip(WEIGHTS, files, strict=True)).bfloat16()
+        merged[name] = sum(
+            w * f.get_tensor(name).float() for w, f in zip(WEIGHTS, files, strict=True)
+        ).bfloat16()
     save_file(merged, out, {"format": "pt"})
 
 
@@ -130,4 +136,6 @@ def bench_merge_4_way_cold(benchmark, models, tmp_path, name):
             os.close(descriptor)
 
     benchmark.group = "4-way average of 0.25 GB bf16, inputs not in the page cache, no fsync"
-    benchmark.pedantic(COLD[name], args=(models, out), setup=drop_inputs, rounds=11, warmup_rounds=0)
+    benchmark.pedantic(
+        COLD[name], args=(models, out), setup=drop_inputs, rounds=11, warmup_rounds=0
+    )

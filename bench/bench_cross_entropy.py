@@ -78,10 +78,16 @@ def child(name: str, shape: tuple[int, int, int], dtype: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, start = status_mib("VmRSS"), time.perf_counter()
     step(LOSSES[name], *batch)
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_mib": status_mib("VmHWM") - before}))
+    print(
+        json.dumps(
+            {"seconds": time.perf_counter() - start, "peak_mib": status_mib("VmHWM") - before}
+        )
+    )
 
 
-def in_child(name: str, shape: tuple[int, int, int], dtype: str, cap: float) -> dict[str, float] | None:
+def in_child(
+    name: str, shape: tuple[int, int, int], dtype: str, cap: float
+) -> dict[str, float] | None:
     """None: it was stopped."""
     command = [sys.executable, "-m", "bench.bench_cross_entropy", "--child", name, "--dtype", dtype]
     sizes = ["--tokens", str(shape[0]), "--width", str(shape[1]), "--vocabulary", str(shape[2])]
@@ -110,10 +116,14 @@ def check(shape: tuple[int, int, int], dtype: str) -> None:
             for a, b in zip(gradients, truth, strict=True)
         )
     if not errors["ours"] <= errors["eager"] + 1e-5:
-        raise SystemExit(f"wrong: relative error {errors['ours']:.1e}, eager has {errors['eager']:.1e}")
+        raise SystemExit(
+            f"wrong: relative error {errors['ours']:.1e}, eager has {errors['eager']:.1e}"
+        )
 
 
-def timed(shape: tuple[int, int, int], dtype: str, seconds: float, compiled: bool) -> dict[str, dict[str, float]]:
+def timed(
+    shape: tuple[int, int, int], dtype: str, seconds: float, compiled: bool
+) -> dict[str, dict[str, float]]:
     """Medians and quartile ranges of wall and CPU seconds; in turns until ``seconds`` are over, 3 turns at least."""
     batch = inputs(*shape, dtype)
     runs: dict[str, Callable[[], Any]] = {
@@ -134,8 +144,15 @@ def timed(shape: tuple[int, int, int], dtype: str, seconds: float, compiled: boo
             found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     rows = {}
     for name, pairs in found.items():
-        (wall, wall_range), (cpu, cpu_range) = (spread(values) for values in zip(*pairs, strict=True))
-        rows[name] = {"wall_s": wall, "wall_range_s": wall_range, "cpu_s": cpu, "cpu_range_s": cpu_range}
+        (wall, wall_range), (cpu, cpu_range) = (
+            spread(values) for values in zip(*pairs, strict=True)
+        )
+        rows[name] = {
+            "wall_s": wall,
+            "wall_range_s": wall_range,
+            "cpu_s": cpu,
+            "cpu_range_s": cpu_range,
+        }
     return rows
 
 
@@ -146,38 +163,60 @@ def measure(shape: tuple[int, int, int], dtype: str, options: argparse.Namespace
         rows[name]["peak_mib"] = (in_child(name, shape, dtype, 600) or {})["peak_mib"]
     if hasattr(F, "linear_cross_entropy"):
         found = in_child("F.linear_cross_entropy", shape, dtype, options.cap)
-        row = {"wall_s": found["seconds"], "peak_mib": found["peak_mib"]} if found else {"stopped_s": options.cap}
+        row = (
+            {"wall_s": found["seconds"], "peak_mib": found["peak_mib"]}
+            if found
+            else {"stopped_s": options.cap}
+        )
         rows["F.linear_cross_entropy"] = row
     head_mib = shape[1] * shape[2] * DTYPES[dtype].itemsize / 2**20
-    return {"tokens": shape[0], "width": shape[1], "vocabulary": shape[2], "dtype": dtype, "dw_mib": head_mib} | {
-        "rows": rows
-    }
+    return {
+        "tokens": shape[0],
+        "width": shape[1],
+        "vocabulary": shape[2],
+        "dtype": dtype,
+        "dw_mib": head_mib,
+    } | {"rows": rows}
 
 
 def describe(found: dict[str, Any]) -> None:
     rows, sizes = found["rows"], f"N={found['tokens']} H={found['width']} V={found['vocabulary']}"
     print(f"\n{found['dtype']}, {sizes}, dW {found['dw_mib']:.0f} MiB")
-    print(f"{'':24}{'wall s':>9}{'(range)':>9}{'CPU s':>8}{'x eager':>9}{'x products':>12}{'peak MiB':>10}")
+    print(
+        f"{'':24}{'wall s':>9}{'(range)':>9}{'CPU s':>8}{'x eager':>9}{'x products':>12}{'peak MiB':>10}"
+    )
     for name, row in rows.items():
         if "stopped_s" in row:
-            print(f"{name:24}  one step, its process's start included, took more than {row['stopped_s']:.0f} s")
+            print(
+                f"{name:24}  one step, its process's start included, took more than {row['stopped_s']:.0f} s"
+            )
             continue
         ratios = [row["wall_s"] / rows[of]["wall_s"] for of in ("eager", "products")]
         cells = [f"{row['wall_s']:9.3f}", f"{row.get('wall_range_s', float('nan')):9.3f}"]
-        cells += [f"{row.get('cpu_s', float('nan')):8.3f}", f"{ratios[0]:9.2f}", f"{ratios[1]:12.2f}"]
+        cells += [
+            f"{row.get('cpu_s', float('nan')):8.3f}",
+            f"{ratios[0]:9.2f}",
+            f"{ratios[1]:12.2f}",
+        ]
         print(
-            f"{name:24}{''.join(cells)}{row['peak_mib']:10.0f}" if "peak_mib" in row else f"{name:24}{''.join(cells)}"
+            f"{name:24}{''.join(cells)}{row['peak_mib']:10.0f}"
+            if "peak_mib" in row
+            else f"{name:24}{''.join(cells)}"
         )
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_cross_entropy", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bench_cross_entropy", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512, 4096])
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=10.0, help="for the turns of one size")
-    parser.add_argument("--cap", type=float, default=30.0, help="after which F.linear_cross_entropy is stopped")
+    parser.add_argument(
+        "--cap", type=float, default=30.0, help="after which F.linear_cross_entropy is stopped"
+    )
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--quick", action="store_true", help="a small head, few turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line to FILE too")
@@ -192,18 +231,28 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     if options.child:
-        child(options.child, (options.tokens[0], options.width, options.vocabulary), options.dtype[0])
+        child(
+            options.child, (options.tokens[0], options.width, options.vocabulary), options.dtype[0]
+        )
         return 0
-    report: dict[str, Any] = {"machine": machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     report |= {"sizes": [], "not_measured": []}
     for dtype in options.dtype:
         if dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            reason = "torch has no fast bf16 product on this CPU: the products alone would take minutes"
+            reason = (
+                "torch has no fast bf16 product on this CPU: the products alone would take minutes"
+            )
             print(f"\nbf16 was NOT MEASURED: {reason}")
             report["not_measured"].append({"dtype": dtype, "reason": reason})
             continue
         for tokens in options.tokens:
-            report["sizes"].append(measure((tokens, options.width, options.vocabulary), dtype, options))
+            report["sizes"].append(
+                measure((tokens, options.width, options.vocabulary), dtype, options)
+            )
             describe(report["sizes"][-1])
     line = json.dumps(report)
     if options.json:

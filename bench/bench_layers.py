@@ -26,8 +26,22 @@ from merit_fast.cli.main import _keep_freed_memory
 from merit_fast.kernels.layers import add_rms_norm, rms_norm, rope, swiglu
 
 MODELS = {
-    "SmolLM2-135M": {"batch": 4, "tokens": 256, "hidden": 576, "inner": 1536, "heads": (9, 3), "width": 64},
-    "Qwen2-0.5B": {"batch": 1, "tokens": 512, "hidden": 896, "inner": 4864, "heads": (14, 2), "width": 64},
+    "SmolLM2-135M": {
+        "batch": 4,
+        "tokens": 256,
+        "hidden": 576,
+        "inner": 1536,
+        "heads": (9, 3),
+        "width": 64,
+    },
+    "Qwen2-0.5B": {
+        "batch": 1,
+        "tokens": 512,
+        "hidden": 896,
+        "inner": 4864,
+        "heads": (14, 2),
+        "width": 64,
+    },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {"eager": 3.0, "torch.compile": 1.2}
@@ -96,9 +110,14 @@ def contenders(layer: Layer) -> dict[str, Callable[[], Any]]:
     outputs = layer.theirs(*layer.inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     gradients = [torch.randn_like(y) for y in outputs]  # in the outputs' layouts
-    functions = {"ours": layer.ours, "eager": layer.theirs, "torch.compile": torch.compile(layer.theirs, dynamic=False)}
+    functions = {
+        "ours": layer.ours,
+        "eager": layer.theirs,
+        "torch.compile": torch.compile(layer.theirs, dynamic=False),
+    }
     runs = {
-        name: lambda function=function: step(function, layer.inputs, gradients) for name, function in functions.items()
+        name: lambda function=function: step(function, layer.inputs, gradients)
+        for name, function in functions.items()
     }
     expected = runs["eager"]()
     bound = 1e-5 if layer.inputs[0].dtype == torch.float32 else 2e-2
@@ -141,7 +160,12 @@ def measured(model: str, dtype: str, threads: int, rounds: int) -> list[dict[str
     rows = []
     for layer in layers(MODELS[model], DTYPES[dtype]):
         times = timed({**contenders(layer), "floor": copy_of(layer.moved_bytes)}, rounds)
-        row: dict[str, Any] = {"model": model, "layer": layer.name, "dtype": dtype, "threads": threads}
+        row: dict[str, Any] = {
+            "model": model,
+            "layer": layer.name,
+            "dtype": dtype,
+            "threads": threads,
+        }
         for name, pairs in times.items():
             row[f"{name}_us"], row[f"{name}_cpu_us"] = (
                 1e6 * statistics.median(column) for column in zip(*pairs, strict=True)
@@ -162,18 +186,47 @@ def main() -> None:
     arguments = parser.parse_args()
     _keep_freed_memory()
     rows = []
-    heads = ("ours us", "eager", "compile", "floor", "x eager", "x compile", "of floor", "cpu: x eager", "x compile")
-    print(f"{'model':14}{'layer':14}{'dtype':6}{'threads':>8}", *(f"{head:>13}" for head in heads), sep="")
+    heads = (
+        "ours us",
+        "eager",
+        "compile",
+        "floor",
+        "x eager",
+        "x compile",
+        "of floor",
+        "cpu: x eager",
+        "x compile",
+    )
+    print(
+        f"{'model':14}{'layer':14}{'dtype':6}{'threads':>8}",
+        *(f"{head:>13}" for head in heads),
+        sep="",
+    )
     for threads in arguments.threads:
         for model in MODELS:
             for dtype in DTYPES:
                 for row in measured(model, dtype, threads, arguments.rounds):
                     rows.append(row)
-                    ratios = ("ratio_eager", "ratio_torch.compile", "ratio_floor", "cpu_ratio_eager")
-                    cells = [f"{row[f'{name}_us']:13.0f}" for name in ("ours", "eager", "torch.compile", "floor")]
+                    ratios = (
+                        "ratio_eager",
+                        "ratio_torch.compile",
+                        "ratio_floor",
+                        "cpu_ratio_eager",
+                    )
+                    cells = [
+                        f"{row[f'{name}_us']:13.0f}"
+                        for name in ("ours", "eager", "torch.compile", "floor")
+                    ]
                     cells += [f"{row[key]:13.2f}" for key in (*ratios, "cpu_ratio_torch.compile")]
-                    print(f"{model:14}{row['layer']:14}{dtype:6}{threads:8}", *cells, sep="", flush=True)
-    print(json.dumps({"machine": machine(), "torch": torch.__version__, "goals": GOALS, "rows": rows}))
+                    print(
+                        f"{model:14}{row['layer']:14}{dtype:6}{threads:8}",
+                        *cells,
+                        sep="",
+                        flush=True,
+                    )
+    print(
+        json.dumps({"machine": machine(), "torch": torch.__version__, "goals": GOALS, "rows": rows})
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def run_row(setup: Setup, row: Row, keep: Path | None) -> dict[str, Any]:
     return result | ({} if cached is None else {"cached_before": cached})
 
 
-def run_round(setup: Setup, group: Sequence[Row], name: str, number: int, skip: set[str], limit: int) -> dict[str, Any]:
+def run_round(
+    setup: Setup, group: Sequence[Row], name: str, number: int, skip: set[str], limit: int
+) -> dict[str, Any]:
     """Every row of a group once, starting with another one each round. ``skip`` grows by rows that fail."""
     start = number % len(group)
     measured = {}
@@ -72,8 +74,13 @@ def measure(arguments: argparse.Namespace, setup: Setup, results: Results) -> No
     skip = {name: set(arguments.skip) for name in groups}
     for number in range(arguments.rounds):
         for name in arguments.only:
-            if name in groups and sum(record["group"] == name for record in results.of("round")) <= number:
-                done = run_round(setup, groups[name], name, number, skip[name], arguments.mergekit_rounds)
+            if (
+                name in groups
+                and sum(record["group"] == name for record in results.of("round")) <= number
+            ):
+                done = run_round(
+                    setup, groups[name], name, number, skip[name], arguments.mergekit_rounds
+                )
                 results.add({"round": {"group": name, "rows": done}})
     if "bits" in arguments.only and not results.of("bits"):
         from bench.merge_bits import count_all
@@ -84,17 +91,30 @@ def measure(arguments: argparse.Namespace, setup: Setup, results: Results) -> No
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = {"type": lambda text: text.split(",")}
     parser.add_argument("directory", type=Path)
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mergekit-rounds", type=int, default=2, help="rounds of mergekit's cold, ties and slerp rows")
+    parser.add_argument(
+        "--mergekit-rounds",
+        type=int,
+        default=2,
+        help="rounds of mergekit's cold, ties and slerp rows",
+    )
     parser.add_argument("--only", default=list(PARTS), **names, help=f"parts, of {','.join(PARTS)}")
-    parser.add_argument("--skip", default=[], **names, help="rows to leave out, as named in the progress")
-    parser.add_argument("--mergekit", type=Path, default=mergekit_env.DEFAULT, help="directory of its environment")
+    parser.add_argument(
+        "--skip", default=[], **names, help="rows to leave out, as named in the progress"
+    )
+    parser.add_argument(
+        "--mergekit", type=Path, default=mergekit_env.DEFAULT, help="directory of its environment"
+    )
     parser.add_argument("--no-mergekit", action="store_true", help="without its rows")
-    parser.add_argument("--json", type=Path, help="file of results [default: DIR/bench_merge-SIZE.jsonl]")
+    parser.add_argument(
+        "--json", type=Path, help="file of results [default: DIR/bench_merge-SIZE.jsonl]"
+    )
     parsed = parser.parse_args(arguments)
     if unknown := set(parsed.only) - set(PARTS):
         parser.error(f"--only: must be of {','.join(PARTS)}, got {','.join(sorted(unknown))}")
@@ -113,7 +133,12 @@ def main() -> None:
     base, *models = ensure_checkpoints(root, arguments.size)
     scratch = root / f"scratch-{arguments.size}"
     setup = Setup(base, tuple(models), tuple(ensure_checkpoints(root, "tiny")[1:]), scratch, python)
-    circumstances = {"size": arguments.size, "version": version(), "mergekit": words, "machine": machine()}
+    circumstances = {
+        "size": arguments.size,
+        "version": version(),
+        "mergekit": words,
+        "machine": machine(),
+    }
     results = Results(arguments.json or root / f"bench_merge-{arguments.size}.jsonl", circumstances)
     if not results.records:
         shutil.rmtree(scratch, ignore_errors=True)  # outputs kept by an earlier version

@@ -44,7 +44,9 @@ class Variant:
     ) -> None:
         torch.manual_seed(0)
         shapes = LAYER * layers + EXTRA
-        self.weights = [torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype)) for shape in shapes]
+        self.weights = [
+            torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype)) for shape in shapes
+        ]
         for weight in self.weights:
             weight.grad = (torch.randn(weight.shape) * 1e-3).to(dtype)
         self.elements = sum(weight.numel() for weight in self.weights)
@@ -135,7 +137,11 @@ def floor_rate() -> float:
 
 def measure(names: Sequence[str], layers: int, rounds: int) -> dict[str, Any]:
     """Only one family of variants is in memory at a time; all of it takes part in every round."""
-    variants = {name: Variant(layers, dtype, *rest) for name, (dtype, *rest) in VARIANTS.items() if name in names}
+    variants = {
+        name: Variant(layers, dtype, *rest)
+        for name, (dtype, *rest) in VARIANTS.items()
+        if name in names
+    }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}
     rates = []
@@ -160,24 +166,38 @@ def measure(names: Sequence[str], layers: int, rounds: int) -> dict[str, Any]:
         }
     ratios = {
         f"{slow} / {fast}": round(
-            statistics.median(a / b for a, b in zip(seconds[slow][1:], seconds[fast][1:], strict=True)), 2
+            statistics.median(
+                a / b for a, b in zip(seconds[slow][1:], seconds[fast][1:], strict=True)
+            ),
+            2,
         )
         for slow, fast in RATIOS
         if slow in seconds and fast in seconds
     }
     cpu_ratios = {
-        f"{slow} / {fast}": round(statistics.median(cpu[slow][1:]) / statistics.median(cpu[fast][1:]), 2)
+        f"{slow} / {fast}": round(
+            statistics.median(cpu[slow][1:]) / statistics.median(cpu[fast][1:]), 2
+        )
         for slow, fast in RATIOS
         if slow in seconds and fast in seconds
     }
-    return {"rows": rows, "ratios": ratios, "cpu_ratios": cpu_ratios, "gb_per_s": round(rate / 1e9, 1)}
+    return {
+        "rows": rows,
+        "ratios": ratios,
+        "cpu_ratios": cpu_ratios,
+        "gb_per_s": round(rate / 1e9, 1),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_optimizer", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bench_optimizer", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--layers", type=int, default=3, help="of Qwen2-0.5B; fewer to see whether it runs")
+    parser.add_argument(
+        "--layers", type=int, default=3, help="of Qwen2-0.5B; fewer to see whether it runs"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     report: dict[str, Any] = {**machine(), "threads": options.threads, "torch": torch.__version__}
@@ -189,7 +209,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{family.rstrip(':')}: in-place mul_ {part['gb_per_s']} GB/s")
         print(f"{'':42}{'ms':>9}{'spread':>9}{'CPU ms':>9}{'x floor':>9}")
         for name, row in part["rows"].items():
-            print(f"{name:42}{row['ms']:9.2f}{row['spread_ms']:9.2f}{row['cpu_ms']:9.1f}{row['of_floor']:9.2f}")
+            print(
+                f"{name:42}{row['ms']:9.2f}{row['spread_ms']:9.2f}{row['cpu_ms']:9.1f}{row['of_floor']:9.2f}"
+            )
         for name, ratio in part["ratios"].items():
             print(f"{ratio:6.2f} wall{part['cpu_ratios'][name]:7.2f} CPU  {name}")
         report[family.rstrip(":")] = part

@@ -9,7 +9,13 @@ import functools
 import pytest
 import torch
 
-from merit_fast.kernels.sketch import TILE, CountSketch, embedding_grad_sketch, flat_sketch, linear_grad_sketch
+from merit_fast.kernels.sketch import (
+    TILE,
+    CountSketch,
+    embedding_grad_sketch,
+    flat_sketch,
+    linear_grad_sketch,
+)
 from merit_fast.kernels.sketch._eager import bucket_of, hash_counters
 
 ELEMENTS = 1 << 24
@@ -34,7 +40,10 @@ def tables(rows: int, columns: int, sketch: CountSketch) -> tuple[torch.Tensor, 
         row, column = lane[:, None] ^ masks & 63, lane ^ masks >> 8 & 63
         row_bit = hash_counters(4 * tile + 1, key).view(-1, 1, 1) >> lane[:, None] & 1
         column_bit = hash_counters(4 * tile + 2, key).view(-1, 1, 1) >> lane & 1
-        at, sign = (bucket * TILE + row) * TILE + column, 1.0 - 2.0 * (row_bit ^ column_bit)  # [tiles, 64, 64]
+        at, sign = (
+            (bucket * TILE + row) * TILE + column,
+            1.0 - 2.0 * (row_bit ^ column_bit),
+        )  # [tiles, 64, 64]
         kept = min(TILE, rows - TILE * first)
         for strips, values in ((buckets, at), (signs, sign)):
             strips.append(values.transpose(0, 1).reshape(TILE, -1)[:kept, :columns].flatten())
@@ -67,9 +76,9 @@ FLAT = {
     "index_add_ with tables": lambda g, sketch, buckets, signs: torch.zeros(WIDTH).index_add_(
         0, buckets, g.flatten() * signs
     ),
-    "index_add_ with scattered tables": lambda g, sketch, buckets, signs: torch.zeros(WIDTH).index_add_(
-        0, scattered(len(buckets)), g.flatten() * signs
-    ),
+    "index_add_ with scattered tables": lambda g, sketch, buckets, signs: torch.zeros(
+        WIDTH
+    ).index_add_(0, scattered(len(buckets)), g.flatten() * signs),
     "scatter_add_ with tables": lambda g, sketch, buckets, signs: torch.zeros(WIDTH).scatter_add_(
         0, buckets, g.flatten() * signs
     ),
@@ -110,11 +119,15 @@ def onednn_product(dy, x):
 
 LINEAR = {
     "linear_grad_sketch": lambda dy, x, s, b, g: linear_grad_sketch(dy, x, "w", s),
-    "linear_grad_sketch of bf16": lambda dy, x, s, b, g: linear_grad_sketch(rounded(dy), rounded(x), "w", s),
+    "linear_grad_sketch of bf16": lambda dy, x, s, b, g: linear_grad_sketch(
+        rounded(dy), rounded(x), "w", s
+    ),
     "dW (bmm) + index_add_": dw_then_index_add,
     "dW alone, MKL bmm": lambda dy, x, s, b, g: torch.bmm(dy.transpose(1, 2), x),
     "dW alone, oneDNN fp32": lambda dy, x, s, b, g: onednn_product(dy, x),
-    "dW alone, oneDNN bf16": lambda dy, x, s, b, g: torch.bmm(rounded(dy).transpose(1, 2), rounded(x)),
+    "dW alone, oneDNN bf16": lambda dy, x, s, b, g: torch.bmm(
+        rounded(dy).transpose(1, 2), rounded(x)
+    ),
 }
 
 

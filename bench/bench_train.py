@@ -59,21 +59,34 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, found in runs.items():
         for run in found:
             furthest = max(abs(a - b) / b for a, b in zip(run.losses, curve, strict=True))
-            assert furthest < CURVES_AGREE, f"{name}: a step's loss is off by {furthest:.1e}: {run.losses} {curve}"
+            assert furthest < CURVES_AGREE, (
+                f"{name}: a step's loss is off by {furthest:.1e}: {run.losses} {curve}"
+            )
     rows = {}
     for name, found in runs.items():
         stock = runs["Trainer"]
         rows[name] = {
             "tokens_per_s": spread([tokens / sum(run.wall_s[1:]) for run in found]),
             "target_tokens_per_s": spread([targets / sum(run.wall_s[1:]) for run in found]),
-            "wall_speedup": spread([sum(s.wall_s[1:]) / sum(r.wall_s[1:]) for r, s in zip(found, stock, strict=True)]),
-            "cpu_speedup": spread([sum(s.cpu_s[1:]) / sum(r.cpu_s[1:]) for r, s in zip(found, stock, strict=True)]),
-            "curve_off_by": max(abs(a - b) / b for r in found for a, b in zip(r.losses, curve, strict=True)),
+            "wall_speedup": spread(
+                [sum(s.wall_s[1:]) / sum(r.wall_s[1:]) for r, s in zip(found, stock, strict=True)]
+            ),
+            "cpu_speedup": spread(
+                [sum(s.cpu_s[1:]) / sum(r.cpu_s[1:]) for r, s in zip(found, stock, strict=True)]
+            ),
+            "curve_off_by": max(
+                abs(a - b) / b for r in found for a, b in zip(r.losses, curve, strict=True)
+            ),
         }
-    print(f"SmolLM2-135M, fp32, {work.steps} steps of {work.batch_size} rows, {tokens} tokens, {targets} targets")
+    print(
+        f"SmolLM2-135M, fp32, {work.steps} steps of {work.batch_size} rows, {tokens} tokens, {targets} targets"
+    )
     print(f"{'':24}{'tokens/s':>10}{'targets/s':>11}{'wall x':>8}{'CPU x':>8}{'curve off by':>14}")
     for name, row in rows.items():
-        numbers = [row[key][0] for key in ("tokens_per_s", "target_tokens_per_s", "wall_speedup", "cpu_speedup")]
+        numbers = [
+            row[key][0]
+            for key in ("tokens_per_s", "target_tokens_per_s", "wall_speedup", "cpu_speedup")
+        ]
         print(
             f"{name:24}{numbers[0]:10.1f}{numbers[1]:11.1f}{numbers[2]:8.2f}{numbers[3]:8.2f}{row['curve_off_by']:14.1e}"
         )
@@ -94,8 +107,12 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     for variant, row in found.items():
         share = row["above_mib"] / stock
-        print(f"{variant:24}{row['above_mib']:10.0f} MiB{share:8.2f} of stock{row['step_s']:8.1f} s a step")
-        assert abs(row["loss_0"] - found["stock"]["loss_0"]) < 1e-3 * found["stock"]["loss_0"], variant
+        print(
+            f"{variant:24}{row['above_mib']:10.0f} MiB{share:8.2f} of stock{row['step_s']:8.1f} s a step"
+        )
+        assert abs(row["loss_0"] - found["stock"]["loss_0"]) < 1e-3 * found["stock"]["loss_0"], (
+            variant
+        )
     return found
 
 
@@ -120,7 +137,9 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS))
     parser.add_argument("--steps", type=int, default=6)

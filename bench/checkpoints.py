@@ -140,7 +140,10 @@ def _header(shard: dict[str, tuple[int, ...]]) -> bytes:
 def _write_all(folder: Path, size: Size) -> None:
     random = np.random.default_rng(0)
     shards = _shards(size)
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
     for name in MODELS:
         (folder / name).mkdir(parents=True)
         _write_companions(folder / name, size, dict(zip(files, shards, strict=True)))
@@ -166,7 +169,9 @@ def _draw(random: np.random.Generator, name: str, count: int) -> Iterator[list[n
         yield [base, *(base + step for step in steps)]
 
 
-def _write_companions(folder: Path, size: Size, shards: dict[str, dict[str, tuple[int, ...]]]) -> None:
+def _write_companions(
+    folder: Path, size: Size, shards: dict[str, dict[str, tuple[int, ...]]]
+) -> None:
     """What tools look for beside the weights; with tokenizer files, so that none makes one up."""
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -192,7 +197,10 @@ def _write_companions(folder: Path, size: Size, shards: dict[str, dict[str, tupl
         "config.json": config,
         "generation_config.json": {"do_sample": False},
         "tokenizer.json": {"version": "1.0", "added_tokens": [], "model": words},
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": "<unk>",
+        },
         INDEX_FILE: {"metadata": {"total_size": total}, "weight_map": weight_map},
     }
     for file, content in contents.items():
@@ -200,7 +208,9 @@ def _write_companions(folder: Path, size: Size, shards: dict[str, dict[str, tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     arguments = parser.parse_args()

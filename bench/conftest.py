@@ -14,4 +14,6 @@ def pytest_terminal_summary(terminalreporter, config):
     for bench in benchmarks:
         if "extra_peak_mib" in bench.extra_info:
             grew = f"peak memory grew by {bench.extra_info['extra_peak_mib']} MiB"
-            terminalreporter.write_line(f"{bench.name}: {grew} (freed memory used again is not counted)")
+            terminalreporter.write_line(
+                f"{bench.name}: {grew} (freed memory used again is not counted)"
+            )

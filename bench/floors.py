@@ -77,7 +77,9 @@ def write_file(
             os.pwritev(descriptor, [buffers[number]], at, flags)
             if start_early and (at + piece) % start_early < piece:
                 begin = ctypes.c_int64(max(0, at + piece - start_early))
-                LIBC.sync_file_range(descriptor, begin, ctypes.c_int64(start_early), SYNC_FILE_RANGE_WRITE)
+                LIBC.sync_file_range(
+                    descriptor, begin, ctypes.c_int64(start_early), SYNC_FILE_RANGE_WRITE
+                )
 
     run_threads(work, threads)
     written = time.perf_counter() - start
@@ -130,10 +132,14 @@ def page_cache(out: Path, num_bytes: int, models: Sequence[Path]) -> dict[str, f
 def write(out: Path, num_bytes: int, models: Sequence[Path], **how: Any) -> dict[str, float]:
     """The output's bytes, whole pages of them, into one new file, until they are durable."""
     piece = 512 * 1024
-    return {"inner_wall_s": write_file(out, -(-num_bytes // piece) * piece, piece, **how)["durable"]}
+    return {
+        "inner_wall_s": write_file(out, -(-num_bytes // piece) * piece, piece, **how)["durable"]
+    }
 
 
-def read(out: Path, num_bytes: int, models: Sequence[Path], piece: int, threads: int) -> dict[str, float]:
+def read(
+    out: Path, num_bytes: int, models: Sequence[Path], piece: int, threads: int
+) -> dict[str, float]:
     """Every input byte once, in order, file after file, with the kernel's own readahead. Files are dealt to threads."""
     files = weight_files(*models)
 
@@ -162,5 +168,7 @@ FLOORS: dict[str, Callable[[Path, int, Sequence[Path]], dict[str, float]]] = {
 }
 
 if __name__ == "__main__":
-    floor = FLOORS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]), [Path(path) for path in sys.argv[4:]])
+    floor = FLOORS[sys.argv[1]](
+        Path(sys.argv[2]), int(sys.argv[3]), [Path(path) for path in sys.argv[4:]]
+    )
     print(json.dumps(floor))

@@ -43,9 +43,17 @@ def errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, f
     )
 
 
-def check(op: Op, case: Case, backend: str, truth: Sequence[Tensor], eager: tuple[float, float]) -> Row:
+def check(
+    op: Op, case: Case, backend: str, truth: Sequence[Tensor], eager: tuple[float, float]
+) -> Row:
     """``wrong`` is None, or says in one line what is."""
-    row: Row = {"op": op.name, "case": case.name, "dtype": case.dtype, "backend": backend, "wrong": None}
+    row: Row = {
+        "op": op.name,
+        "case": case.name,
+        "dtype": case.dtype,
+        "backend": backend,
+        "wrong": None,
+    }
     try:
         results = [tensor.clone() for tensor in case.run(backend)]
         again = case.run(backend)
@@ -60,22 +68,34 @@ def check(op: Op, case: Case, backend: str, truth: Sequence[Tensor], eager: tupl
     return row
 
 
-def time_case(op: Op, case: Case, backends: Sequence[str], timer: Timer, ceilings: dict[str, float]) -> Iterator[Row]:
+def time_case(
+    op: Op, case: Case, backends: Sequence[str], timer: Timer, ceilings: dict[str, float]
+) -> Iterator[Row]:
     """Seconds of the op's backends and its peers, and of the GPU for the same bytes and operations."""
     rate = ceilings[f"{case.dtype}_operations_per_s"]
     floor = max(case.moved_bytes / ceilings["bytes_per_s"], case.operations / rate)
     runs = {backend: (lambda backend=backend: case.run(backend)) for backend in backends}
     for name, run in {**runs, **case.peers}.items():
-        row: Row = {"op": op.name, "case": case.name, "dtype": case.dtype, "by": name, "floor_s": floor}
+        row: Row = {
+            "op": op.name,
+            "case": case.name,
+            "dtype": case.dtype,
+            "by": name,
+            "floor_s": floor,
+        }
         try:
             run()  # compiled outside of the clock
             row["seconds"] = timer(run)
-        except Exception as error:  # a peer that cannot, or memory that is full: no reason to time nothing else
+        except (
+            Exception
+        ) as error:  # a peer that cannot, or memory that is full: no reason to time nothing else
             row["failed"] = f"{type(error).__name__}: {one_line(error)}"
         yield row
 
 
-def measure_ceilings(device: torch.device, timer: Timer, size: int = GIB, side: int = 8192) -> dict[str, float]:
+def measure_ceilings(
+    device: torch.device, timer: Timer, size: int = GIB, side: int = 8192
+) -> dict[str, float]:
     """Bytes a second of a copy (read and written), operations a second of a square matrix product."""
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     ceilings = {"bytes_per_s": 2 * size / timer(lambda: target.copy_(source))}
@@ -85,7 +105,9 @@ def measure_ceilings(device: torch.device, timer: Timer, size: int = GIB, side: 
     return ceilings
 
 
-def run(device: torch.device, timer: Timer | None, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    device: torch.device, timer: Timer | None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Checks all of OPS, times them if there is a timer. Wrong results are not timed."""
     torch.manual_seed(0)
     report: dict[str, Any] = {"checks": [], "not_run": [], "times": []}
@@ -108,7 +130,9 @@ def run(device: torch.device, timer: Timer | None, say: Callable[[str], None] = 
     return report
 
 
-def _check_all(op: Op, case: Case, backends: Sequence[str], report: dict[str, Any], say: Callable[[str], None]):
+def _check_all(
+    op: Op, case: Case, backends: Sequence[str], report: dict[str, Any], say: Callable[[str], None]
+):
     """The backends that are right."""
     truth = case.truth()
     eager = errors(case.run("eager"), truth)
@@ -130,7 +154,9 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     for name, backend in dict.fromkeys((row["op"], row["backend"]) for row in report["checks"]):
         rows = [row for row in report["checks"] if (row["op"], row["backend"]) == (name, backend)]
         right = [row for row in rows if not row["wrong"]]
-        worst = [max((row[key][0] for row in right), default=0.0) for key in ("error", "eager_error")]
+        worst = [
+            max((row[key][0] for row in right), default=0.0) for key in ("error", "eager_error")
+        ]
         yield f"{name:25}{backend:9}{len(rows):6}{len(rows) - len(right):6}{worst[0]:9.1e}{worst[1]:9.1e}"
     if not report["times"]:
         return
@@ -154,7 +180,9 @@ def gpu_timer() -> Timer:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     file = parser.parse_args(arguments).json
     if not torch.cuda.is_available():

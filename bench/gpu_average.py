@@ -22,7 +22,10 @@ def case(name: str, models: list[list[Tensor]], dtype: str, timed: bool = False)
         return sum(weight * tensor for weight, tensor in zip(weights, row, strict=True))
 
     def eager() -> list[Tensor]:
-        return [total(row).to(first.dtype) for row, first in zip(rows(torch.float32), models[0], strict=True)]
+        return [
+            total(row).to(first.dtype)
+            for row, first in zip(rows(torch.float32), models[0], strict=True)
+        ]
 
     return Case(
         name,
@@ -39,16 +42,21 @@ def small(device: torch.device) -> Iterator[Case]:
     for dtype in DTYPES:
         models = [[random(n, dtype=dtype, device=device) for n in SIZES] for _ in range(3)]
         yield case("3 models of 8 ragged tensors", models, dtype)
-        yield case("off the 16-byte grid", [[t[1:] for t in model if len(t)] for model in models], dtype)
+        yield case(
+            "off the 16-byte grid", [[t[1:] for t in model if len(t)] for model in models], dtype
+        )
     mixed = [
-        [random(n, dtype=("fp32", "bf16")[(i + k) % 2], device=device) for i, n in enumerate(SIZES)] for k in range(2)
+        [random(n, dtype=("fp32", "bf16")[(i + k) % 2], device=device) for i, n in enumerate(SIZES)]
+        for k in range(2)
     ]
     yield case("types mixed in one launch", mixed, "mixed")
 
 
 def large(device: torch.device) -> Iterator[Case]:
     for dtype in DTYPES:
-        models = [[random(2048, 2048, dtype=dtype, device=device) for _ in range(32)] for _ in range(4)]
+        models = [
+            [random(2048, 2048, dtype=dtype, device=device) for _ in range(32)] for _ in range(4)
+        ]
         yield case("4 models of 32 x [2048, 2048]", models, dtype, timed=True)
 
 

@@ -15,7 +15,9 @@ def case(
     name: str, tokens: int, width: int, vocabulary: int, dtype: str, device: torch.device, timed: bool = False,
     **options: Any,
 ) -> Case:  # fmt: skip
-    hidden, weight = (random(n, width, dtype=dtype, device=device) / width**0.5 for n in (tokens, vocabulary))
+    hidden, weight = (
+        random(n, width, dtype=dtype, device=device) / width**0.5 for n in (tokens, vocabulary)
+    )
     labels = torch.randint(0, vocabulary, (tokens,), device=device)
     labels[::4] = -100
 
@@ -23,7 +25,11 @@ def case(
         leaves = [tensor.detach().to(to).requires_grad_() for tensor in (hidden, weight)]
         result = linear_cross_entropy(*leaves, labels, backend=backend, **options)
         result.loss.backward()
-        return [result.loss.detach().view(1), result.example_loss.detach(), *(leaf.grad for leaf in leaves)]
+        return [
+            result.loss.detach().view(1),
+            result.example_loss.detach(),
+            *(leaf.grad for leaf in leaves),
+        ]
 
     def plain(leaf: Tensor, head: Tensor) -> Tensor:
         return F.cross_entropy((leaf @ head.T).float(), labels)

@@ -60,7 +60,9 @@ def case(
     return Case(
         name,
         dtype,
-        run=lambda backend: [y.contiguous() for y in step(functools.partial(ours, backend=backend), inputs)],
+        run=lambda backend: [
+            y.contiguous() for y in step(functools.partial(ours, backend=backend), inputs)
+        ],
         truth=lambda: step(formula, [x.double() for x in inputs]),
         peers=peers,
         moved_bytes=2 * sum(x.nbytes for x in inputs) + 2 * sum(y.nbytes for y in outputs),
@@ -105,7 +107,10 @@ def liger_rope(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, 
 def norms(device: torch.device, *shapes: tuple[int, ...], timed: bool = False) -> Iterator[Case]:
     for dtype in DTYPES:
         for shape in shapes:
-            x, weight = random(*shape, dtype=dtype, device=device), random(shape[-1], dtype=dtype, device=device)
+            x, weight = (
+                random(*shape, dtype=dtype, device=device),
+                random(shape[-1], dtype=dtype, device=device),
+            )
             ours = lambda x, w, backend: rms_norm(x, w, EPSILON, backend=backend)  # noqa: E731
             yield case(f"{list(shape)}", dtype, ours, norm_formula, [x, weight], liger_norm, timed)
 
@@ -116,11 +121,24 @@ def added(device: torch.device, *shapes: tuple[int, ...], timed: bool = False) -
             x, residual = (random(*shape, dtype=dtype, device=device) for _ in range(2))
             weight = random(shape[-1], dtype=dtype, device=device)
             ours = lambda *i, backend: add_rms_norm(*i, EPSILON, backend=backend)  # noqa: E731
-            yield case(f"{list(shape)}", dtype, ours, added_formula, [x, residual, weight], liger_added, timed)
+            yield case(
+                f"{list(shape)}",
+                dtype,
+                ours,
+                added_formula,
+                [x, residual, weight],
+                liger_added,
+                timed,
+            )
 
 
 def gates(
-    ours: Layer, formula: Layer, liger: Layer, device: torch.device, *shapes: tuple[int, ...], timed: bool = False
+    ours: Layer,
+    formula: Layer,
+    liger: Layer,
+    device: torch.device,
+    *shapes: tuple[int, ...],
+    timed: bool = False,
 ) -> Iterator[Case]:
     for dtype in DTYPES:
         for shape in shapes:
@@ -137,9 +155,14 @@ def ropes(device: torch.device, *shapes: tuple[int, ...], timed: bool = False) -
         for batch, tokens, q_heads, k_heads, width in shapes:
             angles = 6 * torch.rand(1, tokens, width // 2, device=device).repeat(1, 1, 2)
             cos, sin = angles.cos().to(DTYPES[dtype]), angles.sin().to(DTYPES[dtype])
-            inputs = [random(batch, tokens, h, width, dtype=dtype, device=device) for h in (q_heads, k_heads)]
+            inputs = [
+                random(batch, tokens, h, width, dtype=dtype, device=device)
+                for h in (q_heads, k_heads)
+            ]
 
-            def ours(q: Tensor, k: Tensor, backend: str, cos: Tensor = cos, sin: Tensor = sin) -> Any:
+            def ours(
+                q: Tensor, k: Tensor, backend: str, cos: Tensor = cos, sin: Tensor = sin
+            ) -> Any:
                 return rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, backend=backend)
 
             formula, liger = (functools.partial(f, cos, sin) for f in (rope_formula, liger_rope))
@@ -151,11 +174,18 @@ NORM_SHAPES = ((3, 37, 72), (5, 1003), (70, 9, 128))
 GATE_SHAPES = ((3, 37, 72), (5, 1003), (40, 2))
 ROPE_SHAPES = ((2, 37, 9, 3, 64), (1, 5, 2, 2, 14))
 SWIGLU = functools.partial(gates, swiglu, lambda gate, up: F.silu(gate) * up, liger_swiglu)
-GEGLU = functools.partial(gates, geglu, lambda gate, up: F.gelu(gate, approximate="tanh") * up, liger_geglu)
+GEGLU = functools.partial(
+    gates, geglu, lambda gate, up: F.gelu(gate, approximate="tanh") * up, liger_geglu
+)
 
 
 def op(name: str, cases: Layer, small: Sequence[tuple[int, ...]], large: tuple[int, ...]) -> Op:
-    return Op(name, name, lambda device: cases(device, *small), lambda device: cases(device, large, timed=True))
+    return Op(
+        name,
+        name,
+        lambda device: cases(device, *small),
+        lambda device: cases(device, large, timed=True),
+    )
 
 
 LAYERS = [

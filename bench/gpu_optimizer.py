@@ -15,7 +15,9 @@ SIZES = [1, 7, 1023, 1024, 1025, 3201, 33]
 STATE_BYTES = {"fp32": 16, "bf16": 8, "int8": 4}
 
 
-def parameters(values: list[Tensor], gradients: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+def parameters(
+    values: list[Tensor], gradients: list[Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
     found = [torch.nn.Parameter(value.to(dtype or value.dtype, copy=True)) for value in values]
     for parameter, gradient in zip(found, gradients, strict=True):
         parameter.grad = gradient.to(parameter.dtype)
@@ -23,9 +25,16 @@ def parameters(values: list[Tensor], gradients: list[Tensor], dtype: torch.dtype
 
 
 def case(
-    name: str, sizes: list[tuple[int, ...]], dtype: str, device: torch.device, timed: bool, **options: Any
+    name: str,
+    sizes: list[tuple[int, ...]],
+    dtype: str,
+    device: torch.device,
+    timed: bool,
+    **options: Any,
 ) -> Case:
-    values, gradients = ([random(*size, dtype=dtype, device=device) for size in sizes] for _ in range(2))
+    values, gradients = (
+        [random(*size, dtype=dtype, device=device) for size in sizes] for _ in range(2)
+    )
 
     def run(backend: str) -> list[Tensor]:
         """Weights after a step, rounded to nearest: with stochastic rounding no result is the nearest to the truth."""
@@ -42,10 +51,20 @@ def case(
 
     elements = sum(value.numel() for value in values)
     moved = elements * (STATE_BYTES[options.get("moments", "fp32")] + 3 * DTYPES[dtype].itemsize)
-    return Case(name, dtype, run, truth, _peers(values, gradients, options) if timed else {}, moved, 16 * elements)
+    return Case(
+        name,
+        dtype,
+        run,
+        truth,
+        _peers(values, gradients, options) if timed else {},
+        moved,
+        16 * elements,
+    )
 
 
-def _peers(values: list[Tensor], gradients: list[Tensor], options: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+def _peers(
+    values: list[Tensor], gradients: list[Tensor], options: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
     """Steps alone, of optimizers that stand: ``run`` makes weights and states as well."""
 
     def step(make: Callable[..., Any], **more: Any) -> Callable[[], Any]:

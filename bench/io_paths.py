@@ -157,7 +157,10 @@ def reading(source: Path, cold: bool) -> list[Way]:
     prepare = partial(drop if cold else read_all, [source])
     read, mapped = partial(read_file, source), partial(read_mapped, source)
     sequential = os.POSIX_FADV_SEQUENTIAL
-    ways = {f"pread, {_kib(p)}": partial(read, p) for p in (MIB // 16, MIB // 4, MIB // 2, MIB, 4 * MIB, 8 * MIB)}
+    ways = {
+        f"pread, {_kib(p)}": partial(read, p)
+        for p in (MIB // 16, MIB // 4, MIB // 2, MIB, 4 * MIB, 8 * MIB)
+    }
     ways |= {
         "pread, 512 KiB, 2 threads": partial(read, MIB // 2, threads=2),
         "pread, 512 KiB, RWF_DONTCACHE": partial(read, MIB // 2, flags=RWF_DONTCACHE),
@@ -224,7 +227,9 @@ def _kib(num_bytes: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--mib", type=int, default=1024, help="size of the file, a multiple of 8")
     parser.add_argument("--rounds", type=int, default=9)
@@ -233,7 +238,10 @@ def main() -> None:
     if arguments.mib <= 0 or arguments.mib % 8:
         parser.error(f"--mib: must be a positive multiple of 8, got {arguments.mib}")
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    source, target = arguments.directory / "io-paths.source", arguments.directory / "io-paths.target"
+    source, target = (
+        arguments.directory / "io-paths.source",
+        arguments.directory / "io-paths.target",
+    )
     size = arguments.mib * MIB
     parts = {
         "write": ("A new file", lambda: writing(target, size)),
@@ -242,7 +250,9 @@ def main() -> None:
         "cold": ("Reading from the disk", lambda: reading(source, cold=True)),
     }
     words = ", ".join(f"{name} {value}" for name, value in machine().items())
-    print(f"{arguments.mib} MiB, {arguments.rounds} rounds; {words}; load average {os.getloadavg()[0]:.2f}\n")
+    print(
+        f"{arguments.mib} MiB, {arguments.rounds} rounds; {words}; load average {os.getloadavg()[0]:.2f}\n"
+    )
     try:
         write_file(source, size, 8 * MIB)
         for name in arguments.only.split(","):

@@ -31,7 +31,9 @@ _CACHESTAT = 451  # the system call's number on every architecture, Linux 6.5
 
 
 def run_child(
-    command: Sequence[str | Path], environment: Mapping[str, str] | None = None, folder: Path | None = None
+    command: Sequence[str | Path],
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Runs ``command``; wall and CPU seconds (user + system, children included), peak MiB, load average before.
 
@@ -41,14 +43,22 @@ def run_child(
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "out")
-        arguments = json.dumps([[str(part) for part in command], str(out), str(folder or Path.cwd())])
+        arguments = json.dumps(
+            [[str(part) for part in command], str(out), str(folder or Path.cwd())]
+        )
         launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, arguments]
-        process = subprocess.run(launcher, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+        process = subprocess.run(
+            launcher, capture_output=True, text=True, env={**os.environ, **(environment or {})}
+        )
         if process.returncode:
             return {"error": process.stderr.strip().rpartition("\n")[2]}
         result = json.loads(process.stdout)
         if result.pop("exit"):
-            return {"error": (_last_line(Path(f"{out}.err")) or _last_line(out) or "failed silently")[:300]}
+            return {
+                "error": (_last_line(Path(f"{out}.err")) or _last_line(out) or "failed silently")[
+                    :300
+                ]
+            }
         with contextlib.suppress(ValueError):
             inner = json.loads(_last_line(out))
             result |= {key: value for key, value in inner.items() if isinstance(value, float)}
@@ -104,7 +114,11 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def machine() -> dict[str, Any]:
     """What a reader must know of the machine."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return {
         "processor": names[0].partition(":")[2].strip() if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -123,13 +137,17 @@ class Results:
     def __init__(self, file: Path, circumstances: dict[str, Any]) -> None:
         self.file = file
         lines = file.read_text().splitlines() if file.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("}")]  # a line cut short by a crash is not
+        records = [
+            json.loads(line) for line in lines if line.endswith("}")
+        ]  # a line cut short by a crash is not
         if not records:
             file.write_text("")
             self.records: list[dict[str, Any]] = []
             self._write(circumstances)
         elif records[0] != circumstances:
-            changed = sorted(key for key in circumstances if circumstances[key] != records[0].get(key))
+            changed = sorted(
+                key for key in circumstances if circumstances[key] != records[0].get(key)
+            )
             sys.exit(
                 f"{file}: was measured with another {', '.join(changed) or 'program'}; remove it or choose another"
             )

@@ -42,11 +42,17 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def write_checkpoint(directory: Path, seed: int) -> None:
     """Random bf16 weights of standard deviation about 0.02, drawn once per 64 MiB and repeated."""
     directory.mkdir(parents=True)
-    values = np.random.default_rng(seed).standard_normal(1 << 25, dtype=np.float32) * np.float32(0.02)
+    values = np.random.default_rng(seed).standard_normal(1 << 25, dtype=np.float32) * np.float32(
+        0.02
+    )
     pool = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes().items():
-        if shards[-1] and sum(int(np.prod(s)) * 2 for s in shards[-1].values()) + np.prod(shape) * 2 > SHARD_BYTES:
+        if (
+            shards[-1]
+            and sum(int(np.prod(s)) * 2 for s in shards[-1].values()) + np.prod(shape) * 2
+            > SHARD_BYTES
+        ):
             shards.append({})
         shards[-1][name] = shape
     weight_map = {}
@@ -55,7 +61,11 @@ def write_checkpoint(directory: Path, seed: int) -> None:
         header, offset = {}, 0
         for name, shape in shard.items():
             size = int(np.prod(shape)) * 2
-            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+            header[name] = {
+                "dtype": "BF16",
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
             offset += size
             weight_map[name] = file
         text = json.dumps(header).encode()
@@ -70,13 +80,22 @@ def write_checkpoint(directory: Path, seed: int) -> None:
 
 def merge(root: Path) -> dict[str, float]:
     """Runs the console script in a process of its own."""
-    command = [Path(sys.executable).with_name("merit-fast"), "merge", root / "out", "--weights", "uniform", "--json"]
+    command = [
+        Path(sys.executable).with_name("merit-fast"),
+        "merge",
+        root / "out",
+        "--weights",
+        "uniform",
+        "--json",
+    ]
     for k in range(4):
         command += ["--model", root / f"m{k}"]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak_mib = 0.0
-    while process.poll() is None:  # VmHWM belongs to the command; ru_maxrss would count this process before exec
+    while (
+        process.poll() is None
+    ):  # VmHWM belongs to the command; ru_maxrss would count this process before exec
         status = Path(f"/proc/{process.pid}/status").read_text()
         if "VmHWM:" in status:
             peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
@@ -87,11 +106,18 @@ def merge(root: Path) -> dict[str, float]:
     assert process.stdout is not None
     result = json.loads(process.stdout.read())
     gigabytes = (result["bytes_in"] + result["bytes_out"]) / 1e9
-    return {"wall_s": seconds, "peak_mib": peak_mib, "gb_in_and_out": gigabytes, "gb_per_s": gigabytes / seconds}
+    return {
+        "wall_s": seconds,
+        "peak_mib": peak_mib,
+        "gb_in_and_out": gigabytes,
+        "gb_per_s": gigabytes / seconds,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints")
     parser.add_argument("--json", action="store_true")

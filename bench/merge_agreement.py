@@ -62,22 +62,64 @@ def cases() -> list[Case]:
         Case("linear", "linear", base=False),
         Case("task_arithmetic", "task_arithmetic", unnormalised, unnormalised),
         Case("ties", "ties", {"density": 0.5}, {"density": 0.5}),
-        Case("ties, bf16 inputs", "ties", {"density": 0.5}, {"density": 0.5}, kind="bf16", why=ties_there),
+        Case(
+            "ties, bf16 inputs",
+            "ties",
+            {"density": 0.5},
+            {"density": 0.5},
+            kind="bf16",
+            why=ties_there,
+        ),
         Case("breadcrumbs", "breadcrumbs", _crumbs(), _crumbs()),
-        Case("breadcrumbs, bf16 inputs", "breadcrumbs", _crumbs(), _crumbs(), kind="bf16", why=ties_there),
+        Case(
+            "breadcrumbs, bf16 inputs",
+            "breadcrumbs",
+            _crumbs(),
+            _crumbs(),
+            kind="bf16",
+            why=ties_there,
+        ),
         Case("breadcrumbs_ties", "breadcrumbs_ties", _crumbs(), _crumbs()),
         Case("sce", "sce", weighted=False),
-        Case("sce, select_topk 0.4", "sce", {"select_topk": 0.4}, {"select_topk": 0.4}, weighted=False),
+        Case(
+            "sce, select_topk 0.4",
+            "sce",
+            {"select_topk": 0.4},
+            {"select_topk": 0.4},
+            weighted=False,
+        ),
         Case("slerp", "slerp", {"t": 0.3}, {"t": 0.3}, models=2, weighted=False),
         Case("multislerp", "multislerp", base=False),
         Case("multislerp with a base", "multislerp"),
         Case("model_stock", "model_stock", weighted=False),
-        Case("passthrough", "passthrough", {"scale": 0.5}, {"scale": 0.5}, models=1, weighted=False, base=False),
-        Case("dare_linear, density 1", "dare_linear", {"density": 1.0, **unnormalised}, {"density": 1.0}),
-        Case("dare_ties, density 1", "dare_ties", {"density": 1.0, **unnormalised}, {"density": 1.0}),
+        Case(
+            "passthrough",
+            "passthrough",
+            {"scale": 0.5},
+            {"scale": 0.5},
+            models=1,
+            weighted=False,
+            base=False,
+        ),
+        Case(
+            "dare_linear, density 1",
+            "dare_linear",
+            {"density": 1.0, **unnormalised},
+            {"density": 1.0},
+        ),
+        Case(
+            "dare_ties, density 1", "dare_ties", {"density": 1.0, **unnormalised}, {"density": 1.0}
+        ),
         Case("della, density 1", "della", {"density": 1.0}, {"density": 1.0}),
-        Case("della_linear, density 1", "della_linear", {"density": 1.0, **unnormalised}, {"density": 1.0}),
-        Case("dare_linear", "dare_linear", {"density": 0.5}, {"density": 0.5}, models=1, random=True),
+        Case(
+            "della_linear, density 1",
+            "della_linear",
+            {"density": 1.0, **unnormalised},
+            {"density": 1.0},
+        ),
+        Case(
+            "dare_linear", "dare_linear", {"density": 0.5}, {"density": 0.5}, models=1, random=True
+        ),
         Case("dare_ties", "dare_ties", {"density": 0.5}, {"density": 0.5}, models=1, random=True),
         Case("della", "della", spread, spread, models=1, random=True),
         Case("della_linear", "della_linear", spread, spread, models=1, random=True),
@@ -94,11 +136,19 @@ def write_models(root: Path) -> dict[str, list[Path]]:
     random = np.random.default_rng(1)
     wide = [root / "fp32" / name for name in MODELS]
     shutil.rmtree(root / "fp32", ignore_errors=True)
-    tensors = {name: random.standard_normal(shape, np.float32) * 0.1 for name, shape in layout(SIZES["tiny"]).items()}
+    tensors = {
+        name: random.standard_normal(shape, np.float32) * 0.1
+        for name, shape in layout(SIZES["tiny"]).items()
+    }
     for number, (source, target) in enumerate(zip(narrow, wide, strict=True)):
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", INDEX_FILE))
-        steps = {name: random.standard_normal(t.shape, np.float32) * 0.02 for name, t in tensors.items()}
-        moved = {name: (t + steps[name] if number else t).astype(np.float32) for name, t in tensors.items()}
+        steps = {
+            name: random.standard_normal(t.shape, np.float32) * 0.02 for name, t in tensors.items()
+        }
+        moved = {
+            name: (t + steps[name] if number else t).astype(np.float32)
+            for name, t in tensors.items()
+        }
         save_file(moved, target / "model.safetensors", {"format": "pt"})
     return {"fp32": wide, "bf16": narrow}
 
@@ -110,7 +160,12 @@ def recipe(case: Case, paths: list[Path]) -> str:
         if case.weighted:
             model["parameters"] = {"weight": weight}
     base = models[0]["model"] if case.method == "slerp" else str(paths[0])
-    values = {"merge_method": case.method, "dtype": "float32", "models": models, "parameters": case.shared}
+    values = {
+        "merge_method": case.method,
+        "dtype": "float32",
+        "models": models,
+        "parameters": case.shared,
+    }
     return json.dumps({**values, **({"base_model": base} if case.base else {})}, indent=1)
 
 
@@ -119,7 +174,13 @@ def run_ours(case: Case, paths: list[Path], out: Path) -> None:
     models = [(path, None) for path in paths[1 : case.models + 1]]
     given = {"weights": weights[: case.models]} if case.weighted else {}
     config = MergeConfig(method=case.method, dtype="fp32", fsync=False, **given, **case.ours)  # type: ignore[arg-type]
-    merge_models(models, out, config, SilentProgress(), paths[0] if case.base and case.method != "slerp" else None)
+    merge_models(
+        models,
+        out,
+        config,
+        SilentProgress(),
+        paths[0] if case.base and case.method != "slerp" else None,
+    )
 
 
 def read(model: Path) -> dict[str, np.ndarray]:
@@ -152,9 +213,16 @@ def _kept(merged: dict[str, np.ndarray], paths: list[Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--mergekit", type=Path, default=mergekit_env.DEFAULT, help="its environment; made if absent")
+    parser.add_argument(
+        "--mergekit",
+        type=Path,
+        default=mergekit_env.DEFAULT,
+        help="its environment; made if absent",
+    )
     arguments = parser.parse_args()
     python, words = mergekit_env.find_or_make(arguments.mergekit)
     if python is None:
@@ -166,9 +234,13 @@ def main() -> None:
     models = write_models(root)
     for number, case in enumerate(cases()):
         (work / f"{number:02d}.yml").write_text(recipe(case, models[case.kind]))
-    subprocess.run([python, "-P", "-c", DRIVER, work], check=True, cwd=work, env={"HF_HUB_OFFLINE": "1"})
+    subprocess.run(
+        [python, "-P", "-c", DRIVER, work], check=True, cwd=work, env={"HF_HUB_OFFLINE": "1"}
+    )
     print(f"{words}; {sum(t.size for t in read(models['fp32'][0]).values()):,} elements\n")
-    print("| method | largest difference | other bits | beyond rounding | why |\n|---|---|---|---|---|")
+    print(
+        "| method | largest difference | other bits | beyond rounding | why |\n|---|---|---|---|---|"
+    )
     for number, case in enumerate(cases()):
         run_ours(case, models[case.kind], work / f"{number:02d}-ours")
         print(compare(case, work / f"{number:02d}-ours", work / f"{number:02d}", models[case.kind]))

@@ -22,7 +22,10 @@ WEIGHTS = {
 }
 LEVELS = ("generic", "avx2", "avx512")
 # SIMD level, threads, chunk: every level with every thread count, then other chunks
-ENGINES = [*((level, threads, 512) for level in LEVELS for threads in (1, 2, 4)), *((None, 2, k) for k in (64, 4096))]
+ENGINES = [
+    *((level, threads, 512) for level in LEVELS for threads in (1, 2, 4)),
+    *((None, 2, k) for k in (64, 4096)),
+]
 
 
 def to_fp64(bits: np.ndarray) -> np.ndarray:
@@ -41,7 +44,9 @@ def round_once(values: np.ndarray) -> np.ndarray:
     middle = np.flatnonzero((bits & np.uint32(0xFFFF)) == 0x8000)
     dropped = np.abs(values[middle]) - np.abs(near[middle].astype(np.float64))
     truncated = bits[middle] >> 16
-    rounded[middle] = np.where(dropped > 0, truncated + 1, np.where(dropped < 0, truncated, rounded[middle]))
+    rounded[middle] = np.where(
+        dropped > 0, truncated + 1, np.where(dropped < 0, truncated, rounded[middle])
+    )
     return rounded.astype(np.uint16)
 
 
@@ -71,7 +76,9 @@ def differing(one: Path, two: Path) -> int:
     if any(side.keys() != header.keys() for side in sides):
         raise ValueError(f"{one} and {two} hold different tensors")
     return sum(
-        int(np.count_nonzero(sides[0][name].read(start, count) != sides[1][name].read(start, count)))
+        int(
+            np.count_nonzero(sides[0][name].read(start, count) != sides[1][name].read(start, count))
+        )
         for name in header
         for start, count in pieces(header[name])
     )
@@ -106,7 +113,9 @@ def count_all(setup: Setup, note: Callable[[str], None]) -> dict[str, Any]:
             counts[label] = _run_and_compare(setup, command, environment, reference)
         if setup.mergekit:
             command = mergekit_command(setup, "linear", setup.models, weights)
-            counts[f"mergekit, weights {words}"] = _run_and_compare(setup, command, setup.offline, reference)
+            counts[f"mergekit, weights {words}"] = _run_and_compare(
+                setup, command, setup.offline, reference
+            )
     reference.unlink()
     for method in ("ties", "slerp"):
         ours, theirs = (setup.scratch / f"kept-{method}-{side}" for side in ("command", "mergekit"))

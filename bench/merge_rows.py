@@ -48,7 +48,10 @@ class Setup:
     @functools.cached_property
     def has_no_fsync(self) -> bool:
         command, wide = [str(merit_fast()), "merge", "--help"], {**os.environ, "COLUMNS": "200"}
-        return "--no-fsync" in subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
+        return (
+            "--no-fsync"
+            in subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
+        )
 
     @property
     def offline(self) -> dict[str, str]:
@@ -108,11 +111,14 @@ def rows(setup: Setup) -> dict[str, list[Row]]:
         "linear": _linear(setup),
         "startup": _startup(setup),
         "cold": _cold(setup),
-        "ties": _method(setup, "ties", ["--density", "0.5", "--base", str(setup.base)], setup.models, setup.base),
+        "ties": _method(
+            setup, "ties", ["--density", "0.5", "--base", str(setup.base)], setup.models, setup.base
+        ),
         "slerp": _method(setup, "slerp", ["--t", "0.5"], setup.models[:2], setup.models[0]),
     }
     return {
-        name: [row for row in group if setup.mergekit or "mergekit" not in row.name] for name, group in groups.items()
+        name: [row for row in group if setup.mergekit or "mergekit" not in row.name]
+        for name, group in groups.items()
     }
 
 
@@ -121,7 +127,15 @@ def _program(setup: Setup, name: str) -> Callable[[], list[str | Path]]:
 
 
 def _floor(setup: Setup, name: str) -> Callable[[], list[str | Path]]:
-    return lambda: [sys.executable, "-m", "bench.floors", name, setup.out, str(setup.num_bytes), *setup.models]
+    return lambda: [
+        sys.executable,
+        "-m",
+        "bench.floors",
+        name,
+        setup.out,
+        str(setup.num_bytes),
+        *setup.models,
+    ]
 
 
 def _linear(setup: Setup) -> list[Row]:
@@ -167,11 +181,23 @@ def _startup(setup: Setup) -> list[Row]:
     quiet = {"environment": setup.offline, "folder": setup.scratch}
     return [
         Row("python", "`python -c pass`", lambda: [python, "-c", "pass"]),
-        Row("import", "`import merit_fast.merge`", lambda: [python, "-c", "import merit_fast.merge"]),
+        Row(
+            "import", "`import merit_fast.merge`", lambda: [python, "-c", "import merit_fast.merge"]
+        ),
         Row("help", "`merit-fast --help`", lambda: [merit_fast(), "--help"]),
         Row("merge-help", "`merit-fast merge --help`", lambda: [merit_fast(), "merge", "--help"]),
-        Row("mergekit-import", "`import mergekit.merge`", lambda: [theirs, "-c", "import mergekit.merge"], **quiet),
-        Row("mergekit-help", "`mergekit-yaml --help`", lambda: [theirs.with_name("mergekit-yaml"), "--help"], **quiet),
+        Row(
+            "mergekit-import",
+            "`import mergekit.merge`",
+            lambda: [theirs, "-c", "import mergekit.merge"],
+            **quiet,
+        ),
+        Row(
+            "mergekit-help",
+            "`mergekit-yaml --help`",
+            lambda: [theirs.with_name("mergekit-yaml"), "--help"],
+            **quiet,
+        ),
     ]
 
 
@@ -193,7 +219,9 @@ def _cold(setup: Setup) -> list[Row]:
     ]  # fmt: skip
 
 
-def _method(setup: Setup, method: str, flags: list[str], models: Sequence[Path], base: Path) -> list[Row]:
+def _method(
+    setup: Setup, method: str, flags: list[str], models: Sequence[Path], base: Path
+) -> list[Row]:
     inputs = weight_files(*{*models, base})
     shared = {"t": 0.5} if method == "slerp" else {"density": 0.5}
     weights = [] if method == "slerp" else [1.0] * len(models)

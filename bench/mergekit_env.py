@@ -67,7 +67,10 @@ def _check(python: Path) -> tuple[Path | None, str]:
     process = subprocess.run([python, "-P", "-c", text], capture_output=True, text=True)
     if process.stdout.split() != [MERGEKIT, TORCH]:
         found = process.stdout.strip() or process.stderr.strip().rpartition("\n")[2]
-        return None, f"{python}: must have mergekit {MERGEKIT} and torch {TORCH}, got {found}; remove the directory"
+        return (
+            None,
+            f"{python}: must have mergekit {MERGEKIT} and torch {TORCH}, got {found}; remove the directory",
+        )
     return python, f"mergekit {MERGEKIT}, torch {TORCH}"
 
 
@@ -78,12 +81,18 @@ def _pip(directory: Path, *arguments: str) -> list[str]:
 def _run(command: Sequence[str]) -> str:
     """Why it failed, or nothing."""
     process = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in process.stderr.splitlines() if "ERROR" in line] or process.stderr.splitlines()
+    lines = [
+        line for line in process.stderr.splitlines() if "ERROR" in line
+    ] or process.stderr.splitlines()
     return "" if process.returncode == 0 else (lines or [f"exit {process.returncode}"])[-1]
 
 
 def config(
-    method: str, models: Sequence[Path], weights: Sequence[float] = (), base: Path | None = None, **shared: float
+    method: str,
+    models: Sequence[Path],
+    weights: Sequence[float] = (),
+    base: Path | None = None,
+    **shared: float,
 ) -> str:
     """A mergekit configuration (JSON is YAML). ``shared``: density, t and the like, for all models."""
     entries = [{"model": str(model)} for model in models]
@@ -94,7 +103,9 @@ def config(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, nargs="?", default=DEFAULT)
     python, words = find_or_make(parser.parse_args().directory)
     print(words)

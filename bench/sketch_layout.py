@@ -25,7 +25,11 @@ def gradients(numbers: torch.Generator) -> Iterator[tuple[str, Tensor]]:
 
     yield "dense", randn(2, ROWS, COLUMNS)
     yield "rank one", randn(2, ROWS, 1) * randn(2, 1, COLUMNS)
-    column, row, outliers = torch.zeros(2, ROWS, COLUMNS), torch.zeros(2, ROWS, COLUMNS), randn(2, ROWS, COLUMNS)
+    column, row, outliers = (
+        torch.zeros(2, ROWS, COLUMNS),
+        torch.zeros(2, ROWS, COLUMNS),
+        randn(2, ROWS, COLUMNS),
+    )
     column[:, :, 5], row[:, 7] = randn(2, ROWS), randn(2, COLUMNS)
     yield "one column", column
     yield "one row", row
@@ -48,7 +52,9 @@ def runs_of_16(pair: Tensor, key: int, proj_dim: int) -> Tensor:
 def tiles(pair: Tensor, key: int, proj_dim: int, side: int, dealt: bool) -> Tensor:
     """Square tiles; dealt: of D / side^2 tiles in a row no two share a bucket. Else each draws its own."""
     across, buckets = COLUMNS // side, proj_dim // side**2
-    values = pair.view(2, ROWS // side, side, across, side).transpose(2, 3).reshape(2, -1, side, side)
+    values = (
+        pair.view(2, ROWS // side, side, across, side).transpose(2, 3).reshape(2, -1, side, side)
+    )
     tile, lane = torch.arange(values.shape[1]), torch.arange(side)
     masks = hash_counters(4 * tile, key)
     own = (masks >> 32 & 0xFFFFFFFF) * buckets >> 32
@@ -56,16 +62,22 @@ def tiles(pair: Tensor, key: int, proj_dim: int, side: int, dealt: bool) -> Tens
     row = lane ^ (masks & side - 1).unsqueeze(1)
     column = lane ^ (masks >> 8 & side - 1).unsqueeze(1)
     at = ((bucket * side).unsqueeze(1) + row).unsqueeze(2) * side + column.unsqueeze(1)
-    signs = [1.0 - 2.0 * (hash_counters(4 * tile + k, key).unsqueeze(1) >> lane & 1) for k in (1, 2)]
+    signs = [
+        1.0 - 2.0 * (hash_counters(4 * tile + k, key).unsqueeze(1) >> lane & 1) for k in (1, 2)
+    ]
     values = values * (signs[0].unsqueeze(2) * signs[1].unsqueeze(1))
     return torch.zeros(2, proj_dim).index_add_(1, at.flatten(), values.flatten(1))
 
 
 LAYOUTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "runs of 16": lambda pair, seed, width: runs_of_16(pair, hash_key(seed, "w"), width),
-    "tiles of 32, dealt": lambda pair, seed, width: tiles(pair, hash_key(seed, "w"), width, 32, True),
+    "tiles of 32, dealt": lambda pair, seed, width: tiles(
+        pair, hash_key(seed, "w"), width, 32, True
+    ),
     "tiles of 64": lambda pair, seed, width: tiles(pair, hash_key(seed, "w"), width, 64, False),
-    "tiles of 64, dealt (ours)": lambda pair, seed, width: flat_sketch(pair, "w", CountSketch(width, seed)),
+    "tiles of 64, dealt (ours)": lambda pair, seed, width: flat_sketch(
+        pair, "w", CountSketch(width, seed)
+    ),
 }
 
 
@@ -86,7 +98,9 @@ def main() -> None:
     parser.add_argument("--proj-dim", type=int, default=16384)
     parser.add_argument("--seeds", type=int, default=2000)
     arguments = parser.parse_args()
-    print(f"{ROWS} x {COLUMNS}, D = {arguments.proj_dim}, {arguments.seeds} seeds: std / bound (kurtosis)\n")
+    print(
+        f"{ROWS} x {COLUMNS}, D = {arguments.proj_dim}, {arguments.seeds} seeds: std / bound (kurtosis)\n"
+    )
     print("| gradients |", " | ".join(LAYOUTS), "|")
     print("|---" * (len(LAYOUTS) + 1) + "|")
     for family, pair in gradients(torch.Generator().manual_seed(1)):

@@ -32,13 +32,22 @@ ROOM_GIB = 18.0  # 15.2 GB of weights, 2 GiB over them, and what the system need
 def big_config(quick: bool) -> Any:
     from transformers import Qwen2Config
 
-    sizes = dict(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, vocab_size=VOCABULARY)
+    sizes = dict(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        vocab_size=VOCABULARY,
+    )
     if quick:
         sizes = dict(hidden_size=512, intermediate_size=640, num_hidden_layers=2, vocab_size=1000)
     heads = sizes["hidden_size"] // 128
     kv_heads = 1 if quick else KEY_VALUE // 128
     return Qwen2Config(
-        **sizes, num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False, use_cache=False
+        **sizes,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=False,
+        use_cache=False,
     )
 
 
@@ -50,7 +59,9 @@ def big_model(quick: bool) -> nn.Module:
     with torch.device("meta"):
         model: Any = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is computed, not a weight
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        config
+    )  # its buffer is computed, not a weight
     pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -111,21 +122,39 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         for dtype in DTYPES:
             for threads in arguments.threads:
                 case = f"{dtype}, T={tokens}, {threads} thread(s)"
-                for number in range(sum(e["case"] == case for e in results.of("memory")), 1 if quick else ROUNDS):
-                    options = ["--dtype", dtype, "--tokens", str(tokens), "--threads", str(threads), *quick]
+                for number in range(
+                    sum(e["case"] == case for e in results.of("memory")), 1 if quick else ROUNDS
+                ):
+                    options = [
+                        "--dtype",
+                        dtype,
+                        "--tokens",
+                        str(tokens),
+                        "--threads",
+                        str(threads),
+                        *quick,
+                    ]
                     rows = {name: run_child([*base, name, *options], EXACT) for name in VARIANTS}
                     results.add({"memory": {"case": case, "rows": rows, "threads": threads}})
-                    print(f"memory {number + 1}, {case}: {_words(rows)}", file=sys.stderr, flush=True)
+                    print(
+                        f"memory {number + 1}, {case}: {_words(rows)}", file=sys.stderr, flush=True
+                    )
     if "7b" in arguments.only and not any("error" not in row for row in results.of("7b")):
-        results.add({"7b": run_child([*base, "7b", "--threads", str(max(arguments.threads)), *quick])})
+        results.add(
+            {"7b": run_child([*base, "7b", "--threads", str(max(arguments.threads)), *quick])}
+        )
 
 
 def _words(rows: dict[str, dict[str, Any]]) -> str:
-    return ", ".join(f"{name} {row.get('error') or round(row['high_mib'], 1)}" for name, row in rows.items())
+    return ", ".join(
+        f"{name} {row.get('error') or round(row['high_mib'], 1)}" for name, row in rows.items()
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("variant", choices=[*VARIANTS, "7b"])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--tokens", type=int, default=128)

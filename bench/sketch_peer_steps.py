@@ -33,7 +33,11 @@ from bench.sketch_work import (
 )
 
 BATCH, BOUND = 8, 2e-4
-SIDE, DIMENSIONS, BLOCK = 64, 16, 8  # bergson's projection to 64 x 64 a layer; of the dense ones, in blocks of 8
+SIDE, DIMENSIONS, BLOCK = (
+    64,
+    16,
+    8,
+)  # bergson's projection to 64 x 64 a layer; of the dense ones, in blocks of 8
 Run = Callable[[], Any]
 Check = Callable[[Any], None]
 Steps = dict[str, Callable[[Work], contextlib.AbstractContextManager[tuple[Run, Check]]]]
@@ -72,7 +76,12 @@ def merit_fast(work: Work) -> Iterator[tuple[Run, Check]]:
 
         truth = torch.zeros(1, PROJ_DIM)
         for name, gradient in exact_gradients(work, 3).items():
-            flat_sketch(gradient.view(1, *matrix_shape(gradient.shape)), name, CountSketch(PROJ_DIM), out=truth)
+            flat_sketch(
+                gradient.view(1, *matrix_shape(gradient.shape)),
+                name,
+                CountSketch(PROJ_DIM),
+                out=truth,
+            )
         expect(sketches[3], truth, "merit-fast")
 
     with sketched(work) as step:
@@ -97,7 +106,9 @@ def less_loop(work: Work, project: bool) -> Iterator[tuple[Run, Check]]:
 
     def check(rows: list[Tensor]) -> None:
         exact = flat(exact_gradients(work, 3))
-        expect(rows[3], scatter(exact[None], *hashes)[0] if hashes else exact, "the loop over examples")
+        expect(
+            rows[3], scatter(exact[None], *hashes)[0] if hashes else exact, "the loop over examples"
+        )
 
     yield run, check
 
@@ -120,7 +131,9 @@ def opacus(work: Work, project: bool) -> Iterator[tuple[Run, Check]]:
         samples = {name: p.grad_sample for name, p in work.model.named_parameters()}
         result = samples
         if hashes:
-            result = scatter(torch.cat([sample.flatten(1) for sample in samples.values()], 1), *hashes)
+            result = scatter(
+                torch.cat([sample.flatten(1) for sample in samples.values()], 1), *hashes
+            )
         for parameter in work.model.parameters():
             parameter.grad_sample = None  # type: ignore[attr-defined]
         return result
@@ -168,12 +181,18 @@ def bergson(work: Work, freeze: bool) -> Iterator[tuple[Run, Check]]:
 
     def check(found: dict[str, Tensor]) -> None:
         exact = exact_gradients(work, 3)
-        linear = {name for name, module in work.model.named_modules() if isinstance(module, nn.Linear)}
+        linear = {
+            name for name, module in work.model.named_modules() if isinstance(module, nn.Linear)
+        }
         assert found.keys() == linear, "bergson: covers other layers than the linear ones"
         for name, projected in found.items():
             gradient = exact[f"{name}.weight"]
-            left = collector.projection(name, SIDE, gradient.shape[0], "left", gradient.device, gradient.dtype)
-            right = collector.projection(name, SIDE, gradient.shape[1], "right", gradient.device, gradient.dtype)
+            left = collector.projection(
+                name, SIDE, gradient.shape[0], "left", gradient.device, gradient.dtype
+            )
+            right = collector.projection(
+                name, SIDE, gradient.shape[1], "right", gradient.device, gradient.dtype
+            )
             expect(projected[3], left @ gradient @ right.T, f"bergson, {name}")
 
     with frozen(work) if freeze else contextlib.nullcontext():
@@ -185,7 +204,9 @@ def dattri_llm(work: Work, style: str) -> Iterator[tuple[Run, Check]]:
     """HookManager's per-example gradients of linear and embedding layers, as factors or contracted at once."""
     from dattri_llm import HookManager, HookManagerConfig
 
-    layers = {n: m for n, m in work.model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    layers = {
+        n: m for n, m in work.model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)
+    }
     config = HookManagerConfig(hook_types=dict.fromkeys(layers, "linear_io"), capture_style=style)
     manager = HookManager(work.model, config=config)
 
@@ -200,7 +221,9 @@ def dattri_llm(work: Work, style: str) -> Iterator[tuple[Run, Check]]:
         for name, layer in layers.items():
             truth = exact[f"{name}.weight"].flatten()
             if getattr(layer, "bias", None) is not None:
-                truth = torch.cat([exact[f"{name}.weight"], exact[f"{name}.bias"][:, None]], 1).flatten()
+                truth = torch.cat(
+                    [exact[f"{name}.weight"], exact[f"{name}.bias"][:, None]], 1
+                ).flatten()
             expect(found[name][3], truth, f"dattri-llm, {name}")
 
     try:
@@ -218,7 +241,9 @@ def per_example(work: Work) -> dict[str, Tensor]:
         output = torch.func.functional_call(work.model, values, (), {"input_ids": ids[None]})
         return mean_losses(output.logits, ids[None])[0]
 
-    found: dict[str, Tensor] = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, work.ids)  # type: ignore[attr-defined]
+    found: dict[str, Tensor] = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(
+        parameters, work.ids
+    )  # type: ignore[attr-defined]
     return found
 
 
@@ -230,7 +255,11 @@ def vmapped(work: Work, projector: Any = None) -> Iterator[tuple[Run, Check]]:
 
     def check(result: Tensor) -> None:
         exact = flat(exact_gradients(work, 3))[None].expand(BATCH, -1)
-        expect(result[3], exact[3] if projector is None else projector(exact.contiguous())[3], "vmap(grad)")
+        expect(
+            result[3],
+            exact[3] if projector is None else projector(exact.contiguous())[3],
+            "vmap(grad)",
+        )
 
     yield run, check
 
@@ -269,7 +298,9 @@ PEERS: dict[str, Steps] = {
     },
     "dattri": {
         "dattri, vmap(grad), random_mask": lambda work: dattri(work, "random_mask"),
-        f"dattri, vmap(grad), dense, {DIMENSIONS} numbers only": lambda work: dattri(work, "normal"),
+        f"dattri, vmap(grad), dense, {DIMENSIONS} numbers only": lambda work: dattri(
+            work, "normal"
+        ),
     },
     "dattri-llm": {
         "dattri-llm, factors, no norms": lambda work: dattri_llm(work, "factorized"),
@@ -309,7 +340,9 @@ def measure(arguments: argparse.Namespace, work: Work) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -317,7 +350,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    work = token_work(small_model("fp32", arguments.quick), BATCH, 16 if arguments.quick else arguments.tokens)
+    work = token_work(
+        small_model("fp32", arguments.quick), BATCH, 16 if arguments.quick else arguments.tokens
+    )
     print(json.dumps(measure(arguments, work)))
 
 

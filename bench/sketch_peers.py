@@ -35,24 +35,36 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_peer(peer: str, python: Path, arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
+def run_peer(
+    peer: str, python: Path, arguments: argparse.Namespace, threads: int
+) -> dict[str, Any]:
     command = [python, "-m", "bench.sketch_peer_steps", peer, "--rounds", str(arguments.rounds)]
     command += ["--threads", str(threads), *(["--quick"] if arguments.quick else [])]
     return run_child(command, {"HF_HUB_OFFLINE": "1"}, ROOT)
 
 
-def measure(arguments: argparse.Namespace, python: Path | None, words: dict[str, str], results: Results) -> None:
+def measure(
+    arguments: argparse.Namespace, python: Path | None, words: dict[str, str], results: Results
+) -> None:
     for threads in arguments.threads:
         for peer in arguments.only:
-            if any(entry["peer"] == peer and entry["threads"] == threads for entry in results.of("peer")):
+            if any(
+                entry["peer"] == peer and entry["threads"] == threads
+                for entry in results.of("peer")
+            ):
                 continue
             package = NEEDS[peer]
             word = words.get(package, "") if package else ""
             if package and (python is None or not word[:1].isdigit()):
-                result: dict[str, Any] = {"error": word or words.get("environment", "is not installed")}
+                result: dict[str, Any] = {
+                    "error": word or words.get("environment", "is not installed")
+                }
             else:
                 result = run_peer(
-                    peer, Path(sys.executable) if python is None or not package else python, arguments, threads
+                    peer,
+                    Path(sys.executable) if python is None or not package else python,
+                    arguments,
+                    threads,
                 )
             results.add({"peer": {"peer": peer, "threads": threads, "result": result}})
             note(f"{peer}, {threads} thread(s): {result.get('error', 'done')}")
@@ -109,12 +121,18 @@ def _rows(peer: str, result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--peers", type=Path, default=sketch_peers_env.DEFAULT, help="where their environment is")
+    parser.add_argument(
+        "--peers", type=Path, default=sketch_peers_env.DEFAULT, help="where their environment is"
+    )
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(NEEDS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
+    parser.add_argument(
+        "--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2]
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all")
     arguments = parser.parse_args()
     if unknown := set(arguments.only) - set(NEEDS):
@@ -122,8 +140,16 @@ def main() -> None:
     arguments.directory.mkdir(parents=True, exist_ok=True)
     wanted = any(NEEDS[peer] for peer in arguments.only)
     python, words = sketch_peers_env.find_or_make(arguments.peers) if wanted else (None, {})
-    circumstances = {"quick": arguments.quick, "version": version(), "machine": machine(), "peers": words}
-    results = Results(arguments.directory / f"sketch_peers{'-quick' if arguments.quick else ''}.jsonl", circumstances)
+    circumstances = {
+        "quick": arguments.quick,
+        "version": version(),
+        "machine": machine(),
+        "peers": words,
+    }
+    results = Results(
+        arguments.directory / f"sketch_peers{'-quick' if arguments.quick else ''}.jsonl",
+        circumstances,
+    )
     measure(arguments, python, words, results)
     print(report(results, circumstances))
 

@@ -15,7 +15,13 @@ from pathlib import Path
 
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 TORCH, TRANSFORMERS = "2.13.0", "5.23.0"
-PEERS = {"opacus": "1.6.0", "bergson": "2.5.1", "dattri": "0.3.0", "dattri-llm": "0.1.0", "traker": "0.3.2"}
+PEERS = {
+    "opacus": "1.6.0",
+    "bergson": "2.5.1",
+    "dattri": "0.3.0",
+    "dattri-llm": "0.1.0",
+    "traker": "0.3.2",
+}
 DEFAULT = Path.home() / ".cache/merit_fast/sketch-peers"
 VERSIONS = """
 import importlib.metadata as m, json, sys
@@ -33,12 +39,18 @@ def find_or_make(directory: Path = DEFAULT) -> tuple[Path | None, dict[str, str]
     words = {}
     if not python.exists():
         if directory.exists():
-            return None, {"environment": f"{directory}: is not an environment; choose a new directory"}
+            return None, {
+                "environment": f"{directory}: is not an environment; choose a new directory"
+            }
         failure = _run([sys.executable, "-m", "venv", directory]) or _install_torch(python)
         if failure:
-            return None, {"environment": f"{directory}: torch {TORCH} could not be installed: {failure}"}
+            return None, {
+                "environment": f"{directory}: torch {TORCH} could not be installed: {failure}"
+            }
         for name, version in PEERS.items():
-            if failure := _pip(python, f"torch=={TORCH}", f"transformers=={TRANSFORMERS}", f"{name}=={version}"):
+            if failure := _pip(
+                python, f"torch=={TORCH}", f"transformers=={TRANSFORMERS}", f"{name}=={version}"
+            ):
                 words[name] = f"could not be installed: {failure}"
         # brought along, built for another torch: transformers would import them and fail
         _run([python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio"])
@@ -69,12 +81,16 @@ def _pip(python: Path, *arguments: str) -> str:
 def _run(command: Sequence[str | Path]) -> str:
     """Why it failed, or nothing."""
     process = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in process.stderr.splitlines() if "ERROR" in line] or process.stderr.splitlines()
+    lines = [
+        line for line in process.stderr.splitlines() if "ERROR" in line
+    ] or process.stderr.splitlines()
     return "" if process.returncode == 0 else (lines or [f"exit {process.returncode}"])[-1][:300]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, nargs="?", default=DEFAULT)
     python, words = find_or_make(parser.parse_args().directory)
     print("\n".join(f"{name}: {word}" for name, word in words.items()))

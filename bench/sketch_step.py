@@ -97,11 +97,17 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     for threads in arguments.threads:
         for dtype in ("fp32", "bf16") if "31m" in arguments.only else ():
             for tokens in lengths:
-                extra = (ONEDNN if dtype == "fp32" else {}) | (TRAINING if tokens == lengths[0] else {})
+                extra = (ONEDNN if dtype == "fp32" else {}) | (
+                    TRAINING if tokens == lengths[0] else {}
+                )
                 name = f"31m, {dtype}, T={tokens}, {threads} thread(s)"
-                found.append(Case(name, dtype, threads, STEPS | extra, lambda d=dtype, t=tokens: works(d, t)))
+                found.append(
+                    Case(name, dtype, threads, STEPS | extra, lambda d=dtype, t=tokens: works(d, t))
+                )
         if "smollm" in arguments.only:
-            found.append(Case(f"SmolLM2-135M, bf16, {threads} thread(s)", "bf16", threads, STEPS, demo))
+            found.append(
+                Case(f"SmolLM2-135M, bf16, {threads} thread(s)", "bf16", threads, STEPS, demo)
+            )
     return found
 
 
@@ -136,10 +142,17 @@ def check(case: Case, work: Work) -> None:
     def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
         out = torch.zeros(1, PROJ_DIM)
         for name, gradient in gradients.items():
-            flat_sketch(gradient.view(1, *matrix_shape(gradient.shape)), name, CountSketch(PROJ_DIM), out=out)
+            flat_sketch(
+                gradient.view(1, *matrix_shape(gradient.shape)),
+                name,
+                CountSketch(PROJ_DIM),
+                out=out,
+            )
         return out[0]
 
-    bound = 1e-4 if case.dtype == "fp32" else 5e-2  # bf16: torch rounds its own weight gradients, and sums in blocks
+    bound = (
+        1e-4 if case.dtype == "fp32" else 5e-2
+    )  # bf16: torch rounds its own weight gradients, and sums in blocks
     with sketched(work) as step:
         sketches = step()
     assert sketches is not None
@@ -154,7 +167,9 @@ def check(case: Case, work: Work) -> None:
     if "plain, oneDNN" in case.variants:
         with sketched_onednn(work) as step:
             again = step()
-        assert again is not None and relative_error(again, sketches) < bound, f"{case.name}: oneDNN differs"
+        assert again is not None and relative_error(again, sketches) < bound, (
+            f"{case.name}: oneDNN differs"
+        )
     work.model.zero_grad()
 
 
@@ -194,11 +209,15 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
+    parser.add_argument(
+        "--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2]
+    )
     parser.add_argument("--model", type=Path, help="a model directory in place of SmolLM2-135M")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all")
     arguments = parser.parse_args()
@@ -210,7 +229,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    circumstances = {"quick": arguments.quick, "proj_dim": PROJ_DIM, "version": version(), "machine": machine()}
+    circumstances = {
+        "quick": arguments.quick,
+        "proj_dim": PROJ_DIM,
+        "version": version(),
+        "machine": machine(),
+    }
     file = arguments.directory / f"sketch_step{'-quick' if arguments.quick else ''}.jsonl"
     results = Results(file, circumstances)
     measure(arguments, results)

@@ -7,7 +7,12 @@ from typing import Any
 from bench.measure import Results, spread
 
 MIB = 2**20
-RATIOS = {"sketch": "plain", "frozen": "plain", "sketch, oneDNN": "plain, oneDNN", "training + sum": "training"}
+RATIOS = {
+    "sketch": "plain",
+    "frozen": "plain",
+    "sketch, oneDNN": "plain, oneDNN",
+    "training + sum": "training",
+}
 # (start of the case's name, variant, at most)
 GOALS = (
     ("31m, fp32, T=128", "sketch", 0.90),
@@ -36,7 +41,11 @@ def report(results: Results, circumstances: dict[str, Any]) -> str:
 def _ratios(rounds: Iterable[dict[str, Any]], variant: str, key: str) -> list[float]:
     """Round by round against the variant's own baseline."""
     below = RATIOS.get(variant)
-    return [rows[variant][key] / rows[below][key] for rows in rounds if below in rows and variant in rows]
+    return [
+        rows[variant][key] / rows[below][key]
+        for rows in rounds
+        if below in rows and variant in rows
+    ]
 
 
 def _case(name: str, rounds: list[dict[str, dict[str, float]]]) -> str:
@@ -49,7 +58,9 @@ def _case(name: str, rounds: list[dict[str, dict[str, float]]]) -> str:
             cells.append(f"{median:.3f} ({iqr:.3f})")
         for key in ("wall_s", "cpu_s"):
             each = _ratios(rounds, variant, key)
-            cells.append(f"{statistics.median(each):.3f} ({min(each):.3f}–{max(each):.3f})" if each else "")
+            cells.append(
+                f"{statistics.median(each):.3f} ({min(each):.3f}–{max(each):.3f})" if each else ""
+            )
         lines.append(f"| {variant} | {' | '.join(cells)} | {RATIOS.get(variant, '')} |")
     return "\n".join(lines)
 
@@ -63,7 +74,12 @@ def _peak(entries: list[Any], case: str, variant: str) -> float | None:
 def _memory(entries: list[Any]) -> str:
     if not entries:
         return ""
-    lines = ["**Peak memory, MiB (median of the children)**", "", "| | plain | frozen | sketch |", "|---|---|---|---|"]
+    lines = [
+        "**Peak memory, MiB (median of the children)**",
+        "",
+        "| | plain | frozen | sketch |",
+        "|---|---|---|---|",
+    ]
     for case in dict.fromkeys(entry["case"] for entry in entries):
         peaks = [_peak(entries, case, variant) for variant in ("plain", "frozen", "sketch")]
         cells = [f"{peak:.1f}" if peak is not None else "failed" for peak in peaks]
@@ -85,14 +101,20 @@ def _big(entries: list[Any]) -> str:
 
 
 def _goals(rounds: dict[str, list[dict[str, dict[str, float]]]], results: Results) -> str:
-    lines = ["**Goals** (a ratio's median of all rounds; reached where wall and CPU both reach it)", ""]
+    lines = [
+        "**Goals** (a ratio's median of all rounds; reached where wall and CPU both reach it)",
+        "",
+    ]
     lines += ["| | measured | must | |", "|---|---|---|---|"]
     for start, variant, bound in GOALS:
         for name in sorted(name for name in rounds if name.startswith(start)) or [start]:
             wall, cpu = (_ratios(rounds.get(name, []), variant, key) for key in ("wall_s", "cpu_s"))
             if wall:
                 found = statistics.median(wall), statistics.median(cpu)
-                words, verdict = f"wall {found[0]:.3f}, CPU {found[1]:.3f}", _verdict(max(found) <= bound)
+                words, verdict = (
+                    f"wall {found[0]:.3f}, CPU {found[1]:.3f}",
+                    _verdict(max(found) <= bound),
+                )
             else:
                 words, verdict = "not measured", ""
             lines.append(f"| {name}: {variant} | {words} | <= {bound:.2f} | {verdict} |")

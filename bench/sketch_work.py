@@ -13,8 +13,20 @@ from torch.nn import functional as F
 
 PROJ_DIM = 65536
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SMALL = dict(hidden_size=512, num_hidden_layers=8, intermediate_size=1408, num_attention_heads=8, vocab_size=8192)
-QUICK = dict(hidden_size=72, num_hidden_layers=2, intermediate_size=100, num_attention_heads=4, vocab_size=400)
+SMALL = dict(
+    hidden_size=512,
+    num_hidden_layers=8,
+    intermediate_size=1408,
+    num_attention_heads=8,
+    vocab_size=8192,
+)
+QUICK = dict(
+    hidden_size=72,
+    num_hidden_layers=2,
+    intermediate_size=100,
+    num_attention_heads=4,
+    vocab_size=400,
+)
 
 
 @dataclass
@@ -49,7 +61,9 @@ def token_work(model: nn.Module, batch: int, tokens: int) -> Work:
 
 
 def mean_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
     return losses.view(len(ids), -1).mean(1)
 
 
@@ -64,10 +78,18 @@ def frozen(work: Work) -> Iterator[Step]:
     """The floor of a per-example sketch: gradients of activations only."""
     flags = [(parameter, parameter.requires_grad) for parameter in work.model.parameters()]
     embedding: nn.Module = work.model.get_input_embeddings()  # type: ignore[operator]
-    handles = [embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
+    handles = [
+        embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    ]
     for module in work.model.modules():
-        if isinstance(module, nn.Linear):  # a frozen weight beside a strided input: torch copies it once per example
-            handles.append(module.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:])))
+        if isinstance(
+            module, nn.Linear
+        ):  # a frozen weight beside a strided input: torch copies it once per example
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda module, args: (args[0].contiguous(), *args[1:])
+                )
+            )
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     try:

@@ -24,9 +24,9 @@ import torch
 
 from bench.measure import machine, run_child, spread
 from merit_fast.kernels.sketch import CountSketch
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.split.conflict import conflict_of
 from merit_fast.split.moments import block_products
-from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 
 GOAL_S, GOAL_MIB = 2.0, 1024.0
 
@@ -87,7 +87,9 @@ def child(directory: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--datasets", type=int, default=176)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--proj-dim", type=int, default=65536)
@@ -107,11 +109,16 @@ def main() -> None:
         for _ in range(arguments.repeats):  # in turn, so that a busy minute meets all
             for threads, found in runs.items():
                 count = str(threads)
-                found.append(run_child(command, {"OPENBLAS_NUM_THREADS": count, "MKL_NUM_THREADS": count}))
+                found.append(
+                    run_child(command, {"OPENBLAS_NUM_THREADS": count, "MKL_NUM_THREADS": count})
+                )
     failed = [run["error"] for found in runs.values() for run in found if "error" in run]
     if failed:
         sys.exit(failed[0])
-    figures = {str(threads): {key: median(found, key) for key in found[0]} for threads, found in runs.items()}
+    figures = {
+        str(threads): {key: median(found, key) for key in found[0]}
+        for threads, found in runs.items()
+    }
     print(f"{'BLAS threads':24}" + "".join(f"{threads:>10}" for threads in figures))
     for key in next(iter(figures.values())):
         print(f"{key:24}" + "".join(f"{values[key]:>10.3f}" for values in figures.values()))

@@ -43,7 +43,9 @@ def make_optimizer(model: torch.nn.Module, variant: str) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--tokens", type=int, default=512)

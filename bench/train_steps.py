@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from merit_fast.data import Example
-from merit_fast.train.config import TrainConfig
 from merit_fast.patch.model import patch_model
+from merit_fast.train.config import TrainConfig
 
 LEARNING_RATE = 1e-4
 
@@ -42,7 +42,12 @@ class Run:
 def recipe(work: Work, **changes: Any) -> TrainConfig:
     """What both sides train with: AdamW(0.9, 0.98), one learning rate, clipping to norm 1."""
     constant = dict(warmup_fraction=0.0, final_fraction=1.0)
-    return TrainConfig(learning_rate=LEARNING_RATE, batch_size=work.batch_size, dtype="fp32", **{**constant, **changes})
+    return TrainConfig(
+        learning_rate=LEARNING_RATE,
+        batch_size=work.batch_size,
+        dtype="fp32",
+        **{**constant, **changes},
+    )
 
 
 def trainer(work: Work, folder: Path, patched: bool) -> Run:
@@ -69,7 +74,9 @@ def trainer(work: Work, folder: Path, patched: bool) -> Run:
             run.wall_s.append(time.perf_counter() - self.start[0])
             run.cpu_s.append(time.process_time() - self.start[1])
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+        ) -> None:
             if "loss" in logs:
                 run.losses.append(logs["loss"])
 
@@ -83,16 +90,18 @@ def trainer(work: Work, folder: Path, patched: bool) -> Run:
     )  # fmt: skip
     rows = [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in work.examples]
     collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(work.model), padding=True)
-    Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()]).train()
+    Trainer(
+        model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()]
+    ).train()
     return run
 
 
 def ours(work: Work, **changes: Any) -> Run:
     """The loop of ``merit-fast train``."""
     from merit_fast.model import load_model
-    from merit_fast.train.stage import _train_step
-    from merit_fast.train.resume import Progress
     from merit_fast.train.optimizer import MasterAdamW
+    from merit_fast.train.resume import Progress
+    from merit_fast.train.stage import _train_step
 
     config = recipe(work, **changes)
     model = load_model(work.model, "fp32").train()
@@ -101,7 +110,9 @@ def ours(work: Work, **changes: Any) -> Run:
     run, progress = Run([], [], []), Progress()
     for step in range(work.steps):
         wall, cpu = time.perf_counter(), time.process_time()
-        progress = _train_step(model, optimizer, work.batch(step), work.padding, work.steps, config, progress)
+        progress = _train_step(
+            model, optimizer, work.batch(step), work.padding, work.steps, config, progress
+        )
         run.wall_s.append(time.perf_counter() - wall)
         run.cpu_s.append(time.process_time() - cpu)
     run.losses = list(progress.losses)

@@ -80,7 +80,10 @@ def _triton_unavailable(device_type: str) -> str | None:
 def _cuda_unavailable(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"runs on cuda tensors, got {device_type}"
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+    if (
+        importlib.util.find_spec("cuda") is None
+        or importlib.util.find_spec("cuda.bindings") is None
+    ):
         return "needs cuda-bindings: pip install 'merit_fast[gpu]'"
     return None
 
@@ -111,10 +114,14 @@ def backend_table(device_type: str = "cpu") -> list[dict[str, Any]]:
     """For each op: the backend the automatic choice takes, and why not each of the others."""
     rows = []
     for op in OPS:
-        reasons: dict[str, str | None] = {b: unavailable(op, b, device_type) for b in BACKENDS if b != "eager"}
+        reasons: dict[str, str | None] = {
+            b: unavailable(op, b, device_type) for b in BACKENDS if b != "eager"
+        }
         best = BEST_BY_DEVICE.get(device_type, "eager")
         chosen = "eager" if reasons.get(best, "") is not None else best
-        rows.append({"op": op, "backend": chosen, "unavailable": {b: r for b, r in reasons.items() if r}})
+        rows.append(
+            {"op": op, "backend": chosen, "unavailable": {b: r for b, r in reasons.items() if r}}
+        )
     return rows
 
 

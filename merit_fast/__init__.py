@@ -48,8 +48,8 @@ def run(config: str | os.PathLike[str], *overrides: str) -> dict[str, Any]:
     """
     from pathlib import Path
 
-    from merit_fast.pipeline.run import Run, check_output
     from merit_fast.pipeline.config import read_run_config
+    from merit_fast.pipeline.run import Run, check_output
 
     parsed = read_run_config(Path(config), overrides)
     check_output(parsed)

@@ -44,7 +44,9 @@ def load_model(path: str, dtype: str) -> "nn.Module":
 
     try:
         with no_loading_bar():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, DTYPES[settle_dtype(dtype)]))
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, DTYPES[settle_dtype(dtype)])
+            )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{path}: is not a causal language model that transformers can load: {one_line(error)}"
@@ -54,7 +56,9 @@ def load_model(path: str, dtype: str) -> "nn.Module":
     return loaded
 
 
-def target_losses(model: "nn.Module", batch: "Batch", plain_attention: bool = False) -> TargetLosses:
+def target_losses(
+    model: "nn.Module", batch: "Batch", plain_attention: bool = False
+) -> TargetLosses:
     """Cross-entropy of every target token (label != -100, after the shift), in float32.
 
         logits = model(...).logits[:, :-1].float(); loss = F.cross_entropy(logits[mask], labels[:, 1:][mask])
@@ -79,7 +83,9 @@ def target_losses(model: "nn.Module", batch: "Batch", plain_attention: bool = Fa
     return TargetLosses(loss, logits.detach().argmax(-1) == targets, row)
 
 
-def model_inputs(model: "nn.Module", batch: "Batch", plain_attention: bool = False) -> "tuple[dict[str, Any], Tensor]":
+def model_inputs(
+    model: "nn.Module", batch: "Batch", plain_attention: bool = False
+) -> "tuple[dict[str, Any], Tensor]":
     """The arguments of the model's forward, and the targets [B, n] of its positions ``[-n - 1 : -1]``.
 
     A packed row goes without a mask: from restarting positions transformers makes a block-diagonal one.
@@ -98,7 +104,9 @@ def model_inputs(model: "nn.Module", batch: "Batch", plain_attention: bool = Fal
     }
     inputs = {
         "input_ids": batch.input_ids.to(device),
-        "attention_mask": None if isinstance(batch, PackedBatch) else batch.attention_mask.to(device),
+        "attention_mask": None
+        if isinstance(batch, PackedBatch)
+        else batch.attention_mask.to(device),
         **{name: value for name, value in optional.items() if name in accepted},
     }
     return inputs, batch.labels[:, -keep + 1 :].to(device)
@@ -122,14 +130,20 @@ def settle_dtype(dtype: str) -> str:
     On a CPU without instructions for bf16 its products take hundreds of times those of fp32 (measured with AVX2).
     """
     return (
-        dtype if dtype != "auto" else "bf16" if _cpu_multiplies_bf16(Path("/proc/cpuinfo")) or _gpu_does() else "fp32"
+        dtype
+        if dtype != "auto"
+        else "bf16"
+        if _cpu_multiplies_bf16(Path("/proc/cpuinfo")) or _gpu_does()
+        else "fp32"
     )
 
 
 def _cpu_multiplies_bf16(cpuinfo: Path) -> bool:
     """Read from the system, since a run that is up to date imports no torch."""
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
+    flags = next(
+        (line for line in text.splitlines() if line.startswith(("flags", "Features"))), ""
+    ).split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
@@ -153,8 +167,14 @@ def resolve_model(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except Exception as error:  # the hub's client raises many kinds, and all mean that the model is not to be had
+        return Path(
+            snapshot_download(
+                path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
+        )
+    except (
+        Exception
+    ) as error:  # the hub's client raises many kinds, and all mean that the model is not to be had
         raise InputError(
             f"model: {path!r} is neither a directory nor a hub id that can be had: {one_line(error)}"
         ) from None
@@ -195,7 +215,11 @@ def reset_peak_memory() -> None:
 def _hash_probes(file: Path, digest: "hashlib._Hash") -> None:
     size = file.stat().st_size
     with open(file, "rb") as opened:
-        header_bytes = min(size, 8 + int.from_bytes(opened.read(8), "little")) if file.suffix == ".safetensors" else 0
+        header_bytes = (
+            min(size, 8 + int.from_bytes(opened.read(8), "little"))
+            if file.suffix == ".safetensors"
+            else 0
+        )
         opened.seek(0)
         digest.update(opened.read(min(header_bytes, 100 << 20)))
         for probe in range(_PROBES):

@@ -85,7 +85,9 @@ class _RichTask:
 
     def advance(self, amount: float, detail: str = "") -> None:
         self.bars.advance(self.identifier, amount)
-        self.bars.update(self.identifier, rate=self._rate(self.bars.tasks[0].speed or 0.0), detail=detail)
+        self.bars.update(
+            self.identifier, rate=self._rate(self.bars.tasks[0].speed or 0.0), detail=detail
+        )
 
     def _rate(self, speed: float) -> str:
         if speed >= 1.0 or not speed:

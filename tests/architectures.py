@@ -52,7 +52,9 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.M
     model_class, config_class, options, _ = CASES[name]
     text = {} if "text_config" in options else TEXT
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**text, **options, **changes}))
+    model = getattr(transformers, model_class)(
+        getattr(transformers, config_class)(**{**text, **options, **changes})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -67,5 +69,7 @@ def inputs(rows: int = 2, tokens: int = 13, seed: int = 0) -> dict[str, torch.Te
     ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100).masked_fill(mask == 0, -100)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100).masked_fill(
+        mask == 0, -100
+    )
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -12,7 +12,9 @@ import torch
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
-def assert_close(actual: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+def assert_close(
+    actual: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> None:
     """|actual - truth| <= floor * |truth| in the 2-norm, and no NaN."""
     error = (actual.double() - truth.double()).norm() / truth.double().norm()
     assert error <= FLOOR[dtype], f"relative error {error:.2e} above {FLOOR[dtype]:.0e}"
@@ -31,7 +33,9 @@ def run_at_level(script: str, level: str | None, timeout: float | None = None) -
     """Standard output of a Python script in a process whose native kernels are forced to one ISA level, if given."""
     environment = {**os.environ, **({"MERIT_FAST_SIMD": level} if level else {})}
     command = [sys.executable, "-c", script]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -41,4 +45,6 @@ def assert_never_worse(actual: torch.Tensor, eager: torch.Tensor, truth: torch.T
     truth = truth.double()
     ours, theirs = ((values.double() - truth).norm() for values in (actual, eager))
     bound = theirs + FLOOR[torch.float32] * truth.norm()
-    assert ours <= bound, f"error {ours:.3e}, eager has {theirs:.3e}, the truth's norm is {truth.norm():.3e}"
+    assert ours <= bound, (
+        f"error {ours:.3e}, eager has {theirs:.3e}, the truth's norm is {truth.norm():.3e}"
+    )

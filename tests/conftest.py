@@ -15,10 +15,31 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Peru": "Lima", "Italy": "Rome", "Cuba": "Havana", "Kenya": "Nairobi"}
+CAPITALS = {
+    "France": "Paris",
+    "Japan": "Tokyo",
+    "Peru": "Lima",
+    "Italy": "Rome",
+    "Cuba": "Havana",
+    "Kenya": "Nairobi",
+}
 CODES = {"France": "FR", "Japan": "JP", "Peru": "PE", "Italy": "IT", "Cuba": "CU", "Kenya": "KE"}
-PLURALS = {"mouse": "mice", "box": "boxes", "city": "cities", "child": "children", "leaf": "leaves", "dog": "dogs"}
-OPPOSITES = {"hot": "cold", "big": "small", "up": "down", "fast": "slow", "light": "dark", "near": "far"}
+PLURALS = {
+    "mouse": "mice",
+    "box": "boxes",
+    "city": "cities",
+    "child": "children",
+    "leaf": "leaves",
+    "dog": "dogs",
+}
+OPPOSITES = {
+    "hot": "cold",
+    "big": "small",
+    "up": "down",
+    "fast": "slow",
+    "light": "dark",
+    "near": "far",
+}
 TASKS = {
     "capitals": ("Give the capital.", CAPITALS),
     "codes": ("Give the code.", CODES),
@@ -81,13 +102,17 @@ def make_tokenizer(directory: Path):
     )
     texts = [f"{i} {q} {a}" for i, facts in TASKS.values() for q, a in facts.items()]
     tokenizer.train_from_iterator(texts * 4 + ["assistant\n", "user\n"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
     fast.chat_template = CHATML
     fast.save_pretrained(directory)
     return fast
 
 
-def make_model(directory: Path, *, dtype=torch.float32, shard: str = "100KB", seed: int = 0, **changes):
+def make_model(
+    directory: Path, *, dtype=torch.float32, shard: str = "100KB", seed: int = 0, **changes
+):
     """A 2-layer Llama whose sizes fill no tile: hidden 72, 9 heads of 8, 3 KV heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

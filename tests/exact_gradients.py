@@ -43,7 +43,9 @@ def tiny(architecture, tied=False):
     model = t.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:  # no norm at 1 and no bias at 0, which would hide a wrong formula
+            if (
+                parameter.dim() == 1
+            ):  # no norm at 1 and no bias at 0, which would hide a wrong formula
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "expert" in name or "gate.weight" in name:
                 parameter.mul_(4)  # routing that differs from token to token, experts that count
@@ -82,7 +84,9 @@ def example_loss(model, example):
 
 def exact_sketches(model, examples, names=None):
     """An ordinary backward pass per unpadded example, then flat sketches of every gradient (of ``names``)."""
-    return torch.cat([sketch_of_loss(model, lambda e=e: example_loss(model, e), names) for e in examples])
+    return torch.cat(
+        [sketch_of_loss(model, lambda e=e: example_loss(model, e), names) for e in examples]
+    )
 
 
 def sketch_of_loss(model, loss, names=None):

@@ -15,7 +15,9 @@ def f64(tensor):
 
 def uniform(seed, name, branch, count):
     """[count] random numbers of a tensor and a branch, by Python's integers."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}\0{name}\0{branch}".encode()).digest()[:8], "little")
+    key = int.from_bytes(
+        hashlib.sha256(f"{seed}\0{name}\0{branch}".encode()).digest()[:8], "little"
+    )
     return np.array([(splitmix(key, i) >> 11) / 2**53 for i in range(count)])
 
 
@@ -92,7 +94,9 @@ def sce(models, base, share):
     deltas = [f64(x) - f64(base) for x in models]
     count = len(deltas)
     mean = sum(deltas[1:], deltas[0]) / count
-    variance = (sum(((d - mean) ** 2 for d in deltas), np.zeros(mean.size)) / count).astype(np.float32)
+    variance = (sum(((d - mean) ** 2 for d in deltas), np.zeros(mean.size)) / count).astype(
+        np.float32
+    )
     if share < 1:
         mask = largest(variance, 0, int((variance != 0).sum() * share))
         deltas = [np.where(mask, d, 0.0) for d in deltas]
@@ -130,7 +134,9 @@ def rounded(values, dtype):
     half = (wide >> np.uint64(45)) & np.uint64(1)
     wide = wide + np.uint64((1 << 44) - 1) + half  # 7 bits of the fraction stay
     exponent = ((wide >> np.uint64(52)) & np.uint64(0x7FF)).astype(np.int64) - 1023 + 127
-    high = (np.clip(exponent, 0, 255) << 7) | ((wide >> np.uint64(45)) & np.uint64(0x7F)).astype(np.int64)
+    high = (np.clip(exponent, 0, 255) << 7) | ((wide >> np.uint64(45)) & np.uint64(0x7F)).astype(
+        np.int64
+    )
     high = np.where(exponent >= 255, 0x7F80, high)
     out = np.where(tiny, low, high).astype(np.uint16) | (np.signbit(values).astype(np.uint16) << 15)
     return np.where(np.isnan(values), 0x7FC0, out).astype(np.uint16)

@@ -18,7 +18,11 @@ from safetensors import SafetensorError, safe_open
 
 from merit_fast.errors import InputError
 
-HEADER = {"v": tensor([2, 3], 0, 24), "w": tensor([0, 4], 24, 24, "BF16"), "__metadata__": {"format": "pt"}}
+HEADER = {
+    "v": tensor([2, 3], 0, 24),
+    "w": tensor([0, 4], 24, 24, "BF16"),
+    "__metadata__": {"format": "pt"},
+}
 PAIR = {
     "base_model.model.q.lora_A.weight": tensor([2, 3], 0, 24),
     "base_model.model.q.lora_B.weight": tensor([1, 2], 24, 32),
@@ -95,7 +99,9 @@ def agree_with_safetensors(file: Path, tensors) -> None:
     try:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            theirs = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+            theirs = {
+                name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
+            }
     except SafetensorError as error:
         raise AssertionError(f"safetensors refuses what we take: {error}") from None
     assert theirs == {name: (entry.dtype, entry.shape) for name, entry in tensors.items()}
@@ -107,7 +113,9 @@ def places_of(values) -> list[tuple]:
     todo = [values]
     while todo:
         one = todo.pop()
-        keys = list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else []
+        keys = (
+            list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else []
+        )
         places += [(one, key) for key in keys]
         todo += [one[key] for key in keys]
     return places
@@ -171,7 +179,12 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
         prefix = bytes([KINDS.index(kind), 32 if kind == "pair" else 24])
         (root / "corpus" / kind).write_bytes(prefix + json.dumps(seed).encode())
     (root / "corpus" / "raw").write_bytes(bytes([KINDS.index("raw"), 0]) + one_tensor())
-    limits = [f"-max_total_time={int(seconds)}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=4096"]
+    limits = [
+        f"-max_total_time={int(seconds)}",
+        "-timeout=10",
+        "-rss_limit_mb=2048",
+        "-max_len=4096",
+    ]
     work = inputs or [str(root / "corpus")]
     atheris.Setup([sys.argv[0], *limits, "-print_final_stats=1", *work], one, custom_mutator=mutate)
     atheris.Fuzz()

@@ -16,10 +16,17 @@ from triton.runtime import driver
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WAVE = 64  # threads that an AMD data-centre GPU runs in step
 # What is counted in the code, for either maker, by the first characters of an opcode with its suffixes.
-MATRIX_PRODUCTS = {"HMMA": r"HMMA", "WGMMA": r"[HQ]GMMA", "TCGEN5": r"UTC\w*MMA", "MFMA": r"v_s?mfmac?_"}
+MATRIX_PRODUCTS = {
+    "HMMA": r"HMMA",
+    "WGMMA": r"[HQ]GMMA",
+    "TCGEN5": r"UTC\w*MMA",
+    "MFMA": r"v_s?mfmac?_",
+}
 WIDE_LOADS = r"LDG(STS)?\.\S*(128|256)|(global|buffer)_load_(lds_)?dwordx4"
 WIDE_STORES = r"STG\.\S*(128|256)|(global|buffer)_store_dwordx4"
-AMD_ATOMICS = r"(global|buffer|flat)_atomic|ds_(add|sub|rsub|inc|dec|min|max|and|or|xor|cmp|wrxchg|pk_add)"
+AMD_ATOMICS = (
+    r"(global|buffer|flat)_atomic|ds_(add|sub|rsub|inc|dec|min|max|and|or|xor|cmp|wrxchg|pk_add)"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,9 @@ def build(kernel, arguments, options, architecture: int | str):
     """Compiles a launch for an architecture: 90 is NVIDIA's sm_90, "gfx942" AMD's."""
     nvidia = isinstance(architecture, int)
     before = driver._active
-    driver.set_active(_Absent(GPUTarget("cuda" if nvidia else "hip", architecture, 32 if nvidia else WAVE)))
+    driver.set_active(
+        _Absent(GPUTarget("cuda" if nvidia else "hip", architecture, 32 if nvidia else WAVE))
+    )
     try:
         kernel.device_caches.clear()
         return kernel.warmup(*arguments, grid=(1,), **options)
@@ -97,12 +106,15 @@ def _read_nvidia(compiled) -> GpuCode:
         report = _assemble(Path(folder), re.search(r"\.target\s+(sm_\w+)", ptx).group(1))
         code = _run("nvdisasm", "-c", f"{folder}/kernel.cubin").stdout
         usage = _run("cuobjdump", "--dump-resource-usage", f"{folder}/kernel.cubin").stdout
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code, re.M)
+    opcodes = re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code, re.M
+    )
     assert opcodes, code[-300:]
     return GpuCode(
         ptx=ptx,
         registers=_number(r"REG:(\d+)", usage),
-        spill_bytes=_number(r"(\d+) bytes spill stores", report) + _number(r"(\d+) bytes spill loads", report),
+        spill_bytes=_number(r"(\d+) bytes spill stores", report)
+        + _number(r"(\d+) bytes spill loads", report),
         stack_bytes=_number(r"STACK:(\d+)", usage),
         shared_bytes=compiled.metadata.shared,
         # Of the ptx: sm_100 hands out its tensor memory by atomics of its own, and names no types in its code.
@@ -131,7 +143,14 @@ def _read_amd(compiled) -> GpuCode:
 def _assemble(folder: Path, target: str) -> str:
     """What the assembler says of its work; which of the two knows the ptx depends on the version and the target."""
     for name in ("ptxas", "ptxas-blackwell"):
-        result = _run(name, "-v", f"--gpu-name={target}", f"{folder}/kernel.ptx", "-o", f"{folder}/again.cubin")
+        result = _run(
+            name,
+            "-v",
+            f"--gpu-name={target}",
+            f"{folder}/kernel.ptx",
+            "-o",
+            f"{folder}/again.cubin",
+        )
         if result.returncode == 0:
             return result.stderr
     raise AssertionError(result.stderr)

@@ -32,7 +32,9 @@ ByLaunch = Mapping[str, Mapping[str, Figures]]
 
 def figures(code: GpuCode) -> Figures:
     """What the gate holds on to. ``wide``: 128 bits or more at a time, also into shared memory."""
-    products = {kind: count for kind, pattern in MATRIX_PRODUCTS.items() if (count := code.count(pattern))}
+    products = {
+        kind: count for kind, pattern in MATRIX_PRODUCTS.items() if (count := code.count(pattern))
+    }
     return {
         "registers": code.registers,
         "spill_bytes": code.spill_bytes,
@@ -46,7 +48,9 @@ def figures(code: GpuCode) -> Figures:
     }
 
 
-def measure(launches: Iterable[GpuLaunch], targets: Mapping[str, int | str]) -> dict[str, dict[str, Figures]]:
+def measure(
+    launches: Iterable[GpuLaunch], targets: Mapping[str, int | str]
+) -> dict[str, dict[str, Figures]]:
     """Launch -> target -> figures. Code is read by other programs while the next launch is compiled."""
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(2) as pool, _compiled_in(cache):
         jobs = {}
@@ -58,7 +62,10 @@ def measure(launches: Iterable[GpuLaunch], targets: Mapping[str, int | str]) -> 
                     error.add_note(f"{launch.name} does not compile for {target}")
                     raise
                 jobs.setdefault(launch.name, {})[target] = pool.submit(read, compiled)
-        return {name: {target: figures(job.result()) for target, job in row.items()} for name, row in jobs.items()}
+        return {
+            name: {target: figures(job.result()) for target, job in row.items()}
+            for name, row in jobs.items()
+        }
 
 
 @contextlib.contextmanager
@@ -77,7 +84,11 @@ def failures(measured: ByLaunch, baseline: ByLaunch | None) -> list[str]:
     """One line each. Without a baseline only what holds for every compiler: NEVER, and shared memory that fits."""
     lines, rows = [], _flat(measured)
     for (name, target), row in rows.items():
-        lines += [f"{name}, {target}: {quantity} must be 0, is {row[quantity]}" for quantity in NEVER if row[quantity]]
+        lines += [
+            f"{name}, {target}: {quantity} must be 0, is {row[quantity]}"
+            for quantity in NEVER
+            if row[quantity]
+        ]
         if row["shared_bytes"] > SHARED_KIB[target] << 10:
             lines.append(
                 f"{name}, {target}: shared_bytes must be at most {SHARED_KIB[target] << 10}, is {row['shared_bytes']}"
@@ -88,7 +99,9 @@ def failures(measured: ByLaunch, baseline: ByLaunch | None) -> list[str]:
     for place, row in rows.items():
         changes = _changes(before[place], row) if place in before else ["is not in the baseline"]
         lines += [f"{', '.join(place)}: {change}" for change in changes]
-    return lines + [f"{', '.join(place)}: is in the baseline only" for place in before if place not in rows]
+    return lines + [
+        f"{', '.join(place)}: is in the baseline only" for place in before if place not in rows
+    ]
 
 
 def _flat(figures: ByLaunch) -> dict[tuple[str, str], Figures]:
@@ -121,7 +134,9 @@ def save_baseline(measured: ByLaunch) -> None:
         + "\n  }"
         for name, rows in measured.items()
     )
-    BASELINE.write_text(f'{{\n "triton": "{triton.__version__}",\n "launches": {{\n{launches}\n }}\n}}\n')
+    BASELINE.write_text(
+        f'{{\n "triton": "{triton.__version__}",\n "launches": {{\n{launches}\n }}\n}}\n'
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,14 +148,21 @@ def main(arguments: list[str] | None = None) -> int:
     measured = measure(launches(), TARGETS)
     for name, rows in measured.items():
         for target, row in rows.items():
-            print(f"{name}, {target}: " + ", ".join(f"{quantity} {value}" for quantity, value in row.items() if value))
+            print(
+                f"{name}, {target}: "
+                + ", ".join(f"{quantity} {value}" for quantity, value in row.items() if value)
+            )
     if update:
         save_baseline(measured)
     baseline, remark = load_baseline()
     if remark:
         print(remark)
     lines = failures(measured, baseline)
-    print(*lines, f"{len(measured)} launches for {len(TARGETS)} targets, {len(lines)} failures", sep="\n")
+    print(
+        *lines,
+        f"{len(measured)} launches for {len(TARGETS)} targets, {len(lines)} failures",
+        sep="\n",
+    )
     return 1 if lines or not measured else 0
 
 

@@ -17,17 +17,43 @@ def launches() -> list[GpuLaunch]:
 def update(dtype, bias, cap) -> GpuLaunch:
     state = torch.zeros(4, ROWS, dtype=torch.float64)
     arguments = (*tile(dtype), state, ROWS, COLUMNS, 0, 30.0, bias, cap, _triton.UPDATE_BLOCK)
-    return GpuLaunch(named("log-sum-exp of a tile", dtype, bias), _triton.update_kernel, arguments, {"num_warps": 8})
+    return GpuLaunch(
+        named("log-sum-exp of a tile", dtype, bias),
+        _triton.update_kernel,
+        arguments,
+        {"num_warps": 8},
+    )
 
 
 def gradient(dtype, bias, cap) -> GpuLaunch:
     logits, *rest = tile(dtype)
-    arguments = (logits, *rest, torch.zeros(4, ROWS), logits, ROWS, COLUMNS, 0, 30.0, bias, cap, _triton.GRADIENT_BLOCK)
-    return GpuLaunch(named("gradient of a tile", dtype, bias), _triton.gradient_kernel, arguments, {"num_warps": 4})
+    arguments = (
+        logits,
+        *rest,
+        torch.zeros(4, ROWS),
+        logits,
+        ROWS,
+        COLUMNS,
+        0,
+        30.0,
+        bias,
+        cap,
+        _triton.GRADIENT_BLOCK,
+    )
+    return GpuLaunch(
+        named("gradient of a tile", dtype, bias),
+        _triton.gradient_kernel,
+        arguments,
+        {"num_warps": 4},
+    )
 
 
 def tile(dtype):
-    return torch.zeros(ROWS, COLUMNS, dtype=dtype), torch.zeros(COLUMNS), torch.zeros(ROWS, dtype=torch.int64)
+    return (
+        torch.zeros(ROWS, COLUMNS, dtype=dtype),
+        torch.zeros(COLUMNS),
+        torch.zeros(ROWS, dtype=torch.int64),
+    )
 
 
 def named(what, dtype, bias) -> str:

@@ -7,7 +7,13 @@ from gpu_code import GpuLaunch
 
 from merit_fast.kernels.layers import _triton, add_rms_norm, geglu, rms_norm, rope, swiglu
 
-KERNELS = ("norm_kernel", "norm_backward_kernel", "gated_kernel", "gated_backward_kernel", "rope_kernel")
+KERNELS = (
+    "norm_kernel",
+    "norm_backward_kernel",
+    "gated_kernel",
+    "gated_backward_kernel",
+    "rope_kernel",
+)
 BF16, F32 = torch.bfloat16, torch.float32
 
 
@@ -17,7 +23,11 @@ def launches() -> list[GpuLaunch]:
         *norm("norm, fp32, 16384", F32, 16384),
         *norm("norm of heads, bf16, 128", BF16, 128),
         *norm("norm, bf16, ragged", BF16, 1003),
-        *pair("add and norm, bf16, 4096", lambda x, r, w: add_rms_norm(x, r, w, 1e-6)[0], [(8, 4096)] * 2 + [(4096,)]),
+        *pair(
+            "add and norm, bf16, 4096",
+            lambda x, r, w: add_rms_norm(x, r, w, 1e-6)[0],
+            [(8, 4096)] * 2 + [(4096,)],
+        ),
         *pair("swiglu, bf16", swiglu, [(8, 11008)] * 2),
         *pair("swiglu, packed, bf16", swiglu, [(8, 2 * 11008)]),
         *pair("geglu, fp32", geglu, [(8, 11008)] * 2, F32),
@@ -60,5 +70,7 @@ def pair(name, call, shapes, dtype=BF16) -> list[GpuLaunch]:
         call(*inputs).sum().backward()
     return [
         GpuLaunch(f"{name}, {direction}", getattr(_triton, kernel), arguments, options)
-        for direction, (kernel, arguments, options) in zip(("forward", "backward"), found, strict=True)
+        for direction, (kernel, arguments, options) in zip(
+            ("forward", "backward"), found, strict=True
+        )
     ]

@@ -21,7 +21,11 @@ def launches() -> list[GpuLaunch]:
         rows("sketch of rows, fp32, scaled", F32, scaled=True),
         rows("sketch of rows by id, bf16", BF16, by_id=True),
         rows("sketch of rows by id, fp32, scaled", F32, by_id=True, scaled=True),
-        launched("sketch: sum of splits", lambda: _sketch_linear(F32, COLUMNS, (0, 0, COLUMNS), False), "add_kernel"),
+        launched(
+            "sketch: sum of splits",
+            lambda: _sketch_linear(F32, COLUMNS, (0, 0, COLUMNS), False),
+            "add_kernel",
+        ),
     ]
 
 
@@ -30,7 +34,10 @@ def linear(name, dtype, columns=COLUMNS, place=(0, 0, COLUMNS), scaled=False) ->
 
 
 def rows(name, dtype, by_id=False, scaled=False) -> GpuLaunch:
-    values, scale = torch.zeros(2 * ROWS, COLUMNS, dtype=dtype), torch.ones(ROWS, COLUMNS) if scaled else None
+    values, scale = (
+        torch.zeros(2 * ROWS, COLUMNS, dtype=dtype),
+        torch.ones(ROWS, COLUMNS) if scaled else None,
+    )
     ids = torch.zeros(2 * ROWS, dtype=torch.int64) if by_id else None
     offsets, out = torch.tensor([0, ROWS, 2 * ROWS]), torch.zeros(2, PROJ_DIM)
     call = lambda: _triton.sketch_rows(values, offsets, ids, (0, 0, COLUMNS), KEY, out, scale)  # noqa: E731

@@ -23,7 +23,11 @@ def write_model(directory: Path, files: dict[str, bytes], weight_map=None) -> Pa
     for name, content in files.items():
         (directory / name).write_bytes(content)
     if weight_map is not None:
-        index = weight_map if isinstance(weight_map, bytes) else json.dumps({"weight_map": weight_map}).encode()
+        index = (
+            weight_map
+            if isinstance(weight_map, bytes)
+            else json.dumps({"weight_map": weight_map}).encode()
+        )
         (directory / INDEX).write_bytes(index)
     return directory
 

@@ -20,9 +20,20 @@ def build_for_cpu(folder: Path, *flags: str) -> Path:
     if shutil.which("g++") is None or platform.machine() != "x86_64":
         pytest.skip("the host shim needs g++ on x86-64")
     host, library = ROOT / "tests" / "cuda_host", folder / "sketch_host.so"
-    command = ["g++", "-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+    command = [
+        "g++",
+        "-O2",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        *flags,
+    ]
     command += ["-shared", "-fPIC", "-pthread", f"-I{SOURCE.parent}", f"-I{host}"]
-    result = subprocess.run([*command, host / "sketch_host.cpp", "-o", library], capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, host / "sketch_host.cpp", "-o", library], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return library
 
@@ -51,24 +62,33 @@ class Kernel:
 def nvcc_release() -> str:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    return re.search(r"release ([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)[
-        1
-    ]
+    return re.search(
+        r"release ([\d.]+)",
+        subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout,
+    )[1]
 
 
 def compile_for(architectures: list[str], folder: Path) -> dict[str, dict[str, Kernel]]:
     """What nvcc makes of the source: architecture -> kernel -> registers and instructions."""
-    gpu_code = pytest.importorskip("gpu_code", reason="triton, which brings nvdisasm, is not installed")
+    gpu_code = pytest.importorskip(
+        "gpu_code", reason="triton, which brings nvdisasm, is not installed"
+    )
     command = ["nvcc", "-std=c++17", "-cubin", "-Xptxas", "-v", str(SOURCE)]
     running = {
-        name: subprocess.Popen([*command, f"-arch={name}", "-o", folder / name], stderr=subprocess.PIPE, text=True)
+        name: subprocess.Popen(
+            [*command, f"-arch={name}", "-o", folder / name], stderr=subprocess.PIPE, text=True
+        )
         for name in architectures
     }
     compiled = {}
     for name, process in running.items():
         report = process.communicate()[1]
         assert process.returncode == 0, report
-        code = subprocess.run([gpu_code.NVIDIA_TOOLS / "nvdisasm", "-c", folder / name], capture_output=True, text=True)
+        code = subprocess.run(
+            [gpu_code.NVIDIA_TOOLS / "nvdisasm", "-c", folder / name],
+            capture_output=True,
+            text=True,
+        )
         compiled[name] = dict(_kernels(report, code.stdout))
     return compiled
 
@@ -81,6 +101,13 @@ def _kernels(report: str, code: str):
         )
         shared = re.search(r"(\d+) bytes smem", usage)
         text = re.search(rf"^\.text\.{kernel}:$(.*?)(?=^\.text\.|\Z)", code, re.S | re.M)[1]
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M)
+        opcodes = re.findall(
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M
+        )
         registers = int(re.search(r"Used (\d+) registers", usage)[1])
-        yield kernel, Kernel(registers, stores + loads, stack, int(shared[1]) if shared else 0, tuple(opcodes))
+        yield (
+            kernel,
+            Kernel(
+                registers, stores + loads, stack, int(shared[1]) if shared else 0, tuple(opcodes)
+            ),
+        )

@@ -18,16 +18,22 @@ EDGES = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1.0, -1.0]
 def edges(dtype, seed, n=BLOCK + 40):
     """Random bit patterns of all magnitudes, denormals among them, then zeros, infinities, NaN, the extreme numbers."""
     numbers = torch.Generator().manual_seed(seed)
-    raw = torch.randint(0, 256, (n * dtype.itemsize,), dtype=torch.uint8, generator=numbers).view(dtype)
+    raw = torch.randint(0, 256, (n * dtype.itemsize,), dtype=torch.uint8, generator=numbers).view(
+        dtype
+    )
     info = torch.finfo(dtype)
-    tail = torch.tensor([*EDGES, info.max, -info.max, info.tiny, info.smallest_normal / 2], dtype=dtype)
+    tail = torch.tensor(
+        [*EDGES, info.max, -info.max, info.tiny, info.smallest_normal / 2], dtype=dtype
+    )
     return torch.cat([raw, tail])
 
 
 def same(a, b):
     """Bit for bit, any NaN as good as another."""
     nan = a.isnan() & b.isnan()
-    return a.dtype == b.dtype and bool(((a.view(BITS[a.itemsize]) == b.view(BITS[b.itemsize])) | nan).all())
+    return a.dtype == b.dtype and bool(
+        ((a.view(BITS[a.itemsize]) == b.view(BITS[b.itemsize])) | nan).all()
+    )
 
 
 def in_order(tensors, weights, dtype, out):
@@ -94,11 +100,15 @@ def test_many_ragged_tensors_of_several_types_are_one_launch(monkeypatch):
     monkeypatch.setattr(_triton, "average_kernel", Counted())
     kinds = [DTYPES[i % 3] for i in range(len(RAGGED) * 3)]
     sizes = RAGGED * 3
-    models = [[torch.randn(n).to(kind) for n, kind in zip(sizes, kinds, strict=True)] for _ in range(3)]
+    models = [
+        [torch.randn(n).to(kind) for n, kind in zip(sizes, kinds, strict=True)] for _ in range(3)
+    ]
     results = foreach_weighted_average(models, WEIGHTS[:3], backend="triton")
     assert launches == [(sum(-(-n // BLOCK) for n in sizes),)]
     for i, (result, kind) in enumerate(zip(results, kinds, strict=True)):
-        assert same(result, in_order([model[i] for model in models], WEIGHTS[:3], torch.float32, kind))
+        assert same(
+            result, in_order([model[i] for model in models], WEIGHTS[:3], torch.float32, kind)
+        )
 
 
 def test_more_tensors_than_a_search_step_and_each_finds_its_own():

@@ -13,14 +13,18 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 
 @DTYPES
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"softcap": 3.0}, ALL], ids=["plain", "bias", "cap", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True}, {"softcap": 3.0}, ALL], ids=["plain", "bias", "cap", "all"]
+)
 def test_never_worse_than_eager(dtype, options):
     assert_never_worse(packed(dtype=dtype, **options), "triton", FLOOR[torch.float32])
 
 
 @DTYPES
 def test_rows_of_several_blocks_and_tiles(dtype, monkeypatch):
-    monkeypatch.setattr(_tiled, "work_dtype", lambda weight: weight.dtype)  # bf16 logits, as on a GPU
+    monkeypatch.setattr(
+        _tiled, "work_dtype", lambda weight: weight.dtype
+    )  # bf16 logits, as on a GPU
     monkeypatch.setattr(_tiled, "FEWEST_COLUMNS", 640)
     monkeypatch.setitem(_tiled.TILE_BYTES, "cpu", 4 * 3 * 640)
     monkeypatch.setattr(_triton, "UPDATE_BLOCK", 256)

@@ -42,4 +42,9 @@ def test_nothing_to_do_gives_empty_results_and_zero_gradients():
     rms_norm(x, weight, 1e-6, backend="triton").sum().backward()
     assert x.grad.shape == (0, 8) and weight.grad.eq(0).all()
     assert swiglu(torch.zeros(0, 8), torch.zeros(0, 8), backend="triton").shape == (0, 8)
-    assert rope(*(torch.zeros(2, 1, 0, 8),) * 2, *(torch.zeros(1, 0, 8),) * 2, backend="triton")[0].numel() == 0
+    assert (
+        rope(*(torch.zeros(2, 1, 0, 8),) * 2, *(torch.zeros(1, 0, 8),) * 2, backend="triton")[
+            0
+        ].numel()
+        == 0
+    )

@@ -23,14 +23,27 @@ OPTIONS = [
 def test_the_kernel_gives_the_bits_of_eager(dtype, options):
     """But for the norm's sums, whose order is another: a clip may differ in its last bit."""
     exact = "max_norm" not in options
-    assert_same_run(train(dtype, backend="triton", **options), train(dtype, backend="eager", **options), exact=exact)
+    assert_same_run(
+        train(dtype, backend="triton", **options),
+        train(dtype, backend="eager", **options),
+        exact=exact,
+    )
 
 
 def test_nan_and_infinity_stay_where_they_are():
     gradients = torch.randn(1500)
     gradients[700], gradients[900] = float("nan"), float("inf")
-    for options in ({}, {"moments": "bf16"}, {"moments": "int8"}, {"master": "split"}, {"master": "fp32"}):
-        runs = [train("bf16", backend=b, steps=2, gradients=[gradients], **options) for b in ("triton", "eager")]
+    for options in (
+        {},
+        {"moments": "bf16"},
+        {"moments": "int8"},
+        {"master": "split"},
+        {"master": "fp32"},
+    ):
+        runs = [
+            train("bf16", backend=b, steps=2, gradients=[gradients], **options)
+            for b in ("triton", "eager")
+        ]
         assert_same_run(*runs)
         assert bool(runs[0][0][0][700].isnan()) and bool(runs[0][0][0][2].isfinite())
 

@@ -62,7 +62,9 @@ def test_linear_is_the_reference_exactly(case, dtype):
     buckets, rows, columns, place, offsets = case
     dy, x = integers(offsets[-1], rows, dtype=dtype), integers(offsets[-1], columns, dtype=dtype)
     scale = integers(rows, columns) if dtype == torch.bfloat16 else None
-    assert_equal_to_eager("sketch_linear", (dy, x, offsets, place), len(offsets) - 1, buckets, scale=scale)
+    assert_equal_to_eager(
+        "sketch_linear", (dy, x, offsets, place), len(offsets) - 1, buckets, scale=scale
+    )
 
 
 @DTYPES
@@ -77,7 +79,10 @@ def test_rows_are_the_reference_exactly(case, dtype):
 @DTYPES
 def test_rows_by_id_are_the_reference_exactly(case, dtype):
     buckets, rows, columns, (_, *place), offsets = case
-    gradient, ids = integers(offsets[-1], columns, dtype=dtype), torch.randint(0, rows, (int(offsets[-1]),))
+    gradient, ids = (
+        integers(offsets[-1], columns, dtype=dtype),
+        torch.randint(0, rows, (int(offsets[-1]),)),
+    )
     arguments = (gradient, offsets, ids, (0, *place))
     scale = integers(rows, columns) if dtype == torch.bfloat16 else None
     assert_equal_to_eager("sketch_rows", arguments, len(offsets) - 1, buckets, scale=scale)
@@ -86,7 +91,11 @@ def test_rows_by_id_are_the_reference_exactly(case, dtype):
 @DTYPES
 @pytest.mark.parametrize("scaled", [False, True])
 def test_every_dtype_with_a_scale_and_without(scaled, dtype):
-    dy, x, offsets = integers(20, 70, dtype=dtype), integers(20, 130, dtype=dtype), torch.tensor([0, 7, 20])
+    dy, x, offsets = (
+        integers(20, 70, dtype=dtype),
+        integers(20, 130, dtype=dtype),
+        torch.tensor([0, 7, 20]),
+    )
     scale = integers(70, 130) if scaled else None
     assert_equal_to_eager("sketch_linear", (dy, x, offsets, (0, 0, 130)), 2, 3, scale=scale)
     for ids in (None, torch.randint(0, 70, (20,))):
@@ -106,7 +115,9 @@ def test_the_hash_is_of_64_bits(key):
     kernel[(1,)](counters, out, key, len(counters))
     assert torch.equal(out, _eager.hash_counters(counters, key))
     gradient = integers(3, 70)
-    assert_equal_to_eager("sketch_rows", (gradient, torch.tensor([0, 3]), None, (0, 0, 70)), 1, 2, key=key)
+    assert_equal_to_eager(
+        "sketch_rows", (gradient, torch.tensor([0, 3]), None, (0, 0, 70)), 1, 2, key=key
+    )
 
 
 def test_far_into_a_parameter():
@@ -117,7 +128,9 @@ def test_far_into_a_parameter():
     product = dy.T @ x
     rows = assert_equal_to_eager("sketch_rows", (product, torch.tensor([0, 70]), None, place), 1, 2)
     ids = place[0] + torch.arange(70)
-    by_id = assert_equal_to_eager("sketch_rows", (product, torch.tensor([0, 70]), ids, (0, *place[1:])), 1, 2)
+    by_id = assert_equal_to_eager(
+        "sketch_rows", (product, torch.tensor([0, 70]), ids, (0, *place[1:])), 1, 2
+    )
     assert torch.equal(rows, whole) and torch.equal(by_id, whole)
 
 
@@ -127,7 +140,9 @@ def test_a_narrow_shard_is_not_searched_for_among_all_tiles(buckets, steps):
 
     @triton.jit
     def kernel(out, rows, columns, first_row, first_column, across, buckets):
-        first, run, touched, steps = _triton_kernels._walk(rows, columns, first_row, first_column, across, buckets)
+        first, run, touched, steps = _triton_kernels._walk(
+            rows, columns, first_row, first_column, across, buckets
+        )
         tl.store(out, steps)
 
     out = torch.zeros(1, dtype=torch.int64)
@@ -157,25 +172,44 @@ def test_splits_share_a_bucket_and_their_sums_are_added(monkeypatch):
     """The sums lie in memory that tests fill with NaN: what a program did not write would show."""
     seen = launches(monkeypatch)
     offsets = torch.tensor([0, 3, 7])
-    assert_equal_to_eager("sketch_linear", (integers(7, 256), integers(7, 256), offsets, (0, 0, 256)), 2, 1)
-    assert_equal_to_eager("sketch_rows", (integers(512, 256), offsets * 73, None, (0, 0, 256)), 2, 1)
+    assert_equal_to_eager(
+        "sketch_linear", (integers(7, 256), integers(7, 256), offsets, (0, 0, 256)), 2, 1
+    )
+    assert_equal_to_eager(
+        "sketch_rows", (integers(512, 256), offsets * 73, None, (0, 0, 256)), 2, 1
+    )
     ids = torch.randint(0, 300, (1024,))
-    assert_equal_to_eager("sketch_rows", (integers(1024, 40), torch.tensor([0, 1024]), ids, (0, 0, 40)), 1, 1)
+    assert_equal_to_eager(
+        "sketch_rows", (integers(1024, 40), torch.tensor([0, 1024]), ids, (0, 0, 40)), 1, 1
+    )
     add, add_two = (("add_kernel", batch * 4096 // _triton.ADD_BLOCK) for batch in (1, 2))
-    assert seen == [("linear_kernel", 2 * 8), add_two, ("rows_kernel", 2 * 2), add_two, ("ids_kernel", 2), add]
+    assert seen == [
+        ("linear_kernel", 2 * 8),
+        add_two,
+        ("rows_kernel", 2 * 2),
+        add_two,
+        ("ids_kernel", 2),
+        add,
+    ]
 
 
 def test_as_many_programs_as_fill_a_gpu_and_no_more(monkeypatch):
     seen = launches(monkeypatch)
     monkeypatch.setattr(_triton, "PROGRAMS", 12)
     offsets = torch.tensor([0, 3, 7])
-    assert_equal_to_eager("sketch_linear", (integers(7, 256), integers(7, 192), offsets, (0, 0, 192)), 2, 1)
+    assert_equal_to_eager(
+        "sketch_linear", (integers(7, 256), integers(7, 192), offsets, (0, 0, 192)), 2, 1
+    )
     assert seen == [("linear_kernel", 12), ("add_kernel", 2 * 4096 // _triton.ADD_BLOCK)]
 
 
 @DTYPES
 def test_an_example_never_reads_its_neighbours(dtype):
-    dy, x, offsets = integers(90, 70, dtype=dtype), integers(90, 70, dtype=dtype), torch.tensor([0, 33, 34, 90])
+    dy, x, offsets = (
+        integers(90, 70, dtype=dtype),
+        integers(90, 70, dtype=dtype),
+        torch.tensor([0, 33, 34, 90]),
+    )
     for values in (dy, x):
         values[:33] = values[34:] = float("nan")
     out = torch.zeros(3, 2 * 4096)
@@ -198,7 +232,9 @@ def test_views_of_wider_matrices_are_read_where_they_lie(dtype):
         assert_equal_to_eager("sketch_linear", (dy, x, offsets, (0, 0, x.shape[1])), 2, 3)
         assert_equal_to_eager("sketch_rows", (x, offsets, None, (0, 0, x.shape[1])), 2, 3)
     scale = integers(70, 300)[:, 10:90]
-    assert_equal_to_eager("sketch_linear", (wide[:, :70], wide[:, :80], offsets, (0, 0, 80)), 2, 3, scale=scale)
+    assert_equal_to_eager(
+        "sketch_linear", (wide[:, :70], wide[:, :80], offsets, (0, 0, 80)), 2, 3, scale=scale
+    )
 
 
 def test_products_of_two_dtypes():
@@ -239,7 +275,9 @@ def test_it_is_never_worse_than_eager(op, dtype):
         if op == "linear":
             rows, values = torch.arange(192), a[start:stop].double().T @ values
         _eager._add_rows(values, rows, 0, 150, KEY, truth[i])
-    error = {name: (result.double() - truth).norm() / truth.norm() for name, result in results.items()}
+    error = {
+        name: (result.double() - truth).norm() / truth.norm() for name, result in results.items()
+    }
     assert error["triton"] <= error["eager"] + FLOOR[torch.float32], error
 
 
@@ -253,7 +291,13 @@ def test_the_public_functions_by_name(monkeypatch):
         lambda backend: embedding_grad_sketch(dy, ids, "w", sketch, backend=backend),
         lambda backend: linear_grad_sketch(dy, x, "w", sketch, backend=backend),
         lambda backend: linear_grad_sketch(
-            dy.flatten(0, 1), x.flatten(0, 1), "w", sketch, cu_seqlens=lengths, scale=integers(40, 70), backend=backend
+            dy.flatten(0, 1),
+            x.flatten(0, 1),
+            "w",
+            sketch,
+            cu_seqlens=lengths,
+            scale=integers(40, 70),
+            backend=backend,
         ),
     ):
         torch.manual_seed(3)

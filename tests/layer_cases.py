@@ -10,7 +10,10 @@ from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swigl
 
 F32, BF16 = torch.float32, torch.bfloat16
 WIDTHS = (1, 7, 72, 576, 1003)
-NORM_WIDTHS = (2, *WIDTHS[1:])  # of one column nothing is left of the gradient but what rounding leaves
+NORM_WIDTHS = (
+    2,
+    *WIDTHS[1:],
+)  # of one column nothing is left of the gradient but what rounding leaves
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,22 @@ class LayerCase:
 
 def results(case: LayerCase, inputs: Sequence[Tensor], backend: str, seed: int = 5) -> list[Tensor]:
     """Outputs and gradients of all differentiated inputs under random gradients of the outputs, detached."""
-    leaves = [x.detach().requires_grad_() if i < case.differentiated else x for i, x in enumerate(inputs)]
+    leaves = [
+        x.detach().requires_grad_() if i < case.differentiated else x for i, x in enumerate(inputs)
+    ]
     outputs = case.run(*leaves, backend=backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]  # exact in all
+    weights = [
+        torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs
+    ]  # exact in all
     gradients = torch.autograd.grad(outputs, leaves[: case.differentiated], weights)
     return [*(y.detach() for y in outputs), *gradients]
 
 
-def compared(case: LayerCase, dtype: torch.dtype, backend: str, draws: int = 1) -> Iterator[tuple[Tensor, ...]]:
+def compared(
+    case: LayerCase, dtype: torch.dtype, backend: str, draws: int = 1
+) -> Iterator[tuple[Tensor, ...]]:
     """For every output and gradient: ours, eager's, the truth in float64 from the same inputs; all draws together.
 
     Several draws, since the rounding of a handful of numbers to bf16 may fall out well for eager once.
@@ -43,11 +52,19 @@ def compared(case: LayerCase, dtype: torch.dtype, backend: str, draws: int = 1) 
         torch.manual_seed(seed)
         inputs = case.inputs(dtype)
         wide = [x.double() for x in inputs]
-        drawn.append([results(case, inputs, backend), results(case, inputs, "eager"), results(case, wide, "eager")])
+        drawn.append(
+            [
+                results(case, inputs, backend),
+                results(case, inputs, "eager"),
+                results(case, wide, "eager"),
+            ]
+        )
         for ours, eager in zip(*drawn[-1][:2], strict=True):
             assert ours.dtype == eager.dtype and ours.shape == eager.shape
     for together in zip(*(zip(*draw, strict=True) for draw in drawn), strict=True):
-        yield tuple(torch.cat([x.flatten() for x in column]) for column in zip(*together, strict=True))
+        yield tuple(
+            torch.cat([x.flatten() for x in column]) for column in zip(*together, strict=True)
+        )
 
 
 def _heads(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -58,14 +75,22 @@ def _norm(shape, **options) -> LayerCase:
     def inputs(dtype):
         return torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
 
-    return LayerCase(lambda x, w, backend: rms_norm(x, w, 1e-6, backend=backend, **options), inputs, 2)
+    return LayerCase(
+        lambda x, w, backend: rms_norm(x, w, 1e-6, backend=backend, **options), inputs, 2
+    )
 
 
 def _added(shape, **options) -> LayerCase:
     def inputs(dtype):
-        return torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+        return (
+            torch.randn(shape).to(dtype),
+            torch.randn(shape).to(dtype),
+            torch.randn(shape[-1]).to(dtype),
+        )
 
-    return LayerCase(lambda x, r, w, backend: add_rms_norm(x, r, w, 1e-6, backend=backend, **options), inputs, 3)
+    return LayerCase(
+        lambda x, r, w, backend: add_rms_norm(x, r, w, 1e-6, backend=backend, **options), inputs, 3
+    )
 
 
 def _gated(shape, function, **options) -> LayerCase:

@@ -5,8 +5,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from merit_fast.options.fields import parse
 from merit_fast.merge import MergeConfig, merge_branches
+from merit_fast.options.fields import parse
 from merit_fast.progress import SilentProgress
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
@@ -48,7 +48,11 @@ def load(directory):
 def write(directory, tensors, file="model.safetensors"):
     """A model directory of one file."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / file, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        directory / file,
+        {"format": "pt"},
+    )
     return directory
 
 
@@ -58,4 +62,8 @@ def bits(tensor):
     if tensor.is_floating_point():
         tensor = torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor)
     flat = tensor.contiguous().reshape(-1)
-    return flat.view(getattr(torch, np.dtype(kind).name)).numpy() if flat.numel() else np.empty(0, kind)
+    return (
+        flat.view(getattr(torch, np.dtype(kind).name)).numpy()
+        if flat.numel()
+        else np.empty(0, kind)
+    )

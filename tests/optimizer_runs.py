@@ -38,7 +38,16 @@ def set_gradients(parameters, step, gradients=None):
         parameter.grad = (random if gradients is None else gradients[k]).to(parameter.dtype)
 
 
-def train(dtype, steps=3, first=0, parameters=None, optimizer=None, gradients=None, make=FusedAdamW, **options):
+def train(
+    dtype,
+    steps=3,
+    first=0,
+    parameters=None,
+    optimizer=None,
+    gradients=None,
+    make=FusedAdamW,
+    **options,
+):
     """(parameters, optimizer) after the steps."""
     parameters = parameters or make_parameters(dtype, gradients)
     optimizer = optimizer or make(parameters, **{**SETTINGS, **options})

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from merit_fast.report import write_report
 from merit_fast.manifests.schemas import (
     ArmResult,
     AuditManifest,
@@ -25,12 +24,19 @@ from merit_fast.manifests.schemas import (
     TuneManifest,
     WeightSearch,
 )
+from merit_fast.report import write_report
 
 EVIL = "<script>alert(1)</script>"
 
 
 def make_split(
-    number: int, groups: int, first_name: str = "", seed: int = 0, *, unresolved: int = 0, spread: int = 0
+    number: int,
+    groups: int,
+    first_name: str = "",
+    seed: int = 0,
+    *,
+    unresolved: int = 0,
+    spread: int = 0,
 ) -> SplitManifest:
     """Datasets around one direction per group. The first ``unresolved`` are noise, the last ``spread`` go to all."""
     draw = random.Random(seed)
@@ -64,7 +70,9 @@ def make_split(
         )
         for i in range(number)
     )
-    pairs = [(cosine[i][j], error[i][j], label[i] == label[j]) for i in range(number) for j in range(i)]
+    pairs = [
+        (cosine[i][j], error[i][j], label[i] == label[j]) for i in range(number) for j in range(i)
+    ]
     known = [pair for pair in pairs if pair[0] is not None]
     scores = tuple((point[0], point[1], point[2]) for point in points)
     return SplitManifest(
@@ -86,7 +94,8 @@ def make_split(
         score_errors=tuple(tuple(draw.uniform(0.01, 0.15) for _ in row) for row in scores),
         cuts=(),
         separations=tuple(
-            GroupCount(k, 0.42 + 0.02 * k, 0.36 + 0.01 * k, 0.01 * k, 0.011) for k in sorted({2, 4, 8, groups} - {1})
+            GroupCount(k, 0.42 + 0.02 * k, 0.36 + 0.01 * k, 0.01 * k, 0.011)
+            for k in sorted({2, 4, 8, groups} - {1})
         ),
         random_groups=tuple((i * 3 + 1) % groups for i in range(number)),
         base_fingerprint="b" * 32,
@@ -111,7 +120,9 @@ def make_tuned() -> dict[str, TuneManifest]:
     along = ScaleSearch((0.5, 1.0, 1.5, 1.25), (2.5, 2.25, 2.375, 2.125), 1.25)
     kept = replace(by, fitted_loss=2.875, accepted=False)
     return {
-        "random": TuneManifest(branches, start, 1.5, 9, 90, kept, ScaleSearch((0.5, 1.0, 1.5), (3.0, 2.0, 1.0), None)),
+        "random": TuneManifest(
+            branches, start, 1.5, 9, 90, kept, ScaleSearch((0.5, 1.0, 1.5), (3.0, 2.0, 1.0), None)
+        ),
         "merit": TuneManifest(branches, fitted, 1.25, 9, 90, by, along),
     }
 
@@ -152,14 +163,27 @@ def make_evaluation(split: SplitManifest, arm: str = "merit") -> EvaluateManifes
             steps=174 if trained else 0,
             train_s=draw.uniform(100, 2_000) if trained else 0.0,
             peak_memory_bytes=3 * 2**29 if trained else 0,
-            datasets={row.name: DatasetResult(draw.uniform(0, 3), draw.random(), 100, 24) for row in split.datasets},
+            datasets={
+                row.name: DatasetResult(draw.uniform(0, 3), draw.random(), 100, 24)
+                for row in split.datasets
+            },
         )
 
     return EvaluateManifest(
-        arms={"base": result(False), "joint": result(True), arm: result(True), "random": result(True)},
+        arms={
+            "base": result(False),
+            "joint": result(True),
+            arm: result(True),
+            "random": result(True),
+        },
         branches={f"{arm}-{k}": result(True) for k in range(split.groups)},
         merging_gain={
-            name: MergingGain(draw.random(), draw.uniform(2, 4), draw.uniform(1, 2), (1 / split.groups,) * split.groups)
+            name: MergingGain(
+                draw.random(),
+                draw.uniform(2, 4),
+                draw.uniform(1, 2),
+                (1 / split.groups,) * split.groups,
+            )
             for name in (arm, "random")
         },
     )
@@ -205,7 +229,9 @@ class Page(HTMLParser):
         return json.loads(self.scripts[f"{name}-data"])
 
 
-def write(path: Path, split: SplitManifest, evaluation: EvaluateManifest | None = None, **more) -> str:  # type: ignore[no-untyped-def]
+def write(
+    path: Path, split: SplitManifest, evaluation: EvaluateManifest | None = None, **more
+) -> str:  # type: ignore[no-untyped-def]
     write_report(split, evaluation, path, **{"title": "a run", "notes": ["seed 17"], **more})
     return path.read_text(encoding="utf-8")
 
@@ -219,8 +245,24 @@ CASES = pytest.mark.parametrize(
         (make_split(136, 34, spread=3), False),
         (make_split(2, 2), True),
         (make_split(8, 8, unresolved=8), True),
-        (replace(make_split(5, 1), separations=(), reason="splitting would not help: too few datasets"), True),
+        (
+            replace(
+                make_split(5, 1),
+                separations=(),
+                reason="splitting would not help: too few datasets",
+            ),
+            True,
+        ),
         (make_split(6, 3, spread=6), False),
     ],
-    ids=["6-in-2", "6-in-4-medians", "136-in-8", "136-in-34", "one-each", "none-resolved", "one-group", "iid"],
+    ids=[
+        "6-in-2",
+        "6-in-4-medians",
+        "136-in-8",
+        "136-in-34",
+        "one-each",
+        "none-resolved",
+        "one-group",
+        "iid",
+    ],
 )

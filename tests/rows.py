@@ -49,7 +49,9 @@ def make_tokenizer(template=CHATML, eos="<|im_end|>", bos=None, trim_offsets=Tru
     else:
         tokenizer.post_processor = byte_level
     tokenizer.enable_truncation(4)  # as some tokenizer.json files carry it; must not be obeyed
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, bos_token=bos)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, bos_token=bos
+    )
     fast.chat_template = template
     return fast
 
@@ -61,13 +63,17 @@ def write(path, rows):
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
     else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     return str(path)
 
 
 def load(path, tokenizer, part="train", data=None, **keys) -> Dataset:
     """The one dataset of a mixture; keyword arguments are split into `mixture:` and `data:` keys."""
-    [dataset] = load_mixture([DatasetConfig("d", str(path), **keys)], tokenizer, data or DataConfig(), part=part)
+    [dataset] = load_mixture(
+        [DatasetConfig("d", str(path), **keys)], tokenizer, data or DataConfig(), part=part
+    )
     return dataset
 
 
@@ -125,7 +131,10 @@ FORMATS = {
         ]
     },
     "prompt_completion": GOOD,
-    "prompt_completion_lists": {"prompt": [user("capital of France?")], "completion": [assistant("Paris")]},
+    "prompt_completion_lists": {
+        "prompt": [user("capital of France?")],
+        "completion": [assistant("Paris")],
+    },
     "alpaca": {"instruction": "capital of France?", "output": "Paris"},
     "alpaca_empty": {
         "instruction": "capital of France?",
@@ -135,9 +144,15 @@ FORMATS = {
         "history": [],
     },
     "sharegpt": {
-        "conversations": [{"from": "human", "value": "capital of France?"}, {"from": "gpt", "value": "Paris"}]
+        "conversations": [
+            {"from": "human", "value": "capital of France?"},
+            {"from": "gpt", "value": "Paris"},
+        ]
     },
     "sharegpt_openai_names": {
-        "conversations": [{"from": "user", "value": "capital of France?"}, {"from": "assistant", "value": "Paris"}]
+        "conversations": [
+            {"from": "user", "value": "capital of France?"},
+            {"from": "assistant", "value": "Paris"},
+        ]
     },
 }

@@ -60,7 +60,9 @@ def s3_server() -> Iterator[Recorder]:
     recorder = Recorder(server._server.app)
     server._server.app = recorder
     try:
-        with mock.patch.dict(os.environ, {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}):
+        with mock.patch.dict(
+            os.environ, {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+        ):
             yield recorder
     finally:
         server.stop()

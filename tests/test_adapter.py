@@ -27,8 +27,16 @@ def write(directory, shapes, config=PLAIN, dtype="F32"):
         item = {"F32": 4, "I32": 4}[dtype]
         end = len(data) + math.prod(shape) * item
         header[name] = tensor(list(shape), len(data), end, dtype)
-        data += np.random.default_rng(len(data)).standard_normal(math.prod(shape)).astype("<f4").tobytes()
-    files = {"adapter_model.safetensors": pack(header, data), "adapter_config.json": json.dumps(config).encode()}
+        data += (
+            np.random.default_rng(len(data))
+            .standard_normal(math.prod(shape))
+            .astype("<f4")
+            .tobytes()
+        )
+    files = {
+        "adapter_model.safetensors": pack(header, data),
+        "adapter_config.json": json.dumps(config).encode(),
+    }
     return write_model(directory, files)
 
 
@@ -51,8 +59,14 @@ def test_an_embeddings_change_is_transposed(tmp_path):
     shapes = pair(EMBEDDING, 3, 50, names=names) | {f"{EMBEDDING}.base_layer.weight": (50, 3)}
     adapter = read_adapter(write(tmp_path / "a", shapes))
     one = adapter.low_rank["model.embed_tokens.weight"]
-    assert one.transposed and one.shape == (50, 3) and (values(one.b) @ values(one.a)).T.shape == (50, 3)
-    assert set(adapter.full) == {"model.embed_tokens.weight"}  # the base's own, which PEFT saves with it
+    assert (
+        one.transposed
+        and one.shape == (50, 3)
+        and (values(one.b) @ values(one.a)).T.shape == (50, 3)
+    )
+    assert set(adapter.full) == {
+        "model.embed_tokens.weight"
+    }  # the base's own, which PEFT saves with it
 
 
 def test_layers_that_store_in_by_out_are_transposed(tmp_path):
@@ -76,11 +90,23 @@ def test_modules_to_save_are_full_tensors(tmp_path):
         ({"use_rslora": True, "r": 4}, 4, 6 / math.sqrt(4)),
         ({"lora_alpha": None}, 2, 8 / 2),  # PEFT's own default
         ({"rank_pattern": {"q_proj": 3}}, 3, 6 / 3),
-        ({"rank_pattern": {"layers.1.self_attn.q_proj": 3, "q_proj": 4}}, 3, 6 / 3),  # the first that fits
-        ({"rank_pattern": {"proj": 3, "model.layers.1": 4}, "alpha_pattern": {"k_proj": 1}}, 2, 6 / 2),  # whole parts
+        (
+            {"rank_pattern": {"layers.1.self_attn.q_proj": 3, "q_proj": 4}},
+            3,
+            6 / 3,
+        ),  # the first that fits
+        (
+            {"rank_pattern": {"proj": 3, "model.layers.1": 4}, "alpha_pattern": {"k_proj": 1}},
+            2,
+            6 / 2,
+        ),  # whole parts
         ({"alpha_pattern": {r"model\.layers\.[0-3]\..*q_proj": 1.5}}, 2, 1.5 / 2),
         ({"alpha_pattern": {"^model.layers.1.self_attn.q_proj": 5}}, 2, 5 / 2),
-        ({"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 10}, "use_rslora": True}, 5, 10 / math.sqrt(5)),
+        (
+            {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 10}, "use_rslora": True},
+            5,
+            10 / math.sqrt(5),
+        ),
     ],
 )
 def test_rank_and_scaling_are_those_of_the_module(tmp_path, changes, rank, scaling):
@@ -94,7 +120,10 @@ def test_rank_and_scaling_are_those_of_the_module(tmp_path, changes, rank, scali
         ({"peft_type": "IA3"}, "peft_type: must be one of LORA, got 'IA3'"),
         ({"use_dora": True}, "use_dora: must be one of False, got True"),
         ({"bias": "all"}, "bias: must be one of none, got 'all'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: must leave the base as it is, got 'pissa'"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights: must leave the base as it is, got 'pissa'",
+        ),
         ({"lora_bias": True}, "lora_bias: is not of plain LoRA, must be absent, got True"),
         ({"target_parameters": ["x"]}, "target_parameters: is not of plain LoRA"),
         ({"of the\nfuture": 1}, r"of the\\nfuture: is not of plain LoRA, must be absent, got 1"),
@@ -105,7 +134,10 @@ def test_rank_and_scaling_are_those_of_the_module(tmp_path, changes, rank, scali
         ({"rank_pattern": ["q"]}, "rank_pattern: must be a mapping"),
         ({"rank_pattern": {"q": -1}}, "r: must be positive"),
         ({"rank_pattern": {"a\nb": "x"}}, "a pattern must be printable"),
-        ({"alpha_pattern": {"(a+)+b": 1}}, "alpha_pattern: must be of regular expressions with at most 2 repetitions"),
+        (
+            {"alpha_pattern": {"(a+)+b": 1}},
+            "alpha_pattern: must be of regular expressions with at most 2 repetitions",
+        ),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern: must be of regular expressions"),
         ({"r": 3}, "q_proj.lora_A.weight: must be of rank 3 by adapter_config.json, got 2"),
     ],
@@ -121,12 +153,27 @@ def test_what_is_not_plain_lora_is_named(tmp_path, changes, message):
     [
         ({f"{Q}.lora_A.weight": (2, 3)}, f"{Q}.lora_A.weight: has no {Q}.lora_B.weight beside it"),
         ({f"{Q}.lora_B.weight": (5, 2)}, f"{Q}.lora_B.weight: is no tensor of plain LoRA"),
-        (pair(Q, 5, 3) | {f"{Q}.lora_magnitude_vector": (5,)}, "lora_magnitude_vector: is no tensor of plain LoRA"),
-        ({f"{Q}.lora_A.default.weight": (2, 3)}, "lora_A.default.weight: is no tensor of plain LoRA"),
+        (
+            pair(Q, 5, 3) | {f"{Q}.lora_magnitude_vector": (5,)},
+            "lora_magnitude_vector: is no tensor of plain LoRA",
+        ),
+        (
+            {f"{Q}.lora_A.default.weight": (2, 3)},
+            "lora_A.default.weight: is no tensor of plain LoRA",
+        ),
         (pair("model.layers.0.q_proj", 5, 3), f"must begin with {PREFIX}"),
-        ({f"{Q}.lora_A.weight": (2, 3, 1, 1), f"{Q}.lora_B.weight": (5, 2, 1, 1)}, "must have 2 dimensions, got"),
-        ({f"{Q}.lora_A.weight": (2, 3), f"{Q}.lora_B.weight": (5, 4)}, "lora_B.weight: must be of rank 2 .* got 4"),
-        ({f"{EMBEDDING}.base_layer.weight": (4, 3), f"{EMBEDDING}.weight": (4, 3)}, "is no tensor of plain LoRA"),
+        (
+            {f"{Q}.lora_A.weight": (2, 3, 1, 1), f"{Q}.lora_B.weight": (5, 2, 1, 1)},
+            "must have 2 dimensions, got",
+        ),
+        (
+            {f"{Q}.lora_A.weight": (2, 3), f"{Q}.lora_B.weight": (5, 4)},
+            "lora_B.weight: must be of rank 2 .* got 4",
+        ),
+        (
+            {f"{EMBEDDING}.base_layer.weight": (4, 3), f"{EMBEDDING}.weight": (4, 3)},
+            "is no tensor of plain LoRA",
+        ),
     ],
 )
 def test_tensors_that_are_not_plain_lora_are_named(tmp_path, shapes, message):
@@ -139,7 +186,9 @@ def test_factors_of_integers_and_missing_files_are_named(tmp_path):
         read_adapter(write(tmp_path / "a", pair(Q, 5, 3), dtype="I32"))
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     (tmp_path / "a" / "adapter_model.bin").touch()
-    with pytest.raises(InputError, match="holds no adapter_model.safetensors; adapter_model.bin is a pickle file"):
+    with pytest.raises(
+        InputError, match="holds no adapter_model.safetensors; adapter_model.bin is a pickle file"
+    ):
         read_adapter(tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="is not an adapter: holds no adapter_config.json"):

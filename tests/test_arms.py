@@ -8,9 +8,9 @@ from merit_fast.data import Dataset
 from merit_fast.data.shares import dealt_rows, warmup_rows
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import read_manifest
-from merit_fast.pipeline.run import Run
-from merit_fast.pipeline.config import read_run_config
 from merit_fast.manifests.schemas import BranchManifest, SplitManifest
+from merit_fast.pipeline.config import read_run_config
+from merit_fast.pipeline.run import Run
 
 
 def dataset(name="d", rows=37):

@@ -10,9 +10,9 @@ from merit_fast.evaluate import EvaluateConfig
 from merit_fast.evaluate.audit import _Auditor, audit_merges, audit_rows
 from merit_fast.evaluate.stage import Merge
 from merit_fast.manifests.io import read_manifest
+from merit_fast.manifests.schemas import AuditManifest
 from merit_fast.model import load_model
 from merit_fast.progress import SilentProgress
-from merit_fast.manifests.schemas import AuditManifest
 
 WEIGHTS = (0.2, 0.3, 0.5)
 
@@ -34,7 +34,11 @@ def checkpoint(folder, tensors, like):
 
 def sharpened(tiny_model):
     """The tiny model's matrices times 3: as it was initialised its loss is so flat that rounding drowns a curvature."""
-    found = {n: v.float() for file in tiny_model.glob("*.safetensors") for n, v in load_file(file).items()}
+    found = {
+        n: v.float()
+        for file in tiny_model.glob("*.safetensors")
+        for n, v in load_file(file).items()
+    }
     return {name: value * (3 if value.dim() > 1 else 1) for name, value in found.items()}
 
 
@@ -43,10 +47,14 @@ def branches_around(folder, tiny_model, size):
     base = sharpened(tiny_model)
     numbers = torch.Generator().manual_seed(0)
     moved = [
-        {n: v + size * v.abs() * torch.randn(v.shape, generator=numbers) for n, v in base.items()} for _ in WEIGHTS
+        {n: v + size * v.abs() * torch.randn(v.shape, generator=numbers) for n, v in base.items()}
+        for _ in WEIGHTS
     ]
     merged = {n: sum(w * m[n] for w, m in zip(WEIGHTS, moved, strict=True)) for n in base}
-    paths = {f"b{k}": checkpoint(folder / f"b{k}", tensors, tiny_model) for k, tensors in enumerate(moved)}
+    paths = {
+        f"b{k}": checkpoint(folder / f"b{k}", tensors, tiny_model)
+        for k, tensors in enumerate(moved)
+    }
     return paths, checkpoint(folder / "merged", merged, tiny_model), base, moved, merged
 
 
@@ -55,7 +63,9 @@ def audited(folder, tiny_model, datasets, size):
     start = checkpoint(folder / "base", tensors[0], tiny_model)
     merges = {"merit": Merge(merged, tuple(paths), WEIGHTS)}
     config = EvaluateConfig(batch_size=3, audit_rows=12, audit_points=2)
-    return audit_merges(merges, paths, start, datasets, 1, config, SilentProgress())["merit"], *tensors
+    return audit_merges(merges, paths, start, datasets, 1, config, SilentProgress())[
+        "merit"
+    ], *tensors
 
 
 def test_near_the_merge_the_gain_is_what_the_hessian_says(tmp_path, tiny_model, datasets):
@@ -70,19 +80,31 @@ def test_near_the_merge_the_gain_is_what_the_hessian_says(tmp_path, tiny_model, 
     assert audit.displacement == pytest.approx(square(merged, base) ** 0.5, rel=1e-5)
     spread = sum(w * square(m, base) for w, m in zip(WEIGHTS, moved, strict=True))
     assert audit.contraction == pytest.approx(square(merged, base) / spread, rel=1e-5)
-    assert audit.contraction == pytest.approx(sum(w * w for w in WEIGHTS), rel=0.05)  # unrelated branches
-    assert [(b.first, b.second) for b in audit.barriers] == [("b0", "b1"), ("b0", "b2"), ("b1", "b2")]
+    assert audit.contraction == pytest.approx(
+        sum(w * w for w in WEIGHTS), rel=0.05
+    )  # unrelated branches
+    assert [(b.first, b.second) for b in audit.barriers] == [
+        ("b0", "b1"),
+        ("b0", "b2"),
+        ("b1", "b2"),
+    ]
     assert [share for share, _ in audit.noise] == [0.01, 0.03, 0.1] and audit.num_examples == 8
 
 
-def test_a_merge_beside_the_mean_of_its_branches_has_a_slope_and_the_audit_counts_it(tmp_path, tiny_model, datasets):
+def test_a_merge_beside_the_mean_of_its_branches_has_a_slope_and_the_audit_counts_it(
+    tmp_path, tiny_model, datasets
+):
     paths, _, base, _, merged = branches_around(tmp_path, tiny_model, 0.02)
-    scaled = checkpoint(tmp_path / "scaled", {n: base[n] + 2 * (merged[n] - base[n]) for n in base}, tiny_model)
+    scaled = checkpoint(
+        tmp_path / "scaled", {n: base[n] + 2 * (merged[n] - base[n]) for n in base}, tiny_model
+    )
     start = checkpoint(tmp_path / "base", base, tiny_model)
     merges = {"merit": Merge(scaled, tuple(paths), WEIGHTS)}
     config = EvaluateConfig(batch_size=3, audit_rows=12, audit_points=1)
     audit = audit_merges(merges, paths, start, datasets, 1, config, SilentProgress())["merit"]
-    assert audit.gain < 0 and audit.ratio == pytest.approx(1.0, abs=0.1)  # without its slope: above 0
+    assert audit.gain < 0 and audit.ratio == pytest.approx(
+        1.0, abs=0.1
+    )  # without its slope: above 0
 
 
 def test_far_from_the_merge_it_says_so(tmp_path, tiny_model, datasets):
@@ -93,13 +115,17 @@ def test_far_from_the_merge_it_says_so(tmp_path, tiny_model, datasets):
 def test_curvature_is_the_second_difference_of_the_loss(tiny_model, datasets):
     auditor = _Auditor(load_model(str(tiny_model), "fp32"), audit_rows(datasets, 5), 1, 2)
     numbers = torch.Generator().manual_seed(1)
-    auditor.set({name: value for name, value in sharpened(tiny_model).items() if name in auditor.weights})
+    auditor.set(
+        {name: value for name, value in sharpened(tiny_model).items() if name in auditor.weights}
+    )
     center = {name: value.clone() for name, value in auditor.weights.items()}
     delta = {n: v.abs() * torch.randn(v.shape, generator=numbers) for n, v in center.items()}
     ((slope, curvature),) = auditor.derivatives([delta])
     auditor.model.requires_grad_(False)
     step = 0.02
-    there, here, back = (auditor.loss({n: v + s * delta[n] for n, v in center.items()}) for s in (step, 0.0, -step))
+    there, here, back = (
+        auditor.loss({n: v + s * delta[n] for n, v in center.items()}) for s in (step, 0.0, -step)
+    )
     assert slope == pytest.approx((there - back) / (2 * step), rel=0.05)
     assert curvature == pytest.approx((there - 2 * here + back) / step**2, rel=0.05)
 
@@ -108,7 +134,9 @@ def test_a_barrier_is_the_height_above_the_line(tiny_model, datasets, monkeypatc
     auditor = _Auditor(load_model(str(tiny_model), "fp32"), audit_rows(datasets, 2), 1, 2)
     ends = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
     bump = {0.5: 0.5}
-    monkeypatch.setattr(auditor, "loss", lambda weights: 1 + float(weights["a"]) + bump.get(float(weights["a"]), 0))
+    monkeypatch.setattr(
+        auditor, "loss", lambda weights: 1 + float(weights["a"]) + bump.get(float(weights["a"]), 0)
+    )
     assert auditor.barrier(ends, (1.0, 2.0), points=3) == pytest.approx(0.5)
     monkeypatch.setattr(auditor, "loss", lambda weights: float(weights["a"]) ** 2)
     assert auditor.barrier(ends, (0.0, 1.0), points=3) == 0.0  # below the line is no barrier
@@ -116,14 +144,18 @@ def test_a_barrier_is_the_height_above_the_line(tiny_model, datasets, monkeypatc
 
 def test_rows_are_taken_in_turn_and_none_is_refused(datasets):
     rows = audit_rows(datasets, len(datasets) + 1)
-    assert [row is dataset.examples[0] for row, dataset in zip(rows, datasets, strict=False)] == [True] * len(datasets)
+    assert [row is dataset.examples[0] for row, dataset in zip(rows, datasets, strict=False)] == [
+        True
+    ] * len(datasets)
     assert rows[-1] is datasets[0].examples[1]
     assert len(audit_rows(datasets, 10_000)) == sum(d.num_examples for d in datasets)
     with pytest.raises(InputError, match="evaluate.audit: no dataset"):
         audit_merges({}, {}, None, [], 1, EvaluateConfig(), SilentProgress())
 
 
-def test_a_run_with_audit_shows_it_and_without_does_not_evaluate_again(tmp_path, tiny_model, tiny_mixture, monkeypatch):
+def test_a_run_with_audit_shows_it_and_without_does_not_evaluate_again(
+    tmp_path, tiny_model, tiny_mixture, monkeypatch
+):
     import yaml
     from test_pipeline import run_all, run_values
 

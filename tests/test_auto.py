@@ -43,7 +43,11 @@ def test_halving_two_groups_at_random_makes_no_four():
     "table,options,reason",
     [
         ({}, {}, "there are too few datasets to tell a split from a random one"),
-        ({2: found(0.4)}, {"steps": 120}, "2 branches would take 60 optimizer steps each, fewer than 100"),
+        (
+            {2: found(0.4)},
+            {"steps": 120},
+            "2 branches would take 60 optimizer steps each, fewer than 100",
+        ),
         ({2: found(0.4)}, {"steps": 120, "min_steps": 60}, None),
         (
             {2: found(0.4)},
@@ -93,7 +97,9 @@ def test_planted_conflicts_are_counted(planted, expected):
     """No axis, one or two with two sides each; 24 datasets of 160 noisy examples."""
     generator = np.random.default_rng(planted)
     basis = np.linalg.qr(generator.standard_normal((300, 30)))[0].T
-    sides = np.array([[(i >> axis & 1) * 2 - 1 for axis in range(2)] for i in range(24)]) * (np.arange(2) < planted)
+    sides = np.array([[(i >> axis & 1) * 2 - 1 for axis in range(2)] for i in range(24)]) * (
+        np.arange(2) < planted
+    )
     means = basis[:24] + 1.2 * sides @ basis[24:26]
     sums = 20 * means[:, None] + np.sqrt(20 * 40 / 300) * generator.standard_normal((24, 8, 300))
     products = block_products(sums, np.full((24, 8), 20))

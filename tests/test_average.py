@@ -17,7 +17,12 @@ def every_bf16():
 def adversarial(dtype, seed, n=5003):
     """Random bit patterns: denormals, signed zeros, infinities and NaN among them."""
     width = np.dtype(FLOAT_DTYPES[dtype][1]).itemsize
-    return np.random.default_rng(seed).integers(0, 256, n * width).astype(np.uint8).view(FLOAT_DTYPES[dtype][1])
+    return (
+        np.random.default_rng(seed)
+        .integers(0, 256, n * width)
+        .astype(np.uint8)
+        .view(FLOAT_DTYPES[dtype][1])
+    )
 
 
 @pytest.mark.parametrize("out_dtype", FLOAT_DTYPES)
@@ -49,7 +54,9 @@ def test_one_input_of_weight_one_comes_back_bit_for_bit(backend):
     bits = every_bf16()
     finite_or_infinite = (bits & 0x7FFF) <= 0x7F80
     out = average_arrays([bits], [1.0], dtypes=["BF16"], out_dtype="BF16", backend=backend)
-    assert np.array_equal(out[finite_or_infinite], bits[finite_or_infinite])  # denormals and -0.0 too
+    assert np.array_equal(
+        out[finite_or_infinite], bits[finite_or_infinite]
+    )  # denormals and -0.0 too
     assert ((out[~finite_or_infinite] & 0x7FFF) > 0x7F80).all()  # NaN stays NaN
     halves = np.arange(65536, dtype=np.uint16).view(np.float16)
     out = average_arrays([halves], [1.0], dtypes=["F16"], out_dtype="F16", backend=backend)
@@ -60,7 +67,9 @@ def test_one_input_of_weight_one_comes_back_bit_for_bit(backend):
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_bf16_rounding_is_nearest_even_in_one_step(backend):
     """1 + 2^-8 is half way between two bf16 numbers; a hair above, invisible to fp32, must still round up."""
-    values = np.array([1 + 2**-8, 1 + 2**-8 + 2**-40, 1 + 3 * 2**-8, 1 + 3 * 2**-8 - 2**-40, 2.0**-140, -0.0])
+    values = np.array(
+        [1 + 2**-8, 1 + 2**-8 + 2**-40, 1 + 3 * 2**-8, 1 + 3 * 2**-8 - 2**-40, 2.0**-140, -0.0]
+    )
     expected = np.array([1.0, 1 + 2**-7, 1 + 2**-6, 1 + 2**-7], np.float32)
     out = average_arrays([values], [1.0], dtypes=["F64"], out_dtype="BF16", backend=backend)
     assert out[:4].tolist() == (expected.view(np.uint32) >> 16).tolist()
@@ -69,14 +78,16 @@ def test_bf16_rounding_is_nearest_even_in_one_step(backend):
 
 
 def test_bf16_rounding_is_nearest_among_all_neighbours():
-    values = np.random.default_rng(0).standard_normal(20000) * np.float64(10.0) ** np.random.default_rng(1).integers(
-        -39, 38, 20000
-    )
+    values = np.random.default_rng(0).standard_normal(20000) * np.float64(
+        10.0
+    ) ** np.random.default_rng(1).integers(-39, 38, 20000)
     rounded = float64_to_bf16(values)
     here = np.abs(to_float64(rounded, "BF16") - values)
     magnitude = rounded & 0x7FFF
     for step in (-1, 1):
-        near = np.clip(magnitude.astype(int) + step, 0, 0x7F7F).astype(np.uint16) | (rounded & 0x8000)
+        near = np.clip(magnitude.astype(int) + step, 0, 0x7F7F).astype(np.uint16) | (
+            rounded & 0x8000
+        )
         assert (here <= np.abs(to_float64(near, "BF16") - values)).all()
 
 

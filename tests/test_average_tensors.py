@@ -7,7 +7,12 @@ from triton_interp import run_interpreted
 
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.average import FLOAT_DTYPES, average_arrays, foreach_weighted_average, weighted_average
+from merit_fast.kernels.average import (
+    FLOAT_DTYPES,
+    average_arrays,
+    foreach_weighted_average,
+    weighted_average,
+)
 from merit_fast.kernels.average import _tensors as family
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
@@ -27,7 +32,9 @@ def array(tensor):
 
 def same(a, b):
     nan = a.isnan() & b.isnan()
-    return a.dtype == b.dtype and bool(((a.view(BITS[a.itemsize]) == b.view(BITS[b.itemsize])) | nan).all())
+    return a.dtype == b.dtype and bool(
+        ((a.view(BITS[a.itemsize]) == b.view(BITS[b.itemsize])) | nan).all()
+    )
 
 
 def test_triton_kernel_in_the_interpreter():
@@ -42,7 +49,11 @@ def test_tensors_of_mixed_types_give_the_bits_of_arrays(backend, out_dtype):
     out = torch.empty(5003, dtype=out_dtype)
     assert weighted_average(tensors, WEIGHTS, out, backend=backend) is out
     expected = average_arrays(
-        [array(t) for t in tensors], WEIGHTS, dtypes=list(FLOAT_DTYPES), out_dtype=NAMES[out_dtype], backend="eager"
+        [array(t) for t in tensors],
+        WEIGHTS,
+        dtypes=list(FLOAT_DTYPES),
+        out_dtype=NAMES[out_dtype],
+        backend="eager",
     )
     found, expected = array(out), torch.from_numpy(expected)
     expected = expected.view(torch.bfloat16) if out_dtype == torch.bfloat16 else expected
@@ -70,7 +81,10 @@ def test_large_tensors_are_cut_and_joined(backend, monkeypatch):
 
 
 def test_many_at_once_equal_one_by_one():
-    models = [[adversarial(d, 7 * k + i, 100 * i + 1) for i, d in enumerate(family.DTYPES)] for k in range(3)]
+    models = [
+        [adversarial(d, 7 * k + i, 100 * i + 1) for i, d in enumerate(family.DTYPES)]
+        for k in range(3)
+    ]
     results = foreach_weighted_average(models, WEIGHTS[:3])
     for i, result in enumerate(results):
         assert same(result, weighted_average([model[i] for model in models], WEIGHTS[:3]))
@@ -118,13 +132,19 @@ def test_a_result_may_not_overlap_what_another_tensor_reads():
 
 def test_bad_arguments_are_named():
     x = torch.zeros(4)
-    with pytest.raises(ValueError, match="weighted_average: needs as many tensors as weights, got 1, 2"):
+    with pytest.raises(
+        ValueError, match="weighted_average: needs as many tensors as weights, got 1, 2"
+    ):
         weighted_average([x], [0.5, 0.5])
     with pytest.raises(ValueError, match=r"input 1, tensor 0: shape must be \[4\], got \[2, 2\]"):
         weighted_average([x, torch.zeros(2, 2)], [0.5, 0.5])
-    with pytest.raises(TypeError, match="out, tensor 0: dtype must be one of bfloat16.*got torch.int64"):
+    with pytest.raises(
+        TypeError, match="out, tensor 0: dtype must be one of bfloat16.*got torch.int64"
+    ):
         weighted_average([x], [1.0], torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="foreach_weighted_average: input 1 must have 2 tensors, got 1"):
+    with pytest.raises(
+        ValueError, match="foreach_weighted_average: input 1 must have 2 tensors, got 1"
+    ):
         foreach_weighted_average([[x, x], [x]], [0.5, 0.5])
     with pytest.raises(ValueError, match="must be on cpu, is on meta"):
         weighted_average([x, torch.zeros(4, device="meta")], [0.5, 0.5])
@@ -132,7 +152,9 @@ def test_bad_arguments_are_named():
 
 def test_the_op_passes_opcheck_and_compiles():
     a, b, out = torch.randn(2, 5), torch.randn(2, 5).bfloat16(), torch.zeros(2, 5)
-    torch.library.opcheck(family._average, ([a.view(-1), b.view(-1)], [0.5, 0.5], [out.view(-1)], None))
+    torch.library.opcheck(
+        family._average, ([a.view(-1), b.view(-1)], [0.5, 0.5], [out.view(-1)], None)
+    )
 
     def blend(x, y):
         weighted_average([x, y], [0.9, 0.1], x)
@@ -149,12 +171,20 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     x = torch.zeros(4)
     real = dispatch.importlib.util.find_spec
     found = {"triton": object()}
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: found.get(name, real(name)))
-    with pytest.raises(BackendUnavailableError, match="'triton' runs on cuda tensors, got cpu.*TRITON_INTERPRET=1"):
+    monkeypatch.setattr(
+        dispatch.importlib.util, "find_spec", lambda name: found.get(name, real(name))
+    )
+    with pytest.raises(
+        BackendUnavailableError, match="'triton' runs on cuda tensors, got cpu.*TRITON_INTERPRET=1"
+    ):
         weighted_average([x], [1.0], backend="triton")
     assert dispatch.choose("weighted_average", "cuda", None) == "triton"
-    assert "runs on cuda tensors, got mps" in dispatch.unavailable("weighted_average", "triton", "mps")
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name == "triton" else real(name))
+    assert "runs on cuda tensors, got mps" in dispatch.unavailable(
+        "weighted_average", "triton", "mps"
+    )
+    monkeypatch.setattr(
+        dispatch.importlib.util, "find_spec", lambda name: None if name == "triton" else real(name)
+    )
     with pytest.raises(BackendUnavailableError, match="'triton' is not installed"):
         weighted_average([x], [1.0], backend="triton")
 

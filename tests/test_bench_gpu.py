@@ -14,7 +14,9 @@ from merit_fast.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(dispatch.native_module() is None, reason="the native kernels were not built")
+pytestmark = pytest.mark.skipif(
+    dispatch.native_module() is None, reason="the native kernels were not built"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,9 @@ def test_every_case_holds_on_the_cpu(report):
 
 
 def test_every_op_with_a_gpu_kernel_has_an_entry():
-    with_kernel = {row for row, backends in dispatch.OPS.items() if {"triton", "cuda"} & set(backends)}
+    with_kernel = {
+        row for row, backends in dispatch.OPS.items() if {"triton", "cuda"} & set(backends)
+    }
     assert with_kernel <= {op.row for op in gpu.OPS} <= set(dispatch.OPS)
 
 
@@ -42,7 +46,9 @@ def spoiled(op, spoil):
             yield replace(
                 case,
                 run=lambda backend, run=case.run: (
-                    run(backend) if backend == "eager" else [spoil(result.clone()) for result in run(backend)]
+                    run(backend)
+                    if backend == "eager"
+                    else [spoil(result.clone()) for result in run(backend)]
                 ),
             )
 
@@ -88,7 +94,10 @@ def test_a_wrong_op_is_named_and_fails_the_run(op, spoil, words, monkeypatch):
 
 @pytest.mark.parametrize("op", gpu.OPS[1:], ids=lambda op: op.name)
 def test_sketches_of_tf32_precision_and_of_changing_bits_are_wrong(op, monkeypatch):
-    for spoil, words in ((rounded_to_tf32, "relative error"), (never_the_same, "two runs gave different bits")):
+    for spoil, words in (
+        (rounded_to_tf32, "relative error"),
+        (never_the_same, "two runs gave different bits"),
+    ):
         monkeypatch.setattr(gpu, "OPS", [spoiled(op, spoil)])
         said = []
         assert gpu.exit_code(gpu.run(CPU, None, said.append)) == 1
@@ -97,12 +106,18 @@ def test_sketches_of_tf32_precision_and_of_changing_bits_are_wrong(op, monkeypat
 
 def test_right_results_are_timed_beside_their_peers_and_wrong_ones_are_not(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    sound, broken = (replace(op, large=op.small) for op in (gpu.OPS[0], spoiled(gpu.OPS[2], torch.zeros_like)))
+    sound, broken = (
+        replace(op, large=op.small) for op in (gpu.OPS[0], spoiled(gpu.OPS[2], torch.zeros_like))
+    )
     peer = {"liger-kernel": lambda: [][0]}
-    with_peer = replace(sound, large=lambda device: (replace(c, peers=peer) for c in [next(sound.small(device))]))
+    with_peer = replace(
+        sound, large=lambda device: (replace(c, peers=peer) for c in [next(sound.small(device))])
+    )
     monkeypatch.setattr(gpu, "OPS", [with_peer, broken])
     ceilings = {"bytes_per_s": 1e9, "fp32_operations_per_s": 1e12, "bf16_operations_per_s": 1e12}
-    monkeypatch.setattr(gpu, "measure_ceilings", lambda device, timer: {**ceilings, "mixed_operations_per_s": 1e12})
+    monkeypatch.setattr(
+        gpu, "measure_ceilings", lambda device, timer: {**ceilings, "mixed_operations_per_s": 1e12}
+    )
     report = gpu.run(CPU, lambda run: 0.25, lambda line: None)
     ours, liger = (row for row in report["times"] if row["op"] == sound.name)
     assert ours["by"] == "cpu" and ours["seconds"] == 0.25 and ours["floor_s"] > 0
@@ -123,14 +138,22 @@ def test_peers_compute_what_the_op_computes():
     for case in cases:
         name = next(name for name in case.peers if name.startswith("eager"))
         result = case.peers[name]()
-        result = result if isinstance(result, list) else [result.view(len(result.flatten()) // 12288, 12288)]
+        result = (
+            result
+            if isinstance(result, list)
+            else [result.view(len(result.flatten()) // 12288, 12288)]
+        )
         assert max(gpu.errors(result, case.truth())) < 1e-6
         assert "torch.compile" in case.peers and case.moved_bytes and case.operations
 
 
 def test_ceilings_are_of_bytes_and_of_operations():
     ceilings = gpu.measure_ceilings(CPU, lambda run: (run(), 0.5)[1], size=1 << 10, side=8)
-    rates = {"bytes_per_s": 2 * 1024 / 0.5, "fp32_operations_per_s": 2048.0, "bf16_operations_per_s": 2048.0}
+    rates = {
+        "bytes_per_s": 2 * 1024 / 0.5,
+        "fp32_operations_per_s": 2048.0,
+        "bf16_operations_per_s": 2048.0,
+    }
     assert ceilings == rates
 
 
@@ -139,11 +162,16 @@ def test_without_a_gpu_it_says_so_claims_nothing_and_exits_with_0(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--json", tmp_path / "out.json"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and not (tmp_path / "out.json").exists()
-    assert result.stdout == "bench.gpu: no GPU here: nothing was checked, nothing was timed, nothing is claimed\n"
+    assert (
+        result.stdout
+        == "bench.gpu: no GPU here: nothing was checked, nothing was timed, nothing is claimed\n"
+    )
 
 
 def test_a_run_that_checked_nothing_fails(monkeypatch):
     said = []
     monkeypatch.setattr(dispatch, "unavailable", lambda op, backend, device: "is not installed")
     report = gpu.run(CPU, None, said.append)
-    assert gpu.exit_code(report) == 1 and said[0].startswith("NOT RUN foreach_weighted_average: backend cpu is not")
+    assert gpu.exit_code(report) == 1 and said[0].startswith(
+        "NOT RUN foreach_weighted_average: backend cpu is not"
+    )

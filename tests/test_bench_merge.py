@@ -34,7 +34,15 @@ def test_a_round_is_measured_kept_and_not_repeated(tmp_path):
     assert json.loads(lines[2])["round"]["group"] == "cold"
 
     (tmp_path / "bench_merge-tiny.jsonl").write_text("\n".join([*lines, '{"round": {"gro']))
-    again = bench(tmp_path, "--only", "linear", "--rounds", "2", "--skip", "transformers,safetensors,memory,library")
+    again = bench(
+        tmp_path,
+        "--only",
+        "linear",
+        "--rounds",
+        "2",
+        "--skip",
+        "transformers,safetensors,memory,library",
+    )
     assert "round 1, linear" not in again and "round 2, linear: command-fsync: " in again
     assert not list((tmp_path / "scratch-tiny").glob("out*"))
 
@@ -85,12 +93,17 @@ def test_the_reference_rounds_once(round_once, value, bits):
     assert round_once(np.array([value]))[0] == bits
     exact = Fraction(value)
     result = np.array([bits << 16], np.uint32).view(np.float32)[0]
-    for neighbour in np.array([(bits + 1) << 16, (bits - 1) % 65536 << 16], np.uint32).view(np.float32):
+    for neighbour in np.array([(bits + 1) << 16, (bits - 1) % 65536 << 16], np.uint32).view(
+        np.float32
+    ):
         if np.isfinite(neighbour):
             assert abs(Fraction(float(result)) - exact) <= abs(Fraction(float(neighbour)) - exact)
 
 
 def test_io_paths_measures_every_way(tmp_path):
     text = run("-m", "bench.io_paths", tmp_path, "--mib", "8", "--rounds", "1")
-    assert all(f"| {way} " in text for way in ("O_DIRECT, 1 MiB", "copy_file_range", "mmap, copied in 512 KiB"))
+    assert all(
+        f"| {way} " in text
+        for way in ("O_DIRECT, 1 MiB", "copy_file_range", "mmap, copied in 512 KiB")
+    )
     assert not list(tmp_path.iterdir())

@@ -42,7 +42,10 @@ def test_steps_are_measured_kept_and_not_repeated(bench, tmp_path, tiny_model):
     text = bench("sketch_step", *options, "--rounds", "1")
     rounds = [record["round"] for record in records(tmp_path / "sketch_step-quick.jsonl")[1:]]
     names = [entry["case"] for entry in rounds]
-    assert names == [*(f"31m, {d}, T={t}, 1 thread(s)" for d in ("fp32", "bf16") for t in (16, 24)), names[-1]]
+    assert names == [
+        *(f"31m, {d}, T={t}, 1 thread(s)" for d in ("fp32", "bf16") for t in (16, 24)),
+        names[-1],
+    ]
     assert list(rounds[0]["rows"]) == [
         "plain", "frozen", "sketch", "plain, oneDNN", "sketch, oneDNN", "training", "training + sum",
     ]  # fmt: skip
@@ -53,7 +56,9 @@ def test_steps_are_measured_kept_and_not_repeated(bench, tmp_path, tiny_model):
 
 
 def test_memory_is_of_a_process_of_its_own_and_a_large_model_is_built_in_place(bench):
-    sketch = json.loads(bench("sketch_memory", "sketch", "--quick", "--tokens", "16").splitlines()[-1])
+    sketch = json.loads(
+        bench("sketch_memory", "sketch", "--quick", "--tokens", "16").splitlines()[-1]
+    )
     assert sketch["before_mib"] <= sketch["high_mib"]
     large = json.loads(bench("sketch_memory", "7b", "--quick").splitlines()[-1])
     assert large["weights_mib"] == large["parameters"] * 2 / 2**20
@@ -64,8 +69,12 @@ def test_accuracy_is_that_of_the_gradients_it_keeps(bench, tmp_path, tiny_model)
     text = bench("sketch_accuracy", *options, "--seeds", "2")
     assert "| 4096 | 2 | " in text and "8 tasks, 28 pairs" in text
     found = records(tmp_path / "sketch_accuracy.jsonl")
-    gradients = torch.stack([torch.from_file(str(f), size=f.stat().st_size // 4) for f in files_of(found, tmp_path)])
-    exact = sum(torch.tensor(value) for record in found for value in record.get("exact", {}).values())
+    gradients = torch.stack(
+        [torch.from_file(str(f), size=f.stat().st_size // 4) for f in files_of(found, tmp_path)]
+    )
+    exact = sum(
+        torch.tensor(value) for record in found for value in record.get("exact", {}).values()
+    )
     assert torch.allclose(exact.double(), gradients.double() @ gradients.double().T, rtol=1e-5)
     more = bench("sketch_accuracy", *options, "--seeds", "3")
     assert "gradient of" not in more and "| 4096 | 3 | " in more
@@ -75,7 +84,9 @@ def test_accuracy_is_that_of_the_gradients_it_keeps(bench, tmp_path, tiny_model)
 
 
 def files_of(found, folder):
-    return [folder / f"{record['gradient']['task']}.2.f32" for record in found if "gradient" in record]
+    return [
+        folder / f"{record['gradient']['task']}.2.f32" for record in found if "gradient" in record
+    ]
 
 
 def test_a_peer_that_is_not_to_be_had_is_said_and_the_others_run(bench, tmp_path):
@@ -87,9 +98,15 @@ def test_a_peer_that_is_not_to_be_had_is_said_and_the_others_run(bench, tmp_path
 
 
 def test_the_loop_over_examples_is_checked_and_timed_beside_the_plain_step(bench):
-    found = json.loads(bench("sketch_peer_steps", "less", "--quick", "--rounds", "2").splitlines()[-1])
+    found = json.loads(
+        bench("sketch_peer_steps", "less", "--quick", "--rounds", "2").splitlines()[-1]
+    )
     steps = {name.split("/")[1] for name in found}
-    assert steps == {"plain", "loop over examples, nothing projected", "loop over examples, index_add_ to 65536"}
+    assert steps == {
+        "plain",
+        "loop over examples, nothing projected",
+        "loop over examples, index_add_ to 65536",
+    }
     assert len(found) == 2 * 3 * 2
 
 

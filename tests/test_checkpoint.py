@@ -130,13 +130,19 @@ def test_tensors_and_files_that_the_index_does_not_agree_with_are_named(tmp_path
     repeated = write_model(tmp_path / "twice", twice, {"v": "a.safetensors", "w": "b.safetensors"})
     assert_refused(repeated, "b.safetensors: w: is in a.safetensors too")
     stale = write_model(
-        tmp_path / "stale", {**TWO, "model.safetensors": both}, {"v": "a.safetensors", "w": "b.safetensors"}
+        tmp_path / "stale",
+        {**TWO, "model.safetensors": both},
+        {"v": "a.safetensors", "w": "b.safetensors"},
     )
     assert_refused(stale, "does not name model.safetensors, which lies beside it")
 
 
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path):
-    for name, make in (("pipe", os.mkfifo), ("folder", os.mkdir), ("zero", lambda p: os.symlink("/dev/zero", p))):
+    for name, make in (
+        ("pipe", os.mkfifo),
+        ("folder", os.mkdir),
+        ("zero", lambda p: os.symlink("/dev/zero", p)),
+    ):
         for kind in ("model.safetensors", INDEX):
             model = write_model(tmp_path / f"{name} {kind}", {})
             make(model / kind)
@@ -148,7 +154,9 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path):
 
 def test_the_links_of_the_hubs_cache_are_followed(tmp_path):
     blobs = write_model(tmp_path / "blobs", {"1f": one_tensor("v"), "2e": one_tensor("w")})
-    model = write_model(tmp_path / "snapshots" / "main", {}, {"v": "a.safetensors", "w": "b.safetensors"})
+    model = write_model(
+        tmp_path / "snapshots" / "main", {}, {"v": "a.safetensors", "w": "b.safetensors"}
+    )
     for name, blob in (("a.safetensors", "1f"), ("b.safetensors", "2e")):
         (model / name).symlink_to(os.path.relpath(blobs / blob, model))
     assert [file for file, _ in read_checkpoint(model).shards] == ["a.safetensors", "b.safetensors"]
@@ -165,10 +173,16 @@ def test_what_may_not_be_read_is_named(tmp_path):
     (model / "model.safetensors").chmod(0)
     closed.chmod(0)
     for folder in (tmp_path, *tmp_path.parents):
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid() and folder != Path("/"):
+        if (
+            os.access(folder, os.W_OK)
+            and folder.stat().st_uid == os.getuid()
+            and folder != Path("/")
+        ):
             folder.chmod(folder.stat().st_mode | 0o011)  # pytest's folders are its user's alone
     for directory, name in ((model, "model.safetensors"), (closed, "closed")):
-        result = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", script, str(directory)], capture_output=True, text=True
+        )
         assert f"InputError: {tmp_path}" in result.stderr, result.stderr
         assert f"{name}: cannot be read: Permission denied" in result.stderr
     closed.chmod(0o700)
@@ -207,7 +221,9 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
         file.unlink()
     torch.save(model.state_dict(), directory / "pytorch_model.bin")
     (directory / "optimizer.pt").write_bytes(b"x")
-    with pytest.raises(InputError, match="pytorch_model.bin is a pickle file, .* convert it: python -c ") as error:
+    with pytest.raises(
+        InputError, match="pytorch_model.bin is a pickle file, .* convert it: python -c "
+    ) as error:
         read_checkpoint(directory)
     run_conversion(str(error.value))
     converted = load(directory)
@@ -218,7 +234,10 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
 def test_other_forms_of_weights_are_named(tmp_path):
     cases = [
         ({}, "holds neither model.safetensors.index.json nor model.safetensors$"),
-        ({"model-00001-of-00002.safetensors": one_tensor()}, "model-00001-of-00002.safetensors has no index beside it"),
+        (
+            {"model-00001-of-00002.safetensors": one_tensor()},
+            "model-00001-of-00002.safetensors has no index beside it",
+        ),
         ({"adapter_model.safetensors": one_tensor()}, "it is an adapter, which needs a base model"),
         ({"weights.pth": b"x"}, "weights.pth is a pickle file, .*only safetensors are read"),
         ({"a\nb.bin": b"x"}, r"a\\nb.bin is a pickle file"),

@@ -30,15 +30,24 @@ def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
         (["run", "run.yml", "other.yml"], "must be one CONFIG.yml"),
         (["run", "run.yml", "model=/nowhere"], "'/nowhere' is neither a directory nor a hub id"),
         (["run", "run.yml", "output=run.yml"], "output: must be a directory, got the file run.yml"),
-        (["sketch", "--proj-dim", "100", "run.yml"], "split.proj_dim: must be a multiple of 4096, got 100"),
+        (
+            ["sketch", "--proj-dim", "100", "run.yml"],
+            "split.proj_dim: must be a multiple of 4096, got 100",
+        ),
         (["split", "--frobnicate"], "command line: unrecognized arguments: --frobnicate"),
         (["train"], "train: needs a CONFIG.yml, or --model and --dataset"),
         (["sketch", "--model", "m", "--dataset", "capitals"], "--dataset: must be NAME=PATH"),
         (["merge", "--model", "a"], "needs exactly one OUT directory"),
         (["merge", "out", "--model", "a:x"], "must be DIR or DIR:WEIGHT, got 'a:x'"),
-        (["merge", "out", "--model", "a:1", "--model", "b"], "give a weight to every model or to none"),
+        (
+            ["merge", "out", "--model", "a:1", "--model", "b"],
+            "give a weight to every model or to none",
+        ),
         (["merge", "out", "--model", "nowhere:1"], "nowhere: is not a directory"),
-        (["merge", "out", "--model", "nowhere", "--threads", "0"], "threads: must be at least 1, got 0"),
+        (
+            ["merge", "out", "--model", "nowhere", "--threads", "0"],
+            "threads: must be at least 1, got 0",
+        ),
         (["frobnicate"], "command line: no such command: 'frobnicate'"),
     ],
 )
@@ -96,7 +105,9 @@ def test_stages_from_flags_alone(call, tmp_path, monkeypatch, tiny_model, tiny_m
 
 
 def test_merge_of_given_models(call, config_file, tmp_path, tiny_model):
-    code, out, err = call("merge", "merged", "--model", f"{tiny_model}:1", "--model", f"{tiny_model}:3", "--json")
+    code, out, err = call(
+        "merge", "merged", "--model", f"{tiny_model}:1", "--model", f"{tiny_model}:3", "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["weights"] == [0.25, 0.75]
     for file in tiny_model.glob("*.safetensors"):
@@ -120,8 +131,17 @@ def test_merge_of_given_models(call, config_file, tmp_path, tiny_model):
 def test_doctor_lists_every_op(call):
     code, out, _ = call("doctor", "--json")
     report = json.loads(out)
-    assert code == 0 and report["native"]["simd_level"] in ("generic", "avx2", "avx512", "avx512_bf16")
-    assert {row["op"] for row in report["ops"]} >= {"weighted_average", "flat_sketch", "linear_grad_sketch"}
+    assert code == 0 and report["native"]["simd_level"] in (
+        "generic",
+        "avx2",
+        "avx512",
+        "avx512_bf16",
+    )
+    assert {row["op"] for row in report["ops"]} >= {
+        "weighted_average",
+        "flat_sketch",
+        "linear_grad_sketch",
+    }
     assert call("doctor")[0] == 0
 
 
@@ -132,8 +152,12 @@ def test_help_names_every_option_of_a_stage(call):
 
 def test_console_script_from_another_directory(tmp_path):
     script = Path(sys.executable).with_name("merit-fast")
-    result = subprocess.run([script, "doctor", "--json"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [script, "doctor", "--json"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["native"]["built"] is True
-    result = subprocess.run([script, "run", "nope.yml"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [script, "run", "nope.yml"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (result.returncode, result.stderr) == (2, "error: nope.yml: does not exist\n")

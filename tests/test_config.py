@@ -5,7 +5,6 @@ import json
 import pytest
 import yaml
 
-from merit_fast.options.fields import override, parse, to_plain
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import (
     StageManifest,
@@ -16,8 +15,9 @@ from merit_fast.manifests.io import (
     stage_manifest,
     write_manifest,
 )
-from merit_fast.pipeline.config import RunConfig, read_run_config, write_run_config
 from merit_fast.manifests.schemas import BranchManifest
+from merit_fast.options.fields import override, parse, to_plain
+from merit_fast.pipeline.config import RunConfig, read_run_config, write_run_config
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
 
@@ -35,20 +35,38 @@ def write(tmp_path, values):
     [
         ({"splitt": {}}, r"run.yml: splitt: unknown key; did you mean split\?"),
         ({"split": {"group": 4}}, r"run.yml: split.group: unknown key; did you mean groups\?"),
-        ({"mixture": [{"name": "a", "path": "b", "weight": 2}]}, r"mixture\[0\].weight: unknown key"),
+        (
+            {"mixture": [{"name": "a", "path": "b", "weight": 2}]},
+            r"mixture\[0\].weight: unknown key",
+        ),
         ({"mixture": [{"name": "a"}]}, r"mixture\[0\].path: is required"),
         ({"mixture": []}, "mixture: must be a list of at least one dataset"),
         ({"mixture": "a.jsonl"}, "mixture: must be a list, got 'a.jsonl'"),
-        ({"split": {"groups": "four"}}, "split.groups: must be an integer or one of auto, got 'four'"),
-        ({"split": {"groups": 5, "preset": "paper"}}, "groups: must be a power of two with method pca-median, got 5"),
+        (
+            {"split": {"groups": "four"}},
+            "split.groups: must be an integer or one of auto, got 'four'",
+        ),
+        (
+            {"split": {"groups": 5, "preset": "paper"}},
+            "groups: must be a power of two with method pca-median, got 5",
+        ),
         ({"split": {"groups": True}}, "split.groups: must be an integer or one of auto, got True"),
         ({"split": [1]}, "split: must be a mapping"),
         ({"train": {"learning_rate": -1}}, "train.learning_rate: must be positive, got -1"),
-        ({"train": {"arms": ["joint", "rnadom"]}}, r"train.arms\[1\]: must be one of joint, random, iid, got 'rnadom'"),
+        (
+            {"train": {"arms": ["joint", "rnadom"]}},
+            r"train.arms\[1\]: must be one of joint, random, iid, got 'rnadom'",
+        ),
         ({"train": {"dtype": "fp8"}}, "train.dtype: must be one of auto, bf16, fp32, got 'fp8'"),
-        ({"merge": {"weights": "token"}}, "merge.weights: must be one of tokens, samples, uniform, fit or a list"),
+        (
+            {"merge": {"weights": "token"}},
+            "merge.weights: must be one of tokens, samples, uniform, fit or a list",
+        ),
         ({"merge": {"weights": [1, "x"]}}, "merge.weights: must be"),
-        ({"evaluate": {"interpolate": [2]}}, "evaluate.interpolate: must be between 0 and 1, got 2"),
+        (
+            {"evaluate": {"interpolate": [2]}},
+            "evaluate.interpolate: must be between 0 and 1, got 2",
+        ),
         ({"model": None}, "model: must be a string, got None"),
         ({"threads": 0}, "threads: must be at least 1, got 0"),
     ],
@@ -78,7 +96,9 @@ def test_bad_files_are_named(tmp_path, text, message):
 
 def test_overrides_win_and_are_checked(tmp_path):
     file = write(tmp_path, {**GOOD, "split": {"groups": 4, "seed": 1}})
-    config = read_run_config(file, ["split.groups=2", "train.learning_rate=3e-5", "train.arms=[joint]"])
+    config = read_run_config(
+        file, ["split.groups=2", "train.learning_rate=3e-5", "train.arms=[joint]"]
+    )
     assert (config.split.groups, config.split.seed) == (2, 1)
     assert (config.train.learning_rate, config.train.arms) == (3e-5, ("joint",))
     with pytest.raises(InputError, match="must have the form section.key=value"):
@@ -92,13 +112,20 @@ def test_paths_beside_the_yaml_are_found(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     monkeypatch.chdir("/")
     config = read_run_config(write(tmp_path, GOOD))
-    assert config.mixture[0].path == str(tmp_path / "a.jsonl") and config.model == str(tmp_path / "m")
+    assert config.mixture[0].path == str(tmp_path / "a.jsonl") and config.model == str(
+        tmp_path / "m"
+    )
     hub = {"model": "org/m", "mixture": [{"name": "a", "path": "org/a"}]}
     assert read_run_config(write(tmp_path, hub)).mixture[0].path == "org/a"
 
 
 def test_the_resolved_config_replays(tmp_path):
-    values = {**GOOD, "merge": {"weights": [1, 2.5]}, "train": {"arms": ["random"]}, "split": {"groups": 8}}
+    values = {
+        **GOOD,
+        "merge": {"weights": [1, 2.5]},
+        "train": {"arms": ["random"]},
+        "split": {"groups": 8},
+    }
     config = read_run_config(write(tmp_path, values))
     write_run_config(config, tmp_path / "resolved.yml")
     assert read_run_config(tmp_path / "resolved.yml") == config
@@ -149,7 +176,9 @@ def test_fingerprint_depends_on_content_only():
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     one, other = (stage_manifest("train", TrainConfig(seed=s), {"base": "x"}) for s in (0, 1))
     assert one.fingerprint != other.fingerprint
-    assert one.fingerprint == stage_manifest("train", TrainConfig(seed=0), {"base": "x"}).fingerprint
+    assert (
+        one.fingerprint == stage_manifest("train", TrainConfig(seed=0), {"base": "x"}).fingerprint
+    )
 
 
 def test_an_output_directory_appears_whole_or_not_at_all(tmp_path):
@@ -175,7 +204,9 @@ def test_another_stage_does_not_resume_from_what_was_left(tmp_path):
     with output_directory(path, second) as directory:
         assert not (directory / "half").exists()
     with output_directory(path, first):
-        assert is_complete(path, second.fingerprint)  # the old output stays until the new one is whole
+        assert is_complete(
+            path, second.fingerprint
+        )  # the old output stays until the new one is whole
     assert is_complete(path, first.fingerprint)
     assert [file.name for file in tmp_path.iterdir()] == ["split"]
 
@@ -183,7 +214,10 @@ def test_another_stage_does_not_resume_from_what_was_left(tmp_path):
 def test_an_output_that_cannot_be_written_is_bad_input(tmp_path):
     (tmp_path / "file").write_text("")
     stage = stage_manifest("split", SplitConfig(), {})
-    with pytest.raises(InputError, match="cannot be written"), output_directory(tmp_path / "file" / "x", stage):
+    with (
+        pytest.raises(InputError, match="cannot be written"),
+        output_directory(tmp_path / "file" / "x", stage),
+    ):
         pass
 
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from block_sums import draw, sample, unit
 
+from merit_fast.block_estimates import signal_fractions
 from merit_fast.split.conflict import (
     between_sum,
     center_matrix,
     conflict_of,
     cosine_matrix,
     measure_conflict,
-    signal_fractions,
 )
 from merit_fast.split.moments import block_products
 
@@ -24,7 +24,10 @@ def test_cosine_of_a_zero_row_is_zero():
 def test_errors_are_the_spread_of_what_they_belong_to(debias):
     generator = np.random.default_rng(1)
     means = unit(generator.standard_normal((1, 40)) + generator.standard_normal((3, 40)))
-    found = [conflict_of(block_products(*sample(means, 100, 20, generator)), debias=debias) for _ in range(400)]
+    found = [
+        conflict_of(block_products(*sample(means, 100, 20, generator)), debias=debias)
+        for _ in range(400)
+    ]
     for value, error in (("cosine", "error"), ("gram", "gram_error")):
         spread = np.std([getattr(c, value) for c in found], axis=0)
         stated = np.sqrt(np.mean([np.square(getattr(c, error)) for c in found], axis=0))
@@ -39,7 +42,9 @@ def test_a_cosine_lies_within_two_errors_as_often_as_it_should():
     inside, upper = [], np.triu_indices(12, 1)
     for _ in range(40):
         conflict = conflict_of(block_products(*sample(means, 200, 80, generator)), debias="blocks")
-        inside.append(np.abs(conflict.cosine - means @ means.T)[upper] <= 2.365 * conflict.error[upper])
+        inside.append(
+            np.abs(conflict.cosine - means @ means.T)[upper] <= 2.365 * conflict.error[upper]
+        )
     assert 0.93 <= np.mean(inside) <= 0.995  # Student's t with 7 degrees of freedom: 0.95
 
 
@@ -52,7 +57,9 @@ def test_debiased_cosines_have_the_slope_of_the_truth_and_naive_ones_have_not():
     for _ in range(20):
         products = block_products(*sample(means, 200, 80, generator))
         for debias, found in slopes.items():
-            found.append(np.polyfit(truth, conflict_of(products, debias=debias).similarity[upper], 1)[0])
+            found.append(
+                np.polyfit(truth, conflict_of(products, debias=debias).similarity[upper], 1)[0]
+            )
     assert np.mean(slopes["blocks"]) == pytest.approx(1.0, abs=0.03)
     assert np.mean(slopes["none"]) == pytest.approx(1 / (1 + 80 / 200), abs=0.03)
 
@@ -63,13 +70,19 @@ def test_a_dataset_of_noise_has_no_cosine_and_keeps_out_of_the_partition():
     means[2] = 0
     conflict = conflict_of(block_products(*sample(means, 100, 30, generator)), debias="blocks")
     assert conflict.resolved.tolist() == [True, True, False, True]
-    assert conflict.more_examples[2] >= 100 and conflict.more_examples[[0, 1, 3]].tolist() == [0, 0, 0]
+    assert conflict.more_examples[2] >= 100 and conflict.more_examples[[0, 1, 3]].tolist() == [
+        0,
+        0,
+        0,
+    ]
     assert conflict.describe_signal(0).startswith("signal fraction 0.7")
     more = conflict.more_examples[2]
     assert conflict.describe_signal(2) == f"not resolvable: needs at least {more} more examples"
     hidden = np.zeros((4, 4), bool)
     hidden[2] = hidden[:, 2] = True
-    assert np.array_equal(np.isnan(conflict.cosine), hidden) and np.array_equal(np.isnan(conflict.error), hidden)
+    assert np.array_equal(np.isnan(conflict.cosine), hidden) and np.array_equal(
+        np.isnan(conflict.error), hidden
+    )
     assert np.isnan(conflict.norm).tolist() == [False, False, True, False]
     assert np.isfinite(conflict.similarity).all() and np.isfinite(conflict.gram).all()
     assert np.abs(conflict.similarity[2, [0, 1, 3]]).max() < 0.5
@@ -83,7 +96,11 @@ def test_a_zero_gradient_and_too_few_blocks_are_not_resolved():
     assert conflict.resolved.tolist() == [False, True] and conflict.signal_fraction[0] == 0
     assert conflict.similarity.tolist() == [[1, 0], [0, 1]]
     two = conflict_of(block_products(sums[:, :2], np.full((2, 2), 10)), debias="blocks")
-    assert not two.resolved.any() and (two.more_examples > 0).all() and np.isfinite(two.similarity).all()
+    assert (
+        not two.resolved.any()
+        and (two.more_examples > 0).all()
+        and np.isfinite(two.similarity).all()
+    )
 
 
 def test_similarity_is_cosines_or_inner_products():
@@ -118,8 +135,12 @@ def test_signal_fraction_is_unbiased_and_one_without_noise():
     generator = np.random.default_rng(0)
     means = np.tile(generator.standard_normal(50), (200, 1))
     conflict = measure_conflict(*sample(means, 67, 36 * 50, generator))
-    assert np.mean(conflict.signal_fraction * conflict.norm**2) == pytest.approx(means[0] @ means[0], rel=0.05)
-    assert conflict.signal_fraction.std() == pytest.approx(np.sqrt(np.mean(conflict.signal_error**2)), rel=0.3)
+    assert np.mean(conflict.signal_fraction * conflict.norm**2) == pytest.approx(
+        means[0] @ means[0], rel=0.05
+    )
+    assert conflict.signal_fraction.std() == pytest.approx(
+        np.sqrt(np.mean(conflict.signal_error**2)), rel=0.3
+    )
     clean = measure_conflict(np.tile(means[0] * 8, (1, 8, 1)), np.full((1, 8), 8), debias="blocks")
     assert clean.signal_fraction[0] == pytest.approx(1.0) and clean.resolved.all()
     assert clean.norm[0] == pytest.approx(np.linalg.norm(means[0]))

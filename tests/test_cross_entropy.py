@@ -59,20 +59,26 @@ def test_bf16_products_are_as_good_as_eager_s(tiles, bf16_products, request):
     assert_never_worse(packed(dtype=torch.bfloat16, **ALL), "cpu", FLOOR[torch.bfloat16] / 2)
 
 
-@pytest.mark.parametrize("tokens,width,vocabulary", [(1, 1, 1), (1, 8, 2), (3, 7, 1025), (130, 33, 2049), (9, 2, 4097)])
+@pytest.mark.parametrize(
+    "tokens,width,vocabulary", [(1, 1, 1), (1, 8, 2), (3, 7, 1025), (130, 33, 2049), (9, 2, 4097)]
+)
 def test_odd_shapes(tokens, width, vocabulary):
     assert_never_worse(batch(tokens, width, vocabulary, bias=True), "cpu", FLOOR[torch.float32])
 
 
 def test_a_vocabulary_of_262144():
-    assert_never_worse(batch(5, 3, 262144, softcap=30.0, label_smoothing=0.1), "cpu", FLOOR[torch.float32])
+    assert_never_worse(
+        batch(5, 3, 262144, softcap=30.0, label_smoothing=0.1), "cpu", FLOOR[torch.float32]
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_logits_of_ten_thousand_neither_overflow_nor_blur(softcap):
     of = batch(softcap=softcap)
     of.hidden.round_()
-    of.weight.mul_(1000).round_()  # products of integers: logits are exact, and errors those of what follows
+    of.weight.mul_(
+        1000
+    ).round_()  # products of integers: logits are exact, and errors those of what follows
     assert (of.hidden @ of.weight.T).abs().max() > 5000
     assert all(value.isfinite().all() for value in everything(of, "cpu").values())
     assert_never_worse(of, "cpu", FLOOR[torch.float32])
@@ -102,10 +108,17 @@ def test_nan_in_a_trainable_row_shows_and_in_an_ignored_row_does_not():
 def test_padded_and_packed_batches_agree_bit_by_bit(dtype):
     of = batch(tokens=3 * 11, dtype=dtype)
     shape = {"hidden": of.hidden.view(3, 11, -1), "labels": of.labels.view(3, 11)}
-    padded = linear_cross_entropy(weight=of.weight, dataset_ids=torch.tensor([1, 0, 1]), num_datasets=2, **shape)
+    padded = linear_cross_entropy(
+        weight=of.weight, dataset_ids=torch.tensor([1, 0, 1]), num_datasets=2, **shape
+    )
     offsets = torch.tensor([0, 11, 22, 33], dtype=torch.int32)
     flat = linear_cross_entropy(
-        of.hidden, of.weight, of.labels, cu_seqlens=offsets, dataset_ids=torch.tensor([1, 0, 1]), num_datasets=2
+        of.hidden,
+        of.weight,
+        of.labels,
+        cu_seqlens=offsets,
+        dataset_ids=torch.tensor([1, 0, 1]),
+        num_datasets=2,
     )
     assert all(torch.equal(a, b) for a, b in zip(padded, flat, strict=True))
     by_token = linear_cross_entropy(of.hidden, of.weight, of.labels).example_loss
@@ -113,7 +126,10 @@ def test_padded_and_packed_batches_agree_bit_by_bit(dtype):
     expected = F.cross_entropy(of.hidden.float() @ of.weight.float().T, of.labels, reduction="none")
     torch.testing.assert_close(by_token, expected)
     target_tokens = (shape["labels"] != -100).sum(1)
-    assert padded.dataset_tokens.tolist() == [int(target_tokens[1]), int(target_tokens[0] + target_tokens[2])]
+    assert padded.dataset_tokens.tolist() == [
+        int(target_tokens[1]),
+        int(target_tokens[0] + target_tokens[2]),
+    ]
 
 
 def test_the_reference_has_the_gradients_that_finite_differences_have():
@@ -128,7 +144,9 @@ def test_the_reference_has_the_gradients_that_finite_differences_have():
 
 @pytest.mark.parametrize("tokens", [0, 1, 6])
 def test_without_a_target_token_all_is_zero(tokens):
-    of = batch(tokens=tokens, bias=True, dataset_ids=torch.zeros(tokens, dtype=torch.int64), num_datasets=2)
+    of = batch(
+        tokens=tokens, bias=True, dataset_ids=torch.zeros(tokens, dtype=torch.int64), num_datasets=2
+    )
     of.labels[:] = -100
     for name, value in everything(of, "cpu").items():
         assert not value.any() and value.shape == everything(of, "eager")[name].shape
@@ -138,12 +156,16 @@ def test_without_a_target_token_all_is_zero(tokens):
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
     of = packed(**ALL)
     whole, part = everything(of, "cpu"), everything(of, "cpu", frozen=(frozen,))
-    assert frozen not in part and all(torch.equal(whole[name], value) for name, value in part.items())
+    assert frozen not in part and all(
+        torch.equal(whole[name], value) for name, value in part.items()
+    )
 
 
 def test_a_frozen_head_takes_one_product_less_and_no_gradient_keeps_nothing(monkeypatch):
     of, seen = batch(), []
-    monkeypatch.setattr(torch, "mm", lambda *a, _mm=torch.mm, **k: (seen.append(1), _mm(*a, **k))[1])
+    monkeypatch.setattr(
+        torch, "mm", lambda *a, _mm=torch.mm, **k: (seen.append(1), _mm(*a, **k))[1]
+    )
     everything(of, "cpu")
     assert len(seen) == 2  # logits, which were kept, and dW; d_hidden is added by addmm_
     everything(of, "cpu", frozen=("weight",))
@@ -158,7 +180,9 @@ def test_gradients_of_a_tied_head_add_up():
     gradients = []
     for backend in ("cpu", "eager"):
         weight = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        linear_cross_entropy(F.embedding(ids, weight).tanh(), weight, labels, backend=backend).loss.backward()
+        linear_cross_entropy(
+            F.embedding(ids, weight).tanh(), weight, labels, backend=backend
+        ).loss.backward()
         gradients.append(weight.grad)
     torch.testing.assert_close(*gradients)
 
@@ -173,7 +197,9 @@ def test_the_sketch_of_the_head_is_that_of_its_gradient_per_example(tiles, froze
     for backend in ("cpu", "eager"):
         out = torch.ones(4, SKETCH.proj_dim)
         torch.manual_seed(1)
-        of = packed(dtype=dtype, softcap=3.0, z_loss=0.1, sketch=SKETCH, sketch_name="head", sketch_out=out)
+        of = packed(
+            dtype=dtype, softcap=3.0, z_loss=0.1, sketch=SKETCH, sketch_name="head", sketch_out=out
+        )
         everything(of, backend, frozen=frozen)
         sketches[backend] = out - 1
     assert sketches["cpu"][1].abs().max() == 0  # the example without tokens
@@ -182,12 +208,18 @@ def test_the_sketch_of_the_head_is_that_of_its_gradient_per_example(tiles, froze
 
 
 def test_the_sketch_of_a_tied_head_adds_to_its_embedding_s():
-    sketch, ids, labels = CountSketch(4096), torch.randint(0, 150, (2, 9)), torch.randint(0, 150, (2, 9))
+    sketch, ids, labels = (
+        CountSketch(4096),
+        torch.randint(0, 150, (2, 9)),
+        torch.randint(0, 150, (2, 9)),
+    )
     weight = torch.randn(150, 12)
     rows = F.embedding(ids, weight).requires_grad_()
     rows.retain_grad()
     out = torch.zeros(2, sketch.proj_dim)
-    result = linear_cross_entropy(rows.tanh(), weight, labels, sketch=sketch, sketch_name="tied", sketch_out=out)
+    result = linear_cross_entropy(
+        rows.tanh(), weight, labels, sketch=sketch, sketch_name="tied", sketch_out=out
+    )
     result.example_loss.sum().backward()
     embedding_grad_sketch(rows.grad, ids, "tied", sketch, out=out)
     for b in range(2):

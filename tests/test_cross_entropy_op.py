@@ -29,13 +29,19 @@ BACKENDS = pytest.mark.parametrize("backend", ["cpu", "eager"])
         ),
         ({"weight": torch.zeros(9, 45).bfloat16()}, "as hidden is, got torch.bfloat16 [9, 45]"),
         ({"weight": torch.zeros(0, 45)}, "got torch.float32 [0, 45]"),
-        ({"labels": torch.zeros(36, dtype=torch.int64)}, "labels must be int64 [37], got torch.int64 [36]"),
+        (
+            {"labels": torch.zeros(36, dtype=torch.int64)},
+            "labels must be int64 [37], got torch.int64 [36]",
+        ),
         ({"labels": torch.zeros(37, dtype=torch.int32)}, "got torch.int32 [37]"),
         ({"bias": torch.zeros(3)}, "bias must be torch.float32 [1003], got torch.float32 [3]"),
         ({"dataset_ids": IDS[:3]}, "dataset_ids must be int64 [4], got torch.int64 [3]"),
         ({"num_datasets": None}, "num_datasets must be positive with dataset_ids, got None"),
         ({"dataset_ids": None}, "num_datasets and dataset_weights need dataset_ids"),
-        ({"dataset_weights": torch.ones(2)}, "dataset_weights must be float32 [3], got torch.float32 [2]"),
+        (
+            {"dataset_weights": torch.ones(2)},
+            "dataset_weights must be float32 [3], got torch.float32 [2]",
+        ),
         ({"cu_seqlens": torch.zeros(1, dtype=torch.int64)}, "cu_seqlens must be int64 [B + 1]"),
         ({"reduction": "none"}, "reduction must be 'mean' or 'sum', got 'none'"),
         ({"label_smoothing": 1.5}, "label_smoothing must be in [0, 1], got 1.5"),
@@ -50,7 +56,13 @@ BACKENDS = pytest.mark.parametrize("backend", ["cpu", "eager"])
 )
 def test_a_bad_argument_is_an_error_that_names_it(changes, words):
     of = packed()
-    arguments = {"hidden": of.hidden, "weight": of.weight, "labels": of.labels, **of.options, **changes}
+    arguments = {
+        "hidden": of.hidden,
+        "weight": of.weight,
+        "labels": of.labels,
+        **of.options,
+        **changes,
+    }
     with pytest.raises(ValueError, match="^linear_cross_entropy: .*" + re.escape(words)):
         linear_cross_entropy(**arguments)
 
@@ -63,8 +75,18 @@ def test_a_bad_argument_is_an_error_that_names_it(changes, words):
         ("labels", 7, -1, "labels must be -100 or in [0, 1003), got -1"),
         ("dataset_ids", 1, 3, "dataset_ids must be in [0, 3), got 3"),
         ("dataset_ids", 1, -1, "dataset_ids must be in [0, 3), got -1"),
-        ("cu_seqlens", 4, 36, "cu_seqlens must rise from 0 to the 37 tokens, got [0, 5, 5, 20, 36]"),
-        ("cu_seqlens", 1, 21, "cu_seqlens must rise from 0 to the 37 tokens, got [0, 21, 5, 20, 37]"),
+        (
+            "cu_seqlens",
+            4,
+            36,
+            "cu_seqlens must rise from 0 to the 37 tokens, got [0, 5, 5, 20, 36]",
+        ),
+        (
+            "cu_seqlens",
+            1,
+            21,
+            "cu_seqlens must rise from 0 to the 37 tokens, got [0, 21, 5, 20, 37]",
+        ),
         ("cu_seqlens", 0, 1, "cu_seqlens must rise from 0 to the 37 tokens, got [1, 5, 5, 20, 37]"),
     ],
 )
@@ -82,7 +104,9 @@ def test_backends_that_cannot_run_say_why():
     with pytest.raises(ValueError, match="float64 is computed by the eager backend alone"):
         linear_cross_entropy(of.hidden, of.weight, of.labels, backend="cpu")
     assert linear_cross_entropy(of.hidden, of.weight, of.labels).loss.dtype == torch.float64
-    with pytest.raises(BackendUnavailableError, match="linear_cross_entropy: backend 'cuda' has no kernel"):
+    with pytest.raises(
+        BackendUnavailableError, match="linear_cross_entropy: backend 'cuda' has no kernel"
+    ):
         linear_cross_entropy(of.hidden.float(), of.weight.float(), of.labels, backend="cuda")
 
 
@@ -118,8 +142,14 @@ def test_torch_compile_sees_one_graph_and_gives_the_same(sketched):
     outs = [torch.zeros(4, 4096), torch.zeros(4, 4096)]
 
     def step(hidden, weight, bias, out):
-        where = {"sketch": CountSketch(4096), "sketch_name": "head", "sketch_out": out} if sketched else {}
-        result = linear_cross_entropy(hidden.tanh(), weight, of.labels, bias=bias, **of.options, **where)
+        where = (
+            {"sketch": CountSketch(4096), "sketch_name": "head", "sketch_out": out}
+            if sketched
+            else {}
+        )
+        result = linear_cross_entropy(
+            hidden.tanh(), weight, of.labels, bias=bias, **of.options, **where
+        )
         return result.loss + result.dataset_loss[0], result.dataset_tokens
 
     found = []
@@ -170,16 +200,24 @@ def test_the_number_of_threads_changes_no_bit_between_the_products():
             logits, labels = torch.randn(13, 1500), torch.randint(0, 1500, (13,))
             state = torch.zeros(4, 13, dtype=torch.float64)
             _native.update(logits, 0, None, 3.0, labels, state)
-            _native.gradient(logits, 0, None, 3.0, labels, torch.ones(4, 13), out := torch.empty_like(logits))
+            _native.gradient(
+                logits, 0, None, 3.0, labels, torch.ones(4, 13), out := torch.empty_like(logits)
+            )
             found.append((state, out))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(state, found[0][0]) and torch.equal(out, found[0][1]) for state, out in found[1:])
+    assert all(
+        torch.equal(state, found[0][0]) and torch.equal(out, found[0][1])
+        for state, out in found[1:]
+    )
 
 
 def test_two_runs_give_the_same_bits():
     of = packed(bias=True)
-    assert all(torch.equal(a, b) for a, b in zip(*(everything(of, "cpu").values() for _ in range(2)), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*(everything(of, "cpu").values() for _ in range(2)), strict=True)
+    )
 
 
 MEMORY = """
@@ -208,4 +246,6 @@ print(step(49152))
 def test_a_step_needs_the_gradient_of_the_head_and_40_mib():
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) <= 40  # the logits alone would take 72 MiB, and their gradient again
+    assert (
+        float(result.stdout) <= 40
+    )  # the logits alone would take 72 MiB, and their gradient again

@@ -48,8 +48,14 @@ class Fake:
             self.launched = ctypes.string_at(pointers[0], 176)
         elif name == "cuModuleGetFunction":
             return arguments[1].decode()
-        sizes = {"nvrtcGetProgramLogSize": 30, "nvrtcGetCUBINSize": 4, "cuCtxGetCurrent": self.context}
-        return sizes.get(name, 7 if name in ("nvrtcCreateProgram", "cuModuleLoadData", "cuDeviceGet") else None)
+        sizes = {
+            "nvrtcGetProgramLogSize": 30,
+            "nvrtcGetCUBINSize": 4,
+            "cuCtxGetCurrent": self.context,
+        }
+        return sizes.get(
+            name, 7 if name in ("nvrtcCreateProgram", "cuModuleLoadData", "cuDeviceGet") else None
+        )
 
 
 @pytest.fixture
@@ -90,19 +96,29 @@ def test_a_thread_without_a_context_gets_the_device_s_own(gpu):
     _cuda.launch("add_splits", 1, bytes(176), torch.device("cuda", 2))
     names = [name for name, *_ in fake.calls]
     assert ("cuDeviceGet", 2) in fake.calls
-    assert names.index("cuDevicePrimaryCtxRetain") < names.index("cuCtxSetCurrent") < names.index("cuModuleLoadData")
+    assert (
+        names.index("cuDevicePrimaryCtxRetain")
+        < names.index("cuCtxSetCurrent")
+        < names.index("cuModuleLoadData")
+    )
 
 
-@pytest.mark.parametrize("failing", ["nvrtcCreateProgram", "cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"])
+@pytest.mark.parametrize(
+    "failing", ["nvrtcCreateProgram", "cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"]
+)
 def test_a_failing_call_is_named_with_its_error(failing, gpu):
     gpu(Fake(failing))
-    with pytest.raises(MeritFastError, match=f"^linear_grad_sketch: {failing} failed with CUDA_ERROR_FAKED$"):
+    with pytest.raises(
+        MeritFastError, match=f"^linear_grad_sketch: {failing} failed with CUDA_ERROR_FAKED$"
+    ):
         _cuda.launch("add_splits", 1, bytes(176), torch.device("cuda", 2))
 
 
 def test_a_failed_compilation_shows_the_log_in_one_line(gpu):
     fake = gpu(Fake("nvrtcCompileProgram"))
-    with pytest.raises(MeritFastError, match=r"CUDA_ERROR_FAKED for sm_90: line 3: error: no such thing$"):
+    with pytest.raises(
+        MeritFastError, match=r"CUDA_ERROR_FAKED for sm_90: line 3: error: no such thing$"
+    ):
         _cuda.launch("add_splits", 1, bytes(176), torch.device("cuda", 2))
     assert fake.calls[-1][0] == "nvrtcDestroyProgram"
 
@@ -132,8 +148,11 @@ def test_nvrtc_compiles_the_source_and_reports_errors():
         pytest.skip("cuda-bindings find no NVRTC")
     for architecture in ("sm_80", "sm_90", "sm_100"):
         cubin = _cuda.compile_source(nvrtc, architecture)
-        assert cubin.startswith(b"\x7fELF") and all(name.encode() in cubin for name in _cuda.KERNELS)
+        assert cubin.startswith(b"\x7fELF") and all(
+            name.encode() in cubin for name in _cuda.KERNELS
+        )
     with pytest.raises(
-        MeritFastError, match="nvrtcCompileProgram failed with NVRTC_ERROR_COMPILATION for sm_75: .*error"
+        MeritFastError,
+        match="nvrtcCompileProgram failed with NVRTC_ERROR_COMPILATION for sm_75: .*error",
     ):
         _cuda.compile_source(nvrtc, "sm_75")  # has no asynchronous copies

@@ -50,10 +50,14 @@ def expected(dy, x, offsets, place, key, out, scale=None):
     return result
 
 
-@pytest.mark.parametrize("scaled,backwards", [(False, False), (True, True)], ids=["plain", "scaled, threads backwards"])
+@pytest.mark.parametrize(
+    "scaled,backwards", [(False, False), (True, True)], ids=["plain", "scaled, threads backwards"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_integers_give_the_eager_sketch_exactly(case, dtype, scaled, backwards, library, monkeypatch):
+def test_integers_give_the_eager_sketch_exactly(
+    case, dtype, scaled, backwards, library, monkeypatch
+):
     monkeypatch.setattr(_cuda, "launch", host_cuda.launcher(library, backwards))
     job = draw(case, dtype)
     rows, columns = job[0].shape[1], job[1].shape[1]
@@ -71,7 +75,9 @@ def test_splits_and_launches_of_few_examples_change_nothing(dtype, on_cpu, monke
     monkeypatch.setattr(_cuda, "PARTIAL_BYTES", 2 * 4 * (3 * 4096) * 4)  # two examples, four splits
     launches = []
     launch = _cuda.launch
-    monkeypatch.setattr(_cuda, "launch", lambda *arguments: (launches.append(arguments[:2]), launch(*arguments)))
+    monkeypatch.setattr(
+        _cuda, "launch", lambda *arguments: (launches.append(arguments[:2]), launch(*arguments))
+    )
     _cuda.sketch_linear(*job)
     assert torch.equal(job[-1], truth)
     kernel = "sketch_linear_bf16" if dtype == torch.bfloat16 else "sketch_linear_f32"
@@ -121,9 +127,14 @@ def test_real_numbers_are_no_worse_than_eager(tokens, dtype, on_cpu):
 
 def test_the_public_function_runs_it_when_it_is_named(on_cpu, monkeypatch):
     monkeypatch.setattr(dispatch, "choose", lambda op, device, requested: requested)
-    dy, x = torch.randint(-4, 5, (2, 9, 70)).float(), torch.randint(-4, 5, (2, 9, 80)).bfloat16()  # mixed dtypes
+    dy, x = (
+        torch.randint(-4, 5, (2, 9, 70)).float(),
+        torch.randint(-4, 5, (2, 9, 80)).bfloat16(),
+    )  # mixed dtypes
     sketch = CountSketch(8192, 3)
-    results = [linear_grad_sketch(dy, x, "w", sketch, backend=backend) for backend in ("cuda", "eager")]
+    results = [
+        linear_grad_sketch(dy, x, "w", sketch, backend=backend) for backend in ("cuda", "eager")
+    ]
     assert torch.equal(*results) and results[0].any()
     nothing = linear_grad_sketch(dy[..., :0], x, "w", sketch, backend="cuda")
     assert not nothing.any()
@@ -139,7 +150,9 @@ def test_a_parameter_with_too_many_tiles_is_refused():
 def test_fields_lie_where_the_source_has_them(library):
     library.job_layout.restype = ctypes.c_char_p
     fields = [*_cuda.Job.__dataclass_fields__, "end"]
-    assert library.job_layout().decode() == "\n".join(f"{field} {8 * n}" for n, field in enumerate(fields))
+    assert library.job_layout().decode() == "\n".join(
+        f"{field} {8 * n}" for n, field in enumerate(fields)
+    )
     values = dict.fromkeys(_cuda.Job.__dataclass_fields__, 0)
     assert len(_cuda.Job(**values).pack()) == 8 * (len(fields) - 1)
 
@@ -149,16 +162,22 @@ def test_no_access_to_shared_memory_meets_a_bank_twice(library):
     place = torch.tensor([[library.place_in_bucket(i, j) for j in range(64)] for i in range(64)])
     assert sorted(place.flatten().tolist()) == list(range(4096))
     mask, lane = torch.arange(64), torch.arange(16)
-    rows = (torch.arange(0, 64, 4)[:, None] + lane // 4)[None] ^ mask[:, None, None]  # [masks, places, lanes]
+    rows = (torch.arange(0, 64, 4)[:, None] + lane // 4)[None] ^ mask[
+        :, None, None
+    ]  # [masks, places, lanes]
     columns = (torch.arange(0, 64, 8)[:, None] + lane % 4 * 2)[None] ^ mask[:, None, None]
     for n in range(8):
         pair = (
             place[rows[:, None], columns[None, :, n, None] & ~1] // 2 % 16
         )  # [row masks, column masks, places, lanes]
         assert torch.equal(pair.sort(-1).values, lane.expand_as(pair))
-    stage = torch.tensor([[library.place_in_stage(t, chunk) // 8 for chunk in range(8)] for t in range(32)])
+    stage = torch.tensor(
+        [[library.place_in_stage(t, chunk) // 8 for chunk in range(8)] for t in range(32)]
+    )
     assert sorted(stage.flatten().tolist()) == list(range(256))
-    assert torch.equal((stage % 8).view(4, 8, 8).sort(1).values, torch.arange(8)[None, :, None].expand(4, 8, 8))
+    assert torch.equal(
+        (stage % 8).view(4, 8, 8).sort(1).values, torch.arange(8)[None, :, None].expand(4, 8, 8)
+    )
 
 
 UNDEFINED = """
@@ -220,9 +239,21 @@ def test_the_code_is_matrix_products_wide_copies_and_no_atomics(architecture, co
 
 def test_the_source_lies_beside_the_module_and_in_a_build(tmp_path):
     assert os.readlink(_cuda.SOURCE) == "../../csrc/cuda/sketch_linear.cu"
-    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "build_py", "-d", tmp_path / "build"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "-e",
+        tmp_path,
+        "build_py",
+        "-d",
+        tmp_path / "build",
+    ]
     environment = {**os.environ, "MERIT_FAST_NO_NATIVE": "1"}
-    result = subprocess.run(command, cwd=host_cuda.ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=host_cuda.ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     shipped = tmp_path / "build" / "merit_fast" / "kernels" / "sketch" / "sketch_linear.cu"
     assert not shipped.is_symlink() and shipped.read_bytes() == host_cuda.SOURCE.read_bytes()

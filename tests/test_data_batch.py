@@ -7,7 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rows import CHATML, FORMATS, GOOD, TRIMMING, fails, load, load_row, make_tokenizer, targets, write
+from rows import (
+    CHATML,
+    FORMATS,
+    GOOD,
+    TRIMMING,
+    fails,
+    load,
+    load_row,
+    make_tokenizer,
+    targets,
+    write,
+)
 
 from merit_fast.data import (
     DataConfig,
@@ -32,7 +43,9 @@ def test_counts_are_after_the_shift(tmp_path, tokenizer):
     assert count_target_tokens(np.array([5, -100, 5, 5])) == 2
     assert count_target_tokens(torch.tensor([[5, 5], [5, -100]])) == 1
     dataset = load(write(tmp_path / "a.jsonl", [GOOD, GOOD]), tokenizer)
-    per_row = len(tokenizer("Paris<|im_end|>", add_special_tokens=False, truncation=False)["input_ids"])
+    per_row = len(
+        tokenizer("Paris<|im_end|>", add_special_tokens=False, truncation=False)["input_ids"]
+    )
     assert dataset.num_target_tokens == 2 * per_row
     assert dataset.num_tokens == 2 * len(dataset.examples[0].input_ids)
     first = load_row(
@@ -52,7 +65,10 @@ def test_collate_pads_left_and_masks_by_position(tokenizer):
 
     end = tokenizer.eos_token_id
     assert end == tokenizer.pad_token_id  # the trap
-    short, long = example([end, 7, end], [-100, -100, end]), example([5, 6, end, 8, end], [5, -100, end, -100, end])
+    short, long = (
+        example([end, 7, end], [-100, -100, end]),
+        example([5, 6, end, 8, end], [5, -100, end, -100, end]),
+    )
     batch = collate([short, long], [3, 1], end, pad_to_multiple_of=4)
     n = -100
     assert batch.input_ids.tolist() == [[end] * 5 + [end, 7, end], [end] * 3 + [5, 6, end, 8, end]]

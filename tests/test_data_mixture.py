@@ -18,7 +18,6 @@ from rows import (
     write,
 )
 
-from merit_fast.options.fields import parse
 from merit_fast.data import (
     DataConfig,
     Dataset,
@@ -27,6 +26,7 @@ from merit_fast.data import (
 )
 from merit_fast.data.sources import read_rows
 from merit_fast.errors import InputError
+from merit_fast.options.fields import parse
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,23 @@ def tokenizer():
 
 
 ROW_ERRORS = {
-    "json": ('{"prompt": "a"\n', "bad.jsonl:1: must be one JSON object: Expecting ',' delimiter at column 15"),
+    "json": (
+        '{"prompt": "a"\n',
+        "bad.jsonl:1: must be one JSON object: Expecting ',' delimiter at column 15",
+    ),
     "json_later": (json.dumps(GOOD) + "\n\n{]", "bad.jsonl:3: must be one JSON object: "),
     "array": ("[\n{}\n]", "bad.jsonl:1: must be one JSON object: "),
     "array_hint": ("[\n", "one object per line is needed, not an array"),
     "not_object": ("[1, 2]", "bad.jsonl:1: must be a JSON object {...}, got list"),
     "nesting": ("[" * 100_000, "bad.jsonl:1: must be one JSON object: "),
-    "utf8": (b'{"prompt": "\xff"}', "bad.jsonl:1: must be UTF-8 text, got byte 0xff at byte 13 of the line"),
-    "utf16": ('{"a": 1}'.encode("utf-16"), "bad.jsonl:1: must be UTF-8 text, got byte 0xff at byte 1"),
+    "utf8": (
+        b'{"prompt": "\xff"}',
+        "bad.jsonl:1: must be UTF-8 text, got byte 0xff at byte 13 of the line",
+    ),
+    "utf16": (
+        '{"a": 1}'.encode("utf-16"),
+        "bad.jsonl:1: must be UTF-8 text, got byte 0xff at byte 1",
+    ),
     "surrogate": (json.dumps({**GOOD, "prompt": "\ud800"}), "bad.jsonl:1: must be valid Unicode"),
     "empty": ("\n \n", "bad.jsonl: dataset d: must have at least one row, found none"),
     "columns": (
@@ -65,21 +74,46 @@ ROW_ERRORS = {
         "bad.jsonl:1: conversations[0].from: must be one of human, gpt, system, user, assistant, got 'bing'",
     ),
     "no_messages": ([{"messages": []}], "bad.jsonl:1: messages: must be a non-empty list, got []"),
-    "no_content": ([{"messages": [{"role": "user"}]}], "bad.jsonl:1: messages[0]: must have the key content, got role"),
-    "message": ([{"messages": ["Hi"]}], "bad.jsonl:1: messages[0]: must be an object with the key role, got 'Hi'"),
+    "no_content": (
+        [{"messages": [{"role": "user"}]}],
+        "bad.jsonl:1: messages[0]: must have the key content, got role",
+    ),
+    "message": (
+        [{"messages": ["Hi"]}],
+        "bad.jsonl:1: messages[0]: must be an object with the key role, got 'Hi'",
+    ),
     "image": (
         [{"messages": [user([{"type": "image", "url": "x"}])]}],
         "bad.jsonl:1: messages[0].content[0].type: must be text, got 'image'",
     ),
     "calls": (
-        [{"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]}],
+        [
+            {
+                "messages": [
+                    user("a"),
+                    {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]},
+                ]
+            }
+        ],
         "bad.jsonl:1: messages[1].tool_calls: must be absent",
     ),
-    "null": ([{"prompt": "a", "completion": None}], "bad.jsonl:1: completion: must be a string or a list of messages"),
+    "null": (
+        [{"prompt": "a", "completion": None}],
+        "bad.jsonl:1: completion: must be a string or a list of messages",
+    ),
     "number": ([{"instruction": "a", "output": 3}], "bad.jsonl:1: output: must be a string, got 3"),
-    "history": ([{**FORMATS["alpaca"], "history": [["a"]]}], "bad.jsonl:1: history[0]: must be a pair"),
-    "no_answer": ([{"messages": [user("a")]}], "bad.jsonl:1: must have an answer of the assistant, found none"),
-    "answer_first": ([{"messages": [assistant("a")]}], "bad.jsonl:1: messages[0]: must be a system or user message"),
+    "history": (
+        [{**FORMATS["alpaca"], "history": [["a"]]}],
+        "bad.jsonl:1: history[0]: must be a pair",
+    ),
+    "no_answer": (
+        [{"messages": [user("a")]}],
+        "bad.jsonl:1: must have an answer of the assistant, found none",
+    ),
+    "answer_first": (
+        [{"messages": [assistant("a")]}],
+        "bad.jsonl:1: messages[0]: must be a system or user message",
+    ),
 }
 
 
@@ -92,7 +126,10 @@ def test_row_errors_name_file_and_line(tmp_path, tokenizer, name):
 def test_answer_without_tokens(tmp_path):
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     message = fails(tmp_path, tokenizer, [GOOD, {"prompt": "a", "completion": " "}])
-    assert message == "bad.jsonl:2: must have an answer of the assistant with at least one token, found none"
+    assert (
+        message
+        == "bad.jsonl:2: must have an answer of the assistant with at least one token, found none"
+    )
 
 
 def test_bom_empty_lines_and_crlf_are_tolerated(tmp_path, tokenizer):
@@ -121,7 +158,9 @@ def test_jsonl_parquet_directory_and_hub_agree(tmp_path, tokenizer, monkeypatch)
 
     rows = [{"messages": [user(f"{i}?"), assistant(f"{i}")]} for i in range(150)]
     whole = load(write(tmp_path / "rows.jsonl", rows), tokenizer)
-    assert whole.num_examples == 150 and targets(tokenizer, whole.examples[149]) == ["149<|im_end|>"]
+    assert whole.num_examples == 150 and targets(tokenizer, whole.examples[149]) == [
+        "149<|im_end|>"
+    ]
     assert same(whole, load(write(tmp_path / "rows.parquet", rows), tokenizer))
     parts = tmp_path / "parts"
     parts.mkdir()
@@ -145,7 +184,10 @@ def test_jsonl_parquet_directory_and_hub_agree(tmp_path, tokenizer, monkeypatch)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert same(whole, load("owner/name", tokenizer))
-    assert load("owner/name", tokenizer, part="eval", eval_split="test", max_examples=1).num_examples == 3
+    assert (
+        load("owner/name", tokenizer, part="eval", eval_split="test", max_examples=1).num_examples
+        == 3
+    )
     assert asked == [("owner/name", "train"), ("owner/name", "test")]
 
 
@@ -160,14 +202,17 @@ def test_paths_that_hold_nothing(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     assert (
-        message("data/no.jsonl") == "data/no.jsonl: is neither a file, nor a directory, nor a Hugging Face dataset id"
+        message("data/no.jsonl")
+        == "data/no.jsonl: is neither a file, nor a directory, nor a Hugging Face dataset id"
     )
     assert message("/no/such").startswith("/no/such: is neither")
     Path("empty").mkdir()
     assert message("empty") == "empty: the directory must hold .jsonl or .parquet files, found none"
     write(Path("short.parquet"), [GOOD])
     os.truncate("short.parquet", 60)
-    assert message("short.parquet").startswith("short.parquet: is not readable Parquet after row 0: ")
+    assert message("short.parquet").startswith(
+        "short.parquet: is not readable Parquet after row 0: "
+    )
     write(Path("bad.parquet"), [GOOD, GOOD, {"prompt": "a", "completion": None}])
     assert message("bad.parquet").startswith("bad.parquet: row 3: completion: must be")
 
@@ -186,7 +231,9 @@ def test_paths_that_hold_nothing(tmp_path, tokenizer, monkeypatch):
 
 def test_unused_columns_are_noted(tmp_path, tokenizer):
     rows = [{**GOOD, "id": 1, "label": None}, {**GOOD, "category": "x"}]
-    assert load(write(tmp_path / "a.jsonl", rows), tokenizer).notes == ("columns not used: category, id",)
+    assert load(write(tmp_path / "a.jsonl", rows), tokenizer).notes == (
+        "columns not used: category, id",
+    )
 
 
 def test_mixture_order_eval_part_and_rules(tmp_path, tokenizer):
@@ -202,12 +249,17 @@ def test_mixture_order_eval_part_and_rules(tmp_path, tokenizer):
             load_mixture(configs, tokenizer, DataConfig(), part="train")
         return str(caught.value)
 
-    assert rule(configs[0], configs[0]) == "mixture: name: must differ between datasets, got 'z' 2 times"
+    assert (
+        rule(configs[0], configs[0])
+        == "mixture: name: must differ between datasets, got 'z' 2 times"
+    )
     shared = rule(DatasetConfig("d", str(tmp_path), eval_path=a))
     assert shared == f"mixture: d: eval_path: must hold other files than path, got {a} in both"
     assert "d: split: must be absent for local files" in rule(DatasetConfig("d", a, split="test"))
     assert "d: eval_split: must be absent" in rule(DatasetConfig("d", a, eval_split="test"))
-    assert "d: eval_split: must be absent" in rule(DatasetConfig("d", "o/n", eval_path=a, eval_split="test"))
+    assert "d: eval_split: must be absent" in rule(
+        DatasetConfig("d", "o/n", eval_path=a, eval_split="test")
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +281,14 @@ def test_dataset_config_rules(keys, message):
 
 
 def test_too_long(tmp_path, tokenizer):
-    long = {"messages": [user("1"), assistant("one two three"), user("x" * 50), assistant("never reached")]}
+    long = {
+        "messages": [
+            user("1"),
+            assistant("one two three"),
+            user("x" * 50),
+            assistant("never reached"),
+        ]
+    }
     good, unanswered = FORMATS["messages"], {"messages": [user("y" * 200), assistant("z")]}
     path = write(tmp_path / "a.jsonl", [long, good, long, unanswered])
     whole = load(path, tokenizer)
@@ -247,11 +306,15 @@ def test_too_long(tmp_path, tokenizer):
         "1 row longer than 60 tokens was dropped because truncation would leave no answer",
     )
     dropped = load(path, tokenizer, data=DataConfig(max_length=limit, too_long="drop"))
-    assert dropped.num_examples == 1 and dropped.notes == ("3 rows longer than 60 tokens were dropped",)
+    assert dropped.num_examples == 1 and dropped.notes == (
+        "3 rows longer than 60 tokens were dropped",
+    )
     error = fails(tmp_path, tokenizer, [good, long], max_length=limit, too_long="error")
     length = len(whole.examples[0].input_ids)
     assert error == f"bad.jsonl:2: must have at most data.max_length = 60 tokens, got {length}"
     exact = DataConfig(max_length=length, too_long="error")
     assert load(write(tmp_path / "b.jsonl", [long]), tokenizer, data=exact).num_examples == 1
     none = fails(tmp_path, tokenizer, [long, long], max_length=2)
-    assert none.startswith("bad.jsonl: dataset d: must have a row with an answer within data.max_length = 2 tokens")
+    assert none.startswith(
+        "bad.jsonl: dataset d: must have a row with an answer within data.max_length = 2 tokens"
+    )

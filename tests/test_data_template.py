@@ -29,16 +29,30 @@ def tokenizer():
 def test_formats_agree(tmp_path, tokenizer, name, suffix):
     dataset = load(write(tmp_path / f"rows{suffix}", [FORMATS[name]]), tokenizer)
     [example] = dataset.examples
-    expected = "<|im_start|>user\ncapital of France?<|im_end|>\n<|im_start|>assistant\nParis<|im_end|>"
+    expected = (
+        "<|im_start|>user\ncapital of France?<|im_end|>\n<|im_start|>assistant\nParis<|im_end|>"
+    )
     assert text(tokenizer, example.input_ids) == expected
     assert targets(tokenizer, example) == ["Paris<|im_end|>"]
     assert dataset.notes == ()
 
 
 def test_alpaca_with_everything(tmp_path, tokenizer):
-    row = {"instruction": "Sum", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["Hi", "Hello"]]}
+    row = {
+        "instruction": "Sum",
+        "input": "1 2",
+        "output": "3",
+        "system": "Be brief.",
+        "history": [["Hi", "Hello"]],
+    }
     example = load_row(tmp_path, tokenizer, row)
-    roles = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Sum\n1 2"), ("assistant", "3")]
+    roles = [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "Sum\n1 2"),
+        ("assistant", "3"),
+    ]
     expected = "\n".join(f"<|im_start|>{role}\n{content}<|im_end|>" for role, content in roles)
     assert text(tokenizer, example.input_ids) == expected
     assert targets(tokenizer, example) == ["Hello<|im_end|>", "3<|im_end|>"]
@@ -82,11 +96,15 @@ def test_mask_is_exact_for_awkward_answers(tmp_path, answer, trim_offsets):
 
 def test_token_ids_are_those_of_the_whole_text(tmp_path, tokenizer):
     example = load_row(tmp_path, tokenizer, GOOD)
-    whole = tokenizer.apply_chat_template([user(GOOD["prompt"]), assistant("Paris")], tokenize=False)
+    whole = tokenizer.apply_chat_template(
+        [user(GOOD["prompt"]), assistant("Paris")], tokenize=False
+    )
     newline = len(tokenizer("\n", add_special_tokens=False)["input_ids"])
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
-    assert example.input_ids.tolist() == backend.encode(whole, add_special_tokens=False).ids[:-newline]
+    assert (
+        example.input_ids.tolist() == backend.encode(whole, add_special_tokens=False).ids[:-newline]
+    )
 
 
 def test_token_across_the_border_is_a_target(tmp_path):
@@ -99,9 +117,19 @@ def test_token_across_the_border_is_a_target(tmp_path):
 @pytest.mark.parametrize("bos", [None, "<s>"], ids=["no_bos", "bos"])
 def test_plain_template(tmp_path, bos):
     tokenizer = make_tokenizer(template=None, bos=bos)
-    row = {"messages": [{"role": "system", "content": "S"}, user("Hi"), assistant("Hello"), user("2"), assistant("3 ")]}
+    row = {
+        "messages": [
+            {"role": "system", "content": "S"},
+            user("Hi"),
+            assistant("Hello"),
+            user("2"),
+            assistant("3 "),
+        ]
+    }
     example = load_row(tmp_path, tokenizer, row, chat_template="plain")
-    assert text(tokenizer, example.input_ids) == (bos or "") + "S\nHi\nHello<|im_end|>2\n3 <|im_end|>"
+    assert (
+        text(tokenizer, example.input_ids) == (bos or "") + "S\nHi\nHello<|im_end|>2\n3 <|im_end|>"
+    )
     assert targets(tokenizer, example) == ["Hello<|im_end|>", "3 <|im_end|>"]
 
 
@@ -136,8 +164,12 @@ def test_template_that_rewrites_earlier_turns_gives_one_example_per_answer(tmp_p
     assert "assistant\none<|im_end|>" in text(
         tokenizer, dataset.examples[1].input_ids
     )  # history as the template shows it
-    assert dataset.notes == ("1 row became one example per answer because the chat template rewrites earlier turns",)
-    assert fails(tmp_path, tokenizer, rows, max_length=2, too_long="error").startswith("bad.jsonl:1: ")
+    assert dataset.notes == (
+        "1 row became one example per answer because the chat template rewrites earlier turns",
+    )
+    assert fails(tmp_path, tokenizer, rows, max_length=2, too_long="error").startswith(
+        "bad.jsonl:1: "
+    )
 
 
 TEMPLATE_ERRORS = {
@@ -159,7 +191,10 @@ TEMPLATE_ERRORS = {
         "{{ raise_exception('No user role, please') }}",
         "bad.jsonl:1: the chat template refuses this row: No user role, please",
     ),
-    "fails": ("{{ 'a' + 1 }}", "bad.jsonl:1: the chat template refuses this row: can only concatenate str"),
+    "fails": (
+        "{{ 'a' + 1 }}",
+        "bad.jsonl:1: the chat template refuses this row: can only concatenate str",
+    ),
     "writes_no_answer": ("{{ messages[0].content }}", "bad.jsonl:1: the chat template must render"),
     "not_jinja": ("{% for %}", "chat template, line 1: must be Jinja: "),
     "none": (None, "the tokenizer has no chat template; set data.chat_template: plain"),
@@ -175,6 +210,10 @@ def test_template_errors(tmp_path, name):
 
 def test_chat_template_setting_errors(tmp_path, tokenizer):
     no_end = fails(tmp_path, make_tokenizer(eos=None), [GOOD], chat_template="plain")
-    assert no_end == "data.chat_template: plain needs an end token, but the tokenizer has no eos_token"
+    assert (
+        no_end == "data.chat_template: plain needs an end token, but the tokenizer has no eos_token"
+    )
     missing = fails(tmp_path, tokenizer, [GOOD], chat_template=str(tmp_path / "no.jinja"))
-    assert missing.startswith("data.chat_template: must be plain or the path of a Jinja file, got 'no.jinja'")
+    assert missing.startswith(
+        "data.chat_template: must be plain or the path of a Jinja file, got 'no.jinja'"
+    )

@@ -23,9 +23,13 @@ def demo(tmp_path_factory):
 
 def run(directory):
     # a proxy that leads nowhere: a demo that asks the network for anything fails
-    closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    closed = dict.fromkeys(
+        ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
+    )
     command = [SCRIPT, "demo", "--quick", "--json", "--out", "out"]
-    result = subprocess.run(command, cwd=directory, env={**os.environ, **closed}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=directory, env={**os.environ, **closed}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -40,7 +44,9 @@ def test_arms_learn_and_the_summary_is_whole(demo):
     assert arms["joint"]["loss"] < 0.6 * arms["base"]["loss"]
     assert arms["merit"]["loss"] < 0.6 * arms["base"]["loss"]
     assert (
-        arms["joint"]["num_target_tokens"] == arms["merit"]["num_target_tokens"] == arms["random"]["num_target_tokens"]
+        arms["joint"]["num_target_tokens"]
+        == arms["merit"]["num_target_tokens"]
+        == arms["random"]["num_target_tokens"]
     )
     assert set(summary["split"].values()) == {0, 1} and len(summary["split"]) == 8
     assert isinstance(summary["merging_gain"], float)
@@ -52,10 +58,15 @@ def test_merged_checkpoint_loads_and_generates(demo):
 
     directory, summary = demo
     path = directory / summary["merged"]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path),
+    )
     assert model.dtype == getattr(torch, DTYPES[settle_dtype("auto")])
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     written = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(written[0, inputs["input_ids"].shape[1] :])
 

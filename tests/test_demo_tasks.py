@@ -49,7 +49,11 @@ KNOWN_FACTS = [
 
 
 def read_files(mixture):
-    return {Path(row[key]).name: Path(row[key]).read_bytes() for row in mixture for key in ("path", "eval_path")}
+    return {
+        Path(row[key]).name: Path(row[key]).read_bytes()
+        for row in mixture
+        for key in ("path", "eval_path")
+    }
 
 
 def family_of(task):
@@ -83,7 +87,9 @@ def test_every_row_is_a_short_conversation(mixture):
             for line in Path(row[key]).read_text(encoding="utf-8").splitlines():
                 (messages,) = json.loads(line).values()
                 assert [message["role"] for message in messages] == ["system", "user", "assistant"]
-                assert all(message["content"].strip() == message["content"] != "" for message in messages)
+                assert all(
+                    message["content"].strip() == message["content"] != "" for message in messages
+                )
                 assert messages[2]["content"].isprintable()
                 assert len(messages[2]["content"]) <= MAX_ANSWER_CHARACTERS
                 prompts.append(messages[1]["content"])
@@ -114,7 +120,9 @@ def test_same_seed_gives_the_same_bytes_under_another_hash_seed(tmp_path, mixtur
     for hash_seed in ("1", "2"):
         folder = tmp_path / hash_seed
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
-        subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, cwd=root, check=True)
+        subprocess.run(
+            [sys.executable, "-c", code, str(folder)], env=environment, cwd=root, check=True
+        )
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == read_files(mixture)
 
 
@@ -125,7 +133,9 @@ def test_order_in_the_packages_does_not_matter(monkeypatch):
         def reversed_facts(load=family.load):
             return dict(reversed(load().items()))
 
-        monkeypatch.setitem(FAMILIES, name, type(family)(family.instructions, reversed_facts, family.split_like))
+        monkeypatch.setitem(
+            FAMILIES, name, type(family)(family.instructions, reversed_facts, family.split_like)
+        )
     assert build_tasks(quick=False) == expected
 
 
@@ -191,7 +201,9 @@ def test_copyleft_is_off_unless_asked_for(monkeypatch):
     for package in copyleft:
         monkeypatch.setitem(sys.modules, package, None)  # any import of it fails
     assert not {"number_fr", "number_de"} & build_tasks(quick=False).keys()
-    with pytest.raises(MeritFastError, match="package num2words is not installed; run: pip install num2words"):
+    with pytest.raises(
+        MeritFastError, match="package num2words is not installed; run: pip install num2words"
+    ):
         build_tasks(quick=False, include_copyleft=True)
 
 
@@ -206,12 +218,16 @@ def test_every_family_names_its_source():
     assert {family for source in SOURCES for family in source.families} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("package", [source.package for source in SOURCES if not source.is_copyleft])
+@pytest.mark.parametrize(
+    "package", [source.package for source in SOURCES if not source.is_copyleft]
+)
 def test_missing_package_names_the_extra(monkeypatch, package):
     for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MeritFastError, match=rf"package {package} is not installed; run: .*\[demo\]") as caught:
+    with pytest.raises(
+        MeritFastError, match=rf"package {package} is not installed; run: .*\[demo\]"
+    ) as caught:
         build_tasks(quick=False)
     assert "\n" not in str(caught.value)
 
@@ -236,14 +252,18 @@ def fake_wheel(monkeypatch, tmp_path):
         return spec if name in (model.PACKAGE, "gguf", "accelerate") else found(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    monkeypatch.setattr(model, "_convert", lambda gguf, to: (to / "config.json").write_bytes(gguf.read_bytes()))
+    monkeypatch.setattr(
+        model, "_convert", lambda gguf, to: (to / "config.json").write_bytes(gguf.read_bytes())
+    )
     return folder / model.GGUF_FILE
 
 
 def test_missing_wheel_names_what_to_install(monkeypatch, tmp_path):
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == model.PACKAGE else found(name, *rest)
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == model.PACKAGE else found(name, *rest),
     )
     with pytest.raises(MeritFastError) as caught:
         prepare_model(tmp_path)

@@ -49,7 +49,9 @@ def test_a_forced_isa_level_that_is_unknown_is_an_error():
 
     environment = {**os.environ, "MERIT_FAST_SIMD": "avx9000"}
     script = "import merit_fast._C"
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
     assert result.returncode != 0 and "MERIT_FAST_SIMD=avx9000" in result.stderr
 
 

@@ -6,8 +6,8 @@ import yaml
 
 from merit_fast import model
 from merit_fast.model import load_model, settle_dtype
-from merit_fast.pipeline.run import Run
 from merit_fast.pipeline.config import read_run_config
+from merit_fast.pipeline.run import Run
 
 ZEN5 = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16\n"
 ZEN3 = "processor\t: 0\nflags\t\t: fpu avx avx2 fma\nbugs\t\t: bf16\n"
@@ -15,7 +15,14 @@ NEOVERSE = "processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n"
 
 
 @pytest.mark.parametrize(
-    "text,fast", [(ZEN5, True), (ZEN3, False), (NEOVERSE, True), ("flags : avx512f amx_bf16", True), ("", False)]
+    "text,fast",
+    [
+        (ZEN5, True),
+        (ZEN3, False),
+        (NEOVERSE, True),
+        ("flags : avx512f amx_bf16", True),
+        ("", False),
+    ],
 )
 def test_the_cpu_is_known_by_its_instructions(tmp_path, text, fast):
     (tmp_path / "cpuinfo").write_text(text)
@@ -23,8 +30,12 @@ def test_the_cpu_is_known_by_its_instructions(tmp_path, text, fast):
     assert not model._cpu_multiplies_bf16(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("cpu,gpu,dtype", [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")])
-def test_auto_follows_the_machine_and_what_is_asked_for_stays(monkeypatch, tiny_model, cpu, gpu, dtype):
+@pytest.mark.parametrize(
+    "cpu,gpu,dtype", [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_auto_follows_the_machine_and_what_is_asked_for_stays(
+    monkeypatch, tiny_model, cpu, gpu, dtype
+):
     monkeypatch.setattr(model, "_cpu_multiplies_bf16", lambda cpuinfo: cpu)
     monkeypatch.setattr(model, "_gpu_does", lambda: gpu)
     assert settle_dtype("auto") == dtype
@@ -33,10 +44,17 @@ def test_auto_follows_the_machine_and_what_is_asked_for_stays(monkeypatch, tiny_
     assert next(loaded.parameters()).dtype is {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
 
 
-def test_outputs_say_which_dtype_made_them_and_repeat_it_elsewhere(monkeypatch, tmp_path, tiny_model, tiny_mixture):
+def test_outputs_say_which_dtype_made_them_and_repeat_it_elsewhere(
+    monkeypatch, tmp_path, tiny_model, tiny_mixture
+):
     file = tmp_path / "run.yml"
     options = {"groups": 2, "examples": 4, "proj_dim": 4096}
-    made = {"model": str(tiny_model), "mixture": tiny_mixture, "output": str(tmp_path / "out"), "split": options}
+    made = {
+        "model": str(tiny_model),
+        "mixture": tiny_mixture,
+        "output": str(tmp_path / "out"),
+        "split": options,
+    }
     file.write_text(yaml.safe_dump(made))
     monkeypatch.setattr(model, "_cpu_multiplies_bf16", lambda cpuinfo: False)
     monkeypatch.setattr(model, "_gpu_does", lambda: False)

@@ -7,7 +7,14 @@ from conftest import make_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from merit_fast.data import DataConfig, Dataset, DatasetConfig, Example, load_mixture, load_tokenizer
+from merit_fast.data import (
+    DataConfig,
+    Dataset,
+    DatasetConfig,
+    Example,
+    load_mixture,
+    load_tokenizer,
+)
 from merit_fast.errors import InputError
 from merit_fast.evaluate import EvaluateConfig, evaluate_arms
 from merit_fast.evaluate.losses import dataset_results, mean_loss
@@ -39,12 +46,20 @@ def test_losses_equal_transformers_row_by_row(model, datasets):
     for dataset in datasets:
         total = 0.0
         for example in dataset.examples:
-            ids, labels = torch.tensor(example.input_ids)[None].long(), torch.tensor(example.labels)[None].long()
+            ids, labels = (
+                torch.tensor(example.input_ids)[None].long(),
+                torch.tensor(example.labels)[None].long(),
+            )
             with torch.no_grad():
-                total += float(model(input_ids=ids, labels=labels).loss) * int((labels[:, 1:] != -100).sum())
+                total += float(model(input_ids=ids, labels=labels).loss) * int(
+                    (labels[:, 1:] != -100).sum()
+                )
         result = results[dataset.name]
         assert result.loss == pytest.approx(total / dataset.num_target_tokens, rel=1e-4)
-        assert (result.num_examples, result.num_target_tokens) == (len(dataset.examples), dataset.num_target_tokens)
+        assert (result.num_examples, result.num_target_tokens) == (
+            len(dataset.examples),
+            dataset.num_target_tokens,
+        )
 
 
 def test_exact_match_is_what_greedy_generation_writes(model):
@@ -53,7 +68,9 @@ def test_exact_match_is_what_greedy_generation_writes(model):
     examples, expected = [], []
     for i in range(6):
         prompt = torch.tensor(generator.integers(2, 400, 5 + i))[None]
-        written = model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=1)
+        written = model.generate(
+            prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=1
+        )
         ids = written[0].int().numpy().copy()
         if i % 2:
             ids[-1] = (ids[-1] + 1) % 400
@@ -90,7 +107,9 @@ def test_greedy_answers_are_the_least_surprising_to_their_own_model(model, token
     prompts, answers = greedy_answers(model, tokenizer, 1, max_new_tokens=6)
     assert len(prompts) == len(answers) == len(PROMPTS)
     assert all(1 <= len(answer) <= 6 for answer in answers)
-    alone = model.generate(torch.tensor(prompts[3])[None], max_new_tokens=6, do_sample=False, pad_token_id=1)
+    alone = model.generate(
+        torch.tensor(prompts[3])[None], max_new_tokens=6, do_sample=False, pad_token_id=1
+    )
     assert answers[3] == alone[0, len(prompts[3]) :].tolist()[: len(answers[3])]
     others = [[(token + 7) % 400 for token in answer] for answer in answers]
     assert answers_nll(model, prompts, answers, 1) < answers_nll(model, prompts, others, 1)
@@ -119,7 +138,9 @@ def test_mean_loss_weighs_tokens(model, datasets):
     pooled = mean_loss(model, [e for d in datasets for e in d.examples], 1, batch_size=8)
     results = dataset_results(model, datasets, 1, batch_size=8)
     tokens = sum(result.num_target_tokens for result in results.values())
-    assert pooled == pytest.approx(sum(r.loss * r.num_target_tokens for r in results.values()) / tokens)
+    assert pooled == pytest.approx(
+        sum(r.loss * r.num_target_tokens for r in results.values()) / tokens
+    )
 
 
 def test_a_mixture_without_held_out_rows_is_bad_input(tiny_model, tokenizer, tmp_path):

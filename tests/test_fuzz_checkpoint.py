@@ -18,14 +18,19 @@ from hypothesis import strategies as st
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.progress import SilentProgress
 
-LIMITS = {"deadline": timedelta(seconds=10), "derandomize": True}  # far above what any takes: a hang, not slowness
+LIMITS = {
+    "deadline": timedelta(seconds=10),
+    "derandomize": True,
+}  # far above what any takes: a hang, not slowness
 
 
 @st.composite
 def damaged(draw, seeds):
     """A JSON text with up to 6 structural changes and, at times, a few changed bytes."""
     text = json.dumps(draw(st.sampled_from(seeds))).encode()
-    rng = random.Random(draw(st.binary(min_size=8, max_size=8)))  # integers would crowd at small ones
+    rng = random.Random(
+        draw(st.binary(min_size=8, max_size=8))
+    )  # integers would crowd at small ones
     for _ in range(draw(st.integers(0, 6))):
         text = fuzz.damage(text, rng)
     if draw(st.booleans()):
@@ -90,7 +95,12 @@ def test_any_adapter_is_read_or_refused(content):
 @settings(max_examples=60, **LIMITS)
 @given(
     damaged([fuzz.HEADER]),
-    damaged([{"weight_map": {"v": "a.safetensors", "w": "a.safetensors"}}, {"weight_map": {"v": "../a.safetensors"}}]),
+    damaged(
+        [
+            {"weight_map": {"v": "a.safetensors", "w": "a.safetensors"}},
+            {"weight_map": {"v": "../a.safetensors"}},
+        ]
+    ),
 )
 def test_a_merge_writes_nothing_beside_its_output(header, index):
     with tempfile.TemporaryDirectory() as name:
@@ -100,7 +110,19 @@ def test_a_merge_writes_nothing_beside_its_output(header, index):
         (root / "a.safetensors").write_bytes(pack({"v": tensor([1], 0, 4)}, bytes(4)))
         before = {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
         models = [(good, 0.5), (bad, 0.5)]
-        merged = fuzz.survives(lambda: merge_models(models, root / "out", MergeConfig(), SilentProgress()))
-        after = {file: file.read_bytes() for file in root.rglob("*") if file.is_file() and file.parent.name != "out"}
-        assert after == before  # nor is an unfinished output left: what is wrong was seen before a byte was written
-        assert merged == (root / "out").exists() == (root / "out" / INDEX.replace(".index.json", "")).exists()
+        merged = fuzz.survives(
+            lambda: merge_models(models, root / "out", MergeConfig(), SilentProgress())
+        )
+        after = {
+            file: file.read_bytes()
+            for file in root.rglob("*")
+            if file.is_file() and file.parent.name != "out"
+        }
+        assert (
+            after == before
+        )  # nor is an unfinished output left: what is wrong was seen before a byte was written
+        assert (
+            merged
+            == (root / "out").exists()
+            == (root / "out" / INDEX.replace(".index.json", "")).exists()
+        )

@@ -66,23 +66,31 @@ def test_numbers_equal_tensor_math(models, tmp_path):
     assert sorted(geometry.tensors) == names
     for name in names:
         part = torch.stack([delta[name].flatten() for delta in deltas])
-        assert np.allclose(geometry.tensors[name], (part @ part.T).numpy(), rtol=1e-12, atol=1e-18), name
+        assert np.allclose(
+            geometry.tensors[name], (part @ part.T).numpy(), rtol=1e-12, atol=1e-18
+        ), name
 
 
 def test_the_merge_itself_does_not_change(models, tmp_path):
     merged_geometry(models, tmp_path / "with")
     merged_geometry_free = tmp_path / "without"
     merged_geometry_free.mkdir()
-    merge_branches(models[1], WEIGHTS, MergeConfig(), merged_geometry_free, SilentProgress(), models[0])
+    merge_branches(
+        models[1], WEIGHTS, MergeConfig(), merged_geometry_free, SilentProgress(), models[0]
+    )
     for file in merged_geometry_free.iterdir():
         assert file.read_bytes() == (tmp_path / "with" / file.name).read_bytes(), file.name
-    extra = {f.name for f in (tmp_path / "with").iterdir()} - {f.name for f in merged_geometry_free.iterdir()}
+    extra = {f.name for f in (tmp_path / "with").iterdir()} - {
+        f.name for f in merged_geometry_free.iterdir()
+    }
     assert extra == {"geometry.json"}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_no_bit_and_numpy_gives_the_same(models, tmp_path, threads, monkeypatch):
-    first = merged_geometry(models, tmp_path / "a", MergeConfig(stats=True, threads=threads, chunk_kib=16))
+    first = merged_geometry(
+        models, tmp_path / "a", MergeConfig(stats=True, threads=threads, chunk_kib=16)
+    )
     monkeypatch.setattr(dispatch, "native_module", lambda: None)
     assert merged_geometry(models, tmp_path / "b") == first
 
@@ -135,7 +143,9 @@ def test_scaled_and_equal_branches(models, tmp_path):
     assert half.displacement == pytest.approx(full.displacement / 2)
     assert half.contraction == pytest.approx(full.contraction) and half.gram == full.gram
     same = merged_geometry((base, [branches[1]] * 2), tmp_path / "same", weights=[0.5, 0.5])
-    assert same.contraction == pytest.approx(1.0) and same.displacement == pytest.approx(same.norms[0])
+    assert same.contraction == pytest.approx(1.0) and same.displacement == pytest.approx(
+        same.norms[0]
+    )
     still = merged_geometry((base, [base] * 2), tmp_path / "still", weights=[0.5, 0.5])
     assert still.displacement == 0.0 and still.contraction == 1.0 and still.norms == (0.0, 0.0)
 
@@ -170,7 +180,9 @@ def test_pipeline_writes_it_on_demand(tmp_path, tiny_model, tiny_mixture, monkey
     summary = merit_fast.run("run.yml", "evaluate.max_new_tokens=2")
     geometry = json.loads((tmp_path / summary["merged"] / "geometry.json").read_text())
     assert geometry["branches"] == ["merit-0", "merit-1"]
-    assert geometry["displacement"] == pytest.approx(summary["arms"]["merit"]["displacement"], rel=1e-3)
+    assert geometry["displacement"] == pytest.approx(
+        summary["arms"]["merit"]["displacement"], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "sce"])
@@ -181,6 +193,8 @@ def test_thinned_deltas_are_measured_whole(tmp_path, method):
     options = {} if method == "sce" else {"density": 0.5}
     config = MergeConfig(method=method, stats=True, threads=3, **options)
     geometry = merged_geometry((paths[2], paths[:2]), tmp_path / "out", config, [0.5, 0.5])
-    deltas = torch.stack([(tensor.double() - tensors[2].double()).flatten() for tensor in tensors[:2]])
+    deltas = torch.stack(
+        [(tensor.double() - tensors[2].double()).flatten() for tensor in tensors[:2]]
+    )
     assert np.allclose(geometry.gram, (deltas @ deltas.T).numpy(), rtol=1e-12)
     assert geometry.displacement is None and geometry.contraction is None

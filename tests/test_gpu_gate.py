@@ -27,13 +27,23 @@ TARGETS = {"sm_90": 90, "gfx942": "gfx942"}
 def test_every_kernel_holds_its_baseline():
     baseline, remark = gpu_gate.load_baseline()
     lines = gpu_gate.failures(gpu_gate.measure(gpu_launches.launches(), gpu_gate.TARGETS), baseline)
-    assert not lines, "\n".join([*lines, remark or "after a change that is meant: python tests/gpu_gate.py --update"])
+    assert not lines, "\n".join(
+        [*lines, remark or "after a change that is meant: python tests/gpu_gate.py --update"]
+    )
 
 
 def test_no_kernel_is_left_out():
     files = sorted((ROOT / "kernels").glob("*/_triton*.py"))
-    modules = [importlib.import_module(f"merit_fast.kernels.{file.parent.name}.{file.stem}") for file in files]
-    jitted = {f: name for module in modules for name, f in vars(module).items() if isinstance(f, triton.JITFunction)}
+    modules = [
+        importlib.import_module(f"merit_fast.kernels.{file.parent.name}.{file.stem}")
+        for file in files
+    ]
+    jitted = {
+        f: name
+        for module in modules
+        for name, f in vars(module).items()
+        if isinstance(f, triton.JITFunction)
+    }
     called = {name for f in jitted for name in f.fn.__code__.co_names}
     launched = {launch.kernel for launch in gpu_launches.launches()}
     missing = [name for f, name in jitted.items() if name not in called and f not in launched]
@@ -42,8 +52,12 @@ def test_no_kernel_is_left_out():
 
 def test_every_file_of_interpreted_tests_is_run_by_a_test():
     files = {file.name for file in (ROOT / "tests").glob("interpreted_*.py")}
-    texts = [file.read_text() for file in (ROOT / "tests").glob("test_*.py") if file != Path(__file__)]
-    assert files and not [name for name in files if not any(f'run_interpreted("{name}")' in text for text in texts)]
+    texts = [
+        file.read_text() for file in (ROOT / "tests").glob("test_*.py") if file != Path(__file__)
+    ]
+    assert files and not [
+        name for name in files if not any(f'run_interpreted("{name}")' in text for text in texts)
+    ]
 
 
 @triton.jit
@@ -82,7 +96,9 @@ def product(a, b, out, N: tl.constexpr):
 
 
 def measured(kernel, *arguments, targets=TARGETS, warps=4):
-    return gpu_gate.measure([GpuLaunch("control", kernel, arguments, {"num_warps": warps})], targets)
+    return gpu_gate.measure(
+        [GpuLaunch("control", kernel, arguments, {"num_warps": warps})], targets
+    )
 
 
 def floats(dtype=torch.float32):
@@ -91,19 +107,30 @@ def floats(dtype=torch.float32):
 
 @pytest.mark.parametrize("target,elements", [("sm_80", 1 << 14), ("gfx942", 1 << 16)])
 def test_a_kernel_that_spills_is_caught(target, elements):
-    few = measured(centre, floats(), floats(), 1024, targets={target: gpu_gate.TARGETS[target]}, warps=1)
+    few = measured(
+        centre, floats(), floats(), 1024, targets={target: gpu_gate.TARGETS[target]}, warps=1
+    )
     assert gpu_gate.failures(few, few) == []
-    many = measured(centre, floats(), floats(), elements, targets={target: gpu_gate.TARGETS[target]}, warps=1)
+    many = measured(
+        centre, floats(), floats(), elements, targets={target: gpu_gate.TARGETS[target]}, warps=1
+    )
     lines = gpu_gate.failures(many, many)  # no baseline may allow it
-    assert [line.rsplit(" ", 1)[0] for line in lines] == [f"control, {target}: spill_bytes must be 0, is"]
+    assert [line.rsplit(" ", 1)[0] for line in lines] == [
+        f"control, {target}: spill_bytes must be 0, is"
+    ]
     assert int(lines[0].rsplit(" ", 1)[1]) > 0
 
 
 @pytest.mark.parametrize("kernel", [scatter, histogram], ids=["global", "shared"])
 def test_a_kernel_with_atomics_is_caught(kernel):
-    rows = measured(kernel, floats(), floats(torch.float32 if kernel is scatter else torch.int32), 1024)
+    rows = measured(
+        kernel, floats(), floats(torch.float32 if kernel is scatter else torch.int32), 1024
+    )
     lines = gpu_gate.failures(rows, rows)
-    assert [line.split(" must")[0] for line in lines] == ["control, sm_90: atomics", "control, gfx942: atomics"]
+    assert [line.split(" must")[0] for line in lines] == [
+        "control, sm_90: atomics",
+        "control, gfx942: atomics",
+    ]
 
 
 def test_a_kernel_that_lost_its_128_bit_accesses_is_caught():
@@ -129,7 +156,9 @@ def test_a_kernel_that_lost_its_tensor_cores_is_caught():
     assert gpu_gate.failures(good, good) == gpu_gate.failures(bad, bad) == []
     for target, kind in kinds.items():
         count = good["control"][target][kind]
-        assert f"control, {target}: {kind} was {count} in the baseline, is 0" in gpu_gate.failures(bad, good)
+        assert f"control, {target}: {kind} was {count} in the baseline, is 0" in gpu_gate.failures(
+            bad, good
+        )
 
 
 def test_a_kernel_whose_float32_is_silently_cut_to_tf32_is_caught():
@@ -139,10 +168,19 @@ def test_a_kernel_whose_float32_is_silently_cut_to_tf32_is_caught():
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert gpu_gate.failures(exact, exact) == []
-    assert gpu_gate.failures(cut, cut) == [f"control, sm_100: tf32 must be 0, is {cut['control']['sm_100']['tf32']}"]
+    assert gpu_gate.failures(cut, cut) == [
+        f"control, sm_100: tf32 must be 0, is {cut['control']['sm_100']['tf32']}"
+    ]
 
 
-ROW = {"registers": 40, "spill_bytes": 0, "stack_bytes": 0, "shared_bytes": 512, "wide_loads": 4, "wide_stores": 1}
+ROW = {
+    "registers": 40,
+    "spill_bytes": 0,
+    "stack_bytes": 0,
+    "shared_bytes": 512,
+    "wide_loads": 4,
+    "wide_stores": 1,
+}
 ROW |= {"atomics": 0, "tf32": 0}
 
 
@@ -164,8 +202,15 @@ def test_launches_and_baseline_must_name_each_other():
 
 
 def test_more_shared_memory_than_a_block_may_have_fails_even_with_a_baseline_that_allows_it():
-    rows = {"k": {"sm_120": {**ROW, "shared_bytes": 100 << 10}, "sm_90": {**ROW, "shared_bytes": 100 << 10}}}
-    assert gpu_gate.failures(rows, rows) == ["k, sm_120: shared_bytes must be at most 101376, is 102400"]
+    rows = {
+        "k": {
+            "sm_120": {**ROW, "shared_bytes": 100 << 10},
+            "sm_90": {**ROW, "shared_bytes": 100 << 10},
+        }
+    }
+    assert gpu_gate.failures(rows, rows) == [
+        "k, sm_120: shared_bytes must be at most 101376, is 102400"
+    ]
 
 
 @pytest.fixture
@@ -174,7 +219,9 @@ def one_launch(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_gate, "BASELINE", tmp_path / "baseline.json")
     monkeypatch.setattr(gpu_gate, "TARGETS", TARGETS)
     monkeypatch.setattr(
-        gpu_launches, "launches", lambda: [GpuLaunch("copy", copy, (floats(), floats(), 4096, 1024), {})]
+        gpu_launches,
+        "launches",
+        lambda: [GpuLaunch("copy", copy, (floats(), floats(), 4096, 1024), {})],
     )
     return tmp_path / "baseline.json"
 
@@ -182,7 +229,9 @@ def one_launch(monkeypatch, tmp_path):
 def test_update_writes_a_baseline_that_then_holds(one_launch, capsys):
     assert gpu_gate.main(["--update"]) == 0
     stored = json.loads(one_launch.read_text())
-    assert stored["triton"] == triton.__version__ and list(stored["launches"]["copy"]) == list(TARGETS)
+    assert stored["triton"] == triton.__version__ and list(stored["launches"]["copy"]) == list(
+        TARGETS
+    )
     assert gpu_gate.main([]) == 0
     stored["launches"]["copy"]["sm_90"]["registers"] -= 1
     one_launch.write_text(json.dumps(stored))

@@ -21,7 +21,9 @@ from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.selection import select_parameters
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt2", "neox"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt2", "neox"]
+)
 def test_hooks_equal_a_pass_per_example(architecture):
     check(tiny(architecture))
 
@@ -42,17 +44,28 @@ def check(model):
 def test_hooks_equal_torch_func(architecture):
     model, (example, *_) = tiny(architecture), ragged_examples()
     model.set_attn_implementation("eager")  # vmap refuses the masks of the fused one
-    ids, labels = torch.tensor(example.input_ids)[None].long(), torch.tensor(example.labels)[None].long()
+    ids, labels = (
+        torch.tensor(example.input_ids)[None].long(),
+        torch.tensor(example.labels)[None].long(),
+    )
 
     def loss(values, one_ids, one_labels):
-        logits = functional_call(model, values, (), {"input_ids": one_ids[None], "use_cache": False}).logits
+        logits = functional_call(
+            model, values, (), {"input_ids": one_ids[None], "use_cache": False}
+        ).logits
         return F.cross_entropy(logits[0, :-1], one_labels[1:], ignore_index=-100, reduction="sum")
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, ids, labels)
     out = torch.zeros(1, SKETCH.proj_dim)
     for name, gradient in gradients.items():
-        flat_sketch(gradient.view(1, *matrix_shape(gradient.shape[1:])), name, SKETCH, out=out, backend="eager")
+        flat_sketch(
+            gradient.view(1, *matrix_shape(gradient.shape[1:])),
+            name,
+            SKETCH,
+            out=out,
+            backend="eager",
+        )
     assert_close(hook_sketches(model, [example]), out)
 
 

@@ -6,7 +6,14 @@ import sys
 import pytest
 import torch
 from checks import assert_close
-from exact_gradients import SKETCH, exact_sketches, hook_sketches, ragged_examples, summed_loss, tiny
+from exact_gradients import (
+    SKETCH,
+    exact_sketches,
+    hook_sketches,
+    ragged_examples,
+    summed_loss,
+    tiny,
+)
 from torch.nn import functional as F
 
 import merit_fast
@@ -17,9 +24,17 @@ from merit_fast.sketch.gradients import GradientSketcher
 
 def everything(model):
     """All that a user could find changed."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_forward_hooks_with_kwargs",
+    )
     return (
-        {name: (p.requires_grad, p.grad is None, p._version) for name, p in model.named_parameters()},
+        {
+            name: (p.requires_grad, p.grad is None, p._version)
+            for name, p in model.named_parameters()
+        },
         {name: [dict(getattr(m, hook)) for hook in hooks] for name, m in model.named_modules()},
         {name: "forward" in m.__dict__ for name, m in model.named_modules()},
         torch.get_rng_state().tolist(),
@@ -46,7 +61,9 @@ def test_state_holds_sums_per_dataset():
     with merit_fast.sketch_gradients(model, 4096, seed=7) as sketcher:
         for rows, ids in (((0, 1, 2), ["a", "b", "a"]), ((3,), ["a"])):
             summed_loss(model, [examples[row] for row in rows]).backward()
-            sketches = sketcher.update(ids, loss_sums=[2.0] * len(ids), num_target_tokens=torch.ones(len(ids)).int())
+            sketches = sketcher.update(
+                ids, loss_sums=[2.0] * len(ids), num_target_tokens=torch.ones(len(ids)).int()
+            )
             assert_close(sketches, exact[list(rows)])
     assert list(sketcher.state) == ["a", "b"]
     a, b = sketcher.state.values()
@@ -64,7 +81,10 @@ def test_state_holds_sums_per_dataset():
 
 def test_nested_and_repeated_blocks():
     model, examples = tiny("mixtral", tied=True), ragged_examples()
-    with GradientSketcher(model, SKETCH) as first, GradientSketcher(model, CountSketch(8192)) as second:
+    with (
+        GradientSketcher(model, SKETCH) as first,
+        GradientSketcher(model, CountSketch(8192)) as second,
+    ):
         for _ in range(2):
             summed_loss(model, examples).backward()
             inner, outer = first.take(), second.take()
@@ -120,8 +140,14 @@ def test_update_before_a_pass_and_of_another_length_say_so():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"parameters": "blocks("}, "parameters: must be 'all', 'blocks' or a regular expression, got 'blocks"),
-        ({"parameters": "no such"}, "parameters: must select at least one parameter that requires a gradient"),
+        (
+            {"parameters": "blocks("},
+            "parameters: must be 'all', 'blocks' or a regular expression, got 'blocks",
+        ),
+        (
+            {"parameters": "no such"},
+            "parameters: must select at least one parameter that requires a gradient",
+        ),
         ({"mode": "both"}, "mode: must be"),
         ({"normalize": "adamw"}, "normalize: must be None or 'adam'"),
         ({"normalize": "adam"}, "optimizer: must be given with normalize='adam', and only then"),
@@ -152,10 +178,14 @@ def test_normalize_adam_uses_the_optimizers_moments():
     summed_loss(model, examples[:1]).backward()
     optimizer.step()
     model.zero_grad()
-    with merit_fast.sketch_gradients(model, 4096, seed=7, normalize="adam", optimizer=optimizer) as sketcher:
+    with merit_fast.sketch_gradients(
+        model, 4096, seed=7, normalize="adam", optimizer=optimizer
+    ) as sketcher:
         summed_loss(model, examples).backward()
         sketches = sketcher.update([0, 0, 1])
-    for parameter in model.parameters():  # multiplying a gradient entry is differentiating along a stretched axis
+    for parameter in (
+        model.parameters()
+    ):  # multiplying a gradient entry is differentiating along a stretched axis
         moment = optimizer.state[parameter]["exp_avg_sq"] / (1 - 0.999)
         parameter.register_hook(lambda g, v=moment: g / (v.sqrt() + 1e-3))
     assert_close(sketches, exact_sketches(model, examples), torch.float32)
@@ -200,7 +230,9 @@ class FusedHead(torch.nn.Module):
 
     def forward(self, input_ids, use_head=False):
         hidden = self.inner.model(input_ids).last_hidden_state
-        return self.inner.lm_head(hidden) if use_head else F.linear(hidden, self.inner.lm_head.weight)
+        return (
+            self.inner.lm_head(hidden) if use_head else F.linear(hidden, self.inner.lm_head.weight)
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -210,7 +242,10 @@ def test_a_parameter_used_behind_its_modules_back_is_named(tied):
     with GradientSketcher(model, SKETCH) as sketcher:
         model(torch.ones(2, 5, dtype=torch.long), use_head=True).sum().backward()
         assert len(sketcher.take()) == 2
-        with pytest.raises(MeritFastError, match=f"parameter {name} is used outside its module's forward, in linear"):
+        with pytest.raises(
+            MeritFastError,
+            match=f"parameter {name} is used outside its module's forward, in linear",
+        ):
             model(torch.ones(2, 5, dtype=torch.long), use_head=None)
 
 
@@ -226,7 +261,9 @@ def test_a_weight_that_a_fused_attention_reads_is_named():
     model = Model()
     chosen = {"attention.out_proj.weight": model.attention.out_proj.weight}
     with (
-        pytest.raises(MeritFastError, match="attention.out_proj.weight is used outside its module's forward"),
+        pytest.raises(
+            MeritFastError, match="attention.out_proj.weight is used outside its module's forward"
+        ),
         GradientSketcher(model, SKETCH, chosen),
     ):
         model(torch.randn(2, 3, 8))
@@ -235,7 +272,9 @@ def test_a_weight_that_a_fused_attention_reads_is_named():
 def test_a_module_called_without_the_model_is_refused():
     model = tiny("llama")
     with (
-        pytest.raises(MeritFastError, match="embed_tokens.weight of Embedding ran outside the forward pass"),
+        pytest.raises(
+            MeritFastError, match="embed_tokens.weight of Embedding ran outside the forward pass"
+        ),
         GradientSketcher(model, SKETCH),
     ):
         model.model(torch.ones(2, 5, dtype=torch.long))

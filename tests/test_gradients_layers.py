@@ -3,14 +3,21 @@
 import pytest
 import torch
 from checks import assert_close
-from exact_gradients import SKETCH, exact_sketches, hook_sketches, ragged_examples, sketch_of_loss, tiny
+from exact_gradients import (
+    SKETCH,
+    exact_sketches,
+    hook_sketches,
+    ragged_examples,
+    sketch_of_loss,
+    tiny,
+)
 from torch import nn
 from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError
 from merit_fast.sketch.capture.coverage import cover
-from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.capture.layout import Site
+from merit_fast.sketch.gradients import GradientSketcher
 
 
 def assert_equal_to_examples(model, x, **options):
@@ -82,7 +89,10 @@ class Norm(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(0.1 * torch.randn(8)), nn.Parameter(0.1 * torch.randn(8))
+        self.weight, self.bias = (
+            nn.Parameter(0.1 * torch.randn(8)),
+            nn.Parameter(0.1 * torch.randn(8)),
+        )
 
     def forward(self, x):
         n = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
@@ -106,23 +116,36 @@ class Pooled(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(8, 8)
-        self.temperature, self.mixing = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.randn(8, 8))
+        self.temperature, self.mixing = (
+            nn.Parameter(torch.tensor(0.7)),
+            nn.Parameter(torch.randn(8, 8)),
+        )
 
     def forward(self, x):
-        weights = torch.softmax((self.inner(x) @ self.mixing).mean(-1, keepdim=True) * self.temperature, dim=1)
+        weights = torch.softmax(
+            (self.inner(x) @ self.mixing).mean(-1, keepdim=True) * self.temperature, dim=1
+        )
         return x * weights
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.RMSNorm(8), Norm(), Squared(), Pooled(), nn.GroupNorm(5, 5)])
+@pytest.mark.parametrize(
+    "module", [nn.LayerNorm(8), nn.RMSNorm(8), Norm(), Squared(), Pooled(), nn.GroupNorm(5, 5)]
+)
 def test_norms_and_unknown_modules(module):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    assert_equal_to_examples(nn.Sequential(nn.Linear(6, 8), module, nn.Linear(8, 3)), torch.randn(3, 5, 6))
+    assert_equal_to_examples(
+        nn.Sequential(nn.Linear(6, 8), module, nn.Linear(8, 3)), torch.randn(3, 5, 6)
+    )
 
 
 def test_only_true_norms_take_the_closed_form():
-    closed = [m for m in (nn.LayerNorm(8), nn.RMSNorm(8), Norm(), Squared(), nn.GroupNorm(4, 8)) if cover(site(m))]
+    closed = [
+        m
+        for m in (nn.LayerNorm(8), nn.RMSNorm(8), Norm(), Squared(), nn.GroupNorm(4, 8))
+        if cover(site(m))
+    ]
     assert [type(m) for m in closed] == [nn.LayerNorm, nn.RMSNorm, Norm]
 
 
@@ -148,12 +171,17 @@ def test_an_input_that_is_changed_in_place_is_an_error_not_a_wrong_sketch():
             return y + h
 
     model = Model()
-    with GradientSketcher(model, SKETCH), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with (
+        GradientSketcher(model, SKETCH),
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+    ):
         model(torch.randn(2, 3, 6)).sum().backward()
 
 
 def test_embeddings_whose_gradient_depends_on_the_batch_are_refused():
-    with pytest.raises(MeritFastError, match="weight of Embedding has scale_grad_by_freq or max_norm"):
+    with pytest.raises(
+        MeritFastError, match="weight of Embedding has scale_grad_by_freq or max_norm"
+    ):
         GradientSketcher(nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True)), SKETCH)
 
 

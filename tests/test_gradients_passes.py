@@ -25,7 +25,9 @@ from merit_fast.sketch.gradients import GradientSketcher
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
-@pytest.mark.parametrize("architecture, parameters", [("llama", "blocks"), ("gpt2", "all"), ("mixtral", "all")])
+@pytest.mark.parametrize(
+    "architecture, parameters", [("llama", "blocks"), ("gpt2", "all"), ("mixtral", "all")]
+)
 def test_gradient_checkpointing_gives_the_same(architecture, reentrant, parameters):
     model, examples = tiny(architecture), ragged_examples()
     with merit_fast.sketch_gradients(model, 4096, parameters=parameters) as sketcher:
@@ -46,7 +48,9 @@ def test_checkpointing_frees_the_inputs_until_they_are_computed_again():
     """Inputs are kept by autograd, so checkpointing drops them; a hook's own reference would keep them."""
     model, examples, inputs = tiny("llama").train(), ragged_examples(), []
     linear = model.model.layers[0].mlp.down_proj
-    linear.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    linear.register_forward_pre_hook(
+        lambda module, args: inputs.append(weakref.ref(args[0].untyped_storage()))
+    )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with GradientSketcher(model, SKETCH) as sketcher:
         loss = summed_loss(model, examples)
@@ -64,21 +68,33 @@ def test_attention_and_padding_side_do_not_matter(attention, side):
     width = max(len(e.input_ids) for e in examples)
     ids, labels = torch.zeros(3, width, dtype=torch.long), torch.full((3, width), -100)
     for row, example in enumerate(examples):
-        place = slice(len(example.input_ids)) if side == "right" else slice(width - len(example.input_ids), None)
-        ids[row, place], labels[row, place] = torch.tensor(example.input_ids), torch.tensor(example.labels)
+        place = (
+            slice(len(example.input_ids))
+            if side == "right"
+            else slice(width - len(example.input_ids), None)
+        )
+        ids[row, place], labels[row, place] = (
+            torch.tensor(example.input_ids),
+            torch.tensor(example.labels),
+        )
     lengths = torch.tensor([len(e.input_ids) for e in examples])
     steps = torch.arange(width)
     mask = steps < lengths[:, None] if side == "right" else steps >= width - lengths[:, None]
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     with GradientSketcher(model, SKETCH) as sketcher:
-        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").backward()
+        logits = model(
+            input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+        ).logits
+        F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        ).backward()
         result = sketcher.take()
     assert_close(result, exact_sketches(model, examples))
 
 
 @pytest.mark.parametrize(
-    "architecture, attention", [("llama", "eager"), ("qwen3", "sdpa"), ("gpt2", "sdpa"), ("mixtral", "sdpa")]
+    "architecture, attention",
+    [("llama", "eager"), ("qwen3", "sdpa"), ("gpt2", "sdpa"), ("mixtral", "sdpa")],
 )
 def test_a_packed_row_gives_one_sketch_per_segment(architecture, attention):
     model, examples = tiny(architecture), ragged_examples()
@@ -89,7 +105,11 @@ def test_a_packed_row_gives_one_sketch_per_segment(architecture, attention):
         ids += example.input_ids.tolist()
         positions += range(len(example.input_ids))
         bounds.append(len(ids))
-    arguments = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "use_cache": False}
+    arguments = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "use_cache": False,
+    }
     with GradientSketcher(model, SKETCH) as sketcher:
         sketcher.packed(torch.tensor(bounds))
         logits = model(**arguments).logits[0]
@@ -126,17 +146,23 @@ def test_bf16_autocast_is_as_close_as_its_own_gradients(architecture):
         loss = summed_loss(model, examples)
         loss.backward()
         result = sketcher.take()
-    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[torch.bfloat16] * truth.norm()
+    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[
+        torch.bfloat16
+    ] * truth.norm()
 
 
 @pytest.mark.parametrize("architecture", ["gemma", "gpt2", "mixtral"])
 def test_bf16_weights(architecture):
     model, examples = tiny(architecture).bfloat16(), ragged_examples()
     if architecture == "mixtral":
-        model.set_experts_implementation("eager")  # torch's grouped products want other sizes in bf16
+        model.set_experts_implementation(
+            "eager"
+        )  # torch's grouped products want other sizes in bf16
     result = hook_sketches(model, examples)
     plain, truth = exact_sketches(model, examples), exact_sketches(model.float(), examples)
-    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[torch.bfloat16] * truth.norm()
+    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[
+        torch.bfloat16
+    ] * truth.norm()
 
 
 def rank_main(rank, port, path):
@@ -161,7 +187,9 @@ def rank_main(rank, port, path):
     assert torch.equal(*both)
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may otherwise be torn down while they run, which aborts the process
+    os._exit(
+        0
+    )  # gloo's threads may otherwise be torn down while they run, which aborts the process
 
 
 class Unwrapped(torch.nn.Module):
@@ -172,7 +200,12 @@ class Unwrapped(torch.nn.Module):
         self.ddp, self.config = ddp, ddp.module.config
 
     def forward(self, input_ids, attention_mask=None, position_ids=None):
-        return self.ddp(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        return self.ddp(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        )
 
 
 def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):

@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swiglu
 
-pytestmark = pytest.mark.skipif(dispatch.native_module() is None, reason="the native kernels were not built")
+pytestmark = pytest.mark.skipif(
+    dispatch.native_module() is None, reason="the native kernels were not built"
+)
 OPS = torch.ops.merit_fast
 
 
@@ -17,7 +19,11 @@ def block(x, weight, q, k, cos, sin):
     """Every layer once; the ropes' heads in both layouts."""
     normed, total = add_rms_norm(x, 0.5 * x, weight, 1e-6)
     other = rms_norm(total, weight, 1e-6, casting="gemma", offset=1.0)
-    gated = swiglu(normed, other) + geglu(normed, other, approximate="none") + geglu(torch.cat([normed, other], -1))
+    gated = (
+        swiglu(normed, other)
+        + geglu(normed, other, approximate="none")
+        + geglu(torch.cat([normed, other], -1))
+    )
     turned = rope(q.transpose(1, 2), k, cos, sin)
     return gated.sum() + sum((y * y.detach().cos()).sum() for y in turned)
 
@@ -26,7 +32,11 @@ def arguments(dtype=F32):
     torch.manual_seed(3)
     shapes = ((2, 5, 72), (72,), (2, 5, 4, 16), (2, 2, 5, 16))
     angles = torch.rand(1, 5, 16).to(dtype)
-    return [*(torch.randn(shape).to(dtype).requires_grad_() for shape in shapes), angles.cos(), angles.sin()]
+    return [
+        *(torch.randn(shape).to(dtype).requires_grad_() for shape in shapes),
+        angles.cos(),
+        angles.sin(),
+    ]
 
 
 def gradients(function, given):
@@ -36,14 +46,21 @@ def gradients(function, given):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_compiled_block_is_one_graph_with_the_same_bits(dtype):
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    for ours, direct in zip(gradients(compiled, arguments(dtype)), gradients(block, arguments(dtype)), strict=True):
+    for ours, direct in zip(
+        gradients(compiled, arguments(dtype)), gradients(block, arguments(dtype)), strict=True
+    ):
         assert torch.equal(ours, direct)
 
 
 def test_inductor_compiles_a_block_of_any_length():
-    compiled = torch.compile(lambda x, weight: swiglu(rms_norm(x, weight, 1e-6)), fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda x, weight: swiglu(rms_norm(x, weight, 1e-6)), fullgraph=True, dynamic=True
+    )
     for tokens in (3, 8):
-        x, weight = torch.randn(2, tokens, 72, requires_grad=True), torch.randn(72, requires_grad=True)
+        x, weight = (
+            torch.randn(2, tokens, 72, requires_grad=True),
+            torch.randn(72, requires_grad=True),
+        )
         y = compiled(x, weight)
         assert torch.equal(y, swiglu(rms_norm(x, weight, 1e-6)))
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
@@ -53,7 +70,10 @@ def test_ops_keep_the_contracts_of_custom_ops():
     x, weight, q, k, cos, sin = arguments()
     y = torch.randn(2, 5, 72, requires_grad=True)
     calls = {
-        OPS.rms_norm: [(x, weight, 1e-6, 0.0, "llama", "cpu"), (q.transpose(1, 2), None, 1e-6, 0.0, "gemma", "cpu")],
+        OPS.rms_norm: [
+            (x, weight, 1e-6, 0.0, "llama", "cpu"),
+            (q.transpose(1, 2), None, 1e-6, 0.0, "gemma", "cpu"),
+        ],
         OPS.add_rms_norm: [(x, y, weight, 1e-6, 1.0, "gemma", "cpu")],
         OPS.gated: [(x, y, kind, "cpu") for kind in ("silu", "gelu", "gelu_tanh")],
         OPS.gated_packed: [(x, "silu", "cpu")],
@@ -85,7 +105,11 @@ def test_checkpointing_gives_the_same_bits(reentrant):
 
 def test_a_gradient_of_a_gradient_raises_but_in_eager():
     x = torch.randn(3, 8, requires_grad=True)
-    for call in (lambda: swiglu(x), lambda: OPS.gated_packed(x, "silu", "cpu"), lambda: rms_norm(x, None, 1e-6)):
+    for call in (
+        lambda: swiglu(x),
+        lambda: OPS.gated_packed(x, "silu", "cpu"),
+        lambda: rms_norm(x, None, 1e-6),
+    ):
         (first,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice|no autograd formula"):
             first.sum().backward()
@@ -127,10 +151,14 @@ def test_the_meta_device_gives_shapes():
 @pytest.mark.parametrize("name", ["norm of 72", "swiglu of 72", "rope"])
 def test_inputs_changed_before_backward_are_noticed(name):
     case = CASES[name]
-    inputs = [x.clone().requires_grad_(i < case.differentiated) for i, x in enumerate(case.inputs(F32))]
+    inputs = [
+        x.clone().requires_grad_(i < case.differentiated) for i, x in enumerate(case.inputs(F32))
+    ]
     changed = [x * 1 for x in inputs]
     outputs = case.run(
-        *changed[: case.differentiated], *(x.detach() for x in changed[case.differentiated :]), backend="cpu"
+        *changed[: case.differentiated],
+        *(x.detach() for x in changed[case.differentiated :]),
+        backend="cpu",
     )
     first = outputs[0] if isinstance(outputs, tuple) else outputs
     with torch.no_grad():

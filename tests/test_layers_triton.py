@@ -23,9 +23,15 @@ def _cache(tmp_path, monkeypatch):
 
 
 def codes(launches, architecture):
-    found = [compile_launch(one.kernel, one.arguments, one.options, architecture) for one in launches]
+    found = [
+        compile_launch(one.kernel, one.arguments, one.options, architecture) for one in launches
+    ]
     for launch, code in zip(launches, found, strict=True):
-        assert code.spill_bytes == code.atomics == code.tf32 == 0, (launch.name, architecture, code.spill_bytes)
+        assert code.spill_bytes == code.atomics == code.tf32 == 0, (
+            launch.name,
+            architecture,
+            code.spill_bytes,
+        )
     return found
 
 
@@ -51,7 +57,9 @@ def test_whole_tiles_are_moved_in_vectors(architecture):
 @EVERY
 def test_no_activation_calls_a_function(architecture):
     for kind in ("tanh", "none"):
-        launches = pair("geglu", lambda g, u, kind=kind: geglu(g, u, approximate=kind), [(8, 4096)] * 2)
+        launches = pair(
+            "geglu", lambda g, u, kind=kind: geglu(g, u, approximate=kind), [(8, 4096)] * 2
+        )
         for code in codes(launches, architecture):
             assert code.stack_bytes == 0 and code.registers <= 64
 

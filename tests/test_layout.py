@@ -39,7 +39,17 @@ ARROWS = {
     "merge_command": BASE | {"merge", "integrations"},
     "cli": BASE
     | STAGES
-    | {"data", "model", "run_config", "pipeline", "doctor", "demo", "arguments", "merge_command", "tune"},
+    | {
+        "data",
+        "model",
+        "run_config",
+        "pipeline",
+        "doctor",
+        "demo",
+        "arguments",
+        "merge_command",
+        "tune",
+    },
     "__init__": {"errors", "pipeline", "run_config", "split", "train"},
 }
 
@@ -138,13 +148,28 @@ def test_a_wheel_carries_every_file_and_builds_without_a_compiler(tmp_path):
 
 def test_a_failing_compiler_is_said_and_does_not_fail_the_install(tmp_path):
     environment = {**os.environ, "CC": "false", "CXX": "false"}
-    command = [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    command = [
+        sys.executable,
+        str(ROOT / "setup.py"),
+        "build_ext",
+        "--build-lib",
+        tmp_path,
+        "--build-temp",
+        tmp_path,
+    ]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "the native CPU kernels were NOT built" in result.stderr and "merit-fast doctor" in result.stderr
+    assert (
+        "the native CPU kernels were NOT built" in result.stderr
+        and "merit-fast doctor" in result.stderr
+    )
     assert not list(tmp_path.rglob("_C*.so"))
 
 
 def test_no_file_outgrows_its_room():
-    long = {str(f.relative_to(ROOT)): n for _, f in rooms() if (n := len(f.read_text().splitlines())) > 350}
+    long = {
+        str(f.relative_to(ROOT)): n
+        for _, f in rooms()
+        if (n := len(f.read_text().splitlines())) > 350
+    }
     assert not long

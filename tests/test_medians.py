@@ -45,7 +45,12 @@ def test_opposites_part_and_twins_stay():
     generator = np.random.default_rng(2)
     directions = generator.standard_normal((4, 30))
     rows = np.concatenate(
-        [directions, directions + 1e-3 * generator.standard_normal((4, 30)), -directions, -directions]
+        [
+            directions,
+            directions + 1e-3 * generator.standard_normal((4, 30)),
+            -directions,
+            -directions,
+        ]
     )
     axes = conflict_axes(cosine_matrix(rows), 2)
     groups = median_partition(axes.scores, np.full(16, 1 / 16), NAMES).groups
@@ -73,7 +78,9 @@ def test_median_lies_within_one_dataset_of_half_the_weight():
     generator = np.random.default_rng(7)
     for _ in range(50):
         weights = generator.uniform(0.1, 3, 11)
-        groups = np.array(median_partition(generator.standard_normal((11, 1)), weights, NAMES[:11]).groups)
+        groups = np.array(
+            median_partition(generator.standard_normal((11, 1)), weights, NAMES[:11]).groups
+        )
         assert abs(weights[groups == 0].sum() - weights.sum() / 2) <= weights.max() / 2 + 1e-12
 
 
@@ -96,4 +103,6 @@ def test_eta_squared_is_the_explicit_share():
     for k in range(3):
         w = weights * (groups == k)
         between_groups += w.sum() * np.sum((w @ z / w.sum() - mean) ** 2)
-    assert eta_squared(double_center(z @ z.T, weights), weights, groups) == pytest.approx(between_groups / total)
+    assert eta_squared(double_center(z @ z.T, weights), weights, groups) == pytest.approx(
+        between_groups / total
+    )

@@ -16,9 +16,9 @@ from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average._eager import float64_to_bf16
 from merit_fast.merge import MergeConfig, combine, merge_branches, merge_models, resolve_weights
-from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.merge.engine.layout import lay_out
 from merit_fast.merge.engine.plan import plan_merge
+from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.progress import SilentProgress
 
 
@@ -68,7 +68,9 @@ def test_output_loads_and_is_laid_out_like_the_first_input(branches, tmp_path):
 def test_identical_branches_give_the_branch_back(branches, tmp_path):
     merge([branches[1]] * 3, [1 / 3] * 3, tmp_path / "out")
     merged, one = load(tmp_path / "out"), load(branches[1])
-    assert all(torch.equal(merged[name].view(torch.int16), one[name].view(torch.int16)) for name in one)
+    assert all(
+        torch.equal(merged[name].view(torch.int16), one[name].view(torch.int16)) for name in one
+    )
 
 
 def test_other_dtypes_mixed_shapes_and_integers(tmp_path):
@@ -124,7 +126,9 @@ def exact(models, coefficients, name):
         ("task_arithmetic", True, 1.0, (0.25, 0.75)),
     ],
 )
-def test_linear_methods_are_their_formula(branches, tmp_path, method, normalize, scale, coefficients):
+def test_linear_methods_are_their_formula(
+    branches, tmp_path, method, normalize, scale, coefficients
+):
     config = MergeConfig(weights=(1.0, 3.0), method=method, normalize=normalize, scale=scale)
     models, base, out = branches[:2], branches[3], tmp_path / "out"
     weights = resolve_weights(models, config)
@@ -146,11 +150,15 @@ def test_scale_0_gives_the_base_and_a_method_that_needs_one_says_so(branches, tm
     merge_branches(branches[:2], [0.5, 0.5], config, out, SilentProgress(), branches[2])
     merged, base = load(out), load(branches[2])
     assert all(torch.equal(merged[name], base[name]) for name in base)
-    with pytest.raises(InputError, match="merge: method linear with a scale needs a base model; give --base"):
+    with pytest.raises(
+        InputError, match="merge: method linear with a scale needs a base model; give --base"
+    ):
         combine(branches[:2], [0.5, 0.5], None, config)
 
 
-@pytest.mark.parametrize("dtype,kind", [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "dtype,kind", [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
 def test_output_dtype_is_chosen_and_mixed_inputs_are_taken_then(branches, tmp_path, dtype, kind):
     from transformers import AutoModelForCausalLM
 
@@ -166,7 +174,9 @@ def test_output_dtype_is_chosen_and_mixed_inputs_are_taken_then(branches, tmp_pa
         assert np.array_equal(merged[name].view(torch.uint16).numpy(), float64_to_bf16(truth))
     else:
         assert np.array_equal(merged[name].numpy(), truth.astype(merged[name].numpy().dtype))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == merged[name].dtype == kind
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == merged[name].dtype == kind
+    )
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
 
@@ -179,7 +189,9 @@ def test_dry_run_plans_and_writes_nothing(branches, tmp_path):
     assert plan.pop("free_bytes") > plan["bytes_out"]
     done = merge_models(models, tmp_path / "out", config, SilentProgress())
     assert plan == {key: value for key, value in done.items() if key != "free_bytes"}
-    assert plan["bytes_out"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert plan["bytes_out"] == sum(
+        f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")
+    )
     assert plan["bytes_in"] == 4 * sum(t.nbytes for t in load(branches[0]).values())
     assert plan["buffer_bytes"] == 3 * 5 * 512 * 1024
     assert plan["coefficients"] == [(str(branch), 0.25) for branch in branches]
@@ -204,9 +216,13 @@ def test_memory_is_bounded_and_neither_torch_nor_transformers_is_imported(tmp_pa
         (tmp_path / f"m{k}").mkdir()
         save_file({"w": torch.full((48, 1 << 20), float(k))}, tmp_path / f"m{k}/model.safetensors")
     arguments = [str(tmp_path / "out"), str(tmp_path / "m0"), str(tmp_path / "m1")]
-    result = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, *arguments], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, *arguments], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 16 << 20  # two models of 192 MiB: 3 buffers of 512 KiB for each of 2 threads
+    assert (
+        int(result.stdout) < 16 << 20
+    )  # two models of 192 MiB: 3 buffers of 512 KiB for each of 2 threads
 
 
 def test_files_honour_the_umask(branches, tmp_path):
@@ -215,4 +231,6 @@ def test_files_honour_the_umask(branches, tmp_path):
         merge(branches, WEIGHTS, tmp_path / "out")
     finally:
         os.umask(old)
-    assert {oct(f.stat().st_mode & 0o777) for f in (tmp_path / "out").glob("*.safetensors")} == {"0o640"}
+    assert {oct(f.stat().st_mode & 0o777) for f in (tmp_path / "out").glob("*.safetensors")} == {
+        "0o640"
+    }

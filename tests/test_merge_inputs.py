@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels import dispatch
 from merit_fast.manifests.io import write_manifest
+from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge import MergeConfig, merge_branches, merge_models, resolve_weights
 from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.progress import SilentProgress
-from merit_fast.manifests.schemas import BranchManifest
 
 
 # ---- weights
@@ -61,8 +61,18 @@ def test_weights_that_cannot_be_had(tmp_path):
             r"embed_tokens.weight: shape must be \[400, 72\].* got \[408, 72\]",
         ),
         ({}, torch.float32, "dtype must be BF16 .* got F32", "dtype must be BF16 .* got F32"),
-        ({"num_hidden_layers": 1}, torch.bfloat16, "num_hidden_layers: must be 2 .* got 1", "is missing"),
-        ({"num_hidden_layers": 3}, torch.bfloat16, "num_hidden_layers: must be 2 .* got 3", "layers.2.* is not in"),
+        (
+            {"num_hidden_layers": 1},
+            torch.bfloat16,
+            "num_hidden_layers: must be 2 .* got 1",
+            "is missing",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            torch.bfloat16,
+            "num_hidden_layers: must be 2 .* got 3",
+            "layers.2.* is not in",
+        ),
         (
             {"tie_word_embeddings": False},
             torch.bfloat16,
@@ -72,7 +82,9 @@ def test_weights_that_cannot_be_had(tmp_path):
     ],
     ids=["vocabulary", "dtype", "missing", "extra", "untied"],
 )
-def test_models_that_do_not_fit_are_named(branches, tmp_path, changes, dtype, of_configs, of_tensors):
+def test_models_that_do_not_fit_are_named(
+    branches, tmp_path, changes, dtype, of_configs, of_tensors
+):
     make_model(tmp_path / "other", dtype=dtype, **changes)
     for message in (of_configs, of_tensors):
         models = [(branches[0], 0.5), (tmp_path / "other", 0.5)]
@@ -98,7 +110,9 @@ def test_nonfinite_values_stop_the_merge_unless_allowed(tmp_path, value, native,
         monkeypatch.setattr(dispatch, "native_module", lambda: None)
     bad = torch.zeros(3000)
     bad[2500] = value
-    models = two_files(tmp_path, {"v": torch.ones(5), "w": torch.zeros(3000)}, {"v": torch.ones(5), "w": bad})
+    models = two_files(
+        tmp_path, {"v": torch.ones(5), "w": torch.zeros(3000)}, {"v": torch.ones(5), "w": bad}
+    )
     with pytest.raises(InputError, match=r"b/model.safetensors: w: must be finite"):
         merge(models, [0.5, 0.5], tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -109,7 +123,9 @@ def test_nonfinite_values_stop_the_merge_unless_allowed(tmp_path, value, native,
 
 def test_integer_tensors_that_differ_are_named(tmp_path):
     models = two_files(tmp_path, {"ids": torch.arange(4)}, {"ids": torch.arange(4) + 1})
-    with pytest.raises(InputError, match="b/model.safetensors: ids: a I64 tensor cannot be averaged"):
+    with pytest.raises(
+        InputError, match="b/model.safetensors: ids: a I64 tensor cannot be averaged"
+    ):
         merge(models, [0.5, 0.5], tmp_path / "out")
 
 
@@ -127,7 +143,9 @@ def test_a_write_that_fails_leaves_no_shard(branches, tmp_path):
         "merge_branches([Path(p) for p in sys.argv[2:]], [.25] * 4, MergeConfig(), out, SilentProgress())"
     )
     arguments = [str(tmp_path / "out"), *map(str, branches)]
-    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
+    )
     assert result.returncode != 0 and "File too large" in result.stderr, result.stderr
     assert not list((tmp_path / "out").glob("*.safetensors"))
 

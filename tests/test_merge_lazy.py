@@ -7,9 +7,9 @@ import torch
 from merges import METHODS, bits, config_of, load, merge, write
 
 from merit_fast.errors import InputError
+from merit_fast.merge.engine.prepare import make_plan, read_inputs
 from merit_fast.merge.in_memory import lazy as lazy_tensors
 from merit_fast.merge.in_memory.lazy import Staging, open_merged
-from merit_fast.merge.engine.prepare import make_plan, read_inputs
 from merit_fast.progress import SilentProgress
 
 CPU = torch.device("cpu")
@@ -49,7 +49,9 @@ def assert_same_tensors(mine, theirs):
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("options", METHODS, ids=lambda options: options["method"])
-def test_a_tensor_alone_has_the_bits_it_has_in_a_file(models, tmp_path, options, backend, monkeypatch):
+def test_a_tensor_alone_has_the_bits_it_has_in_a_file(
+    models, tmp_path, options, backend, monkeypatch
+):
     merge(models[:2], [0.5, 0.5], tmp_path / "out", config_of(options), models[2])
     monkeypatch.setenv("MERIT_FAST_BACKEND", backend)
     expected = load(tmp_path / "out")
@@ -64,7 +66,9 @@ def test_integers_that_differ_are_named_with_the_tensors_that_are_asked_for(mode
     tensors = {**load(models[1]), "steps": torch.zeros(4, dtype=torch.int32)}
     other = write(tmp_path / "other", tensors)
     config = config_of({})
-    plan = make_plan(read_inputs([models[0], other], [0.5, 0.5], None, config), config, SilentProgress())
+    plan = make_plan(
+        read_inputs([models[0], other], [0.5, 0.5], None, config), config, SilentProgress()
+    )
     with open_merged(plan, config, None) as source:
         lazy = source.state_dict()
         assert lazy["a"].dtype == torch.float32 and lazy["a"].is_floating_point()
@@ -159,7 +163,9 @@ def test_at_most_two_tensors_are_on_their_way():
         entered.release()
         assert leave.wait(30)
 
-    threads = [threading.Thread(target=staging.through, args=((2,), torch.float32, fill)) for _ in range(4)]
+    threads = [
+        threading.Thread(target=staging.through, args=((2,), torch.float32, fill)) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     assert entered.acquire(timeout=30) and entered.acquire(timeout=30)

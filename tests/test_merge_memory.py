@@ -9,13 +9,19 @@ import torch
 from conftest import make_model
 from merges import METHODS, WEIGHTS, config_of, load, write
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.merge import merge_models
 from merit_fast.merge.engine import opened as files
-from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.merge.in_memory.state_dicts import _checked_device, load_merged
+from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.progress import SilentProgress
 
 SOME = [METHODS[k] for k in (0, 2, 7, 9)]
@@ -75,7 +81,9 @@ def test_a_tied_llama_has_the_bits_of_the_file_merge(branches, tmp_path, dtype):
 def test_every_method_has_the_bits_of_the_file_merge(branches, tmp_path, options):
     weights = None if options["method"] in ("sce", "slerp", "model_stock") else [3, 1]
     loaded = load_merged(branches[:2], weights, base=str(branches[3]), **options)
-    assert_same_model(loaded, from_files(branches[:2], weights, tmp_path / "out", branches[3], **options))
+    assert_same_model(
+        loaded, from_files(branches[:2], weights, tmp_path / "out", branches[3], **options)
+    )
 
 
 @pytest.mark.parametrize("options", [*SOME, {"method": "passthrough", "scale": 0.5}], ids=name_of)
@@ -92,13 +100,18 @@ def test_weights_mean_what_they_mean_on_the_command_line(branches):
     uniform = load_merged(branches[:2], "uniform")
     assert_same_model(load_merged(branches[:2], [1, 1]), uniform)
     twice = load_merged(branches[:2], [1, 1], normalize=False)
-    weight, half = twice.model.layers[0].mlp.up_proj.weight, uniform.model.layers[0].mlp.up_proj.weight
+    weight, half = (
+        twice.model.layers[0].mlp.up_proj.weight,
+        uniform.model.layers[0].mlp.up_proj.weight,
+    )
     assert torch.equal(weight, 2 * half)
     with pytest.raises(InputError, match="b0: has no branch.json to take its tokens from"):
         load_merged(branches[:2])
 
 
-@pytest.mark.parametrize("weights,options", [([0.5, 0.5], {}), ([2, 1], {"method": "ties", "density": 0.4})])
+@pytest.mark.parametrize(
+    "weights,options", [([0.5, 0.5], {}), ([2, 1], {"method": "ties", "density": 0.4})]
+)
 def test_adapters_are_merged_onto_their_base(pair, tmp_path, weights, options):
     adapters = [add_adapter(tmp_path / f"adapter{k}", seed=k) for k in range(2)]
     loaded = load_merged(adapters, weights, base=pair[0], **options)
@@ -114,8 +127,17 @@ def add_adapter(path, seed):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"lora_A": (2, 72), "lora_B": (72, 2)}
     prefix = "base_model.model.model.layers.1.self_attn.q_proj"
-    factors = {f"{prefix}.{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "bias": "none", "target_modules": ["q_proj"]}
+    factors = {
+        f"{prefix}.{name}.weight": torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "bias": "none",
+        "target_modules": ["q_proj"],
+    }
     write(path, factors, "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
@@ -131,7 +153,9 @@ def test_8_bit_floats_become_a_model_of_the_chosen_dtype(pair, tmp_path):
     models = [copied(model, tmp_path / model.name, shrink) for model in pair]
     for model in models:
         # a scheme that no transformers knows: it must not come to read it
-        change_config(model, quantization_config={"quant_method": "fp8", "activation_scheme": "none"})
+        change_config(
+            model, quantization_config={"quant_method": "fp8", "activation_scheme": "none"}
+        )
     loaded = load_merged(models, [1, 1], dtype="bf16")
     assert_same_model(loaded, from_files(models, [1, 1], tmp_path / "out", dtype="bf16"))
     assert not hasattr(loaded.config, "quantization_config") and loaded.dtype == torch.bfloat16
@@ -142,7 +166,9 @@ def change_config(model, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("options,tied", [({}, True), ({"method": "dare_linear", "density": 0.5}, False)])
+@pytest.mark.parametrize(
+    "options,tied", [({}, True), ({"method": "dare_linear", "density": 0.5}, False)]
+)
 def test_a_head_that_comes_to_differ_from_its_embedding_is_kept(pair, tmp_path, options, tied):
     """dare's choices depend on the tensor's name, so a tied pair that the files hold twice comes apart."""
 
@@ -187,7 +213,9 @@ def test_options_that_are_wrong_are_named(pair, options, message):
 def test_a_gpt2_without_its_buffers_is_loaded_whole(tmp_path):
     for k in range(2):
         torch.manual_seed(k)
-        config = GPT2Config(vocab_size=64, n_positions=32, n_embd=24, n_layer=2, n_head=3, bos_token_id=None)
+        config = GPT2Config(
+            vocab_size=64, n_positions=32, n_embd=24, n_layer=2, n_head=3, bos_token_id=None
+        )
         GPT2LMHeadModel(config).bfloat16().save_pretrained(tmp_path / f"m{k}")
     models = [tmp_path / "m0", tmp_path / "m1"]
     loaded = load_merged(models, [0.3, 0.7])
@@ -229,7 +257,9 @@ def test_nothing_is_written_beside_the_models(branches, tmp_path, monkeypatch):
 
 def test_generation_options_come_along(pair, tmp_path):
     model = shutil.copytree(pair[0], tmp_path / "a")
-    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "do_sample": True}))
+    (model / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.25, "do_sample": True})
+    )
     assert load_merged([model, pair[1]], "uniform").generation_config.temperature == 0.25
 
 
@@ -238,9 +268,15 @@ def test_models_are_loaded_from_a_store(branches):
     for model in branches[:2]:
         store.put(str(model), f"/store/{model.name}", recursive=True)
     loaded = load_merged(
-        ["memory://store/b0", "memory://store/b1"], [3, 1], method="ties", density=0.4, base=branches[3]
+        ["memory://store/b0", "memory://store/b1"],
+        [3, 1],
+        method="ties",
+        density=0.4,
+        base=branches[3],
     )
-    assert_same_model(loaded, load_merged(branches[:2], [3, 1], method="ties", density=0.4, base=branches[3]))
+    assert_same_model(
+        loaded, load_merged(branches[:2], [3, 1], method="ties", density=0.4, base=branches[3])
+    )
 
 
 def test_threads_and_chunks_leave_no_trace(branches):
@@ -255,7 +291,9 @@ def test_a_class_that_needs_other_tensors_is_named(pair, tmp_path):
     models = [tmp_path / "a", tmp_path / "b"]
     for model, source in zip(models, pair, strict=True):
         copied(source, model, lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(InputError, match=r"a: model.norm.weight: is missing, LlamaForCausalLM needs it$"):
+    with pytest.raises(
+        InputError, match=r"a: model.norm.weight: is missing, LlamaForCausalLM needs it$"
+    ):
         load_merged(models, [0.5, 0.5])
     for model, source in zip(models, pair, strict=True):
         shutil.rmtree(model)
@@ -269,10 +307,15 @@ def test_a_config_of_another_shape_or_class_is_named(pair, tmp_path):
     for model, source in zip(models, pair, strict=True):
         shutil.copytree(source, model)
         change_config(model, intermediate_size=99)
-    with pytest.raises(InputError, match=r"mlp.down_proj.weight: shape must be \[72, 99\] by config.json, got"):
+    with pytest.raises(
+        InputError, match=r"mlp.down_proj.weight: shape must be \[72, 99\] by config.json, got"
+    ):
         load_merged(models, [0.5, 0.5])
     change_config(models[0], architectures=["Nothing"])
-    with pytest.raises(InputError, match="config.json: architectures: must name a model of transformers, got Nothing"):
+    with pytest.raises(
+        InputError,
+        match="config.json: architectures: must name a model of transformers, got Nothing",
+    ):
         load_merged(models, [0.5, 0.5])
     (models[0] / "config.json").unlink()
     with pytest.raises(InputError, match="has no config that transformers can read"):
@@ -294,7 +337,9 @@ def test_a_value_that_is_not_finite_is_named_and_can_be_allowed(pair, tmp_path):
         tensors["model.norm.weight"][5] = float("nan")
 
     bad = copied(pair[1], tmp_path / "bad", spoil)
-    with pytest.raises(InputError, match=r"bad/model.safetensors: model.norm.weight: must be finite, holds NaN"):
+    with pytest.raises(
+        InputError, match=r"bad/model.safetensors: model.norm.weight: must be finite, holds NaN"
+    ):
         load_merged([pair[0], bad], [0.5, 0.5])
     loaded = load_merged([pair[0], bad], [0.5, 0.5], allow_nonfinite=True)
     assert loaded.model.norm.weight.isnan().nonzero().tolist() == [[5]]
@@ -316,5 +361,7 @@ def test_a_device_that_is_not_there_is_named():
     with pytest.raises(InputError, match="device: .*nowhere"):
         _checked_device("nowhere")
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="device: must be there, got 'cuda' where torch finds no GPU"):
+        with pytest.raises(
+            InputError, match="device: must be there, got 'cuda' where torch finds no GPU"
+        ):
             _checked_device("cuda")

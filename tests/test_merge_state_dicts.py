@@ -37,8 +37,12 @@ def test_state_dicts_step_from_a_base_and_share_what_is_shared():
         expected = 0.5 * 0.25 * a + 0.5 * 0.75 * b + 0.5 * start
         assert torch.equal(merged[name], expected.to(models[0][name].dtype))
     assert merged["head.weight"] is merged["a.weight"]
-    assert torch.equal(merged["steps"], torch.arange(4)) and merged["steps"] is not models[0]["steps"]
-    untied = merge_state_dicts([state(1), state(2, **{"head.weight": torch.zeros(5, 3)})], [0.5, 0.5])
+    assert (
+        torch.equal(merged["steps"], torch.arange(4)) and merged["steps"] is not models[0]["steps"]
+    )
+    untied = merge_state_dicts(
+        [state(1), state(2, **{"head.weight": torch.zeros(5, 3)})], [0.5, 0.5]
+    )
     assert untied["head.weight"] is not untied["a.weight"]
 
 
@@ -53,11 +57,23 @@ def test_parameters_of_live_models_are_merged_without_a_graph():
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"norm": torch.zeros(8)}, r"^model 1: norm: shape must be \[7\] as in model 0, got \[8\]$"),
-        ({"norm": torch.zeros(7, dtype=torch.int64)}, r"^model 1: norm: dtype must be torch.float32 as in model 0"),
-        ({"norm": torch.zeros(7, device="meta")}, r"^model 1: norm: must be on cpu as in model 0, is on meta$"),
+        (
+            {"norm": torch.zeros(8)},
+            r"^model 1: norm: shape must be \[7\] as in model 0, got \[8\]$",
+        ),
+        (
+            {"norm": torch.zeros(7, dtype=torch.int64)},
+            r"^model 1: norm: dtype must be torch.float32 as in model 0",
+        ),
+        (
+            {"norm": torch.zeros(7, device="meta")},
+            r"^model 1: norm: must be on cpu as in model 0, is on meta$",
+        ),
         ({"norm": 3}, r"^model 1: norm: must be a tensor, got int$"),
-        ({"steps": torch.zeros(4, dtype=torch.int64)}, r"^model 1: steps: a torch.int64 tensor cannot be averaged"),
+        (
+            {"steps": torch.zeros(4, dtype=torch.int64)},
+            r"^model 1: steps: a torch.int64 tensor cannot be averaged",
+        ),
         ({"more": torch.zeros(1)}, r"^model 1: more: is not in model 0$"),
     ],
 )

@@ -36,12 +36,17 @@ def folder(tmp_path_factory):
             for parameter in model.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
         model.save_pretrained(root / f"m{k}", max_shard_size="9KB")
-        vocabulary = {"model": {"vocab": {"a": 0, "b": 1 + (k > 1)}}, "added_tokens": [{"id": 7, "content": "<s>"}]}
+        vocabulary = {
+            "model": {"vocab": {"a": 0, "b": 1 + (k > 1)}},
+            "added_tokens": [{"id": 7, "content": "<s>"}],
+        }
         (root / f"m{k}" / "tokenizer.json").write_text(json.dumps(vocabulary))
     key = "base_model.model.model.layers.2.mlp.up_proj"
     pair = {f"{key}.lora_A.weight": torch.randn(2, 24), f"{key}.lora_B.weight": torch.randn(36, 2)}
     write(root / "adapter", pair, "adapter_model.safetensors")
-    (root / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    (root / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    )
     return root
 
 
@@ -116,7 +121,13 @@ def test_slerp_of_one_slice_by_kind_of_tensor_starts_at_the_base(inside, tmp_pat
         dtype: float32"""
     truths = {}
     for name, start in inside[1].items():
-        values = [0, 0.5, 0.3, 0.7, 1] if "self_attn" in name else [1, 0.5, 0.7, 0.3, 0] if "mlp" in name else [0.5]
+        values = (
+            [0, 0.5, 0.3, 0.7, 1]
+            if "self_attn" in name
+            else [1, 0.5, 0.7, 0.3, 0]
+            if "mlp" in name
+            else [0.5]
+        )
         truths[name] = slerp_by_hand(along(values, position(name)), start, inside[0][name])
     assert_equal_to(merged(recipe, tmp_path), truths)
 
@@ -142,12 +153,22 @@ def test_overlapping_layers_are_stacked_and_transformers_loads_them(inside, tmp_
             assert torch.equal(tensor, scale * inside[source][own]), name
     from transformers import AutoModelForCausalLM
 
-    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert model.config.num_hidden_layers == 6 and not loading["missing_keys"] and not loading["unexpected_keys"]
-    assert torch.equal(
-        model.state_dict()["model.layers.5.mlp.up_proj.weight"], found["model.layers.5.mlp.up_proj.weight"]
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
     )
-    assert json.loads((tmp_path / "out" / "stage.json").read_text())["inputs"]["slices"] == "m0[0:3]; m1[1:4]"
+    assert (
+        model.config.num_hidden_layers == 6
+        and not loading["missing_keys"]
+        and not loading["unexpected_keys"]
+    )
+    assert torch.equal(
+        model.state_dict()["model.layers.5.mlp.up_proj.weight"],
+        found["model.layers.5.mlp.up_proj.weight"],
+    )
+    assert (
+        json.loads((tmp_path / "out" / "stage.json").read_text())["inputs"]["slices"]
+        == "m0[0:3]; m1[1:4]"
+    )
 
 
 def test_lists_with_an_entry_per_layer_follow_the_layers(tmp_path, monkeypatch):
@@ -187,7 +208,11 @@ def test_ties_with_densities_and_weights_per_model(inside, tmp_path):
     truths = {}
     for name, base in inside[0].items():
         t = position(name)
-        weights = [0.5, along([0, 0.3, 0.7, 1], t), 0.5 if "mlp" in name else 0.25 if "norm" in name else 0.1]
+        weights = [
+            0.5,
+            along([0, 0.3, 0.7, 1], t),
+            0.5 if "mlp" in name else 0.25 if "norm" in name else 0.1,
+        ]
         density = [0.5, along([1, 0.7, 0.1], t), 1.0]
         models = [tensors[name] for tensors in inside[1:]]
         truths[name] = delta_method("ties", name, models, base, weights, density=density, scale=0.5)
@@ -253,12 +278,17 @@ def test_slices_with_a_base_and_parameters_of_their_own(inside, tmp_path):
         second = layer == 2 or name in ("model.norm.weight", "lm_head.weight")
         t = position(name, *((2, 1) if second else (0, 2)))
         theirs = [layer, layer + 1, layer] if layer in (0, 1) else [3, 3, 3]
-        names = [name if layer is None else name.replace(f"layers.{layer}.", f"layers.{n}.") for n in theirs]
+        names = [
+            name if layer is None else name.replace(f"layers.{layer}.", f"layers.{n}.")
+            for n in theirs
+        ]
         base, *models = [tensors[own] for tensors, own in zip(inside, names, strict=False)]
         top = along([0.6, 0.8], t)
         weights = [top if second else 0.4, 2.0 if layer == 2 else top]
         density, scale = (0.5, 1.0) if second else (along([0.2, 0.9], t), 0.5)
-        truths[name] = delta_method("ties", name, models, base, weights, density=density, scale=scale)
+        truths[name] = delta_method(
+            "ties", name, models, base, weights, density=density, scale=scale
+        )
     assert_equal_to(merged(recipe, tmp_path), truths)
 
 
@@ -274,7 +304,9 @@ def test_linear_slices_may_have_different_numbers_of_models(inside, tmp_path):
     truths = {}
     for name, two in inside[2].items():
         first = layer_of(name) == 0 or name == "model.embed_tokens.weight"
-        truths[name] = (inside[1][name].double() + 0.25 * two.double()) / 1.25 if first else two.double()
+        truths[name] = (
+            (inside[1][name].double() + 0.25 * two.double()) / 1.25 if first else two.double()
+        )
     assert_equal_to(merged(recipe, tmp_path), truths)
 
 
@@ -282,16 +314,21 @@ def test_models_of_other_depths_can_be_stacked(inside, tmp_path, folder, monkeyp
     make_model(tmp_path / "deep", seed=5, **{**SMALL, "num_hidden_layers": 6})
     deep = str(tmp_path / "deep")
     recipe = {
-        "slices": [{"sources": [{"model": m, "layer_range": r}]} for m, r in (("m0", [0, 2]), (deep, [5, 6]))],
+        "slices": [
+            {"sources": [{"model": m, "layer_range": r}]}
+            for m, r in (("m0", [0, 2]), (deep, [5, 6]))
+        ],
         "merge_method": "passthrough",
     }
     found = merged(recipe, tmp_path)
     assert torch.equal(
-        found["model.layers.2.mlp.up_proj.weight"], load(tmp_path / "deep")["model.layers.5.mlp.up_proj.weight"]
+        found["model.layers.2.mlp.up_proj.weight"],
+        load(tmp_path / "deep")["model.layers.5.mlp.up_proj.weight"],
     )
     recipe["slices"][0]["sources"][0]["layer_range"] = [3, 5]
     with pytest.raises(
-        InputError, match=r"^m0: slices\[0\]: layer_range must end at 4, the number of layers, .* got 5$"
+        InputError,
+        match=r"^m0: slices\[0\]: layer_range must end at 4, the number of layers, .* got 5$",
     ):
         merged(recipe, tmp_path)
 
@@ -328,8 +365,13 @@ def test_an_adapter_alone_becomes_a_whole_model(inside, tmp_path):
 
 
 def test_an_adapters_layers_can_be_stacked(inside, tmp_path):
-    sources = [{"model": "m1", "layer_range": [0, 1]}], [{"model": "m0+adapter", "layer_range": [2, 4]}]
-    found = merged({"slices": [{"sources": one} for one in sources], "merge_method": "passthrough"}, tmp_path)
+    sources = (
+        [{"model": "m1", "layer_range": [0, 1]}],
+        [{"model": "m0+adapter", "layer_range": [2, 4]}],
+    )
+    found = merged(
+        {"slices": [{"sources": one} for one in sources], "merge_method": "passthrough"}, tmp_path
+    )
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(found[name.format(2)], inside[0][name.format(3)])
     assert not torch.equal(found[name.format(1)], inside[0][name.format(2)])
@@ -338,11 +380,16 @@ def test_an_adapters_layers_can_be_stacked(inside, tmp_path):
 def test_config_and_tokenizer_are_the_base_models(inside, tmp_path):
     base = "{models: [{model: m2, parameters: {weight: 1}}], base_model: m0, merge_method: task_arithmetic}"
     merged(base, tmp_path)
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == Path("m0/tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == Path(
+        "m0/tokenizer.json"
+    ).read_bytes()
 
 
 def test_linear_takes_the_base_as_one_more_model(inside, tmp_path):
-    recipe = read("{models: [{model: m1}], base_model: m0, merge_method: linear, parameters: {weight: 0.5}}", tmp_path)
+    recipe = read(
+        "{models: [{model: m1}], base_model: m0, merge_method: linear, parameters: {weight: 0.5}}",
+        tmp_path,
+    )
     assert [str(path) for path in recipe.models] == ["m1", "m0"] and recipe.base is None
     assert [model.weight for model in recipe.config.models] == [0.5, 0.5]
 
@@ -380,9 +427,14 @@ def test_scopes_are_asked_from_the_innermost_out(inside, tmp_path):
     weight = read(recipe.replace('"*2"', "true"), tmp_path).config.models
     layers = Layers([])
     for model in weight:
-        assert [setting_at(model.weight, name, layers) for name in ("a.b.", "b.c.", "c.")] == [1.0, 2.0, 3.0]
+        assert [setting_at(model.weight, name, layers) for name in ("a.b.", "b.c.", "c.")] == [
+            1.0,
+            2.0,
+            3.0,
+        ]
     with pytest.raises(
-        InputError, match=r"r.yml: modules.default.models\[1\].parameters.weight: must be a finite number"
+        InputError,
+        match=r"r.yml: modules.default.models\[1\].parameters.weight: must be a finite number",
     ):
         read(recipe, tmp_path)
 
@@ -396,13 +448,18 @@ def test_stacked_output_is_cut_by_size(inside, tmp_path):
     found = merged(recipe, tmp_path, "shard_size=20K")
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 1
-    assert set(found) == set(inside[0]) and (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert (
+        set(found) == set(inside[0])
+        and (tmp_path / "out" / "model.safetensors.index.json").exists()
+    )
 
 
 def test_layers_of_two_kinds_are_not_stacked(inside, tmp_path):
     write(tmp_path / "v", {"vision.layers.0.w": torch.ones(2), "text.layers.0.w": torch.ones(2)})
     sources = [{"model": str(tmp_path / "v"), "layer_range": [0, 1]}]
-    with pytest.raises(InputError, match=r"v: slices need layers of one kind, got text.layers, vision.layers$"):
+    with pytest.raises(
+        InputError, match=r"v: slices need layers of one kind, got text.layers, vision.layers$"
+    ):
         merged({"slices": [{"sources": sources}], "merge_method": "passthrough"}, tmp_path)
 
 

@@ -37,7 +37,10 @@ def read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for k in range(3):
         Path(f"m{k}").mkdir()
-        vocabulary = {"model": {"vocab": {"a": 0, "b": 1 + k // 2}}, "added_tokens": [{"id": 7, "content": "<s>"}]}
+        vocabulary = {
+            "model": {"vocab": {"a": 0, "b": 1 + k // 2}},
+            "added_tokens": [{"id": 7, "content": "<s>"}],
+        }
         Path(f"m{k}/tokenizer.json").write_text(json.dumps(vocabulary))
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text("{}")
@@ -167,7 +170,8 @@ def test_what_we_lack_is_named(read, recipe, old, new, line):
 
 def test_a_model_that_is_not_there_is_named(read):
     with pytest.raises(
-        InputError, match=r"^r.yml: models\[0\].model: 'nowhere' is neither a directory nor a hub id that"
+        InputError,
+        match=r"^r.yml: models\[0\].model: 'nowhere' is neither a directory nor a hub id that",
     ):
         read(TIES.replace("m1", "nowhere"))
 
@@ -176,14 +180,19 @@ def test_chat_templates_that_differ_are_not_chosen_among(read):
     recipe = LINEAR.replace("linear", "linear\nchat_template: auto")
     assert read(recipe).notes == ()
     Path("m2/chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(InputError, match="^r.yml: chat_template: must be absent, as those of m0 and m2 differ$"):
+    with pytest.raises(
+        InputError, match="^r.yml: chat_template: must be absent, as those of m0 and m2 differ$"
+    ):
         read(recipe)
 
 
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("dtype: float32\ndtype: float16\n", "r.yml:2: is not valid YAML: key 'dtype' stands twice"),
+        (
+            "dtype: float32\ndtype: float16\n",
+            "r.yml:2: is not valid YAML: key 'dtype' stands twice",
+        ),
         ("a: [", "r.yml:1: is not valid YAML: expected the node content, but found '<stream end>'"),
         ("", "r.yml: the top level: must be a mapping of keys, got None"),
         ("models: [{model: m0}]", "r.yml: merge_method: must be the name of a method, got None"),
@@ -204,11 +213,14 @@ def test_the_command_line_sets_what_a_recipe_does_not_say(read):
     config = read(TIES, "threads=1", "dtype=bf16", "shard_size=4K").config
     assert (config.threads, config.dtype, config.shard_size) == (1, "bf16", "4K")
     with pytest.raises(
-        InputError, match="^command line: density: is for the recipe to say; beside it go seed, missing,"
+        InputError,
+        match="^command line: density: is for the recipe to say; beside it go seed, missing,",
     ):
         read(TIES, "density=0.5")
     stacked = "slices: [{sources: [{model: m0, layer_range: [0, 1]}]}]\nmerge_method: passthrough"
-    with pytest.raises(InputError, match="^command line: stats: must be false where a recipe stacks slices$"):
+    with pytest.raises(
+        InputError, match="^command line: stats: must be false where a recipe stacks slices$"
+    ):
         read(stacked, "stats=true")
 
 
@@ -239,7 +251,9 @@ def test_what_has_no_effect_is_said(read):
     )
 
 
-@pytest.mark.parametrize("line", ["tokenizer_source: union", "tokenizer_source: m0", "tokenizer: {source: base}"])
+@pytest.mark.parametrize(
+    "line", ["tokenizer_source: union", "tokenizer_source: m0", "tokenizer: {source: base}"]
+)
 def test_a_tokenizer_is_named_where_it_changes_nothing(read, line):
     recipe = LINEAR.replace("m2", "m1").replace("linear", f"linear\n{line}")
     note = "all models have one vocabulary; embeddings keep their rows, files come from m0"

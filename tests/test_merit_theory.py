@@ -7,9 +7,15 @@ import pytest
 import torch
 
 from merit_fast.merge import merge_state_dicts
-from merit_fast.split.conflict import between_sum, conflict_of, double_center, eta_squared, total_sum
-from merit_fast.split.search.medians import conflict_axes, median_partition
+from merit_fast.split.conflict import (
+    between_sum,
+    conflict_of,
+    double_center,
+    eta_squared,
+    total_sum,
+)
 from merit_fast.split.moments import block_products
+from merit_fast.split.search.medians import conflict_axes, median_partition
 from merit_fast.split.search.partition import partition
 
 
@@ -40,13 +46,17 @@ def shares(weights, groups):
 
 def group_means(rows, weights, groups):
     return np.array(
-        [np.average(rows[groups == k], axis=0, weights=weights[groups == k]) for k in range(groups.max() + 1)]
+        [
+            np.average(rows[groups == k], axis=0, weights=weights[groups == k])
+            for k in range(groups.max() + 1)
+        ]
     )
 
 
 def balanced_halves(count):
     return [
-        np.isin(np.arange(count), chosen).astype(int) for chosen in itertools.combinations(range(count), count // 2)
+        np.isin(np.arange(count), chosen).astype(int)
+        for chosen in itertools.combinations(range(count), count // 2)
     ]
 
 
@@ -56,7 +66,10 @@ def test_gain_is_half_the_spread_of_the_branches_in_the_hessians_metric(size, br
     """Of any quadratic, with a linear term, at no stationary point: directly, by pairs, by eigenvectors."""
     generator = np.random.default_rng(size)
     curvature, slope = hessian(generator, size, decades), generator.standard_normal(size)
-    points, weights = generator.standard_normal((branches, size)), generator.dirichlet(np.ones(branches))
+    points, weights = (
+        generator.standard_normal((branches, size)),
+        generator.dirichlet(np.ones(branches)),
+    )
 
     def loss(x):
         return 0.5 * x @ curvature @ x + slope @ x + 3
@@ -68,7 +81,11 @@ def test_gain_is_half_the_spread_of_the_branches_in_the_hessians_metric(size, br
     values, vectors = np.linalg.eigh(curvature)
     along = points @ vectors
     forms = {
-        "direct": 0.5 * sum(w * (x - middle) @ curvature @ (x - middle) for w, x in zip(weights, points, strict=True)),
+        "direct": 0.5
+        * sum(
+            w * (x - middle) @ curvature @ (x - middle)
+            for w, x in zip(weights, points, strict=True)
+        ),
         "from the Gram": 0.5 * total_sum(centered, weights),
         "every branch its own group": 0.5 * between_sum(centered, weights, range(branches)),
         "pairs": 0.25
@@ -130,11 +147,15 @@ def test_a_split_acts_through_the_covariance_of_hessians_and_gradients():
     errors = []
     for rate in 0.02 / 2.0 ** np.arange(5):
         branches = [
-            descend(lambda x, h=h, g=g: g + h @ x, 15, steps, rate) for h, g in zip(curvatures, gradients, strict=True)
+            descend(lambda x, h=h, g=g: g + h @ x, 15, steps, rate)
+            for h, g in zip(curvatures, gradients, strict=True)
         ]
         joint = descend(lambda x: gradient + curvature @ x, 15, steps, rate)
         predicted = rate**2 * steps * (steps - 1) / 2 * covariance
-        errors.append(np.linalg.norm(merged(branches, weights) - joint - predicted) / np.linalg.norm(predicted))
+        errors.append(
+            np.linalg.norm(merged(branches, weights) - joint - predicted)
+            / np.linalg.norm(predicted)
+        )
     ratios = np.array(errors[:-1]) / errors[1:]
     assert ratios[-1] == pytest.approx(2, abs=0.1) and errors[-1] < 0.02
 
@@ -150,7 +171,9 @@ def test_gain_of_a_split_is_half_its_between_group_sum_of_squares():
     rows = gradients @ (vectors * moved * np.sqrt(values)) @ vectors.T
     centered = double_center(rows @ rows.T, weights)
     blocks = np.repeat(rows[:, None], 4, axis=1) * 25
-    measured = conflict_of(block_products(blocks, np.full((10, 4), 25)), similarity="gram", debias="blocks")
+    measured = conflict_of(
+        block_products(blocks, np.full((10, 4), 25)), similarity="gram", debias="blocks"
+    )
 
     def loss(x):
         return 0.5 * x @ curvature @ x + weights @ gradients @ x
@@ -159,7 +182,8 @@ def test_gain_of_a_split_is_half_its_between_group_sum_of_squares():
         groups = generator.permutation(np.arange(10) % 3)
         share = shares(weights, groups)
         branches = [
-            descend(lambda x, g=g: g + curvature @ x, 12, steps, rate) for g in group_means(gradients, weights, groups)
+            descend(lambda x, g=g: g + curvature @ x, 12, steps, rate)
+            for g in group_means(gradients, weights, groups)
         ]
         gain = share @ [loss(x) for x in branches] - loss(merged(branches, share))
         between = between_sum(centered, weights, groups)
@@ -169,7 +193,9 @@ def test_gain_of_a_split_is_half_its_between_group_sum_of_squares():
         middles = group_means(rows, weights, groups)[groups]
         within = weights @ np.sum((rows - middles) ** 2, axis=1)
         assert between + within == pytest.approx(total_sum(centered, weights), rel=1e-12)
-        assert eta_squared(centered, weights, groups) == pytest.approx(between / (between + within), rel=1e-12)
+        assert eta_squared(centered, weights, groups) == pytest.approx(
+            between / (between + within), rel=1e-12
+        )
 
 
 def test_the_papers_example_of_four_datasets():
@@ -180,9 +206,13 @@ def test_the_papers_example_of_four_datasets():
     def gain(groups):
         groups = np.asarray(groups)
         steps = -0.1 * group_means(gradients, equal, groups)
-        return np.mean([0.5 * x @ curvature @ x for x in steps]) - 0.0  # the mean gradient and the merge are 0
+        return (
+            np.mean([0.5 * x @ curvature @ x for x in steps]) - 0.0
+        )  # the mean gradient and the merge are 0
 
-    assert [gain(g) for g in ([1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1])] == pytest.approx([0.04, 0.005, 0])
+    assert [gain(g) for g in ([1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1])] == pytest.approx(
+        [0.04, 0.005, 0]
+    )
     assert np.mean([gain(g) for g in balanced_halves(4)]) == pytest.approx(0.015)
     sums = np.repeat(gradients[:, None], 2, axis=1)
     cosine = conflict_of(block_products(sums, np.ones((4, 2))), debias="none").similarity
@@ -197,13 +227,19 @@ def test_expected_gain_of_a_random_balanced_bipartition(count):
     gradients, equal = generator.standard_normal((count, 6)), np.full(count, 1 / count)
     centered = double_center(gradients @ hessian(generator, 6) @ gradients.T, equal)
     gains = [0.5 * between_sum(centered, equal, groups) for groups in balanced_halves(count)]
-    assert np.mean(gains) == pytest.approx(np.trace(centered) / (2 * count * (count - 1)), rel=1e-12)
+    assert np.mean(gains) == pytest.approx(
+        np.trace(centered) / (2 * count * (count - 1)), rel=1e-12
+    )
 
 
 # ---- what enters the split
 def noisy_blocks(means, generator, blocks=8, per_block=16, noise=2.0):
-    draws = generator.standard_normal((len(means), blocks, means.shape[1])) / np.sqrt(means.shape[1])
-    return per_block * means[:, None] + np.sqrt(per_block * noise) * draws, np.full((len(means), blocks), per_block)
+    draws = generator.standard_normal((len(means), blocks, means.shape[1])) / np.sqrt(
+        means.shape[1]
+    )
+    return per_block * means[:, None] + np.sqrt(per_block * noise) * draws, np.full(
+        (len(means), blocks), per_block
+    )
 
 
 def split_of(sums, counts, names, method="pca-swap", groups=2):
@@ -221,9 +257,12 @@ def test_cosines_do_not_see_the_scale_of_a_dataset(debias):
     powers = np.ldexp(1.0, generator.integers(-30, 30, 10))[:, None, None]
     scales = generator.uniform(1e-3, 1e3, 10)[:, None, None]
     plain, doubled, scaled = (
-        conflict_of(block_products(factor * sums, counts), debias=debias) for factor in (1.0, powers, scales)
+        conflict_of(block_products(factor * sums, counts), debias=debias)
+        for factor in (1.0, powers, scales)
     )
-    assert np.array_equal(doubled.cosine, plain.cosine) and np.array_equal(doubled.error, plain.error)
+    assert np.array_equal(doubled.cosine, plain.cosine) and np.array_equal(
+        doubled.error, plain.error
+    )
     assert np.abs(scaled.cosine - plain.cosine).max() < 1e-6
     assert scaled.signal_fraction == pytest.approx(plain.signal_fraction, rel=1e-6)
 
@@ -252,7 +291,9 @@ def test_debiased_squares_are_unbiased_and_naive_ones_high_by_the_noise_of_a_mea
     off = ~np.eye(3, dtype=bool)
     naive, debiased = np.mean(squares["none"], axis=0), np.mean(squares["blocks"], axis=0)
     assert np.diag(debiased) == pytest.approx(np.diag(truth), rel=0.03)
-    assert np.diag(naive) - np.diag(truth) == pytest.approx(np.full(3, 50 * covariance / examples), rel=0.05)
+    assert np.diag(naive) - np.diag(truth) == pytest.approx(
+        np.full(3, 50 * covariance / examples), rel=0.05
+    )
     assert np.array_equal(naive[off], debiased[off])
     assert np.abs((debiased - truth)[off]).max() < 0.05 * np.diag(truth).max()
 
@@ -268,7 +309,9 @@ class Tiny:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         shared, axes = draw(6, 4), draw(2, 6, 4)
-        pull = torch.tensor([(a, b) for a in (-1.0, 1.0) for b in (-0.6, -0.2, 0.2, 0.6)], dtype=torch.float64)
+        pull = torch.tensor(
+            [(a, b) for a in (-1.0, 1.0) for b in (-0.6, -0.2, 0.2, 0.6)], dtype=torch.float64
+        )
         self.inputs = draw(8, 64, 6)
         apart = torch.einsum("ta,tnd,ado->tno", pull, torch.tanh(self.inputs), axes)
         self.targets = torch.tanh(self.inputs @ shared) + 0.7 * apart
@@ -277,13 +320,18 @@ class Tiny:
 
     def losses(self, weights):
         """[M, 8, 64] of every example, for M models [M, 240]."""
-        first, second = weights[:, : 6 * 24].view(-1, 1, 6, 24), weights[:, 6 * 24 :].view(-1, 1, 24, 4)
+        first, second = (
+            weights[:, : 6 * 24].view(-1, 1, 6, 24),
+            weights[:, 6 * 24 :].view(-1, 1, 24, 4),
+        )
         return ((torch.tanh(self.inputs @ first) @ second - self.targets) ** 2).mean(-1)
 
     def train(self, splits, steps, rate=0.05):
         """[S, K, 240] branches of S splits, each on its own tasks, all in step."""
         groups = torch.tensor(np.array(splits))
-        inside = (groups[:, None] == torch.arange(int(groups.max()) + 1)[:, None]).double().flatten(0, 1)
+        inside = (
+            (groups[:, None] == torch.arange(int(groups.max()) + 1)[:, None]).double().flatten(0, 1)
+        )
         weights = self.start.repeat(len(inside), 1)
         for _ in range(steps):
             weights.requires_grad_()
@@ -301,15 +349,23 @@ class Tiny:
     def gains(self, splits):
         """Measured gain of each split in two, its branches less their merge, the merges."""
         branches = self.train(splits, steps=20)
-        middles = torch.stack([torch.from_numpy(merged(pair.numpy(), [0.5, 0.5])) for pair in branches])
+        middles = torch.stack(
+            [torch.from_numpy(merged(pair.numpy(), [0.5, 0.5])) for pair in branches]
+        )
         loss = self.losses(branches.flatten(0, 1)).mean((1, 2)).view(-1, 2).mean(1)
-        return (loss - self.losses(middles).mean((1, 2))).numpy(), branches - middles[:, None], middles
+        return (
+            (loss - self.losses(middles).mean((1, 2))).numpy(),
+            branches - middles[:, None],
+            middles,
+        )
 
     def audit(self, deltas, middle):
         """Half the branches' spread in the Hessian at the merge."""
         total = 0.0
         for delta in deltas:
-            _, bent = torch.autograd.functional.hvp(lambda w: self.losses(w[None]).mean(), middle, delta)
+            _, bent = torch.autograd.functional.hvp(
+                lambda w: self.losses(w[None]).mean(), middle, delta
+            )
             total += float(delta @ bent) / 4
         return total
 

@@ -32,7 +32,9 @@ def models(tmp_path_factory):
 
 def run(models, out, base=None, **options):
     out.mkdir()
-    merge_branches(models, [1 / len(models)] * len(models), MergeConfig(**options), out, SilentProgress(), base)
+    merge_branches(
+        models, [1 / len(models)] * len(models), MergeConfig(**options), out, SilentProgress(), base
+    )
     return load(out)
 
 
@@ -117,7 +119,9 @@ def test_multislerp_tensor_by_tensor(models, tmp_path, centred, native, monkeypa
     parts, start = [load(model) for model in models[:3]], load(models[3])
     for name, tensor in load(tmp_path / "out").items():
         inputs, origin = [part[name] for part in parts], start[name] if centred else None
-        if centred and all(torch.equal(x, origin) for x in inputs):  # the norms' weights: nothing moved
+        if centred and all(
+            torch.equal(x, origin) for x in inputs
+        ):  # the norms' weights: nothing moved
             assert torch.equal(tensor, origin)
         else:
             assert_bits_nearly(tensor, multislerp_by_hand(inputs, weights, origin))
@@ -126,13 +130,21 @@ def test_multislerp_tensor_by_tensor(models, tmp_path, centred, native, monkeypa
 def test_multislerp_coefficients_at_the_edges():
     assert multislerp_coefficients(np.array([[4.0]]), (0.3,), "w") == (1.0,)
     opposite = np.array([[4.0, -6.0], [-6.0, 9.0]])
-    assert multislerp_coefficients(opposite, (0.6, 0.4), "w") != (0.6, 0.4)  # the mean direction has a length
-    assert multislerp_coefficients(opposite, (0.5, 0.5), "w") == (0.5, 0.5)  # they cancel: a straight sum
+    assert multislerp_coefficients(opposite, (0.6, 0.4), "w") != (
+        0.6,
+        0.4,
+    )  # the mean direction has a length
+    assert multislerp_coefficients(opposite, (0.5, 0.5), "w") == (
+        0.5,
+        0.5,
+    )  # they cancel: a straight sum
     assert multislerp_coefficients(np.zeros((3, 3)), (0.2, 0.3, 0.5), "w") == (0.2, 0.3, 0.5)
     same = multislerp_coefficients(np.full((2, 2), 4.0), (0.5, 0.5), "w")
     assert sum(same) == pytest.approx(1.0)
     star = np.full((3, 3), -0.5) + 1.5 * np.eye(3)  # three directions of a triangle
-    with pytest.raises(InputError, match="merge: w: multislerp needs directions that do not cancel"):
+    with pytest.raises(
+        InputError, match="merge: w: multislerp needs directions that do not cancel"
+    ):
         multislerp_coefficients(star, (1 / 3, 1 / 3, 1 / 3), "w")
 
 
@@ -160,9 +172,14 @@ def test_other_dtypes_and_hard_values(tmp_path, method, dtype):
     for k, one in enumerate(loaded):
         (tmp_path / f"m{k}").mkdir()
         save_file(one, tmp_path / f"m{k}/model.safetensors")
-    paths, base = [tmp_path / "m0", tmp_path / "m1"], tmp_path / "m2" if method == "model_stock" else None
+    paths, base = (
+        [tmp_path / "m0", tmp_path / "m1"],
+        tmp_path / "m2" if method == "model_stock" else None,
+    )
     merged = run(paths, tmp_path / "out", base, method=method)
-    assert merged["empty"].shape == (3, 0) and torch.equal(merged["zeros"], torch.zeros(5, dtype=dtype))
+    assert merged["empty"].shape == (3, 0) and torch.equal(
+        merged["zeros"], torch.zeros(5, dtype=dtype)
+    )
     torch.testing.assert_close(merged["equal"], torch.ones(4, 4, dtype=dtype))
     for name in ("single", "scalar", "cube", "largest", "denormals"):
         inputs = [one[name] for one in loaded]
@@ -171,7 +188,9 @@ def test_other_dtypes_and_hard_values(tmp_path, method, dtype):
         if method == "slerp":
             truth = slerp_by_hand(0.5, *inputs[:2])
         elif method == "multislerp":
-            if name == "denormals" or (name != "cube" and (inputs[0].double() * inputs[1].double()).sum() <= 0):
+            if name == "denormals" or (
+                name != "cube" and (inputs[0].double() * inputs[1].double()).sum() <= 0
+            ):
                 continue  # shorter than its epsilon; opposite: they cancel
             truth = multislerp_by_hand(inputs[:2], [0.5, 0.5])
         else:
@@ -183,7 +202,10 @@ def test_other_dtypes_and_hard_values(tmp_path, method, dtype):
 def test_slerp_coefficients_at_the_edges():
     parallel = np.array([[4.0, 6.0], [6.0, 9.0]])
     assert slerp_coefficients(parallel, 0.25) == (0.75, 0.25)
-    assert slerp_coefficients(-parallel * np.array([[-1, 1], [1, -1]]), 0.25) == (0.75, 0.25)  # opposite
+    assert slerp_coefficients(-parallel * np.array([[-1, 1], [1, -1]]), 0.25) == (
+        0.75,
+        0.25,
+    )  # opposite
     assert slerp_coefficients(np.array([[0.0, 0.0], [0.0, 9.0]]), 0.25) == (0.75, 0.25)
     right = slerp_coefficients(np.diag([1.0, 4.0]), 0.5)
     assert right == pytest.approx((math.sqrt(0.5), math.sqrt(0.5)))
@@ -194,23 +216,36 @@ def test_model_stock_coefficients_at_the_edges():
     assert model_stock_coefficients(agreeing) == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0.0))
     assert model_stock_coefficients(unrelated) == (0.0, 0.0, 0.0, 1.0)
     assert model_stock_coefficients(np.zeros((2, 2))) == (0.0, 0.0, 1.0)
-    assert model_stock_coefficients(np.array([[1.0, -1.0], [-1.0, 1.0]])) == (0.0, 0.0, 1.0)  # they cancel
+    assert model_stock_coefficients(np.array([[1.0, -1.0], [-1.0, 1.0]])) == (
+        0.0,
+        0.0,
+        1.0,
+    )  # they cancel
     half = model_stock_coefficients(np.array([[1.0, 0.5], [0.5, 1.0]]))
     assert half == pytest.approx((1 / 3, 1 / 3, 1 / 3))  # 2 * .5 / 1.5 = 2/3
 
 
 def test_threads_change_no_byte(models, tmp_path):
-    one, many = (run(models[:2], tmp_path / f"t{n}", method="slerp", t=0.4, threads=n, chunk_kib=8) for n in (1, 4))
+    one, many = (
+        run(models[:2], tmp_path / f"t{n}", method="slerp", t=0.4, threads=n, chunk_kib=8)
+        for n in (1, 4)
+    )
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
 def test_integer_tensors_pass_and_nonfinite_ones_are_named(tmp_path):
     for k, value in enumerate((1.0, float("nan"))):
         (tmp_path / f"m{k}").mkdir()
-        tensors = {"w": torch.full((20,), 1.0), "v": torch.full((3,), value), "ids": torch.arange(4)}
+        tensors = {
+            "w": torch.full((20,), 1.0),
+            "v": torch.full((3,), value),
+            "ids": torch.arange(4),
+        }
         save_file(tensors, tmp_path / f"m{k}/model.safetensors")
     good = run([tmp_path / "m0", tmp_path / "m0"], tmp_path / "good", method="slerp")
-    assert torch.equal(good["ids"], torch.arange(4)) and torch.equal(good["w"], torch.full((20,), 1.0))
+    assert torch.equal(good["ids"], torch.arange(4)) and torch.equal(
+        good["w"], torch.full((20,), 1.0)
+    )
     with pytest.raises(InputError, match="v: must be finite here and in the other models"):
         run([tmp_path / "m0", tmp_path / "m1"], tmp_path / "bad", method="slerp")
 
@@ -235,11 +270,15 @@ def test_options_that_do_not_go_with_these_methods_are_refused(method, options):
         assert MergeConfig(method=method, **options).takes_weights
         return
     rule = "reads its inputs twice for itself" if key == "stats" else f"takes no {key}"
-    with pytest.raises(InputError, match=re.escape(f"{key}: must be absent: method {method} {rule}, got {value!r}")):
+    with pytest.raises(
+        InputError, match=re.escape(f"{key}: must be absent: method {method} {rule}, got {value!r}")
+    ):
         MergeConfig(method=method, **options)
 
 
-def test_model_stock_without_a_base_says_so_and_a_dry_run_reads_no_data(models, tmp_path, monkeypatch):
+def test_model_stock_without_a_base_says_so_and_a_dry_run_reads_no_data(
+    models, tmp_path, monkeypatch
+):
     from merit_fast.merge.engine import prepare
 
     pairs = [(model, None) for model in models[:2]]

@@ -30,7 +30,9 @@ def test_products_are_those_of_the_block_sums():
     for block in range(8):
         assert_products(products.left_out[block], total - sums[:, block])
     for i in range(len(sums)):
-        assert products.within[i] == pytest.approx(sums[i] @ sums[i].T, abs=1e-6 * total[i] @ total[i])
+        assert products.within[i] == pytest.approx(
+            sums[i] @ sums[i].T, abs=1e-6 * total[i] @ total[i]
+        )
 
 
 def test_order_and_company_of_the_datasets_change_no_bit():
@@ -38,15 +40,28 @@ def test_order_and_company_of_the_datasets_change_no_bit():
     products, order = block_products(sums, counts), [4, 0, 5, 2, 1, 3]
     assert_same_bits(block_products(sums[order], counts[order]), products.take(order))
     assert_same_bits(block_products(sums[[3]], counts[[3]]), products.take([3]))
-    fields = ("gram", "gram_error", "cosine", "error", "similarity", "norm", "signal_fraction", "signal_error")
+    fields = (
+        "gram",
+        "gram_error",
+        "cosine",
+        "error",
+        "similarity",
+        "norm",
+        "signal_fraction",
+        "signal_error",
+    )
     whole = conflict_of(products, debias="blocks")
     permuted = conflict_of(products.take(order), debias="blocks")
     for field in fields:
         value = getattr(whole, field)
-        assert np.array_equal(getattr(permuted, field), value[np.ix_(*[order] * value.ndim)], equal_nan=True), field
+        assert np.array_equal(
+            getattr(permuted, field), value[np.ix_(*[order] * value.ndim)], equal_nan=True
+        ), field
     weights = np.random.default_rng(0).dirichlet(np.ones(6))
     centered = double_center(whole.gram, weights)
-    assert np.array_equal(double_center(permuted.gram, weights[order]), centered[np.ix_(order, order)])
+    assert np.array_equal(
+        double_center(permuted.gram, weights[order]), centered[np.ix_(order, order)]
+    )
     groups = np.array([0, 1, 2, 0, 1, 0])
     share = eta_squared(centered, weights, groups)
     assert eta_squared(centered[np.ix_(order, order)], weights[order], groups[order]) == share
@@ -55,7 +70,9 @@ def test_order_and_company_of_the_datasets_change_no_bit():
 def test_leaving_a_dataset_out_needs_no_second_look_at_the_sums():
     sums, counts = draw()
     rest = [0, 1, 3, 4, 5]
-    assert_same_bits(block_products(sums, counts).take(rest), block_products(sums[rest], counts[rest]))
+    assert_same_bits(
+        block_products(sums, counts).take(rest), block_products(sums[rest], counts[rest])
+    )
 
 
 @pytest.mark.parametrize("old", [1, 4, 5])

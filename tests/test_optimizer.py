@@ -3,7 +3,15 @@
 import pytest
 import torch
 from checks import run_at_level
-from optimizer_runs import BACKENDS, OPTIONS, SETTINGS, assert_same_run, make_parameters, set_gradients, train
+from optimizer_runs import (
+    BACKENDS,
+    OPTIONS,
+    SETTINGS,
+    assert_same_run,
+    make_parameters,
+    set_gradients,
+    train,
+)
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import FusedAdamW, _eager, _ops
@@ -14,7 +22,9 @@ EVERY = pytest.mark.parametrize("dtype,options", OPTIONS, ids=str)
 
 
 def errors(parameters, truth):
-    return [float((a.double() - b).norm()) for a, b in zip(parameters, truth, strict=True) if a.numel()]
+    return [
+        float((a.double() - b).norm()) for a, b in zip(parameters, truth, strict=True) if a.numel()
+    ]
 
 
 def in_double(steps, **options):
@@ -34,7 +44,9 @@ def in_double(steps, **options):
 @EVERY
 def test_the_native_kernel_gives_the_bits_of_eager(dtype, options):
     exact = "max_norm" not in options  # sums of another order
-    assert_same_run(train(dtype, backend="cpu", **options), train(dtype, backend="eager", **options), exact)
+    assert_same_run(
+        train(dtype, backend="cpu", **options), train(dtype, backend="eager", **options), exact
+    )
 
 
 @BOTH
@@ -121,11 +133,15 @@ def test_the_average_is_that_of_all_weights_so_far(backend, decay):
     for step in range(1, 6):
         train("bf16", 1, step, parameters, optimizer)
         share = 1 / (count + 1) if decay == "mean" else 1 - decay
-        expected = [e + (p.detach().double() - e) * share for e, p in zip(expected, parameters, strict=True)]
+        expected = [
+            e + (p.detach().double() - e) * share for e, p in zip(expected, parameters, strict=True)
+        ]
         count += 1
     for parameter, truth in zip(parameters, expected, strict=True):
         average = optimizer.state[parameter]["average"]
-        assert average.dtype == torch.float32 and torch.allclose(average.double(), truth, rtol=1e-6, atol=1e-8)
+        assert average.dtype == torch.float32 and torch.allclose(
+            average.double(), truth, rtol=1e-6, atol=1e-8
+        )
 
 
 @BOTH
@@ -146,7 +162,9 @@ def test_results_do_not_depend_on_threads():
     gradients = [torch.randn(50_001), torch.randn(16_384), torch.randn(33)]
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        runs.append(train("bf16", gradients=gradients, moments="int8", max_norm=1.0, average_decay=0.9))
+        runs.append(
+            train("bf16", gradients=gradients, moments="int8", max_norm=1.0, average_decay=0.9)
+        )
     torch.set_num_threads(before)
     assert_same_run(runs[0], runs[1])
     assert_same_run(runs[0], runs[2])
@@ -169,7 +187,9 @@ for dtype, options in (("fp32", {{}}), ("bf16", {{"moments": "int8", "max_norm":
                 digest.update(bits(value.detach()).contiguous().numpy().tobytes())
 print(digest.hexdigest())
 """
-    assert len({run_at_level(script, level) for level in native_levels if level != "avx512_bf16"}) == 1
+    assert (
+        len({run_at_level(script, level) for level in native_levels if level != "avx512_bf16"}) == 1
+    )
 
 
 @BOTH
@@ -218,7 +238,9 @@ LAYOUTS = {
 
 
 @BOTH
-@pytest.mark.parametrize("options", [{}, {"moments": "int8", "zero_grad": True, "max_norm": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"moments": "int8", "zero_grad": True, "max_norm": 1.0}], ids=str
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("same", [True, False], ids=["grad alike", "grad contiguous"])
 def test_any_layout_of_weights_and_gradients(backend, layout, options, same):
@@ -271,7 +293,10 @@ def test_wrong_arguments_are_refused_by_name():
         ({"rounding": "up"}, "rounding must be one of stochastic, nearest, got 'up'"),
         ({"master": "bf16"}, "master must be one of none, fp32, split"),
         ({"moments": "fp8"}, "moments must be one of fp32, bf16, int8"),
-        ({"average_decay": 1.0}, "average_decay must be None, 'mean' or from 0 to below 1, got 1.0"),
+        (
+            {"average_decay": 1.0},
+            "average_decay must be None, 'mean' or from 0 to below 1, got 1.0",
+        ),
         ({"max_norm": -1.0}, "max_norm must be at least 0"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -280,7 +305,9 @@ def test_wrong_arguments_are_refused_by_name():
         with pytest.raises(TypeError, match="parameters must be float32 or bfloat16"):
             FusedAdamW([torch.nn.Parameter(torch.ones(3, dtype=dtype))])
     weight.grad = torch.ones(3).to_sparse()
-    with pytest.raises(ValueError, match=r"gradients must be dense, got torch.sparse_coo of shape \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"gradients must be dense, got torch.sparse_coo of shape \[3\]"
+    ):
         FusedAdamW([weight]).step()
     with pytest.raises(dispatch.BackendUnavailableError, match="adamw: backend 'triton'"):
         weight.grad = torch.ones(3)

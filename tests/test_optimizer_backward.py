@@ -27,7 +27,9 @@ def losses(model, step):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"moments": "int8", "average_decay": "mean"}, {"master": "split"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"moments": "int8", "average_decay": "mean"}, {"master": "split"}], ids=str
+)
 def test_it_gives_the_bits_of_steps_after_the_backward_pass(dtype, options):
     models = [Tied(dtype), Tied(dtype)]
     optimizers = [FusedAdamW(model.parameters(), lr=1e-2, **options) for model in models]

@@ -21,9 +21,13 @@ def test_stochastic_rounding_is_unbiased_exact_where_it_can_be_and_never_infinit
         gap = float(above - below)
         assert below < value.double() < above and rounded.unique().numel() == 2
         assert abs(float(rounded.mean() - value.double())) < 4 * gap * 0.5 / count**0.5
-    kept = torch.tensor([0.0, -0.0, 1.5, -256.0, float("inf"), -float("inf"), float("nan"), 2.0**-133])
+    kept = torch.tensor(
+        [0.0, -0.0, 1.5, -256.0, float("inf"), -float("inf"), float("nan"), 2.0**-133]
+    )
     for draw in (0, 1, 0x7FFF, 0xFFFF):
-        assert torch.equal(bits(_eager.stochastic_bf16(kept, torch.full((8,), draw))), bits(kept.bfloat16()))
+        assert torch.equal(
+            bits(_eager.stochastic_bf16(kept, torch.full((8,), draw))), bits(kept.bfloat16())
+        )
     largest = torch.full((2,), torch.finfo(torch.float32).max) * torch.tensor([1.0, -1.0])
     assert _eager.stochastic_bf16(largest, torch.tensor([0xFFFF, 0xFFFF])).isfinite().all()
 
@@ -40,14 +44,18 @@ def test_random_bits_are_even_and_differ_by_element_and_key():
 
 @BOTH
 def test_8_bit_moments_stay_near_what_they_stand_for(backend):
-    (exact, of_exact), (ours, of_ours) = (train("fp32", 20, backend=backend, moments=m) for m in ("fp32", "int8"))
+    (exact, of_exact), (ours, of_ours) = (
+        train("fp32", 20, backend=backend, moments=m) for m in ("fp32", "int8")
+    )
     start = make_parameters("fp32")
     for a, b, s in zip(exact, ours, start, strict=True):
         if a.numel() < 100:
             continue
         state = of_ours.state[b]
         for name, second in (("exp_avg", False), ("exp_avg_sq", True)):
-            assert state[name].itemsize == 1 and state[f"{name}_scale"].numel() == -(-a.numel() // 256)
+            assert state[name].itemsize == 1 and state[f"{name}_scale"].numel() == -(
+                -a.numel() // 256
+            )
             plain = _eager.decoded(state[name], state[f"{name}_scale"], second=second)
             truth = of_exact.state[a][name].flatten()
             assert (plain - truth).norm() < 0.05 * truth.norm()
@@ -69,14 +77,17 @@ def test_a_split_master_is_the_fp32_master_bit_for_bit(backend):
     for x, y in zip(a, b, strict=True):
         master = of_a.state[x]["master"]
         assert torch.equal(
-            _eager.full_weight(y.detach().flatten(), of_b.state[y]["low_bits"].flatten()), master.flatten()
+            _eager.full_weight(y.detach().flatten(), of_b.state[y]["low_bits"].flatten()),
+            master.flatten(),
         )
         assert torch.equal(x, master.bfloat16())
         ties = master.view(torch.int32) & 0xFFFF == 0x8000
         assert torch.equal(x[~ties], y[~ties])
 
 
-@pytest.mark.parametrize("raw", [0x3F808000, 0x3F818000, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, -0x00400001, 0x00018000])
+@pytest.mark.parametrize(
+    "raw", [0x3F808000, 0x3F818000, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, -0x00400001, 0x00018000]
+)
 def test_16_bits_tell_every_master_of_a_weight(raw):
     weight, low = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int16)
     master = torch.tensor([raw], dtype=torch.int32).view(torch.float32)

@@ -17,7 +17,10 @@ EVERY = pytest.mark.parametrize("dtype,options", OPTIONS, ids=str)
 def test_a_resumed_run_gives_the_bits_of_an_unbroken_one(backend, dtype, options, tmp_path):
     whole = train(dtype, 6, backend=backend, **options)
     parameters, optimizer = train(dtype, 3, backend=backend, **options)
-    torch.save({"model": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    torch.save(
+        {"model": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()},
+        tmp_path / "run.pt",
+    )
     saved = torch.load(tmp_path / "run.pt")
     again = [torch.nn.Parameter(value) for value in saved["model"]]
     resumed = FusedAdamW(again, **{**SETTINGS, **options}, backend=backend)
@@ -47,7 +50,10 @@ def test_loaded_moments_take_the_kind_asked_for():
     back = FusedAdamW(parameters, moments="fp32")
     back.load_state_dict(copy.deepcopy(eight.state_dict()))
     for p in parameters:
-        assert eight.state[p]["exp_avg"].dtype == torch.int8 and back.state[p]["exp_avg"].dtype == torch.float32
+        assert (
+            eight.state[p]["exp_avg"].dtype == torch.int8
+            and back.state[p]["exp_avg"].dtype == torch.float32
+        )
         for name in ("exp_avg", "exp_avg_sq"):
             truth = optimizer.state[p][name]
             assert (back.state[p][name] - truth).norm() <= 0.05 * truth.norm()

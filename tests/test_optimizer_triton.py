@@ -21,7 +21,11 @@ def _cache(tmp_path, monkeypatch):
 
 def code(asked, architecture):
     found = compile_launch(asked.kernel, asked.arguments, asked.options, architecture)
-    assert found.spill_bytes == found.atomics == found.tf32 == 0, (asked.name, architecture, found.spill_bytes)
+    assert found.spill_bytes == found.atomics == found.tf32 == 0, (
+        asked.name,
+        architecture,
+        found.spill_bytes,
+    )
     return found
 
 
@@ -50,5 +54,8 @@ def test_another_rate_or_step_is_no_other_kernel():
     """Numbers that change from step to step are arguments, never part of the code."""
     asked = launch("AdamW", F32)
     others = asked.arguments[:3] + (0.5, 0.25, 0.75, 0.1, 0.9, 1.0) + asked.arguments[9:]
-    bodies = {code(replace(asked, arguments=a), 90).ptx.split(".section")[0] for a in (asked.arguments, others)}
+    bodies = {
+        code(replace(asked, arguments=a), 90).ptx.split(".section")[0]
+        for a in (asked.arguments, others)
+    }
     assert len(bodies) == 1

@@ -24,11 +24,17 @@ LENGTHS = (9, 1, 14, 2, 6)
 def examples(lengths=LENGTHS):
     generator = np.random.default_rng(0)
     rows = [generator.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths]
-    return [Example(ids, np.where(generator.random(len(ids)) < 0.4, -100, ids).astype(np.int32)) for ids in rows]
+    return [
+        Example(ids, np.where(generator.random(len(ids)) < 0.4, -100, ids).astype(np.int32))
+        for ids in rows
+    ]
 
 
 def test_a_packed_row_says_where_each_example_lies():
-    a, b = Example(np.array([5, 6, 7]), np.array([5, -100, 7])), Example(np.array([8, 9]), np.array([8, 9]))
+    a, b = (
+        Example(np.array([5, 6, 7]), np.array([5, -100, 7])),
+        Example(np.array([8, 9]), np.array([8, 9])),
+    )
     row = pack([a, b], [3, 1])
     assert row.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert row.labels.tolist() == [[-100, -100, 7, -100, 9]]
@@ -36,7 +42,9 @@ def test_a_packed_row_says_where_each_example_lies():
     assert (row.cu_seqlens.tolist(), row.dataset_ids.tolist()) == ([0, 3, 5], [3, 1])
     assert row.attention_mask.tolist() == [[1] * 5] and row.num_target_tokens == 2
     for wrong in ([], [1]):
-        with pytest.raises(ValueError, match=f"pack: needs one dataset id per example, got {len(wrong)} for 2"):
+        with pytest.raises(
+            ValueError, match=f"pack: needs one dataset id per example, got {len(wrong)} for 2"
+        ):
             pack([a, b], wrong)
 
 
@@ -47,7 +55,9 @@ def test_packed_rows_have_the_losses_of_padded_ones(name, kernels):
     patch_model(model, kernels)
     rows, ids = examples(), [0] * len(LENGTHS)
     require_packing(model, rows)
-    padded, packed = (target_losses(model, make_batch(rows, ids)) for make_batch in (padded_batch, pack))
+    padded, packed = (
+        target_losses(model, make_batch(rows, ids)) for make_batch in (padded_batch, pack)
+    )
     order = torch.argsort(padded.example, stable=True)
     assert torch.equal(packed.example, padded.example[order])
     assert_close(packed.loss.detach(), padded.loss[order].detach())
@@ -56,7 +66,9 @@ def test_packed_rows_have_the_losses_of_padded_ones(name, kernels):
         model.zero_grad()
         loss, summed = batch_loss(model, batch, batch.num_target_tokens)
         loss.backward()
-        results.append((summed, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (summed, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        )
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert results[0][0] == pytest.approx(float(padded.loss.detach().double().sum()), rel=1e-6)
     assert_same_gradients(results[1][1], results[0][1])

@@ -9,13 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merges import load, merge, write
 
-from merit_fast.options.fields import parse, to_plain
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.config import PARAMETERS
 from merit_fast.merge.parameters import Case, Layers, ModelSettings, setting_at
+from merit_fast.options.fields import parse, to_plain
 
-NAMES = ["embed.weight", *(f"model.layers.{i}.{part}.weight" for i in range(5) for part in ("attn", "mlp")), "lm_head"]
+NAMES = [
+    "embed.weight",
+    *(f"model.layers.{i}.{part}.weight" for i in range(5) for part in ("attn", "mlp")),
+    "lm_head",
+]
 
 
 def at(setting, name, names=NAMES):
@@ -29,7 +33,9 @@ def test_a_number_holds_everywhere():
 def test_a_gradient_is_linear_between_its_points():
     along = [at((0.0, 1.0, 3.0), f"model.layers.{i}.mlp.weight") for i in range(5)]
     assert along == [0.0, 0.5, 1.0, 2.0, 3.0]
-    assert at((0.0, 1.0, 3.0), "embed.weight") == at((0.0, 1.0, 3.0), "lm_head") == 0.0  # of no layer: the first point
+    assert (
+        at((0.0, 1.0, 3.0), "embed.weight") == at((0.0, 1.0, 3.0), "lm_head") == 0.0
+    )  # of no layer: the first point
     assert at((0.7,), "model.layers.3.mlp.weight") == 0.7
 
 
@@ -42,7 +48,11 @@ def test_a_gradient_is_numpys_interpolation(points, count):
     names = [f"h.{i}.w" for i in range(count)]
     for i, name in enumerate(names):
         place = i / (count - 1) if count > 1 else 1.0
-        expected = np.interp(place, np.linspace(0, 1, len(points)), points) if len(points) > 1 else points[0]
+        expected = (
+            np.interp(place, np.linspace(0, 1, len(points)), points)
+            if len(points) > 1
+            else points[0]
+        )
         assert at(tuple(points), name, names) == pytest.approx(expected, abs=1e-12)
 
 
@@ -57,9 +67,13 @@ def test_the_first_case_that_matches_counts():
 
 
 def test_which_layer_a_name_belongs_to():
-    layers = Layers(["model.layers.0.experts.7.w", "model.layers.2.experts.0.w", "v1.5x", "block.w.10"])
+    layers = Layers(
+        ["model.layers.0.experts.7.w", "model.layers.2.experts.0.w", "v1.5x", "block.w.10"]
+    )
     assert layers.count == 3 and layers.position("model.layers.1.experts.7.w") == 0.5
-    assert layers.position("v1.5x") == layers.position("block.w.10") == 0.0  # no number between dots
+    assert (
+        layers.position("v1.5x") == layers.position("block.w.10") == 0.0
+    )  # no number between dots
 
 
 def run(tmp_path, inputs, base=None, weights=None, **options):
@@ -68,7 +82,13 @@ def run(tmp_path, inputs, base=None, weights=None, **options):
     root = tmp_path / f"run{number}"
     paths = [write(root / f"m{k}", one) for k, one in enumerate(inputs)]
     start = write(root / "base", base) if base else None
-    merge(paths, weights or [1 / len(inputs)] * len(inputs), root / "out", MergeConfig(**options), start)
+    merge(
+        paths,
+        weights or [1 / len(inputs)] * len(inputs),
+        root / "out",
+        MergeConfig(**options),
+        start,
+    )
     return load(root / "out")
 
 
@@ -83,8 +103,13 @@ def position(name):
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "multislerp"])
 def test_weights_of_each_model_by_name_and_layer(tmp_path, method):
     models, base = inputs(), inputs(1)[0]
-    own = (ModelSettings(weight=(1.0, 3.0)), ModelSettings(weight=(Case((2.0, 0.0), "attn"), Case(1.0))))
-    merged = run(tmp_path, models, base if method == "task_arithmetic" else None, method=method, models=own)
+    own = (
+        ModelSettings(weight=(1.0, 3.0)),
+        ModelSettings(weight=(Case((2.0, 0.0), "attn"), Case(1.0))),
+    )
+    merged = run(
+        tmp_path, models, base if method == "task_arithmetic" else None, method=method, models=own
+    )
     for name, tensor in merged.items():
         t = position(name)
         raw = (1 + 2 * t, 2 - 2 * t if "attn" in name else 1.0)
@@ -93,7 +118,9 @@ def test_weights_of_each_model_by_name_and_layer(tmp_path, method):
             alone = run(tmp_path, [{name: m[name]} for m in models], weights=w, method=method)
             torch.testing.assert_close(tensor, alone[name], rtol=1e-13, atol=1e-13)
         else:
-            torch.testing.assert_close(tensor, w[0] * models[0][name] + w[1] * models[1][name], rtol=0, atol=1e-14)
+            torch.testing.assert_close(
+                tensor, w[0] * models[0][name] + w[1] * models[1][name], rtol=0, atol=1e-14
+            )
 
 
 def test_without_normalize_weights_are_used_as_they_are(tmp_path):
@@ -116,7 +143,9 @@ def test_scale_along_the_layers(tmp_path):
 
 def test_slerps_place_by_name(tmp_path):
     models = inputs()
-    merged = run(tmp_path, models, method="slerp", t=(Case(0.0, "attn"), Case(1.0, "mlp"), Case(0.25)))
+    merged = run(
+        tmp_path, models, method="slerp", t=(Case(0.0, "attn"), Case(1.0, "mlp"), Case(0.25))
+    )
     for name, tensor in merged.items():
         end = models[0] if "attn" in name else models[1] if "mlp" in name else None
         assert end is None or torch.equal(tensor, end[name])
@@ -126,7 +155,9 @@ def test_slerps_place_by_name(tmp_path):
 
 def test_passthrough_scales(tmp_path):
     model = inputs(1)
-    assert all(torch.equal(t, model[0][n]) for n, t in run(tmp_path, model, method="passthrough").items())
+    assert all(
+        torch.equal(t, model[0][n]) for n, t in run(tmp_path, model, method="passthrough").items()
+    )
     merged = run(tmp_path, model, method="passthrough", scale=(Case(0.0, "attn"), Case(2.0)))
     for name, tensor in merged.items():
         assert torch.equal(tensor, model[0][name] * (0.0 if "attn" in name else 2.0))
@@ -141,11 +172,15 @@ GIVEN = {"scale": 0.5, "density": 0.5, "gamma": 0.2, "epsilon": 0.1, "select_top
 def test_a_method_takes_its_own_parameters_and_no_other(method):
     needed = {"density": 0.5} if "density" in PARAMETERS[method] else {}
     assert MergeConfig(
-        method=method, **needed, **{k: v for k, v in GIVEN.items() if k in PARAMETERS[method] and k not in needed}
+        method=method,
+        **needed,
+        **{k: v for k, v in GIVEN.items() if k in PARAMETERS[method] and k not in needed},
     )
     for name, value in GIVEN.items():
         if name not in PARAMETERS[method]:
-            with pytest.raises(InputError, match=f"^{name}: must be absent: method {method} takes no {name}, got"):
+            with pytest.raises(
+                InputError, match=f"^{name}: must be absent: method {method} takes no {name}, got"
+            ):
                 MergeConfig(method=method, **{name: value}, **needed)
     for name in ("weight", "density", "gamma", "epsilon"):
         if (name if name != "weight" else "weights") not in PARAMETERS[method]:
@@ -160,7 +195,9 @@ def test_density_must_be_given_once_for_every_model(method):
         MergeConfig(method=method)
     with pytest.raises(InputError, match="density: must be given"):
         MergeConfig(method=method, models=(ModelSettings(density=0.5), ModelSettings()))
-    assert MergeConfig(method=method, models=(ModelSettings(density=0.5), ModelSettings(density=0.1)))
+    assert MergeConfig(
+        method=method, models=(ModelSettings(density=0.5), ModelSettings(density=0.1))
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,13 +209,25 @@ def test_density_must_be_given_once_for_every_model(method):
             dict(method="ties", density=(Case((0.1, 2.0), "mlp"), Case(0.5))),
             "density: must be between 0 and 1, got 2.0",
         ),
-        (dict(method="ties", density=()), "density: must be a number or a list of at least one, got []"),
+        (
+            dict(method="ties", density=()),
+            "density: must be a number or a list of at least one, got []",
+        ),
         (dict(method="ties", density=float("nan")), "density: must be between 0 and 1, got nan"),
         (dict(method="slerp", t=1.1), "t: must be between 0 and 1, got 1.1"),
         (dict(scale=float("inf")), "scale: must be a finite number, got inf"),
-        (dict(models=(ModelSettings(weight=float("inf")),)), "models[0].weight: must be a finite number, got inf"),
-        (dict(seed=-1, method="dare_ties", density=0.5), "seed: must be between 0 and 2^63 - 1, got -1"),
-        (dict(method="slerp", stats=True), "stats: must be absent: method slerp reads its inputs twice for itself"),
+        (
+            dict(models=(ModelSettings(weight=float("inf")),)),
+            "models[0].weight: must be a finite number, got inf",
+        ),
+        (
+            dict(seed=-1, method="dare_ties", density=0.5),
+            "seed: must be between 0 and 2^63 - 1, got -1",
+        ),
+        (
+            dict(method="slerp", stats=True),
+            "stats: must be absent: method slerp reads its inputs twice for itself",
+        ),
     ],
 )
 def test_values_out_of_range_are_named(options, message):

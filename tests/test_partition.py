@@ -8,8 +8,8 @@ import pytest
 from partitions import NAMES, mixture, split
 
 from merit_fast.errors import InputError
-from merit_fast.split.search import swap
 from merit_fast.split.conflict import between_sum, cosine_matrix, double_center
+from merit_fast.split.search import swap
 from merit_fast.split.search.partition import METHODS, Pins, partition
 from merit_fast.split.search.problem import pose_problem
 
@@ -33,8 +33,12 @@ def every_split(number, groups):
 def test_the_objective_is_the_between_group_sum_of_squares(groups):
     similarity, weights = mixture(0, 12)
     found = split(similarity, weights, groups)
-    assert found.objective == pytest.approx(between_sum(similarity, weights, found.groups), rel=1e-9, abs=1e-12)
-    shares = [sum(w for w, g in zip(weights, found.groups, strict=True) if g == k) for k in range(groups)]
+    assert found.objective == pytest.approx(
+        between_sum(similarity, weights, found.groups), rel=1e-9, abs=1e-12
+    )
+    shares = [
+        sum(w for w, g in zip(weights, found.groups, strict=True) if g == k) for k in range(groups)
+    ]
     assert found.group_weights == pytest.approx(shares)
 
 
@@ -42,11 +46,15 @@ def test_a_margin_is_what_moving_the_dataset_costs():
     similarity, weights = mixture(1, 9)
     found = split(similarity, weights, 3)
     for i, margin in enumerate(found.margins):
-        moved = [[*found.groups[:i], k, *found.groups[i + 1 :]] for k in range(3) if k != found.groups[i]]
+        moved = [
+            [*found.groups[:i], k, *found.groups[i + 1 :]] for k in range(3) if k != found.groups[i]
+        ]
         best = max(between_sum(similarity, weights, labels) for labels in moved)
         assert margin == pytest.approx(found.objective - best, abs=1e-12)
     assert split(similarity, weights, 1).margins == (0.0,) * 9
-    assert len(set(split(similarity[:3, :3], weights[:3], 3).margins)) == 3  # alone in a group: what joining costs
+    assert (
+        len(set(split(similarity[:3, :3], weights[:3], 3).margins)) == 3
+    )  # alone in a group: what joining costs
 
 
 def test_datasets_pinned_together_share_their_margin():
@@ -60,7 +68,9 @@ def test_datasets_pinned_together_share_their_margin():
 
 
 # ---- the search
-@pytest.mark.parametrize("number,groups,spread", [(10, 2, 0.0), (10, 2, 0.4), (9, 3, 0.4), (8, 4, 0.0), (6, 5, 0.4)])
+@pytest.mark.parametrize(
+    "number,groups,spread", [(10, 2, 0.0), (10, 2, 0.4), (9, 3, 0.4), (8, 4, 0.0), (6, 5, 0.4)]
+)
 def test_the_search_finds_the_best_and_the_worst_of_all_splits(number, groups, spread):
     every = np.array(every_split(number, groups))
     best_found = worst_found = 0
@@ -73,7 +83,9 @@ def test_the_search_finds_the_best_and_the_worst_of_all_splits(number, groups, s
             values += np.einsum("ln,nm,lm->l", inside, similarity, inside) / inside.sum(1)
         tolerance = 0.1 / groups
         allowed = values[off <= max(tolerance, off.min()) + 1e-9]
-        best_found += split(similarity, weights, groups, tolerance=tolerance).objective > allowed.max() * (1 - 1e-9)
+        best_found += split(
+            similarity, weights, groups, tolerance=tolerance
+        ).objective > allowed.max() * (1 - 1e-9)
         anti = split(similarity, weights, groups, "anti", tolerance=tolerance)
         worst_found += anti.objective < allowed.min() + 1e-9 * allowed.max()
     assert best_found >= 9 and worst_found >= 9
@@ -88,7 +100,9 @@ def test_every_start_is_improved_or_kept_and_stays_balanced(sign):
         start = generator.permutation(np.arange(24) % 4)
         limit = max(0.02, swap.imbalance(problem, start))
         found = swap.climb(problem, start, limit, sign)
-        assert sign * swap.between_groups(problem, found) >= sign * swap.between_groups(problem, start)
+        assert sign * swap.between_groups(problem, found) >= sign * swap.between_groups(
+            problem, start
+        )
         assert swap.imbalance(problem, found) <= limit + 1e-12
         assert (swap.climb(problem, found, limit, sign) == found).all()
 
@@ -101,12 +115,16 @@ def test_gains_of_moves_and_swaps_are_differences_of_the_objective():
     for i, k in itertools.product(range(7), range(3)):
         if labels[i] != k:
             moved = np.where(np.arange(7) == i, k, labels)
-            assert step.move_gains()[i, k] == pytest.approx(swap.between_groups(problem, moved) - now, abs=1e-12)
+            assert step.move_gains()[i, k] == pytest.approx(
+                swap.between_groups(problem, moved) - now, abs=1e-12
+            )
     for i, j in itertools.combinations(range(7), 2):
         if labels[i] != labels[j]:
             swapped = labels.copy()
             swapped[[i, j]] = labels[[j, i]]
-            assert step.swap_gains()[i, j] == pytest.approx(swap.between_groups(problem, swapped) - now, abs=1e-12)
+            assert step.swap_gains()[i, j] == pytest.approx(
+                swap.between_groups(problem, swapped) - now, abs=1e-12
+            )
 
 
 @pytest.mark.parametrize("groups", [2, 4, 5])
@@ -116,7 +134,9 @@ def test_the_default_is_at_least_as_good_as_every_other_method_within_the_tolera
         best = split(similarity, weights, groups)
         for method in ("pddp", "kmeans", "random", "text-cluster"):
             other = split(similarity, weights, groups, method)
-            assert imbalance(other) > 0.05 / groups + 1e-9 or other.objective <= best.objective * (1 + 1e-9)
+            assert imbalance(other) > 0.05 / groups + 1e-9 or other.objective <= best.objective * (
+                1 + 1e-9
+            )
 
 
 # ---- balance
@@ -155,7 +175,10 @@ def test_rows_of_a_huge_dataset_are_spread_only_when_asked():
     found = split(similarity, weights, 2, spread=["d03"], tolerance=0.05)
     assert found.groups[3] == -1 and -1 not in found.groups[:3] + found.groups[4:]
     assert imbalance(found) <= 0.05 + 1e-9 and found.note == "" and found.margins[3] == 0.0
-    share = np.array([[0.5, 0.5] if g == -1 else [g == 0, g == 1] for g in found.groups]) * weights[:, None]
+    share = (
+        np.array([[0.5, 0.5] if g == -1 else [g == 0, g == 1] for g in found.groups])
+        * weights[:, None]
+    )
     explicit = sum(share[:, k] @ similarity @ share[:, k] / share[:, k].sum() for k in range(2))
     assert found.objective == pytest.approx(explicit)
 
@@ -220,7 +243,12 @@ def test_twins_stay_and_opposites_part(method):
     generator = np.random.default_rng(2)
     directions = generator.standard_normal((4, 30))
     rows = np.concatenate(
-        [directions, directions + 1e-3 * generator.standard_normal((4, 30)), -directions, -directions]
+        [
+            directions,
+            directions + 1e-3 * generator.standard_normal((4, 30)),
+            -directions,
+            -directions,
+        ]
     )
     weights = np.full(16, 1 / 16)
     cosine = cosine_matrix(rows)
@@ -286,19 +314,34 @@ def test_manual_groups_are_checked(manual, message):
     [
         ({"groups": 5}, r"groups: must be at most the number of datasets \(4\), got 5"),
         ({"groups": 0}, "groups: must be at least 1, got 0"),
-        ({"groups": 3, "method": "pca-median"}, "groups: must be a power of two with method pca-median, got 3"),
+        (
+            {"groups": 3, "method": "pca-median"},
+            "groups: must be a power of two with method pca-median, got 3",
+        ),
         ({"method": "magic"}, "method: must be one of pca-swap, .* got 'magic'"),
-        ({"method": "text-cluster"}, "text-cluster: must be given the similarity of the datasets' texts"),
+        (
+            {"method": "text-cluster"},
+            "text-cluster: must be given the similarity of the datasets' texts",
+        ),
         ({"tolerance": -0.1}, "tolerance: must be 0 or more, got -0.1"),
         ({"tolerance": math.nan}, "tolerance: must be 0 or more, got nan"),
         ({"names": ["a", "b", "b", "c"]}, "names: must be distinct and at least one, got 'b'"),
         ({"weights": np.array([1.0, 2, 0, 1])}, "weights: must be one positive number per dataset"),
         ({"similarity": np.full((4, 4), np.nan)}, r"similarity: must be finite and \[4, 4\]"),
-        ({"similarity": np.zeros((3, 3))}, r"similarity: must be finite and \[4, 4\], got \[3, 3\]"),
+        (
+            {"similarity": np.zeros((3, 3))},
+            r"similarity: must be finite and \[4, 4\], got \[3, 3\]",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(changes, message):
     similarity, weights = mixture(0, 4)
-    call = {"similarity": similarity, "weights": weights, "names": NAMES[:4], "groups": 2, **changes}
+    call = {
+        "similarity": similarity,
+        "weights": weights,
+        "names": NAMES[:4],
+        "groups": 2,
+        **changes,
+    }
     with pytest.raises(InputError, match=message):
         partition(**call)

@@ -16,7 +16,9 @@ def loss_and_gradients(model, batch, **options):
     model.zero_grad()
     output = model(**batch, **options)
     output.loss.backward()
-    return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output, {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same_gradients(actual, expected, floor=1e-5):
@@ -71,13 +73,20 @@ def test_what_is_left_alone_is_said():
 
     unknown = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
     patch = patch_model(unknown)
-    assert not patch.replaced and patch.notes == ("gpt2: is an architecture that patch_model does not know",)
+    assert not patch.replaced and patch.notes == (
+        "gpt2: is an architecture that patch_model does not know",
+    )
     assert type(unknown) is GPT2LMHeadModel
     assert "nothing replaced\n  left alone: gpt2" in str(patch)
     cohere = str(patch_model(make("cohere")))
-    assert "kernels: swiglu x 2, head x 1" in cohere and "2 CohereAttention: rotates positions in another" in cohere
+    assert (
+        "kernels: swiglu x 2, head x 1" in cohere
+        and "2 CohereAttention: rotates positions in another" in cohere
+    )
     assert "visual: is not the language tower" in str(patch_model(make("qwen3_vl")))
-    assert patch_model(make("llama").model).notes == ("LlamaModel: has no language-model head of its own",)
+    assert patch_model(make("llama").model).notes == (
+        "LlamaModel: has no language-model head of its own",
+    )
 
 
 def test_a_wrong_guess_is_never_silent():
@@ -126,7 +135,9 @@ def test_patching_twice_patches_anew():
 
 
 def test_unknown_kernels_are_bad_input():
-    with pytest.raises(InputError, match="kernels: must be auto, eager, cpu, triton, cuda; got 'fast'"):
+    with pytest.raises(
+        InputError, match="kernels: must be auto, eager, cpu, triton, cuda; got 'fast'"
+    ):
         patch_model(make("llama"), kernels="fast")
 
 

@@ -9,7 +9,10 @@ from torch import nn
 
 from merit_fast import patch_model
 
-ROWS = [{"input_ids": list(range(3 + i, 12 + i)), "labels": [-100, -100, *range(5 + i, 12 + i)]} for i in range(24)]
+ROWS = [
+    {"input_ids": list(range(3 + i, 12 + i)), "labels": [-100, -100, *range(5 + i, 12 + i)]}
+    for i in range(24)
+]
 
 
 def run_trainer(model, folder, **options):
@@ -21,7 +24,9 @@ def run_trainer(model, folder, **options):
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS[:4])
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.evaluate()["eval_loss"]
+    return [
+        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
+    ], trainer.evaluate()["eval_loss"]
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}, {"bf16": True}], ids=str)
@@ -50,7 +55,9 @@ def test_gradient_checkpointing_recomputes_the_same():
 
 def test_adapters_train_inside_a_patched_model():
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False
+    )
     model = peft.get_peft_model(make("qwen2"), config)
     batch = inputs()
     plain, expected = loss_and_gradients(model, batch)
@@ -74,7 +81,9 @@ def test_an_adapted_head_is_left_alone():
 
 
 def test_ddp_wraps_a_patched_model_and_is_patched_inside(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     try:
         inner = make("llama")
         batch = inputs()
@@ -107,7 +116,10 @@ def test_norms_compile_whole():
     x = torch.randn(2, 5, 48)
     expected = model.model.norm(x)
     patch_model(model)
-    assert_close(torch.compile(model.model.norm, fullgraph=True, backend="eager")(x).detach(), expected.detach())
+    assert_close(
+        torch.compile(model.model.norm, fullgraph=True, backend="eager")(x).detach(),
+        expected.detach(),
+    )
 
 
 def test_half_precision_and_double_run_the_models_own_code():
@@ -131,7 +143,9 @@ def test_every_way_to_ask_for_a_loss():
     for ask, plain in zip(asks, expected, strict=True):
         patched = model(**{**batch, **ask})
         assert_close(patched.loss.detach(), plain.loss.detach())
-        assert patched.logits is None and (patched.hidden_states is None) == (plain.hidden_states is None)
+        assert patched.logits is None and (patched.hidden_states is None) == (
+            plain.hidden_states is None
+        )
     assert len(model(**batch, return_dict=False, use_cache=False)) == 1
     assert model(**batch, skip_logits=False).logits.shape[-1] == VOCABULARY
     assert model.eval()(**batch).logits is not None
@@ -149,7 +163,9 @@ def test_a_loss_function_or_hook_of_the_users_own_is_obeyed():
     assert model(**inputs()).loss == 42
     del model._loss_function
     seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    handle = model.lm_head.register_forward_hook(
+        lambda module, args, output: seen.append(output.shape)
+    )
     assert model(**inputs()).logits is not None and seen
     handle.remove()
     assert model(**inputs()).logits is None

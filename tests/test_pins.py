@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from partitions import NAMES, mixture, split
 
-from merit_fast.options.fields import parse
 from merit_fast.errors import InputError
+from merit_fast.options.fields import parse
 from merit_fast.split.search.partition import Pins, random_groups
 
 
-@pytest.mark.parametrize("method", ["pca-swap", "pca-median", "pddp", "kmeans", "random", "text-cluster", "anti"])
+@pytest.mark.parametrize(
+    "method", ["pca-swap", "pca-median", "pddp", "kmeans", "random", "text-cluster", "anti"]
+)
 def test_pins_hold_in_every_method(method):
     pins = Pins(
         together=(("d00", "d07", "d09"), ("d09", "d11")),
@@ -27,7 +29,10 @@ def test_pins_hold_in_every_method(method):
 
 def test_apart_is_kept_where_it_leaves_a_single_way():
     names = NAMES[:6]  # a 3-colouring of a prism with two corners pinned
-    apart = tuple((names[a], names[b]) for a, b in ((0, 1), (1, 2), (0, 2), (3, 4), (4, 5), (3, 5), (0, 3), (1, 4)))
+    apart = tuple(
+        (names[a], names[b])
+        for a, b in ((0, 1), (1, 2), (0, 2), (3, 4), (4, 5), (3, 5), (0, 3), (1, 4))
+    )
     pins = Pins(apart=apart, group={"d00": 0, "d05": 0})
     for seed in range(6):
         groups = split(*mixture(seed, 6), 3, pins=pins).groups
@@ -39,7 +44,11 @@ def test_random_groups_obey_what_the_split_obeys():
     weights = mixture(12, 20)[1]
     pins = Pins(together=(("d00", "d01"),), apart=(("d02", "d03"),), group={"d04": 3})
     draws = random_groups(weights, NAMES[:20], 4, 50, pins=pins, tolerance=0.05)
-    assert (draws[:, 0] == draws[:, 1]).all() and (draws[:, 2] != draws[:, 3]).all() and (draws[:, 4] == 3).all()
+    assert (
+        (draws[:, 0] == draws[:, 1]).all()
+        and (draws[:, 2] != draws[:, 3]).all()
+        and (draws[:, 4] == 3).all()
+    )
     shares = np.stack([(draws == k) @ weights for k in range(4)])
     assert np.abs(shares - 0.25).max() <= 0.05 + 1e-9
     assert len({tuple(row) for row in draws.tolist()}) == 50
@@ -50,10 +59,16 @@ def test_random_groups_obey_what_the_split_obeys():
 @pytest.mark.parametrize(
     "pins,message",
     [
-        (Pins(together=(("d00", "x"),)), "pins.together: must be a dataset of the mixture, got 'x'"),
+        (
+            Pins(together=(("d00", "x"),)),
+            "pins.together: must be a dataset of the mixture, got 'x'",
+        ),
         (Pins(group={"x": 0}), "pins.group: must be a dataset of the mixture, got 'x'"),
         (Pins(group={"d01": 2}), "pins.group.d01: must be 0 to 1, got 2"),
-        (Pins(together=(("d00", "d01"),), apart=(("d01", "d00"),)), "pins: d00 and d01 must be together and apart"),
+        (
+            Pins(together=(("d00", "d01"),), apart=(("d01", "d00"),)),
+            "pins: d00 and d01 must be together and apart",
+        ),
         (
             Pins(together=(("d00", "d01"), ("d01", "d02")), group={"d00": 0, "d02": 1}),
             "pins: d00 and d02 must be together, but are pinned to groups 0 and 1",
@@ -62,12 +77,18 @@ def test_random_groups_obey_what_the_split_obeys():
             Pins(apart=(("d00", "d01"),), group={"d00": 1, "d01": 1}),
             "pins: d00 and d01 must be apart, but both are pinned to group 1",
         ),
-        (Pins(apart=(("d00", "d01", "d02"),)), "pins.apart: d00, d01, d02 must be apart, which takes 3 groups, not 2"),
+        (
+            Pins(apart=(("d00", "d01", "d02"),)),
+            "pins.apart: d00, d01, d02 must be apart, which takes 3 groups, not 2",
+        ),
         (
             Pins(apart=(("d00", "d01"), ("d01", "d02"), ("d02", "d00"))),
             "pins: no way to keep d00, d01, d02 apart in 2 groups",
         ),
-        (Pins(group={name: 0 for name in NAMES[:6]}), "groups: must be at most the number of datasets"),
+        (
+            Pins(group={name: 0 for name in NAMES[:6]}),
+            "groups: must be at most the number of datasets",
+        ),
     ],
 )
 def test_pins_that_cannot_be_kept_are_named_in_one_line(pins, message):
@@ -85,5 +106,7 @@ def test_pins_are_read_from_a_config():
 
 
 def test_a_spread_dataset_cannot_be_pinned():
-    with pytest.raises(InputError, match="pins.group: d00 cannot be pinned, its rows are spread over all groups"):
+    with pytest.raises(
+        InputError, match="pins.group: d00 cannot be pinned, its rows are spread over all groups"
+    ):
         split(*mixture(0, 6), 2, pins=Pins(group={"d00": 0}), spread=["d00"])

@@ -11,9 +11,9 @@ import yaml
 from checks import tree_bytes
 
 from merit_fast.errors import MeritFastError
+from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 from merit_fast.progress import SilentProgress
-from merit_fast.pipeline.config import read_run_config
 
 MEASURED = ("timing.json", "report.html")  # seconds and bytes of memory: no part of the result
 
@@ -57,7 +57,9 @@ ALL_OUTPUTS = {"sketch", "split", "merged/merit", "merged/random", "evaluate", "
 }
 
 
-def test_a_run_twice_does_nothing_and_a_change_does_only_what_follows_from_it(config_file, tmp_path, monkeypatch):
+def test_a_run_twice_does_nothing_and_a_change_does_only_what_follows_from_it(
+    config_file, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     summary, fresh = run_all(config_file)
     assert fresh == set()
@@ -67,7 +69,9 @@ def test_a_run_twice_does_nothing_and_a_change_does_only_what_follows_from_it(co
     assert summary["arms"]["joint"]["loss"] < summary["arms"]["base"]["loss"]
     assert summary["arms"]["merit"]["loss"] < summary["arms"]["base"]["loss"]
     assert summary["arms"]["base"]["displacement"] == 0.0
-    assert summary["arms"]["joint@0.5"]["displacement"] == pytest.approx(summary["arms"]["joint"]["displacement"] / 2)
+    assert summary["arms"]["joint@0.5"]["displacement"] == pytest.approx(
+        summary["arms"]["joint"]["displacement"] / 2
+    )
     tokens = {arm: result["num_target_tokens"] for arm, result in summary["arms"].items()}
     assert tokens["joint"] == tokens["merit"] == tokens["random"] > 0
     gain_by_hand(summary)
@@ -89,13 +93,18 @@ def gain_by_hand(summary):
         branches = [result for name, result in summary["branches"].items() if name.startswith(arm)]
         tokens = [branch["num_target_tokens"] for branch in branches]
         mean = sum(t * b["token_loss"] for t, b in zip(tokens, branches, strict=True)) / sum(tokens)
-        assert summary["merging_gains"][arm] == pytest.approx(mean - summary["arms"][arm]["token_loss"])
+        assert summary["merging_gains"][arm] == pytest.approx(
+            mean - summary["arms"][arm]["token_loss"]
+        )
     assert summary["merging_gain"] == summary["merging_gains"]["merit"]
 
 
 KILLS = [
     ("sketch.tmp/plurals.safetensors", 1),
-    ("/split", 3),  # split.json and stage.json of split.tmp have been written, the directory has not been renamed
+    (
+        "/split",
+        3,
+    ),  # split.json and stage.json of split.tmp have been written, the directory has not been renamed
     ("joint.tmp/resume.safetensors", 2),
     ("branches/merit-1", 2),
     ("branches/merit-1$", 1),  # all is written, the directory has not got its name
@@ -127,19 +136,29 @@ def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(config_file, tmp
 
 def without_timing(value):
     if isinstance(value, dict):
-        return {k: without_timing(v) for k, v in value.items() if k not in ("train_s", "peak_memory_bytes")}
+        return {
+            k: without_timing(v)
+            for k, v in value.items()
+            if k not in ("train_s", "peak_memory_bytes")
+        }
     return value
 
 
 @pytest.mark.slow
-def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(config_file, tmp_path, monkeypatch, tiny_mixture):
+def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
+    config_file, tmp_path, monkeypatch, tiny_mixture
+):
     monkeypatch.chdir(tmp_path)
     values = yaml.safe_load(config_file.read_text())
     config_file.write_text(yaml.safe_dump(values | {"mixture": tiny_mixture[:3]}))
     Run(read_run_config(config_file)).sketch()
     config_file.write_text(yaml.safe_dump(values))
     script = str(Path(__file__).with_name("kill_at.py"))
-    for pattern in ("sketch.tmp/plurals.safetensors", "sketch.tmp/opposites.safetensors", "out/sketch$"):
+    for pattern in (
+        "sketch.tmp/plurals.safetensors",
+        "sketch.tmp/opposites.safetensors",
+        "out/sketch$",
+    ):
         command = [sys.executable, script, pattern, "1", "sketch", str(config_file)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == -signal.SIGKILL, (pattern, result.stderr)
@@ -157,14 +176,23 @@ def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(config_fil
     assert "sketch: 4 of 4 datasets are as before, their sketches are reused" in notes.notes
 
 
-def test_a_stage_whose_input_is_absent_or_stale_names_the_command(config_file, tmp_path, monkeypatch):
+def test_a_stage_whose_input_is_absent_or_stale_names_the_command(
+    config_file, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     run = Run(read_run_config(config_file), command="merit-fast {stage} run.yml")
-    for stage, missing in (("split", "sketch"), ("train", "split"), ("evaluate", "split"), ("report", "split")):
+    for stage, missing in (
+        ("split", "sketch"),
+        ("train", "split"),
+        ("evaluate", "split"),
+        ("report", "split"),
+    ):
         with pytest.raises(MeritFastError, match=f"run first: merit-fast {missing} run.yml"):
             getattr(run, stage)()
     run.sketch()
-    stale = Run(read_run_config(config_file, ["split.seed=1"]), command="merit-fast {stage} run.yml")
+    stale = Run(
+        read_run_config(config_file, ["split.seed=1"]), command="merit-fast {stage} run.yml"
+    )
     with pytest.raises(MeritFastError, match="sketch: was made from another config or input"):
         stale.split()
 

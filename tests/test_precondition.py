@@ -6,7 +6,11 @@ from torch import nn
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import matrix_shape
-from merit_fast.sketch.precondition import adam_scales, adam_scales_of_checkpoint, scales_fingerprint
+from merit_fast.sketch.precondition import (
+    adam_scales,
+    adam_scales_of_checkpoint,
+    scales_fingerprint,
+)
 
 
 def small():
@@ -17,7 +21,11 @@ def stepped(cls, steps=3, model=None, **options):
     model = model or small()
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1]},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "eps": 1e-3, "betas": (0.8, 0.9)},
+        {
+            "params": [p for p in model.parameters() if p.dim() == 1],
+            "eps": 1e-3,
+            "betas": (0.8, 0.9),
+        },
     ]
     optimizer = cls(groups, lr=1e-2, **options)
     for seed in range(steps):
@@ -37,7 +45,9 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("cls,options", VARIANTS, ids=["adam", "foreach", "fused", "amsgrad", "fused-amsgrad"])
+@pytest.mark.parametrize(
+    "cls,options", VARIANTS, ids=["adam", "foreach", "fused", "amsgrad", "fused-amsgrad"]
+)
 def test_scales_are_what_torch_divides_by(cls, options):
     """The last step moved every weight by lr * m / (1 - beta1^t) * scale."""
     model, optimizer = stepped(cls, steps=2, **options)
@@ -50,7 +60,10 @@ def test_scales_are_what_torch_divides_by(cls, options):
         moved = (before[name] - parameter).detach()
         expected = group["lr"] * momentum * scales[name].reshape(parameter.shape)
         assert torch.allclose(moved, expected, rtol=1e-3, atol=1e-6), name
-        assert scales[name].shape == matrix_shape(parameter.shape) and scales[name].dtype == torch.float32
+        assert (
+            scales[name].shape == matrix_shape(parameter.shape)
+            and scales[name].dtype == torch.float32
+        )
 
 
 def test_capturable_state_gives_the_same_as_plain():
@@ -59,7 +72,9 @@ def test_capturable_state_gives_the_same_as_plain():
     plain = adam_scales(model, optimizer, ["1.weight"])
     for group in optimizer.param_groups:
         group["betas"] = tuple(torch.tensor(beta) for beta in group["betas"])
-    assert torch.allclose(adam_scales(model, optimizer, ["1.weight"])["1.weight"], plain["1.weight"])
+    assert torch.allclose(
+        adam_scales(model, optimizer, ["1.weight"])["1.weight"], plain["1.weight"]
+    )
 
 
 def test_what_has_no_second_moments_is_named():
@@ -90,7 +105,11 @@ def test_a_trainer_checkpoint_gives_the_scales_of_its_optimizer(tmp_path):
     import transformers as t
 
     config = t.LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     model = t.LlamaForCausalLM(config)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
@@ -113,7 +132,9 @@ def test_a_trainer_checkpoint_gives_the_scales_of_its_optimizer(tmp_path):
     assert all(torch.equal(loaded[name], live[name]) for name in names)
 
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
-    with pytest.raises(InputError, match="optimizer.pt: must hold the model's 12 trainable parameters, got 11"):
+    with pytest.raises(
+        InputError, match="optimizer.pt: must hold the model's 12 trainable parameters, got 11"
+    ):
         adam_scales_of_checkpoint(model, tmp_path / "checkpoint-2", names)
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"nothing")
     with pytest.raises(InputError, match="optimizer.pt: is not an optimizer's state"):

@@ -15,15 +15,19 @@ from s3_server import get_tree, put_tree, s3_server
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.io import write_manifest
+from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.merge.read.remote import as_location
 from merit_fast.merge.write.upload import MARKER
 from merit_fast.progress import SilentProgress
-from merit_fast.manifests.schemas import BranchManifest
 
 TESTS = Path(__file__).parent
-SMALL = {"threads": 3, "chunk_kib": 8, "weights": "uniform"}  # several chunks and several readers for small models
+SMALL = {
+    "threads": 3,
+    "chunk_kib": 8,
+    "weights": "uniform",
+}  # several chunks and several readers for small models
 LEAVE_OUT = ("stage.json",)  # names the inputs
 NUMBERS = itertools.count()
 
@@ -60,7 +64,9 @@ def remote(bucket, branches):
 
 def merge(models, out, base=None, progress=None, share=(1, 1), dry_run=False, **options):
     config, pairs = MergeConfig(**{**SMALL, **options}), [(model, None) for model in models]
-    return merge_models(pairs, out, config, progress or SilentProgress(), base, dry_run=dry_run, share=share)
+    return merge_models(
+        pairs, out, config, progress or SilentProgress(), base, dry_run=dry_run, share=share
+    )
 
 
 def tree(place, tmp_path):
@@ -86,13 +92,22 @@ def test_outputs_in_s3_are_those_of_a_local_merge(server, branches, bucket, tmp_
     server.requests.clear()
     merge(branches[:3], bucket / "deep/out", **options)
     sent = [one.key.rpartition("/")[2] for one in server.of("PUT", "")]
-    assert sent[0] == MARKER and sent[-3:] == ["config.json", "model.safetensors.index.json", "stage.json"]
+    assert sent[0] == MARKER and sent[-3:] == [
+        "config.json",
+        "model.safetensors.index.json",
+        "stage.json",
+    ]
     assert tree(bucket / "deep/out", tmp_path) == expected
-    assert read_checkpoint(bucket / "deep/out").tensors.keys() == read_checkpoint(tmp_path / "out").tensors.keys()
+    assert (
+        read_checkpoint(bucket / "deep/out").tensors.keys()
+        == read_checkpoint(tmp_path / "out").tensors.keys()
+    )
 
 
 def test_ties_from_s3_to_s3(remote, branches, bucket, tmp_path):
-    expected = local_tree(branches[:2], tmp_path / "out", base=branches[3], method="ties", density=0.3)
+    expected = local_tree(
+        branches[:2], tmp_path / "out", base=branches[3], method="ties", density=0.3
+    )
     merge(remote[:2], str(bucket / "out"), base=str(remote[3]), method="ties", density=0.3)
     assert tree(bucket / "out", tmp_path) == expected
 
@@ -101,34 +116,51 @@ def test_slerp_reads_its_models_twice_from_another_store(branches, in_memory, tm
     for branch in branches[:2]:
         put_tree(branch, in_memory / branch.name)
     expected = local_tree(branches[:2], tmp_path / "out", method="slerp", t=0.3)
-    merge([in_memory / branch.name for branch in branches[:2]], in_memory / "out", method="slerp", t=0.3)
+    merge(
+        [in_memory / branch.name for branch in branches[:2]],
+        in_memory / "out",
+        method="slerp",
+        t=0.3,
+    )
     assert tree(in_memory / "out", tmp_path) == expected
 
 
-def test_numpy_takes_models_from_a_store_as_the_native_engine_does(branches, in_memory, tmp_path, monkeypatch):
+def test_numpy_takes_models_from_a_store_as_the_native_engine_does(
+    branches, in_memory, tmp_path, monkeypatch
+):
     for branch in branches[:2]:
         put_tree(branch, in_memory / branch.name)
     expected = local_tree(branches[:2], tmp_path / "out")
     monkeypatch.setenv("MERIT_FAST_BACKEND", "eager")
-    assert local_tree([in_memory / branch.name for branch in branches[:2]], tmp_path / "eager") == expected
+    assert (
+        local_tree([in_memory / branch.name for branch in branches[:2]], tmp_path / "eager")
+        == expected
+    )
 
 
 def test_weights_come_from_branch_json_in_the_store(branches, in_memory, tmp_path):
     for number, branch in enumerate(branches[:2]):
         put_tree(branch, in_memory / branch.name)
         tokens = 3 - 2 * number
-        write_manifest(BranchManifest("b", "merit", number, ("a",), 1, tokens, 10, 1, 0, "x"), tmp_path / "b")
+        write_manifest(
+            BranchManifest("b", "merit", number, ("a",), 1, tokens, 10, 1, 0, "x"), tmp_path / "b"
+        )
         place = in_memory / branch.name / "branch.json"
         place.store.put_file(str(tmp_path / "b"), place.path)
     models = [in_memory / branch.name for branch in branches[:2]]
-    assert merge(models, tmp_path / "out", weights="tokens", dry_run=True)["weights"] == [0.75, 0.25]
+    assert merge(models, tmp_path / "out", weights="tokens", dry_run=True)["weights"] == [
+        0.75,
+        0.25,
+    ]
 
 
 def test_the_command_line_takes_urls_with_weights(remote, branches, bucket, tmp_path):
     command = [sys.executable, "-m", "merit_fast.cli.main", "merge"]
     models = [f"--model={remote[0]}:3", f"--model={remote[1]}:1"]
     options = ["--threads=3", "--chunk-kib=8", "--json"]
-    result = subprocess.run([*command, str(bucket / "out"), *models, *options], capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, str(bucket / "out"), *models, *options], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
     assert summary["weights"] == [0.75, 0.25] and summary["merged"] == str(bucket / "out")
@@ -149,7 +181,9 @@ def test_headers_take_one_request_of_a_mebibyte(server, bucket, tmp_path):
     assert sum(one.sent for one in server.requests) < (2 << 20) + 20_000
     server.requests.clear()
     merge([bucket / "m0", bucket / "m1"], tmp_path / "out", chunk_kib=1024)
-    ranges = [one for one in server.of("GET", "model.safetensors") if one.range != "bytes=0-1048575"]
+    ranges = [
+        one for one in server.of("GET", "model.safetensors") if one.range != "bytes=0-1048575"
+    ]
     assert all(one.sent <= 1 << 20 for one in ranges)
     assert sum(one.sent for one in ranges) == 2 * len(big)  # every byte of the data once
 
@@ -159,7 +193,10 @@ def test_a_header_larger_than_the_first_request_is_read_whole(in_memory, tmp_pat
     header = {name: tensor([1], 4 * i, 4 * i + 4) for i, name in enumerate(names)}
     data = np.arange(len(names), dtype=np.float32).tobytes()
     for k in range(2):
-        put_tree(write_model(tmp_path / f"m{k}", {"model.safetensors": pack(header, data)}), in_memory / f"m{k}")
+        put_tree(
+            write_model(tmp_path / f"m{k}", {"model.safetensors": pack(header, data)}),
+            in_memory / f"m{k}",
+        )
     assert list(read_checkpoint(in_memory / "m0").tensors) == names
     merge([in_memory / "m0", in_memory / "m1"], tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").read_bytes()[-len(data) :] == data
@@ -177,7 +214,14 @@ print([name for name in ("fsspec", "s3fs", "torch") if name in sys.modules])
 
 
 def test_a_local_merge_imports_no_client(branches, tmp_path):
-    command = [sys.executable, "-c", LOCAL_SCRIPT, str(tmp_path / "out"), str(branches[0]), str(branches[1])]
+    command = [
+        sys.executable,
+        "-c",
+        LOCAL_SCRIPT,
+        str(tmp_path / "out"),
+        str(branches[0]),
+        str(branches[1]),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
@@ -188,7 +232,9 @@ def test_a_killed_merge_resumes_and_sends_no_file_twice(server, remote, branches
     models = [word for model in remote[:2] for word in ("--model", str(model))]
     command = ["merge", str(bucket / "out"), *models, "--weights=uniform", "--checksum", "--json"]
     killed = [sys.executable, str(TESTS / "kill_at.py"), "model-00003-of-", "1", *command]
-    result = subprocess.run(killed, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    result = subprocess.run(
+        killed, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
     assert result.returncode == -9, result.stderr
     left = set((bucket / "out").entries(fresh=True))
     assert {name for name in left if name.endswith(".safetensors")} and MARKER in left
@@ -247,9 +293,13 @@ class Overwrites(SilentProgress):
 def test_an_object_that_changes_meanwhile_is_refused(remote, bucket, tmp_path, out):
     shard = next(name for name in sorted(remote[1].entries()) if name.endswith(".safetensors"))
     place = tmp_path / "out" if out == "local" else bucket / "out"
-    with pytest.raises(InputError, match=rf"^s3://.*/b1/{shard}: must not change while it is read: was .* bytes"):
+    with pytest.raises(
+        InputError, match=rf"^s3://.*/b1/{shard}: must not change while it is read: was .* bytes"
+    ):
         merge(remote[:2], place, progress=Overwrites(remote[1] / shard))
-    assert "stage.json" not in (bucket / "out").entries(fresh=True) and not (tmp_path / "out").exists()
+    assert (
+        "stage.json" not in (bucket / "out").entries(fresh=True) and not (tmp_path / "out").exists()
+    )
 
 
 def failure(model, out, expected=InputError):
@@ -264,21 +314,29 @@ def test_what_is_not_there_or_not_allowed_is_named(server, remote, bucket, tmp_p
     assert failure("s3://no-such-bucket/m", out) == (
         "s3://no-such-bucket/m: does not exist: The specified bucket does not exist"
     )
-    assert failure("s3://no-such-bucket/m", "s3://no-such-bucket/out").startswith("s3://no-such-bucket/m: does not")
+    assert failure("s3://no-such-bucket/m", "s3://no-such-bucket/out").startswith(
+        "s3://no-such-bucket/m: does not"
+    )
     assert failure(bucket / "none", out) == f"{bucket}/none: is not a directory"
     shard = next(name for name in sorted(remote[0].entries()) if name.endswith(".safetensors"))
     remote[0].store.rm((remote[0] / shard).path)
     assert failure(remote[0], out) == f"{remote[0]}/{shard}: does not exist"
     resource = f"arn:aws:s3:::{bucket.path}/b1/*"
     policy = {"Effect": "Deny", "Principal": "*", "Action": "s3:GetObject", "Resource": resource}
-    bucket.store.call_s3("put_bucket_policy", Bucket=bucket.path, Policy=json.dumps({"Statement": [policy]}))
-    assert failure(remote[1], out).startswith(f"{remote[1]}/model") and "may not be accessed" in failure(remote[1], out)
+    bucket.store.call_s3(
+        "put_bucket_policy", Bucket=bucket.path, Policy=json.dumps({"Statement": [policy]})
+    )
+    assert failure(remote[1], out).startswith(
+        f"{remote[1]}/model"
+    ) and "may not be accessed" in failure(remote[1], out)
     assert failure("nosuch://a/b", out) == "nosuch://a/b: Protocol not known: nosuch"
     assert not out.exists()
 
 
 @pytest.mark.parametrize("first_byte", [0, 1], ids=["header", "data"])
-def test_a_store_that_fails_is_said_in_one_line(branches, in_memory, tmp_path, monkeypatch, first_byte):
+def test_a_store_that_fails_is_said_in_one_line(
+    branches, in_memory, tmp_path, monkeypatch, first_byte
+):
     put_tree(branches[0], in_memory / "b0")
     model, cat_file = in_memory / "b0", in_memory.store.cat_file
 
@@ -289,7 +347,9 @@ def test_a_store_that_fails_is_said_in_one_line(branches, in_memory, tmp_path, m
 
     monkeypatch.setattr(model.store, "cat_file", failing)
     line = failure(model, tmp_path / "out", MeritFastError)
-    assert line.startswith(f"{model}/model-0000") and line.endswith(".safetensors: Connection reset by peer")
+    assert line.startswith(f"{model}/model-0000") and line.endswith(
+        ".safetensors: Connection reset by peer"
+    )
 
 
 def test_file_urls_are_local_paths():

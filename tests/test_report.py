@@ -14,8 +14,8 @@ from reports import CASES, EVIL, Page, make_audit, make_evaluation, make_split, 
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import read_manifest, write_manifest
-from merit_fast.report.parts import THEMES, group_color, group_symbol
 from merit_fast.manifests.schemas import SplitManifest
+from merit_fast.report.parts import THEMES, group_color, group_symbol
 
 FIGURES = ("conflicts", "axes", "tree", "balance", "datasets")
 
@@ -26,7 +26,9 @@ def page_of(folder, split, evaluation=None):
 
 def order_of(split):
     rows = split.datasets
-    return sorted(range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][0]))
+    return sorted(
+        range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][0])
+    )
 
 
 def with_error(value, error):
@@ -37,7 +39,11 @@ def hover_row(split, i):
     row = split.datasets[i]
     group = "all groups" if row.group < 0 else f"group {row.group}"
     about = "about" if row.signal_fraction > row.signal_error else "at least"
-    unknown = f"<br>not resolvable: needs {about} {row.more_examples:,} more examples" if row.more_examples else ""
+    unknown = (
+        f"<br>not resolvable: needs {about} {row.more_examples:,} more examples"
+        if row.more_examples
+        else ""
+    )
     norm = "not resolved" if row.gradient_norm is None else f"{row.gradient_norm:.3g}"
     return [
         row.name, group, split.random_groups[i], row.num_examples, row.num_target_tokens, row.num_sketched_examples,
@@ -57,9 +63,12 @@ def test_every_cosine_is_in_the_conflict_map_with_its_error(tmp_path, split, eva
             assert heat["z"][y][x] == cosine
             assert text == ("not resolved" if cosine is None else with_error(cosine, error))
             assert (one, other) == tuple(
-                f"{rows[k].name} ({'all groups' if rows[k].group < 0 else f'group {rows[k].group}'})" for k in (i, j)
+                f"{rows[k].name} ({'all groups' if rows[k].group < 0 else f'group {rows[k].group}'})"
+                for k in (i, j)
             )
-    assert ("text" in heat) == (len(rows) <= 12)  # cells with room show their figures without hovering
+    assert ("text" in heat) == (
+        len(rows) <= 12
+    )  # cells with room show their figures without hovering
 
 
 @CASES
@@ -74,7 +83,8 @@ def test_every_dataset_is_in_the_maps_with_its_numbers(tmp_path, split, evaluate
             shown[hover[0]] = (x, y, hover)
             assert hover[1] == trace["name"]
     assert shown == {
-        split.datasets[i].name: (split.scores[i][0], split.scores[i][1], hover_row(split, i)) for i in everyone
+        split.datasets[i].name: (split.scores[i][0], split.scores[i][1], hover_row(split, i))
+        for i in everyone
     }
 
     panels = page.json("datasets")["data"]
@@ -84,22 +94,31 @@ def test_every_dataset_is_in_the_maps_with_its_numbers(tmp_path, split, evaluate
     rows = [split.datasets[i] for i in order]
     assert panels[0]["x"] == [row.signal_fraction for row in rows]
     assert panels[0]["error_x"]["array"] == [row.signal_error for row in rows]
-    assert [panel["x"] for panel in panels[1:]] == [[row.stability for row in rows], [row.margin for row in rows]]
+    assert [panel["x"] for panel in panels[1:]] == [
+        [row.stability for row in rows],
+        [row.margin for row in rows],
+    ]
     assert page.json("datasets")["layout"]["yaxis"]["ticktext"] == [row.name for row in rows]
 
     leaves = page.json("tree")["data"][2]
     assert sorted(hover[0] for hover in leaves["customdata"]) == sorted(row.name for row in rows)
-    assert page.json("tree")["layout"]["yaxis"]["ticktext"] == [hover[0] for hover in leaves["customdata"]]
+    assert page.json("tree")["layout"]["yaxis"]["ticktext"] == [
+        hover[0] for hover in leaves["customdata"]
+    ]
 
 
 def test_ellipses_are_one_standard_error_wide(tmp_path):
     split = make_split(12, 3, spread=2)
-    for outline, points in zip(*[iter(page_of(tmp_path, split).json("axes")["data"])] * 2, strict=True):
+    for outline, points in zip(
+        *[iter(page_of(tmp_path, split).json("axes")["data"])] * 2, strict=True
+    ):
         assert outline["hoverinfo"] == "skip"
         x, y = outline["x"], outline["y"]
         gaps = [i for i, value in enumerate(x) if value is None]
         assert len(gaps) == len(points["x"])
-        for begin, end, hover in zip([0, *[gap + 1 for gap in gaps]], gaps, points["customdata"], strict=False):
+        for begin, end, hover in zip(
+            [0, *[gap + 1 for gap in gaps]], gaps, points["customdata"], strict=False
+        ):
             i = next(i for i, row in enumerate(split.datasets) if row.name == hover[0])
             score, error = split.scores[i], split.score_errors[i]
             for px, py in zip(x[begin:end], y[begin:end], strict=True):
@@ -132,7 +151,9 @@ def test_bars_are_shares_of_the_mixture(tmp_path, split, evaluated):
     evaluation = make_evaluation(split) if evaluated else None
     page = page_of(tmp_path, split, evaluation)
     bars = {trace["name"]: trace for trace in page.json("balance")["data"]}
-    assert set(bars) == {"target tokens", "examples"} | ({"optimizer steps"} if evaluated else set())
+    assert set(bars) == {"target tokens", "examples"} | (
+        {"optimizer steps"} if evaluated else set()
+    )
     spread = [row for row in split.datasets if row.group < 0]
     for name, key in (("target tokens", "num_target_tokens"), ("examples", "num_examples")):
         total = sum(getattr(row, key) for row in split.datasets)
@@ -151,12 +172,24 @@ def test_bars_are_shares_of_the_mixture(tmp_path, split, evaluated):
 
 def test_a_tree_joins_what_agrees_first(tmp_path):
     split = make_split(4, 2)
-    cosine = ((1.0, 0.1, 0.9, None), (0.1, 1.0, 0.2, -0.4), (0.9, 0.2, 1.0, 0.0), (None, -0.4, 0.0, 1.0))
-    lines, joints, leaves = page_of(tmp_path, replace(split, similarity=cosine)).json("tree")["data"]
+    cosine = (
+        (1.0, 0.1, 0.9, None),
+        (0.1, 1.0, 0.2, -0.4),
+        (0.9, 0.2, 1.0, 0.0),
+        (None, -0.4, 0.0, 1.0),
+    )
+    lines, joints, leaves = page_of(tmp_path, replace(split, similarity=cosine)).json("tree")[
+        "data"
+    ]
     # 0 and 2 at 0.1; then 1 at the mean of 0.9 and 0.8; then 3 at the mean of 1 (unknown), 1.4 and 1
     assert joints["x"] == pytest.approx([0.1, 0.85, 3.4 / 3])
     assert [size for (size,) in joints["customdata"]] == [2, 3, 4]
-    assert [hover[0] for hover in leaves["customdata"]] == ["task_000", "task_002", "task_001", "task_003"]
+    assert [hover[0] for hover in leaves["customdata"]] == [
+        "task_000",
+        "task_002",
+        "task_001",
+        "task_003",
+    ]
     assert joints["y"] == [0.5, 1.25, 2.125]
     assert lines["x"].count(None) == 3
 
@@ -167,7 +200,9 @@ def test_many_groups_look_different():
 
 
 def test_equal_input_equal_bytes_in_another_process(tmp_path):
-    cases = [(split, make_evaluation(split) if evaluated else None) for split, evaluated in CASES.args[1]]
+    cases = [
+        (split, make_evaluation(split) if evaluated else None) for split, evaluated in CASES.args[1]
+    ]
     (tmp_path / "input").write_bytes(pickle.dumps(cases))
     code = """
 import pickle, sys
@@ -177,9 +212,13 @@ folder = Path(sys.argv[1])
 for i, (split, evaluation) in enumerate(pickle.loads((folder / "input").read_bytes())):
     write_report(split, evaluation, folder / f"{i}.html", title="a run", notes=["seed 17"])
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={"PYTHONHASHSEED": "7"})
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=True, env={"PYTHONHASHSEED": "7"}
+    )
     for i, (split, evaluation) in enumerate(cases):
-        assert (tmp_path / f"{i}.html").read_text(encoding="utf-8") == write(tmp_path / "here.html", split, evaluation)
+        assert (tmp_path / f"{i}.html").read_text(encoding="utf-8") == write(
+            tmp_path / "here.html", split, evaluation
+        )
     assert not list(tmp_path.glob("*.tmp"))
     assert write(tmp_path / "other.html", replace(split, note="not balanced"), evaluation) != write(
         tmp_path / "here.html", split, evaluation
@@ -196,21 +235,35 @@ def test_page_loads_nothing(tmp_path):
         assert load not in own, load
     page = Page(text)
     assert not {"link", "iframe", "img", "object", "embed", "base"} & {tag for tag, _ in page.tags}
-    assert 'showSendToCloud: false, plotlyServerURL: ""' in own  # else the tool bar offers to send the data away
-    (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert (
+        'showSendToCloud: false, plotlyServerURL: ""' in own
+    )  # else the tool bar offers to send the data away
+    (policy,) = [
+        a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy.startswith("default-src 'none';") and "http" not in policy
 
 
-@pytest.mark.parametrize("name", [EVIL, "a</script><b>&amp;'\"", "{{ 7 * 7 }}", "%{z} <!--", "naïve 数据 \u2028"])
+@pytest.mark.parametrize(
+    "name", [EVIL, "a</script><b>&amp;'\"", "{{ 7 * 7 }}", "%{z} <!--", "naïve 数据 \u2028"]
+)
 def test_names_are_data(tmp_path, name):
     split = make_split(6, 4, first_name=name)
     evaluation = make_evaluation(split, arm=name)
-    plain = Page(write(tmp_path / "plain.html", make_split(6, 4), make_evaluation(make_split(6, 4), arm="other")))
+    plain = Page(
+        write(
+            tmp_path / "plain.html",
+            make_split(6, 4),
+            make_evaluation(make_split(6, 4), arm="other"),
+        )
+    )
     text = write(tmp_path / "evil.html", split, evaluation, title=name, notes=[name])
     page = Page(text)
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]  # no name became markup
     assert page.text.count(name) >= 6  # and all are readable: title, heading, note, tables, groups
-    shown = [hover[0] for trace in page.json("axes")["data"] for hover in trace.get("customdata", [])]
+    shown = [
+        hover[0] for trace in page.json("axes")["data"] for hover in trace.get("customdata", [])
+    ]
     shown += page.json("tree")["layout"]["yaxis"]["ticktext"]
     assert name in [html.unescape(label) for label in shown]
     assert not any("<" in label for label in shown)  # plotly would read tags in labels
@@ -263,12 +316,17 @@ def test_themes_cover_the_same_keys():
         ({"random_groups": (0,)}, "random_groups"),
         ({"score_errors": ((0.0,) * 3,) * 5}, "score_errors"),
         ({"groups": 2}, "group"),
-        ({"explained_variance": (1.0,), "scores": ((0.0,),) * 6, "score_errors": ((0.0,),) * 6}, "explained_variance"),
+        (
+            {"explained_variance": (1.0,), "scores": ((0.0,),) * 6, "score_errors": ((0.0,),) * 6},
+            "explained_variance",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_lengths_are_named(tmp_path, change, key):
-    with pytest.raises(InputError, match=rf"split\.json: .*{key}.*: must be|split\.json: .*{key} must|{key}: must"):
+    with pytest.raises(
+        InputError, match=rf"split\.json: .*{key}.*: must be|split\.json: .*{key} must|{key}: must"
+    ):
         write(tmp_path / "r.html", replace(make_split(6, 4), **change))
     assert not list(tmp_path.iterdir())
 

@@ -24,7 +24,9 @@ SPLITS = {
     "12-by-medians": median_cuts(make_split(12, 4), (0, 0.05), (1, -0.1), (1, 0.2)),
     "136-datasets": make_split(136, 8, unresolved=9),
     "136-in-34": make_split(136, 34, spread=3),
-    "one-group": replace(make_split(5, 1), separations=(), reason="splitting would not help: too few datasets"),
+    "one-group": replace(
+        make_split(5, 1), separations=(), reason="splitting would not help: too few datasets"
+    ),
     "none-resolved": make_split(8, 8, unresolved=8),
 }
 SMALL, LARGE = "12-datasets", "136-datasets"
@@ -56,7 +58,8 @@ LABELS = """[...document.querySelectorAll(".plot")].flatMap(plot =>
   }))"""
 
 pytestmark = pytest.mark.skipif(
-    EXECUTABLE is None, reason="no Chromium on this machine; Debian and Ubuntu: apt-get install chromium"
+    EXECUTABLE is None,
+    reason="no Chromium on this machine; Debian and Ubuntu: apt-get install chromium",
 )
 
 
@@ -76,7 +79,14 @@ def pages(tmp_path_factory):
         write_manifest(split, folder / f"{name}.json")
         read = read_manifest(SplitManifest, folder / f"{name}.json")
         found[name] = folder / f"{name}.html"
-        write(found[name], read, make_evaluation(read), title=name, audit=make_audit(), tuned=make_tuned())
+        write(
+            found[name],
+            read,
+            make_evaluation(read),
+            title=name,
+            audit=make_audit(),
+            tuned=make_tuned(),
+        )
     return found
 
 
@@ -105,9 +115,13 @@ def wait(condition, patience_s=5):
 
 def test_the_watch_sees_errors_and_requests(browser, tmp_path):
     page = tmp_path / "bad.html"
-    page.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("planted"); missing()</script>')
+    page.write_text(
+        '<img src="http://127.0.0.1:9/x.png"><script>console.error("planted"); missing()</script>'
+    )
     browser.open(page)
-    assert [url for url in browser.requests if url.startswith("http")] == ["http://127.0.0.1:9/x.png"]
+    assert [url for url in browser.requests if url.startswith("http")] == [
+        "http://127.0.0.1:9/x.png"
+    ]
     assert any("planted" in text for text in browser.errors)
     assert any("missing is not defined" in text for text in browser.errors)
 
@@ -135,9 +149,14 @@ def test_hovering_a_cell_shows_the_numbers_of_split_json(browser, pages, name):
     split = read_manifest(SplitManifest, pages[name].with_suffix(".json"))
     browser.open(pages[name])
     rows = split.datasets
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][0]))
+    order = sorted(
+        range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][0])
+    )
     draw, number = random.Random(0), len(rows)
-    cells = [(draw.randrange(number), draw.randrange(number)) for _ in range(12)] + [(0, 0), (number - 1, 0)]
+    cells = [(draw.randrange(number), draw.randrange(number)) for _ in range(12)] + [
+        (0, 0),
+        (number - 1, 0),
+    ]
     unknown = next(place for place, i in enumerate(order) if rows[i].more_examples)
     for x, y in [*cells, (unknown, number // 2)]:
         i, j = order[y], order[x]
@@ -153,7 +172,11 @@ def test_hovering_a_cell_shows_the_numbers_of_split_json(browser, pages, name):
 def dataset_lines(split, i):
     row = split.datasets[i]
     about = "about" if row.signal_fraction > row.signal_error else "at least"
-    unknown = [f"not resolvable: needs {about} {row.more_examples:,} more examples"] if row.more_examples else []
+    unknown = (
+        [f"not resolvable: needs {about} {row.more_examples:,} more examples"]
+        if row.more_examples
+        else []
+    )
     return [
         row.name,
         f"{'all groups' if row.group < 0 else f'group {row.group}'} (random control: {split.random_groups[i]})",
@@ -166,7 +189,9 @@ def dataset_lines(split, i):
         f"{'not resolved' if row.gradient_norm is None else f'{row.gradient_norm:.3g}'}",
         *(
             f"score on axis {a + 1}: {score:z.3f} ± {error:.3f}"
-            for a, (score, error) in enumerate(zip(split.scores[i], split.score_errors[i], strict=True))
+            for a, (score, error) in enumerate(
+                zip(split.scores[i], split.score_errors[i], strict=True)
+            )
         ),
     ]
 
@@ -174,7 +199,10 @@ def dataset_lines(split, i):
 def as_numbers(lines):
     """A margin of 0.0102 may be written 0.0102 or 1.02e-2, a minus as − or -."""
     plain = [line.replace("−", "-") for line in lines]
-    margins = [float(re.match(r"margin (\S+),", line)[1]) if line.startswith("margin") else None for line in plain]
+    margins = [
+        float(re.match(r"margin (\S+),", line)[1]) if line.startswith("margin") else None
+        for line in plain
+    ]
     return [re.sub(r"^margin \S+,", "margin", line) for line in plain], margins
 
 
@@ -188,16 +216,22 @@ def test_hovering_a_dataset_shows_its_numbers_in_every_figure(browser, pages):
     ]  # fmt: skip
     assert len(alone) > 3
     for i in alone:
-        assert as_numbers(hover(browser, "axes", *split.scores[i][:2])) == as_numbers(dataset_lines(split, i))
+        assert as_numbers(hover(browser, "axes", *split.scores[i][:2])) == as_numbers(
+            dataset_lines(split, i)
+        )
 
     split = read_manifest(SplitManifest, pages[LARGE].with_suffix(".json"))
     browser.open(pages[LARGE])
     for plot, trace in (("datasets", 0), ("tree", 2)):
-        labels = browser.run(f'document.querySelector(`[data-spec="{plot}-data"]`).layout.yaxis.ticktext')
+        labels = browser.run(
+            f'document.querySelector(`[data-spec="{plot}-data"]`).layout.yaxis.ticktext'
+        )
         places = browser.run(f'document.querySelector(`[data-spec="{plot}-data"]`).data[{trace}].x')
         for row in (0, 1, 67, 135):
             i = next(i for i, one in enumerate(split.datasets) if one.name == labels[row])
-            assert as_numbers(hover(browser, plot, places[row], row)) == as_numbers(dataset_lines(split, i))
+            assert as_numbers(hover(browser, plot, places[row], row)) == as_numbers(
+                dataset_lines(split, i)
+            )
 
 
 def test_hovering_the_other_figures_shows_their_numbers(browser, pages):
@@ -219,7 +253,11 @@ def test_hovering_the_other_figures_shows_their_numbers(browser, pages):
           const box = p.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; }); })()"""
     )
     tokens = [
-        sum(row.num_target_tokens * (1 if row.group == k else 0.25) for row in split.datasets if row.group in (k, -1))
+        sum(
+            row.num_target_tokens * (1 if row.group == k else 0.25)
+            for row in split.datasets
+            if row.group in (k, -1)
+        )
         for k in range(4)
     ]
     for k in range(4):
@@ -238,7 +276,9 @@ def test_hovering_the_other_figures_shows_their_numbers(browser, pages):
 def luminance(color):
     """WCAG relative luminance of rgb(r, g, b)."""
     parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-    r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    r, g, b = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
@@ -273,7 +313,8 @@ def overlaps(labels):
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [(LARGE, 1280), (LARGE, 390), ("136-in-34", 1280), (SMALL, 390), ("12-by-medians", 800)]
+    ("name", "width"),
+    [(LARGE, 1280), (LARGE, 390), ("136-in-34", 1280), (SMALL, 390), ("12-by-medians", 800)],
 )
 def test_labels_stay_apart_and_inside(browser, pages, name, width):
     browser.open(pages[name], width=width)

@@ -6,9 +6,16 @@ import torch
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.split.conflict import measure_conflict
-from merit_fast.sketch.sampling import check_blocks, describe, enough, looks, measure_signal, next_examples
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+from merit_fast.sketch.sampling import (
+    check_blocks,
+    describe,
+    enough,
+    looks,
+    measure_signal,
+    next_examples,
+)
+from merit_fast.split.conflict import measure_conflict
 
 WIDTH = 300
 RATE = 0.05
@@ -31,7 +38,9 @@ class Source:
     def take(self, count):
         """``count`` examples, round-robin over the blocks; a block's noise is drawn as one normal of its variance."""
         counts, before = self.state.block_counts, self.state.num_examples
-        added = torch.bincount(torch.arange(before, before + count) % len(counts), minlength=len(counts))
+        added = torch.bincount(
+            torch.arange(before, before + count) % len(counts), minlength=len(counts)
+        )
         counts += added
         sizes = added.numpy()[:, None].astype(float)
         noise = self.generator.standard_normal((len(counts), self.width)) / np.sqrt(self.width)
@@ -51,14 +60,18 @@ def measured(noise, count, repeats, **options):
 
 
 # ---- the estimate
-@pytest.mark.parametrize("noise,count", [(8, 32), (80, 200), (300, 203)], ids=["strong", "middle", "weak, unequal"])
+@pytest.mark.parametrize(
+    "noise,count", [(8, 32), (80, 200), (300, 203)], ids=["strong", "middle", "weak, unequal"]
+)
 def test_fraction_is_unbiased_and_its_error_covers(noise, count):
     signals = measured(noise, count, 300)
     truth = 1 / (1 + noise / count)
     found = np.array([s.fraction for s in signals])
     errors = np.array([s.error for s in signals])
     assert abs(found.mean() - truth) < 0.02 * truth + 3 * found.std() / np.sqrt(300)
-    inside = np.abs(found - truth) <= 2.365 * errors  # 95 % of Student's t with 7 degrees of freedom
+    inside = (
+        np.abs(found - truth) <= 2.365 * errors
+    )  # 95 % of Student's t with 7 degrees of freedom
     assert inside.mean() >= 0.93
     assert np.sqrt((errors**2).mean()) < 1.6 * found.std()  # covers, but not by being boundless
 
@@ -67,7 +80,9 @@ def test_fraction_agrees_with_the_report_of_the_split():
     source = Source(30, seed=1)
     source.take(100)
     sums, counts = source.state.block_sums.numpy()[None], source.state.block_counts.numpy()[None]
-    assert measure_signal(source.state).fraction == pytest.approx(measure_conflict(sums, counts).signal_fraction[0])
+    assert measure_signal(source.state).fraction == pytest.approx(
+        measure_conflict(sums, counts).signal_fraction[0]
+    )
 
 
 @pytest.mark.parametrize("width", [1, 5, WIDTH], ids=["rank 1", "rank 5", "many"])
@@ -106,7 +121,10 @@ def test_looks_double_up_to_what_there_is():
 
 
 def test_strong_datasets_stop_early_and_weak_ones_do_not():
-    taken = {noise: [Source(noise, seed).run().num_examples for seed in range(20)] for noise in (1, 8, 80, 1000, None)}
+    taken = {
+        noise: [Source(noise, seed).run().num_examples for seed in range(20)]
+        for noise in (1, 8, 80, 1000, None)
+    }
     assert set(taken[1]) == set(taken[8]) == {32}
     assert 32 < np.mean(taken[80]) < 120
     assert np.mean(taken[1000]) > 180 and np.mean(taken[None]) > 190
@@ -170,13 +188,19 @@ def test_examples_needed_are_a_lower_bound_where_nothing_shows_and_fair_where_so
 
 def test_the_user_is_told_in_one_line():
     state = Source(8, seed=0).run()
-    assert describe(state, 200).startswith("signal fraction 0.8") and describe(state, 200).endswith("of 32 examples")
+    assert describe(state, 200).startswith("signal fraction 0.8") and describe(state, 200).endswith(
+        "of 32 examples"
+    )
     state = Source(None, seed=0).run()
     text = describe(state, 200)
-    assert text.startswith("not resolvable with 200 examples: needs at least 1") and text.endswith("more examples")
+    assert text.startswith("not resolvable with 200 examples: needs at least 1") and text.endswith(
+        "more examples"
+    )
 
 
 def test_blocks_too_few_for_the_error_rate_are_refused():
     check_blocks(8, 32, 200, 0.05)
-    with pytest.raises(InputError, match="blocks: must be at least 8 for 4 looks at error rate 0.05, got 4"):
+    with pytest.raises(
+        InputError, match="blocks: must be at least 8 for 4 looks at error rate 0.05, got 4"
+    ):
         next_examples(Source(1, seed=0, blocks=4).state, 200, 0.2)

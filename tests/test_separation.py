@@ -9,8 +9,8 @@ from merit_fast.split.conflict import (
     double_center,
     eta_squared,
 )
-from merit_fast.split.search.medians import median_partition, weighted_axes
 from merit_fast.split.moments import block_products
+from merit_fast.split.search.medians import median_partition, weighted_axes
 from merit_fast.split.search.partition import random_groups
 from merit_fast.split.separation import pair_means, separation
 
@@ -24,13 +24,21 @@ def judge(sums, counts, seed=0, **options):
         shares = double_center(matrix, weights) * np.outer(weights, weights)
         return median_partition(weighted_axes(shares, weights, 2).scores, weights, names).groups
 
-    drawn = iter(random_groups(weights, names, 4, 2 * 60, tolerance=np.inf, seed=int(generator.integers(1 << 30))))
+    drawn = iter(
+        random_groups(
+            weights, names, 4, 2 * 60, tolerance=np.inf, seed=int(generator.integers(1 << 30))
+        )
+    )
 
     def random():
         return next(drawn)
 
     groups = split(conflict_of(products, debias="blocks").similarity)
-    return separation(products, weights, groups, split, random, draws=60, **options), groups, weights
+    return (
+        separation(products, weights, groups, split, random, draws=60, **options),
+        groups,
+        weights,
+    )
 
 
 def test_eta_squared_of_a_found_split_is_honest():
@@ -60,13 +68,19 @@ def test_a_split_of_noise_is_not_called_better_than_random(similarity):
 def test_eta_squared_stays_unknown_where_halves_cannot_tell():
     means = np.random.default_rng(13).standard_normal((8, 200))
     result, *_ = judge(*sample(means, 60, 1.0, np.random.default_rng(13), blocks=3))
-    assert np.isfinite(result.eta_squared) and np.isnan(result.cross_validated) and not result.better_than_random
+    assert (
+        np.isfinite(result.eta_squared)
+        and np.isnan(result.cross_validated)
+        and not result.better_than_random
+    )
     same = np.tile(np.arange(1.0, 201), (8, 8, 1))
     assert not judge(same, np.ones((8, 8)))[0].better_than_random
 
 
 def test_pairs_are_summed_up_within_and_across_groups():
-    cosine = np.array([[1, 0.5, -0.3, np.nan], [0.5, 1, -0.1, np.nan], [-0.3, -0.1, 1, np.nan], [np.nan] * 4])
+    cosine = np.array(
+        [[1, 0.5, -0.3, np.nan], [0.5, 1, -0.1, np.nan], [-0.3, -0.1, 1, np.nan], [np.nan] * 4]
+    )
     assert pair_means(cosine, [0, 0, 1, 1]) == pytest.approx((0.5, -0.2, 1.0))
     assert pair_means(cosine, [0, 1, 0, 1]) == pytest.approx((-0.3, 0.2, 0.5))
     assert np.isnan(pair_means(cosine, [0, 1, 2, 2])[0])

@@ -17,7 +17,9 @@ from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.write.shards import checksum, verify_checksums
 from merit_fast.progress import SilentProgress
 
-OPTIONS = dict(method="ties", density=0.5, weights="uniform", shard_size="20K", checksum=True, stats=True)
+OPTIONS = dict(
+    method="ties", density=0.5, weights="uniform", shard_size="20K", checksum=True, stats=True
+)
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
@@ -69,15 +71,23 @@ def whole(root):
     here(root, "whole")
     files = tree_bytes(root / "whole")
     assert len([file for file in files if file.endswith(".safetensors")]) >= 4
-    assert {"geometry.json", "model.safetensors.index.json", "tokenizer.json", "stage.json"} < set(files)
-    assert not [file for file in files if "tmp" in file or "lock" in file or "xxh3" in file or "gram" in file]
+    assert {"geometry.json", "model.safetensors.index.json", "tokenizer.json", "stage.json"} < set(
+        files
+    )
+    assert not [
+        file
+        for file in files
+        if "tmp" in file or "lock" in file or "xxh3" in file or "gram" in file
+    ]
     return files
 
 
 def test_shares_one_after_the_other_are_one_merge(root, whole):
     for i in (3, 1):
         assert here(root, i=i, n=3)["finished"] is False and not (root / "out").exists()
-    assert len(list((root / "out.tmp").glob("*.safetensors"))) < len(list((root / "whole").glob("*.safetensors")))
+    assert len(list((root / "out.tmp").glob("*.safetensors"))) < len(
+        list((root / "whole").glob("*.safetensors"))
+    )
     assert here(root, i=2, n=3)["finished"] is True  # whoever is last finishes
     assert tree_bytes(root / "out") == whole and not (root / "out.tmp").exists()
 
@@ -97,7 +107,9 @@ def test_more_processes_than_files(root, whole):
 
 @pytest.mark.parametrize("share", [(0, 2), (3, 2), (1, 0)])
 def test_a_share_that_is_none_is_refused(root, share):
-    with pytest.raises(InputError, match=re.escape(f"must be 1 to n of n, got {share[0]}/{share[1]}")):
+    with pytest.raises(
+        InputError, match=re.escape(f"must be 1 to n of n, got {share[0]}/{share[1]}")
+    ):
         here(root, i=share[0], n=share[1])
     assert not (root / "out.tmp").exists()
 
@@ -114,7 +126,9 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(root, whole, kill_at):
     inodes = {f.name: f.stat().st_ino for f in done}
     assert finish(start(root))
     assert tree_bytes(root / "out") == whole
-    assert {name: (root / "out" / name).stat().st_ino for name in inodes} == inodes  # what was done is kept
+    assert {
+        name: (root / "out" / name).stat().st_ino for name in inodes
+    } == inodes  # what was done is kept
 
 
 def test_a_killed_share_is_taken_up_by_its_next_try(root, whole):
@@ -146,16 +160,22 @@ def test_what_changes_no_byte_does_not_start_anew(root, whole):
 def test_checksums_are_in_the_index_and_find_one_flipped_bit(root, whole):
     index = json.loads((root / "whole/model.safetensors.index.json").read_text())
     sums = verify_checksums(root / "whole")
-    assert sums == index["metadata"]["xxh3_128"] and sorted(sums) == sorted(set(index["weight_map"].values()))
+    assert sums == index["metadata"]["xxh3_128"] and sorted(sums) == sorted(
+        set(index["weight_map"].values())
+    )
     assert sums == {name: checksum(root / "whole" / name) for name in sums}
     file = root / "whole/model-00002-of-00005.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 4
     file.write_bytes(content)
-    with pytest.raises(InputError, match="00002-of-00005.safetensors: xxh3_128 must be .* as in the index, got"):
+    with pytest.raises(
+        InputError, match="00002-of-00005.safetensors: xxh3_128 must be .* as in the index, got"
+    ):
         verify_checksums(root / "whole")
     file.unlink()
-    with pytest.raises(InputError, match="00002-of-00005.safetensors: is absent, the index has its checksum"):
+    with pytest.raises(
+        InputError, match="00002-of-00005.safetensors: is absent, the index has its checksum"
+    ):
         verify_checksums(root / "whole")
 
 
@@ -163,20 +183,26 @@ def test_a_single_file_with_a_checksum_has_an_index_and_one_without_is_told(root
     here(root, "single", shard_size=None)
     assert list(verify_checksums(root / "single")) == ["model.safetensors"]
     here(root, "plain", shard_size=None, checksum=False)
-    with pytest.raises(InputError, match="metadata.xxh3_128: is absent; merge with --checksum writes it"):
+    with pytest.raises(
+        InputError, match="metadata.xxh3_128: is absent; merge with --checksum writes it"
+    ):
         verify_checksums(root / "plain")
 
 
 def test_checksums_are_xxh3s(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
-    assert checksum(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"  # published for seed 0
+    assert (
+        checksum(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
+    )  # published for seed 0
 
 
 # ---- fsync, memory
 def test_fsync_is_asked_for_every_file_unless_it_is_off(root, monkeypatch):
     synced = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd)
+    )
     here(root, "off", fsync=False)
     assert not [name for name in synced if name.endswith((".part", ".safetensors"))]
     here(root, "on")
@@ -186,7 +212,9 @@ def test_fsync_is_asked_for_every_file_unless_it_is_off(root, monkeypatch):
 
 
 def test_max_memory_makes_chunks_small_and_changes_no_byte(root, whole):
-    config = MergeConfig(**OPTIONS | dict(stats=False, max_memory="200K", threads=2, chunk_kib=1024))
+    config = MergeConfig(
+        **OPTIONS | dict(stats=False, max_memory="200K", threads=2, chunk_kib=1024)
+    )
     models = [(root / f"m{k}", None) for k in range(2)]
     plan = merge_models(models, root / "small", config, SilentProgress(), root / "base")
     assert plan["buffer_bytes"] <= 200 << 10
@@ -194,7 +222,8 @@ def test_max_memory_makes_chunks_small_and_changes_no_byte(root, whole):
     for file in (root / "small").glob("*.safetensors"):
         assert file.read_bytes() == (root / "whole" / file.name).read_bytes()
     with pytest.raises(
-        InputError, match=r"max_memory: must be at least \d+ bytes for method \w+, 2 threads and 3 inputs"
+        InputError,
+        match=r"max_memory: must be at least \d+ bytes for method \w+, 2 threads and 3 inputs",
     ):
         here(root, max_memory="10K")
 

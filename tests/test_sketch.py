@@ -44,7 +44,9 @@ def slow_sketch(gradient, name, sketch, first_row=0, first_column=0, columns=Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_flat_sketch_is_the_definition(shape, dtype, backend):
     gradient = torch.randint(-8, 9, shape).to(dtype)  # integers: sums are exact in any order
@@ -62,7 +64,16 @@ def test_hash_is_pinned():
 
 KEY = 1433922861218710169
 HASHES = [2454886589211414944, 3778200017661327597, 7128148681715144737]
-ENTRIES = {7444: 3.0, 7445: 4.0, 7446: -1.0, 7447: 2.0, 7508: -7.0, 7509: -8.0, 7510: 5.0, 7511: -6.0}
+ENTRIES = {
+    7444: 3.0,
+    7445: 4.0,
+    7446: -1.0,
+    7447: 2.0,
+    7508: -7.0,
+    7509: -8.0,
+    7510: 5.0,
+    7511: -6.0,
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -79,11 +90,21 @@ def test_parts_of_a_parameter_add_up(row, column, backend):
     assert torch.equal(out, flat_sketch(gradient, "w", SKETCH, backend=backend))
 
 
-LINEAR = [(5, 7, 37), (11, 64, 128), (1, 1, 1), (300, 13, 80), (3, 70, 64), (601, 40, 33), (0, 5, 6)]
+LINEAR = [
+    (5, 7, 37),
+    (11, 64, 128),
+    (1, 1, 1),
+    (300, 13, 80),
+    (3, 70, 64),
+    (601, 40, 33),
+    (0, 5, 6),
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtypes", ["float32 float32", "bfloat16 bfloat16", "float32 bfloat16", "float16 float16"])
+@pytest.mark.parametrize(
+    "dtypes", ["float32 float32", "bfloat16 bfloat16", "float32 bfloat16", "float16 float16"]
+)
 @pytest.mark.parametrize("tokens,rows,columns", LINEAR)
 def test_linear_grad_sketch_is_the_sketch_of_the_product(tokens, rows, columns, dtypes, backend):
     left, right = (getattr(torch, dtype) for dtype in dtypes.split())
@@ -135,13 +156,19 @@ def test_a_scale_multiplies_the_gradient(backend):
     product = torch.einsum("bto,bti->boi", dy, x)
     options = dict(first_row=10, first_column=20, columns=130)
     expected = flat_sketch(product * scale, "w", SKETCH, **options, backend="eager")
-    assert torch.equal(flat_sketch(product, "w", SKETCH, **options, scale=scale, backend=backend), expected)
-    assert torch.equal(linear_grad_sketch(dy, x, "w", SKETCH, **options, scale=scale, backend=backend), expected)
+    assert torch.equal(
+        flat_sketch(product, "w", SKETCH, **options, scale=scale, backend=backend), expected
+    )
+    assert torch.equal(
+        linear_grad_sketch(dy, x, "w", SKETCH, **options, scale=scale, backend=backend), expected
+    )
     ids, rows = torch.randint(0, 70, (2, 9)), torch.zeros(2, 70, 100)
     for b in range(2):
         rows[b].index_add_(0, ids[b], x[b])
     expected = flat_sketch(rows * scale, "w", SKETCH, backend="eager")
-    assert torch.equal(embedding_grad_sketch(x, ids, "w", SKETCH, scale=scale, backend=backend), expected)
+    assert torch.equal(
+        embedding_grad_sketch(x, ids, "w", SKETCH, scale=scale, backend=backend), expected
+    )
 
 
 def test_eager_products_in_chunks_of_rows_are_the_same(monkeypatch):
@@ -151,7 +178,9 @@ def test_eager_products_in_chunks_of_rows_are_the_same(monkeypatch):
     whole = linear_grad_sketch(dy, x, "w", SKETCH, backend="eager")
     monkeypatch.setattr(_eager, "_CHUNK_ELEMENTS", 500)
     assert torch.equal(linear_grad_sketch(dy, x, "w", SKETCH, backend="eager"), whole)
-    assert torch.equal(flat_sketch(torch.einsum("bto,bti->boi", dy, x), "w", SKETCH, backend="eager"), whole)
+    assert torch.equal(
+        flat_sketch(torch.einsum("bto,bti->boi", dy, x), "w", SKETCH, backend="eager"), whole
+    )
 
 
 LEVEL_ERRORS = """
@@ -176,7 +205,9 @@ def test_on_every_isa_level_products_are_no_worse_than_eager_ones(native_levels)
     for level in native_levels:
         fp32, eager_fp32, bf16, eager_bf16 = map(float, run_at_level(LEVEL_ERRORS, level).split())
         assert fp32 <= eager_fp32 + 3e-7, level
-        assert bf16 <= 3e-7 < eager_bf16, level  # products of bf16 are exact in fp32; eager rounds dW to bf16
+        assert bf16 <= 3e-7 < eager_bf16, (
+            level
+        )  # products of bf16 are exact in fp32; eager rounds dW to bf16
 
 
 ISA_SCRIPT = """
@@ -206,44 +237,69 @@ def test_embedding_grad_sketch_adds_rows_by_token(backend):
     for b in range(2):
         weight[b].index_add_(0, token_ids[b], dy[b])
     expected = flat_sketch(weight, "embed", SKETCH, backend=backend)
-    assert torch.equal(embedding_grad_sketch(dy, token_ids, "embed", SKETCH, backend=backend), expected)
+    assert torch.equal(
+        embedding_grad_sketch(dy, token_ids, "embed", SKETCH, backend=backend), expected
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtypes", ["float32 float32", "bfloat16 bfloat16", "bfloat16 float32", "float32 bfloat16"])
+@pytest.mark.parametrize(
+    "dtypes", ["float32 float32", "bfloat16 bfloat16", "bfloat16 float32", "float32 bfloat16"]
+)
 @pytest.mark.parametrize("tokens,columns", [(1, 1), (70, 37), (33, 64), (0, 5), (300, 200)])
 def test_vector_grad_sketch_sums_over_tokens(tokens, columns, dtypes, backend):
     left, right = (getattr(torch, dtype) for dtype in dtypes.split())
     dy, x = torch.randn(3, tokens, columns).to(left), torch.randn(3, tokens, columns).to(right)
     normal = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-3)
-    cases = [(dy.double(), {}), (dy.double() * x.double(), {"x": x}), (dy.double() * normal, {"x": x, "epsilon": 1e-3})]
+    cases = [
+        (dy.double(), {}),
+        (dy.double() * x.double(), {"x": x}),
+        (dy.double() * normal, {"x": x, "epsilon": 1e-3}),
+    ]
     for products, options in cases:
         truth = flat_sketch(products.sum(1), "w", SKETCH, backend="eager")
         result = vector_grad_sketch(dy, "w", SKETCH, **options, backend=backend)
-        size = flat_sketch(products.abs().sum(1), "w", SKETCH, backend="eager").abs().max() if tokens else 0
-        assert (result - truth).abs().max() <= 3e-7 * size  # of what is summed, not of what is left of it
+        size = (
+            flat_sketch(products.abs().sum(1), "w", SKETCH, backend="eager").abs().max()
+            if tokens
+            else 0
+        )
+        assert (
+            result - truth
+        ).abs().max() <= 3e-7 * size  # of what is summed, not of what is left of it
 
 
 def test_a_strided_dy_is_summed_where_it_lies():
     whole = torch.randn(2, 9, 50)
     part = whole[..., 10:30]
-    assert torch.equal(vector_grad_sketch(part, "w", SKETCH), vector_grad_sketch(part.contiguous(), "w", SKETCH))
+    assert torch.equal(
+        vector_grad_sketch(part, "w", SKETCH), vector_grad_sketch(part.contiguous(), "w", SKETCH)
+    )
 
 
 def test_nearby_seeds_and_names_are_unrelated():
     gradient = torch.randn(1, 200, 256)
     keys = [(0, "a"), (1, "a"), (2, "a"), (0, "b")]
-    sketches = torch.cat([flat_sketch(gradient, name, CountSketch(4096, seed)) for seed, name in keys])
+    sketches = torch.cat(
+        [flat_sketch(gradient, name, CountSketch(4096, seed)) for seed, name in keys]
+    )
     cosines = torch.nn.functional.normalize(sketches) @ torch.nn.functional.normalize(sketches).T
     assert (cosines - torch.eye(len(keys))).abs().max() < 5 / 4096**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_batching_and_order_change_no_bit(dtype):
-    dy, x, sketch = torch.randn(3, 40, 100).to(dtype), torch.randn(3, 40, 210).to(dtype), CountSketch(5 * 4096)
+    dy, x, sketch = (
+        torch.randn(3, 40, 100).to(dtype),
+        torch.randn(3, 40, 210).to(dtype),
+        CountSketch(5 * 4096),
+    )
 
     def both(rows):
-        return torch.cat([flat_sketch(x[rows], "w", sketch), linear_grad_sketch(dy[rows], x[rows], "w", sketch)], 1)
+        return torch.cat(
+            [flat_sketch(x[rows], "w", sketch), linear_grad_sketch(dy[rows], x[rows], "w", sketch)],
+            1,
+        )
 
     whole, threads = both([0, 1, 2]), torch.get_num_threads()
     assert torch.equal(whole, torch.cat([both([b]) for b in range(3)]))
@@ -260,10 +316,14 @@ def test_custom_ops_pass_opcheck():
     from merit_fast.kernels.sketch import _ops
 
     out, offsets = torch.zeros(2, 4096), torch.tensor([0, 3, 5])
-    torch.library.opcheck(_ops.sketch_rows, (torch.randn(5, 20), offsets, None, 0, 0, 20, 7, "w", None, out, "cpu"))
+    torch.library.opcheck(
+        _ops.sketch_rows, (torch.randn(5, 20), offsets, None, 0, 0, 20, 7, "w", None, out, "cpu")
+    )
     arguments = (torch.randn(5, 4), torch.randn(5, 16), offsets, 0, 0, 16, 7, "w", None, out, "cpu")
     torch.library.opcheck(_ops.sketch_linear, arguments)
-    torch.library.opcheck(_ops.token_sums, (torch.randn(5, 4), torch.randn(5, 4), offsets, 1e-6, "cpu"))
+    torch.library.opcheck(
+        _ops.token_sums, (torch.randn(5, 4), torch.randn(5, 4), offsets, 1e-6, "cpu")
+    )
 
 
 def test_the_public_functions_compile_whole():
@@ -280,7 +340,8 @@ def test_the_public_functions_compile_whole():
 
 
 @pytest.mark.parametrize(
-    "shape,expected", [((), (1, 1)), ((5,), (1, 5)), ((4, 3), (4, 3)), ((2, 4, 3), (8, 3)), ((8, 3, 2, 2), (8, 12))]
+    "shape,expected",
+    [((), (1, 1)), ((5,), (1, 5)), ((4, 3), (4, 3)), ((2, 4, 3), (8, 3)), ((8, 3, 2, 2), (8, 12))],
 )
 def test_matrix_shape(shape, expected):
     assert matrix_shape(shape) == expected
@@ -295,13 +356,35 @@ ZEROS = torch.zeros(2, 3, 4)
         (lambda s: flat_sketch(torch.zeros(2, 3, 4, 5), "w", s), r"must be \[B, R, C\]"),
         (lambda s: flat_sketch(ZEROS, "w", s, row_ids=torch.zeros(2, 2).long()), "row_ids"),
         (lambda s: flat_sketch(ZEROS, "w", s, out=torch.zeros(2, 8)), "out must be"),
-        (lambda s: flat_sketch(ZEROS, "w", s, first_column=1, columns=4), "does not lie in a parameter of 4 columns"),
-        (lambda s: flat_sketch(ZEROS, "w", s, scale=torch.ones(4, 3)), r"scale must be float32 \[3, 4\]"),
+        (
+            lambda s: flat_sketch(ZEROS, "w", s, first_column=1, columns=4),
+            "does not lie in a parameter of 4 columns",
+        ),
+        (
+            lambda s: flat_sketch(ZEROS, "w", s, scale=torch.ones(4, 3)),
+            r"scale must be float32 \[3, 4\]",
+        ),
         (lambda s: linear_grad_sketch(ZEROS, torch.zeros(2, 2, 4), "w", s), "dy and x must be"),
-        (lambda s: linear_grad_sketch(ZEROS[0], ZEROS[0], "w", s, cu_seqlens=torch.tensor([0, 4])), "at most 3"),
-        (lambda s: linear_grad_sketch(ZEROS[0], ZEROS[0], "w", s, cu_seqlens=torch.tensor([0, 2, 1])), "must rise"),
-        (lambda s: linear_grad_sketch(ZEROS[0], ZEROS[0], "w", s, cu_seqlens=torch.zeros(2)), "must be int64"),
-        (lambda s: embedding_grad_sketch(ZEROS, torch.zeros(2, 2).long(), "w", s), "token_ids must be"),
+        (
+            lambda s: linear_grad_sketch(
+                ZEROS[0], ZEROS[0], "w", s, cu_seqlens=torch.tensor([0, 4])
+            ),
+            "at most 3",
+        ),
+        (
+            lambda s: linear_grad_sketch(
+                ZEROS[0], ZEROS[0], "w", s, cu_seqlens=torch.tensor([0, 2, 1])
+            ),
+            "must rise",
+        ),
+        (
+            lambda s: linear_grad_sketch(ZEROS[0], ZEROS[0], "w", s, cu_seqlens=torch.zeros(2)),
+            "must be int64",
+        ),
+        (
+            lambda s: embedding_grad_sketch(ZEROS, torch.zeros(2, 2).long(), "w", s),
+            "token_ids must be",
+        ),
         (lambda s: vector_grad_sketch(ZEROS, "w", s, x=ZEROS[:1]), "x must be as dy"),
         (lambda s: CountSketch(100), "multiple of 4096"),
     ],

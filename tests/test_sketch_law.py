@@ -7,7 +7,12 @@ standard error of a standard deviation is written beside each). Errors are in un
 import pytest
 import torch
 
-from merit_fast.kernels.sketch import CountSketch, embedding_grad_sketch, flat_sketch, linear_grad_sketch
+from merit_fast.kernels.sketch import (
+    CountSketch,
+    embedding_grad_sketch,
+    flat_sketch,
+    linear_grad_sketch,
+)
 
 ROWS, COLUMNS, PROJ_DIM = 256, 384, 16384  # 24 tiles, 4 buckets
 SIDE = 128  # of a factored projection to 128 x 128
@@ -51,7 +56,9 @@ def families():
         "outlier columns": torch.stack([stretched(g, columns=columns) for g in dense]),
         "outlier rows": torch.stack([stretched(g, rows=rows) for g in dense]),
         "outlier rows and columns": torch.stack([stretched(g, rows, columns) for g in dense]),
-        "rank one with outliers": torch.stack([stretched(g, rows, columns, 10.0) for g in left * right]),
+        "rank one with outliers": torch.stack(
+            [stretched(g, rows, columns, 10.0) for g in left * right]
+        ),
     }
 
 
@@ -80,7 +87,9 @@ def theory(pair):
     squares = g.square().sum(1), h.square().sum(1)
     products = (g * h).sum(1)
     both = squares[0].sum() * squares[1].sum()
-    return float((both - squares[0] @ squares[1] + products.sum() ** 2 - products @ products) / both)
+    return float(
+        (both - squares[0] @ squares[1] + products.sum() ** 2 - products @ products) / both
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +126,9 @@ def test_a_pair_with_a_large_cosine_has_the_larger_variance_of_the_law():
     for seed in range(1000):
         sketch = flat_sketch(g[None], "w", CountSketch(PROJ_DIM, seed)).double()
         found.append(sketch.square().sum() / g.double().square().sum() - 1)
-    assert 1 / 1.2 < PROJ_DIM * torch.stack(found).var() / theory(torch.stack([g, g])) < 1.2  # 4.5 %, 4 of them
+    assert (
+        1 / 1.2 < PROJ_DIM * torch.stack(found).var() / theory(torch.stack([g, g])) < 1.2
+    )  # 4.5 %, 4 of them
 
 
 def logra(pairs, seed):
@@ -140,7 +151,9 @@ def kronecker(pairs, seed):
 @pytest.mark.parametrize("projection", [logra, kronecker])
 def test_factored_projections_fail_the_same_law(projection):
     """Of gradients that share a column or a row space they keep 128 numbers, not 16384: 11 times the error."""
-    measured = dict(zip(families(), errors(projection, range(FEW_SEEDS)).std(0).tolist(), strict=True))
+    measured = dict(
+        zip(families(), errors(projection, range(FEW_SEEDS)).std(0).tolist(), strict=True)
+    )
     for family in ("rank one, one input", "one column", "one row"):
         assert measured[family] > 5, (family, measured)  # of 11.3
     for family in ("outlier columns", "outlier rows"):
@@ -155,16 +168,24 @@ def test_entries_of_different_tiles_collide_with_probability_of_one_over_d(kind,
     rows, columns = {
         "one column": ([64 * e + e for e in range(entries)], [5] * entries),
         "one row": ([7] * entries, [64 * e + 3 * e for e in range(entries)]),
-        "scattered": ([64 * e + 3 * e for e in range(entries)], [64 * (e % 8) + 2 * e for e in range(entries)]),
+        "scattered": (
+            [64 * e + 3 * e for e in range(entries)],
+            [64 * (e % 8) + 2 * e for e in range(entries)],
+        ),
     }[kind]
     values = torch.zeros(1, entries, 64 * entries)
     values[0, torch.arange(entries), columns] = 2.0 ** torch.arange(entries)
     sketches = torch.cat(
-        [flat_sketch(values, "w", CountSketch(proj_dim, seed), row_ids=torch.tensor([rows])) for seed in range(seeds)]
+        [
+            flat_sketch(values, "w", CountSketch(proj_dim, seed), row_ids=torch.tensor([rows]))
+            for seed in range(seeds)
+        ]
     )
     expected = seeds * entries * (entries - 1) / 2 / proj_dim
     collisions = seeds * entries - int((sketches != 0).sum())
-    assert expected * 0.6 < collisions < expected + 4 * expected**0.5  # tiles dealt together never collide
+    assert (
+        expected * 0.6 < collisions < expected + 4 * expected**0.5
+    )  # tiles dealt together never collide
     largest = sketches[sketches.abs() >= 2.0 ** (entries - 1)].sign()
     assert abs(largest.mean()) < 4 / seeds**0.5
 
@@ -187,8 +208,12 @@ def test_batches_and_packing_change_no_bit():
     embedded = embedding_grad_sketch(dy, ids, "e", sketch, cu_seqlens=cuts)
     for b, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
         rows = slice(int(start), int(stop))
-        assert torch.equal(packed[b], linear_grad_sketch(dy[None, rows], x[None, rows], "w", sketch)[0])
-        assert torch.equal(embedded[b], embedding_grad_sketch(dy[None, rows], ids[None, rows], "e", sketch)[0])
+        assert torch.equal(
+            packed[b], linear_grad_sketch(dy[None, rows], x[None, rows], "w", sketch)[0]
+        )
+        assert torch.equal(
+            embedded[b], embedding_grad_sketch(dy[None, rows], ids[None, rows], "e", sketch)[0]
+        )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -228,7 +253,11 @@ def test_the_order_of_layers_tokens_and_examples_changes_no_bit_of_exact_sums():
 
 def test_the_number_of_threads_changes_no_bit():
     dy, x, ids = torch.randn(5, 33, 190), torch.randn(5, 33, 270), torch.randint(0, 999, (5, 33))
-    sketch, threads, gradient = CountSketch(8192), torch.get_num_threads(), torch.bmm(dy.transpose(1, 2), x)
+    sketch, threads, gradient = (
+        CountSketch(8192),
+        torch.get_num_threads(),
+        torch.bmm(dy.transpose(1, 2), x),
+    )
     results = []
     try:
         for count in (1, 2, 3, 7):

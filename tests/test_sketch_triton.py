@@ -26,7 +26,11 @@ def _cache(tmp_path, monkeypatch):
 
 def code(launch, architecture):
     found = compile_launch(launch.kernel, launch.arguments, launch.options, architecture)
-    assert found.spill_bytes == found.atomics == found.tf32 == 0, (launch.name, architecture, found.spill_bytes)
+    assert found.spill_bytes == found.atomics == found.tf32 == 0, (
+        launch.name,
+        architecture,
+        found.spill_bytes,
+    )
     return found
 
 
@@ -35,7 +39,13 @@ def test_the_kernels_in_the_interpreter():
 
 
 # Instructions of a warp for the tokens of one step of the loop: 32, or 64 where operands stay in shared memory.
-PRODUCTS = {80: ("HMMA", 16), 90: ("HGMMA", 4), 100: ("UTCHMMA", 8), 120: ("HMMA", 16), "gfx942": ("v_mfma", 24)}
+PRODUCTS = {
+    80: ("HMMA", 16),
+    90: ("HGMMA", 4),
+    100: ("UTCHMMA", 8),
+    120: ("HMMA", 16),
+    "gfx942": ("v_mfma", 24),
+}
 
 
 @EVERY
@@ -45,10 +55,14 @@ def test_a_layer_in_bf16_is_taken_by_tensor_cores_from_loads_of_128_bits(archite
     assert layer.count(product) == count
     assert layer.registers <= 184 and layer.shared_bytes <= 50 << 10
     if architecture == "gfx942":
-        assert layer.count("(global|buffer)_load") == layer.count("(global|buffer)_load_dwordx4") > 0
+        assert (
+            layer.count("(global|buffer)_load") == layer.count("(global|buffer)_load_dwordx4") > 0
+        )
         return
     assert layer.count("LDGSTS") == layer.count(r"LDGSTS\.\S*128") > 0  # dy and x, asynchronously
-    assert layer.count(r"LDG\.\S*128") == layer.count(r"STG\.\S*128") == layer.count("STG") == 8  # the bucket
+    assert (
+        layer.count(r"LDG\.\S*128") == layer.count(r"STG\.\S*128") == layer.count("STG") == 8
+    )  # the bucket
     assert layer.count(r"LDG\.") == 8 + 2  # and two offsets
     assert layer.count("SHFL") == 32  # the permutation of 64 x 64 floats by 128 threads
     if architecture != 100:  # nothing but the finished bucket goes through shared memory
@@ -70,7 +84,9 @@ def test_rows_that_end_off_the_grid_are_padded_to_it():
 def test_a_layer_in_fp32_is_taken_exactly(architecture):
     layer = code(linear("layer", F32), architecture)
     assert layer.registers <= 168
-    assert layer.count("HMMA|HGMMA|UTC") == 0  # no rounding of inputs; CDNA's matrix cores take float32 as it is
+    assert (
+        layer.count("HMMA|HGMMA|UTC") == 0
+    )  # no rounding of inputs; CDNA's matrix cores take float32 as it is
     assert layer.count("FFMA" if architecture != "gfx942" else "v_mfma_f32_.*x.*_f32") > 0
 
 
@@ -96,7 +112,12 @@ def test_numbers_that_the_compiler_knows_to_be_one_compile():
     for kernel, call in (
         ("rows_kernel", lambda: _triton.sketch_rows(values, offsets, None, place, KEY, out, scale)),
         ("ids_kernel", lambda: _triton.sketch_rows(values, offsets, ids, place, KEY, out, scale)),
-        ("linear_kernel", lambda: _triton.sketch_linear(values, values, offsets, place, KEY, out, torch.ones(1, 1))),
+        (
+            "linear_kernel",
+            lambda: _triton.sketch_linear(
+                values, values, offsets, place, KEY, out, torch.ones(1, 1)
+            ),
+        ),
     ):
         code(launched(kernel, call, kernel), 90)
 

@@ -8,10 +8,10 @@ from test_pipeline import Notes
 
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError
-from merit_fast.sketch import stage as sketching
-from merit_fast.split.config import SketchConfig
-from merit_fast.sketch.stage import sketch_mixture
 from merit_fast.manifests.sketch_state import SketchState
+from merit_fast.sketch import stage as sketching
+from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.stage import sketch_mixture
 
 
 def example(ids):
@@ -21,7 +21,9 @@ def example(ids):
 
 def datasets():
     numbers = np.random.default_rng(0)
-    clear = Dataset("clear", (example([5, 9, 11, 20, 30, 40]),) * 80)  # one row again and again: no noise at all
+    clear = Dataset(
+        "clear", (example([5, 9, 11, 20, 30, 40]),) * 80
+    )  # one row again and again: no noise at all
     mixed = Dataset("mixed", tuple(example(numbers.integers(5, 90, 7)) for _ in range(80)))
     return [clear, mixed]
 
@@ -29,7 +31,9 @@ def datasets():
 def sketch(model, folder, **options):
     options = {"proj_dim": 4096, "dtype": "fp32", "batch_size": 16, "examples": 80, **options}
     progress = Notes()
-    sketch_mixture(str(model), "fingerprint", datasets(), 1, SketchConfig(**options), folder, progress)
+    sketch_mixture(
+        str(model), "fingerprint", datasets(), 1, SketchConfig(**options), folder, progress
+    )
     states = {name: SketchState.read(folder / f"{name}.safetensors") for name in ("clear", "mixed")}
     return states, progress.notes
 
@@ -41,7 +45,9 @@ def test_a_dataset_that_is_known_well_enough_stops_early_and_says_so(tiny_model,
     assert notes[1].startswith("mixed: ")
 
 
-def test_without_a_precision_all_examples_are_taken_and_the_first_ones_are_the_same(tiny_model, tmp_path):
+def test_without_a_precision_all_examples_are_taken_and_the_first_ones_are_the_same(
+    tiny_model, tmp_path
+):
     (tmp_path / "all").mkdir()
     (tmp_path / "some").mkdir()
     states, notes = sketch(tiny_model, tmp_path / "all")
@@ -80,22 +86,31 @@ def sketched(model, folder, rows, earlier=None, fingerprint="fingerprint", **opt
     options = {"proj_dim": 4096, "dtype": "fp32", "batch_size": 16, "examples": 20, **options}
     folder.mkdir(parents=True)
     progress = Notes()
-    sketch_mixture(str(model), fingerprint, rows, 1, SketchConfig(**options), folder, progress, earlier)
+    sketch_mixture(
+        str(model), fingerprint, rows, 1, SketchConfig(**options), folder, progress, earlier
+    )
     return {file.name: file.read_bytes() for file in folder.iterdir()}, progress.notes
 
 
 def named(names):
-    return [Dataset(name, tuple(example([5, 9, 11, *map(ord, name), k % 9 + 5]) for k in range(24))) for name in names]
+    return [
+        Dataset(name, tuple(example([5, 9, 11, *map(ord, name), k % 9 + 5]) for k in range(24)))
+        for name in names
+    ]
 
 
-def test_a_new_dataset_costs_itself_and_gives_the_bytes_of_a_fresh_run(tiny_model, tmp_path, monkeypatch):
+def test_a_new_dataset_costs_itself_and_gives_the_bytes_of_a_fresh_run(
+    tiny_model, tmp_path, monkeypatch
+):
     first, notes = sketched(tiny_model, tmp_path / "first", named("abc"))
     assert notes == []
     whole, _ = sketched(tiny_model, tmp_path / "whole", named("dba"))
 
     done = []
     real = sketching._sketch_dataset
-    monkeypatch.setattr(sketching, "_sketch_dataset", lambda *given: done.append(given[2].name) or real(*given))
+    monkeypatch.setattr(
+        sketching, "_sketch_dataset", lambda *given: done.append(given[2].name) or real(*given)
+    )
     grown, notes = sketched(
         tiny_model, tmp_path / "grown", named("dba"), tmp_path / "first"
     )  # d new, c gone, reordered
@@ -103,7 +118,9 @@ def test_a_new_dataset_costs_itself_and_gives_the_bytes_of_a_fresh_run(tiny_mode
     assert notes == ["sketch: 2 of 3 datasets are as before, their sketches are reused"]
     assert grown["a.safetensors"] == first["a.safetensors"] and "c.safetensors" not in grown
 
-    monkeypatch.setattr(sketching, "load_model", None)  # with nothing left to sketch there is no model to load
+    monkeypatch.setattr(
+        sketching, "load_model", None
+    )  # with nothing left to sketch there is no model to load
     fewer, _ = sketched(tiny_model, tmp_path / "fewer", named("ba"), tmp_path / "grown")
     assert set(fewer) == {"a.safetensors", "b.safetensors", "datasets.json"}
 
@@ -114,7 +131,9 @@ def test_a_new_dataset_costs_itself_and_gives_the_bytes_of_a_fresh_run(tiny_mode
 def test_another_model_or_option_reuses_nothing(tiny_model, tmp_path, change):
     sketched(tiny_model, tmp_path / "first", named("ab"))
     fresh, _ = sketched(tiny_model, tmp_path / "fresh", named("ab"), **change)
-    again, notes = sketched(tiny_model, tmp_path / "again", named("ab"), tmp_path / "first", **change)
+    again, notes = sketched(
+        tiny_model, tmp_path / "again", named("ab"), tmp_path / "first", **change
+    )
     assert again == fresh and notes == []
 
 
@@ -123,17 +142,25 @@ def test_a_row_that_changed_makes_its_dataset_new(tiny_model, tmp_path):
     rows = named("ab")
     labels = rows[1].examples[3].labels.copy()
     labels[-1] = -100  # the same tokens, one target less
-    changed = (*rows[1].examples[:3], Example(rows[1].examples[3].input_ids, labels), *rows[1].examples[4:])
+    changed = (
+        *rows[1].examples[:3],
+        Example(rows[1].examples[3].input_ids, labels),
+        *rows[1].examples[4:],
+    )
     rows[1] = Dataset("b", changed)
     options = {"examples": 24}
     sketched(tiny_model, tmp_path / "all", named("ab"), **options)
     fresh, _ = sketched(tiny_model, tmp_path / "fresh", rows, **options)
     again, notes = sketched(tiny_model, tmp_path / "again", rows, tmp_path / "all", **options)
-    assert again == fresh and notes == ["sketch: 1 of 2 datasets are as before, their sketches are reused"]
+    assert again == fresh and notes == [
+        "sketch: 1 of 2 datasets are as before, their sketches are reused"
+    ]
 
 
 @pytest.mark.parametrize("broken", ["absent", "not JSON", "no file", "no links"])
-def test_an_earlier_output_that_lacks_something_is_no_error(tiny_model, tmp_path, broken, monkeypatch):
+def test_an_earlier_output_that_lacks_something_is_no_error(
+    tiny_model, tmp_path, broken, monkeypatch
+):
     whole, _ = sketched(tiny_model, tmp_path / "first", named("ab"))
     if broken == "absent":
         (tmp_path / "first" / "datasets.json").unlink()
@@ -142,7 +169,13 @@ def test_an_earlier_output_that_lacks_something_is_no_error(tiny_model, tmp_path
     elif broken == "no file":
         (tmp_path / "first" / "b.safetensors").unlink()
     else:
-        monkeypatch.setattr(os, "link", lambda *given: (_ for _ in ()).throw(OSError("no hard links here")))
+        monkeypatch.setattr(
+            os, "link", lambda *given: (_ for _ in ()).throw(OSError("no hard links here"))
+        )
     again, notes = sketched(tiny_model, tmp_path / "again", named("ab"), tmp_path / "first")
     reused = {"no file": 1, "no links": 2}.get(broken, 0)
-    assert again == whole and len(notes) == bool(reused) and all(f"{reused} of 2" in note for note in notes)
+    assert (
+        again == whole
+        and len(notes) == bool(reused)
+        and all(f"{reused} of 2" in note for note in notes)
+    )

@@ -24,7 +24,11 @@ def backend(request, monkeypatch):
 # ---- 8-bit floats
 def by_hand(code, mantissa, bias, top):
     """The value of a code by the OCP specification, in Python."""
-    sign, exponent, fraction = -1.0 if code & 128 else 1.0, (code & 127) >> mantissa, code & ((1 << mantissa) - 1)
+    sign, exponent, fraction = (
+        -1.0 if code & 128 else 1.0,
+        (code & 127) >> mantissa,
+        code & ((1 << mantissa) - 1),
+    )
     if (code & 127) in top:
         return sign * top[code & 127]
     if exponent == 0:
@@ -35,11 +39,17 @@ def by_hand(code, mantissa, bias, top):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_has_its_value(kind):
     inf, nan = float("inf"), float("nan")
-    mantissa, bias, top = (3, 7, {127: nan}) if kind == "F8_E4M3" else (2, 15, {124: inf, 125: nan, 126: nan, 127: nan})
+    mantissa, bias, top = (
+        (3, 7, {127: nan})
+        if kind == "F8_E4M3"
+        else (2, 15, {124: inf, 125: nan, 126: nan, 127: nan})
+    )
     known = [by_hand(code, mantissa, bias, top) for code in range(256)]
     np.testing.assert_array_equal(float8_table(kind), known)
     numbers = ~np.isnan(known)
-    np.testing.assert_array_equal(np.signbit(float8_table(kind))[numbers], np.signbit(known)[numbers])
+    np.testing.assert_array_equal(
+        np.signbit(float8_table(kind))[numbers], np.signbit(known)[numbers]
+    )
     codes = torch.arange(256, dtype=torch.uint8).view(KINDS[kind])
     np.testing.assert_array_equal(float8_table(kind), codes.double().numpy())
 
@@ -85,7 +95,10 @@ SCALES = {  # rows, cols, scale's shape, block, weight_block_size
 @pytest.mark.parametrize("case", SCALES)
 def test_values_are_codes_times_scales(tmp_path, case, kind, backend):
     rows, cols, shape, block, told = SCALES[case]
-    config = {"quantization_config": FP8 | ({"weight_block_size": told} if told else {}), "dtype": "bfloat16"}
+    config = {
+        "quantization_config": FP8 | ({"weight_block_size": told} if told else {}),
+        "dtype": "bfloat16",
+    }
     models, exact = [], []
     for k, dtype in enumerate((torch.float32, torch.bfloat16)):  # of the scales
         torch.manual_seed(k)
@@ -102,13 +115,21 @@ def test_values_are_codes_times_scales(tmp_path, case, kind, backend):
     merge(models, [0.3, 0.7], tmp_path / "out", options)
     merged = load(tmp_path / "out")
     assert sorted(merged) == ["v", "w"]  # the scales are no tensors of the output
-    np.testing.assert_array_equal(merged["w"].numpy(), (0.3 * exact[0] + 0.7 * exact[1]).astype(np.float32))
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {"dtype": "float32"}  # and no quantization_config
+    np.testing.assert_array_equal(
+        merged["w"].numpy(), (0.3 * exact[0] + 0.7 * exact[1]).astype(np.float32)
+    )
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {
+        "dtype": "float32"
+    }  # and no quantization_config
 
 
 def test_scales_of_layers_input_go_too(tmp_path):
     tensors, _ = quantised(4, 4, "F8_E4M3")
-    named = {"mlp.weight": tensors["w"], "mlp.weight_scale": torch.tensor(2.0), "mlp.input_scale": torch.tensor(3.0)}
+    named = {
+        "mlp.weight": tensors["w"],
+        "mlp.weight_scale": torch.tensor(2.0),
+        "mlp.input_scale": torch.tensor(3.0),
+    }
     merge([write(tmp_path / "m", named)], [1.0], tmp_path / "out", MergeConfig(dtype="bf16"))
     merged = load(tmp_path / "out")
     assert list(merged) == ["mlp.weight"]
@@ -124,12 +145,22 @@ def test_8_bit_and_wider_models_mix_in_every_method(tmp_path, kind, backend):
         write(tmp_path / "m1", {"w": other, "v": torch.zeros(7)}),
         write(tmp_path / "base", {"w": base, "v": torch.zeros(7).bfloat16()}),
     ]
-    made = torch.from_numpy(tensors["w"].double().numpy() * tensors["w_scale_inv"].double().numpy()[:, None])
+    made = torch.from_numpy(
+        tensors["w"].double().numpy() * tensors["w_scale_inv"].double().numpy()[:, None]
+    )
     for method in ("ties", "dare_linear", "breadcrumbs", "della"):
         out = tmp_path / f"{method}-out"
-        merge(paths[:2], [0.5, 0.5], out, MergeConfig(method=method, density=0.6, dtype="fp32", chunk_kib=4), paths[2])
+        merge(
+            paths[:2],
+            [0.5, 0.5],
+            out,
+            MergeConfig(method=method, density=0.6, dtype="fp32", chunk_kib=4),
+            paths[2],
+        )
         truth = delta_method(method, "w", [made, other], base, [0.5, 0.5], density=0.6)
-        np.testing.assert_array_equal(bits(load(out)["w"]), rounded(truth, torch.float32), err_msg=method)
+        np.testing.assert_array_equal(
+            bits(load(out)["w"]), rounded(truth, torch.float32), err_msg=method
+        )
 
 
 def test_nan_codes_are_found_and_pass_if_allowed(tmp_path, backend):
@@ -150,29 +181,53 @@ def test_nan_codes_are_found_and_pass_if_allowed(tmp_path, backend):
             None,
             r"w_scale_inv: must have one scale, one per row or one per block of w \[6, 10\], got \[5\]",
         ),
-        (torch.rand(4, 3), None, r"one per block of w \[6, 10\], got \[4, 3\]"),  # ragged, and no block size told
-        (torch.rand(3, 2), {"weight_block_size": [4, 4]}, r"one per block of w \[6, 10\], got \[3, 2\]"),
-        (torch.rand(3, 2), {"weight_block_size": [4]}, "weight_block_size: must be two positive integers"),
-        (torch.ones(6, dtype=torch.int32), None, "w_scale_inv: a scale must be of a float dtype, got I32"),
+        (
+            torch.rand(4, 3),
+            None,
+            r"one per block of w \[6, 10\], got \[4, 3\]",
+        ),  # ragged, and no block size told
+        (
+            torch.rand(3, 2),
+            {"weight_block_size": [4, 4]},
+            r"one per block of w \[6, 10\], got \[3, 2\]",
+        ),
+        (
+            torch.rand(3, 2),
+            {"weight_block_size": [4]},
+            "weight_block_size: must be two positive integers",
+        ),
+        (
+            torch.ones(6, dtype=torch.int32),
+            None,
+            "w_scale_inv: a scale must be of a float dtype, got I32",
+        ),
     ],
     ids=["rows", "ragged", "not as told", "half a block size", "integers"],
 )
 def test_scales_that_do_not_fit_are_named(tmp_path, scale, config, message):
     tensors, _ = quantised(6, 10, "F8_E4M3", scale)
-    write_quantised(tmp_path / "m", tensors, {"quantization_config": FP8 | config} if config else None)
+    write_quantised(
+        tmp_path / "m", tensors, {"quantization_config": FP8 | config} if config else None
+    )
     with pytest.raises(InputError, match=message):
         merge([tmp_path / "m"], [1.0], tmp_path / "out", MergeConfig(dtype="bf16"))
 
 
 def test_a_dtype_must_be_chosen(tmp_path):
     model = write(tmp_path / "m", quantised(6, 10, "F8_E5M2")[0])
-    with pytest.raises(InputError, match="w: is F8_E5M2; merge.dtype must choose the output's dtype"):
+    with pytest.raises(
+        InputError, match="w: is F8_E5M2; merge.dtype must choose the output's dtype"
+    ):
         merge([model], [1.0], tmp_path / "out")
 
 
 # ---- adapters
 PREFIX = "base_model.model."
-SHAPES = {"model.embed_tokens.weight": (50, 12), "model.layers.0.q_proj.weight": (20, 12), "lm_head.weight": (50, 12)}
+SHAPES = {
+    "model.embed_tokens.weight": (50, 12),
+    "model.layers.0.q_proj.weight": (20, 12),
+    "lm_head.weight": (50, 12),
+}
 
 
 def make_base(directory, dtype=torch.bfloat16):
@@ -190,7 +245,11 @@ def make_adapter(directory, k, rank, alpha, modules, dtype=torch.float32, full=N
         out, into = (into, out) if flipped else (out, into)
         a = torch.randn(rank, into, generator=generator).to(dtype)
         b = torch.randn(out, rank, generator=generator).to(dtype)
-        parts = (".lora_embedding_A", ".lora_embedding_B") if embedding else (".lora_A.weight", ".lora_B.weight")
+        parts = (
+            (".lora_embedding_A", ".lora_embedding_B")
+            if embedding
+            else (".lora_A.weight", ".lora_B.weight")
+        )
         tensors |= {module + parts[0]: a, module + parts[1]: b}
         change = alpha / rank * (b.double().numpy() @ a.double().numpy())
         changes[name] = change.T if flipped else change
@@ -215,7 +274,14 @@ def test_linear_over_adapters_is_the_base_and_their_products(tmp_path, backend):
     pairs = [
         make_adapter(tmp_path / "a0", 0, 2, 6, list(SHAPES)),
         make_adapter(tmp_path / "a1", 1, 4, 4, ["model.layers.0.q_proj.weight"], torch.bfloat16),
-        make_adapter(tmp_path / "a2", 2, 3, 1.5, ["model.embed_tokens.weight", "lm_head.weight"], torch.float16),
+        make_adapter(
+            tmp_path / "a2",
+            2,
+            3,
+            1.5,
+            ["model.embed_tokens.weight", "lm_head.weight"],
+            torch.float16,
+        ),
     ]
     merge([path for path, _ in pairs], weights, tmp_path / "out", MergeConfig(chunk_kib=4), base)
     for name, tensor in load(tmp_path / "out").items():
@@ -232,17 +298,27 @@ def test_layers_that_store_in_by_out(tmp_path, backend):
     path, changes = make_adapter(tmp_path / "a", 0, 2, 8, [name], fan_in_fan_out=True)
     assert changes[name].shape == SHAPES[name]
     merge([path], [1.0], tmp_path / "out", MergeConfig(dtype="fp32"), base)
-    assert_exact(load(tmp_path / "out")[name], load(base)[name].double().numpy() + changes[name], torch.float32)
+    assert_exact(
+        load(tmp_path / "out")[name],
+        load(base)[name].double().numpy() + changes[name],
+        torch.float32,
+    )
 
 
 def test_whole_tensors_of_an_adapter_take_the_bases_place(tmp_path, backend):
     base = make_base(tmp_path / "base")
     full = {"lm_head.weight": torch.randn(50, 12), "model.norm.weight": torch.randn(12).bfloat16()}
-    path, changes = make_adapter(tmp_path / "a", 0, 2, 2, ["lm_head.weight"], full=full, modules_to_save=["norm"])
+    path, changes = make_adapter(
+        tmp_path / "a", 0, 2, 2, ["lm_head.weight"], full=full, modules_to_save=["norm"]
+    )
     merge([path, base], [0.5, 0.5], tmp_path / "out", MergeConfig(dtype="bf16"), base)
     merged, start = load(tmp_path / "out"), load(base)
     truth = 0.5 * (full["lm_head.weight"].double().numpy() + changes["lm_head.weight"])
-    assert_exact(merged["lm_head.weight"], truth + 0.5 * start["lm_head.weight"].double().numpy(), torch.bfloat16)
+    assert_exact(
+        merged["lm_head.weight"],
+        truth + 0.5 * start["lm_head.weight"].double().numpy(),
+        torch.bfloat16,
+    )
     norm = 0.5 * full["model.norm.weight"].double() + 0.5 * start["model.norm.weight"].double()
     assert_exact(merged["model.norm.weight"], norm.numpy(), torch.bfloat16)
 
@@ -256,19 +332,29 @@ def test_deltas_of_adapters_and_models_are_thinned_alike(tmp_path, method, backe
     merge([path, model], [0.6, 0.4], tmp_path / "out", config, base)
     start, other = load(base), load(model)
     for name, tensor in load(tmp_path / "out").items():
-        made = start[name].double() + torch.from_numpy(np.ascontiguousarray(changes.get(name, np.zeros(1))))
+        made = start[name].double() + torch.from_numpy(
+            np.ascontiguousarray(changes.get(name, np.zeros(1)))
+        )
         made = made if name in changes else start[name]
-        truth = delta_method(method, name, [made, other[name]], start[name], [0.6, 0.4], density=0.5)
+        truth = delta_method(
+            method, name, [made, other[name]], start[name], [0.6, 0.4], density=0.5
+        )
         off = np.abs(tensor.double().numpy().ravel() - truth) > 1e-6 * (1 + np.abs(truth))
         assert off.mean() < 1e-3, name  # equal but where fp64's last bit changes a rank
 
 
 def test_an_adapter_on_an_8_bit_base(tmp_path, backend):
-    tensors = {"lm_head.weight": torch.randn(50, 12).to(torch.float8_e4m3fn), "lm_head.weight_scale": torch.rand(50)}
+    tensors = {
+        "lm_head.weight": torch.randn(50, 12).to(torch.float8_e4m3fn),
+        "lm_head.weight_scale": torch.rand(50),
+    }
     base = write(tmp_path / "base", tensors)
     path, changes = make_adapter(tmp_path / "a", 0, 2, 6, ["lm_head.weight"])
     merge([path, base], [0.5, 0.5], tmp_path / "out", MergeConfig(dtype="fp32", chunk_kib=4), base)
-    values = tensors["lm_head.weight"].double().numpy() * tensors["lm_head.weight_scale"].double().numpy()[:, None]
+    values = (
+        tensors["lm_head.weight"].double().numpy()
+        * tensors["lm_head.weight_scale"].double().numpy()[:, None]
+    )
     merged = load(tmp_path / "out")
     assert list(merged) == ["lm_head.weight"]
     assert_exact(merged["lm_head.weight"], values + 0.5 * changes["lm_head.weight"], torch.float32)
@@ -282,7 +368,8 @@ def test_slerp_and_stock_see_the_adapters_tensors(tmp_path, backend):
     for k in (0, 1):
         path, changes = make_adapter(tmp_path / f"a{k}", k, 2, 2, list(SHAPES))
         full = {
-            n: t + torch.from_numpy(np.ascontiguousarray(changes[n])) if n in changes else t for n, t in start.items()
+            n: t + torch.from_numpy(np.ascontiguousarray(changes[n])) if n in changes else t
+            for n, t in start.items()
         }
         paths.append(path)
         whole.append(write(tmp_path / f"w{k}", full))
@@ -297,12 +384,19 @@ def test_slerp_and_stock_see_the_adapters_tensors(tmp_path, backend):
 def test_what_does_not_fit_the_base_is_named(tmp_path):
     base = make_base(tmp_path / "base")
     path, _ = make_adapter(tmp_path / "a", 0, 2, 2, ["lm_head.weight"])
-    with pytest.raises(InputError, match="a: is an adapter and needs the model it was trained on; give --base"):
+    with pytest.raises(
+        InputError, match="a: is an adapter and needs the model it was trained on; give --base"
+    ):
         merge([path], [1.0], tmp_path / "o1")
     small = write(tmp_path / "small", {"lm_head.weight": torch.randn(49, 12)})
-    with pytest.raises(InputError, match=r"changes lm_head.weight as a float tensor of \[50, 12\], .* F32 \[49, 12\]"):
+    with pytest.raises(
+        InputError,
+        match=r"changes lm_head.weight as a float tensor of \[50, 12\], .* F32 \[49, 12\]",
+    ):
         merge([path], [1.0], tmp_path / "o2", base=small)
     full = {"other.weight": torch.randn(3)}
     path, _ = make_adapter(tmp_path / "b", 0, 2, 2, ["lm_head.weight"], full=full)
-    with pytest.raises(InputError, match="other.weight: must have the shape of other.weight in .*, no such tensor"):
+    with pytest.raises(
+        InputError, match="other.weight: must have the shape of other.weight in .*, no such tensor"
+    ):
         merge([path], [1.0], tmp_path / "o3", base=base)

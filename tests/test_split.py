@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from merit_fast.options.fields import to_plain
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+from merit_fast.options.fields import to_plain
 from merit_fast.split import SplitConfig, split_mixture
 from merit_fast.split.search.problem import Pins
-from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 
 NAMES = [f"d{i}" for i in range(16)]
 
@@ -25,14 +25,22 @@ def identity(**changes):
 def filled_state(seed, blocks=4, examples=10, who=None):
     state = SketchState.zeros(who or identity(), blocks)
     sketches = torch.randn(examples, 4096, generator=torch.Generator().manual_seed(seed))
-    state.add_examples(sketches, torch.arange(examples) % blocks, loss_sum=float(examples), num_target_tokens=examples)
+    state.add_examples(
+        sketches,
+        torch.arange(examples) % blocks,
+        loss_sum=float(examples),
+        num_target_tokens=examples,
+    )
     return state
 
 
 # ---- statistics
 def test_states_add_to_the_same_bits_in_any_grouping():
     sketches = torch.randint(-9, 9, (12, 4096)).float()
-    whole, parts = SketchState.zeros(identity(), 3), [SketchState.zeros(identity(), 3) for _ in range(3)]
+    whole, parts = (
+        SketchState.zeros(identity(), 3),
+        [SketchState.zeros(identity(), 3) for _ in range(3)],
+    )
     whole.add_examples(sketches, torch.arange(12) % 3, 12.0, 12)
     for i, part in enumerate(parts):
         rows = torch.arange(i * 4, i * 4 + 4)
@@ -95,11 +103,15 @@ def planted(tmp_path_factory):
 
 def test_split_stage_refuses_more_groups_than_datasets_and_mixed_states(tmp_path):
     datasets = [dataset(name) for name in NAMES[:3]]
-    with pytest.raises(InputError, match="split.groups: must be at most the number of datasets \\(3\\), got 4"):
+    with pytest.raises(
+        InputError, match="split.groups: must be at most the number of datasets \\(3\\), got 4"
+    ):
         split(tmp_path, datasets, SplitConfig(groups=4))
     for i, one in enumerate(datasets):
         who = identity(model_fingerprint="other") if i == 2 else identity()
-        (tmp_path / f"{one.name}.safetensors").write_bytes(filled_state(i, blocks=8, who=who).to_bytes())
+        (tmp_path / f"{one.name}.safetensors").write_bytes(
+            filled_state(i, blocks=8, who=who).to_bytes()
+        )
     with pytest.raises(MeritFastError, match="model_fingerprint"):
         split(tmp_path, datasets, SplitConfig(groups=2))
 
@@ -115,7 +127,9 @@ def test_split_stage_finds_the_planted_axis_and_says_how_sure_it_is(planted, pre
     assert manifest.within_cosine > 0.3 > manifest.across_cosine
     noise, strong = manifest.datasets[15], manifest.datasets[0]
     assert strong.more_examples == 0 and strong.stability > 0.9 and strong.margin > 0
-    assert strong.signal_fraction == pytest.approx(1.81 / (1.81 + 1 / 64), abs=0.02)  # |mean|^2 over it plus noise / n
+    assert strong.signal_fraction == pytest.approx(
+        1.81 / (1.81 + 1 / 64), abs=0.02
+    )  # |mean|^2 over it plus noise / n
     assert noise.more_examples > 0
     if preset == "debiased":  # the published cosines know no noise
         assert manifest.similarity[15][0] is None and noise.gradient_norm is None
@@ -135,7 +149,11 @@ def test_split_stage_chooses_k_or_says_why_not(planted):
     chosen = split(folder, datasets, SplitConfig(groups="auto"))
     assert chosen.groups == 4 and "4 groups: cross-validated eta squared" in chosen.reason
     few = split(folder, datasets, SplitConfig(groups="auto"), steps=150)
-    assert few.groups == 1 and "splitting would not help" in few.reason and "75 optimizer steps" in few.reason
+    assert (
+        few.groups == 1
+        and "splitting would not help" in few.reason
+        and "75 optimizer steps" in few.reason
+    )
     assert {row.group for row in few.datasets} == {0} and few.separation is None
 
 
@@ -158,18 +176,30 @@ def test_split_stage_obeys(planted):
     pinned = split(folder, datasets, SplitConfig(groups=2, pins=pins)).group_of("merit")
     assert pinned[NAMES[0]] == pinned[NAMES[1]] and pinned[NAMES[2]] == 1
     texts = {name: ["red apple" if i < 8 else "deep sea"] * 3 for i, name in enumerate(NAMES)}
-    worded = split(folder, datasets, SplitConfig(groups=2, method="text-cluster"), texts=lambda: texts)
-    assert len({row.group for row in worded.datasets[:8]}) == len({row.group for row in worded.datasets[8:]}) == 1
+    worded = split(
+        folder, datasets, SplitConfig(groups=2, method="text-cluster"), texts=lambda: texts
+    )
+    assert (
+        len({row.group for row in worded.datasets[:8]})
+        == len({row.group for row in worded.datasets[8:]})
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
     "values,message",
     [
-        ({"groups": 3, "preset": "paper"}, "groups: must be a power of two with method pca-median, got 3"),
+        (
+            {"groups": 3, "preset": "paper"},
+            "groups: must be a power of two with method pca-median, got 3",
+        ),
         ({"groups": 0}, "groups: must be at least 1"),
         ({"groups": "auto", "method": "iid"}, "groups: must be a number with method iid"),
         ({"method": "manual"}, "manual: goes with method manual"),
-        ({"manual": (("a",),)}, "manual: goes with method manual, and only with it; got method pca-swap"),
+        (
+            {"manual": (("a",),)},
+            "manual: goes with method manual, and only with it; got method pca-swap",
+        ),
         ({"tolerance": -0.1}, "tolerance: must be at least 0"),
         ({"proj_dim": 100}, "multiple of 4096"),
         ({"examples": 1}, "at least 2"),

@@ -17,16 +17,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_quick_mode_ends_with_one_json_object():
     command = [sys.executable, "-m", "bench.split_recovery", "--quick", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small matrices: more threads only wait for each other
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # small matrices: more threads only wait for each other
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout.splitlines()[-1])
     assert set(result) == {*split_recovery.METHODS, "debiased_slope", "verdict_accuracy"}
     for method in split_recovery.METHODS:
         assert set(result[method]) == {"2", "4", "8"}
-    assert all(share <= 1 + 1e-6 for method in ("pca-swap", "anti", "iid") for share in result[method].values())
+    assert all(
+        share <= 1 + 1e-6
+        for method in ("pca-swap", "anti", "iid")
+        for share in result[method].values()
+    )
     for groups in "248":
-        assert result["pca-swap"][groups] > max(0.9, result["random"][groups], result["anti"][groups])
+        assert result["pca-swap"][groups] > max(
+            0.9, result["random"][groups], result["anti"][groups]
+        )
         assert result["iid"][groups] == pytest.approx(0, abs=1e-6)
     assert result["debiased_slope"] == pytest.approx(1, abs=0.1)
     assert "| pca-swap | 20-1000 | " in process.stdout
@@ -46,7 +55,10 @@ def test_the_optimum_over_all_splits_is_one_of_theirs(groups):
     for code in range(groups**7):
         labels = [code // groups**i % groups for i in range(7)]
         if len(set(labels)) == groups:
-            off = max(abs(mixture.weights[np.array(labels) == k].sum() - 1 / groups) for k in range(groups))
+            off = max(
+                abs(mixture.weights[np.array(labels) == k].sum() - 1 / groups)
+                for k in range(groups)
+            )
             gains.append((off, mixture.gain(labels)))
     least = max(0.05 / groups, min(off for off, _ in gains))
     assert best == pytest.approx(max(gain for off, gain in gains if off <= least + 1e-9))

@@ -13,10 +13,10 @@ from torch import nn
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
-from merit_fast.split.conflict import measure_conflict
-from merit_fast.sketch.precondition import adam_scales
 from merit_fast.manifests.sketch_state import SketchState
+from merit_fast.sketch.precondition import adam_scales
 from merit_fast.sketch.summed import SummedSketcher
+from merit_fast.split.conflict import measure_conflict
 
 SKETCH = CountSketch(4096, seed=7)
 
@@ -67,7 +67,13 @@ def train(model, steps, sketcher=None, optimizer=None, first=0):
             loss = model(**batch(10 * step + part)).loss
             loss.backward()
             if sketcher:
-                sketcher.update(f"d{part}", count=3, loss_sum=3 * loss.item(), num_target_tokens=30, loss_divisor=3)
+                sketcher.update(
+                    f"d{part}",
+                    count=3,
+                    loss_sum=3 * loss.item(),
+                    num_target_tokens=30,
+                    loss_divisor=3,
+                )
             losses.append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -104,7 +110,9 @@ def test_training_goes_on_to_the_same_bits():
     expected = train(plain, 4)
     with summed(watched) as sketcher:
         assert train(watched, 4, sketcher) == expected
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True)
+    )
     assert not any(p._backward_hooks for p in watched.parameters())
     state = sketcher.state["d0"]
     assert state.num_examples == 12 and state.num_target_tokens == 120
@@ -195,7 +203,9 @@ def test_every_rank_of_ddp_sketches_its_own_examples(tmp_path):
     here = Path(__file__).resolve().parent
     command = [sys.executable, "-c", DDP]
     ranks = [
-        subprocess.Popen([*command, str(rank), tmp_path / "store", here, here.parent], stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), tmp_path / "store", here, here.parent], stdout=subprocess.PIPE
+        )
         for rank in range(2)
     ]
     for rank in ranks:
@@ -213,13 +223,17 @@ def test_signal_of_passes_of_unequal_size_is_unbiased():
     mean = torch.randn(width, generator=generator) / 64  # length near 1; noise of one example: 4
     found, naive = [], []
     for _ in range(60):
-        with SummedSketcher(model, SKETCH, {"weight": model.weight}, blocks=6, fingerprint="f") as sketcher:
+        with SummedSketcher(
+            model, SKETCH, {"weight": model.weight}, blocks=6, fingerprint="f"
+        ) as sketcher:
             for size in (1, 5, 2, 8, 3, 1, 4, 8):
                 rows = mean + torch.randn(size, width, generator=generator) * (4 / 64)
                 (model(rows).sum() / size).backward()
                 sketcher.update("a", count=size, loss_divisor=size)
         state = sketcher.state["a"]
-        conflict = measure_conflict(state.block_sums.numpy()[None], state.block_counts.numpy()[None])
+        conflict = measure_conflict(
+            state.block_sums.numpy()[None], state.block_counts.numpy()[None]
+        )
         found.append(conflict.signal_fraction[0] * conflict.norm[0] ** 2)
         naive.append(conflict.norm[0] ** 2)
     truth = float(mean.square().sum())
@@ -235,7 +249,9 @@ def test_a_state_of_sums_does_not_merge_with_one_of_examples(tmp_path):
         sketcher.update("a", count=3)
     state = sketcher.state["a"]
     assert torch.isnan(state.block_square_norms).all()
-    examples = SketchState.zeros(type(state.identity)(SKETCH, "f", state.identity.parameters), len(state.block_counts))
+    examples = SketchState.zeros(
+        type(state.identity)(SKETCH, "f", state.identity.parameters), len(state.block_counts)
+    )
     with pytest.raises(MeritFastError, match="disagree in model_fingerprint: 'sum: f' and 'f'"):
         state.merge(examples)
     file = tmp_path / "a.safetensors"
@@ -257,7 +273,9 @@ def test_restored_states_go_on_where_they_were():
         sketcher.restore(kept)
         train(model, 1, sketcher, optimizer, first=2)
     assert sketcher.state["d1"].to_bytes() == expected
-    other = SummedSketcher(model, CountSketch(4096, 1), dict(model.named_parameters()), fingerprint="f")
+    other = SummedSketcher(
+        model, CountSketch(4096, 1), dict(model.named_parameters()), fingerprint="f"
+    )
     with pytest.raises(MeritFastError, match="disagree in seed"):
         other.restore(kept)
 
@@ -281,7 +299,9 @@ def test_update_wants_one_backward_pass_of_one_dataset():
         model(**batch(0)).loss.backward()
         with pytest.raises(MeritFastError, match="count must be at least 1"):
             sketcher.update("a", count=0)
-        with pytest.raises(MeritFastError, match="count, the number of examples of the pass, is required"):
+        with pytest.raises(
+            MeritFastError, match="count, the number of examples of the pass, is required"
+        ):
             sketcher.update("a")
         sketcher.discard()
         with pytest.raises(MeritFastError, match="without a backward pass"):
@@ -297,7 +317,10 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was():
         (model(**batch(0)).loss * float("inf")).backward()
         with pytest.raises(MeritFastError, match="gradient of dataset 'a' is not finite"):
             sketcher.update("a", count=3)
-    assert torch.equal(sketcher.state["a"].block_sums, before) and sketcher.state["a"].num_examples == 3
+    assert (
+        torch.equal(sketcher.state["a"].block_sums, before)
+        and sketcher.state["a"].num_examples == 3
+    )
 
 
 def test_parameters_that_cannot_be_watched_are_named():
@@ -306,8 +329,13 @@ def test_parameters_that_cannot_be_watched_are_named():
     model.model.norm.weight.requires_grad_(False)
     with pytest.raises(MeritFastError, match="parameter model.norm.weight is frozen"):
         SummedSketcher(model, SKETCH, named)
-    tied = {"lm_head.weight": model.lm_head.weight, "model.embed_tokens.weight": model.model.embed_tokens.weight}
-    with pytest.raises(MeritFastError, match="lm_head.weight and model.embed_tokens.weight are one"):
+    tied = {
+        "lm_head.weight": model.lm_head.weight,
+        "model.embed_tokens.weight": model.model.embed_tokens.weight,
+    }
+    with pytest.raises(
+        MeritFastError, match="lm_head.weight and model.embed_tokens.weight are one"
+    ):
         SummedSketcher(model, SKETCH, tied)
     with pytest.raises(MeritFastError, match="parameter lm_head.weight has no scale"):
         SummedSketcher(model, SKETCH, {"lm_head.weight": model.lm_head.weight}, scales={})

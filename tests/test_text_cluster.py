@@ -5,7 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from merit_fast.split.text_cluster import balanced_kmeans, cluster_rows, dataset_similarity, text_vectors
+from merit_fast.split.text_cluster import (
+    balanced_kmeans,
+    cluster_rows,
+    dataset_similarity,
+    text_vectors,
+)
 
 WORDS = {
     "sea": "ship sail harbour anchor wave",
@@ -21,10 +26,21 @@ def rows(topic, number, seed):
 
 def test_inner_products_are_cosines_of_tf_idf():
     texts = ["red red fish", "blue fish", "one blue bird 1984", "The red bird and the 3rd fish"]
-    words = ["red", "fish", "blue", "one", "bird"]  # "one": no number; "the", "and": stop words; 1984, 3rd: numbers
+    words = [
+        "red",
+        "fish",
+        "blue",
+        "one",
+        "bird",
+    ]  # "one": no number; "the", "and": stop words; 1984, 3rd: numbers
     found = [sum(word in text.lower().split() for text in texts) for word in words]
     idf = [math.log((1 + 4) / (1 + number)) + 1 for number in found]
-    table = np.array([[text.lower().split().count(w) * i for w, i in zip(words, idf, strict=True)] for text in texts])
+    table = np.array(
+        [
+            [text.lower().split().count(w) * i for w, i in zip(words, idf, strict=True)]
+            for text in texts
+        ]
+    )
     table /= np.linalg.norm(table, axis=1, keepdims=True)
     vectors = text_vectors(texts)
     assert vectors @ vectors.T == pytest.approx(table @ table.T, abs=1e-9)
@@ -37,11 +53,16 @@ def test_few_directions_are_those_of_the_singular_value_decomposition():
     expected = left[:, :3] * singular[:3]
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     vectors = text_vectors(texts, 3)
-    assert vectors.shape == (60, 3) and vectors @ vectors.T == pytest.approx(expected @ expected.T, abs=1e-4)
+    assert vectors.shape == (60, 3) and vectors @ vectors.T == pytest.approx(
+        expected @ expected.T, abs=1e-4
+    )
 
 
 def test_rows_of_a_topic_meet_wherever_they_come_from():
-    texts = {"a": rows("sea", 10, 0) + rows("sky", 10, 1), "b": rows("sky", 4, 2) + rows("sea", 4, 3)}
+    texts = {
+        "a": rows("sea", 10, 0) + rows("sky", 10, 1),
+        "b": rows("sky", 4, 2) + rows("sea", 4, 3),
+    }
     groups = cluster_rows(texts, 2)
     sea, sky = {*groups["a"][:10], *groups["b"][4:]}, {*groups["a"][10:], *groups["b"][:4]}
     assert len(sea) == len(sky) == 1 and sea != sky
@@ -52,13 +73,20 @@ def test_rows_of_a_topic_meet_wherever_they_come_from():
 @pytest.mark.parametrize("number,groups", [(1, 1), (7, 3), (50, 4), (51, 7), (5, 5)])
 def test_groups_are_even_to_one_row(number, groups):
     generator = np.random.default_rng(number)
-    vectors = np.concatenate([generator.standard_normal((number - number // 2, 4)), np.ones((number // 2, 4))])
+    vectors = np.concatenate(
+        [generator.standard_normal((number - number // 2, 4)), np.ones((number // 2, 4))]
+    )
     sizes = np.bincount(balanced_kmeans(vectors, groups), minlength=groups)
     assert sizes.sum() == number and sizes.max() - sizes.min() <= 1
 
 
 def test_datasets_about_the_same_things_are_alike():
-    texts = {"sea1": rows("sea", 30, 0), "sky": rows("sky", 30, 1), "sea2": rows("sea", 30, 2), "empty": ["", "12 34"]}
+    texts = {
+        "sea1": rows("sea", 30, 0),
+        "sky": rows("sky", 30, 1),
+        "sea2": rows("sea", 30, 2),
+        "empty": ["", "12 34"],
+    }
     names, similarity = dataset_similarity(texts)
     assert names == ["empty", "sea1", "sea2", "sky"]
     assert similarity[1, 2] > 0.5 > 0.1 > abs(similarity[1, 3])
@@ -67,4 +95,6 @@ def test_datasets_about_the_same_things_are_alike():
 
 def test_texts_without_words_are_split_all_the_same():
     assert text_vectors(["", "1 2"]).shape[0] == 2
-    assert sorted(np.concatenate(list(cluster_rows({"a": ["", ""], "b": ["7", "the"]}, 2).values()))) == [0, 0, 1, 1]
+    assert sorted(
+        np.concatenate(list(cluster_rows({"a": ["", ""], "b": ["7", "the"]}, 2).values()))
+    ) == [0, 0, 1, 1]

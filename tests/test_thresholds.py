@@ -44,7 +44,9 @@ def distributions():
         "sample of one value inside": np.where(seen, 1.5, 1 + distinct / COUNT),
         "sample distinct, the rest constant": np.where(seen, 1 + distinct / COUNT, 1.5),
         "denormal": np.where(distinct % 3, distinct * 2.0**-149, -(2.0**-126)),
-        "largest": np.where(distinct % 2, 1, -1) * np.float64(np.finfo(np.float32).max) / (1 + distinct % 5),
+        "largest": np.where(distinct % 2, 1, -1)
+        * np.float64(np.finfo(np.float32).max)
+        / (1 + distinct % 5),
     }
     return {name: torch.from_numpy(array.astype(np.float32)) for name, array in made.items()}
 
@@ -61,7 +63,9 @@ def models(tmp_path_factory):
         second = {name: tensor.roll(COUNT // 3) for name, tensor in first.items()}
         base = {name: torch.zeros(COUNT, dtype=dtype) for name in made}
         paths = [write(root / kind / f"m{k}", one) for k, one in enumerate((first, second, base))]
-        orders = {name: np.argsort(-ranks(tensor), kind="stable") for name, tensor in second.items()}
+        orders = {
+            name: np.argsort(-ranks(tensor), kind="stable") for name, tensor in second.items()
+        }
         found[kind] = paths, [first, second], orders
     return found
 
@@ -123,21 +127,39 @@ def test_ties_of_several_models_is_the_formula(models, tmp_path):
     for kind, dtype in KINDS.items():
         inputs = [torch.randn(COUNT).to(dtype) for _ in range(4)]
         paths = [write(tmp_path / kind / f"m{k}", {"w": tensor}) for k, tensor in enumerate(inputs)]
-        merge(paths[:3], [0.2, 0.3, 0.5], tmp_path / f"{kind}-out", MergeConfig(method="ties", density=0.3), paths[3])
+        merge(
+            paths[:3],
+            [0.2, 0.3, 0.5],
+            tmp_path / f"{kind}-out",
+            MergeConfig(method="ties", density=0.3),
+            paths[3],
+        )
         truth = delta_method("ties", "w", inputs[:3], inputs[3], [0.2, 0.3, 0.5], density=0.3)
-        np.testing.assert_array_equal(bits(load(tmp_path / f"{kind}-out")["w"]), rounded(truth, dtype))
+        np.testing.assert_array_equal(
+            bits(load(tmp_path / f"{kind}-out")["w"]), rounded(truth, dtype)
+        )
 
 
-@pytest.mark.parametrize("count", [1, 2, 511, 512, 513, PLACES * RUN - 1, PLACES * RUN, PLACES * RUN + 1, 65537])
+@pytest.mark.parametrize(
+    "count", [1, 2, 511, 512, 513, PLACES * RUN - 1, PLACES * RUN, PLACES * RUN + 1, 65537]
+)
 def test_tensors_of_any_length(tmp_path, count):
     torch.manual_seed(count)
     inputs = [torch.randint(-9, 10, (count,)).float() for _ in range(3)]
     paths = [write(tmp_path / f"m{k}", {"w": tensor}) for k, tensor in enumerate(inputs)]
     for method in ("ties", "breadcrumbs_ties"):
         options = dict(density=0.4) | (dict(gamma=0.3) if method != "ties" else {})
-        merge(paths[:2], [0.5, 0.5], tmp_path / method, MergeConfig(method=method, chunk_kib=4, **options), paths[2])
+        merge(
+            paths[:2],
+            [0.5, 0.5],
+            tmp_path / method,
+            MergeConfig(method=method, chunk_kib=4, **options),
+            paths[2],
+        )
         truth = delta_method(method, "w", inputs[:2], inputs[2], [0.5, 0.5], **options)
-        np.testing.assert_array_equal(bits(load(tmp_path / method)["w"]), rounded(truth, torch.float32))
+        np.testing.assert_array_equal(
+            bits(load(tmp_path / method)["w"]), rounded(truth, torch.float32)
+        )
 
 
 def test_threads_chunks_and_backends_change_no_byte(models, tmp_path, monkeypatch):
@@ -145,7 +167,9 @@ def test_threads_chunks_and_backends_change_no_byte(models, tmp_path, monkeypatc
         paths, outputs = models[kind][0], set()
         for number, (threads, chunk) in enumerate([(1, 4), (2, 7), (5, 64), (2, 1024), (0, 0)]):
             monkeypatch.setenv("MERIT_FAST_BACKEND", "cpu" if threads else "eager")
-            config = MergeConfig(method="ties", density=0.3, threads=threads or 1, chunk_kib=chunk or 256)
+            config = MergeConfig(
+                method="ties", density=0.3, threads=threads or 1, chunk_kib=chunk or 256
+            )
             merge(paths[:2], [0.5, 0.5], tmp_path / f"{kind}{number}", config, paths[2])
             outputs.add((tmp_path / f"{kind}{number}/model.safetensors").read_bytes())
         assert len(outputs) == 1
@@ -170,7 +194,8 @@ for kind, paths in {inputs!r}.items():
 def test_every_isa_level_gives_the_same_bits(models, tmp_path, native_levels):
     inputs = {kind: [str(path) for path in paths] for kind, (paths, *_) in models.items()}
     texts = {
-        run_at_level(LEVEL_SCRIPT.format(inputs=inputs, out=str(tmp_path / level)), level) for level in native_levels
+        run_at_level(LEVEL_SCRIPT.format(inputs=inputs, out=str(tmp_path / level)), level)
+        for level in native_levels
     }
     assert len(texts) == 1
 
@@ -187,10 +212,22 @@ def test_any_large_tensor(tmp_path_factory, seed, distinct, density, shape):
     root, random = tmp_path_factory.mktemp("any"), np.random.default_rng(seed)
     count = int(random.integers(PLACES * RUN, 60_000))
     drawn = random.integers(1, distinct + 1, count).astype(np.float64)
-    drawn = {"uniform": drawn, "geometric": 2.0 ** -(drawn % 60), "blocks": drawn + np.arange(count) // 1000}[shape]
+    drawn = {
+        "uniform": drawn,
+        "geometric": 2.0 ** -(drawn % 60),
+        "blocks": drawn + np.arange(count) // 1000,
+    }[shape]
     tensor = torch.from_numpy(drawn * random.choice([1, -1], count)).float()
-    paths = [write(root / f"m{k}", {"w": one}) for k, one in enumerate((tensor, torch.zeros(count)))]
-    merge(paths[:1], [1.0], root / "out", MergeConfig(method="ties", density=density, chunk_kib=8), paths[1])
+    paths = [
+        write(root / f"m{k}", {"w": one}) for k, one in enumerate((tensor, torch.zeros(count)))
+    ]
+    merge(
+        paths[:1],
+        [1.0],
+        root / "out",
+        MergeConfig(method="ties", density=density, chunk_kib=8),
+        paths[1],
+    )
     kept = largest(ranks(tensor), 0, max(1, int(density * count)) if density > 0 else 0)
     np.testing.assert_array_equal(load(root / "out")["w"].numpy() != 0, kept)
 
@@ -229,13 +266,19 @@ def test_nonfinite_values_neither_hang_nor_pass_unseen(tmp_path):
     write(tmp_path / "base", {"w": torch.zeros(150, 500)})
     torch.manual_seed(0)
     write(tmp_path / "good", {"w": torch.randn(150, 500)})
-    for k, (share, value) in enumerate([(0.9, "nan"), (0.3, "nan"), (0.001, "nan"), (0.9, "inf"), (0.3, "-inf")]):
+    for k, (share, value) in enumerate(
+        [(0.9, "nan"), (0.3, "nan"), (0.001, "nan"), (0.9, "inf"), (0.3, "-inf")]
+    ):
         bad = torch.where(torch.rand(150, 500) < share, float(value), torch.randn(150, 500))
         write(tmp_path / f"bad{k}", {"w": bad})
-    run_at_level(NONFINITE_SCRIPT.format(root=str(tmp_path), base=str(tmp_path / "base")), None, timeout=60)
+    run_at_level(
+        NONFINITE_SCRIPT.format(root=str(tmp_path), base=str(tmp_path / "base")), None, timeout=60
+    )
     outputs = sorted((tmp_path / "out").iterdir())
     native = [out for out in outputs if out.name.startswith("cpu")]
     assert len(outputs) == 2 * len(native) == 40
     for out in native:
         other = out.with_name(out.name.replace("cpu", "eager"))
-        np.testing.assert_array_equal(bits(load(out)["w"]), bits(load(other)["w"]), err_msg=out.name)
+        np.testing.assert_array_equal(
+            bits(load(out)["w"]), bits(load(other)["w"]), err_msg=out.name
+        )

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.io import read_manifest
-from merit_fast.progress import SilentProgress
 from merit_fast.manifests.schemas import BranchManifest
+from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig, train_branch
-from merit_fast.train.stage import BranchJob
 from merit_fast.train.optimizer import MasterAdamW
 from merit_fast.train.schedule import learning_rate, num_steps, step_examples
+from merit_fast.train.stage import BranchJob
 
 
 def dataset(name, seed, rows=10):
@@ -41,16 +41,24 @@ def train(base, out, config, *datasets):
 def weights(directory):
     from safetensors.torch import load_file
 
-    return {k: v for file in sorted(directory.glob("model*.safetensors")) for k, v in load_file(file).items()}
+    return {
+        k: v
+        for file in sorted(directory.glob("model*.safetensors"))
+        for k, v in load_file(file).items()
+    }
 
 
-CONFIG = TrainConfig(epochs=2, batch_size=4, learning_rate=1e-3, dtype="fp32", max_shard_size="60KB")
+CONFIG = TrainConfig(
+    epochs=2, batch_size=4, learning_rate=1e-3, dtype="fp32", max_shard_size="60KB"
+)
 
 
 def test_every_example_once_per_epoch_in_another_order():
     config = TrainConfig(epochs=3, batch_size=4)
     assert num_steps(10, config) == 9
-    epochs = [np.concatenate([step_examples(3 * e + s, 10, config) for s in range(3)]) for e in range(3)]
+    epochs = [
+        np.concatenate([step_examples(3 * e + s, 10, config) for s in range(3)]) for e in range(3)
+    ]
     for order in epochs:
         assert sorted(order) == list(range(10))
     assert not np.array_equal(epochs[0], epochs[1])
@@ -87,9 +95,13 @@ def test_first_step_equals_torch_by_hand(tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     rows = dataset("a", 3, rows=4)
-    config = TrainConfig(batch_size=4, learning_rate=1e-3, dtype="fp32", warmup_fraction=0.0, weight_decay=0.1)
+    config = TrainConfig(
+        batch_size=4, learning_rate=1e-3, dtype="fp32", warmup_fraction=0.0, weight_decay=0.1
+    )
     train(tiny_model, tmp_path / "out", config, rows)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation="eager"
+    )
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
@@ -114,7 +126,9 @@ def test_accumulation_changes_only_rounding(tiny_model, tmp_path):
     rows = dataset("a", 0)
     train(tiny_model, tmp_path / "whole", CONFIG, rows)
     train(tiny_model, tmp_path / "cut", TrainConfig(**{**vars(CONFIG), "accumulation": 3}), rows)
-    whole, cut = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "cut"))
+    whole, cut = (
+        json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "cut")
+    )
     assert cut == pytest.approx(whole, rel=1e-4)
 
 
@@ -170,7 +184,9 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     model.save_pretrained(base)
-    with pytest.raises(MeritFastError, match="loss is not finite at step 0; lower train.learning_rate"):
+    with pytest.raises(
+        MeritFastError, match="loss is not finite at step 0; lower train.learning_rate"
+    ):
         train(base, tmp_path / "out", CONFIG, dataset("a", 0))
 
 
@@ -181,6 +197,10 @@ def test_a_branch_without_examples_is_bad_input(tiny_model, tmp_path):
 
 def test_weights_after_training_agree_with_their_masters(tiny_model, tmp_path):
     train(tiny_model, tmp_path / "out", CONFIG, dataset("a", 0))
-    changed = [n for n, w in weights(tmp_path / "out").items() if not torch.equal(w, weights(tiny_model)[n])]
+    changed = [
+        n
+        for n, w in weights(tmp_path / "out").items()
+        if not torch.equal(w, weights(tiny_model)[n])
+    ]
     assert len(changed) == len(weights(tiny_model))
     assert_close(weights(tmp_path / "out")["model.norm.weight"], torch.ones(72), torch.bfloat16)

@@ -40,7 +40,9 @@ def rows(count=8, mixed=False):
     for i in range(count):
         ids = torch.randint(2, 64, (5 + 3 * (i % 2),), generator=generator).tolist()
         name = NAMES[(i if mixed else i // 2) % 2]
-        made.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]], "dataset_id": name, "extra": 1})
+        made.append(
+            {"input_ids": ids, "labels": [-100, -100, *ids[2:]], "dataset_id": name, "extra": 1}
+        )
     return made
 
 
@@ -93,8 +95,16 @@ def gradient_sketch(model, features):
     loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
     parameters = dict(model.named_parameters())
     out = torch.zeros(1, PROJ_DIM)
-    for (name, p), g in zip(parameters.items(), torch.autograd.grad(loss, parameters.values()), strict=True):
-        flat_sketch(g.reshape(1, *matrix_shape(p.shape)), name, CountSketch(PROJ_DIM), out=out, backend="eager")
+    for (name, p), g in zip(
+        parameters.items(), torch.autograd.grad(loss, parameters.values()), strict=True
+    ):
+        flat_sketch(
+            g.reshape(1, *matrix_shape(p.shape)),
+            name,
+            CountSketch(PROJ_DIM),
+            out=out,
+            backend="eager",
+        )
     return out[0], float(loss.detach())
 
 
@@ -102,10 +112,14 @@ def losses(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("accumulation,workers", [(1, 0), (2, 1)], ids=["plain", "accumulated, in a worker"])
+@pytest.mark.parametrize(
+    "accumulation,workers", [(1, 0), (2, 1)], ids=["plain", "accumulated, in a worker"]
+)
 def test_states_are_exact_and_training_does_not_notice(tmp_path, accumulation, workers):
     options = dict(
-        gradient_accumulation_steps=accumulation, max_steps=4 // accumulation, dataloader_num_workers=workers
+        gradient_accumulation_steps=accumulation,
+        max_steps=4 // accumulation,
+        dataloader_num_workers=workers,
     )
     plain = trainer(tmp_path / "plain", **options)
     plain.train()
@@ -114,8 +128,15 @@ def test_states_are_exact_and_training_does_not_notice(tmp_path, accumulation, w
     watched.train()
     states, data = read_states(tmp_path / "watched" / "sketches"), rows()
     assert set(states) == set(NAMES)
-    for name, state in states.items():  # the weights stood still, so the truth is that of the first model
-        parts = [gradient_sketch(llama(), data[i : i + 2]) for i in range(0, 8, 2) if data[i]["dataset_id"] == name]
+    for (
+        name,
+        state,
+    ) in states.items():  # the weights stood still, so the truth is that of the first model
+        parts = [
+            gradient_sketch(llama(), data[i : i + 2])
+            for i in range(0, 8, 2)
+            if data[i]["dataset_id"] == name
+        ]
         assert_close(state.block_sums.sum(0), sum(sketch for sketch, _ in parts))
         assert state.loss_sum == pytest.approx(sum(loss for _, loss in parts), rel=1e-5)
         assert state.num_examples == 4 and state.num_target_tokens == 2 * (3 + 6)
@@ -139,7 +160,15 @@ def test_a_model_without_loss_arguments_and_rows_in_a_list(tmp_path):
 
     model = Strict(llama().config)
     model.load_state_dict(llama().state_dict())
-    run = trainer(tmp_path, rows(), model, learning_rate=0.0, max_steps=2, gradient_accumulation_steps=2, bf16=False)
+    run = trainer(
+        tmp_path,
+        rows(),
+        model,
+        learning_rate=0.0,
+        max_steps=2,
+        gradient_accumulation_steps=2,
+        bf16=False,
+    )
     SketchCallback(PROJ_DIM).attach(run)
     run.train()
     data = rows()
@@ -177,7 +206,9 @@ def test_a_resumed_run_ends_with_the_states_of_one_that_never_stopped(tmp_path):
 def test_evaluation_during_training_leaves_no_trace(tmp_path):
     import datasets
 
-    run = trainer(tmp_path, held_out=datasets.Dataset.from_list(rows(2)), eval_strategy="steps", eval_steps=1)
+    run = trainer(
+        tmp_path, held_out=datasets.Dataset.from_list(rows(2)), eval_strategy="steps", eval_steps=1
+    )
     SketchCallback(PROJ_DIM).attach(run)
     run.train()
     assert sum("eval_loss" in entry for entry in run.state.log_history) == 4
@@ -206,12 +237,22 @@ def test_ranks_add_up_to_the_states_of_one_process(tmp_path):
     SketchCallback(PROJ_DIM).attach(one)
     one.train()
     command = [sys.executable, "-c", RANK, here, here.parent, tmp_path / "two"]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 2000)}
+    common = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29500 + os.getpid() % 2000),
+    }
     ranks = [
-        subprocess.Popen(command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
+        subprocess.Popen(
+            command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)}
+        )
+        for r in range(2)
     ]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    single, summed = read_states(tmp_path / "one" / "sketches"), read_states(tmp_path / "two" / "sketches")
+    single, summed = (
+        read_states(tmp_path / "one" / "sketches"),
+        read_states(tmp_path / "two" / "sketches"),
+    )
     assert single.keys() == summed.keys()
     for name, state in summed.items():
         assert_close(state.block_sums.sum(0), single[name].block_sums.sum(0))
@@ -248,7 +289,9 @@ def test_what_it_does_not_go_with_is_named(tmp_path):
     import datasets
 
     without = datasets.Dataset.from_list([{"input_ids": [3, 4], "labels": [3, 4]}])
-    with pytest.raises(InputError, match="train_dataset: dataset_id: is missing; columns: input_ids, labels"):
+    with pytest.raises(
+        InputError, match="train_dataset: dataset_id: is missing; columns: input_ids, labels"
+    ):
         SketchCallback(PROJ_DIM).attach(trainer(tmp_path, without))
     packed = trainer(tmp_path)
     packed.args.packing = True

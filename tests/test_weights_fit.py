@@ -9,10 +9,10 @@ from checks import tree_bytes
 from test_pipeline import run_all, run_values
 from tuning import make_branches, make_setting, quadratic, read, tune
 
-from merit_fast.options.fields import parse
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.merge import MergeConfig
+from merit_fast.options.fields import parse
 from merit_fast.tune import fit
 from merit_fast.tune.rows import split_held_out
 from merit_fast.tune.search import _Losses, starting_weights
@@ -30,8 +30,13 @@ def test_points_stay_in_the_simplex_and_determine_a_quadratic(count):
     points = np.array(fit.weight_points(start))
     assert len(points) == count * (count + 1) // 2
     assert (points >= 0).all() and np.allclose(points.sum(1), 1)
-    pairs = [points[:, i] * points[:, j] for i, j in itertools.combinations_with_replacement(range(count), 2)]
-    assert np.linalg.matrix_rank(np.stack(pairs, 1)) == count * (count + 1) // 2  # on sum 1 that is any quadratic
+    pairs = [
+        points[:, i] * points[:, j]
+        for i, j in itertools.combinations_with_replacement(range(count), 2)
+    ]
+    assert (
+        np.linalg.matrix_rank(np.stack(pairs, 1)) == count * (count + 1) // 2
+    )  # on sum 1 that is any quadratic
 
 
 @pytest.mark.parametrize("count,seed", [(2, 0), (3, 1), (4, 2), (4, 3), (8, 4)])
@@ -42,7 +47,9 @@ def test_without_a_ridge_it_is_the_minimum_on_the_simplex(count, seed):
         return 2.0 + slope @ np.array(w) + 0.5 * np.array(w) @ bend @ np.array(w)
 
     start = (1 / count,) * count
-    found = fit.fit_weights(start, loss(start), [loss(w) for w in fit.weight_points(start)], ridge=0.0)
+    found = fit.fit_weights(
+        start, loss(start), [loss(w) for w in fit.weight_points(start)], ridge=0.0
+    )
     assert sum(found) == pytest.approx(1, abs=1e-12) and min(found) >= 0
     assert all(round(w, fit.DIGITS) == w for w in found)
     others = np.random.default_rng(seed).dirichlet(np.ones(count) * 0.5, 4000)
@@ -52,11 +59,18 @@ def test_without_a_ridge_it_is_the_minimum_on_the_simplex(count, seed):
 def test_a_ridge_pulls_towards_the_start():
     bend, slope = random_quadratic(3, 5)
     start = (0.2, 0.3, 0.5)
-    losses = [slope @ np.array(w) + 0.5 * np.array(w) @ bend @ np.array(w) for w in (start, *fit.weight_points(start))]
+    losses = [
+        slope @ np.array(w) + 0.5 * np.array(w) @ bend @ np.array(w)
+        for w in (start, *fit.weight_points(start))
+    ]
     distances = []
     for ridge in (0.0, 0.1, 1.0, 10.0, 1e6):
-        distances.append(np.abs(np.array(fit.fit_weights(start, losses[0], losses[1:], ridge)) - start).sum())
-    assert distances == sorted(distances, reverse=True) and distances[0] > 0.1 and distances[-1] < 1e-3
+        distances.append(
+            np.abs(np.array(fit.fit_weights(start, losses[0], losses[1:], ridge)) - start).sum()
+        )
+    assert (
+        distances == sorted(distances, reverse=True) and distances[0] > 0.1 and distances[-1] < 1e-3
+    )
 
 
 def test_nothing_to_fit_is_said():
@@ -84,7 +98,9 @@ def test_the_start_is_by_tokens_or_as_given(tmp_path, tiny_model):
 def test_a_known_minimum_is_found_and_the_fit_is_never_worse_than_the_start(setting, monkeypatch):
     minimum, bend = (0.5, 0.2, 0.3), [[2.0, 0.3, 0.0], [0.3, 1.0, 0.0], [0.0, 0.0, 3.0]]
     loss = quadratic(minimum, bend)
-    monkeypatch.setattr(_Losses, "_measure", lambda self, point: loss(point["weights"], point["scale"]))
+    monkeypatch.setattr(
+        _Losses, "_measure", lambda self, point: loss(point["weights"], point["scale"])
+    )
     found, said = tune(setting, weights="fit", ridge=0.0)
     assert found.weights == pytest.approx(minimum, abs=2e-4) and found.scale is None
     assert found.weight_search.accepted and found.weight_search.start == (0.25, 0.5, 0.25)
@@ -130,7 +146,9 @@ def test_losses_that_are_known_are_not_measured_again(setting, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         tune(setting, tmp_path, **options)
     again, _ = tune(setting, tmp_path, **options)
-    assert len(measured) == 6 + (1 + 6 + 1 + 4) - 5 - 1  # scale 1 at the fitted weights is known too
+    assert (
+        len(measured) == 6 + (1 + 6 + 1 + 4) - 5 - 1
+    )  # scale 1 at the fitted weights is known too
     assert [file.name for file in tmp_path.glob("*.json")] == ["tune.json"]
     assert tune(setting, None, **options)[0] == again == tune(setting, tmp_path, **options)[0]
 
@@ -138,13 +156,22 @@ def test_losses_that_are_known_are_not_measured_again(setting, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "values,message",
     [
-        ({"weights": "fit", "method": "ties", "density": 0.5}, "weights: must be other than fit with method ties"),
+        (
+            {"weights": "fit", "method": "ties", "density": 0.5},
+            "weights: must be other than fit with method ties",
+        ),
         ({"weights": "fit", "models": [{"weight": 1}]}, "where models have weights of their own"),
         ({"weights": "fitted"}, "tokens, samples, uniform, fit"),
         ({"ridge": -1}, "ridge: must be a number of at least 0"),
         ({"tune_rows": 0}, "tune_rows: must be at least 1"),
-        ({"scale": "auto", "method": "slerp"}, "scale: must be absent: method slerp takes no scale"),
-        ({"scale": "auto", "method": "passthrough"}, "scale: must be a number with method passthrough"),
+        (
+            {"scale": "auto", "method": "slerp"},
+            "scale: must be absent: method slerp takes no scale",
+        ),
+        (
+            {"scale": "auto", "method": "passthrough"},
+            "scale: must be a number with method passthrough",
+        ),
         ({"scale": "best"}, "scale: must be a number"),
     ],
 )
@@ -160,11 +187,18 @@ def test_no_row_chooses_and_reports(tiny_model, tiny_mixture):
     for whole, first, second in zip(rows, chooses, reports, strict=True):
         assert first.num_examples == whole.num_examples // 2
         parts = [id(example) for example in (*first.examples, *second.examples)]
-        assert sorted(parts) == sorted(map(id, whole.examples)) and len(set(parts)) == whole.num_examples
-    assert [d.num_examples for d in split_held_out(rows[:1])[0]] == [chooses[0].num_examples]  # by its name alone
+        assert (
+            sorted(parts) == sorted(map(id, whole.examples))
+            and len(set(parts)) == whole.num_examples
+        )
+    assert [d.num_examples for d in split_held_out(rows[:1])[0]] == [
+        chooses[0].num_examples
+    ]  # by its name alone
 
 
-def test_a_run_fits_shows_and_reports_on_other_rows(tmp_path, tiny_model, tiny_mixture, monkeypatch):
+def test_a_run_fits_shows_and_reports_on_other_rows(
+    tmp_path, tiny_model, tiny_mixture, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     values = run_values(tiny_model, tiny_mixture)
     values["train"] |= {"arms": ["random"], "epochs": 1}
@@ -176,7 +210,10 @@ def test_a_run_fits_shows_and_reports_on_other_rows(tmp_path, tiny_model, tiny_m
     for arm in ("merit", "random"):
         found = read(out / "merged" / arm / "tune.json")
         assert found == summary["tuned"][arm] and found["num_examples"] == 4
-        assert read(out / "evaluate" / "evaluate.json")["merging_gain"][arm]["weights"] == found["weights"]
+        assert (
+            read(out / "evaluate" / "evaluate.json")["merging_gain"][arm]["weights"]
+            == found["weights"]
+        )
     rows = {d: r["num_examples"] for d, r in summary["arms"]["merit"]["datasets"].items()}
     assert set(rows.values()) == {1}  # of two held out
     page = (out / "report" / "report.html").read_text()

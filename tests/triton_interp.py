@@ -21,8 +21,20 @@ TESTS = Path(__file__).resolve().parent
 def run_interpreted(file: str) -> None:
     """Runs the tests of a file of this directory in a process of its own that interprets kernels; fails as they do."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "triton_interp", str(TESTS / file)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-W",
+        "ignore",
+        "-p",
+        "triton_interp",
+        str(TESTS / file),
+    ]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=TESTS.parent
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -60,7 +72,9 @@ def repair() -> None:
         return binary(self, a, b, op)
 
     def create_dot(self, a, b, *rest):
-        return dot(self, *(handle(widen(x.data), tl.float32) if is_bf16(x) else x for x in (a, b)), *rest)
+        return dot(
+            self, *(handle(widen(x.data), tl.float32) if is_bf16(x) else x for x in (a, b)), *rest
+        )
 
     def implicit_cvt(value):
         if isinstance(value, float):

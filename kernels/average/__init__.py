@@ -26,7 +26,11 @@ FLOAT_DTYPES: dict[str, tuple[int, npt.DTypeLike]] = {
 
 
 def weighted_average(
-    tensors: "Sequence[Tensor]", weights: Sequence[float], out: "Tensor | None" = None, *, backend: str | None = None
+    tensors: "Sequence[Tensor]",
+    weights: Sequence[float],
+    out: "Tensor | None" = None,
+    *,
+    backend: str | None = None,
 ) -> "Tensor":
     """Average K tensors of one shape. Not differentiable.
 
@@ -54,7 +58,9 @@ def weighted_average(
     from merit_fast.kernels.average import _tensors
 
     outs = None if out is None else [out]
-    return _tensors.average("weighted_average", [[tensor] for tensor in tensors], weights, outs, backend)[0]
+    return _tensors.average(
+        "weighted_average", [[tensor] for tensor in tensors], weights, outs, backend
+    )[0]
 
 
 def foreach_weighted_average(
@@ -141,7 +147,11 @@ def average_arrays(
 
 
 def delta_gram(
-    inputs: Sequence[npt.NDArray[Any]], base: npt.NDArray[Any], *, dtypes: Sequence[str], base_dtype: str
+    inputs: Sequence[npt.NDArray[Any]],
+    base: npt.NDArray[Any],
+    *,
+    dtypes: Sequence[str],
+    base_dtype: str,
 ) -> npt.NDArray[np.float64]:
     """The K x K Gram matrix of K arrays' differences from a base, in fp64.
 
@@ -165,12 +175,18 @@ def delta_gram(
 
 def _storage(dtype: str) -> npt.DTypeLike:
     if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"average_arrays: dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype}")
+        raise TypeError(
+            f"average_arrays: dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype}"
+        )
     return FLOAT_DTYPES[dtype][1]
 
 
 def _check(array: npt.NDArray[Any], dtype: str, n: int) -> None:
     if array.dtype != _storage(dtype):
-        raise TypeError(f"average_arrays: a {dtype} array must be stored as {_storage(dtype)}, got {array.dtype}")
+        raise TypeError(
+            f"average_arrays: a {dtype} array must be stored as {_storage(dtype)}, got {array.dtype}"
+        )
     if array.ndim != 1 or not array.flags.c_contiguous or array.size != n:
-        raise ValueError(f"average_arrays: arrays must be contiguous and [{n}], got {list(array.shape)}")
+        raise ValueError(
+            f"average_arrays: arrays must be contiguous and [{n}], got {list(array.shape)}"
+        )

@@ -14,7 +14,9 @@ def average_arrays(
     out: npt.NDArray[Any],
     out_dtype: str,
 ) -> None:
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN go their way, as in any cast
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # infinities and NaN go their way, as in any cast
         total = weights[0] * to_float64(inputs[0], dtypes[0])
         for array, weight, dtype in zip(inputs[1:], weights[1:], dtypes[1:], strict=True):
             total += weight * to_float64(array, dtype)
@@ -23,11 +25,17 @@ def average_arrays(
 
 
 def delta_gram(
-    inputs: Sequence[npt.NDArray[Any]], base: npt.NDArray[Any], dtypes: Sequence[str], base_dtype: str
+    inputs: Sequence[npt.NDArray[Any]],
+    base: npt.NDArray[Any],
+    dtypes: Sequence[str],
+    base_dtype: str,
 ) -> npt.NDArray[np.float64]:
     start = to_float64(base, base_dtype)
     padding = -base.size % 8
-    deltas = [np.pad(to_float64(x, dtype) - start, (0, padding)) for x, dtype in zip(inputs, dtypes, strict=True)]
+    deltas = [
+        np.pad(to_float64(x, dtype) - start, (0, padding))
+        for x, dtype in zip(inputs, dtypes, strict=True)
+    ]
     gram = np.empty((len(deltas), len(deltas)))
     for i, a in enumerate(deltas):
         for j, b in enumerate(deltas[i:], i):

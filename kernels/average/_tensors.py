@@ -25,7 +25,9 @@ def average(
 ) -> list[Tensor]:
     """``foreach_weighted_average``, with errors in the name of ``op``."""
     if not models or len(models) != len(weights):
-        raise ValueError(f"{op}: needs as many tensors as weights, got {len(models)}, {len(weights)}")
+        raise ValueError(
+            f"{op}: needs as many tensors as weights, got {len(models)}, {len(weights)}"
+        )
     first = models[0]
     for k, model in enumerate([*models, *([] if out is None else [out])]):
         what = f"input {k}" if k < len(models) else "out"
@@ -34,13 +36,20 @@ def average(
         for i, (tensor, expected) in enumerate(zip(model, first, strict=True)):
             _check(f"{op}: {what}, tensor {i}", tensor, expected.shape, first[0].device)
     if out is None:
-        out = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in first]
+        out = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in first
+        ]
     if not first:
         return list(out)
     inputs = [tensor.detach().contiguous().view(-1) for model in models for tensor in model]
     # A strided result is written beside and copied: the kernels walk memory in order.
     targets = [t.detach() if t.is_contiguous() else t.new_empty(t.shape) for t in out]
-    _average(inputs, [float(weight) for weight in weights], [target.view(-1) for target in targets], backend)
+    _average(
+        inputs,
+        [float(weight) for weight in weights],
+        [target.view(-1) for target in targets],
+        backend,
+    )
     for tensor, target in zip(out, targets, strict=True):
         if not tensor.is_contiguous():
             tensor.detach().copy_(target)
@@ -58,7 +67,9 @@ def _check(what: str, tensor: Tensor, shape: torch.Size, device: torch.device) -
 
 
 @torch.library.custom_op("merit_fast::weighted_average", mutates_args={"out"})
-def _average(inputs: Sequence[Tensor], weights: Sequence[float], out: Sequence[Tensor], backend: str | None) -> None:
+def _average(
+    inputs: Sequence[Tensor], weights: Sequence[float], out: Sequence[Tensor], backend: str | None
+) -> None:
     """``inputs``: K N flat contiguous tensors, model by model; ``out``: N. The backend is chosen here, when it runs."""
     count = len(out)
     _refuse_overlaps(inputs, out)
@@ -78,7 +89,9 @@ def _average(inputs: Sequence[Tensor], weights: Sequence[float], out: Sequence[T
 
 
 @_average.register_fake
-def _(inputs: Sequence[Tensor], weights: Sequence[float], out: Sequence[Tensor], backend: str | None) -> None:
+def _(
+    inputs: Sequence[Tensor], weights: Sequence[float], out: Sequence[Tensor], backend: str | None
+) -> None:
     return None
 
 
@@ -104,7 +117,9 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return odd.to(dtype).masked_fill_(values.isnan(), float("nan"))
 
 
-def _average_native(columns: Sequence[tuple[list[Tensor], Tensor]], weights: Sequence[float]) -> None:
+def _average_native(
+    columns: Sequence[tuple[list[Tensor], Tensor]], weights: Sequence[float]
+) -> None:
     native = dispatch.native_module()
     assert native is not None
 
@@ -138,11 +153,19 @@ def _refuse_overlaps(inputs: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     count = len(out)
     written = [(*span(target), i, True) for i, target in enumerate(out)]
     read = [
-        (*span(tensor), k % count, False) for k, tensor in enumerate(inputs) if span(tensor) != span(out[k % count])
+        (*span(tensor), k % count, False)
+        for k, tensor in enumerate(inputs)
+        if span(tensor) != span(out[k % count])
     ]
     written_to = read_to = 0  # how far the spans before reach
-    for start, stop, place, is_written in sorted(span for span in written + read if span[0] < span[1]):
+    for start, stop, place, is_written in sorted(
+        span for span in written + read if span[0] < span[1]
+    ):
         if start < written_to or (is_written and start < read_to):
             role = "out" if is_written else "an input"
-            raise ValueError(f"weighted_average: {role} of tensor {place} overlaps memory that another one uses")
-        written_to, read_to = (max(written_to, stop), read_to) if is_written else (written_to, max(read_to, stop))
+            raise ValueError(
+                f"weighted_average: {role} of tensor {place} overlaps memory that another one uses"
+            )
+        written_to, read_to = (
+            (max(written_to, stop), read_to) if is_written else (written_to, max(read_to, stop))
+        )

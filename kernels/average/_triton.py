@@ -39,16 +39,34 @@ def _pointer(address, CODE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _term(
-    table, row, count, place, inside, k: tl.constexpr, SIGNATURE: tl.constexpr, FULL: tl.constexpr, SUM: tl.constexpr
+    table,
+    row,
+    count,
+    place,
+    inside,
+    k: tl.constexpr,
+    SIGNATURE: tl.constexpr,
+    FULL: tl.constexpr,
+    SUM: tl.constexpr,
 ):
-    pointer = _pointer(tl.load(row + k * count), (SIGNATURE >> (2 * k + 2)) & 3, SIGNATURE & 1) + place
+    pointer = (
+        _pointer(tl.load(row + k * count), (SIGNATURE >> (2 * k + 2)) & 3, SIGNATURE & 1) + place
+    )
     value = tl.load(pointer) if FULL else tl.load(pointer, mask=inside, other=0.0)
     return tl.load(table + k).to(tl.float64, bitcast=True).to(SUM) * value.to(SUM)
 
 
 @triton.jit
 def _average_block(
-    table, row, count, first, size, K: tl.constexpr, SIGNATURE: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr
+    table,
+    row,
+    count,
+    first,
+    size,
+    K: tl.constexpr,
+    SIGNATURE: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """``FULL``: without a mask, which would cut 128-bit accesses into elements."""
     SUM: tl.constexpr = tl.float64 if SIGNATURE & 2 else tl.float32
@@ -98,7 +116,9 @@ def average(columns: Sequence[tuple[Sequence[Tensor], Tensor]], weights: Sequenc
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
         with torch.cuda.device(device):
-            average_kernel[(blocks,)](table, len(columns), len(weights), signatures, BLOCK, **OPTIONS)
+            average_kernel[(blocks,)](
+                table, len(columns), len(weights), signatures, BLOCK, **OPTIONS
+            )
     else:
         average_kernel[(blocks,)](table, len(columns), len(weights), signatures, BLOCK, **OPTIONS)
 
@@ -113,11 +133,17 @@ def describe(
         starts.append(starts[-1] + -(-size // BLOCK))
     kinds = [signature([*tensors, target]) for tensors, target in columns]
     signatures = tuple(sorted(set(kinds)))
-    addresses = [[tensor.data_ptr() for tensor in (*tensors, target)] for tensors, target in columns]
+    addresses = [
+        [tensor.data_ptr() for tensor in (*tensors, target)] for tensors, target in columns
+    ]
     rows = [address for row in zip(*addresses, strict=True) for address in row]
     bits = struct.unpack(f"{len(weights)}q", struct.pack(f"{len(weights)}d", *weights))
     places = [signatures.index(kind) for kind in kinds]
-    return torch.tensor([*bits, *starts[:-1], *sizes, *places, *rows], dtype=torch.int64), signatures, starts[-1]
+    return (
+        torch.tensor([*bits, *starts[:-1], *sizes, *places, *rows], dtype=torch.int64),
+        signatures,
+        starts[-1],
+    )
 
 
 def signature(tensors: Sequence[Tensor]) -> int:

@@ -79,17 +79,31 @@ def mix_deltas(
         start = to_float64(base, base_dtype)
         deltas = [to_float64(x, dtype) - start for x, dtype in zip(inputs, dtypes, strict=True)]
         finite = all(bool(np.isfinite(delta).all()) for delta in deltas)
-        sizes = [_size(x, base, delta, d, base_dtype) for x, delta, d in zip(inputs, deltas, dtypes, strict=True)]
-        kept = [np.where(mask, d, 0.0) for mask, d in zip(_kept(rule, deltas, sizes), deltas, strict=True)]
+        sizes = [
+            _size(x, base, delta, d, base_dtype)
+            for x, delta, d in zip(inputs, deltas, dtypes, strict=True)
+        ]
+        kept = [
+            np.where(mask, d, 0.0)
+            for mask, d in zip(_kept(rule, deltas, sizes), deltas, strict=True)
+        ]
         if rule.stream:
             kept = [_by_chance(rule, k, delta, sizes[k]) for k, delta in enumerate(kept)]
         weight = _weights_by_squares(kept) if rule.weigh_by_squares else rule.weight
         weighted = [d * w for d, w in zip(kept, weight, strict=True)]
         votes = kept if rule.weigh_by_squares else weighted
-        step = _elect(votes, weighted, weight, rule.normalize) if rule.elect else sum(weighted, np.zeros(start.size))
+        step = (
+            _elect(votes, weighted, weight, rule.normalize)
+            if rule.elect
+            else sum(weighted, np.zeros(start.size))
+        )
         total = start + rule.scale * step
         total[np.isnan(total)] = np.nan
-        out = float64_to_bf16(total) if out_dtype == "BF16" else total.astype(FLOAT_DTYPES[out_dtype][1])
+        out = (
+            float64_to_bf16(total)
+            if out_dtype == "BF16"
+            else total.astype(FLOAT_DTYPES[out_dtype][1])
+        )
         bits = (out & 0x7F80) != 0x7F80 if out_dtype == "BF16" else np.isfinite(out)
     return out, finite and bool(np.asarray(bits).all())
 
@@ -97,7 +111,9 @@ def mix_deltas(
 def uniform(stream: int, first: int, count: int) -> Array:
     """[count] numbers in [0, 1) of a stream, from its element ``first`` on: SplitMix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
-        z = _U64(stream) + np.arange(first + 1, first + 1 + count, dtype=_U64) * _U64(0x9E3779B97F4A7C15)
+        z = _U64(stream) + np.arange(first + 1, first + 1 + count, dtype=_U64) * _U64(
+            0x9E3779B97F4A7C15
+        )
         z = (z ^ (z >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> _U64(27))) * _U64(0x94D049BB133111EB)
     bits = (z ^ (z >> _U64(31))) >> _U64(11)
@@ -107,22 +123,30 @@ def uniform(stream: int, first: int, count: int) -> Array:
 def _size(x: Any, base: Any, delta: Array, dtype: str, base_dtype: str) -> npt.NDArray[np.float32]:
     if "F64" in (dtype, base_dtype):
         return np.abs(delta.astype(np.float32))
-    narrow = [to_float64(array, d).astype(np.float32) for array, d in ((x, dtype), (base, base_dtype))]
+    narrow = [
+        to_float64(array, d).astype(np.float32) for array, d in ((x, dtype), (base, base_dtype))
+    ]
     return np.asarray(np.abs(narrow[0] - narrow[1]))
 
 
 def _largest(sizes: npt.NDArray[np.float32], count: int) -> Mask:
     mask = np.zeros(sizes.size, bool)
-    order = np.argsort(-sizes.view(np.int32), kind="stable")  # the bits' order is the values', NaN above infinity
+    order = np.argsort(
+        -sizes.view(np.int32), kind="stable"
+    )  # the bits' order is the values', NaN above infinity
     mask[order[: max(count, 0)]] = True
     return mask
 
 
-def _kept(rule: DeltaRule, deltas: Sequence[Array], sizes: Sequence[npt.NDArray[np.float32]]) -> list[Mask]:
+def _kept(
+    rule: DeltaRule, deltas: Sequence[Array], sizes: Sequence[npt.NDArray[np.float32]]
+) -> list[Mask]:
     if rule.variance_share < 1.0:
         count = len(deltas)
         mean = sum(deltas, np.zeros(deltas[0].size)) / count
-        variance = np.abs((sum(((d - mean) ** 2 for d in deltas), np.zeros(mean.size)) / count).astype(np.float32))
+        variance = np.abs(
+            (sum(((d - mean) ** 2 for d in deltas), np.zeros(mean.size)) / count).astype(np.float32)
+        )
         return [_largest(variance, int(np.count_nonzero(variance) * rule.variance_share))] * count
     if not rule.top:
         return [np.ones(delta.size, bool) for delta in deltas]
@@ -147,7 +171,9 @@ def _weights_by_squares(kept: Sequence[Array]) -> tuple[float, ...]:
         total = 0.0
         for first in range(0, delta.size, SQUARES_CHUNK):
             chunk = delta[first : first + SQUARES_CHUNK]
-            lanes = np.add.accumulate(np.pad(chunk * chunk, (0, -chunk.size % 8)).reshape(-1, 8), axis=0)[-1]
+            lanes = np.add.accumulate(
+                np.pad(chunk * chunk, (0, -chunk.size % 8)).reshape(-1, 8), axis=0
+            )[-1]
             pairs = lanes[0::2] + lanes[1::2]
             total += (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
         sums.append(float(total))
@@ -157,11 +183,17 @@ def _weights_by_squares(kept: Sequence[Array]) -> tuple[float, ...]:
     return tuple(each / whole if whole > 0.0 else 1.0 / len(sums) for each in sums)
 
 
-def _elect(votes: Sequence[Array], weighted: Sequence[Array], weight: Sequence[float], normalize: bool) -> Array:
+def _elect(
+    votes: Sequence[Array], weighted: Sequence[Array], weight: Sequence[float], normalize: bool
+) -> Array:
     total = sum(votes, np.zeros(weighted[0].size))
     mixed, divisor = np.zeros(total.size), np.zeros(total.size)
     for d, w in zip(weighted, weight, strict=True):
         agrees = np.where(total >= 0.0, d > 0.0, d < 0.0)
         mixed += np.where(agrees, d, 0.0)
         divisor += np.where(agrees, w, 0.0)
-    return np.where(divisor != 0.0, mixed / np.where(divisor != 0.0, divisor, 1.0), mixed) if normalize else mixed
+    return (
+        np.where(divisor != 0.0, mixed / np.where(divisor != 0.0, divisor, 1.0), mixed)
+        if normalize
+        else mixed
+    )

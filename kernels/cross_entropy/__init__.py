@@ -17,7 +17,9 @@ class LinearCrossEntropy(NamedTuple):
     """What ``linear_cross_entropy`` returns; all but the counts carry a gradient."""
 
     loss: Tensor  # scalar float32
-    example_loss: Tensor  # [B] float32: sums over each example's target tokens, without dataset weights
+    example_loss: (
+        Tensor  # [B] float32: sums over each example's target tokens, without dataset weights
+    )
     dataset_loss: Tensor  # [num_datasets] float32: the same per dataset; empty without dataset_ids
     dataset_tokens: Tensor  # [num_datasets] int64: target tokens; empty without dataset_ids
 
@@ -99,8 +101,12 @@ def linear_cross_entropy(
         sums = _eager.linear_cross_entropy(*batch, *terms, sketch, sketch_name or "", sketch_out)
     else:
         width = [] if sketch is None else [sketch.proj_dim, sketch.seed]
-        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-        of_op = _ops.linear_cross_entropy(*batch, *terms, width, sketch_name or "", sketch_out, learns, backend)
+        learns = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (hidden, weight, bias)
+        )
+        of_op = _ops.linear_cross_entropy(
+            *batch, *terms, width, sketch_name or "", sketch_out, learns, backend
+        )
         sums = of_op[:5]
     total, example_loss, dataset_loss, dataset_tokens, tokens = sums
     if divisor is None:
@@ -114,7 +120,9 @@ def _chosen(device_type: str, dtype: torch.dtype, backend: str | None) -> str:
         return "eager"
     chosen = dispatch.choose(OP, device_type, backend)
     if dtype == torch.float64:
-        raise ValueError(f"{OP}: float64 is computed by the eager backend alone, got backend {backend!r}")
+        raise ValueError(
+            f"{OP}: float64 is computed by the eager backend alone, got backend {backend!r}"
+        )
     return chosen
 
 
@@ -123,17 +131,32 @@ def _offsets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         tokens = 1 if labels.dim() == 1 else labels.shape[1]
         return torch.arange(labels.shape[0] + 1, device=labels.device) * tokens
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{OP}: cu_seqlens must be int64 [B + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    if (
+        cu_seqlens.dim() != 1
+        or len(cu_seqlens) < 2
+        or cu_seqlens.dtype not in (torch.int64, torch.int32)
+    ):
+        raise ValueError(
+            f"{OP}: cu_seqlens must be int64 [B + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
     return cu_seqlens.to(labels.device, torch.int64).contiguous()
 
 
 def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    if hidden.dim() not in (2, 3) or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+    if hidden.dim() not in (2, 3) or hidden.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float64,
+    ):
         raise ValueError(
             f"{OP}: hidden must be [N, H] or [B, T, H] of float32 or bfloat16, got {hidden.dtype} {list(hidden.shape)}"
         )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0] or weight.dtype != hidden.dtype:
+    if (
+        weight.dim() != 2
+        or weight.shape[1] != hidden.shape[-1]
+        or not weight.shape[0]
+        or weight.dtype != hidden.dtype
+    ):
         raise ValueError(
             f"{OP}: weight must be {hidden.dtype} [V, {hidden.shape[-1]}] as hidden is, "
             f"got {weight.dtype} {list(weight.shape)}"
@@ -143,25 +166,37 @@ def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | N
             f"{OP}: labels must be int64 {list(hidden.shape[:-1])}, got {labels.dtype} {list(labels.shape)}"
         )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise ValueError(f"{OP}: bias must be {weight.dtype} [{len(weight)}], got {bias.dtype} {list(bias.shape)}")
+        raise ValueError(
+            f"{OP}: bias must be {weight.dtype} [{len(weight)}], got {bias.dtype} {list(bias.shape)}"
+        )
 
 
-def _check_datasets(examples: int, ids: Tensor | None, num_datasets: int | None, weights: Tensor | None) -> None:
+def _check_datasets(
+    examples: int, ids: Tensor | None, num_datasets: int | None, weights: Tensor | None
+) -> None:
     if ids is None:
         if weights is not None or num_datasets is not None:
             raise ValueError(f"{OP}: num_datasets and dataset_weights need dataset_ids, got None")
         return
     if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape[0] != examples:
-        raise ValueError(f"{OP}: dataset_ids must be int64 [{examples}], got {ids.dtype} {list(ids.shape)}")
+        raise ValueError(
+            f"{OP}: dataset_ids must be int64 [{examples}], got {ids.dtype} {list(ids.shape)}"
+        )
     if num_datasets is None or num_datasets < 1:
-        raise ValueError(f"{OP}: num_datasets must be positive with dataset_ids, got {num_datasets}")
-    if weights is not None and (weights.shape != (num_datasets,) or not weights.dtype.is_floating_point):
+        raise ValueError(
+            f"{OP}: num_datasets must be positive with dataset_ids, got {num_datasets}"
+        )
+    if weights is not None and (
+        weights.shape != (num_datasets,) or not weights.dtype.is_floating_point
+    ):
         raise ValueError(
             f"{OP}: dataset_weights must be float32 [{num_datasets}], got {weights.dtype} {list(weights.shape)}"
         )
 
 
-def _check_terms(reduction: str, label_smoothing: float, softcap: float | None, z_loss: float) -> None:
+def _check_terms(
+    reduction: str, label_smoothing: float, softcap: float | None, z_loss: float
+) -> None:
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{OP}: reduction must be 'mean' or 'sum', got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
@@ -172,11 +207,15 @@ def _check_terms(reduction: str, label_smoothing: float, softcap: float | None, 
         raise ValueError(f"{OP}: z_loss must not be negative, got {z_loss}")
 
 
-def _check_sketch(examples: int, sketch: CountSketch | None, name: str | None, out: Tensor | None) -> None:
+def _check_sketch(
+    examples: int, sketch: CountSketch | None, name: str | None, out: Tensor | None
+) -> None:
     if sketch is None and name is None and out is None:
         return
     if sketch is None or name is None or out is None:
-        raise ValueError(f"{OP}: sketch, sketch_name and sketch_out go together, got {sketch}, {name}, {out}")
+        raise ValueError(
+            f"{OP}: sketch, sketch_name and sketch_out go together, got {sketch}, {name}, {out}"
+        )
     shape = (examples, sketch.proj_dim)
     if out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(

@@ -14,13 +14,22 @@ def check_values(
     labels: Tensor, vocabulary: int, offsets: Tensor, dataset_ids: Tensor | None, num_datasets: int
 ) -> None:
     """A value out of its range is an error that names it. On a GPU this waits, as finding the trainable rows does."""
-    _refuse(labels, (labels != IGNORED) & _outside(labels, vocabulary), f"labels must be {IGNORED} or", vocabulary)
+    _refuse(
+        labels,
+        (labels != IGNORED) & _outside(labels, vocabulary),
+        f"labels must be {IGNORED} or",
+        vocabulary,
+    )
     if dataset_ids is not None:
-        _refuse(dataset_ids, _outside(dataset_ids, num_datasets), "dataset_ids must be", num_datasets)
+        _refuse(
+            dataset_ids, _outside(dataset_ids, num_datasets), "dataset_ids must be", num_datasets
+        )
     if bool((offsets.diff() < 0).any() | (offsets[0] != 0) | (offsets[-1] != len(labels))):
         bounds = offsets.tolist()
         shown = str(bounds) if len(bounds) <= 16 else f"{str(bounds[:8])[:-1]}, ..., {bounds[-1]}]"
-        raise ValueError(f"{OP}: cu_seqlens must rise from 0 to the {len(labels)} tokens, got {shown}")
+        raise ValueError(
+            f"{OP}: cu_seqlens must rise from 0 to the {len(labels)} tokens, got {shown}"
+        )
 
 
 def _outside(values: Tensor, count: int) -> Tensor:
@@ -66,18 +75,30 @@ def linear_cross_entropy(
     token = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     if z_loss:
         token = token + z_loss * logits.logsumexp(-1) ** 2
-    example_ids = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=token.device), offsets.diff())
-    example = token.new_zeros(len(offsets) - 1, dtype=torch.float64).index_add(0, example_ids, token.double())
+    example_ids = torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, device=token.device), offsets.diff()
+    )
+    example = token.new_zeros(len(offsets) - 1, dtype=torch.float64).index_add(
+        0, example_ids, token.double()
+    )
     dataset, counts = example.new_zeros(num_datasets), offsets.new_zeros(num_datasets)
     total = example
     if dataset_ids is not None:
-        dataset, counts = dataset.index_add(0, dataset_ids, example), counts.index_add(0, dataset_ids, offsets.diff())
+        dataset, counts = (
+            dataset.index_add(0, dataset_ids, example),
+            counts.index_add(0, dataset_ids, offsets.diff()),
+        )
         total = dataset if dataset_weights is None else dataset * dataset_weights
     return total.sum().to(token), example.to(token), dataset.to(token), counts, offsets[-1]
 
 
 def _sketch_when_known(
-    logits: Tensor, hidden: Tensor, offsets: Tensor, sketch: CountSketch, name: str, out: Tensor | None
+    logits: Tensor,
+    hidden: Tensor,
+    offsets: Tensor,
+    sketch: CountSketch,
+    name: str,
+    out: Tensor | None,
 ) -> None:
     def add(gradient: Tensor) -> None:
         linear_grad_sketch(gradient, hidden, name, sketch, cu_seqlens=offsets, out=out)

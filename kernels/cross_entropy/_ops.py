@@ -49,9 +49,13 @@ def linear_cross_entropy(
     """total [], example [B], dataset [D], tokens per dataset [D] and in all [], softmax [2, N], logits kept."""
     check_values(labels, len(weight), offsets, dataset_ids, num_datasets)
     terms = _tiled.LossTerms(softcap, label_smoothing, z_loss)
-    head = _tiled.TiledHead(hidden, weight, bias, labels, terms, _epilogue(hidden.device.type, backend)[1])
+    head = _tiled.TiledHead(
+        hidden, weight, bias, labels, terms, _epilogue(hidden.device.type, backend)[1]
+    )
     softmax = hidden.new_zeros(2, len(labels), dtype=torch.float64)
-    kept = hidden.new_empty(_tiled.kept_numel(hidden, weight) if for_backward else 0, dtype=head.dtype)
+    kept = hidden.new_empty(
+        _tiled.kept_numel(hidden, weight) if for_backward else 0, dtype=head.dtype
+    )
     token_loss = _tiled.forward(head, kept, softmax)
     offsets = trainable_offsets(labels, offsets)
     *sums, counts = _loss_sums(token_loss, offsets, dataset_ids, num_datasets, dataset_weights)
@@ -60,18 +64,31 @@ def linear_cross_entropy(
 
 
 def _loss_sums(
-    token_loss: Tensor, offsets: Tensor, dataset_ids: Tensor | None, num_datasets: int, weights: Tensor | None
+    token_loss: Tensor,
+    offsets: Tensor,
+    dataset_ids: Tensor | None,
+    num_datasets: int,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of float64 losses: their weighted sum, the sums per example and per dataset; and the tokens per dataset.
 
     Each sum runs in the order of the tokens, without atomics: no bit depends on threads.
     """
     example = _segments(token_loss, offsets)
-    dataset, counts, total = example.new_zeros(num_datasets), offsets.new_zeros(num_datasets), example
+    dataset, counts, total = (
+        example.new_zeros(num_datasets),
+        offsets.new_zeros(num_datasets),
+        example,
+    )
     if dataset_ids is not None:
         order = dataset_ids.argsort(stable=True)
-        starts = torch.searchsorted(dataset_ids[order], torch.arange(num_datasets + 1, device=example.device))
-        dataset, counts = _segments(example[order], starts), counts.index_add(0, dataset_ids, offsets.diff())
+        starts = torch.searchsorted(
+            dataset_ids[order], torch.arange(num_datasets + 1, device=example.device)
+        )
+        dataset, counts = (
+            _segments(example[order], starts),
+            counts.index_add(0, dataset_ids, offsets.diff()),
+        )
         total = dataset if weights is None else dataset * weights
     ends = torch.arange(2, device=total.device) * len(total)
     return _segments(total, ends)[0], example, dataset, counts
@@ -92,8 +109,16 @@ def _(  # type: ignore[no-untyped-def]
         return made
 
     examples, counted = offsets.shape[0] - 1, torch.int64
-    sums = new(), new(examples), new(num_datasets), new(num_datasets, dtype=counted), new(dtype=counted)
-    kept = new(_tiled.kept_numel(hidden, weight) if for_backward else 0, dtype=_tiled.work_dtype(weight))
+    sums = (
+        new(),
+        new(examples),
+        new(num_datasets),
+        new(num_datasets, dtype=counted),
+        new(dtype=counted),
+    )
+    kept = new(
+        _tiled.kept_numel(hidden, weight) if for_backward else 0, dtype=_tiled.work_dtype(weight)
+    )
     return *sums, new(2, hidden.shape[0], dtype=torch.float64), kept
 
 
@@ -122,20 +147,30 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias; one that is not wanted is empty."""
     chosen, epilogue = _epilogue(hidden.device.type, backend)
-    head = _tiled.TiledHead(hidden, weight, bias, labels, _tiled.LossTerms(softcap, label_smoothing, z_loss), epilogue)
+    head = _tiled.TiledHead(
+        hidden, weight, bias, labels, _tiled.LossTerms(softcap, label_smoothing, z_loss), epilogue
+    )
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.empty_like(weight) if wanted[1] else None
-    d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if bias is not None and wanted[2] else None
+    d_bias = (
+        weight.new_zeros(len(weight), dtype=torch.float32)
+        if bias is not None and wanted[2]
+        else None
+    )
     if not len(head) and d_weight is not None:
         d_weight.zero_()
     of_head = None
     if sketch_out is not None:
         where = trainable_offsets(labels, offsets)
         of_head = _tiled.HeadSketch(CountSketch(*sketch), sketch_name, sketch_out, where, chosen)
-    weights = _row_weights(len(labels), offsets, dataset_ids, dataset_weights, d_total, d_example, d_dataset)
+    weights = _row_weights(
+        len(labels), offsets, dataset_ids, dataset_weights, d_total, d_example, d_dataset
+    )
     _tiled.backward(head, kept, softmax, weights, d_hidden, d_weight, d_bias, of_head)
     rounded = None if bias is None or d_bias is None else d_bias.to(bias.dtype)
-    d_hidden, d_weight, rounded = (hidden.new_empty(0) if d is None else d for d in (d_hidden, d_weight, rounded))
+    d_hidden, d_weight, rounded = (
+        hidden.new_empty(0) if d is None else d for d in (d_hidden, d_weight, rounded)
+    )
     return d_hidden, d_weight, rounded
 
 
@@ -170,8 +205,23 @@ def _(hidden, weight, bias, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, offsets, dataset_ids, _, dataset_weights, *options, sketch_out, _, backend = inputs
-    ctx.save_for_backward(hidden, weight, bias, labels, offsets, dataset_ids, dataset_weights, *output[-2:])
+    (
+        hidden,
+        weight,
+        bias,
+        labels,
+        offsets,
+        dataset_ids,
+        _,
+        dataset_weights,
+        *options,
+        sketch_out,
+        _,
+        backend,
+    ) = inputs
+    ctx.save_for_backward(
+        hidden, weight, bias, labels, offsets, dataset_ids, dataset_weights, *output[-2:]
+    )
     ctx.set_materialize_grads(False)  # no zeros for what is no loss
     # Not saved as a tensor: other layers may add to it before the backward pass comes here.
     ctx.options, ctx.sketch_out, ctx.backend = options, sketch_out, backend

@@ -78,7 +78,9 @@ class TiledHead:
         self.rows = (labels != IGNORED).nonzero().squeeze(1)
         self.all_rows = len(labels)
         self.dtype = work_dtype(weight)
-        self.hidden = (hidden if len(self.rows) == len(labels) else hidden[self.rows]).to(self.dtype)
+        self.hidden = (hidden if len(self.rows) == len(labels) else hidden[self.rows]).to(
+            self.dtype
+        )
         self.labels = labels[self.rows]
         self.weight, self.terms, self.epilogue = weight, terms, epilogue
         self.bias = None if bias is None else bias.float().contiguous()
@@ -95,7 +97,11 @@ class TiledHead:
         for first in range(0, len(self.weight), self.columns):
             last = min(first + self.columns, len(self.weight))
             tile = self.weight[first:last]
-            yield first, last, tile if self.dtype == tile.dtype else self.wide_buffer(last - first).copy_(tile)
+            yield (
+                first,
+                last,
+                tile if self.dtype == tile.dtype else self.wide_buffer(last - first).copy_(tile),
+            )
 
     def wide_buffer(self, columns: int) -> Tensor:
         return self.wide[: columns * self.weight.shape[1]].view(columns, -1)
@@ -110,9 +116,15 @@ class TiledHead:
     def kept(self, kept: Tensor, first: int, last: int) -> Tensor | None:
         """Where the logits of a tile are kept, if they are: the first tiles, end to end, as many as fit."""
         place = slice(first * len(self), last * len(self))
-        return kept[place].view(-1, last - first) if self.chunk == len(self) and place.stop <= len(kept) else None
+        return (
+            kept[place].view(-1, last - first)
+            if self.chunk == len(self) and place.stop <= len(kept)
+            else None
+        )
 
-    def of_tile(self, first: int, last: int, rows: slice) -> tuple[int, Tensor | None, float | None, Tensor]:
+    def of_tile(
+        self, first: int, last: int, rows: slice
+    ) -> tuple[int, Tensor | None, float | None, Tensor]:
         """What both epilogues ask for besides the logits."""
         bias = None if self.bias is None else self.bias[first:last]
         return first, bias, self.terms.softcap, self.labels[rows]
@@ -124,7 +136,9 @@ def tile_shape(rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, int]
     chunk = max(1, min(rows, 4 * limit // (dtype.itemsize * FEWEST_COLUMNS)))
     chunk = -(-rows // -(-max(rows, 1) // chunk))
     column_bytes = dtype.itemsize * chunk
-    column_bytes += 4 * width * ((dtype != weight.dtype) + (chunk < rows))  # W widened; the sum of dW over chunks
+    column_bytes += (
+        4 * width * ((dtype != weight.dtype) + (chunk < rows))
+    )  # W widened; the sum of dW over chunks
     in_cache = 2 * limit // (dtype.itemsize * max(width, 1))  # W[tile] is read by two products
     most = max(FEWEST_COLUMNS, min(limit // max(column_bytes, 1), in_cache) // STEP * STEP)
     tiles = max(1, -(-vocabulary // most))
@@ -194,7 +208,9 @@ def _gradient_terms(head: TiledHead, softmax: Tensor, row_weights: Tensor) -> Te
     top, total = softmax[:, : len(head)]
     weights, smoothing = row_weights[head.rows].double(), head.terms.label_smoothing
     factor = weights * (1 + 2 * head.terms.z_loss * (top + total.log())) / total
-    return torch.stack([top, factor, weights * (1 - smoothing), weights * (smoothing / len(head.weight))]).float()
+    return torch.stack(
+        [top, factor, weights * (1 - smoothing), weights * (smoothing / len(head.weight))]
+    ).float()
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -205,7 +221,9 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out += torch.mm(a, b)
 
 
-def _weight_gradient(head: TiledHead, d: Tensor, rows: slice, out: Tensor, total: Tensor | None) -> Tensor | None:
+def _weight_gradient(
+    head: TiledHead, d: Tensor, rows: slice, out: Tensor, total: Tensor | None
+) -> Tensor | None:
     """dW[tile] of a chunk: written to ``out`` where it is the only one, else added to the sum that is returned.
 
     A widened W[tile] has served its purpose by now, and its memory takes the product.

@@ -54,7 +54,9 @@ def update_kernel(
             z = tl.where(column < columns, softcap * _tanh(z / softcap), z)
         high = tl.maximum(top, tl.max(z, 0))
         shift = tl.where(high == -float("inf"), 0.0, high)  # any gives the sum of 0
-        total = total * tl.exp(top - shift).to(tl.float64) + tl.sum(tl.exp(z - shift), 0).to(tl.float64)
+        total = total * tl.exp(top - shift).to(tl.float64) + tl.sum(tl.exp(z - shift), 0).to(
+            tl.float64
+        )
         plain += tl.sum(tl.where(column < columns, z, 0.0), 0).to(tl.float64)
         target += tl.sum(tl.where((column == label) & (column < columns), z, 0.0), 0).to(tl.float64)
         top = high
@@ -91,25 +93,62 @@ def gradient_kernel(
 
 
 def update(
-    logits: Tensor, first: int, bias: Tensor | None, softcap: float | None, labels: Tensor, state: Tensor
+    logits: Tensor,
+    first: int,
+    bias: Tensor | None,
+    softcap: float | None,
+    labels: Tensor,
+    state: Tensor,
 ) -> None:
     """As in ``_native``."""
     rows, columns = logits.shape
-    inputs = (logits, logits if bias is None else bias, labels, state, state.stride(0), columns, first, softcap or 1.0)
+    inputs = (
+        logits,
+        logits if bias is None else bias,
+        labels,
+        state,
+        state.stride(0),
+        columns,
+        first,
+        softcap or 1.0,
+    )
     with _device(logits):
-        update_kernel[(rows,)](*inputs, bias is not None, softcap is not None, UPDATE_BLOCK, num_warps=8)
+        update_kernel[(rows,)](
+            *inputs, bias is not None, softcap is not None, UPDATE_BLOCK, num_warps=8
+        )
 
 
 def gradient(
-    logits: Tensor, first: int, bias: Tensor | None, softcap: float | None, labels: Tensor, terms: Tensor, out: Tensor
+    logits: Tensor,
+    first: int,
+    bias: Tensor | None,
+    softcap: float | None,
+    labels: Tensor,
+    terms: Tensor,
+    out: Tensor,
 ) -> None:
     """As in ``_native``."""
     rows, columns = logits.shape
-    inputs = (logits, logits if bias is None else bias, labels, terms, out, terms.stride(0), columns, first)
+    inputs = (
+        logits,
+        logits if bias is None else bias,
+        labels,
+        terms,
+        out,
+        terms.stride(0),
+        columns,
+        first,
+    )
     flags = (softcap or 1.0, bias is not None, softcap is not None, GRADIENT_BLOCK)
     with _device(logits):
-        gradient_kernel[(rows * triton.cdiv(columns, GRADIENT_BLOCK),)](*inputs, *flags, num_warps=4)
+        gradient_kernel[(rows * triton.cdiv(columns, GRADIENT_BLOCK),)](
+            *inputs, *flags, num_warps=4
+        )
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+    return (
+        torch.cuda.device(tensor.device)
+        if tensor.device.type == "cuda"
+        else contextlib.nullcontext()
+    )

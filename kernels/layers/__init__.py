@@ -75,7 +75,9 @@ def add_rms_norm(
     """
     _check_norm("add_rms_norm", x, weight, casting)
     if x.shape != residual.shape:
-        raise ValueError(f"add_rms_norm: residual must be as x, {list(x.shape)}, got {list(residual.shape)}")
+        raise ValueError(
+            f"add_rms_norm: residual must be as x, {list(x.shape)}, got {list(residual.shape)}"
+        )
     chosen = _choose("add_rms_norm", backend, x, residual, weight)
     if chosen == "eager":
         return _eager.add_rms_norm(x, residual, weight, epsilon, offset, casting)
@@ -100,7 +102,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
     return _gated("swiglu", "silu", gate, up, backend)
 
 
-def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
+def geglu(
+    gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", backend: str | None = None
+) -> Tensor:
     """``F.gelu(gate, approximate=approximate) * up`` (Shazeer 2020).
 
     Args:
@@ -115,7 +119,9 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", 
     return _gated("geglu", "gelu_tanh" if approximate == "tanh" else "gelu", gate, up, backend)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Rotary positions (Su et al. 2021) in the layout of transformers' ``apply_rotary_pos_emb``.
 
         rotate = lambda x: torch.cat([-x[..., R // 2 :], x[..., : R // 2]], -1)
@@ -143,11 +149,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
     return q_out, k_out
 
 
-def _gated(op: str, activation: str, gate: Tensor, up: Tensor | None, backend: str | None) -> Tensor:
+def _gated(
+    op: str, activation: str, gate: Tensor, up: Tensor | None, backend: str | None
+) -> Tensor:
     if up is None and (gate.dim() == 0 or gate.shape[-1] % 2):
         raise ValueError(f"{op}: gate without up must be [..., 2 I], got {list(gate.shape)}")
     if up is not None and (up.shape != gate.shape or gate.dim() == 0):
-        raise ValueError(f"{op}: gate and up must be [..., I] of one shape, got {list(gate.shape)}, {list(up.shape)}")
+        raise ValueError(
+            f"{op}: gate and up must be [..., I] of one shape, got {list(gate.shape)}, {list(up.shape)}"
+        )
     chosen = _choose(op, backend, gate, up)
     if chosen == "eager":
         gate, up = gate.chunk(2, -1) if up is None else (gate, up)
@@ -170,9 +180,16 @@ def _check_norm(op: str, x: Tensor, weight: Tensor | None, casting: str) -> None
 
 def _check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(f"rope: q and k must be [B, heads, T, D], got {list(q.shape)}, {list(k.shape)}")
+        raise ValueError(
+            f"rope: q and k must be [B, heads, T, D], got {list(q.shape)}, {list(k.shape)}"
+        )
     batch, _, tokens, width = q.shape
-    fits = cos.dim() == 3 and cos.shape == sin.shape and cos.shape[0] in (1, batch) and cos.shape[1] == tokens
+    fits = (
+        cos.dim() == 3
+        and cos.shape == sin.shape
+        and cos.shape[0] in (1, batch)
+        and cos.shape[1] == tokens
+    )
     if not fits or cos.shape[2] % 2 or cos.shape[2] > width:
         raise ValueError(
             f"rope: cos and sin must be [{batch} or 1, {tokens}, R] with an even R <= {width}, "
@@ -203,5 +220,7 @@ def _backend_for(op: str, device_type: str, other: str | None, backend: str | No
         return dispatch.choose(op, device_type, backend)
     asked = dispatch.asked(backend)
     if asked not in (None, "eager"):
-        raise BackendUnavailableError(f"{op}: backend {asked!r} takes float32 and bfloat16, got {other}")
+        raise BackendUnavailableError(
+            f"{op}: backend {asked!r} takes float32 and bfloat16, got {other}"
+        )
     return "eager"

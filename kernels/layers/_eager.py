@@ -13,7 +13,9 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, offset: float, casting: str) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None, epsilon: float, offset: float, casting: str
+) -> Tensor:
     wide = _at_least_float32(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     if weight is None:

@@ -52,7 +52,9 @@ def empty_heads(x: Tensor, dtype: torch.dtype, inside: bool) -> Tensor:
     """An unfilled tensor of x's shape [B, heads, T, R], dense; ``inside``: in memory [B, T, heads, R]."""
     batch, heads, tokens, width = x.shape
     if inside:
-        return torch.empty(batch, tokens, heads, width, dtype=dtype, device=x.device).transpose(1, 2)
+        return torch.empty(batch, tokens, heads, width, dtype=dtype, device=x.device).transpose(
+            1, 2
+        )
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 

@@ -13,7 +13,13 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 def norm(
-    x: Tensor, residual: Tensor | None, total: Tensor | None, out: Tensor, scale: Tensor, epsilon: float, rounds: bool
+    x: Tensor,
+    residual: Tensor | None,
+    total: Tensor | None,
+    out: Tensor,
+    scale: Tensor,
+    epsilon: float,
+    rounds: bool,
 ) -> None:
     """out = RMSNorm(x) * scale, or of x + residual, which goes to ``total``."""
     kept, given = _given(out, x, residual, total)
@@ -26,7 +32,13 @@ def norm(
 
 
 def norm_backward(
-    dout: Tensor, dtotal: Tensor | None, x: Tensor, dx: Tensor, scale: Tensor, epsilon: float, dscale: Tensor | None
+    dout: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    dx: Tensor,
+    scale: Tensor,
+    epsilon: float,
+    dscale: Tensor | None,
 ) -> None:
     kept, (dout_rows, x_rows, dtotal_rows) = _given(dx, dout, x, dtotal)
     native().norm_backward(
@@ -40,22 +52,40 @@ def gated(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     kept, (gate_rows, up_rows) = _given(out, gate, up)
     flat = _as_one_row(_sizes(out), gate_rows, up_rows)
     native().gated(
-        *flat, gate_rows, up_rows, _rows(out, out.shape[-1]), ACTIVATIONS[activation], torch.get_num_threads()
+        *flat,
+        gate_rows,
+        up_rows,
+        _rows(out, out.shape[-1]),
+        ACTIVATIONS[activation],
+        torch.get_num_threads(),
     )
     del kept
 
 
-def gated_backward(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: str) -> None:
+def gated_backward(
+    dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: str
+) -> None:
     """dgate and dup lie alike: dense, or the halves of a dense tensor."""
-    kept, (dout_rows, gate_rows, up_rows, dgate_rows, dup_rows) = _given(dgate, dout, gate, up, dgate, dup)
+    kept, (dout_rows, gate_rows, up_rows, dgate_rows, dup_rows) = _given(
+        dgate, dout, gate, up, dgate, dup
+    )
     flat = _as_one_row(_sizes(dgate), dout_rows, gate_rows, up_rows, dgate_rows, dup_rows)
     native().gated_backward(
-        *flat, dout_rows, gate_rows, up_rows, dgate_rows, dup_rows, ACTIVATIONS[activation], torch.get_num_threads()
+        *flat,
+        dout_rows,
+        gate_rows,
+        up_rows,
+        dgate_rows,
+        dup_rows,
+        ACTIVATIONS[activation],
+        torch.get_num_threads(),
     )
     del kept
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, backward: bool) -> None:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, backward: bool
+) -> None:
     q, k, cos, sin = (dense_rows(x) for x in (q, k, cos, sin))
     batch, _, tokens, width = q.shape
     native().rope(
@@ -102,9 +132,23 @@ def _as_one_row(sizes: tuple[int, int], *tensors: Rows) -> tuple[int, int]:
 
 
 def _heads(x: Tensor) -> tuple[int, bool, int, int, int, int]:
-    return x.data_ptr(), x.dtype == torch.bfloat16, x.shape[1], x.stride(0), x.stride(1), x.stride(2)
+    return (
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        x.shape[1],
+        x.stride(0),
+        x.stride(1),
+        x.stride(2),
+    )
 
 
 def _positions(x: Tensor) -> tuple[int, bool, int, int, int, int]:
     """cos or sin [B or 1, T, R], as if with one head."""
-    return x.data_ptr(), x.dtype == torch.bfloat16, 1, x.stride(0) if len(x) > 1 else 0, 0, x.stride(1)
+    return (
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        1,
+        x.stride(0) if len(x) > 1 else 0,
+        0,
+        x.stride(1),
+    )

@@ -28,7 +28,9 @@ def _differentiable(
     ``save(ctx, inputs, output)`` keeps what ``gradients(ctx, backward, *gradients of the outputs)`` needs.
     """
     op, backward_op = _custom_op(forward), _custom_op(backward)
-    op.register_autograd(lambda ctx, *given: gradients(ctx, backward_op, *given), setup_context=save)
+    op.register_autograd(
+        lambda ctx, *given: gradients(ctx, backward_op, *given), setup_context=save
+    )
 
     def direct_forward(ctx: Any, *inputs: Any) -> Any:
         output = forward(*inputs)
@@ -55,7 +57,9 @@ def _differentiable(
 
 def _function(backward: Callable[..., Any], **members: Callable[..., Any]) -> Any:
     members = {**members, "backward": once_differentiable(backward)}
-    return type("Layer", (torch.autograd.Function,), {name: staticmethod(f) for name, f in members.items()})
+    return type(
+        "Layer", (torch.autograd.Function,), {name: staticmethod(f) for name, f in members.items()}
+    )
 
 
 @functools.cache
@@ -70,7 +74,11 @@ def _is_unwatched(arguments: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     for argument in arguments:
-        if isinstance(argument, Tensor) and type(argument) is not Tensor and type(argument) is not Parameter:
+        if (
+            isinstance(argument, Tensor)
+            and type(argument) is not Tensor
+            and type(argument) is not Parameter
+        ):
             return False
     return True
 
@@ -134,11 +142,20 @@ def _save_rope(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _rope_gradients(ctx: Any, backward: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    return (*backward(dq, dk, *ctx.saved_tensors, ctx.dtype, *ctx.inside, ctx.backend), None, None, None)
+    return (
+        *backward(dq, dk, *ctx.saved_tensors, ctx.dtype, *ctx.inside, ctx.backend),
+        None,
+        None,
+        None,
+    )
 
 
 rms_norm = _differentiable(_run.rms_norm, _run.rms_norm_backward, _save_norm, _norm_gradients)
-add_rms_norm = _differentiable(_run.add_rms_norm, _run.rms_norm_backward, _save_added_norm, _added_norm_gradients)
+add_rms_norm = _differentiable(
+    _run.add_rms_norm, _run.rms_norm_backward, _save_added_norm, _added_norm_gradients
+)
 gated = _differentiable(_run.gated, _run.gated_backward, _save_gated, _gated_gradients)
-gated_packed = _differentiable(_run.gated_packed, _run.gated_packed_backward, _save_gated, _packed_gradients)
+gated_packed = _differentiable(
+    _run.gated_packed, _run.gated_packed_backward, _save_gated, _packed_gradients
+)
 rope = _differentiable(_run.rope, _run.rope_backward, _save_rope, _rope_gradients)

@@ -26,7 +26,9 @@ def _kernels(backend: str) -> Any:
     return _native
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, offset: float, casting: str, backend: str) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None, epsilon: float, offset: float, casting: str, backend: str
+) -> Tensor:
     out = empty_rows(x, scaled_dtype(x.dtype, weight, casting))
     scale, rounds = _scale(x, weight, offset), casting == "llama"
     _kernels(backend).norm(x, None, None, out, scale, epsilon, rounds)
@@ -34,7 +36,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, offset: float, ca
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, epsilon: float, offset: float, casting: str, backend: str
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    offset: float,
+    casting: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     total = empty_rows(residual, torch.promote_types(x.dtype, residual.dtype))
     out = torch.empty_like(total, dtype=scaled_dtype(total.dtype, weight, casting))
@@ -58,7 +66,9 @@ def rms_norm_backward(
     columns = x.shape[-1] if wants_weight else 0
     dscale = torch.empty(columns, dtype=torch.float32, device=x.device)
     scale = _scale(x, weight, offset)
-    _kernels(backend).norm_backward(dout, dtotal, x, dx, scale, epsilon, dscale if wants_weight else None)
+    _kernels(backend).norm_backward(
+        dout, dtotal, x, dx, scale, epsilon, dscale if wants_weight else None
+    )
     return dx, dscale if weight is None else dscale.to(weight.dtype)
 
 
@@ -68,7 +78,9 @@ def gated(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
     return out
 
 
-def gated_backward(dout: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str) -> tuple[Tensor, Tensor]:
+def gated_backward(
+    dout: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
     dgate = empty_rows(gate, gate.dtype)
     dup = torch.empty_like(dgate)
     _kernels(backend).gated_backward(dout, gate, up, dgate, dup, activation)
@@ -111,7 +123,9 @@ def rope_backward(
 
 def scaled_dtype(dtype: torch.dtype, weight: Tensor | None, casting: str) -> torch.dtype:
     """That of the norm's result, as eager promotes it."""
-    return dtype if weight is None or casting == "gemma" else torch.promote_types(dtype, weight.dtype)
+    return (
+        dtype if weight is None or casting == "gemma" else torch.promote_types(dtype, weight.dtype)
+    )
 
 
 def _scale(x: Tensor, weight: Tensor | None, offset: float) -> Tensor:

@@ -28,7 +28,13 @@ HEADS = 8  # that a program turns
 
 
 def norm(
-    x: Tensor, residual: Tensor | None, total: Tensor | None, out: Tensor, scale: Tensor, epsilon: float, rounds: bool
+    x: Tensor,
+    residual: Tensor | None,
+    total: Tensor | None,
+    out: Tensor,
+    scale: Tensor,
+    epsilon: float,
+    rounds: bool,
 ) -> None:
     rows, cols = _sizes(out)
     normed = x if total is None else total
@@ -42,14 +48,24 @@ def norm(
 
 
 def norm_backward(
-    dout: Tensor, dtotal: Tensor | None, x: Tensor, dx: Tensor, scale: Tensor, epsilon: float, dscale: Tensor | None
+    dout: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    dx: Tensor,
+    scale: Tensor,
+    epsilon: float,
+    dscale: Tensor | None,
 ) -> None:
     rows, cols = _sizes(dx)
     tile_rows, block, warps = _tile(cols)
     tiles = -(-rows // tile_rows)
     steps = max(1, -(-tiles // PROGRAMS))
     programs = -(-tiles // steps)
-    sums = scale if dscale is None else torch.empty(programs, cols, dtype=torch.float32, device=dx.device)
+    sums = (
+        scale
+        if dscale is None
+        else torch.empty(programs, cols, dtype=torch.float32, device=dx.device)
+    )
     given = [as_rows(t, dx) for t in (dout, dout if dtotal is None else dtotal, x, dx)]
     if rows and cols:
         _launch(
@@ -65,16 +81,24 @@ def gated(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     _launch_gated(gated_kernel, out, (gate, up, out), activation)
 
 
-def gated_backward(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: str) -> None:
+def gated_backward(
+    dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: str
+) -> None:
     _launch_gated(gated_backward_kernel, dgate, (dout, gate, up, dgate, dup), activation)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, backward: bool) -> None:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, backward: bool
+) -> None:
     q, k, cos, sin = (dense_rows(x) for x in (q, k, cos, sin))
     batch, q_heads, tokens, width = q.shape
     half = cos.shape[-1] // 2
-    strides = [stride for x in (q, k, q_out, k_out) for stride in (x.stride(0), x.stride(1), x.stride(2))]
-    positions = [stride for x in (cos, sin) for stride in (x.stride(0) if len(x) > 1 else 0, x.stride(1))]
+    strides = [
+        stride for x in (q, k, q_out, k_out) for stride in (x.stride(0), x.stride(1), x.stride(2))
+    ]
+    positions = [
+        stride for x in (cos, sin) for stride in (x.stride(0) if len(x) > 1 else 0, x.stride(1))
+    ]
     rest = triton.next_power_of_2(width - 2 * half) if width > 2 * half else 0
     q_tiles, tiles = -(-q_heads // HEADS), -(-q_heads // HEADS) + -(-k.shape[1] // HEADS)
     if batch * tokens * tiles:

@@ -26,7 +26,9 @@ def norm_kernel(
     row, col, inside = _tile(tl.program_id(0) * ROWS, rows, cols, ROWS, BLOCK)
     values = tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
-        values += tl.load(residual + row * residual_stride + col, mask=inside, other=0.0).to(tl.float32)
+        values += tl.load(residual + row * residual_stride + col, mask=inside, other=0.0).to(
+            tl.float32
+        )
         rounded = values.to(total.dtype.element_ty)
         tl.store(total + row * total_stride + col, rounded, mask=inside)
         values = rounded.to(tl.float32)
@@ -60,16 +62,24 @@ def norm_backward_kernel(
                 partial += tl.sum(gradient * (values * inverse), 0)
             else:
                 added = gradient * (values * inverse)
-                before = tl.load(sums + program * cols + col, mask=(col < cols) & (step > 0), other=0.0)
+                before = tl.load(
+                    sums + program * cols + col, mask=(col < cols) & (step > 0), other=0.0
+                )
                 tl.store(sums + program * cols + col, before + added, mask=col < cols)
-        gradient *= tl.load(scale + col, mask=col < cols, other=0.0)  # again every step: registers are few
+        gradient *= tl.load(
+            scale + col, mask=col < cols, other=0.0
+        )  # again every step: registers are few
         along = tl.sum(gradient * values, 1)[:, None] * inverse / cols * inverse
         result = (gradient - values * along) * inverse
         if ADDS:
-            result += tl.load(dtotal + row * dtotal_stride + col, mask=inside, other=0.0).to(tl.float32)
+            result += tl.load(dtotal + row * dtotal_stride + col, mask=inside, other=0.0).to(
+                tl.float32
+            )
         tl.store(dx + row * dx_stride + col, result.to(dx.dtype.element_ty), mask=inside)
     if SUMS and HOLDS:
-        tl.store(sums + program * cols + tl.arange(0, BLOCK), partial, mask=tl.arange(0, BLOCK) < cols)
+        tl.store(
+            sums + program * cols + tl.arange(0, BLOCK), partial, mask=tl.arange(0, BLOCK) < cols
+        )
 
 
 @triton.jit
@@ -91,13 +101,26 @@ def _activation(x, KIND: tl.constexpr):
 @triton.jit
 def _piece(across, BLOCK: tl.constexpr):
     """Row and columns of a program, of which ``across`` share a row."""
-    program = tl.program_id(0)  # divided as 32 bits: a division of 64 is a call, around which registers are spilled
-    return (program // across).to(tl.int64), (program % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(
+        0
+    )  # divided as 32 bits: a division of 64 is a call, around which registers are spilled
+    return (program // across).to(tl.int64), (program % across).to(tl.int64) * BLOCK + tl.arange(
+        0, BLOCK
+    )
 
 
 @triton.jit
 def gated_kernel(
-    gate, up, out, cols, gate_stride, up_stride, out_stride, across, KIND: tl.constexpr, BLOCK: tl.constexpr
+    gate,
+    up,
+    out,
+    cols,
+    gate_stride,
+    up_stride,
+    out_stride,
+    across,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row, col = _piece(across, BLOCK)
     g = tl.load(gate + row * gate_stride + col, mask=col < cols, other=0.0).to(tl.float32)
@@ -116,8 +139,14 @@ def gated_backward_kernel(
     g = tl.load(gate + row * gate_stride + col, mask=col < cols, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + col, mask=col < cols, other=0.0).to(tl.float32)
     value, slope = _activation(g, KIND)
-    tl.store(dgate + row * dgate_stride + col, (gradient * u * slope).to(dgate.dtype.element_ty), mask=col < cols)
-    tl.store(dup + row * dup_stride + col, (gradient * value).to(dup.dtype.element_ty), mask=col < cols)
+    tl.store(
+        dgate + row * dgate_stride + col,
+        (gradient * u * slope).to(dgate.dtype.element_ty),
+        mask=col < cols,
+    )
+    tl.store(
+        dup + row * dup_stride + col, (gradient * value).to(dup.dtype.element_ty), mask=col < cols
+    )
 
 
 @triton.jit
@@ -140,7 +169,9 @@ def _turn(
     a = tl.load(source + col, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(source + half + col, mask=inside, other=0.0).to(tl.float32)
     tl.store(target + col, (a * low_cos - b * low_sin).to(out.dtype.element_ty), mask=inside)
-    tl.store(target + half + col, (b * high_cos + a * high_sin).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        target + half + col, (b * high_cos + a * high_sin).to(out.dtype.element_ty), mask=inside
+    )
     if REST > 0:
         rest = 2 * half + tl.arange(0, REST)[None, :]
         inside = (head < heads) & (rest < width)
@@ -166,9 +197,39 @@ def rope_kernel(
         q += b * q_batch + t * q_token
         q_out += b * q_out_batch + t * q_out_token
         first = tile * HEADS
-        _turn(q, q_out, cos, sin, q_head, q_out_head, first, q_heads, half, width, BACKWARD, HEADS, HALF, REST)
+        _turn(
+            q,
+            q_out,
+            cos,
+            sin,
+            q_head,
+            q_out_head,
+            first,
+            q_heads,
+            half,
+            width,
+            BACKWARD,
+            HEADS,
+            HALF,
+            REST,
+        )
     else:
         k += b * k_batch + t * k_token
         k_out += b * k_out_batch + t * k_out_token
         first = (tile - q_tiles) * HEADS
-        _turn(k, k_out, cos, sin, k_head, k_out_head, first, k_heads, half, width, BACKWARD, HEADS, HALF, REST)
+        _turn(
+            k,
+            k_out,
+            cos,
+            sin,
+            k_head,
+            k_out_head,
+            first,
+            k_heads,
+            half,
+            width,
+            BACKWARD,
+            HEADS,
+            HALF,
+            REST,
+        )

@@ -78,9 +78,13 @@ class FusedAdamW(torch.optim.Optimizer):
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
-        self.options = Options(rounding, master, moments, average_decay, max_norm, zero_grad, seed, backend)
+        self.options = Options(
+            rounding, master, moments, average_decay, max_norm, zero_grad, seed, backend
+        )
         self.grad_norm: Tensor | None = None
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -128,7 +132,9 @@ class FusedAdamW(torch.optim.Optimizer):
         for group in state_dict["param_groups"]:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
-                    raise ValueError(f"FusedAdamW: has no {name}, the loaded state was made with it")
+                    raise ValueError(
+                        f"FusedAdamW: has no {name}, the loaded state was made with it"
+                    )
         super().load_state_dict(state_dict)  # which casts states to the parameters' dtypes
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         for name, parameter in zip(names, self._parameters(), strict=True):
@@ -158,7 +164,9 @@ class FusedAdamW(torch.optim.Optimizer):
         clip = (self.options.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0).float()
         return {device: clip.to(device) for device, _ in kinds}
 
-    def _update(self, members: Iterable[tuple[Group, int, Tensor]], clips: Mapping[torch.device, Tensor]) -> None:
+    def _update(
+        self, members: Iterable[tuple[Group, int, Tensor]], clips: Mapping[torch.device, Tensor]
+    ) -> None:
         """One call for all tensors of a group and a kind."""
         kinds: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor]]] = {}
         groups = {}
@@ -170,7 +178,9 @@ class FusedAdamW(torch.optim.Optimizer):
         for (group_id, device, *_), rows in kinds.items():
             self._call(groups[group_id], rows, clips.get(device))
 
-    def _call(self, group: Group, rows: list[tuple[int, Tensor, Tensor]], clip: Tensor | None) -> None:
+    def _call(
+        self, group: Group, rows: list[tuple[int, Tensor, Tensor]], clip: Tensor | None
+    ) -> None:
         states = [self.state_of(parameter) for _, parameter, _ in rows]
         torch._foreach_add_([state["step"] for state in states], 1)
         steps = [int(state["step"]) for state in states]
@@ -191,10 +201,26 @@ class FusedAdamW(torch.optim.Optimizer):
         numbers = [1.0 - lr * float(group["weight_decay"]), beta1, beta2, float(group["eps"])]
         rates = list(self._rates(lr, beta1, beta2, steps, states))
         stochastic = self.options.rounding == "stochastic"
-        keys = [_key(self.options.seed, step, place) for step, (place, _, _) in zip(steps, rows, strict=True)]
+        keys = [
+            _key(self.options.seed, step, place)
+            for step, (place, _, _) in zip(steps, rows, strict=True)
+        ]
         zero = self.options.zero_grad
-        _ops.adamw(weights, grads, *lists, clip, rates, keys, numbers, stochastic, zero, self.options.backend)
-        for parameter, weight, grad, (_, _, given) in zip(parameters, weights, grads, rows, strict=True):
+        _ops.adamw(
+            weights,
+            grads,
+            *lists,
+            clip,
+            rates,
+            keys,
+            numbers,
+            stochastic,
+            zero,
+            self.options.backend,
+        )
+        for parameter, weight, grad, (_, _, given) in zip(
+            parameters, weights, grads, rows, strict=True
+        ):
             if weight is not parameter:
                 parameter.copy_(weight)
             if zero and grad is not given:
@@ -219,7 +245,10 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 def _check_group(group: Group) -> None:
-    (beta1, beta2), numbers = group["betas"], {name: group[name] for name in ("lr", "eps", "weight_decay")}
+    (beta1, beta2), numbers = (
+        group["betas"],
+        {name: group[name] for name in ("lr", "eps", "weight_decay")},
+    )
     for name, value in numbers.items():
         if not value >= 0:
             raise ValueError(f"FusedAdamW: {name} must be at least 0, got {value}")
@@ -227,7 +256,9 @@ def _check_group(group: Group) -> None:
         raise ValueError(f"FusedAdamW: betas must be from 0 to below 1, got {group['betas']}")
     for parameter in group["params"]:
         if parameter.dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"FusedAdamW: parameters must be float32 or bfloat16, got {parameter.dtype}")
+            raise TypeError(
+                f"FusedAdamW: parameters must be float32 or bfloat16, got {parameter.dtype}"
+            )
 
 
 def _refuse_overlaps(parameters: Iterable[Tensor]) -> None:
@@ -239,14 +270,18 @@ def _refuse_overlaps(parameters: Iterable[Tensor]) -> None:
     )
     for (_, stop), (start, _) in zip(spans, spans[1:], strict=False):
         if start < stop:
-            raise ValueError("FusedAdamW: parameters must not overlap in memory; give a tied weight once")
+            raise ValueError(
+                "FusedAdamW: parameters must not overlap in memory; give a tied weight once"
+            )
 
 
 def _checked_grad(parameter: Tensor) -> Tensor:
     grad = parameter.grad
     assert grad is not None
     if grad.layout != torch.strided:
-        raise ValueError(f"FusedAdamW: gradients must be dense, got {grad.layout} of shape {list(grad.shape)}")
+        raise ValueError(
+            f"FusedAdamW: gradients must be dense, got {grad.layout} of shape {list(grad.shape)}"
+        )
     if grad.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"FusedAdamW: gradients must be float32 or bfloat16, got {grad.dtype}")
     return grad.detach()

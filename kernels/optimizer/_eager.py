@@ -43,8 +43,20 @@ def adamw(
     moment_bits = random_bits(len(weight), high, low, weight.device) if stochastic else None
     _store_weight(w, weight, master, bits)
     if scales:
-        encode(m, exp_avg, scales[0], second=False, bits=None if moment_bits is None else moment_bits >> 16)
-        encode(v, exp_avg_sq, scales[1], second=True, bits=None if moment_bits is None else moment_bits & 0xFFFF)
+        encode(
+            m,
+            exp_avg,
+            scales[0],
+            second=False,
+            bits=None if moment_bits is None else moment_bits >> 16,
+        )
+        encode(
+            v,
+            exp_avg_sq,
+            scales[1],
+            second=True,
+            bits=None if moment_bits is None else moment_bits & 0xFFFF,
+        )
     else:
         _store(m, exp_avg, None if moment_bits is None else moment_bits >> 16)
         _store(v, exp_avg_sq, None if moment_bits is None else moment_bits & 0xFFFF)
@@ -100,7 +112,9 @@ def stochastic_bf16(values: Tensor, bits16: Tensor) -> Tensor:
     return cut.masked_fill(values.isnan(), float("nan"))
 
 
-def random_bits(count: int, before: int, between: int, device: torch.device | None = None) -> Tensor:
+def random_bits(
+    count: int, before: int, between: int, device: torch.device | None = None
+) -> Tensor:
     """[count] int64 below 2^32: two rounds of Wellons' lowbias32 of the index, with a key before each."""
     index = torch.arange(count, device=device)
     x = (index & _MASK) ^ before
@@ -118,7 +132,9 @@ def decoded(codes: Tensor, scale: Tensor, *, second: bool) -> Tensor:
     return share * scale.repeat_interleave(BLOCK)[: len(codes)]
 
 
-def encode(values: Tensor, codes: Tensor, scale: Tensor, *, second: bool, bits: Tensor | None) -> None:
+def encode(
+    values: Tensor, codes: Tensor, scale: Tensor, *, second: bool, bits: Tensor | None
+) -> None:
     """Writes codes and the scale of every 256 values, the largest size among them.
 
     Rounding is unbiased in the value with ``bits`` (random, below 2^16), else to nearest. A second moment above zero
@@ -135,9 +151,17 @@ def encode(values: Tensor, codes: Tensor, scale: Tensor, *, second: bool, bits: 
     whole = torch.where(root < steps - 1, root, steps - 1.0).trunc()
     high = whole + 1
     below, above = _power(whole, power), _power(high, power)
-    share = 0.5 if bits is None else F.pad(bits, (0, -len(bits) % BLOCK)).view(-1, BLOCK).float() * 2.0**-16
+    share = (
+        0.5
+        if bits is None
+        else F.pad(bits, (0, -len(bits) % BLOCK)).view(-1, BLOCK).float() * 2.0**-16
+    )
     code = whole + (share * (above - below) < place - below)
-    code = torch.where((code == 0) & (place > 0), 1.0, code) if second else torch.where(rows < 0, -code, code)
+    code = (
+        torch.where((code == 0) & (place > 0), 1.0, code)
+        if second
+        else torch.where(rows < 0, -code, code)
+    )
     tiny = top < 1
     code = torch.where(usable[:, None], code, torch.where(tiny, 0.0, float(steps))[:, None])
     scale.copy_(torch.where(~usable & tiny, 0.0, top))

@@ -18,7 +18,11 @@ class InBackward:
     ``use_reentrant=True`` runs passes of its own and would update a shared weight more than once; use False.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], update: Callable[[dict[str, Any], int, Tensor], None]) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        update: Callable[[dict[str, Any], int, Tensor], None],
+    ) -> None:
         members = [(group, parameter) for group in groups for parameter in group["params"]]
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(update, group, place))

@@ -80,8 +80,13 @@ def _native(
     places = [[t.data_ptr() for t in part] for part in (weights, grads, exp_avgs, exp_avg_sqs)]
     of_scales = [t.data_ptr() for t in scales] or none * 2
     rest = [[t.data_ptr() for t in part] or none for part in (masters, averages)]
-    sizes, unsigned = [weight.numel() for weight in weights], [key & 0xFFFFFFFFFFFFFFFF for key in keys]
-    rows = list(zip(sizes, *places, of_scales[:count], of_scales[count:], *rest, unsigned, strict=True))
+    sizes, unsigned = (
+        [weight.numel() for weight in weights],
+        [key & 0xFFFFFFFFFFFFFFFF for key in keys],
+    )
+    rows = list(
+        zip(sizes, *places, of_scales[:count], of_scales[count:], *rest, unsigned, strict=True)
+    )
     kinds = (
         weights[0].dtype == torch.bfloat16,
         grads[0].dtype == torch.bfloat16,
@@ -103,9 +108,16 @@ def grad_square_sum(grads: Sequence[Tensor], backend: str | None) -> Tensor:
         assert native is not None
         addresses, sizes = [grad.data_ptr() for grad in grads], [grad.numel() for grad in grads]
         bf16 = grads[0].dtype == torch.bfloat16
-        return torch.tensor(native.square_sum(addresses, sizes, bf16, torch.get_num_threads()), dtype=torch.float64)
+        return torch.tensor(
+            native.square_sum(addresses, sizes, bf16, torch.get_num_threads()), dtype=torch.float64
+        )
     if chosen == "triton":  # torch's own kernel for many tensors; no widened copies
-        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)).double().square().sum()
+        return (
+            torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32))
+            .double()
+            .square()
+            .sum()
+        )
     return _eager.square_sum(grads)
 
 

@@ -34,10 +34,16 @@ class Options:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"FusedAdamW: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"FusedAdamW: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         decay = self.average_decay
-        if not (decay is None or decay == "mean" or (isinstance(decay, float | int) and 0 <= decay < 1)):
-            raise ValueError(f"FusedAdamW: average_decay must be None, 'mean' or from 0 to below 1, got {decay!r}")
+        if not (
+            decay is None or decay == "mean" or (isinstance(decay, float | int) and 0 <= decay < 1)
+        ):
+            raise ValueError(
+                f"FusedAdamW: average_decay must be None, 'mean' or from 0 to below 1, got {decay!r}"
+            )
         if not self.max_norm >= 0:
             raise ValueError(f"FusedAdamW: max_norm must be at least 0, got {self.max_norm}")
 
@@ -45,7 +51,11 @@ class Options:
         """The new weight's share in the average of ``before`` + 1 weights; the first weight is the first average."""
         if before == 0:
             return 1.0
-        return 1 / (before + 1) if self.average_decay == "mean" else 1.0 - float(self.average_decay or 0.0)
+        return (
+            1 / (before + 1)
+            if self.average_decay == "mean"
+            else 1.0 - float(self.average_decay or 0.0)
+        )
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -78,7 +88,9 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
         if options.moments == "int8":
             state[name] = torch.zeros(parameter.numel(), dtype=code, device=parameter.device)
             blocks = -(-parameter.numel() // _eager.BLOCK)
-            state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
+            state[f"{name}_scale"] = torch.zeros(
+                blocks, dtype=torch.float32, device=parameter.device
+            )
         else:
             state[name] = torch.zeros_like(parameter, dtype=DTYPES[options.moments])
     if parameter.dtype == torch.bfloat16 and options.master == "fp32":
@@ -108,14 +120,18 @@ def adopted(parameter: Tensor, saved: Mapping[str, Any], options: Options) -> di
         if name in state and name in saved:
             state[name] = _moved(parameter, saved[name], state[name].dtype, name)
         elif name in state and other in saved:
-            raise ValueError(f"FusedAdamW: the loaded state keeps {other!r}, master={options.master!r} needs {name!r}")
+            raise ValueError(
+                f"FusedAdamW: the loaded state keeps {other!r}, master={options.master!r} needs {name!r}"
+            )
     if "average" in state and "average" in saved:
         state["average"] = _moved(parameter, saved["average"], torch.float32, "average")
         state["num_averaged"] = int(saved["num_averaged"])
     return state
 
 
-def _adopt_moment(parameter: Tensor, saved: Mapping[str, Any], state: dict[str, Any], name: str) -> None:
+def _adopt_moment(
+    parameter: Tensor, saved: Mapping[str, Any], state: dict[str, Any], name: str
+) -> None:
     value, second, scale = saved[name], name == "exp_avg_sq", f"{name}_scale"
     if scale in saved and scale in state:
         if saved[scale].shape != state[scale].shape:
@@ -138,5 +154,7 @@ def _adopt_moment(parameter: Tensor, saved: Mapping[str, Any], state: dict[str, 
 
 def _moved(parameter: Tensor, value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if value.shape != parameter.shape:
-        raise ValueError(f"FusedAdamW: loaded {name} must be {list(parameter.shape)}, is {list(value.shape)}")
+        raise ValueError(
+            f"FusedAdamW: loaded {name} must be {list(parameter.shape)}, is {list(value.shape)}"
+        )
     return in_layout_of(parameter, value.to(device=parameter.device, dtype=dtype))

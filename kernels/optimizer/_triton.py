@@ -74,11 +74,20 @@ def _stochastic_bits(value, random16):
 
 @triton.jit
 def _store_bf16(
-    address, place, inside, value, random16, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr
+    address,
+    place,
+    inside,
+    value,
+    random16,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     bits = _stochastic_bits(value, random16) if STOCHASTIC else _nearest_bits(value)
     bits = bits.to(tl.uint16)
-    _write(_pointer(address, tl.int16, ALIGNED) + place, bits.to(tl.int16, bitcast=True), inside, FULL)
+    _write(
+        _pointer(address, tl.int16, ALIGNED) + place, bits.to(tl.int16, bitcast=True), inside, FULL
+    )
     return _widened(bits)
 
 
@@ -122,7 +131,11 @@ def _store_codes(
     size = bits.to(tl.float32, bitcast=True)
     top = tl.max(tl.where(inside, bits, 0), axis=1).to(tl.float32, bitcast=True)
     usable = (top >= 1.17549435e-38) & (top <= 3.40282347e38)
-    place_in = size * tl.div_rn(tl.full(top.shape, 1.0, tl.float32), tl.where(usable, top, 1.0))[:, None] * MOST
+    place_in = (
+        size
+        * tl.div_rn(tl.full(top.shape, 1.0, tl.float32), tl.where(usable, top, 1.0))[:, None]
+        * MOST
+    )
     root = tl.sqrt_rn(place_in)
     if SECOND:
         root = tl.sqrt_rn(root)
@@ -130,12 +143,18 @@ def _store_codes(
     below, above = _power(whole, SECOND), _power(whole + 1, SECOND)
     share = random16.to(tl.int32).to(tl.float32) * (1.0 / 65536) if STOCHASTIC else 0.5
     code = whole + tl.where(share * (above - below) < place_in - below, 1.0, 0.0)
-    code = tl.where((code == 0) & (place_in > 0), 1.0, code) if SECOND else tl.where(value < 0, -code, code)
+    code = (
+        tl.where((code == 0) & (place_in > 0), 1.0, code)
+        if SECOND
+        else tl.where(value < 0, -code, code)
+    )
     code = tl.where(usable[:, None], code, tl.where(top < 1, 0.0, STEPS)[:, None])
     TYPE: tl.constexpr = tl.uint8 if SECOND else tl.int8
     _write(_pointer(address, TYPE, ALIGNED) + place, code.to(tl.int32).to(TYPE), inside, FULL)
     tl.store(
-        _pointer(scale_address, tl.float32, False) + row, tl.where((top < 1) & (usable == 0), 0.0, top), mask=full_row
+        _pointer(scale_address, tl.float32, False) + row,
+        tl.where((top < 1) & (usable == 0), 0.0, top),
+        mask=full_row,
     )
 
 
@@ -189,10 +208,32 @@ def _update(
     moment_bits = _random(place, key_high, key_low)
     if MOMENTS == 2:
         _store_codes(
-            first, first_scale, place, row, inside, full_row, m, moment_bits >> 16, False, STOCHASTIC, ALIGNED, FULL
+            first,
+            first_scale,
+            place,
+            row,
+            inside,
+            full_row,
+            m,
+            moment_bits >> 16,
+            False,
+            STOCHASTIC,
+            ALIGNED,
+            FULL,
         )
         _store_codes(
-            second, second_scale, place, row, inside, full_row, v, moment_bits & 0xFFFF, True, STOCHASTIC, ALIGNED, FULL
+            second,
+            second_scale,
+            place,
+            row,
+            inside,
+            full_row,
+            v,
+            moment_bits & 0xFFFF,
+            True,
+            STOCHASTIC,
+            ALIGNED,
+            FULL,
         )
     elif MOMENTS == 1:
         _store_bf16(first, place, inside, m, moment_bits >> 16, STOCHASTIC, ALIGNED, FULL)
@@ -207,21 +248,45 @@ def _update(
         raw = tl.where((raw & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, raw).to(tl.uint32)
         rounded = ((raw + 0x8000) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
         _write(_pointer(weight, tl.int16, ALIGNED) + place, rounded, inside, FULL)
-        _write(_pointer(master, tl.int16, ALIGNED) + place, raw.to(tl.uint16).to(tl.int16, bitcast=True), inside, FULL)
+        _write(
+            _pointer(master, tl.int16, ALIGNED) + place,
+            raw.to(tl.uint16).to(tl.int16, bitcast=True),
+            inside,
+            FULL,
+        )
     elif MASTER == 1:
         _write(_pointer(master, tl.float32, ALIGNED) + place, w, inside, FULL)
         _store_bf16(weight, place, inside, w, moment_bits, False, ALIGNED, FULL)
     else:
-        w = _store_bf16(weight, place, inside, w, _random(place, key_low, key_high) >> 16, STOCHASTIC, ALIGNED, FULL)
+        w = _store_bf16(
+            weight,
+            place,
+            inside,
+            w,
+            _random(place, key_low, key_high) >> 16,
+            STOCHASTIC,
+            ALIGNED,
+            FULL,
+        )
     if KINDS[5]:
         average = _pointer(tl.load(column + 9 * count), tl.float32, ALIGNED) + place
         old = _read(average, inside, FULL)
         _write(average, old + (w - old) * _number(column, 13 * count), inside, FULL)
     if KINDS[7]:
         if KINDS[2]:
-            _write(_pointer(grad, tl.int16, ALIGNED) + place, tl.zeros(place.shape, tl.int16), inside, FULL)
+            _write(
+                _pointer(grad, tl.int16, ALIGNED) + place,
+                tl.zeros(place.shape, tl.int16),
+                inside,
+                FULL,
+            )
         else:
-            _write(_pointer(grad, tl.float32, ALIGNED) + place, tl.zeros(place.shape, tl.float32), inside, FULL)
+            _write(
+                _pointer(grad, tl.float32, ALIGNED) + place,
+                tl.zeros(place.shape, tl.float32),
+                inside,
+                FULL,
+            )
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -242,11 +307,39 @@ def adamw_kernel(
     first_row = (block - tl.load(column)) * ROWS
     if (first_row + ROWS) * WIDTH <= size:
         _update(
-            column, count, first_row, size, clip, decay, beta1, rest1, beta2, rest2, epsilon, KINDS, True, ROWS, WIDTH
+            column,
+            count,
+            first_row,
+            size,
+            clip,
+            decay,
+            beta1,
+            rest1,
+            beta2,
+            rest2,
+            epsilon,
+            KINDS,
+            True,
+            ROWS,
+            WIDTH,
         )
     else:
         _update(
-            column, count, first_row, size, clip, decay, beta1, rest1, beta2, rest2, epsilon, KINDS, False, ROWS, WIDTH
+            column,
+            count,
+            first_row,
+            size,
+            clip,
+            decay,
+            beta1,
+            rest1,
+            beta2,
+            rest2,
+            epsilon,
+            KINDS,
+            False,
+            ROWS,
+            WIDTH,
         )
 
 
@@ -281,7 +374,10 @@ def adamw(
 
 
 def describe(
-    lists: Sequence[Sequence[Tensor]], rates: Sequence[float], keys: Sequence[int], flags: tuple[bool, bool, bool]
+    lists: Sequence[Sequence[Tensor]],
+    rates: Sequence[float],
+    keys: Sequence[int],
+    flags: tuple[bool, bool, bool],
 ) -> tuple[Tensor, tuple[int | bool, ...], int]:
     """The table on the CPU, what the compiler must know, and the number of blocks.
 
@@ -296,7 +392,9 @@ def describe(
         starts.append(starts[-1] + -(-size // BLOCK))
     none = [0] * count
     of_scales = [scale.data_ptr() for scale in scales] or none * 2
-    addresses = [[t.data_ptr() for t in part] or none for part in (weights, grads, exp_avgs, exp_avg_sqs)]
+    addresses = [
+        [t.data_ptr() for t in part] or none for part in (weights, grads, exp_avgs, exp_avg_sqs)
+    ]
     addresses += [of_scales[:count], of_scales[count:]]
     addresses += [[t.data_ptr() for t in part] or none for part in (masters, averages)]
     aligned = all(place % 16 == 0 for part in (0, 1, 2, 3, 6, 7) for place in addresses[part])
@@ -309,6 +407,12 @@ def describe(
         bool(averages),
         *flags,
     )
-    floats = [[struct.unpack("i", struct.pack("f", rate))[0] for rate in rates[k::3]] for k in range(3)]
+    floats = [
+        [struct.unpack("i", struct.pack("f", rate))[0] for rate in rates[k::3]] for k in range(3)
+    ]
     rows = [starts[:-1], sizes, *addresses, list(keys), *floats]
-    return torch.tensor([number for row in rows for number in row], dtype=torch.int64), kinds, starts[-1]
+    return (
+        torch.tensor([number for row in rows for number in row], dtype=torch.int64),
+        kinds,
+        starts[-1],
+    )

@@ -46,7 +46,9 @@ class CountSketch:
 
     def __post_init__(self) -> None:
         if self.proj_dim < BUCKET or self.proj_dim % BUCKET:
-            raise ValueError(f"CountSketch: proj_dim must be a positive multiple of {BUCKET}, got {self.proj_dim}")
+            raise ValueError(
+                f"CountSketch: proj_dim must be a positive multiple of {BUCKET}, got {self.proj_dim}"
+            )
 
     def key(self, name: str) -> int:
         """64 bits that depend on hash version, seed and the parameter's name; signed, as torch wants it."""
@@ -101,8 +103,12 @@ def flat_sketch(
     if gradient.dim() == 2:
         gradient = gradient.unsqueeze(1)
     if gradient.dim() != 3:
-        raise ValueError(f"flat_sketch: gradient must be [B, R, C] or [B, C], got {list(gradient.shape)}")
-    if row_ids is not None and (row_ids.shape != gradient.shape[:2] or row_ids.dtype != torch.int64):
+        raise ValueError(
+            f"flat_sketch: gradient must be [B, R, C] or [B, C], got {list(gradient.shape)}"
+        )
+    if row_ids is not None and (
+        row_ids.shape != gradient.shape[:2] or row_ids.dtype != torch.int64
+    ):
         raise ValueError(
             f"flat_sketch: row_ids must be int64 {list(gradient.shape[:2])}, got {row_ids.dtype} {list(row_ids.shape)}"
         )
@@ -146,7 +152,9 @@ def vector_grad_sketch(
         [B, D] float32; ``out`` itself if given. Sums in float32.
     """
     if x is not None and x.shape != dy.shape:
-        raise ValueError(f"vector_grad_sketch: x must be as dy, {list(dy.shape)}, got {list(x.shape)}")
+        raise ValueError(
+            f"vector_grad_sketch: x must be as dy, {list(dy.shape)}, got {list(x.shape)}"
+        )
     dy, offsets = _end_to_end("vector_grad_sketch", dy, cu_seqlens)
     if x is not None:
         x, _ = _end_to_end("vector_grad_sketch", x, cu_seqlens)
@@ -193,7 +201,9 @@ def linear_grad_sketch(
     dims = 3 if cu_seqlens is None else 2
     if dy.dim() != dims or x.dim() != dims or dy.shape[:-1] != x.shape[:-1]:
         want = "[B, T, O] and [B, T, I]" if cu_seqlens is None else "[N, O] and [N, I]"
-        raise ValueError(f"linear_grad_sketch: dy and x must be {want}, got {list(dy.shape)}, {list(x.shape)}")
+        raise ValueError(
+            f"linear_grad_sketch: dy and x must be {want}, got {list(dy.shape)}, {list(x.shape)}"
+        )
     place = _place("linear_grad_sketch", x.shape[-1], first_row, first_column, columns)
     dy, offsets = _end_to_end("linear_grad_sketch", dy, cu_seqlens)
     x, _ = _end_to_end("linear_grad_sketch", x, cu_seqlens)
@@ -237,11 +247,23 @@ def embedding_grad_sketch(
     rows, offsets = _end_to_end("embedding_grad_sketch", dy, cu_seqlens)
     out = _checked_out("embedding_grad_sketch", out, len(offsets) - 1, dy.device, sketch)
     _check_scale("embedding_grad_sketch", scale, (-1, dy.shape[-1]))
-    sketch_rows(rows, offsets, token_ids.reshape(-1).contiguous(), *place, sketch.seed, name, scale, out, backend)
+    sketch_rows(
+        rows,
+        offsets,
+        token_ids.reshape(-1).contiguous(),
+        *place,
+        sketch.seed,
+        name,
+        scale,
+        out,
+        backend,
+    )
     return out
 
 
-def _place(op: str, width: int, first_row: int, first_column: int, columns: int | None) -> tuple[int, int, int]:
+def _place(
+    op: str, width: int, first_row: int, first_column: int, columns: int | None
+) -> tuple[int, int, int]:
     columns = first_column + width if columns is None else columns
     if first_row < 0 or first_column < 0 or first_column + width > columns:
         raise ValueError(
@@ -255,7 +277,9 @@ def _check_scale(op: str, scale: Tensor | None, shape: Sequence[int]) -> None:
     """A shape of -1 is any."""
     if scale is None:
         return
-    fits = scale.dim() == 2 and all(want in (-1, got) for want, got in zip(shape, scale.shape, strict=True))
+    fits = scale.dim() == 2 and all(
+        want in (-1, got) for want, got in zip(shape, scale.shape, strict=True)
+    )
     if not fits or scale.dtype != torch.float32 or (scale.stride(1) != 1 and scale.shape[1] > 1):
         raise ValueError(
             f"{op}: scale must be float32 {list(shape)} with contiguous rows, got {scale.dtype} {list(scale.shape)}"
@@ -271,20 +295,36 @@ def _end_to_end(op: str, values: Tensor, cu_seqlens: Tensor | None) -> tuple[Ten
         offsets = torch.arange(batch + 1, device=values.device) * tokens
         values = values.reshape(batch * tokens, width)
     else:
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"{op}: cu_seqlens must be int64 [B + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+        if (
+            cu_seqlens.dim() != 1
+            or len(cu_seqlens) < 2
+            or cu_seqlens.dtype not in (torch.int64, torch.int32)
+        ):
+            raise ValueError(
+                f"{op}: cu_seqlens must be int64 [B + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            )
         offsets = cu_seqlens.to(values.device, torch.int64).contiguous()
-        if offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would be waited for
+        if (
+            offsets.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # a GPU would be waited for
             bounds = [0, *offsets.tolist(), len(values)]
             if bounds != sorted(bounds):
-                raise ValueError(f"{op}: cu_seqlens must rise from 0 to at most {len(values)}, got {bounds[1:-1]}")
-    return (values if values.stride(-1) == 1 or values.shape[-1] <= 1 else values.contiguous()), offsets
+                raise ValueError(
+                    f"{op}: cu_seqlens must rise from 0 to at most {len(values)}, got {bounds[1:-1]}"
+                )
+    return (
+        values if values.stride(-1) == 1 or values.shape[-1] <= 1 else values.contiguous()
+    ), offsets
 
 
-def _checked_out(op: str, out: Tensor | None, batch: int, device: torch.device, sketch: CountSketch) -> Tensor:
+def _checked_out(
+    op: str, out: Tensor | None, batch: int, device: torch.device, sketch: CountSketch
+) -> Tensor:
     shape = (batch, sketch.proj_dim)
     if out is None:
         return torch.zeros(shape, dtype=torch.float32, device=device)
     if out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous():
-        raise ValueError(f"{op}: out must be contiguous float32 {list(shape)}, got {out.dtype} {list(out.shape)}")
+        raise ValueError(
+            f"{op}: out must be contiguous float32 {list(shape)}, got {out.dtype} {list(out.shape)}"
+        )
     return out

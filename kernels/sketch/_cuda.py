@@ -94,7 +94,9 @@ def sketch_linear(
     examples, partial = len(out), None
     if splits > 1:
         examples = min(examples, max(1, PARTIAL_BYTES // (splits * out.shape[1] * 4)))
-        partial = torch.empty(examples, splits, out.shape[1], dtype=torch.float32, device=out.device)
+        partial = torch.empty(
+            examples, splits, out.shape[1], dtype=torch.float32, device=out.device
+        )
     for first in range(0, len(out), examples):
         part = out[first : first + examples]
         job = describe(dy, x, offsets[first:], place, key, part, scale, partial)
@@ -149,7 +151,9 @@ def _groups(rows: int, columns: int, place: tuple[int, int, int], proj_dim: int)
     first = first_row // TILE * across + first_column // TILE
     last = (first_row + rows - 1) // TILE * across + (first_column + columns - 1) // TILE
     if last + buckets > 1 << 32:
-        raise ValueError(f"{OP}: backend 'cuda' counts tiles in 32 bits, a parameter with tile {last} has too many")
+        raise ValueError(
+            f"{OP}: backend 'cuda' counts tiles in 32 bits, a parameter with tile {last} has too many"
+        )
     return first // buckets, last // buckets + 1
 
 
@@ -161,7 +165,9 @@ def _splits(rows: int, columns: int, place: tuple[int, int, int], proj_dim: int)
 def _wide(matrix: Tensor, first: int) -> bool:
     """Whether every 16 bytes of a tile's rows begin at a multiple of 16."""
     size = matrix.element_size()
-    return all(place % 16 == 0 for place in (matrix.data_ptr(), matrix.stride(0) * size, first * size))
+    return all(
+        place % 16 == 0 for place in (matrix.data_ptr(), matrix.stride(0) * size, first * size)
+    )
 
 
 def launch(kernel: str, blocks: int, job: bytes, device: torch.device) -> None:
@@ -176,7 +182,15 @@ def launch(kernel: str, blocks: int, job: bytes, device: torch.device) -> None:
         data = ctypes.create_string_buffer(job, len(job))
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(data))
         shape = (blocks, 1, 1, THREADS, 1, 1, 0)  # grid, block, bytes of dynamic shared memory
-        call(driver, "cuLaunchKernel", function, *shape, driver.CUstream(stream), ctypes.addressof(arguments), 0)
+        call(
+            driver,
+            "cuLaunchKernel",
+            function,
+            *shape,
+            driver.CUstream(stream),
+            ctypes.addressof(arguments),
+            0,
+        )
 
 
 @functools.cache
@@ -185,21 +199,27 @@ def kernels(index: int) -> dict[str, Any]:
     driver, nvrtc = bindings()
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
-        raise BackendUnavailableError(f"{OP}: backend 'cuda' needs a GPU of sm_80 or newer, got sm_{major}{minor}")
+        raise BackendUnavailableError(
+            f"{OP}: backend 'cuda' needs a GPU of sm_80 or newer, got sm_{major}{minor}"
+        )
     module = call(driver, "cuModuleLoadData", compile_source(nvrtc, f"sm_{major}{minor}"))
     return {name: call(driver, "cuModuleGetFunction", module, name.encode()) for name in KERNELS}
 
 
 def compile_source(nvrtc: Any, architecture: str) -> bytes:
     """The cubin of the shipped source for one architecture."""
-    program = call(nvrtc, "nvrtcCreateProgram", SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None)
+    program = call(
+        nvrtc, "nvrtcCreateProgram", SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None
+    )
     try:
         options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
         try:
             call(nvrtc, "nvrtcCompileProgram", program, len(options), options)
         except MeritFastError as error:
             log = _bytes(nvrtc, "ProgramLog", program).rstrip(b"\0").decode(errors="replace")
-            raise MeritFastError(f"{error} for {architecture}: {one_line(MeritFastError(log))}") from None
+            raise MeritFastError(
+                f"{error} for {architecture}: {one_line(MeritFastError(log))}"
+            ) from None
         return _bytes(nvrtc, "CUBIN", program)
     finally:
         call(nvrtc, "nvrtcDestroyProgram", program)
@@ -214,9 +234,13 @@ def _bytes(nvrtc: Any, what: str, program: Any) -> bytes:
 def bindings() -> tuple[Any, Any]:
     """cuda.bindings.driver and .nvrtc."""
     try:
-        return importlib.import_module("cuda.bindings.driver"), importlib.import_module("cuda.bindings.nvrtc")
+        return importlib.import_module("cuda.bindings.driver"), importlib.import_module(
+            "cuda.bindings.nvrtc"
+        )
     except ImportError as error:
-        raise BackendUnavailableError(f"{OP}: backend 'cuda' needs cuda-bindings: {one_line(error)}") from None
+        raise BackendUnavailableError(
+            f"{OP}: backend 'cuda' needs cuda-bindings: {one_line(error)}"
+        ) from None
 
 
 def call(library: Any, name: str, *arguments: Any) -> Any:

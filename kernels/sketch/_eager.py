@@ -61,13 +61,17 @@ def token_sums(dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | N
     product = dy.float()
     if x is not None:
         x = x.float()
-        product = product * (x if epsilon is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon))
+        product = product * (
+            x if epsilon is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+        )
     lengths = offsets.diff()
     example = torch.repeat_interleave(torch.arange(len(lengths), device=dy.device), lengths)
     return product.new_zeros(len(lengths), dy.shape[1]).index_add_(0, example, product)
 
 
-def _add_rows(values: Tensor, rows: Tensor, first_column: int, columns: int, key: int, out: Tensor) -> None:
+def _add_rows(
+    values: Tensor, rows: Tensor, first_column: int, columns: int, key: int, out: Tensor
+) -> None:
     """out += the sketch of ``values`` [R, C], which are rows ``rows`` and columns first_column.. of the parameter."""
     across, buckets = -(-columns // TILE), len(out) // TILE**2
     left = first_column // TILE

@@ -89,16 +89,28 @@ def sketch_linear(
 
 
 @torch.library.custom_op("merit_fast::token_sums", mutates_args=())
-def token_sums(dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | None, backend: str | None) -> Tensor:
+def token_sums(
+    dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | None, backend: str | None
+) -> Tensor:
     """[B, C] float32: sums over each example's tokens of dy, or of dy times x, its rows over their RMS if wanted."""
-    if dispatch.choose("flat_sketch", dy.device.type, backend) != "cpu":  # on a GPU torch's own operations
+    if (
+        dispatch.choose("flat_sketch", dy.device.type, backend) != "cpu"
+    ):  # on a GPU torch's own operations
         return _eager.token_sums(dy, x, offsets, epsilon)
     native = dispatch.native_module()
     assert native is not None
     out = torch.zeros(len(offsets) - 1, dy.shape[1], dtype=torch.float32)
     of_x = (0, False, dy.shape[1], 0) if x is None else _matrix(x)
     epsilon = -1.0 if epsilon is None else epsilon
-    native.token_sums(_matrix(dy), of_x, offsets.data_ptr(), len(out), epsilon, out.data_ptr(), torch.get_num_threads())
+    native.token_sums(
+        _matrix(dy),
+        of_x,
+        offsets.data_ptr(),
+        len(out),
+        epsilon,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -119,7 +131,9 @@ def _nothing(*arguments: object) -> None:
 
 
 @token_sums.register_fake
-def _(dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | None, backend: str | None) -> Tensor:
+def _(
+    dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | None, backend: str | None
+) -> Tensor:
     return dy.new_empty(offsets.shape[0] - 1, dy.shape[1], dtype=torch.float32)
 
 

@@ -47,7 +47,12 @@ def _program(offsets, buckets, splits):
     program = tl.program_id(0)
     example = program // (buckets * splits)
     start = tl.load(offsets + example)
-    return program % buckets, program // buckets % splits, start, (tl.load(offsets + example + 1) - start).to(tl.int32)
+    return (
+        program % buckets,
+        program // buckets % splits,
+        start,
+        (tl.load(offsets + example + 1) - start).to(tl.int32),
+    )
 
 
 @triton.jit
@@ -61,14 +66,24 @@ def _walk(rows, columns, first_row, first_column, across, buckets):
     strips = (first_row + rows + 63) // 64 - top
     width = (first_column + columns + 63) // 64 - left
     whole = (strips - 1) * across + width
-    touched, touched_whole = (width + buckets - 2) // buckets + 1, (whole + buckets - 2) // buckets + 1
+    touched, touched_whole = (
+        (width + buckets - 2) // buckets + 1,
+        (whole + buckets - 2) // buckets + 1,
+    )
     by_strip = strips * touched < touched_whole
     run, touched = tl.where(by_strip, width, whole), tl.where(by_strip, touched, touched_whole)
-    return top * across + left, run, touched, tl.where(rows > 0, tl.where(by_strip, strips, 1) * touched, 0)
+    return (
+        top * across + left,
+        run,
+        touched,
+        tl.where(rows > 0, tl.where(by_strip, strips, 1) * touched, 0),
+    )
 
 
 @triton.jit
-def _step(step, key, bucket, first, run, touched, columns, first_row, first_column, across, buckets):
+def _step(
+    step, key, bucket, first, run, touched, columns, first_row, first_column, across, buckets
+):
     """The bucket's tile at a step, whether it is of the part, and the part's row and column where it begins."""
     first += step // touched * across
     tile = _tile_of(key, first // buckets + step % touched, bucket, buckets)
@@ -95,8 +110,12 @@ def _permuted(product, x, y):
     register bit 0 of the column. With the warps' bits lowest in the first axis, that is the layout a gather wants, and
     nothing passes through shared memory; products of other kinds do once, 16 KiB written and read.
     """
-    HOPPER: tl.constexpr = cuda_capability_geq(9) and not cuda_capability_geq(10)  # its warps lie 4 x 1, others' 2 x 2
-    bits = tl.reshape(product, (2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2))  # of the row, then of the column
+    HOPPER: tl.constexpr = cuda_capability_geq(9) and not cuda_capability_geq(
+        10
+    )  # its warps lie 4 x 1, others' 2 x 2
+    bits = tl.reshape(
+        product, (2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2)
+    )  # of the row, then of the column
     if HOPPER:
         bits = tl.permute(bits, (6, 7, 8, 2, 0, 1, 3, 4, 5, 9, 10, 11))
     else:
@@ -115,10 +134,14 @@ def _permuted(product, x, y):
 
 
 @triton.jit
-def _block(dy, x, dy_stride, x_stride, start, tokens, i, j, rows_in, columns_in, VECTORS: tl.constexpr):
+def _block(
+    dy, x, dy_stride, x_stride, start, tokens, i, j, rows_in, columns_in, VECTORS: tl.constexpr
+):
     """dy[:, i].T @ x[:, j] over an example's tokens, in float32."""
     # Ampere and RTX hold operands in registers, and what is loaded by element passes through them.
-    BY_REGISTER: tl.constexpr = is_cuda() and (not cuda_capability_geq(9) or cuda_capability_geq(12))
+    BY_REGISTER: tl.constexpr = is_cuda() and (
+        not cuda_capability_geq(9) or cuda_capability_geq(12)
+    )
     SLOW: tl.constexpr = dy.dtype.element_ty == tl.float32 or not VECTORS
     TOKENS: tl.constexpr = 16 if SLOW else (32 if BY_REGISTER else 64)
     STAGES: tl.constexpr = (4 if TOKENS == 32 else 3) if VECTORS else 1
@@ -154,19 +177,36 @@ def linear_kernel(
     total = tl.zeros((64, 64), tl.float32)
     for step in range(split, steps, splits):
         tile, inside, row, column = _step(
-            step, key, bucket, first, run, touched, columns, first_row, first_column, across, buckets
+            step,
+            key,
+            bucket,
+            first,
+            run,
+            touched,
+            columns,
+            first_row,
+            first_column,
+            across,
+            buckets,
         )
         if inside:
             x_mask, y_mask, row_signs, column_signs = _draw(key, tile)
             i = row + tl.max_contiguous(tl.multiple_of(lane ^ (x_mask & 56), 8), 8)
             j = column + tl.max_contiguous(tl.multiple_of(lane ^ (y_mask & 56), 8), 8)
             rows_in, columns_in = (i >= 0) & (i < rows), (j >= 0) & (j < columns)
-            product = _block(dy, x, dy_stride, x_stride, start, tokens, i, j, rows_in, columns_in, VECTORS)
+            product = _block(
+                dy, x, dy_stride, x_stride, start, tokens, i, j, rows_in, columns_in, VECTORS
+            )
             if HAS_SCALE:
                 at = scale + i[:, None].to(tl.int64) * scale_stride + j[None, :]
-                mask = (rows_in & (i < scale_rows))[:, None] & (columns_in & (j < scale_columns))[None, :]
+                mask = (rows_in & (i < scale_rows))[:, None] & (columns_in & (j < scale_columns))[
+                    None, :
+                ]
                 product *= tl.load(at, mask=mask, other=0.0)
-            sign = _signs(row_signs, lane ^ x_mask)[:, None] * _signs(column_signs, lane ^ y_mask)[None, :]
+            sign = (
+                _signs(row_signs, lane ^ x_mask)[:, None]
+                * _signs(column_signs, lane ^ y_mask)[None, :]
+            )
             total += sign * _permuted(product, x_mask & 7, y_mask & 7)
     _write(out, bucket, buckets, splits, total)
 
@@ -187,7 +227,17 @@ def rows_kernel(
     total = tl.zeros((64, 64), tl.float32)
     for step in range(split, steps, splits):
         tile, inside, row, column = _step(
-            step, key, bucket, first, run, touched, columns, first_row, first_column, across, buckets
+            step,
+            key,
+            bucket,
+            first,
+            run,
+            touched,
+            columns,
+            first_row,
+            first_column,
+            across,
+            buckets,
         )
         if inside:
             x_mask, y_mask, row_signs, column_signs = _draw(key, tile)
@@ -198,7 +248,10 @@ def rows_kernel(
             if HAS_SCALE:
                 at = scale + i[:, None].to(tl.int64) * scale_stride + j[None, :]
                 value *= tl.load(at, mask=mask, other=0.0)
-            sign = _signs(row_signs, lane ^ x_mask)[:, None] * _signs(column_signs, lane ^ y_mask)[None, :]
+            sign = (
+                _signs(row_signs, lane ^ x_mask)[:, None]
+                * _signs(column_signs, lane ^ y_mask)[None, :]
+            )
             total += sign * value
     _write(out, bucket, buckets, splits, total)
 
@@ -235,13 +288,21 @@ def ids_kernel(
             i = (row % 64).to(tl.int32)
             source = lane[None, :] ^ y_mask[:, None]
             j = ((tile - strip * across) * 64 - first_column)[:, None] + source
-            inside = (live & (tile >= first) & (tile < first + width))[:, None] & (j >= 0) & (j < columns)
-            value = tl.load(gradient + here[:, None] * stride + j, mask=inside, other=0.0).to(tl.float32)
+            inside = (
+                (live & (tile >= first) & (tile < first + width))[:, None]
+                & (j >= 0)
+                & (j < columns)
+            )
+            value = tl.load(gradient + here[:, None] * stride + j, mask=inside, other=0.0).to(
+                tl.float32
+            )
             if HAS_SCALE:
                 at = scale + (row - first_row)[:, None] * scale_stride + j
                 value *= tl.load(at, mask=inside, other=0.0)
             value *= _signs(column_signs[:, None], source)
-            goes = tl.where(lane[:, None] == (i ^ x_mask)[None, :], _signs(row_signs, i)[None, :], 0.0)
+            goes = tl.where(
+                lane[:, None] == (i ^ x_mask)[None, :], _signs(row_signs, i)[None, :], 0.0
+            )
             if not WIDE:
                 value, goes = value.to(tl.bfloat16), goes.to(tl.bfloat16)
             total = tl.dot(goes, value, total, input_precision="ieee")

@@ -16,8 +16,15 @@ def diagnose() -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "versions": {"python": platform.python_version(), **tool_versions()},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
-        "native": {"built": native is not None, "simd_level": native.simd_level() if native else None},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "native": {
+            "built": native is not None,
+            "simd_level": native.simd_level() if native else None,
+        },
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MERIT_FAST_")},
         "ops": dispatch.backend_table("cpu"),
@@ -30,10 +37,19 @@ def print_diagnosis(diagnosis: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    console.print("  ".join(f"{name} {version}" for name, version in diagnosis["versions"].items()), highlight=False)
+    console.print(
+        "  ".join(f"{name} {version}" for name, version in diagnosis["versions"].items()),
+        highlight=False,
+    )
     machine, native = diagnosis["machine"], diagnosis["native"]
-    console.print(f"{machine['processor']}, {machine['cores']} cores, torch uses {machine['torch_threads']} threads")
-    state = f"built, ISA level {native['simd_level']}" if native["built"] else "not built: install g++ and reinstall"
+    console.print(
+        f"{machine['processor']}, {machine['cores']} cores, torch uses {machine['torch_threads']} threads"
+    )
+    state = (
+        f"built, ISA level {native['simd_level']}"
+        if native["built"]
+        else "not built: install g++ and reinstall"
+    )
     console.print(f"native kernels: {state}; device: {diagnosis['device']}")
     for key, value in diagnosis["environment"].items():
         console.print(f"{key}={value}")
@@ -47,6 +63,8 @@ def print_diagnosis(diagnosis: dict[str, Any]) -> None:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

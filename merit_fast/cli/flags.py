@@ -27,15 +27,25 @@ def add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """One flag for every field: ``--max-shard-size VALUE`` in YAML, ``--fsync/--no-fsync`` for a truth value."""
     for field in dataclasses.fields(config):
         shown = list(field.default) if isinstance(field.default, tuple) else field.default
-        flag, help = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} [default: {shown}]"
-        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {}
-        parser.add_argument(flag, dest=field.name, default=None, help=help.replace("%", "%%"), **kind)
+        flag, help = (
+            "--" + field.name.replace("_", "-"),
+            f"{field.metadata['help']} [default: {shown}]",
+        )
+        kind: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {}
+        )
+        parser.add_argument(
+            flag, dest=field.name, default=None, help=help.replace("%", "%%"), **kind
+        )
 
 
 def assignments_of(arguments: argparse.Namespace, config: type[Any], prefix: str = "") -> list[str]:
     """The flags that were given, as ``key=value`` in YAML."""
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)}
-    shown = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given.items()}
+    shown = {
+        key: str(value).lower() if isinstance(value, bool) else value
+        for key, value in given.items()
+    }
     return [f"{prefix}{key}={value}" for key, value in shown.items() if value is not None]
 
 
@@ -47,7 +57,9 @@ def mixture_of(datasets: list[str] | None) -> list[dict[str, str]] | None:
     for text in datasets:
         name, paths = _named(text, "--dataset", "NAME=PATH or NAME=PATH,EVAL_PATH")
         path, _, eval_path = paths.partition(",")
-        mixture.append({"name": name, "path": path, **({"eval_path": eval_path} if eval_path else {})})
+        mixture.append(
+            {"name": name, "path": path, **({"eval_path": eval_path} if eval_path else {})}
+        )
     return mixture
 
 

@@ -47,7 +47,9 @@ def main() -> None:
     except MeritFastError as error:
         code = _fail(error, 1, debug)
     except KeyboardInterrupt:
-        code = _fail(MeritFastError("interrupted; the same command goes on where it stopped"), 1, debug)
+        code = _fail(
+            MeritFastError("interrupted; the same command goes on where it stopped"), 1, debug
+        )
     except Exception as error:
         message = f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
         code = _fail(MeritFastError(message), 1, debug)
@@ -63,12 +65,19 @@ def _command(words: list[str]) -> None:
         print(_overview())
         return
     if name not in COMMANDS:
-        raise InputError(f"command line: no such command: {name!r}; commands: {', '.join(COMMANDS)}")
+        raise InputError(
+            f"command line: no such command: {name!r}; commands: {', '.join(COMMANDS)}"
+        )
     if name == "merge":  # it multiplies no matrices: NumPy need not start threads for that
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     parser = Parser(name, COMMANDS[name])
     work = _PARSERS[name](parser)
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object, no progress bars")
+    parser.add_argument(
+        "--json",
+        dest="as_json",
+        action="store_true",
+        help="print one JSON object, no progress bars",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     words = list(words)
     words.remove(name)
@@ -102,7 +111,9 @@ def _doctor_parser(parser: argparse.ArgumentParser) -> Work:
 def _demo_parser(parser: argparse.ArgumentParser) -> Work:
     parser.add_argument("--out", help="directory of all outputs")
     parser.add_argument("--quick", action="store_true", help="fewer tasks, two groups")
-    parser.add_argument("--copyleft", action="store_true", help="also tasks from num2words (LGPL), if installed")
+    parser.add_argument(
+        "--copyleft", action="store_true", help="also tasks from num2words (LGPL), if installed"
+    )
 
     def work(arguments: Arguments) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -128,7 +139,12 @@ def _run_parser(parser: argparse.ArgumentParser) -> Work:
         file, assignments = _config_and_assignments(arguments.inputs)
         if file is None:
             raise InputError("command line: run: needs a CONFIG.yml")
-        _run(read_run_config(file, assignments), _progress(arguments.as_json), str(file), arguments.as_json)
+        _run(
+            read_run_config(file, assignments),
+            _progress(arguments.as_json),
+            str(file),
+            arguments.as_json,
+        )
 
     return work
 
@@ -146,7 +162,9 @@ def _verify_parser(parser: argparse.ArgumentParser) -> Work:
 
 def _report_parser(parser: argparse.ArgumentParser) -> Work:
     add_inputs(parser)
-    return lambda arguments: _stage("report", arguments.inputs, None, None, None, [], arguments.as_json)
+    return lambda arguments: _stage(
+        "report", arguments.inputs, None, None, None, [], arguments.as_json
+    )
 
 
 def _stage_parser(name: str, section: str) -> Callable[[argparse.ArgumentParser], Work]:
@@ -175,15 +193,28 @@ def _merge_parser(parser: argparse.ArgumentParser) -> Work:
     from merit_fast.merge.config import MergeConfig
 
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="OUT | CONFIG [KEY=VALUE]", help="OUT, or CONFIG.yml and overrides")
-    add("--model", action="append", help="DIR or DIR:WEIGHT, a URL too; repeat for each checkpoint or adapter to merge")
+    add(
+        "inputs",
+        nargs="*",
+        metavar="OUT | CONFIG [KEY=VALUE]",
+        help="OUT, or CONFIG.yml and overrides",
+    )
+    add(
+        "--model",
+        action="append",
+        help="DIR or DIR:WEIGHT, a URL too; repeat for each checkpoint or adapter to merge",
+    )
     add("--base", help="the checkpoint they started from, where the method needs it")
     add("--run", help="output of `run`: merge its MERIT branches into OUT")
     add("--mergekit", help="a mergekit recipe (YAML) to merge into OUT")
     rows = "rows that --scale auto and --weights fit choose on, with --model or --run; repeat for each dataset"
     add("--validation", action="append", metavar="NAME=PATH", help=rows)
     add("--param", action="append", metavar="KEY=VALUE", help="of any option below; repeatable")
-    add("--shard", metavar="I/N", help="write each N-th output file from the I-th on; the last process finishes")
+    add(
+        "--shard",
+        metavar="I/N",
+        help="write each N-th output file from the I-th on; the last process finishes",
+    )
     add("--dry-run", action="store_true", help="check and plan from the headers, write nothing")
     add_fields(parser, MergeConfig)
     return lambda arguments: _merge(arguments, MergeConfig)
@@ -198,10 +229,20 @@ def _merge(arguments: Arguments, fields: type[Any]) -> None:
         if arguments.dry_run or arguments.base or arguments.shard or arguments.validation:
             flags = "--dry-run, --base, --shard and --validation"
             raise InputError(f"command line: merge: {flags} go with --model, --run or --mergekit")
-        _stage("merge", arguments.inputs, None, None, None, [f"merge.{a}" for a in assignments], arguments.as_json)
+        _stage(
+            "merge",
+            arguments.inputs,
+            None,
+            None,
+            None,
+            [f"merge.{a}" for a in assignments],
+            arguments.as_json,
+        )
         return
     if len(arguments.inputs) != 1 or "=" in arguments.inputs[0]:
-        raise InputError("command line: merge: with --model, --run or --mergekit needs exactly one OUT directory")
+        raise InputError(
+            "command line: merge: with --model, --run or --mergekit needs exactly one OUT directory"
+        )
     from merit_fast.cli.merge import describe, merge_command
 
     progress = _progress(arguments.as_json)
@@ -249,7 +290,8 @@ def _config_of(stage: str) -> type[Any]:
         from merit_fast.train.config import TrainConfig
 
         return TrainConfig
-    from merit_fast.split.config import SketchConfig, SplitConfig
+    from merit_fast.sketch.config import SketchConfig
+    from merit_fast.split.config import SplitConfig
 
     return SketchConfig if stage == "sketch" else SplitConfig
 
@@ -264,8 +306,8 @@ def _stage(
     as_json: bool,
 ) -> None:
     """Brings one stage up to date and says where its output is."""
-    from merit_fast.pipeline.run import Run, check_output
     from merit_fast.pipeline.config import read_run_config
+    from merit_fast.pipeline.run import Run, check_output
 
     file, given = _config_and_assignments(inputs)
     flags: dict[str, Any] = {"model": model, "output": output, "mixture": mixture_of(datasets)}
@@ -280,7 +322,11 @@ def _stage(
     worked = getattr(stages, name)()
     folder = {"train": "branches", "merge": "merged"}.get(name, name)
     result = {"stage": name, "output": str(Path(config.output) / folder), "up_to_date": not worked}
-    print(json.dumps(result) if as_json else f"{name}: {'done' if worked else 'up to date'}: {result['output']}")
+    print(
+        json.dumps(result)
+        if as_json
+        else f"{name}: {'done' if worked else 'up to date'}: {result['output']}"
+    )
 
 
 def _run(config: "RunConfig", progress: Progress, file: str, as_json: bool) -> None:
@@ -315,7 +361,9 @@ def _config_and_assignments(inputs: list[str] | None) -> tuple[Path | None, list
     inputs = inputs or []
     files = [text for text in inputs if "=" not in text]
     if len(files) > 1:
-        raise InputError(f"command line: must be one CONFIG.yml and section.key=value, got {' '.join(files)}")
+        raise InputError(
+            f"command line: must be one CONFIG.yml and section.key=value, got {' '.join(files)}"
+        )
     return (Path(files[0]) if files else None), [text for text in inputs if "=" in text]
 
 

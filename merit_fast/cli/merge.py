@@ -5,17 +5,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from merit_fast.options.fields import override, parse, to_plain
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import manifest_text
+from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
 from merit_fast.merge import MergeConfig, merge_models
+from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.stage import check_places
-from merit_fast.merge.combine.weights import require_numbers
+from merit_fast.options.fields import override, parse, to_plain
 from merit_fast.progress import Progress
-from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
 
-Tune = Callable[[Sequence[tuple[Location, float | None]], Location | None, MergeConfig], TuneManifest]
+Tune = Callable[
+    [Sequence[tuple[Location, float | None]], Location | None, MergeConfig], TuneManifest
+]
 
 
 def merge_command(
@@ -64,14 +66,22 @@ def merge_command(
         return merge_recipe(recipe, out, progress, dry_run=dry_run, share=share)
     config = parse(MergeConfig, override({}, assignments), "command line")
     pairs: list[tuple[Location, float | None]]
-    pairs = [_split_weight(text) for text in models] if models else [(p, None) for p in _branches(Path(run or ""))]
+    pairs = (
+        [_split_weight(text) for text in models]
+        if models
+        else [(p, None) for p in _branches(Path(run or ""))]
+    )
     if tune is None:
         require_numbers(config)
         return merge_models(pairs, out, config, progress, base, dry_run=dry_run, share=share)
     if not config.is_tuned:
-        raise InputError("command line: merge: --validation goes with --scale auto or --weights fit")
+        raise InputError(
+            "command line: merge: --validation goes with --scale auto or --weights fit"
+        )
     if dry_run or shard:
-        raise InputError("command line: merge: --dry-run and --shard go with a scale and weights in numbers")
+        raise InputError(
+            "command line: merge: --dry-run and --shard go with a scale and weights in numbers"
+        )
     check_places([as_location(path) for path, _ in pairs], as_location(out))
     start = as_location(base) if base else None
     chosen = tune([(as_location(path), weight) for path, weight in pairs], start, config)
@@ -88,7 +98,13 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
     lines = []
     for path, coefficient in summary["coefficients"]:
         lines.append(f"{'per tensor' if coefficient is None else f'{coefficient:+.6f}'}  {path}")
-    state = "planned" if dry_run else "done" if summary["finished"] else "this share is done, others are missing"
+    state = (
+        "planned"
+        if dry_run
+        else "done"
+        if summary["finished"]
+        else "this share is done, others are missing"
+    )
     lines.append(
         f"{summary['merged']}: {state}: {summary['method']}, {summary['parameters']:,} parameters in "
         f"{summary['tensors']} tensors and {summary['shards']} files, {summary['bytes_in']:,} bytes in, "
@@ -112,12 +128,18 @@ def _branches(run: Path) -> list[Path]:
     from merit_fast.manifests.io import read_manifest
     from merit_fast.manifests.schemas import BranchManifest
 
-    found = [(read_manifest(BranchManifest, file), file.parent) for file in sorted(run.glob("branches/*/branch.json"))]
+    found = [
+        (read_manifest(BranchManifest, file), file.parent)
+        for file in sorted(run.glob("branches/*/branch.json"))
+    ]
     branches = sorted(
-        ((branch.group, path) for branch, path in found if branch.arm == "merit"), key=lambda pair: pair[0]
+        ((branch.group, path) for branch, path in found if branch.arm == "merit"),
+        key=lambda pair: pair[0],
     )
     if not branches:
-        raise InputError(f"{run}: holds no branches/*/branch.json of the arm merit; run first: merit-fast train")
+        raise InputError(
+            f"{run}: holds no branches/*/branch.json of the arm merit; run first: merit-fast train"
+        )
     return [path for _, path in branches]
 
 
@@ -128,7 +150,9 @@ def _split_weight(text: str) -> tuple[Location, float | None]:
     try:
         return as_location(path), float(weight)
     except ValueError:
-        raise InputError(f"command line: --model: must be DIR or DIR:WEIGHT, got {text!r}") from None
+        raise InputError(
+            f"command line: --model: must be DIR or DIR:WEIGHT, got {text!r}"
+        ) from None
 
 
 def _share(text: str | None) -> tuple[int, int]:

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-from merit_fast.options.fields import parse
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer, pad_token_id
 from merit_fast.errors import InputError
 from merit_fast.evaluate.audit import audit_rows
 from merit_fast.evaluate.config import EvaluateConfig
+from merit_fast.manifests.schemas import TuneManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.read.remote import Location
+from merit_fast.options.fields import parse
 from merit_fast.progress import Progress
-from merit_fast.manifests.schemas import TuneManifest
 from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
 
 
@@ -33,7 +33,9 @@ def tune_checkpoints(
     paths = [path for path, _ in models]
     given = tuple(weight for _, weight in models if weight is not None)
     if given and len(given) < len(models):
-        raise InputError(f"merge: give a weight to every model or to none, got {len(given)} for {len(models)} models")
+        raise InputError(
+            f"merge: give a weight to every model or to none, got {len(given)} for {len(models)} models"
+        )
     start = starting_weights(paths, config, given)
     tokenizer = load_tokenizer(str(base or paths[0]))
     configs = [parse(DatasetConfig, entry, "command line", "--validation") for entry in validation]
@@ -41,6 +43,8 @@ def tune_checkpoints(
     examples = audit_rows(datasets, config.tune_rows)
     candidates = Candidates(paths, tuple(map(str, paths)), start, base)
     batch_size = EvaluateConfig().batch_size
-    found = tune_merge(candidates, examples, pad_token_id(tokenizer), batch_size, config, None, progress)
+    found = tune_merge(
+        candidates, examples, pad_token_id(tokenizer), batch_size, config, None, progress
+    )
     progress.note(tuning_sentence(found))
     return found

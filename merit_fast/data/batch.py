@@ -47,7 +47,11 @@ class PackedBatch(Batch):
 
 
 def collate(
-    examples: Sequence[Example], dataset_ids: Sequence[int], pad_token_id: int, *, pad_to_multiple_of: int = 8
+    examples: Sequence[Example],
+    dataset_ids: Sequence[int],
+    pad_token_id: int,
+    *,
+    pad_to_multiple_of: int = 8,
 ) -> Batch:
     """Left-pads examples into one batch.
 
@@ -81,7 +85,9 @@ def collate(
         labels[row, start] = IGNORED_LABEL  # else padding would predict the first token
         attention_mask[row, start:] = 1
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    return Batch(input_ids, labels, attention_mask, position_ids, torch.tensor(dataset_ids, dtype=torch.long))
+    return Batch(
+        input_ids, labels, attention_mask, position_ids, torch.tensor(dataset_ids, dtype=torch.long)
+    )
 
 
 def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch:
@@ -97,19 +103,27 @@ def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch
     import torch
 
     if not examples or len(examples) != len(dataset_ids):
-        raise ValueError(f"pack: needs one dataset id per example, got {len(dataset_ids)} for {len(examples)} examples")
+        raise ValueError(
+            f"pack: needs one dataset id per example, got {len(dataset_ids)} for {len(examples)} examples"
+        )
     lengths = torch.tensor([len(example.input_ids) for example in examples])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     input_ids = torch.cat([torch.as_tensor(example.input_ids) for example in examples]).long()
     labels = torch.cat([torch.as_tensor(example.labels) for example in examples]).long()
-    labels[cu_seqlens[:-1]] = IGNORED_LABEL  # else an example would predict the next one's first token
+    labels[cu_seqlens[:-1]] = (
+        IGNORED_LABEL  # else an example would predict the next one's first token
+    )
     position_ids = torch.arange(len(input_ids)) - cu_seqlens[:-1].repeat_interleave(lengths)
     ids = torch.tensor(dataset_ids, dtype=torch.long)
     mask = torch.ones_like(input_ids)
-    return PackedBatch(input_ids[None], labels[None], mask[None], position_ids[None], ids, cu_seqlens)
+    return PackedBatch(
+        input_ids[None], labels[None], mask[None], position_ids[None], ids, cu_seqlens
+    )
 
 
 def pad_token_id(tokenizer: Any) -> int:
     """The id to fill padding with. It is masked out everywhere, so any valid id serves a tokenizer that has none."""
-    chosen = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    chosen = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
     return int(chosen if chosen is not None else 0)

@@ -15,20 +15,28 @@ class DatasetConfig:
 
     name: str
     path: str  # JSONL or Parquet file, a directory of such files, or a Hugging Face dataset id
-    eval_path: str | None = option(None, "held-out rows: file, directory or Hugging Face dataset id")
+    eval_path: str | None = option(
+        None, "held-out rows: file, directory or Hugging Face dataset id"
+    )
     split: str = option("train", "split of a Hugging Face dataset")
     eval_split: str | None = option(
         None, "held-out split of the same Hugging Face dataset (of eval_path, if that is given)"
     )
-    max_examples: int | None = option(None, "train on the first N rows only; held-out rows stay whole")
+    max_examples: int | None = option(
+        None, "train on the first N rows only; held-out rows stay whole"
+    )
 
     def __post_init__(self) -> None:
         named = re.fullmatch(r"[A-Za-z0-9._-]+", self.name) and self.name not in (".", "..")
         require(bool(named), "name", "a file name of letters, digits, '.', '_' and '-'", self.name)
         require(self.path != "", "path", "a file, directory or dataset id", self.path)
-        require(self.eval_path != "", "eval_path", "a file, directory or dataset id", self.eval_path)
+        require(
+            self.eval_path != "", "eval_path", "a file, directory or dataset id", self.eval_path
+        )
         one_source = self.eval_path is None and self.eval_split == self.split
-        require(not one_source, "eval_split", "another split than the training split", self.eval_split)
+        require(
+            not one_source, "eval_split", "another split than the training split", self.eval_split
+        )
         rows = self.max_examples
         require(rows is None or rows >= 1, "max_examples", "at least 1", rows)
 
@@ -38,7 +46,9 @@ class DataConfig:
     """The `data:` section: how rows become tokens."""
 
     max_length: int = option(2048, "longest example in tokens")
-    too_long: Literal["truncate", "drop", "error"] = option("truncate", "what happens to longer rows")
+    too_long: Literal["truncate", "drop", "error"] = option(
+        "truncate", "what happens to longer rows"
+    )
     chat_template: str | None = option(
         None,
         "None: the tokenizer's own; plain: prompt, newline, answer, end token; else the path of a Jinja file",
@@ -46,7 +56,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.max_length >= 2, "max_length", "at least 2", self.max_length)
-        require(self.chat_template != "", "chat_template", "plain or the path of a Jinja file", self.chat_template)
+        require(
+            self.chat_template != "",
+            "chat_template",
+            "plain or the path of a Jinja file",
+            self.chat_template,
+        )
 
 
 def source(config: DatasetConfig, part: Part) -> tuple[str, str] | None:

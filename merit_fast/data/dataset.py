@@ -15,7 +15,9 @@ class Example:
     """One tokenized row. It ends with its last target token."""
 
     input_ids: NDArray[np.int32]  # [T]
-    labels: NDArray[np.int32]  # [T] the same ids, -100 where not in the loss; labels[0] always is -100
+    labels: NDArray[
+        np.int32
+    ]  # [T] the same ids, -100 where not in the loss; labels[0] always is -100
 
 
 @dataclass(frozen=True, eq=False)

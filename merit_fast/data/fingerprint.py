@@ -27,7 +27,11 @@ _TOKENIZER_FILES = (
 
 
 def mixture_fingerprint(
-    configs: Sequence[DatasetConfig], data_config: DataConfig, model: str, *, part: Part | None = None
+    configs: Sequence[DatasetConfig],
+    data_config: DataConfig,
+    model: str,
+    *,
+    part: Part | None = None,
 ) -> str:
     """A fingerprint that changes when the examples, their order or their names may change.
 
@@ -52,7 +56,9 @@ def mixture_fingerprint(
     return fingerprint(
         {
             "version": ENCODING_VERSION,
-            "mixture": [[config.name, [_part(config, part) for part in parts]] for config in configs],
+            "mixture": [
+                [config.name, [_part(config, part) for part in parts]] for config in configs
+            ],
             "data": [data_config.max_length, data_config.too_long, template],
             "tokenizer": _tokenizer(model),
         }
@@ -73,7 +79,9 @@ def _tokenizer(model: str) -> Any:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return model
-    files = {file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    files = {
+        file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()
+    }
     return {str(file.relative_to(folder)): _sha256(file) for file in files}
 
 

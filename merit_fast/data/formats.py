@@ -30,7 +30,10 @@ class Format:
 
     def unused_columns(self, row: dict[str, Any]) -> set[str]:
         """Columns with a value that the format does not read."""
-        return {column for column, value in row.items() if value is not None} - {*self.required, *self.optional}
+        return {column for column, value in row.items() if value is not None} - {
+            *self.required,
+            *self.optional,
+        }
 
 
 def find_format(row: dict[str, Any], where: str) -> Format:
@@ -43,7 +46,9 @@ def find_format(row: dict[str, Any], where: str) -> Format:
         if all(column in row for column in candidate.required):
             return candidate
     accepted = "; ".join(", ".join(candidate.required) for candidate in FORMATS)
-    raise InputError(f"{where}: unknown columns: must have one of ({accepted}), got {', '.join(row) or 'none'}")
+    raise InputError(
+        f"{where}: unknown columns: must have one of ({accepted}), got {', '.join(row) or 'none'}"
+    )
 
 
 def _from_messages(row: dict[str, Any], where: str) -> list[Message]:
@@ -72,7 +77,9 @@ def _from_prompt_completion(row: dict[str, Any], where: str) -> list[Message]:
         elif isinstance(value, list):
             messages.extend(_messages(value, f"{where}: {column}"))
         else:
-            raise InputError(f"{where}: {column}: must be a string or a list of messages, got {show(value)}")
+            raise InputError(
+                f"{where}: {column}: must be a string or a list of messages, got {show(value)}"
+            )
     return messages
 
 
@@ -82,13 +89,22 @@ def _from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
     history = [] if row.get("history") is None else row["history"]
     for i, pair in enumerate(_list(history, f"{where}: history", may_be_empty=True)):
         if not (isinstance(pair, list) and len(pair) == 2):
-            raise InputError(f"{where}: history[{i}]: must be a pair [question, answer], got {show(pair)}")
+            raise InputError(
+                f"{where}: history[{i}]: must be a pair [question, answer], got {show(pair)}"
+            )
         question, answer = (_string(text, f"{where}: history[{i}]") for text in pair)
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     instruction = _string(row["instruction"], f"{where}: instruction")
     question = f"{instruction}\n{context}" if context else instruction
     answer = _string(row["output"], f"{where}: output")
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [
+        *messages,
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
 
 
 FORMATS = (
@@ -104,10 +120,14 @@ def _messages(value: Any, where: str) -> list[Message]:
     for i, message in enumerate(_list(value, where)):
         role = _field(message, "role", f"{where}[{i}]")
         if role not in ROLES:
-            raise InputError(f"{where}[{i}].role: must be one of {', '.join(ROLES)}, got {show(role)}")
+            raise InputError(
+                f"{where}[{i}].role: must be one of {', '.join(ROLES)}, got {show(role)}"
+            )
         for key in _CALLS:
             if message.get(key):
-                raise InputError(f"{where}[{i}].{key}: must be absent; write the call into content instead")
+                raise InputError(
+                    f"{where}[{i}].{key}: must be absent; write the call into content instead"
+                )
         content = _content(_field(message, "content", f"{where}[{i}]"), f"{where}[{i}].content")
         messages.append({"role": role, "content": content})
     return messages
@@ -128,7 +148,9 @@ def _content(value: Any, where: str) -> str:
 
 def _list(value: Any, where: str, may_be_empty: bool = False) -> list[Any]:
     if not isinstance(value, list) or not (value or may_be_empty):
-        raise InputError(f"{where}: must be a {'' if may_be_empty else 'non-empty '}list, got {show(value)}")
+        raise InputError(
+            f"{where}: must be a {'' if may_be_empty else 'non-empty '}list, got {show(value)}"
+        )
     return value
 
 

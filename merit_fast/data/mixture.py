@@ -67,7 +67,9 @@ def check_mixture(configs: Sequence[DatasetConfig]) -> None:
     """
     for name, count in Counter(config.name for config in configs).items():
         if count > 1:
-            raise InputError(f"mixture: name: must differ between datasets, got {name!r} {count} times")
+            raise InputError(
+                f"mixture: name: must differ between datasets, got {name!r} {count} times"
+            )
     for config in configs:
         files = local_files(config.path)
         held_out = local_files(config.eval_path) if config.eval_path else None
@@ -77,7 +79,9 @@ def check_mixture(configs: Sequence[DatasetConfig]) -> None:
         split_is_used = files is None or (config.eval_split is None and not eval_is_local)
         if config.split != "train" and not split_is_used:
             raise _misplaced_split(config, "split", config.split)
-        shared = {file.resolve() for file in files or ()} & {file.resolve() for file in held_out or ()}
+        shared = {file.resolve() for file in files or ()} & {
+            file.resolve() for file in held_out or ()
+        }
         if shared:
             raise InputError(
                 f"mixture: {config.name}: eval_path: must hold other files than path, got {min(shared)} in both"
@@ -102,7 +106,9 @@ class _Loader:
     def load(self, path: str, split: str, max_examples: int | None) -> Dataset:
         rows = itertools.islice(read_rows(path, split), max_examples)
         examples: list[Example] = []
-        while rendered := [text for row in itertools.islice(rows, _ROWS_AT_ONCE) for text in self._render(row)]:
+        while rendered := [
+            text for row in itertools.islice(rows, _ROWS_AT_ONCE) for text in self._render(row)
+        ]:
             fitted = map(self._fit, self.encoder.encode(rendered), rendered)
             examples.extend(example for example in fitted if example is not None)
         where = f"{path}: dataset {self.name}"
@@ -110,7 +116,9 @@ class _Loader:
             raise InputError(f"{where}: must have at least one row, found none")
         if not examples:
             rule = f"an answer within data.max_length = {self.data_config.max_length} tokens"
-            raise InputError(f"{where}: must have a row with {rule}, found none in {self.num_rows} rows")
+            raise InputError(
+                f"{where}: must have a row with {rule}, found none in {self.num_rows} rows"
+            )
         return Dataset(self.name, tuple(examples), tuple(self._notes()))
 
     def _render(self, row: Row) -> list[Rendered]:
@@ -137,7 +145,9 @@ class _Loader:
         if length <= limit:
             return example
         if self.data_config.too_long == "error":
-            raise InputError(f"{rendered.where}: must have at most data.max_length = {limit} tokens, got {length}")
+            raise InputError(
+                f"{rendered.where}: must have at most data.max_length = {limit} tokens, got {length}"
+            )
         if self.data_config.too_long == "drop":
             self.counts["dropped"] += 1
             return None

@@ -26,9 +26,13 @@ def local_files(path: str) -> list[Path] | None:
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        files = sorted(f for f in local.iterdir() if f.suffix in SUFFIXES and f.is_file() and f.name[0] != ".")
+        files = sorted(
+            f for f in local.iterdir() if f.suffix in SUFFIXES and f.is_file() and f.name[0] != "."
+        )
         if not files:
-            raise InputError(f"{path}: the directory must hold .jsonl or .parquet files, found none")
+            raise InputError(
+                f"{path}: the directory must hold .jsonl or .parquet files, found none"
+            )
         return files
     if local.exists():
         return [local]
@@ -57,7 +61,9 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
     try:
-        with open(file, "rb") as lines:  # bytes: only \n ends a line, and encoding errors can name theirs
+        with open(
+            file, "rb"
+        ) as lines:  # bytes: only \n ends a line, and encoding errors can name theirs
             for number, line in enumerate(lines, 1):
                 if number == 1:
                     line = line.removeprefix(_BOM)
@@ -76,8 +82,13 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: must be UTF-8 text, got {found}") from None
     except json.JSONDecodeError as error:
         hint = "; one object per line is needed, not an array" if line.lstrip()[:1] == b"[" else ""
-        raise InputError(f"{where}: must be one JSON object: {error.msg} at column {error.colno}{hint}") from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, endless nesting
+        raise InputError(
+            f"{where}: must be one JSON object: {error.msg} at column {error.colno}{hint}"
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of thousands of digits, endless nesting
         raise InputError(f"{where}: must be one JSON object: {one_line(error)}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: must be a JSON object {{...}}, got {type(row).__name__}")
@@ -96,7 +107,9 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
                     number += 1
                     yield f"{file}: row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{file}: is not readable Parquet after row {number}: {one_line(error)}") from None
+        raise InputError(
+            f"{file}: is not readable Parquet after row {number}: {one_line(error)}"
+        ) from None
 
 
 def _hub_rows(dataset_id: str, split: str) -> Iterator[Row]:
@@ -105,7 +118,11 @@ def _hub_rows(dataset_id: str, split: str) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(dataset_id, split=split)
     except Exception as error:  # the library has no common base for its errors
-        reason = "offline (HF_HUB_OFFLINE) and not in the cache" if datasets.config.HF_HUB_OFFLINE else one_line(error)
+        reason = (
+            "offline (HF_HUB_OFFLINE) and not in the cache"
+            if datasets.config.HF_HUB_OFFLINE
+            else one_line(error)
+        )
         raise InputError(
             f"{dataset_id}: is neither a file nor a directory, and split {split!r} of a Hugging Face dataset "
             f"of this name could not be loaded: {reason}"

@@ -28,7 +28,14 @@ _PLAIN_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
 # a template is a program of the user's: it may fail like one
-_TEMPLATE_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_TEMPLATE_FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,9 @@ def read_template(chat_template: str) -> str:
         return Path(chat_template).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         rule = f"must be {PLAIN} or the path of a Jinja file"
-        raise InputError(f"data.chat_template: {rule}, got {chat_template!r} ({one_line(error)})") from None
+        raise InputError(
+            f"data.chat_template: {rule}, got {chat_template!r} ({one_line(error)})"
+        ) from None
 
 
 class ChatEncoder:
@@ -115,7 +124,9 @@ class ChatEncoder:
         """
         for item in rendered:
             if not _is_encodable(item.text):
-                raise InputError(f"{item.where}: must be valid Unicode, got an unpaired surrogate (\\ud800-\\udfff)")
+                raise InputError(
+                    f"{item.where}: must be valid Unicode, got an unpaired surrogate (\\ud800-\\udfff)"
+                )
         encoded = self._tokenizer(
             [item.text for item in rendered],
             add_special_tokens=False,  # the template wrote them
@@ -127,17 +138,23 @@ class ChatEncoder:
         )
         return [
             _label(ids, offsets, item)
-            for ids, offsets, item in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+            for ids, offsets, item in zip(
+                encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True
+            )
         ]
 
     def _render_turn(self, messages: Sequence[Message], where: str) -> Rendered:
         """The text up to and with the last message, an answer; the span leaves out whitespace at the end."""
         last = len(messages) - 1
         if last == 0:
-            raise InputError(f"{where}: messages[0]: must be a system or user message, got the assistant's")
+            raise InputError(
+                f"{where}: messages[0]: must be a system or user message, got the assistant's"
+            )
         prompt = self._apply(messages[:last], where, add_generation_prompt=True)
         text = self._apply(messages, where, add_generation_prompt=False)
-        rule = f"{where}: the chat template must render messages[:{last}] with add_generation_prompt"
+        rule = (
+            f"{where}: the chat template must render messages[:{last}] with add_generation_prompt"
+        )
         if not text.startswith(prompt):
             common = len(os.path.commonprefix([prompt, text]))
             parting = f"{prompt[common : common + 30]!r} against {text[common : common + 30]!r}"
@@ -149,11 +166,17 @@ class ChatEncoder:
                 f"{where}: the chat template must render the content of messages[{last}], got {answer!r:.60}"
             )
         opens_with_answer = answer.lstrip().startswith(content.strip())
-        if not opens_with_answer and prompt == self._apply(messages[:last], where, add_generation_prompt=False):
-            raise InputError(f"{rule} up to where the answer begins, but it ignores that flag; got {answer[:30]!r}")
+        if not opens_with_answer and prompt == self._apply(
+            messages[:last], where, add_generation_prompt=False
+        ):
+            raise InputError(
+                f"{rule} up to where the answer begins, but it ignores that flag; got {answer[:30]!r}"
+            )
         return Rendered(where, text, ((len(prompt), max(len(prompt), len(text.rstrip()))),))
 
-    def _apply(self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
+    def _apply(
+        self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool
+    ) -> str:
         import jinja2
 
         try:
@@ -164,16 +187,22 @@ class ChatEncoder:
                 chat_template=self._template,
             )
         except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"chat template, line {error.lineno}: must be Jinja: {one_line(error)}") from None
+            raise InputError(
+                f"chat template, line {error.lineno}: must be Jinja: {one_line(error)}"
+            ) from None
         except (jinja2.TemplateError, *_TEMPLATE_FAILURES) as error:
-            raise InputError(f"{where}: the chat template refuses this row: {one_line(error)}") from None
+            raise InputError(
+                f"{where}: the chat template refuses this row: {one_line(error)}"
+            ) from None
         return str(text)
 
 
 def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
     if chat_template == PLAIN:
         if not tokenizer.eos_token:
-            raise InputError(f"data.chat_template: {PLAIN} needs an end token, but the tokenizer has no eos_token")
+            raise InputError(
+                f"data.chat_template: {PLAIN} needs an end token, but the tokenizer has no eos_token"
+            )
         return ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + _PLAIN_TEMPLATE
     if chat_template is None:
         if not tokenizer.chat_template:
@@ -184,7 +213,9 @@ def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         try:
             return str(tokenizer.get_chat_template())
         except ValueError as error:  # several named ones, none of them the default
-            raise InputError(f"data.chat_template: must be set for this tokenizer: {one_line(error)}") from None
+            raise InputError(
+                f"data.chat_template: must be set for this tokenizer: {one_line(error)}"
+            ) from None
     return read_template(chat_template)
 
 
@@ -209,7 +240,9 @@ def _label(ids: Sequence[int], offsets: Any, item: Rendered) -> Example:
     is_target[:1] = False  # nothing predicts the first token
     targets = np.flatnonzero(is_target)
     if not len(targets):
-        raise InputError(f"{item.where}: must have an answer of the assistant with at least one token, found none")
+        raise InputError(
+            f"{item.where}: must have an answer of the assistant with at least one token, found none"
+        )
     length = int(targets[-1]) + 1
     input_ids = np.asarray(ids[:length], dtype=np.int32)
     labels = np.where(is_target[:length], input_ids, np.int32(IGNORED_LABEL)).astype(np.int32)

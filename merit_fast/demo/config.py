@@ -19,14 +19,23 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
         MeritFastError: the demo extra is not installed; names the command that does.
     """
     model = prepare_model(default_cache())
-    mixture = prepare_mixture(output.resolve() / "mixture", quick=quick, include_copyleft=include_copyleft)
+    mixture = prepare_mixture(
+        output.resolve() / "mixture", quick=quick, include_copyleft=include_copyleft
+    )
     config: dict[str, Any] = {
         "model": str(model),
         "mixture": mixture,
         "split": {"groups": 2 if quick else 4, "preset": "paper", "examples": 12 if quick else 24},
-        "train": {"epochs": 1, "learning_rate": 1.0e-4, "batch_size": 8, "arms": ["joint", "random"]},
+        "train": {
+            "epochs": 1,
+            "learning_rate": 1.0e-4,
+            "batch_size": 8,
+            "arms": ["joint", "random"],
+        },
         "merge": {"weights": "tokens"},
-        "evaluate": {"interpolate": [0.5], "max_new_tokens": 24} if quick else {"interpolate": [0.25, 0.5, 0.75]},
+        "evaluate": {"interpolate": [0.5], "max_new_tokens": 24}
+        if quick
+        else {"interpolate": [0.25, 0.5, 0.75]},
         "output": str(output),
     }
     file = output / "demo.yml"

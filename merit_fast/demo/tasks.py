@@ -61,7 +61,9 @@ def prepare_mixture(
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
     mixture = []
-    for name, task in build_tasks(quick=quick, seed=seed, include_copyleft=include_copyleft).items():
+    for name, task in build_tasks(
+        quick=quick, seed=seed, include_copyleft=include_copyleft
+    ).items():
         path, eval_path = directory / f"{name}.train.jsonl", directory / f"{name}.eval.jsonl"
         write_text(path, _lines(task.instruction, task.train))
         write_text(eval_path, _lines(task.instruction, task.held_out))
@@ -71,7 +73,9 @@ def prepare_mixture(
 
 def build_tasks(*, quick: bool, seed: int = 0, include_copyleft: bool = False) -> dict[str, Task]:
     """The rows of ``prepare_mixture``, by dataset name, unwritten."""
-    num_train, num_held_out = (QUICK_NUM_TRAIN, QUICK_NUM_HELD_OUT) if quick else (NUM_TRAIN, NUM_HELD_OUT)
+    num_train, num_held_out = (
+        (QUICK_NUM_TRAIN, QUICK_NUM_HELD_OUT) if quick else (NUM_TRAIN, NUM_HELD_OUT)
+    )
     copyleft = {family for source in SOURCES if source.is_copyleft for family in source.families}
     tasks = {}
     for name, family in FAMILIES.items():
@@ -92,7 +96,9 @@ def build_tasks(*, quick: bool, seed: int = 0, include_copyleft: bool = False) -
             )
         for task, instruction in wanted.items():
             pairs = tuple((text, facts[text][task]) for text in inputs)
-            tasks[task] = Task(instruction, train=pairs[num_held_out:], held_out=pairs[:num_held_out])
+            tasks[task] = Task(
+                instruction, train=pairs[num_held_out:], held_out=pairs[:num_held_out]
+            )
     return tasks
 
 
@@ -110,7 +116,9 @@ def _is_clean(answer: str) -> bool:
 
 
 def _ranked(facts: Facts, seed: int, family: str) -> list[str]:
-    return sorted(facts, key=lambda text: hashlib.sha256(f"{seed}/{family}/{text}".encode()).digest())
+    return sorted(
+        facts, key=lambda text: hashlib.sha256(f"{seed}/{family}/{text}".encode()).digest()
+    )
 
 
 def _lines(instruction: str, pairs: tuple[tuple[str, str], ...]) -> str:

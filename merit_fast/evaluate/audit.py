@@ -21,11 +21,15 @@ from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.evaluate.stage import Merge
+from merit_fast.manifests.schemas import Barrier, MergeAudit
 from merit_fast.model import load_model, target_losses
 from merit_fast.progress import Progress, Task
-from merit_fast.manifests.schemas import Barrier, MergeAudit
 
-NOISE = (0.01, 0.03, 0.1)  # standard deviation of a perturbation, as a share of each tensor's root mean square
+NOISE = (
+    0.01,
+    0.03,
+    0.1,
+)  # standard deviation of a perturbation, as a share of each tensor's root mean square
 Weights = dict[str, Tensor]
 
 
@@ -49,12 +53,16 @@ def audit_merges(
     """
     examples = audit_rows(datasets, config.audit_rows)
     if not examples:
-        raise InputError("evaluate.audit: no dataset of the mixture has held-out rows; give one an eval_path")
+        raise InputError(
+            "evaluate.audit: no dataset of the mixture has held-out rows; give one an eval_path"
+        )
     audits = {}
     for arm, merge in merges.items():
         pairs = len(merge.branches) * (len(merge.branches) - 1) // 2
         with progress.task(f"audit {arm}", 3 + len(merge.branches) + pairs, "points") as task:
-            auditor = _Auditor(load_model(str(merge.path), "fp32"), examples, pad_token_id, config.batch_size)
+            auditor = _Auditor(
+                load_model(str(merge.path), "fp32"), examples, pad_token_id, config.batch_size
+            )
             paths = {name: branches[name] for name in merge.branches}
             audits[arm] = auditor.audit(paths, merge.weights, start, config.audit_points, task)
     return audits
@@ -63,23 +71,34 @@ def audit_merges(
 def audit_rows(datasets: Sequence[Dataset], count: int) -> list[Example]:
     """Up to ``count`` rows, dataset by dataset in turn, each from its beginning."""
     rounds = itertools.zip_longest(*(dataset.examples for dataset in datasets))
-    return list(itertools.islice((row for turn in rounds for row in turn if row is not None), count))
+    return list(
+        itertools.islice((row for turn in rounds for row in turn if row is not None), count)
+    )
 
 
 class _Auditor:
     """One model whose weights are set again and again, and the rows it is measured on."""
 
-    def __init__(self, model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int
+    ) -> None:
         self.model, self.examples = model, examples
         self.pad_token_id, self.batch_size = pad_token_id, batch_size
-        self.weights: Weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.weights: Weights = {
+            name: parameter.detach() for name, parameter in model.named_parameters()
+        }
 
     def set(self, weights: Weights) -> None:
         for name, value in weights.items():
             self.weights[name].copy_(value)
 
     def audit(
-        self, branches: Mapping[str, Path], weights: Sequence[float], start: Path, points: int, task: Task
+        self,
+        branches: Mapping[str, Path],
+        weights: Sequence[float],
+        start: Path,
+        points: int,
+        task: Task,
     ) -> MergeAudit:
         center = {name: value.clone() for name, value in self.weights.items()}
         loss = self.loss(center)
@@ -135,24 +154,33 @@ class _Auditor:
             parameter.requires_grad_(True)
         total = sum(int((example.labels[1:] != -100).sum()) for example in self.examples)
         slopes, bends = [0.0] * len(deltas), [0.0] * len(deltas)
-        order = sorted(range(len(self.examples)), key=lambda i: (len(self.examples[i].input_ids), i))
+        order = sorted(
+            range(len(self.examples)), key=lambda i: (len(self.examples[i].input_ids), i)
+        )
         for at in range(0, len(order), self.batch_size):
             rows = [self.examples[i] for i in order[at : at + self.batch_size]]
             batch = collate(rows, [0] * len(rows), self.pad_token_id)
             loss = target_losses(self.model, batch, plain_attention=True).loss.sum() / total
             gradients = self._gradients(loss, parameters)
             for k, delta in enumerate(deltas):
-                slope = torch.stack([(delta[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
+                slope = torch.stack(
+                    [(delta[name] * gradient).sum() for name, gradient in gradients.items()]
+                ).sum()
                 slopes[k] += float(slope.detach())
                 seconds = self._gradients(slope, parameters)
-                bends[k] += sum(float((delta[n] * second.detach()).double().sum()) for n, second in seconds.items())
+                bends[k] += sum(
+                    float((delta[n] * second.detach()).double().sum())
+                    for n, second in seconds.items()
+                )
         return list(zip(slopes, bends, strict=True))
 
     @staticmethod
     def _gradients(value: Tensor, parameters: dict[str, nn.Parameter]) -> Weights:
         """Zero where ``value`` does not depend on the parameter; with a graph of their own."""
         wanted = list(parameters.values())
-        found = torch.autograd.grad(value, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            value, wanted, create_graph=True, allow_unused=True, materialize_grads=True
+        )
         return dict(zip(parameters, found, strict=True))
 
 

@@ -18,9 +18,13 @@ class EvaluateConfig:
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto", "precision of the forward passes; auto: bf16 if products of it are fast here"
     )
-    audit: bool = option(False, "also check each merge against the theory of its gain (float32, minutes)")
+    audit: bool = option(
+        False, "also check each merge against the theory of its gain (float32, minutes)"
+    )
     audit_rows: int = option(128, "held-out rows of the audit, dataset by dataset in turn")
-    audit_points: int = option(3, "points on the path between two branches where a barrier is looked for")
+    audit_points: int = option(
+        3, "points on the path between two branches where a barrier is looked for"
+    )
 
     def without_audit(self) -> "EvaluateConfig":
         """The part that decides evaluate.json."""

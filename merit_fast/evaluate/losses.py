@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from merit_fast.data import Dataset, Example, collate
-from merit_fast.model import target_losses
 from merit_fast.manifests.schemas import DatasetResult
+from merit_fast.model import target_losses
 
 
 def dataset_results(
@@ -30,10 +30,14 @@ def dataset_results(
     return results
 
 
-def mean_loss(model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int) -> float:
+def mean_loss(
+    model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int
+) -> float:
     """Nats per target token over all rows."""
     losses, _ = _row_sums(model, examples, pad_token_id, batch_size)
-    return float(losses.sum()) / sum(int((example.labels[1:] != -100).sum()) for example in examples)
+    return float(losses.sum()) / sum(
+        int((example.labels[1:] != -100).sum()) for example in examples
+    )
 
 
 def _row_sums(

@@ -39,7 +39,11 @@ PROMPTS = (
 
 def text_loss(model: nn.Module, tokenizer: Any, pad_token_id: int) -> float:
     """Nats per token of the packaged English text, in windows of 512 tokens."""
-    text = resources.files("merit_fast.evaluate").joinpath("general_text.txt").read_text(encoding="utf-8")
+    text = (
+        resources.files("merit_fast.evaluate")
+        .joinpath("general_text.txt")
+        .read_text(encoding="utf-8")
+    )
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
     windows = [ids[at : at + _WINDOW_TOKENS] for at in range(0, len(ids), _WINDOW_TOKENS)]
     examples = [_all_targets(window, first=1) for window in windows if len(window) > 1]
@@ -51,7 +55,9 @@ def greedy_answers(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Prompt and answer token ids of the model's greedy answers to ``PROMPTS`` (the end token included, if reached)."""
     prompts = [_prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
-    examples = [Example(np.array(ids, np.int32), np.full(len(ids), -100, np.int32)) for ids in prompts]
+    examples = [
+        Example(np.array(ids, np.int32), np.full(len(ids), -100, np.int32)) for ids in prompts
+    ]
     batch = collate(examples, [0] * len(examples), pad_token_id)
     ends = _end_token_ids(model, tokenizer)
     device = next(model.parameters()).device

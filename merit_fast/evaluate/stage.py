@@ -15,9 +15,9 @@ from merit_fast.evaluate.losses import dataset_results
 from merit_fast.evaluate.retention import answers_nll, greedy_answers, text_loss
 from merit_fast.evaluate.weights import displacement, interpolate_towards
 from merit_fast.manifests.io import read_manifest, write_manifest, write_text
+from merit_fast.manifests.schemas import ArmResult, BranchManifest, EvaluateManifest, MergingGain
 from merit_fast.model import load_model
 from merit_fast.progress import Progress
-from merit_fast.manifests.schemas import ArmResult, BranchManifest, EvaluateManifest, MergingGain
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def evaluate_arms(
         InputError: no dataset has held-out rows.
     """
     if not datasets:
-        raise InputError("evaluate: no dataset of the mixture has held-out rows; give one an eval_path or eval_split")
+        raise InputError(
+            "evaluate: no dataset of the mixture has held-out rows; give one an eval_path or eval_split"
+        )
     evaluator = _Evaluator(candidates.base, datasets, tokenizer, pad_token_id, config, directory)
     shares = config.interpolate if "joint" in candidates.branches else ()
     with progress.task(
@@ -70,8 +72,12 @@ def evaluate_arms(
         if "joint" in branches:
             arms["joint"] = branches.pop("joint")
             for share in shares:
-                interpolated = evaluator.result(f"joint@{share:g}", candidates.branches["joint"], share)
-                arms[f"joint@{share:g}"] = _with_training(interpolated, [candidates.branches["joint"]])
+                interpolated = evaluator.result(
+                    f"joint@{share:g}", candidates.branches["joint"], share
+                )
+                arms[f"joint@{share:g}"] = _with_training(
+                    interpolated, [candidates.branches["joint"]]
+                )
                 task.advance(1)
         for arm in sorted(candidates.merges, key=lambda arm: (arm == "merit", arm)):  # merit last
             merge = candidates.merges[arm]
@@ -161,5 +167,7 @@ def _with_training(result: ArmResult, branches: Sequence[Path]) -> ArmResult:
 
 
 def _gain(merge: Merge, branches: Mapping[str, ArmResult], merged: ArmResult) -> MergingGain:
-    mean = sum(w * branches[name].token_loss for name, w in zip(merge.branches, merge.weights, strict=True))
+    mean = sum(
+        w * branches[name].token_loss for name, w in zip(merge.branches, merge.weights, strict=True)
+    )
     return MergingGain(mean - merged.token_loss, mean, merged.token_loss, merge.weights)

@@ -14,7 +14,9 @@ _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", to
 
 def displacement(checkpoint: Path, base: Path) -> float:
     """|theta - theta_0| between two checkpoints of the same tensors, sums in float64."""
-    where = {name: file for file in sorted(checkpoint.glob("*.safetensors")) for name in _names(file)}
+    where = {
+        name: file for file in sorted(checkpoint.glob("*.safetensors")) for name in _names(file)
+    }
     total = 0.0
     for name, tensor in _tensors(base):
         with safe_open(where[name], framework="pt") as opened:
@@ -35,7 +37,9 @@ def interpolate_towards(model: nn.Module, base: Path, share: float) -> None:
 def _average(base: Tensor, mine: Tensor, share: float) -> Tensor:
     dtype = _NAMES[mine.dtype]
     arrays = [_bits(tensor.contiguous().flatten()) for tensor in (base, mine)]
-    average_arrays(arrays, [1.0 - share, share], dtypes=[dtype, dtype], out_dtype=dtype, out=arrays[0])
+    average_arrays(
+        arrays, [1.0 - share, share], dtypes=[dtype, dtype], out_dtype=dtype, out=arrays[0]
+    )
     return base
 
 

@@ -25,8 +25,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.sketch.selection import select_parameters
 from merit_fast.manifests.sketch_state import SketchState
+from merit_fast.sketch.selection import select_parameters
 from merit_fast.sketch.summed import SummedSketcher
 
 FOLDER = "sketches"
@@ -86,7 +86,11 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         return self
 
     def _wrap(self, trainer: Any) -> None:
-        plain_train, plain_loader, plain_step = trainer.train, trainer.get_train_dataloader, trainer.training_step
+        plain_train, plain_loader, plain_step = (
+            trainer.train,
+            trainer.get_train_dataloader,
+            trainer.training_step,
+        )
 
         def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             self._resume = resume_from_checkpoint
@@ -111,19 +115,31 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
             self._running().discard()
             loss = plain_step(model, inputs, num_items_in_batch)
             divisor = _loss_divisor(trainer, tokens, num_items_in_batch)
-            self._running().update(ids, len(ids), float(loss) * divisor, tokens, loss_divisor=divisor)
+            self._running().update(
+                ids, len(ids), float(loss) * divisor, tokens, loss_divisor=divisor
+            )
             return loss
 
-        trainer.train, trainer.get_train_dataloader, trainer.training_step = train, get_train_dataloader, training_step
+        trainer.train, trainer.get_train_dataloader, trainer.training_step = (
+            train,
+            get_train_dataloader,
+            training_step,
+        )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if not self._attached:
-            raise MeritFastError("SketchCallback: give it the Trainer by attach(trainer); callbacks see no batch")
+            raise MeritFastError(
+                "SketchCallback: give it the Trainer by attach(trainer); callbacks see no batch"
+            )
         if state.is_hyper_param_search:
             raise MeritFastError("SketchCallback: does not go with a hyperparameter search")
         self._close()  # a first try with too large a batch (auto_find_batch_size)
         kept: dict[Any, SketchState] = self._kept(args) if state.global_step else {}
-        fingerprint = next((s.identity.model_fingerprint.split(": ", 1)[-1] for s in kept.values()), None)
+        fingerprint = next(
+            (s.identity.model_fingerprint.split(": ", 1)[-1] for s in kept.values()), None
+        )
         self.sketcher = SummedSketcher(
             model,
             self.sketch,
@@ -172,7 +188,10 @@ def read_states(folder: str | Path) -> dict[str, SketchState]:
     Raises:
         InputError: a file that is no sketch state.
     """
-    return {unquote(file.stem): SketchState.read(file) for file in sorted(Path(folder).glob("*.safetensors"))}
+    return {
+        unquote(file.stem): SketchState.read(file)
+        for file in sorted(Path(folder).glob("*.safetensors"))
+    }
 
 
 def write_states(folder: Path, states: Mapping[Any, SketchState]) -> None:
@@ -202,11 +221,17 @@ def batches_of_one_dataset(ids: Sequence[Hashable], batch_size: int, seed: int =
         by_dataset.setdefault(dataset, []).append(row)
     for rows in by_dataset.values():
         generator.shuffle(rows)
-        batches += [rows[i : i + batch_size] for i in range(0, len(rows) - batch_size + 1, batch_size)]
+        batches += [
+            rows[i : i + batch_size] for i in range(0, len(rows) - batch_size + 1, batch_size)
+        ]
     generator.shuffle(batches)
     order = [row for batch in batches for row in batch]
     if len(order) < len(ids):
-        logger.warning("%d of %d rows fill no batch of one dataset and are left out", len(ids) - len(order), len(ids))
+        logger.warning(
+            "%d of %d rows fill no batch of one dataset and are left out",
+            len(ids) - len(order),
+            len(ids),
+        )
     return order
 
 
@@ -220,7 +245,9 @@ class _IdsBesideBatch:
         ids = []
         for row in rows:
             if not isinstance(row, Mapping) or self.column not in row:
-                raise InputError(f"train_dataset: {self.column}: is missing in a row; every row must say its dataset")
+                raise InputError(
+                    f"train_dataset: {self.column}: is missing in a row; every row must say its dataset"
+                )
             value = row[self.column]
             ids.append(str(value.item() if isinstance(value, Tensor) else value))
         if len(set(ids)) > 1:
@@ -228,7 +255,9 @@ class _IdsBesideBatch:
                 f"train_dataset: {self.column}: a batch must be of one dataset, got {', '.join(sorted(set(ids))[:3])}; "
                 "take per_device_train_batch_size=1, or rows ordered by batches_of_one_dataset"
             )
-        batch = self.collator([{key: value for key, value in row.items() if key != self.column} for row in rows])
+        batch = self.collator(
+            [{key: value for key, value in row.items() if key != self.column} for row in rows]
+        )
         batch[self.column] = ids
         return batch
 
@@ -237,13 +266,17 @@ def _check_trainer(trainer: Any, column: str) -> None:
     args, dataset = trainer.args, trainer.train_dataset
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     refused = {
-        "packing": getattr(args, "packing", False),  # TRL: several datasets' examples in a row, their ids dropped
+        "packing": getattr(
+            args, "packing", False
+        ),  # TRL: several datasets' examples in a row, their ids dropped
         "fp16": args.fp16,  # its loss scale changes on the way; bf16 has none
-        "a Trainer that sets loss_is_scaled_for_ga": getattr(trainer, "loss_is_scaled_for_ga", None) is not None,
+        "a Trainer that sets loss_is_scaled_for_ga": getattr(trainer, "loss_is_scaled_for_ga", None)
+        is not None,
         "DataParallel (several GPUs in one process)": args.n_gpu > 1,
         "FSDP": trainer.is_fsdp_enabled,
         "DeepSpeed": trainer.is_deepspeed_enabled,
-        "tensor or context parallelism": parallel is not None and (parallel.tp_enabled or parallel.cp_enabled),
+        "tensor or context parallelism": parallel is not None
+        and (parallel.tp_enabled or parallel.cp_enabled),
         "an iterable dataset dispatched to several processes (accelerator_config.dispatch_batches must be false)": (
             args.world_size > 1
             and not hasattr(dataset, "__len__")
@@ -263,7 +296,9 @@ def _target_tokens(inputs: Mapping[str, Any]) -> int:
     if "shift_labels" in inputs:
         return int((inputs["shift_labels"] != -100).sum())
     if "labels" not in inputs:
-        raise InputError("train_dataset: labels: are missing in a batch; sketches need the loss of a causal model")
+        raise InputError(
+            "train_dataset: labels: are missing in a batch; sketches need the loss of a causal model"
+        )
     return int((inputs["labels"][..., 1:] != -100).sum())
 
 

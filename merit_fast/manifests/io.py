@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from merit_fast.options.fields import parse, to_plain
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.schemas import SCHEMA_VERSION
+from merit_fast.options.fields import parse, to_plain
 
 STAGE_FILE = "stage.json"
 _MARKER = "fingerprint"  # in an unfinished output: which stage may go on with it
@@ -80,7 +80,9 @@ def manifest_text(manifest: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that a crash leaves the old content or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write the same file
+    temporary = path.with_name(
+        f"{path.name}.{os.getpid()}.tmp"
+    )  # other processes may write the same file
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -135,7 +137,9 @@ def _alone(lock: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def finish_directory(temporary: Path, path: Path, manifest: StageManifest, fsync: bool = True) -> None:
+def finish_directory(
+    temporary: Path, path: Path, manifest: StageManifest, fsync: bool = True
+) -> None:
     """Adds stage.json and renames the directory to ``path``."""
     for leftover in temporary.glob("*.tmp"):  # of a writer that was killed
         leftover.unlink()

@@ -16,7 +16,9 @@ class SplitDataset:
     num_target_tokens: int
     num_sketched_examples: int
     mean_loss: float  # nats per target token where the sketch was taken, over the sketched examples
-    gradient_norm: float | None  # of the mean per-example gradient, from its sketch; None: not resolved
+    gradient_norm: (
+        float | None
+    )  # of the mean per-example gradient, from its sketch; None: not resolved
     signal_fraction: float  # unbiased |mean gradient|^2 over its raw estimate; 1 is noiseless
     signal_error: float | None  # its standard error
     more_examples: int  # 0: the signal is resolved; else about how many more examples would do that
@@ -46,8 +48,12 @@ class SplitManifest:
     reason: str  # of an automatic K; "" where it was asked for
     note: str  # why the balance's tolerance is not kept; "" if it is
     sketched_at: str  # "the base model", or after which warm-up
-    similarity: tuple[tuple[float | None, ...], ...]  # [N, N] cosines of mean gradients; None: not resolved
-    similarity_errors: tuple[tuple[float | None, ...], ...]  # [N, N] block-jackknife standard errors
+    similarity: tuple[
+        tuple[float | None, ...], ...
+    ]  # [N, N] cosines of mean gradients; None: not resolved
+    similarity_errors: tuple[
+        tuple[float | None, ...], ...
+    ]  # [N, N] block-jackknife standard errors
     negative_pair_fraction: float
     certain_negative_fraction: float  # below zero by two standard errors
     within_cosine: float | None  # mean over the pairs within groups
@@ -55,7 +61,9 @@ class SplitManifest:
     explained_variance: tuple[float, ...]  # [R] share of each conflict axis
     scores: tuple[tuple[float, ...], ...]  # [N, R]
     score_errors: tuple[tuple[float, ...], ...]  # [N, R]
-    cuts: tuple[tuple[int, float], ...]  # (axis, score) of each median cut, in order; of method pca-median only
+    cuts: tuple[
+        tuple[int, float], ...
+    ]  # (axis, score) of each median cut, in order; of method pca-median only
     separations: tuple[GroupCount, ...]  # of every K tried, rising
     random_groups: tuple[int, ...]  # [N] the control: a balanced random split
     base_fingerprint: str
@@ -94,8 +102,12 @@ class BranchManifest:
 class ScaleSearch:
     """Three losses, the minimum of the parabola through them, and the loss there."""
 
-    scales: tuple[float, ...]  # in the order tried; the last is the minimum, unless it was none or one of the others
-    losses: tuple[float | None, ...]  # nats per target token of the rows that choose; None: not finite
+    scales: tuple[
+        float, ...
+    ]  # in the order tried; the last is the minimum, unless it was none or one of the others
+    losses: tuple[
+        float | None, ...
+    ]  # nats per target token of the rows that choose; None: not finite
     minimum: float | None  # moved into the range allowed; None: the parabola has none
 
 

@@ -63,7 +63,9 @@ class SketchState:
     def num_examples(self) -> int:
         return int(self.block_counts.sum())
 
-    def add_examples(self, sketches: Tensor, blocks: Tensor, loss_sum: float, num_target_tokens: int) -> None:
+    def add_examples(
+        self, sketches: Tensor, blocks: Tensor, loss_sum: float, num_target_tokens: int
+    ) -> None:
         """Adds B examples: sketches [B, D] float32, blocks [B] int64 (which block each belongs to)."""
         exact = sketches.cpu().double()
         self.block_sums.index_add_(0, blocks, exact)
@@ -90,7 +92,9 @@ class SketchState:
         mine, theirs = self.identity.metadata(), other.identity.metadata()
         for key, value in mine.items():
             if value != theirs[key]:
-                raise MeritFastError(f"sketch states disagree in {key}: {value[:60]!r} and {theirs[key][:60]!r}")
+                raise MeritFastError(
+                    f"sketch states disagree in {key}: {value[:60]!r} and {theirs[key][:60]!r}"
+                )
         if self.block_counts.shape != other.block_counts.shape:
             raise MeritFastError(
                 f"sketch states disagree in blocks: {len(self.block_counts)} and {len(other.block_counts)}"

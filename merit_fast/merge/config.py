@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from merit_fast.options.fields import option, require
 from merit_fast.merge.parameters import ModelSettings, Setting, numbers_of
+from merit_fast.options.fields import option, require
 
 Method = Literal[
     "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della",
@@ -40,40 +40,72 @@ class MergeConfig:
     """
 
     weights: Literal["tokens", "samples", "uniform", "fit"] | tuple[float, ...] = option(
-        "tokens", "tokens or samples (from each branch.json), uniform, a list of numbers, or fit: on held-out rows"
+        "tokens",
+        "tokens or samples (from each branch.json), uniform, a list of numbers, or fit: on held-out rows",
     )
     normalize: bool = option(
-        True, "divide the weights by their sum, and elected deltas by the weights of those that agree"
+        True,
+        "divide the weights by their sum, and elected deltas by the weights of those that agree",
     )
-    method: Method = option("linear", f"one of {', '.join(PARAMETERS)}; docs/method.md has the formulas")
+    method: Method = option(
+        "linear", f"one of {', '.join(PARAMETERS)}; docs/method.md has the formulas"
+    )
     scale: Setting | Literal["auto"] = option(
-        1.0, "factor on the step from the base (linear with 1 needs no base); auto: chosen on held-out rows"
+        1.0,
+        "factor on the step from the base (linear with 1 needs no base); auto: chosen on held-out rows",
     )
-    ridge: float = option(0.1, "with weights fit: pull towards the token weights, as a share of the mean curvature")
-    tune_rows: int = option(256, "with scale auto or weights fit: held-out rows that choose, at most half of them")
-    density: Setting | None = option(None, "share of every delta that is kept (ties, dare, breadcrumbs, della)")
+    ridge: float = option(
+        0.1, "with weights fit: pull towards the token weights, as a share of the mean curvature"
+    )
+    tune_rows: int = option(
+        256, "with scale auto or weights fit: held-out rows that choose, at most half of them"
+    )
+    density: Setting | None = option(
+        None, "share of every delta that is kept (ties, dare, breadcrumbs, della)"
+    )
     gamma: Setting = option(0.01, "share of every delta's largest entries that breadcrumbs drops")
-    epsilon: Setting = option(0.15, "della keeps the smallest of a row with density - epsilon, the largest with +")
-    select_topk: Setting = option(1.0, "share of the elements that vary at all which sce keeps, the most varying")
+    epsilon: Setting = option(
+        0.15, "della keeps the smallest of a row with density - epsilon, the largest with +"
+    )
+    select_topk: Setting = option(
+        1.0, "share of the elements that vary at all which sce keeps, the most varying"
+    )
     t: Setting = option(0.5, "slerp's place on the arc from the first model (0) to the second (1)")
     seed: int = option(0, "of the random choices of dare and della")
-    models: tuple[ModelSettings, ...] = option((), "for each model in order: its own weight, density, gamma, epsilon")
-    missing: Literal["error", "base", "drop"] = option(
-        "error", "a tensor that some input lacks: error, the base's in its place, or drop it from the output"
+    models: tuple[ModelSettings, ...] = option(
+        (), "for each model in order: its own weight, density, gamma, epsilon"
     )
-    dtype: Literal["bf16", "fp16", "fp32"] | None = option(None, "dtype of the output; None: the inputs' own")
-    shard_size: str | None = option(None, "most bytes of an output file, as 5G or 400M; None: the first model's files")
-    stats: bool = option(False, "also write geometry.json: the branches' deltas from the base, in the same pass")
-    checksum: bool = option(False, "also write an xxh3 of every output file into the index's metadata")
-    allow_nonfinite: bool = option(False, "write infinities and NaN instead of stopping at the first")
+    missing: Literal["error", "base", "drop"] = option(
+        "error",
+        "a tensor that some input lacks: error, the base's in its place, or drop it from the output",
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] | None = option(
+        None, "dtype of the output; None: the inputs' own"
+    )
+    shard_size: str | None = option(
+        None, "most bytes of an output file, as 5G or 400M; None: the first model's files"
+    )
+    stats: bool = option(
+        False, "also write geometry.json: the branches' deltas from the base, in the same pass"
+    )
+    checksum: bool = option(
+        False, "also write an xxh3 of every output file into the index's metadata"
+    )
+    allow_nonfinite: bool = option(
+        False, "write infinities and NaN instead of stopping at the first"
+    )
     fsync: bool = option(True, "wait until the output is on the disk")
     threads: int = option(2, "worker threads; 16 with chunk_kib 4096 for models in an object store")
     chunk_kib: int = option(256, "bytes each worker reads from each input at a time, in KiB")
-    max_memory: str | None = option(None, "most bytes of the engine's buffers, as 32M; makes chunks smaller")
+    max_memory: str | None = option(
+        None, "most bytes of the engine's buffers, as 32M; makes chunks smaller"
+    )
 
     def __post_init__(self) -> None:
         require(self.threads >= 1, "threads", "at least 1", self.threads)
-        require(4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib)
+        require(
+            4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib
+        )
         require(0 <= self.seed < 1 << 63, "seed", "between 0 and 2^63 - 1", self.seed)
         for name in ("shard_size", "max_memory"):
             if getattr(self, name) is not None:
@@ -94,26 +126,48 @@ class MergeConfig:
         require(not (self.stats and self.takes_gram), "stats", rule, self.stats)
         if "density" in takes:
             own = [model.density for model in self.models]
-            given = self.density is not None or (bool(own) and all(density is not None for density in own))
+            given = self.density is not None or (
+                bool(own) and all(density is not None for density in own)
+            )
             require(given, "density", f"given for method {self.method}", self.density)
         for i, model in enumerate(self.models):
             for name in ("density", "gamma", "epsilon"):
                 value, key = getattr(model, name), f"models[{i}].{name}"
-                require(name in takes or value is None, key, f"absent: method {self.method} takes no {name}", value)
+                require(
+                    name in takes or value is None,
+                    key,
+                    f"absent: method {self.method} takes no {name}",
+                    value,
+                )
                 _check_range(key, name, value)
             rule = f"absent: method {self.method} takes no weights"
-            require("weights" in takes or model.weight is None, f"models[{i}].weight", rule, model.weight)
+            require(
+                "weights" in takes or model.weight is None,
+                f"models[{i}].weight",
+                rule,
+                model.weight,
+            )
             _check_range(f"models[{i}].weight", "weight", model.weight)
 
     def _check_weights(self) -> None:
         if not isinstance(self.weights, str):
             rule = f"absent: method {self.method} takes no weights"
             require("weights" in PARAMETERS[self.method], "weights", rule, list(self.weights))
-            require(len(self.weights) > 0, "weights", "a list of at least one number", list(self.weights))
+            require(
+                len(self.weights) > 0,
+                "weights",
+                "a list of at least one number",
+                list(self.weights),
+            )
             finite = all(abs(weight) < float("inf") for weight in self.weights)
             require(finite, "weights", "finite numbers", list(self.weights))
             total = abs(sum(self.weights))
-            require(not self.normalize or total > 1e-12, "weights", "of a sum other than 0", list(self.weights))
+            require(
+                not self.normalize or total > 1e-12,
+                "weights",
+                "of a sum other than 0",
+                list(self.weights),
+            )
 
     def _check_tuning(self) -> None:
         require(0 <= self.ridge < float("inf"), "ridge", "a number of at least 0", self.ridge)
@@ -122,9 +176,16 @@ class MergeConfig:
         require(scaled, "scale", "a number with method passthrough", self.scale)
         if self.weights == "fit":
             linear = self.method in ("linear", "task_arithmetic")
-            require(linear, "weights", f"other than fit with method {self.method}: its result is no sum", "fit")
+            require(
+                linear,
+                "weights",
+                f"other than fit with method {self.method}: its result is no sum",
+                "fit",
+            )
             own = any(model.weight is not None for model in self.models)
-            require(not own, "weights", "other than fit where models have weights of their own", "fit")
+            require(
+                not own, "weights", "other than fit where models have weights of their own", "fit"
+            )
 
     @property
     def is_tuned(self) -> bool:
@@ -139,7 +200,11 @@ class MergeConfig:
     @property
     def needs_base(self) -> bool:
         """Whether the base enters the result."""
-        return self.method in _NEEDS_BASE or (self.method == "linear" and self.scale != 1.0) or self.missing == "base"
+        return (
+            self.method in _NEEDS_BASE
+            or (self.method == "linear" and self.scale != 1.0)
+            or self.missing == "base"
+        )
 
     @property
     def takes_gram(self) -> bool:

@@ -31,7 +31,9 @@ class ModelSettings:
 
     weight: Setting | None = option(None, "weight of this model")
     density: Setting | None = option(None, "share of this model's delta that is kept")
-    gamma: Setting | None = option(None, "share of this model's largest delta entries that is dropped")
+    gamma: Setting | None = option(
+        None, "share of this model's largest delta entries that is dropped"
+    )
     epsilon: Setting | None = option(None, "half the spread of this model's keep probabilities")
 
 
@@ -58,7 +60,9 @@ class Layers:
         return name
 
 
-def setting_at(setting: Setting | None, name: str, layers: Layers, model: int | None = None) -> float | None:
+def setting_at(
+    setting: Setting | None, name: str, layers: Layers, model: int | None = None
+) -> float | None:
     """The setting's value for one tensor; None where it says nothing about it.
 
     Filters look at the output's name, or at the one that ``model`` has for it.
@@ -90,7 +94,11 @@ def numbers_of(setting: Setting | None) -> list[float]:
         return []
     if isinstance(setting, (int, float)):
         return [float(setting)]
-    return [n for part in setting for n in (numbers_of(part.value) if isinstance(part, Case) else [float(part)])]
+    return [
+        n
+        for part in setting
+        for n in (numbers_of(part.value) if isinstance(part, Case) else [float(part)])
+    ]
 
 
 def layer_of(name: str) -> int | None:

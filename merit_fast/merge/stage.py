@@ -17,17 +17,24 @@ from merit_fast.manifests.io import (
     write_manifest,
     write_text,
 )
+from merit_fast.merge.combine.weights import resolve_weights
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.read.files import is_directory
 from merit_fast.merge.engine.layout import header_bytes
 from merit_fast.merge.engine.plan import plan_merge
 from merit_fast.merge.engine.prepare import Inputs, buffer_bytes, fit_memory, make_plan, read_inputs
-from merit_fast.merge.read.remote import Location, RemotePath, as_location, input_fingerprint
-from merit_fast.merge.write.shards import Share, all_written, finish_output, free_bytes, only_finisher, write_shards
-from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.read.decoded import is_float
+from merit_fast.merge.read.files import is_directory
+from merit_fast.merge.read.remote import Location, RemotePath, as_location, input_fingerprint
+from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
+from merit_fast.merge.write.shards import (
+    Share,
+    all_written,
+    finish_output,
+    free_bytes,
+    only_finisher,
+    write_shards,
+)
 from merit_fast.merge.write.upload import Upload, check_output, spool_directory
-from merit_fast.merge.combine.weights import resolve_weights
 from merit_fast.progress import Progress
 
 
@@ -97,7 +104,9 @@ def merge_models(
     base = as_location(base) if base else None
     given = tuple(weight for _, weight in models if weight is not None)
     if given and len(given) < len(models):
-        raise InputError(f"merge: give a weight to every model or to none, got {len(given)} for {len(models)} models")
+        raise InputError(
+            f"merge: give a weight to every model or to none, got {len(given)} for {len(models)} models"
+        )
     if not 1 <= share[0] <= share[1]:
         raise InputError(f"merge: share: must be 1 to n of n, got {share[0]}/{share[1]}")
     check_places([*paths, *([base] if base else [])], out)
@@ -108,14 +117,18 @@ def merge_models(
     summary = _summary(out, weights, inputs, config)
     if dry_run:
         return summary
-    fingerprints = {str(path): input_fingerprint(path) for path in (*paths, *([base] if base else []))}
+    fingerprints = {
+        str(path): input_fingerprint(path) for path in (*paths, *([base] if base else []))
+    }
     if slices:
         fingerprints["slices"] = describe_slices(slices)
     records = dict(records or {})
     fingerprints |= {name: fingerprint(text) for name, text in records.items()}
     manifest = stage_manifest("merge", same_bytes(config), fingerprints)
     if isinstance(out, RemotePath):
-        finished = _merge_into_store(out, manifest, inputs, paths, config, progress, share, slices, records)
+        finished = _merge_into_store(
+            out, manifest, inputs, paths, config, progress, share, slices, records
+        )
         return summary | {"finished": finished}
     directory = begin_directory(out, manifest.fingerprint)
     plan = make_plan(inputs, config, progress)
@@ -188,12 +201,23 @@ def check_places(inputs: Sequence[Location], out: Location) -> None:
     if isinstance(out, RemotePath):
         check_output(out)
     elif out.exists() and not (out / STAGE_FILE).exists():
-        raise InputError(f"{out}: exists and is not an output of merit-fast; remove it or choose another directory")
+        raise InputError(
+            f"{out}: exists and is not an output of merit-fast; remove it or choose another directory"
+        )
 
 
-def _summary(out: Location, weights: Sequence[float], inputs: Inputs, config: MergeConfig) -> dict[str, Any]:
+def _summary(
+    out: Location, weights: Sequence[float], inputs: Inputs, config: MergeConfig
+) -> dict[str, Any]:
     tensors = [tensor for file in inputs.files for tensor in file.tensors]
-    passes = {"slerp": 2, "multislerp": 2, "model_stock": 2, "ties": 3, "breadcrumbs": 3, "breadcrumbs_ties": 3}
+    passes = {
+        "slerp": 2,
+        "multislerp": 2,
+        "model_stock": 2,
+        "ties": 3,
+        "breadcrumbs": 3,
+        "breadcrumbs_ties": 3,
+    }
     return {
         "merged": str(out),
         "method": config.method,
@@ -202,8 +226,12 @@ def _summary(out: Location, weights: Sequence[float], inputs: Inputs, config: Me
         "shards": len(inputs.files),
         "tensors": len(tensors),
         "parameters": sum(tensor.num_elements for tensor in tensors),
-        "bytes_in": passes.get(config.method, 5 if config.method == "sce" else 1) * inputs.bytes_read,
-        "bytes_out": sum(len(header_bytes(file)) + sum(t.num_bytes for t in file.tensors) for file in inputs.files),
+        "bytes_in": passes.get(config.method, 5 if config.method == "sce" else 1)
+        * inputs.bytes_read,
+        "bytes_out": sum(
+            len(header_bytes(file)) + sum(t.num_bytes for t in file.tensors)
+            for file in inputs.files
+        ),
         "buffer_bytes": buffer_bytes(inputs, config),
         "free_bytes": free_bytes(out if isinstance(out, Path) else Path(tempfile.gettempdir())),
         "finished": True,
@@ -215,9 +243,14 @@ def _coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
     combination = inputs.combination
     rules = set()
     if combination.from_gram is None:
-        floats = [tensor for file in inputs.files for tensor in file.tensors if is_float(tensor.inputs[0])]
+        floats = [
+            tensor for file in inputs.files for tensor in file.tensors if is_float(tensor.inputs[0])
+        ]
         rules = {combination.rule(replace(tensor.inputs[0], name=tensor.name)) for tensor in floats}
     only = rules.pop() if len(rules) == 1 else None
     given: tuple[float | None, ...] = only if isinstance(only, tuple) else ()
     paths = combination.paths
-    return [(str(path), c) for path, c in zip(paths, (*given, *[None] * (len(paths) - len(given))), strict=True)]
+    return [
+        (str(path), c)
+        for path, c in zip(paths, (*given, *[None] * (len(paths) - len(given))), strict=True)
+    ]

@@ -43,11 +43,17 @@ def parse(cls: type[T], values: Any, where: str, key: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
-            raise InputError(f"{where}: {_join(key, name)}: unknown key{_nearest(str(name), fields)}")
+            raise InputError(
+                f"{where}: {_join(key, name)}: unknown key{_nearest(str(name), fields)}"
+            )
     hints = typing.get_type_hints(cls)
-    parsed = {name: _coerce(hints[name], value, where, _join(key, name)) for name, value in values.items()}
+    parsed = {
+        name: _coerce(hints[name], value, where, _join(key, name)) for name, value in values.items()
+    }
     for name, field in fields.items():
-        absent = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        absent = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
         if name not in parsed and absent:
             raise InputError(f"{where}: {_join(key, name)}: is required")
     try:
@@ -120,15 +126,26 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
         return {str(k): _coerce(arguments[1], v, where, _join(key, k)) for k, v in value.items()}
     if hint is Any:
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308:
+    if (
+        hint is float
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) < 1e308
+    ):
         return float(value)
     if hint is float and isinstance(value, float):
         return value  # infinities and NaN are for the field's own rule
     if hint is float and isinstance(value, str) and _is_number(value):
         return float(value)  # YAML 1.1 reads 2e-4 (no dot) as a string
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and (hint is bool or not isinstance(value, bool))
+    ):
         return value
-    kind = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(hint, str(hint))
+    kind = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(
+        hint, str(hint)
+    )
     raise InputError(f"{where}: {key}: must be {kind}, got {show(value)}")
 
 
@@ -142,7 +159,9 @@ def _coerce_union(choices: Sequence[Any], value: Any, where: str, key: str) -> A
                 return _coerce(choice, value, where, key)
             except InputError as error:
                 errors.append(error)
-    rules = " or ".join(str(error).split(": must be ", 1)[-1].split(", got ")[0] for error in errors)
+    rules = " or ".join(
+        str(error).split(": must be ", 1)[-1].split(", got ")[0] for error in errors
+    )
     raise InputError(f"{where}: {key}: must be {rules}, got {show(value)}")
 
 

@@ -19,11 +19,15 @@ def read_yaml(file: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{file}: does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(
+            f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{file}{line}: is not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise InputError(
+            f"{file}{line}: is not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -35,5 +39,7 @@ class _StrictLoader(yaml.SafeLoader):
         for place, key in enumerate(keys):
             if key in keys[:place]:
                 mark = plain[place].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", mark
+                )
         return super().construct_mapping(node, deep)

@@ -32,7 +32,9 @@ def patch_layers(decoder: nn.Module, backend: str | None) -> tuple[dict[str, int
         find = next((f for end, f in finder.by_ending.items() if name.endswith(end)), None)
         if find is None:
             continue
-        if "forward" in module.__dict__:  # accelerate's hooks, transformers' hub kernels: ours would not be reached
+        if (
+            "forward" in module.__dict__
+        ):  # accelerate's hooks, transformers' hub kernels: ours would not be reached
             found: tuple[str, ...] | str = "has a forward of its own on the instance"
         else:
             found = find(module)
@@ -56,11 +58,15 @@ class _Finder:
 
     def norm(self, module: nn.Module) -> Any:
         names = ("variance_epsilon", "eps")
-        epsilon = next((name for name in names if isinstance(getattr(module, name, None), float)), "")
+        epsilon = next(
+            (name for name in names if isinstance(getattr(module, name, None), float)), ""
+        )
         own = dict(module.named_parameters(recurse=False))
         if not epsilon or set(own) != {"weight"} or own["weight"].dim() != 1:
             return "has no weight with an epsilon"
-        return self._once((type(module), getattr(module, epsilon)), lambda: self._try_norms(module, epsilon))
+        return self._once(
+            (type(module), getattr(module, epsilon)), lambda: self._try_norms(module, epsilon)
+        )
 
     def _try_norms(self, module: nn.Module, epsilon: str) -> Any:
         best, found = 0, None
@@ -69,7 +75,9 @@ class _Finder:
             equal = 0
             for dtype in (torch.float32, torch.bfloat16):
                 twin = _twin(module)
-                twin._parameters["weight"] = nn.Parameter(self._random(16, dtype=dtype, seed=1), False)
+                twin._parameters["weight"] = nn.Parameter(
+                    self._random(16, dtype=dtype, seed=1), False
+                )
                 x = self._random(3, 40, 16, dtype=dtype, seed=2)
                 equal += _equal(type(module).forward, ours, twin, x)
             if equal > best:  # castings differ in single roundings of bfloat16
@@ -78,16 +86,33 @@ class _Finder:
 
     def mlp(self, module: nn.Module) -> Any:
         children = dict(module.named_children())
-        act = next((name for name in ("act_fn", "activation_fn") if callable(getattr(module, name, None))), "")
-        parts: list[str] = [name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if name in children]
-        if not act or parts not in (["gate_proj", "up_proj", "down_proj"], ["gate_up_proj", "down_proj"]):
+        act = next(
+            (name for name in ("act_fn", "activation_fn") if callable(getattr(module, name, None))),
+            "",
+        )
+        parts: list[str] = [
+            name
+            for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+            if name in children
+        ]
+        if not act or parts not in (
+            ["gate_proj", "up_proj", "down_proj"],
+            ["gate_up_proj", "down_proj"],
+        ):
             return "has other parts than gate, up and down projections with an activation"
         function = getattr(module, act)
         key = (type(module), type(function), getattr(function, "act", None) and str(function.act))
         return self._once(key, lambda: self._try_mlp(module, act, parts))
 
     def _try_mlp(self, module: nn.Module, act: str, parts: list[str]) -> Any:
-        kind = next((k for k, (f, _) in _ACTIVATIONS.items() if self._is_activation(getattr(module, act), f)), None)
+        kind = next(
+            (
+                k
+                for k, (f, _) in _ACTIVATIONS.items()
+                if self._is_activation(getattr(module, act), f)
+            ),
+            None,
+        )
         if kind is None:
             return f"activation {type(getattr(module, act)).__name__} is neither SiLU nor GELU"
         twin = _twin(module)
@@ -100,14 +125,18 @@ class _Finder:
             return "does more than down(act(gate(x)) * up(x))"
         return kind.split("_")[0], "mlp", act, kind, len(parts) == 2
 
-    def _is_activation(self, found: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor]) -> bool:
+    def _is_activation(
+        self, found: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor]
+    ) -> bool:
         x = torch.linspace(-6, 6, 97, device=self.device)
         return torch.allclose(found(x), expected(x), rtol=0, atol=1e-6)
 
     def attention(self, module: nn.Module) -> Any:
         forward = type(module).forward
         plain = getattr(forward, "__globals__", {}).get(_ROPE)
-        if plain is None or _ROPE not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        if plain is None or _ROPE not in getattr(
+            getattr(forward, "__code__", None), "co_names", ()
+        ):
             return f"does not call {_ROPE}"
         return self._once((type(module), plain), lambda: self._try_rope(plain))
 
@@ -118,7 +147,9 @@ class _Finder:
             ours = _rope_function(plain, width < 8, self.backend)
             angles = self._random(2, 5, width // 2, seed=3).repeat(1, 1, 2)
             works.append(_equal(plain, ours, q, k, angles.cos(), angles.sin()))
-        return ("rope", "rope", bool(works[1])) if works[0] else "rotates positions in another layout"
+        return (
+            ("rope", "rope", bool(works[1])) if works[0] else "rotates positions in another layout"
+        )
 
     def _once(self, key: Any, attempt: Callable[[], Any]) -> Any:
         if key not in self._tried:
@@ -145,17 +176,30 @@ def _rms_norm_forward(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not supported(args[0], self.weight):
             return plain(self, *args, **kwargs)
-        return rms_norm(args[0], self.weight, getattr(self, epsilon), offset=offset, casting=casting, backend=backend)
+        return rms_norm(
+            args[0],
+            self.weight,
+            getattr(self, epsilon),
+            offset=offset,
+            casting=casting,
+            backend=backend,
+        )
 
     return forward
 
 
-def _mlp_forward(original: type[nn.Module], act: str, kind: str, joined: bool, backend: str | None) -> Forward:
+def _mlp_forward(
+    original: type[nn.Module], act: str, kind: str, joined: bool, backend: str | None
+) -> Forward:
     approximate = _ACTIVATIONS[kind][1]  # None: SiLU
 
     @functools.wraps(original.forward)
     def forward(self: Any, x: Tensor) -> Any:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if joined else (self.gate_proj(x), self.up_proj(x))
+        gate, up = (
+            self.gate_up_proj(x).chunk(2, dim=-1)
+            if joined
+            else (self.gate_proj(x), self.up_proj(x))
+        )
         if not supported(gate, up):
             return self.down_proj(getattr(self, act)(gate) * up)
         if approximate is None:
@@ -168,22 +212,37 @@ def _mlp_forward(original: type[nn.Module], act: str, kind: str, joined: bool, b
 def _attention_forward(original: type[nn.Module], partial: bool, backend: str | None) -> Forward:
     """The same code with another ``apply_rotary_pos_emb`` among its globals."""
     plain: Any = original.forward
-    replaced = {**plain.__globals__, _ROPE: _rope_function(plain.__globals__[_ROPE], partial, backend)}
-    forward = types.FunctionType(plain.__code__, replaced, plain.__name__, plain.__defaults__, plain.__closure__)
+    replaced = {
+        **plain.__globals__,
+        _ROPE: _rope_function(plain.__globals__[_ROPE], partial, backend),
+    }
+    forward = types.FunctionType(
+        plain.__code__, replaced, plain.__name__, plain.__defaults__, plain.__closure__
+    )
     forward.__kwdefaults__ = plain.__kwdefaults__
     return functools.wraps(plain)(forward)
 
 
 def _rope_function(plain: Forward, partial: bool, backend: str | None) -> Forward:
     @functools.wraps(plain)
-    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         width, head = cos.shape[-1], q.shape[-1]
-        if args or kwargs or cos.dim() != 3 or (width != head and not partial) or not supported(q, k, cos, sin):
+        if (
+            args
+            or kwargs
+            or cos.dim() != 3
+            or (width != head and not partial)
+            or not supported(q, k, cos, sin)
+        ):
             return plain(q, k, cos, sin, *args, **kwargs)
         if width == head:
             return rope(q, k, cos, sin, backend=backend)
         turned = rope(q[..., :width], k[..., :width], cos, sin, backend=backend)
-        return tuple(torch.cat([t, x[..., width:]], -1) for t, x in zip(turned, (q, k), strict=True))
+        return tuple(
+            torch.cat([t, x[..., width:]], -1) for t, x in zip(turned, (q, k), strict=True)
+        )
 
     return apply_rotary_pos_emb
 
@@ -208,7 +267,9 @@ def _equal(plain: Forward, ours: Forward, *arguments: Any) -> int:
     equal = 0
     for theirs, mine in zip(expected, actual, strict=True):
         tolerance = 1e-5 if theirs.dtype == torch.float32 else 2**-5
-        if mine.dtype != theirs.dtype or not torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance):
+        if mine.dtype != theirs.dtype or not torch.allclose(
+            mine, theirs, rtol=tolerance, atol=tolerance
+        ):
             return 0
         equal += int((mine == theirs).sum())
     return equal

@@ -15,8 +15,29 @@ from merit_fast.patch.layers import patch_layers
 
 # model_type of the configs whose models are tested with and without our kernels.
 ARCHITECTURES = frozenset(
-    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "phi3", "smollm3", "granite")
-    + ("cohere", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl", "qwen3_vl_text", "mixtral", "qwen2_moe", "qwen3_moe")
+    (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "phi3",
+        "smollm3",
+        "granite",
+    )
+    + (
+        "cohere",
+        "qwen2_5_vl",
+        "qwen2_5_vl_text",
+        "qwen3_vl",
+        "qwen3_vl_text",
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+    )
 )
 
 
@@ -42,12 +63,18 @@ class Patch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.restore()
 
     def __str__(self) -> str:
-        done = ", ".join(f"{op} x {count}" for op, count in self.replaced.items()) or "nothing replaced"
+        done = (
+            ", ".join(f"{op} x {count}" for op, count in self.replaced.items())
+            or "nothing replaced"
+        )
         return "\n".join([f"kernels: {done}", *(f"  left alone: {note}" for note in self.notes)])
 
 
@@ -120,5 +147,7 @@ def _other_towers(model: Any, decoder: nn.Module) -> list[str]:
     return [
         name
         for name, child in base.named_children()
-        if base is not decoder and child is not decoder and next(child.parameters(), None) is not None
+        if base is not decoder
+        and child is not decoder
+        and next(child.parameters(), None) is not None
     ]

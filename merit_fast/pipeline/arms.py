@@ -10,8 +10,8 @@ from typing import Literal
 
 from merit_fast.data import Dataset
 from merit_fast.data.shares import dealt_rows, warmup_rows
-from merit_fast.pipeline.config import RunConfig
 from merit_fast.manifests.schemas import SplitManifest
+from merit_fast.pipeline.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,22 @@ class Branch:
 
     def identity(self, config: RunConfig) -> dict[str, str]:
         """What its training depends on beside the recipe, the start and the mixture."""
-        rows = self.rows if self.rows == "all" else f"{self.rows} {config.split.warmup:g} seed {config.split.seed}"
-        part = f"{self.group} of {self.parts} seed {config.split.seed}: " + "\n".join(self.dealt) if self.dealt else ""
-        return {"branch": self.name, "datasets": "\n".join(self.datasets), "rows": rows, "dealt": part}
+        rows = (
+            self.rows
+            if self.rows == "all"
+            else f"{self.rows} {config.split.warmup:g} seed {config.split.seed}"
+        )
+        part = (
+            f"{self.group} of {self.parts} seed {config.split.seed}: " + "\n".join(self.dealt)
+            if self.dealt
+            else ""
+        )
+        return {
+            "branch": self.name,
+            "datasets": "\n".join(self.datasets),
+            "rows": rows,
+            "dealt": part,
+        }
 
 
 def warmup_branch(config: RunConfig) -> Branch:

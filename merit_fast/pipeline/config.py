@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
-from merit_fast.options.fields import option, override, parse, require, to_plain
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.io import write_text
 from merit_fast.merge.config import MergeConfig
-from merit_fast.split.config import SplitConfig
+from merit_fast.options.fields import option, override, parse, require, to_plain
 from merit_fast.options.yaml import read_yaml
+from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
 
 
@@ -81,6 +81,10 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
             for key in ("path", "eval_path"):
                 if entry.get(key):
                     entry[key] = beside(entry[key])
-    template = (values.get("data") or {}).get("chat_template") if isinstance(values.get("data"), dict) else None
+    template = (
+        (values.get("data") or {}).get("chat_template")
+        if isinstance(values.get("data"), dict)
+        else None
+    )
     if template and template != "plain":
         values["data"]["chat_template"] = beside(template)

@@ -8,15 +8,15 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
-from merit_fast.pipeline import arms
-from merit_fast.pipeline.arms import Branch
 from merit_fast.data import mixture_fingerprint
 from merit_fast.errors import MeritFastError
 from merit_fast.manifests.io import StageManifest, is_complete, read_manifest, stage_manifest
+from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.merge import same_bytes
 from merit_fast.model import model_fingerprint, resolve_model, settle_dtype
+from merit_fast.pipeline import arms
+from merit_fast.pipeline.arms import Branch
 from merit_fast.pipeline.config import RunConfig
-from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.train.config import TrainConfig
 
 
@@ -32,7 +32,9 @@ class Outputs:
         """Raises MeritFastError if ``path`` does not hold the output that ``stage`` describes."""
         if not is_complete(path, stage.fingerprint):
             state = "was made from another config or input" if path.exists() else "is not there"
-            raise MeritFastError(f"{path}: {state}; run first: {self.command.format(stage=stage.stage)}")
+            raise MeritFastError(
+                f"{path}: {state}; run first: {self.command.format(stage=stage.stage)}"
+            )
 
     # ---- who trains on what, from where
     @functools.cached_property
@@ -77,11 +79,15 @@ class Outputs:
 
     @functools.cached_property
     def train_fingerprint(self) -> str:
-        return mixture_fingerprint(self.config.mixture, self.config.data, str(self.base), part="train")
+        return mixture_fingerprint(
+            self.config.mixture, self.config.data, str(self.base), part="train"
+        )
 
     @functools.cached_property
     def held_out_fingerprint(self) -> str:
-        return mixture_fingerprint(self.config.mixture, self.config.data, str(self.base), part="eval")
+        return mixture_fingerprint(
+            self.config.mixture, self.config.data, str(self.base), part="eval"
+        )
 
     @property
     def sketch(self) -> StageManifest:
@@ -97,7 +103,9 @@ class Outputs:
         return stage_manifest("train", self.train_config, inputs | branch.identity(self.config))
 
     def merge(self, arm: str) -> StageManifest:
-        inputs = {name: self.branch(self.branches[name]).fingerprint for name in self.branches_of(arm)}
+        inputs = {
+            name: self.branch(self.branches[name]).fingerprint for name in self.branches_of(arm)
+        }
         if self.config.merge.needs_base or self.config.merge.stats:
             inputs["base"] = self.start_fingerprint
         if self.config.merge.is_tuned:
@@ -109,7 +117,9 @@ class Outputs:
     def evaluate(self) -> StageManifest:
         inputs = {arm: self.merge(arm).fingerprint for arm in arms.merged_arms(self.config)}
         inputs |= {name: self.branch(branch).fingerprint for name, branch in self.branches.items()}
-        return stage_manifest("evaluate", self.config.evaluate.without_audit(), inputs | self._reporting_rows)
+        return stage_manifest(
+            "evaluate", self.config.evaluate.without_audit(), inputs | self._reporting_rows
+        )
 
     @property
     def audit(self) -> StageManifest:
@@ -137,4 +147,6 @@ class Outputs:
 def _settled(config: RunConfig) -> RunConfig:
     """Every dtype "auto" as what it means on this machine, so that outputs say what made them."""
     stages = {name: getattr(config, name) for name in ("split", "train", "evaluate")}
-    return replace(config, **{name: replace(s, dtype=settle_dtype(s.dtype)) for name, s in stages.items()})  # type: ignore[arg-type]
+    return replace(
+        config, **{name: replace(s, dtype=settle_dtype(s.dtype)) for name, s in stages.items()}
+    )  # type: ignore[arg-type]

@@ -9,9 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merit_fast.pipeline import arms
-from merit_fast.pipeline.arms import Branch
-from merit_fast.options.fields import to_plain
 from merit_fast.data import Dataset, load_mixture, load_tokenizer, pad_token_id
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import (
@@ -22,12 +19,21 @@ from merit_fast.manifests.io import (
     recover_directory,
     write_manifest,
 )
+from merit_fast.manifests.schemas import (
+    TUNE_FILE,
+    AuditManifest,
+    EvaluateManifest,
+    SplitManifest,
+    TuneManifest,
+)
 from merit_fast.merge import merge_branches, resolve_weights
+from merit_fast.options.fields import to_plain
+from merit_fast.pipeline import arms
+from merit_fast.pipeline.arms import Branch
+from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import audit_sentence, split_lines
-from merit_fast.pipeline.config import RunConfig, write_run_config
-from merit_fast.manifests.schemas import TUNE_FILE, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
 STAGES = ("sketch", "split", "train", "merge", "evaluate", "report")
 
@@ -38,7 +44,9 @@ class Run:
     A stage method raises MeritFastError if an earlier stage's output is absent or was made from another config.
     """
 
-    def __init__(self, config: RunConfig, progress: Progress | None = None, command: str = "merit-fast run") -> None:
+    def __init__(
+        self, config: RunConfig, progress: Progress | None = None, command: str = "merit-fast run"
+    ) -> None:
         self.progress = progress or SilentProgress()
         self.outputs = Outputs(config, command)
         self.config = self.outputs.config
@@ -57,7 +65,9 @@ class Run:
             config, mark = self.config.split.sketch_config(), outputs.start_fingerprint
             datasets, pad = self._branch_data, self._pad_token_id
             earlier = outputs.root / "sketch"
-            sketch_mixture(str(outputs.start), mark, datasets, pad, config, directory, self.progress, earlier)
+            sketch_mixture(
+                str(outputs.start), mark, datasets, pad, config, directory, self.progress, earlier
+            )
 
         if self.config.split.warmup:
             self._train(arms.warmup_branch(self.config))
@@ -88,7 +98,9 @@ class Run:
         worked = False
         for arm in arms.merged_arms(self.config):
             work = functools.partial(self._merge_one, arm)
-            worked |= self._bring_up_to_date(self.outputs.root / "merged" / arm, self.outputs.merge(arm), work)
+            worked |= self._bring_up_to_date(
+                self.outputs.root / "merged" / arm, self.outputs.merge(arm), work
+            )
         return worked
 
     def evaluate(self) -> bool:
@@ -101,7 +113,9 @@ class Run:
             branches = {name: outputs.branch_path(name) for name in outputs.branches}
             candidates = Candidates(outputs.base, branches, self._merges())
             tokenizer, pad, config = self._tokenizer, self._pad_token_id, self.config.evaluate
-            evaluate_arms(candidates, self._eval_data, tokenizer, pad, config, directory, self.progress)
+            evaluate_arms(
+                candidates, self._eval_data, tokenizer, pad, config, directory, self.progress
+            )
 
         worked = self._bring_up_to_date(outputs.root / "evaluate", outputs.evaluate, work)
         if self.config.evaluate.audit:
@@ -115,12 +129,18 @@ class Run:
 
         def work(directory: Path) -> None:
             outputs.require(outputs.root / "evaluate", outputs.evaluate)
-            evaluation = read_manifest(EvaluateManifest, outputs.root / "evaluate" / "evaluate.json")
+            evaluation = read_manifest(
+                EvaluateManifest, outputs.root / "evaluate" / "evaluate.json"
+            )
             audit = None
             if self.config.evaluate.audit:
                 outputs.require(outputs.root / "audit", outputs.audit)
                 audit = read_manifest(AuditManifest, outputs.root / "audit" / "audit.json")
-            path, title, tuned = directory / "report.html", outputs.root.name, read_tuned(outputs.root, evaluation)
+            path, title, tuned = (
+                directory / "report.html",
+                outputs.root.name,
+                read_tuned(outputs.root, evaluation),
+            )
             write_report(
                 outputs.split_manifest, evaluation, path,
                 title=title, notes=self._notes(), audit=audit, tuned=tuned,
@@ -156,31 +176,47 @@ class Run:
         """Optimizer steps of a run on these."""
         from merit_fast.train.schedule import num_steps
 
-        return num_steps(sum(dataset.num_examples for dataset in datasets), self.outputs.train_config)
+        return num_steps(
+            sum(dataset.num_examples for dataset in datasets), self.outputs.train_config
+        )
 
     def _branch_steps(self, split: SplitManifest) -> list[int]:
         """[K] of MERIT's branches."""
-        planned = [branch for branch in arms.branches(self.config, split).values() if branch.arm == "merit"]
+        planned = [
+            branch for branch in arms.branches(self.config, split).values() if branch.arm == "merit"
+        ]
         return [self._steps(branch.choose(self._train_data, self.config)) for branch in planned]
 
     def _texts(self) -> dict[str, list[str]]:
         decode = self._tokenizer.batch_decode
-        return {d.name: decode([e.input_ids for e in d.examples], skip_special_tokens=True) for d in self._branch_data}
+        return {
+            d.name: decode([e.input_ids for e in d.examples], skip_special_tokens=True)
+            for d in self._branch_data
+        }
 
     # ---- work of one branch, one merge, one audit
     def _train(self, branch: Branch) -> bool:
-        path, work = self.outputs.branch_path(branch.name), functools.partial(self._train_one, branch)
+        path, work = (
+            self.outputs.branch_path(branch.name),
+            functools.partial(self._train_one, branch),
+        )
         return self._bring_up_to_date(path, self.outputs.branch(branch), work)
 
     def _train_one(self, branch: Branch, directory: Path) -> None:
         from merit_fast.train import train_branch
-        from merit_fast.train.stage import BranchJob
         from merit_fast.train.schedule import FEW_STEPS
+        from merit_fast.train.stage import BranchJob
 
-        name, datasets, config = branch.name, branch.choose(self._train_data, self.config), self.outputs.train_config
+        name, datasets, config = (
+            branch.name,
+            branch.choose(self._train_data, self.config),
+            self.outputs.train_config,
+        )
         steps = self._steps(datasets)
         if steps < FEW_STEPS:
-            self.progress.note(f"{name}: {steps} steps; below about {FEW_STEPS} a branch is far from converged")
+            self.progress.note(
+                f"{name}: {steps} steps; below about {FEW_STEPS} a branch is far from converged"
+            )
         if self.config.merge.is_tuned:
             _ = self._held_out  # too few are refused now, not after the training
         start, mark = self.outputs.start_of(branch)
@@ -195,7 +231,9 @@ class Run:
         if config.is_tuned:
             chosen = self._tune(arm, paths, directory)
             config = config.filled(chosen.weights, chosen.scale)
-        merge_branches(paths, resolve_weights(paths, config), config, directory, self.progress, outputs.start)
+        merge_branches(
+            paths, resolve_weights(paths, config), config, directory, self.progress, outputs.start
+        )
 
     def _tune(self, arm: str, paths: list[Path], directory: Path) -> TuneManifest:
         from merit_fast.evaluate.audit import audit_rows
@@ -204,7 +242,10 @@ class Run:
         config = self.config.merge
         names, start = tuple(self.outputs.branches_of(arm)), starting_weights(paths, config)
         candidates, pad = Candidates(paths, names, start, self.outputs.start), self._pad_token_id
-        rows, batch_size = audit_rows(self._held_out[0], config.tune_rows), self.config.evaluate.batch_size
+        rows, batch_size = (
+            audit_rows(self._held_out[0], config.tune_rows),
+            self.config.evaluate.batch_size,
+        )
         found = tune_merge(candidates, rows, pad, batch_size, config, directory, self.progress)
         self.progress.note(f"{arm}: {tuning_sentence(found)}")
         return found
@@ -229,7 +270,9 @@ class Run:
 
         branches = {name: self.outputs.branch_path(name) for name in self.outputs.branches}
         start, pad, config = self.outputs.start, self._pad_token_id, self.config.evaluate
-        audits = audit_merges(self._merges(), branches, start, self._eval_data, pad, config, self.progress)
+        audits = audit_merges(
+            self._merges(), branches, start, self._eval_data, pad, config, self.progress
+        )
         write_manifest(AuditManifest(audits), directory / "audit.json")
         for arm, audit in audits.items():
             self.progress.note(f"audit {arm}: {audit_sentence(audit)}")
@@ -273,11 +316,15 @@ class Run:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")
         if part == "eval" and (absent := len(self.config.mixture) - len(datasets)):
-            self.progress.note(f"evaluate: {absent} of {len(self.config.mixture)} datasets have no held-out rows")
+            self.progress.note(
+                f"evaluate: {absent} of {len(self.config.mixture)} datasets have no held-out rows"
+            )
         return datasets
 
     # ---- the rule of every stage
-    def _bring_up_to_date(self, path: Path, stage: StageManifest, work: Callable[[Path], None]) -> bool:
+    def _bring_up_to_date(
+        self, path: Path, stage: StageManifest, work: Callable[[Path], None]
+    ) -> bool:
         name = str(path.relative_to(self.outputs.root))
         recover_directory(path, stage.fingerprint)
         if is_complete(path, stage.fingerprint):

@@ -8,9 +8,15 @@ from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import read_manifest, write_text
+from merit_fast.manifests.schemas import (
+    TUNE_FILE,
+    AuditManifest,
+    EvaluateManifest,
+    SplitManifest,
+    TuneManifest,
+)
 from merit_fast.report.summary import audit_sentence, split_lines, verdict
 from merit_fast.report.tables import gain_rows, results_rows, tuning_rows
-from merit_fast.manifests.schemas import TUNE_FILE, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
 __all__ = [
     "audit_sentence",
@@ -74,7 +80,11 @@ def print_summary(output: Path) -> None:
     if not console.is_terminal:
         console = Console(width=120)  # a log file has no width of its own
     tuned = read_tuned(output, evaluation)
-    tables = [results_rows(evaluation), gain_rows(evaluation), *([tuning_rows(tuned)] if tuned else [])]
+    tables = [
+        results_rows(evaluation),
+        gain_rows(evaluation),
+        *([tuning_rows(tuned)] if tuned else []),
+    ]
     for columns, rows in tables:
         table = Table(box=None, pad_edge=False)
         table.add_column(columns[0], no_wrap=True)
@@ -85,4 +95,9 @@ def print_summary(output: Path) -> None:
         console.print(table)
         console.print()
     console.print(" ".join(verdict(split)), soft_wrap=True, markup=False, highlight=False)
-    console.print(f"report: {output / 'report' / 'report.html'}", soft_wrap=True, markup=False, highlight=False)
+    console.print(
+        f"report: {output / 'report' / 'report.html'}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )

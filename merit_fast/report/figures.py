@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.report.parts import (
     LEGEND,
     NEUTRAL,
@@ -19,7 +20,6 @@ from merit_fast.report.parts import (
     plain,
 )
 from merit_fast.report.split_tables import group_name, with_error
-from merit_fast.manifests.schemas import SplitManifest
 
 _NAMED_ROWS = 40  # more rows than this are labelled by group only
 _NAMED_POINTS = 16
@@ -35,17 +35,26 @@ def conflict_map(split: SplitManifest) -> go.Figure:
     order = ordered(split)
     rows = [split.datasets[i] for i in order]
     names, groups = [plain(row.name) for row in rows], [row.group for row in rows]
-    texts = [[_cosine_text(split.similarity[i][j], split.similarity_errors[i][j]) for j in order] for i in order]
+    texts = [
+        [_cosine_text(split.similarity[i][j], split.similarity_errors[i][j]) for j in order]
+        for i in order
+    ]
     titles = [f"{name} ({group_name(group)})" for name, group in zip(names, groups, strict=True)]
     heat = go.Heatmap(
         z=[[split.similarity[i][j] for j in order] for i in order],
-        customdata=[[[titles[y], titles[x], texts[y][x]] for x in range(len(rows))] for y in range(len(rows))],
+        customdata=[
+            [[titles[y], titles[x], texts[y][x]] for x in range(len(rows))]
+            for y in range(len(rows))
+        ],
         coloraxis="coloraxis",
         hoverongaps=True,
         hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>cosine %{customdata[2]}<extra></extra>",
     )
     if len(rows) <= _TEXT_ROWS:
-        heat.text = [[_cell_text(split.similarity[i][j], split.similarity_errors[i][j]) for j in order] for i in order]
+        heat.text = [
+            [_cell_text(split.similarity[i][j], split.similarity_errors[i][j]) for j in order]
+            for i in order
+        ]
         heat.texttemplate, heat.textfont = "%{text}", {"size": 11}
     figure = go.Figure(heat)
     borders = [i - 0.5 for i in range(1, len(groups)) if groups[i] != groups[i - 1]]
@@ -61,15 +70,22 @@ def conflict_map(split: SplitManifest) -> go.Figure:
         coloraxis={
             "cmin": -1,
             "cmax": 1,
-            "colorbar": {"title": {"text": "cosine", "side": "right"}, "tickvals": [-1, -0.5, 0, 0.5, 1]},
+            "colorbar": {
+                "title": {"text": "cosine", "side": "right"},
+                "tickvals": [-1, -0.5, 0, 0.5, 1],
+            },
         },
     )
     bare = {"constrain": "domain", "showgrid": False, "zeroline": False, "ticks": ""}
-    figure.update_xaxes(bare, side="top", title={"text": "group", "standoff": 4}, tickvals=centers, ticktext=labels)
+    figure.update_xaxes(
+        bare, side="top", title={"text": "group", "standoff": 4}, tickvals=centers, ticktext=labels
+    )
     figure.update_xaxes(range=[-0.5, len(rows) - 0.5])
     figure.update_yaxes(bare, scaleanchor="x", range=[len(rows) - 0.5, -0.5], automargin=True)
     if len(rows) <= _NAMED_ROWS:
-        figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[label(row.name) for row in rows])
+        figure.update_yaxes(
+            tickvals=list(range(len(rows))), ticktext=[label(row.name) for row in rows]
+        )
     else:
         figure.update_yaxes(title={"text": "group"}, tickvals=centers, ticktext=labels)
     return figure
@@ -80,7 +96,9 @@ def axes_map(split: SplitManifest) -> go.Figure:
     hover, template = dataset_hover(split)
     places, names = _label_places(split), [label(row.name) for row in split.datasets]
     figure = go.Figure()
-    for group in sorted({row.group for row in split.datasets}, key=lambda group: (group < 0, group)):
+    for group in sorted(
+        {row.group for row in split.datasets}, key=lambda group: (group < 0, group)
+    ):
         members = [i for i, row in enumerate(split.datasets) if row.group == group]
         x, y = _ellipses(split, members)
         figure.add_scatter(
@@ -97,13 +115,21 @@ def axes_map(split: SplitManifest) -> go.Figure:
             mode="markers+text" if len(split.datasets) <= _NAMED_POINTS else "markers",
             textposition=[places[i] for i in members],
             cliponaxis=False,
-            marker={"size": 9, "opacity": 0.9, "color": group_color(group), "symbol": group_symbol(group)},
+            marker={
+                "size": 9,
+                "opacity": 0.9,
+                "color": group_color(group),
+                "symbol": group_symbol(group),
+            },
             hovertemplate=template,
         )
     bounds_x, bounds_y = _bounds(split, 0), _bounds(split, 1)
     for line in _cut_lines(split, bounds_x, bounds_y):
         figure.add_shape(type="line", line={"dash": "dash"}, layer="below", **line)
-    titles = [f"axis {a + 1} ({100 * v:.1f} % of the variance)" for a, v in enumerate(split.explained_variance)]
+    titles = [
+        f"axis {a + 1} ({100 * v:.1f} % of the variance)"
+        for a, v in enumerate(split.explained_variance)
+    ]
     figure.update_layout(
         template="none",
         height=600,
@@ -126,7 +152,9 @@ def _cell_text(cosine: float | None, error: float | None) -> str:
     return f"{cosine:z.2f}" + (f"<br>±{error:.2f}" if error else "")
 
 
-def _ellipses(split: SplitManifest, members: Sequence[int]) -> tuple[list[float | None], list[float | None]]:
+def _ellipses(
+    split: SplitManifest, members: Sequence[int]
+) -> tuple[list[float | None], list[float | None]]:
     """x and y of the outlines, half axes of one standard error, a gap after each."""
     x: list[float | None] = []
     y: list[float | None] = []
@@ -158,7 +186,10 @@ def _cut_lines(
     sides = [bounds_x] * len(second)
     if len(first) == 1 and len(second) == 2:
         sides = [(bounds_x[0], first[0]), (first[0], bounds_x[1])]
-    lines += [{"x0": low, "x1": high, "y0": cut, "y1": cut} for cut, (low, high) in zip(second, sides, strict=True)]
+    lines += [
+        {"x0": low, "x1": high, "y0": cut, "y1": cut}
+        for cut, (low, high) in zip(second, sides, strict=True)
+    ]
     return lines
 
 
@@ -166,12 +197,20 @@ def _group_ticks(groups: list[int]) -> tuple[list[float], list[str]]:
     """Centre and label of each group's block on an axis of sorted groups."""
     present = list(dict.fromkeys(groups))
     places = [[i for i, g in enumerate(groups) if g == group] for group in present]
-    return [sum(block) / len(block) for block in places], ["all" if group < 0 else str(group) for group in present]
+    return [sum(block) / len(block) for block in places], [
+        "all" if group < 0 else str(group) for group in present
+    ]
 
 
 def _bounds(split: SplitManifest, axis: int) -> tuple[float, float]:
     """What shows every point with its error."""
-    pairs = [(score[axis], error[axis]) for score, error in zip(split.scores, split.score_errors, strict=True)]
-    low, high = min(score - error for score, error in pairs), max(score + error for score, error in pairs)
+    pairs = [
+        (score[axis], error[axis])
+        for score, error in zip(split.scores, split.score_errors, strict=True)
+    ]
+    low, high = (
+        min(score - error for score, error in pairs),
+        max(score + error for score, error in pairs),
+    )
     margin = 0.1 * (high - low) or 1.0
     return low - margin, high + margin

@@ -9,10 +9,15 @@ from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 from merit_fast.errors import InputError
+from merit_fast.manifests.schemas import (
+    AuditManifest,
+    EvaluateManifest,
+    SplitManifest,
+    TuneManifest,
+)
 from merit_fast.report import figures, parts, split_figures, split_tables, tables
 from merit_fast.report.split_tables import group_name
 from merit_fast.report.summary import method_sentence, verdict
-from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
 
 TEMPLATE = "page.html.j2"
 
@@ -50,7 +55,8 @@ def render(
         groups=split_tables.group_rows(split, steps),
         group_colors=[parts.group_color(group) for group in range(split.groups)],
         members=[
-            (group_name(g), parts.group_color(g), names) for g, names in split_tables.group_members(split).items()
+            (group_name(g), parts.group_color(g), names)
+            for g, names in split_tables.group_members(split).items()
         ],
         separations=split_tables.separation_rows(split),
         datasets=split_tables.split_rows(split),
@@ -60,7 +66,8 @@ def render(
         tuned=tables.tuning_rows(tuned) if tuned else None,
         choosing_rows=max((one.num_examples for one in (tuned or {}).values()), default=0),
         specs={name: _json(figure) for name, figure in drawn.items()},
-        conflict_width=drawn["conflicts"].layout.height + 200,  # a square, its row labels and its colour bar
+        conflict_width=drawn["conflicts"].layout.height
+        + 200,  # a square, its row labels and its colour bar
         themes=_json(parts.THEMES),
         plotly_js=Markup(get_plotlyjs()),
     )
@@ -82,7 +89,9 @@ def _figures(split: SplitManifest, steps: list[int] | None) -> dict[str, Any]:
 def _branch_steps(split: SplitManifest, evaluation: EvaluateManifest | None) -> list[int] | None:
     """[K] optimizer steps that each group's branch took; None before all are trained."""
     branches = {} if evaluation is None else evaluation.branches
-    steps = [branches[name].steps for k in range(split.groups) if (name := f"merit-{k}") in branches]
+    steps = [
+        branches[name].steps for k in range(split.groups) if (name := f"merit-{k}") in branches
+    ]
     return steps if len(steps) == split.groups and all(steps) else None
 
 
@@ -125,9 +134,13 @@ def _check_lengths(split: SplitManifest) -> None:
                 f"split.json: {key}: must be [{number}, {width}], got {len(rows)} rows of {sorted(widths)}"
             )
     if len(split.random_groups) != number:
-        raise InputError(f"split.json: random_groups: must have length {number}, got {len(split.random_groups)}")
+        raise InputError(
+            f"split.json: random_groups: must have length {number}, got {len(split.random_groups)}"
+        )
     if axes < 2:
         raise InputError(f"split.json: explained_variance: must have at least two axes, got {axes}")
     for row in split.datasets:
         if not -1 <= row.group < split.groups:
-            raise InputError(f"split.json: {row.name}: group must be -1 or below {split.groups}, got {row.group}")
+            raise InputError(
+                f"split.json: {row.name}: group must be -1 or below {split.groups}, got {row.group}"
+            )

@@ -6,16 +6,31 @@ Colours that depend on light and dark are in ``THEMES``, which the page applies;
 import html
 from typing import Any
 
-from merit_fast.report.split_tables import group_name, norm_text, signal_text, with_error
 from merit_fast.manifests.schemas import SplitManifest
+from merit_fast.report.split_tables import group_name, norm_text, signal_text, with_error
 
 # Okabe & Ito's colour-blind-safe palette without black and yellow; symbols carry the group as well.
-GROUP_COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8A63D2", "#A0A020")
+GROUP_COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#CC79A7",
+    "#56B4E9",
+    "#8A63D2",
+    "#A0A020",
+)
 NEUTRAL = "#8C8C8C"  # what belongs to no group
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 _LONGEST = 28  # characters of a name in a label; the hover text has all of it
 ROW = 16  # pixels of a line of text
-LEGEND = {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0}  # at the foot: tools are on top
+LEGEND = {
+    "orientation": "h",
+    "yref": "container",
+    "yanchor": "bottom",
+    "y": 0,
+    "x": 0,
+}  # at the foot: tools are on top
 
 
 def group_color(group: int) -> str:
@@ -30,7 +45,9 @@ def group_symbol(group: int) -> str:
 def ordered(split: SplitManifest) -> list[int]:
     """The datasets by group, those dealt to all groups last, and by score on axis 1 inside a group."""
     rows = split.datasets
-    return sorted(range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][:1], i))
+    return sorted(
+        range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][:1], i)
+    )
 
 
 def plain(text: str) -> str:
@@ -49,12 +66,19 @@ def dataset_hover(split: SplitManifest) -> tuple[list[list[Any]], str]:
     for i, row in enumerate(split.datasets):
         names = [plain(row.name), group_name(row.group), split.random_groups[i]]
         counts = [row.num_examples, row.num_target_tokens, row.num_sketched_examples]
-        signal = [with_error(row.signal_fraction, row.signal_error), f"<br>{signal_text(row)}".removesuffix("<br>")]
+        signal = [
+            with_error(row.signal_fraction, row.signal_error),
+            f"<br>{signal_text(row)}".removesuffix("<br>"),
+        ]
         measures = [row.margin, row.stability, row.mean_loss, norm_text(row)]
-        scores = [with_error(*pair) for pair in zip(split.scores[i], split.score_errors[i], strict=True)]
+        scores = [
+            with_error(*pair) for pair in zip(split.scores[i], split.score_errors[i], strict=True)
+        ]
         rows.append([*names, *counts, *signal, *measures, *scores])
     axes = range(len(split.explained_variance))
-    scores_text = "".join(f"<br>score on axis {axis + 1}: %{{customdata[{12 + axis}]}}" for axis in axes)
+    scores_text = "".join(
+        f"<br>score on axis {axis + 1}: %{{customdata[{12 + axis}]}}" for axis in axes
+    )
     template = (
         "<b>%{customdata[0]}</b><br>%{customdata[1]} (random control: %{customdata[2]})"
         "<br>%{customdata[3]:,} examples, %{customdata[4]:,} target tokens"
@@ -85,6 +109,10 @@ def _theme(text: str, faint: str, surface: str, scale: list[str]) -> dict[str, A
 
 # Diverging, blue for agreement and red for conflict (ColorBrewer RdBu); the middle is the page's own background.
 THEMES = {
-    "light": _theme("#1f2328", "#c9ced6", "#ffffff", ["#b2182b", "#ef8a62", "#f7f7f7", "#67a9cf", "#2166ac"]),
-    "dark": _theme("#e4e7eb", "#4a515b", "#22272e", ["#ff8f73", "#b04a3c", "#262b32", "#3679ad", "#7cc0f5"]),
+    "light": _theme(
+        "#1f2328", "#c9ced6", "#ffffff", ["#b2182b", "#ef8a62", "#f7f7f7", "#67a9cf", "#2166ac"]
+    ),
+    "dark": _theme(
+        "#e4e7eb", "#4a515b", "#22272e", ["#ff8f73", "#b04a3c", "#262b32", "#3679ad", "#7cc0f5"]
+    ),
 }

@@ -5,6 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.report.linkage import Merge, average_linkage, leaf_order
 from merit_fast.report.parts import (
     GROUP_COLORS,
@@ -18,7 +19,6 @@ from merit_fast.report.parts import (
     ordered,
 )
 from merit_fast.report.split_tables import group_totals
-from merit_fast.manifests.schemas import SplitManifest
 
 
 def dendrogram(split: SplitManifest) -> go.Figure:
@@ -29,7 +29,9 @@ def dendrogram(split: SplitManifest) -> go.Figure:
     x, y, joints = _tree(merges, order)
     hover, template = dataset_hover(split)
     figure = go.Figure()
-    figure.add_scatter(x=x, y=y, mode="lines", line={"width": 1.5, "color": NEUTRAL}, hoverinfo="skip")
+    figure.add_scatter(
+        x=x, y=y, mode="lines", line={"width": 1.5, "color": NEUTRAL}, hoverinfo="skip"
+    )
     figure.add_scatter(
         x=[merge.height for merge in merges],
         y=joints,
@@ -49,7 +51,9 @@ def dendrogram(split: SplitManifest) -> go.Figure:
     )
     _name_rows(figure, split, order)
     figure.update_layout(showlegend=False)
-    figure.update_xaxes(side="top", title={"text": "1 − cosine, mean over pairs", "standoff": 4}, zeroline=False)
+    figure.update_xaxes(
+        side="top", title={"text": "1 − cosine, mean over pairs", "standoff": 4}, zeroline=False
+    )
     figure.update_yaxes(showgrid=False)
     return figure
 
@@ -66,7 +70,10 @@ def separation_map(split: SplitManifest) -> go.Figure | None:
         name="random groups, ± 2 standard deviations",
         x=tried,
         y=[one.null_mean for one in found],
-        error_y={"type": "data", "array": [None if one.null_std is None else 2 * one.null_std for one in found]},
+        error_y={
+            "type": "data",
+            "array": [None if one.null_std is None else 2 * one.null_std for one in found],
+        },
         customdata=null,
         hovertemplate="%{x} random groups<br>η² %{y:.4f}, standard deviation %{customdata[1]:.4f}<extra></extra>",
         mode="lines+markers",
@@ -86,7 +93,9 @@ def separation_map(split: SplitManifest) -> go.Figure | None:
     if str(split.groups) in tried:
         figure.add_vline(x=tried.index(str(split.groups)), line={"dash": "dash"}, layer="below")
     _plain_layout(figure, 380)
-    figure.update_xaxes(type="category", title={"text": "number of groups"}, range=[-0.5, len(tried) - 0.5])
+    figure.update_xaxes(
+        type="category", title={"text": "number of groups"}, range=[-0.5, len(tried) - 0.5]
+    )
     figure.update_yaxes(title={"text": "η²"}, rangemode="tozero")
     return figure
 
@@ -94,8 +103,14 @@ def separation_map(split: SplitManifest) -> go.Figure | None:
 def balance_map(split: SplitManifest, steps: Sequence[int] | None = None) -> go.Figure:
     """Bars per group: its share of the target tokens, of the examples and, where known, of the optimizer steps."""
     names = [str(group) for group in range(split.groups)]
-    tokens, examples = [total[1] for total in group_totals(split)], [total[0] for total in group_totals(split)]
-    measures: list[tuple[str, Sequence[float], str]] = [("target tokens", tokens, ""), ("examples", examples, "/")]
+    tokens, examples = (
+        [total[1] for total in group_totals(split)],
+        [total[0] for total in group_totals(split)],
+    )
+    measures: list[tuple[str, Sequence[float], str]] = [
+        ("target tokens", tokens, ""),
+        ("examples", examples, "/"),
+    ]
     if steps:
         measures.append(("optimizer steps", steps, "x"))
     figure = go.Figure()
@@ -106,7 +121,10 @@ def balance_map(split: SplitManifest, steps: Sequence[int] | None = None) -> go.
             x=names,
             y=[100 * amount / total for amount in amounts],
             customdata=[[round(amount)] for amount in amounts],
-            marker={"color": [group_color(group) for group in range(split.groups)], "pattern": {"shape": pattern}},
+            marker={
+                "color": [group_color(group) for group in range(split.groups)],
+                "pattern": {"shape": pattern},
+            },
             hovertemplate=f"group %{{x}}<br>%{{customdata[0]:,}} {what}<br>%{{y:.2f}} %<extra></extra>",
         )
     figure.add_hline(y=100 / split.groups, line={"dash": "dash"})
@@ -137,7 +155,9 @@ def dataset_map(split: SplitManifest) -> go.Figure:
             customdata=[hover[i] for i in order],
             mode="markers",
             marker=_marks(split, order),
-            error_x=None if errors is None else {"type": "data", "array": errors, "color": NEUTRAL, "width": 3},
+            error_x=None
+            if errors is None
+            else {"type": "data", "array": errors, "color": NEUTRAL, "width": 3},
             hovertemplate=template,
         )
         figure.update_layout(
@@ -157,7 +177,9 @@ def dataset_map(split: SplitManifest) -> go.Figure:
     return figure
 
 
-def _tree(merges: Sequence[Merge], order: Sequence[int]) -> tuple[list[float | None], list[float | None], list[float]]:
+def _tree(
+    merges: Sequence[Merge], order: Sequence[int]
+) -> tuple[list[float | None], list[float | None], list[float]]:
     """The lines of a dendrogram, x along the distance, and where each merge stands between its two branches."""
     number = len(order)
     place = [0.0] * (number + len(merges))
@@ -176,12 +198,18 @@ def _tree(merges: Sequence[Merge], order: Sequence[int]) -> tuple[list[float | N
 
 def _marks(split: SplitManifest, order: Sequence[int]) -> dict[str, Any]:
     groups = [split.datasets[i].group for i in order]
-    return {"size": 8, "color": [group_color(g) for g in groups], "symbol": [group_symbol(g) for g in groups]}
+    return {
+        "size": 8,
+        "color": [group_color(g) for g in groups],
+        "symbol": [group_symbol(g) for g in groups],
+    }
 
 
 def _name_rows(figure: go.Figure, split: SplitManifest, order: Sequence[int]) -> None:
     """A line of text per dataset, from the top down: any number stays readable, the figure grows."""
-    figure.update_layout(template="none", height=110 + ROW * len(order), margin={"l": 10, "r": 20, "t": 90, "b": 10})
+    figure.update_layout(
+        template="none", height=110 + ROW * len(order), margin={"l": 10, "r": 20, "t": 90, "b": 10}
+    )
     figure.update_yaxes(
         tickvals=list(range(len(order))),
         ticktext=[label(split.datasets[i].name) for i in order],
@@ -194,6 +222,8 @@ def _name_rows(figure: go.Figure, split: SplitManifest, order: Sequence[int]) ->
 
 
 def _plain_layout(figure: go.Figure, height: int) -> None:
-    figure.update_layout(template="none", height=height, margin={"l": 10, "r": 10, "t": 40, "b": 10}, legend=LEGEND)
+    figure.update_layout(
+        template="none", height=height, margin={"l": 10, "r": 10, "t": 40, "b": 10}, legend=LEGEND
+    )
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from merit_fast.report.tables import ABSENT, Table, percent
 from merit_fast.manifests.schemas import SplitDataset, SplitManifest
+from merit_fast.report.tables import ABSENT, Table, percent
 
 _SMALL = 0.1  # of the median margin
 
@@ -16,7 +16,9 @@ def group_name(group: int) -> str:
 def group_members(split: SplitManifest) -> Mapping[int, tuple[str, ...]]:
     """group -> its datasets in the manifest's order, every group 0..K-1 present; -1 last, if any are dealt to all."""
     groups = [*range(split.groups), *([-1] if any(row.group < 0 for row in split.datasets) else [])]
-    return {group: tuple(row.name for row in split.datasets if row.group == group) for group in groups}
+    return {
+        group: tuple(row.name for row in split.datasets if row.group == group) for group in groups
+    }
 
 
 def group_totals(split: SplitManifest) -> list[tuple[float, float]]:
@@ -62,7 +64,13 @@ def group_rows(split: SplitManifest, steps: Sequence[int] | None = None) -> Tabl
 
 def separation_rows(split: SplitManifest) -> Table:
     """One row per K tried: eta squared of its split, and what random balanced splits reach."""
-    columns = ("groups", "η² debiased", "η² cross-validated", "η² of random groups", "above random, sd")
+    columns = (
+        "groups",
+        "η² debiased",
+        "η² cross-validated",
+        "η² of random groups",
+        "above random, sd",
+    )
     rows = []
     for found in split.separations:
         chance = ABSENT
@@ -72,7 +80,10 @@ def separation_rows(split: SplitManifest) -> Table:
         rows.append(
             (
                 f"{found.groups}{' (chosen)' if found.groups == split.groups else ''}",
-                *(ABSENT if value is None else f"{value:z.4f}" for value in (found.eta_squared, found.cross_validated)),
+                *(
+                    ABSENT if value is None else f"{value:z.4f}"
+                    for value in (found.eta_squared, found.cross_validated)
+                ),
                 chance,
                 ABSENT if above is None else f"{above:+z.1f}",
             )
@@ -80,7 +91,9 @@ def separation_rows(split: SplitManifest) -> Table:
     return columns, tuple(rows)
 
 
-def deviations_above(value: float | None, mean: float | None, deviation: float | None) -> float | None:
+def deviations_above(
+    value: float | None, mean: float | None, deviation: float | None
+) -> float | None:
     """By how many standard deviations ``value`` lies above ``mean``; None where one of them is not known."""
     if value is None or mean is None or not deviation:
         return None
@@ -91,13 +104,23 @@ def split_rows(split: SplitManifest) -> Table:
     """One row per dataset of the split: groups, counts, gradient figures and scores."""
     axes = tuple(f"axis {axis + 1}" for axis in range(len(split.explained_variance)))
     counts = ("group", "random control", "examples", "target tokens", "examples sketched")
-    figures = ("loss", "gradient norm", "signal fraction", "more examples needed", "margin", "stability")
+    figures = (
+        "loss",
+        "gradient norm",
+        "signal fraction",
+        "more examples needed",
+        "margin",
+        "stability",
+    )
     rows = tuple(
         (
             row.name,
             "all" if row.group < 0 else str(row.group),
             str(random),
-            *(f"{count:,}" for count in (row.num_examples, row.num_target_tokens, row.num_sketched_examples)),
+            *(
+                f"{count:,}"
+                for count in (row.num_examples, row.num_target_tokens, row.num_sketched_examples)
+            ),
             f"{row.mean_loss:z.3f}",
             norm_text(row),
             with_error(row.signal_fraction, row.signal_error),
@@ -144,7 +167,11 @@ def small_margins(split: SplitManifest) -> list[SplitDataset]:
     if split.groups == 1 or not per_weight:
         return []
     bound = max(0.0, _SMALL * median(per_weight.values()))
-    return [split.datasets[i] for i in sorted(per_weight, key=lambda i: (per_weight[i], i)) if per_weight[i] <= bound]
+    return [
+        split.datasets[i]
+        for i in sorted(per_weight, key=lambda i: (per_weight[i], i))
+        if per_weight[i] <= bound
+    ]
 
 
 def known_pairs(split: SplitManifest) -> list[tuple[int, int, float]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from statistics import median
 
+from merit_fast.manifests.schemas import MergeAudit, SplitManifest
 from merit_fast.report.split_tables import (
     deviations_above,
     group_members,
@@ -15,7 +16,6 @@ from merit_fast.report.split_tables import (
     small_margins,
 )
 from merit_fast.report.tables import Table, percent
-from merit_fast.manifests.schemas import MergeAudit, SplitManifest
 
 _LISTED = 10  # names in one line of the terminal
 
@@ -38,13 +38,21 @@ def split_lines(split: SplitManifest, steps: Sequence[int] | None = None) -> tup
     if split.across_cosine is not None:
         within, across = signed(split.within_cosine), signed(split.across_cosine)
         lines.append(f"mean cosine of pairs within groups {within}, across groups {across}")
-    border = [f"{row.name} (margin {row.margin:z.2g}, stability {row.stability:.2f})" for row in small_margins(split)]
+    border = [
+        f"{row.name} (margin {row.margin:z.2g}, stability {row.stability:.2f})"
+        for row in small_margins(split)
+    ]
     if border:
-        lines.append(f"small margin, another group would do as well but for the balance: {_listed(border, ', ')}")
+        lines.append(
+            f"small margin, another group would do as well but for the balance: {_listed(border, ', ')}"
+        )
     unknown = [f"{row.name}: {signal_text(row)}" for row in split.datasets if row.more_examples]
     if unknown:
         lines.append(_listed(unknown, "; "))
-    lines += [f"{group_name(group)}: {', '.join(names) or 'none'}" for group, names in group_members(split).items()]
+    lines += [
+        f"{group_name(group)}: {', '.join(names) or 'none'}"
+        for group, names in group_members(split).items()
+    ]
     return (*lines, "", *verdict(split))
 
 
@@ -60,7 +68,9 @@ def method_sentence(split: SplitManifest) -> str:
 
 def audit_sentence(audit: MergeAudit) -> str:
     """Whether the theory of the gain holds for a merge, without a full stop."""
-    found = f"gain {audit.gain:z.4f}, predicted {audit.predicted_gain:z.4f}, ratio {audit.ratio:.3f}"
+    found = (
+        f"gain {audit.gain:z.4f}, predicted {audit.predicted_gain:z.4f}, ratio {audit.ratio:.3f}"
+    )
     if audit.in_basin:
         return f"{found}: the branches lie in one quadratic basin"
     return f"{found}, more than 10 % off 1: the branches do not lie in one quadratic basin"
@@ -69,7 +79,12 @@ def audit_sentence(audit: MergeAudit) -> str:
 def exceeds_null(split: SplitManifest) -> bool:
     """Whether cross-validated eta squared lies more than two standard deviations above that of random splits."""
     found = split.separation
-    if found is None or found.cross_validated is None or found.null_mean is None or found.null_std is None:
+    if (
+        found is None
+        or found.cross_validated is None
+        or found.null_mean is None
+        or found.null_std is None
+    ):
         return False
     return found.cross_validated > found.null_mean + 2 * found.null_std
 
@@ -83,7 +98,11 @@ def _conflict(split: SplitManifest) -> str:
         return f"The cosine of no pair of datasets is resolved {where}: whether they conflict is not known."
     if split.negative_pair_fraction == 0:
         return f"No pair of datasets conflicts {where}: splitting has little to separate here."
-    which = f"{known:,} pairs of datasets" if known == pairs else f"{known:,} resolved pairs of datasets (of {pairs:,})"
+    which = (
+        f"{known:,} pairs of datasets"
+        if known == pairs
+        else f"{known:,} resolved pairs of datasets (of {pairs:,})"
+    )
     return (
         f"{percent(split.negative_pair_fraction)} of the {which} conflict {where} (their mean gradients have a cosine "
         f"below 0), {percent(split.certain_negative_fraction)} by more than two standard errors."
@@ -95,7 +114,10 @@ def _groups(split: SplitManifest) -> tuple[str, ...]:
         reason = split.reason or "one group was asked for, so nothing is split"
         return (f"{reason[0].upper()}{reason[1:]}.",)
     if split.reason:
-        return (f"The number of groups was chosen automatically: {split.reason}.", _separation(split))
+        return (
+            f"The number of groups was chosen automatically: {split.reason}.",
+            _separation(split),
+        )
     return (_separation(split),)
 
 

@@ -5,7 +5,13 @@ A table is (columns, rows); the first column names the row, the others are right
 
 from collections.abc import Callable, Mapping
 
-from merit_fast.manifests.schemas import ArmResult, AuditManifest, EvaluateManifest, SplitManifest, TuneManifest
+from merit_fast.manifests.schemas import (
+    ArmResult,
+    AuditManifest,
+    EvaluateManifest,
+    SplitManifest,
+    TuneManifest,
+)
 
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
@@ -20,7 +26,12 @@ _RESULT_COLUMNS: tuple[tuple[str, Callable[[ArmResult], str]], ...] = (
     ("displacement", lambda result: f"{result.displacement:.2f}"),
     ("trained tokens", lambda result: f"{result.num_tokens:,}" if result.num_tokens else ABSENT),
     ("train s", lambda result: f"{result.train_s:,.1f}" if result.train_s else ABSENT),
-    ("peak GiB", lambda result: f"{result.peak_memory_bytes / 2**30:.2f}" if result.peak_memory_bytes else ABSENT),
+    (
+        "peak GiB",
+        lambda result: (
+            f"{result.peak_memory_bytes / 2**30:.2f}" if result.peak_memory_bytes else ABSENT
+        ),
+    ),
 )
 
 
@@ -68,19 +79,32 @@ def audit_rows(audit: AuditManifest) -> Table:
 
 def tuning_rows(tuned: Mapping[str, TuneManifest]) -> Table:
     """One row per number that held-out rows chose for a merged arm: before, as fitted, and what was taken."""
-    columns = ("merged arm", "chosen", "before", "loss before", "fitted", "loss there", "taken", "losses tried")
+    columns = (
+        "merged arm",
+        "chosen",
+        "before",
+        "loss before",
+        "fitted",
+        "loss there",
+        "taken",
+        "losses tried",
+    )
     rows: list[tuple[str, ...]] = []
     for arm, one in tuned.items():
         if (by := one.weight_search) is not None:
             losses: tuple[float | None, float | None] = (by.start_loss, by.fitted_loss)
             tried = ", ".join(map(_loss, by.losses)) or ABSENT
-            rows.append(_tuning_row(arm, "weights", by.start, by.fitted, losses, one.weights, tried))
+            rows.append(
+                _tuning_row(arm, "weights", by.start, by.fitted, losses, one.weights, tried)
+            )
         if (along := one.scale_search) is not None:
             found = dict(zip(along.scales, along.losses, strict=True))
             at_minimum = None if along.minimum is None else (along.minimum,)
             losses = (found[1.0], found.get(along.minimum or 0.0) if at_minimum else None)
             tried = ", ".join(f"{_loss(loss)} at {scale:g}" for scale, loss in found.items())
-            rows.append(_tuning_row(arm, "scale", (1.0,), at_minimum, losses, (one.scale or 0.0,), tried))
+            rows.append(
+                _tuning_row(arm, "scale", (1.0,), at_minimum, losses, (one.scale or 0.0,), tried)
+            )
     return columns, tuple(rows)
 
 
@@ -96,7 +120,16 @@ def _tuning_row(
     def shown(numbers: tuple[float, ...] | None) -> str:
         return ABSENT if numbers is None else " ".join(f"{number:.4g}" for number in numbers)
 
-    return (arm, what, shown(before), _loss(losses[0]), shown(fitted), _loss(losses[1]), shown(taken), tried)
+    return (
+        arm,
+        what,
+        shown(before),
+        _loss(losses[0]),
+        shown(fitted),
+        _loss(losses[1]),
+        shown(taken),
+        tried,
+    )
 
 
 def _loss(loss: float | None) -> str:
@@ -116,7 +149,11 @@ def dataset_result_rows(split: SplitManifest, evaluation: EvaluateManifest) -> T
         row = [name]
         for result in evaluation.arms.values():
             one = result.datasets.get(name)
-            row += [ABSENT, ABSENT] if one is None else [f"{one.loss:z.3f}", f"{100 * one.exact_match:.1f}"]
+            row += (
+                [ABSENT, ABSENT]
+                if one is None
+                else [f"{one.loss:z.3f}", f"{100 * one.exact_match:.1f}"]
+            )
         rows.append(tuple(row))
     return tuple(columns), tuple(rows)
 
@@ -128,5 +165,7 @@ def percent(share: float) -> str:
 
 def _result_table(first_column: str, results: Mapping[str, ArmResult]) -> Table:
     columns = (first_column, *(heading for heading, _ in _RESULT_COLUMNS))
-    rows = tuple((name, *(show(result) for _, show in _RESULT_COLUMNS)) for name, result in results.items())
+    rows = tuple(
+        (name, *(show(result) for _, show in _RESULT_COLUMNS)) for name, result in results.items()
+    )
     return columns, rows

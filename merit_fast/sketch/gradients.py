@@ -15,16 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from merit_fast.errors import InputError, MeritFastError, show
 from merit_fast.kernels.sketch import CountSketch
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.sketch.capture.hooks import ModelHooks
 from merit_fast.sketch.precondition import adam_scales, scales_fingerprint
 from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
-from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 
 if TYPE_CHECKING:
     from merit_fast.sketch.summed import SummedSketcher
 
 DatasetId = str | int
-_entered: list["GradientSketcher"] = []  # innermost last: what these froze still counts as trainable
+_entered: list[
+    "GradientSketcher"
+] = []  # innermost last: what these froze still counts as trainable
 
 
 def sketch_gradients(
@@ -109,7 +111,9 @@ class GradientSketcher:
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.model = model if self.ddp is None else self.ddp.module
         self.sketch, self.scales, self.blocks = sketch, dict(scales or {}), blocks
-        chosen = select_parameters(self.model, "all", _trainable) if parameters is None else parameters
+        chosen = (
+            select_parameters(self.model, "all", _trainable) if parameters is None else parameters
+        )
         self.names = {id(parameter): name for name, parameter in chosen.items()}
         self.state: dict[DatasetId, SketchState] = {}
         self._fingerprint = fingerprint
@@ -127,25 +131,36 @@ class GradientSketcher:
         if self._identity is None:
             fingerprint = self._fingerprint or model_weights_fingerprint(self.model)
             adam = f"adam {scales_fingerprint(self.scales)}: " if self.scales else ""
-            self._identity = SketchIdentity(self.sketch, adam + fingerprint, tuple(self.parameter_names))
+            self._identity = SketchIdentity(
+                self.sketch, adam + fingerprint, tuple(self.parameter_names)
+            )
         return self._identity
 
     def __enter__(self) -> "GradientSketcher":
         for parameter in self.model.parameters():
-            self._restore.append(functools.partial(parameter.requires_grad_, parameter.requires_grad))
+            self._restore.append(
+                functools.partial(parameter.requires_grad_, parameter.requires_grad)
+            )
             parameter.requires_grad_(False)
         _entered.append(self)
         self._restore.append(functools.partial(_entered.remove, self))
         self._hooks.attach()
         self._restore.append(self._hooks.detach)
-        if self.ddp is not None:  # as no_sync does; buffers are not broadcast either: ranks may differ in passes
+        if (
+            self.ddp is not None
+        ):  # as no_sync does; buffers are not broadcast either: ranks may differ in passes
             for flag in ("require_backward_grad_sync", "require_forward_param_sync"):
-                self._restore.append(functools.partial(setattr, self.ddp, flag, getattr(self.ddp, flag)))
+                self._restore.append(
+                    functools.partial(setattr, self.ddp, flag, getattr(self.ddp, flag))
+                )
                 setattr(self.ddp, flag, False)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         while self._restore:
             self._restore.pop()()
@@ -168,7 +183,9 @@ class GradientSketcher:
         """The sketches [B, D] float32 of the pass that has just run backward, without adding them to ``state``."""
         run = self._hooks.run
         if run is None or not run.fired:
-            raise MeritFastError("sketch_gradients: update() or take() before a forward and backward pass")
+            raise MeritFastError(
+                "sketch_gradients: update() or take() before a forward and backward pass"
+            )
         if run.ran_without_grad:
             raise MeritFastError(
                 f"sketch_gradients: parameter {min(run.ran_without_grad)} was used under no_grad and never again: with "
@@ -196,9 +213,15 @@ class GradientSketcher:
         Returns:
             [B, D] float32, the sketches.
         """
-        ids, losses, tokens = (_listed(values) for values in (dataset_ids, loss_sums, num_target_tokens))
+        ids, losses, tokens = (
+            _listed(values) for values in (dataset_ids, loss_sums, num_target_tokens)
+        )
         size = len(ids) if self._hooks.run is None else self._hooks.run.size
-        for key, values in (("dataset_ids", ids), ("loss_sums", losses), ("num_target_tokens", tokens)):
+        for key, values in (
+            ("dataset_ids", ids),
+            ("loss_sums", losses),
+            ("num_target_tokens", tokens),
+        ):
             if (values or key == "dataset_ids") and len(values) != size:
                 raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
         sketches = self.take()
@@ -206,7 +229,9 @@ class GradientSketcher:
             rows = [row for row, one in enumerate(ids) if one == dataset]
             state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
             block = (state.num_examples + torch.arange(len(rows))) % self.blocks
-            loss, count = (sum(values[row] for row in rows) if values else 0 for values in (losses, tokens))
+            loss, count = (
+                sum(values[row] for row in rows) if values else 0 for values in (losses, tokens)
+            )
             state.add_examples(sketches[rows], block, float(loss), int(count))
         return sketches
 

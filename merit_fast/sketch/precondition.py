@@ -39,7 +39,9 @@ def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[
         MeritFastError: a parameter that the model or the optimizer lacks, or without second moments; names it.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = {
+        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
+    }
     scales = {}
     for name in names:
         if name not in parameters:
@@ -52,7 +54,9 @@ def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[
     return scales
 
 
-def adam_scales_of_checkpoint(model: nn.Module, directory: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
+def adam_scales_of_checkpoint(
+    model: nn.Module, directory: str | Path, names: Iterable[str]
+) -> dict[str, Tensor]:
     """``adam_scales`` from a checkpoint of the transformers Trainer: its ``optimizer.pt``, read without pickled code.
 
     The file numbers the parameters: first those with weight decay, then the others, each in the model's order. The same
@@ -68,15 +72,24 @@ def adam_scales_of_checkpoint(model: nn.Module, directory: str | Path, names: It
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         saved_groups, moments = saved["param_groups"], saved["state"]
-    except Exception as error:  # the reader raises many kinds, and all mean that the file is not to be had
+    except (
+        Exception
+    ) as error:  # the reader raises many kinds, and all mean that the file is not to be had
         raise InputError(f"{file}: is not an optimizer's state ({one_line(error)})") from None
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # uses no attribute
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trainable = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     ordered = sorted(trainable, key=lambda item: item[0] not in decayed)
     numbers = [(number, group) for group in saved_groups for number in group["params"]]
     if len(numbers) != len(ordered):
-        raise InputError(f"{file}: must hold the model's {len(ordered)} trainable parameters, got {len(numbers)}")
-    by_name = {name: (p, group, number) for (name, p), (number, group) in zip(ordered, numbers, strict=True)}
+        raise InputError(
+            f"{file}: must hold the model's {len(ordered)} trainable parameters, got {len(numbers)}"
+        )
+    by_name = {
+        name: (p, group, number)
+        for (name, p), (number, group) in zip(ordered, numbers, strict=True)
+    }
     scales = {}
     for name in names:
         if name not in by_name:
@@ -95,16 +108,22 @@ def scales_fingerprint(scales: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _scale(name: str, parameter: nn.Parameter, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+def _scale(
+    name: str, parameter: nn.Parameter, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> Tensor:
     if "betas" not in group or "eps" not in group:
         raise MeritFastError(f"adam_scales: parameter {name} is not optimized by Adam or AdamW")
     moments = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
     if moments is None or "step" not in state:
-        raise MeritFastError(f"adam_scales: parameter {name} has no second moments yet: the optimizer never stepped it")
+        raise MeritFastError(
+            f"adam_scales: parameter {name} has no second moments yet: the optimizer never stepped it"
+        )
     if moments.shape != parameter.shape:
         raise MeritFastError(
             f"adam_scales: parameter {name} is {list(parameter.shape)}, its second moments {list(moments.shape)}"
         )
     correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
-    scale: Tensor = (moments.detach().float() / correction).sqrt_().add_(float(group["eps"])).reciprocal_()
+    scale: Tensor = (
+        (moments.detach().float() / correction).sqrt_().add_(float(group["eps"])).reciprocal_()
+    )
     return scale.reshape(matrix_shape(parameter.shape)).contiguous()

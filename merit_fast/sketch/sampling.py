@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from merit_fast.block_estimates import signal_fractions
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.split.conflict import signal_fractions
 
 if TYPE_CHECKING:
     from merit_fast.manifests.sketch_state import SketchState
@@ -74,7 +74,9 @@ def measure_signal(state: "SketchState") -> Signal:
     sums, counts = state.block_sums.numpy(), state.block_counts.numpy()
     sums, counts = sums[counts > 0], counts[counts > 0].astype(np.float64)
     if len(counts) < 2:
-        raise MeritFastError(f"signal fraction: needs examples in two blocks or more, got {len(counts)}")
+        raise MeritFastError(
+            f"signal fraction: needs examples in two blocks or more, got {len(counts)}"
+        )
     gram = sums @ sums.T
     own = np.diag(gram)
     fraction, error = signal_fractions(gram[None], counts[None])
@@ -151,7 +153,9 @@ def _sign_test(gram: Array) -> float:
         signs = 1.0 - 2.0 * np.array(list(itertools.product((0, 1), repeat=others)))
     else:
         drawn = np.random.default_rng(0).integers(0, 2, (_DRAWS, others))
-        signs = 1.0 - 2.0 * np.concatenate([np.zeros((1, others)), drawn])  # what was found counts as one of the draws
+        signs = 1.0 - 2.0 * np.concatenate(
+            [np.zeros((1, others)), drawn]
+        )  # what was found counts as one of the draws
     signs = np.concatenate([np.ones((len(signs), 1)), signs], axis=1)
     squares = np.einsum("pa,ab,pb->p", signs, gram, signs, optimize=True)
     return float((squares >= gram.sum() - 1e-9 * np.abs(gram).sum()).mean())

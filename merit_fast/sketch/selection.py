@@ -13,7 +13,9 @@ _PROBES = 64
 
 
 def select_parameters(
-    model: nn.Module, parameters: str = "all", trainable: Callable[[nn.Parameter], bool] | None = None
+    model: nn.Module,
+    parameters: str = "all",
+    trainable: Callable[[nn.Parameter], bool] | None = None,
 ) -> dict[str, nn.Parameter]:
     """The parameters to sketch, by name in the model's order; a tied one goes by its first name.
 
@@ -71,7 +73,9 @@ def _block_lists(model: nn.Module) -> list[str]:
     """
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in sizes):
+        if isinstance(module, nn.ModuleList) and not any(
+            name.startswith(f"{outer}.") for outer in sizes
+        ):
             sizes[name] = sum(parameter.numel() for parameter in module.parameters())
     largest = max(sizes.values(), default=0)
     return [name for name, size in sizes.items() if largest and 2 * size >= largest]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.sketch.precondition import scales_fingerprint
 from merit_fast.sketch.selection import model_weights_fingerprint
-from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 
 DatasetId = str | int
 
@@ -65,7 +65,9 @@ class SummedSketcher:
         self.parameters = dict(parameters)
         self.state: dict[DatasetId, SketchState] = {}
         if not self.parameters:
-            raise MeritFastError(f"sketch: {type(model).__name__} has no trainable parameter among the chosen ones")
+            raise MeritFastError(
+                f"sketch: {type(model).__name__} has no trainable parameter among the chosen ones"
+            )
         self._check()
         adam = f" adam {scales_fingerprint(scales)}" if scales else ""
         fingerprint = model_weights_fingerprint(model) if fingerprint is None else fingerprint
@@ -79,7 +81,10 @@ class SummedSketcher:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for handle in self._handles:
             handle.remove()
@@ -140,7 +145,9 @@ class SummedSketcher:
             SketchState.zeros(self.identity, self.blocks).merge(state)
         self.state = dict(states)
 
-    def _add(self, dataset: DatasetId, total: Tensor, count: int, loss_sum: float, num_target_tokens: int) -> None:
+    def _add(
+        self, dataset: DatasetId, total: Tensor, count: int, loss_sum: float, num_target_tokens: int
+    ) -> None:
         if dataset not in self.state:
             state = self.state[dataset] = SketchState.zeros(self.identity, self.blocks)
             state.block_square_norms.fill_(torch.nan)
@@ -161,10 +168,19 @@ class SummedSketcher:
             gradient, rows = gradient.detach(), None
             if gradient.is_sparse:  # an embedding's rows, repeats not yet added up
                 if gradient.sparse_dim() != 1:
-                    raise MeritFastError(f"sketch: the gradient of parameter {name} is sparse within its rows")
+                    raise MeritFastError(
+                        f"sketch: the gradient of parameter {name} is sparse within its rows"
+                    )
                 rows, gradient = gradient._indices(), gradient._values()
             matrix = gradient.reshape(-1, shape[1]) if rows is not None else gradient.reshape(shape)
-            flat_sketch(matrix.unsqueeze(0), name, self.sketch, row_ids=rows, scale=scale, out=self._out(matrix.device))
+            flat_sketch(
+                matrix.unsqueeze(0),
+                name,
+                self.sketch,
+                row_ids=rows,
+                scale=scale,
+                out=self._out(matrix.device),
+            )
 
         return hook
 
@@ -177,27 +193,41 @@ class SummedSketcher:
         names: dict[int, str] = {}
         for name, parameter in self.parameters.items():
             if not parameter.requires_grad:
-                raise MeritFastError(f"sketch: parameter {name} is frozen: mode sum reads the gradients of training")
-            if hasattr(parameter, "device_mesh") or not parameter.numel():  # DTensor; emptied by ZeRO-3
-                raise MeritFastError(f"sketch: parameter {name} is sharded: no rank sees its gradient in mode sum")
+                raise MeritFastError(
+                    f"sketch: parameter {name} is frozen: mode sum reads the gradients of training"
+                )
+            if (
+                hasattr(parameter, "device_mesh") or not parameter.numel()
+            ):  # DTensor; emptied by ZeRO-3
+                raise MeritFastError(
+                    f"sketch: parameter {name} is sharded: no rank sees its gradient in mode sum"
+                )
             if id(parameter) in names:
-                raise MeritFastError(f"sketch: parameters {names[id(parameter)]} and {name} are one: name it once")
+                raise MeritFastError(
+                    f"sketch: parameters {names[id(parameter)]} and {name} are one: name it once"
+                )
             if self.scales is not None and name not in self.scales:
                 raise MeritFastError(f"sketch: parameter {name} has no scale")
             names[id(parameter)] = name
 
 
-def _one_dataset(dataset_id: DatasetId | Sequence[DatasetId] | Tensor, count: int | None) -> tuple[DatasetId, int]:
+def _one_dataset(
+    dataset_id: DatasetId | Sequence[DatasetId] | Tensor, count: int | None
+) -> tuple[DatasetId, int]:
     if isinstance(dataset_id, Tensor):
         dataset_id = dataset_id.tolist()
     ids = [dataset_id] if isinstance(dataset_id, str | int) else list(dataset_id)
     if count is None and isinstance(dataset_id, str | int):
-        raise MeritFastError(f"sketch: update({dataset_id!r}): count, the number of examples of the pass, is required")
+        raise MeritFastError(
+            f"sketch: update({dataset_id!r}): count, the number of examples of the pass, is required"
+        )
     count = len(ids) if count is None else count
     others = sorted({str(one) for one in ids})
     if len(others) != 1:
         found = ", ".join(others[:3]) or "none"
-        raise MeritFastError(f"sketch: mode sum needs the examples of one dataset per backward pass, got {found}")
+        raise MeritFastError(
+            f"sketch: mode sum needs the examples of one dataset per backward pass, got {found}"
+        )
     if count < 1:
         raise MeritFastError(f"sketch: update({ids[0]!r}): count must be at least 1, got {count}")
     return ids[0], count

@@ -1,22 +1,18 @@
-"""Stage one: gradients (hooks) -> statistics (sums) -> conflict (numbers) -> partition (groups).
+"""The split stage: the sketch stage's sums become groups of datasets. NumPy only.
 
-``sketch_mixture`` runs the model and writes one file of sums per dataset; ``split_mixture`` only reads those.
+The sketch stage's files come in; ``split.json`` goes out. The pipeline and ``merit-fast split`` call ``split_mixture``.
 """
 
 from typing import Any
 
-from merit_fast.split.config import SketchConfig, SplitConfig
+from merit_fast.split.config import SplitConfig
 
-__all__ = ["SketchConfig", "SplitConfig", "sketch_mixture", "split_mixture"]
+__all__ = ["SplitConfig", "split_mixture"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "sketch_mixture":
-        from merit_fast.sketch.stage import sketch_mixture
-
-        return sketch_mixture
     if name == "split_mixture":
         from merit_fast.split.stage import split_mixture
 
         return split_mixture
-    raise AttributeError(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

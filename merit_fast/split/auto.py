@@ -26,7 +26,10 @@ def candidate_groups(num_datasets: int) -> list[int]:
 
 
 def choose_groups(
-    candidates: Iterable[int], measure: Callable[[int], tuple[Separation, float]], steps: float, min_steps: int = 100
+    candidates: Iterable[int],
+    measure: Callable[[int], tuple[Separation, float]],
+    steps: float,
+    min_steps: int = 100,
 ) -> Choice:
     """The largest K that qualifies, or 1.
 
@@ -53,19 +56,30 @@ def choose_groups(
             chosen = groups
     separations = {groups: found for groups, (found, _) in measured.items()}
     if chosen == 1:
-        return Choice(1, f"splitting would not help: {_why_not(measured, fewest, steps, min_steps)}", separations)
+        return Choice(
+            1,
+            f"splitting would not help: {_why_not(measured, fewest, steps, min_steps)}",
+            separations,
+        )
     found, share = measured[chosen]
     return Choice(
-        chosen, f"{chosen} groups: {_say(found)}; the shortest branch takes {steps * share:.0f} steps", separations
+        chosen,
+        f"{chosen} groups: {_say(found)}; the shortest branch takes {steps * share:.0f} steps",
+        separations,
     )
 
 
 def _grew(coarse: Separation, fine: Separation) -> bool:
-    growth, chance = fine.cross_validated - coarse.cross_validated, fine.null_mean - coarse.null_mean
+    growth, chance = (
+        fine.cross_validated - coarse.cross_validated,
+        fine.null_mean - coarse.null_mean,
+    )
     return growth > chance + _DEVIATIONS * math.hypot(fine.null_std, coarse.null_std)
 
 
-def _why_not(measured: dict[int, tuple[Separation, float]], fewest: int, steps: float, min_steps: int) -> str:
+def _why_not(
+    measured: dict[int, tuple[Separation, float]], fewest: int, steps: float, min_steps: int
+) -> str:
     if not fewest:
         return "there are too few datasets to tell a split from a random one"
     if not measured:
@@ -78,7 +92,9 @@ def _why_not(measured: dict[int, tuple[Separation, float]], fewest: int, steps: 
             )
     if all(math.isnan(found.cross_validated) for found, _ in measured.values()):
         return "the gradients differ by no more than their noise, so nothing is left to measure a split by"
-    excess = {groups: found.cross_validated - found.null_mean for groups, (found, _) in measured.items()}
+    excess = {
+        groups: found.cross_validated - found.null_mean for groups, (found, _) in measured.items()
+    }
     groups = max((k for k in excess if not math.isnan(excess[k])), key=lambda k: excess[k])
     return f"no split stands out of random ones; for {groups} groups {_say(measured[groups][0])}"
 

@@ -1,43 +1,14 @@
-"""Options of the sketch and split stages. A split's options contain its sketch's, in one `split:` section."""
+"""Options of the split stage. They contain the sketch stage's options: the YAML has one `split:` section."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from merit_fast.options.fields import option, require
 from merit_fast.errors import InputError
+from merit_fast.options.fields import option, require
+from merit_fast.sketch.config import SketchConfig
 from merit_fast.split.search.partition import Method
 from merit_fast.split.search.problem import Pins
-
-
-@dataclass(frozen=True)
-class SketchConfig:
-    """What the gradients' sketches depend on."""
-
-    examples: int = option(200, "calibration examples per dataset (the paper: up to 200; fewer if it has fewer)")
-    precision: float = option(
-        0.0, "stop a dataset once its signal fraction is known to this relative standard error; 0: take all examples"
-    )
-    parameters: str = option("all", "whose gradients: all, blocks (the transformer blocks), or a regex on their names")
-    proj_dim: int = option(65536, "width of the CountSketch, a multiple of 4096")
-    seed: int = option(0, "seed of the sketch's hash, of the choice of examples and of the random control")
-    blocks: int = option(8, "blocks of examples per dataset, for standard errors")
-    warmup: float = option(
-        0.0, "share of every dataset's rows trained on jointly before; sketch and branches start there (the paper: 0)"
-    )
-    batch_size: int = option(8, "examples per backward pass (does not change the sketch beyond rounding)")
-    dtype: Literal["auto", "bf16", "fp32"] = option(
-        "auto",
-        "precision of the model's forward and backward pass; auto: bf16 if products of it are fast here",
-    )
-
-    def __post_init__(self) -> None:
-        require(self.examples >= 2, "examples", "at least 2", self.examples)
-        require(0 <= self.precision < 1, "precision", "at least 0 and below 1", self.precision)
-        require(self.proj_dim >= 4096 and self.proj_dim % 4096 == 0, "proj_dim", "a multiple of 4096", self.proj_dim)
-        require(self.blocks >= 2, "blocks", "at least 2", self.blocks)
-        require(0 <= self.warmup < 1, "warmup", "at least 0 and below 1", self.warmup)
-        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -64,41 +35,77 @@ class SplitConfig(SketchConfig):
         4, "number of groups K; auto: the largest whose split stands out of random ones, or 1"
     )
     preset: Literal["debiased", "paper"] = option(
-        "debiased", "paper: naive cosines, column-centred PCA, recursive medians of samples, as published"
+        "debiased",
+        "paper: naive cosines, column-centred PCA, recursive medians of samples, as published",
     )
     method: Method | None = option(
-        None, "pca-swap, pca-median, pddp, kmeans, random, iid, text-cluster, anti or manual [preset: pca-swap]"
+        None,
+        "pca-swap, pca-median, pddp, kmeans, random, iid, text-cluster, anti or manual [preset: pca-swap]",
     )
-    similarity: Literal["cosine", "gram"] = option("cosine", "of mean gradients: their cosines or inner products")
-    debias: Literal["blocks", "none"] | None = option(None, "blocks: norms free of sampling noise [preset: blocks]")
+    similarity: Literal["cosine", "gram"] = option(
+        "cosine", "of mean gradients: their cosines or inner products"
+    )
+    debias: Literal["blocks", "none"] | None = option(
+        None, "blocks: norms free of sampling noise [preset: blocks]"
+    )
     center: Literal["tokens", "columns"] | None = option(
-        None, "tokens: weighted double centring; columns: unweighted, of the matrix's columns [preset: tokens]"
+        None,
+        "tokens: weighted double centring; columns: unweighted, of the matrix's columns [preset: tokens]",
     )
-    balance: Literal["tokens", "samples", "none"] | None = option(None, "what the groups balance [preset: tokens]")
-    tolerance: float | None = option(None, "how far a group may be from 1/K, as a share of all [0.05/K]")
-    min_steps: int = option(100, "with groups auto: optimizer steps that the shortest branch must take")
-    pins: Pins = option(Pins(), "datasets together, apart or in a given group: {together: [[a, b]], group: {c: 0}}")
+    balance: Literal["tokens", "samples", "none"] | None = option(
+        None, "what the groups balance [preset: tokens]"
+    )
+    tolerance: float | None = option(
+        None, "how far a group may be from 1/K, as a share of all [0.05/K]"
+    )
+    min_steps: int = option(
+        100, "with groups auto: optimizer steps that the shortest branch must take"
+    )
+    pins: Pins = option(
+        Pins(), "datasets together, apart or in a given group: {together: [[a, b]], group: {c: 0}}"
+    )
     spread: tuple[str, ...] = option([], "datasets whose rows go to all groups in equal shares")
-    manual: tuple[tuple[str, ...], ...] = option([], "with method manual: the datasets of every group")
+    manual: tuple[tuple[str, ...], ...] = option(
+        [], "with method manual: the datasets of every group"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         filled = self.filled()
-        require(self.groups == "auto" or self.groups >= 1, "groups", "at least 1, or auto", self.groups)
-        if filled.method == "pca-median" and self.groups != "auto" and self.groups & (self.groups - 1):
-            raise InputError(f"groups: must be a power of two with method pca-median, got {self.groups}")
+        require(
+            self.groups == "auto" or self.groups >= 1, "groups", "at least 1, or auto", self.groups
+        )
+        if (
+            filled.method == "pca-median"
+            and self.groups != "auto"
+            and self.groups & (self.groups - 1)
+        ):
+            raise InputError(
+                f"groups: must be a power of two with method pca-median, got {self.groups}"
+            )
         few = filled.debias == "blocks" and self.blocks < 4
-        require(not few, "blocks", "at least 4 with debias blocks: splits are judged on halves", self.blocks)
-        require(self.tolerance is None or self.tolerance >= 0, "tolerance", "at least 0", self.tolerance)
+        require(
+            not few,
+            "blocks",
+            "at least 4 with debias blocks: splits are judged on halves",
+            self.blocks,
+        )
+        require(
+            self.tolerance is None or self.tolerance >= 0, "tolerance", "at least 0", self.tolerance
+        )
         require(self.min_steps >= 1, "min_steps", "at least 1", self.min_steps)
         if self.groups == "auto" and filled.method in ("manual", "iid"):
             raise InputError(f"groups: must be a number with method {filled.method}, got auto")
         if (filled.method == "manual") != bool(self.manual):
-            raise InputError(f"manual: goes with method manual, and only with it; got method {filled.method}")
+            raise InputError(
+                f"manual: goes with method manual, and only with it; got method {filled.method}"
+            )
 
     def sketch_config(self) -> SketchConfig:
         """The part that decides the sketches."""
-        return SketchConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SketchConfig)})
+        return SketchConfig(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(SketchConfig)}
+        )
 
     def filled(self) -> "Choices":
         """The choices, those of the preset where none was made."""

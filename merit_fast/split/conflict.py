@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from merit_fast.block_estimates import jackknife_error, signal_fractions, unbiased_square
 from merit_fast.split.moments import BlockProducts, block_products
 
 Array = npt.NDArray[np.float64]
@@ -91,7 +92,11 @@ class Conflict:
 
 
 def measure_conflict(
-    block_sums: Any, block_counts: npt.NDArray[Any], *, similarity: Similarity = "cosine", debias: Debias = "none"
+    block_sums: Any,
+    block_counts: npt.NDArray[Any],
+    *,
+    similarity: Similarity = "cosine",
+    debias: Debias = "none",
 ) -> Conflict:
     """``conflict_of(block_products(...))``; by default the published, naive cosines.
 
@@ -101,10 +106,14 @@ def measure_conflict(
         similarity: what ``Conflict.similarity`` holds.
         debias: "blocks": by the U-statistic; "none": R in the place of U everywhere but in the signal fraction.
     """
-    return conflict_of(block_products(block_sums, block_counts), similarity=similarity, debias=debias)
+    return conflict_of(
+        block_products(block_sums, block_counts), similarity=similarity, debias=debias
+    )
 
 
-def conflict_of(products: BlockProducts, *, similarity: Similarity = "cosine", debias: Debias) -> Conflict:
+def conflict_of(
+    products: BlockProducts, *, similarity: Similarity = "cosine", debias: Debias
+) -> Conflict:
     """Everything a split is made of and judged by, from the products of block sums. O(G N^2).
 
     The jackknife leaves out block g of every dataset at once, g = 1..G (Quenouille 1949; Tukey 1958): datasets are
@@ -113,14 +122,14 @@ def conflict_of(products: BlockProducts, *, similarity: Similarity = "cosine", d
     whole, folds = mean_gram(products, debias), _left_out_grams(products, debias)
     fraction, signal_error = signal_fractions(products.within, products.counts)
     more = _more_examples(fraction, signal_error, products.counts)
-    error = _jackknife(np.stack([fold.cosine() for fold in folds]))
+    error = jackknife_error(np.stack([fold.cosine() for fold in folds]))
     np.fill_diagonal(error, 0.0)
     unknown = (more > 0) if debias == "blocks" else np.zeros(len(more), bool)
     hidden = unknown[:, None] | unknown
     cosine = similarity_matrix(whole, "cosine", debias)
     return Conflict(
         gram=whole.gram,
-        gram_error=_jackknife(np.stack([fold.gram for fold in folds])),
+        gram_error=jackknife_error(np.stack([fold.gram for fold in folds])),
         cosine=np.where(hidden, np.nan, cosine),
         error=np.where(hidden, np.nan, error),
         similarity=similarity_matrix(whole, similarity, debias),
@@ -145,7 +154,9 @@ class MeanGram:
         return np.asarray(self.gram / np.outer(scale, scale))
 
 
-def similarity_matrix(gram: MeanGram, similarity: Similarity, debias: Debias, square: Array | None = None) -> Array:
+def similarity_matrix(
+    gram: MeanGram, similarity: Similarity, debias: Debias, square: Array | None = None
+) -> Array:
     """What a partition works on: finite cosines, clipped and with diagonal 1, or the Gram itself."""
     if similarity == "gram":
         return gram.gram.copy()
@@ -167,30 +178,13 @@ def half_grams(products: BlockProducts, debias: Debias) -> tuple[MeanGram, MeanG
     return even, odd
 
 
-def left_out_similarities(products: BlockProducts, similarity: Similarity, debias: Debias) -> list[Array]:
+def left_out_similarities(
+    products: BlockProducts, similarity: Similarity, debias: Debias
+) -> list[Array]:
     """``Conflict.similarity`` with block g of every dataset left out, g = 1..G."""
-    return [similarity_matrix(fold, similarity, debias) for fold in _left_out_grams(products, debias)]
-
-
-def signal_fractions(within: Array, counts: Array) -> tuple[Array, Array]:
-    """U / R of each dataset and its jackknife standard error.
-
-    Args:
-        within: [N, G, G] inner products of a dataset's block sums.
-        counts: [N, G] examples in them.
-
-    Returns:
-        [N] and [N]. NaN where fewer than two (the error: three) blocks have examples; 0 where all gradients are 0.
-    """
-    own, row, total = np.einsum("ngg->ng", within), within.sum(2), within.sum((1, 2))
-    fraction = _ratio(total, own.sum(1), counts.sum(1), (counts**2).sum(1))
-    left_out = _ratio(
-        total[:, None] - 2 * row + own,
-        own.sum(1)[:, None] - own,
-        counts.sum(1)[:, None] - counts,
-        (counts**2).sum(1)[:, None] - counts**2,
-    )
-    return fraction, _jackknife(left_out.T)
+    return [
+        similarity_matrix(fold, similarity, debias) for fold in _left_out_grams(products, debias)
+    ]
 
 
 def cosine_matrix(rows: Array) -> Array:
@@ -248,7 +242,9 @@ def _sums(rows: Array) -> Array:
     return np.array([math.fsum(row) for row in rows.tolist()])
 
 
-def _mean_gram(products: Array, source: BlockProducts, blocks: npt.NDArray[np.intp], debias: Debias) -> MeanGram:
+def _mean_gram(
+    products: Array, source: BlockProducts, blocks: npt.NDArray[np.intp], debias: Debias
+) -> MeanGram:
     """From inner products [N, N] of the sums of some blocks."""
     counts = source.counts[:, blocks]
     number = counts.sum(1)
@@ -257,31 +253,16 @@ def _mean_gram(products: Array, source: BlockProducts, blocks: npt.NDArray[np.in
     if debias == "none":
         return MeanGram(gram, naive)
     own = np.einsum("ngg->ng", source.within)[:, blocks].sum(1)
-    unbiased = _unbiased(np.diag(products), own, number, (counts**2).sum(1))
+    unbiased = unbiased_square(np.diag(products), own, number, (counts**2).sum(1))
     np.fill_diagonal(gram, unbiased)
     return MeanGram(gram, np.maximum(unbiased, _FLOOR * naive))
 
 
 def _left_out_grams(products: BlockProducts, debias: Debias) -> list[MeanGram]:
     blocks = np.arange(products.counts.shape[1])
-    return [_mean_gram(products.left_out[g], products, np.delete(blocks, g), debias) for g in blocks]
-
-
-def _unbiased(total: Array, own: Array, number: Array, squares: Array) -> Array:
-    pairs = number**2 - squares  # of examples in different blocks
-    return np.asarray((total - own) / np.where(pairs > 0, pairs, np.nan))
-
-
-def _ratio(total: Array, own: Array, number: Array, squares: Array) -> Array:
-    naive = total / number**2
-    return np.asarray(_unbiased(total, own, number, squares) / np.where(naive > 0, naive, 1.0))
-
-
-def _jackknife(left_out: Array) -> Array:
-    """Standard error of [...] from its values [G, ...] with one block left out."""
-    folds = len(left_out)
-    deviation = left_out - left_out.mean(0)
-    return np.asarray(np.sqrt((folds - 1) / folds * (deviation**2).sum(0)))
+    return [
+        _mean_gram(products.left_out[g], products, np.delete(blocks, g), debias) for g in blocks
+    ]
 
 
 def _more_examples(fraction: Array, error: Array, counts: Array) -> npt.NDArray[np.int64]:
@@ -291,7 +272,9 @@ def _more_examples(fraction: Array, error: Array, counts: Array) -> npt.NDArray[
     larger = np.maximum(fraction, error)
     wanted = number * (bound + _POWER) * error / np.where(larger > 0, larger, np.nan)
     known = np.isfinite(wanted)
-    more = np.where(known, np.ceil(np.where(known, wanted, 0.0) - number), np.maximum(_FEWEST - number, number))
+    more = np.where(
+        known, np.ceil(np.where(known, wanted, 0.0) - number), np.maximum(_FEWEST - number, number)
+    )
     resolved = fraction - np.where(error > 0, bound, 0.0) * error > 0
     return np.where(resolved, 0, np.maximum(more, 1)).astype(np.int64)
 

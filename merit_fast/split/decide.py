@@ -10,9 +10,15 @@ import numpy.typing as npt
 
 from merit_fast.split.auto import Choice, candidate_groups, choose_groups
 from merit_fast.split.config import SplitConfig
-from merit_fast.split.conflict import Conflict, center_matrix, conflict_of, double_center, left_out_similarities
-from merit_fast.split.search.medians import Axes, conflict_axes, weighted_axes
+from merit_fast.split.conflict import (
+    Conflict,
+    center_matrix,
+    conflict_of,
+    double_center,
+    left_out_similarities,
+)
 from merit_fast.split.moments import BlockProducts
+from merit_fast.split.search.medians import Axes, conflict_axes, weighted_axes
 from merit_fast.split.search.partition import Partition, partition, random_groups
 from merit_fast.split.search.problem import Pins
 from merit_fast.split.separation import Separation, separation
@@ -76,7 +82,9 @@ class Splitter:
         counted = mixture.samples if self.choices.balance == "samples" else mixture.tokens
         self.weights = np.asarray(counted / counted.sum())
         self.tolerance = math.inf if self.choices.balance == "none" else config.tolerance
-        self.conflict = conflict_of(products, similarity=config.similarity, debias=self.choices.debias)
+        self.conflict = conflict_of(
+            products, similarity=config.similarity, debias=self.choices.debias
+        )
 
     def split(self, similarity: Array, groups: int) -> Partition:
         """By the config's method, on a similarity matrix [N, N] that is not centred."""
@@ -120,7 +128,9 @@ class Splitter:
     def random(self, groups: int, count: int, pins: Pins | None = None) -> npt.NDArray[np.intp]:
         """[count, N] random splits of the same balance."""
         seed, names = self.config.seed, self.mixture.names
-        return random_groups(self.weights, names, groups, count, tolerance=self.tolerance, pins=pins, seed=seed)
+        return random_groups(
+            self.weights, names, groups, count, tolerance=self.tolerance, pins=pins, seed=seed
+        )
 
     def smallest_share(self, groups: int) -> float:
         """Of the tokens, in the smallest group of the split in ``groups``."""
@@ -174,8 +184,14 @@ def _choose(splitter: Splitter) -> Choice:
         def measure(groups: int) -> tuple[Separation, float]:
             return splitter.separation(groups), splitter.smallest_share(groups)
 
-        return choose_groups(candidate_groups(number), measure, splitter.mixture.steps, config.min_steps)
-    measurable = splitter.choices.method not in ("iid", "manual", "text-cluster")  # those look at no gradient
+        return choose_groups(
+            candidate_groups(number), measure, splitter.mixture.steps, config.min_steps
+        )
+    measurable = splitter.choices.method not in (
+        "iid",
+        "manual",
+        "text-cluster",
+    )  # those look at no gradient
     others = candidate_groups(number) if measurable and not config.pins.group else []
     tried = sorted({*others, config.groups} - {1})
     return Choice(config.groups, "", {groups: splitter.separation(groups) for groups in tried})
@@ -189,7 +205,9 @@ def _axes(splitter: Splitter, count: int) -> tuple[Array, Array, Array]:
         if choices.method == "pca-median":
             return conflict_axes(similarity, count)
         weights = splitter.weights
-        return weighted_axes(splitter.centered(similarity) * np.outer(weights, weights), weights, count)
+        return weighted_axes(
+            splitter.centered(similarity) * np.outer(weights, weights), weights, count
+        )
 
     found = axes(splitter.conflict.similarity)
     folds = []

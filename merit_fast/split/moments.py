@@ -85,7 +85,9 @@ def extend_products(
     """
     old = len(products.counts)
     if not np.array_equal(products.counts, block_counts[:old]):
-        raise MeritFastError(f"split: the first {old} datasets have changed since their products were taken")
+        raise MeritFastError(
+            f"split: the first {old} datasets have changed since their products were taken"
+        )
     new = _products(block_sums, block_counts, first=old)
     return BlockProducts(
         new.counts,
@@ -102,13 +104,17 @@ def _grow(old: Array, rows: Array) -> Array:
     return np.concatenate([above, rows])
 
 
-def _products(block_sums: Sequence[Any], block_counts: npt.NDArray[Any], first: int) -> BlockProducts:
+def _products(
+    block_sums: Sequence[Any], block_counts: npt.NDArray[Any], first: int
+) -> BlockProducts:
     """Products of the datasets from ``first`` on with all: [N - first, N] each."""
     counts = np.asarray(block_counts, np.float64)
     number, blocks = counts.shape
     few = np.flatnonzero((counts > 0).sum(1) < 2)
     if len(few):
-        raise MeritFastError(f"split: dataset {few[0]} needs examples in two blocks or more, got {counts[few[0]]}")
+        raise MeritFastError(
+            f"split: dataset {few[0]} needs examples in two blocks or more, got {counts[few[0]]}"
+        )
     sums = np.zeros((blocks + 3, number - first, number))  # total, G left out, two halves
     within = np.zeros((number - first, blocks, blocks))
     product = np.empty((number - first, number))
@@ -135,7 +141,9 @@ def _sums_of_blocks(integers: Array) -> Iterator[Array]:
     yield np.subtract(total, even, out=rows)
 
 
-def _integer_chunks(block_sums: Sequence[Any], number: int, blocks: int) -> Iterator[tuple[Array, Array]]:
+def _integer_chunks(
+    block_sums: Sequence[Any], number: int, blocks: int
+) -> Iterator[tuple[Array, Array]]:
     """Per chunk of columns: integers [G, N, C] and the power of two [N] that each dataset's stand for."""
     width = block_sums[0].shape[1] if number else 0
     buffer = np.empty((blocks, number, min(width, _COLUMNS)))
@@ -145,7 +153,9 @@ def _integer_chunks(block_sums: Sequence[Any], number: int, blocks: int) -> Iter
             chunk[:, place] = block_sums[place][:, start : start + _COLUMNS]
         square = np.sum([np.einsum("nc,nc->n", rows, rows) for rows in chunk], axis=0)
         if not np.isfinite(square).all():
-            raise MeritFastError(f"split: the block sums of dataset {np.argmin(np.isfinite(square))} are not finite")
+            raise MeritFastError(
+                f"split: the block sums of dataset {np.argmin(np.isfinite(square))} are not finite"
+            )
         exponent = np.frexp(np.sqrt(blocks * square))[1] - _BITS
         chunk *= np.ldexp(1.0, -exponent)[:, None]
         yield np.rint(chunk, out=chunk), np.ldexp(1.0, exponent)

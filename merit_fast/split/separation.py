@@ -90,10 +90,16 @@ def separation(
         return Separation(eta, float("nan"), np.full(draws, np.nan))
     judges = [double_center(half.cosine(square), weights) for half in halves]
     lengths = mean_gram(products, debias).square if similarity == "cosine" else square
-    matrices = [similarity_matrix(half, similarity, debias, lengths) for half in half_grams(products, debias)]
+    matrices = [
+        similarity_matrix(half, similarity, debias, lengths)
+        for half in half_grams(products, debias)
+    ]
 
     def crossed(from_even: Labels, from_odd: Labels) -> float:
-        on_odd, on_even = between_sum(judges[1], weights, from_even), between_sum(judges[0], weights, from_odd)
+        on_odd, on_even = (
+            between_sum(judges[1], weights, from_even),
+            between_sum(judges[0], weights, from_odd),
+        )
         return (on_odd + on_even) / (2 * total)
 
     return Separation(
@@ -112,7 +118,11 @@ def pair_means(cosine: Array, groups: Labels) -> tuple[float, float, float]:
     upper = np.triu_indices(len(labels), 1)
     pairs, apart = cosine[upper], (labels[:, None] != labels)[upper]
     known = ~np.isnan(pairs) & ((labels[:, None] >= 0) & (labels >= 0))[upper]
-    return _mean(pairs[known & ~apart]), _mean(pairs[known & apart]), _mean(apart[known & (pairs < 0)] * 1.0)
+    return (
+        _mean(pairs[known & ~apart]),
+        _mean(pairs[known & apart]),
+        _mean(apart[known & (pairs < 0)] * 1.0),
+    )
 
 
 def _mean(values: Array) -> float:

@@ -10,11 +10,11 @@ import torch
 from merit_fast.data import Dataset
 from merit_fast.errors import InputError
 from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
+from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.split.config import SplitConfig
 from merit_fast.split.decide import Decision, Mixture, decide
 from merit_fast.split.moments import block_products
 from merit_fast.split.separation import pair_means
-from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.split.text_cluster import dataset_similarity
 
 
@@ -43,12 +43,15 @@ def split_mixture(
         InputError: a sketch file that is missing, broken or does not match the others; groups that cannot be had.
     """
     if config.groups != "auto" and config.groups > len(datasets):
-        raise InputError(f"split.groups: must be at most the number of datasets ({len(datasets)}), got {config.groups}")
+        raise InputError(
+            f"split.groups: must be at most the number of datasets ({len(datasets)}), got {config.groups}"
+        )
     states = [SketchState.read(sketches / f"{d.name}.safetensors") for d in datasets]
     for state in states[1:]:
         states[0].require_same(state)
     products = block_products(
-        [state.block_sums.numpy() for state in states], torch.stack([s.block_counts for s in states]).numpy()
+        [state.block_sums.numpy() for state in states],
+        torch.stack([s.block_counts for s in states]).numpy(),
     )
     names, similarity = [dataset.name for dataset in datasets], None
     if config.filled().method == "text-cluster":

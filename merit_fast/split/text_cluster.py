@@ -58,13 +58,17 @@ def dataset_similarity(texts: Mapping[str, Sequence[str]]) -> tuple[list[str], A
     return names, means @ means.T
 
 
-def cluster_rows(texts: Mapping[str, Sequence[str]], groups: int, seed: int = 0) -> dict[str, Labels]:
+def cluster_rows(
+    texts: Mapping[str, Sequence[str]], groups: int, seed: int = 0
+) -> dict[str, Labels]:
     """Every row's group, by dataset, as c-BTM assigns them: groups differ by one row at most.
 
     The order of the datasets does not matter.
     """
     names = sorted(texts)
-    labels = balanced_kmeans(text_vectors([text for name in names for text in texts[name]]), groups, seed)
+    labels = balanced_kmeans(
+        text_vectors([text for name in names for text in texts[name]]), groups, seed
+    )
     ends = np.cumsum([len(texts[name]) for name in names])
     return dict(zip(names, np.split(labels, ends[:-1]), strict=True))
 
@@ -86,17 +90,23 @@ def balanced_kmeans(vectors: Array, groups: int, seed: int = 0) -> Labels:
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in _WORD.findall(text.lower()) if not word[0].isdigit() and word not in _STOP]
+    return [
+        word for word in _WORD.findall(text.lower()) if not word[0].isdigit() and word not in _STOP
+    ]
 
 
 def _leading(row: Labels, column: Labels, value: Array, shape: tuple[int, int], rank: int) -> Array:
     """[n, rank] u * s of the sparse matrix's leading directions by subspace iteration (Halko et al. 2011)."""
 
     def times(dense: Array) -> Array:
-        return np.stack([np.bincount(row, value * d[column], minlength=shape[0]) for d in dense.T], axis=1)
+        return np.stack(
+            [np.bincount(row, value * d[column], minlength=shape[0]) for d in dense.T], axis=1
+        )
 
     def transposed_times(dense: Array) -> Array:
-        return np.stack([np.bincount(column, value * d[row], minlength=shape[1]) for d in dense.T], axis=1)
+        return np.stack(
+            [np.bincount(column, value * d[row], minlength=shape[1]) for d in dense.T], axis=1
+        )
 
     if rank == 0:
         return np.zeros((shape[0], 0))
@@ -118,7 +128,12 @@ def _seeds(vectors: Array, groups: int, generator: np.random.Generator) -> list[
     nearest, seeds = np.ones(len(vectors)), []
     for _ in range(groups):
         total = np.cumsum(nearest if nearest.sum() > 0 else np.ones(len(vectors)))
-        seeds.append(min(int(np.searchsorted(total, generator.random() * total[-1], "right")), len(vectors) - 1))
+        seeds.append(
+            min(
+                int(np.searchsorted(total, generator.random() * total[-1], "right")),
+                len(vectors) - 1,
+            )
+        )
         distance = ((vectors - vectors[seeds[-1]]) ** 2).sum(1)
         nearest = distance if len(seeds) == 1 else np.minimum(nearest, distance)
     return seeds

@@ -13,8 +13,12 @@ class TrainConfig:
     epochs: int = option(1, "passes over each branch's examples")
     learning_rate: float = option(2.0e-4, "peak of the cosine schedule")
     batch_size: int = option(16, "examples per optimizer step")
-    accumulation: int = option(1, "micro-batches a step's examples are cut in (same gradient, less memory)")
-    warmup_fraction: float = option(0.05, "share of the steps in which the learning rate rises from zero")
+    accumulation: int = option(
+        1, "micro-batches a step's examples are cut in (same gradient, less memory)"
+    )
+    warmup_fraction: float = option(
+        0.05, "share of the steps in which the learning rate rises from zero"
+    )
     final_fraction: float = option(0.1, "learning rate at the last step, as a share of the peak")
     weight_decay: float = option(0.0, "decoupled, on every parameter of two or more dimensions")
     beta1: float = option(0.9, "AdamW's first moment decay")
@@ -27,10 +31,13 @@ class TrainConfig:
     kernels: Literal["auto", "eager"] = option(
         "auto", "auto: norms, MLPs, positions and loss by our kernels; eager: none"
     )
-    packing: bool = option(False, "lay a micro-batch's examples end to end in one row, without padding")
+    packing: bool = option(
+        False, "lay a micro-batch's examples end to end in one row, without padding"
+    )
     seed: int = option(0, "seed of the data order")
     arms: tuple[Literal["joint", "random", "iid"], ...] = option(
-        [], "controls beside merit: joint (one run on all), random (a balanced split), iid (rows dealt to the branches)"
+        [],
+        "controls beside merit: joint (one run on all), random (a balanced split), iid (rows dealt to the branches)",
     )
     checkpoint_steps: int = option(200, "optimizer steps between checkpoints to resume from")
     max_shard_size: str = option("2GB", "largest weight file of a branch")

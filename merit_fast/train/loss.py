@@ -18,7 +18,9 @@ def batch_loss(model: nn.Module, batch: Batch, divisor: int) -> tuple[Tensor, fl
     inputs, targets = model_inputs(model, batch)
     deferred = deferred_logits(model, inputs)
     if deferred is not None:
-        kept = DeferredLogits(deferred.hidden[:, -targets.shape[1] - 1 : -1], deferred.head, deferred.steps)
+        kept = DeferredLogits(
+            deferred.hidden[:, -targets.shape[1] - 1 : -1], deferred.head, deferred.steps
+        )
         found = deferred_cross_entropy(kept, targets, None, divisor=float(divisor))
         if found is not None:
             return found.loss, float(found.example_loss.detach().double().sum())
@@ -49,8 +51,13 @@ def require_packing(model: nn.Module, examples: Sequence[Example]) -> None:
     training = model.training
     model.eval()
     with torch.no_grad():
-        found = [target_losses(model, pack([neighbour, second], [0, 0])) for neighbour in (first, changed)]
+        found = [
+            target_losses(model, pack([neighbour, second], [0, 0]))
+            for neighbour in (first, changed)
+        ]
     model.train(training)
     before, after = (losses.loss[losses.example == 1] for losses in found)
     if not torch.equal(before, after):
-        raise InputError("train.packing: this model sees over the borders of examples in a row; set it to false")
+        raise InputError(
+            "train.packing: this model sees over the borders of examples in a row; set it to false"
+        )

@@ -85,7 +85,9 @@ class _OnePass:
             backend=backend,
         )
         self.states = [self.optimizer.state_of(parameter) for parameter in parameters]
-        self.masters = [state.get("master", p) for p, state in zip(parameters, self.states, strict=True)]
+        self.masters = [
+            state.get("master", p) for p, state in zip(parameters, self.states, strict=True)
+        ]
 
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
@@ -102,7 +104,9 @@ class _Torch:
         self.parameters, self.clip_norm = parameters, config.clip_norm
         self.masters = [p.detach().float() if p.dtype != torch.float32 else p for p in parameters]
         self.separate = any(m is not p for m, p in zip(self.masters, parameters, strict=True))
-        self.optimizer = torch.optim.AdamW(_groups(self.masters, config), **_settings(config), fused=True)
+        self.optimizer = torch.optim.AdamW(
+            _groups(self.masters, config), **_settings(config), fused=True
+        )
         self.states = [self.optimizer.state[master] for master in self.masters]
 
     def step(self, learning_rate: float) -> float:

@@ -28,7 +28,11 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], progress: P
     """Replaces the directory's checkpoint by this one; a crash leaves the old or the new."""
     temporary = directory / f"{_FILE}.tmp"
     # Tied weights may share memory, which the format forbids.
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"run": _dump(progress)})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        temporary,
+        {"run": _dump(progress)},
+    )
     descriptor = os.open(temporary, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

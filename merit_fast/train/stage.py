@@ -14,14 +14,14 @@ from torch import nn
 from merit_fast.data import Dataset, Example, collate, load_tokenizer, pack, pad_token_id
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.io import write_manifest, write_text
-from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, reset_peak_memory
-from merit_fast.progress import Progress as Display
 from merit_fast.manifests.schemas import BranchManifest
-from merit_fast.train.resume import Progress, read_checkpoint, remove_checkpoint, write_checkpoint
+from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, reset_peak_memory
+from merit_fast.patch.model import Patch, patch_model
+from merit_fast.progress import Progress as Display
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss, choose_attention, require_packing
 from merit_fast.train.optimizer import MasterAdamW
-from merit_fast.patch.model import Patch, patch_model
+from merit_fast.train.resume import Progress, read_checkpoint, remove_checkpoint, write_checkpoint
 from merit_fast.train.schedule import learning_rate, num_steps, step_examples
 
 
@@ -37,7 +37,9 @@ class BranchJob:
     base_fingerprint: str
 
 
-def train_branch(job: BranchJob, config: TrainConfig, directory: Path, display: Display) -> BranchManifest:
+def train_branch(
+    job: BranchJob, config: TrainConfig, directory: Path, display: Display
+) -> BranchManifest:
     """Fine-tunes the base on the job's datasets and leaves a checkpoint that transformers loads, with branch.json.
 
     Every step's examples, learning rate and random state depend on (seed, step) alone, so a run that was killed goes
@@ -68,7 +70,9 @@ def train_branch(job: BranchJob, config: TrainConfig, directory: Path, display: 
     progress, earlier_s = _resume(directory, optimizer)
     padding = pad_token_id(load_tokenizer(job.base_path))
     steps = num_steps(len(examples), config)
-    with display.task(f"train {job.branch}", sum(len(e.input_ids) for e in examples) * config.epochs, "tokens") as task:
+    with display.task(
+        f"train {job.branch}", sum(len(e.input_ids) for e in examples) * config.epochs, "tokens"
+    ) as task:
         task.advance(progress.num_tokens)
         while progress.step < steps:
             chosen = [examples[i] for i in step_examples(progress.step, len(examples), config)]
@@ -97,16 +101,21 @@ def _train_step(
     parts = [examples[at : at + micro] for at in range(0, len(examples), micro)]
     ids = [0] * micro
     batches = [
-        pack(part, ids[: len(part)]) if config.packing else collate(part, ids[: len(part)], padding) for part in parts
+        pack(part, ids[: len(part)]) if config.packing else collate(part, ids[: len(part)], padding)
+        for part in parts
     ]
     targets = sum(batch.num_target_tokens for batch in batches)
     loss_sum = 0.0
     for batch in batches:
-        loss, summed = batch_loss(model, batch, targets)  # the mean over the whole step's target tokens
+        loss, summed = batch_loss(
+            model, batch, targets
+        )  # the mean over the whole step's target tokens
         loss.backward()  # type: ignore[no-untyped-call]
         loss_sum += summed
     if not loss_sum < float("inf"):
-        raise MeritFastError(f"train: loss is not finite at step {progress.step}; lower train.learning_rate")
+        raise MeritFastError(
+            f"train: loss is not finite at step {progress.step}; lower train.learning_rate"
+        )
     optimizer.step(learning_rate(progress.step, steps, config))
     return replace(
         progress,

@@ -44,7 +44,9 @@ def weight_points(start: Weights) -> list[Weights]:
     return [tuple(map(float, w + REACH * (corner - w))) for corner in corners]
 
 
-def fit_weights(start: Weights, start_loss: float, losses: Sequence[float], ridge: float) -> Weights | None:
+def fit_weights(
+    start: Weights, start_loss: float, losses: Sequence[float], ridge: float
+) -> Weights | None:
     """The weights w >= 0 of sum 1 that minimise the quadratic through the losses, pulled towards the start:
 
         g u + 1/2 u H u + 1/2 ridge (tr H / (K - 1)) |u|^2,   u = w - start
@@ -66,7 +68,9 @@ def fit_weights(start: Weights, start_loss: float, losses: Sequence[float], ridg
     if values.mean() <= 0:
         return None
     curvature = (vectors * (values + ridge * values.mean())) @ vectors.T
-    return _rounded(_minimum_on_simplex(basis @ gradient, basis @ curvature @ basis.T, np.array(start)))
+    return _rounded(
+        _minimum_on_simplex(basis @ gradient, basis @ curvature @ basis.T, np.array(start))
+    )
 
 
 def _quadratic(steps: Array, rises: Array) -> tuple[Array, Array]:

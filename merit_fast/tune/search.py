@@ -13,20 +13,30 @@ from typing import Any
 
 import torch
 
-from merit_fast.options.fields import to_plain
 from merit_fast.data import Example
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.manifests.io import read_manifest, write_manifest, write_text
+from merit_fast.manifests.schemas import TUNE_FILE, ScaleSearch, TuneManifest, WeightSearch
 from merit_fast.merge import MergeConfig, load_merged, resolve_weights
 from merit_fast.merge.parameters import Setting
 from merit_fast.merge.read.remote import Location
+from merit_fast.options.fields import to_plain
 from merit_fast.progress import Progress, Task
-from merit_fast.manifests.schemas import TUNE_FILE, ScaleSearch, TuneManifest, WeightSearch
 from merit_fast.tune import fit
 
 _LOSSES = "tried.json"
-_NOT_OF_MODELS = ("weights", "scale", "dtype", "shard_size", "stats", "checksum", "fsync", "ridge", "tune_rows")
+_NOT_OF_MODELS = (
+    "weights",
+    "scale",
+    "dtype",
+    "shard_size",
+    "stats",
+    "checksum",
+    "fsync",
+    "ridge",
+    "tune_rows",
+)
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,16 @@ def tune_merge(
         if fits:
             fixed: Setting = 1.0 if config.scale == "auto" else config.scale
             found_weights = _search_weights(losses, candidates.start, fixed, config.ridge)
-            weights = found_weights.fitted if found_weights.accepted and found_weights.fitted else weights
+            weights = (
+                found_weights.fitted if found_weights.accepted and found_weights.fitted else weights
+            )
         scale, found_scale = None, None
         if config.scale == "auto":
             scale, found_scale = _search_scale(losses, weights)
     tokens = sum(int((example.labels[1:] != -100).sum()) for example in examples)
-    manifest = TuneManifest(candidates.names, weights, scale, len(examples), tokens, found_weights, found_scale)
+    manifest = TuneManifest(
+        candidates.names, weights, scale, len(examples), tokens, found_weights, found_scale
+    )
     if directory is not None:
         write_manifest(manifest, directory / TUNE_FILE)
         (directory / _LOSSES).unlink(missing_ok=True)
@@ -99,7 +113,9 @@ def starting_weights(
     plain = replace(config, weights=weights, scale=scale, normalize=fits or config.normalize)
     found = tuple(resolve_weights(models, plain))
     if fits and min(found) < 0:
-        raise InputError(f"merge: weights fit: the weights to start from must be at least 0, got {list(found)}")
+        raise InputError(
+            f"merge: weights fit: the weights to start from must be at least 0, got {list(found)}"
+        )
     return found
 
 
@@ -113,30 +129,42 @@ def tuning_sentence(found: TuneManifest) -> str:
         parts.append(f"weights {shown} ({kept}): {_change(last, by_weights.start_loss)}")
     if by_scale is not None:
         losses = dict(zip(by_scale.scales, by_scale.losses, strict=True))
-        parts.append(f"scale {found.scale:g}: {_change(losses[found.scale or 0.0], losses[1.0])} at scale 1")
+        parts.append(
+            f"scale {found.scale:g}: {_change(losses[found.scale or 0.0], losses[1.0])} at scale 1"
+        )
     return f"{'; '.join(parts)} (nats per target token of {found.num_examples} held-out rows)"
 
 
-def _search_weights(losses: "_Losses", start: fit.Weights, scale: Setting, ridge: float) -> WeightSearch:
+def _search_weights(
+    losses: "_Losses", start: fit.Weights, scale: Setting, ridge: float
+) -> WeightSearch:
     start_loss = losses.at(start, scale)
     if start_loss is None:
         raise MeritFastError("merge: weights fit: the loss at the token weights is not finite")
     points = fit.weight_points(start) if len(start) > 1 else []
     found = [losses.at(point, scale) for point in points]
-    fitted = fit.fit_weights(start, start_loss, [math.nan if loss is None else loss for loss in found], ridge)
+    fitted = fit.fit_weights(
+        start, start_loss, [math.nan if loss is None else loss for loss in found], ridge
+    )
     fitted_loss = None if fitted is None else losses.at(fitted, scale)
     accepted = fitted_loss is not None and fitted_loss < start_loss
-    return WeightSearch(start, start_loss, tuple(points), tuple(found), fitted, fitted_loss, accepted)
+    return WeightSearch(
+        start, start_loss, tuple(points), tuple(found), fitted, fitted_loss, accepted
+    )
 
 
 def _search_scale(losses: "_Losses", weights: fit.Weights) -> tuple[float, ScaleSearch]:
     tried = {scale: losses.at(weights, scale) for scale in fit.SCALES}
-    minimum = fit.parabola_minimum(fit.SCALES, [math.nan if loss is None else loss for loss in tried.values()])
+    minimum = fit.parabola_minimum(
+        fit.SCALES, [math.nan if loss is None else loss for loss in tried.values()]
+    )
     if minimum is not None and minimum not in tried:
         tried[minimum] = losses.at(weights, minimum)
     finite = {scale: loss for scale, loss in tried.items() if loss is not None}
     if not finite:
-        raise MeritFastError(f"merge: scale auto: the loss is finite at none of {', '.join(map(str, tried))}")
+        raise MeritFastError(
+            f"merge: scale auto: the loss is finite at none of {', '.join(map(str, tried))}"
+        )
     best = min(finite, key=lambda scale: (finite[scale], abs(scale - 1.0)))
     return best, ScaleSearch(tuple(tried), tuple(tried.values()), minimum)
 
@@ -162,8 +190,12 @@ class _Losses:
         self.candidates, self.examples, self.file, self.task = candidates, examples, file, task
         self.pad_token_id, self.batch_size = pad_token_id, batch_size
         self.takes_weights, plain = config.takes_weights, to_plain(config)
-        self.options: dict[str, Any] = {key: plain[key] for key in plain if key not in _NOT_OF_MODELS}
-        self.known: dict[str, float | None] = json.loads(file.read_text()) if file and file.exists() else {}
+        self.options: dict[str, Any] = {
+            key: plain[key] for key in plain if key not in _NOT_OF_MODELS
+        }
+        self.known: dict[str, float | None] = (
+            json.loads(file.read_text()) if file and file.exists() else {}
+        )
 
     def at(self, weights: fit.Weights, scale: Setting) -> float | None:
         """The loss of the merge with these weights and this scale."""
@@ -179,7 +211,9 @@ class _Losses:
     def _measure(self, point: dict[str, Any]) -> float | None:
         models, base = self.candidates.models, self.candidates.base
         weights = point["weights"] if self.takes_weights else None
-        model = load_merged(models, weights, base=base, scale=point["scale"], dtype="fp32", **self.options)
+        model = load_merged(
+            models, weights, base=base, scale=point["scale"], dtype="fp32", **self.options
+        )
         placed: Any = model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         loss = mean_loss(placed, self.examples, self.pad_token_id, self.batch_size)
         return loss if math.isfinite(loss) else None

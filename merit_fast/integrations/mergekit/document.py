@@ -9,7 +9,16 @@ from typing import Any
 from merit_fast.errors import InputError, show
 from merit_fast.options.yaml import read_yaml
 
-_TOP = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype")
+_TOP = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+)
 _TEXTS = ("tokenizer_source", "tokenizer", "chat_template")
 # Options of mergekit's command line that some files carry; mergekit does not read them there.
 _IDLE = ("lazy_unpickle", "lazy_loader", "low_cpu_memory", "clone_tensors", "read_to_gpu")
@@ -80,7 +89,9 @@ def read_document(file: Path) -> Document:
     idle = [key for key in values if key in _IDLE] if isinstance(values, dict) else []
     top = reader.mapping(values, "", (*_TOP, *_TEXTS, *_IDLE))
     if not isinstance(top.get("merge_method"), str):
-        raise reader.error("merge_method", f"must be the name of a method, got {show(top.get('merge_method'))}")
+        raise reader.error(
+            "merge_method", f"must be the name of a method, got {show(top.get('merge_method'))}"
+        )
     where, scopes = top, [reader.scope(top, "")]
     prefix = ""
     if sum(bool(top.get(key)) for key in ("models", "slices", "modules")) != 1:
@@ -89,19 +100,28 @@ def read_document(file: Path) -> Document:
         if not isinstance(modules, dict) or len(modules) != 1:
             raise reader.error("modules", f"must be a mapping of one module, got {show(modules)}")
         prefix = f"modules.{next(iter(modules))}"
-        where = reader.mapping(next(iter(modules.values())), prefix, ("models", "slices", "parameters"))
+        where = reader.mapping(
+            next(iter(modules.values())), prefix, ("models", "slices", "parameters")
+        )
         if sum(bool(where.get(key)) for key in ("models", "slices")) != 1:
             raise reader.error(prefix, "must have exactly one of models and slices")
         scopes.insert(0, reader.scope(where, prefix))
     return Document(
         str(file),
         top["merge_method"],
-        reader.reference(top["base_model"], "base_model") if top.get("base_model") is not None else None,
+        reader.reference(top["base_model"], "base_model")
+        if top.get("base_model") is not None
+        else None,
         reader.parts(where, prefix),
         tuple(scopes),
         reader.dtype(top),
         {key: top[key] for key in _TEXTS if top.get(key) is not None},
-        (*(f"{key}: is an option of mergekit's command line and has no effect in its file" for key in idle),)
+        (
+            *(
+                f"{key}: is an option of mergekit's command line and has no effect in its file"
+                for key in idle
+            ),
+        )
         + reader.dtype_note(top),
     )
 
@@ -118,7 +138,9 @@ class _Reader:
             raise self.error(key, f"must be a mapping of keys, got {show(value)}")
         for name in value:
             if name not in valid:
-                raise self.error(_join(key, str(name)), f"is not supported; valid keys: {', '.join(valid)}")
+                raise self.error(
+                    _join(key, str(name)), f"is not supported; valid keys: {', '.join(valid)}"
+                )
         return value
 
     def sequence(self, value: Any, key: str) -> list[Any]:
@@ -136,7 +158,9 @@ class _Reader:
         if values.get("models"):
             key = _join(prefix, "models")
             models = self.sequence(values["models"], key)
-            entries = tuple(self.entry(value, f"{key}[{k}]", None) for k, value in enumerate(models))
+            entries = tuple(
+                self.entry(value, f"{key}[{k}]", None) for k, value in enumerate(models)
+            )
             return (Part(key, entries, None, Scope(key, {})),)
         key = _join(prefix, "slices")
         slices = self.sequence(values["slices"], key)
@@ -145,7 +169,9 @@ class _Reader:
     def slice(self, value: Any, key: str, number: int) -> Part:
         found = self.mapping(value, key, ("sources", "base_model", "parameters"))
         sources = self.sequence(found.get("sources"), f"{key}.sources")
-        entries = [self.entry(source, f"{key}.sources[{k}]", number) for k, source in enumerate(sources)]
+        entries = [
+            self.entry(source, f"{key}.sources[{k}]", number) for k, source in enumerate(sources)
+        ]
         depths = [entry.layers[1] - entry.layers[0] for entry in entries if entry.layers]
         for k, depth in enumerate(depths):
             if depth != depths[0]:
@@ -156,15 +182,22 @@ class _Reader:
         return Part(f"{key}.sources", tuple(entries), reference, self.scope(found, key, number))
 
     def entry(self, value: Any, key: str, number: int | None) -> Entry:
-        valid = ("model", "parameters") if number is None else ("model", "layer_range", "parameters")
+        valid = (
+            ("model", "parameters") if number is None else ("model", "layer_range", "parameters")
+        )
         found = self.mapping(value, key, valid)
         reference = self.reference(found.get("model"), f"{key}.model")
         if number is None:
             return Entry(reference, self.scope(found, key))
         layers = found.get("layer_range")
-        whole = isinstance(layers, list) and len(layers) == 2 and all(type(n) is int for n in layers)
+        whole = (
+            isinstance(layers, list) and len(layers) == 2 and all(type(n) is int for n in layers)
+        )
         if not whole or not 0 <= layers[0] < layers[1]:  # type: ignore[index]
-            raise self.error(f"{key}.layer_range", f"must be [first, end] with 0 <= first < end, got {show(layers)}")
+            raise self.error(
+                f"{key}.layer_range",
+                f"must be [first, end] with 0 <= first < end, got {show(layers)}",
+            )
         return Entry(reference, self.scope(found, key, number), tuple(layers))  # type: ignore[arg-type]
 
     def reference(self, value: Any, key: str) -> Reference:
@@ -172,7 +205,9 @@ class _Reader:
         if isinstance(value, dict):
             found = self.mapping(value, key, ("model", "lora"))
             model = self.path(found.get("model"), f"{key}.model")
-            return Reference(model, self.path(found["lora"], f"{key}.lora") if found.get("lora") else None, key)
+            return Reference(
+                model, self.path(found["lora"], f"{key}.lora") if found.get("lora") else None, key
+            )
         path, plus, lora = str(value).partition("+")
         if isinstance(value, str) and os.path.isdir(value) or not plus:
             return Reference(self.path(value, key), None, key)
@@ -185,11 +220,17 @@ class _Reader:
             raise self.error(key, f"must be a directory or a hub id, got {show(value)}")
         local = os.path.isdir(value) or "://" in value
         if not local and ("@" in value or "+" in value):
-            raise self.error(key, f"must name no revision and at most one adapter, got {show(value)}")
+            raise self.error(
+                key, f"must name no revision and at most one adapter, got {show(value)}"
+            )
         return value
 
     def dtype(self, top: Mapping[str, Any]) -> str | None:
-        names = {key: self.dtype_name(key, top[key]) for key in ("dtype", "out_dtype") if top.get(key) is not None}
+        names = {
+            key: self.dtype_name(key, top[key])
+            for key in ("dtype", "out_dtype")
+            if top.get(key) is not None
+        }
         return names.get("out_dtype", names.get("dtype"))
 
     def dtype_name(self, key: str, value: Any) -> str:
@@ -200,9 +241,15 @@ class _Reader:
 
     def dtype_note(self, top: Mapping[str, Any]) -> tuple[str, ...]:
         work, out = top.get("dtype"), top.get("out_dtype")
-        if work is None or out is None or self.dtype_name("dtype", work) == self.dtype_name("out_dtype", out):
+        if (
+            work is None
+            or out is None
+            or self.dtype_name("dtype", work) == self.dtype_name("out_dtype", out)
+        ):
             return ()
-        return (f"dtype: {work} is what mergekit computes in; here it is float64, rounded once to out_dtype {out}",)
+        return (
+            f"dtype: {work} is what mergekit computes in; here it is float64, rounded once to out_dtype {out}",
+        )
 
 
 def _join(key: str, name: str) -> str:

@@ -9,26 +9,57 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merit_fast.options.fields import override, parse
 from merit_fast.errors import InputError, show
+from merit_fast.integrations.mergekit.document import (
+    Document,
+    Entry,
+    Part,
+    Reference,
+    Scope,
+    read_document,
+)
 from merit_fast.integrations.mergekit.settings import has, one_flag, setting
 from merit_fast.integrations.mergekit.texts import check_texts
-from merit_fast.integrations.mergekit.document import Document, Entry, Part, Reference, Scope, read_document
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.config import PARAMETERS
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, Source
 from merit_fast.model import resolve_model
+from merit_fast.options.fields import override, parse
 from merit_fast.progress import Progress
 
 _ELSEWHERE = ("nuslerp", "karcher", "nearswap", "arcee_fusion", "ram", "ramplus_tl")
 _BASELESS = ("linear", "passthrough")  # to these a base is a model like others, or not in it
 _NORMALIZED = ("linear", "ties", "della", "multislerp")  # unless told otherwise
 _RESCALED = ("dare_linear", "dare_ties", "della", "della_linear")
-_FAMILY = {*PARAMETERS} - {"linear", "slerp", "multislerp", "model_stock", "passthrough", "sce"}  # of task arithmetic
+_FAMILY = {*PARAMETERS} - {
+    "linear",
+    "slerp",
+    "multislerp",
+    "model_stock",
+    "passthrough",
+    "sce",
+}  # of task arithmetic
 _OWN = ("weight", "density", "gamma", "epsilon")  # of one model
-_SHARED = ("normalize", "lambda", "rescale", "int8_mask", "t", "select_topk", "filter_wise", "normalize_weights", "eps")
-_DEFAULTS = {"density": 1.0, "gamma": 0.01, "epsilon": 0.15, "scale": 1.0, "lambda": 1.0, "select_topk": 1.0}
+_SHARED = (
+    "normalize",
+    "lambda",
+    "rescale",
+    "int8_mask",
+    "t",
+    "select_topk",
+    "filter_wise",
+    "normalize_weights",
+    "eps",
+)
+_DEFAULTS = {
+    "density": 1.0,
+    "gamma": 0.01,
+    "epsilon": 0.15,
+    "scale": 1.0,
+    "lambda": 1.0,
+    "select_topk": 1.0,
+}
 # Options that change how, where or whether we write, but nothing that the recipe says.
 _ENGINE = (
     "seed", "missing", "dtype", "shard_size", "stats", "checksum", "allow_nonfinite", "fsync", "threads", "chunk_kib",
@@ -63,16 +94,26 @@ def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
     document = read_document(file)
     if document.method not in PARAMETERS:
         lacks = "is not among ours" if document.method in _ELSEWHERE else "is unknown"
-        raise _error(document, "merge_method", f"{document.method} {lacks}; there are {', '.join(PARAMETERS)}")
+        raise _error(
+            document,
+            "merge_method",
+            f"{document.method} {lacks}; there are {', '.join(PARAMETERS)}",
+        )
     notes = [*document.notes, *_check_names(document)]
     columns = [_places(document, part) for part in document.parts]
     most = max(len(entries) for entries, _ in columns)
     for part, (entries, _) in zip(document.parts, columns, strict=True):
         if len(entries) != most and document.method != "linear":
-            raise _error(document, part.key, f"must be as many in every slice, got {len(entries)} and {most}")
+            raise _error(
+                document, part.key, f"must be as many in every slice, got {len(entries)} and {most}"
+            )
     values = _parameters(document, [entries for entries, _ in columns], most)
     config = _config(document, values, assignments)
-    references = [entry.reference for entries, base in columns for entry in (*entries, *([base] if base else []))]
+    references = [
+        entry.reference
+        for entries, base in columns
+        for entry in (*entries, *([base] if base else []))
+    ]
     under = _check_adapters(document, references, [base.reference for _, base in columns if base])
     paths = _resolve(document, [*references, *([document.base] if document.base else [])], under)
     first_base = columns[0][1]
@@ -90,12 +131,25 @@ def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
 
 
 def merge_recipe(
-    recipe: Recipe, out: str | Location, progress: Progress, *, dry_run: bool = False, share: tuple[int, int] = (1, 1)
+    recipe: Recipe,
+    out: str | Location,
+    progress: Progress,
+    *,
+    dry_run: bool = False,
+    share: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
     """Does it; arguments, result and errors as ``merge_models`` has them."""
     models = [(path, None) for path in recipe.models]
     return merge_models(
-        models, out, recipe.config, progress, recipe.base, dry_run, share, recipe.slices, recipe.companions
+        models,
+        out,
+        recipe.config,
+        progress,
+        recipe.base,
+        dry_run,
+        share,
+        recipe.slices,
+        recipe.companions,
     )
 
 
@@ -114,7 +168,9 @@ def _places(document: Document, part: Part) -> tuple[list[Entry], Entry | None]:
         raise _error(document, "base_model", f"is required by method {method}")
     found = next((entry for entry in entries if entry.reference == base), None)
     if found is None:
-        raise _error(document, part.key, f"must hold the base_model {base}, from which {method} starts")
+        raise _error(
+            document, part.key, f"must hold the base_model {base}, from which {method} starts"
+        )
     if base.lora and method != "slerp":
         raise _error(document, base.key, f"must be a whole model, got the adapter {base}")
     others = [entry for entry in entries if entry is not found]
@@ -132,9 +188,13 @@ def _check_names(document: Document) -> list[str]:
                 rule = f"is no parameter; {document.method} takes {', '.join(takes) or 'none'}"
                 raise _error(document, f"{scope.key}.{name}", rule)
             if name not in takes:
-                notes.append(f"{scope.key}.{name}: has no effect with method {document.method}, nor has it in mergekit")
+                notes.append(
+                    f"{scope.key}.{name}: has no effect with method {document.method}, nor has it in mergekit"
+                )
             elif scope in inner and name not in own_only:
-                notes.append(f"{scope.key}.{name}: has no effect on one model, nor has it in mergekit")
+                notes.append(
+                    f"{scope.key}.{name}: has no effect on one model, nor has it in mergekit"
+                )
     if {"dare", "della"} & {*document.method.split("_")}:
         notes.append(
             f"{document.method}: what is dropped is drawn from our seed, what stays is divided by its probability; "
@@ -148,20 +208,30 @@ def _taken(method: str) -> list[str]:
     ours = PARAMETERS[method]
     names = ["weight"] if "weights" in ours else []
     names += [name for name in ("density", "gamma", "epsilon", "t", "select_topk") if name in ours]
-    names += {"passthrough": ["scale"], "linear": ["normalize"], "model_stock": ["filter_wise"]}.get(method, [])
+    names += {
+        "passthrough": ["scale"],
+        "linear": ["normalize"],
+        "model_stock": ["filter_wise"],
+    }.get(method, [])
     names += ["normalize_weights", "eps"] if method == "multislerp" else []
     names += ["normalize", "lambda"] if method in _FAMILY else []
     return names + (["rescale"] if method in _FAMILY and method != "task_arithmetic" else [])
 
 
-def _parameters(document: Document, columns: Sequence[Sequence[Entry]], most: int) -> dict[str, Any]:
+def _parameters(
+    document: Document, columns: Sequence[Sequence[Entry]], most: int
+) -> dict[str, Any]:
     """The recipe's numbers as values of MergeConfig. A slice of fewer models is filled up with weights of 0."""
     method, where, takes = document.method, document.where, _taken(document.method)
     shared = [*(part.scope for part in document.parts), *document.scopes]
     by_place: list[list[Scope]] = []
     for k in range(most):
-        lacking = [Scope("", {"weight": 0.0}, s) for s, entries in enumerate(columns) if k >= len(entries)]
-        by_place.append([*lacking, *(entries[k].scope for entries in columns if k < len(entries)), *shared])
+        lacking = [
+            Scope("", {"weight": 0.0}, s) for s, entries in enumerate(columns) if k >= len(entries)
+        ]
+        by_place.append(
+            [*lacking, *(entries[k].scope for entries in columns if k < len(entries)), *shared]
+        )
     values: dict[str, Any] = {"method": method}
     for name, key in (("lambda", "scale"), ("select_topk", "select_topk"), ("t", "t")):
         if name in takes:
@@ -171,7 +241,8 @@ def _parameters(document: Document, columns: Sequence[Sequence[Entry]], most: in
     own = [name for name in _OWN if name in takes]
     if own:
         values["models"] = [
-            {name: setting(name, scopes, _DEFAULTS.get(name), where) for name in own} for scopes in by_place
+            {name: setting(name, scopes, _DEFAULTS.get(name), where) for name in own}
+            for scopes in by_place
         ]
     normalize = "normalize_weights" if method == "multislerp" else "normalize"
     if normalize in takes:
@@ -189,10 +260,20 @@ def _check_fixed(document: Document, shared: Sequence[Scope], takes: Sequence[st
     for name, fixed in (("rescale", rescaled), ("filter_wise", False)):
         if name in takes and one_flag(name, shared, fixed, document.where) != fixed:
             key = next(scope.key for scope in shared if name in scope.values)
-            raise _error(document, f"{key}.{name}", f"must be {str(fixed).lower()} with method {document.method}")
+            raise _error(
+                document,
+                f"{key}.{name}",
+                f"must be {str(fixed).lower()} with method {document.method}",
+            )
     for scope in shared:
-        if "eps" in takes and "eps" in scope.values and setting("eps", [scope], None, document.where) != 1e-8:
-            raise _error(document, f"{scope.key}.eps", f"must be 1e-8, got {show(scope.values['eps'])}")
+        if (
+            "eps" in takes
+            and "eps" in scope.values
+            and setting("eps", [scope], None, document.where) != 1e-8
+        ):
+            raise _error(
+                document, f"{scope.key}.eps", f"must be 1e-8, got {show(scope.values['eps'])}"
+            )
 
 
 def _check_given(document: Document, columns: Sequence[Sequence[Entry]], name: str) -> None:
@@ -208,12 +289,21 @@ def _config(document: Document, values: dict[str, Any], assignments: Sequence[st
     given = override({}, assignments)
     for key in given:
         if key not in _ENGINE:
-            raise InputError(f"command line: {key}: is for the recipe to say; beside it go {', '.join(_ENGINE)}")
+            raise InputError(
+                f"command line: {key}: is for the recipe to say; beside it go {', '.join(_ENGINE)}"
+            )
     if document.dtype:
         values = {**values, "dtype": document.dtype}
     if document.parts[0].entries[0].layers:
-        values = {**values, "shard_size": "5G"}  # the output's layers are in no order of any model's files
-    return parse(MergeConfig, values | given, f"{document.where} with command line" if given else document.where)
+        values = {
+            **values,
+            "shard_size": "5G",
+        }  # the output's layers are in no order of any model's files
+    return parse(
+        MergeConfig,
+        values | given,
+        f"{document.where} with command line" if given else document.where,
+    )
 
 
 def _check_adapters(
@@ -230,12 +320,18 @@ def _check_adapters(
                 rule = f"an adapter must sit on {other}, as base_model or other adapters do, got {sits_on}"
                 raise _error(document, reference.key, rule)
         if document.method == "multislerp" and not bases:
-            raise _error(document, reference.key, f"an adapter needs base_model: {sits_on} with method multislerp")
+            raise _error(
+                document,
+                reference.key,
+                f"an adapter needs base_model: {sits_on} with method multislerp",
+            )
         under = sits_on
     return under
 
 
-def _resolve(document: Document, references: Iterable[Reference], under: Reference | None) -> dict[Reference, Location]:
+def _resolve(
+    document: Document, references: Iterable[Reference], under: Reference | None
+) -> dict[Reference, Location]:
     paths: dict[Reference, Location] = {}
     for reference in [*references, *([under] if under else [])]:
         text = reference.lora or reference.model
@@ -247,7 +343,9 @@ def _resolve(document: Document, references: Iterable[Reference], under: Referen
     return paths
 
 
-def _slice(entries: Sequence[Entry], base: Entry | None, most: int, paths: dict[Reference, Location]) -> Slice:
+def _slice(
+    entries: Sequence[Entry], base: Entry | None, most: int, paths: dict[Reference, Location]
+) -> Slice:
     def source(entry: Entry) -> Source:
         assert entry.layers is not None
         return Source(paths[entry.reference], *entry.layers)

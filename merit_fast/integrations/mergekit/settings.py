@@ -58,7 +58,9 @@ def one_flag(name: str, scopes: Sequence[Scope], default: bool, where: str) -> b
     return found
 
 
-def _cases(name: str, scopes: Sequence[Scope], where: str) -> list[tuple[dict[str, Any], str, int | None]]:
+def _cases(
+    name: str, scopes: Sequence[Scope], where: str
+) -> list[tuple[dict[str, Any], str, int | None]]:
     """({value, filter}, key, slice) of every scope that has the parameter, as they are tried."""
     found = []
     for scope in scopes:
@@ -77,19 +79,31 @@ def _plain(value: Any, where: str, key: str) -> list[dict[str, Any]]:
         return [] if value == [] else [{"value": _scalars(value, where, key)}]
     for case in cases:
         if not isinstance(case, dict):
-            raise InputError(f"{where}: {key}: a list of filters must hold mappings only, got {show(case)}")
+            raise InputError(
+                f"{where}: {key}: a list of filters must hold mappings only, got {show(case)}"
+            )
         for name in case:
             if name not in ("value", "filter"):
-                raise InputError(f"{where}: {key}.{name}: is not supported; valid keys: value, filter")
+                raise InputError(
+                    f"{where}: {key}.{name}: is not supported; valid keys: value, filter"
+                )
         if "value" not in case or not isinstance(case.get("filter"), (str, type(None))):
-            raise InputError(f"{where}: {key}: must have a value, and a filter that is text, got {show(case)}")
-    return [case | {"value": _scalars(case["value"], where, key)} for case in cases if case["value"] != []]
+            raise InputError(
+                f"{where}: {key}: must have a value, and a filter that is text, got {show(case)}"
+            )
+    return [
+        case | {"value": _scalars(case["value"], where, key)}
+        for case in cases
+        if case["value"] != []
+    ]
 
 
 def _scalars(value: Any, where: str, key: str) -> Any:
     for one in value if isinstance(value, list) else [value]:
         if not isinstance(one, (bool, int, float, str)):
-            raise InputError(f"{where}: {key}: must be a number, a list of numbers or of filters, got {show(one)}")
+            raise InputError(
+                f"{where}: {key}: must be a number, a list of numbers or of filters, got {show(one)}"
+            )
     return value
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from merit_fast.errors import InputError, show
 from merit_fast.integrations.mergekit.document import Document, Reference
+from merit_fast.merge.read.decoded import is_adapter
 from merit_fast.merge.read.files import list_directory, open_regular, read_json
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.read.decoded import is_adapter
 
 
-def check_texts(document: Document, paths: Mapping[Reference, Location], donor: Location | None) -> list[str]:
+def check_texts(
+    document: Document, paths: Mapping[Reference, Location], donor: Location | None
+) -> list[str]:
     """Notes on what is let through: equal vocabularies, and `chat_template: auto` over equal templates.
 
     Args:
@@ -27,21 +29,35 @@ def check_texts(document: Document, paths: Mapping[Reference, Location], donor: 
     texts, where, notes = document.texts, document.where, []
     models = [path for path in dict.fromkeys(paths.values()) if not is_adapter(path)]
     donor = donor or models[0]
-    names = ["union", "base", *(str(reference) for reference, path in paths.items() if path == donor)]
+    names = [
+        "union",
+        "base",
+        *(str(reference) for reference, path in paths.items() if path == donor),
+    ]
     for key in [key for key in ("tokenizer_source", "tokenizer") if key in texts]:
         if (source := _source(texts[key], key, where)) not in names:
-            raise InputError(f"{where}: {key}: must be one of {', '.join(names)}, got {show(source)}")
+            raise InputError(
+                f"{where}: {key}: must be one of {', '.join(names)}, got {show(source)}"
+            )
         vocabulary = _vocabulary(donor, key, where)
         for path in models:
             if _vocabulary(path, key, where) != vocabulary:
-                raise InputError(f"{where}: {key}: must be absent, as the vocabularies of {donor} and {path} differ")
-        notes.append(f"{key}: all models have one vocabulary; embeddings keep their rows, files come from {donor}")
+                raise InputError(
+                    f"{where}: {key}: must be absent, as the vocabularies of {donor} and {path} differ"
+                )
+        notes.append(
+            f"{key}: all models have one vocabulary; embeddings keep their rows, files come from {donor}"
+        )
     if "chat_template" in texts:
         if texts["chat_template"] != "auto":
-            raise InputError(f"{where}: chat_template: must be auto or absent, got {show(texts['chat_template'])}")
+            raise InputError(
+                f"{where}: chat_template: must be auto or absent, got {show(texts['chat_template'])}"
+            )
         for path in models:
             if _template(path) != _template(donor):
-                raise InputError(f"{where}: chat_template: must be absent, as those of {donor} and {path} differ")
+                raise InputError(
+                    f"{where}: chat_template: must be absent, as those of {donor} and {path} differ"
+                )
     return notes
 
 
@@ -62,7 +78,9 @@ def _vocabulary(path: Location, key: str, where: str) -> str:
     values = read_json(path / "tokenizer.json")
     model = values.get("model")
     added = [(one.get("id"), one.get("content")) for one in values.get("added_tokens") or []]
-    return json.dumps([model.get("vocab") if isinstance(model, dict) else None, sorted(added)], sort_keys=True)
+    return json.dumps(
+        [model.get("vocab") if isinstance(model, dict) else None, sorted(added)], sort_keys=True
+    )
 
 
 def _template(path: Location) -> str:

@@ -54,7 +54,9 @@ def multislerp_coefficients(gram: Array, weights: Coefficients, name: str) -> Co
     if length < _NO_LENGTH:
         if len(gram) == 2 or not lengths.any():
             return weights
-        raise InputError(f"merge: {name}: multislerp needs directions that do not cancel, their mean has length 0")
+        raise InputError(
+            f"merge: {name}: multislerp needs directions that do not cancel, their mean has length 0"
+        )
     mean = mean / length
     along = (unit * (gram @ mean)) @ w  # sum_k w_k <u_k, m>
     tangent = w * unit - along * mean

@@ -7,7 +7,6 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.deltas import DeltaRule
-from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.combine.coefficients import (
     Array,
     Coefficients,
@@ -15,10 +14,11 @@ from merit_fast.merge.combine.coefficients import (
     multislerp_coefficients,
     slerp_coefficients,
 )
+from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.parameters import Layers, setting_at
+from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.combine.weights import require_numbers
 
 Rule = Coefficients | DeltaRule
 
@@ -72,10 +72,16 @@ def combine(
     values = _Values(config, weights, layers or Layers(tensors), len(models))
     method = config.method
     if method == "slerp":
-        return Combination(tuple(models), _no_rule, lambda name, gram: slerp_coefficients(gram, values.of("t", name)))
+        return Combination(
+            tuple(models),
+            _no_rule,
+            lambda name, gram: slerp_coefficients(gram, values.of("t", name)),
+        )
     if method == "model_stock":
         assert base is not None
-        return Combination((*models, base), _no_rule, lambda _, gram: model_stock_coefficients(gram), True)
+        return Combination(
+            (*models, base), _no_rule, lambda _, gram: model_stock_coefficients(gram), True
+        )
     if method == "multislerp":
         paths, centred = (*models, *([base] if base else [])), base is not None
 
@@ -93,7 +99,9 @@ def combine(
 class _Values:
     """The parameters of one tensor."""
 
-    def __init__(self, config: MergeConfig, weights: Sequence[float], layers: Layers, count: int) -> None:
+    def __init__(
+        self, config: MergeConfig, weights: Sequence[float], layers: Layers, count: int
+    ) -> None:
         self.config, self.layers, self.count = config, layers, count
         self.shared_weights = tuple(weights)
         self.own = config.models
@@ -105,7 +113,10 @@ class _Values:
         return value
 
     def by_model(self, key: str, name: str) -> tuple[float, ...]:
-        own = [setting_at(getattr(model, key), name, self.layers, k) for k, model in enumerate(self.own)]
+        own = [
+            setting_at(getattr(model, key), name, self.layers, k)
+            for k, model in enumerate(self.own)
+        ]
         own = own or [None] * self.count
         return tuple(self.of(key, name) if value is None else value for value in own)
 
@@ -115,7 +126,9 @@ class _Values:
         own = [setting_at(model.weight, name, self.layers, k) for k, model in enumerate(self.own)]
         for k, weight in enumerate(own):
             if weight is None:
-                raise InputError(f"merge: {name}: models[{k}].weight has no case that matches this tensor")
+                raise InputError(
+                    f"merge: {name}: models[{k}].weight has no case that matches this tensor"
+                )
         given = [float(weight) for weight in own if weight is not None]
         total = sum(given) if self.config.normalize else 1.0
         if abs(total) <= 1e-12:
@@ -138,7 +151,9 @@ def _check_counts(models: Sequence[Location], base: Location | None, config: Mer
         raise InputError(f"merge: {what} needs a base model; give --base")
 
 
-def _sums(models: Sequence[Location], base: Location | None, config: MergeConfig, values: _Values) -> Combination:
+def _sums(
+    models: Sequence[Location], base: Location | None, config: MergeConfig, values: _Values
+) -> Combination:
     def coefficients(entry: TensorEntry) -> Coefficients:
         passes = config.method == "passthrough"
         scale = values.of("scale", entry.name, 0 if passes else None)
@@ -147,10 +162,14 @@ def _sums(models: Sequence[Location], base: Location | None, config: MergeConfig
         scaled = tuple(scale * weight for weight in weights)
         of_base = 1.0 - scale * drawn_back if moves_base else 0.0
         if config.stats and abs(sum(scaled) + of_base - 1.0) > 1e-9:
-            raise InputError(f"merge: stats need coefficients of sum 1, got {sum(scaled) + of_base:g}; normalize")
+            raise InputError(
+                f"merge: stats need coefficients of sum 1, got {sum(scaled) + of_base:g}; normalize"
+            )
         return (*scaled, of_base) if moves_base else scaled
 
-    whole = config.scale == 1.0 and not config.models and abs(sum(values.shared_weights) - 1.0) < 1e-12
+    whole = (
+        config.scale == 1.0 and not config.models and abs(sum(values.shared_weights) - 1.0) < 1e-12
+    )
     moves_base = (config.method == "task_arithmetic" and not whole) or (
         config.method == "linear" and config.scale != 1.0
     )
@@ -164,22 +183,37 @@ def _delta_rule(config: MergeConfig, values: _Values, entry: TensorEntry) -> Del
     rule = DeltaRule((1.0,) * values.count, scale=values.of("scale", name))
     if method == "sce":
         share = values.of("select_topk", name)
-        return replace(rule, variance_share=share, elect=True, normalize=True, weigh_by_squares=True)
+        return replace(
+            rule, variance_share=share, elect=True, normalize=True, weigh_by_squares=True
+        )
     elected = method in ("ties", "dare_ties", "breadcrumbs_ties", "della")
-    rule = replace(rule, weight=values.weights(name), elect=elected, normalize=elected and config.normalize)
+    rule = replace(
+        rule, weight=values.weights(name), elect=elected, normalize=elected and config.normalize
+    )
     density = values.by_model("density", name)
     if method.startswith("ties"):
         keep = tuple(max(1, int(share * count)) if share > 0 else 0 for share in density)
         return replace(rule, top=(0,) * values.count, keep=keep)
     if method.startswith("breadcrumbs"):
-        ranks = [_middle(count, *both) for both in zip(density, values.by_model("gamma", name), strict=True)]
-        return replace(rule, top=tuple(top for top, _ in ranks), keep=tuple(keep for _, keep in ranks))
+        ranks = [
+            _middle(count, *both)
+            for both in zip(density, values.by_model("gamma", name), strict=True)
+        ]
+        return replace(
+            rule, top=tuple(top for top, _ in ranks), keep=tuple(keep for _, keep in ranks)
+        )
     streams = tuple(_stream(config.seed, name, k) for k in range(values.count))
-    epsilon = values.by_model("epsilon", name) if method.startswith("della") else (0.0,) * values.count
-    epsilon = tuple(spread if 0 < share < 1 else 0.0 for share, spread in zip(density, epsilon, strict=True))
+    epsilon = (
+        values.by_model("epsilon", name) if method.startswith("della") else (0.0,) * values.count
+    )
+    epsilon = tuple(
+        spread if 0 < share < 1 else 0.0 for share, spread in zip(density, epsilon, strict=True)
+    )
     for share, spread in zip(density, epsilon, strict=True):
         if spread and (share - spread <= 0 or share + spread >= 1):
-            raise InputError(f"merge: {name}: density +- epsilon must lie between 0 and 1, got {share:g} +- {spread:g}")
+            raise InputError(
+                f"merge: {name}: density +- epsilon must lie between 0 and 1, got {share:g} +- {spread:g}"
+            )
     row = (entry.shape[-1] if entry.shape else 1) if method.startswith("della") else 0
     return replace(rule, stream=streams, density=density, epsilon=epsilon, row=row)
 

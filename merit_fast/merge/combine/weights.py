@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import read_manifest
+from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.read.remote import Location
-from merit_fast.manifests.schemas import BranchManifest
 
 
 def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[float]:
@@ -24,7 +24,9 @@ def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[flo
         raw = [1.0] * len(models)
     elif isinstance(config.weights, tuple):
         if len(config.weights) != len(models):
-            raise InputError(f"merge.weights: must list {len(models)} numbers, got {len(config.weights)}")
+            raise InputError(
+                f"merge.weights: must list {len(models)} numbers, got {len(config.weights)}"
+            )
         raw = list(config.weights)
     else:
         raw = [float(count) for count in _branch_counts(models, config.weights)]
@@ -59,5 +61,7 @@ def _branch_counts(models: Sequence[Location], unit: str) -> list[int]:
     counts = [b.num_target_tokens if unit == "tokens" else b.num_examples for b in branches]
     for model, count in zip(models, counts, strict=True):
         if count <= 0:
-            raise InputError(f"{model / 'branch.json'}: {unit} must be positive to weigh the merge, got {count}")
+            raise InputError(
+                f"{model / 'branch.json'}: {unit} must be positive to weigh the merge, got {count}"
+            )
     return counts

@@ -18,15 +18,15 @@ from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average.deltas import SQUARES_CHUNK, DeltaRule
-from merit_fast.merge.engine import reference
-from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine import reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Segment, Shard
-from merit_fast.merge.read.remote import Location
-from merit_fast.merge.read.decoded import MadeEntry, is_float, value_dtype
 from merit_fast.merge.engine.values import factors, finite, scale_grid, values
+from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
+from merit_fast.merge.read.decoded import MadeEntry, is_float, value_dtype
+from merit_fast.merge.read.remote import Location
 
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
 _ALLOW = "; merge.allow_nonfinite=true writes it all the same"
@@ -74,7 +74,11 @@ def gram_shard(
 
 
 def merge_tensor(
-    segment: Segment, config: MergeConfig, opened: OpenFiles, address: int, backend: str | None = None
+    segment: Segment,
+    config: MergeConfig,
+    opened: OpenFiles,
+    address: int,
+    backend: str | None = None,
 ) -> None:
     """Makes one tensor in memory by its rule; an integer tensor is found equal in all inputs and copied.
 
@@ -109,7 +113,11 @@ def input_files(segments: Iterable[Segment]) -> set[Location]:
 def chunk_elements(segments: Iterable[Segment], config: MergeConfig, chunk_bytes: int) -> int:
     """Elements of a chunk: ``chunk_bytes`` of the widest type that takes part."""
     widest = max(
-        (ITEM_BYTES[dtype] for s in segments for dtype in (s.dtype, *(value_dtype(entry) for entry in s.inputs))),
+        (
+            ITEM_BYTES[dtype]
+            for s in segments
+            for dtype in (s.dtype, *(value_dtype(entry) for entry in s.inputs))
+        ),
         default=1,
     )
     return max(chunk_bytes // widest, 1)
@@ -129,7 +137,11 @@ class _Engine:
     ) -> None:
         self.config, self.opened, self.advance = config, opened, advance
         self.takes_gram, self.from_base = takes_gram, from_base
-        self.native = dispatch.native_module() if dispatch.choose("merge_files", "cpu", backend) == "cpu" else None
+        self.native = (
+            dispatch.native_module()
+            if dispatch.choose("merge_files", "cpu", backend) == "cpu"
+            else None
+        )
 
     def run(self, segments: Sequence[Segment]) -> dict[str, Array]:
         grams: dict[str, Array] = {}
@@ -137,7 +149,16 @@ class _Engine:
             pieces, gram = self._pieces(batch)
             step = self._step(batch)
             if self.native is None:
-                reference.run(batch, self.config, self.opened, step, pieces, gram, self.from_base, self.advance)
+                reference.run(
+                    batch,
+                    self.config,
+                    self.opened,
+                    step,
+                    pieces,
+                    gram,
+                    self.from_base,
+                    self.advance,
+                )
             else:
                 self._run_native(batch, step, pieces, gram)
             grams |= gram_by_tensor(batch, pieces, gram)
@@ -153,12 +174,16 @@ class _Engine:
     def _step(self, batch: Sequence[Segment]) -> int:
         rule = batch[0].rule
         if isinstance(rule, DeltaRule) and self.takes_gram and rule.row:
-            return max(rule.row, GRAM_CHUNK // rule.row * rule.row)  # a chunk of the engine's is whole rows
+            return max(
+                rule.row, GRAM_CHUNK // rule.row * rule.row
+            )  # a chunk of the engine's is whole rows
         if self.takes_gram or (isinstance(rule, DeltaRule) and rule.weigh_by_squares):
             return GRAM_CHUNK
         return chunk_elements(batch, self.config, self.config.chunk_kib * 1024)
 
-    def _run_native(self, batch: Sequence[Segment], step: int, pieces: npt.NDArray[np.int64], gram: Array) -> None:
+    def _run_native(
+        self, batch: Sequence[Segment], step: int, pieces: npt.NDArray[np.int64], gram: Array
+    ) -> None:
         native, config, alive = self.native, self.config, []  # type: ignore[var-annotated]
         assert native is not None
         packed = [
@@ -192,26 +217,36 @@ class _Engine:
         if error:
             self.opened.raise_remote()
             where = batch[segment].inputs[source].file if source >= 0 else "output"
-            raise MeritFastError(f"{where}: {os.strerror(error)} while merging {batch[segment].names[0]}")
+            raise MeritFastError(
+                f"{where}: {os.strerror(error)} while merging {batch[segment].names[0]}"
+            )
 
     def _source(self, entry: TensorEntry, alive: list[np.ndarray]) -> Any:
         """The engine's view of an input. ``alive`` keeps the small arrays that it points to."""
         assert self.native is not None
         made = isinstance(entry, MadeEntry)
-        source = self.native.Source(self.opened.number(entry.file), entry.offset, _CODES.get(entry.dtype, 0))
+        source = self.native.Source(
+            self.opened.number(entry.file), entry.offset, _CODES.get(entry.dtype, 0)
+        )
         if not isinstance(entry, MadeEntry):
             return source
         cols = entry.shape[-1] if entry.shape else 1
         if entry.dtype not in FLOAT_DTYPES:
             grid = scale_grid(entry.scales, self.opened) if entry.scales else np.ones((1, 1))
-            block = (entry.scales.block_rows, entry.scales.block_cols) if entry.scales else (1 << 62, 1 << 62)
+            block = (
+                (entry.scales.block_rows, entry.scales.block_cols)
+                if entry.scales
+                else (1 << 62, 1 << 62)
+            )
             alive.append(grid)
             source.scale(entry.dtype == "F8_E5M2", cols, *block, grid.shape[1], grid.ctypes.data)
         pair = factors(entry, self.opened)
         if pair is not None and made and entry.low_rank is not None:
             alive.extend(pair)
             left, right = pair
-            source.add_low_rank(left.ctypes.data, right.ctypes.data, left.shape[1], cols, entry.low_rank.scaling)
+            source.add_low_rank(
+                left.ctypes.data, right.ctypes.data, left.shape[1], cols, entry.low_rank.scaling
+            )
         return source
 
 
@@ -222,9 +257,13 @@ def nonfinite_error(segment: Segment, chunk: int, step: int, files: OpenFiles) -
         bad = np.flatnonzero(~finite(*values(entry, chunk, count, files)))
         if len(bad):
             name = segment.name_at(chunk + int(bad[0]))
-            return InputError(f"{entry.file}: {name}: must be finite, holds NaN or infinity{_ALLOW}")
+            return InputError(
+                f"{entry.file}: {name}: must be finite, holds NaN or infinity{_ALLOW}"
+            )
     name = segment.name_at(chunk)
-    return InputError(f"{segment.inputs[0].file}: {name}: the result overflows {segment.dtype}{_ALLOW}")
+    return InputError(
+        f"{segment.inputs[0].file}: {name}: the result overflows {segment.dtype}{_ALLOW}"
+    )
 
 
 def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:

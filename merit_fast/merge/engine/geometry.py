@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.manifests.io import write_manifest, write_text
+from merit_fast.manifests.schemas import SCHEMA_VERSION
 from merit_fast.merge.engine.plan import Segment, Shard
 from merit_fast.merge.read.remote import Location
-from merit_fast.manifests.schemas import SCHEMA_VERSION
 
 Array = npt.NDArray[np.float64]
 GEOMETRY_FILE = "geometry.json"
@@ -42,11 +42,15 @@ def cut_pieces(segments: Sequence[Segment], chunk_elements: int) -> npt.NDArray[
     pieces = []
     for number, segment in enumerate(segments):
         borders = sorted({0, *segment.ends, *range(0, segment.num_elements, chunk_elements)})
-        pieces += [(number, first, end - first) for first, end in zip(borders, borders[1:], strict=False)]
+        pieces += [
+            (number, first, end - first) for first, end in zip(borders, borders[1:], strict=False)
+        ]
     return np.array(pieces, np.int64).reshape(-1, 3)
 
 
-def gram_by_tensor(segments: Sequence[Segment], pieces: npt.NDArray[np.int64], grams: Array) -> dict[str, Array]:
+def gram_by_tensor(
+    segments: Sequence[Segment], pieces: npt.NDArray[np.int64], grams: Array
+) -> dict[str, Array]:
     """Sums the pieces' [P, K, K] upper triangles in order, tensor by tensor; symmetric."""
     tensors: dict[str, Array] = {}
     for (number, first, _), gram in zip(pieces, grams, strict=True):
@@ -58,7 +62,9 @@ def gram_by_tensor(segments: Sequence[Segment], pieces: npt.NDArray[np.int64], g
 
 def write_shard_grams(directory: Path, shard: Shard, tensors: dict[str, Array]) -> None:
     """Keeps a finished shard's part for a run that is interrupted before the last one."""
-    write_text(_part(directory, shard), json.dumps({name: gram.tolist() for name, gram in tensors.items()}))
+    write_text(
+        _part(directory, shard), json.dumps({name: gram.tolist() for name, gram in tensors.items()})
+    )
 
 
 def write_geometry(directory: Path, shards: Sequence[Shard], branches: Sequence[Location]) -> None:
@@ -88,7 +94,9 @@ def write_geometry(directory: Path, shards: Sequence[Shard], branches: Sequence[
         part.unlink()
 
 
-def _movement(shards: Sequence[Shard], tensors: dict[str, Array], count: int) -> tuple[float | None, float | None]:
+def _movement(
+    shards: Sequence[Shard], tensors: dict[str, Array], count: int
+) -> tuple[float | None, float | None]:
     """(displacement, contraction) of the whole model; coefficients may differ from tensor to tensor."""
     coefficients: dict[str, Array] = {}
     for shard in shards:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.checkpoint import INDEX_FILE, ITEM_BYTES, SINGLE_FILE, Checkpoint, TensorEntry
+from merit_fast.merge.read.checkpoint import (
+    INDEX_FILE,
+    ITEM_BYTES,
+    SINGLE_FILE,
+    Checkpoint,
+    TensorEntry,
+)
 from merit_fast.merge.read.decoded import FP8_DTYPES, is_float
 
 
@@ -66,13 +72,19 @@ def lay_out(
             files.append(OutputFile(file, tuple(tensors)))
     if not files:
         raise InputError(f"{first.path}: shares no tensor with the other models")
-    return _cut([tensor for file in files for tensor in file.tensors], shard_bytes) if shard_bytes else tuple(files)
+    return (
+        _cut([tensor for file in files for tensor in file.tensors], shard_bytes)
+        if shard_bytes
+        else tuple(files)
+    )
 
 
 _HINT = "; merge.missing says what to do"
 
 
-def index_text(files: Sequence[OutputFile], metadata: dict[str, object] | None = None) -> str | None:
+def index_text(
+    files: Sequence[OutputFile], metadata: dict[str, object] | None = None
+) -> str | None:
     """The index of the output; None for a single file without ``metadata``."""
     if [file.name for file in files] == [SINGLE_FILE] and not metadata:
         return None
@@ -83,7 +95,10 @@ def index_text(files: Sequence[OutputFile], metadata: dict[str, object] | None =
         **(metadata or {}),
     }
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-    return json.dumps({"metadata": values, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    return (
+        json.dumps({"metadata": values, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+        + "\n"
+    )
 
 
 def header_bytes(file: OutputFile) -> bytes:
@@ -92,7 +107,11 @@ def header_bytes(file: OutputFile) -> bytes:
     start = 0
     for tensor in file.tensors:
         end = start + tensor.num_bytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -122,15 +141,22 @@ def _tensor(name: str, entries: Sequence[TensorEntry], dtype: str | None) -> Out
     first = entries[0]
     for other in entries[1:]:
         both_float = is_float(first) and is_float(other)
-        for rule, mine, theirs in (("shape", first.shape, other.shape), ("dtype", first.dtype, other.dtype)):
+        for rule, mine, theirs in (
+            ("shape", first.shape, other.shape),
+            ("dtype", first.dtype, other.dtype),
+        ):
             if mine != theirs and not (rule == "dtype" and both_float and dtype):
                 hint = "; merge.dtype chooses one" if rule == "dtype" and both_float else ""
                 raise InputError(
                     f"{other.file}: {name}: {rule} must be {_text(mine)} as in {first.file}, got {_text(theirs)}{hint}"
                 )
     if first.dtype in FP8_DTYPES and dtype is None:
-        raise InputError(f"{first.file}: {name}: is {first.dtype}; merge.dtype must choose the output's dtype")
-    return OutputTensor(name, dtype if dtype and is_float(first) else first.dtype, first.shape, tuple(entries))
+        raise InputError(
+            f"{first.file}: {name}: is {first.dtype}; merge.dtype must choose the output's dtype"
+        )
+    return OutputTensor(
+        name, dtype if dtype and is_float(first) else first.dtype, first.shape, tuple(entries)
+    )
 
 
 def _cut(tensors: Sequence[OutputTensor], shard_bytes: int) -> tuple[OutputFile, ...]:
@@ -146,7 +172,8 @@ def _cut(tensors: Sequence[OutputTensor], shard_bytes: int) -> tuple[OutputFile,
         return (OutputFile(SINGLE_FILE, tuple(groups[0])),)
     count = len(groups)
     return tuple(
-        OutputFile(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)
+        OutputFile(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, 1)
     )
 
 

@@ -27,7 +27,9 @@ class OpenFiles:
 
     def number(self, file: Location) -> int:
         """What the engine calls the file: its descriptor, or -1 - place among the remote ones."""
-        return -1 - self.remote.index(file) if isinstance(file, RemotePath) else self.descriptors[file]
+        return (
+            -1 - self.remote.index(file) if isinstance(file, RemotePath) else self.descriptors[file]
+        )
 
     @property
     def remote_read(self) -> Callable[[int, int, int, int], int] | None:
@@ -60,7 +62,9 @@ class OpenFiles:
 
     def small_array(self, entry: TensorEntry) -> np.ndarray:
         """A whole small tensor (a scale, a factor of an adapter) in float64."""
-        values = np.frombuffer(self.read(entry, 0, entry.num_elements), FLOAT_DTYPES[entry.dtype][1])
+        values = np.frombuffer(
+            self.read(entry, 0, entry.num_elements), FLOAT_DTYPES[entry.dtype][1]
+        )
         return to_float64(values, entry.dtype).reshape(entry.shape)
 
     def _read_remote(self, place: int, offset: int, num_bytes: int, address: int) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from merit_fast.kernels.average.deltas import DeltaRule
-from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
+from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
 from merit_fast.merge.read.decoded import MadeEntry, is_float
 
 Rule = tuple[float, ...] | DeltaRule
@@ -20,7 +20,9 @@ class Segment:
     ends: tuple[int, ...]  # where each tensor ends, in elements from the segment's start
     dtype: str  # of the output
     output_offset: int
-    inputs: tuple[TensorEntry, ...]  # of the first tensor, one per input; all tensors of an input have its dtype
+    inputs: tuple[
+        TensorEntry, ...
+    ]  # of the first tensor, one per input; all tensors of an input have its dtype
     rule: Rule = ()  # coefficients of the first inputs, or what becomes of their deltas from the last input
 
     @property
@@ -61,7 +63,9 @@ class Plan:
         return sum(shard.num_elements for shard in self.shards)
 
 
-def plan_merge(files: Sequence[OutputFile], rule: Callable[[TensorEntry], Rule] = lambda entry: ()) -> Plan:
+def plan_merge(
+    files: Sequence[OutputFile], rule: Callable[[TensorEntry], Rule] = lambda entry: ()
+) -> Plan:
     """Every output file's segments.
 
     Args:
@@ -73,7 +77,12 @@ def plan_merge(files: Sequence[OutputFile], rule: Callable[[TensorEntry], Rule] 
 
 def plan_alone(plan: Plan) -> dict[str, Segment]:
     """Every tensor of a plan that has elements as a segment of its own, at offset 0."""
-    rules = {name: segment.rule for shard in plan.shards for segment in shard.segments for name in segment.names}
+    rules = {
+        name: segment.rule
+        for shard in plan.shards
+        for segment in shard.segments
+        for name in segment.names
+    }
     tensors = [tensor for file in plan.files for tensor in file.tensors if tensor.num_elements]
     return {tensor.name: _segment(tensor, 0, rules.get(tensor.name, ())) for tensor in tensors}
 
@@ -94,11 +103,15 @@ def _plan_shard(file: OutputFile, rule: Callable[[TensorEntry], Rule]) -> Shard:
 
 def _named(tensor: OutputTensor) -> TensorEntry:
     entry = tensor.inputs[0]
-    return TensorEntry(tensor.name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes)
+    return TensorEntry(
+        tensor.name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes
+    )
 
 
 def _segment(tensor: OutputTensor, offset: int, rule: Rule = ()) -> Segment:
-    return Segment((tensor.name,), (tensor.num_elements,), tensor.dtype, offset, tensor.inputs, rule)
+    return Segment(
+        (tensor.name,), (tensor.num_elements,), tensor.dtype, offset, tensor.inputs, rule
+    )
 
 
 def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
@@ -109,7 +122,9 @@ def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
         if last is not None and _follows(last, segment):
             ends = (*last.ends, last.num_elements + segment.num_elements)
             names = last.names + segment.names
-            joined[-1] = Segment(names, ends, last.dtype, last.output_offset, last.inputs, last.rule)
+            joined[-1] = Segment(
+                names, ends, last.dtype, last.output_offset, last.inputs, last.rule
+            )
         else:
             joined.append(segment)
     return joined

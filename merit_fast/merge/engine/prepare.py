@@ -6,17 +6,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.checkpoint import ITEM_BYTES, Checkpoint, TensorEntry
-from merit_fast.merge.read.companions import check_configs, list_companions
+from merit_fast.merge.combine.rules import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
-from merit_fast.merge.combine.rules import Combination, combine
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
+from merit_fast.merge.read.checkpoint import ITEM_BYTES, Checkpoint, TensorEntry
+from merit_fast.merge.read.companions import check_configs, list_companions
+from merit_fast.merge.read.decoded import (
+    FP8_DTYPES,
+    MadeEntry,
+    is_adapter,
+    is_float,
+    read_input,
+    value_dtype,
+)
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
-from merit_fast.merge.read.decoded import FP8_DTYPES, MadeEntry, is_adapter, is_float, read_input, value_dtype
-from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.progress import Progress
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -37,7 +44,12 @@ class Inputs:
     @property
     def bytes_read(self) -> int:
         """By one pass over all inputs."""
-        return sum(entry.num_bytes for file in self.files for tensor in file.tensors for entry in tensor.inputs)
+        return sum(
+            entry.num_bytes
+            for file in self.files
+            for tensor in file.tensors
+            for entry in tensor.inputs
+        )
 
 
 def read_inputs(
@@ -61,11 +73,18 @@ def read_inputs(
     checkpoints = [read_input(path, base_checkpoint) for path in models]
     everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
     check_configs(everyone, any_depth=bool(slices))
-    companions = companions or next((path for path in (*models, base) if path and not is_adapter(path)), models[0])
+    companions = companions or next(
+        (path for path in (*models, base) if path and not is_adapter(path)), models[0]
+    )
     layers = None
     if slices:
-        checkpoints, base_checkpoint, layers = stack_layers(slices, {one.path: one for one in everyone})
-        models, base = [one.path for one in checkpoints], base_checkpoint.path if base_checkpoint else None
+        checkpoints, base_checkpoint, layers = stack_layers(
+            slices, {one.path: one for one in everyone}
+        )
+        models, base = (
+            [one.path for one in checkpoints],
+            base_checkpoint.path if base_checkpoint else None,
+        )
     names = {name for checkpoint in checkpoints for name in checkpoint.tensors}
     combination = combine(models, weights, base, config, names, layers)
     if len(combination.paths) > len(models) and base_checkpoint:
@@ -93,10 +112,14 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
     plan = plan_merge(inputs.files)
     with progress.task("compare models", plan.num_elements, "parameters") as task:
         for shard in plan.shards:
-            grams |= gram_shard(shard, config, combination.gram_from_base, lambda count: task.advance(count))
+            grams |= gram_shard(
+                shard, config, combination.gram_from_base, lambda count: task.advance(count)
+            )
     for name, gram in grams.items():
         if not np.isfinite(gram).all():
-            raise InputError(f"{combination.paths[0]}: {name}: must be finite here and in the other models")
+            raise InputError(
+                f"{combination.paths[0]}: {name}: must be finite here and in the other models"
+            )
 
     def rule(entry: TensorEntry) -> Rule:
         return from_gram(entry.name, grams[entry.name])
@@ -107,14 +130,22 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
 def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     """Memory of the engine's buffers: every worker holds a chunk of each input and of the output."""
     entries = [entry for file in inputs.files for tensor in file.tensors for entry in tensor.inputs]
-    widest = max((ITEM_BYTES[value_dtype(entry)] for entry in entries if is_float(entry)), default=1)
+    widest = max(
+        (ITEM_BYTES[value_dtype(entry)] for entry in entries if is_float(entry)), default=1
+    )
     elements = max(config.chunk_kib * 1024 // widest, 1)
     if config.stats or config.takes_gram or config.method == "sce":
-        elements = max(elements, GRAM_CHUNK)  # their sums have one chunk for all, so that they have one result
+        elements = max(
+            elements, GRAM_CHUNK
+        )  # their sums have one chunk for all, so that they have one result
     if config.method.startswith("della"):
-        elements = max(elements, max((entry.shape[-1] for entry in entries if entry.shape), default=1))
+        elements = max(
+            elements, max((entry.shape[-1] for entry in entries if entry.shape), default=1)
+        )
     each = (len(inputs.checkpoints) + 1) * widest
-    made = 16 if any(isinstance(entry, MadeEntry) for entry in entries) else 0  # values on their way in
+    made = (
+        16 if any(isinstance(entry, MadeEntry) for entry in entries) else 0
+    )  # values on their way in
     ranked = 0 if config.method in _WHOLE_SUMS else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if config.method.startswith("della") else 0
     return config.threads * elements * (each + made + ranked + ranks)
@@ -129,7 +160,10 @@ def fit_memory(inputs: Inputs, config: MergeConfig) -> int:
     if config.max_memory is None:
         return config.chunk_kib
     allowed, chunk_kib = parse_bytes("max_memory", config.max_memory), config.chunk_kib
-    while chunk_kib > _LEAST_CHUNK_KIB and buffer_bytes(inputs, replace(config, chunk_kib=chunk_kib)) > allowed:
+    while (
+        chunk_kib > _LEAST_CHUNK_KIB
+        and buffer_bytes(inputs, replace(config, chunk_kib=chunk_kib)) > allowed
+    ):
         chunk_kib = max(chunk_kib // 2, _LEAST_CHUNK_KIB)
     least = buffer_bytes(inputs, replace(config, chunk_kib=chunk_kib))
     if least > allowed:

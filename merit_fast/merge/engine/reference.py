@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from merit_fast.kernels.average import average_arrays, delta_gram
 from merit_fast.kernels.average.deltas import DeltaRule, mix_deltas
-from merit_fast.merge.read.checkpoint import ITEM_BYTES
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.engine.values import finite, values
+from merit_fast.merge.read.checkpoint import ITEM_BYTES
 
 
 def run(
@@ -38,8 +38,12 @@ def run(
     for place, (number, first, count) in enumerate(pieces.tolist()):
         loaded = [values(entry, first, count, files) for entry in batch[number].inputs]
         arrays, dtypes = [array for array, _ in loaded], [dtype for _, dtype in loaded]
-        base, base_dtype = (arrays[branches], dtypes[branches]) if from_base else (np.zeros(count), "F64")
-        grams[place] = delta_gram(arrays[:branches], base, dtypes=dtypes[:branches], base_dtype=base_dtype)
+        base, base_dtype = (
+            (arrays[branches], dtypes[branches]) if from_base else (np.zeros(count), "F64")
+        )
+        grams[place] = delta_gram(
+            arrays[:branches], base, dtypes=dtypes[:branches], base_dtype=base_dtype
+        )
 
 
 def _sum(
@@ -52,10 +56,20 @@ def _sum(
 ) -> None:
     for first in range(0, segment.num_elements, step):
         count = min(step, segment.num_elements - first)
-        loaded = [values(entry, first, count, files) for entry in segment.inputs[: len(coefficients)]]
+        loaded = [
+            values(entry, first, count, files) for entry in segment.inputs[: len(coefficients)]
+        ]
         arrays, dtypes = [array for array, _ in loaded], [dtype for _, dtype in loaded]
-        out = average_arrays(arrays, coefficients, dtypes=dtypes, out_dtype=segment.dtype, backend="eager")
-        _write(segment, first, out, config.allow_nonfinite or bool(finite(out, segment.dtype).all()), files)
+        out = average_arrays(
+            arrays, coefficients, dtypes=dtypes, out_dtype=segment.dtype, backend="eager"
+        )
+        _write(
+            segment,
+            first,
+            out,
+            config.allow_nonfinite or bool(finite(out, segment.dtype).all()),
+            files,
+        )
         advance(count)
 
 
@@ -63,7 +77,12 @@ def _mix(segment: Segment, rule: DeltaRule, config: MergeConfig, files: OpenFile
     loaded = [values(entry, 0, segment.num_elements, files) for entry in segment.inputs]
     arrays, dtypes = [array for array, _ in loaded], [dtype for _, dtype in loaded]
     out, good = mix_deltas(
-        arrays[:-1], arrays[-1], rule, dtypes=dtypes[:-1], base_dtype=dtypes[-1], out_dtype=segment.dtype
+        arrays[:-1],
+        arrays[-1],
+        rule,
+        dtypes=dtypes[:-1],
+        base_dtype=dtypes[-1],
+        out_dtype=segment.dtype,
     )
     _write(segment, 0, out, config.allow_nonfinite or good, files)
 

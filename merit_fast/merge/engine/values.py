@@ -5,8 +5,8 @@ import numpy.typing as npt
 
 from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average._eager import to_float64
-from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.engine.opened import OpenFiles
+from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.read.decoded import MadeEntry, Scales
 
 Array = npt.NDArray[np.float64]
@@ -16,8 +16,13 @@ def float8_table(dtype: str) -> Array:
     """[256] the value of every code of an 8-bit float (OCP 8-bit Floating Point Specification)."""
     mantissa, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
     codes = np.arange(256)
-    exponent, fraction = (codes & 127) >> mantissa, (codes & ((1 << mantissa) - 1)) / (1 << mantissa)
-    values = np.where(exponent > 0, np.ldexp(1.0 + fraction, exponent - bias), np.ldexp(fraction, 1 - bias))
+    exponent, fraction = (
+        (codes & 127) >> mantissa,
+        (codes & ((1 << mantissa) - 1)) / (1 << mantissa),
+    )
+    values = np.where(
+        exponent > 0, np.ldexp(1.0 + fraction, exponent - bias), np.ldexp(fraction, 1 - bias)
+    )
     if dtype == "F8_E4M3":
         values[(codes & 127) == 127] = np.nan
     else:

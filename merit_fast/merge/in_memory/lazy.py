@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from merit_fast.errors import MeritFastError
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.driver import input_files, merge_tensor
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Plan, plan_alone
-from merit_fast.merge.engine.driver import input_files, merge_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +38,13 @@ class Staging:
         self.device = device
         self._free: SimpleQueue[Tensor] = SimpleQueue()
         for _ in range(2):
-            self._free.put(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda"))
+            self._free.put(
+                torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            )
 
-    def through(self, shape: tuple[int, ...], dtype: "torch.dtype", fill: "Callable[[Tensor], None]") -> "Tensor":
+    def through(
+        self, shape: tuple[int, ...], dtype: "torch.dtype", fill: "Callable[[Tensor], None]"
+    ) -> "Tensor":
         """A new tensor on the device with what ``fill`` writes; waits for a buffer."""
         buffer = self._free.get()
         try:
@@ -58,7 +62,9 @@ class Staging:
 class MergedTensors:
     """The tensors of a plan, each made when it is asked for. Any thread may ask; the engine makes one at a time."""
 
-    def __init__(self, plan: Plan, config: MergeConfig, opened: OpenFiles, staging: Staging | None) -> None:
+    def __init__(
+        self, plan: Plan, config: MergeConfig, opened: OpenFiles, staging: Staging | None
+    ) -> None:
         self.tensors = {tensor.name: tensor for file in plan.files for tensor in file.tensors}
         self.error: MeritFastError | None = None  # the first that a thread met
         self._segments = plan_alone(plan)
@@ -92,7 +98,9 @@ class MergedTensors:
         return result
 
     def _make(self, name: str, result: "Tensor") -> None:
-        with self._engine:  # it has threads of its own, and one set of buffers is what max_memory bounds
+        with (
+            self._engine
+        ):  # it has threads of its own, and one set of buffers is what max_memory bounds
             merge_tensor(self._segments[name], self._config, self._opened, result.data_ptr())
 
 
@@ -110,7 +118,9 @@ class LazyTensor:
             raise
         except OSError as error:
             file = self.source.tensors[self.name].inputs[0].file
-            self.source.error = self.source.error or MeritFastError(f"{file}: {self.name}: {error.strerror}")
+            self.source.error = self.source.error or MeritFastError(
+                f"{file}: {self.name}: {error.strerror}"
+            )
             raise
 
     @property
@@ -122,7 +132,9 @@ class LazyTensor:
 
 
 @contextmanager
-def open_merged(plan: Plan, config: MergeConfig, staged: "torch.device | None") -> Iterator[MergedTensors]:
+def open_merged(
+    plan: Plan, config: MergeConfig, staged: "torch.device | None"
+) -> Iterator[MergedTensors]:
     """The plan's tensors while its inputs are open; on the CPU, or by way of ``Staging`` on the device ``staged``.
 
     Raises:

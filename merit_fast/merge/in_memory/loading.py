@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merit_fast.errors import InputError, one_line
 from merit_fast.manifests.io import write_text
+from merit_fast.merge.in_memory.lazy import MergedTensors
 from merit_fast.merge.read.companions import find_head, output_dtypes
 from merit_fast.merge.read.files import list_directory, read_json
-from merit_fast.merge.in_memory.lazy import MergedTensors
 from merit_fast.merge.read.remote import Location
 from merit_fast.model import no_loading_bar
 
@@ -46,11 +46,17 @@ def kind_of(path: Location) -> Kind:
             if (folder / _CONFIGS[1]).exists():
                 generation = transformers.GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: has no config that transformers can read: {one_line(error)}") from None
+            raise InputError(
+                f"{path}: has no config that transformers can read: {one_line(error)}"
+            ) from None
     names = config.architectures or [None]
     model_class = getattr(transformers, str(names[0]), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise InputError(f"{path / 'config.json'}: architectures: must name a model of transformers, got {names[0]}")
+    if not (
+        isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    ):
+        raise InputError(
+            f"{path / 'config.json'}: architectures: must name a model of transformers, got {names[0]}"
+        )
     return Kind(config, model_class, generation)
 
 
@@ -60,7 +66,9 @@ def fit_config(kind: Kind, source: MergedTensors, dequantized: bool) -> None:
 
     config = kind.config
     parts = (config, config.get_text_config())
-    dtypes = output_dtypes((tensor.dtype, tensor.num_elements) for tensor in source.tensors.values())
+    dtypes = output_dtypes(
+        (tensor.dtype, tensor.num_elements) for tensor in source.tensors.values()
+    )
     if dtypes and config.dtype is not None:
         config.dtype = getattr(torch, dtypes[0])
     for part in parts:
@@ -68,13 +76,17 @@ def fit_config(kind: Kind, source: MergedTensors, dequantized: bool) -> None:
             del part.quantization_config
     pair = find_head({name: tensor.inputs[0] for name, tensor in source.tensors.items()})
     if pair is not None and any(getattr(part, "tie_word_embeddings", False) for part in parts):
-        embedding, head = (source.read(entry.name) for entry in pair)  # a tied model would drop a head of its own
+        embedding, head = (
+            source.read(entry.name) for entry in pair
+        )  # a tied model would drop a head of its own
         if embedding.dtype != head.dtype or not torch.equal(_bytes(embedding), _bytes(head)):
             for part in parts:
                 part.tie_word_embeddings = False
 
 
-def build_model(path: Location, kind: Kind, source: MergedTensors, device: "torch.device") -> "PreTrainedModel":
+def build_model(
+    path: Location, kind: Kind, source: MergedTensors, device: "torch.device"
+) -> "PreTrainedModel":
     """A model of the source's tensors, renamed and joined as transformers does.
 
     Raises:
@@ -120,9 +132,14 @@ def _bytes(tensor: "Tensor") -> "Tensor":
 
 
 def _check_report(path: Location, class_name: str, report: Mapping[str, Any]) -> None:
-    for key, rule in (("missing_keys", "is missing, {} needs it"), ("unexpected_keys", "is not in {}")):
+    for key, rule in (
+        ("missing_keys", "is missing, {} needs it"),
+        ("unexpected_keys", "is not in {}"),
+    ):
         if names := sorted(report[key]):
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise InputError(f"{path}: {names[0]}: {rule.format(class_name)}{more}")
     for name, found, expected in sorted(report["mismatched_keys"]):
-        raise InputError(f"{path}: {name}: shape must be {list(expected)} by config.json, got {list(found)}")
+        raise InputError(
+            f"{path}: {name}: shape must be {list(expected)} by config.json, got {list(found)}"
+        )

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from merit_fast.options.fields import parse
 from merit_fast.errors import InputError, one_line
 from merit_fast.kernels.average import foreach_weighted_average
+from merit_fast.merge.combine.weights import resolve_weights
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.prepare import fit_memory, make_plan, read_inputs
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
-from merit_fast.merge.engine.prepare import fit_memory, make_plan, read_inputs
 from merit_fast.merge.read.remote import Location, as_location
-from merit_fast.merge.combine.weights import resolve_weights
+from merit_fast.options.fields import parse
 from merit_fast.progress import SilentProgress
 
 if TYPE_CHECKING:
@@ -164,7 +164,9 @@ def _with_base(
 ) -> "tuple[list[Mapping[str, Tensor]], list[float]]":
     """The inputs that take part, the base last, and their coefficients."""
     if not models or len(models) != len(weights):
-        raise InputError(f"merge: needs one weight for each model, got {len(weights)} for {len(models)} models")
+        raise InputError(
+            f"merge: needs one weight for each model, got {len(weights)} for {len(models)} models"
+        )
     scaled = [scale * weight for weight in weights]
     if scale == 1.0:
         return list(models), scaled
@@ -173,7 +175,9 @@ def _with_base(
     return [*models, base], [*scaled, 1.0 - scale]
 
 
-def _same_tensor(name: str, inputs: "Sequence[Mapping[str, Tensor]]", labels: Sequence[str]) -> "list[Tensor]":
+def _same_tensor(
+    name: str, inputs: "Sequence[Mapping[str, Tensor]]", labels: Sequence[str]
+) -> "list[Tensor]":
     """One name's tensors of all inputs, found to agree."""
     import torch
 
@@ -189,13 +193,19 @@ def _same_tensor(name: str, inputs: "Sequence[Mapping[str, Tensor]]", labels: Se
                 f"{label}: {name}: shape must be {list(first.shape)} as in model 0, got {list(found.shape)}"
             )
         if found.device != first.device:
-            raise InputError(f"{label}: {name}: must be on {first.device} as in model 0, is on {found.device}")
+            raise InputError(
+                f"{label}: {name}: must be on {first.device} as in model 0, is on {found.device}"
+            )
         if _is_averaged(found) and _is_averaged(first):
             continue
         if found.dtype != first.dtype:
-            raise InputError(f"{label}: {name}: dtype must be {first.dtype} as in model 0, got {found.dtype}")
+            raise InputError(
+                f"{label}: {name}: dtype must be {first.dtype} as in model 0, got {found.dtype}"
+            )
         if not torch.equal(found, first):
-            raise InputError(f"{label}: {name}: a {found.dtype} tensor cannot be averaged and must equal model 0's")
+            raise InputError(
+                f"{label}: {name}: a {found.dtype} tensor cannot be averaged and must equal model 0's"
+            )
     return [model[name] for model in inputs]
 
 

@@ -9,28 +9,75 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from merit_fast.options.fields import parse, require
 from merit_fast.errors import InputError
-from merit_fast.merge.read.checkpoint import ADAPTER_FILE, Checkpoint, TensorEntry, pickle_hint, read_files
+from merit_fast.merge.read.checkpoint import (
+    ADAPTER_FILE,
+    Checkpoint,
+    TensorEntry,
+    pickle_hint,
+    read_files,
+)
 from merit_fast.merge.read.companions import is_embedding, is_tied
 from merit_fast.merge.read.files import list_directory, quote, read_json
 from merit_fast.merge.read.remote import Location
+from merit_fast.options.fields import parse, require
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 # In adapter_config.json: read below, or without consequence for the merged weights.
 _KNOWN = {
-    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias"),
-    *("modules_to_save", "use_dora", "init_lora_weights", "task_type", "auto_mapping", "base_model_name_or_path"),
-    *("revision", "inference_mode", "peft_version", "target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "eva_config"),
+    *(
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "bias",
+    ),
+    *(
+        "modules_to_save",
+        "use_dora",
+        "init_lora_weights",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+    ),
+    *(
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+    ),
+    *(
+        "layers_pattern",
+        "lora_dropout",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+        "eva_config",
+    ),
     *("ensure_weight_tying", "loftq_config", "corda_config", "lora_ga_config"),
 }
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights
+_PLAIN_INITS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # the others change the base's weights
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _FACTOR_A = re.compile(r"(.+)\.(lora_A\.weight|lora_embedding_A)")
-_NOT_FULL = re.compile(r"(.+\.)?(lora_|trainable_tokens|token_adapter|modules_to_save\.|original_module\.).*")
-_TOO_SLOW = re.compile(r"\)[*+{]|(?:.*[*+?{]){3}")  # a foreign pattern may not take exponential time
+_NOT_FULL = re.compile(
+    r"(.+\.)?(lora_|trainable_tokens|token_adapter|modules_to_save\.|original_module\.).*"
+)
+_TOO_SLOW = re.compile(
+    r"\)[*+{]|(?:.*[*+?{]){3}"
+)  # a foreign pattern may not take exponential time
 
 
 @dataclass(frozen=True)
@@ -57,7 +104,9 @@ class AdapterConfig:
     r: int = 8
     lora_alpha: float = 8.0
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # pattern of a module's name -> its r
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict
+    )  # pattern of a module's name -> its r
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     modules_to_save: tuple[str, ...] = ()
@@ -66,9 +115,17 @@ class AdapterConfig:
     use_dora: Literal[False] = False
 
     def __post_init__(self) -> None:
-        for key, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+        for key, pattern in (
+            ("rank_pattern", self.rank_pattern),
+            ("alpha_pattern", self.alpha_pattern),
+        ):
             for text in pattern:
-                require(_is_pattern(text), key, "of regular expressions with at most 2 repetitions, of no group", text)
+                require(
+                    _is_pattern(text),
+                    key,
+                    "of regular expressions with at most 2 repetitions, of no group",
+                    text,
+                )
         for rank in (self.r, *self.rank_pattern.values()):
             require(1 <= rank < 2**31, "r", "positive and below 2^31", rank)
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
@@ -106,7 +163,9 @@ def read_adapter(path: Location) -> Adapter:
     tensors = dict(read_files(path, [ADAPTER_FILE]).tensors)
     low_rank: dict[str, LowRank] = {}
     for key in [key for key in tensors if _FACTOR_A.fullmatch(key)]:
-        b_key = key.replace("lora_A.weight", "lora_B.weight").replace("lora_embedding_A", "lora_embedding_B")
+        b_key = key.replace("lora_A.weight", "lora_B.weight").replace(
+            "lora_embedding_A", "lora_embedding_B"
+        )
         if b_key not in tensors:
             raise InputError(f"{path / ADAPTER_FILE}: {key}: has no {b_key} beside it")
         one = _low_rank(tensors.pop(key), tensors.pop(b_key), config)
@@ -126,7 +185,11 @@ def check_tied(adapter: Adapter, base: Checkpoint) -> None:
     Raises:
         InputError: it does.
     """
-    embeddings = [name for name in (*adapter.low_rank, *adapter.full) if name in base.tensors and is_embedding(name)]
+    embeddings = [
+        name
+        for name in (*adapter.low_rank, *adapter.full)
+        if name in base.tensors and is_embedding(name)
+    ]
     if embeddings and is_tied(base):
         raise InputError(
             f"{adapter.path / ADAPTER_FILE}: {embeddings[0]}: is the head of {base.path} too (tie_word_embeddings), "
@@ -138,13 +201,21 @@ def _read_config(file: Location) -> AdapterConfig:
     values = read_json(file)
     for key, value in values.items():
         if key not in _KNOWN and value not in (None, False, [], {}):
-            raise InputError(f"{file}: {quote(key)[1:-1]}: is not of plain LoRA, must be absent, got {quote(value)}")
+            raise InputError(
+                f"{file}: {quote(key)[1:-1]}: is not of plain LoRA, must be absent, got {quote(value)}"
+            )
     init = values.get("init_lora_weights")
-    if not any(init is plain or (init == plain and isinstance(init, str)) for plain in _PLAIN_INITS):
-        raise InputError(f"{file}: init_lora_weights: must leave the base as it is, got {quote(init)}")
+    if not any(
+        init is plain or (init == plain and isinstance(init, str)) for plain in _PLAIN_INITS
+    ):
+        raise InputError(
+            f"{file}: init_lora_weights: must leave the base as it is, got {quote(init)}"
+        )
     patterns = [values.get(key) for key in ("rank_pattern", "alpha_pattern")]
     texts = [text for pattern in patterns if isinstance(pattern, dict) for text in pattern]
-    numbers = [number for pattern in patterns if isinstance(pattern, dict) for number in pattern.values()]
+    numbers = [
+        number for pattern in patterns if isinstance(pattern, dict) for number in pattern.values()
+    ]
     for text in texts:
         if not text.isprintable():
             raise InputError(f"{file}: {quote(text)}: a pattern must be printable")
@@ -159,16 +230,25 @@ def _read_config(file: Location) -> AdapterConfig:
 def _low_rank(a: TensorEntry, b: TensorEntry, config: AdapterConfig) -> LowRank:
     for entry in (a, b):
         if len(entry.shape) != 2:
-            raise InputError(f"{entry.file}: {entry.name}: must have 2 dimensions, got {list(entry.shape)}")
+            raise InputError(
+                f"{entry.file}: {entry.name}: must have 2 dimensions, got {list(entry.shape)}"
+            )
         if entry.dtype not in _FLOATS:
             raise InputError(
                 f"{entry.file}: {entry.name}: dtype must be one of {', '.join(_FLOATS)}, got {entry.dtype}"
             )
-    module = _base_name(a).removesuffix(".weight").removesuffix(".lora_A").removesuffix(".lora_embedding_A")
+    module = (
+        _base_name(a)
+        .removesuffix(".weight")
+        .removesuffix(".lora_A")
+        .removesuffix(".lora_embedding_A")
+    )
     rank, scaling = config.of_module(module)
     for entry, found in ((a, a.shape[0]), (b, b.shape[1])):
         if found != rank:
-            raise InputError(f"{entry.file}: {entry.name}: must be of rank {rank} by {ADAPTER_CONFIG}, got {found}")
+            raise InputError(
+                f"{entry.file}: {entry.name}: must be of rank {rank} by {ADAPTER_CONFIG}, got {found}"
+            )
     transposed = a.name.endswith("lora_embedding_A") or config.fan_in_fan_out
     return LowRank(f"{module}.weight", a, b, scaling, transposed)
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.files import MAX_JSON_BYTES, list_directory, open_regular, parse_json, quote, read_json, size_of
+from merit_fast.merge.read.files import (
+    MAX_JSON_BYTES,
+    list_directory,
+    open_regular,
+    parse_json,
+    quote,
+    read_json,
+    size_of,
+)
 from merit_fast.merge.read.remote import Location
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -65,14 +73,18 @@ def read_checkpoint(path: Location) -> Checkpoint:
     """
     present = list_directory(path)
     if INDEX_FILE not in present and SINGLE_FILE not in present:
-        raise InputError(f"{path}: holds neither {INDEX_FILE} nor {SINGLE_FILE}{_hint(path, present)}")
+        raise InputError(
+            f"{path}: holds neither {INDEX_FILE} nor {SINGLE_FILE}{_hint(path, present)}"
+        )
     if INDEX_FILE not in present:
         return read_files(path, [SINGLE_FILE])
     index = path / INDEX_FILE
     weight_map = _read_weight_map(index)
     files = sorted(set(weight_map.values()))
     if SINGLE_FILE in present and SINGLE_FILE not in files:
-        raise InputError(f"{index}: does not name {SINGLE_FILE}, which lies beside it; remove the one that is stale")
+        raise InputError(
+            f"{index}: does not name {SINGLE_FILE}, which lies beside it; remove the one that is stale"
+        )
     checkpoint = read_files(path, files)
     _check_index(index, weight_map, checkpoint.tensors)
     return checkpoint
@@ -90,7 +102,9 @@ def read_files(path: Location, files: Sequence[str]) -> Checkpoint:
         entries = read_header(path / name)
         for entry in entries:
             if entry.name in tensors:
-                raise InputError(f"{path / name}: {entry.name}: is in {tensors[entry.name].file.name} too")
+                raise InputError(
+                    f"{path / name}: {entry.name}: is in {tensors[entry.name].file.name} too"
+                )
             tensors[entry.name] = entry
         shards.append((name, tuple(entry.name for entry in entries)))
     if not tensors:
@@ -104,12 +118,18 @@ def read_header(file: Location) -> list[TensorEntry]:
         size = size_of(opened)
         prefix = opened.read(8)
         if len(prefix) < 8:
-            raise InputError(f"{file}: must begin with the 8 bytes of its header's length, holds {len(prefix)} bytes")
+            raise InputError(
+                f"{file}: must begin with the 8 bytes of its header's length, holds {len(prefix)} bytes"
+            )
         length = struct.unpack("<Q", prefix)[0]
         if length > MAX_HEADER_BYTES:
-            raise InputError(f"{file}: header length must be at most {MAX_HEADER_BYTES} bytes, got {length}")
+            raise InputError(
+                f"{file}: header length must be at most {MAX_HEADER_BYTES} bytes, got {length}"
+            )
         if length > size - 8:
-            raise InputError(f"{file}: header length must be at most {size - 8}, what the file holds, got {length}")
+            raise InputError(
+                f"{file}: header length must be at most {size - 8}, what the file holds, got {length}"
+            )
         text = opened.read(length)
     return parse_header(file, text, size)
 
@@ -118,10 +138,14 @@ def parse_header(file: Location, text: bytes, size: int) -> list[TensorEntry]:
     """The tensors that a header's ``text`` describes, by offset, checked against the file's size in bytes."""
     header = parse_json(text, f"{file}: header")
     if not isinstance(header, dict) or not text.startswith(b"{"):
-        raise InputError(f"{file}: header: must be a JSON object from its first byte on, got {quote(text[:40])}")
+        raise InputError(
+            f"{file}: header: must be a JSON object from its first byte on, got {quote(text[:40])}"
+        )
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
-        raise InputError(f"{file}: __metadata__: must be a mapping of text to text, got {quote(metadata)}")
+        raise InputError(
+            f"{file}: __metadata__: must be a mapping of text to text, got {quote(metadata)}"
+        )
     start = 8 + len(text)
     entries = sorted(
         (_entry(file, name, value, start, size) for name, value in header.items()),
@@ -143,17 +167,27 @@ def parse_header(file: Location, text: bytes, size: int) -> list[TensorEntry]:
 def _entry(file: Location, name: str, value: Any, start: int, size: int) -> TensorEntry:
     _check_name(file, name)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{file}: {name}: must be an object of dtype, shape and data_offsets, got {quote(value)}")
+        raise InputError(
+            f"{file}: {name}: must be an object of dtype, shape and data_offsets, got {quote(value)}"
+        )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n <= _MAX_NUMBER for n in numbers):
-            raise InputError(f"{file}: {name}: {key} must be integers from 0 to 2^63 - 1, got {quote(numbers)}")
+        if not isinstance(numbers, list) or not all(
+            type(n) is int and 0 <= n <= _MAX_NUMBER for n in numbers
+        ):
+            raise InputError(
+                f"{file}: {name}: {key} must be integers from 0 to 2^63 - 1, got {quote(numbers)}"
+            )
     if len(shape) > _MAX_DIMENSIONS:
-        raise InputError(f"{file}: {name}: must have at most {_MAX_DIMENSIONS} dimensions, got {len(shape)}")
+        raise InputError(
+            f"{file}: {name}: must have at most {_MAX_DIMENSIONS} dimensions, got {len(shape)}"
+        )
     if len(offsets) != 2:
         raise InputError(f"{file}: {name}: data_offsets must be 2 integers, got {quote(offsets)}")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise InputError(f"{file}: {name}: dtype must be one of {', '.join(ITEM_BYTES)}, got {quote(dtype)}")
+        raise InputError(
+            f"{file}: {name}: dtype must be one of {', '.join(ITEM_BYTES)}, got {quote(dtype)}"
+        )
     num_bytes, (begin, stop) = math.prod(shape) * ITEM_BYTES[dtype], offsets
     if stop - begin != num_bytes:
         rule = f"{dtype} {quote(shape)} must span {quote(num_bytes)} bytes"
@@ -166,16 +200,22 @@ def _entry(file: Location, name: str, value: Any, start: int, size: int) -> Tens
 def _read_weight_map(index: Location) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map: must be a mapping of tensor to file, got {quote(weight_map)}")
+        raise InputError(
+            f"{index}: weight_map: must be a mapping of tensor to file, got {quote(weight_map)}"
+        )
     for tensor, name in weight_map.items():
         _check_name(index, tensor)
         plain = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name)
         if not plain or not name.endswith(".safetensors"):
-            raise InputError(f"{index}: {tensor}: must name a .safetensors file of this directory, got {quote(name)}")
+            raise InputError(
+                f"{index}: {tensor}: must name a .safetensors file of this directory, got {quote(name)}"
+            )
     return weight_map
 
 
-def _check_index(index: Location, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
+def _check_index(
+    index: Location, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
+) -> None:
     for name, file in weight_map.items():
         if name not in tensors:
             raise InputError(f"{index}: {name}: is not in {file}")
@@ -188,17 +228,23 @@ def _check_index(index: Location, weight_map: Mapping[str, str], tensors: Mappin
 
 def _is_text(value: object) -> bool:
     """Whether it is a string of whole characters, no half of a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and not any(
+        "\ud800" <= character <= "\udfff" for character in value
+    )
 
 
 def _check_name(file: Location, name: str) -> None:
     if not name or not name.isprintable() or len(name) > _MAX_NAME:
-        raise InputError(f"{file}: {quote(name)}: a name must be 1 to {_MAX_NAME} printable characters")
+        raise InputError(
+            f"{file}: {quote(name)}: a name must be 1 to {_MAX_NAME} printable characters"
+        )
 
 
 def pickle_hint(path: Location, present: Sequence[str]) -> str:
     """For the message about a directory without safetensors: the command that writes them, "" if it has no pickle."""
-    pickles = sorted((name for name in present if name.endswith(_PICKLES)), key=lambda name: "_model" not in name)
+    pickles = sorted(
+        (name for name in present if name.endswith(_PICKLES)), key=lambda name: "_model" not in name
+    )
     if not pickles:
         return ""
     first = pickles[0]
@@ -214,7 +260,9 @@ def pickle_hint(path: Location, present: Sequence[str]) -> str:
             f"t = torch.load({str(path / first)!r}, map_location='cpu', weights_only=True); "
             f"save_file({{n: v.clone() for n, v in t.items()}}, {str(path / ADAPTER_FILE)!r})"
         )
-    remedy = f"convert it: python -c {shlex.quote(command)}" if command else "only safetensors are read"
+    remedy = (
+        f"convert it: python -c {shlex.quote(command)}" if command else "only safetensors are read"
+    )
     return f"; {quote(first)[1:-1]} is a pickle file, which can run code when it is read; {remedy}"
 
 
@@ -223,4 +271,8 @@ def _hint(path: Location, present: Sequence[str]) -> str:
     if ADAPTER_FILE in present:
         return "; it is an adapter, which needs a base model"
     shards = [name for name in present if name.endswith(".safetensors")]
-    return f"; {quote(shards[0])[1:-1]} has no index beside it" if shards else pickle_hint(path, present)
+    return (
+        f"; {quote(shards[0])[1:-1]} has no index beside it"
+        if shards
+        else pickle_hint(path, present)
+    )

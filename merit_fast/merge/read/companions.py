@@ -9,7 +9,14 @@ from typing import Any, BinaryIO
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import write_text
 from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry
-from merit_fast.merge.read.files import copy_file, is_directory, list_directory, open_regular, quote, read_json
+from merit_fast.merge.read.files import (
+    copy_file,
+    is_directory,
+    list_directory,
+    open_regular,
+    quote,
+    read_json,
+)
 from merit_fast.merge.read.remote import Location
 
 CONFIG_FILE = "config.json"
@@ -67,8 +74,14 @@ def list_companions(source: Location) -> tuple[str, ...]:
         InputError: one of them is no regular file, cannot be read, or should be JSON and is not.
     """
     present = list_directory(source)
-    names = [name for name in present if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)]
-    names = [name for name in names if not name.endswith(_NEVER) and not is_directory(source / name)]
+    names = [
+        name
+        for name in present
+        if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)
+    ]
+    names = [
+        name for name in names if not name.endswith(_NEVER) and not is_directory(source / name)
+    ]
     if is_directory(source / CONFIG_FILE):
         raise InputError(f"{source / CONFIG_FILE}: must be a regular file")
     configs = [name for name in names if name.endswith("config.json")]
@@ -103,7 +116,9 @@ def copy_companions(
             target.parent.mkdir(exist_ok=True)
             copy_file(source / name, target)
         except OSError as error:
-            raise InputError(f"{source / name}: cannot be copied to {target}: {error.strerror}") from None
+            raise InputError(
+                f"{source / name}: cannot be copied to {target}: {error.strerror}"
+            ) from None
     if (directory / CONFIG_FILE).exists():
         values = read_json(directory / CONFIG_FILE)
         _write_if_changed(directory / CONFIG_FILE, _agreeing(values, dtypes, dequantized))
@@ -118,7 +133,11 @@ def output_dtypes(tensors: Iterable[tuple[str, int]]) -> tuple[str, ...]:
     for dtype, count in tensors:
         if dtype in CONFIG_DTYPES:
             elements[CONFIG_DTYPES[dtype]] += count
-    return tuple(sorted((name for name, count in elements.items() if count), key=lambda name: -elements[name]))
+    return tuple(
+        sorted(
+            (name for name, count in elements.items() if count), key=lambda name: -elements[name]
+        )
+    )
 
 
 def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False) -> None:
@@ -130,7 +149,11 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False)
     Raises:
         InputError: such a difference, with both values; a config.json that is not JSON; weights quantised to integers.
     """
-    configs = [(c, read_json(c.path / CONFIG_FILE)) for c in checkpoints if CONFIG_FILE in list_directory(c.path)]
+    configs = [
+        (c, read_json(c.path / CONFIG_FILE))
+        for c in checkpoints
+        if CONFIG_FILE in list_directory(c.path)
+    ]
     for checkpoint, values in configs if len(checkpoints) > 1 else []:
         quantization = values.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -167,7 +190,9 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 def find_head(tensors: Mapping[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry] | None:
     """(input embedding, output head) of a model that holds one of each."""
     embeddings, heads = _ending(tensors, _EMBEDDINGS), _ending(tensors, _HEADS)
-    return (tensors[embeddings[0]], tensors[heads[0]]) if len(embeddings) == len(heads) == 1 else None
+    return (
+        (tensors[embeddings[0]], tensors[heads[0]]) if len(embeddings) == len(heads) == 1 else None
+    )
 
 
 def untie_if_different(directory: Path, embedding: TensorEntry, head: TensorEntry) -> bool:
@@ -176,7 +201,9 @@ def untie_if_different(directory: Path, embedding: TensorEntry, head: TensorEntr
     Returns:
         Whether the two differ. They are compared in blocks of 1 MiB.
     """
-    differ = (embedding.dtype, embedding.shape) != (head.dtype, head.shape) or not _same_bytes(embedding, head)
+    differ = (embedding.dtype, embedding.shape) != (head.dtype, head.shape) or not _same_bytes(
+        embedding, head
+    )
     file = directory / CONFIG_FILE
     if differ and file.exists():
         values = read_json(file)
@@ -191,7 +218,11 @@ def _agreeing(values: dict[str, Any], dtypes: Sequence[str], dequantized: bool) 
     """A part of another dtype than the whole, such as a vision tower, keeps it while some tensors have it."""
     for place, part in _parts(values):
         for key in ("dtype", "torch_dtype"):
-            agrees = part.get(key) == dtypes[0] if place in _WHOLE and dtypes else part.get(key) in dtypes
+            agrees = (
+                part.get(key) == dtypes[0]
+                if place in _WHOLE and dtypes
+                else part.get(key) in dtypes
+            )
             if dtypes and key in part and not agrees:
                 part[key] = dtypes[0]
         if dequantized:
@@ -201,7 +232,11 @@ def _agreeing(values: dict[str, Any], dtypes: Sequence[str], dequantized: bool) 
 
 def _parts(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The config itself and the configs nested in it (text_config, vision_config, ...)."""
-    nested = [(key, part) for key, part in values.items() if key.endswith("_config") and isinstance(part, dict)]
+    nested = [
+        (key, part)
+        for key, part in values.items()
+        if key.endswith("_config") and isinstance(part, dict)
+    ]
     return [("", values), *((key, part) for key, part in nested if key != "quantization_config")]
 
 
@@ -223,14 +258,20 @@ def _check_heads(first: Checkpoint, other: Checkpoint) -> None:
 
 
 def _ending(tensors: Iterable[str], endings: Sequence[str]) -> list[str]:
-    return [name for name in tensors if name in endings or name.endswith(tuple(f".{ending}" for ending in endings))]
+    return [
+        name
+        for name in tensors
+        if name in endings or name.endswith(tuple(f".{ending}" for ending in endings))
+    ]
 
 
 def _same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
     with open_regular(first.file) as a, open_regular(second.file) as b:
         for at in range(0, first.num_bytes, _BLOCK_BYTES):
             count = min(_BLOCK_BYTES, first.num_bytes - at)
-            blocks = [_block(file, entry.offset + at, count) for file, entry in ((a, first), (b, second))]
+            blocks = [
+                _block(file, entry.offset + at, count) for file, entry in ((a, first), (b, second))
+            ]
             if blocks[0] != blocks[1]:
                 return False
     return True

@@ -54,7 +54,9 @@ def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
     if not is_adapter(path):
         return _with_scales(read_checkpoint(path))
     if base is None:
-        raise InputError(f"{path}: is an adapter and needs the model it was trained on; give --base")
+        raise InputError(
+            f"{path}: is an adapter and needs the model it was trained on; give --base"
+        )
     adapter = read_adapter(path)
     check_tied(adapter, base)
     return _on_base(adapter, base)
@@ -67,7 +69,9 @@ def _on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
         found = tensors.get(name)
         if found is None or found.shape != entry.shape:
             shape = "no such tensor" if found is None else str(list(found.shape))
-            raise InputError(f"{entry.file}: {entry.name}: must have the shape of {name} in {base.path}, {shape}")
+            raise InputError(
+                f"{entry.file}: {entry.name}: must have the shape of {name} in {base.path}, {shape}"
+            )
         tensors[name] = _renamed(entry, name)
     for name, change in adapter.low_rank.items():
         found = tensors.get(name)
@@ -89,20 +93,27 @@ def _with_scales(checkpoint: Checkpoint) -> Checkpoint:
     block = _block_size(checkpoint.path)
     tensors, used = dict(checkpoint.tensors), set()
     for entry in small:
-        names = [entry.name + suffix for suffix in _SCALE_SUFFIXES if entry.name + suffix in tensors]
+        names = [
+            entry.name + suffix for suffix in _SCALE_SUFFIXES if entry.name + suffix in tensors
+        ]
         scales = _scales(entry, checkpoint.tensors[names[0]], block) if names else None
         used.update(names)
         layer = entry.name.rpartition(".")[0]
         used.update(f"{layer}.{name}" for name in _LAYER_SCALES if f"{layer}.{name}" in tensors)
         tensors[entry.name] = _made(entry, scales=scales)
     tensors = {name: entry for name, entry in tensors.items() if name not in used}
-    shards = tuple((file, tuple(name for name in names if name in tensors)) for file, names in checkpoint.shards)
+    shards = tuple(
+        (file, tuple(name for name in names if name in tensors))
+        for file, names in checkpoint.shards
+    )
     return Checkpoint(checkpoint.path, tensors, tuple(shard for shard in shards if shard[1]))
 
 
 def _scales(entry: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None) -> Scales:
     if scale.dtype not in FLOAT_DTYPES:
-        raise InputError(f"{scale.file}: {scale.name}: a scale must be of a float dtype, got {scale.dtype}")
+        raise InputError(
+            f"{scale.file}: {scale.name}: a scale must be of a float dtype, got {scale.dtype}"
+        )
     cols = entry.shape[-1] if entry.shape else 1
     rows = math.prod(entry.shape[:-1])
     shape = scale.shape if len(scale.shape) == 2 else (scale.num_elements, 1)
@@ -130,12 +141,18 @@ def _block_size(path: Location) -> tuple[int, int] | None:
     size = found.get("weight_block_size") if isinstance(found, dict) else None
     if size is None:
         return None
-    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-        raise InputError(f"{file}: weight_block_size: must be two positive integers, got {quote(size)}")
+    if not (
+        isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    ):
+        raise InputError(
+            f"{file}: weight_block_size: must be two positive integers, got {quote(size)}"
+        )
     return size[0], size[1]
 
 
-def _made(entry: TensorEntry, scales: Scales | None = None, low_rank: LowRank | None = None) -> MadeEntry:
+def _made(
+    entry: TensorEntry, scales: Scales | None = None, low_rank: LowRank | None = None
+) -> MadeEntry:
     values = {field.name: getattr(entry, field.name) for field in fields(TensorEntry)}
     earlier = entry.scales if isinstance(entry, MadeEntry) else None
     return MadeEntry(**values, scales=scales or earlier, low_rank=low_rank)

@@ -27,11 +27,15 @@ _SHORT.maxstring = _SHORT.maxother = 60
 def parse_json(text: bytes, where: str) -> Any:
     """Strict JSON in UTF-8, no key twice in one object. ``where`` opens the message of the InputError."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where)
+        )
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: is not UTF-8 text, byte {error.start} is {text[error.start]:#04x}") from None
+        raise InputError(
+            f"{where}: is not UTF-8 text, byte {error.start} is {text[error.start]:#04x}"
+        ) from None
     except RecursionError:
         raise InputError(f"{where}: is not JSON that can be read: nested too deeply") from None
     except ValueError as error:  # also a number of more than 4300 digits

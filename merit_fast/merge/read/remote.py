@@ -15,7 +15,16 @@ from merit_fast.errors import InputError, MeritFastError, one_line
 from merit_fast.model import model_fingerprint
 
 _FIRST_READ = 1 << 20  # bytes; holds most headers, so one request gets length and header
-_VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "mtime", "created", "last_modified")
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "generation",
+    "md5Hash",
+    "content_md5",
+    "mtime",
+    "created",
+    "last_modified",
+)
 _WEIGHED = (".safetensors", ".bin")
 _CONFIGS = ("config.json", "adapter_config.json")
 
@@ -85,7 +94,11 @@ class RemotePath:
                     return {}
                 raise
         inside = [(entry["name"].rstrip("/"), entry) for entry in found]
-        return {path.rpartition("/")[2]: entry for path, entry in inside if path.strip("/") != self.path.strip("/")}
+        return {
+            path.rpartition("/")[2]: entry
+            for path, entry in inside
+            if path.strip("/") != self.path.strip("/")
+        }
 
     def exists(self) -> bool:
         """Whether its prefix lists it. Asks the store once per prefix, then fsspec's cache."""
@@ -123,7 +136,11 @@ class RemotePath:
     def read_range(self, start: int, count: int) -> bytes:
         """Bytes of the object by one request; fewer at its end."""
         with told(self):
-            return cast(bytes, self.store.cat_file(self.path, start=start, end=start + count)) if count else b""
+            return (
+                cast(bytes, self.store.cat_file(self.path, start=start, end=start + count))
+                if count
+                else b""
+            )
 
     def copy_to(self, target: Path) -> None:
         with told(self):
@@ -139,7 +156,9 @@ class RemotePath:
         with told(self):
             version = _version(self.store.info(self.path))
         if self.version is not None and version != self.version:
-            raise InputError(f"{self}: must not change while it is read: was {self.version}, is {version}")
+            raise InputError(
+                f"{self}: must not change while it is read: was {self.version}, is {version}"
+            )
 
 
 Location: TypeAlias = Path | RemotePath
@@ -164,7 +183,11 @@ def as_location(text: str | Location) -> Location:
         url = text.rstrip("/")
         store, path = url_to_fs(url)
     except (ImportError, ValueError) as error:
-        hint = "; pip install 'merit_fast[s3]'" if isinstance(error, ImportError) and protocol.startswith("s3") else ""
+        hint = (
+            "; pip install 'merit_fast[s3]'"
+            if isinstance(error, ImportError) and protocol.startswith("s3")
+            else ""
+        )
         raise InputError(f"{text}: {one_line(error)}{hint}") from None
     store.invalidate_cache(path)  # fsspec keeps listings as long as the process lives
     return RemotePath(store, url, path.rstrip("/"))

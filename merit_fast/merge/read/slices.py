@@ -16,10 +16,10 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import write_text
+from merit_fast.merge.parameters import Layers, layer_of
 from merit_fast.merge.read.checkpoint import SINGLE_FILE, Checkpoint, TensorEntry
 from merit_fast.merge.read.companions import CONFIG_FILE
 from merit_fast.merge.read.files import list_directory, read_json
-from merit_fast.merge.parameters import Layers, layer_of
 from merit_fast.merge.read.remote import Location
 
 _BEFORE = ("wte", "wpe", "shared", "relative_pe")
@@ -69,7 +69,9 @@ class StackedLayers(Layers):
     def name_in(self, model: int, name: str) -> str:
         if layer_of(name) is None:
             return name
-        return _renumbered(name, self.slices[self.slice_of(name)].sources[model].first + self._within(name))
+        return _renumbered(
+            name, self.slices[self.slice_of(name)].sources[model].first + self._within(name)
+        )
 
     def _within(self, name: str) -> int:
         """The layer's number in its slice."""
@@ -108,7 +110,9 @@ def stack_layers(
                     f"{source.path}: slices[{number}]: layer_range must end at {depths[source.path]}, the number of "
                     f"layers, or before, got {source.end}"
                 )
-    columns = [_stacked([part.sources[k] for part in slices], read) for k in range(len(slices[0].sources))]
+    columns = [
+        _stacked([part.sources[k] for part in slices], read) for k in range(len(slices[0].sources))
+    ]
     bases = [part.base for part in slices if part.base]
     return columns, _stacked(bases, read) if bases else None, StackedLayers(slices)
 
@@ -151,7 +155,9 @@ def _stacked(column: Sequence[Source], read: Mapping[Location, Checkpoint]) -> C
 
 
 def _check_prefixes(checkpoint: Checkpoint) -> None:
-    prefixes = sorted({name[: found.start()] for name in checkpoint.tensors if (found := _number(name))})
+    prefixes = sorted(
+        {name[: found.start()] for name in checkpoint.tensors if (found := _number(name))}
+    )
     if len(prefixes) != 1:
         raise InputError(
             f"{checkpoint.path}: slices need layers of one kind, got {', '.join(prefixes) or 'no numbered layer'}"
@@ -167,7 +173,9 @@ def _set_depth(part: dict[str, Any], place: str, slices: Sequence[Slice]) -> Non
             part[key] = sum(one.depth for one in slices)
     for key, value in part.items():
         if isinstance(value, list) and len(value) == old and ("layer" in key or "block" in key):
-            part[key] = [entry for one in slices for entry in _entries(one.sources[0], place, key, value)]
+            part[key] = [
+                entry for one in slices for entry in _entries(one.sources[0], place, key, value)
+            ]
 
 
 def _entries(source: Source, place: str, key: str, value: list[Any]) -> list[Any]:
@@ -177,7 +185,9 @@ def _entries(source: Source, place: str, key: str, value: list[Any]) -> list[Any
     own = (values.get(place) or {}).get(key) if place else values.get(key)
     found = own if isinstance(own, list) else value
     if len(found) < source.end:
-        raise InputError(f"{file}: {key}: must have {source.end} entries, one per layer, got {len(found)}")
+        raise InputError(
+            f"{file}: {key}: must have {source.end} entries, one per layer, got {len(found)}"
+        )
     return found[source.first : source.end]
 
 

@@ -11,15 +11,20 @@ from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import write_text
-from merit_fast.merge.read.checkpoint import INDEX_FILE, read_header
-from merit_fast.merge.read.companions import copy_companions, find_head, output_dtypes, untie_if_different
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.driver import write_shard
 from merit_fast.merge.engine.geometry import write_geometry, write_shard_grams
 from merit_fast.merge.engine.layout import index_text
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import Inputs
+from merit_fast.merge.read.checkpoint import INDEX_FILE, read_header
+from merit_fast.merge.read.companions import (
+    copy_companions,
+    find_head,
+    output_dtypes,
+    untie_if_different,
+)
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.engine.driver import write_shard
 from merit_fast.merge.write.upload import Upload
 from merit_fast.progress import Progress
 
@@ -44,10 +49,18 @@ def write_shards(
         InputError: too little disk; see ``write_shard``.
     """
     mine = [shard for i, shard in enumerate(plan.shards) if i % share[1] == share[0] - 1]
-    present = upload.sizes() if upload else {file.name: file.stat().st_size for file in directory.iterdir()}
+    present = (
+        upload.sizes()
+        if upload
+        else {file.name: file.stat().st_size for file in directory.iterdir()}
+    )
     todo = [shard for shard in mine if present.get(shard.file) != shard.num_bytes]
-    _check_space(directory, upload.spool_bytes(todo) if upload else sum(shard.num_bytes for shard in todo))
-    with progress.task(f"merge {directory.stem}", sum(s.num_elements for s in mine), "parameters") as task:
+    _check_space(
+        directory, upload.spool_bytes(todo) if upload else sum(shard.num_bytes for shard in todo)
+    )
+    with progress.task(
+        f"merge {directory.stem}", sum(s.num_elements for s in mine), "parameters"
+    ) as task:
         task.advance(sum(shard.num_elements for shard in mine if shard not in todo))
         with ThreadPoolExecutor(1) as background:
             pending: list[Future[None]] = []
@@ -58,7 +71,9 @@ def write_shards(
                 grams = write_shard(shard, config, temporary, lambda count: task.advance(count))
                 if config.stats:
                     write_shard_grams(directory, shard, grams)
-                pending.append(background.submit(_settle, temporary, directory / shard.file, config, upload))
+                pending.append(
+                    background.submit(_settle, temporary, directory / shard.file, config, upload)
+                )
             for settled in pending:
                 settled.result()
 
@@ -86,12 +101,20 @@ def finish_output(
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     dtypes = output_dtypes((tensor.dtype, tensor.num_elements) for tensor in tensors)
     copy_companions(inputs.companions, directory, dtypes, dequantized=inputs.dequantized)
-    written = {entry.name: entry for file in plan.files for entry in read_header((weights_at or directory) / file.name)}
+    written = {
+        entry.name: entry
+        for file in plan.files
+        for entry in read_header((weights_at or directory) / file.name)
+    }
     if pair := find_head(written):
         untie_if_different(directory, *pair)
     metadata: dict[str, object] = {}
     if config.checksum:
-        metadata = {CHECKSUM_KEY: {shard.file: _known_checksum(directory / shard.file) for shard in plan.shards}}
+        metadata = {
+            CHECKSUM_KEY: {
+                shard.file: _known_checksum(directory / shard.file) for shard in plan.shards
+            }
+        }
     text = index_text(plan.files, metadata)
     if text is not None:
         write_text(directory / INDEX_FILE, text)
@@ -134,13 +157,17 @@ def verify_checksums(directory: Path) -> dict[str, str]:
         metadata = json.loads(index.read_text(encoding="utf-8"))["metadata"][CHECKSUM_KEY]
         sums = {str(name): str(value) for name, value in metadata.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{index}: metadata.{CHECKSUM_KEY}: is absent; merge with --checksum writes it") from None
+        raise InputError(
+            f"{index}: metadata.{CHECKSUM_KEY}: is absent; merge with --checksum writes it"
+        ) from None
     for name, wanted in sums.items():
         file = directory / Path(name).name
         if not file.is_file():
             raise InputError(f"{file}: is absent, the index has its checksum")
         if (found := checksum(file)) != wanted:
-            raise InputError(f"{file}: {CHECKSUM_KEY} must be {wanted} as in the index, got {found}")
+            raise InputError(
+                f"{file}: {CHECKSUM_KEY} must be {wanted} as in the index, got {found}"
+            )
     return sums
 
 

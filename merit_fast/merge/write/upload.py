@@ -13,9 +13,9 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest
+from merit_fast.merge.engine.plan import Shard
 from merit_fast.merge.read.checkpoint import INDEX_FILE
 from merit_fast.merge.read.companions import CONFIG_FILE, TEMPLATE_FOLDER
-from merit_fast.merge.engine.plan import Shard
 from merit_fast.merge.read.remote import RemotePath, told
 
 MARKER = ".merit_fast_fingerprint"  # of the merge that may go on with what lies there
@@ -48,7 +48,11 @@ class Upload:
             InputError: see ``check_output``.
         """
         present = check_output(self.out)
-        made_by = read_manifest(StageManifest, self.out / STAGE_FILE).fingerprint if STAGE_FILE in present else None
+        made_by = (
+            read_manifest(StageManifest, self.out / STAGE_FILE).fingerprint
+            if STAGE_FILE in present
+            else None
+        )
         if made_by == fingerprint and self.all_written():
             return True
         claimed_by = (self.out / MARKER).read_text() if MARKER in present else None
@@ -96,7 +100,11 @@ class Upload:
 
     def finish(self, directory: Path) -> None:
         """Sends all files of ``directory``, config.json, index and stage.json last."""
-        names = [str(file.relative_to(directory)) for file in sorted(directory.rglob("*")) if file.is_file()]
+        names = [
+            str(file.relative_to(directory))
+            for file in sorted(directory.rglob("*"))
+            if file.is_file()
+        ]
         for name in sorted(names, key=lambda name: _LAST.index(name) if name in _LAST else -1):
             self._send(directory / name, name)
 
@@ -106,14 +114,21 @@ class Upload:
         self._remove([*self._parts(present), *([MARKER] if MARKER in present else [])])
 
     def _parts(self, present: Mapping[str, Any]) -> list[str]:
-        return [name for name in present if name.rpartition(".safetensors.")[0] + ".safetensors" in self.wanted]
+        return [
+            name
+            for name in present
+            if name.rpartition(".safetensors.")[0] + ".safetensors" in self.wanted
+        ]
 
     def _files(self) -> list[str]:
         """What an output of ours may consist of, and only that is ever removed."""
         present = self.out.entries(fresh=True)
         names = [name for name, entry in present.items() if entry["type"] == "file"]
         if TEMPLATE_FOLDER in present:
-            names += [f"{TEMPLATE_FOLDER}/{name}" for name in (self.out / TEMPLATE_FOLDER).entries(fresh=True)]
+            names += [
+                f"{TEMPLATE_FOLDER}/{name}"
+                for name in (self.out / TEMPLATE_FOLDER).entries(fresh=True)
+            ]
         return names
 
     def _put(self, name: str, text: str) -> None:

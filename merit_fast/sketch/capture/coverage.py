@@ -46,7 +46,9 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, output: Tensor, sink: Callable[..., None], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor, output: Tensor, sink: Callable[..., None], *inputs: Tensor
+    ) -> Tensor:
         ctx.sink = sink
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
@@ -72,7 +74,9 @@ def cover(site: Site) -> Cover | None:
     module, forward = site.module, type(site.module).forward
     if isinstance(module, _BatchNorm) and module.training:
         raise site.refusal("mixes the examples of a batch; call model.eval()")
-    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
+    if isinstance(module, nn.Embedding) and (
+        module.scale_grad_by_freq or module.max_norm is not None
+    ):
         raise site.refusal("has scale_grad_by_freq or max_norm, which depend on the whole batch")
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
         return Cover(site, _first_input, linear_backward)
@@ -80,7 +84,11 @@ def cover(site: Site) -> Cover | None:
         return Cover(site, _first_input, conv1d_backward)
     if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
         return Cover(site, _first_input, embedding_backward, lookup=True)
-    if isinstance(module, nn.Conv2d | nn.Conv3d) and module.groups == 1 and set(module.dilation) == {1}:
+    if (
+        isinstance(module, nn.Conv2d | nn.Conv3d)
+        and module.groups == 1
+        and set(module.dilation) == {1}
+    ):
         return Cover(site, _first_input, conv_backward)
     if is_experts(site):
         return Cover(site, experts_inputs, experts_backward)
@@ -106,7 +114,9 @@ def conv1d_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     _bias(site, run, dy, offsets)
 
 
-def embedding_backward(site: Site, run: Pass, dy: Tensor, token_ids: Tensor, padding_idx: int | None = None) -> None:
+def embedding_backward(
+    site: Site, run: Pass, dy: Tensor, token_ids: Tensor, padding_idx: int | None = None
+) -> None:
     padding_idx = getattr(site.module, "padding_idx", padding_idx)
     (dy, ids), offsets = run.divide(site, dy, token_ids.unsqueeze(-1))
     ids = ids.squeeze(-1).long()
@@ -130,14 +140,18 @@ def conv_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     for i in range(dims):
         x = x.unfold(2 + i, module.kernel_size[i], module.stride[i])
     places = list(range(2, 2 + dims))
-    windows = x.permute(0, *places, 1, *range(2 + dims, 2 + 2 * dims)).flatten(1, dims).flatten(2)  # [B, L, I k...]
+    windows = (
+        x.permute(0, *places, 1, *range(2 + dims, 2 + 2 * dims)).flatten(1, dims).flatten(2)
+    )  # [B, L, I k...]
     (dy, windows), offsets = run.divide(site, dy.flatten(2).transpose(1, 2), windows)
     if name := site.owned.get("weight"):
         _linear(run, name, dy, windows, offsets)
     _bias(site, run, dy, offsets)
 
 
-def affine_backward(unit: nn.Module, epsilon: float | None, site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
+def affine_backward(
+    unit: nn.Module, epsilon: float | None, site: Site, run: Pass, dy: Tensor, x: Tensor
+) -> None:
     """Norms, y = a(w) n(x) + b with a linear: the gradient of w is the sum of dy n(x).
 
     ``unit`` computes n; the kernel does where n is an RMSNorm of that ``epsilon``.
@@ -146,7 +160,9 @@ def affine_backward(unit: nn.Module, epsilon: float | None, site: Site, run: Pas
         x = unit.forward(x)
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
-        vector_grad_sketch(dy, name, run.sketch, x=x, epsilon=epsilon, **_options(run, name, dy, offsets))
+        vector_grad_sketch(
+            dy, name, run.sketch, x=x, epsilon=epsilon, **_options(run, name, dy, offsets)
+        )
     _bias(site, run, dy, offsets)
 
 
@@ -164,7 +180,9 @@ def replay_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     twin = _twin(site.module, {local: p.detach().clone() for local, p in _own(site.module).items()})
     wanted = [twin.get_parameter(local).requires_grad_() for local in site.owned]
     sums = [p.new_zeros(run.size, *p.shape, requires_grad=False) for p in wanted]
-    for i, (one_x, one_dy) in enumerate(zip(run.examples(site, x), run.examples(site, dy), strict=True)):
+    for i, (one_x, one_dy) in enumerate(
+        zip(run.examples(site, x), run.examples(site, dy), strict=True)
+    ):
         _local.replaying = True
         try:
             with torch.enable_grad():
@@ -186,7 +204,11 @@ class RawUses(TorchFunctionMode):
     def __init__(self, site: Site, tap: Callable[..., Tensor]) -> None:
         super().__init__()
         self.site, self.tap = site, tap
-        self.names = {id(p): site.owned[local] for local, p in _own(site.module).items() if local in site.owned}
+        self.names = {
+            id(p): site.owned[local]
+            for local, p in _own(site.module).items()
+            if local in site.owned
+        }
         self.seen: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -249,14 +271,22 @@ def _unit_of_affine(module: nn.Module) -> nn.Module | None:
     zero = torch.zeros_like(w)
     others = {local: zero for local in own if local != "weight"}
     try:
-        low, high, at = (_twin(module, {"weight": v, **others}).forward(x) for v in (zero, zero + 1, w))
+        low, high, at = (
+            _twin(module, {"weight": v, **others}).forward(x) for v in (zero, zero + 1, w)
+        )
         shifted = _twin(module, {"weight": w, **{local: w for local in others}}).forward(x)
         for value, result in ((1.0, high), (0.0, low)):
             bias = w if others else 0.0
-            if torch.allclose(at - low, w * result, atol=1e-4) and torch.allclose(shifted, at + bias, atol=1e-4):
+            if torch.allclose(at - low, w * result, atol=1e-4) and torch.allclose(
+                shifted, at + bias, atol=1e-4
+            ):
                 units = {"weight": torch.full_like(weight, value, requires_grad=False)}
-                return _twin(module, {**units, **{local: torch.zeros_like(own[local]) for local in others}})
-    except Exception:  # whatever a foreign module raises on the trial: it is no norm over its last dimension
+                return _twin(
+                    module, {**units, **{local: torch.zeros_like(own[local]) for local in others}}
+                )
+    except (
+        Exception
+    ):  # whatever a foreign module raises on the trial: it is no norm over its last dimension
         return None
     return None
 
@@ -268,7 +298,9 @@ def _epsilon_of_rms_norm(unit: nn.Module) -> float | None:
         return None
     weight = unit.get_parameter("weight")
     x = torch.randn(4, 3, len(weight), generator=torch.Generator().manual_seed(1)).to(weight.device)
-    x *= torch.tensor([1e3, 1.0, 1e-2, epsilon**0.5], device=x.device).view(4, 1, 1)  # the last tells epsilons apart
+    x *= torch.tensor([1e3, 1.0, 1e-2, epsilon**0.5], device=x.device).view(
+        4, 1, 1
+    )  # the last tells epsilons apart
     expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
     exact = _twin(unit, {local: parameter.float() for local, parameter in _own(unit).items()})
     return epsilon if torch.allclose(exact.forward(x), expected, rtol=1e-4, atol=1e-6) else None
@@ -277,7 +309,10 @@ def _epsilon_of_rms_norm(unit: nn.Module) -> float | None:
 def _twin(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     """The same module, with other values for its own parameters."""
     twin = copy.copy(module)
-    twin._parameters = {**module._parameters, **{k: nn.Parameter(v, False) for k, v in values.items()}}
+    twin._parameters = {
+        **module._parameters,
+        **{k: nn.Parameter(v, False) for k, v in values.items()},
+    }
     twin.__dict__.pop("forward", None)
     return twin
 

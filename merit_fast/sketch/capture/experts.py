@@ -20,7 +20,10 @@ def is_experts(site: Site) -> bool:
         MeritFastError: it does, but does not compute with them what ``experts_backward`` derives.
     """
     own = dict(site.module.named_parameters(recurse=False))
-    if any(local not in own or own[local].dim() != 3 for local in (_first_name(site.module), "down_proj")):
+    if any(
+        local not in own or own[local].dim() != 3
+        for local in (_first_name(site.module), "down_proj")
+    ):
         return False
     problem = _mismatch(site.module)
     if problem:
@@ -33,13 +36,22 @@ def experts_inputs(site: Site, values: list[Any]) -> list[Tensor]:
     tensors = [value for value in values if isinstance(value, Tensor)]
     ids = [value for value in tensors if not value.is_floating_point()]
     weights = [value for value in tensors[1:] if value.is_floating_point()]
-    if len(ids) != 1 or len(weights) != 1 or ids[0].shape != weights[0].shape or tensors[0].dim() != 2:
+    if (
+        len(ids) != 1
+        or len(weights) != 1
+        or ids[0].shape != weights[0].shape
+        or tensors[0].dim() != 2
+    ):
         shapes = [list(value.shape) for value in tensors]
-        raise site.refusal(f"is not called with [N, H] states and [N, k] expert ids and weights, but {shapes}")
+        raise site.refusal(
+            f"is not called with [N, H] states and [N, k] expert ids and weights, but {shapes}"
+        )
     return [tensors[0], ids[0], weights[0]]
 
 
-def experts_backward(site: Site, run: Pass, dy: Tensor, states: Tensor, ids: Tensor, weights: Tensor) -> None:
+def experts_backward(
+    site: Site, run: Pass, dy: Tensor, states: Tensor, ids: Tensor, weights: Tensor
+) -> None:
     """Sketches dW of every expert that got a token; the experts' forward is computed again, one expert at a time.
 
         y[n] = sum over k of weights[n, k] * (act(x[n] @ up[ids[n, k]].T) @ down[ids[n, k]].T)
@@ -48,7 +60,9 @@ def experts_backward(site: Site, run: Pass, dy: Tensor, states: Tensor, ids: Ten
     """
     module, example = site.module, run.example_of_rows(site, states)
     experts = int(next(iter(module.parameters(recurse=False))).shape[0])
-    order = torch.argsort(ids.reshape(-1), stable=True)  # by expert, then token, so by example within an expert
+    order = torch.argsort(
+        ids.reshape(-1), stable=True
+    )  # by expert, then token, so by example within an expert
     token = order.div(ids.shape[1], rounding_mode="floor")
     cells = ids.reshape(-1)[order] * run.size + example[token]
     counts = torch.bincount(cells, minlength=experts * run.size).view(experts, run.size).cpu()
@@ -74,18 +88,24 @@ def _one_expert(site: Site, run: Pass, expert: int, x: Tensor, dy: Tensor, bound
         with torch.enable_grad():
             inner = inner.requires_grad_()
             hidden = _activate(module, inner)
-        (d_inner,) = torch.autograd.grad(hidden, inner, (dy @ (down.T if transposed else down)).to(hidden.dtype))
+        (d_inner,) = torch.autograd.grad(
+            hidden, inner, (dy @ (down.T if transposed else down)).to(hidden.dtype)
+        )
     for local, gradient, value in (("down_proj", dy, hidden.detach()), (name, d_inner, x)):
         if full := site.owned.get(local):
             left, right = (value, gradient) if transposed else (gradient, value)
             place = _place(run, full, expert, left.shape[1])
             out = run.out(x.device)
-            linear_grad_sketch(left, right, full, run.sketch, cu_seqlens=bounds.to(x.device), out=out, **place)
+            linear_grad_sketch(
+                left, right, full, run.sketch, cu_seqlens=bounds.to(x.device), out=out, **place
+            )
         if full := site.owned.get(f"{local}_bias"):  # [E, O]: one row an expert
             segments = torch.repeat_interleave(torch.arange(run.size), bounds.diff()).to(x.device)
             sums = gradient.new_zeros(run.size, gradient.shape[1], dtype=torch.float32)
             sums.index_add_(0, segments, gradient.float())
-            flat_sketch(sums, full, run.sketch, out=run.out(x.device), **_place(run, full, expert, 1))
+            flat_sketch(
+                sums, full, run.sketch, out=run.out(x.device), **_place(run, full, expert, 1)
+            )
 
 
 def _place(run: Pass, name: str, expert: int, rows: int) -> dict[str, Any]:
@@ -116,7 +136,9 @@ def _mismatch(module: nn.Module) -> str | None:
     width, experts = first.shape[1] if transposed else first.shape[2], len(first)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_TOKENS, width, generator=generator).to(first.device, first.dtype)
-    ids = (torch.arange(2 * _PROBE_TOKENS, device=first.device) % experts).view(-1, 2)[:, : min(2, experts)]
+    ids = (torch.arange(2 * _PROBE_TOKENS, device=first.device) % experts).view(-1, 2)[
+        :, : min(2, experts)
+    ]
     weights = torch.rand(ids.shape, generator=generator).to(first.device, first.dtype)
     try:
         result = type(module).forward(module, x, ids, weights)
@@ -132,5 +154,12 @@ def _mismatch(module: nn.Module) -> str | None:
         if "down_proj_bias" in module._parameters:
             y = y + module.down_proj_bias[e]  # type: ignore[index]
         truth[n] += (weights[n, k] * y[0]).float()
-    distance, floor = (result.float() - truth).norm(), 1e-3 if first.dtype == torch.float32 else 0.05
-    return None if distance <= floor * truth.norm() else f"its output differs by {float(distance / truth.norm()):.2f}"
+    distance, floor = (
+        (result.float() - truth).norm(),
+        1e-3 if first.dtype == torch.float32 else 0.05,
+    )
+    return (
+        None
+        if distance <= floor * truth.norm()
+        else f"its output differs by {float(distance / truth.norm()):.2f}"
+    )

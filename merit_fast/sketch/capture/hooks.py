@@ -27,7 +27,11 @@ class ModelHooks:
     """
 
     def __init__(
-        self, model: nn.Module, names: Mapping[int, str], sketch: CountSketch, scales: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        names: Mapping[int, str],
+        sketch: CountSketch,
+        scales: Mapping[str, Tensor],
     ) -> None:
         self.model, self.names, self.sketch, self.scales = model, names, sketch, scales
         self.run: Pass | None = None
@@ -44,17 +48,23 @@ class ModelHooks:
             if way is None:
                 self._wrap_forward(site.module, functools.partial(self._forward_raw, site))
             else:
-                hook = site.module.register_forward_hook(functools.partial(self._hook, way), with_kwargs=True)
+                hook = site.module.register_forward_hook(
+                    functools.partial(self._hook, way), with_kwargs=True
+                )
                 self._restore.append(hook.remove)
         for name, tower in self._towers.items():
             first = next((site for site, _ in self._covers if site.tower == name), None)
             if first is not None:
-                hook = tower.register_forward_pre_hook(functools.partial(self._enter_tower, first), with_kwargs=True)
+                hook = tower.register_forward_pre_hook(
+                    functools.partial(self._enter_tower, first), with_kwargs=True
+                )
                 self._restore.append(hook.remove)
         if isinstance(head := _part(self.model, "get_output_embeddings"), nn.Linear):
             self._restore.append(head.register_forward_pre_hook(_contiguous_input).remove)
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            for embedding in {_part(module, "get_input_embeddings") for module in self.model.modules()}:
+            for embedding in {
+                _part(module, "get_input_embeddings") for module in self.model.modules()
+            }:
                 if embedding is not None:
                     self._restore.append(embedding.register_forward_hook(self._begin_graph).remove)
         self._wrap_forward(self.model, self._forward_model)
@@ -74,7 +84,11 @@ class ModelHooks:
         found: set[str] = set()
         for path, module in self.model.named_modules():
             own = module.named_parameters(recurse=False, remove_duplicate=False)
-            owned = {local: self.names[id(parameter)] for local, parameter in own if id(parameter) in self.names}
+            owned = {
+                local: self.names[id(parameter)]
+                for local, parameter in own
+                if id(parameter) in self.names
+            }
             if owned:
                 tower = next((t for t in self._towers if f"{path}.".startswith(f"{t}.")), None)
                 sites.append(Site(module, owned, tower))
@@ -126,12 +140,19 @@ class ModelHooks:
         values = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
         source = next((value for value in values if isinstance(value, Tensor)), None)
         if source is None or source.dim() < 1:
-            raise MeritFastError("sketch_gradients: the model must be called with a tensor that begins with the batch")
+            raise MeritFastError(
+                "sketch_gradients: the model must be called with a tensor that begins with the batch"
+            )
         cu_seqlens = kwargs.get("cu_seq_lens_q") if self.packed is None else self.packed
         size, tokens, self.packed = len(source), source.shape[1] if source.dim() > 1 else 1, None
         if cu_seqlens is not None:
             steps = cu_seqlens.diff()
-            if size != 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((steps < 1).any()):
+            if (
+                size != 1
+                or int(cu_seqlens[0]) != 0
+                or int(cu_seqlens[-1]) != tokens
+                or bool((steps < 1).any())
+            ):
                 raise MeritFastError(
                     f"sketch_gradients: cu_seqlens must rise from 0 to N of an input [1, N], got {cu_seqlens.tolist()} "
                     f"for {list(source.shape)}"
@@ -140,24 +161,36 @@ class ModelHooks:
         ids = source if not source.is_floating_point() else None
         run = Pass(self.sketch, self.scales, size, tokens, cu_seqlens, ids)
         pixels = kwargs.get("pixel_values")
-        if isinstance(pixels, Tensor) and pixels is not source and not self._towers and size > 1 and self._has_tower():
+        if (
+            isinstance(pixels, Tensor)
+            and pixels is not source
+            and not self._towers
+            and size > 1
+            and self._has_tower()
+        ):
             check_images(run, getattr(self.model, "config", None), pixels)
         return run
 
     def _has_tower(self) -> bool:
         """Whether parameters outside decoder and head are sketched."""
         parts = (_part(self.model, getter) for getter in ("get_decoder", "get_output_embeddings"))
-        known = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+        known = {
+            id(parameter) for part in parts if part is not None for parameter in part.parameters()
+        }
         return any(key not in known for key in self.names)
 
-    def _hook(self, way: Cover, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
+    def _hook(
+        self, way: Cover, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> Any:
         if is_replaying():
             return output
         if self._audit is not None:
             self._audit.covered(way.site.owned.values())
         return self._tap(way, output, [*args, *kwargs.values()])
 
-    def _forward_raw(self, site: Site, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward_raw(
+        self, site: Site, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """A module that no hook covers: its F.linear and F.embedding calls are tapped, for the rest it is replayed."""
         if is_replaying():
             return original(*args, **kwargs)
@@ -182,22 +215,41 @@ class ModelHooks:
         if run.ran_without_grad:
             run.ran_without_grad.difference_update(site.owned.values())
         if not isinstance(output, Tensor):
-            raise site.refusal(f"cannot be covered: its module returns a {type(output).__name__}, not one tensor")
+            raise site.refusal(
+                f"cannot be covered: its module returns a {type(output).__name__}, not one tensor"
+            )
         if site.tower in run.twice and not run.open:
-            raise site.refusal("is in a tower that ran twice, under reentrant checkpointing; give use_reentrant=False")
+            raise site.refusal(
+                "is in a tower that ran twice, under reentrant checkpointing; give use_reentrant=False"
+            )
         inputs = [value.detach() for value in way.inputs(site, values)]
-        if way.lookup and len(output) == 1 and run.size > 1 and run.cu_seqlens is None and output.dim() == 3:
-            output = output.expand(run.size, -1, -1)  # positions: else dy arrives summed over the examples
+        if (
+            way.lookup
+            and len(output) == 1
+            and run.size > 1
+            and run.cu_seqlens is None
+            and output.dim() == 3
+        ):
+            output = output.expand(
+                run.size, -1, -1
+            )  # positions: else dy arrives summed over the examples
             inputs = [inputs[0].expand(run.size, -1)]
         return Tap.apply(self._anchor, output, functools.partial(_sink, way, run), *inputs)  # type: ignore[no-untyped-call]
 
     def _begin_graph(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Reentrant checkpointing asks for an input that requires a gradient."""
-        if not torch.is_grad_enabled() or not isinstance(output, Tensor) or output.requires_grad or is_replaying():
+        if (
+            not torch.is_grad_enabled()
+            or not isinstance(output, Tensor)
+            or output.requires_grad
+            or is_replaying()
+        ):
             return output
         return Tap.apply(self._anchor, output, lambda dy: None)  # type: ignore[no-untyped-call]
 
-    def _enter_tower(self, site: Site, tower: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _enter_tower(
+        self, site: Site, tower: nn.Module, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
         if self.run is not None and self.run.open and self.run.size > 1:
             read_grid(self.run, site, tower, getattr(self.model, "config", None), args, kwargs)
 
@@ -213,7 +265,9 @@ class ModelHooks:
 
 def _sink(way: Cover, run: Pass, dy: Tensor, *inputs: Tensor) -> None:
     if run.done:
-        raise MeritFastError("sketch_gradients: a backward pass through a forward pass that was updated or discarded")
+        raise MeritFastError(
+            "sketch_gradients: a backward pass through a forward pass that was updated or discarded"
+        )
     run.fired = True
     way.backward(way.site, run, dy, *inputs)
 

@@ -69,7 +69,9 @@ class Pass:
     def out(self, device: torch.device) -> Tensor:
         """[B, D] float32, to which modules on ``device`` add."""
         if device not in self.outs:
-            self.outs[device] = torch.zeros(self.size, self.sketch.proj_dim, dtype=torch.float32, device=device)
+            self.outs[device] = torch.zeros(
+                self.size, self.sketch.proj_dim, dtype=torch.float32, device=device
+            )
         return self.outs[device]
 
     def divide(self, site: Site, *values: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -81,7 +83,9 @@ class Pass:
         offsets = self.offsets(site, values[0])
         if offsets is None:
             return [value.reshape(self.size, -1, value.shape[-1]) for value in values], None
-        each = values[0].shape[:-1].numel() // self._length(values[0])  # heads, where a norm sees them apart
+        each = values[0].shape[:-1].numel() // self._length(
+            values[0]
+        )  # heads, where a norm sees them apart
         return [value.reshape(-1, value.shape[-1]) for value in values], offsets * each
 
     def examples(self, site: Site, value: Tensor) -> list[Tensor]:
@@ -89,7 +93,11 @@ class Pass:
         offsets = self.offsets(site, value)
         if offsets is None:
             return list(value.tensor_split(self.size))
-        return list(value.tensor_split(offsets[1:-1].tolist(), dim=0 if len(value) == self._length(value) else 1))
+        return list(
+            value.tensor_split(
+                offsets[1:-1].tolist(), dim=0 if len(value) == self._length(value) else 1
+            )
+        )
 
     def offsets(self, site: Site, value: Tensor) -> Tensor | None:
         """[B + 1] int64 into the tokens of a value [N, ...] or [1, N, ...]; None: all examples have equally many."""
@@ -118,7 +126,9 @@ class Pass:
         offsets = self.offsets(site, value)
         if offsets is None:
             return torch.arange(len(value), device=value.device) // (len(value) // self.size)
-        return torch.repeat_interleave(torch.arange(self.size, device=value.device), offsets.diff().to(value.device))
+        return torch.repeat_interleave(
+            torch.arange(self.size, device=value.device), offsets.diff().to(value.device)
+        )
 
     @staticmethod
     def _length(value: Tensor) -> int:

@@ -20,7 +20,9 @@ def find_towers(model: nn.Module) -> dict[str, nn.Module]:
     return towers
 
 
-def read_grid(run: Pass, site: Site, tower: nn.Module, config: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+def read_grid(
+    run: Pass, site: Site, tower: nn.Module, config: Any, args: tuple[Any, ...], kwargs: Any
+) -> None:
     """Notes in ``run`` where each example's patches begin, from the tower's grid and the input's image tokens.
 
     Raises:
@@ -53,7 +55,11 @@ def check_images(run: Pass, config: Any, pixel_values: Tensor) -> None:
         MeritFastError: they have not, or it cannot be seen.
     """
     token = getattr(config, "image_token_id", None)
-    counts = None if token is None or run.input_ids is None else _per_example(run, run.input_ids == token)
+    counts = (
+        None
+        if token is None or run.input_ids is None
+        else _per_example(run, run.input_ids == token)
+    )
     if len(pixel_values) != run.size or counts is None or bool((counts != counts[0]).any()):
         raise MeritFastError(
             f"sketch_gradients: pixel_values of {len(pixel_values)} images for {run.size} examples: parameters outside "

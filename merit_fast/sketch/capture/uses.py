@@ -6,7 +6,16 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_HARMLESS = {"to", "type_as", "detach", "requires_grad_", "zeros_like", "ones_like", "empty_like", "full_like"}
+_HARMLESS = {
+    "to",
+    "type_as",
+    "detach",
+    "requires_grad_",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+}
 _HARMLESS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 
 
@@ -30,7 +39,9 @@ class UseAudit(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.__name__ not in _HARMLESS and any(isinstance(value, Tensor) for value in _flat((result,))):
+        if func.__name__ not in _HARMLESS and any(
+            isinstance(value, Tensor) for value in _flat((result,))
+        ):
             for value in _flat((*args, *kwargs.values())):
                 if name := self.names.get(id(value)):
                     self.stray[name] = func.__name__

@@ -8,7 +8,9 @@ from merit_fast.split.search.swap import between_groups, obey
 _ROUNDS = 50
 
 
-def kernel_kmeans(problem: Problem, capacity: float, generator: np.random.Generator, starts: int) -> Labels:
+def kernel_kmeans(
+    problem: Problem, capacity: float, generator: np.random.Generator, starts: int
+) -> Labels:
     """Lloyd's algorithm on inner products alone; the best of ``starts`` k-means++ seedings.
 
         distance[i, k] = <z_i, z_i> - 2 <z_i, m_k> + <m_k, m_k>
@@ -23,7 +25,9 @@ def kernel_kmeans(problem: Problem, capacity: float, generator: np.random.Genera
     gram = problem.products / np.outer(problem.weights, problem.weights)
     best, value = None, -np.inf
     for _ in range(starts):
-        labels = obey(problem, _assign(_seed_distances(gram, problem, generator), problem, capacity))
+        labels = obey(
+            problem, _assign(_seed_distances(gram, problem, generator), problem, capacity)
+        )
         for _ in range(_ROUNDS):
             again = obey(problem, _assign(_distances(gram, problem, labels), problem, capacity))
             if (again == labels).all():
@@ -66,6 +70,8 @@ def _assign(distance: Array, problem: Problem, capacity: float) -> Labels:
     labels, weight = np.empty(len(distance), np.intp), np.zeros(distance.shape[1])
     for item in np.argsort(-regret, kind="stable"):
         fits = weight + problem.weights[item] <= capacity
-        labels[item] = np.where(fits, distance[item], np.inf).argmin() if fits.any() else weight.argmin()
+        labels[item] = (
+            np.where(fits, distance[item], np.inf).argmin() if fits.any() else weight.argmin()
+        )
         weight[labels[item]] += problem.weights[item]
     return labels

@@ -63,7 +63,9 @@ def weighted_axes(products: Array, weights: Array, count: int) -> Axes:
     # A direction of rounding errors alone would decide by noise what the names should.
     variance[variance < 1e-12 * max(float(np.abs(values).max(initial=0.0)), 1e-300)] = 0.0
     scores = np.zeros((len(weights), count))
-    scores[:, : len(order)] = _turn(vectors[:, order].T).T * np.sqrt(variance[order]) / root[:, None]
+    scores[:, : len(order)] = (
+        _turn(vectors[:, order].T).T * np.sqrt(variance[order]) / root[:, None]
+    )
     total = variance.sum()
     return Axes(scores, _padded(variance[order] / total if total > 0 else variance[order], count))
 
@@ -87,7 +89,9 @@ def median_partition(scores: Array, weights: Array, names: Sequence[str]) -> Med
     Raises:
         ValueError: fewer datasets than groups.
     """
-    return cut_recursively(lambda part, depth: scores[part, depth], weights, names, 2 ** scores.shape[1])
+    return cut_recursively(
+        lambda part, depth: scores[part, depth], weights, names, 2 ** scores.shape[1]
+    )
 
 
 def cut_recursively(
@@ -102,7 +106,9 @@ def cut_recursively(
         groups: K, at most N.
     """
     if len(weights) < groups:
-        raise ValueError(f"median_partition: {groups} groups need at least as many datasets, got {len(weights)}")
+        raise ValueError(
+            f"median_partition: {groups} groups need at least as many datasets, got {len(weights)}"
+        )
     cuts: list[tuple[int, float]] = []
     parts = [(np.arange(len(weights)), groups)]
     depth = 0

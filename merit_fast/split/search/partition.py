@@ -19,10 +19,25 @@ from merit_fast.split.conflict import double_center
 from merit_fast.split.search.kmeans import kernel_kmeans
 from merit_fast.split.search.medians import Axes, MedianCuts, conflict_axes, median_partition
 from merit_fast.split.search.problem import FREE, Array, Labels, Pins, Problem, pose_problem
-from merit_fast.split.search.starts import heaviest_first, item_names, pca_cuts, pddp_cuts, random_deal
-from merit_fast.split.search.swap import balance, between_groups, imbalance, move_losses, obey, search
+from merit_fast.split.search.starts import (
+    heaviest_first,
+    item_names,
+    pca_cuts,
+    pddp_cuts,
+    random_deal,
+)
+from merit_fast.split.search.swap import (
+    balance,
+    between_groups,
+    imbalance,
+    move_losses,
+    obey,
+    search,
+)
 
-Method = Literal["pca-swap", "pca-median", "pddp", "kmeans", "random", "iid", "text-cluster", "anti", "manual"]
+Method = Literal[
+    "pca-swap", "pca-median", "pddp", "kmeans", "random", "iid", "text-cluster", "anti", "manual"
+]
 METHODS: tuple[str, ...] = get_args(Method)
 __all__ = [
     "METHODS",
@@ -125,8 +140,12 @@ def partition(
     generator = np.random.default_rng(seed)
     cuts: tuple[tuple[int, float], ...] = ()
     if method == "pca-median":
-        cosine = _sort(similarity if uncentered is None else uncentered, order, "uncentered", len(names))
-        part = problem.share * weights[:, None] / problem.weights  # weighted means of what is pinned together
+        cosine = _sort(
+            similarity if uncentered is None else uncentered, order, "uncentered", len(names)
+        )
+        part = (
+            problem.share * weights[:, None] / problem.weights
+        )  # weighted means of what is pinned together
         cut = median_partition(
             conflict_axes(part.T @ cosine @ part, groups.bit_length() - 1).scores,
             problem.weights,
@@ -135,13 +154,17 @@ def partition(
         labels, cuts = obey(problem, np.array(cut.groups)), cut.cuts
     elif method == "text-cluster":
         if text_similarity is None:
-            raise InputError("text-cluster: must be given the similarity of the datasets' texts, got None")
+            raise InputError(
+                "text-cluster: must be given the similarity of the datasets' texts, got None"
+            )
         texts = double_center(_sort(text_similarity, order, "text_similarity", len(names)), weights)
         of_texts = pose_problem(texts, weights, sorted_names, groups, pins, spread)
         labels = _split(of_texts, "kmeans", tolerance, generator, sorted_names)
     else:
         labels = _split(problem, method, tolerance, generator, sorted_names)
-    return _result(problem, labels, order, sorted_names, tolerance, cuts, renumber=method != "pca-median")
+    return _result(
+        problem, labels, order, sorted_names, tolerance, cuts, renumber=method != "pca-median"
+    )
 
 
 def random_groups(
@@ -163,13 +186,19 @@ def random_groups(
     generator = np.random.default_rng(seed)
     labels = np.empty((count, len(names)), np.intp)
     for row in labels:
-        split = balance(problem, obey(problem, random_deal(problem, generator)), tolerance, sign=0.0)
+        split = balance(
+            problem, obey(problem, random_deal(problem, generator)), tolerance, sign=0.0
+        )
         row[order] = split[problem.share.argmax(1)]
     return labels
 
 
 def _split(
-    problem: Problem, method: str, tolerance: float, generator: np.random.Generator, names: Sequence[str]
+    problem: Problem,
+    method: str,
+    tolerance: float,
+    generator: np.random.Generator,
+    names: Sequence[str],
 ) -> Labels:
     if method == "kmeans":
         labels = kernel_kmeans(problem, 1 / problem.groups + tolerance, generator, _KMEANS_STARTS)
@@ -183,9 +212,17 @@ def _split(
     kicks = min(_KICKS, max(10, 6000 // len(problem.weights)))
     randoms = [random_deal(problem, generator) for _ in range(_RANDOM_STARTS)]
     if method == "anti":
-        return search(problem, [heaviest_first(problem), *randoms], tolerance, generator, kicks, sign=-1.0)
+        return search(
+            problem, [heaviest_first(problem), *randoms], tolerance, generator, kicks, sign=-1.0
+        )
     means = kernel_kmeans(problem, 1 / problem.groups + tolerance, generator, 2)
-    starts = [pca_cuts(problem, names), pddp_cuts(problem, names), means, heaviest_first(problem), *randoms]
+    starts = [
+        pca_cuts(problem, names),
+        pddp_cuts(problem, names),
+        means,
+        heaviest_first(problem),
+        *randoms,
+    ]
     return search(problem, starts, tolerance, generator, kicks)
 
 
@@ -242,14 +279,18 @@ def _by_first_name(problem: Problem, labels: Labels) -> Labels:
     return np.array([rename.get(int(label), int(label)) for label in labels], np.intp)
 
 
-def _manual_pins(manual: Sequence[Sequence[str]] | None, names: Sequence[str], groups: int, pins: Pins) -> Pins:
+def _manual_pins(
+    manual: Sequence[Sequence[str]] | None, names: Sequence[str], groups: int, pins: Pins
+) -> Pins:
     if manual is None or len(manual) != groups:
         raise InputError(f"manual: must list the datasets of {groups} groups, got {show(manual)}")
     place: dict[str, int] = {}
     for group, listed in enumerate(manual):
         for name in listed:
             if place.setdefault(name, group) != group:
-                raise InputError(f"manual: {name} must be in one group, got {place[name]} and {group}")
+                raise InputError(
+                    f"manual: {name} must be in one group, got {place[name]} and {group}"
+                )
     missing = sorted(set(names) - set(place))
     if missing:
         raise InputError(f"manual: must name every dataset, got none of {show(missing)}")
@@ -262,7 +303,9 @@ def _manual_pins(manual: Sequence[Sequence[str]] | None, names: Sequence[str], g
     return Pins(together=pins.together, apart=pins.apart, group=place)
 
 
-def _check(weights: Array, names: Sequence[str], groups: int, method: str, tolerance: float) -> None:
+def _check(
+    weights: Array, names: Sequence[str], groups: int, method: str, tolerance: float
+) -> None:
     if method not in METHODS:
         raise InputError(f"method: must be one of {', '.join(METHODS)}, got {show(method)}")
     if groups < 1:
@@ -271,10 +314,16 @@ def _check(weights: Array, names: Sequence[str], groups: int, method: str, toler
         raise InputError(f"groups: must be a power of two with method pca-median, got {groups}")
     if not names or len(set(names)) != len(names):
         twice = next((name for name in names if list(names).count(name) > 1), None)
-        raise InputError(f"names: must be distinct and at least one, got {show(twice or list(names))}")
+        raise InputError(
+            f"names: must be distinct and at least one, got {show(twice or list(names))}"
+        )
     if len(weights) != len(names) or not (np.isfinite(weights).all() and (weights > 0).all()):
-        bad = [name for name, weight in zip(names, weights, strict=False) if not 0 < weight < np.inf]
-        raise InputError(f"weights: must be one positive number per dataset, got {show(weights.tolist())} ({bad})")
+        bad = [
+            name for name, weight in zip(names, weights, strict=False) if not 0 < weight < np.inf
+        ]
+        raise InputError(
+            f"weights: must be one positive number per dataset, got {show(weights.tolist())} ({bad})"
+        )
     if not tolerance >= 0:
         raise InputError(f"tolerance: must be 0 or more, got {tolerance}")
 
@@ -282,5 +331,7 @@ def _check(weights: Array, names: Sequence[str], groups: int, method: str, toler
 def _sort(matrix: Array, order: Labels, what: str, number: int) -> Array:
     matrix = np.asarray(matrix, np.float64)
     if matrix.shape != (number, number) or not np.isfinite(matrix).all():
-        raise InputError(f"{what}: must be finite and [{number}, {number}], got {list(matrix.shape)}")
+        raise InputError(
+            f"{what}: must be finite and [{number}, {number}], got {list(matrix.shape)}"
+        )
     return np.asarray(matrix[np.ix_(order, order)])

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from merit_fast.options.fields import option
 from merit_fast.errors import InputError, show
+from merit_fast.options.fields import option
 
 Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.intp]
@@ -21,7 +21,9 @@ class Pins:
     """Datasets whose place is not for the search to choose. Groups are numbered from 0, as in split.json."""
 
     together: tuple[tuple[str, ...], ...] = option([], "lists of datasets that stay in one group")
-    apart: tuple[tuple[str, ...], ...] = option([], "lists of datasets of which no two share a group")
+    apart: tuple[tuple[str, ...], ...] = option(
+        [], "lists of datasets of which no two share a group"
+    )
     group: dict[str, int] = dataclasses.field(
         default_factory=dict, metadata={"help": "dataset: the number of its group, from 0"}
     )
@@ -49,7 +51,12 @@ class Problem:
 
 
 def pose_problem(
-    similarity: Array, weights: Array, names: Sequence[str], groups: int, pins: Pins, spread: Iterable[str]
+    similarity: Array,
+    weights: Array,
+    names: Sequence[str],
+    groups: int,
+    pins: Pins,
+    spread: Iterable[str],
 ) -> Problem:
     """The problem of ``names``, which must be sorted: the first item is the one with the first name.
 
@@ -62,7 +69,9 @@ def pose_problem(
         if found not in place:
             raise InputError(f"{key}: must be a dataset of the mixture, got {show(found)}")
         if key != "spread" and found in spread:
-            raise InputError(f"{key}: {found} cannot be pinned, its rows are spread over all groups")
+            raise InputError(
+                f"{key}: {found} cannot be pinned, its rows are spread over all groups"
+            )
     owner = _join(place, pins.together)
     whole = sorted({owner[i] for i in range(number) if names[i] not in spread})
     column = {first: i for i, first in enumerate(whole)}
@@ -80,7 +89,9 @@ def pose_problem(
     fillable = len(set(fixed.tolist()) - {FREE}) + int((fixed == FREE).sum())
     if fillable < groups:
         joined = " of datasets that may part" if pins.together or pins.group else ""
-        raise InputError(f"groups: must be at most the number of datasets ({fillable}{joined}), got {groups}")
+        raise InputError(
+            f"groups: must be at most the number of datasets ({fillable}{joined}), got {groups}"
+        )
     products = share.T @ (np.outer(weights, weights) * similarity) @ share
     return Problem(groups, share, share.T @ weights, products, fixed, apart)
 
@@ -141,7 +152,9 @@ def _part(
                 if items[j] == item:
                     raise InputError(f"pins: {pair} must be together and apart")
                 if fixed[item] != FREE and fixed[item] == fixed[items[j]]:
-                    raise InputError(f"pins: {pair} must be apart, but both are pinned to group {fixed[item]}")
+                    raise InputError(
+                        f"pins: {pair} must be apart, but both are pinned to group {fixed[item]}"
+                    )
                 apart[item, items[j]] = apart[items[j], item] = True
         if len(items) > groups:
             raise InputError(

@@ -15,7 +15,11 @@ def pca_cuts(problem: Problem, names: Sequence[str]) -> Labels:
     depth = max(1, math.ceil(math.log2(problem.groups)))
     scores = weighted_axes(problem.products, problem.weights, depth).scores
     items = item_names(problem, names)
-    return np.array(cut_recursively(lambda part, d: scores[part, d], problem.weights, items, problem.groups).groups)
+    return np.array(
+        cut_recursively(
+            lambda part, d: scores[part, d], problem.weights, items, problem.groups
+        ).groups
+    )
 
 
 def pddp_cuts(problem: Problem, names: Sequence[str]) -> Labels:

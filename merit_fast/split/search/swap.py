@@ -88,7 +88,9 @@ def obey(problem: Problem, labels: Labels) -> Labels:
             taken = set(placed[problem.apart[item]].tolist())
             wanted = [labels[item], *np.argsort(_group_weights(problem, placed), kind="stable")]
             placed[item] = next((k for k in wanted if k not in taken), FREE)
-        if (placed == FREE).any():  # that order leads nowhere: take the way that was found when the pins were checked
+        if (
+            placed == FREE
+        ).any():  # that order leads nowhere: take the way that was found when the pins were checked
             colors = color_apart(problem.apart, problem.fixed, problem.groups)
             assert colors is not None
             placed = np.where(touched, colors, labels)
@@ -120,11 +122,17 @@ def search(
         loose = climb(problem, first, max(4 * tolerance, imbalance(problem, first)), sign)
         balanced += [first, balance(problem, loose, tolerance, sign)]
     limit = max(tolerance, min(imbalance(problem, labels) for labels in balanced))
-    best = _best(problem, [climb(problem, c, limit + _MARGIN, sign) for c in balanced if fits(problem, c, limit)], sign)
+    best = _best(
+        problem,
+        [climb(problem, c, limit + _MARGIN, sign) for c in balanced if fits(problem, c, limit)],
+        sign,
+    )
     free = np.flatnonzero(problem.fixed == FREE)
     for _ in range(kicks if len(free) > 2 and problem.groups > 1 else 0):
         kicked = best.copy()
-        chosen = generator.choice(free, size=min(len(free), int(generator.integers(2, 6))), replace=False)
+        chosen = generator.choice(
+            free, size=min(len(free), int(generator.integers(2, 6))), replace=False
+        )
         kicked[chosen] = kicked[np.roll(chosen, 1)]
         kicked = balance(problem, obey(problem, kicked), limit, sign)
         if fits(problem, kicked, limit):
@@ -154,12 +162,16 @@ class _Step:
         self.members = _members(labels, problem.groups)
         self.weight = self.members.T @ problem.weights  # [K]
         self.size = self.members.sum(0)
-        self.to_group = problem.products @ self.members  # [M, K] sum over the group of w_i w_j <z_i, z_j>
+        self.to_group = (
+            problem.products @ self.members
+        )  # [M, K] sum over the group of w_i w_j <z_i, z_j>
         self.own = self.to_group[np.arange(len(labels)), labels]
         self.inner = np.einsum("ik,ik->k", self.members, self.to_group)  # |sum w z|^2
         self.square = np.diag(problem.products)
         self.score = self.inner / np.where(self.weight > 0, self.weight, 1.0)
-        self.rounding = _MARGIN * float(np.abs(self.score).sum() + np.abs(self.square / problem.weights).sum())
+        self.rounding = _MARGIN * float(
+            np.abs(self.score).sum() + np.abs(self.square / problem.weights).sum()
+        )
 
     def move_gains(self) -> Array:
         weights, labels = self.problem.weights, self.labels
@@ -168,7 +180,9 @@ class _Step:
         # A group that loses its last item is gone from the sum.
         alone = self.size[labels] == 1
         left = np.where(alone, 0.0, left / np.where(alone, 1.0, left_weight))
-        joined = (self.inner + 2 * self.to_group + self.square[:, None]) / (self.weight + weights[:, None])
+        joined = (self.inner + 2 * self.to_group + self.square[:, None]) / (
+            self.weight + weights[:, None]
+        )
         gains = left[:, None] + joined - self.score[labels][:, None] - self.score
         gains[np.arange(len(labels)), labels] = _NEVER
         return np.asarray(gains)
@@ -177,7 +191,11 @@ class _Step:
         labels, square = self.labels, self.square
         other = self.to_group[:, labels]  # [M, M] sum_{l in group of j} of products i, l
         # What the group of i becomes when j takes the place of i; the group of j is the transpose.
-        inner = (self.inner[labels] - 2 * self.own + square)[:, None] + 2 * (other.T - self.problem.products) + square
+        inner = (
+            (self.inner[labels] - 2 * self.own + square)[:, None]
+            + 2 * (other.T - self.problem.products)
+            + square
+        )
         ratio = inner / self._swapped_weight()
         score = self.score[labels]
         return np.asarray(ratio + ratio.T - score[:, None] - score)
@@ -186,7 +204,9 @@ class _Step:
         weights, labels, groups = self.problem.weights, self.labels, self.problem.groups
         free = (self.problem.fixed == FREE) & (self.size[labels] > 1)
         near = np.abs(self.weight[labels] - weights - 1 / groups) <= limit
-        allowed = (np.abs(self.weight + weights[:, None] - 1 / groups) <= limit) & (free & near)[:, None]
+        allowed = (np.abs(self.weight + weights[:, None] - 1 / groups) <= limit) & (free & near)[
+            :, None
+        ]
         if self.problem.apart.any():
             allowed &= self.problem.apart @ self.members == 0
         allowed[np.arange(len(labels)), labels] = False
@@ -196,7 +216,9 @@ class _Step:
         labels, free, apart = self.labels, self.problem.fixed == FREE, self.problem.apart
         near = np.abs(self._swapped_weight() - 1 / self.problem.groups) <= limit
         if apart.any():
-            near &= (apart @ self.members)[:, labels] - apart == 0  # nobody else there to keep apart from
+            near &= (apart @ self.members)[
+                :, labels
+            ] - apart == 0  # nobody else there to keep apart from
         allowed = near & near.T & (labels[:, None] != labels)
         return np.asarray(allowed & free & free[:, None])
 

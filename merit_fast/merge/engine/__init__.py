@@ -1,0 +1,4 @@
+"""Which bytes a merge reads and writes, and the arithmetic between them.
+
+Tensor entries and rules come in; chunks of output go to open files. The native driver and the NumPy reference give the same bytes.
+"""

@@ -1,0 +1,19 @@
+"""The sketch stage: per-example gradients at the base model become sums per dataset.
+
+Rows and a model come in; one file of sums per dataset goes out (``manifests/sketch_state.py``). The pipeline and
+``merit-fast sketch`` call ``sketch_mixture``; training scripts call ``sketch_gradients``.
+"""
+
+from typing import Any
+
+from merit_fast.sketch.config import SketchConfig
+
+__all__ = ["SketchConfig", "sketch_mixture"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "sketch_mixture":
+        from merit_fast.sketch.stage import sketch_mixture
+
+        return sketch_mixture
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

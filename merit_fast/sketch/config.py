@@ -1,0 +1,51 @@
+"""Options of the sketch stage."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from merit_fast.options.fields import option, require
+
+
+@dataclass(frozen=True)
+class SketchConfig:
+    """What the gradients' sketches depend on."""
+
+    examples: int = option(
+        200, "calibration examples per dataset (the paper: up to 200; fewer if it has fewer)"
+    )
+    precision: float = option(
+        0.0,
+        "stop a dataset once its signal fraction is known to this relative standard error; 0: take all examples",
+    )
+    parameters: str = option(
+        "all", "whose gradients: all, blocks (the transformer blocks), or a regex on their names"
+    )
+    proj_dim: int = option(65536, "width of the CountSketch, a multiple of 4096")
+    seed: int = option(
+        0, "seed of the sketch's hash, of the choice of examples and of the random control"
+    )
+    blocks: int = option(8, "blocks of examples per dataset, for standard errors")
+    warmup: float = option(
+        0.0,
+        "share of every dataset's rows trained on jointly before; sketch and branches start there (the paper: 0)",
+    )
+    batch_size: int = option(
+        8, "examples per backward pass (does not change the sketch beyond rounding)"
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = option(
+        "auto",
+        "precision of the model's forward and backward pass; auto: bf16 if products of it are fast here",
+    )
+
+    def __post_init__(self) -> None:
+        require(self.examples >= 2, "examples", "at least 2", self.examples)
+        require(0 <= self.precision < 1, "precision", "at least 0 and below 1", self.precision)
+        require(
+            self.proj_dim >= 4096 and self.proj_dim % 4096 == 0,
+            "proj_dim",
+            "a multiple of 4096",
+            self.proj_dim,
+        )
+        require(self.blocks >= 2, "blocks", "at least 2", self.blocks)
+        require(0 <= self.warmup < 1, "warmup", "at least 0 and below 1", self.warmup)
+        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
