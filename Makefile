@@ -33,7 +33,7 @@ test: setup
 # The GPU kernels without a GPU: their tests in the interpreter, then the gate on their code. `make test` does both, too.
 gpu-check: setup
 	TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python -m pytest -q -W ignore -p triton_interp tests/interpreted_*.py
-	$(BIN)/python tests/gpu_gate.py
+	$(BIN)/python tests/gpu/gpu_gate.py
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds

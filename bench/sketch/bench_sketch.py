@@ -1,0 +1,175 @@
+"""The CountSketch kernels against torch and against their floors. One example's gradient a time unless stated.
+
+End to end: bench/sketch/step.py. MKL, torch's fp32 matrix product, runs at less than half speed on AMD: oneDNN's stands
+beside it.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from merit_fast.kernels.sketch import (
+    TILE,
+    CountSketch,
+    embedding_grad_sketch,
+    flat_sketch,
+    linear_grad_sketch,
+)
+from merit_fast.kernels.sketch._eager import bucket_of, hash_counters
+
+ELEMENTS = 1 << 24
+WIDTH = 65536
+
+
+@pytest.fixture(autouse=True)
+def _threads_restored():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def tables(rows: int, columns: int, sketch: CountSketch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bucket and sign of every entry, precomputed: what a table-driven sketch may assume for free."""
+    key, lane = sketch.key("w"), torch.arange(TILE)
+    buckets, signs = [], []
+    for first in range(0, -(-rows // TILE)):
+        tile = first * -(-columns // TILE) + torch.arange(-(-columns // TILE))
+        masks = hash_counters(4 * tile, key).view(-1, 1, 1)
+        bucket = bucket_of(tile, key, sketch.proj_dim // TILE**2).view(-1, 1, 1)
+        row, column = lane[:, None] ^ masks & 63, lane ^ masks >> 8 & 63
+        row_bit = hash_counters(4 * tile + 1, key).view(-1, 1, 1) >> lane[:, None] & 1
+        column_bit = hash_counters(4 * tile + 2, key).view(-1, 1, 1) >> lane & 1
+        at, sign = (
+            (bucket * TILE + row) * TILE + column,
+            1.0 - 2.0 * (row_bit ^ column_bit),
+        )  # [tiles, 64, 64]
+        kept = min(TILE, rows - TILE * first)
+        for strips, values in ((buckets, at), (signs, sign)):
+            strips.append(values.transpose(0, 1).reshape(TILE, -1)[:kept, :columns].flatten())
+    return torch.cat(buckets), torch.cat(signs)
+
+
+@pytest.fixture(scope="module")
+def flat():
+    torch.manual_seed(0)
+    gradient, sketch = torch.randn(1, ELEMENTS // 4096, 4096), CountSketch(WIDTH)
+    buckets, signs = tables(ELEMENTS // 4096, 4096, sketch)
+    return gradient, sketch, buckets, signs
+
+
+@functools.cache
+def scattered(count: int) -> torch.Tensor:
+    """Buckets of a CountSketch without tiles: every entry its own."""
+    return torch.randint(0, WIDTH, (count,))
+
+
+@functools.cache
+def rounded(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.bfloat16()
+
+
+FLAT = {
+    "flat_sketch": lambda g, sketch, buckets, signs: flat_sketch(g, "w", sketch),
+    "flat_sketch of bf16": lambda g, sketch, buckets, signs: flat_sketch(rounded(g), "w", sketch),
+    "read floor (sum)": lambda g, sketch, buckets, signs: g.sum(),
+    "index_add_ with tables": lambda g, sketch, buckets, signs: torch.zeros(WIDTH).index_add_(
+        0, buckets, g.flatten() * signs
+    ),
+    "index_add_ with scattered tables": lambda g, sketch, buckets, signs: torch.zeros(
+        WIDTH
+    ).index_add_(0, scattered(len(buckets)), g.flatten() * signs),
+    "scatter_add_ with tables": lambda g, sketch, buckets, signs: torch.zeros(WIDTH).scatter_add_(
+        0, buckets, g.flatten() * signs
+    ),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", FLAT)
+def bench_flat_16m(benchmark, flat, name, threads):
+    torch.set_num_threads(threads)
+    expected = FLAT["index_add_ with tables"](*flat)
+    assert torch.allclose(FLAT["flat_sketch"](*flat)[0], expected, atol=1e-2)
+    benchmark.group = f"flat gradient of 16 M floats to {WIDTH}, {threads} thread(s)"
+    benchmark.extra_info["ns_per_element"] = True
+    benchmark.pedantic(FLAT[name], args=flat, rounds=7, warmup_rounds=1)
+
+
+SHAPES = {
+    "mlp of SmolLM2": (8, 48, 1536, 576),
+    "mlp of the 31M model": (8, 128, 1408, 512),
+    "2048 x 2048": (2, 128, 2048, 2048),
+    "2048 x 2048, T=512": (2, 512, 2048, 2048),
+}
+
+
+def dw_then_index_add(dy, x, sketch, buckets, signs):
+    out = torch.zeros(len(dy), sketch.proj_dim)
+    product = torch.bmm(dy.transpose(1, 2), x).flatten(1)
+    return out.index_add_(1, buckets, product * signs)
+
+
+def onednn_product(dy, x):
+    return [
+        torch.ops.mkldnn._linear_pointwise(a.T, b.T, None, "none", [], "")  # a.T @ b
+        for a, b in zip(dy, x, strict=True)
+    ]
+
+
+LINEAR = {
+    "linear_grad_sketch": lambda dy, x, s, b, g: linear_grad_sketch(dy, x, "w", s),
+    "linear_grad_sketch of bf16": lambda dy, x, s, b, g: linear_grad_sketch(
+        rounded(dy), rounded(x), "w", s
+    ),
+    "dW (bmm) + index_add_": dw_then_index_add,
+    "dW alone, MKL bmm": lambda dy, x, s, b, g: torch.bmm(dy.transpose(1, 2), x),
+    "dW alone, oneDNN fp32": lambda dy, x, s, b, g: onednn_product(dy, x),
+    "dW alone, oneDNN bf16": lambda dy, x, s, b, g: torch.bmm(
+        rounded(dy).transpose(1, 2), rounded(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", LINEAR)
+def bench_linear(benchmark, name, shape, threads):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    batch, tokens, rows, columns = SHAPES[shape]
+    dy, x = torch.randn(batch, tokens, rows), torch.randn(batch, tokens, columns)
+    sketch = CountSketch(WIDTH)
+    arguments = (dy, x, sketch, *tables(rows, columns, sketch))
+    expected = dw_then_index_add(*arguments)
+    for ours, bound in (("linear_grad_sketch", 1e-4), ("linear_grad_sketch of bf16", 1e-2)):
+        assert (LINEAR[ours](*arguments) - expected).norm() < bound * expected.norm()
+    benchmark.group = f"sketch of dY^T X, {shape}, B={batch} T={tokens}, {threads} thread(s)"
+    benchmark.pedantic(LINEAR[name], args=arguments, rounds=15, warmup_rounds=2)
+    rounded.cache_clear()
+
+
+def dense_embedding(dy, ids, sketch):
+    """The gradient of the whole table, as torch forms it, then the flat sketch of it."""
+    weight = torch.zeros(len(dy), 8192, dy.shape[2])
+    for b in range(len(dy)):
+        weight[b].index_add_(0, ids[b], dy[b])
+    return flat_sketch(weight, "w", sketch)
+
+
+EMBEDDING = {
+    "embedding_grad_sketch": lambda dy, ids, s: embedding_grad_sketch(dy, ids, "w", s),
+    "dense gradient, then flat_sketch": dense_embedding,
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", EMBEDDING)
+def bench_embedding(benchmark, name, threads):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    arguments = torch.randn(8, 128, 512), torch.randint(0, 8192, (8, 128)), CountSketch(WIDTH)
+    results = [run(*arguments) for run in EMBEDDING.values()]
+    assert (results[0] - results[1]).norm() < 1e-5 * results[1].norm()
+    benchmark.group = f"embedding of 8192 rows, B=8 T=128 C=512, {threads} thread(s)"
+    benchmark.pedantic(EMBEDDING[name], args=arguments, rounds=15, warmup_rounds=2)

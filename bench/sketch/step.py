@@ -1,0 +1,246 @@
+"""What a sketch of every example's whole gradient costs, end to end, against a plain forward and backward.
+
+    python -m bench.sketch.step DIR [--only 31m,smollm,memory,7b] [--rounds 7] [--threads 1,2] [--quick]
+
+31m: Qwen2's shape, 30.95 M parameters, B=8, T=128 and 512, fp32 and bf16, every variant once a round in one process,
+each round starting with the next one; ratios are of one round. smollm: SmolLM2-135M in bf16 on four batches of the
+demo's tasks. memory: a child process each (bench/sketch/memory.py). 7b: Qwen2.5-7B's shape with random bf16 weights,
+which needs 18 GiB of free memory. Before anything is timed, results are compared with exact gradients. A finished round
+is kept as a line of JSON in DIR: an interrupted run goes on where it was, a finished one only prints its tables.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.sketch import memory as sketch_memory
+from bench.merge.commands import version
+from bench.support.measure import Results, machine
+from bench.sketch.step_report import report
+from bench.sketch.work import (
+    PROJ_DIM,
+    Step,
+    Work,
+    exact_gradients,
+    frozen,
+    onednn,
+    plain,
+    relative_error,
+    rotated,
+    sketched,
+    small_model,
+    timed,
+    token_work,
+    training,
+    training_sketched,
+)
+
+Variant = Callable[[Work], contextlib.AbstractContextManager[Step]]
+PARTS = ("31m", "smollm", "memory", "7b")
+BATCH = 8
+
+
+@contextlib.contextmanager
+def plain_onednn(work: Work) -> Iterator[Step]:
+    with onednn(work), plain(work) as step:
+        yield step
+
+
+@contextlib.contextmanager
+def sketched_onednn(work: Work) -> Iterator[Step]:
+    with onednn(work), sketched(work) as step:
+        yield step
+
+
+STEPS: dict[str, Variant] = {"plain": plain, "frozen": frozen, "sketch": sketched}
+ONEDNN: dict[str, Variant] = {"plain, oneDNN": plain_onednn, "sketch, oneDNN": sketched_onednn}
+TRAINING: dict[str, Variant] = {"training": training, "training + sum": training_sketched}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one round of one table runs; the works' variants are compared with each other."""
+
+    name: str
+    dtype: str
+    threads: int
+    variants: dict[str, Variant]
+    works: Callable[[], list[Work]]
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def cases(arguments: argparse.Namespace) -> list[Case]:
+    found = []
+    lengths = (16, 24) if arguments.quick else (128, 512)
+    models: dict[str, list[Work]] = {}
+
+    def works(dtype: str, tokens: int) -> list[Work]:
+        name = f"{dtype} {tokens}"
+        if name not in models:
+            models[name] = [token_work(small_model(dtype, arguments.quick), BATCH, tokens)]
+        return models[name]
+
+    def demo() -> list[Work]:
+        if "demo" not in models:
+            models["demo"] = demo_works(arguments)
+        return models["demo"]
+
+    for threads in arguments.threads:
+        for dtype in ("fp32", "bf16") if "31m" in arguments.only else ():
+            for tokens in lengths:
+                extra = (ONEDNN if dtype == "fp32" else {}) | (
+                    TRAINING if tokens == lengths[0] else {}
+                )
+                name = f"31m, {dtype}, T={tokens}, {threads} thread(s)"
+                found.append(
+                    Case(name, dtype, threads, STEPS | extra, lambda d=dtype, t=tokens: works(d, t))
+                )
+        if "smollm" in arguments.only:
+            found.append(
+                Case(f"SmolLM2-135M, bf16, {threads} thread(s)", "bf16", threads, STEPS, demo)
+            )
+    return found
+
+
+def demo_works(arguments: argparse.Namespace) -> list[Work]:
+    """Batches of 8 examples from four tasks, as the pipeline makes them: the losses are means over target tokens."""
+    from bench.sketch.accuracy import load_tasks
+    from merit_fast.data import collate
+    from merit_fast.demo import default_cache, prepare_model
+    from merit_fast.model import load_model, target_losses
+
+    path = arguments.model or prepare_model(default_cache())
+    datasets, pad = load_tasks(arguments.directory, path, quick=True)
+    model = load_model(str(path), "bf16")
+    works = []
+    for dataset in datasets[::2]:
+        batch = collate(dataset.examples[:BATCH], [0] * BATCH, pad)
+
+        def losses(batch: Any = batch) -> torch.Tensor:
+            found = target_losses(model, batch)
+            zeros = found.loss.new_zeros(BATCH)
+            sums = zeros.index_add(0, found.example, found.loss)
+            return sums / zeros.index_add(0, found.example, torch.ones_like(found.loss))
+
+        works.append(Work(model, losses, BATCH))
+    return works
+
+
+def check(case: Case, work: Work) -> None:
+    """The sketches are those of exact gradients: one example's, and the sum over all."""
+    from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
+
+    def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        out = torch.zeros(1, PROJ_DIM)
+        for name, gradient in gradients.items():
+            flat_sketch(
+                gradient.view(1, *matrix_shape(gradient.shape)),
+                name,
+                CountSketch(PROJ_DIM),
+                out=out,
+            )
+        return out[0]
+
+    bound = (
+        1e-4 if case.dtype == "fp32" else 5e-2
+    )  # bf16: torch rounds its own weight gradients, and sums in blocks
+    with sketched(work) as step:
+        sketches = step()
+    assert sketches is not None
+    error = relative_error(sketches[BATCH - 1], flat(exact_gradients(work, BATCH - 1)))
+    assert error < bound, f"{case.name}: a sketch is off by {error:.1e}"
+    if "training + sum" in case.variants:
+        with training_sketched(work) as step:
+            total = step()
+        assert total is not None
+        error = relative_error(total[0], sketches.sum(0))
+        assert error < bound, f"{case.name}: the sketch of the sum is off by {error:.1e}"
+    if "plain, oneDNN" in case.variants:
+        with sketched_onednn(work) as step:
+            again = step()
+        assert again is not None and relative_error(again, sketches) < bound, (
+            f"{case.name}: oneDNN differs"
+        )
+    work.model.zero_grad()
+
+
+def run_round(case: Case, number: int) -> dict[str, dict[str, float]]:
+    """Every variant once, over all works of the case; opening and closing a sketcher is not in the time."""
+    rows = {}
+    for name in rotated(list(case.variants), number):
+        total = {"wall_s": 0.0, "cpu_s": 0.0}
+        for work in case.works():
+            with case.variants[name](work) as step:
+                taken = timed(step)
+            work.model.zero_grad()
+            total = {key: total[key] + taken[key] for key in total}
+        rows[name] = total
+    return rows
+
+
+def measure(arguments: argparse.Namespace, results: Results) -> None:
+    warm: set[str] = set()
+    all_cases = cases(arguments)
+    threads = torch.get_num_threads()
+    for number in range(arguments.rounds):
+        for case in all_cases:
+            if sum(entry["case"] == case.name for entry in results.of("round")) > number:
+                continue
+            torch.set_num_threads(case.threads)
+            if case.name not in warm:
+                warm.add(case.name)
+                for work in case.works():
+                    check(case, work)
+                run_round(case, 0)  # first calls set kernels up
+            rows = run_round(case, number)
+            results.add({"round": {"case": case.name, "rows": rows}})
+            words = ", ".join(f"{name} {row['wall_s']:.3f} s" for name, row in rows.items())
+            note(f"round {number + 1}, {case.name}: {words}")
+    torch.set_num_threads(threads)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2]
+    )
+    parser.add_argument("--model", type=Path, help="a model directory in place of SmolLM2-135M")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only) - set(PARTS):
+        parser.error(f"--only: must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    circumstances = {
+        "quick": arguments.quick,
+        "proj_dim": PROJ_DIM,
+        "version": version(),
+        "machine": machine(),
+    }
+    file = arguments.directory / f"sketch_step{'-quick' if arguments.quick else ''}.jsonl"
+    results = Results(file, circumstances)
+    measure(arguments, results)
+    sketch_memory.measure(arguments, results)
+    print(report(results, circumstances))
+
+
+if __name__ == "__main__":
+    main()

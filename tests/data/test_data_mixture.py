@@ -1,0 +1,320 @@
+"""Files, directories and ids to datasets; and every way in which input can be wrong."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.rows import (
+    FORMATS,
+    GOOD,
+    assistant,
+    fails,
+    load,
+    make_tokenizer,
+    targets,
+    user,
+    write,
+)
+
+from merit_fast.data import (
+    DataConfig,
+    Dataset,
+    DatasetConfig,
+    load_mixture,
+)
+from merit_fast.data.sources import read_rows
+from merit_fast.errors import InputError
+from merit_fast.options.fields import parse
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+ROW_ERRORS = {
+    "json": (
+        '{"prompt": "a"\n',
+        "bad.jsonl:1: must be one JSON object: Expecting ',' delimiter at column 15",
+    ),
+    "json_later": (json.dumps(GOOD) + "\n\n{]", "bad.jsonl:3: must be one JSON object: "),
+    "array": ("[\n{}\n]", "bad.jsonl:1: must be one JSON object: "),
+    "array_hint": ("[\n", "one object per line is needed, not an array"),
+    "not_object": ("[1, 2]", "bad.jsonl:1: must be a JSON object {...}, got list"),
+    "nesting": ("[" * 100_000, "bad.jsonl:1: must be one JSON object: "),
+    "utf8": (
+        b'{"prompt": "\xff"}',
+        "bad.jsonl:1: must be UTF-8 text, got byte 0xff at byte 13 of the line",
+    ),
+    "utf16": (
+        '{"a": 1}'.encode("utf-16"),
+        "bad.jsonl:1: must be UTF-8 text, got byte 0xff at byte 1",
+    ),
+    "surrogate": (json.dumps({**GOOD, "prompt": "\ud800"}), "bad.jsonl:1: must be valid Unicode"),
+    "empty": ("\n \n", "bad.jsonl: dataset d: must have at least one row, found none"),
+    "columns": (
+        [{"question": "a", "answer": "b"}],
+        "bad.jsonl:1: unknown columns: must have one of (messages; conversations; prompt, completion; instruction, "
+        "output), got question, answer",
+    ),
+    "no_columns": ([{}], "bad.jsonl:1: unknown columns: "),
+    "other_kind": (
+        [GOOD, FORMATS["alpaca"]],
+        "bad.jsonl:2: must be of the kind of the rows before it (prompt and completion: prompt, completion), "
+        "got instruction, output",
+    ),
+    "role": (
+        [{"messages": [{"role": "bot", "content": "a"}]}],
+        "bad.jsonl:1: messages[0].role: must be one of system, user, assistant, tool, got 'bot'",
+    ),
+    "from": (
+        [{"conversations": [{"from": "bing", "value": "a"}]}],
+        "bad.jsonl:1: conversations[0].from: must be one of human, gpt, system, user, assistant, got 'bing'",
+    ),
+    "no_messages": ([{"messages": []}], "bad.jsonl:1: messages: must be a non-empty list, got []"),
+    "no_content": (
+        [{"messages": [{"role": "user"}]}],
+        "bad.jsonl:1: messages[0]: must have the key content, got role",
+    ),
+    "message": (
+        [{"messages": ["Hi"]}],
+        "bad.jsonl:1: messages[0]: must be an object with the key role, got 'Hi'",
+    ),
+    "image": (
+        [{"messages": [user([{"type": "image", "url": "x"}])]}],
+        "bad.jsonl:1: messages[0].content[0].type: must be text, got 'image'",
+    ),
+    "calls": (
+        [
+            {
+                "messages": [
+                    user("a"),
+                    {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]},
+                ]
+            }
+        ],
+        "bad.jsonl:1: messages[1].tool_calls: must be absent",
+    ),
+    "null": (
+        [{"prompt": "a", "completion": None}],
+        "bad.jsonl:1: completion: must be a string or a list of messages",
+    ),
+    "number": ([{"instruction": "a", "output": 3}], "bad.jsonl:1: output: must be a string, got 3"),
+    "history": (
+        [{**FORMATS["alpaca"], "history": [["a"]]}],
+        "bad.jsonl:1: history[0]: must be a pair",
+    ),
+    "no_answer": (
+        [{"messages": [user("a")]}],
+        "bad.jsonl:1: must have an answer of the assistant, found none",
+    ),
+    "answer_first": (
+        [{"messages": [assistant("a")]}],
+        "bad.jsonl:1: messages[0]: must be a system or user message",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROW_ERRORS)
+def test_row_errors_name_file_and_line(tmp_path, tokenizer, name):
+    rows, message = ROW_ERRORS[name]
+    assert message in fails(tmp_path, tokenizer, rows)
+
+
+def test_answer_without_tokens(tmp_path):
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    message = fails(tmp_path, tokenizer, [GOOD, {"prompt": "a", "completion": " "}])
+    assert (
+        message
+        == "bad.jsonl:2: must have an answer of the assistant with at least one token, found none"
+    )
+
+
+def test_bom_empty_lines_and_crlf_are_tolerated(tmp_path, tokenizer):
+    line = json.dumps(GOOD).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)
+    assert [where for where, _ in read_rows(str(tmp_path / "a.jsonl"), "train")] == [
+        f"{tmp_path}/a.jsonl:1",
+        f"{tmp_path}/a.jsonl:4",
+    ]
+    assert load(tmp_path / "a.jsonl", tokenizer).num_examples == 2
+
+
+def test_line_separators_inside_strings_do_not_end_lines(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a\u2028b\x85c", "completion": "d"}, GOOD])
+    assert load(path, tokenizer).num_examples == 2
+
+
+def same(a: Dataset, b: Dataset) -> bool:
+    return [(e.input_ids.tolist(), e.labels.tolist()) for e in a.examples] == [
+        (e.input_ids.tolist(), e.labels.tolist()) for e in b.examples
+    ]
+
+
+def test_jsonl_parquet_directory_and_hub_agree(tmp_path, tokenizer, monkeypatch):
+    import datasets
+
+    rows = [{"messages": [user(f"{i}?"), assistant(f"{i}")]} for i in range(150)]
+    whole = load(write(tmp_path / "rows.jsonl", rows), tokenizer)
+    assert whole.num_examples == 150 and targets(tokenizer, whole.examples[149]) == [
+        "149<|im_end|>"
+    ]
+    assert same(whole, load(write(tmp_path / "rows.parquet", rows), tokenizer))
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    write(parts / "b.parquet", rows[70:])
+    write(parts / "a.jsonl", rows[:70])
+    (parts / "README.md").write_text("not data")
+    (parts / "._a.jsonl").write_bytes(b"\xff")
+    assert same(whole, load(parts, tokenizer))
+    assert load(parts, tokenizer, max_examples=80).num_examples == 80
+
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    write(hub / "train-0.jsonl", rows)
+    write(hub / "test-0.jsonl", rows[:3])
+    really_load = datasets.load_dataset
+    asked = []
+
+    def load_dataset(path, *, split):
+        asked.append((path, split))
+        return really_load(str(hub), split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert same(whole, load("owner/name", tokenizer))
+    assert (
+        load("owner/name", tokenizer, part="eval", eval_split="test", max_examples=1).num_examples
+        == 3
+    )
+    assert asked == [("owner/name", "train"), ("owner/name", "test")]
+
+
+def test_paths_that_hold_nothing(tmp_path, tokenizer, monkeypatch):
+    import datasets
+
+    def message(path):
+        with pytest.raises(InputError) as caught:
+            load(path, tokenizer)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    monkeypatch.chdir(tmp_path)
+    assert (
+        message("data/no.jsonl")
+        == "data/no.jsonl: is neither a file, nor a directory, nor a Hugging Face dataset id"
+    )
+    assert message("/no/such").startswith("/no/such: is neither")
+    Path("empty").mkdir()
+    assert message("empty") == "empty: the directory must hold .jsonl or .parquet files, found none"
+    write(Path("short.parquet"), [GOOD])
+    os.truncate("short.parquet", 60)
+    assert message("short.parquet").startswith(
+        "short.parquet: is not readable Parquet after row 0: "
+    )
+    write(Path("bad.parquet"), [GOOD, GOOD, {"prompt": "a", "completion": None}])
+    assert message("bad.parquet").startswith("bad.parquet: row 3: completion: must be")
+
+    def load_dataset(path, *, split):
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert message("owner/name") == (
+        "owner/name: is neither a file nor a directory, and split 'train' of a Hugging Face dataset of this name "
+        "could not be loaded: offline (HF_HUB_OFFLINE) and not in the cache"
+    )
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    assert message("owner/name").endswith("could not be loaded: no route")
+
+
+def test_unused_columns_are_noted(tmp_path, tokenizer):
+    rows = [{**GOOD, "id": 1, "label": None}, {**GOOD, "category": "x"}]
+    assert load(write(tmp_path / "a.jsonl", rows), tokenizer).notes == (
+        "columns not used: category, id",
+    )
+
+
+def test_mixture_order_eval_part_and_rules(tmp_path, tokenizer):
+    a, b = write(tmp_path / "a.jsonl", [GOOD, GOOD]), write(tmp_path / "b.jsonl", [GOOD])
+    configs = [DatasetConfig("z", b), DatasetConfig("a", a, eval_path=b, max_examples=1)]
+    train = load_mixture(configs, tokenizer, DataConfig(), part="train")
+    assert [(dataset.name, dataset.num_examples) for dataset in train] == [("z", 1), ("a", 1)]
+    held_out = load_mixture(configs, tokenizer, DataConfig(), part="eval")
+    assert [(dataset.name, dataset.num_examples) for dataset in held_out] == [("a", 1)]
+
+    def rule(*configs):
+        with pytest.raises(InputError) as caught:
+            load_mixture(configs, tokenizer, DataConfig(), part="train")
+        return str(caught.value)
+
+    assert (
+        rule(configs[0], configs[0])
+        == "mixture: name: must differ between datasets, got 'z' 2 times"
+    )
+    shared = rule(DatasetConfig("d", str(tmp_path), eval_path=a))
+    assert shared == f"mixture: d: eval_path: must hold other files than path, got {a} in both"
+    assert "d: split: must be absent for local files" in rule(DatasetConfig("d", a, split="test"))
+    assert "d: eval_split: must be absent" in rule(DatasetConfig("d", a, eval_split="test"))
+    assert "d: eval_split: must be absent" in rule(
+        DatasetConfig("d", "o/n", eval_path=a, eval_split="test")
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "a/b"}, "m.yaml: mixture[0].name: must be a file name of"),
+        ({"name": ".."}, "m.yaml: mixture[0].name: must be a file name of"),
+        ({"name": "a\n"}, "m.yaml: mixture[0].name: must be a file name of"),
+        ({"max_examples": 0}, "m.yaml: mixture[0].max_examples: must be at least 1, got 0"),
+        ({"eval_split": "train"}, "m.yaml: mixture[0].eval_split: must be another split"),
+        ({"path": ""}, "m.yaml: mixture[0].path: must be a file, directory or dataset id, got ''"),
+        ({"pth": "x"}, "m.yaml: mixture[0].pth: unknown key; did you mean path?"),
+    ],
+)
+def test_dataset_config_rules(keys, message):
+    with pytest.raises(InputError) as caught:
+        parse(DatasetConfig, {"name": "d", "path": "p.jsonl"} | keys, "m.yaml", "mixture[0]")
+    assert str(caught.value).startswith(message)
+
+
+def test_too_long(tmp_path, tokenizer):
+    long = {
+        "messages": [
+            user("1"),
+            assistant("one two three"),
+            user("x" * 50),
+            assistant("never reached"),
+        ]
+    }
+    good, unanswered = FORMATS["messages"], {"messages": [user("y" * 200), assistant("z")]}
+    path = write(tmp_path / "a.jsonl", [long, good, long, unanswered])
+    whole = load(path, tokenizer)
+    limit = 60
+    dataset = load(path, tokenizer, data=DataConfig(max_length=limit))
+    assert [targets(tokenizer, example) for example in dataset.examples] == [
+        ["one two three<|im_end|>"],
+        ["Paris<|im_end|>"],
+        ["one two three<|im_end|>"],
+    ]
+    cut = len(dataset.examples[0].input_ids)
+    assert np.array_equal(dataset.examples[0].input_ids, whole.examples[0].input_ids[:cut])
+    assert dataset.notes == (
+        "2 rows longer than 60 tokens were truncated",
+        "1 row longer than 60 tokens was dropped because truncation would leave no answer",
+    )
+    dropped = load(path, tokenizer, data=DataConfig(max_length=limit, too_long="drop"))
+    assert dropped.num_examples == 1 and dropped.notes == (
+        "3 rows longer than 60 tokens were dropped",
+    )
+    error = fails(tmp_path, tokenizer, [good, long], max_length=limit, too_long="error")
+    length = len(whole.examples[0].input_ids)
+    assert error == f"bad.jsonl:2: must have at most data.max_length = 60 tokens, got {length}"
+    exact = DataConfig(max_length=length, too_long="error")
+    assert load(write(tmp_path / "b.jsonl", [long]), tokenizer, data=exact).num_examples == 1
+    none = fails(tmp_path, tokenizer, [long, long], max_length=2)
+    assert none.startswith(
+        "bad.jsonl: dataset d: must have a row with an answer within data.max_length = 2 tokens"
+    )

@@ -1,0 +1,96 @@
+"""FusedAdamW's rounding: stochastic bf16, 8-bit moments, masters in two halves."""
+
+import itertools
+
+import pytest
+import torch
+from support.optimizer_runs import BACKENDS, bits, make_parameters, train
+
+from merit_fast.kernels.optimizer import _eager
+
+BOTH = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def test_stochastic_rounding_is_unbiased_exact_where_it_can_be_and_never_infinite():
+    count = 1 << 17
+    draws = _eager.random_bits(count, 12345, 678) >> 16
+    values = torch.tensor([1.0 + 2.0**-9, -3.1415927, 1e-3, 1e-40, 0.3])
+    for value in values:
+        rounded = _eager.stochastic_bf16(value.expand(count).contiguous(), draws).double()
+        below, above = rounded.min(), rounded.max()
+        gap = float(above - below)
+        assert below < value.double() < above and rounded.unique().numel() == 2
+        assert abs(float(rounded.mean() - value.double())) < 4 * gap * 0.5 / count**0.5
+    kept = torch.tensor(
+        [0.0, -0.0, 1.5, -256.0, float("inf"), -float("inf"), float("nan"), 2.0**-133]
+    )
+    for draw in (0, 1, 0x7FFF, 0xFFFF):
+        assert torch.equal(
+            bits(_eager.stochastic_bf16(kept, torch.full((8,), draw))), bits(kept.bfloat16())
+        )
+    largest = torch.full((2,), torch.finfo(torch.float32).max) * torch.tensor([1.0, -1.0])
+    assert _eager.stochastic_bf16(largest, torch.tensor([0xFFFF, 0xFFFF])).isfinite().all()
+
+
+def test_random_bits_are_even_and_differ_by_element_and_key():
+    streams = [_eager.random_bits(1 << 15, *keys) for keys in ((1, 2), (1, 3), (2, 2))]
+    for a, b in itertools.combinations(streams, 2):
+        assert (a == b).sum() < 5
+    assert len(streams[0].unique()) == 1 << 15
+    for stream in streams:
+        ones = torch.stack([(stream >> k & 1).double().mean() for k in range(32)])
+        assert (ones - 0.5).abs().max() < 5 * 0.5 / (1 << 15) ** 0.5
+
+
+@BOTH
+def test_8_bit_moments_stay_near_what_they_stand_for(backend):
+    (exact, of_exact), (ours, of_ours) = (
+        train("fp32", 20, backend=backend, moments=m) for m in ("fp32", "int8")
+    )
+    start = make_parameters("fp32")
+    for a, b, s in zip(exact, ours, start, strict=True):
+        if a.numel() < 100:
+            continue
+        state = of_ours.state[b]
+        for name, second in (("exp_avg", False), ("exp_avg_sq", True)):
+            assert state[name].itemsize == 1 and state[f"{name}_scale"].numel() == -(
+                -a.numel() // 256
+            )
+            plain = _eager.decoded(state[name], state[f"{name}_scale"], second=second)
+            truth = of_exact.state[a][name].flatten()
+            assert (plain - truth).norm() < 0.05 * truth.norm()
+        assert (a - b).norm() < 0.1 * (a - s).norm()
+
+
+def test_a_tiny_second_moment_beside_a_large_one_never_becomes_zero():
+    values = torch.rand(256) * 1e-14
+    values[3], values[5] = 1.0, 0.0
+    codes, scale = torch.empty(256, dtype=torch.uint8), torch.empty(1)
+    for random in (None, torch.zeros(256, dtype=torch.int64), torch.full((256,), 0xFFFF)):
+        _eager.encode(values, codes, scale, second=True, bits=random)
+        assert (codes > 0).sum() == 255 and codes[5] == 0 and codes[3] == 255
+
+
+@BOTH
+def test_a_split_master_is_the_fp32_master_bit_for_bit(backend):
+    (a, of_a), (b, of_b) = (train("bf16", 10, backend=backend, master=m) for m in ("fp32", "split"))
+    for x, y in zip(a, b, strict=True):
+        master = of_a.state[x]["master"]
+        assert torch.equal(
+            _eager.full_weight(y.detach().flatten(), of_b.state[y]["low_bits"].flatten()),
+            master.flatten(),
+        )
+        assert torch.equal(x, master.bfloat16())
+        ties = master.view(torch.int32) & 0xFFFF == 0x8000
+        assert torch.equal(x[~ties], y[~ties])
+
+
+@pytest.mark.parametrize(
+    "raw", [0x3F808000, 0x3F818000, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, -0x00400001, 0x00018000]
+)
+def test_16_bits_tell_every_master_of_a_weight(raw):
+    weight, low = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int16)
+    master = torch.tensor([raw], dtype=torch.int32).view(torch.float32)
+    _eager._store_weight(master, weight, low, None)
+    back = _eager.full_weight(weight, low)
+    assert torch.equal(bits(back), bits(master)) and bool(weight.isnan()) == bool(master.isnan())

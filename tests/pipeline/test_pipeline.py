@@ -1,0 +1,220 @@
+"""The run as a whole: it resumes after kill -9 to the same bytes, and does again only what a change makes necessary."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from support.checks import tree_bytes
+
+from merit_fast.errors import MeritFastError
+from merit_fast.pipeline.config import read_run_config
+from merit_fast.pipeline.run import Run
+from merit_fast.progress import SilentProgress
+
+MEASURED = ("timing.json", "report.html")  # seconds and bytes of memory: no part of the result
+
+
+def run_values(model, mixture):
+    return {
+        "model": str(model),
+        "mixture": mixture,
+        "split": {"groups": 2, "examples": 6, "proj_dim": 4096, "batch_size": 4, "dtype": "fp32"},
+        "train": {"epochs": 2, "learning_rate": 1e-3, "batch_size": 4, "dtype": "fp32", "arms": ["joint", "random"],
+                  "checkpoint_steps": 2, "max_shard_size": "60KB"},
+        "evaluate": {"interpolate": [0.5], "max_new_tokens": 4, "dtype": "fp32"},
+        "output": "out",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_model, tiny_mixture):
+    file = tmp_path / "run.yml"
+    file.write_text(yaml.safe_dump(run_values(tiny_model, tiny_mixture)))
+    return file
+
+
+class Notes(SilentProgress):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def run_all(config_file, *assignments):
+    progress = Notes()
+    summary = Run(read_run_config(config_file, assignments), progress).all()
+    fresh = [note.split(":")[0] for note in progress.notes if note.endswith("up to date")]
+    return summary, set(fresh)
+
+
+ALL_OUTPUTS = {"sketch", "split", "merged/merit", "merged/random", "evaluate", "report"} | {
+    f"branches/{name}" for name in ("joint", "merit-0", "merit-1", "random-0", "random-1")
+}
+
+
+def test_a_run_twice_does_nothing_and_a_change_does_only_what_follows_from_it(
+    config_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    summary, fresh = run_all(config_file)
+    assert fresh == set()
+    assert set(summary["arms"]) == {"base", "joint", "joint@0.5", "random", "merit"}
+    assert set(summary["split"].values()) == {0, 1} and set(summary["split"]) == {
+        "capitals", "codes", "plurals", "opposites"}  # fmt: skip
+    assert summary["arms"]["joint"]["loss"] < summary["arms"]["base"]["loss"]
+    assert summary["arms"]["merit"]["loss"] < summary["arms"]["base"]["loss"]
+    assert summary["arms"]["base"]["displacement"] == 0.0
+    assert summary["arms"]["joint@0.5"]["displacement"] == pytest.approx(
+        summary["arms"]["joint"]["displacement"] / 2
+    )
+    tokens = {arm: result["num_target_tokens"] for arm, result in summary["arms"].items()}
+    assert tokens["joint"] == tokens["merit"] == tokens["random"] > 0
+    gain_by_hand(summary)
+    before = tree_bytes(tmp_path / "out")
+    again, fresh = run_all(config_file)
+    assert fresh == ALL_OUTPUTS and again == summary and tree_bytes(tmp_path / "out") == before
+
+    _, fresh = run_all(config_file, "merge.threads=1")
+    assert fresh == ALL_OUTPUTS  # the bytes do not depend on it
+    _, fresh = run_all(config_file, "merge.weights=uniform")
+    assert fresh == ALL_OUTPUTS - {"merged/merit", "merged/random", "evaluate", "report"}
+    _, fresh = run_all(config_file, "merge.weights=uniform", "evaluate.max_new_tokens=3")
+    assert fresh == ALL_OUTPUTS - {"evaluate", "report"}
+
+
+def gain_by_hand(summary):
+    """The published number is sum_k w_k L(branch k) - L(merge) of the numbers beside it, w the branches' tokens."""
+    for arm in ("merit", "random"):
+        branches = [result for name, result in summary["branches"].items() if name.startswith(arm)]
+        tokens = [branch["num_target_tokens"] for branch in branches]
+        mean = sum(t * b["token_loss"] for t, b in zip(tokens, branches, strict=True)) / sum(tokens)
+        assert summary["merging_gains"][arm] == pytest.approx(
+            mean - summary["arms"][arm]["token_loss"]
+        )
+    assert summary["merging_gain"] == summary["merging_gains"]["merit"]
+
+
+KILLS = [
+    ("sketch.tmp/plurals.safetensors", 1),
+    (
+        "/split",
+        3,
+    ),  # split.json and stage.json of split.tmp have been written, the directory has not been renamed
+    ("joint.tmp/resume.safetensors", 2),
+    ("branches/merit-1", 2),
+    ("branches/merit-1$", 1),  # all is written, the directory has not got its name
+    ("merit.tmp/model-00002", 1),
+    ("evaluate.tmp/joint.json", 1),
+    ("report.tmp/report.html", 1),
+]
+
+
+@pytest.mark.slow
+def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(config_file, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    monkeypatch.chdir(whole)
+    run_all(config_file)
+    script = str(Path(__file__).with_name("kill_at.py"))
+    for pattern, count in KILLS:
+        command = [sys.executable, script, pattern, str(count), "run", str(config_file), "--json"]
+        result = subprocess.run(command, cwd=broken, capture_output=True, text=True)
+        assert result.returncode == -signal.SIGKILL, (pattern, result.returncode, result.stderr)
+    monkeypatch.chdir(broken)
+    run_all(config_file)
+    assert not list(broken.rglob("*.tmp"))
+    ignored = (*MEASURED, "evaluate.json")
+    assert tree_bytes(whole / "out", ignored) == tree_bytes(broken / "out", ignored)
+    results = [json.loads((d / "out/evaluate/evaluate.json").read_text()) for d in (whole, broken)]
+    assert without_timing(results[0]) == without_timing(results[1])
+
+
+def without_timing(value):
+    if isinstance(value, dict):
+        return {
+            k: without_timing(v)
+            for k, v in value.items()
+            if k not in ("train_s", "peak_memory_bytes")
+        }
+    return value
+
+
+@pytest.mark.slow
+def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
+    config_file, tmp_path, monkeypatch, tiny_mixture
+):
+    monkeypatch.chdir(tmp_path)
+    values = yaml.safe_load(config_file.read_text())
+    config_file.write_text(yaml.safe_dump(values | {"mixture": tiny_mixture[:3]}))
+    Run(read_run_config(config_file)).sketch()
+    config_file.write_text(yaml.safe_dump(values))
+    script = str(Path(__file__).with_name("kill_at.py"))
+    for pattern in (
+        "sketch.tmp/plurals.safetensors",
+        "sketch.tmp/opposites.safetensors",
+        "out/sketch$",
+    ):
+        command = [sys.executable, script, pattern, "1", "sketch", str(config_file)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == -signal.SIGKILL, (pattern, result.stderr)
+    notes = Notes()
+    run = Run(read_run_config(config_file), notes)
+    run.sketch(), run.split()
+    fresh = Run(read_run_config(config_file, ["output=fresh"]))
+    fresh.sketch(), fresh.split()
+    for stage in ("sketch", "split"):
+        assert tree_bytes(tmp_path / "out" / stage, ("config.yml",)) == tree_bytes(
+            tmp_path / "fresh" / stage, ("config.yml",)
+        )
+    run = Run(read_run_config(config_file, ["data.max_length=999"]), notes)  # the same tokens
+    run.sketch()
+    assert "sketch: 4 of 4 datasets are as before, their sketches are reused" in notes.notes
+
+
+def test_a_stage_whose_input_is_absent_or_stale_names_the_command(
+    config_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run = Run(read_run_config(config_file), command="merit-fast {stage} run.yml")
+    for stage, missing in (
+        ("split", "sketch"),
+        ("train", "split"),
+        ("evaluate", "split"),
+        ("report", "split"),
+    ):
+        with pytest.raises(MeritFastError, match=f"run first: merit-fast {missing} run.yml"):
+            getattr(run, stage)()
+    run.sketch()
+    stale = Run(
+        read_run_config(config_file, ["split.seed=1"]), command="merit-fast {stage} run.yml"
+    )
+    with pytest.raises(MeritFastError, match="sketch: was made from another config or input"):
+        stale.split()
+
+
+def test_the_order_of_the_mixture_does_not_change_the_split(
+    config_file, tmp_path, monkeypatch, tiny_model, tiny_mixture
+):
+    monkeypatch.chdir(tmp_path)
+    groups = []
+    for place, mixture in enumerate((tiny_mixture, tiny_mixture[::-1])):
+        values = {**run_values(tiny_model, mixture), "output": f"out{place}"}
+        config_file.write_text(yaml.safe_dump(values))
+        run = Run(read_run_config(config_file))
+        run.sketch(), run.split()
+        groups.append(run.outputs.split_manifest.group_of("merit"))
+    assert groups[0] == groups[1]
+
+
+def test_three_lines_of_python(config_file, tmp_path, monkeypatch):
+    import merit_fast
+
+    monkeypatch.chdir(tmp_path)
+    summary = merit_fast.run(config_file, "train.arms=[]", "evaluate.max_new_tokens=2")
+    assert set(summary["arms"]) == {"base", "merit"}
+    assert (tmp_path / summary["merged"] / "config.json").exists()

@@ -1,0 +1,369 @@
+"""report/tables and summary: every string against the manifests."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from support.reports import CASES, Page, make_audit, make_evaluation, make_split, make_tuned, write
+
+from merit_fast.manifests.schemas import (
+    ArmResult,
+    DatasetResult,
+    EvaluateManifest,
+    GroupCount,
+    MergingGain,
+)
+from merit_fast.report import audit_sentence, gain_rows, results_rows, split_lines, verdict
+from merit_fast.report.split_tables import group_rows, separation_rows, small_margins, split_rows
+from merit_fast.report.tables import audit_rows, dataset_result_rows, percent, tuning_rows
+
+
+def test_results_rows_are_the_manifest():
+    split = make_split(6, 2)
+    evaluation = make_evaluation(split)
+    columns, rows = results_rows(evaluation)
+    assert columns[0] == "arm"
+    assert [row[0] for row in rows] == list(evaluation.arms)
+    for name, *cells in rows:
+        arm = evaluation.arms[name]
+        cell = dict(zip(columns[1:], cells, strict=True))
+        close = {
+            "loss": arm.loss,
+            "exact match %": 100 * arm.exact_match,
+            "text loss": arm.text_loss,
+            "chat NLL": arm.chat_nll,
+            "answer length": arm.answer_length_tokens,
+            "displacement": arm.displacement,
+        }
+        for column, value in close.items():
+            assert abs(float(cell.pop(column)) - value) <= 0.0501, column
+        counted = {
+            "trained tokens": arm.num_tokens,
+            "train s": arm.train_s,
+            "peak GiB": arm.peak_memory_bytes / 2**30,
+        }
+        if name == "base":
+            assert cell == dict.fromkeys(counted, "–")
+        else:
+            assert int(cell["trained tokens"].replace(",", "")) == arm.num_tokens
+            assert abs(float(cell["train s"].replace(",", "")) - arm.train_s) <= 0.0501
+            assert cell["peak GiB"] == "1.50"
+        assert set(cell) == set(counted)
+
+
+def test_results_formats():
+    evaluation = EvaluateManifest(
+        arms={
+            "joint": ArmResult(
+                1.55249, 1.5, 0.3614, 3.647, math.nan, 12.04, 27.666, 59_899, 0, 0, 1234.56, 2**31
+            )
+        },
+        branches={},
+        merging_gain={"merit": MergingGain(-1e-9, 2.20304, 1.973, (1.0,))},
+    )
+    assert results_rows(evaluation)[1] == (
+        ("joint", "1.552", "36.1", "3.647", "nan", "12.0", "27.67", "59,899", "1,234.6", "2.00"),
+    )
+    assert gain_rows(evaluation) == (
+        ("merged arm", "merging gain", "mean branch loss", "merged loss"),
+        (("merit", "0.0000", "2.2030", "1.9730"),),
+    )
+
+
+@CASES
+def test_tables_reach_the_page(tmp_path, split, evaluated):
+    evaluation = make_evaluation(split) if evaluated else None
+    audit = make_audit() if evaluated else None
+    tuned = make_tuned() if evaluated else None
+    rows = {
+        tuple(row)
+        for row in Page(
+            write(tmp_path / "r.html", split, evaluation, audit=audit, tuned=tuned)
+        ).rows
+    }
+    steps = (
+        [evaluation.branches[f"merit-{k}"].steps for k in range(split.groups)]
+        if evaluation
+        else None
+    )
+    expected = [group_rows(split, steps), split_rows(split)]
+    if split.separations:
+        expected.append(separation_rows(split))
+    if evaluation:
+        expected += [
+            results_rows(evaluation),
+            gain_rows(evaluation),
+            audit_rows(audit),
+            tuning_rows(tuned),
+        ]
+        assert set(dataset_result_rows(split, evaluation)[1]) <= rows
+    for columns, body in expected:
+        assert {columns, *body} <= rows
+
+
+def test_audit_rows_are_the_manifest():
+    columns, rows = audit_rows(make_audit())
+    assert columns[-2:] == ("noise 0.01", "noise 0.1")
+    assert rows[0] == (
+        "merit", "0.1000", "0.0980", "1.020", "yes", "0.0123", "3.25", "0.310", "+0.0004", "+0.0456"
+    )  # fmt: skip
+    assert rows[1][:5] == ("random", "0.1000", "0.0500", "2.000", "no")
+    inside, outside = map(audit_sentence, make_audit().arms.values())
+    assert (
+        "ratio 1.020: the branches lie in one" in inside
+        and "ratio 2.000, more than 10 % off 1" in outside
+    )
+
+
+def test_tuning_rows_are_the_manifests():
+    columns, rows = tuning_rows(make_tuned())
+    assert columns == (
+        "merged arm",
+        "chosen",
+        "before",
+        "loss before",
+        "fitted",
+        "loss there",
+        "taken",
+        "losses tried",
+    )
+    assert rows == (
+        ("random", "weights", "0.5 0.5", "2.5000", "0.3125 0.6875", "2.8750", "0.5 0.5", "2.7500, –, 2.6250"),
+        ("random", "scale", "1", "2.0000", "–", "–", "1.5", "3.0000 at 0.5, 2.0000 at 1, 1.0000 at 1.5"),
+        ("merit", "weights", "0.5 0.5", "2.5000", "0.3125 0.6875", "2.2500", "0.3125 0.6875", "2.7500, –, 2.6250"),
+        ("merit", "scale", "1", "2.2500", "1.25", "2.1250", "1.25",
+         "2.5000 at 0.5, 2.2500 at 1, 2.3750 at 1.5, 2.1250 at 1.25"),
+    )  # fmt: skip
+
+
+def test_dataset_rows_show_absent_and_extra_datasets():
+    split = make_split(4, 1)
+    evaluation = make_evaluation(split)
+    base = evaluation.arms["base"]
+    extra = {**base.datasets, "other": DatasetResult(1.25, 0.5, 10, 2)}
+    del extra["task_001"]
+    columns, rows = dataset_result_rows(
+        split, replace(evaluation, arms={"base": replace(base, datasets=extra)})
+    )
+    assert columns == ("dataset", "base loss", "base exact match %")
+    assert [row[0] for row in rows] == ["task_000", "task_001", "task_002", "task_003", "other"]
+    assert rows[1][1:] == ("–", "–")
+    assert rows[4][1:] == ("1.250", "50.0")
+
+
+def figure(cell):
+    return float(cell.split()[0].replace(",", ""))
+
+
+@pytest.mark.parametrize("spread", [0, 5])
+def test_group_rows_add_up_to_the_mixture(spread):
+    split = make_split(136, 8, spread=spread)
+    columns, rows = group_rows(split)
+    assert columns == (
+        "group",
+        "datasets",
+        "examples",
+        "target tokens",
+        "share",
+        "cosine within",
+        "cosine to others",
+    )
+    assert sum(figure(row[1]) for row in rows) == 136 - spread
+    assert all(row[1].endswith(f" + {spread} in part") for row in rows) == bool(spread)
+    for column, total in (
+        (2, sum(row.num_examples for row in split.datasets)),
+        (3, sum(row.num_target_tokens for row in split.datasets)),
+    ):
+        assert abs(sum(figure(row[column]) for row in rows) - total) <= (4 if spread else 0)
+    assert abs(sum(figure(row[4]) for row in rows) - 100) < 0.5
+
+
+def test_group_rows_show_steps_and_cosines_of_resolved_pairs():
+    split = make_split(5, 2, unresolved=1)  # groups 0 1 0 1 0; dataset 0 is not resolved
+    columns, rows = group_rows(split, [120, 98])
+    cell = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [one["steps"] for one in cell] == ["120", "98"]
+    s = split.similarity
+    assert cell[0]["cosine within"] == f"{s[2][4]:+.3f}"
+    assert cell[1]["cosine within"] == f"{s[1][3]:+.3f}"
+    across = (s[1][2] + s[1][4] + s[3][2] + s[3][4]) / 4
+    assert {one["cosine to others"] for one in cell} == {f"{across:+.3f}"}
+    alone = group_rows(make_split(2, 2))[1]
+    assert [row[-2] for row in alone] == ["–", "–"]
+
+
+def test_separation_rows_mark_the_chosen_number_and_what_is_not_known():
+    split = replace(
+        make_split(12, 4),
+        separations=(GroupCount(2, 0.5, 0.04, 0.02, 0.01), GroupCount(4, 0.6, None, None, None)),
+    )
+    assert separation_rows(split)[1] == (
+        ("2", "0.5000", "0.0400", "0.0200 ± 0.0100", "+2.0"),
+        ("4 (chosen)", "0.6000", "–", "–", "–"),
+    )
+
+
+def test_small_margins_are_those_near_a_border():
+    split = make_split(6, 2, spread=1)
+    margins = (0.10, 0.0001, -0.01, 0.12, 0.09, 0.0)
+    rows = tuple(
+        replace(row, margin=margin, num_target_tokens=1000)
+        for row, margin in zip(split.datasets, margins, strict=True)
+    )
+    split = replace(split, datasets=rows)
+    assert [row.name for row in small_margins(split)] == [
+        "task_002",
+        "task_001",
+    ]  # not the one dealt to all
+    light = replace(split, datasets=(*rows[:1], replace(rows[1], num_target_tokens=1), *rows[2:]))
+    assert [row.name for row in small_margins(light)] == [
+        "task_002"
+    ]  # a small dataset has a small margin anywhere
+    assert small_margins(make_split(5, 1)) == []
+
+
+def test_verdict_follows_the_figures(tmp_path):
+    split = make_split(6, 4)
+    calm = replace(split, negative_pair_fraction=0.0)
+    sentence = (
+        "No pair of datasets conflicts at the base model: splitting has little to separate here."
+    )
+    assert verdict(calm)[0] == sentence
+    assert sentence in Page(write(tmp_path / "r.html", calm)).text
+
+    warm = replace(
+        split,
+        negative_pair_fraction=0.4,
+        certain_negative_fraction=0.25,
+        sketched_at="after a warm-up",
+    )
+    assert verdict(warm)[0] == (
+        "40.0 % of the 15 pairs of datasets conflict after a warm-up (their mean gradients have a cosine below 0), "
+        "25.0 % by more than two standard errors."
+    )
+    assert (
+        "of the 6 resolved pairs of datasets (of 15) conflict"
+        in verdict(make_split(6, 4, unresolved=2))[0]
+    )
+    assert verdict(make_split(1, 1))[0] == "One dataset has none to conflict with."
+    assert verdict(make_split(6, 4, unresolved=6))[0].startswith(
+        "The cosine of no pair of datasets is resolved"
+    )
+
+    assert "more than two standard deviations above chance (+32.7)" in verdict(split)[1]
+    assert percent(0.0) == "0.0 %" and percent(0.0001) == "< 0.1 %"
+
+
+@pytest.mark.parametrize(
+    ("found", "end"),
+    [
+        (
+            GroupCount(4, 0.6, 0.5, 0.25, 0.125),
+            ": not more than two standard deviations above chance (+2.0).",
+        ),
+        (
+            GroupCount(4, 0.6, 0.55, 0.25, 0.125),
+            ": more than two standard deviations above chance (+2.4).",
+        ),
+        (
+            GroupCount(4, 0.6, 0.1, 0.25, 0.0),
+            ": not more than two standard deviations above chance.",
+        ),
+        (
+            GroupCount(4, 0.6, None, None, None),
+            "; there are too few examples to tell that from chance.",
+        ),
+        (GroupCount(4, None, None, None, None), ": no split can be told from another."),
+    ],
+    ids=["at-the-bound", "above", "constant-null", "no-halves", "no-spread"],
+)
+def test_verdict_on_the_separation(found, end):
+    assert verdict(replace(make_split(6, 4), separations=(found,)))[1].endswith(end)
+
+
+def test_verdict_says_why_so_many_groups_and_what_is_out_of_balance():
+    one = replace(
+        make_split(5, 1), reason="splitting would not help: no split stands out of random ones"
+    )
+    assert verdict(one)[1] == "Splitting would not help: no split stands out of random ones."
+    assert verdict(make_split(5, 1))[1] == "One group was asked for, so nothing is split."
+    four = replace(
+        make_split(6, 4), reason="4 groups: so it is", note="the tolerance of 0.01 is not kept"
+    )
+    assert verdict(four)[1] == "The number of groups was chosen automatically: 4 groups: so it is."
+    assert verdict(four)[3] == "Balance: the tolerance of 0.01 is not kept."
+    assert verdict(make_split(6, 4, unresolved=2))[-1].endswith(
+        "the signal of 2 of 6 datasets is not resolved by so few examples."
+    )
+
+
+def test_tables_need_no_plotly():
+    code = "import sys, merit_fast.report as r, merit_fast.report.tables; r.results_rows; "
+    code += "assert not {'plotly', 'jinja2', 'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_split_lines_show_the_split():
+    split = make_split(12, 4, unresolved=2, spread=1)
+    lines = split_lines(split, [120, 130, 110, 121])
+    said = verdict(split)
+    assert lines[-len(said) :] == said
+    assert lines[0] == "12 datasets in 4 groups by pca-swap, balanced by tokens:"
+    for (columns, rows), first in (
+        (group_rows(split, [120, 130, 110, 121]), 1),
+        (separation_rows(split), 7),
+    ):
+        for line, cells in zip(lines[first:], (columns, *rows), strict=False):
+            assert line.split("  ")[0] == cells[0] and line.split() == " ".join(cells).split()
+        assert (
+            len({len(line) for line in lines[first : first + 1 + len(rows)]}) == 1
+        )  # figures end in one column
+    text = "\n".join(lines)
+    assert (
+        f"within groups {split.within_cosine:+.3f}, across groups {split.across_cosine:+.3f}"
+        in text
+    )
+    for row in split.datasets[:2]:
+        assert (
+            f"{row.name}: not resolvable: needs at least {row.more_examples:,} more examples"
+            in text
+        )
+    for row in small_margins(split):
+        assert f"{row.name} (margin" in text
+    members = [
+        line.split(": ")[1].split(", ")
+        for line in lines
+        if line.startswith(("group ", "all groups")) and ": " in line
+    ]
+    assert sorted(sum(members, [])) == sorted(row.name for row in split.datasets)
+
+
+def test_split_lines_of_one_group_give_the_reason_and_no_separation():
+    split = replace(
+        make_split(5, 1),
+        separations=(),
+        reason="splitting would not help: there are too few datasets",
+    )
+    lines = split_lines(split)
+    assert lines[0] == "5 datasets in one group:"
+    assert "Splitting would not help: there are too few datasets." in lines
+    assert not any("across groups" in line or "small margin" in line for line in lines)
+
+
+def test_split_lines_list_ten_of_many():
+    lines = split_lines(make_split(136, 8, unresolved=30))
+    (unknown,) = [line for line in lines if "not resolvable" in line]
+    assert unknown.count("not resolvable") == 10 and unknown.endswith("; and 20 more")
+
+
+def test_a_signal_error_that_is_not_known_is_said(tmp_path):
+    split = make_split(6, 2)
+    row = replace(split.datasets[0], signal_error=None, more_examples=40)
+    split = replace(split, datasets=(row, *split.datasets[1:]))
+    assert f"{row.signal_fraction:.3f} ± unknown" in Page(write(tmp_path / "r.html", split)).text
+    assert any(
+        "task_000: not resolvable: needs at least 40 more examples" in line
+        for line in split_lines(split)
+    )

@@ -1,0 +1,285 @@
+"""What sketch_gradients selects, refuses, keeps in its state and leaves behind."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.checks import assert_close
+from support.exact_gradients import (
+    SKETCH,
+    exact_sketches,
+    hook_sketches,
+    ragged_examples,
+    summed_loss,
+    tiny,
+)
+from torch.nn import functional as F
+
+import merit_fast
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.sketch.gradients import GradientSketcher
+
+
+def everything(model):
+    """All that a user could find changed."""
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_forward_hooks_with_kwargs",
+    )
+    return (
+        {
+            name: (p.requires_grad, p.grad is None, p._version)
+            for name, p in model.named_parameters()
+        },
+        {name: [dict(getattr(m, hook)) for hook in hooks] for name, m in model.named_modules()},
+        {name: "forward" in m.__dict__ for name, m in model.named_modules()},
+        torch.get_rng_state().tolist(),
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "mixtral"])
+def test_model_is_restored_even_after_an_exception(architecture):
+    model = tiny(architecture, tied=True)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before = everything(model)
+    with pytest.raises(RuntimeError, match="on purpose"), merit_fast.sketch_gradients(model, 4096):
+        summed_loss(model, ragged_examples()).backward()
+        raise RuntimeError("on purpose")
+    assert everything(model) == before
+    with merit_fast.sketch_gradients(model, 4096):
+        summed_loss(model, ragged_examples()).backward()
+    assert everything(model) == before
+
+
+def test_state_holds_sums_per_dataset():
+    model, examples = tiny("llama"), ragged_examples((9, 14, 5, 6))
+    exact = exact_sketches(model, examples).double()
+    with merit_fast.sketch_gradients(model, 4096, seed=7) as sketcher:
+        for rows, ids in (((0, 1, 2), ["a", "b", "a"]), ((3,), ["a"])):
+            summed_loss(model, [examples[row] for row in rows]).backward()
+            sketches = sketcher.update(
+                ids, loss_sums=[2.0] * len(ids), num_target_tokens=torch.ones(len(ids)).int()
+            )
+            assert_close(sketches, exact[list(rows)])
+    assert list(sketcher.state) == ["a", "b"]
+    a, b = sketcher.state.values()
+    assert a.block_counts.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert (a.loss_sum, a.num_target_tokens, b.num_examples) == (6.0, 3, 1)
+    assert_close(a.block_sums[:3], exact[[0, 2, 3]])
+    assert_close(b.block_square_norms[0], exact[1].square().sum())
+    assert a.identity.parameters == tuple(name for name, _ in model.named_parameters())
+    with merit_fast.sketch_gradients(model, 4096, seed=8) as other:
+        summed_loss(model, examples[:1]).backward()
+        other.update(["a"])
+    with pytest.raises(MeritFastError, match="disagree in seed"):
+        a.merge(other.state["a"])
+
+
+def test_nested_and_repeated_blocks():
+    model, examples = tiny("mixtral", tied=True), ragged_examples()
+    with (
+        GradientSketcher(model, SKETCH) as first,
+        GradientSketcher(model, CountSketch(8192)) as second,
+    ):
+        for _ in range(2):
+            summed_loss(model, examples).backward()
+            inner, outer = first.take(), second.take()
+    assert_close(inner, exact_sketches(model, examples))
+    assert outer.shape == (3, 8192)
+    assert_close(hook_sketches(model, examples), inner)
+
+
+def test_a_second_forward_pass_before_update_is_refused():
+    model, examples = tiny("llama"), ragged_examples()
+    with GradientSketcher(model, SKETCH) as sketcher:
+        loss = summed_loss(model, examples)
+        with torch.no_grad():
+            summed_loss(model, examples[:1])  # an evaluation in between is fine
+        with pytest.raises(MeritFastError, match="second forward pass before update"):
+            summed_loss(model, examples)
+        loss.backward(retain_graph=True)
+        result = sketcher.take()
+        with pytest.raises(MeritFastError, match="was updated or discarded"):
+            loss.backward()
+        summed_loss(model, examples)
+        sketcher.discard()
+        summed_loss(model, examples).backward()
+        assert torch.equal(sketcher.take(), result)
+
+
+def test_a_forward_pass_that_fails_is_forgotten():
+    model, examples = tiny("llama"), ragged_examples()
+    with GradientSketcher(model, SKETCH) as sketcher:
+        with pytest.raises(IndexError):
+            model(input_ids=torch.full((1, 3), 1000))
+        summed_loss(model, examples).backward()
+        result = sketcher.take()
+    assert_close(result, exact_sketches(model, examples))
+
+
+def test_update_before_a_pass_and_of_another_length_say_so():
+    model = tiny("llama")
+    with GradientSketcher(model, SKETCH) as sketcher:
+        with pytest.raises(MeritFastError, match="before a forward and backward pass"):
+            sketcher.update(["a"])
+        loss = summed_loss(model, ragged_examples())
+        with pytest.raises(MeritFastError, match="before a forward and backward pass"):
+            sketcher.take()
+        loss.backward()
+        with pytest.raises(InputError, match=r"dataset_ids: must be one per example \(3\), got 2"):
+            sketcher.update(["a", "b"])
+        with pytest.raises(InputError, match="loss_sums: must be one per example"):
+            sketcher.update(["a", "b", "c"], loss_sums=[1.0])
+        assert len(sketcher.update(["a", "b", "c"])) == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"parameters": "blocks("},
+            "parameters: must be 'all', 'blocks' or a regular expression, got 'blocks",
+        ),
+        (
+            {"parameters": "no such"},
+            "parameters: must select at least one parameter that requires a gradient",
+        ),
+        ({"mode": "both"}, "mode: must be"),
+        ({"normalize": "adamw"}, "normalize: must be None or 'adam'"),
+        ({"normalize": "adam"}, "optimizer: must be given with normalize='adam', and only then"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(InputError, match=message):
+        merit_fast.sketch_gradients(tiny("llama"), **options)
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(InputError, match="must select at least one parameter"):
+        merit_fast.sketch_gradients(tiny("llama").requires_grad_(False))
+
+
+def test_blocks_and_regex_select_by_name():
+    def names(**options):
+        return merit_fast.sketch_gradients(tiny("llama"), 4096, **options).parameter_names
+
+    assert all(name.startswith("model.layers.") for name in names(parameters="blocks"))
+    assert len(names(parameters="blocks")) == len(names()) - 3
+    assert names(parameters=r"layers\.1\.mlp\.up") == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_normalize_adam_uses_the_optimizers_moments():
+    model, examples = tiny("llama"), ragged_examples()
+    optimizer = torch.optim.AdamW(model.parameters(), eps=1e-3)
+    summed_loss(model, examples[:1]).backward()
+    optimizer.step()
+    model.zero_grad()
+    with merit_fast.sketch_gradients(
+        model, 4096, seed=7, normalize="adam", optimizer=optimizer
+    ) as sketcher:
+        summed_loss(model, examples).backward()
+        sketches = sketcher.update([0, 0, 1])
+    for parameter in (
+        model.parameters()
+    ):  # multiplying a gradient entry is differentiating along a stretched axis
+        moment = optimizer.state[parameter]["exp_avg_sq"] / (1 - 0.999)
+        parameter.register_hook(lambda g, v=moment: g / (v.sqrt() + 1e-3))
+    assert_close(sketches, exact_sketches(model, examples), torch.float32)
+    assert sketcher.state[0].identity.model_fingerprint.startswith("adam ")
+
+
+def test_sum_mode_gives_the_other_sketcher():
+    model, examples = tiny("llama"), ragged_examples()
+    exact = exact_sketches(model, examples).sum(0, keepdim=True)
+    with merit_fast.sketch_gradients(model, 4096, seed=7, mode="sum") as sketcher:
+        summed_loss(model, examples).backward()
+        assert_close(sketcher.update("a", count=3), exact)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Gate(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale = inner, torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        return (output,) if isinstance(output, torch.Tensor) else output
+
+
+def test_a_parameter_that_cannot_be_covered_is_named():
+    model = tiny("llama", tied=True)
+    model.model.layers[1].mlp = Gate(model.model.layers[1].mlp)
+    with (
+        pytest.raises(MeritFastError, match="parameter model.layers.1.mlp.scale of Gate"),
+        GradientSketcher(model, SKETCH),
+    ):
+        model(input_ids=torch.ones(2, 5, dtype=torch.long))
+
+
+class FusedHead(torch.nn.Module):
+    """Reads the head's weight as a fused loss does, without calling the head."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids, use_head=False):
+        hidden = self.inner.model(input_ids).last_hidden_state
+        return (
+            self.inner.lm_head(hidden) if use_head else F.linear(hidden, self.inner.lm_head.weight)
+        )
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_parameter_used_behind_its_modules_back_is_named(tied):
+    model = FusedHead(tiny("llama", tied))
+    name = "inner.model.embed_tokens.weight" if tied else "inner.lm_head.weight"
+    with GradientSketcher(model, SKETCH) as sketcher:
+        model(torch.ones(2, 5, dtype=torch.long), use_head=True).sum().backward()
+        assert len(sketcher.take()) == 2
+        with pytest.raises(
+            MeritFastError,
+            match=f"parameter {name} is used outside its module's forward, in linear",
+        ):
+            model(torch.ones(2, 5, dtype=torch.long), use_head=None)
+
+
+def test_a_weight_that_a_fused_attention_reads_is_named():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    model = Model()
+    chosen = {"attention.out_proj.weight": model.attention.out_proj.weight}
+    with (
+        pytest.raises(
+            MeritFastError, match="attention.out_proj.weight is used outside its module's forward"
+        ),
+        GradientSketcher(model, SKETCH, chosen),
+    ):
+        model(torch.randn(2, 3, 8))
+
+
+def test_a_module_called_without_the_model_is_refused():
+    model = tiny("llama")
+    with (
+        pytest.raises(
+            MeritFastError, match="embed_tokens.weight of Embedding ran outside the forward pass"
+        ),
+        GradientSketcher(model, SKETCH),
+    ):
+        model.model(torch.ones(2, 5, dtype=torch.long))
+
+
+def test_importing_the_package_loads_no_torch():
+    script = "import sys, merit_fast; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,229 @@
+"""Every way to run the passes gives the same sketches: checkpointing, attention, padding, packing, precision, ranks."""
+
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+from support.checks import FLOOR, assert_close
+from support.exact_gradients import (
+    SKETCH,
+    exact_sketches,
+    example_loss,
+    hook_sketches,
+    ragged_examples,
+    sketch_of_loss,
+    summed_loss,
+    tiny,
+)
+from torch.nn import functional as F
+
+import merit_fast
+from merit_fast.errors import MeritFastError
+from merit_fast.sketch.gradients import GradientSketcher
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+@pytest.mark.parametrize(
+    "architecture, parameters", [("llama", "blocks"), ("gpt2", "all"), ("mixtral", "all")]
+)
+def test_gradient_checkpointing_gives_the_same(architecture, reentrant, parameters):
+    model, examples = tiny(architecture), ragged_examples()
+    with merit_fast.sketch_gradients(model, 4096, parameters=parameters) as sketcher:
+        summed_loss(model, examples).backward()
+        plain = sketcher.take()
+    model.train()  # transformers checkpoints in training only; these models have no dropout but GPT-2's
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with merit_fast.sketch_gradients(model, 4096, parameters=parameters) as sketcher:
+        for _ in range(2):
+            summed_loss(model, examples).backward()
+            assert_close(sketcher.take(), plain)
+
+
+def test_checkpointing_frees_the_inputs_until_they_are_computed_again():
+    """Inputs are kept by autograd, so checkpointing drops them; a hook's own reference would keep them."""
+    model, examples, inputs = tiny("llama").train(), ragged_examples(), []
+    linear = model.model.layers[0].mlp.down_proj
+    linear.register_forward_pre_hook(
+        lambda module, args: inputs.append(weakref.ref(args[0].untyped_storage()))
+    )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with GradientSketcher(model, SKETCH) as sketcher:
+        loss = summed_loss(model, examples)
+        gc.collect()
+        assert [one() for one in inputs] == [None]
+        loss.backward()
+        assert len(inputs) == 2 and len(sketcher.take()) == 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_attention_and_padding_side_do_not_matter(attention, side):
+    model, examples = tiny("qwen2"), ragged_examples()
+    model.set_attn_implementation(attention)
+    width = max(len(e.input_ids) for e in examples)
+    ids, labels = torch.zeros(3, width, dtype=torch.long), torch.full((3, width), -100)
+    for row, example in enumerate(examples):
+        place = (
+            slice(len(example.input_ids))
+            if side == "right"
+            else slice(width - len(example.input_ids), None)
+        )
+        ids[row, place], labels[row, place] = (
+            torch.tensor(example.input_ids),
+            torch.tensor(example.labels),
+        )
+    lengths = torch.tensor([len(e.input_ids) for e in examples])
+    steps = torch.arange(width)
+    mask = steps < lengths[:, None] if side == "right" else steps >= width - lengths[:, None]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    with GradientSketcher(model, SKETCH) as sketcher:
+        logits = model(
+            input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+        ).logits
+        F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        ).backward()
+        result = sketcher.take()
+    assert_close(result, exact_sketches(model, examples))
+
+
+@pytest.mark.parametrize(
+    "architecture, attention",
+    [("llama", "eager"), ("qwen3", "sdpa"), ("gpt2", "sdpa"), ("mixtral", "sdpa")],
+)
+def test_a_packed_row_gives_one_sketch_per_segment(architecture, attention):
+    model, examples = tiny(architecture), ragged_examples()
+    model.set_attn_implementation(attention)
+    exact = exact_sketches(model, examples)
+    ids, positions, bounds, losses = [], [], [0], []
+    for example in examples:
+        ids += example.input_ids.tolist()
+        positions += range(len(example.input_ids))
+        bounds.append(len(ids))
+    arguments = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "use_cache": False,
+    }
+    with GradientSketcher(model, SKETCH) as sketcher:
+        sketcher.packed(torch.tensor(bounds))
+        logits = model(**arguments).logits[0]
+        for example, start, stop in zip(examples, bounds, bounds[1:], strict=False):
+            targets = torch.tensor(example.labels).long()[1:]
+            losses.append(F.cross_entropy(logits[start : stop - 1], targets, reduction="sum"))
+        sum(losses).backward()
+        assert_close(sketcher.update(["a", "b", "a"]), exact)
+        sketcher.packed(torch.tensor([0, 3, 99]))
+        with pytest.raises(MeritFastError, match="cu_seqlens must rise from 0 to N"):
+            model(**arguments)
+
+
+def test_a_packed_row_through_a_cut_head_is_refused():
+    model, ids = tiny("llama"), torch.randint(1, 97, (1, 12))
+    with GradientSketcher(model, SKETCH) as sketcher:
+        sketcher.packed(torch.tensor([0, 5, 12]))
+        loss = model(input_ids=ids, logits_to_keep=4).logits.sum()
+        with pytest.raises(MeritFastError, match="lm_head.weight of Linear sees values of shape"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2-moe"])
+def test_bf16_autocast_is_as_close_as_its_own_gradients(architecture):
+    model, examples = tiny(architecture), ragged_examples()
+    truth = exact_sketches(model, examples)
+
+    def rounded(example):
+        with torch.autocast("cpu", torch.bfloat16):
+            return example_loss(model, example)
+
+    plain = torch.cat([sketch_of_loss(model, lambda e=e: rounded(e)) for e in examples])
+    with GradientSketcher(model, SKETCH) as sketcher, torch.autocast("cpu", torch.bfloat16):
+        loss = summed_loss(model, examples)
+        loss.backward()
+        result = sketcher.take()
+    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[
+        torch.bfloat16
+    ] * truth.norm()
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "gpt2", "mixtral"])
+def test_bf16_weights(architecture):
+    model, examples = tiny(architecture).bfloat16(), ragged_examples()
+    if architecture == "mixtral":
+        model.set_experts_implementation(
+            "eager"
+        )  # torch's grouped products want other sizes in bf16
+    result = hook_sketches(model, examples)
+    plain, truth = exact_sketches(model, examples), exact_sketches(model.float(), examples)
+    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[
+        torch.bfloat16
+    ] * truth.norm()
+
+
+def rank_main(rank, port, path):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    ddp = DistributedDataParallel(tiny("llama", tied=True))
+    examples = ragged_examples((9, 14, 5, 6, 7))
+    batches = [[0, 1], [2]] if rank == 0 else [[3, 4]]  # ranks may differ in passes
+    with merit_fast.sketch_gradients(ddp, 4096, seed=7) as sketcher:
+        for rows in batches:
+            summed_loss(Unwrapped(ddp), [examples[row] for row in rows]).backward()
+            sketcher.update(["a"] * len(rows))
+    (path / f"{rank}").write_bytes(sketcher.state["a"].to_bytes())
+    dist.barrier()  # and afterwards DDP trains as before
+    ddp(input_ids=torch.ones(2, 5, dtype=torch.long)).logits.sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in ddp.parameters()])
+    both = [torch.empty_like(gradients) for _ in range(2)]
+    dist.all_gather(both, gradients)
+    assert torch.equal(*both)
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(
+        0
+    )  # gloo's threads may otherwise be torn down while they run, which aborts the process
+
+
+class Unwrapped(torch.nn.Module):
+    """Calls DDP's forward under the attributes of the model within."""
+
+    def __init__(self, ddp):
+        super().__init__()
+        self.ddp, self.config = ddp, ddp.module.config
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return self.ddp(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        )
+
+
+def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):
+    import socket
+
+    from merit_fast.manifests.sketch_state import SketchState
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(rank_main, (port, tmp_path), nprocs=2)
+    merged = SketchState.read(tmp_path / "0")
+    merged.merge(SketchState.read(tmp_path / "1"))
+    model, examples = tiny("llama", tied=True), ragged_examples((9, 14, 5, 6, 7))
+    with merit_fast.sketch_gradients(model, 4096, seed=7) as sketcher:
+        summed_loss(model, examples).backward()
+        sketcher.update(["a"] * 5)
+    one = sketcher.state["a"]
+    assert merged.identity == one.identity and merged.num_examples == 5
+    assert_close(merged.block_sums.sum(0), one.block_sums.sum(0))
+    assert_close(merged.block_square_norms.sum(), one.block_square_norms.sum())

@@ -1,0 +1,207 @@
+"""Coverage-guided fuzzing of all that the merge reads: python tests/support/fuzz_checkpoint.py --minutes 5
+
+Needs `pip install atheris`; no part of the test suite, which has test_fuzz_checkpoint.py. An input that crashes, hangs
+or disagrees with safetensors is written to the current directory; ``python tests/support/fuzz_checkpoint.py FILE`` repeats it.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from support.headers import INDEX, one_tensor, pack, tensor, write_model
+from safetensors import SafetensorError, safe_open
+
+from merit_fast.errors import InputError
+
+HEADER = {
+    "v": tensor([2, 3], 0, 24),
+    "w": tensor([0, 4], 24, 24, "BF16"),
+    "__metadata__": {"format": "pt"},
+}
+PAIR = {
+    "base_model.model.q.lora_A.weight": tensor([2, 3], 0, 24),
+    "base_model.model.q.lora_B.weight": tensor([1, 2], 24, 32),
+}
+CONFIG = {
+    "vocab_size": 4, "dtype": "float32", "tie_word_embeddings": True, "text_config": {"torch_dtype": "x"},
+    "quantization_config": {"quant_method": "fp8"}, "auto_map": {},
+}  # fmt: skip
+LORA = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4.0, "bias": "none", "rank_pattern": {"q": 2}, "alpha_pattern": {},
+    "init_lora_weights": True, "modules_to_save": ["x"], "use_dora": False,
+}  # fmt: skip
+JUNK = (
+    None, True, False, 0, 1, -1, 2**31, 2**63 - 1, 2**63, 2**70, 10**400, 1e3, 0.5, float("nan"), float("inf"), "", "w",
+    "v", "a\nb", "\ud800", "\x1b[2J", "x" * 2000, "F32", "BF16", "F4", "F8_E8M0", [], {}, [[]], [0], [2, 3], [0, 8],
+    {"w": 1}, "../x.safetensors", "/x.safetensors", "x.safetensors", "model.safetensors", "\0.safetensors", "(a+)+b",
+    ".*", "(",
+)  # fmt: skip
+KINDS = ("header", "index", "config", "lora", "pair", "raw")
+SEEDS = {
+    "header": HEADER, "index": {"weight_map": {"w": "x.safetensors"}}, "config": CONFIG, "lora": LORA, "pair": PAIR
+}  # fmt: skip
+
+
+def survives(read) -> bool:
+    """Whether ``read`` takes its input. It may refuse it, on one short line, and do nothing else."""
+    try:
+        read()
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 5000, str(error)[:5000]
+        return False
+    return True
+
+
+def check(kind: str, content: bytes, data_bytes: int, root: Path) -> None:
+    """Reads ``content`` as one of KINDS, in a directory whose other files are right."""
+    from merit_fast.merge.read.adapter import read_adapter
+    from merit_fast.merge.read.checkpoint import read_checkpoint, read_files
+    from merit_fast.merge.read.companions import check_configs, copy_companions
+
+    model = root / kind
+    if not model.exists():
+        write_model(model, {"model.safetensors": one_tensor(), "x.safetensors": one_tensor()})
+        (root / "out").mkdir(exist_ok=True)
+        (model / "adapter_config.json").write_text(json.dumps(LORA))
+        (model / "adapter_model.safetensors").write_bytes(pack(PAIR, bytes(32)))
+        if kind == "index":
+            (model / "model.safetensors").unlink()
+    if kind in ("header", "raw"):
+        file = model / "model.safetensors"
+        file.write_bytes(content if kind == "raw" else pack(content, bytes(data_bytes)))
+        if survives(lambda: read_checkpoint(model)):
+            agree_with_safetensors(file, read_checkpoint(model).tensors)
+    elif kind == "index":
+        (model / INDEX).write_bytes(content)
+        survives(lambda: read_checkpoint(model))
+    elif kind == "config":
+        (model / "config.json").write_bytes(content)
+        one = read_checkpoint(model)
+        survives(lambda: check_configs([one, one]))
+        survives(lambda: copy_companions(model, root / "out", ("bfloat16",), dequantized=True))
+    else:
+        name, config = "adapter_model.safetensors", "adapter_config.json"
+        if kind == "lora":
+            (model / config).write_bytes(content)
+        else:
+            (model / name).write_bytes(pack(content, bytes(data_bytes)))
+        if survives(lambda: read_adapter(model)):
+            agree_with_safetensors(model / name, read_files(model, [name]).tensors)
+
+
+def agree_with_safetensors(file: Path, tensors) -> None:
+    """What we take, the reference implementation takes too, and sees the same tensors in it."""
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            theirs = {
+                name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
+            }
+    except SafetensorError as error:
+        raise AssertionError(f"safetensors refuses what we take: {error}") from None
+    assert theirs == {name: (entry.dtype, entry.shape) for name, entry in tensors.items()}
+
+
+def places_of(values) -> list[tuple]:
+    """(holder, key) of every value in a JSON document but the document itself."""
+    places: list[tuple] = []
+    todo = [values]
+    while todo:
+        one = todo.pop()
+        keys = (
+            list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else []
+        )
+        places += [(one, key) for key in keys]
+        todo += [one[key] for key in keys]
+    return places
+
+
+def replaced_once(seed) -> Iterator[bytes]:
+    """The document with each of its values, in turn, replaced by each of JUNK."""
+    values = json.loads(json.dumps(seed))
+    for holder, key in places_of(values):
+        right = holder[key]
+        for junk in JUNK:
+            holder[key] = junk
+            yield json.dumps(values).encode()
+        holder[key] = right
+
+
+def damage(text: bytes, rng: random.Random) -> bytes:
+    """One structural change to a JSON text: a value replaced, removed, doubled or put elsewhere, or a key renamed."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return text[: rng.randrange(len(text) + 1)]
+    places = places_of(values)
+    if not places:
+        return json.dumps(rng.choice(JUNK)).encode()
+    (holder, key), act = rng.choice(places), rng.randrange(4)
+    if act == 0:
+        del holder[key]
+    elif act == 1 and isinstance(holder, dict):
+        holder[str(rng.choice([*JUNK, *(name for _, name in places)]))] = holder.pop(key)
+    elif act == 2 and isinstance(holder, list):
+        holder.insert(key, rng.choice(JUNK))
+    else:
+        number = holder[key] if type(holder[key]) is int else 0
+        holder[key] = rng.choice([*JUNK, number + 1, number + 4, 2 * number])
+    return json.dumps(values).encode()
+
+
+def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
+    """Does not return: libFuzzer ends the process."""
+    import atheris
+
+    with atheris.instrument_imports(include=["merit_fast.merge"]):
+        import merit_fast.merge.read.adapter
+        import merit_fast.merge.read.checkpoint
+        import merit_fast.merge.read.companions  # noqa: F401
+
+    def one(data: bytes) -> None:
+        kind = KINDS[data[0] % len(KINDS)] if data else "raw"
+        check(kind, data[2:], data[1] if len(data) > 1 else 0, root)
+        assert set(os.listdir(root)) <= {*KINDS, "out", "corpus"}
+
+    def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+        rng = random.Random(seed)
+        if len(data) < 3 or data[0] % len(KINDS) == KINDS.index("raw") or rng.random() < 0.4:
+            return atheris.Mutate(data, max_size)
+        return (data[:2] + damage(data[2:], rng))[:max_size]
+
+    (root / "corpus").mkdir()
+    for kind, seed in SEEDS.items():
+        prefix = bytes([KINDS.index(kind), 32 if kind == "pair" else 24])
+        (root / "corpus" / kind).write_bytes(prefix + json.dumps(seed).encode())
+    (root / "corpus" / "raw").write_bytes(bytes([KINDS.index("raw"), 0]) + one_tensor())
+    limits = [
+        f"-max_total_time={int(seconds)}",
+        "-timeout=10",
+        "-rss_limit_mb=2048",
+        "-max_len=4096",
+    ]
+    work = inputs or [str(root / "corpus")]
+    atheris.Setup([sys.argv[0], *limits, "-print_final_stats=1", *work], one, custom_mutator=mutate)
+    atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("inputs", nargs="*", help="inputs found earlier, to repeat")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fuzz") as root:
+        child = os.fork()
+        if child == 0:
+            fuzz(Path(root), 60 * arguments.minutes, arguments.inputs)
+        _, status = os.waitpid(child, 0)
+    sys.exit(os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()

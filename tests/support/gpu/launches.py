@@ -1,0 +1,49 @@
+"""Every Triton kernel of the repository with the launches that the gate compiles for GPUs that are not here."""
+
+from support.gpu import launches_cross_entropy as gpu_launches_cross_entropy
+from support.gpu import launches_layers as gpu_launches_layers
+from support.gpu import launches_optimizer as gpu_launches_optimizer
+from support.gpu import launches_sketch as gpu_launches_sketch
+import torch
+from support.gpu.code import GpuLaunch
+
+from merit_fast.kernels.average import _triton
+from merit_fast.kernels.average._tensors import DTYPES
+
+BF16, F16, F32, F64 = DTYPES
+# One column per kind of tensors that meet in a launch: the dtypes (the last the result's) and a shift in elements.
+AVERAGES = {
+    "4 bf16": [([BF16] * 5, 0)],
+    "16 bf16": [([BF16] * 17, 0)],
+    "4 fp32": [([F32] * 5, 0)],
+    "4 fp64": [([F64] * 5, 0)],
+    "4 of mixed kinds": [
+        ([BF16] * 5, 0),
+        ([F32] * 5, 0),
+        ([BF16, F16, F32, F64, BF16], 0),
+        ([BF16] * 5, 1),
+    ],
+}
+
+
+def launches() -> list[GpuLaunch]:
+    averages = [average(name, columns) for name, columns in AVERAGES.items()]
+    # bf16 rows times a float32 scale: what sm_100 would multiply in tf32.
+    scaled = gpu_launches_sketch.rows(
+        "sketch of rows by id, bf16, scaled", BF16, by_id=True, scaled=True
+    )
+    families = (gpu_launches_cross_entropy, gpu_launches_layers, gpu_launches_optimizer)
+    training = [launch for family in families for launch in family.launches()]
+    return [*averages, *gpu_launches_sketch.launches(), scaled, *training]
+
+
+def average(name, columns) -> GpuLaunch:
+    tensors = [
+        [torch.zeros(3000 + shift, dtype=d)[shift:] for d in dtypes] for dtypes, shift in columns
+    ]
+    count = len(columns[0][0]) - 1
+    table, signatures, _ = _triton.describe(
+        [(row[:-1], row[-1]) for row in tensors], [1 / count] * count
+    )
+    arguments = (table, len(columns), count, signatures, _triton.BLOCK)
+    return GpuLaunch(f"average of {name}", _triton.average_kernel, arguments, _triton.OPTIONS)

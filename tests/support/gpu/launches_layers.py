@@ -1,0 +1,76 @@
+"""The launches of the layers' Triton kernels at the sizes of models, for the gate and the tests of their code."""
+
+from unittest import mock
+
+import torch
+from support.gpu.code import GpuLaunch
+
+from merit_fast.kernels.layers import _triton, add_rms_norm, geglu, rms_norm, rope, swiglu
+
+KERNELS = (
+    "norm_kernel",
+    "norm_backward_kernel",
+    "gated_kernel",
+    "gated_backward_kernel",
+    "rope_kernel",
+)
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def launches() -> list[GpuLaunch]:
+    return [
+        *norm("norm, bf16, 4096", BF16, 4096),
+        *norm("norm, fp32, 16384", F32, 16384),
+        *norm("norm of heads, bf16, 128", BF16, 128),
+        *norm("norm, bf16, ragged", BF16, 1003),
+        *pair(
+            "add and norm, bf16, 4096",
+            lambda x, r, w: add_rms_norm(x, r, w, 1e-6)[0],
+            [(8, 4096)] * 2 + [(4096,)],
+        ),
+        *pair("swiglu, bf16", swiglu, [(8, 11008)] * 2),
+        *pair("swiglu, packed, bf16", swiglu, [(8, 2 * 11008)]),
+        *pair("geglu, fp32", geglu, [(8, 11008)] * 2, F32),
+        *pair("geglu by erf, bf16", lambda g, u: geglu(g, u, approximate="none"), [(8, 11008)] * 2),
+        *heads("rope, bf16, 128", BF16, 128, 128),
+        *heads("rope, fp32, 64", F32, 64, 64),
+        *heads("rope, bf16, partial", BF16, 80, 32),
+    ]
+
+
+def norm(name, dtype, columns) -> list[GpuLaunch]:
+    return pair(name, lambda x, w: rms_norm(x, w, 1e-6), [(8, columns), (columns,)], dtype)
+
+
+def heads(name, dtype, width, rotary) -> list[GpuLaunch]:
+    positions = torch.zeros(1, 4, rotary, dtype=dtype)
+
+    def turn(q, k):
+        return rope(q.transpose(1, 2), k.transpose(1, 2), positions, positions)[0]
+
+    return pair(name, turn, [(2, 4, 32, width), (2, 4, 8, width)], dtype)
+
+
+def pair(name, call, shapes, dtype=BF16) -> list[GpuLaunch]:
+    """The launches of forward and backward; nothing runs."""
+    inputs, found = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes], []
+
+    class Recorder:
+        def __init__(self, of):
+            self.of = of
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: found.append((self.of, arguments, options))
+
+    with (
+        mock.patch.multiple(_triton, **{kernel: Recorder(kernel) for kernel in KERNELS}),
+        mock.patch("merit_fast.kernels.dispatch.unavailable", lambda *asked: None),
+        mock.patch.dict("os.environ", {"MERIT_FAST_BACKEND": "triton"}),
+    ):
+        call(*inputs).sum().backward()
+    return [
+        GpuLaunch(f"{name}, {direction}", getattr(_triton, kernel), arguments, options)
+        for direction, (kernel, arguments, options) in zip(
+            ("forward", "backward"), found, strict=True
+        )
+    ]

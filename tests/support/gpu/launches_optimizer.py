@@ -1,0 +1,58 @@
+"""The launches of AdamW's Triton kernel, for the gate and the tests of its code."""
+
+import torch
+from support.gpu.code import GpuLaunch
+
+from merit_fast.kernels.optimizer import _triton
+
+BF16, F32 = torch.bfloat16, torch.float32
+FULL = (True, True, True)
+
+
+def launches() -> list[GpuLaunch]:
+    return [
+        launch("AdamW, fp32", F32),
+        launch(
+            "AdamW, fp32, clip, average, zeroed gradient",
+            F32,
+            average=True,
+            flags=(False, True, True),
+        ),
+        launch("AdamW, bf16, stochastic, bf16 moments", BF16, BF16),
+        launch("AdamW, bf16, stochastic, 8-bit moments", BF16, torch.int8),
+        launch("AdamW, bf16, fp32 master", BF16, master=F32),
+        launch(
+            "AdamW, bf16, split master, all at once",
+            BF16,
+            torch.int8,
+            torch.int16,
+            average=True,
+            flags=FULL,
+        ),
+        launch("AdamW, bf16, off the 16-byte grid", BF16, shift=1),
+    ]
+
+
+def launch(
+    name, dtype, moments=F32, master=None, average=False, flags=(True, False, False), shift=0
+) -> GpuLaunch:
+    def tensors(kind, count=3000):
+        return [torch.zeros(count + shift, dtype=kind)[shift:]]
+
+    second = torch.uint8 if moments == torch.int8 else moments
+    scales = tensors(F32, 12) * 2 if moments == torch.int8 else []
+    masters, averages = tensors(master) if master else [], tensors(F32) if average else []
+    lists = (
+        tensors(dtype),
+        tensors(dtype),
+        tensors(moments),
+        tensors(second),
+        scales,
+        masters,
+        averages,
+    )
+    table, kinds, _ = _triton.describe(lists, [1e-3, 1.0, 0.1], [5], flags)
+    clip = torch.ones(()) if flags[2] else table
+    scalars = (0.999, 0.9, 0.1, 0.999, 0.001, 1e-8)
+    arguments = (table, 1, clip, *scalars, kinds, _triton.ROWS, _triton.WIDTH)
+    return GpuLaunch(name, _triton.adamw_kernel, arguments, _triton.OPTIONS)

@@ -1,0 +1,206 @@
+"""Training: order depends on the step alone; accumulation and resuming change nothing; bf16 keeps masters."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.checks import assert_close, tree_bytes
+from conftest import make_model, make_tokenizer
+from torch.nn import functional as F
+
+from merit_fast.data import Dataset, Example
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.manifests.io import read_manifest
+from merit_fast.manifests.schemas import BranchManifest
+from merit_fast.progress import SilentProgress
+from merit_fast.train import TrainConfig, train_branch
+from merit_fast.train.optimizer import MasterAdamW
+from merit_fast.train.schedule import learning_rate, num_steps, step_examples
+from merit_fast.train.stage import BranchJob
+
+
+def dataset(name, seed, rows=10):
+    generator = np.random.default_rng(seed)
+    examples = []
+    for _ in range(rows):
+        ids = generator.integers(2, 400, generator.integers(5, 12)).astype(np.int32)
+        examples.append(Example(ids, np.where(np.arange(len(ids)) < 3, -100, ids).astype(np.int32)))
+    return Dataset(name, tuple(examples))
+
+
+def job(base, *datasets):
+    return BranchJob("merit-0", "merit", 0, datasets, str(base), "base-fingerprint")
+
+
+def train(base, out, config, *datasets):
+    out.mkdir()
+    return train_branch(job(base, *datasets), config, out, SilentProgress())
+
+
+def weights(directory):
+    from safetensors.torch import load_file
+
+    return {
+        k: v
+        for file in sorted(directory.glob("model*.safetensors"))
+        for k, v in load_file(file).items()
+    }
+
+
+CONFIG = TrainConfig(
+    epochs=2, batch_size=4, learning_rate=1e-3, dtype="fp32", max_shard_size="60KB"
+)
+
+
+def test_every_example_once_per_epoch_in_another_order():
+    config = TrainConfig(epochs=3, batch_size=4)
+    assert num_steps(10, config) == 9
+    epochs = [
+        np.concatenate([step_examples(3 * e + s, 10, config) for s in range(3)]) for e in range(3)
+    ]
+    for order in epochs:
+        assert sorted(order) == list(range(10))
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_learning_rate_rises_then_falls_to_its_final_share():
+    config = TrainConfig(learning_rate=1.0, warmup_fraction=0.1, final_fraction=0.2)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert learning_rate(0, 1, config) > 0
+
+
+def test_branch_is_complete_and_loads(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    a, b = dataset("a", 0), dataset("b", 1, rows=3)
+    manifest = train(tiny_model, tmp_path / "out", CONFIG, a, b)
+    assert manifest == read_manifest(BranchManifest, tmp_path / "out" / "branch.json")
+    assert manifest.num_target_tokens == 2 * (a.num_target_tokens + b.num_target_tokens)
+    assert (manifest.num_examples, manifest.num_tokens) == (26, 2 * (a.num_tokens + b.num_tokens))
+    assert (manifest.steps, manifest.datasets) == (8, ("a", "b"))
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert not list((tmp_path / "out").glob("resume*"))
+    losses = json.loads((tmp_path / "out" / "losses.json").read_text())
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_first_step_equals_torch_by_hand(tiny_model, tmp_path):
+    """One step of our loop against F.cross_entropy, clip_grad_norm_ and AdamW on unpadded rows."""
+    from transformers import AutoModelForCausalLM
+
+    rows = dataset("a", 3, rows=4)
+    config = TrainConfig(
+        batch_size=4, learning_rate=1e-3, dtype="fp32", warmup_fraction=0.0, weight_decay=0.1
+    )
+    train(tiny_model, tmp_path / "out", config, rows)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation="eager"
+    )
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                                  lr=1e-3, betas=(0.9, 0.98))  # fmt: skip
+    total = sum(
+        F.cross_entropy(model(torch.tensor(e.input_ids)[None].long()).logits[0, :-1],
+                        torch.tensor(e.labels[1:]).long(), ignore_index=-100, reduction="sum")
+        for e in rows.examples
+    )  # fmt: skip
+    (total / rows.num_target_tokens).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    trained = weights(tmp_path / "out")
+    for name, parameter in model.named_parameters():
+        assert (trained[name] - parameter).abs().max() < 1e-4, name
+        moved, expected = trained[name] - before[name], parameter.detach() - before[name]
+        assert F.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.99, name
+
+
+def test_accumulation_changes_only_rounding(tiny_model, tmp_path):
+    rows = dataset("a", 0)
+    train(tiny_model, tmp_path / "whole", CONFIG, rows)
+    train(tiny_model, tmp_path / "cut", TrainConfig(**{**vars(CONFIG), "accumulation": 3}), rows)
+    whole, cut = (
+        json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "cut")
+    )
+    assert cut == pytest.approx(whole, rel=1e-4)
+
+
+class StopAt(SilentProgress):
+    """Raises in the middle of a step, as a lost machine would."""
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def advance(self, amount, detail=""):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, dtype):
+    base = tmp_path / "base"
+    make_tokenizer(base)
+    make_model(base, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    config = TrainConfig(epochs=2, batch_size=3, checkpoint_steps=2, dtype=dtype, seed=5)
+    rows = dataset("a", 0)
+    train(base, tmp_path / "whole", config, rows)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for stop in (5, 3):  # killed after 4 steps, resumed at 4, killed again
+        with pytest.raises(KeyboardInterrupt):
+            train_branch(job(base, rows), config, broken, StopAt(stop))
+    assert (broken / "resume.safetensors").exists()
+    train_branch(job(base, rows), config, broken, SilentProgress())
+    assert tree_bytes(tmp_path / "whole", ("timing.json",)) == tree_bytes(broken, ("timing.json",))
+
+
+def test_bf16_masters_move_what_plain_bf16_loses():
+    """20 steps of one gradient at lr 1e-5: masters move 2e-4 in all; plain bf16 weights round most of it away."""
+    weight = torch.nn.Parameter((torch.randn(64, 64) * 0.02).bfloat16())
+    model = torch.nn.Module()
+    model.register_parameter("w", weight)
+    start = weight.detach().float().clone()
+    optimizer = MasterAdamW(model, TrainConfig(clip_norm=0.0))
+    for _ in range(20):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step(1e-5)
+    moved = (optimizer.masters[0] - start).abs()
+    assert moved.mean() == pytest.approx(2e-4, rel=0.02)
+    assert torch.equal(weight.detach(), optimizer.masters[0].bfloat16())
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
+    base = tmp_path / "base"
+    make_tokenizer(base)
+    model = make_model(base)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(base)
+    with pytest.raises(
+        MeritFastError, match="loss is not finite at step 0; lower train.learning_rate"
+    ):
+        train(base, tmp_path / "out", CONFIG, dataset("a", 0))
+
+
+def test_a_branch_without_examples_is_bad_input(tiny_model, tmp_path):
+    with pytest.raises(InputError, match="merit-0: has no example"):
+        train(tiny_model, tmp_path / "out", CONFIG)
+
+
+def test_weights_after_training_agree_with_their_masters(tiny_model, tmp_path):
+    train(tiny_model, tmp_path / "out", CONFIG, dataset("a", 0))
+    changed = [
+        n
+        for n, w in weights(tmp_path / "out").items()
+        if not torch.equal(w, weights(tiny_model)[n])
+    ]
+    assert len(changed) == len(weights(tiny_model))
+    assert_close(weights(tmp_path / "out")["model.norm.weight"], torch.ones(72), torch.bfloat16)
