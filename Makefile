@@ -7,7 +7,7 @@ TORCH := 2.13.0
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: setup demo test gpu-check bench lint clean
+.PHONY: setup demo test gpu-check gpu-baseline bench lint clean
 
 setup: $(STAMP)
 
@@ -32,8 +32,12 @@ test: setup
 
 # The GPU kernels without a GPU: their tests in the interpreter, then the gate on their code. `make test` does both, too.
 gpu-check: setup
-	TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python -m pytest -q -W ignore -p triton_interp tests/interpreted_*.py
-	$(BIN)/python tests/gpu/gpu_gate.py
+	TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python -m pytest -q -W ignore -p support.gpu.triton_interp tests/gpu/interpreted_*.py
+	PYTHONPATH=tests $(BIN)/python -m support.gpu.gate
+
+# After a change to a GPU kernel that is meant: commit the new baseline with it.
+gpu-baseline: setup
+	PYTHONPATH=tests $(BIN)/python -m support.gpu.gate --update
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds

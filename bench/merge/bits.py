@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from bench.merge.checkpoints import Tensor, read_headers
-from bench.support.measure import run_child
 from bench.merge.rows import Setup, merge_command, mergekit_command
+from bench.support.measure import run_child
 
 PIECE = 1 << 22
 WEIGHTS = {

@@ -19,9 +19,9 @@ from typing import Any
 
 from bench.merge import mergekit_env
 from bench.merge.checkpoints import SIZES, ensure_checkpoints
-from bench.support.measure import Results, cached_share, drop, machine, read_all, run_child
 from bench.merge.report import Figures, report
 from bench.merge.rows import GROUPS, ROOT, Row, Setup, rows
+from bench.support.measure import Results, cached_share, drop, machine, read_all, run_child
 
 PARTS = (*GROUPS, "bits")
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.support.measure import Results, spread
 from bench.merge.rows import READS, WRITES, Row
+from bench.support.measure import Results, spread
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.support.measure import Results, run_child
 from bench.merge.seven_b import HIDDEN, INTERMEDIATE, KEY_VALUE, LAYERS, VOCABULARY
 from bench.sketch.work import DTYPES, Work, frozen, plain, sketched, small_model, token_work
+from bench.support.measure import Results, run_child
 
 VARIANTS = {"plain": plain, "frozen": frozen, "sketch": sketched}
 BATCH, ROUNDS = 8, 3

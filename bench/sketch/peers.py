@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.sketch import peers_env as sketch_peers_env
 from bench.merge.commands import version
-from bench.support.measure import Results, machine, run_child, spread
 from bench.merge.rows import ROOT
+from bench.sketch import peers_env as sketch_peers_env
+from bench.support.measure import Results, machine, run_child, spread
 
 # peer: the package that must be there
 NEEDS = {

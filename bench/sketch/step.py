@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.sketch import memory as sketch_memory
 from bench.merge.commands import version
-from bench.support.measure import Results, machine
+from bench.sketch import memory as sketch_memory
 from bench.sketch.step_report import report
 from bench.sketch.work import (
     PROJ_DIM,
@@ -40,6 +39,7 @@ from bench.sketch.work import (
     training,
     training_sketched,
 )
+from bench.support.measure import Results, machine
 
 Variant = Callable[[Work], contextlib.AbstractContextManager[Step]]
 PARTS = ("31m", "smollm", "memory", "7b")

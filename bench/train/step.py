@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from bench.support.measure import machine, run_child, spread
 from bench.sketch.work import rotated
+from bench.support.measure import machine, run_child, spread
 from bench.train.memory import VARIANTS as MEMORY
 from bench.train.step_variants import VARIANTS, Run, Work
 

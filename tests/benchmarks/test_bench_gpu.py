@@ -4,17 +4,16 @@ import itertools
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from support.paths import ROOT
 
 from bench.gpu import __main__ as gpu
 from bench.gpu import average as gpu_average
 from bench.gpu import sketch as gpu_sketch
 from merit_fast.kernels import dispatch
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     dispatch.native_module() is None, reason="the native kernels were not built"

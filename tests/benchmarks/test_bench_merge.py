@@ -4,11 +4,10 @@ import json
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LIGHT = ["--size", "tiny", "--no-mergekit", "--skip", "transformers,safetensors,memory"]
 
 

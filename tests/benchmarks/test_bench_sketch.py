@@ -3,12 +3,10 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ def records(file):
 
 def test_steps_are_measured_kept_and_not_repeated(bench, tmp_path, tiny_model):
     options = (tmp_path, "--quick", "--threads", "1", "--only", "31m,smollm", "--model", tiny_model)
-    text = bench("sketch_step", *options, "--rounds", "1")
+    text = bench("sketch.step", *options, "--rounds", "1")
     rounds = [record["round"] for record in records(tmp_path / "sketch_step-quick.jsonl")[1:]]
     names = [entry["case"] for entry in rounds]
     assert names == [
@@ -51,22 +49,22 @@ def test_steps_are_measured_kept_and_not_repeated(bench, tmp_path, tiny_model):
     ]  # fmt: skip
     assert all(row["cpu_s"] > 0 for entry in rounds for row in entry["rows"].values())
     assert "| SmolLM2-135M, bf16, 1 thread(s): sketch | wall " in text and "round 1" in text
-    again = bench("sketch_step", *options, "--rounds", "1")
+    again = bench("sketch.step", *options, "--rounds", "1")
     assert "round 1" not in again and again in text
 
 
 def test_memory_is_of_a_process_of_its_own_and_a_large_model_is_built_in_place(bench):
     sketch = json.loads(
-        bench("sketch_memory", "sketch", "--quick", "--tokens", "16").splitlines()[-1]
+        bench("sketch.memory", "sketch", "--quick", "--tokens", "16").splitlines()[-1]
     )
     assert sketch["before_mib"] <= sketch["high_mib"]
-    large = json.loads(bench("sketch_memory", "7b", "--quick").splitlines()[-1])
+    large = json.loads(bench("sketch.memory", "7b", "--quick").splitlines()[-1])
     assert large["weights_mib"] == large["parameters"] * 2 / 2**20
 
 
 def test_accuracy_is_that_of_the_gradients_it_keeps(bench, tmp_path, tiny_model):
     options = (tmp_path, "--quick", "--model", tiny_model, "--examples", "2", "--proj-dims", "4096")
-    text = bench("sketch_accuracy", *options, "--seeds", "2")
+    text = bench("sketch.accuracy", *options, "--seeds", "2")
     assert "| 4096 | 2 | " in text and "8 tasks, 28 pairs" in text
     found = records(tmp_path / "sketch_accuracy.jsonl")
     gradients = torch.stack(
@@ -76,11 +74,11 @@ def test_accuracy_is_that_of_the_gradients_it_keeps(bench, tmp_path, tiny_model)
         torch.tensor(value) for record in found for value in record.get("exact", {}).values()
     )
     assert torch.allclose(exact.double(), gradients.double() @ gradients.double().T, rtol=1e-5)
-    more = bench("sketch_accuracy", *options, "--seeds", "3")
+    more = bench("sketch.accuracy", *options, "--seeds", "3")
     assert "gradient of" not in more and "| 4096 | 3 | " in more
     other = (*options[:-3], "3", *options[-2:])
     with pytest.raises(SystemExit, match="was measured with another examples"):
-        bench("sketch_accuracy", *other)
+        bench("sketch.accuracy", *other)
 
 
 def files_of(found, folder):
@@ -92,14 +90,14 @@ def files_of(found, folder):
 def test_a_peer_that_is_not_to_be_had_is_said_and_the_others_run(bench, tmp_path):
     (tmp_path / "peers").mkdir()
     options = ("--quick", "--rounds", "1", "--threads", "1", "--peers", tmp_path / "peers")
-    text = bench("sketch_peers", tmp_path / "out", *options, "--only", "merit-fast,opacus")
+    text = bench("sketch.peers", tmp_path / "out", *options, "--only", "merit-fast,opacus")
     assert "| merit-fast, all parameters to 65536 | " in text
     assert f"| opacus | failed: {tmp_path}/peers: is not an environment" in text
 
 
 def test_the_loop_over_examples_is_checked_and_timed_beside_the_plain_step(bench):
     found = json.loads(
-        bench("sketch_peer_steps", "less", "--quick", "--rounds", "2").splitlines()[-1]
+        bench("sketch.peer_steps", "less", "--quick", "--rounds", "2").splitlines()[-1]
     )
     steps = {name.split("/")[1] for name in found}
     assert steps == {
@@ -111,7 +109,7 @@ def test_the_loop_over_examples_is_checked_and_timed_beside_the_plain_step(bench
 
 
 def test_a_wrong_result_ends_the_benchmark(module):
-    peer_steps = module("sketch_peer_steps")
+    peer_steps = module("sketch.peer_steps")
     truth = torch.randn(10)
     peer_steps.expect(truth, truth, "right")
     with pytest.raises(SystemExit, match="wrong: is off by 1.0e-02"):
@@ -119,7 +117,7 @@ def test_a_wrong_result_ends_the_benchmark(module):
 
 
 def test_onednn_s_step_has_the_gradients_of_the_plain_one(module):
-    work_module = module("sketch_work")
+    work_module = module("sketch.work")
     work = work_module.token_work(work_module.small_model("fp32", quick=True), 3, 9)
     plain = work_module.exact_gradients(work, 1)
     with work_module.onednn(work):

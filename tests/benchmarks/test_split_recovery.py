@@ -4,15 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import ROOT
 
 from bench.split import recovery as split_recovery
 from merit_fast.split.conflict import cosine_matrix
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_quick_mode_ends_with_one_json_object():

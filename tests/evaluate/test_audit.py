@@ -157,7 +157,7 @@ def test_a_run_with_audit_shows_it_and_without_does_not_evaluate_again(
     tmp_path, tiny_model, tiny_mixture, monkeypatch
 ):
     import yaml
-    from test_pipeline import run_all, run_values
+    from support.runs import run_all, run_values
 
     monkeypatch.chdir(tmp_path)
     values = run_values(tiny_model, tiny_mixture)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from safetensors.torch import load_file
+from support.tiny import make_model
 from torch.nn import functional as F
 
 from merit_fast.data import (

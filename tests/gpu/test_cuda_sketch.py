@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 
-from support.gpu import host_cuda
 import pytest
 import torch
 from support.checks import assert_close, run_at_level
+from support.gpu import host_cuda
+from support.paths import TESTS
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.sketch import CountSketch, _cuda, _eager, linear_grad_sketch
@@ -182,8 +183,10 @@ def test_no_access_to_shared_memory_meets_a_bank_twice(library):
 
 UNDEFINED = """
 import ctypes, sys
-sys.path.insert(0, {tests!r})
-import host_cuda, test_cuda_sketch as cases, torch
+sys.path[:0] = [{tests!r}, {folder!r}]
+import test_cuda_sketch as cases, torch
+from support.gpu import host_cuda
+from support.paths import TESTS
 from merit_fast.kernels.sketch import _cuda
 torch.manual_seed(0)
 _cuda.launch = host_cuda.launcher(ctypes.CDLL({library!r}))
@@ -200,12 +203,17 @@ print("clean")
 def test_no_undefined_behaviour(tmp_path):
     """In a process of its own, which the sanitizer ends at the first fault."""
     library = host_cuda.build_for_cpu(tmp_path, "-fsanitize=undefined", "-fno-sanitize-recover=all")
-    tests = str(host_cuda.ROOT / "tests")
-    assert run_at_level(UNDEFINED.format(tests=tests, library=str(library)), None) == "clean"
+    tests = str(TESTS)
+    assert (
+        run_at_level(
+            UNDEFINED.format(tests=tests, folder=f"{tests}/gpu", library=str(library)), None
+        )
+        == "clean"
+    )
 
 
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
-BASELINE = json.loads((host_cuda.ROOT / "tests" / "cuda_baseline.json").read_text())
+BASELINE = json.loads((TESTS / "support" / "gpu" / "cuda_baseline.json").read_text())
 
 
 @pytest.fixture(scope="session")

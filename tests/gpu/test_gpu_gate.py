@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.paths import ROOT, TESTS
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-from gpu import gpu_gate
-from support.gpu import launches as gpu_launches
 import triton
 import triton.language as tl
+from support.gpu import gate as gpu_gate
+from support.gpu import launches as gpu_launches
 from support.gpu.code import GpuLaunch
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"sm_90": 90, "gfx942": "gfx942"}
 
 
@@ -28,7 +28,10 @@ def test_every_kernel_holds_its_baseline():
     baseline, remark = gpu_gate.load_baseline()
     lines = gpu_gate.failures(gpu_gate.measure(gpu_launches.launches(), gpu_gate.TARGETS), baseline)
     assert not lines, "\n".join(
-        [*lines, remark or "after a change that is meant: python tests/gpu/gpu_gate.py --update"]
+        [
+            *lines,
+            remark or "after a change that is meant: make gpu-baseline",
+        ]
     )
 
 
@@ -51,10 +54,8 @@ def test_no_kernel_is_left_out():
 
 
 def test_every_file_of_interpreted_tests_is_run_by_a_test():
-    files = {file.name for file in (ROOT / "tests").glob("interpreted_*.py")}
-    texts = [
-        file.read_text() for file in (ROOT / "tests").glob("test_*.py") if file != Path(__file__)
-    ]
+    files = {file.name for file in (TESTS / "gpu").glob("interpreted_*.py")}
+    texts = [file.read_text() for file in TESTS.rglob("test_*.py") if file != Path(__file__)]
     assert files and not [
         name for name in files if not any(f'run_interpreted("{name}")' in text for text in texts)
     ]
@@ -250,7 +251,7 @@ def test_a_baseline_of_another_compiler_is_not_compared_with_and_that_is_said(on
 
 
 def test_it_refuses_to_run_where_kernels_are_interpreted():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, ROOT / "tests" / "gpu_gate.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{TESTS}:{ROOT}"}
+    command = [sys.executable, "-m", "support.gpu.gate"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and "unset TRITON_INTERPRET" in result.stderr

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_model
 from support.formulas import delta_method
+from support.gram_formulas import slerp_by_hand, stock_by_hand
 from support.merges import load, write
-from test_methods import slerp_by_hand, stock_by_hand
+from support.tiny import make_model
 
 from merit_fast.errors import InputError
 from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checks import assert_close
+from support.paths import ROOT, TESTS
 from torch.nn import functional as F
 
 from merit_fast.errors import InputError, MeritFastError
@@ -217,9 +218,9 @@ def test_evaluation_during_training_leaves_no_trace(tmp_path):
 
 RANK = """
 import os, sys
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
+sys.path[:0] = sys.argv[2:]
 from test_trainer_callback import PROJ_DIM, SketchCallback, rows, trainer
-run = trainer(sys.argv[3], rows(), learning_rate=0.0, max_steps=2, ddp_backend="gloo")
+run = trainer(sys.argv[1], rows(), learning_rate=0.0, max_steps=2, ddp_backend="gloo")
 SketchCallback(PROJ_DIM).attach(run)
 run.train()
 import torch.distributed as dist
@@ -236,7 +237,7 @@ def test_ranks_add_up_to_the_states_of_one_process(tmp_path):
     one = trainer(tmp_path / "one", learning_rate=0.0)
     SketchCallback(PROJ_DIM).attach(one)
     one.train()
-    command = [sys.executable, "-c", RANK, here, here.parent, tmp_path / "two"]
+    command = [sys.executable, "-c", RANK, tmp_path / "two", here, TESTS, ROOT]
     common = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",

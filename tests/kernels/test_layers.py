@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.checks import FLOOR, assert_never_worse, run_at_level
 from support.layer_cases import BF16, CASES, F32, compared, results
+from support.paths import TESTS
 
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels import dispatch
@@ -234,9 +235,8 @@ print(digest.hexdigest())
 
 def test_isa_levels_give_the_same_bits(native_levels, monkeypatch):
     import os
-    from pathlib import Path
 
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTHONPATH", f"{TESTS}:{os.environ.get('PYTHONPATH', '')}")
     assert len({run_at_level(SAME_BITS, level) for level in native_levels}) == 1
 
 

@@ -12,6 +12,7 @@ from support.optimizer_runs import (
     set_gradients,
     train,
 )
+from support.paths import TESTS
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import FusedAdamW, _eager, _ops
@@ -173,7 +174,7 @@ def test_results_do_not_depend_on_threads():
 @native
 def test_every_level_gives_the_same_bits(native_levels):
     script = f"""
-import sys; sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
+import sys; sys.path.insert(0, {str(TESTS)!r})
 import hashlib, torch
 from support.optimizer_runs import bits, train
 digest = hashlib.sha256()

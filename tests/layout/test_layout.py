@@ -8,88 +8,170 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "merit_fast"
-STAGES = {"split", "train", "merge", "evaluate", "report"}
-# Who may be imported by whom: a room sees the rooms listed here and itself.
-BASE = {"errors", "config", "manifest", "schemas", "progress"}
+FILES = sorted(
+    file
+    for folder in (PACKAGE, ROOT / "kernels")
+    for file in folder.rglob("*.py")
+    if "merit_fast/kernels/" not in file.as_posix()
+)
+
+# Which rooms a room may import, next to itself. A room is a folder or a file of merit_fast/.
+BASE = {"errors", "options", "manifests", "progress"}
+TORCH_STAGE = BASE | {"data", "model", "kernels"}
 ARROWS = {
     "errors": set(),
-    "config": {"errors"},
-    "schemas": set(),
-    "manifest": {"errors", "config", "schemas"},
     "progress": set(),
+    "block_estimates": set(),
     "kernels": {"errors"},
-    "data": {"errors", "config", "manifest"},
+    "options": {"errors"},
+    "manifests": {"errors", "options", "kernels"},
+    "data": {"errors", "options", "manifests"},
     "model": {"errors", "data"},
-    **{stage: BASE | {"data", "model", "kernels"} for stage in STAGES},
-    "merge": BASE | {"model", "kernels"},
+    "patch": {"errors", "kernels"},
+    "sketch": TORCH_STAGE | {"block_estimates"},
+    "split": BASE | {"block_estimates", "data"},
+    "train": TORCH_STAGE | {"patch"},
+    "merge": BASE | {"kernels", "model"},
+    "evaluate": TORCH_STAGE,
     "report": BASE,
-    "demo": BASE,
-    "doctor": {"kernels", "manifest"},
-    "run_config": BASE | STAGES | {"data", "strict_yaml"},
-    "arms": BASE | {"data", "run_config"},
-    "outputs": BASE | {"arms", "data", "merge", "model", "run_config", "train"},
-    "tune": BASE | {"merge", "evaluate", "data", "model"},
-    "pipeline": BASE | STAGES | {"data", "model", "run_config", "arms", "outputs", "tune"},
-    "integrations": BASE | {"merge", "model", "strict_yaml", "split", "kernels"},
-    "arguments": {"errors"},
-    "strict_yaml": {"errors"},
-    "merge_command": BASE | {"merge", "integrations"},
+    "tune": BASE | {"data", "evaluate", "merge", "model"},
+    "demo": {"errors", "manifests"},
+    "integrations": BASE | {"kernels", "merge", "model", "sketch"},
+    "pipeline": BASE
+    | {"data", "model", "sketch", "split", "train", "merge", "evaluate", "report", "tune"},
     "cli": BASE
-    | STAGES
-    | {
-        "data",
-        "model",
-        "run_config",
-        "pipeline",
-        "doctor",
-        "demo",
-        "arguments",
-        "merge_command",
-        "tune",
-    },
-    "__init__": {"errors", "pipeline", "run_config", "split", "train"},
+    | {"data", "demo", "evaluate", "integrations", "kernels", "merge", "pipeline", "report"}
+    | {"sketch", "split", "train", "tune"},
+    "__init__": {"errors", "patch", "pipeline", "sketch"},
+}
+# The one place where a stage reads another's file: a split's options contain its sketch's.
+EXCEPTIONS = {("merit_fast.split.config", "merit_fast.sketch.config")}
+
+# Inside the large folders data flows down these lists: a line imports only the lines above it.
+INSIDE = {
+    "merge": ("parameters", "config", "read", "combine", "engine", "write", "in_memory", "stage"),
+    "sketch": (
+        "config",
+        "selection",
+        "precondition",
+        "capture",
+        "summed",
+        "gradients",
+        "sampling",
+        "stage",
+    ),
+    "split": (
+        "moments",
+        "conflict",
+        "search",
+        "config",
+        "separation",
+        "auto",
+        "text_cluster",
+        "decide",
+        "stage",
+    ),
+    "pipeline": ("config", "arms", "outputs", "run"),
 }
 
 
-def rooms():
-    for file in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
-        relative = file.relative_to(ROOT)
-        room = "kernels" if relative.parts[0] == "kernels" else Path(relative.parts[1]).stem
-        yield room, file
+def module_of(file):
+    """The dotted name a file is imported by."""
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "kernels":
+        parts = ["merit_fast", *parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_rooms(file):
+MODULES = {module_of(file): file for file in FILES}
+
+
+def imports_of(file):
+    """Modules of merit_fast that a file imports, inside functions too."""
     for node in ast.walk(ast.parse(file.read_text())):
-        names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = (
-                [f"{node.module}.{alias.name}" for alias in node.names]
-                if node.module == "merit_fast"
-                else [node.module]
-            )
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "merit_fast" and len(parts) > 1:
-                yield parts[1]
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else node.module for name in whole]
+        else:
+            continue
+        yield from (name for name in names if name in MODULES and name != "merit_fast")
+
+
+IMPORTS = {module: set(imports_of(file)) - {module} for module, file in MODULES.items()}
+
+
+def room_of(module):
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 def test_imports_follow_the_arrows():
     wrong = [
-        f"{file.relative_to(ROOT)} imports merit_fast.{target}"
-        for room, file in rooms()
-        for target in imported_rooms(file)
-        if target != room and target not in ARROWS[room]
+        f"{module} imports {target}"
+        for module, targets in IMPORTS.items()
+        for target in sorted(targets)
+        if room_of(target) not in ARROWS[room_of(module)] | {room_of(module)}
+        and (module, target) not in EXCEPTIONS
     ]
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("folder", INSIDE)
+def test_data_flows_down_inside_a_folder(folder):
+    order = INSIDE[folder]
+    level = {
+        module: order.index(module.split(".")[2])
+        for module in MODULES
+        if module.startswith(f"merit_fast.{folder}.")
+    }
+    wrong = [
+        f"{module} imports {target}"
+        for module, mine in level.items()
+        for target in sorted(IMPORTS[module])
+        if level.get(target, -1) > mine
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_circle_of_imports():
+    """Imports inside functions count; a package's __init__ only hands on names."""
+    unvisited = {module for module, file in MODULES.items() if file.name != "__init__.py"}
+    edges = {module: IMPORTS[module] & unvisited for module in unvisited}
+    circles = []
+    while unvisited:
+        leaves = {module for module in unvisited if not edges[module] & unvisited}
+        if not leaves:
+            circles = sorted(unvisited)
+            break
+        unvisited -= leaves
+    assert not circles, f"a circle runs through some of {circles}"
+
+
+def test_no_folder_is_crowded():
+    crowded = {}
+    for top, most in (
+        ("merit_fast", 14),
+        ("kernels", 14),
+        ("bench", 14),
+        ("csrc", 14),
+        ("tests", 20),
+    ):
+        for folder in (ROOT / top, *(path for path in (ROOT / top).rglob("*") if path.is_dir())):
+            if "merit_fast/kernels" in folder.as_posix():
+                continue
+            suffixes = (".py", ".cpp", ".h", ".inl", ".cu")
+            count = sum(file.suffix in suffixes for file in folder.iterdir())
+            if count > most:
+                crowded[str(folder.relative_to(ROOT))] = count
+    assert not crowded
+
+
 def test_nobody_imports_bench_tests_or_the_kernels_folder_by_itself():
-    for _, file in rooms():
+    for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
             module = node.module if isinstance(node, ast.ImportFrom) else None
             assert (module or "").split(".")[0] not in ("bench", "tests", "kernels"), file
@@ -138,7 +220,7 @@ def test_a_wheel_carries_every_file_and_builds_without_a_compiler(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for _, file in rooms():
+    for file in FILES:
         inside = file.relative_to(ROOT)
         inside = Path("merit_fast") / inside if inside.parts[0] == "kernels" else inside
         assert str(inside) in names, inside
@@ -167,9 +249,6 @@ def test_a_failing_compiler_is_said_and_does_not_fail_the_install(tmp_path):
 
 
 def test_no_file_outgrows_its_room():
-    long = {
-        str(f.relative_to(ROOT)): n
-        for _, f in rooms()
-        if (n := len(f.read_text().splitlines())) > 350
-    }
+    texts = {str(file.relative_to(ROOT)): file.read_text() for file in FILES}
+    long = {name: count for name, text in texts.items() if (count := len(text.splitlines())) > 300}
     assert not long

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from safetensors import safe_open
 from support.headers import INDEX, one_tensor, pack, tensor, write_model
 from support.merges import load
-from safetensors import safe_open
+from support.tiny import make_model
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig, merge_models

@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from support.checks import run_at_level
-from support.formulas import delta_method, f64, rounded, splitmix
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checks import run_at_level
+from support.formulas import delta_method, f64, rounded, splitmix
 from support.merges import bits, load, merge, write
 
 from merit_fast.errors import InputError

@@ -9,11 +9,11 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 
-import fuzz_checkpoint as fuzz
 import pytest
-from support.headers import INDEX, one_tensor, pack, tensor, write_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support import fuzz_checkpoint as fuzz
+from support.headers import INDEX, one_tensor, pack, tensor, write_model
 
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.progress import SilentProgress

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from support.checks import run_at_level
-from conftest import make_model
 from support.merges import load, write
+from support.tiny import make_model
 
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
@@ -169,7 +169,7 @@ def test_pieces_end_at_tensors_and_chunks():
 
 def test_pipeline_writes_it_on_demand(tmp_path, tiny_model, tiny_mixture, monkeypatch):
     import yaml
-    from test_pipeline import run_values
+    from support.runs import run_values
 
     import merit_fast
 

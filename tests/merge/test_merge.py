@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from support.merges import WEIGHTS, load, merge
 from safetensors.torch import save_file
+from support.merges import WEIGHTS, load, merge
+from support.tiny import make_model
 
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch

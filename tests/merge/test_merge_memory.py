@@ -6,9 +6,9 @@ import shutil
 import fsspec
 import pytest
 import torch
-from conftest import make_model
-from support.merges import METHODS, WEIGHTS, config_of, load, write
 from safetensors.torch import load_file, save_file
+from support.merges import METHODS, WEIGHTS, config_of, load, write
+from support.tiny import make_model
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from support.merges import load
 from safetensors.torch import save_file
+from support.gram_formulas import multislerp_by_hand, slerp_by_hand, stock_by_hand
+from support.merges import load
+from support.tiny import make_model
 
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
@@ -36,45 +37,6 @@ def run(models, out, base=None, **options):
         models, [1 / len(models)] * len(models), MergeConfig(**options), out, SilentProgress(), base
     )
     return load(out)
-
-
-def slerp_by_hand(t, a, b):
-    """The arc between unit vectors, applied to the vectors themselves; a straight line where they nearly agree."""
-    a, b = a.double().numpy(), b.double().numpy()
-    dot = np.sum(a / np.linalg.norm(a) * (b / np.linalg.norm(b)))
-    if abs(dot) > 0.9995:
-        return (1 - t) * a + t * b
-    omega = np.arccos(dot)
-    return np.sin((1 - t) * omega) / np.sin(omega) * a + np.sin(t * omega) / np.sin(omega) * b
-
-
-def multislerp_by_hand(tensors, weights, base=None, eps=1e-8):
-    """mergekit's formula, on the vectors themselves."""
-    origin = base.double().numpy().ravel() if base is not None else 0.0
-    x = [tensor.double().numpy().ravel() - origin for tensor in tensors]
-    lengths = [np.linalg.norm(v) for v in x]
-    units = [v / (n + eps) for v, n in zip(x, lengths, strict=True)]
-    mean = sum(w * u for w, u in zip(weights, units, strict=True))
-    mean = mean / np.linalg.norm(mean)
-    tangent = sum(w * (u - (u @ mean) * mean) for w, u in zip(weights, units, strict=True))
-    angle = np.linalg.norm(tangent) + eps
-    direction = mean * np.cos(angle) + tangent * np.sin(angle) / angle
-    out = direction * sum(w * n for w, n in zip(weights, lengths, strict=True)) + origin
-    return out.reshape(tensors[0].shape)
-
-
-def stock_by_hand(base, tensors):
-    base = base.double().numpy()
-    deltas = [x.double().numpy() - base for x in tensors]
-    cosines = [
-        np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() and b.any() else 0.0
-        for i, a in enumerate(deltas)
-        for b in deltas[i + 1 :]
-    ]
-    cosine, count = np.mean(cosines), len(deltas)
-    opposite = 1 + (count - 1) * cosine < 1e-12
-    share = 0.0 if opposite else count * cosine / (1 + (count - 1) * cosine)
-    return base + share * np.mean(deltas, axis=0)
 
 
 def assert_bits_nearly(merged, truth):

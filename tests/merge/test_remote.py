@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.checks import tree_bytes
 from support.headers import pack, tensor, write_model
+from support.paths import KILL_AT
 from support.s3_server import get_tree, put_tree, s3_server
 
 from merit_fast.errors import InputError, MeritFastError
@@ -22,7 +23,6 @@ from merit_fast.merge.read.remote import as_location
 from merit_fast.merge.write.upload import MARKER
 from merit_fast.progress import SilentProgress
 
-TESTS = Path(__file__).parent
 SMALL = {
     "threads": 3,
     "chunk_kib": 8,
@@ -231,7 +231,7 @@ def test_a_killed_merge_resumes_and_sends_no_file_twice(server, remote, branches
     expected = local_tree(branches[:2], tmp_path / "out", checksum=True)
     models = [word for model in remote[:2] for word in ("--model", str(model))]
     command = ["merge", str(bucket / "out"), *models, "--weights=uniform", "--checksum", "--json"]
-    killed = [sys.executable, str(TESTS / "kill_at.py"), "model-00003-of-", "1", *command]
+    killed = [sys.executable, str(KILL_AT), "model-00003-of-", "1", *command]
     result = subprocess.run(
         killed, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True
     )

@@ -4,10 +4,10 @@ by index of those that tie, as a sort would have it."""
 import numpy as np
 import pytest
 import torch
-from support.checks import run_at_level
-from support.formulas import delta_method, largest, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checks import run_at_level
+from support.formulas import delta_method, largest, rounded
 from support.merges import bits, load, merge, write
 
 from merit_fast.merge import MergeConfig

@@ -7,26 +7,10 @@ import pytest
 import torch
 from support.architectures import CASES, inputs, make
 from support.checks import assert_close
+from support.patched import assert_same_gradients, loss_and_gradients
 
 from merit_fast import patch_model
 from merit_fast.errors import InputError
-
-
-def loss_and_gradients(model, batch, **options):
-    model.zero_grad()
-    output = model(**batch, **options)
-    output.loss.backward()
-    return output, {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
-
-
-def assert_same_gradients(actual, expected, floor=1e-5):
-    assert actual.keys() == expected.keys()
-    total = sum(g.double().square().sum() for g in expected.values()).sqrt()
-    for name, gradient in expected.items():
-        error = (actual[name].double() - gradient.double()).norm()
-        assert error <= floor * (gradient.double().norm() + 0.01 * total), name
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.architectures import VOCABULARY, inputs, make
 from support.checks import assert_close
-from test_patch import assert_same_gradients, loss_and_gradients
+from support.patched import assert_same_gradients, loss_and_gradients
 from torch import nn
 
 from merit_fast import patch_model

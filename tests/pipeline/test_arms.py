@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from test_pipeline import Notes, run_values
+from support.runs import Notes, run_values
 
 from merit_fast.data import Dataset
 from merit_fast.data.shares import dealt_rows, warmup_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_pipeline import run_values
+from support.runs import run_values
 
 
 @pytest.fixture

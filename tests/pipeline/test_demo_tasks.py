@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from merit_fast.demo import default_cache, model, prepare_mixture, prepare_model
 from merit_fast.demo.sources import FAMILIES, SOURCES
@@ -116,12 +117,11 @@ def test_same_seed_gives_the_same_bytes_under_another_hash_seed(tmp_path, mixtur
         "import sys, pathlib; from merit_fast.demo import prepare_mixture;"
         "prepare_mixture(pathlib.Path(sys.argv[1]), quick=False)"
     )
-    root = Path(__file__).parents[1]
     for hash_seed in ("1", "2"):
         folder = tmp_path / hash_seed
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
         subprocess.run(
-            [sys.executable, "-c", code, str(folder)], env=environment, cwd=root, check=True
+            [sys.executable, "-c", code, str(folder)], env=environment, cwd=ROOT, check=True
         )
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == read_files(mixture)
 
@@ -316,4 +316,4 @@ def test_default_cache_follows_the_environment(monkeypatch, tmp_path):
 def test_importing_the_demo_imports_no_model_or_data_package():
     names = ["torch", "transformers", *(source.package for source in SOURCES)]
     code = f"import sys, merit_fast.demo; assert not set({names!r}) & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -4,30 +4,16 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from support.checks import tree_bytes
+from support.paths import KILL_AT
+from support.runs import MEASURED, Notes, run_all, run_values
 
 from merit_fast.errors import MeritFastError
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
-from merit_fast.progress import SilentProgress
-
-MEASURED = ("timing.json", "report.html")  # seconds and bytes of memory: no part of the result
-
-
-def run_values(model, mixture):
-    return {
-        "model": str(model),
-        "mixture": mixture,
-        "split": {"groups": 2, "examples": 6, "proj_dim": 4096, "batch_size": 4, "dtype": "fp32"},
-        "train": {"epochs": 2, "learning_rate": 1e-3, "batch_size": 4, "dtype": "fp32", "arms": ["joint", "random"],
-                  "checkpoint_steps": 2, "max_shard_size": "60KB"},
-        "evaluate": {"interpolate": [0.5], "max_new_tokens": 4, "dtype": "fp32"},
-        "output": "out",
-    }  # fmt: skip
 
 
 @pytest.fixture
@@ -35,21 +21,6 @@ def config_file(tmp_path, tiny_model, tiny_mixture):
     file = tmp_path / "run.yml"
     file.write_text(yaml.safe_dump(run_values(tiny_model, tiny_mixture)))
     return file
-
-
-class Notes(SilentProgress):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-def run_all(config_file, *assignments):
-    progress = Notes()
-    summary = Run(read_run_config(config_file, assignments), progress).all()
-    fresh = [note.split(":")[0] for note in progress.notes if note.endswith("up to date")]
-    return summary, set(fresh)
 
 
 ALL_OUTPUTS = {"sketch", "split", "merged/merit", "merged/random", "evaluate", "report"} | {
@@ -120,7 +91,7 @@ def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(config_file, tmp
     whole.mkdir(), broken.mkdir()
     monkeypatch.chdir(whole)
     run_all(config_file)
-    script = str(Path(__file__).with_name("kill_at.py"))
+    script = str(KILL_AT)
     for pattern, count in KILLS:
         command = [sys.executable, script, pattern, str(count), "run", str(config_file), "--json"]
         result = subprocess.run(command, cwd=broken, capture_output=True, text=True)
@@ -153,7 +124,7 @@ def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
     config_file.write_text(yaml.safe_dump(values | {"mixture": tiny_mixture[:3]}))
     Run(read_run_config(config_file)).sketch()
     config_file.write_text(yaml.safe_dump(values))
-    script = str(Path(__file__).with_name("kill_at.py"))
+    script = str(KILL_AT)
     for pattern in (
         "sketch.tmp/plurals.safetensors",
         "sketch.tmp/opposites.safetensors",

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from support.checks import tree_bytes
-from conftest import chat_row
 from safetensors.torch import load_file
-from test_pipeline import MEASURED, run_values
+from support.checks import tree_bytes
+from support.paths import KILL_AT
+from support.runs import MEASURED, run_values
+from support.tiny import chat_row
 from support.tuning import make_branches, make_setting, read, tune
 
 from merit_fast.evaluate.losses import mean_loss
@@ -234,7 +235,7 @@ def test_kill_9_while_choosing_then_resume_gives_the_same_bytes(tmp_path, tiny_m
         for stage in ("sketch", "split", "train"):
             assert merit(stage, "../run.yml", cwd=directory).returncode == 0
     assert merit("merge", "../run.yml", cwd=whole).returncode == 0
-    script = str(Path(__file__).with_name("kill_at.py"))
+    script = str(KILL_AT)
     for pattern, count in KILLS:
         command = [sys.executable, script, pattern, str(count), "merge", "../run.yml"]
         result = subprocess.run(command, cwd=broken, capture_output=True, text=True)

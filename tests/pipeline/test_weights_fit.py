@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 from support.checks import tree_bytes
-from test_pipeline import run_all, run_values
+from support.runs import run_all, run_values
 from support.tuning import make_branches, make_setting, quadratic, read, tune
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer

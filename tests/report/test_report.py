@@ -10,7 +10,16 @@ from dataclasses import replace
 
 import pytest
 from plotly.offline import get_plotlyjs
-from support.reports import CASES, EVIL, Page, make_audit, make_evaluation, make_split, median_cuts, write
+from support.reports import (
+    CASES,
+    EVIL,
+    Page,
+    make_audit,
+    make_evaluation,
+    make_split,
+    median_cuts,
+    write,
+)
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import read_manifest, write_manifest

@@ -8,16 +8,16 @@ import random
 import re
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from support.chromium import EXECUTABLE, Browser
+from support.paths import ROOT
 from support.reports import make_audit, make_evaluation, make_split, make_tuned, median_cuts, write
 
 from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import SplitManifest
 
-SCREENSHOTS = Path(__file__).resolve().parent.parent / "artefacts" / "report"
+SCREENSHOTS = ROOT / "artefacts" / "report"
 PLOTS = ["conflicts", "axes", "tree", "separations", "balance", "datasets"]
 SPLITS = {
     "12-datasets": make_split(12, 4, unresolved=2, spread=1),

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from test_pipeline import Notes
+from support.runs import Notes
 
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError

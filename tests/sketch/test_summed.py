@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.checks import assert_close
+from support.paths import ROOT, TESTS
 from torch import nn
 
 from merit_fast.errors import MeritFastError
@@ -179,7 +180,7 @@ def test_scales_of_adam_multiply_the_gradient():
 
 DDP = """
 import json, os, sys, torch, torch.distributed as dist
-sys.path[:0] = [sys.argv[3], sys.argv[4]]
+sys.path[:0] = sys.argv[3:]
 from test_summed import batch, copy_with_gradient, exact, llama, summed
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
@@ -204,7 +205,7 @@ def test_every_rank_of_ddp_sketches_its_own_examples(tmp_path):
     command = [sys.executable, "-c", DDP]
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), tmp_path / "store", here, here.parent], stdout=subprocess.PIPE
+            [*command, str(rank), tmp_path / "store", here, TESTS, ROOT], stdout=subprocess.PIPE
         )
         for rank in range(2)
     ]

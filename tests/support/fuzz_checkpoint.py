@@ -1,7 +1,7 @@
-"""Coverage-guided fuzzing of all that the merge reads: python tests/support/fuzz_checkpoint.py --minutes 5
+"""Coverage-guided fuzzing of all that the merge reads: PYTHONPATH=tests python -m support.fuzz_checkpoint --minutes 5
 
 Needs `pip install atheris`; no part of the test suite, which has test_fuzz_checkpoint.py. An input that crashes, hangs
-or disagrees with safetensors is written to the current directory; ``python tests/support/fuzz_checkpoint.py FILE`` repeats it.
+or disagrees with safetensors is written to the current directory; ``PYTHONPATH=tests python -m support.fuzz_checkpoint FILE`` repeats it.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.headers import INDEX, one_tensor, pack, tensor, write_model
 from safetensors import SafetensorError, safe_open
+from support.headers import INDEX, one_tensor, pack, tensor, write_model
 
 from merit_fast.errors import InputError
 

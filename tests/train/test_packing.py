@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.architectures import CASES, VOCABULARY, make
 from support.checks import assert_close
-from test_patch import assert_same_gradients
-from test_train import CONFIG, dataset, train
+from support.patched import assert_same_gradients
+from support.training import CONFIG, dataset, train
 
 from merit_fast import patch_model
 from merit_fast.data import Example, collate, pack

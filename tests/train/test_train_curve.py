@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from support.checks import tree_bytes
-from conftest import make_model, make_tokenizer
-from test_train import dataset, train, weights
+from support.tiny import make_model, make_tokenizer
+from support.training import dataset, train, weights
 
 from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig
@@ -75,7 +75,7 @@ class Notes(SilentProgress):
 
 
 def test_what_was_replaced_is_said_once(tiny_model, tmp_path):
-    from test_train import job
+    from support.training import job
 
     from merit_fast.train import train_branch
 

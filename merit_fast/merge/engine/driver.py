@@ -23,13 +23,12 @@ from merit_fast.merge.engine import reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Segment, Shard
-from merit_fast.merge.engine.values import factors, finite, scale_grid, values
+from merit_fast.merge.engine.values import factors, nonfinite_error, scale_grid
 from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
 from merit_fast.merge.read.decoded import MadeEntry, is_float, value_dtype
 from merit_fast.merge.read.remote import Location
 
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
-_ALLOW = "; merge.allow_nonfinite=true writes it all the same"
 _CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
 
 Advance = Callable[[int], None]  # told how many more elements are done
@@ -248,22 +247,6 @@ class _Engine:
                 left.ctypes.data, right.ctypes.data, left.shape[1], cols, entry.low_rank.scaling
             )
         return source
-
-
-def nonfinite_error(segment: Segment, chunk: int, step: int, files: OpenFiles) -> InputError:
-    """Finds the first bad element of the chunk, by its tensor and the input it came from."""
-    count = min(step, segment.num_elements - chunk)
-    for entry in segment.inputs:
-        bad = np.flatnonzero(~finite(*values(entry, chunk, count, files)))
-        if len(bad):
-            name = segment.name_at(chunk + int(bad[0]))
-            return InputError(
-                f"{entry.file}: {name}: must be finite, holds NaN or infinity{_ALLOW}"
-            )
-    name = segment.name_at(chunk)
-    return InputError(
-        f"{segment.inputs[0].file}: {name}: the result overflows {segment.dtype}{_ALLOW}"
-    )
 
 
 def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:

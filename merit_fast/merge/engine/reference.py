@@ -13,7 +13,7 @@ from merit_fast.kernels.average.deltas import DeltaRule, mix_deltas
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
-from merit_fast.merge.engine.values import finite, values
+from merit_fast.merge.engine.values import finite, nonfinite_error, values
 from merit_fast.merge.read.checkpoint import ITEM_BYTES
 
 
@@ -89,7 +89,5 @@ def _mix(segment: Segment, rule: DeltaRule, config: MergeConfig, files: OpenFile
 
 def _write(segment: Segment, first: int, out: np.ndarray, good: bool, files: OpenFiles) -> None:
     if not good:
-        from merit_fast.merge.engine.driver import nonfinite_error
-
         raise nonfinite_error(segment, first, out.size, files)
     files.write(out.tobytes(), segment.output_offset + first * ITEM_BYTES[segment.dtype])

@@ -3,13 +3,16 @@
 import numpy as np
 import numpy.typing as npt
 
+from merit_fast.errors import InputError
 from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.merge.engine.opened import OpenFiles
+from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.read.decoded import MadeEntry, Scales
 
 Array = npt.NDArray[np.float64]
+_ALLOW = "; merge.allow_nonfinite=true writes it all the same"
 
 
 def float8_table(dtype: str) -> Array:
@@ -70,3 +73,19 @@ def values(entry: TensorEntry, first: int, count: int, files: OpenFiles) -> tupl
 
 def finite(array: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray((array & 0x7F80) != 0x7F80 if dtype == "BF16" else np.isfinite(array))
+
+
+def nonfinite_error(segment: Segment, chunk: int, step: int, files: OpenFiles) -> InputError:
+    """Finds the first bad element of the chunk, by its tensor and the input it came from."""
+    count = min(step, segment.num_elements - chunk)
+    for entry in segment.inputs:
+        bad = np.flatnonzero(~finite(*values(entry, chunk, count, files)))
+        if len(bad):
+            name = segment.name_at(chunk + int(bad[0]))
+            return InputError(
+                f"{entry.file}: {name}: must be finite, holds NaN or infinity{_ALLOW}"
+            )
+    name = segment.name_at(chunk)
+    return InputError(
+        f"{segment.inputs[0].file}: {name}: the result overflows {segment.dtype}{_ALLOW}"
+    )

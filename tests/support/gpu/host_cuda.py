@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc" / "cuda" / "sketch_linear.cu"
 
 
@@ -19,7 +19,7 @@ def build_for_cpu(folder: Path, *flags: str) -> Path:
     """A library of the kernels that runs on this CPU."""
     if shutil.which("g++") is None or platform.machine() != "x86_64":
         pytest.skip("the host shim needs g++ on x86-64")
-    host, library = ROOT / "tests" / "cuda_host", folder / "sketch_host.so"
+    host, library = Path(__file__).with_name("cuda_host"), folder / "sketch_host.so"
     command = [
         "g++",
         "-O2",

@@ -1,10 +1,12 @@
 """Every Triton kernel of the repository with the launches that the gate compiles for GPUs that are not here."""
 
-from support.gpu import launches_cross_entropy as gpu_launches_cross_entropy
-from support.gpu import launches_layers as gpu_launches_layers
-from support.gpu import launches_optimizer as gpu_launches_optimizer
-from support.gpu import launches_sketch as gpu_launches_sketch
 import torch
+from support.gpu import (
+    launches_cross_entropy,
+    launches_layers,
+    launches_optimizer,
+    launches_sketch,
+)
 from support.gpu.code import GpuLaunch
 
 from merit_fast.kernels.average import _triton
@@ -29,12 +31,12 @@ AVERAGES = {
 def launches() -> list[GpuLaunch]:
     averages = [average(name, columns) for name, columns in AVERAGES.items()]
     # bf16 rows times a float32 scale: what sm_100 would multiply in tf32.
-    scaled = gpu_launches_sketch.rows(
+    scaled = launches_sketch.rows(
         "sketch of rows by id, bf16, scaled", BF16, by_id=True, scaled=True
     )
-    families = (gpu_launches_cross_entropy, gpu_launches_layers, gpu_launches_optimizer)
+    families = (launches_cross_entropy, launches_layers, launches_optimizer)
     training = [launch for family in families for launch in family.launches()]
-    return [*averages, *gpu_launches_sketch.launches(), scaled, *training]
+    return [*averages, *launches_sketch.launches(), scaled, *training]
 
 
 def average(name, columns) -> GpuLaunch:

@@ -11,11 +11,9 @@ Still raising: exp and atomic_add of bf16, None as a pointer, inline assembly.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
-
-TESTS = Path(__file__).resolve().parent
+from support.paths import TESTS
 
 
 def run_interpreted(file: str) -> None:
@@ -29,8 +27,8 @@ def run_interpreted(file: str) -> None:
         "-W",
         "ignore",
         "-p",
-        "triton_interp",
-        str(TESTS / file),
+        "support.gpu.triton_interp",
+        str(TESTS / "gpu" / file),
     ]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=TESTS.parent

@@ -1,4 +1,4 @@
-"""The gate for Triton kernels without a GPU: python tests/gpu/gpu_gate.py [--update]
+"""The gate for Triton kernels without a GPU: python tests/support/gpu/gate.py [--update]
 
 Compiles every launch of gpu_launches.py for five targets and compares registers, memory and instructions with
 gpu_baseline.json. Says nothing of speed, races or results. ``--update`` writes the baseline anew. Exit code 1 if
@@ -16,7 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import triton
-from support.gpu.code import MATRIX_PRODUCTS, WIDE_LOADS, WIDE_STORES, GpuCode, GpuLaunch, build, read
+from support.gpu.code import (
+    MATRIX_PRODUCTS,
+    WIDE_LOADS,
+    WIDE_STORES,
+    GpuCode,
+    GpuLaunch,
+    build,
+    read,
+)
 
 BASELINE = Path(__file__).with_name("gpu_baseline.json")
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": "gfx942"}

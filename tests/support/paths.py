@@ -1,0 +1,7 @@
+"""Where the checkout and its tests lie."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+KILL_AT = TESTS / "support" / "kill_at.py"

@@ -1,0 +1,34 @@
+"""Configured runs of the tiny model."""
+
+from merit_fast.pipeline.config import read_run_config
+from merit_fast.pipeline.run import Run
+from merit_fast.progress import SilentProgress
+
+MEASURED = ("timing.json", "report.html")  # seconds and bytes of memory: no part of the result
+
+
+def run_values(model, mixture):
+    return {
+        "model": str(model),
+        "mixture": mixture,
+        "split": {"groups": 2, "examples": 6, "proj_dim": 4096, "batch_size": 4, "dtype": "fp32"},
+        "train": {"epochs": 2, "learning_rate": 1e-3, "batch_size": 4, "dtype": "fp32", "arms": ["joint", "random"],
+                  "checkpoint_steps": 2, "max_shard_size": "60KB"},
+        "evaluate": {"interpolate": [0.5], "max_new_tokens": 4, "dtype": "fp32"},
+        "output": "out",
+    }  # fmt: skip
+
+
+class Notes(SilentProgress):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def run_all(config_file, *assignments):
+    progress = Notes()
+    summary = Run(read_run_config(config_file, assignments), progress).all()
+    fresh = [note.split(":")[0] for note in progress.notes if note.endswith("up to date")]
+    return summary, set(fresh)
