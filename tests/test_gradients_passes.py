@@ -126,7 +126,7 @@ def test_bf16_autocast_is_as_close_as_its_own_gradients(architecture):
         loss = summed_loss(model, examples)
         loss.backward()
         result = sketcher.take()
-    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[torch.bfloat16] * truth.norm()
+    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[torch.float32] * truth.norm()
 
 
 @pytest.mark.parametrize("architecture", ["gemma", "gpt2", "mixtral"])
@@ -136,7 +136,7 @@ def test_bf16_weights(architecture):
         model.set_experts_implementation("eager")  # torch's grouped products want other sizes in bf16
     result = hook_sketches(model, examples)
     plain, truth = exact_sketches(model, examples), exact_sketches(model.float(), examples)
-    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[torch.bfloat16] * truth.norm()
+    assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[torch.float32] * truth.norm()
 
 
 def rank_main(rank, port, path):
