@@ -38,7 +38,7 @@ def command(*words: str) -> dict:
         sys.executable,
         *isolation,
         "-c",
-        "from merit_fast.cli import main; main()",
+        "from merit_fast.cli.main import main; main()",
         *words,
         "--json",
     ]
