@@ -17,11 +17,6 @@ from merit_fast.kernels.layers import geglu, swiglu
 EVERY = pytest.mark.parametrize("architecture", [80, 90, 100, 120, "gfx942"])
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 def codes(launches, architecture):
     found = [
         compile_launch(one.kernel, one.arguments, one.options, architecture) for one in launches

@@ -10,13 +10,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-from support.gpu.code import WIDE_LOADS, WIDE_STORES, compile_launch
+from support.gpu.code import compile_launch
 from support.gpu.launches_optimizer import BF16, F32, launch, launches
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+from support.gpu.read_code import WIDE_LOADS, WIDE_STORES
 
 
 def code(asked, architecture):

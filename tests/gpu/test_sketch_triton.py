@@ -19,11 +19,6 @@ OFF_GRID = (3, 5, 4096)  # a part that begins where no vector of 128 bits does
 EVERY = pytest.mark.parametrize("architecture", [80, 90, 100, 120, "gfx942"])
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 def code(launch, architecture):
     found = compile_launch(launch.kernel, launch.arguments, launch.options, architecture)
     assert found.spill_bytes == found.atomics == found.tf32 == 0, (

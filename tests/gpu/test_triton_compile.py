@@ -18,11 +18,6 @@ ARCHITECTURES = [80, 90]
 BF16, F16, F32, F64 = DTYPES
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 def compiled(columns, architecture):
     """The code of one launch over columns, each a list of dtypes (the last the result's) and a shift in elements."""
     tensors = [
