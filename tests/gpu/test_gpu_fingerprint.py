@@ -22,6 +22,8 @@ SOURCE = """
 import triton
 import triton.language as tl
 
+pytestmark = pytest.mark.compile
+
 STEP = tl.constexpr(3)
 
 @triton.jit

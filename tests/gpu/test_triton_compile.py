@@ -14,6 +14,8 @@ from support.gpu.code import compile_launch
 from merit_fast.kernels.average import _triton
 from merit_fast.kernels.average._tensors import DTYPES
 
+pytestmark = pytest.mark.compile
+
 ARCHITECTURES = [80, 90]
 BF16, F16, F32, F64 = DTYPES
 

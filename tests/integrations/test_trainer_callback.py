@@ -230,6 +230,7 @@ os._exit(0)  # gloo's threads may otherwise be torn down while they run, which a
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_ranks_add_up_to_the_states_of_one_process(tmp_path):
     here = Path(__file__).resolve().parent

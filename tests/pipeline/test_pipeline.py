@@ -84,6 +84,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(config_file, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -114,6 +115,7 @@ def without_timing(value):
     return value
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
     config_file, tmp_path, monkeypatch, tiny_mixture

@@ -222,6 +222,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_kill_9_while_choosing_then_resume_gives_the_same_bytes(tmp_path, tiny_model, tiny_mixture):
     values = run_values(tiny_model, tiny_mixture) | {"merge": {"scale": "auto", "weights": "fit"}}

@@ -211,6 +211,7 @@ class Unwrapped(torch.nn.Module):
         )
 
 
+@pytest.mark.process
 def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):
     import socket
 

@@ -197,6 +197,7 @@ os._exit(0)  # gloo's threads may otherwise be torn down while they run
 """
 
 
+@pytest.mark.process
 def test_every_rank_of_ddp_sketches_its_own_examples(tmp_path):
     from pathlib import Path
 
