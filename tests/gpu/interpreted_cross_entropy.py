@@ -1,4 +1,4 @@
-"""The kernels of linear + cross-entropy in Triton's interpreter; ``test_cross_entropy_triton.py`` runs these."""
+"""The kernels of linear + cross-entropy in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch

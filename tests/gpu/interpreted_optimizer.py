@@ -1,4 +1,4 @@
-"""AdamW's Triton kernel in Triton's interpreter; ``test_optimizer_triton.py`` runs these in their own process."""
+"""AdamW's Triton kernel in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The sketch's Triton kernels in Triton's interpreter; ``test_sketch_triton.py`` runs these in their own process."""
+"""The sketch's Triton kernels in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch

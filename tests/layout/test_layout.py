@@ -203,6 +203,7 @@ def test_light_imports_stay_light(statement, absent):
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
+@pytest.mark.process
 def test_a_wheel_carries_every_file_and_builds_without_a_compiler(tmp_path):
     environment = {**os.environ, "MERIT_FAST_NO_NATIVE": "1"}
     command = [
@@ -228,6 +229,7 @@ def test_a_wheel_carries_every_file_and_builds_without_a_compiler(tmp_path):
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
 
 
+@pytest.mark.process
 def test_a_failing_compiler_is_said_and_does_not_fail_the_install(tmp_path):
     environment = {**os.environ, "CC": "false", "CXX": "false"}
     command = [

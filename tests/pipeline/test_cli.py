@@ -150,6 +150,7 @@ def test_help_names_every_option_of_a_stage(call):
     assert code == 0 and "--learning-rate" in out and "--max-shard-size" in out
 
 
+@pytest.mark.process
 def test_console_script_from_another_directory(tmp_path):
     script = Path(sys.executable).with_name("merit-fast")
     result = subprocess.run(

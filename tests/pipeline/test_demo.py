@@ -12,6 +12,7 @@ from support.checks import tree_bytes
 
 from merit_fast.model import DTYPES, settle_dtype
 
+pytestmark = [pytest.mark.demo, pytest.mark.process, pytest.mark.slow]
 SCRIPT = Path(sys.executable).with_name("merit-fast")
 
 
@@ -34,7 +35,6 @@ def run(directory):
     return json.loads(result.stdout)
 
 
-@pytest.mark.slow
 def test_arms_learn_and_the_summary_is_whole(demo):
     _, summary = demo
     arms = summary["arms"]
@@ -52,7 +52,6 @@ def test_arms_learn_and_the_summary_is_whole(demo):
     assert isinstance(summary["merging_gain"], float)
 
 
-@pytest.mark.slow
 def test_merged_checkpoint_loads_and_generates(demo):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,7 +70,6 @@ def test_merged_checkpoint_loads_and_generates(demo):
     assert "Paris" in tokenizer.decode(written[0, inputs["input_ids"].shape[1] :])
 
 
-@pytest.mark.slow
 def test_report_is_there_and_a_second_run_resumes_at_once(demo):
     directory, summary = demo
     assert "plotly" in (directory / summary["report"]).read_text()

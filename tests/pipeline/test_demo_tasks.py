@@ -111,6 +111,7 @@ def test_line_has_the_documented_bytes(tmp_path):
     assert Path(mixture["country_fr"]["path"]).read_bytes().startswith(expected.encode())
 
 
+@pytest.mark.process
 def test_same_seed_gives_the_same_bytes_under_another_hash_seed(tmp_path, mixture):
     assert read_files(prepare_mixture(tmp_path / "again", quick=False)) == read_files(mixture)
     code = (

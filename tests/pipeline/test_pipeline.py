@@ -2,14 +2,13 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 import yaml
 from support.checks import tree_bytes
 from support.paths import KILL_AT
 from support.runs import MEASURED, Notes, run_all, run_values
+from support.warm import run_python
 
 from merit_fast.errors import MeritFastError
 from merit_fast.pipeline.config import read_run_config
@@ -85,6 +84,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(config_file, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -93,8 +93,8 @@ def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(config_file, tmp
     run_all(config_file)
     script = str(KILL_AT)
     for pattern, count in KILLS:
-        command = [sys.executable, script, pattern, str(count), "run", str(config_file), "--json"]
-        result = subprocess.run(command, cwd=broken, capture_output=True, text=True)
+        command = [script, pattern, str(count), "run", str(config_file), "--json"]
+        result = run_python(command, cwd=broken)
         assert result.returncode == -signal.SIGKILL, (pattern, result.returncode, result.stderr)
     monkeypatch.chdir(broken)
     run_all(config_file)
@@ -115,6 +115,7 @@ def without_timing(value):
     return value
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
     config_file, tmp_path, monkeypatch, tiny_mixture
@@ -130,8 +131,7 @@ def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
         "sketch.tmp/opposites.safetensors",
         "out/sketch$",
     ):
-        command = [sys.executable, script, pattern, "1", "sketch", str(config_file)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = run_python([script, pattern, "1", "sketch", str(config_file)])
         assert result.returncode == -signal.SIGKILL, (pattern, result.stderr)
     notes = Notes()
     run = Run(read_run_config(config_file), notes)

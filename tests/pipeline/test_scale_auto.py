@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from support.paths import KILL_AT
 from support.runs import MEASURED, run_values
 from support.tiny import chat_row
 from support.tuning import make_branches, make_setting, read, tune
+from support.warm import run_python
 
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.merge import load_merged, merge_state_dicts
@@ -99,8 +98,7 @@ def test_a_method_without_weights_takes_a_scale(setting):
 
 
 def merit(*words, cwd):
-    command = [sys.executable, "-m", "merit_fast.cli.main", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return run_python(["-m", "merit_fast.cli.main", *map(str, words)], cwd=cwd)
 
 
 @pytest.fixture
@@ -224,6 +222,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_kill_9_while_choosing_then_resume_gives_the_same_bytes(tmp_path, tiny_model, tiny_mixture):
     values = run_values(tiny_model, tiny_mixture) | {"merge": {"scale": "auto", "weights": "fit"}}
@@ -237,8 +236,7 @@ def test_kill_9_while_choosing_then_resume_gives_the_same_bytes(tmp_path, tiny_m
     assert merit("merge", "../run.yml", cwd=whole).returncode == 0
     script = str(KILL_AT)
     for pattern, count in KILLS:
-        command = [sys.executable, script, pattern, str(count), "merge", "../run.yml"]
-        result = subprocess.run(command, cwd=broken, capture_output=True, text=True)
+        result = run_python([script, pattern, str(count), "merge", "../run.yml"], cwd=broken)
         assert result.returncode == -signal.SIGKILL, (pattern, result.stderr)
     assert merit("merge", "../run.yml", cwd=broken).returncode == 0
     assert not list(broken.rglob("*.tmp")) and not list(broken.rglob("tried.json"))
