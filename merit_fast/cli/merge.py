@@ -12,7 +12,7 @@ from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.stage import check_places
-from merit_fast.options.fields import override, parse, to_plain
+from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.progress import Progress
 
 Tune = Callable[

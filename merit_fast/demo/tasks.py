@@ -11,7 +11,7 @@ from pathlib import Path
 
 from merit_fast.demo.sources import FAMILIES, SOURCES, Facts
 from merit_fast.errors import MeritFastError
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import write_text
 
 NUM_TRAIN, NUM_HELD_OUT = 40, 16
 QUICK_NUM_TRAIN, QUICK_NUM_HELD_OUT = 20, 10

@@ -10,9 +10,10 @@ import yaml
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.config import MergeConfig
-from merit_fast.options.fields import option, override, parse, require, to_plain
+from merit_fast.options.fields import option, require
+from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.options.yaml import read_yaml
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from merit_fast.data import mixture_fingerprint
 from merit_fast.errors import MeritFastError
-from merit_fast.manifests.io import StageManifest, is_complete, read_manifest, stage_manifest
+from merit_fast.manifests.directories import is_complete
+from merit_fast.manifests.io import StageManifest, read_manifest, stage_manifest
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.merge import same_bytes
 from merit_fast.model import model_fingerprint, resolve_model, settle_dtype

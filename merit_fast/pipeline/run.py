@@ -11,14 +11,8 @@ from typing import Any
 
 from merit_fast.data import Dataset, load_mixture, load_tokenizer, pad_token_id
 from merit_fast.errors import InputError
-from merit_fast.manifests.io import (
-    StageManifest,
-    is_complete,
-    output_directory,
-    read_manifest,
-    recover_directory,
-    write_manifest,
-)
+from merit_fast.manifests.directories import is_complete, output_directory, recover_directory
+from merit_fast.manifests.io import StageManifest, read_manifest, write_manifest
 from merit_fast.manifests.schemas import (
     TUNE_FILE,
     AuditManifest,
@@ -27,7 +21,7 @@ from merit_fast.manifests.schemas import (
     TuneManifest,
 )
 from merit_fast.merge import merge_branches, resolve_weights
-from merit_fast.options.fields import to_plain
+from merit_fast.options.parser import to_plain
 from merit_fast.pipeline import arms
 from merit_fast.pipeline.arms import Branch
 from merit_fast.pipeline.config import RunConfig, write_run_config

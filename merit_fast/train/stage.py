@@ -13,7 +13,8 @@ from torch import nn
 
 from merit_fast.data import Dataset, Example, collate, load_tokenizer, pack, pad_token_id
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.manifests.io import write_manifest, write_text
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, reset_peak_memory
 from merit_fast.patch.model import Patch, patch_model

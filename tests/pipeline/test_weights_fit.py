@@ -12,7 +12,7 @@ from support.tuning import make_branches, make_setting, quadratic, read, tune
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.merge import MergeConfig
-from merit_fast.options.fields import parse
+from merit_fast.options.parser import parse
 from merit_fast.tune import fit
 from merit_fast.tune.rows import split_held_out
 from merit_fast.tune.search import _Losses, starting_weights
