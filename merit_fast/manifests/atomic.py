@@ -1,6 +1,7 @@
 """The one way to write a file: a temporary name, fsync, rename, fsync of the folder.
 
-A crash leaves the old content or the new, never a mixture, and a rename that returned survives a power cut.
+A crash leaves the old content or the new, never a mixture, and a rename that returned survives a
+power cut.
 """
 
 import os
@@ -20,7 +21,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def replace_file(temporary: Path, path: Path, fsync: bool = True) -> None:
-    """Renames a complete file to ``path`` in the same folder; with ``fsync`` both reach the disk."""
+    """Renames a complete file to ``path`` in the same folder; ``fsync``: both reach the disk."""
     if fsync:
         fsync_path(temporary)
     os.replace(temporary, path)

@@ -1,7 +1,8 @@
 """Output directories: filled under a temporary name, renamed when complete.
 
-An output directory is filled as ``NAME.tmp``, gets stage.json last and is then renamed to ``NAME``. So
-every ``NAME`` is complete, and a killed stage leaves only ``NAME.tmp``, which the same command resumes.
+An output directory is filled as ``NAME.tmp``, gets stage.json last and is then renamed to ``NAME``.
+So every ``NAME`` is complete, and a killed stage leaves only ``NAME.tmp``, which the same command
+resumes.
 """
 
 import contextlib
@@ -22,8 +23,9 @@ _MARKER = "fingerprint"  # file in NAME.tmp: only a run of this fingerprint resu
 def output_directory(path: Path, manifest: StageManifest, fsync: bool = True) -> Iterator[Path]:
     """Yields ``path.tmp`` to fill; on success adds stage.json, fsyncs and renames it to ``path``.
 
-    Keeps the files that an interrupted run of the same fingerprint left in ``path.tmp``, and removes
-    those of any other run. An exception leaves ``path.tmp`` for the next run and ``path`` untouched.
+    Keeps the files that an interrupted run of the same fingerprint left in ``path.tmp``, and
+    removes those of any other run. An exception leaves ``path.tmp`` for the next run and ``path``
+    untouched.
     """
     temporary = begin_directory(path, manifest.fingerprint)
     yield temporary

@@ -1,7 +1,7 @@
 """Reads and writes the JSON files in which stages meet (``schemas``), and takes fingerprints.
 
-A stage's manifest carries the fingerprint of its options and inputs: an output that has the expected
-fingerprint is up to date.
+A stage's manifest carries the fingerprint of its options and inputs: an output that has the
+expected fingerprint is up to date.
 """
 
 import hashlib
@@ -50,9 +50,8 @@ class Readable(Protocol):
 def read_manifest(cls: type[T], path: Readable) -> T:
     """Reads and validates one manifest.
 
-    Raises:
-        InputError: missing, not JSON, of another schema version, or a key that is unknown, missing or
-            of the wrong type.
+    Raises: InputError: missing, not JSON, of another schema version, or a key that is unknown,
+        missing or of the wrong type.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

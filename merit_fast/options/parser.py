@@ -1,7 +1,7 @@
 """Reads plain mappings strictly into frozen dataclasses, and writes them back.
 
-Unknown keys are errors that name the nearest valid key. Every value is checked against the annotation
-of its field.
+Unknown keys are errors that name the nearest valid key. Every value is checked against the
+annotation of its field.
 """
 
 import dataclasses

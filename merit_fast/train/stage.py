@@ -34,8 +34,9 @@ class BranchJob:
     arm: str
     group: int
     datasets: tuple[Dataset, ...]
-    base_path: str
+    start_path: str
     base_fingerprint: str
+    start_fingerprint: str
 
 
 def train_branch(
@@ -61,7 +62,7 @@ def train_branch(
         raise InputError(f"{job.branch}: has no example to train on")
     reset_peak_memory()
     start = time.perf_counter()
-    model = load_model(job.base_path, config.dtype).train()
+    model = load_model(job.start_path, config.dtype).train()
     patch = patch_model(model, config.kernels)
     _say(display, str(patch))  # type: ignore[arg-type]
     choose_attention(model)
@@ -69,7 +70,7 @@ def train_branch(
         require_packing(model, examples)
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     progress, earlier_s = _resume(directory, optimizer)
-    padding = pad_token_id(load_tokenizer(job.base_path))
+    padding = pad_token_id(load_tokenizer(job.start_path))
     steps = num_steps(len(examples), config)
     with display.task(
         f"train {job.branch}", sum(len(e.input_ids) for e in examples) * config.epochs, "tokens"
@@ -143,7 +144,7 @@ def _write_branch(
 ) -> BranchManifest:
     with no_loading_bar():
         model.eval().save_pretrained(directory, max_shard_size=config.max_shard_size)  # type: ignore[operator]
-    load_tokenizer(job.base_path).save_pretrained(directory)
+    load_tokenizer(job.start_path).save_pretrained(directory)
     manifest = BranchManifest(
         branch=job.branch,
         arm=job.arm,
@@ -155,6 +156,7 @@ def _write_branch(
         steps=progress.step,
         seed=config.seed,
         base_fingerprint=job.base_fingerprint,
+        start_fingerprint=job.start_fingerprint,
     )
     write_text(directory / "losses.json", json.dumps(progress.losses) + "\n")
     write_manifest(manifest, directory / "branch.json")

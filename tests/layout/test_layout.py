@@ -74,7 +74,7 @@ INSIDE = {
         "decide",
         "stage",
     ),
-    "pipeline": ("config", "arms", "outputs", "run"),
+    "pipeline": ("config", "arms", "reporting", "outputs", "data", "merging", "run"),
 }
 
 

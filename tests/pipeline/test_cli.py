@@ -28,7 +28,10 @@ def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
             "run.yml with command line: split.grops: unknown key; did you mean groups?",
         ),
         (["run", "run.yml", "other.yml"], "must be one CONFIG.yml"),
-        (["run", "run.yml", "model=/nowhere"], "'/nowhere' is neither a directory nor a hub id"),
+        (
+            ["run", "run.yml", "model=/nowhere"],
+            "'/nowhere' is neither a directory nor an available hub id",
+        ),
         (["run", "run.yml", "output=run.yml"], "output: must be a directory, got the file run.yml"),
         (
             ["sketch", "--proj-dim", "100", "run.yml"],

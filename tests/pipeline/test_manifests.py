@@ -24,7 +24,7 @@ from merit_fast.options.parser import to_plain
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
 
-MANIFEST = BranchManifest("merit-0", "merit", 0, ("a", "b"), 10, 100, 500, 5, 0, "f")
+MANIFEST = BranchManifest("merit-0", "merit", 0, ("a", "b"), 10, 100, 500, 5, 0, "f", "f")
 
 
 def test_manifest_round_trip_and_same_bytes(tmp_path):
@@ -40,7 +40,7 @@ def test_manifest_round_trip_and_same_bytes(tmp_path):
     "change,message",
     [
         ({"steps": "many"}, "steps: must be an integer"),
-        ({"schema_version": 99}, "schema_version: must be 1, got 99"),
+        ({"schema_version": 99}, "schema_version: must be 2, got 99"),
         ({"stepz": 1}, "stepz: unknown key; did you mean steps"),
     ],
 )
