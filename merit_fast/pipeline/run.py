@@ -35,6 +35,7 @@ class Run:
         self, config: RunConfig, progress: Progress | None = None, command: str = "merit-fast run"
     ) -> None:
         self.progress = progress or SilentProgress()
+        self._noted: set[str] = set()  # notes of train that this run has shown
         self.outputs = Outputs(config, command)
         self.config = self.outputs.config
         self.data = RunData(self.outputs, self.progress)
@@ -161,7 +162,7 @@ class Run:
             base_fingerprint=self.outputs.base_fingerprint,
             start_fingerprint=start_fingerprint,
         )
-        train_branch(job, self.outputs.train_config, directory, self.progress)
+        train_branch(job, self.outputs.train_config, directory, self.progress, self._noted)
 
     def _merge(self, arm: str) -> bool:
         def work(directory: Path) -> None:
