@@ -230,6 +230,20 @@ def _hash_probes(file: Path, digest: "hashlib._Hash") -> None:
             digest.update(opened.read(_PROBE_BYTES))
 
 
+def keep_freed_memory() -> None:
+    """Lets glibc keep 256 MiB that torch frees, which saves training a page fault per 4 KiB."""
+    import ctypes
+
+    trim_threshold = -1  # M_TRIM_THRESHOLD of malloc.h
+    mmap_threshold = -3  # M_MMAP_THRESHOLD
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library: nothing to tune
+    mallopt(mmap_threshold, 128 << 20)
+    mallopt(trim_threshold, 256 << 20)
+
+
 @contextmanager
 def no_loading_bar() -> Iterator[None]:
     """Silences transformers' progress bars for loading and saving, so that only ours is shown."""
