@@ -33,7 +33,7 @@ def tune_checkpoints(
         progress: display of the search.
 
     Raises:
-        InputError: rows or tokenizer are not available; see ``starting_weights`` and ``tune_merge``.
+        InputError: rows or tokenizer are unavailable; see ``starting_weights``, ``tune_merge``.
     """
     paths = [path for path, _ in models]
     weights = tuple(weight for _, weight in models if weight is not None)

@@ -1,7 +1,7 @@
-"""Paths of a run's outputs, and the fingerprints that tell whether they are up to date.
+"""Paths of a run's outputs, and the fingerprints that show whether they are current.
 
 A stage's fingerprint covers its options and its inputs' fingerprints. So the config and the files
-decide what is up to date, before anything heavy is imported.
+decide which stages have work to do, before anything heavy is imported.
 """
 
 import functools

@@ -46,6 +46,6 @@ def audit_options(config: RunConfig) -> AuditOptions:
 
 
 def sketch_position(config: RunConfig) -> str:
-    """Where the gradients are sketched, in words."""
+    """The model at which the gradients are sketched, in words."""
     share = config.split.warmup
     return f"after a joint warm-up on {share:.0%} of the rows" if share else "at the base model"

@@ -1,4 +1,4 @@
-"""The run: sketch -> split -> train -> merge -> evaluate -> report, skipping what is up to date.
+"""The run: sketch -> split -> train -> merge -> evaluate -> report, skipping finished stages.
 
 Stages meet only in files; ``outputs`` knows their paths and when they are up to date.
 """

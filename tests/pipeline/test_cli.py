@@ -1,4 +1,4 @@
-"""The command line: exit codes, one-line errors, every stage from YAML and from flags, the installed console script."""
+"""The command line: exit codes, one-line errors, stages from YAML and flags, the console script."""
 
 import json
 import subprocess

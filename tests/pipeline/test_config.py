@@ -75,7 +75,7 @@ def test_bad_values_are_named(tmp_path, change, message):
     "text,message",
     [
         ("model: [", r"run.yml:\d: is not valid YAML"),
-        ("model: a\nmodel: b\n", "key 'model' stands twice"),
+        ("model: a\nmodel: b\n", "key 'model' appears twice"),
         ("- 1", "must be a mapping of keys, got list"),
         ("", "model: is required"),
         ("model: m", "mixture: is required"),
@@ -101,7 +101,7 @@ def test_overrides_win_and_are_checked(tmp_path):
         override({"split": {"groups": 1}}, ["split.groups.x=1"])
 
 
-def test_paths_beside_the_yaml_are_found(tmp_path, monkeypatch):
+def test_paths_next_to_the_yaml_are_tried_first(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("{}")
     (tmp_path / "m").mkdir()
     monkeypatch.chdir("/")

@@ -1,4 +1,4 @@
-"""The files in which stages meet: complete or absent, checked when read, the same bytes every time."""
+"""The files in which stages meet: complete or absent, checked when read, always the same bytes."""
 
 import json
 import os
