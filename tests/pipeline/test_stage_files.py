@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.paths import ROOT
 from support.runs import run_all, run_values
 
 from merit_fast.manifests.io import StageManifest, read_manifest
@@ -62,6 +63,14 @@ def test_sections_and_options_of_the_table_exist():
         if stage.options:
             module, _, name = stage.options.partition(":")
             assert getattr(importlib.import_module(module), name)
+
+
+def test_the_docs_list_every_stage():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for stage in (*STAGES, AUDIT):
+        section = f"`{stage.section}:`" if stage.section else ""
+        row = f"| `merit-fast {stage.run_by}` | `{stage.folder}/{stage.file}` | {section} |"
+        assert f"{row} {stage.purpose} |\n" in text, stage.name
 
 
 def test_the_report_replays_from_its_stage_json(run_folder, tmp_path):
