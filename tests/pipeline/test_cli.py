@@ -51,6 +51,13 @@ def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
             ["merge", "out", "--model", "nowhere", "--threads", "0"],
             "threads: must be at least 1, got 0",
         ),
+        (["merge", "out", "--model", "a:1", "--share", "0/2"], "--share: must be I/N"),
+        (["merge", "out", "--model", "a:1", "--shard", "3/2"], "--share: must be I/N"),
+        (
+            ["merge", "out", "--model", "a:1", "--settings-per-model", "[{wieght: 1}]"],
+            "models[0].wieght: unknown key; did you mean weight?",
+        ),
+        (["merge", "out", "--model", "a:1", "--models", "b"], "unrecognized arguments: --models b"),
         (["frobnicate"], "command line: no such command: 'frobnicate'"),
     ],
 )
@@ -148,11 +155,7 @@ def test_doctor_lists_every_op(call):
     assert call("doctor")[0] == 0
 
 
-def test_help_names_every_option_of_a_stage(call):
-    code, out, _ = call("train", "--help")
-    assert code == 0 and "--learning-rate" in out and "--max-shard-size" in out
-
-
+@pytest.mark.process
 def test_console_script_from_another_directory(tmp_path):
     script = Path(sys.executable).with_name("merit-fast")
     result = subprocess.run(

@@ -131,6 +131,7 @@ def test_version(call):
     assert (code, out) == (2, "") and "no such option: --verbose" in err
 
 
+@pytest.mark.process
 def test_python_m_merit_fast_is_the_command(tmp_path):
     def run(*words):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}

@@ -130,6 +130,7 @@ write_text(Path(sys.argv[1]), "new")
 """
 
 
+@pytest.mark.process
 def test_kill_9_between_write_and_rename_leaves_the_old_file(tmp_path):
     file = tmp_path / "file.json"
     write_text(file, "old")
