@@ -14,8 +14,15 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import dataset_results
 from merit_fast.evaluate.retention import answers_nll, greedy_answers, text_loss
 from merit_fast.evaluate.weights import displacement, interpolate_towards
-from merit_fast.manifests.io import read_manifest, write_manifest, write_text
-from merit_fast.manifests.schemas import ArmResult, BranchManifest, EvaluateManifest, MergingGain
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.io import read_manifest, write_manifest
+from merit_fast.manifests.schemas import (
+    SCHEMA_VERSION,
+    ArmResult,
+    BranchManifest,
+    EvaluateManifest,
+    MergingGain,
+)
 from merit_fast.model import load_model
 from merit_fast.progress import Progress
 
@@ -149,7 +156,7 @@ class _Evaluator:
 @dataclass(frozen=True)
 class _Stored:
     result: ArmResult
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
 
 
 def _with_training(result: ArmResult, branches: Sequence[Path]) -> ArmResult:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.io import read_manifest, write_text
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import (
     TUNE_FILE,
     AuditManifest,

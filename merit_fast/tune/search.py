@@ -16,12 +16,13 @@ import torch
 from merit_fast.data import Example
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.evaluate.losses import mean_loss
-from merit_fast.manifests.io import read_manifest, write_manifest, write_text
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import TUNE_FILE, ScaleSearch, TuneManifest, WeightSearch
 from merit_fast.merge import MergeConfig, load_merged, resolve_weights
 from merit_fast.merge.parameters import Setting
 from merit_fast.merge.read.remote import Location
-from merit_fast.options.fields import to_plain
+from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, Task
 from merit_fast.tune import fit
 

@@ -26,7 +26,7 @@ from merit_fast.data import (
 )
 from merit_fast.data.sources import read_rows
 from merit_fast.errors import InputError
-from merit_fast.options.fields import parse
+from merit_fast.options.parser import parse
 
 
 @pytest.fixture(scope="module")

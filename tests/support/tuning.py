@@ -22,7 +22,7 @@ def make_branch(folder, like, tensors, name, group, tokens):
             (folder / file.name).write_bytes(file.read_bytes())
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     write_manifest(
-        BranchManifest(name, "merit", group, ("d",), 1, tokens, tokens, 1, 0, "f"),
+        BranchManifest(name, "merit", group, ("d",), 1, tokens, tokens, 1, 0, "f", "f"),
         folder / "branch.json",
     )
     return folder
