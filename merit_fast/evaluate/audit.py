@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from merit_fast.data import Dataset, Example, collate
+from merit_fast.data import Dataset, Example, collate, count_target_tokens
 from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import mean_loss
@@ -152,7 +152,7 @@ class _Auditor:
         parameters = dict(self.model.named_parameters())
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        total = sum(int((example.labels[1:] != -100).sum()) for example in self.examples)
+        total = sum(count_target_tokens(example.labels) for example in self.examples)
         slopes, bends = [0.0] * len(deltas), [0.0] * len(deltas)
         order = sorted(
             range(len(self.examples)), key=lambda i: (len(self.examples[i].input_ids), i)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from merit_fast.data import Dataset, Example, collate
+from merit_fast.data import Dataset, Example, collate, count_target_tokens
 from merit_fast.manifests.schemas import DatasetResult
 from merit_fast.model import target_losses
 
@@ -35,9 +35,7 @@ def mean_loss(
 ) -> float:
     """Nats per target token over all rows."""
     losses, _ = _row_sums(model, examples, pad_token_id, batch_size)
-    return float(losses.sum()) / sum(
-        int((example.labels[1:] != -100).sum()) for example in examples
-    )
+    return float(losses.sum()) / sum(count_target_tokens(example.labels) for example in examples)
 
 
 def _row_sums(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from merit_fast.data import Example, collate
+from merit_fast.data import IGNORED_LABEL, Example, collate
 from merit_fast.evaluate.losses import mean_loss
 
 _WINDOW_TOKENS = 512
@@ -56,7 +56,8 @@ def greedy_answers(
     """Prompt and answer token ids of the model's greedy answers to ``PROMPTS`` (the end token included, if reached)."""
     prompts = [_prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
     examples = [
-        Example(np.array(ids, np.int32), np.full(len(ids), -100, np.int32)) for ids in prompts
+        Example(np.array(ids, np.int32), np.full(len(ids), IGNORED_LABEL, np.int32))
+        for ids in prompts
     ]
     batch = collate(examples, [0] * len(examples), pad_token_id)
     ends = _end_token_ids(model, tokenizer)
@@ -91,7 +92,7 @@ def answers_nll(
 
 def _all_targets(ids: np.ndarray, first: int) -> Example:
     labels = ids.copy()
-    labels[:first] = -100
+    labels[:first] = IGNORED_LABEL
     return Example(ids, labels)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from merit_fast.data import Example
+from merit_fast.data import Example, count_target_tokens
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.manifests.io import read_manifest, write_manifest, write_text
@@ -90,7 +90,7 @@ def tune_merge(
         scale, found_scale = None, None
         if config.scale == "auto":
             scale, found_scale = _search_scale(losses, weights)
-    tokens = sum(int((example.labels[1:] != -100).sum()) for example in examples)
+    tokens = sum(count_target_tokens(example.labels) for example in examples)
     manifest = TuneManifest(
         candidates.names, weights, scale, len(examples), tokens, found_weights, found_scale
     )
