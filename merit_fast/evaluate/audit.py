@@ -20,7 +20,7 @@ from merit_fast.data import Dataset, Example, collate, count_target_tokens
 from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import mean_loss
-from merit_fast.evaluate.stage import Merge
+from merit_fast.evaluate.stage import MergedArm
 from merit_fast.manifests.schemas import Barrier, MergeAudit
 from merit_fast.model import load_model, target_losses
 from merit_fast.progress import Progress, Task
@@ -34,7 +34,7 @@ Weights = dict[str, Tensor]
 
 
 def audit_merges(
-    merges: Mapping[str, Merge],
+    merges: Mapping[str, MergedArm],
     branches: Mapping[str, Path],
     start: Path,
     datasets: Sequence[Dataset],

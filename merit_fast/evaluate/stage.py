@@ -21,7 +21,7 @@ from merit_fast.progress import Progress
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergedArm:
     """One merged arm: where it lies, of which branches, with which weights."""
 
     path: Path
@@ -30,16 +30,16 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Candidates:
+class EvaluatedModels:
     """All models to evaluate. ``branches`` holds every trained branch, ``joint`` among them if it was trained."""
 
     base: Path
     branches: Mapping[str, Path]
-    merges: Mapping[str, Merge]
+    merges: Mapping[str, MergedArm]
 
 
 def evaluate_arms(
-    candidates: Candidates,
+    models: EvaluatedModels,
     datasets: Sequence[Dataset],
     tokenizer: Any,
     pad_token_id: int,
@@ -58,33 +58,29 @@ def evaluate_arms(
         raise InputError(
             "evaluate: no dataset of the mixture has held-out rows; give one an eval_path or eval_split"
         )
-    evaluator = _Evaluator(candidates.base, datasets, tokenizer, pad_token_id, config, directory)
-    shares = config.interpolate if "joint" in candidates.branches else ()
+    evaluator = _Evaluator(models.base, datasets, tokenizer, pad_token_id, config, directory)
+    shares = config.interpolate if "joint" in models.branches else ()
     with progress.task(
-        "evaluate", 1 + len(candidates.branches) + len(shares) + len(candidates.merges), "models"
+        "evaluate", 1 + len(models.branches) + len(shares) + len(models.merges), "models"
     ) as task:
-        arms = {"base": evaluator.result("base", candidates.base)}
+        arms = {"base": evaluator.result("base", models.base)}
         task.advance(1)
         branches: dict[str, ArmResult] = {}
-        for name, path in candidates.branches.items():
+        for name, path in models.branches.items():
             branches[name] = _with_training(evaluator.result(name, path), [path])
             task.advance(1, name)
         if "joint" in branches:
             arms["joint"] = branches.pop("joint")
             for share in shares:
-                interpolated = evaluator.result(
-                    f"joint@{share:g}", candidates.branches["joint"], share
-                )
-                arms[f"joint@{share:g}"] = _with_training(
-                    interpolated, [candidates.branches["joint"]]
-                )
+                interpolated = evaluator.result(f"joint@{share:g}", models.branches["joint"], share)
+                arms[f"joint@{share:g}"] = _with_training(interpolated, [models.branches["joint"]])
                 task.advance(1)
-        for arm in sorted(candidates.merges, key=lambda arm: (arm == "merit", arm)):  # merit last
-            merge = candidates.merges[arm]
-            paths = [candidates.branches[name] for name in merge.branches]
+        for arm in sorted(models.merges, key=lambda arm: (arm == "merit", arm)):  # merit last
+            merge = models.merges[arm]
+            paths = [models.branches[name] for name in merge.branches]
             arms[arm] = _with_training(evaluator.result(arm, merge.path), paths)
             task.advance(1, arm)
-    gains = {arm: _gain(merge, branches, arms[arm]) for arm, merge in candidates.merges.items()}
+    gains = {arm: _gain(merge, branches, arms[arm]) for arm, merge in models.merges.items()}
     manifest = EvaluateManifest(arms, branches, gains)
     write_manifest(manifest, directory / "evaluate.json")
     return manifest
@@ -166,8 +162,8 @@ def _with_training(result: ArmResult, branches: Sequence[Path]) -> ArmResult:
     )
 
 
-def _gain(merge: Merge, branches: Mapping[str, ArmResult], merged: ArmResult) -> MergingGain:
+def _gain(arm: MergedArm, branches: Mapping[str, ArmResult], merged: ArmResult) -> MergingGain:
     mean = sum(
-        w * branches[name].token_loss for name, w in zip(merge.branches, merge.weights, strict=True)
+        w * branches[name].token_loss for name, w in zip(arm.branches, arm.weights, strict=True)
     )
-    return MergingGain(mean - merged.token_loss, mean, merged.token_loss, merge.weights)
+    return MergingGain(mean - merged.token_loss, mean, merged.token_loss, arm.weights)

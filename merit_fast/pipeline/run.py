@@ -106,13 +106,13 @@ class Run:
 
     def evaluate(self) -> bool:
         from merit_fast.evaluate import evaluate_arms
-        from merit_fast.evaluate.stage import Candidates
+        from merit_fast.evaluate.stage import EvaluatedModels
 
         outputs = self.outputs
 
         def work(directory: Path) -> None:
             branches = {name: outputs.branch_path(name) for name in outputs.branches}
-            candidates = Candidates(outputs.base, branches, self._merges())
+            candidates = EvaluatedModels(outputs.base, branches, self._merges())
             tokenizer, pad, config = self._tokenizer, self._pad_token_id, self.config.evaluate
             evaluate_arms(
                 candidates, self._eval_data, tokenizer, pad, config, directory, self.progress
@@ -238,11 +238,11 @@ class Run:
 
     def _tune(self, arm: str, paths: list[Path], directory: Path) -> TuneManifest:
         from merit_fast.evaluate.audit import audit_rows
-        from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
+        from merit_fast.tune.search import TuneInputs, starting_weights, tune_merge, tuning_sentence
 
         config = self.config.merge
         names, start = tuple(self.outputs.branches_of(arm)), starting_weights(paths, config)
-        candidates, pad = Candidates(paths, names, start, self.outputs.start), self._pad_token_id
+        candidates, pad = TuneInputs(paths, names, start, self.outputs.start), self._pad_token_id
         rows, batch_size = (
             audit_rows(self._held_out[0], config.tune_rows),
             self.config.evaluate.batch_size,
@@ -253,7 +253,7 @@ class Run:
 
     def _merges(self) -> dict[str, Any]:
         """The merged arms, as evaluate wants them."""
-        from merit_fast.evaluate.stage import Merge
+        from merit_fast.evaluate.stage import MergedArm
 
         merges, outputs = {}, self.outputs
         for arm in arms.merged_arms(self.config):
@@ -263,7 +263,7 @@ class Run:
                 weights = read_manifest(TuneManifest, path / TUNE_FILE).weights
             else:
                 weights = tuple(resolve_weights(outputs.branch_paths(arm), self.config.merge))
-            merges[arm] = Merge(path, tuple(outputs.branches_of(arm)), weights)
+            merges[arm] = MergedArm(path, tuple(outputs.branches_of(arm)), weights)
         return merges
 
     def _audit(self, directory: Path) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Merge:
-    """Two clusters made one. Clusters 0..N-1 are the leaves; the i-th merge makes cluster N + i."""
+class Join:
+    """Two clusters made one. Clusters 0..N-1 are the leaves; the i-th join makes cluster N + i."""
 
     first: int
     second: int
@@ -16,8 +16,8 @@ class Merge:
     size: int
 
 
-def average_linkage(distance: Sequence[Sequence[float]]) -> tuple[Merge, ...]:
-    """N leaves to N - 1 merges, the nearest clusters first, heights never falling.
+def average_linkage(distance: Sequence[Sequence[float]]) -> tuple[Join, ...]:
+    """N leaves to N - 1 joins, the nearest clusters first, heights never falling.
 
         d(a + b, c) = (|a| d(a, c) + |b| d(b, c)) / (|a| + |b|)
 
@@ -29,7 +29,7 @@ def average_linkage(distance: Sequence[Sequence[float]]) -> tuple[Merge, ...]:
     apart = np.array(distance, np.float64).reshape(len(distance), len(distance))
     np.fill_diagonal(apart, np.inf)
     cluster, size = list(range(len(apart))), np.ones(len(apart))
-    merges: list[Merge] = []
+    joins: list[Join] = []
     for _ in range(len(apart) - 1):
         a, b = sorted(divmod(int(apart.argmin()), len(apart)))
         height = float(apart[a, b])
@@ -37,14 +37,14 @@ def average_linkage(distance: Sequence[Sequence[float]]) -> tuple[Merge, ...]:
         apart[a], apart[:, a] = joined, joined
         apart[a, a], apart[b], apart[:, b] = np.inf, np.inf, np.inf  # b is gone: a stands for both
         size[a] += size[b]
-        merges.append(Merge(cluster[a], cluster[b], height, int(size[a])))
-        cluster[a] = len(apart) + len(merges) - 1
-    return tuple(merges)
+        joins.append(Join(cluster[a], cluster[b], height, int(size[a])))
+        cluster[a] = len(apart) + len(joins) - 1
+    return tuple(joins)
 
 
-def leaf_order(merges: Sequence[Merge]) -> list[int]:
+def leaf_order(joins: Sequence[Join]) -> list[int]:
     """The leaves so that no two branches of the tree cross."""
-    number = len(merges) + 1
+    number = len(joins) + 1
     order: list[int] = []
     waiting = [2 * number - 2]
     while waiting:
@@ -52,6 +52,6 @@ def leaf_order(merges: Sequence[Merge]) -> list[int]:
         if node < number:
             order.append(node)
         else:
-            merge = merges[node - number]
-            waiting += [merge.second, merge.first]
+            join = joins[node - number]
+            waiting += [join.second, join.first]
     return order

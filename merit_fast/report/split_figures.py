@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from merit_fast.manifests.schemas import SplitManifest
-from merit_fast.report.linkage import Merge, average_linkage, leaf_order
+from merit_fast.report.linkage import Join, average_linkage, leaf_order
 from merit_fast.report.parts import (
     GROUP_COLORS,
     LEGEND,
@@ -24,18 +24,18 @@ from merit_fast.report.split_tables import group_totals
 def dendrogram(split: SplitManifest) -> go.Figure:
     """Average linkage of the datasets on 1 - cosine, at least 0; a cosine that is not resolved counts as 0."""
     distance = [[max(0.0, 1.0 - (cosine or 0.0)) for cosine in row] for row in split.similarity]
-    merges = average_linkage(distance)
-    order = leaf_order(merges)
-    x, y, joints = _tree(merges, order)
+    joins = average_linkage(distance)
+    order = leaf_order(joins)
+    x, y, joints = _tree(joins, order)
     hover, template = dataset_hover(split)
     figure = go.Figure()
     figure.add_scatter(
         x=x, y=y, mode="lines", line={"width": 1.5, "color": NEUTRAL}, hoverinfo="skip"
     )
     figure.add_scatter(
-        x=[merge.height for merge in merges],
+        x=[join.height for join in joins],
         y=joints,
-        customdata=[[merge.size] for merge in merges],
+        customdata=[[join.size] for join in joins],
         mode="markers",
         marker={"size": 6, "color": NEUTRAL},
         hovertemplate="%{customdata[0]} datasets<br>mean distance of the two sides %{x:.3f}<extra></extra>",
@@ -178,20 +178,20 @@ def dataset_map(split: SplitManifest) -> go.Figure:
 
 
 def _tree(
-    merges: Sequence[Merge], order: Sequence[int]
+    joins: Sequence[Join], order: Sequence[int]
 ) -> tuple[list[float | None], list[float | None], list[float]]:
-    """The lines of a dendrogram, x along the distance, and where each merge stands between its two branches."""
+    """The lines of a dendrogram, x along the distance, and where each join stands between its two branches."""
     number = len(order)
-    place = [0.0] * (number + len(merges))
+    place = [0.0] * (number + len(joins))
     for row, leaf in enumerate(order):
         place[leaf] = float(row)
-    height = [0.0] * number + [merge.height for merge in merges]
+    height = [0.0] * number + [join.height for join in joins]
     x: list[float | None] = []
     y: list[float | None] = []
-    for step, merge in enumerate(merges):
-        a, b = merge.first, merge.second
+    for step, join in enumerate(joins):
+        a, b = join.first, join.second
         place[number + step] = (place[a] + place[b]) / 2
-        x += [height[a], merge.height, merge.height, height[b], None]
+        x += [height[a], join.height, join.height, height[b], None]
         y += [place[a], place[a], place[b], place[b], None]
     return x, y, place[number:]
 

@@ -40,7 +40,7 @@ _NOT_OF_MODELS = (
 
 
 @dataclass(frozen=True)
-class Candidates:
+class TuneInputs:
     """What is merged: K models, the numbers their weights are pulled towards, the base where there is one."""
 
     models: Sequence[Location]
@@ -50,7 +50,7 @@ class Candidates:
 
 
 def tune_merge(
-    candidates: Candidates,
+    inputs: TuneInputs,
     examples: Sequence[Example],
     pad_token_id: int,
     batch_size: int,
@@ -71,19 +71,19 @@ def tune_merge(
     if directory is not None and (directory / TUNE_FILE).exists():
         (directory / _LOSSES).unlink(missing_ok=True)
         return read_manifest(TuneManifest, directory / TUNE_FILE)
-    if config.scale == "auto" and candidates.base is None:
+    if config.scale == "auto" and inputs.base is None:
         raise InputError("merge: scale auto needs a base model; give --base")
     if not examples:
         raise InputError("merge: scale auto and weights fit need held-out rows, got none")
-    count, fits = len(candidates.models), config.weights == "fit"
+    count, fits = len(inputs.models), config.weights == "fit"
     total = fits * (count * (count + 1) // 2 + 2) + (config.scale == "auto") * (len(fit.SCALES) + 1)
     file = None if directory is None else directory / _LOSSES
     with progress.task("evaluate merges", total, "merges") as task:
-        losses = _Losses(candidates, examples, pad_token_id, batch_size, config, file, task)
-        weights, found_weights = candidates.start, None
+        losses = _Losses(inputs, examples, pad_token_id, batch_size, config, file, task)
+        weights, found_weights = inputs.start, None
         if fits:
             fixed: Setting = 1.0 if config.scale == "auto" else config.scale
-            found_weights = _search_weights(losses, candidates.start, fixed, config.ridge)
+            found_weights = _search_weights(losses, inputs.start, fixed, config.ridge)
             weights = (
                 found_weights.fitted if found_weights.accepted and found_weights.fitted else weights
             )
@@ -92,7 +92,7 @@ def tune_merge(
             scale, found_scale = _search_scale(losses, weights)
     tokens = sum(count_target_tokens(example.labels) for example in examples)
     manifest = TuneManifest(
-        candidates.names, weights, scale, len(examples), tokens, found_weights, found_scale
+        inputs.names, weights, scale, len(examples), tokens, found_weights, found_scale
     )
     if directory is not None:
         write_manifest(manifest, directory / TUNE_FILE)
@@ -179,7 +179,7 @@ class _Losses:
 
     def __init__(
         self,
-        candidates: Candidates,
+        inputs: TuneInputs,
         examples: Sequence[Example],
         pad_token_id: int,
         batch_size: int,
@@ -187,7 +187,10 @@ class _Losses:
         file: Path | None,
         task: Task,
     ) -> None:
-        self.candidates, self.examples, self.file, self.task = candidates, examples, file, task
+        self.inputs = inputs
+        self.examples = examples
+        self.file = file
+        self.task = task
         self.pad_token_id, self.batch_size = pad_token_id, batch_size
         self.takes_weights, plain = config.takes_weights, to_plain(config)
         self.options: dict[str, Any] = {
@@ -209,7 +212,7 @@ class _Losses:
         return self.known[key]
 
     def _measure(self, point: dict[str, Any]) -> float | None:
-        models, base = self.candidates.models, self.candidates.base
+        models, base = self.inputs.models, self.inputs.base
         weights = point["weights"] if self.takes_weights else None
         model = load_merged(
             models, weights, base=base, scale=point["scale"], dtype="fp32", **self.options
