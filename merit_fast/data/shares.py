@@ -23,7 +23,7 @@ def warmup_rows(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dat
         raise InputError(
             f"{dataset.name}: a warm-up on {share:g} of {len(order)} rows leaves none for the sketch and the branches"
         )
-    return _rows(dataset, order[:cut]), _rows(dataset, order[cut:])
+    return _selected(dataset, order[:cut]), _rows(dataset, order[cut:])
 
 
 def dealt_rows(dataset: Dataset, part: int, parts: int, seed: int) -> Dataset:
@@ -33,7 +33,7 @@ def dealt_rows(dataset: Dataset, part: int, parts: int, seed: int) -> Dataset:
     """
     order = _order(dataset, seed)
     first = (part + int(order.argmax())) % parts
-    return _rows(dataset, order[first::parts])
+    return _selected(dataset, order[first::parts])
 
 
 def _order(dataset: Dataset, seed: int) -> NDArray[np.int64]:
@@ -41,5 +41,5 @@ def _order(dataset: Dataset, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(int.from_bytes(digest, "little")).permutation(dataset.num_examples)
 
 
-def _rows(dataset: Dataset, indices: NDArray[np.int64]) -> Dataset:
+def _selected(dataset: Dataset, indices: NDArray[np.int64]) -> Dataset:
     return Dataset(dataset.name, tuple(dataset.examples[int(i)] for i in np.sort(indices)))

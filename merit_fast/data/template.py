@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merit_fast.data.dataset import IGNORED_LABEL, Example
-from merit_fast.data.formats import Message
+from merit_fast.data.messages import Message
 from merit_fast.errors import InputError, one_line
 
 if TYPE_CHECKING:
