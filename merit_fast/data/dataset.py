@@ -22,7 +22,7 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The examples of one dataset in the order of its rows, and notes about what was changed."""
+    """The examples of one dataset in the order of its rows, and notes about changed rows."""
 
     name: str
     examples: tuple[Example, ...]

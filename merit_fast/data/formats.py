@@ -73,9 +73,7 @@ def row_formats_markdown() -> str:
         if row_format.optional:
             columns += f"; optional {', '.join(f'`{column}`' for column in row_format.optional)}"
         example = json.dumps(row_format.example, ensure_ascii=False)
-        lines.append(
-            f"| {row_format.name} | {columns} | {row_format.description} | `{example}` |"
-        )
+        lines.append(f"| {row_format.name} | {columns} | {row_format.description} | `{example}` |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The evaluate stage: every arm and branch on the same held-out rows and retention prompts."""
+"""The evaluate stage: measures every arm and branch on the same held-out rows and prompts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from merit_fast.progress import Progress
 
 @dataclass(frozen=True)
 class MergedArm:
-    """One merged arm: where it lies, of which branches, with which weights."""
+    """One merged arm: its directory, its branches and their weights."""
 
     path: Path
     branches: tuple[str, ...]
@@ -31,7 +31,10 @@ class MergedArm:
 
 @dataclass(frozen=True)
 class EvaluatedModels:
-    """All models to evaluate. ``branches`` holds every trained branch, ``joint`` among them if it was trained."""
+    """The models to evaluate.
+
+    ``branches`` holds every trained branch, ``joint`` among them if it was trained.
+    """
 
     base: Path
     branches: Mapping[str, Path]
@@ -49,14 +52,16 @@ def evaluate_arms(
 ) -> EvaluateManifest:
     """Evaluates base, joint, joint interpolated towards the base, every branch and every merge.
 
-    Each model's result is written when it is done (``NAME.json``), so a killed run goes on with the next model.
+    Each model's result is written as ``NAME.json`` when it is complete, so that an interrupted run
+    resumes with the next model.
 
     Raises:
         InputError: no dataset has held-out rows.
     """
     if not datasets:
         raise InputError(
-            "evaluate: no dataset of the mixture has held-out rows; give one an eval_path or eval_split"
+            "evaluate: no dataset of the mixture has held-out rows; "
+            "give one an eval_path or eval_split"
         )
     evaluator = _Evaluator(models.base, datasets, tokenizer, pad_token_id, config, directory)
     shares = config.interpolate if "joint" in models.branches else ()
@@ -87,7 +92,7 @@ def evaluate_arms(
 
 
 class _Evaluator:
-    """What stays the same from model to model: the rows, the base's own answers, the cache of results."""
+    """Measures one model after another on the same rows and keeps each result in a file."""
 
     def __init__(
         self,
@@ -98,11 +103,15 @@ class _Evaluator:
         config: EvaluateConfig,
         directory: Path,
     ) -> None:
-        self.base, self.datasets, self.config, self.directory = base, datasets, config, directory
-        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
+        self.base = base
+        self.datasets = datasets
+        self.tokenizer = tokenizer
+        self.pad_token_id = pad_token_id
+        self.config = config
+        self.directory = directory
 
     def result(self, name: str, path: Path, share: float | None = None) -> ArmResult:
-        """Measures the checkpoint at ``path``, moved to (1 - share) base + share checkpoint if a share is given."""
+        """Measures the model at ``path``, or (1 - share) base + share model if there is a share."""
         file = self.directory / f"{name}.json"
         if file.exists():
             return replace(read_manifest(_Stored, file).result)
@@ -115,7 +124,8 @@ class _Evaluator:
         return result
 
     def _measure(self, model: nn.Module) -> ArmResult:
-        config, pad = self.config, self.pad_token_id
+        config = self.config
+        pad = self.pad_token_id
         rows = dataset_results(model, self.datasets, pad, config.batch_size)
         tokens = sum(row.num_target_tokens for row in rows.values())
         own_prompts, own_answers = greedy_answers(model, self.tokenizer, pad, config.max_new_tokens)
@@ -134,7 +144,7 @@ class _Evaluator:
     def _base_answers(
         self, own_prompts: list[list[int]], own_answers: list[list[int]]
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """The base's greedy answers: those of the first model measured, which is the base."""
+        """Prompts and answers of the base, which is the first model that is measured."""
         file = self.directory / "base_answers.json"
         if not file.exists():
             write_text(file, json.dumps({"prompts": own_prompts, "answers": own_answers}) + "\n")
@@ -149,7 +159,7 @@ class _Stored:
 
 
 def _with_training(result: ArmResult, branches: Sequence[Path]) -> ArmResult:
-    """Adds what the arm's training took, from its branches' manifests and timings."""
+    """Adds the cost of the arm's training, read from its branches' manifests and timings."""
     manifests = [read_manifest(BranchManifest, path / "branch.json") for path in branches]
     timings = [json.loads((path / "timing.json").read_text()) for path in branches]
     return replace(
