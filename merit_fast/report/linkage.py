@@ -1,4 +1,4 @@
-"""Average linkage (UPGMA; Sokal and Michener 1958), so that a dendrogram can be drawn without SciPy."""
+"""Average linkage (UPGMA; Sokal and Michener 1958): the tree of a dendrogram, without SciPy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Join:
-    """Two clusters made one. Clusters 0..N-1 are the leaves; the i-th join makes cluster N + i."""
+    """Two clusters joined into one. Clusters 0..N-1 are the leaves; join i makes cluster N + i."""
 
     first: int
     second: int
@@ -17,25 +17,27 @@ class Join:
 
 
 def average_linkage(distance: Sequence[Sequence[float]]) -> tuple[Join, ...]:
-    """N leaves to N - 1 joins, the nearest clusters first, heights never falling.
+    """Joins N leaves in N - 1 steps, the nearest clusters first; heights never fall.
 
         d(a + b, c) = (|a| d(a, c) + |b| d(b, c)) / (|a| + |b|)
 
-    Of equally near pairs the one whose clusters began with the lower leaves goes first.
+    Among equally near pairs, the pair whose clusters began with the lower leaves is joined first.
 
     Args:
-        distance: [N, N] symmetric; the diagonal is not looked at.
+        distance: [N, N] symmetric; the diagonal is ignored.
     """
     apart = np.array(distance, np.float64).reshape(len(distance), len(distance))
     np.fill_diagonal(apart, np.inf)
-    cluster, size = list(range(len(apart))), np.ones(len(apart))
+    cluster = list(range(len(apart)))
+    size = np.ones(len(apart))
     joins: list[Join] = []
     for _ in range(len(apart) - 1):
         a, b = sorted(divmod(int(apart.argmin()), len(apart)))
         height = float(apart[a, b])
         joined = (size[a] * apart[a] + size[b] * apart[b]) / (size[a] + size[b])
-        apart[a], apart[:, a] = joined, joined
-        apart[a, a], apart[b], apart[:, b] = np.inf, np.inf, np.inf  # b is gone: a stands for both
+        apart[a] = apart[:, a] = joined
+        apart[a, a] = np.inf
+        apart[b] = apart[:, b] = np.inf  # row b is retired: a stands for both
         size[a] += size[b]
         joins.append(Join(cluster[a], cluster[b], height, int(size[a])))
         cluster[a] = len(apart) + len(joins) - 1
@@ -43,7 +45,7 @@ def average_linkage(distance: Sequence[Sequence[float]]) -> tuple[Join, ...]:
 
 
 def leaf_order(joins: Sequence[Join]) -> list[int]:
-    """The leaves so that no two branches of the tree cross."""
+    """The leaves in an order in which no two branches of the tree cross."""
     number = len(joins) + 1
     order: list[int] = []
     waiting = [2 * number - 2]
