@@ -11,7 +11,7 @@ from merit_fast.merge import MergeConfig
 from merit_fast.merge.read.remote import Location
 from merit_fast.options.parser import parse
 from merit_fast.progress import Progress
-from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
+from merit_fast.tune.search import TuneInputs, starting_weights, tune_merge, tuning_sentence
 
 
 def tune_checkpoints(
@@ -47,7 +47,7 @@ def tune_checkpoints(
     configs = [parse(DatasetConfig, entry, "command line", "--validation") for entry in validation]
     datasets = load_mixture(configs, tokenizer, DataConfig(), part="train")
     examples = audit_rows(datasets, config.tune_rows)
-    candidates = Candidates(paths, tuple(map(str, paths)), start, base)
+    candidates = TuneInputs(paths, tuple(map(str, paths)), start, base)
     batch_size = EvaluateConfig().batch_size
     tuned = tune_merge(
         candidates, examples, pad_token_id(tokenizer), batch_size, config, None, progress

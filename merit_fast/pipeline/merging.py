@@ -14,7 +14,7 @@ from merit_fast.progress import Progress
 from merit_fast.report import audit_sentence
 
 if TYPE_CHECKING:
-    from merit_fast.evaluate.stage import Merge
+    from merit_fast.evaluate.stage import MergedArm
 
 
 def merge_arm(
@@ -40,26 +40,26 @@ def _tune_arm(
     arm: str, directory: Path, outputs: Outputs, data: RunData, progress: Progress
 ) -> TuneManifest:
     from merit_fast.evaluate.audit import audit_rows
-    from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
+    from merit_fast.tune.search import TuneInputs, starting_weights, tune_merge, tuning_sentence
 
     config = outputs.config.merge
     paths = outputs.branch_paths(arm)
     names = tuple(outputs.branches_of(arm))
-    candidates = Candidates(paths, names, starting_weights(paths, config), outputs.start)
+    inputs = TuneInputs(paths, names, starting_weights(paths, config), outputs.start)
     rows = audit_rows(data.tuning, config.tune_rows)
     batch_size = outputs.config.evaluate.batch_size
-    tuned = tune_merge(candidates, rows, data.pad_token_id, batch_size, config, directory, progress)
+    tuned = tune_merge(inputs, rows, data.pad_token_id, batch_size, config, directory, progress)
     progress.note(f"{arm}: {tuning_sentence(tuned)}")
     return tuned
 
 
-def finished_merges(outputs: Outputs) -> "dict[str, Merge]":
+def finished_merges(outputs: Outputs) -> "dict[str, MergedArm]":
     """Every merged arm with its folder, its branches and the weights of its merge.
 
     Raises:
         MeritFastError: a merge is absent or was made from another config.
     """
-    from merit_fast.evaluate.stage import Merge
+    from merit_fast.evaluate.stage import MergedArm
 
     config = outputs.config.merge
     merges = {}
@@ -70,7 +70,7 @@ def finished_merges(outputs: Outputs) -> "dict[str, Merge]":
             weights = read_manifest(TuneManifest, path / TUNE_FILE).weights
         else:
             weights = tuple(resolve_weights(outputs.branch_paths(arm), config))
-        merges[arm] = Merge(path, tuple(outputs.branches_of(arm)), weights)
+        merges[arm] = MergedArm(path, tuple(outputs.branches_of(arm)), weights)
     return merges
 
 

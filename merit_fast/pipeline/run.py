@@ -173,12 +173,12 @@ class Run:
 
     def _evaluate(self, directory: Path) -> None:
         from merit_fast.evaluate import evaluate_arms
-        from merit_fast.evaluate.stage import Candidates
+        from merit_fast.evaluate.stage import EvaluatedModels
 
         outputs = self.outputs
         branches = {name: outputs.branch_path(name) for name in outputs.branches}
         evaluate_arms(
-            Candidates(outputs.base, branches, finished_merges(outputs)),
+            EvaluatedModels(outputs.base, branches, finished_merges(outputs)),
             self.data.reporting,
             self.data.tokenizer,
             self.data.pad_token_id,

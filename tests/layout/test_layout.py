@@ -28,7 +28,7 @@ ARROWS = {
     "kernels": {"errors"},
     "options": {"errors"},
     "manifests": {"errors", "options", "kernels"},
-    "data": {"errors", "options", "manifests"},
+    "data": {"errors", "options", "manifests", "kernels"},
     "model": {"errors", "data"},
     "patch": {"errors", "kernels"},
     "sketch": TORCH_STAGE | {"block_estimates"},
