@@ -17,6 +17,7 @@ __all__ = [
     "patch_model",
     "run",
     "sketch_gradients",
+    "sketch_sums",
 ]
 
 
@@ -25,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from merit_fast.sketch.gradients import sketch_gradients
 
         return sketch_gradients
+    if name == "sketch_sums":
+        from merit_fast.sketch.summed import sketch_sums
+
+        return sketch_sums
     if name == "patch_model":
         from merit_fast.patch.model import patch_model
 

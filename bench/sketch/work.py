@@ -130,11 +130,11 @@ def training(work: Work) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def training_sketched(work: Work) -> Iterator[Step]:
-    """The same with ``mode="sum"`` riding on it: [1, D]."""
-    from merit_fast import sketch_gradients
+    """The same inside ``sketch_sums``: [1, D]."""
+    from merit_fast import sketch_sums
 
     optimizer = _optimizer(work)
-    with sketch_gradients(work.model, PROJ_DIM, mode="sum") as sketcher:
+    with sketch_sums(work.model, PROJ_DIM) as sketcher:
 
         def step() -> Tensor:
             work.losses().sum().backward()  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ where its gradient dy arrives the kernels sketch dy^T x per example. No weight g
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,8 @@ from merit_fast.errors import InputError, MeritFastError, show
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.sketch.capture.hooks import ModelHooks
-from merit_fast.sketch.precondition import adam_scales, scales_fingerprint
+from merit_fast.sketch.precondition import requested_scales, scales_fingerprint
 from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
-
-if TYPE_CHECKING:
-    from merit_fast.sketch.summed import SummedSketcher
 
 DatasetId = str | int
 _entered: list[
@@ -34,12 +31,13 @@ def sketch_gradients(
     proj_dim: int = 65536,
     seed: int = 0,
     parameters: str = "all",
-    mode: Literal["per_example", "sum"] = "per_example",
     normalize: Literal["adam"] | None = None,
     optimizer: Any = None,
     blocks: int = 8,
-) -> "GradientSketcher | SummedSketcher":
-    """Sketches gradients inside a with-block.
+    *,
+    mode: Literal["per_example"] = "per_example",
+) -> "GradientSketcher":
+    """Sketches the gradient of every example inside a with-block, in which the weights are frozen.
 
         with sketch_gradients(model) as sketcher:
             losses_per_example.sum().backward()
@@ -51,29 +49,22 @@ def sketch_gradients(
         proj_dim, seed: of the CountSketch; proj_dim is a multiple of 4096.
         parameters: "all" that require a gradient on entry; "blocks": those in the transformer blocks; else a regular
             expression, searched for in their names.
-        mode: "per_example" freezes the weights meanwhile, one sketch an example; "sum" rides on a training step, one
-            sketch a backward pass (``SummedSketcher``).
-        normalize: "adam" multiplies every gradient by what Adam would, by ``optimizer``'s second moments.
-        blocks: of each dataset's state, for standard errors.
+        normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second moments.
+        optimizer: an Adam or AdamW that has stepped; with ``normalize`` only.
+        blocks: blocks of each dataset's state, for standard errors.
+        mode: "per_example", the only value. ``merit_fast.sketch_sums`` sketches sums while a model trains.
 
     Raises:
         InputError: an argument breaks its rule.   MeritFastError: a parameter cannot be covered; names it.
     """
     core = model.module if isinstance(model, DistributedDataParallel) else model
-    if mode not in ("per_example", "sum"):
-        raise InputError(f"mode: must be 'per_example' or 'sum', got {show(mode)}")
-    if normalize not in (None, "adam"):
-        raise InputError(f"normalize: must be None or 'adam', got {show(normalize)}")
-    if (normalize is None) != (optimizer is None):
-        raise InputError("optimizer: must be given with normalize='adam', and only then")
+    if mode != "per_example":
+        raise InputError(
+            f"mode: must be 'per_example', got {show(mode)}; merit_fast.sketch_sums sketches sums"
+        )
     chosen = select_parameters(core, parameters, _trainable)
-    scales = adam_scales(core, optimizer, chosen) if normalize else {}
-    sketch = CountSketch(proj_dim, seed)
-    if mode == "sum":
-        from merit_fast.sketch.summed import SummedSketcher
-
-        return SummedSketcher(core, sketch, chosen, scales or None, blocks=blocks)
-    return GradientSketcher(model, sketch, chosen, scales, blocks=blocks)
+    scales = requested_scales(core, normalize, optimizer, chosen)
+    return GradientSketcher(model, CountSketch(proj_dim, seed), chosen, scales, blocks=blocks)
 
 
 class GradientSketcher:

@@ -8,10 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merit_fast.errors import InputError, MeritFastError, one_line
+from merit_fast.errors import InputError, MeritFastError, one_line, show
 from merit_fast.kernels.sketch import matrix_shape
 
 _PROBES = 64
+
+
+def requested_scales(
+    model: nn.Module, normalize: str | None, optimizer: Any, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Scales that ``normalize`` asks for: ``adam_scales`` for "adam", no scale for None.
+
+    Raises:
+        InputError: another ``normalize``, or an optimizer without it.
+        MeritFastError: as ``adam_scales``.
+    """
+    if normalize not in (None, "adam"):
+        raise InputError(f"normalize: must be None or 'adam', got {show(normalize)}")
+    if (normalize is None) != (optimizer is None):
+        raise InputError("optimizer: must be given with normalize='adam', and only then")
+    return adam_scales(model, optimizer, names) if normalize else {}
 
 
 def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[str, Tensor]:

@@ -1,23 +1,60 @@
-"""Sketches of whole gradients, read on their way into ``parameter.grad``: ``mode="sum"``.
+"""Sketches of summed gradients, read on their way into ``parameter.grad`` while a model trains.
 
-A hook on each parameter sees what this backward pass adds to ``.grad``, before accumulation, clipping and any reduction
-over ranks, and sketches it: one read of the gradient. Nothing is changed or kept, so training goes on to the same bits.
+A hook on each parameter sees the gradient that a backward pass adds to ``.grad``, before accumulation, clipping and any
+reduction over ranks, and sketches it: one read of the gradient. It changes and keeps nothing, so training gives the
+same bits as without it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
-from merit_fast.sketch.precondition import scales_fingerprint
-from merit_fast.sketch.selection import model_weights_fingerprint
+from merit_fast.sketch.precondition import requested_scales, scales_fingerprint
+from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
 
 DatasetId = str | int
+
+
+def sketch_sums(
+    model: nn.Module,
+    proj_dim: int = 65536,
+    seed: int = 0,
+    parameters: str = "all",
+    normalize: Literal["adam"] | None = None,
+    optimizer: Any = None,
+    blocks: int = 8,
+) -> "SummedSketcher":
+    """Sketches the gradient of every backward pass of a training loop inside a with-block.
+
+        with sketch_sums(model) as sketcher:
+            loss.backward()                                   # the mean over 8 examples of one dataset
+            sketcher.update("alpaca", count=8, loss_divisor=8)
+            optimizer.step()
+        sketcher.state                                        # dataset -> SketchState
+
+    Args:
+        model: any torch module, or one in DistributedDataParallel.
+        proj_dim, seed: of the CountSketch; proj_dim is a multiple of 4096.
+        parameters: as for ``sketch_gradients``: "all", "blocks" or a regular expression.
+        normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second moments.
+        optimizer: an Adam or AdamW that has stepped; with ``normalize`` only.
+        blocks: blocks of each dataset's state, for standard errors.
+
+    Raises:
+        InputError: an argument breaks its rule.
+        MeritFastError: a parameter is sharded, or has no second moments; the message names it.
+    """
+    core = model.module if isinstance(model, DistributedDataParallel) else model
+    chosen = select_parameters(core, parameters)
+    scales = requested_scales(core, normalize, optimizer, chosen)
+    return SummedSketcher(core, CountSketch(proj_dim, seed), chosen, scales or None, blocks=blocks)
 
 
 class SummedSketcher:
@@ -194,13 +231,13 @@ class SummedSketcher:
         for name, parameter in self.parameters.items():
             if not parameter.requires_grad:
                 raise MeritFastError(
-                    f"sketch: parameter {name} is frozen: mode sum reads the gradients of training"
+                    f"sketch: parameter {name} is frozen: sketch_sums reads the gradients of training"
                 )
             if (
                 hasattr(parameter, "device_mesh") or not parameter.numel()
             ):  # DTensor; emptied by ZeRO-3
                 raise MeritFastError(
-                    f"sketch: parameter {name} is sharded: no rank sees its gradient in mode sum"
+                    f"sketch: parameter {name} is sharded: no rank sees its whole gradient"
                 )
             if id(parameter) in names:
                 raise MeritFastError(
@@ -226,7 +263,7 @@ def _one_dataset(
     if len(others) != 1:
         found = ", ".join(others[:3]) or "none"
         raise MeritFastError(
-            f"sketch: mode sum needs the examples of one dataset per backward pass, got {found}"
+            f"sketch: sketch_sums needs the examples of one dataset per backward pass, got {found}"
         )
     if count < 1:
         raise MeritFastError(f"sketch: update({ids[0]!r}): count must be at least 1, got {count}")

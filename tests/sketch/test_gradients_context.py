@@ -148,7 +148,10 @@ def test_update_before_a_pass_and_of_another_length_say_so():
             {"parameters": "no such"},
             "parameters: must select at least one parameter that requires a gradient",
         ),
-        ({"mode": "both"}, "mode: must be"),
+        (
+            {"mode": "sum"},
+            "mode: must be 'per_example', got 'sum'; merit_fast.sketch_sums sketches sums",
+        ),
         ({"normalize": "adamw"}, "normalize: must be None or 'adam'"),
         ({"normalize": "adam"}, "optimizer: must be given with normalize='adam', and only then"),
     ],
@@ -192,10 +195,10 @@ def test_normalize_adam_uses_the_optimizers_moments():
     assert sketcher.state[0].identity.model_fingerprint.startswith("adam ")
 
 
-def test_sum_mode_gives_the_other_sketcher():
+def test_sketch_sums_adds_one_sketch_per_backward_pass():
     model, examples = tiny("llama"), ragged_examples()
     exact = exact_sketches(model, examples).sum(0, keepdim=True)
-    with merit_fast.sketch_gradients(model, 4096, seed=7, mode="sum") as sketcher:
+    with merit_fast.sketch_sums(model, 4096, seed=7) as sketcher:
         summed_loss(model, examples).backward()
         assert_close(sketcher.update("a", count=3), exact)
     assert all(parameter.grad is not None for parameter in model.parameters())
