@@ -35,8 +35,9 @@ from merit_fast.split.conflict import (
     double_center,
 )
 from merit_fast.split.moments import BlockProducts, block_products
-from merit_fast.split.search.partition import partition, random_groups
-from merit_fast.split.separation import separation
+from merit_fast.split.search.methods import METHODS as SPLIT_METHODS
+from merit_fast.split.search.partition import partition_datasets, random_labels
+from merit_fast.split.separation import measure_separation
 from merit_fast.split.text_cluster import dataset_similarity
 
 Array = npt.NDArray[np.float64]
@@ -51,7 +52,7 @@ EXAMPLES: dict[str, tuple[int, int]] = {
     "1000": (1000, 1000),
     "20-1000": (20, 1000),
 }
-METHODS = ("pca-swap", "pca-median", "pddp", "kmeans", "text-cluster", "random", "iid", "anti")
+METHODS = tuple(name for name, method in SPLIT_METHODS.items() if not method.needs_manual)
 EXHAUSTIVE, LARGE = 12, 32
 
 
@@ -134,12 +135,12 @@ def split(
     seed: int,
 ) -> Any:
     """As the tool does it by default; ``pca-median`` as published: naive cosines."""
-    return partition(
+    return partition_datasets(
         double_center(found.similarity, mixture.weights),
         mixture.weights,
         mixture.names,
         groups,
-        method,  # type: ignore[arg-type]
+        method,
         uncentered=naive,
         text_similarity=texts,
         seed=seed,
@@ -167,7 +168,7 @@ def best_of_all(mixture: Mixture, groups: int) -> float:
 
 def best_known(mixture: Mixture, groups: int) -> float:
     found = (
-        partition(mixture.truth, mixture.weights, mixture.names, groups, seed=seed)
+        partition_datasets(mixture.truth, mixture.weights, mixture.names, groups, seed=seed)
         for seed in range(3)
     )
     return max(one.objective for one in found)
@@ -203,7 +204,7 @@ def recover(
                 for groups in counts:
                     for method in METHODS:
                         one = split(method, mixture, found, naive, texts, groups, repeat)
-                        gains[method, groups, label] = mixture.gain(one.groups)
+                        gains[method, groups, label] = mixture.gain(one.labels)
                         if not one.note and number > EXHAUSTIVE:
                             best[groups] = max(best[groups], gains[method, groups, label])
             for (method, groups, label), gain in gains.items():
@@ -225,11 +226,11 @@ def judge(
 
             def maker(matrix: Array, mixture: Mixture = mixture) -> tuple[int, ...]:
                 centered = double_center(matrix, mixture.weights)
-                return partition(centered, mixture.weights, mixture.names, groups).groups
+                return partition_datasets(centered, mixture.weights, mixture.names, groups).labels
 
             chosen = maker(conflict_of(products, debias="blocks").similarity)
-            chance = iter(random_groups(mixture.weights, mixture.names, groups, 400, seed=instance))
-            found = separation(products, mixture.weights, chosen, maker, chance.__next__)
+            chance = iter(random_labels(mixture.weights, mixture.names, groups, 400, seed=instance))
+            found = measure_separation(products, mixture.weights, chosen, maker, chance.__next__)
             right[kind] += found.better_than_random == (kind == 0)
     return right[0], right[1]
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.block_sums import measure_conflict
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
@@ -15,7 +16,6 @@ from merit_fast.sketch.sampling import (
     measure_signal,
     next_examples,
 )
-from merit_fast.split.conflict import measure_conflict
 
 WIDTH = 300
 RATE = 0.05

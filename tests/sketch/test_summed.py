@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from support.block_sums import measure_conflict
 from support.checks import assert_close
 from support.paths import ROOT, TESTS
 from torch import nn
@@ -17,7 +18,6 @@ from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.sketch.precondition import adam_scales
 from merit_fast.sketch.summed import SummedSketcher
-from merit_fast.split.conflict import measure_conflict
 
 SKETCH = CountSketch(4096, seed=7)
 

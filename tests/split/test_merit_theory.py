@@ -5,18 +5,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from support.block_sums import eta_squared
 
 from merit_fast.merge import merge_state_dicts
 from merit_fast.split.conflict import (
     between_sum,
     conflict_of,
     double_center,
-    eta_squared,
     total_sum,
 )
 from merit_fast.split.moments import block_products
 from merit_fast.split.search.medians import conflict_axes, median_partition
-from merit_fast.split.search.partition import partition
+from merit_fast.split.search.partition import partition_datasets
 
 
 def hessian(generator, size, decades=2.0):
@@ -216,7 +216,7 @@ def test_the_papers_example_of_four_datasets():
     assert np.mean([gain(g) for g in balanced_halves(4)]) == pytest.approx(0.015)
     sums = np.repeat(gradients[:, None], 2, axis=1)
     cosine = conflict_of(block_products(sums, np.ones((4, 2))), debias="none").similarity
-    groups = median_partition(conflict_axes(cosine, 1).scores, equal, "abcd").groups
+    groups = median_partition(conflict_axes(cosine, 1).scores, equal, "abcd").labels
     assert gain(groups) == pytest.approx(0.04)
 
 
@@ -246,8 +246,8 @@ def split_of(sums, counts, names, method="pca-swap", groups=2):
     weights = np.full(len(names), 1 / len(names))
     similarity = conflict_of(block_products(sums, counts), debias="blocks").similarity
     centered = double_center(similarity, weights)
-    found = partition(centered, weights, names, groups, method, uncentered=similarity)
-    return np.array(found.groups)
+    found = partition_datasets(centered, weights, names, groups, method, uncentered=similarity)
+    return np.array(found.labels)
 
 
 @pytest.mark.parametrize("debias", ["blocks", "none"])

@@ -10,8 +10,9 @@ from support.partitions import NAMES, mixture, split
 from merit_fast.errors import InputError
 from merit_fast.split.conflict import between_sum, cosine_matrix, double_center
 from merit_fast.split.search import swap
-from merit_fast.split.search.partition import METHODS, Pins, partition
-from merit_fast.split.search.problem import pose_problem
+from merit_fast.split.search.methods import METHODS
+from merit_fast.split.search.partition import partition_datasets
+from merit_fast.split.search.problem import Pins, pose_problem
 
 BALANCED = ("pca-swap", "pddp", "kmeans", "random", "anti")
 
@@ -34,10 +35,10 @@ def test_the_objective_is_the_between_group_sum_of_squares(groups):
     similarity, weights = mixture(0, 12)
     found = split(similarity, weights, groups)
     assert found.objective == pytest.approx(
-        between_sum(similarity, weights, found.groups), rel=1e-9, abs=1e-12
+        between_sum(similarity, weights, found.labels), rel=1e-9, abs=1e-12
     )
     shares = [
-        sum(w for w, g in zip(weights, found.groups, strict=True) if g == k) for k in range(groups)
+        sum(w for w, g in zip(weights, found.labels, strict=True) if g == k) for k in range(groups)
     ]
     assert found.group_weights == pytest.approx(shares)
 
@@ -47,7 +48,7 @@ def test_a_margin_is_what_moving_the_dataset_costs():
     found = split(similarity, weights, 3)
     for i, margin in enumerate(found.margins):
         moved = [
-            [*found.groups[:i], k, *found.groups[i + 1 :]] for k in range(3) if k != found.groups[i]
+            [*found.labels[:i], k, *found.labels[i + 1 :]] for k in range(3) if k != found.labels[i]
         ]
         best = max(between_sum(similarity, weights, labels) for labels in moved)
         assert margin == pytest.approx(found.objective - best, abs=1e-12)
@@ -61,7 +62,7 @@ def test_datasets_pinned_together_share_their_margin():
     similarity, weights = mixture(2, 8)
     pins = Pins(together=(("d00", "d05"),))
     found = split(similarity, weights, 2, pins=pins)
-    moved = list(found.groups)
+    moved = list(found.labels)
     moved[0] = moved[5] = 1 - moved[0]
     cost = found.objective - between_sum(similarity, weights, moved)
     assert found.margins[0] == found.margins[5] == pytest.approx(cost)
@@ -146,7 +147,7 @@ def test_groups_keep_the_tolerance(method, groups):
     similarity, weights = mixture(5, 40)
     found = split(similarity, weights, groups, method)
     assert imbalance(found) <= 0.05 / groups + 1e-9 and found.note == ""
-    assert set(found.groups) == set(range(groups))
+    assert set(found.labels) == set(range(groups))
 
 
 def test_without_balance_kmeans_may_follow_the_clusters():
@@ -156,14 +157,14 @@ def test_without_balance_kmeans_may_follow_the_clusters():
     free = split(similarity, weights, 2, "kmeans", tolerance=math.inf)
     assert sorted(free.group_weights) == [1 / 8, 7 / 8] and free.note == ""
     assert split(similarity, weights, 2, "kmeans").group_weights == (0.5, 0.5)
-    assert split(similarity, weights, 2, tolerance=math.inf).groups == free.groups
+    assert split(similarity, weights, 2, tolerance=math.inf).labels == free.labels
 
 
 def test_one_huge_dataset_gets_the_nearest_balance_and_a_sentence():
     similarity, weights = mixture(6, 9)
     weights = np.where(np.arange(9) == 3, 0.6, 0.4 * weights / np.delete(weights, 3).sum())
     found = split(similarity, weights, 2)
-    assert found.groups.count(found.groups[3]) == 1
+    assert found.labels.count(found.labels[3]) == 1
     assert sorted(found.group_weights) == pytest.approx([0.4, 0.6])
     assert "the tolerance of 0.025 is not kept" in found.note and "d03 with 0.600" in found.note
 
@@ -173,10 +174,10 @@ def test_rows_of_a_huge_dataset_are_spread_only_when_asked():
     weights = np.where(np.arange(9) == 3, 0.6, 0.4 * weights / np.delete(weights, 3).sum())
     similarity = double_center(similarity, weights)
     found = split(similarity, weights, 2, spread=["d03"], tolerance=0.05)
-    assert found.groups[3] == -1 and -1 not in found.groups[:3] + found.groups[4:]
+    assert found.labels[3] == -1 and -1 not in found.labels[:3] + found.labels[4:]
     assert imbalance(found) <= 0.05 + 1e-9 and found.note == "" and found.margins[3] == 0.0
     share = (
-        np.array([[0.5, 0.5] if g == -1 else [g == 0, g == 1] for g in found.groups])
+        np.array([[0.5, 0.5] if g == -1 else [g == 0, g == 1] for g in found.labels])
         * weights[:, None]
     )
     explicit = sum(share[:, k] @ similarity @ share[:, k] / share[:, k].sum() for k in range(2))
@@ -186,7 +187,7 @@ def test_rows_of_a_huge_dataset_are_spread_only_when_asked():
 def test_iid_spreads_all_and_parts_nothing():
     similarity, weights = mixture(7, 6)
     found = split(similarity, weights, 3, "iid")
-    assert found.groups == (-1,) * 6 and found.objective == pytest.approx(0, abs=1e-12)
+    assert found.labels == (-1,) * 6 and found.objective == pytest.approx(0, abs=1e-12)
     assert found.group_weights == pytest.approx([1 / 3] * 3)
 
 
@@ -199,9 +200,9 @@ def test_the_order_of_the_datasets_never_matters(method, groups):
     names = [NAMES[i] for i in order]
     shuffled = similarity[np.ix_(order, order)]
     text = {"text_similarity": shuffled} if method == "text-cluster" else {}
-    other = partition(shuffled, weights[order], names, groups, method, **text)
+    other = partition_datasets(shuffled, weights[order], names, groups, method, **text)
     found = split(similarity, weights, groups, method)
-    assert [found.groups[i] for i in order] == list(other.groups)
+    assert [found.labels[i] for i in order] == list(other.labels)
     assert [found.margins[i] for i in order] == pytest.approx(other.margins, abs=1e-12)
 
 
@@ -221,20 +222,20 @@ def test_the_sign_of_an_axis_never_matters(method, monkeypatch):
 
     monkeypatch.setattr(np.linalg, "eigh", turned_eigh)
     monkeypatch.setattr(np.linalg, "svd", turned_svd)
-    assert split(similarity, weights, 4, method).groups == found.groups
+    assert split(similarity, weights, 4, method).labels == found.labels
 
 
 def test_scale_changes_nothing_and_seeds_change_random_groups():
     similarity, weights = mixture(10, 20)
-    assert split(similarity * 1e6, weights, 4).groups == split(similarity, weights * 37, 4).groups
-    one, two = (split(similarity, weights, 4, "random", seed=seed).groups for seed in (0, 1))
-    assert one != two and one == split(similarity, weights, 4, "random", seed=0).groups
+    assert split(similarity * 1e6, weights, 4).labels == split(similarity, weights * 37, 4).labels
+    one, two = (split(similarity, weights, 4, "random", seed=seed).labels for seed in (0, 1))
+    assert one != two and one == split(similarity, weights, 4, "random", seed=0).labels
 
 
 def test_groups_are_numbered_by_their_first_dataset():
     similarity, weights = mixture(11, 20)
     for method in ("pca-swap", "kmeans", "random"):
-        groups = split(similarity, weights, 5, method).groups
+        groups = split(similarity, weights, 5, method).labels
         assert list(dict.fromkeys(groups)) == [0, 1, 2, 3, 4]
 
 
@@ -252,7 +253,7 @@ def test_twins_stay_and_opposites_part(method):
     )
     weights = np.full(16, 1 / 16)
     cosine = cosine_matrix(rows)
-    groups = split(double_center(cosine, weights), weights, 2, method, uncentered=cosine).groups
+    groups = split(double_center(cosine, weights), weights, 2, method, uncentered=cosine).labels
     for i in range(4):
         assert groups[i] == groups[i + 4]
         assert groups[8 + i] == groups[12 + i] != groups[i]
@@ -264,7 +265,7 @@ def test_twins_stay_and_opposites_part(method):
 def test_every_method_fills_every_group_of_a_small_mixture(method, number, groups):
     similarity, weights = mixture(number, number)
     found = split(similarity, weights, groups, method)
-    assert set(found.groups) == ({-1} if method == "iid" and groups > 1 else set(range(groups)))
+    assert set(found.labels) == ({-1} if method == "iid" and groups > 1 else set(range(groups)))
     assert np.isfinite(found.margins).all() and sum(found.group_weights) == pytest.approx(1)
 
 
@@ -284,14 +285,14 @@ def test_degenerate_similarities_still_give_full_balanced_groups(method):
         found = split(similarity, weights, 4, method)
         assert np.isfinite([found.objective, *found.margins]).all()
         if method != "iid":
-            assert np.bincount(found.groups).tolist() == [2, 2, 2, 2]
+            assert np.bincount(found.labels).tolist() == [2, 2, 2, 2]
 
 
 def test_manual_groups_are_taken_as_they_are():
     similarity, weights = mixture(13, 5)
     manual = [["d04", "d01"], ["d00", "d02", "d03"]]
-    found = partition(similarity, weights, NAMES[:5], 2, "manual", manual=manual)
-    assert found.groups == (1, 0, 1, 1, 0) and "is not kept" in found.note
+    found = partition_datasets(similarity, weights, NAMES[:5], 2, "manual", manual=manual)
+    assert found.labels == (1, 0, 1, 1, 0) and "is not kept" in found.note
 
 
 @pytest.mark.parametrize(
@@ -306,16 +307,16 @@ def test_manual_groups_are_taken_as_they_are():
 )
 def test_manual_groups_are_checked(manual, message):
     with pytest.raises(InputError, match=message):
-        partition(*mixture(0, 3), NAMES[:3], 2, "manual", manual=manual)
+        partition_datasets(*mixture(0, 3), NAMES[:3], 2, "manual", manual=manual)
 
 
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"groups": 5}, r"groups: must be at most the number of datasets \(4\), got 5"),
-        ({"groups": 0}, "groups: must be at least 1, got 0"),
+        ({"num_groups": 5}, r"groups: must be at most the number of datasets \(4\), got 5"),
+        ({"num_groups": 0}, "groups: must be at least 1, got 0"),
         (
-            {"groups": 3, "method": "pca-median"},
+            {"num_groups": 3, "method": "pca-median"},
             "groups: must be a power of two with method pca-median, got 3",
         ),
         ({"method": "magic"}, "method: must be one of pca-swap, .* got 'magic'"),
@@ -340,8 +341,8 @@ def test_what_cannot_be_split_is_refused(changes, message):
         "similarity": similarity,
         "weights": weights,
         "names": NAMES[:4],
-        "groups": 2,
+        "num_groups": 2,
         **changes,
     }
     with pytest.raises(InputError, match=message):
-        partition(**call)
+        partition_datasets(**call)

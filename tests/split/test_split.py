@@ -82,8 +82,12 @@ def dataset(name, rows=3, texts=None):
 
 
 def split(directory, datasets, config, **options):
-    options = {"steps": 4000, "sketched_at": "at the base model", "texts": dict, **options}
-    return split_mixture(directory, datasets, "f", config, **options)
+    defaults = {
+        "steps": 4000,
+        "sketched_at": "at the base model",
+        "texts": dict,
+    }
+    return split_mixture(directory, datasets, "f", config, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")

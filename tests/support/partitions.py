@@ -3,7 +3,8 @@
 import numpy as np
 
 from merit_fast.split.conflict import double_center
-from merit_fast.split.search.partition import partition
+from merit_fast.split.search.methods import METHODS
+from merit_fast.split.search.partition import partition_datasets
 
 NAMES = [f"d{i:02}" for i in range(40)]
 
@@ -18,9 +19,11 @@ def mixture(seed, number, *, spread=0.4, dimensions=3):
     return double_center(z @ z.T, weights), weights
 
 
-def split(similarity, weights, groups, method="pca-swap", **options):
-    if method == "text-cluster":
+def split(similarity, weights, num_groups, method="pca-swap", **options):
+    """Splits by any method, with the extra inputs that the method needs."""
+    names = NAMES[: len(weights)]
+    if METHODS[method].needs_texts:
         options["text_similarity"] = similarity
-    if method == "manual":
-        options["manual"] = [NAMES[k : len(weights) : groups] for k in range(groups)]
-    return partition(similarity, weights, NAMES[: len(weights)], groups, method, **options)
+    if METHODS[method].needs_manual:
+        options["manual"] = [names[k::num_groups] for k in range(num_groups)]
+    return partition_datasets(similarity, weights, names, num_groups, method, **options)
