@@ -67,6 +67,7 @@ class SplitManifest:
     separations: tuple[GroupCount, ...]  # of every K tried, rising
     random_groups: tuple[int, ...]  # [N] the control: a balanced random split
     base_fingerprint: str
+    start_fingerprint: str  # of the model whose gradients were sketched: the base, or the warm-up's
     mixture_fingerprint: str
     schema_version: int = SCHEMA_VERSION
 

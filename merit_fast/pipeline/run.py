@@ -83,7 +83,8 @@ class Run:
             datasets, mark, config = self._branch_data, outputs.train_fingerprint, self.config.split
             manifest = split_mixture(
                 outputs.root / "sketch", datasets, mark, config,
-                steps=self._steps(self._branch_data), sketched_at=self._where, texts=self._texts,
+                base_fingerprint=outputs.base_fingerprint, steps=self._steps(self._branch_data),
+                sketched_at=self._where, texts=self._texts,
             )  # fmt: skip
             write_manifest(manifest, directory / "split.json")
             for line in split_lines(manifest, self._branch_steps(manifest)):

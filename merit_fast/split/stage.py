@@ -25,6 +25,7 @@ def split_mixture(
     mixture_fingerprint: str,
     config: SplitConfig,
     *,
+    base_fingerprint: str,
     steps: int,
     sketched_at: str,
     texts: Callable[[], Mapping[str, Sequence[str]]],
@@ -36,6 +37,8 @@ def split_mixture(
         datasets: the datasets to split, with their rows.
         mixture_fingerprint: fingerprint of the training rows.
         config: options.
+        base_fingerprint: fingerprint of the base model. After a warm-up the gradients were taken at another model; the
+            states name it, and split.json has it as ``start_fingerprint``.
         steps: optimizer steps of a joint run on these datasets.
         sketched_at: where the gradients were taken, in words.
         texts: returns every dataset's rows as text; called by methods that need texts only.
@@ -91,7 +94,8 @@ def split_mixture(
             for number, separation in sorted(decision.separations.items())
         ),
         random_groups=decision.random,
-        base_fingerprint=states[0].identity.model_fingerprint,
+        base_fingerprint=base_fingerprint,
+        start_fingerprint=states[0].identity.model_fingerprint,
         mixture_fingerprint=mixture_fingerprint,
     )
 

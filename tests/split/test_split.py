@@ -83,6 +83,7 @@ def dataset(name, rows=3, texts=None):
 
 def split(directory, datasets, config, **options):
     defaults = {
+        "base_fingerprint": "base",
         "steps": 4000,
         "sketched_at": "at the base model",
         "texts": dict,
@@ -129,6 +130,8 @@ def test_split_stage_finds_the_planted_axis_and_says_how_sure_it_is(planted, pre
     assert found.cross_validated > found.null_mean + 2 * found.null_std
     assert [count.groups for count in manifest.separations] == [2, 4]
     assert manifest.within_cosine > 0.3 > manifest.across_cosine
+    assert manifest.base_fingerprint == "base"
+    assert manifest.start_fingerprint == identity().model_fingerprint
     noise, strong = manifest.datasets[15], manifest.datasets[0]
     assert strong.more_examples == 0 and strong.stability > 0.9 and strong.margin > 0
     assert strong.signal_fraction == pytest.approx(
