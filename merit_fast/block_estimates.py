@@ -1,7 +1,7 @@
 """Estimates from sums over blocks of examples: unbiased squares, signal fractions, jackknife errors.
 
-Pure NumPy. The sketch stage asks with them when a dataset has enough examples, the split stage how far
-a cosine can be trusted.
+Pure NumPy. The sketch stage asks with them when a dataset has enough examples, the split stage how
+far a cosine can be trusted.
 """
 
 import numpy as np
@@ -18,9 +18,12 @@ def signal_fractions(within: Array, counts: Array) -> tuple[Array, Array]:
         counts: [N, G] examples in them.
 
     Returns:
-        [N] and [N]. NaN where fewer than two (the error: three) blocks have examples; 0 where all gradients are 0.
+        [N] and [N]. NaN where fewer than two (the error: three) blocks have examples; 0 where all
+        gradients are 0.
     """
-    own, row, total = np.einsum("ngg->ng", within), within.sum(2), within.sum((1, 2))
+    own = np.einsum("ngg->ng", within)
+    row = within.sum(2)
+    total = within.sum((1, 2))
     fraction = _ratio(total, own.sum(1), counts.sum(1), (counts**2).sum(1))
     left_out = _ratio(
         total[:, None] - 2 * row + own,

@@ -1,11 +1,13 @@
 """How far sketched cosines of real gradients lie from the exact ones: SmolLM2-135M, the demo's tasks, all parameters.
 
-    python -m bench.sketch.accuracy DIR [--examples 16] [--seeds 8] [--proj-dims 16384,65536] [--model PATH] [--quick]
+    python -m bench.sketch.accuracy DIR [--examples 16] [--seeds 8] [--proj-dims 16384,65536]
+    [--model PATH] [--quick]
 
-A task's gradient is that of the mean of its examples' losses: fp32 weights, one ordinary backward pass, kept in DIR as
-a memory-mapped file (0.54 GB a task, 15 GB for all 28). Exact inner products are sums in fp64 over these files; the
-sketches are ``flat_sketch``. What is done already is not done again: more seeds later cost only these seeds. It ends
-with a table in units of 1/sqrt(D), its goals, and where the gradients' squared norm lies.
+A task's gradient is that of the mean of its examples' losses: fp32 weights, one ordinary backward
+pass, kept in DIR as a memory-mapped file (0.54 GB a task, 15 GB for all 28). Exact inner products
+are sums in fp64 over these files; the sketches are ``flat_sketch``. What is done already is not
+done again: more seeds later cost only these seeds. It ends with a table in units of 1/sqrt(D), its
+goals, and where the gradients' squared norm lies.
 """
 
 import argparse
@@ -56,7 +58,8 @@ def note(text: str) -> None:
 
 def parts_of(model: torch.nn.Module) -> list[Part]:
     """Every parameter once, tied ones too, in the model's order."""
-    parts, start = [], 0
+    parts = []
+    start = 0
     for name, parameter in model.named_parameters():
         parts.append(Part(name, start, matrix_shape(parameter.shape)))
         start = parts[-1].stop
@@ -150,7 +153,8 @@ def measure(
             figures = write_gradient(network, dataset, arguments.examples, pad, file)
             results.add({"gradient": {"task": dataset.name, **figures}})
             note(
-                f"gradient of {dataset.name}: loss {figures['loss']:.3f}, norm {figures['norm']:.3f}"
+                f"gradient of {dataset.name}: loss {figures['loss']:.3f}, norm "
+                f"{figures['norm']:.3f}"
             )
     del network
     gradients = [mapped(file, parts[-1].stop) for file in files]
@@ -188,9 +192,11 @@ def report(results: Results, proj_dims: Sequence[int]) -> str:
     pairs = torch.triu_indices(*truth.shape, offset=1).unbind()
     c = truth[pairs]
     lines = [
-        f"{len(exact)} tasks, {len(c)} pairs; exact cosines {c.min():.3f} to {c.max():.3f}, mean {c.mean():.3f}.",
+        f"{len(exact)} tasks, {len(c)} pairs; exact cosines {c.min():.3f} to {c.max():.3f}, mean "
+        f"{c.mean():.3f}.",
         "",
-        "| D | seeds | rms error (each seed) | <= 2.5 | worst pair | rms / theory | inner products: rms / theory |",
+        "| D | seeds | rms error (each seed) | <= 2.5 | worst pair | rms / theory | inner "
+        "products: rms / theory |",
         "|---|---|---|---|---|---|---|",
     ]
     goals = ["", "| goal | measured | must | |", "|---|---|---|---|"]
@@ -202,14 +208,17 @@ def report(results: Results, proj_dims: Sequence[int]) -> str:
         error = proj_dim**0.5 * (torch.stack([cosines(each) for each in products])[:, *pairs] - c)
         norms = exact.diagonal().sqrt()
         inner = proj_dim**0.5 * ((products - exact) / norms / norms.unsqueeze(1))[:, *pairs]
-        each, rms = error.square().mean(1).sqrt(), float(error.square().mean().sqrt())
-        within, worst = float((error.abs() <= 2.5).double().mean()), float(error.abs().max())
+        each = error.square().mean(1).sqrt()
+        rms = float(error.square().mean().sqrt())
+        within = float((error.abs() <= 2.5).double().mean())
+        worst = float(error.abs().max())
         by_theory = float(
             (error / (1 - c**2)).square().mean().sqrt()
         )  # to first order in the norms' errors
         inner_by_theory = float((inner / (1 + c**2).sqrt()).square().mean().sqrt())
         lines.append(
-            f"| {proj_dim} | {len(error)} | {rms:.3f} ({each.min():.2f}–{each.max():.2f}) | {within:.1%} | {worst:.2f} "
+            f"| {proj_dim} | {len(error)} | {rms:.3f} ({each.min():.2f}–{each.max():.2f}) | "
+            f"{within:.1%} | {worst:.2f} "
             f"| {by_theory:.3f} | {inner_by_theory:.3f} |"
         )
         goals += [_goal(f"rms error, D = {proj_dim}", rms, "<= 1.1", rms <= 1.1)]

@@ -1,7 +1,7 @@
 """The CountSketch kernels against torch and against their floors. One example's gradient a time unless stated.
 
-End to end: bench/sketch/step.py. MKL, torch's fp32 matrix product, runs at less than half speed on AMD: oneDNN's stands
-beside it.
+End to end: bench/sketch/step.py. MKL, torch's fp32 matrix product, runs at less than half speed on
+AMD: oneDNN's stands beside it.
 """
 
 import functools
@@ -31,19 +31,21 @@ def _threads_restored():
 
 def tables(rows: int, columns: int, sketch: CountSketch) -> tuple[torch.Tensor, torch.Tensor]:
     """Bucket and sign of every entry, precomputed: what a table-driven sketch may assume for free."""
-    key, lane = sketch.key("w"), torch.arange(TILE)
-    buckets, signs = [], []
+    key = sketch.key("w")
+    lane = torch.arange(TILE)
+    buckets = []
+    signs = []
     for first in range(0, -(-rows // TILE)):
         tile = first * -(-columns // TILE) + torch.arange(-(-columns // TILE))
         masks = hash_counters(4 * tile, key).view(-1, 1, 1)
         bucket = bucket_of(tile, key, sketch.proj_dim // TILE**2).view(-1, 1, 1)
-        row, column = lane[:, None] ^ masks & 63, lane ^ masks >> 8 & 63
+        row = lane[:, None] ^ masks & 63
+        column = lane ^ masks >> 8 & 63
         row_bit = hash_counters(4 * tile + 1, key).view(-1, 1, 1) >> lane[:, None] & 1
         column_bit = hash_counters(4 * tile + 2, key).view(-1, 1, 1) >> lane & 1
-        at, sign = (
-            (bucket * TILE + row) * TILE + column,
-            1.0 - 2.0 * (row_bit ^ column_bit),
-        )  # [tiles, 64, 64]
+        # [tiles, 64, 64]
+        at = (bucket * TILE + row) * TILE + column
+        sign = 1.0 - 2.0 * (row_bit ^ column_bit)
         kept = min(TILE, rows - TILE * first)
         for strips, values in ((buckets, at), (signs, sign)):
             strips.append(values.transpose(0, 1).reshape(TILE, -1)[:kept, :columns].flatten())
@@ -53,7 +55,8 @@ def tables(rows: int, columns: int, sketch: CountSketch) -> tuple[torch.Tensor, 
 @pytest.fixture(scope="module")
 def flat():
     torch.manual_seed(0)
-    gradient, sketch = torch.randn(1, ELEMENTS // 4096, 4096), CountSketch(WIDTH)
+    gradient = torch.randn(1, ELEMENTS // 4096, 4096)
+    sketch = CountSketch(WIDTH)
     buckets, signs = tables(ELEMENTS // 4096, 4096, sketch)
     return gradient, sketch, buckets, signs
 
@@ -138,7 +141,8 @@ def bench_linear(benchmark, name, shape, threads):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     batch, tokens, rows, columns = SHAPES[shape]
-    dy, x = torch.randn(batch, tokens, rows), torch.randn(batch, tokens, columns)
+    dy = torch.randn(batch, tokens, rows)
+    x = torch.randn(batch, tokens, columns)
     sketch = CountSketch(WIDTH)
     arguments = (dy, x, sketch, *tables(rows, columns, sketch))
     expected = dw_then_index_add(*arguments)

@@ -1,9 +1,10 @@
 """Peak memory of one kind of step in a process of its own; with ``7b``, of a sketch of a 7B model.
 
-    python -m bench.sketch.memory plain|frozen|sketch|7b [--dtype fp32] [--tokens 128] [--threads 1] [--quick]
+    python -m bench.sketch.memory plain|frozen|sketch|7b [--dtype fp32] [--tokens 128] [--threads 1]
+    [--quick]
 
-Prints one line of JSON. Every child imports the sketcher, so that no import is in the difference. The 7B model's
-weights are random, of 15.2 GB in bf16, filled tensor by tensor in place.
+Prints one line of JSON. Every child imports the sketcher, so that no import is in the difference.
+The 7B model's weights are random, of 15.2 GB in bf16, filled tensor by tensor in place.
 """
 
 import argparse
@@ -22,9 +23,12 @@ from bench.sketch.work import DTYPES, Work, frozen, plain, sketched, small_model
 from bench.support.measure import Results, run_child
 
 VARIANTS = {"plain": plain, "frozen": frozen, "sketch": sketched}
-BATCH, ROUNDS = 8, 3
-BIG_BATCH, BIG_TOKENS = 2, 32
-# Each buffer of 64 KiB and more is mapped by itself: else glibc's leftovers differ by 20 MiB from run to run.
+BATCH = 8
+ROUNDS = 3
+BIG_BATCH = 2
+BIG_TOKENS = 32
+# Each buffer of 64 KiB and more is mapped by itself: else glibc's leftovers differ by 20 MiB from
+# run to run.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 ROOM_GIB = 18.0  # 15.2 GB of weights, 2 GiB over them, and what the system needs
 

@@ -2,9 +2,9 @@
 
     python -m bench.sketch.peer_steps PEER [--rounds 3] [--threads 1] [--tokens 128] [--quick]
 
-merit-fast runs in its own environment, the others without it. Each step's result is a gradient quantity of every
-example and is compared with exact gradients first. The last line printed is JSON: of round 0 and step "plain",
-"0/plain/wall_s" and "0/plain/cpu_s".
+merit-fast runs in its own environment, the others without it. Each step's result is a gradient
+quantity of every example and is compared with exact gradients first. The last line printed is JSON:
+of round 0 and step "plain", "0/plain/wall_s" and "0/plain/cpu_s".
 """
 
 import argparse
@@ -32,12 +32,12 @@ from bench.sketch.work import (
     token_work,
 )
 
-BATCH, BOUND = 8, 2e-4
-SIDE, DIMENSIONS, BLOCK = (
-    64,
-    16,
-    8,
-)  # bergson's projection to 64 x 64 a layer; of the dense ones, in blocks of 8
+BATCH = 8
+BOUND = 2e-4
+# bergson's projection to 64 x 64 a layer; of the dense ones, in blocks of 8
+SIDE = 64
+DIMENSIONS = 16
+BLOCK = 8
 Run = Callable[[], Any]
 Check = Callable[[Any], None]
 Steps = dict[str, Callable[[Work], contextlib.AbstractContextManager[tuple[Run, Check]]]]
@@ -176,7 +176,8 @@ def bergson(work: Work, freeze: bool) -> Iterator[tuple[Run, Check]]:
     def run() -> dict[str, Tensor]:
         with collector.with_batch(None):
             backward(work)
-        found, collector.found = collector.found, {}
+        found = collector.found
+        collector.found = {}
         return found
 
     def check(found: dict[str, Tensor]) -> None:

@@ -1,11 +1,13 @@
 """Per-example gradients and their projections by other libraries, each against the plain step of its own process.
 
-    python -m bench.sketch.peers DIR [--peers DIR] [--only opacus,less] [--rounds 5] [--threads 1,2] [--quick]
+    python -m bench.sketch.peers DIR [--peers DIR] [--only opacus,less] [--rounds 5] [--threads 1,2]
+    [--quick]
 
-Model and batch of bench/sketch/step.py (31 M parameters, fp32, B=8, T=128). Peers run in an environment of their own,
-made at the first use (bench/sketch/peers_env.py); one that is not to be had there is said to be missing. What the rows
-compute differs, and their names say it: compare within what you need. Every row's result is checked against exact
-gradients before it is timed. Finished rows are kept in DIR as lines of JSON.
+Model and batch of bench/sketch/step.py (31 M parameters, fp32, B=8, T=128). Peers run in an
+environment of their own, made at the first use (bench/sketch/peers_env.py); one that is not to be
+had there is said to be missing. What the rows compute differs, and their names say it: compare
+within what you need. Every row's result is checked against exact gradients before it is timed.
+Finished rows are kept in DIR as lines of JSON.
 """
 
 import argparse
@@ -86,7 +88,8 @@ def report(results: Results, circumstances: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {word}" for name, word in circumstances["peers"].items())
     lines = [
         f"Commit {circumstances['version']}; {words}. Peers: {versions}.",
-        "Medians (IQR); ratios to the plain step of the same round. Peak: of the whole process, its check included.",
+        "Medians (IQR); ratios to the plain step of the same round. Peak: of the whole process, "
+        "its check included.",
     ]
     for threads in dict.fromkeys(entry["threads"] for entry in results.of("peer")):
         lines += [
@@ -105,8 +108,10 @@ def report(results: Results, circumstances: dict[str, Any]) -> str:
 def _rows(peer: str, result: dict[str, Any]) -> list[str]:
     if "error" in result:
         return [f"| {peer} | failed: {result['error']} | | | | |"]
-    cpu, wall = by_step(result, "cpu_s"), by_step(result, "wall_s")
-    plain, lines = spread(cpu["plain"]), []
+    cpu = by_step(result, "cpu_s")
+    wall = by_step(result, "wall_s")
+    plain = spread(cpu["plain"])
+    lines = []
     for step in cpu:
         if step == "plain":
             continue
@@ -114,7 +119,8 @@ def _rows(peer: str, result: dict[str, Any]) -> list[str]:
         walls = statistics.median(a / b for a, b in zip(wall[step], wall["plain"], strict=True))
         median, iqr = spread(cpu[step])
         lines.append(
-            f"| {step} | {median:.3f} ({iqr:.3f}) | {statistics.median(each):.3f} ({min(each):.3f}–{max(each):.3f}) "
+            f"| {step} | {median:.3f} ({iqr:.3f}) | {statistics.median(each):.3f} "
+            f"({min(each):.3f}–{max(each):.3f}) "
             f"| {walls:.3f} | {plain[0]:.3f} | {result['peak_mib']:.0f} |"
         )
     return lines

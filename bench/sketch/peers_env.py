@@ -2,8 +2,8 @@
 
     python -m bench.sketch.peers_env [DIR]
 
-DIR defaults to ~/.cache/merit_fast/sketch-peers (about 2 GB). torch and transformers have this environment's versions.
-A peer that cannot be installed beside the others is named and left out.
+DIR defaults to ~/.cache/merit_fast/sketch-peers (about 2 GB). torch and transformers have this
+environment's versions. A peer that cannot be installed beside the others is named and left out.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
-TORCH, TRANSFORMERS = "2.13.0", "5.23.0"
+TORCH = "2.13.0"
+TRANSFORMERS = "5.23.0"
 PEERS = {
     "opacus": "1.6.0",
     "bergson": "2.5.1",

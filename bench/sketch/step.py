@@ -1,12 +1,15 @@
 """What a sketch of every example's whole gradient costs, end to end, against a plain forward and backward.
 
-    python -m bench.sketch.step DIR [--only 31m,smollm,memory,7b] [--rounds 7] [--threads 1,2] [--quick]
+    python -m bench.sketch.step DIR [--only 31m,smollm,memory,7b] [--rounds 7] [--threads 1,2]
+    [--quick]
 
-31m: Qwen2's shape, 30.95 M parameters, B=8, T=128 and 512, fp32 and bf16, every variant once a round in one process,
-each round starting with the next one; ratios are of one round. smollm: SmolLM2-135M in bf16 on four batches of the
-demo's tasks. memory: a child process each (bench/sketch/memory.py). 7b: Qwen2.5-7B's shape with random bf16 weights,
-which needs 18 GiB of free memory. Before anything is timed, results are compared with exact gradients. A finished round
-is kept as a line of JSON in DIR: an interrupted run goes on where it was, a finished one only prints its tables.
+31m: Qwen2's shape, 30.95 M parameters, B=8, T=128 and 512, fp32 and bf16, every variant once a
+round in one process, each round starting with the next one; ratios are of one round. smollm:
+SmolLM2-135M in bf16 on four batches of the demo's tasks. memory: a child process each
+(bench/sketch/memory.py). 7b: Qwen2.5-7B's shape with random bf16 weights, which needs 18 GiB of
+free memory. Before anything is timed, results are compared with exact gradients. A finished round
+is kept as a line of JSON in DIR: an interrupted run goes on where it was, a finished one only
+prints its tables.
 """
 
 import argparse

@@ -31,7 +31,8 @@ def report(results: Results, circumstances: dict[str, Any]) -> str:
         rounds.setdefault(entry["case"], []).append(entry["rows"])
     words = ", ".join(f"{key} {value}" for key, value in circumstances["machine"].items())
     parts = [
-        f"Commit {circumstances['version']}; {words}; D = {circumstances['proj_dim']}. Medians (IQR); ratios by round."
+        f"Commit {circumstances['version']}; {words}; D = {circumstances['proj_dim']}. Medians "
+        "(IQR); ratios by round."
     ]
     parts += [_case(name, found) for name, found in rounds.items()]
     parts += [_memory(results.of("memory")), _big(results.of("7b")), _goals(rounds, results)]
@@ -94,8 +95,10 @@ def _big(entries: list[Any]) -> str:
     if "error" in last:
         return f"**7B-shaped model**: failed: {last['error']}"
     return (
-        f"**7B-shaped model**: {last['parameters'] / 1e9:.2f} G parameters, {last['weights_mib']:.0f} MiB of weights, "
-        f"{last['built_mib']:.0f} MiB when built, {last['high_mib']:.0f} MiB at most; one frozen step "
+        f"**7B-shaped model**: {last['parameters'] / 1e9:.2f} G parameters, "
+        f"{last['weights_mib']:.0f} MiB of weights, "
+        f"{last['built_mib']:.0f} MiB when built, {last['high_mib']:.0f} MiB at most; one frozen "
+        "step "
         f"{last['frozen_s']:.1f} s, one sketched step {last['sketch_s']:.1f} s."
     )
 
@@ -111,12 +114,11 @@ def _goals(rounds: dict[str, list[dict[str, dict[str, float]]]], results: Result
             wall, cpu = (_ratios(rounds.get(name, []), variant, key) for key in ("wall_s", "cpu_s"))
             if wall:
                 found = statistics.median(wall), statistics.median(cpu)
-                words, verdict = (
-                    f"wall {found[0]:.3f}, CPU {found[1]:.3f}",
-                    _verdict(max(found) <= bound),
-                )
+                words = f"wall {found[0]:.3f}, CPU {found[1]:.3f}"
+                verdict = _verdict(max(found) <= bound)
             else:
-                words, verdict = "not measured", ""
+                words = "not measured"
+                verdict = ""
             lines.append(f"| {name}: {variant} | {words} | <= {bound:.2f} | {verdict} |")
     return "\n".join([*lines, *_memory_goals(results.of("memory")), _big_goal(results.of("7b"))])
 
@@ -124,7 +126,8 @@ def _goals(rounds: dict[str, list[dict[str, dict[str, float]]]], results: Result
 def _memory_goals(entries: list[Any]) -> list[str]:
     lines = []
     for case in dict.fromkeys(entry["case"] for entry in entries):
-        plain, sketch = _peak(entries, case, "plain"), _peak(entries, case, "sketch")
+        plain = _peak(entries, case, "plain")
+        sketch = _peak(entries, case, "sketch")
         threads = next(entry["threads"] for entry in entries if entry["case"] == case)
         bound = 8 * 65536 * 4 / MIB + threads
         if plain is None or sketch is None:
@@ -132,7 +135,8 @@ def _memory_goals(entries: list[Any]) -> list[str]:
         else:
             extra = sketch - plain
             lines.append(
-                f"| extra peak memory, {case} | {extra:+.1f} MiB | <= {bound:.0f} MiB | {_verdict(extra <= bound)} |"
+                f"| extra peak memory, {case} | {extra:+.1f} MiB | <= {bound:.0f} MiB | "
+                f"{_verdict(extra <= bound)} |"
             )
     return lines
 

@@ -201,7 +201,8 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def timed(step: Step) -> dict[str, float]:
     """Wall seconds, and CPU seconds of all threads."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    cpu = time.process_time()
     step()
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 

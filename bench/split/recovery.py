@@ -2,18 +2,21 @@
 
     python -m bench.split.recovery [--json] [--quick] [--seed 0]
 
-Mixtures of N datasets with known mean gradients: a shared direction, three conflict axes of unequal strength, a part of
-their own; unequal lengths and unequal tokens. Each method sees block sums of n noisy examples per dataset (noise per
-example against signal, tr(Sigma) / |g|^2: median 80, as the paper's calibration curve implies) and is judged by the
-true between-group sum of squares of the unit gradients, as a share of the best split within the same tolerance: of all
-there are (N = 12, K = 2 and 4), or of the best known (N = 32: the search on the true matrix from three seeds, and
-whatever beats it). A split outside the tolerance may pass 1: ``pca-median`` keeps none, and of 12 datasets the other
-baselines cannot always. Two figures more: the slope of debiased cosines on the true ones; and how often "is this split
-better than random?" is answered rightly, on mixtures with planted conflicts and on others in which all datasets have
-the same cosine, so that every balanced split is as good.
+Mixtures of N datasets with known mean gradients: a shared direction, three conflict axes of unequal
+strength, a part of their own; unequal lengths and unequal tokens. Each method sees block sums of n
+noisy examples per dataset (noise per example against signal, tr(Sigma) / |g|^2: median 80, as the
+paper's calibration curve implies) and is judged by the true between-group sum of squares of the
+unit gradients, as a share of the best split within the same tolerance: of all there are (N = 12, K
+= 2 and 4), or of the best known (N = 32: the search on the true matrix from three seeds, and
+whatever beats it). A split outside the tolerance may pass 1: ``pca-median`` keeps none, and of 12
+datasets the other baselines cannot always. Two figures more: the slope of debiased cosines on the
+true ones; and how often "is this split better than random?" is answered rightly, on mixtures with
+planted conflicts and on others in which all datasets have the same cosine, so that every balanced
+split is as good.
 
-Time plays no part. With --json the last line is one JSON object: method -> K -> share of the optimum, mean over both
-sizes and all four numbers of examples; ``debiased_slope``; ``verdict_accuracy``.
+Time plays no part. With --json the last line is one JSON object: method -> K -> share of the
+optimum, mean over both sizes and all four numbers of examples; ``debiased_slope``;
+``verdict_accuracy``.
 """
 
 import argparse
@@ -53,7 +56,8 @@ EXAMPLES: dict[str, tuple[int, int]] = {
     "20-1000": (20, 1000),
 }
 METHODS = tuple(name for name, method in SPLIT_METHODS.items() if not method.needs_manual)
-EXHAUSTIVE, LARGE = 12, 32
+EXHAUSTIVE = 12
+LARGE = 32
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,9 @@ class Mixture:
 def plant(generator: np.random.Generator, number: int, axes: Sequence[float] = AXES) -> Mixture:
     sides = generator.choice([-1.0, 1.0], (number, len(AXES)))
     basis = np.eye(DIMENSIONS)  # noise is the same in all directions
-    shared, conflict, own = (
-        basis[0],
-        basis[1 : len(AXES) + 1],
-        basis[len(AXES) + 1 : len(AXES) + 1 + number],
-    )
+    shared = basis[0]
+    conflict = basis[1 : len(AXES) + 1]
+    own = basis[len(AXES) + 1 : len(AXES) + 1 + number]
     means = (
         0.5 * shared
         + (sides * np.array(axes) * generator.uniform(0.6, 1.4, sides.shape)) @ conflict
@@ -149,7 +151,8 @@ def split(
 
 def best_of_all(mixture: Mixture, groups: int) -> float:
     """The largest gain within the tolerance, or within the least imbalance there is."""
-    weights, labels = mixture.weights, np.zeros((1, 1), np.int8)
+    weights = mixture.weights
+    labels = np.zeros((1, 1), np.int8)
     for _ in range(len(weights) - 1):
         highest = labels.max(1)
         grown = [labels[highest >= k - 1] for k in range(groups)]
@@ -157,7 +160,8 @@ def best_of_all(mixture: Mixture, groups: int) -> float:
             [np.c_[part, np.full(len(part), k, np.int8)] for k, part in enumerate(grown)]
         )
     labels = labels[labels.max(1) == groups - 1]
-    gain, off = np.zeros(len(labels)), np.zeros(len(labels))
+    gain = np.zeros(len(labels))
+    off = np.zeros(len(labels))
     for group in range(groups):
         inside = (labels == group) * weights
         weight = inside.sum(1)
@@ -191,10 +195,8 @@ def recover(
             gains: dict[tuple[str, int, str], float] = {}
             for place, (label, (fewest, most)) in enumerate(EXAMPLES.items()):
                 products = observe(mixture, generator, fewest, most)
-                found, naive = (
-                    conflict_of(products, debias="blocks"),
-                    conflict_of(products, debias="none").cosine,
-                )
+                found = conflict_of(products, debias="blocks")
+                naive = conflict_of(products, debias="none").cosine
                 upper = np.triu_indices(number, 1)
                 pairs[place].append(
                     np.stack(
@@ -300,7 +302,8 @@ def main() -> None:
     result["verdict_accuracy"] = round((with_conflict + without) / (2 * instances), 4)
     print(report(shares, pairs))
     print(
-        f"\nBetter than random? Right in {with_conflict} of {instances} with planted conflicts, {without} without."
+        f"\nBetter than random? Right in {with_conflict} of {instances} with planted conflicts, "
+        f"{without} without."
     )
     goals = (
         (

@@ -1,12 +1,14 @@
 """Time and memory of a split's statistics from sketch states on disk: products of block sums, Gram, cosines, errors.
 
-    python -m bench.split.statistics [--datasets 176] [--blocks 8] [--proj-dim 65536] [--repeats 3] [--directory DIR]
+    python -m bench.split.statistics [--datasets 176] [--blocks 8] [--proj-dim 65536] [--repeats 3]
+    [--directory DIR]
 
-Every repeat is a process of its own, once with NumPy's BLAS on one thread and once on all cores: it reads the states
-(in the page cache) and measures from there on, imports not counted; its peak memory counts everything, files mapped
-into it too. CPU seconds tell less of a busy machine than wall seconds do, but BLAS threads that wait for each other
-burn them. Two floors from the same process: the same number of products with nothing between them, and a sum over the
-bytes. The last line is one JSON object. Goal: 2 s and 1 GiB on two cores.
+Every repeat is a process of its own, once with NumPy's BLAS on one thread and once on all cores: it
+reads the states (in the page cache) and measures from there on, imports not counted; its peak
+memory counts everything, files mapped into it too. CPU seconds tell less of a busy machine than
+wall seconds do, but BLAS threads that wait for each other burn them. Two floors from the same
+process: the same number of products with nothing between them, and a sum over the bytes. The last
+line is one JSON object. Goal: 2 s and 1 GiB on two cores.
 """
 
 import argparse
@@ -28,7 +30,8 @@ from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.split.conflict import conflict_of
 from merit_fast.split.moments import block_products
 
-GOAL_S, GOAL_MIB = 2.0, 1024.0
+GOAL_S = 2.0
+GOAL_MIB = 1024.0
 
 
 def write_states(directory: Path, datasets: int, blocks: int, proj_dim: int) -> None:
@@ -69,7 +72,8 @@ def child(directory: Path) -> dict[str, float]:
     conflict_s, conflict = timed(lambda: conflict_of(products, debias="blocks"))
     assert conflict.resolved.all() and np.isfinite(conflict.cosine).all()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    datasets, (blocks, width) = len(sums), sums[0].shape
+    datasets = len(sums)
+    (blocks, width) = sums[0].shape
     rows = np.ones((datasets, 4096))
     rows @ rows.T
     product_s = min(timed(lambda: rows @ rows.T)[0] for _ in range(20))

@@ -1,11 +1,10 @@
 """Sketches of every dataset's gradient from a run of the transformers Trainer, beside its training steps.
 
-    trainer = Trainer(model, args, train_dataset=rows, ...)   # each row with a `dataset_id`, each batch of one dataset
-    SketchCallback(proj_dim=65536).attach(trainer)
-    trainer.train()
+    trainer = Trainer(model, args, train_dataset=rows, ...)   # each row with a `dataset_id`, each
+    batch of one dataset SketchCallback(proj_dim=65536).attach(trainer) trainer.train()
 
-Training goes on to the same bits. The states lie in ``output_dir/sketches`` at the end and in every checkpoint, one
-``NAME.safetensors`` each, and a resumed run goes on from the checkpoint's.
+Training goes on to the same bits. The states lie in ``output_dir/sketches`` at the end and in every
+checkpoint, one ``NAME.safetensors`` each, and a resumed run goes on from the checkpoint's.
 """
 
 import copy
@@ -37,13 +36,14 @@ logger = logging.getLogger(__name__)
 class SketchCallback(TrainerCallback):  # type: ignore[misc]
     """Sketches what each backward pass of a Trainer adds to the gradients (``SummedSketcher``), by dataset.
 
-    A Trainer shows its callbacks no batch. ``attach`` therefore puts three of its public methods into wrappers:
-    ``get_train_dataloader``, so that the column of ids survives ``remove_unused_columns`` and never reaches collator or
-    model (evaluation is as before); ``training_step``, whose one backward pass and batch belong together under gradient
-    accumulation too; and ``train``, to take the hooks off after an exception.
+    A Trainer shows its callbacks no batch. ``attach`` therefore puts three of its public methods
+    into wrappers: ``get_train_dataloader``, so that the column of ids survives
+    ``remove_unused_columns`` and never reaches collator or model (evaluation is as before);
+    ``training_step``, whose one backward pass and batch belong together under gradient accumulation
+    too; and ``train``, to take the hooks off after an exception.
 
-    An example's loss is here the sum over its target tokens, whatever the Trainer divides by. A custom
-    ``compute_loss_func`` must divide by ``num_items_in_batch``, as transformers asks of it.
+    An example's loss is here the sum over its target tokens, whatever the Trainer divides by. A
+    custom ``compute_loss_func`` must divide by ``num_items_in_batch``, as transformers asks of it.
 
     Args:
         proj_dim, seed: of the CountSketch.
@@ -53,11 +53,13 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         scales: as for ``SummedSketcher``, for example ``adam_scales_of_checkpoint(...)``.
 
     Attributes:
-        sketcher: from the beginning of training on; its ``state`` is this rank's. The files hold the sum over ranks.
+        sketcher: from the beginning of training on; its ``state`` is this rank's. The files hold
+            the sum over ranks.
 
     Raises:
-        InputError: by ``attach`` or with the first batch: rows without the column; packing, fp16, DataParallel, FSDP,
-            DeepSpeed, tensor or context parallelism; a batch of several datasets.
+        InputError: by ``attach`` or with the first batch: rows without the column; packing, fp16,
+            DataParallel, FSDP, DeepSpeed, tensor or context parallelism; a batch of several
+            datasets.
     """
 
     def __init__(
@@ -69,8 +71,11 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         blocks: int = 8,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.sketch, self.parameters, self.column = CountSketch(proj_dim, seed), parameters, column
-        self.blocks, self.scales = blocks, scales
+        self.sketch = CountSketch(proj_dim, seed)
+        self.parameters = parameters
+        self.column = column
+        self.blocks = blocks
+        self.scales = scales
         self.sketcher: SummedSketcher | None = None
         self._attached = False
         self._resume: Any = None
@@ -86,11 +91,9 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         return self
 
     def _wrap(self, trainer: Any) -> None:
-        plain_train, plain_loader, plain_step = (
-            trainer.train,
-            trainer.get_train_dataloader,
-            trainer.training_step,
-        )
+        plain_train = trainer.train
+        plain_loader = trainer.get_train_dataloader
+        plain_step = trainer.training_step
 
         def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             self._resume = resume_from_checkpoint
@@ -101,13 +104,15 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
 
         def get_train_dataloader() -> Any:
             trainer._set_signature_columns_if_needed()
-            columns, collator = trainer._signature_columns, trainer.data_collator
+            columns = trainer._signature_columns
+            collator = trainer.data_collator
             trainer._signature_columns = [*columns, self.column]
             trainer.data_collator = _IdsBesideBatch(collator, self.column)
             try:
                 return plain_loader()
             finally:
-                trainer._signature_columns, trainer.data_collator = columns, collator
+                trainer._signature_columns = columns
+                trainer.data_collator = collator
 
         def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             ids = inputs.pop(self.column)
@@ -120,11 +125,9 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
             )
             return loss
 
-        trainer.train, trainer.get_train_dataloader, trainer.training_step = (
-            train,
-            get_train_dataloader,
-            training_step,
-        )
+        trainer.train = train
+        trainer.get_train_dataloader = get_train_dataloader
+        trainer.training_step = training_step
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -211,11 +214,14 @@ def write_states(folder: Path, states: Mapping[Any, SketchState]) -> None:
 def batches_of_one_dataset(ids: Sequence[Hashable], batch_size: int, seed: int = 0) -> list[int]:
     """An order of rows in which every ``batch_size`` in a row are of one dataset, the batches shuffled.
 
-        rows = rows.select(batches_of_one_dataset(rows["dataset_id"], 8))     with train_sampling_strategy="sequential"
+        rows = rows.select(batches_of_one_dataset(rows["dataset_id"], 8))     with
+        train_sampling_strategy="sequential"
 
-    The rows that fill no batch, fewer than ``batch_size`` per dataset, are left out; their number is logged.
+    The rows that fill no batch, fewer than ``batch_size`` per dataset, are left out; their number
+    is logged.
     """
-    generator, batches = random.Random(seed), []
+    generator = random.Random(seed)
+    batches = []
     by_dataset: dict[Hashable, list[int]] = {}
     for row, dataset in enumerate(ids):
         by_dataset.setdefault(dataset, []).append(row)
@@ -239,20 +245,23 @@ class _IdsBesideBatch:
     """A collator that never sees the ids, which then stand beside what it made. A class: workers must load it."""
 
     def __init__(self, collator: Callable[[list[Any]], Any], column: str) -> None:
-        self.collator, self.column = collator, column
+        self.collator = collator
+        self.column = column
 
     def __call__(self, rows: list[Any]) -> Any:
         ids = []
         for row in rows:
             if not isinstance(row, Mapping) or self.column not in row:
                 raise InputError(
-                    f"train_dataset: {self.column}: is missing in a row; every row must say its dataset"
+                    f"train_dataset: {self.column}: is missing in a row; every row must say its "
+                    "dataset"
                 )
             value = row[self.column]
             ids.append(str(value.item() if isinstance(value, Tensor) else value))
         if len(set(ids)) > 1:
             raise InputError(
-                f"train_dataset: {self.column}: a batch must be of one dataset, got {', '.join(sorted(set(ids))[:3])}; "
+                f"train_dataset: {self.column}: a batch must be of one dataset, got "
+                f"{', '.join(sorted(set(ids))[:3])}; "
                 "take per_device_train_batch_size=1, or rows ordered by batches_of_one_dataset"
             )
         batch = self.collator(
@@ -263,7 +272,8 @@ class _IdsBesideBatch:
 
 
 def _check_trainer(trainer: Any, column: str) -> None:
-    args, dataset = trainer.args, trainer.train_dataset
+    args = trainer.args
+    dataset = trainer.train_dataset
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     refused = {
         "packing": getattr(
@@ -297,7 +307,8 @@ def _target_tokens(inputs: Mapping[str, Any]) -> int:
         return int((inputs["shift_labels"] != -100).sum())
     if "labels" not in inputs:
         raise InputError(
-            "train_dataset: labels: are missing in a batch; sketches need the loss of a causal model"
+            "train_dataset: labels: are missing in a batch; sketches need the loss of a causal "
+            "model"
         )
     return int((inputs["labels"][..., 1:] != -100).sum())
 

@@ -89,7 +89,8 @@ class SketchState:
 
     def require_same(self, other: "SketchState") -> None:
         """Raises MeritFastError if the two may not be added or compared; the message names in what they differ."""
-        mine, theirs = self.identity.metadata(), other.identity.metadata()
+        mine = self.identity.metadata()
+        theirs = other.identity.metadata()
         for key, value in mine.items():
             if value != theirs[key]:
                 raise MeritFastError(
@@ -97,7 +98,8 @@ class SketchState:
                 )
         if self.block_counts.shape != other.block_counts.shape:
             raise MeritFastError(
-                f"sketch states disagree in blocks: {len(self.block_counts)} and {len(other.block_counts)}"
+                f"sketch states disagree in blocks: {len(self.block_counts)} and "
+                f"{len(other.block_counts)}"
             )
 
     def to_bytes(self) -> bytes:

@@ -15,7 +15,8 @@ class SketchConfig:
     )
     precision: float = option(
         0.0,
-        "stop a dataset once its signal fraction is known to this relative standard error; 0: take all examples",
+        "stop a dataset once its signal fraction is known to this relative standard error; 0: "
+        "take all examples",
     )
     parameters: str = option(
         "all", "whose gradients: all, blocks (the transformer blocks), or a regex on their names"
@@ -27,14 +28,16 @@ class SketchConfig:
     blocks: int = option(8, "blocks of examples per dataset, for standard errors")
     warmup: float = option(
         0.0,
-        "share of every dataset's rows trained on jointly before; sketch and branches start there (the paper: 0)",
+        "share of every dataset's rows trained on jointly before; sketch and branches start there "
+        "(the paper: 0)",
     )
     batch_size: int = option(
         8, "examples per backward pass (does not change the sketch beyond rounding)"
     )
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto",
-        "precision of the model's forward and backward pass; auto: bf16 if products of it are fast here",
+        "precision of the model's forward and backward pass; auto: bf16 if products of it are "
+        "fast here",
     )
 
     def __post_init__(self) -> None:

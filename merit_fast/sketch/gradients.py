@@ -1,7 +1,8 @@
 """Per-example gradient sketches from one ordinary backward pass.
 
-All weights are frozen, so autograd computes gradients of activations only; forward hooks tap each module's output, and
-where its gradient dy arrives the kernels sketch dy^T x per example. No weight gradient is stored.
+All weights are frozen, so autograd computes gradients of activations only; forward hooks tap each
+module's output, and where its gradient dy arrives the kernels sketch dy^T x per example. No weight
+gradient is stored.
 """
 
 import functools
@@ -47,15 +48,18 @@ def sketch_gradients(
     Args:
         model: any torch module; transformers' language models are tested.
         proj_dim, seed: of the CountSketch; proj_dim is a multiple of 4096.
-        parameters: "all" that require a gradient on entry; "blocks": those in the transformer blocks; else a regular
-            expression, searched for in their names.
-        normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second moments.
+        parameters: "all" that require a gradient on entry; "blocks": those in the transformer
+            blocks; else a regular expression, searched for in their names.
+        normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second
+            moments.
         optimizer: an Adam or AdamW that has stepped; with ``normalize`` only.
         blocks: blocks of each dataset's state, for standard errors.
-        mode: "per_example", the only value. ``merit_fast.sketch_sums`` sketches sums while a model trains.
+        mode: "per_example", the only value. ``merit_fast.sketch_sums`` sketches sums while a model
+            trains.
 
     Raises:
-        InputError: an argument breaks its rule.   MeritFastError: a parameter cannot be covered; names it.
+        InputError: an argument breaks its rule.   MeritFastError: a parameter cannot be covered;
+            names it.
     """
     core = model.module if isinstance(model, DistributedDataParallel) else model
     if mode != "per_example":
@@ -70,15 +74,16 @@ def sketch_gradients(
 class GradientSketcher:
     """Sketches the gradient of every chosen parameter, per example.
 
-    The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding. Tied parameters
-    count once. One forward pass of the model, one or more backward passes through it and one ``update`` go together;
-    forward passes under ``torch.no_grad`` do not count. Linear, Conv1D (GPT-2), Conv2d, Conv3d and Embedding layers,
-    norms and routed experts use the kernels, and so do raw calls of F.linear and F.embedding; any other module that
-    maps one [B, ...] tensor to another is run again per example. On exit the model is as it was.
+    The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding.
+    Tied parameters count once. One forward pass of the model, one or more backward passes through
+    it and one ``update`` go together; forward passes under ``torch.no_grad`` do not count. Linear,
+    Conv1D (GPT-2), Conv2d, Conv3d and Embedding layers, norms and routed experts use the kernels,
+    and so do raw calls of F.linear and F.embedding; any other module that maps one [B, ...] tensor
+    to another is run again per example. On exit the model is as it was.
 
     Args:
-        model: called as usual inside the block. With DistributedDataParallel nothing is communicated: add the states
-            of the ranks (``SketchState.merge``).
+        model: called as usual inside the block. With DistributedDataParallel nothing is
+            communicated: add the states of the ranks (``SketchState.merge``).
         sketch: width and seed.
         parameters: by name; None: all that require a gradient.
         scales: by name, what the gradients are multiplied by (``adam_scales``).
@@ -86,7 +91,8 @@ class GradientSketcher:
         fingerprint: of the model, for the states; None: of its weights in memory.
 
     Raises:
-        MeritFastError: here, in the forward or in the backward pass, for a parameter that cannot be covered; names it.
+        MeritFastError: here, in the forward or in the backward pass, for a parameter that cannot be
+            covered; names it.
     """
 
     def __init__(
@@ -101,7 +107,9 @@ class GradientSketcher:
     ) -> None:
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.model = model if self.ddp is None else self.ddp.module
-        self.sketch, self.scales, self.blocks = sketch, dict(scales or {}), blocks
+        self.sketch = sketch
+        self.scales = dict(scales or {})
+        self.blocks = blocks
         chosen = (
             select_parameters(self.model, "all", _trainable) if parameters is None else parameters
         )
@@ -179,7 +187,8 @@ class GradientSketcher:
             )
         if run.ran_without_grad:
             raise MeritFastError(
-                f"sketch_gradients: parameter {min(run.ran_without_grad)} was used under no_grad and never again: with "
+                f"sketch_gradients: parameter {min(run.ran_without_grad)} was used under no_grad "
+                "and never again: with "
                 "reentrant checkpointing give use_reentrant=False; else leave it out"
             )
         self.discard()
@@ -198,7 +207,8 @@ class GradientSketcher:
 
         Args:
             dataset_ids: B of them, the dataset of each example: its name or number.
-            loss_sums: [B] each example's summed loss over its target tokens, nats, for the states' means.
+            loss_sums: [B] each example's summed loss over its target tokens, nats, for the states'
+                means.
             num_target_tokens: [B] how many those are.
 
         Returns:

@@ -33,26 +33,30 @@ def requested_scales(
 def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[str, Tensor]:
     """What ``torch.optim.Adam`` and ``AdamW`` would multiply each entry of the first moment by, at their present state.
 
-        scale = 1 / (sqrt(v / (1 - beta2 ** step)) + eps)         v: exp_avg_sq; with amsgrad max_exp_avg_sq
+        scale = 1 / (sqrt(v / (1 - beta2 ** step)) + eps)         v: exp_avg_sq; with amsgrad
+        max_exp_avg_sq
 
-    A sketch of ``scale * g`` is linear in g, so means over examples, blocks and ranks stay sums. LESS (Xia et al. 2024,
-    arXiv 2402.04333) instead puts every example through Adam's whole update, whose moments take in the example's own
-    gradient; that is not linear in g, so its mean over examples is not a function of the mean gradient.
+    A sketch of ``scale * g`` is linear in g, so means over examples, blocks and ranks stay sums.
+    LESS (Xia et al. 2024, arXiv 2402.04333) instead puts every example through Adam's whole update,
+    whose moments take in the example's own gradient; that is not linear in g, so its mean over
+    examples is not a function of the mean gradient.
 
-    An entry that never had a gradient (the embedding of a token not seen) has scale 1 / eps and would outweigh all
-    others: take an optimizer that has seen the data, or leave embeddings out.
+    An entry that never had a gradient (the embedding of a token not seen) has scale 1 / eps and
+    would outweigh all others: take an optimizer that has seen the data, or leave embeddings out.
 
     Args:
         model: whose parameters ``optimizer`` holds.
-        optimizer: an Adam or AdamW that has stepped, any variant (fused, foreach, capturable), or a wrapper with its
-            ``state`` and ``param_groups``.
+        optimizer: an Adam or AdamW that has stepped, any variant (fused, foreach, capturable), or a
+            wrapper with its ``state`` and ``param_groups``.
         names: parameters of ``model``.
 
     Returns:
-        By name, float32 of the shape as which the parameter is hashed (``matrix_shape``), on the moments' device.
+        By name, float32 of the shape as which the parameter is hashed (``matrix_shape``), on the
+        moments' device.
 
     Raises:
-        MeritFastError: a parameter that the model or the optimizer lacks, or without second moments; names it.
+        MeritFastError: a parameter that the model or the optimizer lacks, or without second
+            moments; names it.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     groups = {
@@ -75,8 +79,8 @@ def adam_scales_of_checkpoint(
 ) -> dict[str, Tensor]:
     """``adam_scales`` from a checkpoint of the transformers Trainer: its ``optimizer.pt``, read without pickled code.
 
-    The file numbers the parameters: first those with weight decay, then the others, each in the model's order. The same
-    parameters must be trainable in ``model`` as in the run.
+    The file numbers the parameters: first those with weight decay, then the others, each in the
+    model's order. The same parameters must be trainable in ``model`` as in the run.
 
     Raises:
         InputError: the file is absent or broken, or numbers other parameters than ``model``'s.
@@ -87,7 +91,8 @@ def adam_scales_of_checkpoint(
     file = Path(directory) / "optimizer.pt"
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        saved_groups, moments = saved["param_groups"], saved["state"]
+        saved_groups = saved["param_groups"]
+        moments = saved["state"]
     except (
         Exception
     ) as error:  # the reader raises many kinds, and all mean that the file is not to be had
@@ -132,11 +137,13 @@ def _scale(
     moments = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
     if moments is None or "step" not in state:
         raise MeritFastError(
-            f"adam_scales: parameter {name} has no second moments yet: the optimizer never stepped it"
+            f"adam_scales: parameter {name} has no second moments yet: the optimizer never "
+            "stepped it"
         )
     if moments.shape != parameter.shape:
         raise MeritFastError(
-            f"adam_scales: parameter {name} is {list(parameter.shape)}, its second moments {list(moments.shape)}"
+            f"adam_scales: parameter {name} is {list(parameter.shape)}, its second moments "
+            f"{list(moments.shape)}"
         )
     correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
     scale: Tensor = (

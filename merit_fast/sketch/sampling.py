@@ -1,17 +1,19 @@
 """Adaptive sampling: how many examples a dataset's mean gradient needs. Pure functions of a state's block sums.
 
-The signal fraction f = |mean|^2 / E|mean of the n sketched|^2 is estimated, as in ``measure_conflict``, by
+The signal fraction f = |mean|^2 / E|mean of the n sketched|^2 is estimated, as in
+``measure_conflict``, by
 
     U / R,   U = (|sum_b S_b|^2 - sum_b |S_b|^2) / (n^2 - sum_b n_b^2),   R = |sum_b S_b|^2 / n^2
 
-with the block jackknife's standard error. A dataset is *resolved* when its U is too large for noise. Under noise the
-signs of the block sums are arbitrary, so the test is exact for any covariance and block sizes: the share of all sign
-choices e with |sum_b e_b S_b| at least as long (Fisher 1935; Romano 1990, JASA). It assumes only that a block's noise
-is as likely as its mirror image.
+with the block jackknife's standard error. A dataset is *resolved* when its U is too large for
+noise. Under noise the signs of the block sums are arbitrary, so the test is exact for any
+covariance and block sizes: the share of all sign choices e with |sum_b e_b S_b| at least as long
+(Fisher 1935; Romano 1990, JASA). It assumes only that a block's noise is as likely as its mirror
+image.
 
-Stopping when the figures look good makes noise look good. So there are few looks, at ``first``, twice that, ... and at
-``most`` examples, and each is given ``error_rate`` / looks: of datasets without any signal at most ``error_rate`` are
-ever called resolved, at whatever look they stop.
+Stopping when the figures look good makes noise look good. So there are few looks, at ``first``,
+twice that, ... and at ``most`` examples, and each is given ``error_rate`` / looks: of datasets
+without any signal at most ``error_rate`` are ever called resolved, at whatever look they stop.
 """
 
 import itertools
@@ -43,9 +45,11 @@ class Signal:
 
     Attributes:
         fraction: U / R, of which U is unbiased; not clipped: below 0 on noise now and then.
-        error: block-jackknife standard error of ``fraction``; where there is little signal rather too large than small.
+        error: block-jackknife standard error of ``fraction``; where there is little signal rather
+            too large than small.
         p_value: of no signal at all.
-        ratio: U over its standard deviation under no signal, sqrt(2 sum_{a != b} <S_a, S_b>^2) / (n^2 - sum_b n_b^2).
+        ratio: U over its standard deviation under no signal, sqrt(2 sum_{a != b} <S_a, S_b>^2) /
+            (n^2 - sum_b n_b^2).
         num_examples: n.
     """
 
@@ -58,8 +62,8 @@ class Signal:
     def examples_needed(self, error_rate: float) -> int:
         """How many examples in all resolve the dataset at ``error_rate`` four times in five.
 
-        ``ratio`` grows as n while noise prevails. Below 1.64 it may be noise alone; that is then taken for its bound,
-        and the result is a lower one.
+        ``ratio`` grows as n while noise prevails. Below 1.64 it may be noise alone; that is then
+        taken for its bound, and the result is a lower one.
         """
         wanted = NormalDist().inv_cdf(1 - error_rate) + NormalDist().inv_cdf(_POWER)
         return math.ceil(self.num_examples * wanted / max(self.ratio, _NOISE))
@@ -71,8 +75,10 @@ def measure_signal(state: "SketchState") -> Signal:
     Raises:
         MeritFastError: fewer than two blocks have examples.
     """
-    sums, counts = state.block_sums.numpy(), state.block_counts.numpy()
-    sums, counts = sums[counts > 0], counts[counts > 0].astype(np.float64)
+    sums = state.block_sums.numpy()
+    counts = state.block_counts.numpy()
+    sums = sums[counts > 0]
+    counts = counts[counts > 0].astype(np.float64)
     if len(counts) < 2:
         raise MeritFastError(
             f"signal fraction: needs examples in two blocks or more, got {len(counts)}"
@@ -109,7 +115,8 @@ def next_examples(
     Args:
         state: what has been sketched so far, perhaps nothing.
         most: examples there are, or may be taken.
-        precision: asked standard error of the signal fraction, relative to it; 0: take ``most`` without looking.
+        precision: asked standard error of the signal fraction, relative to it; 0: take ``most``
+            without looking.
         first: examples at the first look.
         error_rate: how many of the datasets without signal may be stopped early, at most.
 
@@ -128,7 +135,8 @@ def next_examples(
 
 def describe(state: "SketchState", most: int, *, first: int = 32, error_rate: float = 0.05) -> str:
     """One line on a dataset that is done: its signal fraction, or how many more examples it would take to know it."""
-    signal, rate = measure_signal(state), error_rate / len(looks(first, most))
+    signal = measure_signal(state)
+    rate = error_rate / len(looks(first, most))
     if signal.p_value <= rate:
         return f"signal fraction {signal.fraction:.2f} +- {signal.error:.2f} of {signal.num_examples} examples"
     more = max(1, signal.examples_needed(rate) - signal.num_examples)
@@ -142,7 +150,8 @@ def check_blocks(blocks: int, first: int, most: int, error_rate: float) -> None:
     least = 1 + math.ceil(math.log2(number / error_rate))
     if blocks < least:
         raise InputError(
-            f"blocks: must be at least {least} for {number} looks at error rate {error_rate}, got {blocks}"
+            f"blocks: must be at least {least} for {number} looks at error rate {error_rate}, got "
+            f"{blocks}"
         )
 
 

@@ -21,8 +21,9 @@ def select_parameters(
 
     Args:
         model: as given to ``sketch_gradients``; names are those of ``model.named_parameters()``.
-        parameters: "all" that require a gradient; "blocks": those inside the transformer blocks; else a regular
-            expression, searched for in the names. Parameters that require no gradient are never among them.
+        parameters: "all" that require a gradient; "blocks": those inside the transformer blocks;
+            else a regular expression, searched for in the names. Parameters that require no
+            gradient are never among them.
         trainable: what counts as requiring a gradient; None: ``requires_grad``.
 
     Raises:
@@ -33,14 +34,16 @@ def select_parameters(
     chosen = {name: p for name, p in model.named_parameters() if trainable(p) and wanted(name)}
     if not chosen:
         raise InputError(
-            f"parameters: must select at least one parameter that requires a gradient, got {show(parameters)}"
+            "parameters: must select at least one parameter that requires a gradient, got "
+            f"{show(parameters)}"
         )
     return chosen
 
 
 def model_weights_fingerprint(model: nn.Module) -> str:
     """32 hex digits of a model in memory: names, shapes, dtypes and 64 spread values of every parameter."""
-    digest, probes = hashlib.sha256(), []
+    digest = hashlib.sha256()
+    probes = []
     for name, parameter in model.named_parameters():
         digest.update(f"{name}\n{list(parameter.shape)}\n{parameter.dtype}\n".encode())
         flat = parameter.detach().reshape(-1)
@@ -61,7 +64,8 @@ def _wanted(model: nn.Module, parameters: str) -> Callable[[str], bool]:
         pattern = re.compile(parameters)
     except re.error as error:
         raise InputError(
-            f"parameters: must be 'all', 'blocks' or a regular expression, got {show(parameters)} ({error})"
+            f"parameters: must be 'all', 'blocks' or a regular expression, got {show(parameters)} "
+            f"({error})"
         ) from None
     return lambda name: pattern.search(name) is not None
 

@@ -1,7 +1,8 @@
 """The sketch stage: a model and datasets in, one file of sums per dataset out.
 
-A dataset's sums depend on nothing but the model, the options, its name and the rows chosen. A fingerprint of these in
-datasets.json tells which files of an earlier output are still what sketching would give: new datasets cost themselves.
+A dataset's sums depend on nothing but the model, the options, its name and the rows chosen. A
+fingerprint of these in datasets.json tells which files of an earlier output are still what
+sketching would give: new datasets cost themselves.
 """
 
 import hashlib
@@ -27,7 +28,9 @@ from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.sampling import check_blocks, describe, next_examples
 from merit_fast.sketch.selection import select_parameters
 
-FIRST_LOOK, ERROR_RATE = 32, 0.05  # of adaptive sampling
+# of adaptive sampling
+FIRST_LOOK = 32
+ERROR_RATE = 0.05
 _FINGERPRINTS = "datasets.json"
 
 
@@ -43,15 +46,16 @@ def sketch_mixture(
 ) -> None:
     """Sketches per-example gradients of every dataset at the model, one ``NAME.safetensors`` of sums each.
 
-    The loss of an example is the mean over its target tokens. A file that is there already is taken as done, so a
-    killed run goes on with the next dataset.
+    The loss of an example is the mean over its target tokens. A file that is there already is taken
+    as done, so a killed run goes on with the next dataset.
 
     Args:
-        earlier: a finished output, of whatever mixture and options: what it holds that this one would make anew is
-            taken over, with the bytes that sketching would give.
+        earlier: a finished output, of whatever mixture and options: what it holds that this one
+            would make anew is taken over, with the bytes that sketching would give.
 
     Raises:
-        InputError: a dataset of one example; parameters that select nothing; blocks too few for ``precision``.
+        InputError: a dataset of one example; parameters that select nothing; blocks too few for
+            ``precision``.
     """
     chosen = {d.name: choose_examples(d, config) for d in datasets}
     if config.precision:
@@ -62,7 +66,8 @@ def sketch_mixture(
         reused := _take_over(earlier, directory, {d.name: marks[d.name] for d in missing})
     ):
         progress.note(
-            f"sketch: {len(reused)} of {len(datasets)} datasets are as before, their sketches are reused"
+            f"sketch: {len(reused)} of {len(datasets)} datasets are as before, their sketches are "
+            "reused"
         )
         missing = [d for d in missing if d.name not in reused]
     if missing:
@@ -107,7 +112,8 @@ def _sketch_datasets(
             _write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
             if config.precision:
                 progress.note(
-                    f"{dataset.name}: {describe(state, len(chosen[dataset.name]), first=FIRST_LOOK)}"
+                    f"{dataset.name}: "
+                    f"{describe(state, len(chosen[dataset.name]), first=FIRST_LOOK)}"
                 )
 
 
@@ -115,7 +121,8 @@ def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
     """Up to ``config.examples`` indices, by a random order that depends on seed and dataset name alone."""
     if dataset.num_examples < 2:
         raise InputError(
-            f"{dataset.name}: split needs at least 2 examples per dataset, got {dataset.num_examples}"
+            f"{dataset.name}: split needs at least 2 examples per dataset, got "
+            f"{dataset.num_examples}"
         )
     digest = hashlib.blake2b(f"{config.seed}\n{dataset.name}".encode(), digest_size=8).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "little"))
@@ -143,7 +150,8 @@ def _take_over(earlier: Path, directory: Path, marks: Mapping[str, str]) -> set[
         return set()  # there is none, or it is of a version that kept no fingerprints
     taken = set()
     for name, mark in marks.items():
-        source, temporary = earlier / f"{name}.safetensors", directory / f"{name}.safetensors.tmp"
+        source = earlier / f"{name}.safetensors"
+        temporary = directory / f"{name}.safetensors.tmp"
         if known.get(name) != mark or not source.is_file():
             continue
         temporary.unlink(missing_ok=True)

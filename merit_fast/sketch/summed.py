@@ -1,8 +1,8 @@
 """Sketches of summed gradients, read on their way into ``parameter.grad`` while a model trains.
 
-A hook on each parameter sees the gradient that a backward pass adds to ``.grad``, before accumulation, clipping and any
-reduction over ranks, and sketches it: one read of the gradient. It changes and keeps nothing, so training gives the
-same bits as without it.
+A hook on each parameter sees the gradient that a backward pass adds to ``.grad``, before
+accumulation, clipping and any reduction over ranks, and sketches it: one read of the gradient. It
+changes and keeps nothing, so training gives the same bits as without it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,16 +34,16 @@ def sketch_sums(
     """Sketches the gradient of every backward pass of a training loop inside a with-block.
 
         with sketch_sums(model) as sketcher:
-            loss.backward()                                   # the mean over 8 examples of one dataset
-            sketcher.update("alpaca", count=8, loss_divisor=8)
-            optimizer.step()
+            loss.backward()                                   # the mean over 8 examples of one
+            dataset sketcher.update("alpaca", count=8, loss_divisor=8) optimizer.step()
         sketcher.state                                        # dataset -> SketchState
 
     Args:
         model: any torch module, or one in DistributedDataParallel.
         proj_dim, seed: of the CountSketch; proj_dim is a multiple of 4096.
         parameters: as for ``sketch_gradients``: "all", "blocks" or a regular expression.
-        normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second moments.
+        normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second
+            moments.
         optimizer: an Adam or AdamW that has stepped; with ``normalize`` only.
         blocks: blocks of each dataset's state, for standard errors.
 
@@ -65,27 +65,32 @@ class SummedSketcher:
             sketcher.update("alpaca", count=8, loss_divisor=8)
             optimizer.step()
 
-    Equals ``sum over parameters of flat_sketch(what this pass added to parameter.grad)`` up to rounding, times
-    ``loss_divisor``. Tied parameters count once, by one name; a parameter without gradient in a pass adds nothing.
-    Under DDP every rank sketches its own examples, before the gradients are averaged: add the ranks' states.
+    Equals ``sum over parameters of flat_sketch(what this pass added to parameter.grad)`` up to
+    rounding, times ``loss_divisor``. Tied parameters count once, by one name; a parameter without
+    gradient in a pass adds nothing. Under DDP every rank sketches its own examples, before the
+    gradients are averaged: add the ranks' states.
 
-    ``state`` holds a ``SketchState`` per dataset whose units are passes: each goes to the block with the fewest
-    examples, so equal passes go round. Estimates from block sums and counts (``measure_conflict``, jackknife errors)
-    stay unbiased, for passes of unequal size too: E[block sum | count] = count * mean. Sums of |s|^2 over examples
-    cannot be had from sums of gradients: ``block_square_norms`` is NaN, so nothing that would need it comes out as a
-    number. While weights change, the mean is that along the run. The identity says ``sum`` before the model's
-    fingerprint (and which scales), so such a state never merges with one of per-example gradients at fixed weights.
+    ``state`` holds a ``SketchState`` per dataset whose units are passes: each goes to the block
+    with the fewest examples, so equal passes go round. Estimates from block sums and counts
+    (``measure_conflict``, jackknife errors) stay unbiased, for passes of unequal size too: E[block
+    sum | count] = count * mean. Sums of |s|^2 over examples cannot be had from sums of gradients:
+    ``block_square_norms`` is NaN, so nothing that would need it comes out as a number. While
+    weights change, the mean is that along the run. The identity says ``sum`` before the model's
+    fingerprint (and which scales), so such a state never merges with one of per-example gradients
+    at fixed weights.
 
     Args:
         model: what ``parameters`` belong to.
         sketch: width and seed.
         parameters: by name, the trainable ones to sketch.
-        scales: by name, factors of the gradient's entries, float32 [R, C] (``adam_scales``); for all or None.
+        scales: by name, factors of the gradient's entries, float32 [R, C] (``adam_scales``); for
+            all or None.
         blocks: of each dataset's state.
         fingerprint: of the model at the start of training; None: of its weights now.
 
     Raises:
-        MeritFastError: a parameter that is frozen, sharded (DTensor), twice in ``parameters`` or without a scale.
+        MeritFastError: a parameter that is frozen, sharded (DTensor), twice in ``parameters`` or
+            without a scale.
     """
 
     def __init__(
@@ -98,7 +103,9 @@ class SummedSketcher:
         blocks: int = 8,
         fingerprint: str | None = None,
     ) -> None:
-        self.sketch, self.blocks, self.scales = sketch, blocks, scales
+        self.sketch = sketch
+        self.blocks = blocks
+        self.scales = scales
         self.parameters = dict(parameters)
         self.state: dict[DatasetId, SketchState] = {}
         if not self.parameters:
@@ -144,20 +151,21 @@ class SummedSketcher:
             count: how many examples; None: one per id given.
             loss_sum: their summed loss, nats.
             num_target_tokens: how many target tokens they have.
-            loss_divisor: what the sum of the examples' losses was divided by before ``backward``: ``count`` for their
-                mean, the optimizer step's target tokens for a mean over these.
+            loss_divisor: what the sum of the examples' losses was divided by before ``backward``:
+                ``count`` for their mean, the optimizer step's target tokens for a mean over these.
 
         Returns:
             [1, D] float32, the sketch of the gradient of the examples' summed loss.
 
         Raises:
-            MeritFastError: no backward pass since the last update; examples of several datasets; a gradient that is not
-                finite. The state is as before.
+            MeritFastError: no backward pass since the last update; examples of several datasets; a
+                gradient that is not finite. The state is as before.
         """
         dataset, count = _one_dataset(dataset_id, count)
         if not self._sums:
             raise MeritFastError(
-                f"sketch: update({dataset!r}) without a backward pass through the chosen parameters since the last one"
+                f"sketch: update({dataset!r}) without a backward pass through the chosen "
+                "parameters since the last one"
             )
         total = sum(sums.cpu().double() for sums in self._sums.values())
         self._sums.clear()
@@ -176,7 +184,8 @@ class SummedSketcher:
         """Goes on from states kept earlier.
 
         Raises:
-            MeritFastError: a state of another sketch, model, mode or parameters; the message names in what they differ.
+            MeritFastError: a state of another sketch, model, mode or parameters; the message names
+                in what they differ.
         """
         for state in states.values():
             SketchState.zeros(self.identity, self.blocks).merge(state)
@@ -202,13 +211,15 @@ class SummedSketcher:
 
         @torch.no_grad()
         def hook(gradient: Tensor) -> None:
-            gradient, rows = gradient.detach(), None
+            gradient = gradient.detach()
+            rows = None
             if gradient.is_sparse:  # an embedding's rows, repeats not yet added up
                 if gradient.sparse_dim() != 1:
                     raise MeritFastError(
                         f"sketch: the gradient of parameter {name} is sparse within its rows"
                     )
-                rows, gradient = gradient._indices(), gradient._values()
+                rows = gradient._indices()
+                gradient = gradient._values()
             matrix = gradient.reshape(-1, shape[1]) if rows is not None else gradient.reshape(shape)
             flat_sketch(
                 matrix.unsqueeze(0),
@@ -231,7 +242,8 @@ class SummedSketcher:
         for name, parameter in self.parameters.items():
             if not parameter.requires_grad:
                 raise MeritFastError(
-                    f"sketch: parameter {name} is frozen: sketch_sums reads the gradients of training"
+                    f"sketch: parameter {name} is frozen: sketch_sums reads the gradients of "
+                    "training"
                 )
             if (
                 hasattr(parameter, "device_mesh") or not parameter.numel()
@@ -256,7 +268,8 @@ def _one_dataset(
     ids = [dataset_id] if isinstance(dataset_id, str | int) else list(dataset_id)
     if count is None and isinstance(dataset_id, str | int):
         raise MeritFastError(
-            f"sketch: update({dataset_id!r}): count, the number of examples of the pass, is required"
+            f"sketch: update({dataset_id!r}): count, the number of examples of the pass, is "
+            "required"
         )
     count = len(ids) if count is None else count
     others = sorted({str(one) for one in ids})

@@ -35,14 +35,16 @@ def choose_num_groups(
 ) -> Choice:
     """Returns the largest K that qualifies, or 1.
 
-    K qualifies if its cross-validated eta squared beats its null by two standard deviations; if, over the next smaller
-    K that qualifies, it grew by more than random splits do, by two standard deviations (two groups cut in half are no
-    four groups); and if its shortest branch takes ``min_steps`` optimizer steps.
+    K qualifies if its cross-validated eta squared beats its null by two standard deviations; if,
+    over the next smaller K that qualifies, it grew by more than random splits do, by two standard
+    deviations (two groups cut in half are no four groups); and if its shortest branch takes
+    ``min_steps`` optimizer steps.
 
     Args:
         candidates: K, each 2 or more.
         measure: K -> separation of its split, and the share of its smallest group in all tokens.
-        steps: optimizer steps of the joint run: a branch with a share p of the tokens takes p * steps.
+        steps: optimizer steps of the joint run: a branch with a share p of the tokens takes p *
+            steps.
         min_steps: least number of steps of the shortest branch.
     """
     measured: Measured = {}

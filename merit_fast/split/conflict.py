@@ -1,7 +1,8 @@
 """Inner products and cosines of mean gradients, their errors and signal. Pure NumPy, no files.
 
-The mean sketch of dataset i is T_i / n_i. Its naive square R = |T|^2 / n^2 is high by tr(Sigma) / n, the sampling noise
-of the mean with itself; pairs of different blocks are free of it (U-statistic):
+The mean sketch of dataset i is T_i / n_i. Its naive square R = |T|^2 / n^2 is high by tr(Sigma) /
+n, the sampling noise of the mean with itself; pairs of different blocks are free of it
+(U-statistic):
 
     U = (|T|^2 - sum_g |S_g|^2) / (n^2 - sum_g n_g^2),   E U = |mean gradient|^2
 
@@ -37,17 +38,20 @@ class Conflict:
     """Conflicts of N datasets. Errors are block-jackknife standard errors; NaN marks unresolved values.
 
     Attributes:
-        gram: [N, N] inner products of the mean gradients; the diagonal unbiased, below 0 now and then.
-        cosine: [N, N], diagonal 1. Debiased ones lie within +-1.2; NaN with a dataset whose signal is not resolved.
+        gram: [N, N] inner products of the mean gradients; the diagonal unbiased, below 0 now and
+            then.
+        cosine: [N, N], diagonal 1. Debiased ones lie within +-1.2; NaN with a dataset whose signal
+            is not resolved.
         error: [N, N] of ``cosine``, diagonal 0.
-        similarity: [N, N] input of a partition, always finite: ``gram``, or the cosines with norms of at least 0.1 of
-            R, so that those of unresolved datasets stay small.
-        norm: [N] length of each mean gradient, debiased or not; NaN where its signal is not resolved.
+        similarity: [N, N] input of a partition, always finite: ``gram``, or the cosines with norms
+            of at least 0.1 of R, so that those of unresolved datasets stay small.
+        norm: [N] length of each mean gradient, debiased or not; NaN where its signal is not
+            resolved.
         signal_fraction: [N] U / R: 1 is noiseless, 0 all noise, not clipped.
         signal_error: [N].
-        more_examples: [N] 0 where the lower bound (95 %, one-sided) of the signal fraction is above zero; else about
-            the number of further examples that would lift it there four times in five. Where the fraction is below its
-            error this number is a lower bound.
+        more_examples: [N] 0 where the lower bound (95 %, one-sided) of the signal fraction is above
+            zero; else about the number of further examples that would lift it there four times in
+            five. Where the fraction is below its error this number is a lower bound.
     """
 
     gram: Array
@@ -86,8 +90,8 @@ def conflict_of(
 ) -> Conflict:
     """Computes everything that makes and judges a split from the products of block sums. O(G N^2).
 
-    The jackknife leaves out block g of every dataset at once, g = 1..G (Quenouille 1949; Tukey 1958): datasets are
-    independent, so this holds for pairs too.
+    The jackknife leaves out block g of every dataset at once, g = 1..G (Quenouille 1949; Tukey
+    1958): datasets are independent, so this holds for pairs too.
     """
     whole = mean_gram(products, debias)
     folds = _left_out_grams(products, debias)
@@ -179,7 +183,8 @@ def center_columns(matrix: Array) -> Array:
 def double_center(matrix: Array, weights: Array) -> Array:
     """J M J^T with J = I - 1 w^T: the Gram of what remains when the weighted mean is taken off. w sums to 1.
 
-    M is symmetric. Sums are exact before their one rounding, so permuting the datasets permutes the bits.
+    M is symmetric. Sums are exact before their one rounding, so permuting the datasets permutes the
+    bits.
     """
     to_mean = _sums(matrix * weights)
     mean = math.fsum((to_mean * weights).tolist())
@@ -191,7 +196,8 @@ def between_sum(centered: Array, weights: Array, labels: Labels) -> float:
 
         sum_k |sum_i s_ik w_i z_i|^2 / sum_i s_ik w_i
 
-    labels: [N] 0..K-1 (then s_ik is 1 for i's group, else 0), or -1 for rows spread over all groups (s_ik = 1/K).
+    labels: [N] 0..K-1 (then s_ik is 1 for i's group, else 0), or -1 for rows spread over all groups
+    (s_ik = 1/K).
     """
     labels = np.asarray(labels)
     terms = []

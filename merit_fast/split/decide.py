@@ -54,11 +54,14 @@ class Decision:
     Attributes:
         num_groups: K.
         reason: reason for an automatic K; "" where the user asked for it.
-        separations: K -> separation of its split, of every K tried, the chosen one among them (not for K = 1).
-        scores: [N, R] on the principal axes of the centred similarity, R = 2 or log2 K if that is more.
+        separations: K -> separation of its split, of every K tried, the chosen one among them (not
+            for K = 1).
+        scores: [N, R] on the principal axes of the centred similarity, R = 2 or log2 K if that is
+            more.
         score_errors: [N, R] block-jackknife standard errors.
         explained_variance: [R].
-        stability: [N] share of a dataset's company that it keeps when a block of examples is left out, in [0, 1].
+        stability: [N] share of a dataset's company that it keeps when a block of examples is left
+            out, in [0, 1].
         random: [N] labels of a balanced random split: the control.
     """
 

@@ -1,13 +1,15 @@
 """Inner products of block sums, with bits that depend on the two datasets only. Pure NumPy, no files.
 
-A dot product's last bits change with the order of its sum, which a BLAS picks by shape, place, threads and processor.
-So every product here is exact: in each chunk of 2048 columns the block sums of a dataset are rounded to integers
+A dot product's last bits change with the order of its sum, which a BLAS picks by shape, place,
+threads and processor. So every product here is exact: in each chunk of 2048 columns the block sums
+of a dataset are rounded to integers
 
     round(S / 2^k),   k the least with sqrt(G sum_g |S_g|^2) <= 2^(26 + k)   within the chunk
 
-so that, by Cauchy and Schwarz, no partial sum of products of any sums of blocks reaches 2^53, and float64 holds it
-without rounding in whatever order. Chunks are then added from the left. A product's rounding error is some
-1e-7 |x| |y|, far below sampling noise. In return, permuted, extended and cut mixtures give the same bits.
+so that, by Cauchy and Schwarz, no partial sum of products of any sums of blocks reaches 2^53, and
+float64 holds it without rounding in whatever order. Chunks are then added from the left. A
+product's rounding error is some 1e-7 |x| |y|, far below sampling noise. In return, permuted,
+extended and cut mixtures give the same bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,12 +50,13 @@ def block_products(block_sums: Sequence[Any], block_counts: npt.NDArray[Any]) ->
     """Computes G + 3 symmetric products of [N, D] in about (G + 3) N^2 D operations and 8 (G + 2) N 2048 bytes.
 
     Args:
-        block_sums: N arrays [G, D] float64, or one [N, G, D]. Columns are read once, 2048 at a time, so memory-mapped
-            ones need not fit into memory.
+        block_sums: N arrays [G, D] float64, or one [N, G, D]. Columns are read once, 2048 at a
+            time, so memory-mapped ones need not fit into memory.
         block_counts: [N, G] examples in each block.
 
     Raises:
-        MeritFastError: a block sum is infinite or not a number, or a dataset has fewer than two blocks with examples.
+        MeritFastError: a block sum is infinite or not a number, or a dataset has fewer than two
+            blocks with examples.
     """
     counts = np.asarray(block_counts, np.float64)
     number, blocks = counts.shape

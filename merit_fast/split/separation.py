@@ -27,10 +27,11 @@ class Separation:
     """Between-group shares of the weighted sum of squares: estimates, so below 0 or above 1 now and then.
 
     Attributes:
-        eta_squared: share of the split itself, debiased. The split was chosen to make it large, so it is high on pure
-            noise too.
-        cross_validated: mean of two shares: splits chosen on the blocks of even number, measured on those of odd
-            number, and the reverse. NaN: too few blocks with examples, or no spread beyond noise.
+        eta_squared: share of the split itself, debiased. The split was chosen to make it large, so
+            it is high on pure noise too.
+        cross_validated: mean of two shares: splits chosen on the blocks of even number, measured on
+            those of odd number, and the reverse. NaN: too few blocks with examples, or no spread
+            beyond noise.
         null: [R] cross-validated shares of random splits, a fresh one for each half.
     """
 
@@ -65,8 +66,9 @@ def measure_separation(
 ) -> Separation:
     """Judges a split by splits of half the examples and by random ones.
 
-    Sums of squares are always debiased (U on the diagonal). The vectors are divided by the lengths that all blocks give
-    (similarity "cosine") or left as they are ("gram"); the sums are divided by the total that all blocks give.
+    Sums of squares are always debiased (U on the diagonal). The vectors are divided by the lengths
+    that all blocks give (similarity "cosine") or left as they are ("gram"); the sums are divided by
+    the total that all blocks give.
 
     Args:
         products: products of the datasets' block sums.
@@ -110,8 +112,8 @@ def measure_separation(
 def pair_means(cosine: Array, labels: Labels) -> tuple[float, float]:
     """Mean cosine within groups and across groups.
 
-    Counts the pairs whose cosine is known; NaN where there is none. Datasets whose rows are spread over the groups (-1)
-    are in no pair.
+    Counts the pairs whose cosine is known; NaN where there is none. Datasets whose rows are spread
+    over the groups (-1) are in no pair.
     """
     labels = np.asarray(labels)
     upper = np.triu_indices(len(labels), 1)

@@ -37,14 +37,15 @@ def split_mixture(
         datasets: the datasets to split, with their rows.
         mixture_fingerprint: fingerprint of the training rows.
         config: options.
-        base_fingerprint: fingerprint of the base model. After a warm-up the gradients were taken at another model; the
-            states name it, and split.json has it as ``start_fingerprint``.
+        base_fingerprint: fingerprint of the base model. After a warm-up the gradients were taken at
+            another model; the states name it, and split.json has it as ``start_fingerprint``.
         steps: optimizer steps of a joint run on these datasets.
         sketched_at: where the gradients were taken, in words.
         texts: returns every dataset's rows as text; called by methods that need texts only.
 
     Raises:
-        InputError: a sketch file is missing, broken or does not match the others; so many groups are impossible.
+        InputError: a sketch file is missing, broken or does not match the others; so many groups
+            are impossible.
     """
     if config.groups != "auto" and config.groups > len(datasets):
         raise InputError(

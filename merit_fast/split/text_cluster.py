@@ -1,8 +1,9 @@
 """Similarity of datasets by the topics of their texts, without gradients. Pure NumPy.
 
-The text vectors are those of c-BTM (Gururangan et al., arXiv 2303.14177): TF-IDF without numbers and stop words, 100
-directions of a truncated SVD, unit length. c-BTM clusters documents; here the vectors are averaged over each dataset,
-so that whole datasets are compared as a split by gradients compares them.
+The text vectors are those of c-BTM (Gururangan et al., arXiv 2303.14177): TF-IDF without numbers
+and stop words, 100 directions of a truncated SVD, unit length. c-BTM clusters documents; here the
+vectors are averaged over each dataset, so that whole datasets are compared as a split by gradients
+compares them.
 """
 
 import re
@@ -32,7 +33,8 @@ def text_vectors(texts: Sequence[str], directions: int = DIRECTIONS) -> Array:
     """[n, R] unit vectors of the texts, R <= directions; a text without any word has zeros.
 
     tf-idf = count * (log((1 + n) / (1 + texts with the word)) + 1), rows scaled to unit length
-    vectors = rows of tfidf @ v[:, :R], scaled to unit length       (u, s, v: its singular value decomposition)
+    vectors = rows of tfidf @ v[:, :R], scaled to unit length       (u, s, v: its singular value
+    decomposition)
     """
     counts = [Counter(_words(text)) for text in texts]
     vocabulary = {word: i for i, word in enumerate(sorted(set().union(*counts)))} if counts else {}

@@ -127,7 +127,8 @@ def test_states_are_exact_and_training_does_not_notice(tmp_path, accumulation, w
     watched = trainer(tmp_path / "watched", learning_rate=0.0, **options)
     SketchCallback(PROJ_DIM).attach(watched)
     watched.train()
-    states, data = read_states(tmp_path / "watched" / "sketches"), rows()
+    states = read_states(tmp_path / "watched" / "sketches")
+    data = rows()
     assert set(states) == set(NAMES)
     for (
         name,
@@ -173,7 +174,8 @@ def test_a_model_without_loss_arguments_and_rows_in_a_list(tmp_path):
     SketchCallback(PROJ_DIM).attach(run)
     run.train()
     data = rows()
-    first, second = gradient_sketch(llama(), data[:2]), gradient_sketch(llama(), data[4:6])
+    first = gradient_sketch(llama(), data[:2])
+    second = gradient_sketch(llama(), data[4:6])
     state = read_states(tmp_path / "sketches")["alpha"]
     assert_close(state.block_sums.sum(0), first[0] + second[0])
     assert state.loss_sum == pytest.approx(first[1] + second[1], rel=1e-5)
@@ -250,10 +252,8 @@ def test_ranks_add_up_to_the_states_of_one_process(tmp_path):
         for r in range(2)
     ]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    single, summed = (
-        read_states(tmp_path / "one" / "sketches"),
-        read_states(tmp_path / "two" / "sketches"),
-    )
+    single = read_states(tmp_path / "one" / "sketches")
+    summed = read_states(tmp_path / "two" / "sketches")
     assert single.keys() == summed.keys()
     for name, state in summed.items():
         assert_close(state.block_sums.sum(0), single[name].block_sums.sum(0))

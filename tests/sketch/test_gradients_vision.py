@@ -10,7 +10,8 @@ from merit_fast.errors import MeritFastError
 from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.selection import select_parameters
 
-IMAGE, VIDEO = 100, 101
+IMAGE = 100
+VIDEO = 101
 GRIDS = torch.tensor(
     [[1, 4, 4], [1, 4, 8], [1, 8, 4], [1, 4, 4]]
 )  # patches; image tokens: 4, 8, 8, 4
@@ -175,7 +176,8 @@ def llava():
 
 
 def test_one_image_per_example(llava):
-    ids, pixels = torch.randint(1, 99, (3, 12)), torch.randn(3, 3, 8, 8)
+    ids = torch.randint(1, 99, (3, 12))
+    pixels = torch.randn(3, 3, 8, 8)
     ids[:, 2:6] = IMAGE
 
     def loss(rows):

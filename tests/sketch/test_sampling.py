@@ -25,7 +25,8 @@ class Source:
     """A dataset whose examples are mean + noise, with noise^2 / mean^2 = ``noise`` per example; None: no mean."""
 
     def __init__(self, noise, seed, blocks=8, width=WIDTH):
-        self.generator, self.width = np.random.default_rng(seed), width
+        self.generator = np.random.default_rng(seed)
+        self.width = width
         self.mean = np.zeros(width)
         if noise is not None:
             self.mean = self.generator.standard_normal(width)
@@ -37,7 +38,8 @@ class Source:
 
     def take(self, count):
         """``count`` examples, round-robin over the blocks; a block's noise is drawn as one normal of its variance."""
-        counts, before = self.state.block_counts, self.state.num_examples
+        counts = self.state.block_counts
+        before = self.state.num_examples
         added = torch.bincount(
             torch.arange(before, before + count) % len(counts), minlength=len(counts)
         )
@@ -79,7 +81,8 @@ def test_fraction_is_unbiased_and_its_error_covers(noise, count):
 def test_fraction_agrees_with_the_report_of_the_split():
     source = Source(30, seed=1)
     source.take(100)
-    sums, counts = source.state.block_sums.numpy()[None], source.state.block_counts.numpy()[None]
+    sums = source.state.block_sums.numpy()[None]
+    counts = source.state.block_counts.numpy()[None]
     assert measure_signal(source.state).fraction == pytest.approx(
         measure_conflict(sums, counts).signal_fraction[0]
     )
@@ -146,7 +149,8 @@ def test_what_stopped_early_is_known_as_well_as_asked():
 @pytest.mark.parametrize("width", [3, WIDTH], ids=["rank 3", "many"])
 def test_noise_is_never_resolved_more_often_than_the_error_rate(width):
     """Over all looks of a run, with any precision."""
-    schedule, resolved = looks(32, 200), 0
+    schedule = looks(32, 200)
+    resolved = 0
     for seed in range(400):
         source = Source(None, seed, width=width)
         for before, look in zip((0, *schedule), schedule, strict=False):

@@ -107,7 +107,8 @@ def copy_with_gradient(model, inputs):
 
 
 def test_training_goes_on_to_the_same_bits():
-    plain, watched = llama(), llama()
+    plain = llama()
+    watched = llama()
     expected = train(plain, 4)
     with summed(watched) as sketcher:
         assert train(watched, 4, sketcher) == expected
@@ -149,8 +150,10 @@ def test_sparse_embeddings_and_shapes_of_every_kind():
         def __init__(self):
             super().__init__()
             self.words = nn.Embedding(50, 6, sparse=True)
-            self.filter, self.image = nn.Conv1d(6, 4, 2), nn.Conv2d(1, 3, 2)
-            self.gain, self.unused = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(5))
+            self.filter = nn.Conv1d(6, 4, 2)
+            self.image = nn.Conv2d(1, 3, 2)
+            self.gain = nn.Parameter(torch.tensor(2.0))
+            self.unused = nn.Parameter(torch.ones(5))
 
         def forward(self, ids):
             picture = self.filter(self.words(ids).transpose(1, 2))
@@ -219,10 +222,12 @@ def test_every_rank_of_ddp_sketches_its_own_examples(tmp_path):
 # ---- what the state says
 def test_signal_of_passes_of_unequal_size_is_unbiased():
     """Through the real hook: the gradient of ``sum(w * x)`` is the sum of the rows of x, mean + noise."""
-    generator, width = torch.Generator().manual_seed(0), 4096
+    generator = torch.Generator().manual_seed(0)
+    width = 4096
     model = nn.Linear(width, 1, bias=False)
     mean = torch.randn(width, generator=generator) / 64  # length near 1; noise of one example: 4
-    found, naive = [], []
+    found = []
+    naive = []
     for _ in range(60):
         with SummedSketcher(
             model, SKETCH, {"weight": model.weight}, blocks=6, fingerprint="f"
@@ -262,7 +267,8 @@ def test_a_state_of_sums_does_not_merge_with_one_of_examples(tmp_path):
 
 
 def test_restored_states_go_on_where_they_were():
-    model, whole = llama(), llama()
+    model = llama()
+    whole = llama()
     with summed(whole) as sketcher:
         train(whole, 3, sketcher)
     expected = sketcher.state["d1"].to_bytes()

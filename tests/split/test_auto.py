@@ -52,19 +52,22 @@ def test_halving_two_groups_at_random_makes_no_four():
         (
             {2: found(0.4)},
             {"steps": 220, "shares": {2: 0.4}},
-            "the shortest of 2 branches would take 88 optimizer steps, fewer than 100, though cross-validated eta "
+            "the shortest of 2 branches would take 88 optimizer steps, fewer than 100, though "
+            "cross-validated eta "
             "squared is 0.400, of random splits 0.050 ± 0.020",
         ),
         (
             {2: found(0.08), 4: found(0.1, 0.11)},
             {},
-            "no split stands out of random ones; for 2 groups cross-validated eta squared is 0.080, of random splits "
+            "no split stands out of random ones; for 2 groups cross-validated eta squared is "
+            "0.080, of random splits "
             "0.050 ± 0.020",
         ),
         (
             {2: Separation(float("nan"), float("nan"), np.full(3, np.nan))},
             {},
-            "the gradients differ by no more than their noise, so nothing is left to measure a split by",
+            "the gradients differ by no more than their noise, so nothing is left to measure a "
+            "split by",
         ),
     ],
 )
@@ -103,7 +106,8 @@ def test_planted_conflicts_are_counted(planted, expected):
     means = basis[:24] + 1.2 * sides @ basis[24:26]
     sums = 20 * means[:, None] + np.sqrt(20 * 40 / 300) * generator.standard_normal((24, 8, 300))
     products = block_products(sums, np.full((24, 8), 20))
-    weights, names = np.full(24, 1 / 24), [f"d{i:02}" for i in range(24)]
+    weights = np.full(24, 1 / 24)
+    names = [f"d{i:02}" for i in range(24)]
 
     def measure(groups):
         def maker(matrix):

@@ -37,7 +37,8 @@ def test_errors_are_the_spread_of_what_they_belong_to(debias):
 def test_a_cosine_lies_within_two_errors_as_often_as_it_should():
     generator = np.random.default_rng(2)
     means = unit(generator.standard_normal((1, 200)) + generator.standard_normal((12, 200)))
-    inside, upper = [], np.triu_indices(12, 1)
+    inside = []
+    upper = np.triu_indices(12, 1)
     for _ in range(40):
         conflict = conflict_of(block_products(*sample(means, 200, 80, generator)), debias="blocks")
         inside.append(
@@ -170,7 +171,8 @@ def test_signal_of_unequal_and_empty_blocks():
 # ---- centring and eta squared
 def test_centring_takes_the_weighted_mean_off():
     generator = np.random.default_rng(9)
-    rows, weights = generator.standard_normal((7, 12)), generator.dirichlet(np.ones(7))
+    rows = generator.standard_normal((7, 12))
+    weights = generator.dirichlet(np.ones(7))
     rest = rows - weights @ rows
     assert double_center(rows @ rows.T, weights) == pytest.approx(rest @ rest.T)
     cosine = cosine_matrix(rows)
@@ -179,7 +181,8 @@ def test_centring_takes_the_weighted_mean_off():
 
 def test_rows_spread_over_all_groups_count_in_each():
     generator = np.random.default_rng(10)
-    rows, weights = generator.standard_normal((5, 12)), generator.dirichlet(np.ones(5))
+    rows = generator.standard_normal((5, 12))
+    weights = generator.dirichlet(np.ones(5))
     rows -= weights @ rows
     halves = np.concatenate([rows[:4], rows[4:], rows[4:]])
     shared = np.concatenate([weights[:4], weights[4:] / 2, weights[4:] / 2])

@@ -23,7 +23,8 @@ def between(groups, gradients, hessian):
 
 def test_worked_example_of_the_paper():
     """T=4 datasets at (+-1, +-1), H = diag(2, 1), step .1: gains .04, .005, 0; random mean .015; axis 1 is chosen."""
-    hessian, step = np.diag([2.0, 1.0]), 0.1
+    hessian = np.diag([2.0, 1.0])
+    step = 0.1
     optima = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)], float)
     gradients = -optima @ hessian
 
@@ -62,7 +63,8 @@ def test_opposites_part_and_twins_stay():
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_groups_do_not_depend_on_order_scale_or_axis_sign(axes):
     generator = np.random.default_rng(3)
-    rows, weights = generator.standard_normal((16, 40)), generator.uniform(0.5, 2, 16)
+    rows = generator.standard_normal((16, 40))
+    weights = generator.uniform(0.5, 2, 16)
 
     def groups(order, scale):
         names = [NAMES[i] for i in order]
@@ -94,7 +96,8 @@ def test_no_group_is_empty_even_under_one_heavy_dataset():
 
 def test_eta_squared_is_the_explicit_share():
     generator = np.random.default_rng(8)
-    z, weights = generator.standard_normal((10, 6)), generator.uniform(0.5, 2, 10)
+    z = generator.standard_normal((10, 6))
+    weights = generator.uniform(0.5, 2, 10)
     weights /= weights.sum()
     groups = generator.integers(0, 3, 10)
     mean = weights @ z

@@ -27,7 +27,8 @@ def hessian(generator, size, decades=2.0):
 
 def descend(gradient, size, steps, rate, momentum=0.0):
     """Gradient descent with momentum from 0."""
-    position, velocity = np.zeros(size), np.zeros(size)
+    position = np.zeros(size)
+    velocity = np.zeros(size)
     for _ in range(steps):
         velocity = momentum * velocity + gradient(position)
         position = position - rate * velocity
@@ -65,18 +66,18 @@ def balanced_halves(count):
 def test_gain_is_half_the_spread_of_the_branches_in_the_hessians_metric(size, branches, decades):
     """Of any quadratic, with a linear term, at no stationary point: directly, by pairs, by eigenvectors."""
     generator = np.random.default_rng(size)
-    curvature, slope = hessian(generator, size, decades), generator.standard_normal(size)
-    points, weights = (
-        generator.standard_normal((branches, size)),
-        generator.dirichlet(np.ones(branches)),
-    )
+    curvature = hessian(generator, size, decades)
+    slope = generator.standard_normal(size)
+    points = generator.standard_normal((branches, size))
+    weights = generator.dirichlet(np.ones(branches))
 
     def loss(x):
         return 0.5 * x @ curvature @ x + slope @ x + 3
 
     middle = weights @ points
     losses = np.array([loss(x) for x in points])
-    gain, scale = weights @ losses - loss(middle), np.abs(losses).mean()
+    gain = weights @ losses - loss(middle)
+    scale = np.abs(losses).mean()
     centered = double_center(points @ curvature @ points.T, weights)
     values, vectors = np.linalg.eigh(curvature)
     along = points @ vectors
@@ -104,7 +105,8 @@ def test_gain_is_half_the_spread_of_the_branches_in_the_hessians_metric(size, br
 def test_merging_contracts_by_the_variance_of_the_branches():
     """|mean delta|^2 = mean |delta|^2 - variance: a share of 1 if branches agree, 0 in conflict, 1/K if unrelated."""
     generator = np.random.default_rng(0)
-    deltas, weights = generator.standard_normal((5, 40)), generator.dirichlet(np.ones(5))
+    deltas = generator.standard_normal((5, 40))
+    weights = generator.dirichlet(np.ones(5))
     gram = deltas @ deltas.T
     left = weights @ np.diag(gram) - total_sum(double_center(gram, weights), weights)
     assert np.sum(merged(deltas, weights) ** 2) == pytest.approx(left, rel=1e-12)
@@ -123,7 +125,8 @@ def test_merging_contracts_by_the_variance_of_the_branches():
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_with_a_shared_hessian_every_split_merges_into_the_joint_run(momentum):
     generator = np.random.default_rng(1)
-    curvature, gradients = hessian(generator, 20), generator.standard_normal((12, 20))
+    curvature = hessian(generator, 20)
+    gradients = generator.standard_normal((12, 20))
     weights = generator.dirichlet(np.ones(12))
 
     def run(gradient):
@@ -139,10 +142,12 @@ def test_with_a_shared_hessian_every_split_merges_into_the_joint_run(momentum):
 def test_a_split_acts_through_the_covariance_of_hessians_and_gradients():
     """merge - joint = eta^2 S (S - 1) / 2 Cov(H_k, g_k) + O(eta^3): the relative error halves with eta."""
     generator = np.random.default_rng(2)
-    weights, steps = np.array([0.5, 0.3, 0.2]), 12
+    weights = np.array([0.5, 0.3, 0.2])
+    steps = 12
     curvatures = np.stack([hessian(generator, 15) for _ in weights])
     gradients = generator.standard_normal((3, 15))
-    curvature, gradient = np.tensordot(weights, curvatures, 1), weights @ gradients
+    curvature = np.tensordot(weights, curvatures, 1)
+    gradient = weights @ gradients
     covariance = np.einsum("k,kij,kj->i", weights, curvatures, gradients) - curvature @ gradient
     errors = []
     for rate in 0.02 / 2.0 ** np.arange(5):
@@ -164,8 +169,11 @@ def test_a_split_acts_through_the_covariance_of_hessians_and_gradients():
 def test_gain_of_a_split_is_half_its_between_group_sum_of_squares():
     """z = H^1/2 f(H) g with f(l) = (1 - (1 - eta l)^S) / l, after S steps; from the Gram alone, and from block sums."""
     generator = np.random.default_rng(3)
-    curvature, gradients = hessian(generator, 12), generator.standard_normal((10, 12))
-    weights, rate, steps = generator.dirichlet(np.full(10, 5.0)), 0.2, 25
+    curvature = hessian(generator, 12)
+    gradients = generator.standard_normal((10, 12))
+    weights = generator.dirichlet(np.full(10, 5.0))
+    rate = 0.2
+    steps = 25
     values, vectors = np.linalg.eigh(curvature)
     moved = (1 - (1 - rate * values) ** steps) / values
     rows = gradients @ (vectors * moved * np.sqrt(values)) @ vectors.T
@@ -200,8 +208,10 @@ def test_gain_of_a_split_is_half_its_between_group_sum_of_squares():
 
 def test_the_papers_example_of_four_datasets():
     """Optima (+-1, +-1), H = diag(2, 1), one step of .1: gains .04, .005, 0; random .015; the paper cuts axis 1."""
-    curvature, optima = np.diag([2.0, 1.0]), np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)], float)
-    gradients, equal = -optima @ curvature, np.full(4, 0.25)
+    curvature = np.diag([2.0, 1.0])
+    optima = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)], float)
+    gradients = -optima @ curvature
+    equal = np.full(4, 0.25)
 
     def gain(groups):
         groups = np.asarray(groups)
@@ -224,7 +234,8 @@ def test_the_papers_example_of_four_datasets():
 def test_expected_gain_of_a_random_balanced_bipartition(count):
     """tr(M) / (2 N (N - 1)) for one step of 1, M the centred Gram in the Hessian's metric."""
     generator = np.random.default_rng(count)
-    gradients, equal = generator.standard_normal((count, 6)), np.full(count, 1 / count)
+    gradients = generator.standard_normal((count, 6))
+    equal = np.full(count, 1 / count)
     centered = double_center(gradients @ hessian(generator, 6) @ gradients.T, equal)
     gains = [0.5 * between_sum(centered, equal, groups) for groups in balanced_halves(count)]
     assert np.mean(gains) == pytest.approx(
@@ -279,7 +290,9 @@ def test_twins_land_together_and_opposites_apart(method):
 
 def test_debiased_squares_are_unbiased_and_naive_ones_high_by_the_noise_of_a_mean():
     generator = np.random.default_rng(6)
-    means, examples, covariance = 0.3 * generator.standard_normal((3, 50)), 40, 1.7
+    means = 0.3 * generator.standard_normal((3, 50))
+    examples = 40
+    covariance = 1.7
     squares = {"blocks": [], "none": []}
     for _ in range(600):
         draws = means + np.sqrt(covariance) * generator.standard_normal((examples, 3, 50))
@@ -289,7 +302,8 @@ def test_debiased_squares_are_unbiased_and_naive_ones_high_by_the_noise_of_a_mea
             found.append(conflict_of(products, debias=debias).gram)
     truth = means @ means.T
     off = ~np.eye(3, dtype=bool)
-    naive, debiased = np.mean(squares["none"], axis=0), np.mean(squares["blocks"], axis=0)
+    naive = np.mean(squares["none"], axis=0)
+    debiased = np.mean(squares["blocks"], axis=0)
     assert np.diag(debiased) == pytest.approx(np.diag(truth), rel=0.03)
     assert np.diag(naive) - np.diag(truth) == pytest.approx(
         np.full(3, 50 * covariance / examples), rel=0.05
@@ -308,7 +322,8 @@ class Tiny:
         def draw(*shape):
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        shared, axes = draw(6, 4), draw(2, 6, 4)
+        shared = draw(6, 4)
+        axes = draw(2, 6, 4)
         pull = torch.tensor(
             [(a, b) for a in (-1.0, 1.0) for b in (-0.6, -0.2, 0.2, 0.6)], dtype=torch.float64
         )
@@ -320,10 +335,8 @@ class Tiny:
 
     def losses(self, weights):
         """[M, 8, 64] of every example, for M models [M, 240]."""
-        first, second = (
-            weights[:, : 6 * 24].view(-1, 1, 6, 24),
-            weights[:, 6 * 24 :].view(-1, 1, 24, 4),
-        )
+        first = weights[:, : 6 * 24].view(-1, 1, 6, 24)
+        second = weights[:, 6 * 24 :].view(-1, 1, 24, 4)
         return ((torch.tanh(self.inputs @ first) @ second - self.targets) ** 2).mean(-1)
 
     def train(self, splits, steps, rate=0.05):
@@ -373,7 +386,9 @@ class Tiny:
 @pytest.mark.parametrize("seed", range(3))
 def test_tiny_net_gains_most_by_the_found_split_and_least_by_its_opposite(seed):
     net = Tiny(seed)
-    sums, counts, names = net.blocks(), np.full((8, 8), 8), list("abcdefgh")
+    sums = net.blocks()
+    counts = np.full((8, 8), 8)
+    names = list("abcdefgh")
     found, least = (split_of(sums, counts, names, method) for method in ("pca-swap", "anti"))
     halves = [groups for groups in balanced_halves(8) if groups[0]]  # all there are
     gains, deltas, middles = net.gains([found, least, *halves])

@@ -17,7 +17,8 @@ from merit_fast.split.moments import block_products
 
 def test_products_are_those_of_the_block_sums():
     sums, counts = draw()
-    products, total = block_products(sums, counts), sums.sum(1)
+    products = block_products(sums, counts)
+    total = sums.sum(1)
 
     def assert_products(found, rows):
         length = np.linalg.norm(total, axis=1)
@@ -36,7 +37,8 @@ def test_products_are_those_of_the_block_sums():
 
 def test_order_and_company_of_the_datasets_change_no_bit():
     sums, counts = draw()
-    products, order = block_products(sums, counts), [4, 0, 5, 2, 1, 3]
+    products = block_products(sums, counts)
+    order = [4, 0, 5, 2, 1, 3]
     assert_same_bits(block_products(sums[order], counts[order]), products_of(products, order))
     assert_same_bits(block_products(sums[[3]], counts[[3]]), products_of(products, [3]))
     fields = (
@@ -88,7 +90,8 @@ def test_threads_change_no_bit():
         "import hashlib, numpy as np; from merit_fast.split.moments import block_products;"
         "s = np.random.default_rng(0).standard_normal((90, 4, 5000));"
         "p = block_products(s, np.full((90, 4), 3));"
-        "print(hashlib.sha256(p.total.tobytes() + p.left_out.tobytes() + p.within.tobytes()).hexdigest())"
+        "print(hashlib.sha256(p.total.tobytes() + p.left_out.tobytes() + "
+        "p.within.tobytes()).hexdigest())"
     )
     found = {
         subprocess.run(

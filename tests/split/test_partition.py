@@ -77,7 +77,8 @@ def test_the_search_finds_the_best_and_the_worst_of_all_splits(number, groups, s
     best_found = worst_found = 0
     for seed in range(10):
         similarity, weights = mixture(seed, number, spread=spread)
-        off, values = np.zeros(len(every)), np.zeros(len(every))
+        off = np.zeros(len(every))
+        values = np.zeros(len(every))
         for k in range(groups):
             inside = (every == k) * weights
             off = np.maximum(off, np.abs(inside.sum(1) - 1 / groups))
@@ -112,7 +113,8 @@ def test_gains_of_moves_and_swaps_are_differences_of_the_objective():
     similarity, weights = mixture(4, 7)
     problem = pose_problem(similarity, weights, NAMES[:7], 3, Pins(), ())
     labels = np.array([0, 1, 2, 0, 1, 0, 1])  # the third is alone in its group
-    step, now = swap._Step(problem, labels), swap.between_groups(problem, labels)
+    step = swap._Step(problem, labels)
+    now = swap.between_groups(problem, labels)
     for i, k in itertools.product(range(7), range(3)):
         if labels[i] != k:
             moved = np.where(np.arange(7) == i, k, labels)
@@ -210,7 +212,8 @@ def test_the_order_of_the_datasets_never_matters(method, groups):
 def test_the_sign_of_an_axis_never_matters(method, monkeypatch):
     similarity, weights = mixture(9, 16, dimensions=6)
     found = split(similarity, weights, 4, method)
-    eigh, svd = np.linalg.eigh, np.linalg.svd
+    eigh = np.linalg.eigh
+    svd = np.linalg.svd
 
     def turned_eigh(matrix):
         values, vectors = eigh(matrix)

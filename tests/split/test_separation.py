@@ -16,8 +16,10 @@ from merit_fast.split.separation import measure_separation, pair_means
 
 def judge(sums, counts, seed=0, **options):
     """Separation of a PCA median split in four, and the debiased eta squared of a known truth for it."""
-    names, weights = [f"d{i:02}" for i in range(len(sums))], np.full(len(sums), 1 / len(sums))
-    generator, products = np.random.default_rng(seed), block_products(sums, counts)
+    names = [f"d{i:02}" for i in range(len(sums))]
+    weights = np.full(len(sums), 1 / len(sums))
+    generator = np.random.default_rng(seed)
+    products = block_products(sums, counts)
 
     def split(matrix):
         shares = double_center(matrix, weights) * np.outer(weights, weights)
@@ -41,7 +43,8 @@ def judge(sums, counts, seed=0, **options):
 
 
 def test_eta_squared_of_a_found_split_is_honest():
-    generator, found = np.random.default_rng(11), []
+    generator = np.random.default_rng(11)
+    found = []
     for _ in range(25):
         axes = generator.standard_normal((20, 2)) @ generator.standard_normal((2, 400))
         means = unit(axes + generator.standard_normal((20, 400)))

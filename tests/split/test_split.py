@@ -37,10 +37,8 @@ def filled_state(seed, blocks=4, examples=10, who=None):
 # ---- statistics
 def test_states_add_to_the_same_bits_in_any_grouping():
     sketches = torch.randint(-9, 9, (12, 4096)).float()
-    whole, parts = (
-        SketchState.zeros(identity(), 3),
-        [SketchState.zeros(identity(), 3) for _ in range(3)],
-    )
+    whole = SketchState.zeros(identity(), 3)
+    parts = [SketchState.zeros(identity(), 3) for _ in range(3)]
     whole.add_examples(sketches, torch.arange(12) % 3, 12.0, 12)
     for i, part in enumerate(parts):
         rows = torch.arange(i * 4, i * 4 + 4)
@@ -66,7 +64,8 @@ def test_states_that_disagree_refuse_to_merge(other, named):
 
 
 def test_state_file_round_trip_and_damage(tmp_path):
-    state, file = filled_state(1), tmp_path / "d.safetensors"
+    state = filled_state(1)
+    file = tmp_path / "d.safetensors"
     file.write_bytes(state.to_bytes())
     again = SketchState.read(file)
     assert again.to_bytes() == state.to_bytes() and again.identity == state.identity
@@ -94,7 +93,8 @@ def split(directory, datasets, config, **options):
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """16 datasets on two axes, 64 examples each; the last is noise alone. Signs of the axes are known by number."""
-    folder, numbers = tmp_path_factory.mktemp("sketch"), torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("sketch")
+    numbers = torch.Generator().manual_seed(0)
     axes = torch.randn(2, 4096, generator=numbers) / 4096**0.5
     for i, name in enumerate(NAMES):
         signs = torch.tensor([1.0 if i % 2 else -1.0, 0.9 if i // 2 % 2 else -0.9])
@@ -132,7 +132,8 @@ def test_split_stage_finds_the_planted_axis_and_says_how_sure_it_is(planted, pre
     assert manifest.within_cosine > 0.3 > manifest.across_cosine
     assert manifest.base_fingerprint == "base"
     assert manifest.start_fingerprint == identity().model_fingerprint
-    noise, strong = manifest.datasets[15], manifest.datasets[0]
+    noise = manifest.datasets[15]
+    strong = manifest.datasets[0]
     assert strong.more_examples == 0 and strong.stability > 0.9 and strong.margin > 0
     assert strong.signal_fraction == pytest.approx(
         1.81 / (1.81 + 1 / 64), abs=0.02

@@ -40,9 +40,10 @@ class Cover:
 class Tap(torch.autograd.Function):
     """Identity on ``output``, whose backward pass hands dy and the saved inputs to ``sink(dy, *saved)``.
 
-    The inputs are kept by autograd itself, so checkpointing and offloading treat them as its own. The result is no
-    view, so it may be modified in place, and such changes to what others saved are still noticed. ``anchor`` requires
-    a gradient, so that with frozen weights the graph begins here.
+    The inputs are kept by autograd itself, so checkpointing and offloading treat them as its own.
+    The result is no view, so it may be modified in place, and such changes to what others saved are
+    still noticed. ``anchor`` requires a gradient, so that with frozen weights the graph begins
+    here.
     """
 
     @staticmethod
@@ -67,11 +68,13 @@ def cover(site: Site) -> Cover | None:
     """The way to cover a module by hooks; None if only its raw uses of parameters, or a replay, can do it.
 
     Raises:
-        MeritFastError: per-example gradients of such a module do not exist, or are not what a hook sees.
+        MeritFastError: per-example gradients of such a module do not exist, or are not what a hook
+            sees.
     """
     from merit_fast.sketch.capture.experts import experts_backward, experts_inputs, is_experts
 
-    module, forward = site.module, type(site.module).forward
+    module = site.module
+    forward = type(site.module).forward
     if isinstance(module, _BatchNorm) and module.training:
         raise site.refusal("mixes the examples of a batch; call model.eval()")
     if isinstance(module, nn.Embedding) and (
@@ -123,7 +126,8 @@ def embedding_backward(
     if padding_idx is not None:  # torch gives this row no gradient
         dy = dy.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
     name = site.name
-    out, scale = run.out(dy.device), run.scales.get(name)
+    out = run.out(dy.device)
+    scale = run.scales.get(name)
     embedding_grad_sketch(dy, ids, name, run.sketch, cu_seqlens=offsets, scale=scale, out=out)
 
 
@@ -203,7 +207,8 @@ class RawUses(TorchFunctionMode):
 
     def __init__(self, site: Site, tap: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.site, self.tap = site, tap
+        self.site = site
+        self.tap = tap
         self.names = {
             id(p): site.owned[local]
             for local, p in _own(site.module).items()

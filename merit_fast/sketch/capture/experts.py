@@ -58,7 +58,8 @@ def experts_backward(
 
     A stack [E, O, I] is hashed as [E O, I]: expert e has the rows from e O on.
     """
-    module, example = site.module, run.example_of_rows(site, states)
+    module = site.module
+    example = run.example_of_rows(site, states)
     experts = int(next(iter(module.parameters(recurse=False))).shape[0])
     order = torch.argsort(
         ids.reshape(-1), stable=True
@@ -77,9 +78,13 @@ def experts_backward(
 
 
 def _one_expert(site: Site, run: Pass, expert: int, x: Tensor, dy: Tensor, bounds: Tensor) -> None:
-    module, name = site.module, _first_name(site.module)
-    up, down = getattr(module, name)[expert], module.down_proj[expert]  # type: ignore[index]
-    x, dy = x.to(up.dtype), dy.to(up.dtype)
+    module = site.module
+    name = _first_name(site.module)
+    # type: ignore[index]
+    up = getattr(module, name)[expert]
+    down = module.down_proj[expert]
+    x = x.to(up.dtype)
+    dy = dy.to(up.dtype)
     transposed = getattr(module, "is_transposed", False)
     with torch.autocast(x.device.type, enabled=False):
         inner = x @ (up if transposed else up.T)
@@ -109,7 +114,8 @@ def _one_expert(site: Site, run: Pass, expert: int, x: Tensor, dy: Tensor, bound
 
 
 def _place(run: Pass, name: str, expert: int, rows: int) -> dict[str, Any]:
-    scale, first = run.scales.get(name), expert * rows
+    scale = run.scales.get(name)
+    first = expert * rows
     return {"first_row": first, "scale": None if scale is None else scale[first : first + rows]}
 
 
@@ -131,9 +137,11 @@ def _mismatch(module: nn.Module) -> str | None:
     """Why the module is not y above, found by trying it on a few tokens; None if it is."""
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are split over processes"
-    first, down = getattr(module, _first_name(module)), module.down_proj
+    first = getattr(module, _first_name(module))
+    down = module.down_proj
     transposed = getattr(module, "is_transposed", False)
-    width, experts = first.shape[1] if transposed else first.shape[2], len(first)
+    width = first.shape[1] if transposed else first.shape[2]
+    experts = len(first)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_TOKENS, width, generator=generator).to(first.device, first.dtype)
     ids = (torch.arange(2 * _PROBE_TOKENS, device=first.device) % experts).view(-1, 2)[
@@ -154,10 +162,8 @@ def _mismatch(module: nn.Module) -> str | None:
         if "down_proj_bias" in module._parameters:
             y = y + module.down_proj_bias[e]  # type: ignore[index]
         truth[n] += (weights[n, k] * y[0]).float()
-    distance, floor = (
-        (result.float() - truth).norm(),
-        1e-3 if first.dtype == torch.float32 else 0.05,
-    )
+    distance = (result.float() - truth).norm()
+    floor = 1e-3 if first.dtype == torch.float32 else 0.05
     return (
         None
         if distance <= floor * truth.norm()

@@ -33,7 +33,10 @@ class ModelHooks:
         sketch: CountSketch,
         scales: Mapping[str, Tensor],
     ) -> None:
-        self.model, self.names, self.sketch, self.scales = model, names, sketch, scales
+        self.model = model
+        self.names = names
+        self.sketch = sketch
+        self.scales = scales
         self.run: Pass | None = None
         self.packed: Tensor | None = None
         self._towers = find_towers(model)
@@ -104,7 +107,8 @@ class ModelHooks:
             return original(*args, **kwargs)
         if self.run is not None:
             raise MeritFastError(
-                "sketch_gradients: a second forward pass before update(): call update() or discard() first, and run "
+                "sketch_gradients: a second forward pass before update(): call update() or "
+                "discard() first, and run "
                 "passes that are not sketched under torch.no_grad()"
             )
         self.run = run = self._begin(args, kwargs)
@@ -129,7 +133,8 @@ class ModelHooks:
                 output = original(*args, **kwargs)
             for name, function in self._audit.stray.items():
                 raise MeritFastError(
-                    f"sketch_gradients: parameter {name} is used outside its module's forward, in {function}; leave it "
+                    f"sketch_gradients: parameter {name} is used outside its module's forward, in "
+                    f"{function}; leave it "
                     "out (requires_grad_(False), or parameters=...)"
                 )
         finally:
@@ -141,10 +146,13 @@ class ModelHooks:
         source = next((value for value in values if isinstance(value, Tensor)), None)
         if source is None or source.dim() < 1:
             raise MeritFastError(
-                "sketch_gradients: the model must be called with a tensor that begins with the batch"
+                "sketch_gradients: the model must be called with a tensor that begins with the "
+                "batch"
             )
         cu_seqlens = kwargs.get("cu_seq_lens_q") if self.packed is None else self.packed
-        size, tokens, self.packed = len(source), source.shape[1] if source.dim() > 1 else 1, None
+        size = len(source)
+        tokens = source.shape[1] if source.dim() > 1 else 1
+        self.packed = None
         if cu_seqlens is not None:
             steps = cu_seqlens.diff()
             if (
@@ -154,10 +162,12 @@ class ModelHooks:
                 or bool((steps < 1).any())
             ):
                 raise MeritFastError(
-                    f"sketch_gradients: cu_seqlens must rise from 0 to N of an input [1, N], got {cu_seqlens.tolist()} "
+                    "sketch_gradients: cu_seqlens must rise from 0 to N of an input [1, N], got "
+                    f"{cu_seqlens.tolist()} "
                     f"for {list(source.shape)}"
                 )
-            size, cu_seqlens = len(steps), cu_seqlens.to(source.device, torch.int64)
+            size = len(steps)
+            cu_seqlens = cu_seqlens.to(source.device, torch.int64)
         ids = source if not source.is_floating_point() else None
         run = Pass(self.sketch, self.scales, size, tokens, cu_seqlens, ids)
         pixels = kwargs.get("pixel_values")
@@ -205,7 +215,8 @@ class ModelHooks:
         return output
 
     def _tap(self, way: Cover, output: Any, values: list[Any]) -> Any:
-        run, site = self.run, way.site
+        run = self.run
+        site = way.site
         if not torch.is_grad_enabled():
             if run is not None and run.open:
                 run.ran_without_grad.update(site.owned.values())
@@ -220,7 +231,8 @@ class ModelHooks:
             )
         if site.tower in run.twice and not run.open:
             raise site.refusal(
-                "is in a tower that ran twice, under reentrant checkpointing; give use_reentrant=False"
+                "is in a tower that ran twice, under reentrant checkpointing; give "
+                "use_reentrant=False"
             )
         inputs = [value.detach() for value in way.inputs(site, values)]
         if (
@@ -255,7 +267,8 @@ class ModelHooks:
 
     def _wrap_forward(self, module: nn.Module, around: Callable[..., Any]) -> None:
         """Until detach, module.forward(...) is around(module.forward, ...)."""
-        original, before = module.forward, module.__dict__.get("forward")
+        original = module.forward
+        before = module.__dict__.get("forward")
         module.forward = functools.wraps(original)(functools.partial(around, original))
         if before is None:
             self._restore.append(functools.partial(module.__dict__.pop, "forward"))

@@ -16,7 +16,8 @@ class Site:
 
     Attributes:
         owned: local name of each, such as "weight" -> its name in the model.
-        tower: name of the vision tower around the module, whose rows are the patches of all images end to end.
+        tower: name of the vision tower around the module, whose rows are the patches of all images
+            end to end.
     """
 
     module: nn.Module
@@ -30,7 +31,8 @@ class Site:
 
     def refusal(self, reason: str) -> MeritFastError:
         return MeritFastError(
-            f"sketch_gradients: parameter {self.name} of {type(self.module).__name__} {reason}; leave it out "
+            f"sketch_gradients: parameter {self.name} of {type(self.module).__name__} {reason}; "
+            "leave it out "
             "(requires_grad_(False), or parameters=...)"
         )
 
@@ -40,16 +42,20 @@ class Pass:
     """One forward pass: whose sketches, of which examples.
 
     Attributes:
-        size, tokens: B and T of the model's input [B, T]; with ``cu_seqlens`` its segments and N of [1, N].
+        size, tokens: B and T of the model's input [B, T]; with ``cu_seqlens`` its segments and N of
+            [1, N].
         cu_seqlens: [B + 1] int64 of a packed row.
         input_ids: of the model's input, if it had them.
-        scales: parameter name -> what its gradients are multiplied by, in ``matrix_shape``, float32.
-        patches: vision tower -> [B + 1] int64, where each example's patches begin, and the patches per merged token.
+        scales: parameter name -> what its gradients are multiplied by, in ``matrix_shape``,
+            float32.
+        patches: vision tower -> [B + 1] int64, where each example's patches begin, and the patches
+            per merged token.
         twice: towers that ran more than once, on other images.
         open: the model's forward is running.
         fired: some gradient has arrived.
         done: its sketches were taken or discarded.
-        ran_without_grad: parameters whose module ran under no_grad, as reentrant checkpointing does, and not since.
+        ran_without_grad: parameters whose module ran under no_grad, as reentrant checkpointing
+            does, and not since.
     """
 
     sketch: CountSketch

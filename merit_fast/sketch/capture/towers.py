@@ -40,7 +40,8 @@ def read_grid(
                 found.append(offsets)
     if len(found) != 1:
         raise site.refusal(
-            f"sees {len(grid)} images that cannot be told apart by example: config.image_token_id or video_token_id "
+            f"sees {len(grid)} images that cannot be told apart by example: config.image_token_id "
+            "or video_token_id "
             f"must mark their tokens in input_ids, got {len(found)} ways to read them"
         )
     if site.tower in run.patches and not torch.equal(run.patches[site.tower][0], found[0]):
@@ -62,7 +63,8 @@ def check_images(run: Pass, config: Any, pixel_values: Tensor) -> None:
     )
     if len(pixel_values) != run.size or counts is None or bool((counts != counts[0]).any()):
         raise MeritFastError(
-            f"sketch_gradients: pixel_values of {len(pixel_values)} images for {run.size} examples: parameters outside "
+            f"sketch_gradients: pixel_values of {len(pixel_values)} images for {run.size} "
+            "examples: parameters outside "
             "the decoder need one image per example, or batches of one example; else leave them out"
         )
 

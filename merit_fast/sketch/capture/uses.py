@@ -22,7 +22,8 @@ _HARMLESS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 class UseAudit(TorchFunctionMode):
     """Notes every torch function that gets a parameter, until the hook of the parameter's module calls ``covered``.
 
-    Such uses are a head called as F.linear(x, embedding.weight), or a fused loss that reads the head's weight.
+    Such uses are a head called as F.linear(x, embedding.weight), or a fused loss that reads the
+    head's weight.
 
     Attributes:
         stray: parameter's name -> the function that used it last and was not covered since.
@@ -30,7 +31,8 @@ class UseAudit(TorchFunctionMode):
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
-        self.names, self.stray = names, dict[str, str]()
+        self.names = names
+        self.stray = dict[str, str]()
 
     def covered(self, names: Iterable[str]) -> None:
         for name in names:

@@ -17,8 +17,9 @@ def kernel_kmeans(
 
     Args:
         problem: its inner products may be indefinite.
-        capacity: the largest weight of a group; inf is plain k-means. Items choose in the order of their loss if they
-            miss their nearest group. They take the nearest group with room, or the one with most room.
+        capacity: the largest weight of a group; inf is plain k-means. Items choose in the order of
+            their loss if they miss their nearest group. They take the nearest group with room, or
+            the one with most room.
         generator: for the seedings.
         starts: number of seedings.
     """
@@ -35,7 +36,8 @@ def kernel_kmeans(
             labels = again
         reached = between_groups(problem, labels)
         if best is None or reached > value + 1e-11 * abs(value):
-            best, value = labels, reached
+            best = labels
+            value = reached
     assert best is not None
     return best
 

@@ -31,8 +31,8 @@ def conflict_axes(cosine: Array, count: int) -> Axes:
 
         x = cosine - cosine.mean(0); u, s, vt = svd(x); scores = x @ vt[:count].T
 
-    Each axis is turned so that its loading of largest magnitude is positive (the first one on a tie). With fewer than
-    ``count`` directions of variance the missing scores are zero.
+    Each axis is turned so that its loading of largest magnitude is positive (the first one on a
+    tie). With fewer than ``count`` directions of variance the missing scores are zero.
     """
     centered = cosine - cosine.mean(0)
     _, singular, axes = np.linalg.svd(centered, full_matrices=False)
@@ -48,11 +48,12 @@ def weighted_axes(products: Array, weights: Array, count: int) -> Axes:
     """Weighted kernel PCA: the principal axes of vectors z known by their inner products alone.
 
         root = sqrt(weights)
-        values, vectors = eigh(products / outer(root, root)); scores = vectors * sqrt(values) / root[:, None]
+        values, vectors = eigh(products / outer(root, root)); scores = vectors * sqrt(values) /
+        root[:, None]
 
     Args:
-        products: [N, N] weights_i weights_j <z_i, z_j>, z centred. May be indefinite: a direction of negative variance
-            has score zero.
+        products: [N, N] weights_i weights_j <z_i, z_j>, z centred. May be indefinite: a direction
+            of negative variance has score zero.
         weights: [N] positive.
         count: R.
     """
@@ -84,7 +85,8 @@ def median_partition(scores: Array, weights: Array, names: Sequence[str]) -> Med
         names: [N] dataset names; they break ties, so that the order of the mixture does not matter.
 
     Returns:
-        Labels whose bits are the sides taken (0 low, 1 high; first axis highest bit). No group is empty.
+        Labels whose bits are the sides taken (0 low, 1 high; first axis highest bit). No group is
+        empty.
 
     Raises:
         ValueError: fewer datasets than groups.
@@ -107,7 +109,8 @@ def cut_recursively(
     """
     if len(weights) < num_groups:
         raise ValueError(
-            f"median_partition: {num_groups} groups need at least as many datasets, got {len(weights)}"
+            f"median_partition: {num_groups} groups need at least as many datasets, got "
+            f"{len(weights)}"
         )
     cuts: list[tuple[int, float]] = []
     sides = [(np.arange(len(weights)), num_groups)]
@@ -147,8 +150,8 @@ def _cut(
 ) -> tuple[Labels, Labels]:
     """Positions in ``side`` of its lower and its higher half.
 
-    The lower half weighs as near to below / count as possible, less on a tie. Each half keeps at least as many datasets
-    as it must become groups.
+    The lower half weighs as near to below / count as possible, less on a tie. Each half keeps at
+    least as many datasets as it must become groups.
     """
     ordered = np.array(sorted(range(len(side)), key=lambda i: (score[i], names[int(side[i])])))
     weight = np.cumsum(weights[side[ordered]])

@@ -1,7 +1,7 @@
 """The table of split methods: every fact about a method stands in its entry here. Pure NumPy.
 
-The options, their help, the split, the decision and the documentation read the table. To add a method, write the
-function that searches and add its entry.
+The options, their help, the split, the decision and the documentation read the table. To add a
+method, write the function that searches and add its entry.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,8 @@ class Search:
     """Everything that a method may read.
 
     Attributes:
-        problem: items, weights, inner products and pins; of the texts for a method with ``needs_texts``.
+        problem: items, weights, inner products and pins; of the texts for a method with
+            ``needs_texts``.
         names: [N] names of the datasets, sorted.
         weights: [N] weights of the datasets, sum 1.
         uncentered: [N, N] similarity before it is centred.
@@ -66,7 +67,8 @@ class SplitMethod:
         summary: one sentence for the documentation.
         search: puts every item into a group.
         paper: where the method was published, "" if nowhere.
-        reads_gradients: False: the groups do not depend on gradients, so other numbers of groups are not judged.
+        reads_gradients: False: the groups do not depend on gradients, so other numbers of groups
+            are not judged.
         needs_texts: it clusters the datasets' texts instead of their gradients.
         needs_manual: the user lists the groups under ``split.manual``.
         power_of_two: K must be a power of two.

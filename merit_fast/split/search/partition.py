@@ -4,8 +4,8 @@ The objective is the between-group weighted sum of squares (BSS). With S centred
 
     BSS = sum_k W_k |mean of z over group k|^2,    W_k = sum of the weights in group k
 
-Half of it is the gain of merging over the branches' mean loss, to second order. Pure NumPy; the same answer for any
-order of the datasets.
+Half of it is the gain of merging over the branches' mean loss, to second order. Pure NumPy; the
+same answer for any order of the datasets.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,13 @@ class Partition:
     """N datasets in K groups.
 
     Attributes:
-        labels: [N] group of every dataset, 0..K-1, or -1 if its rows are spread over two groups or more in equal
-            shares. ``pca-median`` numbers groups by the sides taken, first axis highest bit; pins keep their numbers;
-            otherwise the alphabetically first dataset of a group numbers it.
-        margins: [N] by how much the objective falls if the dataset, with those it is pinned to, moves to its best other
-            group, balance aside. Negative: it would fit better there. 0 without another group to move to.
+        labels: [N] group of every dataset, 0..K-1, or -1 if its rows are spread over two groups or
+            more in equal shares. ``pca-median`` numbers groups by the sides taken, first axis
+            highest bit; pins keep their numbers; otherwise the alphabetically first dataset of a
+            group numbers it.
+        margins: [N] by how much the objective falls if the dataset, with those it is pinned to,
+            moves to its best other group, balance aside. Negative: it would fit better there. 0
+            without another group to move to.
         objective: the between-group sum of squares.
         group_weights: [K] sum 1.
         cuts: (axis, score) of every median cut (``pca-median`` only).
@@ -65,16 +67,19 @@ def partition_datasets(
 
     Args:
         similarity: [N, N] symmetric, centred by the weights; may be indefinite.
-        weights: [N] positive: how much a dataset counts in the objective and in the balance (tokens or samples).
+        weights: [N] positive: how much a dataset counts in the objective and in the balance (tokens
+            or samples).
         names: [N], distinct; they break all ties.
         num_groups: K.
         method: name of the method.
-        tolerance: how far a group may be from 1/K of the weight, as a share of all weight. None: 0.05/K; inf: none.
+        tolerance: how far a group may be from 1/K of the weight, as a share of all weight. None:
+            0.05/K; inf: none.
         pins: datasets that stay together, apart or in one named group.
         spread: datasets whose rows go to all groups in equal shares.
         manual: names of each group, for ``manual``.
         uncentered: [N, N] for ``pca-median``; None: ``similarity``.
-        text_similarity: [N, N] inner products of the datasets' texts, centred or not, for ``text-cluster``.
+        text_similarity: [N, N] inner products of the datasets' texts, centred or not, for
+            ``text-cluster``.
         seed: seed of random starts and random groups.
 
     Raises:

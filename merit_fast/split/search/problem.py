@@ -61,7 +61,8 @@ def pose_problem(
     """Poses the problem of ``names``, which must be sorted: the first item is the one with the first name.
 
     Raises:
-        InputError: unknown names, pins that contradict each other, or more groups than can be filled.
+        InputError: unknown names, pins that contradict each other, or more groups than can be
+            filled.
     """
     number = len(names)
     spread = sorted(set(spread))
@@ -170,8 +171,8 @@ def _check_pair(first: str, second: str, item_of: Mapping[str, int], fixed: Labe
 def color_apart(apart: npt.NDArray[np.bool_], fixed: Labels, num_groups: int) -> Labels | None:
     """Labels of the items that must keep apart from others, -1 for the rest; None if there are none.
 
-    Backtracks; the item with the fewest groups left comes next (Brelaz 1979). Groups without a pin or an item are
-    alike, so it tries only the first of them.
+    Backtracks; the item with the fewest groups left comes next (Brelaz 1979). Groups without a pin
+    or an item are alike, so it tries only the first of them.
     """
     labels = fixed.copy()
     touched = np.flatnonzero(apart.any(1))

@@ -32,8 +32,8 @@ def move_losses(problem: Problem, labels: Labels) -> Array:
 def climb(problem: Problem, labels: Labels, limit: float, sign: float = 1.0) -> Labels:
     """Takes the best move, or the best swap where no move helps, until neither raises ``sign`` times the objective.
 
-    A changed group lies at most ``limit`` from 1/K in weight. Pins hold and no group runs empty if this is so at the
-    start. O(M K) for a move, O(M^2) for a swap. Ties go to the lower item.
+    A changed group lies at most ``limit`` from 1/K in weight. Pins hold and no group runs empty if
+    this is so at the start. O(M K) for a move, O(M^2) for a swap. Ties go to the lower item.
     """
     labels = labels.copy()
     while True:
@@ -51,8 +51,8 @@ def climb(problem: Problem, labels: Labels, limit: float, sign: float = 1.0) -> 
 def balance(problem: Problem, labels: Labels, tolerance: float, sign: float = 1.0) -> Labels:
     """Moves and swaps items until none lowers the excess sum_k max(0, |W_k - 1/K| - tolerance)^2.
 
-    Takes the step that lowers the excess most; among several that end it, the best for ``sign`` times the objective
-    (0: the first).
+    Takes the step that lowers the excess most; among several that end it, the best for ``sign``
+    times the objective (0: the first).
     """
     labels = labels.copy()
     while True:
