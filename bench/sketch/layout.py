@@ -1,4 +1,4 @@
-"""Which layout a CountSketch may have: error of inner products on gradients made to break it, per layout.
+"""Error of inner products per layout of a CountSketch, on gradients made to break it.
 
     python -m bench.sketch.layout [--proj-dim 16384] [--seeds 2000]
 
@@ -41,7 +41,7 @@ def gradients(numbers: torch.Generator) -> Iterator[tuple[str, Tensor]]:
 
 
 def runs_of_16(pair: Tensor, key: int, proj_dim: int) -> Tensor:
-    """Hash version 1: runs of 16 columns, each to a row of 16 of its own, permuted by XOR and signed."""
+    """Sketches by hash version 1: runs of 16 columns, each in a row of 16, XORed and signed."""
     values = F.pad(pair, (0, -COLUMNS % 16)).reshape(2, -1, 16)
     h = hash_counters(torch.arange(values.shape[1]), key).unsqueeze(1)
     lane = torch.arange(16)
@@ -52,7 +52,10 @@ def runs_of_16(pair: Tensor, key: int, proj_dim: int) -> Tensor:
 
 
 def tiles(pair: Tensor, key: int, proj_dim: int, side: int, dealt: bool) -> Tensor:
-    """Square tiles; dealt: of D / side^2 tiles in a row no two share a bucket. Else each draws its own."""
+    """Sketches square tiles.
+
+    dealt: of D / side^2 tiles in a row no two share a bucket. Else each tile draws its bucket.
+    """
     across = COLUMNS // side
     buckets = proj_dim // side**2
     values = (
@@ -61,8 +64,8 @@ def tiles(pair: Tensor, key: int, proj_dim: int, side: int, dealt: bool) -> Tens
     tile = torch.arange(values.shape[1])
     lane = torch.arange(side)
     masks = hash_counters(4 * tile, key)
-    own = (masks >> 32 & 0xFFFFFFFF) * buckets >> 32
-    bucket = bucket_of(tile, key, buckets) if dealt else own
+    drawn = (masks >> 32 & 0xFFFFFFFF) * buckets >> 32
+    bucket = bucket_of(tile, key, buckets) if dealt else drawn
     row = lane ^ (masks & side - 1).unsqueeze(1)
     column = lane ^ (masks >> 8 & side - 1).unsqueeze(1)
     at = ((bucket * side).unsqueeze(1) + row).unsqueeze(2) * side + column.unsqueeze(1)
@@ -86,15 +89,16 @@ LAYOUTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 
 
 def errors(pair: Tensor, layout: str, proj_dim: int, seeds: int) -> Tensor:
-    """[seeds] float64, in units of the bound."""
+    """[seeds] float64 errors of the inner product, in units of the bound."""
     g, h = pair.double()
     truth = (g * h).sum()
     bound = ((g.square().sum() * h.square().sum() + truth.square()) / proj_dim).sqrt()
-    products = []
+    products: list[Tensor] = []
     for seed in range(seeds):
         a, b = LAYOUTS[layout](pair, seed, proj_dim).double()
         products.append((a * b).sum())
-    return (torch.stack(products) - truth) / bound
+    relative: Tensor = (torch.stack(products) - truth) / bound
+    return relative
 
 
 def main() -> None:
@@ -103,8 +107,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2000)
     arguments = parser.parse_args()
     print(
-        f"{ROWS} x {COLUMNS}, D = {arguments.proj_dim}, {arguments.seeds} seeds: std / bound "
-        "(kurtosis)\n"
+        f"{ROWS} x {COLUMNS}, D = {arguments.proj_dim}, {arguments.seeds} seeds: "
+        "std / bound (kurtosis)\n"
     )
     print("| gradients |", " | ".join(LAYOUTS), "|")
     print("|---" * (len(LAYOUTS) + 1) + "|")

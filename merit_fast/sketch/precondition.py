@@ -31,32 +31,34 @@ def requested_scales(
 
 
 def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[str, Tensor]:
-    """What ``torch.optim.Adam`` and ``AdamW`` would multiply each entry of the first moment by, at their present state.
+    """Factors of the gradient's entries in ``torch.optim.Adam`` and ``AdamW`` at their state.
 
-        scale = 1 / (sqrt(v / (1 - beta2 ** step)) + eps)         v: exp_avg_sq; with amsgrad
-        max_exp_avg_sq
+        scale = 1 / (sqrt(v / (1 - beta2 ** step)) + eps)
+
+    with v = exp_avg_sq, or max_exp_avg_sq with amsgrad.
+
 
     A sketch of ``scale * g`` is linear in g, so means over examples, blocks and ranks stay sums.
     LESS (Xia et al. 2024, arXiv 2402.04333) instead puts every example through Adam's whole update,
-    whose moments take in the example's own gradient; that is not linear in g, so its mean over
-    examples is not a function of the mean gradient.
+    whose moments include the example's own gradient. That is not linear in g, so its mean over
+    examples is no function of the mean gradient.
 
     An entry that never had a gradient (the embedding of a token not seen) has scale 1 / eps and
     would outweigh all others: take an optimizer that has seen the data, or leave embeddings out.
 
     Args:
-        model: whose parameters ``optimizer`` holds.
+        model: the model whose parameters ``optimizer`` holds.
         optimizer: an Adam or AdamW that has stepped, any variant (fused, foreach, capturable), or a
             wrapper with its ``state`` and ``param_groups``.
         names: parameters of ``model``.
 
     Returns:
-        By name, float32 of the shape as which the parameter is hashed (``matrix_shape``), on the
-        moments' device.
+        Scales by name, float32 in the shape that is hashed (``matrix_shape``), on the moments'
+        device.
 
     Raises:
-        MeritFastError: a parameter that the model or the optimizer lacks, or without second
-            moments; names it.
+        MeritFastError: the model or the optimizer lacks a parameter, or it has no second moments;
+            the message names it.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     groups = {
@@ -77,7 +79,7 @@ def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[
 def adam_scales_of_checkpoint(
     model: nn.Module, directory: str | Path, names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """``adam_scales`` from a checkpoint of the transformers Trainer: its ``optimizer.pt``, read without pickled code.
+    """``adam_scales`` from ``optimizer.pt`` of a Trainer's checkpoint, read without pickled code.
 
     The file numbers the parameters: first those with weight decay, then the others, each in the
     model's order. The same parameters must be trainable in ``model`` as in the run.
@@ -93,11 +95,11 @@ def adam_scales_of_checkpoint(
         saved = torch.load(file, map_location="cpu", weights_only=True)
         saved_groups = saved["param_groups"]
         moments = saved["state"]
-    except (
-        Exception
-    ) as error:  # the reader raises many kinds, and all mean that the file is not to be had
+    except Exception as error:  # the reader raises many kinds; all mean that it cannot be read
         raise InputError(f"{file}: is not an optimizer's state ({one_line(error)})") from None
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # uses no attribute
+    # The method uses no attribute of the Trainer.
+    names_of_decayed = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    decayed = set(names_of_decayed)
     trainable = [
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]
@@ -121,7 +123,10 @@ def adam_scales_of_checkpoint(
 
 
 def scales_fingerprint(scales: Mapping[str, Tensor]) -> str:
-    """16 hex digits of names, shapes and 64 spread entries of each: sketches by other scales must not be added."""
+    """16 hex digits of names, shapes and 64 spread entries of each scale.
+
+    Sketches by other scales must not be added.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, scale in sorted(scales.items()):
         probes = scale.flatten()[:: max(1, scale.numel() // _PROBES)].float().cpu()
@@ -137,8 +142,8 @@ def _scale(
     moments = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
     if moments is None or "step" not in state:
         raise MeritFastError(
-            f"adam_scales: parameter {name} has no second moments yet: the optimizer never "
-            "stepped it"
+            f"adam_scales: parameter {name} has no second moments yet: "
+            "the optimizer never stepped it"
         )
     if moments.shape != parameter.shape:
         raise MeritFastError(

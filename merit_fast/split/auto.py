@@ -1,4 +1,6 @@
-"""The number of groups: the largest whose split beats chance and whose branches train long enough, or 1."""
+"""The number of groups: the largest with a split that beats chance and branches that train long
+enough, or 1.
+"""
 
 import math
 from collections.abc import Callable, Iterable

@@ -1,4 +1,7 @@
-"""Options of the split stage. They contain the sketch stage's options: the YAML has one `split:` section."""
+"""Options of the split stage.
+
+They contain the sketch stage's options: the YAML has one `split:` section.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -30,7 +33,10 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class SplitConfig(SketchConfig):
-    """Options that decide the groups, next to the sketches'. None: the preset's choice (``PRESETS``)."""
+    """Options that decide the groups, next to the sketches'.
+
+    None stands for the preset's choice (``PRESETS``).
+    """
 
     groups: int | Literal["auto"] = option(
         4, "number of groups K; auto: the largest whose split stands out of random ones, or 1"

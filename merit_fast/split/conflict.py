@@ -35,7 +35,9 @@ _FEWEST = 32
 
 @dataclass(frozen=True)
 class Conflict:
-    """Conflicts of N datasets. Errors are block-jackknife standard errors; NaN marks unresolved values.
+    """Conflicts of N datasets.
+
+    Errors are block-jackknife standard errors; NaN marks unresolved values.
 
     Attributes:
         gram: [N, N] inner products of the mean gradients; the diagonal unbiased, below 0 now and
@@ -70,7 +72,7 @@ class Conflict:
 
     @property
     def negative_pair_fraction(self) -> float:
-        """Share of pairs with a negative cosine among the pairs whose cosine is known; 0 if none is."""
+        """Share of pairs with a negative cosine among the known ones; 0 if none is."""
         pairs = self.cosine[np.triu_indices(len(self.cosine), 1)]
         known = pairs[~np.isnan(pairs)]
         return float((known < 0).mean()) if len(known) else 0.0
@@ -127,7 +129,7 @@ class MeanGram:
     square: Array
 
     def cosine(self, square: Array | None = None) -> Array:
-        """[N, N] gram / (|i| |j|), diagonal too, not clipped; 0 for a dataset whose gradient is 0."""
+        """[N, N] gram / (|i| |j|), diagonal too, not clipped; 0 where a gradient is 0."""
         length = np.sqrt(self.square if square is None else square)
         scale = np.where(length > 0, length, 1.0)
         return np.asarray(self.gram / np.outer(scale, scale))
@@ -181,7 +183,9 @@ def center_columns(matrix: Array) -> Array:
 
 
 def double_center(matrix: Array, weights: Array) -> Array:
-    """J M J^T with J = I - 1 w^T: the Gram of what remains when the weighted mean is taken off. w sums to 1.
+    """Computes J M J^T with J = I - 1 w^T: the Gram after the weighted mean is subtracted.
+
+    w sums to 1.
 
     M is symmetric. Sums are exact before their one rounding, so permuting the datasets permutes the
     bits.
@@ -260,7 +264,10 @@ def _more_examples(fraction: Array, error: Array, counts: Array) -> npt.NDArray[
 
 
 def _student(freedom: int) -> float:
-    """The 95 % point of Student's t (Abramowitz & Stegun 26.7.5), within 1 % from 3 degrees of freedom on."""
+    """The 95 % point of Student's t (Abramowitz & Stegun 26.7.5).
+
+    Within 1 % from 3 degrees of freedom on.
+    """
     z = _CONFIDENCE
     f = float(freedom)
     first = (z**3 + z) / 4

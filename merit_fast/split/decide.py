@@ -1,4 +1,4 @@
-"""The decision on one mixture: how many groups, which, and how sure that is. Pure NumPy, no files."""
+"""The decision on one mixture: how many groups, which, and how sure. Pure NumPy, no files."""
 
 import functools
 import math
@@ -78,7 +78,7 @@ class Decision:
 
 
 class Splitter:
-    """Splits of one mixture under one config, into any number of groups, from all examples or some."""
+    """Splits of one mixture under one config: any number of groups, all or some examples."""
 
     def __init__(self, products: BlockProducts, mixture: Mixture, config: SplitConfig) -> None:
         self.products = products
@@ -112,7 +112,7 @@ class Splitter:
         )
 
     def centered(self, similarity: Array) -> Array:
-        """Gram of the points to split: token-weighted deviations, or the matrix's column-centred rows."""
+        """Gram of the points to split: token-weighted deviations, or column-centred rows."""
         if self.choices.center == "tokens":
             return double_center(similarity, self.weights)
         rows = center_columns(similarity)
@@ -227,6 +227,9 @@ def _scores(splitter: Splitter, count: int) -> tuple[Array, Array, Array]:
 
 
 def _rotation(scores: Array, target: Array) -> Array:
-    """Rotates ``scores`` nearest to ``target`` (Schoenemann 1966): axes have no sign and may swap."""
+    """Rotates ``scores`` nearest to ``target`` (Schoenemann 1966).
+
+    Axes have no sign and may swap.
+    """
     u, _, v = np.linalg.svd(scores.T @ target)
     return np.asarray(u @ v)

@@ -1,4 +1,4 @@
-"""Inner products of block sums, with bits that depend on the two datasets only. Pure NumPy, no files.
+"""Inner products of block sums, with bits that depend on the two datasets only. Pure NumPy.
 
 A dot product's last bits change with the order of its sum, which a BLAS picks by shape, place,
 threads and processor. So every product here is exact: in each chunk of 2048 columns the block sums
@@ -29,7 +29,9 @@ _BITS = 26
 
 @dataclass(frozen=True)
 class BlockProducts:
-    """Products of N datasets' block sums S [G, D]; T = sum_g S_g. Everything in split/conflict follows from them.
+    """Products of N datasets' block sums S [G, D]; T = sum_g S_g.
+
+    Everything in split/conflict follows from them.
 
     Attributes:
         counts: [N, G] examples per block.
@@ -47,7 +49,9 @@ class BlockProducts:
 
 
 def block_products(block_sums: Sequence[Any], block_counts: npt.NDArray[Any]) -> BlockProducts:
-    """Computes G + 3 symmetric products of [N, D] in about (G + 3) N^2 D operations and 8 (G + 2) N 2048 bytes.
+    """Computes G + 3 symmetric products of [N, D].
+
+    Takes about (G + 3) N^2 D operations and 8 (G + 2) N 2048 bytes.
 
     Args:
         block_sums: N arrays [G, D] float64, or one [N, G, D]. Columns are read once, 2048 at a
@@ -94,7 +98,7 @@ def _sums_of_blocks(integers: Array) -> Iterator[Array]:
 def _integer_chunks(
     block_sums: Sequence[Any], number: int, blocks: int
 ) -> Iterator[tuple[Array, Array]]:
-    """Yields, per chunk of columns, integers [G, N, C] and the power of two [N] that is their unit."""
+    """Yields, per chunk of columns, integers [G, N, C] and their unit [N], a power of two."""
     width = block_sums[0].shape[1] if number else 0
     buffer = np.empty((blocks, number, min(width, _COLUMNS)))
     for start in range(0, width, _COLUMNS):

@@ -1,4 +1,4 @@
-"""Is a split better than random? eta squared free of noise and of the choice made on it. Pure NumPy, no files."""
+"""Separation of a split: eta squared free of noise and of the choice made on it. Pure NumPy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,9 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Separation:
-    """Between-group shares of the weighted sum of squares: estimates, so below 0 or above 1 now and then.
+    """Between-group shares of the weighted sum of squares.
+
+    They are estimates, so below 0 or above 1 now and then.
 
     Attributes:
         eta_squared: share of the split itself, debiased. The split was chosen to make it large, so
@@ -49,7 +51,7 @@ class Separation:
 
     @property
     def better_than_random(self) -> bool:
-        """Whether the cross-validated share lies above the null's mean by two standard deviations."""
+        """Whether the cross-validated share beats the null's mean by two standard deviations."""
         return self.cross_validated > self.null_mean + 2 * self.null_std
 
 

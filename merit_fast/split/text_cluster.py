@@ -19,12 +19,12 @@ Labels = npt.NDArray[np.intp]
 DIRECTIONS = 100
 _WORD = re.compile(r"\b\w\w+\b")
 _STOP_WORDS = """
-about above after again all also am an and any are as at be because been before being below between both but by
-can could did do does doing down during each few for from further had has have having he her here hers him his
-how if in into is it its just me more most must my no nor not now of off on once only or other our ours out over
-own same shall she should so some such than that the their theirs them then there these they this those through
-to too under until up upon us very was we were what when where which while who whom why will with would you your
-yours
+about above after again all also am an and any are as at be because been before being below between
+both but by can could did do does doing down during each few for from further had has have having
+he her here hers him his how if in into is it its just me more most must my no nor not now of off
+on once only or other our ours out over own same shall she should so some such than that the their
+theirs them then there these they this those through to too under until up upon us very was we were
+what when where which while who whom why will with would you your yours
 """
 _STOP = frozenset(_STOP_WORDS.split())
 
@@ -66,7 +66,10 @@ def _words(text: str) -> list[str]:
 
 
 def _leading(row: Labels, column: Labels, value: Array, shape: tuple[int, int], rank: int) -> Array:
-    """[n, rank] u * s of the sparse matrix's leading directions by subspace iteration (Halko et al. 2011)."""
+    """[n, rank] u * s of the sparse matrix's leading directions.
+
+    By subspace iteration (Halko et al. 2011).
+    """
 
     def times(dense: Array) -> Array:
         return np.stack(

@@ -296,11 +296,11 @@ def test_what_it_does_not_go_with_is_named(tmp_path):
         SketchCallback(PROJ_DIM).attach(trainer(tmp_path, without))
     packed = trainer(tmp_path)
     packed.args.packing = True
-    with pytest.raises(InputError, match="does not go with packing"):
+    with pytest.raises(InputError, match="does not work with packing"):
         SketchCallback(PROJ_DIM).attach(packed)
     half = trainer(tmp_path)
     half.args.fp16 = True
-    with pytest.raises(InputError, match="does not go with fp16"):
+    with pytest.raises(InputError, match="does not work with fp16"):
         SketchCallback(PROJ_DIM).attach(half)
     run = trainer(tmp_path)
     run.add_callback(SketchCallback(PROJ_DIM))

@@ -106,7 +106,7 @@ def test_experts_of_another_formula_are_refused_by_name():
     )  # the eager forward has its own
     with pytest.raises(
         MeritFastError,
-        match="layers.0.mlp.experts.gate_up_proj of MixtralExperts is not the mixture",
+        match="layers.0.mlp.experts.gate_up_proj of MixtralExperts is not a known mixture",
     ):
         GradientSketcher(model, SKETCH)
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError
-from merit_fast.sketch.capture.coverage import cover
+from merit_fast.sketch.capture.coverage import cover_of
 from merit_fast.sketch.capture.layout import Site
 from merit_fast.sketch.gradients import GradientSketcher
 
@@ -143,7 +143,7 @@ def test_only_true_norms_take_the_closed_form():
     closed = [
         m
         for m in (nn.LayerNorm(8), nn.RMSNorm(8), Norm(), Squared(), nn.GroupNorm(4, 8))
-        if cover(site(m))
+        if cover_of(site(m))
     ]
     assert [type(m) for m in closed] == [nn.LayerNorm, nn.RMSNorm, Norm]
 

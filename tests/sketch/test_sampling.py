@@ -10,7 +10,7 @@ from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.sketch.sampling import (
     check_blocks,
-    describe,
+    describe_signal,
     enough,
     looks,
     measure_signal,
@@ -114,7 +114,7 @@ def test_a_dataset_without_any_gradient_is_not_resolvable():
     signal = measure_signal(state)
     assert (signal.fraction, signal.error, signal.ratio, signal.p_value) == (0, 0, 0, 1)
     assert not enough(signal, 0.2, RATE)
-    assert describe(state, 200).startswith("not resolvable with 200 examples")
+    assert describe_signal(state, 200).startswith("not resolvable with 200 examples")
 
 
 # ---- when to stop
@@ -192,11 +192,11 @@ def test_examples_needed_are_a_lower_bound_where_nothing_shows_and_fair_where_so
 
 def test_the_user_is_told_in_one_line():
     state = Source(8, seed=0).run()
-    assert describe(state, 200).startswith("signal fraction 0.8") and describe(state, 200).endswith(
-        "of 32 examples"
-    )
+    assert describe_signal(state, 200).startswith("signal fraction 0.8") and describe_signal(
+        state, 200
+    ).endswith("of 32 examples")
     state = Source(None, seed=0).run()
-    text = describe(state, 200)
+    text = describe_signal(state, 200)
     assert text.startswith("not resolvable with 200 examples: needs at least 1") and text.endswith(
         "more examples"
     )

@@ -291,7 +291,7 @@ def test_restored_states_go_on_where_they_were():
 def test_update_wants_one_backward_pass_of_one_dataset():
     model = llama()
     with summed(model) as sketcher:
-        with pytest.raises(MeritFastError, match=r"update\('a'\) without a backward pass"):
+        with pytest.raises(MeritFastError, match=r"update\('a'\): no backward pass"):
             sketcher.update("a", count=1)
         model(**batch(0)).loss.backward()
         with pytest.raises(MeritFastError, match="one dataset per backward pass, got a, b"):
@@ -301,17 +301,15 @@ def test_update_wants_one_backward_pass_of_one_dataset():
         model(**batch(0)).loss.backward()
         sketcher.update(torch.tensor([4, 4, 4]))
         assert sketcher.state[4].num_examples == 3
-        with pytest.raises(MeritFastError, match="without a backward pass"):
+        with pytest.raises(MeritFastError, match="no backward pass"):
             sketcher.update("a", count=1)
         model(**batch(0)).loss.backward()
         with pytest.raises(MeritFastError, match="count must be at least 1"):
             sketcher.update("a", count=0)
-        with pytest.raises(
-            MeritFastError, match="count, the number of examples of the pass, is required"
-        ):
+        with pytest.raises(MeritFastError, match="count, the number of examples, is required"):
             sketcher.update("a")
         sketcher.discard()
-        with pytest.raises(MeritFastError, match="without a backward pass"):
+        with pytest.raises(MeritFastError, match="no backward pass"):
             sketcher.update("a", count=1)
 
 

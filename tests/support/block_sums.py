@@ -1,4 +1,4 @@
-"""Block sums of sketches for tests: drawn, or sampled from datasets of known means; figures of them."""
+"""Block sums of sketches for tests: drawn, or sampled from known means; their figures."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Weighted kernel k-means with a limit on the groups' weight: a baseline for the split. Pure NumPy."""
+"""Weighted kernel k-means with a limit on the groups' weight. Pure NumPy."""
 
 import numpy as np
 
@@ -43,7 +43,10 @@ def kernel_kmeans(
 
 
 def _seed_distances(gram: Array, problem: Problem, generator: np.random.Generator) -> Array:
-    """[M, K] distances to k-means++ seeds (Arthur & Vassilvitskii 2007), drawn by weight times squared distance."""
+    """[M, K] distances to k-means++ seeds (Arthur & Vassilvitskii 2007).
+
+    Seeds are drawn by weight times squared distance.
+    """
     square = np.diag(gram)
     columns: list[Array] = []
     chance = problem.weights.copy()

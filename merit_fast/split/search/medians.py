@@ -1,4 +1,4 @@
-"""Principal axes of a similarity matrix, and groups by weighted cuts of axes (MERIT, section 4). Pure NumPy."""
+"""Principal axes of a similarity matrix and weighted cuts (MERIT, section 4). Pure NumPy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class MedianCuts:
 
 
 def conflict_axes(cosine: Array, count: int) -> Axes:
-    """Column-centred PCA of the rows of a cosine matrix [N, N], as published.
+    """Computes the column-centred PCA of the rows of a cosine matrix [N, N], as published.
 
         x = cosine - cosine.mean(0); u, s, vt = svd(x); scores = x @ vt[:count].T
 
@@ -45,7 +45,7 @@ def conflict_axes(cosine: Array, count: int) -> Axes:
 
 
 def weighted_axes(products: Array, weights: Array, count: int) -> Axes:
-    """Weighted kernel PCA: the principal axes of vectors z known by their inner products alone.
+    """Computes the weighted kernel PCA of vectors z given by their inner products.
 
         root = sqrt(weights)
         values, vectors = eigh(products / outer(root, root)); scores = vectors * sqrt(values) /
@@ -61,7 +61,7 @@ def weighted_axes(products: Array, weights: Array, count: int) -> Axes:
     values, vectors = np.linalg.eigh(products / np.outer(root, root))
     order = np.argsort(-values, kind="stable")[:count]
     variance = np.maximum(values, 0.0)
-    # A direction of rounding errors alone would decide by noise what the names should.
+    # A direction of rounding errors would decide by noise; the names shall decide.
     variance[variance < 1e-12 * max(float(np.abs(values).max(initial=0.0)), 1e-300)] = 0.0
     scores = np.zeros((len(weights), count))
     scores[:, : len(order)] = (
@@ -77,7 +77,7 @@ def _padded(shares: Array, count: int) -> Array:
 
 
 def median_partition(scores: Array, weights: Array, names: Sequence[str]) -> MedianCuts:
-    """K = 2^R groups: axis 0 cuts all datasets in half by weight, axis 1 cuts each half, and so on.
+    """Makes K = 2^R groups: axis 0 cuts all datasets in half by weight, axis 1 each half, etc.
 
     Args:
         scores: [N, R].
@@ -99,7 +99,9 @@ def median_partition(scores: Array, weights: Array, names: Sequence[str]) -> Med
 def cut_recursively(
     score: Callable[[Labels, int], Array], weights: Array, names: Sequence[str], num_groups: int
 ) -> MedianCuts:
-    """Cuts datasets into any number of groups: a side of k groups into floor(k / 2) / k of its weight and the rest.
+    """Cuts datasets into any number of groups.
+
+    A side of k groups is cut into floor(k / 2) / k of its weight and the rest.
 
     Args:
         score: scores of the datasets of a side, at a depth; larger ones go to the higher side.

@@ -1,4 +1,4 @@
-"""From a similarity matrix to groups: every method under one objective, one balance and one set of pins.
+"""Groups from a similarity matrix: every method under one objective, one balance, one set of pins.
 
 The objective is the between-group weighted sum of squares (BSS). With S centred, S_ij = <z_i, z_j>,
 
@@ -133,7 +133,7 @@ def random_labels(
     pins: Pins | None = None,
     seed: int = 0,
 ) -> Labels:
-    """[count, N] labels of random splits, balanced and pinned like the split whose null they are."""
+    """[count, N] labels of random splits, balanced and pinned like a split, for its null."""
     order = _alphabetical(names)
     sorted_names = [names[i] for i in order]
     weights = np.asarray(weights, np.float64)[order] / np.sum(weights)

@@ -1,4 +1,4 @@
-"""Pins, and the partition problem they leave: items of one or more datasets, some fixed. Pure NumPy."""
+"""Pins, and the partition problem that they leave. Pure NumPy."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,14 @@ FREE = -1
 
 @dataclass(frozen=True)
 class Pins:
-    """Datasets that stay together, apart or in one group. Groups are numbered from 0, as in split.json."""
+    """Datasets that stay together, apart or in one group.
+
+    Groups are numbered from 0, as in split.json.
+    """
 
     together: tuple[tuple[str, ...], ...] = option([], "lists of datasets that stay in one group")
     apart: tuple[tuple[str, ...], ...] = option(
-        [], "lists of datasets of which no two share a group"
+        [], "lists of datasets that all go to different groups"
     )
     group: dict[str, int] = dataclasses.field(
         default_factory=dict, metadata={"help": "dataset: the number of its group, from 0"}
@@ -31,7 +34,9 @@ class Pins:
 
 @dataclass(frozen=True)
 class Problem:
-    """M items to be put into K groups. An item is one dataset, several that stay together, or a share of one.
+    """M items to be put into K groups.
+
+    An item is one dataset, several that stay together, or a share of one.
 
     Attributes:
         num_groups: K.
@@ -58,7 +63,9 @@ def pose_problem(
     pins: Pins,
     spread: Iterable[str],
 ) -> Problem:
-    """Poses the problem of ``names``, which must be sorted: the first item is the one with the first name.
+    """Poses the problem of ``names``, which must be sorted.
+
+    The first item is the one with the first name.
 
     Raises:
         InputError: unknown names, pins that contradict each other, or more groups than can be
@@ -169,7 +176,7 @@ def _check_pair(first: str, second: str, item_of: Mapping[str, int], fixed: Labe
 
 
 def color_apart(apart: npt.NDArray[np.bool_], fixed: Labels, num_groups: int) -> Labels | None:
-    """Labels of the items that must keep apart from others, -1 for the rest; None if there are none.
+    """Labels of the items that must keep apart, -1 for the rest; None if there are no such labels.
 
     Backtracks; the item with the fewest groups left comes next (Brelaz 1979). Groups without a pin
     or an item are alike, so it tries only the first of them.

@@ -1,4 +1,7 @@
-"""Starts of the search: cuts of principal axes, heaviest first, random. They obey neither tolerance nor pins."""
+"""Starts of the search: cuts of principal axes, heaviest first, random.
+
+They obey neither tolerance nor pins.
+"""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Local search on the between-group sum of squares: moves and swaps of items under a weight tolerance. Pure NumPy."""
+"""Local search on the between-group sum of squares by moves and swaps. Pure NumPy."""
 
 from collections.abc import Iterable
 
@@ -25,12 +25,12 @@ def imbalance(problem: Problem, labels: Labels) -> float:
 
 
 def move_losses(problem: Problem, labels: Labels) -> Array:
-    """[M, K] fall of the objective if an item moves; +inf in its own group. Ignores balance and pins."""
+    """[M, K] fall of the objective if an item moves; +inf in its own group. Ignores balance."""
     return -_Step(problem, labels).move_gains()
 
 
 def climb(problem: Problem, labels: Labels, limit: float, sign: float = 1.0) -> Labels:
-    """Takes the best move, or the best swap where no move helps, until neither raises ``sign`` times the objective.
+    """Takes the best move or else the best swap, while one raises ``sign`` times the objective.
 
     A changed group lies at most ``limit`` from 1/K in weight. Pins hold and no group runs empty if
     this is so at the start. O(M K) for a move, O(M^2) for a swap. Ties go to the lower item.
@@ -76,7 +76,7 @@ def balance(problem: Problem, labels: Labels, tolerance: float, sign: float = 1.
 
 
 def obey(problem: Problem, labels: Labels) -> Labels:
-    """Changes the labels where pins demand it or a group is empty; renumbers the groups to fit the pins."""
+    """Changes labels where pins demand it or a group is empty; renumbers groups to fit pins."""
     labels = _renumber(problem, labels)
     pinned = problem.fixed != FREE
     labels[pinned] = problem.fixed[pinned]
@@ -108,7 +108,9 @@ def improve_starts(
     kicks: int,
     sign: float = 1.0,
 ) -> Labels:
-    """Climbs from every start within the tolerance, then from ``kicks`` small disturbances of the best; returns the best.
+    """Climbs from every start within the tolerance, then from ``kicks`` disturbances of the best.
+
+    Returns the best split.
 
     If no start reaches the tolerance, the least imbalance reached replaces it.
     """
