@@ -1,4 +1,4 @@
-"""What sketch_gradients selects, refuses, keeps in its state and leaves behind."""
+"""sketch_gradients: selected parameters, refusals, the state and the model afterwards."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Layers beside those of language models: adapters, convolutions, norms of all kinds, modules nobody knows."""
+"""Layers that language models lack: adapters, convolutions, all kinds of norms, unknown modules."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from merit_fast.sketch.gradients import GradientSketcher
 
 
 def assert_equal_to_examples(model, x, **options):
-    """``model`` maps [B, ...] to anything; the loss of an example is a fixed function of its output."""
+    """Runs ``model``, which maps [B, ...] to anything; its output gives a fixed loss."""
     model.eval()
     with GradientSketcher(model, SKETCH, **options) as sketcher:
         model(x).square().sum().backward()

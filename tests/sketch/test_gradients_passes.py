@@ -1,4 +1,4 @@
-"""Every way to run the passes gives the same sketches: checkpointing, attention, padding, packing, precision, ranks."""
+"""Passes run in every way give the same sketches: checkpointing, attention, padding, packing."""
 
 import gc
 import os
@@ -34,7 +34,8 @@ def test_gradient_checkpointing_gives_the_same(architecture, reentrant, paramete
     with merit_fast.sketch_gradients(model, 4096, parameters=parameters) as sketcher:
         summed_loss(model, examples).backward()
         plain = sketcher.take()
-    model.train()  # transformers checkpoints in training only; these models have no dropout but GPT-2's
+    # transformers checkpoints in training only; of these models only GPT-2 has dropout.
+    model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -46,7 +47,7 @@ def test_gradient_checkpointing_gives_the_same(architecture, reentrant, paramete
 
 
 def test_checkpointing_frees_the_inputs_until_they_are_computed_again():
-    """Inputs are kept by autograd, so checkpointing drops them; a hook's own reference would keep them."""
+    """Autograd keeps the inputs, so checkpointing drops them; a hook's own reference would not."""
     model = tiny("llama").train()
     examples = ragged_examples()
     inputs = []
@@ -58,7 +59,7 @@ def test_checkpointing_frees_the_inputs_until_they_are_computed_again():
     with GradientSketcher(model, SKETCH) as sketcher:
         loss = summed_loss(model, examples)
         gc.collect()
-        assert [one() for one in inputs] == [None]
+        assert [reference() for reference in inputs] == [None]
         loss.backward()
         assert len(inputs) == 2 and len(sketcher.take()) == 3
 
@@ -73,13 +74,10 @@ def test_attention_and_padding_side_do_not_matter(attention, side):
     ids = torch.zeros(3, width, dtype=torch.long)
     labels = torch.full((3, width), -100)
     for row, example in enumerate(examples):
-        place = (
-            slice(len(example.input_ids))
-            if side == "right"
-            else slice(width - len(example.input_ids), None)
-        )
-        ids[row, place] = torch.tensor(example.input_ids)
-        labels[row, place] = torch.tensor(example.labels)
+        length = len(example.input_ids)
+        columns = slice(length) if side == "right" else slice(width - length, None)
+        ids[row, columns] = torch.tensor(example.input_ids)
+        labels[row, columns] = torch.tensor(example.labels)
     lengths = torch.tensor([len(e.input_ids) for e in examples])
     steps = torch.arange(width)
     mask = steps < lengths[:, None] if side == "right" else steps >= width - lengths[:, None]
@@ -236,7 +234,7 @@ def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):
     with merit_fast.sketch_gradients(model, 4096, seed=7) as sketcher:
         summed_loss(model, examples).backward()
         sketcher.update(["a"] * 5)
-    one = sketcher.state["a"]
-    assert merged.identity == one.identity and merged.num_examples == 5
-    assert_close(merged.block_sums.sum(0), one.block_sums.sum(0))
-    assert_close(merged.block_square_norms.sum(), one.block_square_norms.sum())
+    single = sketcher.state["a"]
+    assert merged.identity == single.identity and merged.num_examples == 5
+    assert_close(merged.block_sums.sum(0), single.block_sums.sum(0))
+    assert_close(merged.block_square_norms.sum(), single.block_square_norms.sum())

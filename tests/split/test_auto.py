@@ -1,4 +1,4 @@
-"""The number of groups: as many as the data bears out and the branches have steps for, and a sentence that says why."""
+"""The number of groups: as many as data and steps support, with a sentence of explanation."""
 
 import numpy as np
 import pytest

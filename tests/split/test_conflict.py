@@ -1,4 +1,4 @@
-"""What block sums tell: cosines with honest errors, signal, centring."""
+"""Cosines from block sums with honest errors, signal and centring."""
 
 import numpy as np
 import pytest
@@ -24,12 +24,12 @@ def test_cosine_of_a_zero_row_is_zero():
 def test_errors_are_the_spread_of_what_they_belong_to(debias):
     generator = np.random.default_rng(1)
     means = unit(generator.standard_normal((1, 40)) + generator.standard_normal((3, 40)))
-    found = [
+    conflicts = [
         conflict_of(block_products(*sample(means, 100, 20, generator)), debias=debias)
         for _ in range(400)
     ]
-    spread = np.std([conflict.cosine for conflict in found], axis=0)
-    stated = np.sqrt(np.mean([np.square(conflict.error) for conflict in found], axis=0))
+    spread = np.std([conflict.cosine for conflict in conflicts], axis=0)
+    stated = np.sqrt(np.mean([np.square(conflict.error) for conflict in conflicts], axis=0))
     off = ~np.eye(3, dtype=bool)
     assert stated[off] == pytest.approx(spread[off], rel=0.3)
 
@@ -55,8 +55,8 @@ def test_debiased_cosines_have_the_slope_of_the_truth_and_naive_ones_have_not():
     slopes = {"blocks": [], "none": []}
     for _ in range(20):
         products = block_products(*sample(means, 200, 80, generator))
-        for debias, found in slopes.items():
-            found.append(
+        for debias, of_debias in slopes.items():
+            of_debias.append(
                 np.polyfit(truth, conflict_of(products, debias=debias).similarity[upper], 1)[0]
             )
     assert np.mean(slopes["blocks"]) == pytest.approx(1.0, abs=0.03)
@@ -69,11 +69,8 @@ def test_a_dataset_of_noise_has_no_cosine_and_keeps_out_of_the_partition():
     means[2] = 0
     conflict = conflict_of(block_products(*sample(means, 100, 30, generator)), debias="blocks")
     assert conflict.resolved.tolist() == [True, True, False, True]
-    assert conflict.more_examples[2] >= 100 and conflict.more_examples[[0, 1, 3]].tolist() == [
-        0,
-        0,
-        0,
-    ]
+    assert conflict.more_examples[2] >= 100
+    assert conflict.more_examples[[0, 1, 3]].tolist() == [0, 0, 0]
     hidden = np.zeros((4, 4), bool)
     hidden[2] = hidden[:, 2] = True
     assert np.array_equal(np.isnan(conflict.cosine), hidden) and np.array_equal(

@@ -15,14 +15,18 @@ from merit_fast.split.search.medians import conflict_axes, median_partition
 
 
 def between(groups, gradients, hessian):
-    """eta^2 / 2 times the between-group sum of squares of H^(1/2) H g: the gain of one step, up to a constant."""
+    """Gain of one step up to a constant: the between-group sum of squares of H^(1/2) H g."""
     z = gradients @ np.linalg.cholesky(hessian)
     parts = [z[np.array(groups) == k] for k in set(groups)]
     return sum(len(p) / len(z) * np.sum((p.mean(0) - z.mean(0)) ** 2) for p in parts)
 
 
 def test_worked_example_of_the_paper():
-    """T=4 datasets at (+-1, +-1), H = diag(2, 1), step .1: gains .04, .005, 0; random mean .015; axis 1 is chosen."""
+    """Checks the paper's figures.
+
+    T=4 datasets at (+-1, +-1), H = diag(2, 1), step .1: gains .04, .005, 0; random mean .015. The
+    paper chooses axis 1.
+    """
     hessian = np.diag([2.0, 1.0])
     step = 0.1
     optima = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)], float)

@@ -1,4 +1,4 @@
-"""Products of block sums: exact, so that order, company, threads and later additions change no bit."""
+"""Products of block sums: exact, so no bit depends on order, company or threads."""
 
 import subprocess
 import sys
@@ -76,7 +76,10 @@ def test_leaving_a_dataset_out_needs_no_second_look_at_the_sums():
 
 
 def test_the_order_in_which_a_product_is_summed_changes_no_bit():
-    """Columns within a chunk may be shuffled; where all products have one sign, partial sums grow to the full bound."""
+    """Shuffles the columns within a chunk.
+
+    Where all products have one sign, partial sums grow to the full bound.
+    """
     generator = np.random.default_rng(1)
     sums = np.abs(generator.standard_normal((3, 8, 2048))) + 1 / 3
     counts = np.full((3, 8), 4)
@@ -93,7 +96,7 @@ def test_threads_change_no_bit():
         "print(hashlib.sha256(p.total.tobytes() + p.left_out.tobytes() + "
         "p.within.tobytes()).hexdigest())"
     )
-    found = {
+    digests = {
         subprocess.run(
             [sys.executable, "-c", script],
             env={"OPENBLAS_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
@@ -103,7 +106,7 @@ def test_threads_change_no_bit():
         ).stdout
         for threads in (1, 2)
     }
-    assert len(found) == 1
+    assert len(digests) == 1
 
 
 def test_sums_may_stay_on_disk(tmp_path):

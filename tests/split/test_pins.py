@@ -1,4 +1,4 @@
-"""Pins: what a user demands of a split is kept by every method, or refused in one line."""
+"""Pins: every method keeps them, or refuses them in one line."""
 
 import numpy as np
 import pytest
@@ -20,12 +20,12 @@ def test_pins_hold_in_every_method(method):
         group={"d05": 2, "d06": 2, "d07": 1},
     )
     for seed in range(3):
-        found = split(*mixture(seed, 16), 4, method, pins=pins, seed=seed)
-        group = dict(zip(NAMES, found.labels, strict=False))
+        partition = split(*mixture(seed, 16), 4, method, pins=pins, seed=seed)
+        group = dict(zip(NAMES, partition.labels, strict=False))
         assert group["d00"] == group["d07"] == group["d09"] == group["d11"] == 1
         assert group["d05"] == group["d06"] == 2
         assert len({group["d00"], group["d01"], group["d02"]}) == 3 and group["d03"] != group["d04"]
-        assert set(found.labels) == {0, 1, 2, 3}
+        assert set(partition.labels) == {0, 1, 2, 3}
 
 
 def test_apart_is_kept_where_it_leaves_a_single_way():

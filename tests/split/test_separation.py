@@ -1,4 +1,4 @@
-"""Is a split better than random? eta squared is honest about noise, and about the choice made on it."""
+"""Separation: eta squared is honest about noise, and about the choice made on it."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from merit_fast.split.separation import measure_separation, pair_means
 
 
 def judge(sums, counts, seed=0, **options):
-    """Separation of a PCA median split in four, and the debiased eta squared of a known truth for it."""
+    """Separation of a PCA median split in four, with the split and the weights."""
     names = [f"d{i:02}" for i in range(len(sums))]
     weights = np.full(len(sums), 1 / len(sums))
     generator = np.random.default_rng(seed)
@@ -44,15 +44,15 @@ def judge(sums, counts, seed=0, **options):
 
 def test_eta_squared_of_a_found_split_is_honest():
     generator = np.random.default_rng(11)
-    found = []
+    figures = []
     for _ in range(25):
         axes = generator.standard_normal((20, 2)) @ generator.standard_normal((2, 400))
         means = unit(axes + generator.standard_normal((20, 400)))
         result, groups, weights = judge(*sample(means, 64, 80, generator))
         truth = eta_squared(double_center(means @ means.T, weights), weights, groups)
-        found.append((truth, result.eta_squared, result.cross_validated, result.null_mean))
+        figures.append((truth, result.eta_squared, result.cross_validated, result.null_mean))
         assert result.better_than_random
-    truth, eta, crossed, null = np.mean(found, axis=0)
+    truth, eta, crossed, null = np.mean(figures, axis=0)
     assert eta == pytest.approx(truth, abs=0.04) and crossed == pytest.approx(truth, abs=0.04)
     assert eta > crossed
     assert null == pytest.approx(3 / 19, abs=0.02)  # K - 1 of N - 1 directions

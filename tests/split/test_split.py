@@ -38,14 +38,14 @@ def filled_state(seed, blocks=4, examples=10, who=None):
 def test_states_add_to_the_same_bits_in_any_grouping():
     sketches = torch.randint(-9, 9, (12, 4096)).float()
     whole = SketchState.zeros(identity(), 3)
-    parts = [SketchState.zeros(identity(), 3) for _ in range(3)]
+    shards = [SketchState.zeros(identity(), 3) for _ in range(3)]
     whole.add_examples(sketches, torch.arange(12) % 3, 12.0, 12)
-    for i, part in enumerate(parts):
+    for i, shard in enumerate(shards):
         rows = torch.arange(i * 4, i * 4 + 4)
-        part.add_examples(sketches[rows], rows % 3, 4.0, 4)
-    parts[2].merge(parts[0])
-    parts[2].merge(parts[1])
-    assert parts[2].to_bytes() == whole.to_bytes()
+        shard.add_examples(sketches[rows], rows % 3, 4.0, 4)
+    shards[2].merge(shards[0])
+    shards[2].merge(shards[1])
+    assert shards[2].to_bytes() == whole.to_bytes()
     assert whole.num_examples == 12 and whole.block_counts.tolist() == [4, 4, 4]
 
 
@@ -92,7 +92,10 @@ def split(directory, datasets, config, **options):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """16 datasets on two axes, 64 examples each; the last is noise alone. Signs of the axes are known by number."""
+    """16 datasets on two axes, 64 examples each; the last is pure noise.
+
+    The signs of the axes are known by number.
+    """
     folder = tmp_path_factory.mktemp("sketch")
     numbers = torch.Generator().manual_seed(0)
     axes = torch.randn(2, 4096, generator=numbers) / 4096**0.5
@@ -112,9 +115,9 @@ def test_split_stage_refuses_more_groups_than_datasets_and_mixed_states(tmp_path
         InputError, match="split.groups: must be at most the number of datasets \\(3\\), got 4"
     ):
         split(tmp_path, datasets, SplitConfig(groups=4))
-    for i, one in enumerate(datasets):
+    for i, row in enumerate(datasets):
         who = identity(model_fingerprint="other") if i == 2 else identity()
-        (tmp_path / f"{one.name}.safetensors").write_bytes(
+        (tmp_path / f"{row.name}.safetensors").write_bytes(
             filled_state(i, blocks=8, who=who).to_bytes()
         )
     with pytest.raises(MeritFastError, match="model_fingerprint"):
@@ -126,8 +129,9 @@ def test_split_stage_finds_the_planted_axis_and_says_how_sure_it_is(planted, pre
     manifest = split(*planted, SplitConfig(groups=2, preset=preset))
     groups = [row.group for row in manifest.datasets]
     assert len(set(groups[:15:2])) == len(set(groups[1:15:2])) == 1 and groups[0] != groups[1]
-    found = manifest.separation
-    assert found.cross_validated > found.null_mean + 2 * found.null_std
+    separation = manifest.separation
+    least = separation.null_mean + 2 * separation.null_std
+    assert separation.cross_validated > least
     assert [count.groups for count in manifest.separations] == [2, 4]
     assert manifest.within_cosine > 0.3 > manifest.across_cosine
     assert manifest.base_fingerprint == "base"

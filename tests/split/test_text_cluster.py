@@ -24,15 +24,10 @@ def rows(topic, number, seed):
 
 def test_inner_products_are_cosines_of_tf_idf():
     texts = ["red red fish", "blue fish", "one blue bird 1984", "The red bird and the 3rd fish"]
-    words = [
-        "red",
-        "fish",
-        "blue",
-        "one",
-        "bird",
-    ]  # "one": no number; "the", "and": stop words; 1984, 3rd: numbers
-    found = [sum(word in text.lower().split() for text in texts) for word in words]
-    idf = [math.log((1 + 4) / (1 + number)) + 1 for number in found]
+    # "one" is no number; "the" and "and" are stop words; 1984 and 3rd are numbers.
+    words = ["red", "fish", "blue", "one", "bird"]
+    texts_with = [sum(word in text.lower().split() for text in texts) for word in words]
+    idf = [math.log((1 + 4) / (1 + number)) + 1 for number in texts_with]
     table = np.array(
         [
             [text.lower().split().count(w) * i for w, i in zip(words, idf, strict=True)]
