@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from merit_fast.kernels.average import foreach_weighted_average, weighted_average
-from merit_fast.kernels.average._tensors import DTYPES
+from merit_fast.kernels.average._dtypes import DTYPES
 from merit_fast.kernels.average._triton import BLOCK, describe
 
 WEIGHTS = [0.1, 0.25, -0.3, 0.95]

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
 from support.gpu.code import compile_launch
 
 from merit_fast.kernels.average import _triton
-from merit_fast.kernels.average._tensors import DTYPES
+from merit_fast.kernels.average._dtypes import DTYPES
 
 ARCHITECTURES = [80, 90]
 BF16, F16, F32, F64 = DTYPES

@@ -13,7 +13,7 @@ from merit_fast.kernels.average import (
     foreach_weighted_average,
     weighted_average,
 )
-from merit_fast.kernels.average import _tensors as family
+from merit_fast.kernels.average import _ops as family
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
 NAMES = dict(zip(family.DTYPES, FLOAT_DTYPES, strict=True))

@@ -10,7 +10,7 @@ from support.gpu import (
 from support.gpu.code import GpuLaunch
 
 from merit_fast.kernels.average import _triton
-from merit_fast.kernels.average._tensors import DTYPES
+from merit_fast.kernels.average._dtypes import DTYPES
 
 BF16, F16, F32, F64 = DTYPES
 # One column per kind of tensors that meet in a launch: the dtypes (the last the result's) and a shift in elements.
