@@ -71,7 +71,7 @@ def nvcc_release() -> str:
 def compile_for(architectures: list[str], folder: Path) -> dict[str, dict[str, Kernel]]:
     """What nvcc makes of the source: architecture -> kernel -> registers and instructions."""
     gpu_code = pytest.importorskip(
-        "gpu_code", reason="triton, which brings nvdisasm, is not installed"
+        "support.gpu.code", reason="triton, which brings nvdisasm, is not installed"
     )
     command = ["nvcc", "-std=c++17", "-cubin", "-Xptxas", "-v", str(SOURCE)]
     running = {

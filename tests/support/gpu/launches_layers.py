@@ -1,4 +1,4 @@
-"""The launches of the layers' Triton kernels at the sizes of models, for the gate and the tests of their code."""
+"""Launches of the layers' Triton kernels at the sizes of models, for the gate and code tests."""
 
 from unittest import mock
 
