@@ -1,3 +1,3 @@
-"""The label that takes no part in a loss. Imports nothing: data code shares it without torch."""
+"""The label of a token that has no loss, as transformers and torch's cross_entropy use it."""
 
 IGNORED_LABEL = -100

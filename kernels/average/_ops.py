@@ -143,7 +143,7 @@ def _refuse_overlaps(inputs: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         if start < written_until or (is_written and start < read_until):
             role = "out" if is_written else "an input"
             raise ValueError(
-                f"weighted_average: {role} of tensor {index} overlaps memory that another tensor uses"
+                f"weighted_average: {role} of tensor {index} overlaps memory of another tensor"
             )
         if is_written:
             written_until = max(written_until, stop)

@@ -1,4 +1,4 @@
-"""The references: plain PyTorch, as transformers writes it. In float64 all of it is float64."""
+"""The references: plain PyTorch, as transformers writes it. float64 inputs compute in float64."""
 
 from collections.abc import Callable
 

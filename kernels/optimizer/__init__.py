@@ -1,4 +1,4 @@
-"""AdamW in one pass over each parameter: clip, decay, moments, rounding, average, zeroed gradient."""
+"""AdamW in one pass over each parameter: clip, moments, decay, rounding, average of weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -27,7 +27,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def refuse_overlaps(parameters: Iterable[Tensor]) -> None:
-    """Raises ValueError for dense parameters that share memory, which threads would write at once."""
+    """Raises ValueError for dense parameters that share memory: threads would write it at once."""
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.numel() * p.itemsize)
         for p in parameters

@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SketchTarget:
-    """A batch's examples, their gradients' place in the parameter, its hash, and the sums to add to.
+    """A batch's examples, their gradients' place in the parameter, its hash, and the sums.
 
     Examples lie end to end along the first dimension of the batch's tensors.
     """
