@@ -8,7 +8,7 @@ from typing import Any
 
 from merit_fast.errors import BackendUnavailableError, InputError, MeritFastError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BackendUnavailableError",
     "InputError",

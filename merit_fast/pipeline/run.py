@@ -48,6 +48,7 @@ class Run:
         self, config: RunConfig, progress: Progress | None = None, command: str = "merit-fast run"
     ) -> None:
         self.progress = progress or SilentProgress()
+        self._noted: set[str] = set()
         self.outputs = Outputs(config, command)
         self.config = self.outputs.config
         if config.threads is not None:
@@ -221,7 +222,7 @@ class Run:
             _ = self._held_out  # too few are refused now, not after the training
         start, mark = self.outputs.start_of(branch)
         job = BranchJob(name, branch.arm, branch.group, datasets, str(start), mark)
-        train_branch(job, config, directory, self.progress)
+        train_branch(job, config, directory, self.progress, self._noted)
 
     def _merge_one(self, arm: str, directory: Path) -> None:
         outputs = self.outputs
