@@ -23,7 +23,8 @@ from merit_fast.kernels._devices import device_of
 @triton.jit
 def tensor_of_block(first_blocks, count, block):
     """Number of the last tensor whose first block is not after ``block``."""
-    low, high = count * 0, count
+    low = count * 0
+    high = count
     while high - low > 1:
         middle = (low + high) // 2
         before = tl.load(first_blocks + middle) <= block

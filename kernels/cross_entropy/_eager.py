@@ -13,7 +13,8 @@ OP = "linear_cross_entropy"
 
 def check_values(batch: Batch) -> None:
     """Raises ValueError for a label, dataset id or offset out of range. Waits for a GPU."""
-    labels, offsets = batch.labels, batch.offsets
+    labels = batch.labels
+    offsets = batch.offsets
     vocabulary = len(batch.weight)
     wrong = (labels != IGNORED_LABEL) & _outside(labels, vocabulary)
     _refuse(labels, wrong, f"labels must be {IGNORED_LABEL} or", vocabulary)

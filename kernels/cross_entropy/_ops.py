@@ -165,7 +165,8 @@ def _row_weights(
     batch: Batch, d_total: Tensor | None, d_example: Tensor | None, d_dataset: Tensor | None
 ) -> Tensor:
     """[N] float64: derivative of the result with respect to each token's loss."""
-    ids, factors = batch.dataset_ids, batch.dataset_weights
+    ids = batch.dataset_ids
+    factors = batch.dataset_weights
     offsets = batch.offsets
     weights = torch.zeros(len(offsets) - 1, dtype=torch.float64, device=offsets.device)
     if d_total is not None:

@@ -41,7 +41,9 @@ def update_kernel(
     row = tl.program_id(0).to(tl.int64)
     at = state + row
     top = tl.load(at).to(tl.float32)
-    total, target, plain = tl.load(at + stride), tl.load(at + 2 * stride), tl.load(at + 3 * stride)
+    total = tl.load(at + stride)
+    target = tl.load(at + 2 * stride)
+    plain = tl.load(at + 3 * stride)
     label = tl.load(labels + row) - first
     for c in range(0, columns, BLOCK):
         column = c + tl.arange(0, BLOCK)
@@ -71,8 +73,10 @@ def gradient_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     at = terms + row
-    shift, factor = tl.load(at), tl.load(at + stride)
-    target, uniform = tl.load(at + 2 * stride), tl.load(at + 3 * stride)
+    shift = tl.load(at)
+    factor = tl.load(at + stride)
+    target = tl.load(at + 2 * stride)
+    uniform = tl.load(at + 3 * stride)
     label = tl.load(labels + row) - first
     z = _logits(logits, bias, row, column, columns, HAS_BIAS)
     slope = 1.0

@@ -186,8 +186,10 @@ def rope_kernel(
 ):  # fmt: skip
     """Rotates heads of a token: queries in ``q_tiles`` of ``tiles`` programs, keys in the rest."""
     program = tl.program_id(0)
-    tile, token = program % tiles, program // tiles
-    b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
+    tile = program % tiles
+    token = program // tiles
+    b = (token // tokens).to(tl.int64)
+    t = (token % tokens).to(tl.int64)
     cos += b * cos_batch + t * cos_token
     sin += b * sin_batch + t * sin_token
     if tile < q_tiles:

@@ -134,13 +134,18 @@ def _update(
     ALIGNED: tl.constexpr = KINDS[0]
     row = first_row + tl.arange(0, ROWS)
     index = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    inside, full_row = index < size, row * WIDTH < size
-    weight, grad = tl.load(column + WEIGHT * count), tl.load(column + GRAD * count)
-    first, second = tl.load(column + EXP_AVG * count), tl.load(column + EXP_AVG_SQ * count)
+    inside = index < size
+    full_row = row * WIDTH < size
+    weight = tl.load(column + WEIGHT * count)
+    grad = tl.load(column + GRAD * count)
+    first = tl.load(column + EXP_AVG * count)
+    second = tl.load(column + EXP_AVG_SQ * count)
     first_scale = tl.load(column + EXP_AVG_SCALE * count)
     second_scale = tl.load(column + EXP_AVG_SQ_SCALE * count)
-    master, key = tl.load(column + MASTER * count), tl.load(column + KEY * count)
-    key_low, key_high = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    master = tl.load(column + MASTER * count)
+    key = tl.load(column + KEY * count)
+    key_low = key & 0xFFFFFFFF
+    key_high = (key >> 32) & 0xFFFFFFFF
 
     g = load(grad, index, inside, KINDS[2], ALIGNED, FULL)
     if KINDS[8]:

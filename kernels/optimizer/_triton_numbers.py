@@ -131,7 +131,8 @@ def store_codes(
     if SECOND:
         root = tl.sqrt_rn(root)
     whole = tl.where(root < STEPS - 1, root, STEPS - 1).to(tl.int32).to(tl.float32)
-    below, above = _power(whole, SECOND), _power(whole + 1, SECOND)
+    below = _power(whole, SECOND)
+    above = _power(whole + 1, SECOND)
     share = random16.to(tl.int32).to(tl.float32) * (1.0 / 65536) if STOCHASTIC else 0.5
     code = whole + tl.where(share * (above - below) < scaled - below, 1.0, 0.0)
     if SECOND:

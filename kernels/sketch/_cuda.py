@@ -82,7 +82,8 @@ def sketch_linear(dy: Tensor, x: Tensor, target: SketchTarget) -> None:
     if not (dy.shape[1] and x.shape[1] and out.numel()):
         return
     if dy.dtype != x.dtype:
-        dy, x = dy.float(), x.float()
+        dy = dy.float()
+        x = x.float()
     kernel = "sketch_linear_bf16" if dy.dtype == torch.bfloat16 else "sketch_linear_f32"
     splits = _splits(dy.shape[1], x.shape[1], target)
     examples = target.examples

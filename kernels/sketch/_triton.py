@@ -24,7 +24,8 @@ def sketch_rows(gradient: Tensor, row_ids: Tensor | None, target: SketchTarget) 
     rows, columns = gradient.shape
     if not (rows and columns):
         return
-    out, scale = target.out, target.scale
+    out = target.out
+    scale = target.scale
     if row_ids is not None and scale is not None:
         # triton 3.7.1 makes a tf32 product of scaled bf16 on sm_100, whatever precision is asked
         # for.
@@ -51,15 +52,19 @@ def sketch_rows(gradient: Tensor, row_ids: Tensor | None, target: SketchTarget) 
 
 def sketch_linear(dy: Tensor, x: Tensor, target: SketchTarget) -> None:
     """Adds the sketch of dy^T x of each example."""
-    rows, columns = dy.shape[1], x.shape[1]
+    rows = dy.shape[1]
+    columns = x.shape[1]
     if not (len(dy) and rows and columns):
         return
     if dy.dtype != x.dtype:
-        dy, x = dy.float(), x.float()
-    out, scale = target.out, target.scale
+        dy = dy.float()
+        x = x.float()
+    out = target.out
+    scale = target.scale
     vectors = target.first_row % 16 == 0 and target.first_column % 16 == 0
     if vectors:
-        dy, x = _in_vectors(dy), _in_vectors(x)
+        dy = _in_vectors(dy)
+        x = _in_vectors(x)
     numbers = (
         target.key,
         dy.stride(0),

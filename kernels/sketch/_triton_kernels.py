@@ -115,7 +115,8 @@ def linear_kernel(
             x_mask, y_mask, row_signs, column_signs = draw_tile(key, tile)
             i = row + tl.max_contiguous(tl.multiple_of(lane ^ (x_mask & 56), 8), 8)
             j = column + tl.max_contiguous(tl.multiple_of(lane ^ (y_mask & 56), 8), 8)
-            rows_in, columns_in = (i >= 0) & (i < rows), (j >= 0) & (j < columns)
+            rows_in = (i >= 0) & (i < rows)
+            columns_in = (j >= 0) & (j < columns)
             product = _block(
                 dy, x, dy_stride, x_stride, start, tokens, i, j, rows_in, columns_in, VECTORS
             )
@@ -163,7 +164,8 @@ def rows_kernel(
         )
         if inside:
             x_mask, y_mask, row_signs, column_signs = draw_tile(key, tile)
-            i, j = row + (lane ^ x_mask), column + (lane ^ y_mask)
+            i = row + (lane ^ x_mask)
+            j = column + (lane ^ y_mask)
             mask = ((i >= 0) & (i < rows))[:, None] & ((j >= 0) & (j < columns))[None, :]
             at = gradient + (start + i)[:, None] * stride + j[None, :]
             value = tl.load(at, mask=mask, other=0.0).to(tl.float32)

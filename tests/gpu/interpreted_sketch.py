@@ -57,7 +57,7 @@ def test_every_dtype_with_a_scale_and_without(scaled, dtype):
 
 
 def test_far_into_a_parameter():
-    """Tile numbers of a stack of experts: 32 bits hold the number but not the counter, 4 times that."""
+    """Tile numbers of many experts: 32 bits hold the number, but not the counter, 4 times that."""
     dy = integers(3, 70)
     x = integers(3, 70)
     place = (64 * 2**22, 64 * 200, 64 * 256)  # tile 2^30

@@ -1,4 +1,4 @@
-"""Launches of the sketch's Triton kernels in Triton's interpreter: hash, walks, splits, public functions.
+"""The sketch's launches in Triton's interpreter: hash, walks, splits, public functions.
 
 ``test_sketch_triton.py`` runs these in their own process.
 """
@@ -40,7 +40,7 @@ def test_the_hash_is_of_64_bits(key):
 
 @pytest.mark.parametrize("buckets,steps", [(2, 3 * 2), (64, 4)])
 def test_a_narrow_shard_is_not_searched_for_among_all_tiles(buckets, steps):
-    """3 x 2 tiles of 3 x 64: two groups for each strip of tiles, or the four groups that 130 tiles touch."""
+    """3 x 2 tiles of 3 x 64: two groups for each strip, or the four groups that 130 tiles touch."""
 
     @triton.jit
     def kernel(out, rows, columns, first_row, first_column, across, buckets):
@@ -55,7 +55,7 @@ def test_a_narrow_shard_is_not_searched_for_among_all_tiles(buckets, steps):
 
 
 def test_splits_share_a_bucket_and_their_sums_are_added(monkeypatch):
-    """The sums lie in memory that tests fill with NaN: elements that no program wrote would show."""
+    """Tests fill new memory with NaN: elements of the sums that no program wrote would show."""
     seen = launches(monkeypatch)
     offsets = torch.tensor([0, 3, 7])
     matrices = (integers(7, 256), integers(7, 256))

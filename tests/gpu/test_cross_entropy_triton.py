@@ -1,4 +1,4 @@
-"""The Triton kernels of linear + cross-entropy: interpreted on the CPU, and compiled for GPUs that are not here."""
+"""The loss's Triton kernels: interpreted on the CPU, and compiled for GPUs that are not here."""
 
 import os
 

@@ -19,7 +19,7 @@ from merit_fast.kernels.sketch._target import SketchTarget
 
 KEY = -1234567890123456789
 DTYPES = [torch.bfloat16, torch.float32]
-# rows, columns, tokens of each example, buckets, (first row, first column, columns of the parameter)
+# Rows, columns, tokens of each example, buckets, (first row, first column, parameter's columns)
 CASES = {
     "one tile": (64, 64, [32], 1, (0, 0, 64)),
     "ragged, packed, one example empty": (130, 200, [70, 0, 17], 3, (0, 0, 200)),
@@ -230,7 +230,7 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_registers_are_those_of_the_baseline_and_none_spills(architecture, compiled):
-    """Another release of nvcc may need a few registers more, but not so many that fewer blocks fit."""
+    """Another release of nvcc may take a few registers more, but as many blocks must fit."""
     spare = 0 if host_cuda.nvcc_release() == BASELINE["nvcc"] else 8
     assert compiled[architecture].keys() == BASELINE[architecture].keys() == set(_cuda.KERNELS)
     for name, kernel in compiled[architecture].items():

@@ -45,7 +45,7 @@ def test_their_launches_in_the_interpreter():
     run_interpreted("interpreted_sketch_launches.py")
 
 
-# Instructions of a warp for the tokens of one step of the loop: 32, or 64 where operands stay in shared memory.
+# Instructions of a warp for one step of the loop: 32 tokens, or 64 with operands in shared memory.
 PRODUCTS = {
     80: ("HMMA", 16),
     90: ("HGMMA", 4),
@@ -113,7 +113,7 @@ def test_rows_fit(dtype, by_id):
 
 
 def test_numbers_that_the_compiler_knows_to_be_one_compile():
-    """Triton makes constants of integers that are 1: of columns, strides, the first row and column."""
+    """Triton makes constants of integers that are 1: columns, strides, the first row and column."""
     values = torch.zeros(8, 1)
     ids = torch.zeros(8, dtype=torch.int64)
     offsets = torch.tensor([0, 4, 8])

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for GPUs that are not here: they fit, spill nothing and use the instructions meant."""
+"""Triton kernels compiled for absent GPUs fit, spill nothing and use the intended instructions."""
 
 import os
 
@@ -24,7 +24,7 @@ def _cache(tmp_path, monkeypatch):
 
 
 def compiled(columns, architecture):
-    """The code of one launch over columns, each a list of dtypes (the last the result's) and a shift in elements."""
+    """Code of one launch over columns, each a list of dtypes (the result's last) and a shift."""
     tensors = [
         [torch.zeros(3000 + shift, dtype=d)[shift:] for d in dtypes] for dtypes, shift in columns
     ]

@@ -6,7 +6,8 @@ from support.gpu.code import GpuLaunch
 from merit_fast.kernels.optimizer import _triton
 from merit_fast.kernels.optimizer._step import Step
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
+F32 = torch.float32
 FULL = (True, True, True)
 
 

@@ -1,4 +1,4 @@
-"""Launches of the sketch's Triton kernels for one layer, for the gate and the tests of their code."""
+"""Launches of the sketch's Triton kernels for one layer, for the gate and the tests of code."""
 
 from unittest import mock
 
@@ -9,8 +9,12 @@ from merit_fast.kernels.sketch import _triton
 from merit_fast.kernels.sketch._target import SketchTarget
 
 KERNELS = ("linear_kernel", "rows_kernel", "ids_kernel", "add_kernel")
-BF16, F32 = torch.bfloat16, torch.float32
-KEY, PROJ_DIM, ROWS, COLUMNS = -(1 << 60) + 5, 65536, 1024, 2048
+BF16 = torch.bfloat16
+F32 = torch.float32
+KEY = -(1 << 60) + 5
+PROJ_DIM = 65536
+ROWS = 1024
+COLUMNS = 2048
 
 
 def launches() -> list[GpuLaunch]:

@@ -8,7 +8,7 @@ from merit_fast.kernels.sketch._target import SketchTarget
 
 KEY = -0x123456789ABCDEF
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# Buckets, rows, columns, (first row, first column, the parameter's columns), tokens of the examples.
+# Buckets, rows, columns, (first row, first column, parameter's columns), tokens of the examples.
 CASES = {
     "one tile": (1, 64, 64, (0, 0, 64), [64]),
     "one entry": (2, 1, 1, (0, 0, 1), [1, 3]),
@@ -37,7 +37,8 @@ def target_of(offsets, place, out, scale=None, key=KEY):
 def assert_equal_to_eager(op, tensors, offsets, place, buckets, key=KEY, scale=None):
     """Exactly, and on top of values that were there before; returns the sketch."""
     before = integers(len(offsets) - 1, buckets * 4096)
-    expected, result = before.clone(), before.clone()
+    expected = before.clone()
+    result = before.clone()
     getattr(_eager, op)(*tensors, target_of(offsets, place, expected, scale, key))
     getattr(_triton, op)(*tensors, target_of(offsets, place, result, scale, key))
     assert torch.equal(result, expected)
