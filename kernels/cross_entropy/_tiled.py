@@ -26,7 +26,8 @@ KEPT_TILES = 3
 # Narrower products are slow: many tokens take up to 4 TILE_BYTES, then come in chunks.
 FEWEST_COLUMNS = 1024
 STEP = 64  # divides the columns of a tile, as vectors and the sketch's tiles require
-WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()  # torch.mm(out_dtype=), from torch 2.8 on
+# torch.mm(out_dtype=), from torch 2.8 on.
+WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
 
 
 def work_dtype(weight: Tensor) -> torch.dtype:
@@ -205,9 +206,9 @@ def _gradient_terms(head: TiledHead, softmax: Tensor, row_weights: Tensor) -> Te
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds a @ b to ``out`` in float32: the product is never rounded to bf16 before it is added.
 
-    torch has bf16 products with a float32 result on GPUs only. Elsewhere a second product gives the remainder of
-    the first one's rounding: torch subtracts the first before it rounds. On a CPU with bf16 instructions this is
-    faster, and takes less memory, than widening both factors.
+    torch has bf16 products with a float32 result on GPUs only. Elsewhere a second product gives the
+    remainder of the first one's rounding: torch subtracts the first before it rounds. On a CPU with
+    bf16 instructions this is faster, and takes less memory, than widening both factors.
     """
     if a.dtype == torch.float32:
         out.addmm_(a, b)
