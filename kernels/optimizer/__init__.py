@@ -202,14 +202,14 @@ class FusedAdamW(torch.optim.Optimizer):
     def _call(self, members: Sequence[_Member], clip: Tensor | None) -> None:
         """Updates members of one group and kind."""
         parameters = [member.parameter.detach() for member in members]
-        given_grads = [checked_grad(member.parameter) for member in members]
+        originals = [checked_grad(member.parameter) for member in members]
         states = [self.state_of(member.parameter) for member in members]
         torch._foreach_add_([state["step"] for state in states], 1)
         steps = [int(state["step"]) for state in states]
         weights = [p if is_dense(p) else torch.empty_like(p).copy_(p) for p in parameters]
         grads = [
             in_layout_of(member.parameter, grad)
-            for member, grad in zip(members, given_grads, strict=True)
+            for member, grad in zip(members, originals, strict=True)
         ]
 
         def held(*names: str) -> list[Tensor]:
@@ -238,9 +238,9 @@ class FusedAdamW(torch.optim.Optimizer):
         for parameter, weight in zip(parameters, weights, strict=True):
             if weight is not parameter:
                 parameter.copy_(weight)
-        for grad, given in zip(grads, given_grads, strict=True):
-            if self.options.zero_grad and grad is not given:
-                given.zero_()
+        for grad, original in zip(grads, originals, strict=True):
+            if self.options.zero_grad and grad is not original:
+                original.zero_()
 
     def _rates(
         self, lr: float, beta1: float, beta2: float, steps: list[int], states: list[dict[str, Any]]
