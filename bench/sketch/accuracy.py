@@ -10,7 +10,6 @@ with a table in units of 1/sqrt(D), its goals, and where the gradients' squared 
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from merit_fast.data import (
 )
 from merit_fast.demo import default_cache, prepare_mixture, prepare_model
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch, flat_sketch, matrix_shape
+from merit_fast.manifests.atomic import replace_file
 from merit_fast.model import load_model, model_fingerprint, target_losses
 
 COLUMNS = 1 << 20  # of all tasks' gradients at a time: the exact inner products need 28 x 8 MiB
@@ -89,7 +89,7 @@ def write_gradient(
             assert parameter.grad is not None
             square += float(parameter.grad.double().square().sum())
             stream.write(parameter.grad.contiguous().numpy().data)
-    os.replace(temporary, file)
+    replace_file(temporary, file)
     return {"loss": float(mean.detach()), "norm": square**0.5, "examples": float(len(chosen))}
 
 

@@ -10,7 +10,6 @@ Training goes on to the same bits. The states lie in ``output_dir/sketches`` at 
 
 import copy
 import logging
-import os
 import random
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -25,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
+from merit_fast.manifests.directories import commit_directory
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.sketch.selection import select_parameters
 from merit_fast.sketch.summed import SummedSketcher
@@ -200,12 +200,8 @@ def write_states(folder: Path, states: Mapping[Any, SketchState]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, state in states.items():
-        with open(temporary / f"{quote(str(name), safe=' ')}.safetensors", "wb") as file:
-            file.write(state.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+        (temporary / f"{quote(str(name), safe=' ')}.safetensors").write_bytes(state.to_bytes())
+    commit_directory(temporary, folder)
 
 
 def batches_of_one_dataset(ids: Sequence[Hashable], batch_size: int, seed: int = 0) -> list[int]:

@@ -17,10 +17,11 @@ import torch
 from merit_fast.data import Dataset, collate
 from merit_fast.errors import InputError
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
-from merit_fast.manifests.io import fingerprint, write_text
+from merit_fast.manifests.atomic import replace_file, write_bytes, write_text
+from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.model import load_model, target_losses
-from merit_fast.options.fields import to_plain
+from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, Task
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.gradients import GradientSketcher
@@ -104,7 +105,7 @@ def _sketch_datasets(
             state = _sketch_dataset(
                 model, sketcher, dataset, chosen[dataset.name], pad_token_id, config, task
             )
-            _write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
+            write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
             if config.precision:
                 progress.note(
                     f"{dataset.name}: {describe(state, len(chosen[dataset.name]), first=FIRST_LOOK)}"
@@ -151,7 +152,7 @@ def _take_over(earlier: Path, directory: Path, marks: Mapping[str, str]) -> set[
             os.link(source, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
-        os.replace(temporary, directory / source.name)
+        replace_file(temporary, directory / source.name)
         taken.add(name)
     return taken
 
@@ -194,12 +195,3 @@ def _sketch_batch(
     (per_example / counts).sum().backward()  # type: ignore[no-untyped-call]
     sums = zeros.double().index_add(0, losses.example, losses.loss.detach().double())
     sketcher.update([dataset.name] * len(examples), sums, counts.long())
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -24,6 +24,7 @@ def split_mixture(
     mixture_fingerprint: str,
     config: SplitConfig,
     *,
+    base_fingerprint: str,
     steps: int,
     sketched_at: str,
     texts: Callable[[], Mapping[str, Sequence[str]]],
@@ -35,6 +36,7 @@ def split_mixture(
         datasets: what is split, with its rows.
         mixture_fingerprint: of the training rows.
         config: how.
+        base_fingerprint: of the base model; after a warm-up the sketches are of another one.
         steps: optimizer steps of a joint run on these datasets.
         sketched_at: where the gradients were taken, in words.
         texts: every dataset's rows as text, asked for by method text-cluster only.
@@ -61,7 +63,8 @@ def split_mixture(
     tokens = np.array([d.num_target_tokens for d in datasets], np.float64)
     samples = np.array([d.num_examples for d in datasets], np.float64)
     decision = decide(products, Mixture(names, tokens, samples, steps, similarity), config)
-    return _manifest(decision, datasets, states, config, sketched_at, mixture_fingerprint)
+    fingerprints = (base_fingerprint, mixture_fingerprint)
+    return _manifest(decision, datasets, states, config, sketched_at, fingerprints)
 
 
 def _manifest(
@@ -70,7 +73,7 @@ def _manifest(
     states: Sequence[SketchState],
     config: SplitConfig,
     sketched_at: str,
-    mixture_fingerprint: str,
+    fingerprints: tuple[str, str],
 ) -> SplitManifest:
     conflict, found, chosen = decision.conflict, decision.partition, config.filled()
     within, across, _ = pair_means(conflict.cosine, found.groups)
@@ -97,8 +100,9 @@ def _manifest(
             for k, s in sorted(decision.separations.items())
         ),
         random_groups=decision.random,
-        base_fingerprint=states[0].identity.model_fingerprint,
-        mixture_fingerprint=mixture_fingerprint,
+        base_fingerprint=fingerprints[0],
+        start_fingerprint=states[0].identity.model_fingerprint,
+        mixture_fingerprint=fingerprints[1],
     )
 
 

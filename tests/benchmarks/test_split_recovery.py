@@ -13,6 +13,7 @@ from bench.split import recovery as split_recovery
 from merit_fast.split.conflict import cosine_matrix
 
 
+@pytest.mark.process
 def test_quick_mode_ends_with_one_json_object():
     command = [sys.executable, "-m", "bench.split.recovery", "--quick", "--json"]
     environment = {

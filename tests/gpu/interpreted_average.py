@@ -1,4 +1,4 @@
-"""The average's Triton kernel in Triton's interpreter; ``test_average_tensors.py`` runs these."""
+"""The average's Triton kernel in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The loss's kernels in Triton's interpreter; ``test_cross_entropy_triton.py`` runs these."""
+"""The loss's kernels in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The layers' Triton kernels in Triton's interpreter; ``test_layers_triton.py`` runs these."""
+"""The layers' Triton kernels in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch

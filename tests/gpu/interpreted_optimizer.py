@@ -1,4 +1,4 @@
-"""AdamW's Triton kernel in Triton's interpreter; ``test_optimizer_triton.py`` runs these."""
+"""AdamW's Triton kernel in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """The sketch's Triton kernels in Triton's interpreter, bit for bit against the reference.
 
-``test_sketch_triton.py`` runs these in their own process.
+``test_interpreted.py`` runs these.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """The sketch's launches in Triton's interpreter: hash, walks, splits, public functions.
 
-``test_sketch_triton.py`` runs these in their own process.
+``test_interpreted.py`` runs these.
 """
 
 import pytest

@@ -195,6 +195,8 @@ import test_cuda_sketch as cases, torch
 from support.gpu import host_cuda
 from support.paths import TESTS
 from merit_fast.kernels.sketch import _cuda
+
+pytestmark = pytest.mark.compile
 torch.manual_seed(0)
 _cuda.launch = host_cuda.launcher(ctypes.CDLL({library!r}))
 for case in cases.CASES:

@@ -1,4 +1,4 @@
-"""The sketch's Triton kernels: interpreted on the CPU, and compiled for GPUs that are not here."""
+"""The sketch's Triton kernels, compiled for GPUs that this machine lacks."""
 
 import functools
 import os
@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.gpu.triton_interp import run_interpreted
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
@@ -18,13 +17,10 @@ from support.gpu.launches_sketch import BF16, COLUMNS, F32, KEY, launched, linea
 from merit_fast.kernels.sketch import _triton
 from merit_fast.kernels.sketch._target import SketchTarget
 
+pytestmark = pytest.mark.compile
+
 OFF_GRID = (3, 5, 4096)  # a part that begins where no vector of 128 bits does
 EVERY = pytest.mark.parametrize("architecture", [80, 90, 100, 120, "gfx942"])
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def code(launch, architecture):
@@ -35,14 +31,6 @@ def code(launch, architecture):
         measured.spill_bytes,
     )
     return measured
-
-
-def test_the_kernels_in_the_interpreter():
-    run_interpreted("interpreted_sketch.py")
-
-
-def test_their_launches_in_the_interpreter():
-    run_interpreted("interpreted_sketch_launches.py")
 
 
 # Instructions of a warp for one step of the loop: 32 tokens, or 64 with operands in shared memory.

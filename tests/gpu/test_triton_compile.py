@@ -14,13 +14,10 @@ from support.gpu.code import compile_launch
 from merit_fast.kernels.average import _triton
 from merit_fast.kernels.average._dtypes import DTYPES
 
+pytestmark = pytest.mark.compile
+
 ARCHITECTURES = [80, 90]
 BF16, F16, F32, F64 = DTYPES
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def compiled(columns, architecture):

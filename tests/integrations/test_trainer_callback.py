@@ -1,14 +1,13 @@
 """SketchCallback in real Trainers: exact states, untouched training, files, resuming, ranks, refusals."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.checks import assert_close
 from support.paths import ROOT, TESTS
+from support.warm import run_together
 from torch.nn import functional as F
 
 from merit_fast.errors import InputError, MeritFastError
@@ -231,25 +230,24 @@ os._exit(0)  # gloo's threads may otherwise be torn down while they run, which a
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_ranks_add_up_to_the_states_of_one_process(tmp_path):
     here = Path(__file__).resolve().parent
     one = trainer(tmp_path / "one", learning_rate=0.0)
     SketchCallback(PROJ_DIM).attach(one)
     one.train()
-    command = [sys.executable, "-c", RANK, tmp_path / "two", here, TESTS, ROOT]
+    command = ["-c", RANK, tmp_path / "two", here, TESTS, ROOT]
     common = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(29500 + os.getpid() % 2000),
     }
-    ranks = [
-        subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)}
-        )
-        for r in range(2)
+    environments = [
+        {**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)
     ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    ranks = run_together([command] * 2, environments=environments, timeout=300)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     single, summed = (
         read_states(tmp_path / "one" / "sketches"),
         read_states(tmp_path / "two" / "sketches"),

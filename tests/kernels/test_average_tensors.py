@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from support.gpu.triton_interp import run_interpreted
 
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels import dispatch
@@ -35,11 +34,6 @@ def same(a, b):
     return a.dtype == b.dtype and bool(
         ((a.view(BITS[a.itemsize]) == b.view(BITS[b.itemsize])) | nan).all()
     )
-
-
-def test_triton_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    run_interpreted("interpreted_average.py")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])

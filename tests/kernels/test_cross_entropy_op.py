@@ -1,13 +1,12 @@
 """Linear + cross-entropy as an op: bad input, torch.compile, threads, ISA levels, memory."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from support.checks import run_at_level
 from support.loss_cases import batch, everything, packed
+from support.warm import run_python
 
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels.cross_entropy import _native, _ops, linear_cross_entropy
@@ -247,7 +246,7 @@ print(step(49152))
 
 
 def test_a_step_needs_the_gradient_of_the_head_and_40_mib():
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    result = run_python(["-c", MEMORY])
     assert result.returncode == 0, result.stderr
     # The logits would take 72 MiB, and their gradient as much.
     assert float(result.stdout) <= 40

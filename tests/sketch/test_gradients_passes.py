@@ -3,6 +3,7 @@
 import gc
 import os
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from support.exact_gradients import (
     summed_loss,
     tiny,
 )
+from support.paths import ROOT, TESTS
+from support.warm import run_together
 from torch.nn import functional as F
 
 import merit_fast
@@ -208,6 +211,7 @@ class Unwrapped(torch.nn.Module):
         )
 
 
+@pytest.mark.process
 def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):
     import socket
 
@@ -216,7 +220,15 @@ def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (port, tmp_path), nprocs=2)
+    script = (
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(TESTS), str(ROOT)]!r}; "
+        "from pathlib import Path; from test_gradients_passes import rank_main; "
+        "rank_main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))"
+    )
+    ranks = run_together(
+        [["-c", script, str(rank), str(port), tmp_path] for rank in range(2)], timeout=300
+    )
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     merged = SketchState.read(tmp_path / "0")
     merged.merge(SketchState.read(tmp_path / "1"))
     model, examples = tiny("llama", tied=True), ragged_examples((9, 14, 5, 6, 7))

@@ -2,14 +2,13 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from support.checks import assert_close
 from support.paths import ROOT, TESTS
+from support.warm import run_together
 from torch import nn
 
 from merit_fast.errors import MeritFastError
@@ -198,21 +197,18 @@ os._exit(0)  # gloo's threads may otherwise be torn down while they run
 """
 
 
+@pytest.mark.process
 def test_every_rank_of_ddp_sketches_its_own_examples(tmp_path):
     from pathlib import Path
 
     here = Path(__file__).resolve().parent
-    command = [sys.executable, "-c", DDP]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), tmp_path / "store", here, TESTS, ROOT], stdout=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
+    ranks = run_together(
+        [["-c", DDP, str(rank), tmp_path / "store", here, TESTS, ROOT] for rank in range(2)],
+        timeout=300,
+    )
     for rank in ranks:
-        out, _ = rank.communicate(timeout=300)
-        assert rank.returncode == 0
-        own, average = json.loads(out.splitlines()[-1])
+        assert rank.returncode == 0, rank.stderr
+        own, average = json.loads(rank.stdout.splitlines()[-1])
         assert own < 2e-6 and average > 0.1
 
 

@@ -5,7 +5,7 @@ import pytest
 from support.partitions import NAMES, mixture, split
 
 from merit_fast.errors import InputError
-from merit_fast.options.fields import parse
+from merit_fast.options.parser import parse
 from merit_fast.split.search.partition import Pins, random_groups
 
 

@@ -10,7 +10,7 @@ from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
-from merit_fast.options.fields import to_plain
+from merit_fast.options.parser import to_plain
 from merit_fast.split import SplitConfig, split_mixture
 from merit_fast.split.search.problem import Pins
 
@@ -82,8 +82,13 @@ def dataset(name, rows=3, texts=None):
 
 
 def split(directory, datasets, config, **options):
-    options = {"steps": 4000, "sketched_at": "at the base model", "texts": dict, **options}
-    return split_mixture(directory, datasets, "f", config, **options)
+    defaults = {
+        "base_fingerprint": "base",
+        "steps": 4000,
+        "sketched_at": "at the base model",
+        "texts": dict,
+    }
+    return split_mixture(directory, datasets, "f", config, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")

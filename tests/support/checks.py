@@ -2,11 +2,10 @@
 
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from support.warm import run_python
 
 # What rounding may add to a result whose reference itself is exact: relative, by the dtype of the
 # computation.
@@ -47,10 +46,7 @@ def tree_bytes(directory: Path, ignore: tuple[str, ...] = ()) -> dict[str, str]:
 def run_at_level(script: str, level: str | None, timeout: float | None = None) -> str:
     """Standard output of a Python script, run in a process with one ISA level forced, if given."""
     environment = {**os.environ, **({"MERIT_FAST_SIMD": level} if level else {})}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    result = run_python(["-c", script], environment=environment, timeout=timeout)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
