@@ -79,7 +79,7 @@ def foreach_weighted_average(
     Args:
         models: K sequences of N tensors, all on one device; the i-th of every model have one shape.
         weights: K floats.
-        out: N tensors, none of which overlaps another; the i-th may be the i-th of a model. Give
+        out: N tensors that do not overlap; the i-th may be the i-th of a model. Give
             tied tensors once. None: new tensors of the first model's dtypes.
         backend: as in ``weighted_average``.
 

@@ -40,9 +40,9 @@ class FusedAdamW(torch.optim.Optimizer):
     A bf16 weight keeps 8 significant bits, and a step of lr 1e-5 is less than the last of them:
     rounded to nearest, most updates are lost. Three options keep them: ``rounding="stochastic"``
     (up or down with the probabilities that make the mean exact; Gupta et al. 2015),
-    ``master="fp32"`` (4 more bytes) and ``master="split"`` (2 more bytes: the 16 bits by which the
-    weight differs from its float32 master, so that the master is exact; the weight is its master
-    rounded to nearest, halves away from zero). A float32 weight needs none of them and ignores both
+    ``master="fp32"`` (4 more bytes) and ``master="split"`` (2 more bytes: the difference of the
+    weight and its float32 master, so that the master is exact; the weight is its master rounded
+    to nearest, halves away from zero). A float32 weight needs none of them and ignores both
     options.
 
     Args:

@@ -28,7 +28,7 @@ TARGETS = {"sm_90": 90, "gfx942": "gfx942"}
 
 
 def test_every_kernel_holds_its_baseline():
-    """A launch of the baseline's fingerprint is not compiled, but for one launch of every kernel."""
+    """A launch of the baseline's fingerprint is not compiled, except one of every kernel."""
     baseline, remark = gpu_gate.load_baseline()
     launches = gpu_launches.launches()
     rows, changed = gpu_gate.measure_changed(launches, gpu_gate.TARGETS, baseline)

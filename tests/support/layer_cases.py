@@ -19,7 +19,7 @@ NORM_WIDTHS = (
 
 @dataclass(frozen=True)
 class LayerCase:
-    """``run(*inputs, backend=...)`` and its inputs, the first of which have gradients."""
+    """``run(*inputs, backend=...)`` and its inputs; the first ``differentiated`` have gradients."""
 
     run: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: Callable[[torch.dtype], Sequence[Tensor]]
