@@ -19,16 +19,16 @@ EVERY = pytest.mark.parametrize("architecture", [80, 90, 100, 120, "gfx942"])
 
 
 def codes(launches, architecture):
-    found = [
-        compile_launch(one.kernel, one.arguments, one.options, architecture) for one in launches
+    codes = [
+        compile_launch(each.kernel, each.arguments, each.options, architecture) for each in launches
     ]
-    for launch, code in zip(launches, found, strict=True):
+    for launch, code in zip(launches, codes, strict=True):
         assert code.spill_bytes == code.atomics == code.tf32 == 0, (
             launch.name,
             architecture,
             code.spill_bytes,
         )
-    return found
+    return codes
 
 
 @EVERY
@@ -40,7 +40,8 @@ def test_rows_stay_in_registers(columns, architecture):
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_whole_tiles_are_moved_in_vectors(architecture):
-    norms, gates = norm("norm", BF16, 4096), pair("swiglu", swiglu, [(8, 11264)] * 2)
+    norms = norm("norm", BF16, 4096)
+    gates = pair("swiglu", swiglu, [(8, 11264)] * 2)
     for forward, loads in ((norms[0], 1), (gates[0], 2)):
         (code,) = codes([forward], architecture)
         assert code.count(r"LDG\.\S*(64|128)") >= loads and code.count(r"STG\.\S*(64|128)") >= 1
