@@ -179,7 +179,7 @@ class GradientSketcher:
         self._hooks.discard()
 
     def take(self) -> Tensor:
-        """Returns the sketches [B, D] float32 of the last backward pass; does not change ``state``."""
+        """Returns the last backward pass's sketches [B, D] float32; leaves ``state`` as it is."""
         run = self._hooks.run
         if run is None or not run.fired:
             raise MeritFastError(

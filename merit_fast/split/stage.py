@@ -55,22 +55,9 @@ def split_mixture(
     states = [SketchState.read(sketches / f"{d.name}.safetensors") for d in datasets]
     for state in states[1:]:
         states[0].require_same(state)
-    products = block_products(
-        [state.block_sums.numpy() for state in states],
-        torch.stack([s.block_counts for s in states]).numpy(),
-    )
-    names = [dataset.name for dataset in datasets]
-    text_similarity = None
-    if METHODS[config.filled().method].needs_texts:
-        ordered, matrix = dataset_similarity(texts())
-        order = [ordered.index(name) for name in names]
-        text_similarity = matrix[np.ix_(order, order)]
-    tokens = np.array([d.num_target_tokens for d in datasets], np.float64)
-    samples = np.array([d.num_examples for d in datasets], np.float64)
-    mixture = Mixture(names, tokens, samples, steps, text_similarity)
-    decision = decide_split(products, mixture, config)
-    within, across = pair_means(decision.conflict.cosine, decision.partition.labels)
+    decision = _decide(states, datasets, config, steps, texts)
     conflict = decision.conflict
+    within, across = pair_means(conflict.cosine, decision.partition.labels)
     choices = config.filled()
     return SplitManifest(
         groups=decision.num_groups,
@@ -99,6 +86,29 @@ def split_mixture(
         start_fingerprint=states[0].identity.model_fingerprint,
         mixture_fingerprint=mixture_fingerprint,
     )
+
+
+def _decide(
+    states: Sequence[SketchState],
+    datasets: Sequence[Dataset],
+    config: SplitConfig,
+    steps: int,
+    texts: Callable[[], Mapping[str, Sequence[str]]],
+) -> Decision:
+    products = block_products(
+        [state.block_sums.numpy() for state in states],
+        torch.stack([s.block_counts for s in states]).numpy(),
+    )
+    names = [dataset.name for dataset in datasets]
+    text_similarity = None
+    if METHODS[config.filled().method].needs_texts:
+        ordered, matrix = dataset_similarity(texts())
+        order = [ordered.index(name) for name in names]
+        text_similarity = matrix[np.ix_(order, order)]
+    tokens = np.array([d.num_target_tokens for d in datasets], np.float64)
+    samples = np.array([d.num_examples for d in datasets], np.float64)
+    mixture = Mixture(names, tokens, samples, steps, text_similarity)
+    return decide_split(products, mixture, config)
 
 
 def _dataset(dataset: Dataset, state: SketchState, decision: Decision, i: int) -> SplitDataset:
