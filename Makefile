@@ -12,7 +12,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 setup: $(STAMP)
 
 # torch comes first and by its exact version: a range would let pip take another build of several GB
-$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(HAS_GPU),yes)
 	$(BIN)/pip install -q -c constraints.txt torch==$(TORCH)

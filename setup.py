@@ -33,11 +33,15 @@ def native_module() -> Extension:
     return Extension(
         "merit_fast._C",
         [
-            *sorted(glob.glob("csrc/*.cpp")),
+            *sorted(glob.glob("csrc/**/*.cpp", recursive=True)),
             os.path.relpath(os.path.join(nanobind_source, "nb_combined.cpp")),
         ],
         include_dirs=["csrc", nanobind.include_dir(), robin_map],
-        depends=sorted(glob.glob("csrc/*.*")),  # not cuda/, which is no part of this module
+        depends=[  # without cuda/, which is no part of this module
+            file
+            for file in sorted(glob.glob("csrc/**/*.*", recursive=True))
+            if not file.startswith("csrc/cuda")
+        ],
         extra_compile_args=[
             "-O3",
             "-std=c++17",

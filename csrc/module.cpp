@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "levels.h"
-#include "module.h"
+#include "levels/levels.h"
+#include "bindings.h"
 
 namespace nb = nanobind;
 

@@ -16,7 +16,7 @@ from merit_fast.kernels.average import _eager
 if TYPE_CHECKING:
     from torch import Tensor
 
-# safetensors' names -> (code in csrc/levels.h, numpy type of the stored bits)
+# safetensors' names -> (code in csrc/levels/levels.h, numpy type of the stored bits)
 FLOAT_DTYPES: dict[str, tuple[int, npt.DTypeLike]] = {
     "BF16": (0, np.uint16),
     "F16": (1, np.float16),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merit_fast.kernels import dispatch
 
-# The order is that of the codes in csrc/levels.h.
+# The order is that of the codes in csrc/levels/levels.h.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 1 << 20  # elements: what eager holds in float64 at a time, and what a native thread takes
 

@@ -1,6 +1,6 @@
 """Methods that thin every branch's delta before they sum: the rule as data, and its NumPy reference.
 
-The native engine that merges files (csrc/deltas.cpp) gives the same bits; it never holds a tensor.
+The native engine that merges files (csrc/engine/deltas.cpp) gives the same bits; it never holds a tensor.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What lies between the products, by merit_fast._C: csrc/cross_entropy.inl."""
+"""What lies between the products, by merit_fast._C: csrc/cross_entropy/cross_entropy.inl."""
 
 import torch
 from torch import Tensor

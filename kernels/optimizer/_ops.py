@@ -12,7 +12,7 @@ from torch import Tensor
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import _eager
 
-# Codes of csrc/optimizer.h.
+# Codes of csrc/optimizer/optimizer.h.
 MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
 MASTERS = (None, torch.float32, torch.int16)
 

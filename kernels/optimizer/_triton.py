@@ -17,7 +17,7 @@ from torch import Tensor
 ROWS, WIDTH = 4, 256  # of one program; a row is a block of 8-bit moments
 BLOCK = ROWS * WIDTH
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-# Codes of ``KINDS``, which the compiler knows: moments and masters as in csrc/optimizer.h.
+# Codes of ``KINDS``, which the compiler knows: moments and masters as in csrc/optimizer/optimizer.h.
 MOMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MASTERS = {torch.float32: 1, torch.int16: 2}
 _FIRST, _SECOND = tl.constexpr(1 / 127**2), tl.constexpr(1 / 255**4)

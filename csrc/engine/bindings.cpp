@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "module.h"
-#include "streaming.h"
+#include "bindings.h"
+#include "engine/streaming.h"
 
 namespace nb = nanobind;
 

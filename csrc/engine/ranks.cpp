@@ -1,12 +1,12 @@
-#include "ranks.h"
+#include "engine/ranks.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <utility>
 
-#include "levels.h"
-#include "workers.h"
+#include "levels/levels.h"
+#include "engine/workers.h"
 
 namespace {
 

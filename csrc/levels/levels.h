@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cross_entropy.h"
-#include "layers.h"
-#include "optimizer.h"
+#include "cross_entropy/cross_entropy.h"
+#include "layers/layers.h"
+#include "optimizer/optimizer.h"
 
 // Codes shared with kernels/average/__init__.py.
 enum class DType : int32_t { BF16 = 0, F16 = 1, F32 = 2, F64 = 3 };

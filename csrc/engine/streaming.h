@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "levels.h"
-#include "source.h"
+#include "levels/levels.h"
+#include "engine/source.h"
 
 // A run of elements that is contiguous in every input and in the output.
 struct Segment {

@@ -4,7 +4,7 @@
 #include <functional>
 #include <vector>
 
-#include "levels.h"
+#include "levels/levels.h"
 
 // The `rank` largest sizes of one ranking: those above `value` and the first `ties` elements, by index, that equal it.
 struct Threshold {

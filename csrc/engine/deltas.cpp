@@ -3,9 +3,9 @@
 #include <mutex>
 #include <utility>
 
-#include "ranks.h"
-#include "streaming.h"
-#include "workers.h"
+#include "engine/ranks.h"
+#include "engine/streaming.h"
+#include "engine/workers.h"
 
 namespace {
 

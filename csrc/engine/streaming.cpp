@@ -1,10 +1,10 @@
-#include "streaming.h"
+#include "engine/streaming.h"
 
 #include <algorithm>
 #include <cerrno>
 #include <mutex>
 
-#include "workers.h"
+#include "engine/workers.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "module.h"
+#include "bindings.h"
 
 namespace nb = nanobind;
 

@@ -1,4 +1,4 @@
-#include "source.h"
+#include "engine/source.h"
 
 #include <fcntl.h>
 #include <unistd.h>

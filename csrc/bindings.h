@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "levels.h"
+#include "levels/levels.h"
 
 void define_sketch(nanobind::module_& m, const Level& level);
 void define_cross_entropy(nanobind::module_& m, const Level& level);

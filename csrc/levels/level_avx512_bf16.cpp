@@ -2,15 +2,15 @@
 #include <immintrin.h>
 #include <omp.h>
 
-#include "levels.h"
+#include "levels/levels.h"
 #define MERIT_AVX512 1
 #define MERIT_AVX512_BF16 1
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 namespace level_avx512_bf16 {
-#include "numbers.inl"
-#include "sketch.inl"
-#include "sketch_linear.inl"
+#include "common/numbers.inl"
+#include "sketch/sketch.inl"
+#include "sketch/linear.inl"
 }
 #pragma GCC pop_options
 #endif

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "module.h"
+#include "bindings.h"
 
 namespace nb = nanobind;
 

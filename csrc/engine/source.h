@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "levels.h"
+#include "levels/levels.h"
 
 // Reads n bytes at an offset of a file that is no descriptor (an object store's); returns 0 or an errno.
 typedef std::function<int(int64_t file, int64_t offset, int64_t n, char* out)> RemoteRead;
