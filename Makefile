@@ -46,6 +46,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.*' -type f)
 
 clean:
 	rm -rf $(VENV) build dist runs artefacts *.egg-info merit_fast/_C*.so

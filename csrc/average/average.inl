@@ -7,7 +7,7 @@ static const int kMostCertain = 8;  // inputs
 static inline float half_to_float(uint16_t h) {
   const uint32_t magnitude = uint32_t(h & 0x7fff) << 13, sign = uint32_t(h & 0x8000) << 16;
   const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);  // exact, denormals too
-  const uint32_t special = magnitude | 0x7f800000u;                   // infinity and NaN keep their payload
+  const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their payload
   return as_float(sign | (magnitude >= 0x0f800000u ? special : finite));
 }
 
@@ -27,19 +27,22 @@ static inline uint16_t bits_to_half(uint32_t bits) {
   const uint32_t denormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t overflow = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t half = magnitude >= 0x477ff000u ? overflow : magnitude < 0x38800000u ? denormal : normal;
+  const uint32_t half = magnitude >= 0x477ff000u  ? overflow
+                        : magnitude < 0x38800000u ? denormal
+                                                  : normal;
   return uint16_t(half == 0x7e00u ? half : sign | half);
 }
 
-static void accumulate(const void* data, DType type, int64_t at, double w, bool first, double* acc, int64_t n) {
-#define MERIT_LOOP(T, VALUE)                                            \
-  {                                                                     \
-    const T* __restrict x = static_cast<const T*>(data) + at;           \
-    if (first)                                                          \
-      for (int64_t i = 0; i < n; i++) acc[i] = w * double(VALUE);       \
-    else                                                                \
-      for (int64_t i = 0; i < n; i++) acc[i] += w * double(VALUE);      \
-  }                                                                     \
+static void accumulate(const void* data, DType type, int64_t at, double w, bool first, double* acc,
+                       int64_t n) {
+#define MERIT_LOOP(T, VALUE)                                       \
+  {                                                                \
+    const T* __restrict x = static_cast<const T*>(data) + at;      \
+    if (first)                                                     \
+      for (int64_t i = 0; i < n; i++) acc[i] = w * double(VALUE);  \
+    else                                                           \
+      for (int64_t i = 0; i < n; i++) acc[i] += w * double(VALUE); \
+  }                                                                \
   break
   switch (type) {
     case DType::BF16: MERIT_LOOP(uint16_t, as_float(uint32_t(x[i]) << 16));
@@ -68,13 +71,15 @@ static int64_t store(const double* acc, void* out, DType type, int64_t at, int64
     }
     case DType::F32: {
       float* __restrict y = static_cast<float*>(out) + at;
-      for (int64_t i = 0; i < m; i++) y[i] = acc[i] != acc[i] ? as_float(0x7fc00000u) : float(acc[i]);
+      for (int64_t i = 0; i < m; i++)
+        y[i] = acc[i] != acc[i] ? as_float(0x7fc00000u) : float(acc[i]);
       for (int64_t i = 0; i < m; i++) nonfinite += (as_bits(y[i]) & 0x7f800000u) == 0x7f800000u;
       return nonfinite;
     }
     case DType::F64: {
       double* __restrict y = static_cast<double*>(out) + at;
-      for (int64_t i = 0; i < m; i++) y[i] = acc[i] != acc[i] ? double(as_float(0x7fc00000u)) : acc[i];
+      for (int64_t i = 0; i < m; i++)
+        y[i] = acc[i] != acc[i] ? double(as_float(0x7fc00000u)) : acc[i];
       for (int64_t i = 0; i < m; i++) nonfinite += !(y[i] - y[i] == 0.0);
       return nonfinite;
     }
@@ -89,7 +94,8 @@ static const int64_t kGroup = 128;
 // between two bf16. Weights that are one power of two meet that middle all the time, but exactly: their sum has no
 // error while size <= 2^15 min|w x|. Returns whether every element is proven; y is valid then.
 template <int K, bool power_of_two>
-static bool certain_group(const uint16_t* const* inputs, const float* weights, int64_t at, uint16_t* y) {
+static bool certain_group(const uint16_t* const* inputs, const float* weights, int64_t at,
+                          uint16_t* y) {
   const uint16_t* x[K];
   float w[K];
   for (int k = 0; k < K; k++) x[k] = inputs[k] + at, w[k] = weights[k];
@@ -136,8 +142,8 @@ static CertainGroup certain_group_of(int count) {
 }
 
 // out[i] = sum_k w_k inputs_k[i], in the order of k. Returns whether every value is finite in the output type.
-bool weighted_average(const void* const* inputs, const DType* types, const double* weights, int count, void* out,
-                      DType out_type, int64_t n) {
+bool weighted_average(const void* const* inputs, const DType* types, const double* weights,
+                      int count, void* out, DType out_type, int64_t n) {
   alignas(64) double acc[kBlock];
   float narrow[kMostCertain] = {};
   bool all_bf16 = out_type == DType::BF16 && count <= kMostCertain, power_of_two = weights[0] > 0;
@@ -147,17 +153,21 @@ bool weighted_average(const void* const* inputs, const DType* types, const doubl
     power_of_two &= weights[k] == weights[0];
   }
   power_of_two &= (as_bits(narrow[0]) & 0x7fffffu) == 0 && double(narrow[0]) == weights[0];
-  CertainGroup certain = !all_bf16 ? nullptr : power_of_two ? certain_group_of<true>(count) : certain_group_of<false>(count);
+  CertainGroup certain = !all_bf16      ? nullptr
+                         : power_of_two ? certain_group_of<true>(count)
+                                        : certain_group_of<false>(count);
   int64_t nonfinite = 0, tried = 0, doubted = 0;
   for (int64_t lo = 0, m = 0; lo < n; lo += m) {
     m = n - lo < kBlock ? n - lo : kBlock;
     if (certain && n - lo >= kGroup) {
       m = kGroup;
       tried++;
-      if (certain(reinterpret_cast<const uint16_t* const*>(inputs), narrow, lo, static_cast<uint16_t*>(out) + lo))
+      if (certain(reinterpret_cast<const uint16_t* const*>(inputs), narrow, lo,
+                  static_cast<uint16_t*>(out) + lo))
         continue;
       doubted++;
-      if (tried >= 64 && 2 * doubted > tried) certain = nullptr;  // weights like 0.1 and 0.4 meet the middle too often
+      if (tried >= 64 && 2 * doubted > tried)
+        certain = nullptr;  // weights like 0.1 and 0.4 meet the middle too often
     }
     for (int k = 0; k < count; k++) accumulate(inputs[k], types[k], lo, weights[k], k == 0, acc, m);
     nonfinite += store(acc, out, out_type, lo, m);
@@ -166,17 +176,19 @@ bool weighted_average(const void* const* inputs, const DType* types, const doubl
 }
 
 // Eight running sums, one per lane, joined in a fixed tree: the same bits however wide the machine's vectors are.
-static double dot(const double* __restrict a, const double* __restrict b, int64_t n, double* lanes) {
+static double dot(const double* __restrict a, const double* __restrict b, int64_t n,
+                  double* lanes) {
   for (int64_t i = 0; i + 8 <= n; i += 8)
     for (int l = 0; l < 8; l++) lanes[l] += a[i + l] * b[i + l];
   for (int64_t i = n / 8 * 8; i < n; i++) lanes[i % 8] += a[i] * b[i];
-  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) +
+         ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
 // gram[i, j] = <x_i - base, x_j - base> over elements first .. first + n of the branches; the base is the input after
 // them, or zero. gram is [branches, branches], its upper triangle and diagonal are written. scratch: gram_scratch.
-void delta_gram(const void* const* inputs, const DType* types, int branches, bool from_base, int64_t first, int64_t n,
-                double* gram, double* scratch) {
+void delta_gram(const void* const* inputs, const DType* types, int branches, bool from_base,
+                int64_t first, int64_t n, double* gram, double* scratch) {
   double* const base = scratch;
   double* const deltas = base + kBlock;
   double* const lanes = deltas + branches * kBlock;

@@ -3,7 +3,8 @@
 
 static const int64_t kMix = kMixBlock;
 
-static void load_floats(const void* data, DType type, int64_t at, int64_t n, float* __restrict out) {
+static void load_floats(const void* data, DType type, int64_t at, int64_t n,
+                        float* __restrict out) {
   switch (type) {
     case DType::BF16: {
       const uint16_t* __restrict x = static_cast<const uint16_t*>(data) + at;
@@ -19,8 +20,8 @@ static void load_floats(const void* data, DType type, int64_t at, int64_t n, flo
   }
 }
 
-static void load_delta(const void* data, DType type, int64_t at, int64_t n, const double* __restrict base,
-                       double* __restrict delta) {
+static void load_delta(const void* data, DType type, int64_t at, int64_t n,
+                       const double* __restrict base, double* __restrict delta) {
   switch (type) {
     case DType::BF16: {
       const uint16_t* __restrict x = static_cast<const uint16_t*>(data) + at;
@@ -34,8 +35,8 @@ static void load_delta(const void* data, DType type, int64_t at, int64_t n, cons
 }
 
 // What elements are ranked by, in fp32: |x_k - base|, or with k = kVariance the population variance of the deltas.
-void delta_sizes(const void* const* inputs, const DType* types, int branches, int k, int64_t at, int64_t n,
-                 float* __restrict sizes) {
+void delta_sizes(const void* const* inputs, const DType* types, int branches, int k, int64_t at,
+                 int64_t n, float* __restrict sizes) {
   double delta[kMix], start[kMix], sum[kMix], squares[kMix];
   float base[kMix];
   const bool wide = k == kVariance || types[k] == DType::F64 || types[branches] == DType::F64;
@@ -56,7 +57,8 @@ void delta_sizes(const void* const* inputs, const DType* types, int branches, in
           squares[i] += off * off;
         }
       }
-      for (int64_t i = 0; i < m; i++) size[i] = as_float(as_bits(float(squares[i] / branches)) & 0x7fffffffu);
+      for (int64_t i = 0; i < m; i++)
+        size[i] = as_float(as_bits(float(squares[i] / branches)) & 0x7fffffffu);
     } else if (wide) {
       load_delta(inputs[k], types[k], at + lo, m, start, delta);
       for (int64_t i = 0; i < m; i++) size[i] = as_float(as_bits(float(delta[i])) & 0x7fffffffu);
@@ -94,13 +96,15 @@ void count_sizes(const float* sizes, int64_t n, float value, int64_t* above, int
 }
 
 // Bits of the sizes in [low, high), in order; counts those from `high` up. picked has room for n + 16.
-int64_t pick_sizes(const float* sizes, int64_t n, uint32_t low, uint32_t high, uint32_t* picked, int64_t* above) {
+int64_t pick_sizes(const float* sizes, int64_t n, uint32_t low, uint32_t high, uint32_t* picked,
+                   int64_t* above) {
   int64_t count = 0, more = 0, i = 0;
 #ifdef MERIT_AVX512
   const __m512i first = _mm512_set1_epi32(int(low)), end = _mm512_set1_epi32(int(high));
   for (; i + 16 <= n; i += 16) {
     const __m512i bits = _mm512_loadu_si512(sizes + i);
-    const __mmask16 over = _mm512_cmpge_epu32_mask(bits, end), in = _mm512_cmpge_epu32_mask(bits, first) & ~over;
+    const __mmask16 over = _mm512_cmpge_epu32_mask(bits, end),
+                    in = _mm512_cmpge_epu32_mask(bits, first) & ~over;
     more += __builtin_popcount(over);
     _mm512_storeu_si512(picked + count, _mm512_maskz_compress_epi32(in, bits));
     count += __builtin_popcount(in);
@@ -117,7 +121,8 @@ int64_t pick_sizes(const float* sizes, int64_t n, uint32_t low, uint32_t high, u
 }
 
 // in[i]: element i is among the cut's largest. ties: how many of the cut's ties are still to come; counted down.
-static void among_largest(const float* __restrict sizes, int64_t n, float value, int64_t* ties, int32_t* __restrict in) {
+static void among_largest(const float* __restrict sizes, int64_t n, float value, int64_t* ties,
+                          int32_t* __restrict in) {
   int64_t above, equal;
   count_sizes(sizes, n, value, &above, &equal);
   const int32_t border = int32_t(as_bits(value));
@@ -133,8 +138,9 @@ static void among_largest(const float* __restrict sizes, int64_t n, float value,
 }
 
 // kept[i]: among the `low` cut's largest, but not among the `high` cut's.
-static void keep_by_size(const MixRule& rule, const void* const* inputs, const DType* types, int k, int64_t at, int64_t n,
-                         int64_t* low_ties, int64_t* high_ties, int32_t* kept) {
+static void keep_by_size(const MixRule& rule, const void* const* inputs, const DType* types, int k,
+                         int64_t at, int64_t n, int64_t* low_ties, int64_t* high_ties,
+                         int32_t* kept) {
   float sizes[kMix];
   int32_t dropped[kMix];
   delta_sizes(inputs, types, rule.branches, rule.by_variance ? kVariance : k, at, n, sizes);
@@ -152,8 +158,8 @@ static inline double uniform(uint64_t stream, uint64_t element) {
   return double((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-static void keep_by_chance(const MixRule& rule, int k, int64_t element, const uint32_t* ranks, int64_t n,
-                           double* __restrict delta) {
+static void keep_by_chance(const MixRule& rule, int k, int64_t element, const uint32_t* ranks,
+                           int64_t n, double* __restrict delta) {
   const double density = rule.density[k], epsilon = rule.epsilon[k], last = double(rule.row - 1);
   const uint64_t stream = rule.stream[k];
   if (ranks == nullptr) {
@@ -164,7 +170,8 @@ static void keep_by_chance(const MixRule& rule, int k, int64_t element, const ui
     return;
   }
   for (int64_t i = 0; i < n; i++) {
-    const double p = rule.row > 1 ? (density - epsilon) + 2.0 * epsilon * (double(ranks[i]) / last) : density;
+    const double p =
+        rule.row > 1 ? (density - epsilon) + 2.0 * epsilon * (double(ranks[i]) / last) : density;
     const double enlarged = delta[i] / p;
     delta[i] = uniform(stream, uint64_t(element + i)) < p ? enlarged : 0.0;
   }
@@ -178,8 +185,8 @@ static int32_t count_nonfinite(const double* __restrict d, int64_t n) {
 
 // d = w * d where kept (null: everywhere), else 0; the total gets that, or with plain_votes the kept d as it was.
 // Returns how many d were not finite.
-static int32_t weigh(const int32_t* __restrict kept, double w, bool plain_votes, int64_t n, double* __restrict d,
-                     double* __restrict total) {
+static int32_t weigh(const int32_t* __restrict kept, double w, bool plain_votes, int64_t n,
+                     double* __restrict d, double* __restrict total) {
   if (plain_votes)
     for (int64_t i = 0; i < n; i++) total[i] += kept == nullptr || kept[i] ? d[i] : 0.0;
   int32_t bad = 0;
@@ -199,8 +206,8 @@ static int32_t weigh(const int32_t* __restrict kept, double w, bool plain_votes,
   return bad;
 }
 
-static void elect_and_sum(const MixRule& rule, const double* deltas, const double* __restrict total, int64_t n,
-                          double* __restrict mixed) {
+static void elect_and_sum(const MixRule& rule, const double* deltas, const double* __restrict total,
+                          int64_t n, double* __restrict mixed) {
   double divisor[kMix];
   for (int64_t i = 0; i < n; i++) mixed[i] = divisor[i] = 0.0;
   for (int k = 0; k < rule.branches; k++) {
@@ -218,9 +225,9 @@ static void elect_and_sum(const MixRule& rule, const double* deltas, const doubl
 
 // out = base + scale * mix_k(weight_k * sparse_k(x_k - base)), rounded once. `element` is the first one's place in its
 // tensor; the tie counts are this chunk's and are counted down. Returns whether every input and result is finite.
-bool mix_deltas(const MixRule& rule, const void* const* inputs, const DType* types, int64_t element, int64_t n,
-                int64_t* low_ties, int64_t* high_ties, const uint32_t* ranks, void* out, DType out_type,
-                double* scratch) {
+bool mix_deltas(const MixRule& rule, const void* const* inputs, const DType* types, int64_t element,
+                int64_t n, int64_t* low_ties, int64_t* high_ties, const uint32_t* ranks, void* out,
+                DType out_type, double* scratch) {
   const int count = rule.branches;
   double total[kMix], mixed[kMix], base[kMix];
   int32_t kept[kMix];
@@ -238,7 +245,8 @@ bool mix_deltas(const MixRule& rule, const void* const* inputs, const DType* typ
       }
       if (rule.low != nullptr && (k == 0 || !rule.by_variance))
         keep_by_size(rule, inputs, types, k, lo, m, low_ties, high_ties, kept);
-      nonfinite += weigh(rule.low != nullptr ? kept : nullptr, rule.weight[k], rule.plain_votes, m, d, total);
+      nonfinite += weigh(rule.low != nullptr ? kept : nullptr, rule.weight[k], rule.plain_votes, m,
+                         d, total);
     }
     if (rule.elect) elect_and_sum(rule, scratch, total, m, mixed);
     const double* __restrict step = rule.elect ? mixed : total;
@@ -249,8 +257,8 @@ bool mix_deltas(const MixRule& rule, const void* const* inputs, const DType* typ
 }
 
 // squares[k] = sum of the kept deltas' squares, in eight running sums (lanes: [branches, 8]) joined in a fixed tree.
-void kept_squares(const MixRule& rule, const void* const* inputs, const DType* types, int64_t n, int64_t* low_ties,
-                  int64_t* high_ties, double* squares, double* lanes) {
+void kept_squares(const MixRule& rule, const void* const* inputs, const DType* types, int64_t n,
+                  int64_t* low_ties, int64_t* high_ties, double* squares, double* lanes) {
   const int count = rule.branches;
   double delta[kMix], base[kMix];
   int32_t kept[kMix];
@@ -272,8 +280,8 @@ void kept_squares(const MixRule& rule, const void* const* inputs, const DType* t
 
 // out[i] = base[i] + factor * sum_r left[row, r] * right[r, col] for elements first .. first + n of a [rows, cols]
 // matrix, r in order, fp64.
-void low_rank_rows(const double* base, const float* left, const float* right, int64_t rank, int64_t cols, double factor,
-                   int64_t first, int64_t n, double* out) {
+void low_rank_rows(const double* base, const float* left, const float* right, int64_t rank,
+                   int64_t cols, double factor, int64_t first, int64_t n, double* out) {
   double sum[kMix];
   for (int64_t lo = 0, m = 0; lo < n; lo += m) {
     const int64_t row = (first + lo) / cols, col = (first + lo) % cols;

@@ -41,7 +41,7 @@ static inline T rounded_to(float value) {
 // e^x within 2 units in the last place (Cephes' polynomial); 0 below -86.9, infinity above 88.7, NaN for NaN.
 static inline float exp_of(float x) {
   const float inside = x < -86.9f ? -86.9f : x > 88.7f ? 88.7f : x;  // NaN passes
-  const float shifted = inside * 1.44269504f + 12582912.f;           // its last bits are the nearest integer
+  const float shifted = inside * 1.44269504f + 12582912.f;  // its last bits are the nearest integer
   const float n = shifted - 12582912.f;
   const float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;

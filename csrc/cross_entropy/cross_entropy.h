@@ -23,7 +23,7 @@ struct LossUpdate : LogitsTile {
 struct LossGradient : LogitsTile {
   const float* terms;  // [4, rows], `stride` apart: shift, factor, target, uniform
   int64_t stride;
-  void* out;           // [rows, columns] of the logits' type; may be the logits
+  void* out;  // [rows, columns] of the logits' type; may be the logits
 };
 
 struct LossKernels {

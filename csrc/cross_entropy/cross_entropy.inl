@@ -26,7 +26,8 @@ static inline float tanh_slope(float x) {
 
 // The n logits from column c on, with bias and softcap; its slope too where one is wanted.
 template <class T>
-static inline void final_logits(const LogitsTile& job, int64_t row, int64_t c, int n, float* z, float* slope) {
+static inline void final_logits(const LogitsTile& job, int64_t row, int64_t c, int n, float* z,
+                                float* slope) {
   const T* logits = static_cast<const T*>(job.logits) + row * job.columns + c;
   for (int j = 0; j < n; j++) z[j] = value_of(logits[j]);
   if (job.bias)
@@ -53,7 +54,8 @@ static inline float largest(const float* z, int n) {
 }
 
 // The sums of e^(z - shift) and of z.
-static inline void exponential_sums(const float* z, int n, float shift, double* exponentials, double* plain) {
+static inline void exponential_sums(const float* z, int n, float shift, double* exponentials,
+                                    double* plain) {
   float e[kLossLanes] = {}, s[kLossLanes] = {};
   int c = 0;
   for (; c + kLossLanes <= n; c += kLossLanes) {
@@ -72,7 +74,8 @@ static inline void exponential_sums(const float* z, int n, float shift, double* 
 
 template <class T>
 static void update_row(const LossUpdate& job, int64_t row) {
-  double *top = job.state + row, *sum = top + job.stride, *target = sum + job.stride, *plain = target + job.stride;
+  double *top = job.state + row, *sum = top + job.stride, *target = sum + job.stride,
+         *plain = target + job.stride;
   const int64_t label = job.labels[row] - job.first;
   float z[kLogits];
   for (int64_t c = 0; c < job.columns; c += kLogits) {
@@ -110,7 +113,8 @@ static void gradient_row(const LossGradient& job, int64_t row) {
 
 static void loss_update(const LossUpdate& job) {
 #pragma omp parallel for schedule(static) num_threads(job.threads)
-  for (int64_t row = 0; row < job.rows; row++) job.bf16 ? update_row<uint16_t>(job, row) : update_row<float>(job, row);
+  for (int64_t row = 0; row < job.rows; row++)
+    job.bf16 ? update_row<uint16_t>(job, row) : update_row<float>(job, row);
 }
 
 static void loss_gradient(const LossGradient& job) {

@@ -23,9 +23,16 @@ struct Buffers {
 
 class TensorMerge {
  public:
-  TensorMerge(const Engine& engine, const Segment& tensor, const TensorRule& rule, const GramJob& grams)
-      : engine_(engine), tensor_(tensor), rule_(rule), grams_(grams), branches_(int(tensor.inputs.size()) - 1),
-        step_(engine.chunk_elements), workers_(size_t(engine.threads)), weight_(rule.weight) {
+  TensorMerge(const Engine& engine, const Segment& tensor, const TensorRule& rule,
+              const GramJob& grams)
+      : engine_(engine),
+        tensor_(tensor),
+        rule_(rule),
+        grams_(grams),
+        branches_(int(tensor.inputs.size()) - 1),
+        step_(engine.chunk_elements),
+        workers_(size_t(engine.threads)),
+        weight_(rule.weight) {
     if (rule.row > 0) step_ = std::max(rule.row, step_ / rule.row * rule.row);
     step_ = std::min(step_, tensor.elements);
     chunks_ = (tensor.elements + step_ - 1) / step_;
@@ -57,7 +64,8 @@ class TensorMerge {
       made |= !s.scales.empty() || !s.low_rank.empty();
     }
     const size_t stride = (n * widest + 63) / 64 * 64, words = (n * 4 + 63) / 64 * 64;
-    const size_t rank_bytes = rule_.row > 0 ? words * size_t(branches_) + size_t(rule_.row) * 16 : 0;
+    const size_t rank_bytes =
+        rule_.row > 0 ? words * size_t(branches_) + size_t(rule_.row) * 16 : 0;
     b.memory = page_aligned(stride * (count + 1) + (made ? n * 16 : 0) + words + rank_bytes + 64);
     if (!b.memory) return nullptr;
     char* p = b.memory.get();
@@ -74,7 +82,8 @@ class TensorMerge {
   // Elements of one input into its buffer, `place` elements from the buffer's start.
   int read(Buffers* b, size_t input, int64_t first, int64_t n, int64_t place = 0) {
     const Source& s = tensor_.inputs[input];
-    char* to = static_cast<char*>(const_cast<void*>(b->inputs[input])) + size_t(place) * item_bytes(s.type());
+    char* to = static_cast<char*>(const_cast<void*>(b->inputs[input])) +
+               size_t(place) * item_bytes(s.type());
     return read_source(engine_.level, engine_.remote, s, first, n, to, b->scratch);
   }
 
@@ -101,7 +110,8 @@ class TensorMerge {
         if (const int e = read(b, k, chunk * step_, n)) return fail(e, chunk, int64_t(k), false);
       for (size_t i = 0; i < wanted.size(); i++) {
         if (i == 0 || wanted[i] != wanted[i - 1])
-          engine_.level.delta_sizes(b->inputs.data(), types_.data(), branches_, wanted[i], 0, n, b->sizes);
+          engine_.level.delta_sizes(b->inputs.data(), types_.data(), branches_, wanted[i], 0, n,
+                                    b->sizes);
         use(worker, chunk, i, b->sizes, n);
       }
       return true;
@@ -113,16 +123,19 @@ class TensorMerge {
   bool sample(const std::vector<int>& wanted, std::vector<float>* samples) {
     const int64_t n = tensor_.elements;
     const bool whole = n <= kSamplePlaces * kSampleRun;
-    const int64_t run = std::min(whole ? step_ : std::min(kSampleRun, step_), n), places = whole ? chunks_ : kSamplePlaces;
+    const int64_t run = std::min(whole ? step_ : std::min(kSampleRun, step_), n),
+                  places = whole ? chunks_ : kSamplePlaces;
     const std::vector<size_t> inputs = needed(wanted);
     Buffers* b = buffers(0);
     if (!b) return fail(ENOMEM, 0, -1, false);
     for (int64_t p = 0; p < places; p++) {
-      const int64_t first = whole ? p * step_ : (n - run) / (places - 1) * p, m = std::min(run, n - first);
+      const int64_t first = whole ? p * step_ : (n - run) / (places - 1) * p,
+                    m = std::min(run, n - first);
       for (size_t k : inputs)
         if (const int e = read(b, k, first, m)) return fail(e, first / step_, int64_t(k), false);
       for (size_t i = 0; i < wanted.size(); i++) {
-        engine_.level.delta_sizes(b->inputs.data(), types_.data(), branches_, wanted[i], 0, m, b->sizes);
+        engine_.level.delta_sizes(b->inputs.data(), types_.data(), branches_, wanted[i], 0, m,
+                                  b->sizes);
         samples[i].insert(samples[i].end(), b->sizes, b->sizes + m);
       }
     }
@@ -134,14 +147,17 @@ class TensorMerge {
     if (rule_.top.empty() && !by_variance) return true;
     bool few_values = !by_variance;
     for (DType t : types_) few_values &= item_bytes(t) == 2;
-    const Sizes sizes{tensor_.elements,
-                      chunks_,
-                      step_,
-                      engine_.threads,
-                      few_values,
-                      engine_.level,
-                      [this](const std::vector<int>& wanted, const UseSizes& use) { return scan(wanted, use); },
-                      [this](const std::vector<int>& wanted, std::vector<float>* out) { return sample(wanted, out); }};
+    const Sizes sizes{
+        tensor_.elements,
+        chunks_,
+        step_,
+        engine_.threads,
+        few_values,
+        engine_.level,
+        [this](const std::vector<int>& wanted, const UseSizes& use) { return scan(wanted, use); },
+        [this](const std::vector<int>& wanted, std::vector<float>* out) {
+          return sample(wanted, out);
+        }};
     if (by_variance) {
       std::vector<int64_t> above(size_t(chunks_), 0), equal(size_t(chunks_), 0);
       if (!scan({kVariance}, [&](int, int64_t chunk, size_t, const float* x, int64_t n) {
@@ -150,7 +166,8 @@ class TensorMerge {
         return false;
       int64_t nonzero = 0;
       for (int64_t c : above) nonzero += c;
-      thresholds_.push_back({kVariance, int64_t(double(nonzero) * rule_.variance_share), 0.0f, 0, {}});
+      thresholds_.push_back(
+          {kVariance, int64_t(double(nonzero) * rule_.variance_share), 0.0f, 0, {}});
       thresholds_.push_back({kVariance, 0, 0.0f, 0, {}});
     }
     for (int k = 0; k < branches_ && !by_variance; k++) {
@@ -162,7 +179,8 @@ class TensorMerge {
       low_.push_back(thresholds_[i].value);
       high_.push_back(thresholds_[i + 1].value);
     }
-    for (Threshold& t : thresholds_) {  // what a chunk still has to give: the ties less those of the chunks before
+    for (Threshold& t :
+         thresholds_) {  // what a chunk still has to give: the ties less those of the chunks before
       int64_t left = t.ties;
       for (int64_t& c : t.chunk_ties) left -= std::exchange(c, std::max<int64_t>(left, 0));
     }
@@ -171,15 +189,26 @@ class TensorMerge {
 
   MixRule mix_rule() const {
     const bool cut = !low_.empty(), chance = !rule_.stream.empty();
-    return {branches_, weight_.data(), cut ? low_.data() : nullptr, cut ? high_.data() : nullptr,
-            rule_.variance_share < 1.0, chance ? rule_.stream.data() : nullptr, rule_.density.data(),
-            rule_.epsilon.data(), rule_.row, rule_.elect, rule_.normalize, rule_.weigh_by_squares, rule_.scale};
+    return {branches_,
+            weight_.data(),
+            cut ? low_.data() : nullptr,
+            cut ? high_.data() : nullptr,
+            rule_.variance_share < 1.0,
+            chance ? rule_.stream.data() : nullptr,
+            rule_.density.data(),
+            rule_.epsilon.data(),
+            rule_.row,
+            rule_.elect,
+            rule_.normalize,
+            rule_.weigh_by_squares,
+            rule_.scale};
   }
 
   // The ties that a chunk still may keep (0) or drop (1), branch by branch.
   std::vector<int64_t> ties(int64_t chunk, size_t which) const {
     std::vector<int64_t> left(std::max(size_t(branches_), thresholds_.size() / 2), 0);
-    for (size_t i = 0; i < thresholds_.size() / 2; i++) left[i] = thresholds_[2 * i + which].chunk_ties[size_t(chunk)];
+    for (size_t i = 0; i < thresholds_.size() / 2; i++)
+      left[i] = thresholds_[2 * i + which].chunk_ties[size_t(chunk)];
     return left;
   }
 
@@ -208,7 +237,8 @@ class TensorMerge {
     double total = 0.0;
     for (int k = 0; k < branches_; k++) {
       weight_[size_t(k)] = 0.0;
-      for (int64_t c = 0; c < chunks_; c++) weight_[size_t(k)] += squares[size_t(c * branches_ + k)];
+      for (int64_t c = 0; c < chunks_; c++)
+        weight_[size_t(k)] += squares[size_t(c * branches_ + k)];
       total += weight_[size_t(k)];
     }
     for (double& w : weight_) w = total > 0.0 ? w / total : 1.0 / branches_;
@@ -244,12 +274,13 @@ class TensorMerge {
       if (rule_.row > 0) rank_rows(b, n);
       take_gram(b, chunk);
       std::vector<int64_t> low = ties(chunk, 0), high = ties(chunk, 1);
-      const bool finite = engine_.level.mix_deltas(rule, b->inputs.data(), types_.data(), chunk * step_, n, low.data(),
-                                                   high.data(), rule_.row > 0 ? b->ranks : nullptr, b->out,
-                                                   tensor_.output_type, b->mix_space.data());
+      const bool finite = engine_.level.mix_deltas(
+          rule, b->inputs.data(), types_.data(), chunk * step_, n, low.data(), high.data(),
+          rule_.row > 0 ? b->ranks : nullptr, b->out, tensor_.output_type, b->mix_space.data());
       if (!finite && !engine_.allow_nonfinite) return fail(0, chunk, -1, true);
       const int64_t at = tensor_.output_offset + chunk * step_ * int64_t(item);
-      if (const int e = write_all(tensor_.output_fd, b->out, size_t(n) * item, at, engine_.write_early))
+      if (const int e =
+              write_all(tensor_.output_fd, b->out, size_t(n) * item, at, engine_.write_early))
         return fail(e, chunk, -1, false);
       __atomic_fetch_add(engine_.elements_done, n, __ATOMIC_RELAXED);
       return true;
@@ -265,7 +296,8 @@ class TensorMerge {
   std::vector<Buffers> workers_;
   std::vector<DType> types_;
   std::vector<double> weight_;
-  std::vector<Threshold> thresholds_;  // per ranking: of what is kept, of what is dropped from the top
+  std::vector<Threshold>
+      thresholds_;  // per ranking: of what is kept, of what is dropped from the top
   std::vector<float> low_, high_;
   std::mutex mutex_;
   MergeResult result_{0, -1, 0, -1, false};
@@ -273,6 +305,7 @@ class TensorMerge {
 
 }  // namespace
 
-MergeResult merge_deltas(const Engine& engine, const Segment& tensor, const TensorRule& rule, const GramJob& grams) {
+MergeResult merge_deltas(const Engine& engine, const Segment& tensor, const TensorRule& rule,
+                         const GramJob& grams) {
   return TensorMerge(engine, tensor, rule, grams).run();
 }

@@ -29,8 +29,9 @@ float size_of(uint32_t bits) {
 struct Search {
   Threshold* threshold;
   uint32_t low, high;
-  uint32_t try_low, try_high;    // where the sample says it is
-  uint32_t look_low, look_high;  // the part that the next pass cuts into bins; none: it tries the guess alone
+  uint32_t try_low, try_high;  // where the sample says it is
+  uint32_t look_low,
+      look_high;  // the part that the next pass cuts into bins; none: it tries the guess alone
   bool exact;
 };
 
@@ -41,7 +42,8 @@ void guess(std::vector<float>* sample, int64_t elements, bool few_values, Search
   const double spread = 4.0 * std::sqrt(share * (1.0 - share) * double(m)) + 2.0;
   const auto at = [&](double place) {
     const auto wanted = sample->begin() + std::clamp(int64_t(place), int64_t(0), m - 1);
-    std::nth_element(sample->begin(), wanted, sample->end(), [](float a, float b) { return bits_of(a) > bits_of(b); });
+    std::nth_element(sample->begin(), wanted, sample->end(),
+                     [](float a, float b) { return bits_of(a) > bits_of(b); });
     return *wanted;
   };
   s->threshold->value = at(std::ceil(middle) - 1);
@@ -103,12 +105,14 @@ void conclude(const Tally& t, Search* s) {
     }
   }
   s->look_low = s->low, s->look_high = s->high;
-  threshold->value = size_of(s->low);  // differences of 16-bit floats end in zeros: a bin's start is its likely value
+  threshold->value = size_of(
+      s->low);  // differences of 16-bit floats end in zeros: a bin's start is its likely value
 }
 
 // One pass over all sizes: counts above and at every guess, and in bins around it.
 bool survey(const Sizes& sizes, const std::vector<Search*>& searches) {
-  std::vector<std::vector<Tally>> tallies(size_t(sizes.threads), std::vector<Tally>(searches.size()));
+  std::vector<std::vector<Tally>> tallies(size_t(sizes.threads),
+                                          std::vector<Tally>(searches.size()));
   std::vector<std::vector<uint32_t>> picked(static_cast<size_t>(sizes.threads));
   std::vector<int> wanted;
   for (Search* s : searches) {
@@ -126,7 +130,8 @@ bool survey(const Sizes& sizes, const std::vector<Search*>& searches) {
     t.above_value += above, t.equal += equal;
     s.threshold->chunk_ties[size_t(chunk)] = equal;
     if (s.look_low == s.look_high) return;  // the guess alone
-    const int64_t found = sizes.level.pick_sizes(x, n, s.look_low, s.look_high, buffer.data(), &above);
+    const int64_t found =
+        sizes.level.pick_sizes(x, n, s.look_low, s.look_high, buffer.data(), &above);
     t.above_look += above;
     const int shift = bin_shift(s);
     for (int64_t i = 0; i < found; i++) t.bins[size_t((buffer[size_t(i)] - s.look_low) >> shift)]++;
@@ -136,7 +141,8 @@ bool survey(const Sizes& sizes, const std::vector<Search*>& searches) {
     Tally sum;
     sum.bins.resize(size_t(kBins));
     for (auto& worker : tallies) {
-      sum.above_value += worker[i].above_value, sum.equal += worker[i].equal, sum.above_look += worker[i].above_look;
+      sum.above_value += worker[i].above_value, sum.equal += worker[i].equal,
+          sum.above_look += worker[i].above_look;
       for (size_t bin = 0; bin < worker[i].bins.size(); bin++) sum.bins[bin] += worker[i].bins[bin];
     }
     conclude(sum, searches[i]);
@@ -163,7 +169,8 @@ bool find_thresholds(const Sizes& sizes, std::vector<Threshold>* thresholds) {
   if (!sizes.sample(rankings, samples.data())) return false;
   for_each_item(int64_t(rankings.size()), sizes.threads, [&](int, int64_t i) {
     for (Search& s : all)
-      if (s.threshold->which == rankings[size_t(i)]) guess(&samples[size_t(i)], sizes.elements, sizes.few_values, &s);
+      if (s.threshold->which == rankings[size_t(i)])
+        guess(&samples[size_t(i)], sizes.elements, sizes.few_values, &s);
     return true;
   });
   while (true) {
@@ -176,7 +183,8 @@ bool find_thresholds(const Sizes& sizes, std::vector<Threshold>* thresholds) {
 }
 
 void rank_row(const float* sizes, int64_t n, uint32_t* ranks, uint32_t* space) {
-  uint32_t *keys = space, *order = space + n, *next_keys = space + 2 * n, *next_order = space + 3 * n;
+  uint32_t *keys = space, *order = space + n, *next_keys = space + 2 * n,
+           *next_order = space + 3 * n;
   for (int64_t i = 0; i < n; i++) keys[i] = bits_of(sizes[i]), order[i] = uint32_t(i);
   for (int shift = 0; shift < 31; shift += 11) {
     uint32_t starts[2048] = {};

@@ -16,7 +16,8 @@ struct Threshold {
 };
 
 // Called with a worker's number, a chunk's, the place of a ranking in the list of wanted ones, and its sizes.
-typedef std::function<void(int worker, int64_t chunk, size_t place, const float* sizes, int64_t n)> UseSizes;
+typedef std::function<void(int worker, int64_t chunk, size_t place, const float* sizes, int64_t n)>
+    UseSizes;
 
 // A tensor's sizes, by whatever ranking is wanted.
 struct Sizes {
@@ -24,8 +25,10 @@ struct Sizes {
   int threads;
   bool few_values;  // differences of 16-bit floats: the sample's guess is often the value itself
   const Level& level;
-  std::function<bool(const std::vector<int>& wanted, const UseSizes& use)> scan;      // all; false after an error
-  std::function<bool(const std::vector<int>& wanted, std::vector<float>* samples)> sample;  // one list per ranking
+  std::function<bool(const std::vector<int>& wanted, const UseSizes& use)>
+      scan;  // all; false after an error
+  std::function<bool(const std::vector<int>& wanted, std::vector<float>* samples)>
+      sample;  // one list per ranking
 };
 
 // Fills value, ties and chunk_ties of every threshold from its rank. Returns false after an error.

@@ -33,7 +33,7 @@ int write_all(int fd, const char* p, size_t n, int64_t at, bool early) {
     if (r <= 0) return r < 0 ? errno : EIO;
 #ifdef SYNC_FILE_RANGE_WRITE
     const int64_t window = (at + r) / kWriteBack - 1;  // the last one that is over
-    if (early && at / kWriteBack <= window)  // a hint: what it cannot do, fsync will
+    if (early && at / kWriteBack <= window)            // a hint: what it cannot do, fsync will
       sync_file_range(fd, window * kWriteBack, kWriteBack, SYNC_FILE_RANGE_WRITE);
 #endif
     p += r, n -= size_t(r), at += r;
@@ -74,10 +74,11 @@ void widen(const void* data, DType type, int64_t n, const Level& level, double* 
 
 }  // namespace
 
-int read_source(const Level& level, const RemoteRead& remote, const Source& source, int64_t first, int64_t n,
-                char* buffer, char* scratch) {
+int read_source(const Level& level, const RemoteRead& remote, const Source& source, int64_t first,
+                int64_t n, char* buffer, char* scratch) {
   const int64_t item = int64_t(source.stored_bytes()), at = source.offset + first * item;
-  const bool made = source.type() != source.stored || !source.scales.empty() || !source.low_rank.empty();
+  const bool made =
+      source.type() != source.stored || !source.scales.empty() || !source.low_rank.empty();
   char* raw = made ? scratch : buffer;
   const int error = source.file >= 0 ? read_all(int(source.file), raw, size_t(n * item), at)
                                      : remote(-1 - source.file, at, n * item, raw);
@@ -89,7 +90,8 @@ int read_source(const Level& level, const RemoteRead& remote, const Source& sour
     scale_up(source.scales[0], reinterpret_cast<const uint8_t*>(raw), first, n, values);
   if (!source.low_rank.empty()) {
     const LowRank& l = source.low_rank[0];
-    level.low_rank_rows(values, l.left, l.right, l.rank, l.cols, l.factor, first, n, reinterpret_cast<double*>(buffer));
+    level.low_rank_rows(values, l.left, l.right, l.rank, l.cols, l.factor, first, n,
+                        reinterpret_cast<double*>(buffer));
   }
   return 0;
 }

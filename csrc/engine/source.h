@@ -25,9 +25,9 @@ struct LowRank {
 };
 
 struct Source {
-  int64_t file;    // a descriptor, or -1 - number of a remote file
-  int64_t offset;  // bytes
-  DType stored;    // unless it has scales
+  int64_t file;                   // a descriptor, or -1 - number of a remote file
+  int64_t offset;                 // bytes
+  DType stored;                   // unless it has scales
   std::vector<Scales> scales;     // none or one
   std::vector<LowRank> low_rank;  // none or one
 
@@ -43,5 +43,5 @@ int read_all(int fd, char* p, size_t n, int64_t at);
 int write_all(int fd, const char* p, size_t n, int64_t at, bool early);
 
 // Elements first .. first + n as source.type() into buffer. scratch: 16 n bytes. Returns 0 or an errno.
-int read_source(const Level& level, const RemoteRead& remote, const Source& source, int64_t first, int64_t n,
-                char* buffer, char* scratch);
+int read_source(const Level& level, const RemoteRead& remote, const Source& source, int64_t first,
+                int64_t n, char* buffer, char* scratch);

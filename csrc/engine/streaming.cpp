@@ -40,7 +40,8 @@ struct Worker {
 
 }  // namespace
 
-MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segments, const GramJob& grams) {
+MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segments,
+                       const GramJob& grams) {
   const std::vector<Chunk> chunks = cut(segments, engine.chunk_elements);
   const size_t gram_size = size_t(grams.branches) * size_t(grams.branches);
   size_t count = 0, widest = 1;
@@ -80,20 +81,25 @@ MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segment
       char* buffer = worker.memory.get() + stride * k;
       worker.inputs[k] = buffer;
       worker.types[k] = s.inputs[k].type();
-      if (const int e = read_source(engine.level, engine.remote, s.inputs[k], c.first, c.elements, buffer, out + stride))
+      if (const int e = read_source(engine.level, engine.remote, s.inputs[k], c.first, c.elements,
+                                    buffer, out + stride))
         return fail(e, c, int64_t(k), false);
     }
-    for (size_t p = first_piece(grams.pieces, c); p < grams.pieces.size() && inside(grams.pieces[p], c); p++)
-      engine.level.delta_gram(worker.inputs.data(), worker.types.data(), grams.branches, grams.from_base,
-                              grams.pieces[p].first - c.first, grams.pieces[p].elements, grams.gram + p * gram_size,
+    for (size_t p = first_piece(grams.pieces, c);
+         p < grams.pieces.size() && inside(grams.pieces[p], c); p++)
+      engine.level.delta_gram(worker.inputs.data(), worker.types.data(), grams.branches,
+                              grams.from_base, grams.pieces[p].first - c.first,
+                              grams.pieces[p].elements, grams.gram + p * gram_size,
                               worker.gram_space.data());
     if (!s.weights.empty()) {
-      const bool finite = engine.level.weighted_average(worker.inputs.data(), worker.types.data(), s.weights.data(),
-                                                        int(s.weights.size()), out, s.output_type, c.elements);
+      const bool finite =
+          engine.level.weighted_average(worker.inputs.data(), worker.types.data(), s.weights.data(),
+                                        int(s.weights.size()), out, s.output_type, c.elements);
       if (!finite && !engine.allow_nonfinite) return fail(0, c, -1, true);
       const size_t item_size = item_bytes(s.output_type);
       const int64_t at = s.output_offset + c.first * int64_t(item_size);
-      if (const int e = write_all(s.output_fd, out, size_t(c.elements) * item_size, at, engine.write_early))
+      if (const int e =
+              write_all(s.output_fd, out, size_t(c.elements) * item_size, at, engine.write_early))
         return fail(e, c, -1, false);
     }
     __atomic_fetch_add(engine.elements_done, c.elements, __ATOMIC_RELAXED);

@@ -18,11 +18,11 @@ struct Segment {
 };
 
 struct MergeResult {
-  int error;          // an errno, 0 for none
-  int64_t segment;    // where it happened, -1 for nowhere
-  int64_t element;    // first element of the chunk in that segment
-  int64_t input;      // which input could not be read; -1: the output
-  bool nonfinite;     // a value is not finite in the output type
+  int error;        // an errno, 0 for none
+  int64_t segment;  // where it happened, -1 for nowhere
+  int64_t element;  // first element of the chunk in that segment
+  int64_t input;    // which input could not be read; -1: the output
+  bool nonfinite;   // a value is not finite in the output type
 };
 
 // A run of elements of one tensor inside one chunk, whose deltas' Gram matrix is wanted.
@@ -51,15 +51,17 @@ struct Engine {
 };
 
 // The weighted sum of each segment's inputs.
-MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segments, const GramJob& grams);
+MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segments,
+                       const GramJob& grams);
 
 // How one tensor's deltas from its last input are thinned and mixed: MixRule with owned arrays, and ranks in place of
 // thresholds. Branch k keeps its elements of rank top[k] .. top[k] + keep[k] by falling size, ties by index.
 struct TensorRule {
   std::vector<double> weight;
   std::vector<int64_t> top, keep;  // or empty
-  double variance_share;           // below 1: one mask for all, this share of the nonzero variances, the largest
-  std::vector<uint64_t> stream;    // or empty
+  double
+      variance_share;  // below 1: one mask for all, this share of the nonzero variances, the largest
+  std::vector<uint64_t> stream;  // or empty
   std::vector<double> density, epsilon;
   int64_t row;
   bool elect, normalize, weigh_by_squares;
@@ -67,4 +69,5 @@ struct TensorRule {
 };
 
 // One tensor: passes over its inputs until every threshold is exact, then one that writes. segment.weights is unused.
-MergeResult merge_deltas(const Engine& engine, const Segment& tensor, const TensorRule& rule, const GramJob& grams);
+MergeResult merge_deltas(const Engine& engine, const Segment& tensor, const TensorRule& rule,
+                         const GramJob& grams);

@@ -32,7 +32,9 @@ void for_each_item(int64_t count, int threads, const Body& body) {
   std::vector<std::thread> pool;
   try {
     for (int t = 1; t < threads && t < count; t++) pool.emplace_back(work, t);
-  } catch (const std::system_error&) {  // the system gives no more threads: those there are do the same work
+  } catch (
+      const std::
+          system_error&) {  // the system gives no more threads: those there are do the same work
   }
   work(0);
   for (auto& thread : pool) thread.join();

@@ -12,18 +12,21 @@ struct LayerMatrix {
 // RMSNorm of each row of x, or of total = x + residual, which is written too.
 struct NormJob {
   int64_t rows, cols;
-  LayerMatrix x, residual, total, out;  // total is float where x or residual is; out where what is normed or scale is
-  const float* scale;                   // [cols]
+  LayerMatrix x, residual, total,
+      out;  // total is float where x or residual is; out where what is normed or scale is
+  const float* scale;  // [cols]
   float epsilon;
   bool round_first;  // the normed row is rounded to its own type before it is scaled
   int threads;
 };
 
-const int64_t kNormRows = 16;  // whose gradients of the scale are summed in float, then added to others in double
+const int64_t kNormRows =
+    16;  // whose gradients of the scale are summed in float, then added to others in double
 
 struct NormBackward {
   int64_t rows, cols;
-  LayerMatrix dout, x, dtotal, dx;  // dtotal is added to the gradient of x, and has the type of x as dx has
+  LayerMatrix dout, x, dtotal,
+      dx;  // dtotal is added to the gradient of x, and has the type of x as dx has
   const float* scale;
   float epsilon;
   float* sums;    // [ceil(rows / kNormRows), cols] to work in, or null: no gradient of the scale
@@ -51,9 +54,10 @@ struct RopeHeads {
 // Each of the first `rotary` entries of a head with its partner half of them away; the others are copied.
 struct RopeJob {
   int64_t batch, tokens, width, rotary;
-  RopeHeads in[2], out[2];  // of queries and of keys; out is float where in or cos is, and in the gradient's job in is
-  RopeHeads cos, sin;       // [B or 1, T, rotary], of one type; no heads
-  bool backward;            // turns the other way
+  RopeHeads in[2],
+      out[2];  // of queries and of keys; out is float where in or cos is, and in the gradient's job in is
+  RopeHeads cos, sin;  // [B or 1, T, rotary], of one type; no heads
+  bool backward;       // turns the other way
   int threads;
 };
 

@@ -1,11 +1,14 @@
 // Norms, gated activations and rotary positions. Included inside a level's namespace, after numbers.inl.
 
-static const int kNormLanes = 32;           // partial sums of a row, added in order
-static const int64_t kLayerPiece = 1 << 12; // elements that a thread takes at a time
-static const int64_t kRopeTokens = 16;      // whose cosines stay in L1 while all heads are turned
-static const int64_t kWorthAThread = 1 << 14;  // elements below which waking a thread takes longer than the work
+static const int kNormLanes = 32;            // partial sums of a row, added in order
+static const int64_t kLayerPiece = 1 << 12;  // elements that a thread takes at a time
+static const int64_t kRopeTokens = 16;       // whose cosines stay in L1 while all heads are turned
+static const int64_t kWorthAThread =
+    1 << 14;  // elements below which waking a thread takes longer than the work
 
-static inline int useful_threads(int64_t elements, int threads) { return elements < 2 * kWorthAThread ? 1 : threads; }
+static inline int useful_threads(int64_t elements, int threads) {
+  return elements < 2 * kWorthAThread ? 1 : threads;
+}
 
 template <class T>
 static inline T* row_of(const LayerMatrix& m, int64_t row) {
@@ -70,12 +73,15 @@ static void norm(const NormJob& job) {
   using half = uint16_t;
   if (!job.residual.data) {
     if (!job.x.bf16) return norm_rows<float, NoResidual, float, float>(job);
-    return job.out.bf16 ? norm_rows<half, NoResidual, half, half>(job) : norm_rows<half, NoResidual, half, float>(job);
+    return job.out.bf16 ? norm_rows<half, NoResidual, half, half>(job)
+                        : norm_rows<half, NoResidual, half, float>(job);
   }
   if (job.x.bf16 && job.residual.bf16)
-    return job.out.bf16 ? norm_rows<half, half, half, half>(job) : norm_rows<half, half, half, float>(job);
+    return job.out.bf16 ? norm_rows<half, half, half, half>(job)
+                        : norm_rows<half, half, half, float>(job);
   if (job.x.bf16) return norm_rows<half, float, float, float>(job);
-  job.residual.bf16 ? norm_rows<float, half, float, float>(job) : norm_rows<float, float, float, float>(job);
+  job.residual.bf16 ? norm_rows<float, half, float, float>(job)
+                    : norm_rows<float, float, float, float>(job);
 }
 
 // dx = (g - x * mean(g * x) / mean square) / RMS with g = dout * scale; sums += dout * x / RMS.
@@ -125,14 +131,16 @@ static void norm_backward_rows(const NormBackward& job) {
       float* sums = job.sums ? job.sums + block * job.cols : nullptr;
       for (int64_t c = 0; sums && c < job.cols; c++) sums[c] = 0.f;
       const int64_t end = (block + 1) * kNormRows < job.rows ? (block + 1) * kNormRows : job.rows;
-      for (int64_t row = block * kNormRows; row < end; row++) norm_backward_row<G, X, kTotal>(job, row, sums);
+      for (int64_t row = block * kNormRows; row < end; row++)
+        norm_backward_row<G, X, kTotal>(job, row, sums);
     }
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < (job.sums ? job.cols : 0); first += 64) {
       const int64_t cols = job.cols - first < 64 ? job.cols - first : 64;
       double total[64] = {};
       for (int64_t block = 0; block < blocks; block++)
-        for (int64_t c = 0; c < cols; c++) total[c] += double(job.sums[block * job.cols + first + c]);
+        for (int64_t c = 0; c < cols; c++)
+          total[c] += double(job.sums[block * job.cols + first + c]);
       for (int64_t c = 0; c < cols; c++) job.dscale[first + c] = float(total[c]);
     }
   }
@@ -145,7 +153,8 @@ static void norm_backward_of(const NormBackward& job) {
 
 static void norm_backward(const NormBackward& job) {
   if (!job.x.bf16) return norm_backward_of<float, float>(job);
-  job.dout.bf16 ? norm_backward_of<uint16_t, uint16_t>(job) : norm_backward_of<float, uint16_t>(job);
+  job.dout.bf16 ? norm_backward_of<uint16_t, uint16_t>(job)
+                : norm_backward_of<float, uint16_t>(job);
 }
 
 // erf within a unit in the last place (after Norbert Juffa's polynomials).
@@ -153,7 +162,8 @@ static inline float erf_of(float x) {
   const float size = std::fabs(x);
   const float t = size > 10.f ? 10.f : size;  // NaN passes
   const float s = x * x;
-  float far = (-1.72853470e-5f * t + 3.83197126e-4f) * (t * t) + (-3.88396438e-3f * t + 2.42546219e-2f);
+  float far =
+      (-1.72853470e-5f * t + 3.83197126e-4f) * (t * t) + (-3.88396438e-3f * t + 2.42546219e-2f);
   far = far * t + -1.06777877e-1f;
   far = far * t + -6.34846687e-1f;
   far = far * t + -1.28717512e-1f;
@@ -188,7 +198,8 @@ static inline float one_plus_exp(float x, ExpBounds bounds) {
   p = p * square + q;
   q = 1.6666665459e-1f * r + 5.0000001201e-1f;
   p = (p * square + q) * square + r + 1.f;
-  const float half_power = as_float((as_bits(shifted) + 126u) << 23);  // 2^(n - 1), since 2^128 is no float
+  const float half_power =
+      as_float((as_bits(shifted) + 126u) << 23);  // 2^(n - 1), since 2^128 is no float
   return p * half_power * 2.f + 1.f;
 }
 
@@ -196,7 +207,8 @@ static inline float one_plus_exp(float x, ExpBounds bounds) {
 template <Activation kind>
 static inline float activation_of(float x, ExpBounds bounds) {
   if constexpr (kind == Activation::GELU) return x * (0.5f * (1.f + erf_of(x * 0.70710678f)));
-  if constexpr (kind == Activation::GELU_TANH) return x / one_plus_exp(x * (-1.59576912f - 0.07135482f * (x * x)), bounds);
+  if constexpr (kind == Activation::GELU_TANH)
+    return x / one_plus_exp(x * (-1.59576912f - 0.07135482f * (x * x)), bounds);
   return x / one_plus_exp(-x, bounds);
 }
 
@@ -212,7 +224,8 @@ static inline Slope slope_of(float x, ExpBounds bounds) {
     return {x * share, share + x * 0.39894228f * exp_of(-0.5f * x * x)};
   } else {
     constexpr bool cubic = kind == Activation::GELU_TANH;
-    const float share = 1.f / one_plus_exp(cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x, bounds);
+    const float share =
+        1.f / one_plus_exp(cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x, bounds);
     const float value = x * share;
     const float steep = cubic ? 1.59576912f + 0.21406445f * (x * x) : 1.f;
     return {value, share + value * (1.f - share) * steep};
@@ -249,24 +262,27 @@ static void gated_of(const GatedJob& job) {
   for (int64_t piece = 0; piece < job.rows * across; piece++) {
     const int64_t row = piece / across, first = piece % across * kLayerPiece;
     const int64_t cols = job.cols - first < kLayerPiece ? job.cols - first : kLayerPiece;
-    job.gate.bf16 ? gated_piece<kind, uint16_t>(job, row, first, cols) : gated_piece<kind, float>(job, row, first, cols);
+    job.gate.bf16 ? gated_piece<kind, uint16_t>(job, row, first, cols)
+                  : gated_piece<kind, float>(job, row, first, cols);
   }
 }
 
 static void gated(const GatedJob& job) {
   if (job.activation == Activation::SILU) return gated_of<Activation::SILU>(job);
-  job.activation == Activation::GELU ? gated_of<Activation::GELU>(job) : gated_of<Activation::GELU_TANH>(job);
+  job.activation == Activation::GELU ? gated_of<Activation::GELU>(job)
+                                     : gated_of<Activation::GELU_TANH>(job);
 }
 
 template <class T>
 static inline T* head_of(const RopeHeads& x, int64_t b, int64_t head, int64_t token) {
-  return static_cast<T*>(x.data) + b * x.batch_stride + head * x.head_stride + token * x.token_stride;
+  return static_cast<T*>(x.data) + b * x.batch_stride + head * x.head_stride +
+         token * x.token_stride;
 }
 
 // in: one head of one token. Backward is the transposed rotation, also where the halves of cos and sin differ.
 template <class I, class C, class O>
-static inline void rotate(const RopeJob& job, const I* __restrict in, const C* __restrict cos, const C* __restrict sin,
-                          O* __restrict out) {
+static inline void rotate(const RopeJob& job, const I* __restrict in, const C* __restrict cos,
+                          const C* __restrict sin, O* __restrict out) {
   const int64_t half = job.rotary / 2, rotary = job.rotary, width = job.width;
   const C *low = job.backward ? sin + half : sin, *high = job.backward ? sin : sin + half;
   const float sign = job.backward ? -1.f : 1.f;  // exact
@@ -280,8 +296,8 @@ static inline void rotate(const RopeJob& job, const I* __restrict in, const C* _
 
 // In the order in which the results lie in memory.
 template <class I, class C, class O>
-static inline void rotate_heads(const RopeJob& job, const RopeHeads& in, const RopeHeads& out, int64_t b, int64_t first,
-                                int64_t last) {
+static inline void rotate_heads(const RopeJob& job, const RopeHeads& in, const RopeHeads& out,
+                                int64_t b, int64_t first, int64_t last) {
   const auto one = [&](int64_t head, int64_t token) {
     rotate<I, C, O>(job, head_of<I>(in, b, head, token), head_of<C>(job.cos, b, 0, token),
                     head_of<C>(job.sin, b, 0, token), head_of<O>(out, b, head, token));
@@ -303,7 +319,8 @@ static void rope_of(const RopeJob& job) {
   for (int64_t piece = 0; piece < job.batch * pieces; piece++) {
     const int64_t first = piece % pieces * kRopeTokens;
     const int64_t last = first + kRopeTokens < job.tokens ? first + kRopeTokens : job.tokens;
-    for (int i = 0; i < 2; i++) rotate_heads<I, C, O>(job, job.in[i], job.out[i], piece / pieces, first, last);
+    for (int i = 0; i < 2; i++)
+      rotate_heads<I, C, O>(job, job.in[i], job.out[i], piece / pieces, first, last);
   }
 }
 
@@ -311,7 +328,8 @@ static void rope(const RopeJob& job) {
   using half = uint16_t;
   if (!job.in[0].bf16 && !job.out[0].bf16)
     return job.cos.bf16 ? rope_of<float, half, float>(job) : rope_of<float, float, float>(job);
-  if (!job.in[0].bf16) return rope_of<float, float, half>(job);  // the gradient of bf16 turned by float cosines
+  if (!job.in[0].bf16)
+    return rope_of<float, float, half>(job);  // the gradient of bf16 turned by float cosines
   if (!job.out[0].bf16) return rope_of<half, float, float>(job);
   rope_of<half, half, half>(job);
 }

@@ -16,6 +16,6 @@ namespace level_avx2 {
 #include "cross_entropy/cross_entropy.inl"
 #include "optimizer/optimizer.inl"
 #include "layers/layers.inl"
-}
+}  // namespace level_avx2
 #pragma GCC pop_options
 #endif

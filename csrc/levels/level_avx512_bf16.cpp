@@ -11,6 +11,6 @@ namespace level_avx512_bf16 {
 #include "common/numbers.inl"
 #include "sketch/sketch.inl"
 #include "sketch/linear.inl"
-}
+}  // namespace level_avx512_bf16
 #pragma GCC pop_options
 #endif

@@ -12,4 +12,4 @@ namespace level_generic {
 #include "cross_entropy/cross_entropy.inl"
 #include "optimizer/optimizer.inl"
 #include "layers/layers.inl"
-}
+}  // namespace level_generic

@@ -3,7 +3,11 @@
 #include <cstdint>
 
 enum class Moments : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
-enum class Master : int32_t { NONE = 0, F32 = 1, SPLIT = 2 };  // split: the 16 bits that a bf16 weight lacks
+enum class Master : int32_t {
+  NONE = 0,
+  F32 = 1,
+  SPLIT = 2
+};  // split: the 16 bits that a bf16 weight lacks
 
 const int64_t kUpdateItem = 16384;  // elements that one thread takes
 const int kUpdateChunk = 1024;      // of them held in L1 at a time; four blocks of 8-bit moments
@@ -16,7 +20,8 @@ struct AdamWTensor {
   void* master;                             // float [n], or int16_t [n]
   float* average;                           // [n] or null
   uint64_t key;                             // of (seed, step, parameter)
-  float rate, root, average_weight;         // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), share of the new weight
+  float rate, root,
+      average_weight;  // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), share of the new weight
 };
 
 struct AdamWJob {

@@ -42,7 +42,8 @@ struct RandomBits {
 static inline uint16_t stochastic_bf16(float value, uint32_t random16) {
   const uint32_t bits = as_bits(value), size = bits & 0x7fffffffu;
   const uint32_t sum = bits + random16;
-  const bool past = (sum & 0x7fffffffu) >= 0x7f800000u;  // and for infinity itself, which is no sum's result
+  const bool past =
+      (sum & 0x7fffffffu) >= 0x7f800000u;  // and for infinity itself, which is no sum's result
   const uint32_t cut = (past ? bits : sum) >> 16;
   return uint16_t(size > 0x7f800000u ? 0x7fc0u : cut);
 }
@@ -69,7 +70,8 @@ static void fill_random(RandomBits random, uint32_t first, uint32_t* bits, int n
   for (int i = 0; i < n; i++) bits[i] = random(first + uint32_t(i));
 }
 
-static void store_bf16_stochastic(const float* x, uint16_t* out, int n, const uint32_t* bits, int shift) {
+static void store_bf16_stochastic(const float* x, uint16_t* out, int n, const uint32_t* bits,
+                                  int shift) {
   for (int i = 0; i < n; i++) out[i] = stochastic_bf16(x[i], (bits[i] >> shift) & 0xffffu);
 }
 
@@ -87,10 +89,12 @@ static inline float largest_size(const float* x, int n) {
 // in the value, without random bits it is to nearest; a second moment above zero keeps a code above zero, so that no step is divided by epsilon alone.
 template <bool Second, class Code>
 static void encode(const float* x, Code* codes, float* scale, int n, const uint32_t* random) {
-  const float steps = Second ? 255.f : 127.f, most = Second ? steps * steps * steps * steps : steps * steps;
+  const float steps = Second ? 255.f : 127.f,
+              most = Second ? steps * steps * steps * steps : steps * steps;
   const float top = largest_size(x, n);
   *scale = top;
-  if (!(top >= 1.17549435e-38f && top <= 3.40282347e38f)) {  // all of no size, or one that is not finite
+  if (!(top >= 1.17549435e-38f &&
+        top <= 3.40282347e38f)) {  // all of no size, or one that is not finite
     for (int i = 0; i < n; i++) codes[i] = Code(top > 1.f || top != top ? steps : 0.f);
     if (top < 1.f) *scale = 0.f;
     return;
@@ -156,12 +160,14 @@ struct MomentChunk {
         const int64_t block = (from + i) / kMomentBlock;
         const int size = n - i < kMomentBlock ? n - i : kMomentBlock;
         decode<false>(at<int8_t>(t.exp_avg, from + i), t.exp_avg_scale[block], first + i, size);
-        decode<true>(at<uint8_t>(t.exp_avg_sq, from + i), t.exp_avg_sq_scale[block], second + i, size);
+        decode<true>(at<uint8_t>(t.exp_avg_sq, from + i), t.exp_avg_sq_scale[block], second + i,
+                     size);
       }
     }
   }
 
-  void store(const AdamWJob& job, const AdamWTensor& t, int64_t from, int n, RandomBits random) const {
+  void store(const AdamWJob& job, const AdamWTensor& t, int64_t from, int n,
+             RandomBits random) const {
     if (job.moments == Moments::F32) return;
     uint32_t bits[kUpdateChunk];
     if (job.stochastic) fill_random(random, uint32_t(from), bits, n);
@@ -176,8 +182,10 @@ struct MomentChunk {
         const int64_t block = (from + i) / kMomentBlock;
         const int size = n - i < kMomentBlock ? n - i : kMomentBlock;
         const uint32_t* of_block = job.stochastic ? bits + i : nullptr;
-        encode<false>(first + i, at<int8_t>(t.exp_avg, from + i), t.exp_avg_scale + block, size, of_block);
-        encode<true>(second + i, at<uint8_t>(t.exp_avg_sq, from + i), t.exp_avg_sq_scale + block, size, of_block);
+        encode<false>(first + i, at<int8_t>(t.exp_avg, from + i), t.exp_avg_scale + block, size,
+                      of_block);
+        encode<true>(second + i, at<uint8_t>(t.exp_avg_sq, from + i), t.exp_avg_sq_scale + block,
+                     size, of_block);
       }
     }
   }
@@ -219,7 +227,8 @@ struct WeightChunk {
   }
 };
 
-static void average_chunk(float* __restrict average, const float* __restrict w, float share, int n) {
+static void average_chunk(float* __restrict average, const float* __restrict w, float share,
+                          int n) {
   for (int i = 0; i < n; i++) average[i] += (w[i] - average[i]) * share;
 }
 
@@ -270,7 +279,9 @@ static void for_each_update_item(int64_t count, int threads, const Size& size, c
 static void adamw(const AdamWJob& job) {
   for_each_update_item(
       job.count, job.threads, [&](int64_t k) { return job.tensors[k].n; },
-      [&](int64_t k, int64_t first, int64_t stop, int64_t) { update_item(job, job.tensors[k], first, stop); });
+      [&](int64_t k, int64_t first, int64_t stop, int64_t) {
+        update_item(job, job.tensors[k], first, stop);
+      });
 }
 
 template <class T>
@@ -292,8 +303,9 @@ static void square_sums(const SquareSums& job) {
   for_each_update_item(
       job.count, job.threads, [&](int64_t k) { return job.sizes[k]; },
       [&](int64_t k, int64_t first, int64_t stop, int64_t item) {
-        job.sums[item] = job.bf16 ? square_sum(static_cast<const uint16_t*>(job.data[k]) + first, stop - first)
-                                  : square_sum(static_cast<const float*>(job.data[k]) + first, stop - first);
+        job.sums[item] =
+            job.bf16 ? square_sum(static_cast<const uint16_t*>(job.data[k]) + first, stop - first)
+                     : square_sum(static_cast<const float*>(job.data[k]) + first, stop - first);
       });
 }
 

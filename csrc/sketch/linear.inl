@@ -2,8 +2,9 @@
 // bucket. Included inside a level's namespace, after sketch.inl. dY and X are packed in words of 32 bits: a float, or
 // where there are bf16 dot products and both sides are bf16, a pair of tokens.
 
-static const int kRows = 8, kCols = 32;        // of a block of the product: 16 vector registers of sums
-static const int64_t kDepth = 128;             // words of the reduction at a time: a panel of X fills a third of L1
+static const int kRows = 8, kCols = 32;  // of a block of the product: 16 vector registers of sums
+static const int64_t kDepth =
+    128;  // words of the reduction at a time: a panel of X fills a third of L1
 static const int64_t kPanelWords = kLinearScratch - kTile * kDepth;  // of packed X
 
 #if defined(MERIT_AVX512_BF16)
@@ -31,8 +32,8 @@ static inline uint32_t word_at(const T* row, const T* next, int64_t column) {
 // out[g][k][j]: word k of column at + g * W + j, from token `token` on; what lies outside of the matrix is zero. Token by
 // token, since rows may lie apart by a power of two, where lines of many rows would push each other out of the cache.
 template <int W, bool PAIRS, class T>
-static inline void pack_rows(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at, int64_t groups,
-                             uint32_t* out) {
+static inline void pack_rows(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at,
+                             int64_t groups, uint32_t* out) {
   const int64_t step = PAIRS ? 2 : 1, words = (tokens + step - 1) / step;
   for (int64_t k = 0; k < words; k++, out += W) {
     const T* row = static_cast<const T*>(m.data) + (token + k * step) * m.row_stride;
@@ -57,7 +58,8 @@ static inline void pack_rows(const SketchMatrix& m, int64_t token, int64_t token
 }
 
 template <int W, bool PAIRS>
-static inline void pack(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at, int64_t groups, uint32_t* out) {
+static inline void pack(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at,
+                        int64_t groups, uint32_t* out) {
   if constexpr (PAIRS)
     pack_rows<W, true, uint16_t>(m, token, tokens, at, groups, out);
   else if (m.bf16)
@@ -71,7 +73,8 @@ typedef __m512 Sums[kRows][2];
 
 // sum[a] = sum over k of left[k, a] * right[k, :]: 16 of 32 registers.
 template <bool PAIRS>
-static inline __attribute__((always_inline)) void product_sums(const uint32_t* left, const uint32_t* right, int64_t words,
+static inline __attribute__((always_inline)) void product_sums(const uint32_t* left,
+                                                               const uint32_t* right, int64_t words,
                                                                Sums& sum) {
   for (int a = 0; a < kRows; a++) sum[a][0] = sum[a][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < words; k++, left += kRows, right += kCols) {
@@ -94,7 +97,8 @@ static inline __attribute__((always_inline)) void product_sums(const uint32_t* l
 
 // block[a, j] = sum over k of left[k, a] * right[k, j], a < kRows, j < kCols.
 template <bool PAIRS>
-static inline void product_block(const uint32_t* left, const uint32_t* right, int64_t words, float* block) {
+static inline void product_block(const uint32_t* left, const uint32_t* right, int64_t words,
+                                 float* block) {
 #if defined(MERIT_AVX512)
   Sums sum;
   product_sums<PAIRS>(left, right, words, sum);
@@ -108,8 +112,10 @@ static inline void product_block(const uint32_t* left, const uint32_t* right, in
     __m256 low[4], high[4];
     for (int a = 0; a < 4; a++) low[a] = high[a] = _mm256_setzero_ps();
     for (int64_t k = 0; k < words; k++, y += kRows, x += kCols) {
-      const __m256 x_low = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
-      const __m256 x_high = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(x + 8)));
+      const __m256 x_low =
+          _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
+      const __m256 x_high =
+          _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(x + 8)));
       for (int a = 0; a < 4; a++) {
         const __m256 value = _mm256_castsi256_ps(_mm256_set1_epi32(int(y[a])));
         low[a] = _mm256_fmadd_ps(value, x_low, low[a]);
@@ -138,16 +144,20 @@ static inline void product_block(const uint32_t* left, const uint32_t* right, in
 
 // block[a, j] *= the scale of row `row` + a and column `col` + j of this part; outside of it the block is zero.
 static inline void scale_block(const LinearSketch& job, int64_t row, int64_t col, float* block) {
-  const int64_t top = row < 0 ? -row : 0, bottom = row + kRows > job.dy.cols ? job.dy.cols - row : kRows;
-  const int64_t first = col < 0 ? -col : 0, last = col + kCols > job.x.cols ? job.x.cols - col : kCols;
+  const int64_t top = row < 0 ? -row : 0,
+                bottom = row + kRows > job.dy.cols ? job.dy.cols - row : kRows;
+  const int64_t first = col < 0 ? -col : 0,
+                last = col + kCols > job.x.cols ? job.x.cols - col : kCols;
   for (int64_t a = top; a < bottom; a++)
-    for (int64_t j = first; j < last; j++) block[a * kCols + j] *= job.scale[(row + a) * job.scale_stride + col + j];
+    for (int64_t j = first; j < last; j++)
+      block[a * kCols + j] *= job.scale[(row + a) * job.scale_stride + col + j];
 }
 
 // Rows first..first + 7 of a tile and its columns half..half + 31, from registers where they fit, to their bucket.
 template <bool PAIRS>
-static inline void sketch_block(const LinearSketch& job, const Tile& tile, int64_t row, int64_t col, int first, int half,
-                                const uint32_t* left, const uint32_t* right, int64_t words) {
+static inline void sketch_block(const LinearSketch& job, const Tile& tile, int64_t row, int64_t col,
+                                int first, int half, const uint32_t* left, const uint32_t* right,
+                                int64_t words) {
 #if defined(MERIT_AVX512)
   if (!job.scale) {
     Sums sum;
@@ -173,19 +183,21 @@ static inline void sketch_block(const LinearSketch& job, const Tile& tile, int64
 
 // One tile at (row, col) of this part: the products of dY packed in `left` and X packed in `right`, to its bucket.
 template <bool PAIRS>
-static inline void sketch_tile(const LinearSketch& job, const Tile& tile, int64_t row, int64_t col, const uint32_t* left,
-                               const uint32_t* right, int64_t words) {
+static inline void sketch_tile(const LinearSketch& job, const Tile& tile, int64_t row, int64_t col,
+                               const uint32_t* left, const uint32_t* right, int64_t words) {
   for (int half = 0; half < kTile && col + half < job.x.cols; half += kCols)
     for (int first = 0; first < kTile && row + first < job.dy.cols; first += kRows)
-      sketch_block<PAIRS>(job, tile, row, col, first, half, left + first * words, right + half * words, words);
+      sketch_block<PAIRS>(job, tile, row, col, first, half, left + first * words,
+                          right + half * words, words);
 }
 
 // All strips of 64 rows against the column tiles from..to, whose words are packed in `panel`.
 template <bool PAIRS>
-static void sketch_panel(const LinearSketch& job, int64_t token, int64_t tokens, int64_t from, int64_t to, int part,
-                         float* out, const uint32_t* panel, uint32_t* left) {
+static void sketch_panel(const LinearSketch& job, int64_t token, int64_t tokens, int64_t from,
+                         int64_t to, int part, float* out, const uint32_t* panel, uint32_t* left) {
   const int64_t words = PAIRS ? (tokens + 1) / 2 : tokens;
-  const int64_t top = job.first_row / kTile, bottom = (job.first_row + job.dy.cols + kTile - 1) / kTile;
+  const int64_t top = job.first_row / kTile,
+                bottom = (job.first_row + job.dy.cols + kTile - 1) / kTile;
   Strip strip;
   for (int64_t s = top; s < bottom; s++) {
     draw_strip(job, s, from, to, part, out, strip);
@@ -194,7 +206,8 @@ static void sketch_panel(const LinearSketch& job, int64_t token, int64_t tokens,
     pack<kRows, PAIRS>(job.dy, token, tokens, row, kTile / kRows, left);
     for (int k = 0; k < strip.count; k++) {
       const uint32_t* right = panel + (strip.column[k] / kTile - from) * kTile * words;
-      sketch_tile<PAIRS>(job, strip.tiles[k], row, strip.column[k] - job.first_col, left, right, words);
+      sketch_tile<PAIRS>(job, strip.tiles[k], row, strip.column[k] - job.first_col, left, right,
+                         words);
     }
   }
 }
@@ -202,16 +215,20 @@ static void sketch_panel(const LinearSketch& job, int64_t token, int64_t tokens,
 template <bool PAIRS>
 static void sketch_example(const LinearSketch& job, int64_t b, int part, uint32_t* scratch) {
   float* out = job.out + b * job.proj_dim;
-  const int64_t begin = job.offsets[b], end = job.offsets[b + 1], depth = PAIRS ? 2 * kDepth : kDepth;
-  const int64_t left = job.first_col / kTile, right = (job.first_col + job.x.cols + kTile - 1) / kTile;
+  const int64_t begin = job.offsets[b], end = job.offsets[b + 1],
+                depth = PAIRS ? 2 * kDepth : kDepth;
+  const int64_t left = job.first_col / kTile,
+                right = (job.first_col + job.x.cols + kTile - 1) / kTile;
   uint32_t* panel = scratch + kTile * kDepth;
   for (int64_t token = begin; token < end; token += depth) {
-    const int64_t tokens = token + depth < end ? depth : end - token, words = PAIRS ? (tokens + 1) / 2 : tokens;
+    const int64_t tokens = token + depth < end ? depth : end - token,
+                  words = PAIRS ? (tokens + 1) / 2 : tokens;
     int64_t wide = kPanelWords / (words * kTile);
     if (wide > kStrip) wide = kStrip;
     for (int64_t from = left; from < right; from += wide) {
       const int64_t to = from + wide < right ? from + wide : right;
-      pack<kCols, PAIRS>(job.x, token, tokens, from * kTile - job.first_col, (to - from) * 2, panel);
+      pack<kCols, PAIRS>(job.x, token, tokens, from * kTile - job.first_col, (to - from) * 2,
+                         panel);
       sketch_panel<PAIRS>(job, token, tokens, from, to, part, out, panel, scratch);
     }
   }

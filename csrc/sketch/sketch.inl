@@ -4,7 +4,7 @@ static const int kTile = 64;
 
 // What the hash draws for one tile of 64 x 64 entries.
 struct Tile {
-  float* bucket;              // its 64 x 64 floats of the sketch
+  float* bucket;  // its 64 x 64 floats of the sketch
   uint32_t row_mask, col_mask;
   uint64_t row_signs, col_signs;  // a set bit means minus
 };
@@ -74,7 +74,8 @@ static inline void add16(__m512 value, int first, uint32_t col_mask, uint64_t si
 template <int COUNT, class T>
 static inline void add_run(const T* v, int first, uint32_t col_mask, uint64_t signs, float* row) {
 #if defined(MERIT_AVX512)
-  for (int j = first; j < first + COUNT; j += 16) add16(load16(v + (j - first)), j, col_mask, signs, row);
+  for (int j = first; j < first + COUNT; j += 16)
+    add16(load16(v + (j - first)), j, col_mask, signs, row);
 #elif defined(MERIT_AVX2)
   const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
   const __m256i source = _mm256_xor_si256(lanes, _mm256_set1_epi32(int(col_mask & 7)));
@@ -83,12 +84,14 @@ static inline void add_run(const T* v, int first, uint32_t col_mask, uint64_t si
   for (int j = first; j < first + COUNT; j += 8) {
     const __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32(int(signs >> j)), to_top_bit);
     const __m256 minus = _mm256_castsi256_ps(_mm256_and_si256(bits, top_bit));
-    const __m256 moved = _mm256_permutevar8x32_ps(_mm256_xor_ps(load8(v + (j - first)), minus), source);
+    const __m256 moved =
+        _mm256_permutevar8x32_ps(_mm256_xor_ps(load8(v + (j - first)), minus), source);
     float* at = row + (uint32_t(j) ^ (col_mask & 56));
     _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), moved));
   }
 #else
-  for (int j = first; j < first + COUNT; j++) row[uint32_t(j) ^ col_mask] += flip(value_of(v[j - first]), signs >> j);
+  for (int j = first; j < first + COUNT; j++)
+    row[uint32_t(j) ^ col_mask] += flip(value_of(v[j - first]), signs >> j);
 #endif
 }
 
@@ -101,7 +104,8 @@ struct Strip {
 };
 
 template <class Job>
-static inline void draw_strip(const Job& job, int64_t strip, int64_t from, int64_t to, int part, float* out, Strip& drawn) {
+static inline void draw_strip(const Job& job, int64_t strip, int64_t from, int64_t to, int part,
+                              float* out, Strip& drawn) {
   const uint64_t buckets = uint64_t(job.proj_dim / (kTile * kTile));
   const int64_t tiles = (job.all_cols + kTile - 1) / kTile;
   drawn.count = 0;
@@ -115,13 +119,17 @@ static inline void draw_strip(const Job& job, int64_t strip, int64_t from, int64
 
 // The run of row `row` of the parameter in one tile: whole and unscaled from where it lies, else from a copy.
 template <class T>
-static inline void add_tile_row(const SketchRows& job, const T* x, int64_t row, int64_t at, const Tile& tile) {
+static inline void add_tile_row(const SketchRows& job, const T* x, int64_t row, int64_t at,
+                                const Tile& tile) {
   uint64_t signs;
   float* to = bucket_row(tile, int(row % kTile), signs);
-  if (at >= 0 && at + kTile <= job.x.cols && !job.scale) return add_run<kTile>(x + at, 0, tile.col_mask, signs, to);
-  const int first = at < 0 ? int(-at) : 0, last = at + kTile > job.x.cols ? int(job.x.cols - at) : kTile;
+  if (at >= 0 && at + kTile <= job.x.cols && !job.scale)
+    return add_run<kTile>(x + at, 0, tile.col_mask, signs, to);
+  const int first = at < 0 ? int(-at) : 0,
+            last = at + kTile > job.x.cols ? int(job.x.cols - at) : kTile;
   alignas(64) float copy[kTile] = {};
-  const float* scale = job.scale ? job.scale + (row - job.first_row) * job.scale_stride + at : nullptr;
+  const float* scale =
+      job.scale ? job.scale + (row - job.first_row) * job.scale_stride + at : nullptr;
   for (int j = first; j < last; j++) copy[j] = value_of(x[at + j]) * (scale ? scale[j] : 1.f);
   add_run<kTile>(copy, 0, tile.col_mask, signs, to);
 }
@@ -129,14 +137,16 @@ static inline void add_tile_row(const SketchRows& job, const T* x, int64_t row, 
 // Rows begin..end-1 of x, all of one strip, tile by tile: a bucket stays in L1, and the next tile's rows are asked for
 // (those after it would push it out again).
 template <class T>
-static inline void add_strip(const SketchRows& job, int64_t begin, int64_t end, int64_t row, const Strip& strip) {
+static inline void add_strip(const SketchRows& job, int64_t begin, int64_t end, int64_t row,
+                             const Strip& strip) {
   const T* x = static_cast<const T*>(job.x.data);
   for (int k = 0; k < strip.count; k++) {
     const int64_t at = strip.column[k] - job.first_col;
     const int64_t next = k + 1 < strip.count ? strip.column[k + 1] - job.first_col : at;
     for (int64_t n = begin; n < end; n++) {
       const T* from = x + n * job.x.row_stride;
-      for (int line = 0; line < kTile; line += 64 / int(sizeof(T))) __builtin_prefetch(from + next + line);
+      for (int line = 0; line < kTile; line += 64 / int(sizeof(T)))
+        __builtin_prefetch(from + next + line);
       add_tile_row(job, from, row + n - begin, at, strip.tiles[k]);
     }
   }
@@ -146,7 +156,8 @@ template <class T>
 static void sketch_part(const SketchRows& job, int64_t b, int part) {
   float* out = job.out + b * job.proj_dim;
   const int64_t begin = job.offsets[b], end = job.offsets[b + 1];
-  const int64_t left = job.first_col / kTile, right = (job.first_col + job.x.cols + kTile - 1) / kTile;
+  const int64_t left = job.first_col / kTile,
+                right = (job.first_col + job.x.cols + kTile - 1) / kTile;
   Strip strip;
   for (int64_t n = begin; n < end;) {
     const int64_t row = job.row_ids ? job.row_ids[n] : job.first_row + n - begin;
@@ -156,7 +167,8 @@ static void sketch_part(const SketchRows& job, int64_t b, int part) {
       if (stop > end) stop = end;
     }
     for (int64_t from = left; from < right; from += kStrip) {
-      draw_strip(job, row / kTile, from, from + kStrip < right ? from + kStrip : right, part, out, strip);
+      draw_strip(job, row / kTile, from, from + kStrip < right ? from + kStrip : right, part, out,
+                 strip);
       add_strip<T>(job, n, stop, row, strip);
     }
     n = stop;

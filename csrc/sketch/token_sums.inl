@@ -1,7 +1,8 @@
 // Sums over the tokens of each example, of dY or of dY times X: gradients of biases and of the scales of norms. Included
 // inside a level's namespace, after sketch.inl.
 
-static const int kTokens = 32;  // summed by themselves, then added: errors grow with the number of blocks
+static const int kTokens =
+    32;  // summed by themselves, then added: errors grow with the number of blocks
 
 // 1 / sqrt(mean of squares + epsilon) of a row.
 template <class X>
@@ -21,8 +22,8 @@ static inline float inverse_rms(const X* x, int64_t cols, float epsilon) {
 
 // sums[j] = sum over `tokens` rows of dy[., j] * x[., j] * factor for up to 64 columns; x null: of dy.
 template <class Y, class X>
-static inline void block_sums(const TokenSums& job, const Y* dy, const X* x, const float* factor, int tokens, int cols,
-                              float* sums) {
+static inline void block_sums(const TokenSums& job, const Y* dy, const X* x, const float* factor,
+                              int tokens, int cols, float* sums) {
   for (int j = 0; j < kTile; j++) sums[j] = 0.f;
   for (int t = 0; t < tokens; t++, dy += job.dy.row_stride) {
     if (x) {
@@ -41,10 +42,12 @@ static void sum_example(const TokenSums& job, int64_t b) {
     const int64_t rest = job.offsets[b + 1] - token;
     const int tokens = rest < kTokens ? int(rest) : kTokens;
     const Y* dy = static_cast<const Y*>(job.dy.data) + token * job.dy.row_stride;
-    const X* x = job.x.data ? static_cast<const X*>(job.x.data) + token * job.x.row_stride : nullptr;
+    const X* x =
+        job.x.data ? static_cast<const X*>(job.x.data) + token * job.x.row_stride : nullptr;
     float factor[kTokens], sums[kTile];
     for (int t = 0; t < tokens; t++)
-      factor[t] = x && job.normalize ? inverse_rms(x + t * job.x.row_stride, job.x.cols, job.epsilon) : 1.f;
+      factor[t] =
+          x && job.normalize ? inverse_rms(x + t * job.x.row_stride, job.x.cols, job.epsilon) : 1.f;
     for (int64_t c = 0; c < job.dy.cols; c += kTile) {
       const int cols = job.dy.cols - c < kTile ? int(job.dy.cols - c) : kTile;
       block_sums(job, dy + c, x ? x + c : nullptr, factor, tokens, cols, sums);
