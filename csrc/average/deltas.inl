@@ -1,5 +1,5 @@
-// Methods that drop part of every branch's delta before the sum. Included inside a level's namespace, after average.inl.
-// Every number has one definition for all levels, and kernels/average/_deltas.py has the same one in NumPy.
+// Methods that drop elements of every branch's delta before they sum, after sums.inl. Every number has one definition for
+// all levels; kernels/average/deltas.py is the same in NumPy.
 
 static const int64_t kMix = kMixBlock;
 
@@ -34,9 +34,8 @@ static void load_delta(const void* data, DType type, int64_t at, int64_t n,
   }
 }
 
-// What elements are ranked by, in fp32: |x_k - base|, or with k = kVariance the population variance of the deltas.
-void delta_sizes(const void* const* inputs, const DType* types, int branches, int k, int64_t at,
-                 int64_t n, float* __restrict sizes) {
+static void delta_sizes(const void* const* inputs, const DType* types, int branches, int k,
+                        int64_t at, int64_t n, float* __restrict sizes) {
   double delta[kMix], start[kMix], sum[kMix], squares[kMix];
   float base[kMix];
   const bool wide = k == kVariance || types[k] == DType::F64 || types[branches] == DType::F64;
@@ -77,9 +76,8 @@ void delta_sizes(const void* const* inputs, const DType* types, int branches, in
   }
 }
 
-// How many sizes lie above a value, and how many are it. Here and below sizes compare by their bits: the same order,
-// and NaN has its place, above infinity.
-void count_sizes(const float* sizes, int64_t n, float value, int64_t* above, int64_t* equal) {
+static void count_sizes(const float* sizes, int64_t n, float value, int64_t* above,
+                        int64_t* equal) {
   const int32_t wanted = int32_t(as_bits(value));
   int64_t more = 0, same = 0;
   for (int64_t lo = 0; lo < n; lo += kMix) {
@@ -95,9 +93,8 @@ void count_sizes(const float* sizes, int64_t n, float value, int64_t* above, int
   *above = more, *equal = same;
 }
 
-// Bits of the sizes in [low, high), in order; counts those from `high` up. picked has room for n + 16.
-int64_t pick_sizes(const float* sizes, int64_t n, uint32_t low, uint32_t high, uint32_t* picked,
-                   int64_t* above) {
+static int64_t pick_sizes(const float* sizes, int64_t n, uint32_t low, uint32_t high,
+                          uint32_t* picked, int64_t* above) {
   int64_t count = 0, more = 0, i = 0;
 #ifdef MERIT_AVX512
   const __m512i first = _mm512_set1_epi32(int(low)), end = _mm512_set1_epi32(int(high));
@@ -120,7 +117,8 @@ int64_t pick_sizes(const float* sizes, int64_t n, uint32_t low, uint32_t high, u
   return count;
 }
 
-// in[i]: element i is among the cut's largest. ties: how many of the cut's ties are still to come; counted down.
+// in[i] tells whether element i is among the largest that the cut keeps. ties: how many elements that equal the cut are
+// still to be kept; counted down.
 static void among_largest(const float* __restrict sizes, int64_t n, float value, int64_t* ties,
                           int32_t* __restrict in) {
   int64_t above, equal;
@@ -137,7 +135,7 @@ static void among_largest(const float* __restrict sizes, int64_t n, float value,
   *ties -= equal < *ties ? equal : *ties;
 }
 
-// kept[i]: among the `low` cut's largest, but not among the `high` cut's.
+// kept[i] tells whether element i passes the `low` cut and not the `high` cut.
 static void keep_by_size(const MixRule& rule, const void* const* inputs, const DType* types, int k,
                          int64_t at, int64_t n, int64_t* low_ties, int64_t* high_ties,
                          int32_t* kept) {
@@ -150,12 +148,9 @@ static void keep_by_size(const MixRule& rule, const void* const* inputs, const D
   for (int64_t i = 0; i < n; i++) kept[i] &= ~dropped[i];
 }
 
-// u in [0, 1) of an element: SplitMix64 (Steele et al. 2014) of the stream at that element's place.
+// Returns the number in [0, 1) that the stream holds for an element.
 static inline double uniform(uint64_t stream, uint64_t element) {
-  uint64_t z = stream + (element + 1) * 0x9e3779b97f4a7c15ull;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return double((z ^ (z >> 31)) >> 11) * 0x1p-53;
+  return double(splitmix64(stream, element) >> 11) * 0x1p-53;
 }
 
 static void keep_by_chance(const MixRule& rule, int k, int64_t element, const uint32_t* ranks,
@@ -183,8 +178,8 @@ static int32_t count_nonfinite(const double* __restrict d, int64_t n) {
   return bad;
 }
 
-// d = w * d where kept (null: everywhere), else 0; the total gets that, or with plain_votes the kept d as it was.
-// Returns how many d were not finite.
+// d = w * d where kept (null: everywhere), else 0. The total gets the new d, or with plain_votes the kept d before
+// weighting. Returns the number of d that are not finite.
 static int32_t weigh(const int32_t* __restrict kept, double w, bool plain_votes, int64_t n,
                      double* __restrict d, double* __restrict total) {
   if (plain_votes)
@@ -223,11 +218,9 @@ static void elect_and_sum(const MixRule& rule, const double* deltas, const doubl
     for (int64_t i = 0; i < n; i++) mixed[i] /= divisor[i] != 0.0 ? divisor[i] : 1.0;
 }
 
-// out = base + scale * mix_k(weight_k * sparse_k(x_k - base)), rounded once. `element` is the first one's place in its
-// tensor; the tie counts are this chunk's and are counted down. Returns whether every input and result is finite.
-bool mix_deltas(const MixRule& rule, const void* const* inputs, const DType* types, int64_t element,
-                int64_t n, int64_t* low_ties, int64_t* high_ties, const uint32_t* ranks, void* out,
-                DType out_type, double* scratch) {
+static bool mix_deltas(const MixRule& rule, const void* const* inputs, const DType* types,
+                       int64_t element, int64_t n, int64_t* low_ties, int64_t* high_ties,
+                       const uint32_t* ranks, void* out, DType out_type, double* scratch) {
   const int count = rule.branches;
   double total[kMix], mixed[kMix], base[kMix];
   int32_t kept[kMix];
@@ -256,9 +249,10 @@ bool mix_deltas(const MixRule& rule, const void* const* inputs, const DType* typ
   return nonfinite == 0;
 }
 
-// squares[k] = sum of the kept deltas' squares, in eight running sums (lanes: [branches, 8]) joined in a fixed tree.
-void kept_squares(const MixRule& rule, const void* const* inputs, const DType* types, int64_t n,
-                  int64_t* low_ties, int64_t* high_ties, double* squares, double* lanes) {
+// The squares go to eight running sums, which are joined in a fixed tree.
+static void kept_squares(const MixRule& rule, const void* const* inputs, const DType* types,
+                         int64_t n, int64_t* low_ties, int64_t* high_ties, double* squares,
+                         double* lanes) {
   const int count = rule.branches;
   double delta[kMix], base[kMix];
   int32_t kept[kMix];
@@ -278,10 +272,8 @@ void kept_squares(const MixRule& rule, const void* const* inputs, const DType* t
   }
 }
 
-// out[i] = base[i] + factor * sum_r left[row, r] * right[r, col] for elements first .. first + n of a [rows, cols]
-// matrix, r in order, fp64.
-void low_rank_rows(const double* base, const float* left, const float* right, int64_t rank,
-                   int64_t cols, double factor, int64_t first, int64_t n, double* out) {
+static void low_rank_rows(const double* base, const float* left, const float* right, int64_t rank,
+                          int64_t cols, double factor, int64_t first, int64_t n, double* out) {
   double sum[kMix];
   for (int64_t lo = 0, m = 0; lo < n; lo += m) {
     const int64_t row = (first + lo) / cols, col = (first + lo) % cols;

@@ -1,50 +1,51 @@
-// merit_fast._C: the Python door of cross_entropy.h.
+// merit_fast._C: the steps of linear + cross-entropy between the matrix products.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/tuple.h>
 
+#include <new>
 #include <stdexcept>
-#include <tuple>
 
-#include "bindings.h"
+#include "common/bindings.h"
+#include "cross_entropy/cross_entropy.h"
 
 namespace nb = nanobind;
+using nb::literals::operator""_a;
 
-namespace {
+void define_cross_entropy(nb::module_& m, const LossKernels& kernels) {
+  nb::class_<LogitsTile>(m, "LogitsTile")
+      .def(
+          "__init__",
+          [](LogitsTile* self, uintptr_t logits, bool bf16, int64_t rows, int64_t columns,
+             int64_t first, uintptr_t bias, double softcap, uintptr_t labels, int threads) {
+            if (rows < 0 || columns < 0 || threads < 1)
+              throw std::invalid_argument("cross_entropy: bad shape or threads");
+            new (self) LogitsTile{.logits = pointer<const void>(logits),
+                                  .bf16 = bf16,
+                                  .rows = rows,
+                                  .columns = columns,
+                                  .first = first,
+                                  .bias = pointer<const float>(bias),
+                                  .softcap = float(softcap),
+                                  .labels = pointer<const int64_t>(labels),
+                                  .threads = threads};
+          },
+          nb::kw_only(), "logits"_a, "bf16"_a, "rows"_a, "columns"_a, "first"_a, "bias"_a,
+          "softcap"_a, "labels"_a, "threads"_a);
 
-// Address, bf16, rows, columns, first word, bias or 0, softcap or 0, labels, threads.
-using Tile =
-    std::tuple<uintptr_t, bool, int64_t, int64_t, int64_t, uintptr_t, double, uintptr_t, int>;
-using Rows = std::tuple<uintptr_t, int64_t>;  // address of [4, rows], elements from one to the next
+  m.def(
+      "loss_update",
+      [&kernels](const LogitsTile& tile, uintptr_t state, int64_t stride) {
+        const LossUpdate job{tile, pointer<double>(state), stride};
+        nb::gil_scoped_release release;
+        kernels.update(job);
+      },
+      nb::kw_only(), "tile"_a, "state"_a, "stride"_a);
 
-LogitsTile logits_tile(const Tile& tile) {
-  const auto [logits, bf16, rows, columns, first, bias, softcap, labels, threads] = tile;
-  if (rows < 0 || columns < 0 || threads < 1)
-    throw std::invalid_argument("cross_entropy: bad shape or threads");
-  return {reinterpret_cast<const void*>(logits),
-          bf16,
-          rows,
-          columns,
-          first,
-          reinterpret_cast<const float*>(bias),
-          float(softcap),
-          reinterpret_cast<const int64_t*>(labels),
-          threads};
-}
-
-}  // namespace
-
-void define_cross_entropy(nb::module_& m, const Level& level) {
-  m.def("loss_update", [&level](const Tile& tile, const Rows& state) {
-    const LossUpdate job{logits_tile(tile), reinterpret_cast<double*>(std::get<0>(state)),
-                         std::get<1>(state)};
-    nb::gil_scoped_release release;
-    level.loss->update(job);
-  });
-
-  m.def("loss_gradient", [&level](const Tile& tile, const Rows& terms, uintptr_t out) {
-    const LossGradient job{logits_tile(tile), reinterpret_cast<const float*>(std::get<0>(terms)),
-                           std::get<1>(terms), reinterpret_cast<void*>(out)};
-    nb::gil_scoped_release release;
-    level.loss->gradient(job);
-  });
+  m.def(
+      "loss_gradient",
+      [&kernels](const LogitsTile& tile, uintptr_t terms, int64_t stride, uintptr_t out) {
+        const LossGradient job{tile, pointer<const float>(terms), stride, pointer<void>(out)};
+        nb::gil_scoped_release release;
+        kernels.gradient(job);
+      },
+      nb::kw_only(), "tile"_a, "terms"_a, "stride"_a, "out"_a);
 }

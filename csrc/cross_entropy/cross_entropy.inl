@@ -123,4 +123,7 @@ static void loss_gradient(const LossGradient& job) {
     job.bf16 ? gradient_row<uint16_t>(job, row) : gradient_row<float>(job, row);
 }
 
-const LossKernels loss_kernels = {loss_update, loss_gradient};
+extern const LossKernels loss_kernels = {
+    .update = loss_update,
+    .gradient = loss_gradient,
+};

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <utility>
 
-#include "levels/levels.h"
 #include "engine/workers.h"
 
 namespace {
@@ -25,23 +24,24 @@ float size_of(uint32_t bits) {
   return f;
 }
 
-// What is known of one threshold: its value's bits lie in [low, high).
+// The search for one threshold. The bits of its value lie in [low, high).
 struct Search {
   Threshold* threshold;
   uint32_t low, high;
-  uint32_t try_low, try_high;  // where the sample says it is
+  uint32_t try_low, try_high;  // range that the sample suggests
   uint32_t look_low,
-      look_high;  // the part that the next pass cuts into bins; none: it tries the guess alone
+      look_high;  // range that the next pass cuts into bins; empty: it tests only the guess
   bool exact;
 };
 
-// A sample says which value it may be, and where it is if not that.
+// Guesses the value from a sample, and a range for the case that the guess is wrong.
 void guess(std::vector<float>* sample, int64_t elements, bool few_values, Search* s) {
   const int64_t m = int64_t(sample->size());
-  const double share = double(s->threshold->rank) / double(elements), middle = share * double(m);
+  const double share = double(s->threshold->rank) / double(elements);
+  const double middle = share * double(m);
   const double spread = 4.0 * std::sqrt(share * (1.0 - share) * double(m)) + 2.0;
-  const auto at = [&](double place) {
-    const auto wanted = sample->begin() + std::clamp(int64_t(place), int64_t(0), m - 1);
+  const auto at = [&](double position) {
+    const auto wanted = sample->begin() + std::clamp(int64_t(position), int64_t(0), m - 1);
     std::nth_element(sample->begin(), wanted, sample->end(),
                      [](float a, float b) { return bits_of(a) > bits_of(b); });
     return *wanted;
@@ -49,10 +49,12 @@ void guess(std::vector<float>* sample, int64_t elements, bool few_values, Search
   s->threshold->value = at(std::ceil(middle) - 1);
   s->try_low = middle + spread >= double(m) ? 0 : bits_of(at(middle + spread));
   s->try_high = middle - spread < 0 ? kEnd : bits_of(at(middle - spread)) + 1;
-  if (!few_values) s->look_low = s->try_low, s->look_high = s->try_high;
+  if (few_values) return;
+  s->look_low = s->try_low;
+  s->look_high = s->try_high;
 }
 
-// What one worker has counted for one search.
+// Counts of one worker for one search.
 struct Tally {
   int64_t above_value = 0, equal = 0, above_look = 0;
   std::vector<int64_t> bins;
@@ -64,7 +66,7 @@ int bin_shift(const Search& s) {
   return shift;
 }
 
-// Takes in what a pass has found: the guess was right, or the range gets narrower.
+// Applies the counts of a pass: the guess was right, or the range becomes narrower.
 void conclude(const Tally& t, Search* s) {
   Threshold* threshold = s->threshold;
   const int64_t rank = threshold->rank;
@@ -77,11 +79,16 @@ void conclude(const Tally& t, Search* s) {
   else
     s->high = std::min(s->high, value);
   if (s->look_low == s->look_high) {
-    s->look_low = std::max(s->low, s->try_low), s->look_high = std::min(s->high, s->try_high);
-    if (s->look_low >= s->look_high) s->look_low = s->low, s->look_high = s->high;
+    s->look_low = std::max(s->low, s->try_low);
+    s->look_high = std::min(s->high, s->try_high);
+    if (s->look_low < s->look_high) return;
+    s->look_low = s->low;
+    s->look_high = s->high;
     return;
   }
-  int64_t above = t.above_look, here = 0, bin = kBins - 1;
+  int64_t above = t.above_look;
+  int64_t here = 0;
+  int64_t bin = kBins - 1;
   const int shift = bin_shift(*s);
   for (; bin >= 0 && rank > above; bin--) {
     here = t.bins[size_t(bin)];
@@ -104,46 +111,51 @@ void conclude(const Tally& t, Search* s) {
       return;
     }
   }
-  s->look_low = s->low, s->look_high = s->high;
+  s->look_low = s->low;
+  s->look_high = s->high;
   threshold->value = size_of(
       s->low);  // differences of 16-bit floats end in zeros: a bin's start is its likely value
 }
 
-// One pass over all sizes: counts above and at every guess, and in bins around it.
+// Passes once over all sizes; counts those above and at every guess, and in bins around it.
 bool survey(const Sizes& sizes, const std::vector<Search*>& searches) {
   std::vector<std::vector<Tally>> tallies(size_t(sizes.threads),
                                           std::vector<Tally>(searches.size()));
   std::vector<std::vector<uint32_t>> picked(static_cast<size_t>(sizes.threads));
   std::vector<int> wanted;
   for (Search* s : searches) {
-    wanted.push_back(s->threshold->which);
+    wanted.push_back(s->threshold->ranking);
     s->threshold->chunk_ties.assign(size_t(sizes.chunks), 0);
   }
-  const auto count = [&](int worker, int64_t chunk, size_t place, const float* x, int64_t n) {
-    const Search& s = *searches[place];
-    Tally& t = tallies[size_t(worker)][place];
+  const auto count = [&](int worker, int64_t chunk, size_t index, const float* x, int64_t n) {
+    const Search& s = *searches[index];
+    Tally& t = tallies[size_t(worker)][index];
     std::vector<uint32_t>& buffer = picked[size_t(worker)];
     buffer.resize(size_t(sizes.chunk_elements + 16));
     t.bins.resize(size_t(kBins));
     int64_t above = 0, equal = 0;
-    sizes.level.count_sizes(x, n, s.threshold->value, &above, &equal);
-    t.above_value += above, t.equal += equal;
+    sizes.kernels.count_sizes(x, n, s.threshold->value, &above, &equal);
+    t.above_value += above;
+    t.equal += equal;
     s.threshold->chunk_ties[size_t(chunk)] = equal;
-    if (s.look_low == s.look_high) return;  // the guess alone
-    const int64_t found =
-        sizes.level.pick_sizes(x, n, s.look_low, s.look_high, buffer.data(), &above);
+    if (s.look_low == s.look_high) return;  // tests only the guess
+    const int64_t num_picked =
+        sizes.kernels.pick_sizes(x, n, s.look_low, s.look_high, buffer.data(), &above);
     t.above_look += above;
     const int shift = bin_shift(s);
-    for (int64_t i = 0; i < found; i++) t.bins[size_t((buffer[size_t(i)] - s.look_low) >> shift)]++;
+    for (int64_t i = 0; i < num_picked; i++)
+      t.bins[size_t((buffer[size_t(i)] - s.look_low) >> shift)]++;
   };
   if (!sizes.scan(wanted, count)) return false;
   for (size_t i = 0; i < searches.size(); i++) {
     Tally sum;
     sum.bins.resize(size_t(kBins));
-    for (auto& worker : tallies) {
-      sum.above_value += worker[i].above_value, sum.equal += worker[i].equal,
-          sum.above_look += worker[i].above_look;
-      for (size_t bin = 0; bin < worker[i].bins.size(); bin++) sum.bins[bin] += worker[i].bins[bin];
+    for (const std::vector<Tally>& worker : tallies) {
+      const Tally& tally = worker[i];
+      sum.above_value += tally.above_value;
+      sum.equal += tally.equal;
+      sum.above_look += tally.above_look;
+      for (size_t bin = 0; bin < tally.bins.size(); bin++) sum.bins[bin] += tally.bins[bin];
     }
     conclude(sum, searches[i]);
   }
@@ -162,14 +174,14 @@ bool find_thresholds(const Sizes& sizes, std::vector<Threshold>* thresholds) {
     t.ties = 0;
     if (none || every) continue;
     all.push_back({&t, 0, kEnd, 0, kEnd, 0, 0, false});
-    if (rankings.empty() || rankings.back() != t.which) rankings.push_back(t.which);
+    if (rankings.empty() || rankings.back() != t.ranking) rankings.push_back(t.ranking);
   }
   if (all.empty()) return true;
   std::vector<std::vector<float>> samples(rankings.size());
   if (!sizes.sample(rankings, samples.data())) return false;
   for_each_item(int64_t(rankings.size()), sizes.threads, [&](int, int64_t i) {
     for (Search& s : all)
-      if (s.threshold->which == rankings[size_t(i)])
+      if (s.threshold->ranking == rankings[size_t(i)])
         guess(&samples[size_t(i)], sizes.elements, sizes.few_values, &s);
     return true;
   });
@@ -183,9 +195,14 @@ bool find_thresholds(const Sizes& sizes, std::vector<Threshold>* thresholds) {
 }
 
 void rank_row(const float* sizes, int64_t n, uint32_t* ranks, uint32_t* space) {
-  uint32_t *keys = space, *order = space + n, *next_keys = space + 2 * n,
-           *next_order = space + 3 * n;
-  for (int64_t i = 0; i < n; i++) keys[i] = bits_of(sizes[i]), order[i] = uint32_t(i);
+  uint32_t* keys = space;
+  uint32_t* order = space + n;
+  uint32_t* next_keys = space + 2 * n;
+  uint32_t* next_order = space + 3 * n;
+  for (int64_t i = 0; i < n; i++) {
+    keys[i] = bits_of(sizes[i]);
+    order[i] = uint32_t(i);
+  }
   for (int shift = 0; shift < 31; shift += 11) {
     uint32_t starts[2048] = {};
     for (int64_t i = 0; i < n; i++) starts[(keys[i] >> shift) & 2047]++;
@@ -193,7 +210,8 @@ void rank_row(const float* sizes, int64_t n, uint32_t* ranks, uint32_t* space) {
     for (uint32_t& start : starts) sum += std::exchange(start, sum);
     for (int64_t i = 0; i < n; i++) {
       const uint32_t to = starts[(keys[i] >> shift) & 2047]++;
-      next_keys[to] = keys[i], next_order[to] = order[i];
+      next_keys[to] = keys[i];
+      next_order[to] = order[i];
     }
     std::swap(keys, next_keys);
     std::swap(order, next_order);

@@ -17,7 +17,9 @@ int read_all(int fd, char* p, size_t n, int64_t at) {
     if (r < 0 && errno == EINTR) continue;
     if (r < 0) return errno;
     if (r == 0) return kTruncated;
-    p += r, n -= size_t(r), at += r;
+    p += r;
+    n -= size_t(r);
+    at += r;
   }
   return 0;
 }
@@ -32,11 +34,13 @@ int write_all(int fd, const char* p, size_t n, int64_t at, bool early) {
     if (r < 0 && errno == EINTR) continue;
     if (r <= 0) return r < 0 ? errno : EIO;
 #ifdef SYNC_FILE_RANGE_WRITE
-    const int64_t window = (at + r) / kWriteBack - 1;  // the last one that is over
-    if (early && at / kWriteBack <= window)            // a hint: what it cannot do, fsync will
+    const int64_t window = (at + r) / kWriteBack - 1;  // the last one that is complete
+    if (early && at / kWriteBack <= window)            // a hint: fsync does the rest
       sync_file_range(fd, window * kWriteBack, kWriteBack, SYNC_FILE_RANGE_WRITE);
 #endif
-    p += r, n -= size_t(r), at += r;
+    p += r;
+    n -= size_t(r);
+    at += r;
   }
   return 0;
 }
@@ -67,31 +71,30 @@ void scale_up(const Scales& s, const uint8_t* x, int64_t first, int64_t n, doubl
   }
 }
 
-void widen(const void* data, DType type, int64_t n, const Level& level, double* out) {
-  const double one = 1.0;
-  level.weighted_average(&data, &type, &one, 1, out, DType::F64, n);
+void widen(const AverageKernels& kernels, const void* data, DType type, int64_t n, double* out) {
+  const double weight = 1.0;
+  kernels.weighted_average(&data, &type, &weight, 1, out, DType::F64, n);
 }
 
 }  // namespace
 
-int read_source(const Level& level, const RemoteRead& remote, const Source& source, int64_t first,
-                int64_t n, char* buffer, char* scratch) {
-  const int64_t item = int64_t(source.stored_bytes()), at = source.offset + first * item;
-  const bool made =
-      source.type() != source.stored || !source.scales.empty() || !source.low_rank.empty();
-  char* raw = made ? scratch : buffer;
+int read_source(const AverageKernels& kernels, const RemoteRead& remote, const Source& source,
+                int64_t first, int64_t n, char* buffer, char* scratch) {
+  const int64_t item = int64_t(source.stored_bytes());
+  const int64_t at = source.offset + first * item;
+  char* raw = source.is_decoded() ? scratch : buffer;
   const int error = source.file >= 0 ? read_all(int(source.file), raw, size_t(n * item), at)
                                      : remote(-1 - source.file, at, n * item, raw);
-  if (error || !made) return error;
-  double* values = reinterpret_cast<double*>(source.low_rank.empty() ? buffer : scratch + 8 * n);
-  if (source.scales.empty())
-    widen(raw, source.stored, n, level, values);
+  if (error || !source.is_decoded()) return error;
+  double* values = reinterpret_cast<double*>(source.low_rank ? scratch + 8 * n : buffer);
+  if (source.scales)
+    scale_up(*source.scales, reinterpret_cast<const uint8_t*>(raw), first, n, values);
   else
-    scale_up(source.scales[0], reinterpret_cast<const uint8_t*>(raw), first, n, values);
-  if (!source.low_rank.empty()) {
-    const LowRank& l = source.low_rank[0];
-    level.low_rank_rows(values, l.left, l.right, l.rank, l.cols, l.factor, first, n,
-                        reinterpret_cast<double*>(buffer));
+    widen(kernels, raw, source.stored, n, values);
+  if (source.low_rank) {
+    const LowRank& l = *source.low_rank;
+    kernels.low_rank_rows(values, l.left, l.right, l.rank, l.cols, l.factor, first, n,
+                          reinterpret_cast<double*>(buffer));
   }
   return 0;
 }

@@ -1,10 +1,10 @@
-// Merges from files to files with bounded memory: workers take chunks from a counter, read the inputs into their own
-// buffers, combine, pwrite to the final offset. Memory: threads x (N + 1) x chunk bytes.
+// Merges from files to files in bounded memory. Workers take chunks from a counter, read the inputs into their own
+// buffers, combine them and write to the final offset. Memory: threads x (N + 1) x chunk bytes.
 #pragma once
 #include <cstdint>
 #include <vector>
 
-#include "levels/levels.h"
+#include "average/average.h"
 #include "engine/source.h"
 
 // A run of elements that is contiguous in every input and in the output.
@@ -14,34 +14,34 @@ struct Segment {
   int64_t output_offset;  // bytes, or an address
   DType output_type;
   std::vector<Source> inputs;
-  std::vector<double> weights;  // of the first inputs; none: nothing is averaged or written
+  std::vector<double> weights;  // of the first inputs; empty: nothing is averaged or written
 };
 
 struct MergeResult {
   int error;        // an errno, 0 for none
-  int64_t segment;  // where it happened, -1 for nowhere
+  int64_t segment;  // index of the segment at fault, -1 for none
   int64_t element;  // first element of the chunk in that segment
-  int64_t input;    // which input could not be read; -1: the output
+  int64_t input;    // index of the input that could not be read; -1: the output
   bool nonfinite;   // a value is not finite in the output type
 };
 
-// A run of elements of one tensor inside one chunk, whose deltas' Gram matrix is wanted.
+// A run of elements of one tensor inside one chunk, of whose deltas the Gram matrix is wanted.
 struct Piece {
   int64_t segment, first, elements;
 };
 
-// Gram matrices to take: pieces (sorted, none across a chunk's border) of the first `branches` inputs, as deltas from
-// the input after them or from zero. gram gets [pieces, branches, branches].
+// Gram matrices to compute: pieces (sorted, none across the border of a chunk) of the first `branches` inputs, as deltas
+// from the input after them, or without `from_base` from zero.
 struct GramJob {
   std::vector<Piece> pieces;
   int branches;
   bool from_base;
-  double* gram;
+  double* gram;  // [pieces, branches, branches]
 };
 
-// What all workers of a merge share.
+// Shared by all workers of a merge.
 struct Engine {
-  const Level& level;
+  const AverageKernels& kernels;
   const RemoteRead& remote;
   int64_t chunk_elements;
   int threads;
@@ -54,8 +54,8 @@ struct Engine {
 MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segments,
                        const GramJob& grams);
 
-// How one tensor's deltas from its last input are thinned and mixed: MixRule with owned arrays, and ranks in place of
-// thresholds. Branch k keeps its elements of rank top[k] .. top[k] + keep[k] by falling size, ties by index.
+// How the deltas of one tensor from its last input are thinned and mixed: MixRule with arrays of its own, and ranks in
+// place of thresholds. Branch k keeps its elements of rank top[k] .. top[k] + keep[k] by falling size, ties by index.
 struct TensorRule {
   std::vector<double> weight;
   std::vector<int64_t> top, keep;  // or empty

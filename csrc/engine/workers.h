@@ -1,4 +1,4 @@
-// Workers that share a counter: the result does not depend on how many there are.
+// Workers that take items from a shared counter; results do not depend on their number.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -17,7 +17,7 @@ inline Memory page_aligned(size_t bytes) {
   return Memory(static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096)));
 }
 
-// body(worker, item) for items 0 .. count - 1; the first false stops everything.
+// Calls body(worker, item) for items 0 .. count - 1; the first false stops all workers.
 template <class Body>
 void for_each_item(int64_t count, int threads, const Body& body) {
   std::atomic<int64_t> next{0};
@@ -32,9 +32,7 @@ void for_each_item(int64_t count, int threads, const Body& body) {
   std::vector<std::thread> pool;
   try {
     for (int t = 1; t < threads && t < count; t++) pool.emplace_back(work, t);
-  } catch (
-      const std::
-          system_error&) {  // the system gives no more threads: those there are do the same work
+  } catch (const std::system_error&) {  // no more threads: those that run do all the work
   }
   work(0);
   for (auto& thread : pool) thread.join();

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-// A matrix of floats or bf16 bits, by rows: entry (r, c) is element r * stride + c. Without data: not there.
+// A matrix of floats or bf16 bits, by rows: entry (r, c) is element r * stride + c. A matrix without data is absent.
 struct LayerMatrix {
   void* data;
   bool bf16;
@@ -12,21 +12,21 @@ struct LayerMatrix {
 // RMSNorm of each row of x, or of total = x + residual, which is written too.
 struct NormJob {
   int64_t rows, cols;
-  LayerMatrix x, residual, total,
-      out;  // total is float where x or residual is; out where what is normed or scale is
-  const float* scale;  // [cols]
+  LayerMatrix x, residual, total;  // total is float if x or residual is
+  LayerMatrix out;                 // float if the normed matrix or scale is
+  const float* scale;              // [cols]
   float epsilon;
-  bool round_first;  // the normed row is rounded to its own type before it is scaled
+  bool round_first;  // rounds the normed row to its own type before it is scaled
   int threads;
 };
 
-const int64_t kNormRows =
-    16;  // whose gradients of the scale are summed in float, then added to others in double
+// Rows whose gradients of the scale are summed in float; such sums are then added in double.
+const int64_t kNormRows = 16;
 
 struct NormBackward {
   int64_t rows, cols;
   LayerMatrix dout, x, dtotal,
-      dx;  // dtotal is added to the gradient of x, and has the type of x as dx has
+      dx;  // dtotal is added to the gradient of x; it has the type of x, as dx has
   const float* scale;
   float epsilon;
   float* sums;    // [ceil(rows / kNormRows), cols] to work in, or null: no gradient of the scale
@@ -36,7 +36,7 @@ struct NormBackward {
 
 enum class Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2 };
 
-// out = activation(gate) * up; with dout the gradients instead. All of one type.
+// out = activation(gate) * up; with dout, the gradients dgate and dup instead. All matrices have one type.
 struct GatedJob {
   int64_t rows, cols;
   LayerMatrix gate, up, out, dout, dgate, dup;
@@ -51,13 +51,13 @@ struct RopeHeads {
   int64_t heads, batch_stride, head_stride, token_stride;
 };
 
-// Each of the first `rotary` entries of a head with its partner half of them away; the others are copied.
+// Rotates each of the first `rotary` entries of a head with its partner, rotary / 2 away; copies the other entries.
 struct RopeJob {
   int64_t batch, tokens, width, rotary;
   RopeHeads in[2],
-      out[2];  // of queries and of keys; out is float where in or cos is, and in the gradient's job in is
-  RopeHeads cos, sin;  // [B or 1, T, rotary], of one type; no heads
-  bool backward;       // turns the other way
+      out[2];  // queries and keys; out is float if in or cos is, and in the backward job if in is
+  RopeHeads cos, sin;  // [B or 1, T, rotary], of one type; one head
+  bool backward;       // rotates the other way
   int threads;
 };
 

@@ -1,21 +1,18 @@
+// Level "avx2": AVX2 and FMA.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <omp.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "levels/levels.h"
 #define MERIT_AVX2 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace level_avx2 {
-#include "common/numbers.inl"
-#include "average/average.inl"
-#include "average/deltas.inl"
-#include "sketch/sketch.inl"
-#include "sketch/linear.inl"
-#include "sketch/token_sums.inl"
-#include "cross_entropy/cross_entropy.inl"
-#include "optimizer/optimizer.inl"
-#include "layers/layers.inl"
-}  // namespace level_avx2
+#include "levels/all_kernels.inl"
+}
 #pragma GCC pop_options
 #endif

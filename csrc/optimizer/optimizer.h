@@ -2,15 +2,12 @@
 #pragma once
 #include <cstdint>
 
+// Codes shared with MOMENTS and MASTERS of kernels/optimizer/_native.py.
 enum class Moments : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
-enum class Master : int32_t {
-  NONE = 0,
-  F32 = 1,
-  SPLIT = 2
-};  // split: the 16 bits that a bf16 weight lacks
+enum class Master : int32_t { NONE = 0, F32 = 1, SPLIT = 2 };  // split: 16 bits that bf16 lacks
 
-const int64_t kUpdateItem = 16384;  // elements that one thread takes
-const int kUpdateChunk = 1024;      // of them held in L1 at a time; four blocks of 8-bit moments
+const int64_t kUpdateItem = 16384;  // elements that one thread takes at a time
+const int kUpdateChunk = 1024;      // elements of an item held in L1; four blocks of 8-bit moments
 const int kMomentBlock = 256;       // 8-bit moments that share a scale
 
 struct AdamWTensor {
@@ -20,8 +17,9 @@ struct AdamWTensor {
   void* master;                             // float [n], or int16_t [n]
   float* average;                           // [n] or null
   uint64_t key;                             // of (seed, step, parameter)
-  float rate, root,
-      average_weight;  // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), share of the new weight
+  float rate;                               // lr / (1 - beta1^t)
+  float root;                               // 1 / sqrt(1 - beta2^t)
+  float average_weight;                     // share of the new weight in the average
 };
 
 struct AdamWJob {
@@ -31,7 +29,9 @@ struct AdamWJob {
   Moments moments;
   Master master;
   bool stochastic, zero_grad;
-  float decay, beta1, rest1, beta2, rest2, epsilon, clip;  // 1 - lr * weight_decay; rest: 1 - beta
+  float decay;                       // 1 - lr * weight_decay
+  float beta1, rest1, beta2, rest2;  // rest: 1 - beta
+  float epsilon, clip;
   int threads;
 };
 
@@ -41,7 +41,7 @@ struct SquareSums {
   int64_t count;
   bool bf16;
   int threads;
-  double* sums;  // [blocks], one for every kUpdateItem elements of each tensor, in order
+  double* sums;  // one for every kUpdateItem elements of each tensor, in order
 };
 
 struct OptimizerKernels {

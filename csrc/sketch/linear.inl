@@ -13,11 +13,7 @@ static const bool kHasPairs = true;
 static const bool kHasPairs = false;
 #endif
 
-static inline uint32_t word_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
+static inline uint32_t word_of(float value) { return as_bits(value); }
 static inline uint32_t word_of(uint16_t value) { return uint32_t(value) << 16; }
 
 // Word of one column: a float, or the tokens of `row` and `next` (null: zero).
@@ -234,8 +230,8 @@ static void sketch_example(const LinearSketch& job, int64_t b, int part, uint32_
   }
 }
 
-// Parts own disjoint buckets, so threads share an example without meeting and the sums' order is always the same.
-void sketch_linear(const LinearSketch& job) {
+// Parts own disjoint buckets, so threads share an example without a conflict, and the order of sums is always the same.
+static void sketch_linear(const LinearSketch& job) {
 #pragma omp parallel num_threads(job.threads)
   {
     uint32_t* scratch = job.scratch + kLinearScratch * omp_get_thread_num();

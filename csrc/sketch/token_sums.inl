@@ -56,7 +56,7 @@ static void sum_example(const TokenSums& job, int64_t b) {
   }
 }
 
-void token_sums(const TokenSums& job) {
+static void token_sums(const TokenSums& job) {
 #pragma omp parallel for schedule(static) num_threads(job.threads)
   for (int64_t b = 0; b < job.examples; b++) {
     if (job.dy.bf16)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import dispatch
+from merit_fast.kernels.average import _native
 
-# The order is that of the codes in csrc/levels/levels.h.
+# The order is that of the codes in csrc/common/dtypes.h.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 1 << 20  # elements: what eager holds in float64 at a time, and what a native thread takes
 
@@ -120,12 +121,9 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _average_native(
     columns: Sequence[tuple[list[Tensor], Tensor]], weights: Sequence[float]
 ) -> None:
-    native = dispatch.native_module()
-    assert native is not None
-
     def run(job: tuple[list[Tensor], Tensor, int]) -> None:
         tensors, target, first = job
-        native.weighted_average(
+        _native.weighted_average(
             [tensor.data_ptr() + first * tensor.itemsize for tensor in tensors],
             [DTYPES.index(tensor.dtype) for tensor in tensors],
             list(weights),
