@@ -1,4 +1,5 @@
-// merit_fast._C: every family's functions at the ISA level chosen for this process. Includes no torch headers.
+// merit_fast._C: every family's functions at the ISA level chosen for this process. Includes no
+// torch headers.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 

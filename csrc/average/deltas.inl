@@ -1,5 +1,5 @@
-// Methods that drop elements of every branch's delta before they sum, after sums.inl. Every number has one definition for
-// all levels; kernels/average/deltas.py is the same in NumPy.
+// Methods that drop elements of every branch's delta before they sum, after sums.inl. Every number
+// has one definition for all levels; kernels/average/deltas.py is the same in NumPy.
 
 static const int64_t kMix = kMixBlock;
 
@@ -117,8 +117,8 @@ static int64_t pick_sizes(const float* sizes, int64_t n, uint32_t low, uint32_t 
   return count;
 }
 
-// in[i] tells whether element i is among the largest that the cut keeps. ties: how many elements that equal the cut are
-// still to be kept; counted down.
+// in[i] tells whether element i is among the largest that the cut keeps. ties: how many elements
+// that equal the cut are still to be kept; counted down.
 static void among_largest(const float* __restrict sizes, int64_t n, float value, int64_t* ties,
                           int32_t* __restrict in) {
   int64_t above, equal;
@@ -178,8 +178,8 @@ static int32_t count_nonfinite(const double* __restrict d, int64_t n) {
   return bad;
 }
 
-// d = w * d where kept (null: everywhere), else 0. The total gets the new d, or with plain_votes the kept d before
-// weighting. Returns the number of d that are not finite.
+// d = w * d where kept (null: everywhere), else 0. The total gets the new d, or with plain_votes
+// the kept d before weighting. Returns the number of d that are not finite.
 static int32_t weigh(const int32_t* __restrict kept, double w, bool plain_votes, int64_t n,
                      double* __restrict d, double* __restrict total) {
   if (plain_votes)

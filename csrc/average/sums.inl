@@ -1,5 +1,5 @@
-// Weighted averages in fp64, rounded once to the output type, and Gram matrices. Loops are plain, so that the compiler
-// vectorizes them at each level.
+// Weighted averages in fp64, rounded once to the output type, and Gram matrices. Loops are plain,
+// so that the compiler vectorizes them at each level.
 
 static const int64_t kBlock = kAverageBlock;
 static const int kMostCertain = 8;  // inputs
@@ -11,8 +11,8 @@ static inline float half_to_float(uint16_t h) {
   return as_float(sign | (magnitude >= 0x0f800000u ? special : finite));
 }
 
-// Nearest float with ties and inexact results sent to the odd neighbour, so that a second rounding to a narrower
-// type gives what one rounding of the double gives (Boldo & Melquiond 2008).
+// Rounds to the nearest float, but ties and inexact results to the odd neighbour. A second rounding
+// to a narrower type then equals one rounding of the double (Boldo & Melquiond 2008).
 static inline uint32_t round_to_odd(double d) {
   const float f = float(d);
   const uint32_t bits = as_bits(f);
@@ -23,7 +23,8 @@ static inline uint32_t round_to_odd(double d) {
 
 static inline uint16_t bits_to_half(uint32_t bits) {
   const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 halves are denormal: adding 0.5 aligns the float's last bit with the half's last bit.
+  // Below 2^-14 halves are denormal: adding 0.5 aligns the float's last bit with the half's last
+  // bit.
   const uint32_t denormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t overflow = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
@@ -60,7 +61,8 @@ static void accumulate(const void* data, DType type, int64_t at, double w, bool 
   }
 }
 
-// Rounds m doubles to out[at..at+m); any NaN becomes the type's positive quiet NaN. Returns how many are not finite.
+// Rounds m doubles to out[at..at+m); any NaN becomes the type's positive quiet NaN. Returns the
+// number that are not finite.
 static int64_t store(const double* acc, void* out, DType type, int64_t at, int64_t m) {
   int64_t nonfinite = 0;
   switch (type) {
@@ -96,10 +98,11 @@ static int64_t store(const double* acc, void* out, DType type, int64_t at, int64
 
 static const int64_t kGroup = 128;
 
-// The fp32 sum of kGroup bf16 inputs rounded to bf16, where that is provably what the fp64 sum rounds to. With
-// size = sum|w x| the fp32 sum is off by at most (K + 3) 2^-24 size: fine where twice that does not reach the middle
-// between two bf16. Weights that are one power of two meet that middle all the time, but exactly: their sum has no
-// error while size <= 2^15 min|w x|. Returns whether every element is proven; y is valid then.
+// Rounds the fp32 sums of kGroup elements of bf16 inputs to bf16, and returns whether every fp64
+// sum provably rounds to the same; only then is y valid. With size = sum|w x| the fp32 sum is off
+// by at most (K + 3) 2^-24 size, which is safe if twice that does not reach the middle between two
+// bf16. Sums by equal weights that are a power of two often hit that middle, but exactly: they have
+// no error while size <= 2^15 min|w x|.
 template <int K, bool power_of_two>
 static bool certain_group(const uint16_t* const* inputs, const float* weights, int64_t at,
                           uint16_t* y) {
@@ -111,7 +114,7 @@ static bool certain_group(const uint16_t* const* inputs, const float* weights, i
 #pragma GCC ivdep
   for (int i = 0; i < kGroup; i++) {
     float sum = 0.0f, size = 0.0f;
-    uint32_t least = 0xffffffffu;  // bits of the smallest term but 0, less 1
+    uint32_t least = 0xffffffffu;  // bits of the smallest nonzero term, less 1
 #pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
       const float term = w[k] * as_float(uint32_t(x[k][i]) << 16);
@@ -172,8 +175,8 @@ static bool weighted_average(const void* const* inputs, const DType* types, cons
                   static_cast<uint16_t*>(out) + lo))
         continue;
       doubted++;
-      if (tried >= 64 && 2 * doubted > tried)
-        certain = nullptr;  // weights like 0.1 and 0.4 meet the middle too often
+      // Weights like 0.1 and 0.4 hit the middle too often.
+      if (tried >= 64 && 2 * doubted > tried) certain = nullptr;
     }
     for (int k = 0; k < count; k++) accumulate(inputs[k], types[k], lo, weights[k], k == 0, acc, m);
     nonfinite += store(acc, out, out_type, lo, m);
@@ -181,7 +184,8 @@ static bool weighted_average(const void* const* inputs, const DType* types, cons
   return nonfinite == 0;
 }
 
-// Eight running sums, one per lane, joined in a fixed tree: the same bits however wide the machine's vectors are.
+// Adds to eight running sums, one per lane, and joins them in a fixed tree: the same bits for any
+// vector width.
 static double dot(const double* __restrict a, const double* __restrict b, int64_t n,
                   double* lanes) {
   for (int64_t i = 0; i + 8 <= n; i += 8)

@@ -1,4 +1,5 @@
-// Helpers of the bindings. Python passes tensors as addresses, after it has checked dtype, shape and contiguity.
+// Helpers of the bindings. Python passes tensors as addresses, after it has checked dtype, shape
+// and contiguity.
 #pragma once
 #include <nanobind/nanobind.h>
 

@@ -1,5 +1,4 @@
-// Bits of numbers, and functions of them that vectorize; the same bits on every level. Included first inside a level's
-// namespace.
+// Conversions of numbers and functions that vectorize, with the same bits on every level.
 
 static inline float as_float(uint32_t bits) {
   float f;
@@ -29,7 +28,7 @@ static inline float value_of(T x) {
     return x;
 }
 
-// A float as T: itself, or the nearest bf16.
+// Returns a float as T: itself, or the nearest bf16.
 template <class T>
 static inline T rounded_to(float value) {
   if constexpr (sizeof(T) == 2)
@@ -38,10 +37,11 @@ static inline T rounded_to(float value) {
     return value;
 }
 
-// e^x within 2 units in the last place (Cephes' polynomial); 0 below -86.9, infinity above 88.7, NaN for NaN.
+// e^x within 2 units in the last place (Cephes' polynomial); 0 below -86.9, infinity above 88.7,
+// NaN for NaN.
 static inline float exp_of(float x) {
   const float inside = x < -86.9f ? -86.9f : x > 88.7f ? 88.7f : x;  // NaN passes
-  const float shifted = inside * 1.44269504f + 12582912.f;  // its last bits are the nearest integer
+  const float shifted = inside * 1.44269504f + 12582912.f;  // the last bits are the nearest integer
   const float n = shifted - 12582912.f;
   const float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;

@@ -1,5 +1,6 @@
-// SplitMix64 (Steele, Lea & Flood 2014), the only one of csrc/ on CPUs. Every level inlines its own copy, so that loops
-// over it vectorize. csrc/cuda/ repeats it, since NVRTC compiles that file without headers.
+// SplitMix64 (Steele, Lea & Flood 2014) of all CPU kernels. Every level inlines it, so that loops
+// over it vectorize. csrc/cuda/sketch_linear.cu repeats it, since NVRTC compiles that file without
+// headers.
 
 // Returns number `counter` of the stream that starts at `key`: 64 random bits.
 static inline uint64_t splitmix64(uint64_t key, uint64_t counter) {

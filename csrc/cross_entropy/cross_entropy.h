@@ -13,13 +13,15 @@ struct LogitsTile {
   int threads;
 };
 
-// State of each token over the tiles so far: maximum, sum of e^(logit - maximum), logit of the label, sum of logits.
+// State of each token over the tiles so far: maximum, sum of e^(logit - maximum), logit of the
+// label, sum of logits.
 struct LossUpdate : LogitsTile {
   double* state;   // [4, rows]
   int64_t stride;  // elements from one row of the state to the next
 };
 
-// d loss / d logits = (factor * e^(logit - shift) - uniform - target at the label) * the slope of the softcap.
+// d loss / d logits = (factor * e^(logit - shift) - uniform - target at the label) * the slope of
+// the softcap.
 struct LossGradient : LogitsTile {
   const float* terms;  // [4, rows]: shift, factor, target, uniform
   int64_t stride;      // elements from one row of the terms to the next

@@ -1,5 +1,5 @@
-// What linear + cross-entropy needs besides matrix products. Included inside a level's namespace. A token's row belongs
-// to one thread and is taken in blocks that stay in L1, in one order: no bit depends on the threads.
+// The steps of linear + cross-entropy between the matrix products. One thread takes a token's row,
+// in blocks that stay in L1 and in one order, so no bit depends on the number of threads.
 
 static const int kLogits = 1024;  // of a block
 static const int kLossLanes = 16;
@@ -18,13 +18,14 @@ static inline float tanh_of(float x) {
   return size < 0.625f ? near : x < 0.f ? -far : far;
 }
 
-// The derivative of tanh, of full precision also where tanh is 1.
+// The derivative of tanh, with full precision also where tanh is 1.
 static inline float tanh_slope(float x) {
   const float decay = exp_of(-2.f * (x < 0.f ? -x : x));
   return 4.f * decay / ((1.f + decay) * (1.f + decay));
 }
 
-// The n logits from column c on, with bias and softcap; its slope too where one is wanted.
+// Computes n logits from column c on, with bias and softcap, and the slope of the softcap if
+// `slope` is not null.
 template <class T>
 static inline void final_logits(const LogitsTile& job, int64_t row, int64_t c, int n, float* z,
                                 float* slope) {
@@ -53,7 +54,7 @@ static inline float largest(const float* z, int n) {
   return top;
 }
 
-// The sums of e^(z - shift) and of z.
+// Adds the sums of e^(z - shift) and of z.
 static inline void exponential_sums(const float* z, int n, float shift, double* exponentials,
                                     double* plain) {
   float e[kLossLanes] = {}, s[kLossLanes] = {};
@@ -83,10 +84,10 @@ static void update_row(const LossUpdate& job, int64_t row) {
     final_logits<T>(job, row, c, n, z, nullptr);
     const double high = double(largest(z, n));
     if (high > *top) {
-      *sum *= std::exp(*top - high);  // 0 for the first, whose maximum before is -infinity
+      *sum *= std::exp(*top - high);  // 0 at first, when the maximum is still -infinity
       *top = high;
     }
-    // Where all logits so far are -infinity, any shift gives their sum of 0.
+    // If all logits so far are -infinity, any shift gives their sum of 0.
     const float shift = float(*top) == as_float(0xff800000u) ? 0.f : float(*top);
     exponential_sums(z, n, shift, sum, plain);
     if (label >= c && label < c + n) *target = double(z[label - c]);

@@ -1,4 +1,5 @@
-// merit_fast._C: merges of files. Arrays come as DLPack with noconvert, since a converted copy would lose the output.
+// merit_fast._C: merges of files. Arrays come as DLPack with noconvert, since a converted copy
+// would lose the output.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/function.h>

@@ -84,7 +84,8 @@ class TensorMerge {
     return true;
   }
 
-  // Turns the ties that each chunk holds into those that it may keep: all ties less those of the chunks before.
+  // Turns the ties that each chunk holds into those that it may keep: all ties less those of the
+  // chunks before.
   static void spread_ties(Threshold* t) {
     int64_t left = t->ties;
     for (int64_t& c : t->chunk_ties) left -= std::exchange(c, std::max<int64_t>(left, 0));
@@ -107,7 +108,8 @@ class TensorMerge {
             .scale = rule_.scale};
   }
 
-  // Returns, branch by branch, the ties that a chunk may still keep (which = 0) or drop (which = 1).
+  // Returns, branch by branch, the ties that a chunk may still keep (which = 0) or drop (which =
+  // 1).
   std::vector<int64_t> ties(int64_t chunk, size_t which) const {
     const size_t rankings = thresholds_.size() / 2;
     std::vector<int64_t> left(std::max(size_t(branches_), rankings), 0);
@@ -116,7 +118,8 @@ class TensorMerge {
     return left;
   }
 
-  // Weighs branches by the mean squares of their kept deltas, as shares of 1; sums chunks in their order.
+  // Weighs branches by the mean squares of their kept deltas, as shares of 1; sums chunks in their
+  // order.
   bool weigh() {
     const MixRule rule = mix_rule();
     const int64_t chunks = reader_.chunks();

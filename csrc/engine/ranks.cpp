@@ -29,8 +29,8 @@ struct Search {
   Threshold* threshold;
   uint32_t low, high;
   uint32_t try_low, try_high;  // range that the sample suggests
-  uint32_t look_low,
-      look_high;  // range that the next pass cuts into bins; empty: it tests only the guess
+  // Range that the next pass cuts into bins; empty: it tests only the guess.
+  uint32_t look_low, look_high;
   bool exact;
 };
 
@@ -113,8 +113,8 @@ void conclude(const Tally& t, Search* s) {
   }
   s->look_low = s->low;
   s->look_high = s->high;
-  threshold->value = size_of(
-      s->low);  // differences of 16-bit floats end in zeros: a bin's start is its likely value
+  // Differences of 16-bit floats end in zeros, so the start of a bin is its likely value.
+  threshold->value = size_of(s->low);
 }
 
 // Passes once over all sizes; counts those above and at every guess, and in bins around it.

@@ -1,5 +1,6 @@
-// Merges from files to files in bounded memory. Workers take chunks from a counter, read the inputs into their own
-// buffers, combine them and write to the final offset. Memory: threads x (N + 1) x chunk bytes.
+// Merges from files to files in bounded memory. Workers take chunks from a counter, read the inputs
+// into their own buffers, combine them and write to the final offset. Memory: threads x (N + 1) x
+// chunk bytes.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -30,8 +31,8 @@ struct Piece {
   int64_t segment, first, elements;
 };
 
-// Gram matrices to compute: pieces (sorted, none across the border of a chunk) of the first `branches` inputs, as deltas
-// from the input after them, or without `from_base` from zero.
+// Gram matrices to compute: pieces (sorted, none across the border of a chunk) of the first
+// `branches` inputs, as deltas from the input after them, or without `from_base` from zero.
 struct GramJob {
   std::vector<Piece> pieces;
   int branches;
@@ -50,17 +51,18 @@ struct Engine {
   int64_t* elements_done;  // grows while the merge runs
 };
 
-// The weighted sum of each segment's inputs.
+// Writes the weighted sum of each segment's inputs.
 MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segments,
                        const GramJob& grams);
 
-// How the deltas of one tensor from its last input are thinned and mixed: MixRule with arrays of its own, and ranks in
-// place of thresholds. Branch k keeps its elements of rank top[k] .. top[k] + keep[k] by falling size, ties by index.
+// How the deltas of one tensor from its last input are thinned and mixed: MixRule with arrays of
+// its own, and ranks in place of thresholds. Branch k keeps its elements of rank top[k] .. top[k] +
+// keep[k] by falling size, ties by index.
 struct TensorRule {
   std::vector<double> weight;
   std::vector<int64_t> top, keep;  // or empty
-  double
-      variance_share;  // below 1: one mask for all, this share of the nonzero variances, the largest
+  // Below 1: one mask for all branches keeps this share of the nonzero variances, the largest.
+  double variance_share;
   std::vector<uint64_t> stream;  // or empty
   std::vector<double> density, epsilon;
   int64_t row;
@@ -68,6 +70,7 @@ struct TensorRule {
   double scale;
 };
 
-// One tensor: passes over its inputs until every threshold is exact, then one that writes. segment.weights is unused.
+// Merges one tensor: passes over its inputs until every threshold is exact, then writes in a last
+// pass. Ignores tensor.weights.
 MergeResult merge_deltas(const Engine& engine, const Segment& tensor, const TensorRule& rule,
                          const GramJob& grams);

@@ -84,7 +84,8 @@ void TensorReader::delta_sizes(Buffers* b, int ranking, int64_t n) const {
   engine_.kernels.delta_sizes(b->inputs.data(), types_.data(), branches_, ranking, 0, n, b->sizes);
 }
 
-// Returns the inputs that a set of rankings needs: the base, and the branches they rank (all for the variance).
+// Returns the inputs that a set of rankings needs: the base, and the branches they rank (all for
+// the variance).
 std::vector<size_t> TensorReader::needed(const std::vector<int>& rankings) const {
   std::vector<bool> used(size_t(branches_) + 1, false);
   used[size_t(branches_)] = true;

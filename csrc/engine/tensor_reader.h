@@ -1,4 +1,5 @@
-// Passes over one tensor in chunks of bounded memory: its inputs, and the sizes of their deltas from the last input.
+// Passes over one tensor in chunks of bounded memory: its inputs, and the sizes of their deltas
+// from the last input.
 #pragma once
 #include <cerrno>
 #include <cstdint>
@@ -50,10 +51,12 @@ class TensorReader {
   // Writes the sizes of one ranking of the first n elements in the buffers to b->sizes.
   void delta_sizes(Buffers* b, int ranking, int64_t n) const;
 
-  // Calls `use` with the sizes of every wanted ranking of every chunk; returns false after an error.
+  // Calls `use` with the sizes of every wanted ranking of every chunk; returns false after an
+  // error.
   bool scan(const std::vector<int>& wanted, const UseSizes& use);
 
-  // Collects sizes of runs of elements spread evenly over the tensor; of all elements if it is small.
+  // Collects sizes of runs of elements spread evenly over the tensor; of all elements if it is
+  // small.
   bool sample(const std::vector<int>& wanted, std::vector<float>* samples);
 
  private:

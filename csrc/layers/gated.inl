@@ -28,7 +28,8 @@ struct ExpBounds {
   float low, high;
 };
 
-// A variable, since constants make the compiler emit a branch for each bound, with its own division.
+// A variable, since constants make the compiler emit a branch for each bound, with its own
+// division.
 ExpBounds exp_bounds = {-86.9f, 88.8f};
 
 // 1 + e^x, by the polynomial of exp_of; 1 below -86.9 to the last bit, infinity from 88.73 up.

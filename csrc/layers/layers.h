@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-// A matrix of floats or bf16 bits, by rows: entry (r, c) is element r * stride + c. A matrix without data is absent.
+// A matrix of floats or bf16 bits, by rows: entry (r, c) is element r * stride + c. A matrix
+// without data is absent.
 struct LayerMatrix {
   void* data;
   bool bf16;
@@ -25,8 +26,8 @@ const int64_t kNormRows = 16;
 
 struct NormBackward {
   int64_t rows, cols;
-  LayerMatrix dout, x, dtotal,
-      dx;  // dtotal is added to the gradient of x; it has the type of x, as dx has
+  LayerMatrix dout, x;
+  LayerMatrix dtotal, dx;  // of the type of x; dtotal is added to the gradient of x
   const float* scale;
   float epsilon;
   float* sums;    // [ceil(rows / kNormRows), cols] to work in, or null: no gradient of the scale
@@ -36,7 +37,8 @@ struct NormBackward {
 
 enum class Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2 };
 
-// out = activation(gate) * up; with dout, the gradients dgate and dup instead. All matrices have one type.
+// out = activation(gate) * up; with dout, the gradients dgate and dup instead. All matrices have
+// one type.
 struct GatedJob {
   int64_t rows, cols;
   LayerMatrix gate, up, out, dout, dgate, dup;
@@ -51,11 +53,12 @@ struct RopeHeads {
   int64_t heads, batch_stride, head_stride, token_stride;
 };
 
-// Rotates each of the first `rotary` entries of a head with its partner, rotary / 2 away; copies the other entries.
+// Rotates each of the first `rotary` entries of a head with its partner, rotary / 2 away; copies
+// the other entries.
 struct RopeJob {
   int64_t batch, tokens, width, rotary;
-  RopeHeads in[2],
-      out[2];  // queries and keys; out is float if in or cos is, and in the backward job if in is
+  RopeHeads in[2];     // queries and keys
+  RopeHeads out[2];    // float if in or cos is; in the backward job, if in is
   RopeHeads cos, sin;  // [B or 1, T, rotary], of one type; one head
   bool backward;       // rotates the other way
   int threads;

@@ -10,7 +10,8 @@ static inline float sum_of_lanes(const float* lanes) {
 
 struct NoResidual {};
 
-// Norms one row of x; with a residual, of total = x + residual. S is the type of the row that is normed.
+// Norms one row of x; with a residual, of total = x + residual. S is the type of the row that is
+// normed.
 template <class X, class R, class S, class O, bool kRoundFirst>
 static inline void norm_row(const NormJob& job, int64_t row) {
   const int64_t cols = job.cols;  // a local, so that no store makes the compiler read it again
@@ -106,7 +107,8 @@ static inline void norm_backward_row(const NormBackward& job, int64_t row, float
     for (c = 0; c < cols; c++) sums[c] += value_of(dout[c]) * (value_of(x[c]) * inverse);
 }
 
-// Sums of the scale's gradient belong to blocks of rows, not to threads, so the thread count changes no bit.
+// Sums of the scale's gradient belong to blocks of rows, not to threads, so the thread count
+// changes no bit.
 template <class G, class X, bool kTotal>
 static void norm_backward_rows(const NormBackward& job) {
   const int threads = useful_threads(job.rows * job.cols, job.threads);

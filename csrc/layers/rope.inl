@@ -9,7 +9,8 @@ static inline T* head_of(const RopeHeads& x, int64_t b, int64_t head, int64_t to
          token * x.token_stride;
 }
 
-// Rotates one head of one token. Backward is the transposed rotation, also if the halves of cos and sin differ.
+// Rotates one head of one token. Backward is the transposed rotation, also if the halves of cos and
+// sin differ.
 template <class I, class C, class O>
 static inline void rotate(const RopeJob& job, const I* __restrict in, const C* __restrict cos,
                           const C* __restrict sin, O* __restrict out) {

@@ -1,5 +1,5 @@
-// Kernels of every family, in the order that they need. A level_*.cpp includes this inside its namespace, with the
-// level's instruction set switched on.
+// Kernels of every family, in the order that they need. A level_*.cpp includes this inside its
+// namespace, with the level's instruction set switched on.
 #include "common/numbers.inl"
 #include "common/splitmix64.inl"
 #include "average/average.inl"

@@ -1,4 +1,5 @@
-// Level "avx512_bf16": AVX-512 with dot products of bf16. Only the sketch has kernels of its own here.
+// Level "avx512_bf16": AVX-512 with dot products of bf16. Only the sketch has kernels of its own
+// here.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <omp.h>

@@ -1,5 +1,6 @@
-// ISA levels: one table of kernels per family and level, and the choice of a level when the module loads.
-// All levels give the same bits, because contraction is off; only the sums of SketchKernels::linear depend on the level.
+// ISA levels: one table of kernels per family and level, and the choice of a level when the module
+// loads. All levels give the same bits, because contraction is off; only the sums of
+// SketchKernels::linear depend on the level.
 #pragma once
 #include "average/average.h"
 #include "cross_entropy/cross_entropy.h"

@@ -18,7 +18,8 @@ namespace {
 
 using Addresses = std::vector<uintptr_t>;
 
-// AdamWTensor by columns, one entry per tensor: Python builds 13 lists faster than one object per tensor.
+// AdamWTensor by columns, one entry per tensor: Python builds 13 lists faster than one object per
+// tensor.
 struct AdamWTensors {
   std::vector<int64_t> sizes;
   Addresses weights, grads, exp_avgs, exp_avg_sqs;

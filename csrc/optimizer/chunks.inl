@@ -9,8 +9,8 @@ static void widen_all(const uint16_t* x, float* out, int n) {
   for (int i = 0; i < n; i++) out[i] = widen(x[i]);
 }
 
-// Joins a bf16 weight with the 16 bits below it. They are signed, since the weight is rounded to nearest, with halves
-// away from zero.
+// Joins a bf16 weight with the 16 bits below it. They are signed, since the weight is rounded to
+// nearest, with halves away from zero.
 static inline float joined(uint16_t weight, int16_t low) {
   return as_float((uint32_t(weight) << 16) + uint32_t(int32_t(low)));
 }

@@ -14,9 +14,9 @@ static inline float largest_size(const float* x, int n) {
   return as_float(uint32_t(top));
 }
 
-// First moments are sign * (code / 127)^2 * scale, second ones (code / 255)^4 * scale. Rounding with random bits is
-// unbiased in the value; without them it is to nearest. A second moment above zero keeps a code above zero, since a zero
-// would divide the step by epsilon only.
+// First moments are sign * (code / 127)^2 * scale, second ones (code / 255)^4 * scale. Rounding
+// with random bits is unbiased in the value; without them it is to nearest. A second moment above
+// zero keeps a code above zero, since a zero would divide the step by epsilon only.
 template <bool Second, class Code>
 static void encode(const float* x, Code* codes, float* scale, int n, const uint32_t* random) {
   const float steps = Second ? 255.f : 127.f,

@@ -54,15 +54,17 @@ static void update_item(const AdamWJob& job, const AdamWTensor& t, int64_t first
   }
 }
 
-// Calls body(tensor, first, stop, item) for every kUpdateItem elements of every tensor, in one parallel region.
+// Calls body(tensor, first, stop, item) for every kUpdateItem elements of every tensor, in one
+// parallel region.
 template <class Size, class Body>
 static void for_each_update_item(int64_t count, int threads, const Size& size, const Body& body) {
   int64_t items = 0;
   for (int64_t k = 0; k < count; k++) items += update_items(size(k));
 #pragma omp parallel num_threads(threads)
   {
-    int64_t tensor = 0,
-            before = 0;  // a thread's items ascend, so its search continues from the last one
+    // The items of a thread ascend, so its search continues from the last one.
+    int64_t tensor = 0;
+    int64_t before = 0;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < items; item++) {
       while (item >= before + update_items(size(tensor))) before += update_items(size(tensor++));

@@ -15,8 +15,8 @@ struct RandomBits {
   }
 };
 
-// Adds 16 random bits below the last bit of bf16 and cuts them off: rounds up with the probability of the part that is
-// cut. Nothing finite becomes infinite.
+// Adds 16 random bits below the last bit of bf16 and cuts them off: rounds up with the probability
+// of the part that is cut. Nothing finite becomes infinite.
 static inline uint16_t stochastic_bf16(float value, uint32_t random16) {
   const uint32_t bits = as_bits(value), size = bits & 0x7fffffffu;
   const uint32_t sum = bits + random16;

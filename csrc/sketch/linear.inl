@@ -1,11 +1,13 @@
-// CountSketch of dY^T X without dY^T X: blocks of the product stay in registers over a chunk of tokens, then go to their
-// bucket. Included inside a level's namespace, after sketch.inl. dY and X are packed in words of 32 bits: a float, or
-// where there are bf16 dot products and both sides are bf16, a pair of tokens.
+// CountSketch of dY^T X, which is never stored: blocks of the product stay in registers over a
+// chunk of tokens, then are added to their bucket. dY and X are packed in words of 32 bits: a
+// float, or a pair of tokens if both sides are bf16 and the level has dot products of bf16.
 
-static const int kRows = 8, kCols = 32;  // of a block of the product: 16 vector registers of sums
-static const int64_t kDepth =
-    128;  // words of the reduction at a time: a panel of X fills a third of L1
-static const int64_t kPanelWords = kLinearScratch - kTile * kDepth;  // of packed X
+// A block of the product: 16 vector registers of sums.
+static const int kRows = 8, kCols = 32;
+// Words of the reduction at a time: a panel of X fills a third of L1.
+static const int64_t kDepth = 128;
+// Words of packed X.
+static const int64_t kPanelWords = kLinearScratch - kTile * kDepth;
 
 #if defined(MERIT_AVX512_BF16)
 static const bool kHasPairs = true;
@@ -16,7 +18,7 @@ static const bool kHasPairs = false;
 static inline uint32_t word_of(float value) { return as_bits(value); }
 static inline uint32_t word_of(uint16_t value) { return uint32_t(value) << 16; }
 
-// Word of one column: a float, or the tokens of `row` and `next` (null: zero).
+// Returns the word of one column: a float, or the tokens of `row` and `next` (null: zero).
 template <bool PAIRS, class T>
 static inline uint32_t word_at(const T* row, const T* next, int64_t column) {
   if constexpr (PAIRS)
@@ -25,8 +27,9 @@ static inline uint32_t word_at(const T* row, const T* next, int64_t column) {
     return word_of(row[column]);
 }
 
-// out[g][k][j]: word k of column at + g * W + j, from token `token` on; what lies outside of the matrix is zero. Token by
-// token, since rows may lie apart by a power of two, where lines of many rows would push each other out of the cache.
+// Writes word k of column at + g * W + j, from token `token` on, to out[g][k][j]; entries outside
+// of the matrix are zero. Takes token by token: if rows lie apart by a power of two, cache lines of
+// many rows would evict each other.
 template <int W, bool PAIRS, class T>
 static inline void pack_rows(const SketchMatrix& m, int64_t token, int64_t tokens, int64_t at,
                              int64_t groups, uint32_t* out) {
@@ -67,7 +70,7 @@ static inline void pack(const SketchMatrix& m, int64_t token, int64_t tokens, in
 #if defined(MERIT_AVX512)
 typedef __m512 Sums[kRows][2];
 
-// sum[a] = sum over k of left[k, a] * right[k, :]: 16 of 32 registers.
+// sum[a] = sum over k of left[k, a] * right[k, :], in 16 of 32 registers.
 template <bool PAIRS>
 static inline __attribute__((always_inline)) void product_sums(const uint32_t* left,
                                                                const uint32_t* right, int64_t words,
@@ -138,18 +141,20 @@ static inline void product_block(const uint32_t* left, const uint32_t* right, in
 #endif
 }
 
-// block[a, j] *= the scale of row `row` + a and column `col` + j of this part; outside of it the block is zero.
+// block[a, j] *= the scale of row `row` + a and column `col` + j of the shard, outside of which the
+// block is zero.
 static inline void scale_block(const LinearSketch& job, int64_t row, int64_t col, float* block) {
-  const int64_t top = row < 0 ? -row : 0,
-                bottom = row + kRows > job.dy.cols ? job.dy.cols - row : kRows;
-  const int64_t first = col < 0 ? -col : 0,
-                last = col + kCols > job.x.cols ? job.x.cols - col : kCols;
+  const int64_t top = row < 0 ? -row : 0;
+  const int64_t bottom = row + kRows > job.dy.cols ? job.dy.cols - row : kRows;
+  const int64_t first = col < 0 ? -col : 0;
+  const int64_t last = col + kCols > job.x.cols ? job.x.cols - col : kCols;
   for (int64_t a = top; a < bottom; a++)
     for (int64_t j = first; j < last; j++)
       block[a * kCols + j] *= job.scale[(row + a) * job.scale_stride + col + j];
 }
 
-// Rows first..first + 7 of a tile and its columns half..half + 31, from registers where they fit, to their bucket.
+// Adds rows first .. first + 7 and columns half .. half + 31 of a tile to their bucket; from
+// registers, if there is no scale and vectors are wide.
 template <bool PAIRS>
 static inline void sketch_block(const LinearSketch& job, const Tile& tile, int64_t row, int64_t col,
                                 int first, int half, const uint32_t* left, const uint32_t* right,
@@ -177,7 +182,8 @@ static inline void sketch_block(const LinearSketch& job, const Tile& tile, int64
   }
 }
 
-// One tile at (row, col) of this part: the products of dY packed in `left` and X packed in `right`, to its bucket.
+// Adds the tile at (row, col) of the shard to its bucket: the products of dY packed in `left` and X
+// packed in `right`.
 template <bool PAIRS>
 static inline void sketch_tile(const LinearSketch& job, const Tile& tile, int64_t row, int64_t col,
                                const uint32_t* left, const uint32_t* right, int64_t words) {
@@ -187,7 +193,8 @@ static inline void sketch_tile(const LinearSketch& job, const Tile& tile, int64_
                           right + half * words, words);
 }
 
-// All strips of 64 rows against the column tiles from..to, whose words are packed in `panel`.
+// Multiplies all strips of 64 rows with the column tiles from .. to - 1, whose words are packed in
+// `panel`.
 template <bool PAIRS>
 static void sketch_panel(const LinearSketch& job, int64_t token, int64_t tokens, int64_t from,
                          int64_t to, int part, float* out, const uint32_t* panel, uint32_t* left) {
@@ -230,7 +237,8 @@ static void sketch_example(const LinearSketch& job, int64_t b, int part, uint32_
   }
 }
 
-// Parts own disjoint buckets, so threads share an example without a conflict, and the order of sums is always the same.
+// Parts own disjoint buckets, so threads share an example without a conflict, and the order of sums
+// is always the same.
 static void sketch_linear(const LinearSketch& job) {
 #pragma omp parallel num_threads(job.threads)
   {

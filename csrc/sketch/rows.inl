@@ -1,7 +1,7 @@
 // Sketch of gradients that exist, row by row.
 
-// Adds the columns of row `row` of the parameter that lie in one tile. A run that is whole and unscaled is read in
-// place, any other from a copy.
+// Adds the columns of row `row` of the parameter that lie in one tile. A run that is whole and
+// unscaled is read in place, any other from a copy.
 template <class T>
 static inline void add_tile_row(const SketchRows& job, const T* x, int64_t row, int64_t at,
                                 const Tile& tile) {
@@ -18,8 +18,8 @@ static inline void add_tile_row(const SketchRows& job, const T* x, int64_t row, 
   add_run<kTile>(copy, 0, tile.col_mask, signs, to);
 }
 
-// Adds rows begin .. end - 1 of x, all of one strip, tile by tile: a bucket stays in L1, and only the rows of the next
-// tile are prefetched, since more would push it out again.
+// Adds rows begin .. end - 1 of x, all of one strip, tile by tile, so that a bucket stays in L1.
+// Prefetches only the rows of the next tile, since more would evict the bucket.
 template <class T>
 static inline void add_strip(const SketchRows& job, int64_t begin, int64_t end, int64_t row,
                              const Strip& strip) {
@@ -59,7 +59,8 @@ static void sketch_part(const SketchRows& job, int64_t b, int part) {
   }
 }
 
-// Parts own disjoint buckets, so threads share an example without a conflict, and the order of sums is always the same.
+// Parts own disjoint buckets, so threads share an example without a conflict, and the order of sums
+// is always the same.
 static void sketch_rows(const SketchRows& job) {
 #pragma omp parallel for schedule(dynamic) num_threads(job.threads)
   for (int64_t item = 0; item < job.examples * job.parts; item++) {

@@ -9,7 +9,8 @@ struct SketchMatrix {
   int64_t cols, row_stride;  // elements
 };
 
-// Where a sketch goes: a shard of a parameter, which starts at (first_row, first_col) of all_cols columns.
+// Where a sketch goes: a shard of a parameter, which starts at (first_row, first_col) of all_cols
+// columns.
 struct SketchTarget {
   const int64_t* offsets;  // [examples + 1]
   int64_t examples;
@@ -24,7 +25,8 @@ struct SketchTarget {
       threads;  // parts <= proj_dim / (64 * 64); part p owns the buckets r with r % parts == p
 };
 
-// Gradients that exist: row n is row row_ids[n] of the parameter, or without ids first_row + its place in the example.
+// Gradients that exist: row n is row row_ids[n] of the parameter, or without ids first_row + its
+// place in the example.
 struct SketchRows : SketchTarget {
   SketchMatrix x;
   const int64_t* row_ids;  // or null
@@ -39,8 +41,8 @@ struct LinearSketch : SketchTarget {
   uint32_t* scratch;  // [threads, kLinearScratch], aligned to 64 bytes
 };
 
-// out[b, c] += the sum over the tokens of example b of dy[., c] * x[., c]. With `normalize` each row of x is first
-// divided by its root mean square.
+// out[b, c] += the sum over the tokens of example b of dy[., c] * x[., c]. With `normalize` each
+// row of x is first divided by its root mean square.
 struct TokenSums {
   SketchMatrix dy, x;      // x without data: sums dy only
   const int64_t* offsets;  // [examples + 1]

@@ -1,4 +1,5 @@
-// Tiles of the CountSketch: bucket, permutation and signs of each, and the addition of a run of columns.
+// Tiles of the CountSketch: bucket, permutation and signs of each, and the addition of a run of
+// columns.
 
 static const int kTile = 64;
 
@@ -58,7 +59,8 @@ static inline void add16(__m512 value, int first, uint32_t col_mask, uint64_t si
 }
 #endif
 
-// row[j ^ col_mask] += sign_j * v[j - first] for COUNT columns of a tile from `first` on, both multiples of 16.
+// row[j ^ col_mask] += sign_j * v[j - first] for COUNT columns of a tile from `first` on, both
+// multiples of 16.
 template <int COUNT, class T>
 static inline void add_run(const T* v, int first, uint32_t col_mask, uint64_t signs, float* row) {
 #if defined(MERIT_AVX512)

@@ -1,10 +1,11 @@
-// Sums over the tokens of each example, of dY or of dY times X: gradients of biases and of the scales of norms. Included
-// inside a level's namespace, after sketch.inl.
+// Sums of dY, or of dY times X, over the tokens of each example: gradients of biases and of the
+// scales of norms.
 
-static const int kTokens =
-    32;  // summed by themselves, then added: errors grow with the number of blocks
+// Tokens of a block, which is summed before it is added: errors then grow with the number of
+// blocks.
+static const int kTokens = 32;
 
-// 1 / sqrt(mean of squares + epsilon) of a row.
+// Returns 1 / sqrt(mean of squares + epsilon) of a row.
 template <class X>
 static inline float inverse_rms(const X* x, int64_t cols, float epsilon) {
   float lanes[16] = {};
@@ -20,7 +21,8 @@ static inline float inverse_rms(const X* x, int64_t cols, float epsilon) {
   return 1.f / std::sqrt(sum / float(cols) + epsilon);
 }
 
-// sums[j] = sum over `tokens` rows of dy[., j] * x[., j] * factor for up to 64 columns; x null: of dy.
+// sums[j] = sum over `tokens` rows of dy[., j] * x[., j] * factor for up to 64 columns; without x,
+// of dy[., j].
 template <class Y, class X>
 static inline void block_sums(const TokenSums& job, const Y* dy, const X* x, const float* factor,
                               int tokens, int cols, float* sums) {
