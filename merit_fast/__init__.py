@@ -20,6 +20,7 @@ __all__ = [
     "patch_model",
     "run",
     "sketch_gradients",
+    "sketch_sums",
 ]
 
 
@@ -28,6 +29,7 @@ _MODULES = {  # public names that are imported when they are first used
     "merge_models": "merit_fast.merge",
     "patch_model": "merit_fast.patch.model",
     "sketch_gradients": "merit_fast.sketch.gradients",
+    "sketch_sums": "merit_fast.sketch.summed",
 }
 
 

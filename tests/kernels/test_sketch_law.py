@@ -188,7 +188,8 @@ def test_entries_of_different_tiles_collide_with_probability_of_one_over_d(kind,
             [64 * (e % 8) + 2 * e for e in range(entries)],
         ),
     }[kind]
-    values = torch.zeros(1, entries, 64 * entries)
+    width = 64 * (max(columns) // 64 + 1)  # whole tiles, and no more of them than hold an entry
+    values = torch.zeros(1, entries, width)
     values[0, torch.arange(entries), columns] = 2.0 ** torch.arange(entries)
     sketches = torch.cat(
         [

@@ -63,7 +63,8 @@ def test_a_run_with_warmup_and_iid_control(tmp_path, tiny_model, tiny_mixture, m
     base = model_fingerprint(tiny_model)
     assert {branch.base_fingerprint for branch in branches.values()} == {base} == {starts["joint"]}
     split = read_manifest(SplitManifest, tmp_path / "out" / "split" / "split.json")
-    assert (split.base_fingerprint, split.start_fingerprint) == (base, starts["merit-0"])
+    assert split.base_fingerprint == starts["joint"]
+    assert split.start_fingerprint == starts["merit-0"]
     assert sum(row.num_examples for row in split.datasets) == count["merit-0"] + count["merit-1"]
 
     progress.notes.clear()

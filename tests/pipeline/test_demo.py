@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checks import tree_bytes
+from support.warm import run_python
 
 from merit_fast.model import DTYPES, settle_dtype
 
@@ -22,14 +23,16 @@ def demo(tmp_path_factory):
     return directory, run(directory)
 
 
-def run(directory):
+def from_the_shell(command, directory, environment):
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+def run(directory, start=from_the_shell):
     # A proxy without a server: a demo that asks the network for anything fails.
     names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
     closed = dict.fromkeys(names, "http://127.0.0.1:9")
     command = [SCRIPT, "demo", "--quick", "--json", "--out", "out"]
-    result = subprocess.run(
-        command, cwd=directory, env={**os.environ, **closed}, capture_output=True, text=True
-    )
+    result = start(command, directory, {**os.environ, **closed})
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -71,5 +74,5 @@ def test_report_is_there_and_a_second_run_resumes_at_once(demo):
     directory, summary = demo
     assert "plotly" in (directory / summary["report"]).read_text()
     before = tree_bytes(directory / "out")
-    assert run(directory) == summary
+    assert run(directory, run_python) == summary
     assert tree_bytes(directory / "out") == before

@@ -1,6 +1,8 @@
 """The whole run: resumes after kill -9 to the same bytes, repeats only what a change needs."""
 
+import contextlib
 import json
+import shutil
 import signal
 
 import pytest
@@ -22,17 +24,29 @@ def config_file(tmp_path, tiny_model, tiny_mixture):
     return file
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, tiny_model, tiny_mixture):
+    """A finished run: its directory, which tests copy or only read, its config, its result."""
+    directory = tmp_path_factory.mktemp("whole")
+    config = directory / "run.yml"
+    config.write_text(yaml.safe_dump(run_values(tiny_model, tiny_mixture)))
+    with contextlib.chdir(directory):
+        summary, fresh = run_all(config)
+    assert fresh == set()
+    return directory, config, summary
+
+
 ALL_OUTPUTS = {"sketch", "split", "merged/merit", "merged/random", "evaluate", "report"} | {
     f"branches/{name}" for name in ("joint", "merit-0", "merit-1", "random-0", "random-1")
 }
 
 
 def test_a_second_run_does_nothing_and_a_change_repeats_only_what_depends_on_it(
-    config_file, tmp_path, monkeypatch
+    whole_run, tmp_path, monkeypatch
 ):
+    directory, config_file, summary = whole_run
+    shutil.copytree(directory / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    summary, fresh = run_all(config_file)
-    assert fresh == set()
     assert set(summary["arms"]) == {"base", "joint", "joint@0.5", "random", "merit"}
     assert set(summary["split"].values()) == {0, 1} and set(summary["split"]) == {
         "capitals", "codes", "plurals", "opposites"}  # fmt: skip
@@ -83,13 +97,10 @@ KILLS = [
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(config_file, tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
+def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(whole_run, tmp_path, monkeypatch):
+    whole, config_file, _ = whole_run
     broken = tmp_path / "broken"
-    whole.mkdir()
     broken.mkdir()
-    monkeypatch.chdir(whole)
-    run_all(config_file)
     script = str(KILL_AT)
     for pattern, count in KILLS:
         command = [script, pattern, str(count), "run", str(config_file), "--json"]

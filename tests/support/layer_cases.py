@@ -131,8 +131,8 @@ CASES: dict[str, LayerCase] = {
     **{f"geglu by erf of {w}": _gated((3, 5, w), geglu, approximate="none") for w in (7, 1003)},
     **{f"packed swiglu of {w}": _packed((3, 5, w), swiglu) for w in WIDTHS},
     "packed geglu": _packed((3, 5, 72), geglu),
-    "rope": _rope(2, 19, 9, 3, 64),
+    "rope": _rope(2, 7, 9, 3, 64),
     "rope of the smallest head": _rope(1, 3, 1, 1, 2),
-    "rope, ragged, a row of cosines each": _rope(2, 17, 5, 2, 14, one_row=False),
+    "rope, ragged, a row of cosines each": _rope(2, 9, 5, 2, 14, one_row=False),
     "partial rope": _rope(2, 5, 4, 4, 40, rotary=10),
 }

@@ -89,7 +89,6 @@ def become(process: dict) -> None:
     os.chdir(process["cwd"])
     os.environ.clear()
     os.environ.update(process["environment"])
-    atexit._clear()
     script_folder = sys.path[0]
     sys.path.remove(script_folder)
     path = os.environ.get("PYTHONPATH", "")

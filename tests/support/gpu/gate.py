@@ -10,6 +10,7 @@ baseline's figures, and a sample is compiled all the same.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -95,6 +96,27 @@ def measure_changed(
                     )
                 row[target] = figures(code)
     return rows, changed
+
+
+def figures_of(launch: GpuLaunch, architecture: int | str) -> Figures:
+    """A launch's figures: of the baseline where its fingerprint is there, else compiled."""
+    known = _known_figures().get(launch.fingerprint(architecture))
+    if known is not None:
+        return known
+    return figures(compile_launch(launch.kernel, launch.arguments, launch.options, architecture))
+
+
+@functools.cache
+def _known_figures() -> Mapping[str, Figures]:
+    """Fingerprint -> figures, of the baseline; empty where no baseline applies."""
+    baseline, _ = load_baseline()
+    if baseline is None:
+        return {}
+    return {
+        fingerprint: baseline.launches[name][target]
+        for name, row in baseline.fingerprints.items()
+        for target, fingerprint in row.items()
+    }
 
 
 def sample(launches: Iterable[GpuLaunch], targets: Targets) -> set[tuple[str, str]]:

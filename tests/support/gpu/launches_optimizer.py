@@ -14,6 +14,8 @@ FULL = (True, True, True)
 def launches() -> list[GpuLaunch]:
     return [
         launch("AdamW, fp32", F32),
+        launch("AdamW, fp32, off the 16-byte grid", F32, shift=1),
+        launch("AdamW, bf16", BF16),
         launch(
             "AdamW, fp32, clip, average, zeroed gradient",
             F32,
