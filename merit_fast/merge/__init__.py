@@ -4,7 +4,7 @@ checkpoint, adapter, sources (headers) -> methods (rules) -> layout, plan (byte 
 -> shards, companions (files) -> stage (directories); memory does without files.
 """
 
-from merit_fast.merge.combine.rules import combine
+from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.combine.weights import resolve_weights
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.in_memory.state_dicts import load_merged, merge_state_dicts

@@ -210,14 +210,6 @@ def _summary(
     out: Location, weights: Sequence[float], inputs: Inputs, config: MergeConfig
 ) -> dict[str, Any]:
     tensors = [tensor for file in inputs.files for tensor in file.tensors]
-    passes = {
-        "slerp": 2,
-        "multislerp": 2,
-        "model_stock": 2,
-        "ties": 3,
-        "breadcrumbs": 3,
-        "breadcrumbs_ties": 3,
-    }
     return {
         "merged": str(out),
         "method": config.method,
@@ -226,8 +218,7 @@ def _summary(
         "shards": len(inputs.files),
         "tensors": len(tensors),
         "parameters": sum(tensor.num_elements for tensor in tensors),
-        "bytes_in": passes.get(config.method, 5 if config.method == "sce" else 1)
-        * inputs.bytes_read,
+        "bytes_in": config.method_entry.passes * inputs.bytes_read,
         "bytes_out": sum(
             len(header_bytes(file)) + sum(t.num_bytes for t in file.tensors)
             for file in inputs.files

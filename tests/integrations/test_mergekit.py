@@ -14,9 +14,9 @@ from support.tiny import make_model
 
 from merit_fast.errors import InputError
 from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit
-from merit_fast.merge.config import PARAMETERS
 from merit_fast.merge.parameters import Layers, setting_at
 from merit_fast.merge.read.slices import stands_before
+from merit_fast.merge.table import METHODS
 from merit_fast.progress import SilentProgress
 
 SMALL = dict(
@@ -394,21 +394,21 @@ def test_linear_takes_the_base_as_one_more_model(inside, tmp_path):
     assert [model.weight for model in recipe.config.models] == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("method", list(PARAMETERS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_mergekits_defaults_hold(inside, tmp_path, method):
     models = [{"model": f"m{k}"} for k in ((1,) if method in ("slerp", "passthrough") else (1, 2))]
     based = method not in ("linear", "passthrough")
     recipe = {"models": models, "merge_method": method, "parameters": {"weight": 1, "t": 0.25}}
     config = read({**recipe, **({"base_model": "m0"} if based else {})}, tmp_path).config
     normalized = {"linear": True, "ties": True, "della": True, "multislerp": True}
-    if "weights" in PARAMETERS[method]:
+    if METHODS[method].takes("weights"):
         assert config.normalize == normalized.get(method, False)
         assert [model.weight for model in config.models] == [1.0, 1.0]
-    if "density" in PARAMETERS[method]:
+    if METHODS[method].takes("density"):
         assert [model.density for model in config.models] == [1.0, 1.0]
-    if "gamma" in PARAMETERS[method]:
+    if METHODS[method].takes("gamma"):
         assert [model.gamma for model in config.models] == [0.01, 0.01]
-    if "epsilon" in PARAMETERS[method]:
+    if METHODS[method].takes("epsilon"):
         assert [model.epsilon for model in config.models] == [0.15, 0.15]
     assert (config.scale, config.select_topk) == (1.0, 1.0)
     assert config.t == (0.25 if method == "slerp" else 0.5)

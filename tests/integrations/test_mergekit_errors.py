@@ -8,13 +8,13 @@ import yaml
 
 from merit_fast.errors import InputError
 from merit_fast.integrations.mergekit.recipe import read_mergekit
-from merit_fast.merge.config import PARAMETERS
+from merit_fast.merge.table import METHODS
 
 TOP = (
     "merge_method, base_model, models, slices, modules, parameters, dtype, out_dtype, tokenizer_source, tokenizer, "
     "chat_template, lazy_unpickle, lazy_loader, low_cpu_memory, clone_tensors, read_to_gpu"
 )
-METHODS = ", ".join(PARAMETERS)
+METHOD_NAMES = ", ".join(METHODS)
 TIES = """
 models: [{model: m1, parameters: {weight: 1}}, {model: m2, parameters: {weight: 1}}]
 merge_method: ties
@@ -55,8 +55,8 @@ def read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "recipe,old,new,line",
     [
-        (TIES, "ties", "nuslerp", f"merge_method: nuslerp is not among ours; there are {METHODS}"),
-        (TIES, "ties", "tise", f"merge_method: tise is unknown; there are {METHODS}"),
+        (TIES, "ties", "nuslerp", f"merge_method: nuslerp is not among ours; there are {METHOD_NAMES}"),
+        (TIES, "ties", "tise", f"merge_method: tise is unknown; there are {METHOD_NAMES}"),
         (TIES, "base_model", "base_modell", f"base_modell: is not supported; valid keys: {TOP}"),
         (
             TIES, "weight: 1}}]", "wieght: 1}}]",

@@ -15,7 +15,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average._eager import float64_to_bf16
 from merit_fast.merge import MergeConfig, combine, merge_branches, merge_models
-from merit_fast.merge.combine.coefficients import (
+from merit_fast.merge.rules.gram import (
     model_stock_coefficients,
     multislerp_coefficients,
     slerp_coefficients,

@@ -11,8 +11,8 @@ from support.merges import load, merge, write
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig
-from merit_fast.merge.config import PARAMETERS
 from merit_fast.merge.parameters import Case, Layers, ModelSettings, setting_at
+from merit_fast.merge.table import METHODS
 from merit_fast.options.fields import parse, to_plain
 
 NAMES = [
@@ -168,28 +168,30 @@ GIVEN = {"scale": 0.5, "density": 0.5, "gamma": 0.2, "epsilon": 0.1, "select_top
          "weights": (1.0, 2.0)}  # fmt: skip
 
 
-@pytest.mark.parametrize("method", PARAMETERS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_method_takes_its_own_parameters_and_no_other(method):
-    needed = {"density": 0.5} if "density" in PARAMETERS[method] else {}
+    needed = {"density": 0.5} if METHODS[method].takes("density") else {}
     assert MergeConfig(
         method=method,
         **needed,
-        **{k: v for k, v in GIVEN.items() if k in PARAMETERS[method] and k not in needed},
+        **{k: v for k, v in GIVEN.items() if METHODS[method].takes(k) and k not in needed},
     )
     for name, value in GIVEN.items():
-        if name not in PARAMETERS[method]:
+        if not METHODS[method].takes(name):
             with pytest.raises(
                 InputError, match=f"^{name}: must be absent: method {method} takes no {name}, got"
             ):
                 MergeConfig(method=method, **{name: value}, **needed)
     for name in ("weight", "density", "gamma", "epsilon"):
-        if (name if name != "weight" else "weights") not in PARAMETERS[method]:
+        if not METHODS[method].takes(name if name != "weight" else "weights"):
             words = re.escape(f"models[0].{name}: must be absent: method {method} takes no {name}")
             with pytest.raises(InputError, match=words):
                 MergeConfig(method=method, models=(ModelSettings(**{name: 0.5}),), **needed)
 
 
-@pytest.mark.parametrize("method", [m for m, takes in PARAMETERS.items() if "density" in takes])
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if method.takes("density")]
+)
 def test_density_must_be_given_once_for_every_model(method):
     with pytest.raises(InputError, match=f"density: must be given for method {method}, got None"):
         MergeConfig(method=method)

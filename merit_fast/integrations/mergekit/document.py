@@ -78,6 +78,10 @@ class Document:
     texts: Mapping[str, Any]
     notes: tuple[str, ...]
 
+    def error(self, key: str, rule: str) -> InputError:
+        """An error about one key of the file."""
+        return InputError(f"{self.where}: {key}: {rule}")
+
 
 def read_document(file: Path) -> Document:
     """Reads the file; no model.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from merit_fast.errors import InputError
-from merit_fast.merge.combine.rules import Combination, combine
+from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
@@ -24,11 +24,11 @@ from merit_fast.merge.read.decoded import (
 )
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
+from merit_fast.merge.rules.kinds import ThinnedDeltas
 from merit_fast.progress import Progress
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _LEAST_CHUNK_KIB = 4
-_WHOLE_SUMS = ("linear", "task_arithmetic", "passthrough", "slerp", "multislerp", "model_stock")
 
 
 @dataclass(frozen=True)
@@ -134,21 +134,21 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
         (ITEM_BYTES[value_dtype(entry)] for entry in entries if is_float(entry)), default=1
     )
     elements = max(config.chunk_kib * 1024 // widest, 1)
-    if config.stats or config.takes_gram or config.method == "sce":
+    method = config.method_entry
+    by_squares = isinstance(method.rule, ThinnedDeltas) and method.rule.by_squares
+    by_row = isinstance(method.rule, ThinnedDeltas) and method.rule.by_row
+    if config.stats or config.takes_gram or by_squares:
         elements = max(
             elements, GRAM_CHUNK
-        )  # their sums have one chunk for all, so that they have one result
-    if config.method.startswith("della"):
-        elements = max(
-            elements, max((entry.shape[-1] for entry in entries if entry.shape), default=1)
-        )
+        )  # sums have one chunk size, so that they have one result
+    if by_row:
+        row = max((entry.shape[-1] for entry in entries if entry.shape), default=1)
+        elements = max(elements, row)
     each = (len(inputs.checkpoints) + 1) * widest
-    made = (
-        16 if any(isinstance(entry, MadeEntry) for entry in entries) else 0
-    )  # values on their way in
-    ranked = 0 if config.method in _WHOLE_SUMS else 8  # sizes, and the ones around a threshold
-    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if config.method.startswith("della") else 0
-    return config.threads * elements * (each + made + ranked + ranks)
+    decoded = 16 if any(isinstance(entry, MadeEntry) for entry in entries) else 0
+    sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
+    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
+    return config.threads * elements * (each + decoded + sizes + ranks)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:

@@ -1,6 +1,6 @@
-"""Methods that weigh whole tensors: a tensor's coefficients from its Gram matrix, for which all inputs are read before.
+"""Coefficients of the methods that weigh whole tensors by lengths and angles.
 
-Every one of them ends in sum_j c_j theta_j.
+Each reads a tensor's Gram matrix, taken by an earlier pass, and gives the c_j of sum_j c_j theta_j.
 """
 
 import math
@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.errors import InputError
+from merit_fast.merge.rules.values import Coefficients, TensorValues
 
 Array = npt.NDArray[np.float64]
-Coefficients = tuple[float, ...]
 
 _COLINEAR = 0.9995  # above this cosine slerp is a lerp, as in mergekit
 _NO_LENGTH = 1e-8
@@ -32,14 +32,31 @@ def slerp_coefficients(gram: Array, t: float) -> Coefficients:
     return (math.sin((1.0 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega))
 
 
+def slerp(gram: Array, values: TensorValues) -> Coefficients:
+    """``slerp_coefficients`` with the tensor's t."""
+    return slerp_coefficients(gram, values.of("t"))
+
+
+def multislerp(gram: Array, values: TensorValues) -> Coefficients:
+    """``multislerp_coefficients`` with the tensor's weights; of deltas, then the base's last."""
+    coefficients = multislerp_coefficients(gram, values.weights(), values.name)
+    return (*coefficients, 1.0 - sum(coefficients)) if values.from_base else coefficients
+
+
+def model_stock(gram: Array, values: TensorValues) -> Coefficients:
+    """``model_stock_coefficients``; the method has no parameters."""
+    return model_stock_coefficients(gram)
+
+
 def multislerp_coefficients(gram: Array, weights: Coefficients, name: str) -> Coefficients:
-    """K coefficients of a step along the sphere from the mean direction, from the Gram matrix [K, K].
+    """[K] coefficients of a step along the sphere from the mean direction; ``gram`` is [K, K].
 
         u_k = x_k / |x_k|; m = normalised sum_k w_k u_k; T = sum_k w_k (u_k - <u_k, m> m); a = |T|
         out = (cos(a) m + sin(a) T / a) * sum_k w_k |x_k|
 
-    One model is itself; where two cancel in the mean, or all are zero, it is the straight sum. The formula is
-    mergekit's, written anew from its description; all of it lies in the span of the inputs, so their products suffice.
+    One model gives itself. Where two cancel in the mean, or all are zero, it is the plain weighted
+    sum. The formula is mergekit's, written from its description; the result lies in the span of the
+    inputs, so their products suffice.
 
     Raises:
         InputError: three directions or more cancel: no mean direction.
@@ -55,7 +72,8 @@ def multislerp_coefficients(gram: Array, weights: Coefficients, name: str) -> Co
         if len(gram) == 2 or not lengths.any():
             return weights
         raise InputError(
-            f"merge: {name}: multislerp needs directions that do not cancel, their mean has length 0"
+            f"merge: {name}: multislerp needs directions that do not cancel, "
+            "their mean has length 0"
         )
     mean = mean / length
     along = (unit * (gram @ mean)) @ w  # sum_k w_k <u_k, m>
@@ -66,11 +84,11 @@ def multislerp_coefficients(gram: Array, weights: Coefficients, name: str) -> Co
 
 
 def model_stock_coefficients(gram: Array) -> Coefficients:
-    """K times c / K, then 1 - c for the base, from the deltas' Gram matrix [K, K].
+    """[K + 1]: K times c / K, then 1 - c for the base, from the deltas' Gram matrix [K, K].
 
         cosine = mean over pairs; c = K cosine / (1 + (K - 1) cosine)
 
-    A pair with a delta of length zero has cosine 0. Where the deltas cancel (denominator 0), c is 0: the base.
+    A pair with a delta of length zero has cosine 0. Where the deltas cancel (denominator 0), c is 0.
     """
     count = len(gram)
     lengths = np.sqrt(np.diag(gram))
