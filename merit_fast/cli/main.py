@@ -209,25 +209,31 @@ def _merge_parser(parser: argparse.ArgumentParser) -> Work:
     add("--mergekit", help="a mergekit recipe (YAML) to merge into OUT")
     rows = "rows that --scale auto and --weights fit choose on, with --model or --run; repeat for each dataset"
     add("--validation", action="append", metavar="NAME=PATH", help=rows)
-    add("--param", action="append", metavar="KEY=VALUE", help="of any option below; repeatable")
     add(
-        "--shard",
+        "--param",
+        action="append",
+        metavar="KEY=VALUE",
+        help="of any option below, or of a registered method; repeatable",
+    )
+    add(
+        "--share",
         metavar="I/N",
         help="write each N-th output file from the I-th on; the last process finishes",
     )
+    add("--shard", dest="share", help=argparse.SUPPRESS)  # the name before 0.2
     add("--dry-run", action="store_true", help="check and plan from the headers, write nothing")
     add_fields(parser, MergeConfig)
     return lambda arguments: _merge(arguments, MergeConfig)
 
 
 def _merge(arguments: Arguments, fields: type[Any]) -> None:
-    for text in arguments.param or []:
-        if "=" not in text:
-            raise InputError(f"command line: --param: must be KEY=VALUE, got {text!r}")
-    assignments = [*(arguments.param or []), *assignments_of(arguments, fields)]
+    from merit_fast.cli.merge import describe, merge_command, param_assignments
+
+    params = param_assignments(arguments.param or [], arguments.method)
+    assignments = [*params, *assignments_of(arguments, fields)]
     if not (arguments.model or arguments.run or arguments.mergekit):
-        if arguments.dry_run or arguments.base or arguments.shard or arguments.validation:
-            flags = "--dry-run, --base, --shard and --validation"
+        if arguments.dry_run or arguments.base or arguments.share or arguments.validation:
+            flags = "--dry-run, --base, --share and --validation"
             raise InputError(f"command line: merge: {flags} go with --model, --run or --mergekit")
         _stage(
             "merge",
@@ -243,12 +249,10 @@ def _merge(arguments: Arguments, fields: type[Any]) -> None:
         raise InputError(
             "command line: merge: with --model, --run or --mergekit needs exactly one OUT directory"
         )
-    from merit_fast.cli.merge import describe, merge_command
-
     progress = _progress(arguments.as_json)
     summary = merge_command(
         arguments.inputs[0], arguments.model, arguments.base, arguments.run, arguments.mergekit, assignments,
-        progress, dry_run=arguments.dry_run, shard=arguments.shard, tune=_tune(arguments.validation, progress),
+        progress, dry_run=arguments.dry_run, share=arguments.share, tune=_tune(arguments.validation, progress),
     )  # fmt: skip
     print(json.dumps(summary) if arguments.as_json else describe(summary, arguments.dry_run))
 

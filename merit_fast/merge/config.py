@@ -1,9 +1,11 @@
 """Options of the merge stage."""
 
 import re
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
+from merit_fast.errors import InputError
 from merit_fast.merge.parameters import (
     BUILT_IN,
     DENSITY,
@@ -18,14 +20,14 @@ from merit_fast.merge.parameters import (
 from merit_fast.merge.registry import method_named
 from merit_fast.merge.rules.kinds import FromGram, WeightedSum
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS, MergeMethod
-from merit_fast.options.fields import option, require
+from merit_fast.options.fields import option, parse, require, to_plain
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """How checkpoints are combined. The result depends on neither threads, chunk_kib nor max_memory.
+    """Options of a merge. Neither threads, chunk_kib nor max_memory change the result.
 
     A Setting is a number, a gradient over the layers, or a list of {filter, value}.
     """
@@ -59,6 +61,14 @@ class MergeConfig:
     select_topk: Setting = option(SELECT_TOPK.default, SELECT_TOPK.help)
     t: Setting = option(T.default, T.help)
     seed: int = option(0, "seed of the random choices of dare and della")
+    # Left out of manifests while empty, so that fingerprints of built-in methods stay as they were.
+    parameters: dict[str, Setting] | None = field(
+        default=None,
+        metadata={
+            "help": "numbers of a registered method, as {name: value}; docs/merge.md",
+            "omit_default": True,
+        },
+    )
     models: tuple[ModelSettings, ...] = option(
         (), "for each model in order: its own weight, density, gamma, epsilon"
     )
@@ -99,6 +109,7 @@ class MergeConfig:
                 parse_bytes(name, getattr(self, name))
         method = self.method_entry
         self._check_parameters(method)
+        self._check_own_parameters(method)
         self._check_models(method)
         self._check_weights(method)
         self._check_tuning(method)
@@ -109,7 +120,7 @@ class MergeConfig:
         return method_named(self.method)
 
     def _check_parameters(self, method: MergeMethod) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
+        defaults = {item.name: item.default for item in fields(self)}
         for name in (*(parameter.name for parameter in BUILT_IN), "seed"):
             value = getattr(self, name)
             rule = f"absent: method {self.method} takes no {name}"
@@ -124,6 +135,18 @@ class MergeConfig:
             by_model = [model.density is not None for model in self.models]
             is_given = self.density is not None or (bool(by_model) and all(by_model))
             require(is_given, "density", f"given for method {self.method}", self.density)
+
+    def _check_own_parameters(self, method: MergeMethod) -> None:
+        values = self.parameters or {}
+        declared = {item.name: item for item in method.parameters if item not in BUILT_IN}
+        for name, value in values.items():
+            takes = ", ".join(declared) or "none here"
+            rule = f"absent: method {self.method} takes {takes}"
+            require(name in declared, f"parameters.{name}", rule, value)
+        for name, parameter in declared.items():
+            is_given = name in values or parameter.default is not None
+            require(is_given, f"parameters.{name}", f"given for method {self.method}", None)
+            parameter.check(f"parameters.{name}", values.get(name, parameter.default))
 
     def _check_models(self, method: MergeMethod) -> None:
         for i, model in enumerate(self.models):
@@ -192,6 +215,29 @@ class MergeConfig:
     def takes_weights(self) -> bool:
         """Whether the method reads the models' weights."""
         return self.method_entry.takes_weights
+
+
+def config_of(
+    caller: str,
+    config: MergeConfig | None,
+    options: Mapping[str, Any],
+    weights: Any = None,
+) -> MergeConfig:
+    """A call's config: the one given, or one of its keyword options, with the call's weights.
+
+    Raises:
+        InputError: both are given, or an option is unknown or wrong; ``caller`` is named.
+    """
+    if config is not None and weights is None and not options:
+        return config
+    if config is not None and options:
+        raise InputError(f"{caller}: config: must be absent next to {', '.join(options)}")
+    plain = dict(options) if config is None else to_plain(config)
+    if weights is not None:
+        plain["weights"] = (
+            weights if isinstance(weights, str) else [float(weight) for weight in weights]
+        )
+    return parse(MergeConfig, plain, caller)
 
 
 def parse_bytes(key: str, text: str) -> int:

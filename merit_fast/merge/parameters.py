@@ -23,7 +23,7 @@ class Case:
     slice: int | None = None
 
 
-# A number; a gradient over the layers; or cases, of which the first that matches a name counts.
+# A number; a gradient over the layers; or cases: the first that matches a name counts.
 Setting = float | Gradient | tuple[Case, ...]
 
 
@@ -105,7 +105,7 @@ class Layers:
         self.count = max(numbers, default=-1) + 1
 
     def position(self, name: str) -> float:
-        """Position of a tensor: 0 at the first layer, 1 at the last or only one, 0 outside layers."""
+        """Position of a tensor: 0 at the first layer and outside layers, 1 at the last one."""
         number = layer_of(name)
         if number is None:
             return 0.0
@@ -125,8 +125,8 @@ def setting_at(
 ) -> float | None:
     """The setting's value for one tensor; None where no case matches.
 
-    Filters look at the name that ``model`` has for the tensor, else at the output's name. A gradient
-    v[0..m-1] is linear between its points: at position t of the layer, p = t (m - 1).
+    Filters look at the name that ``model`` has for the tensor, else at the output's name. A
+    gradient v[0..m-1] is linear between its points: at position t of the layer, p = t (m - 1).
     """
     if setting is None:
         return None

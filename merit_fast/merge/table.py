@@ -1,4 +1,4 @@
-"""One declaration per merge method. Checks, help, the engine's setup, mergekit's reader and docs read it.
+"""One declaration per merge method, for checks, help, the engine, mergekit's reader and docs.
 
 To add a method, add its entry here and its rule in rules/; docs/method.md holds the printed table.
 """
@@ -16,6 +16,7 @@ from merit_fast.merge.parameters import (
     T,
 )
 from merit_fast.merge.rules import deltas, gram, sums
+from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import FromGram, ThinnedDeltas, WeightedSum
 
 # How a method uses the base: always; only with a scale other than 1; if there is one; never.
@@ -24,13 +25,14 @@ Base = Literal["required", "with scale", "optional", "unused"]
 
 @dataclass(frozen=True)
 class MergekitForm:
-    """How mergekit's recipes use the method of the same name.
+    """Use of the method of the same name in mergekit's recipes.
 
     Attributes:
         keys: parameters that it reads next to those of ours.
         normalize: its default of ``normalize``.
         rescale: the value of ``rescale`` that equals our formula; None: it takes none.
-        base: how its ``base_model`` enters: as the base, as the first model or as one model of many.
+        base: how its ``base_model`` enters: as the base, as the first model or as one model of
+            many.
         uneven: whether slices may list different numbers of models.
     """
 
@@ -60,7 +62,7 @@ class MergeMethod:
     """
 
     name: str
-    rule: WeightedSum | FromGram | ThinnedDeltas
+    rule: WeightedSum | FromGram | ThinnedDeltas | UserFunction
     result: str
     source: str
     parameters: tuple[Parameter, ...] = ()
@@ -200,8 +202,8 @@ _ENTRIES = (
     MergeMethod(
         "multislerp",
         FromGram(gram.multislerp),
-        r"(cos a · m + sin a · T/a) Σ w_k \|x_k\|, u_k = x_k/\|x_k\|, m the direction of Σ w_k u_k, "
-        r"T = Σ w_k (u_k − ⟨u_k, m⟩ m), a = \|T\|; x_k = θ_k, or δ_k with a base",
+        r"(cos a · m + sin a · T/a) Σ w_k \|x_k\|, u_k = x_k/\|x_k\|, m the direction of "
+        r"Σ w_k u_k, T = Σ w_k (u_k − ⟨u_k, m⟩ m), a = \|T\|; x_k = θ_k, or δ_k with a base",
         "mergekit",
         base="optional",
         passes=2,
@@ -210,7 +212,8 @@ _ENTRIES = (
     MergeMethod(
         "model_stock",
         FromGram(gram.model_stock),
-        "θ0 + c · mean δ_k, c = K cosine / (1 + (K − 1) cosine), cosine the mean over pairs of deltas",
+        "θ0 + c · mean δ_k, c = K cosine / (1 + (K − 1) cosine), cosine the mean over pairs of "
+        "deltas",
         "Jang et al. 2024, arXiv 2403.19522",
         takes_weights=False,
         fewest_models=2,

@@ -12,7 +12,7 @@ from merit_fast.data import mixture_fingerprint
 from merit_fast.errors import MeritFastError
 from merit_fast.manifests.io import StageManifest, is_complete, read_manifest, stage_manifest
 from merit_fast.manifests.schemas import SplitManifest
-from merit_fast.merge import same_bytes
+from merit_fast.merge import method_fingerprint, same_bytes
 from merit_fast.model import model_fingerprint, resolve_model, settle_dtype
 from merit_fast.pipeline import arms
 from merit_fast.pipeline.arms import Branch
@@ -111,6 +111,7 @@ class Outputs:
         if self.config.merge.is_tuned:
             inputs["held-out"] = self.held_out_fingerprint
             inputs["rows per pass"] = str(self.config.evaluate.batch_size)
+        inputs |= method_fingerprint(self.config.merge)
         return stage_manifest("merge", same_bytes(self.config.merge), inputs)
 
     @property

@@ -231,9 +231,8 @@ class Run:
         if config.is_tuned:
             chosen = self._tune(arm, paths, directory)
             config = config.filled(chosen.weights, chosen.scale)
-        merge_branches(
-            paths, resolve_weights(paths, config), config, directory, self.progress, outputs.start
-        )
+        weights = resolve_weights(paths, config)
+        merge_branches(paths, weights, outputs.start, directory, config, self.progress)
 
     def _tune(self, arm: str, paths: list[Path], directory: Path) -> TuneManifest:
         from merit_fast.evaluate.audit import audit_rows

@@ -63,6 +63,7 @@ INSIDE = {
         "engine",
         "write",
         "in_memory",
+        "prepared",
         "stage",
     ),
     "sketch": (

@@ -1,4 +1,4 @@
-"""Which tensors the output has and in which files: what inputs lack, sizes of files, the index."""
+"""Tensors and files of the output: missing tensors, sizes of files, the index."""
 
 import json
 
@@ -21,7 +21,7 @@ def tensors(names, k=0):
 
 @pytest.fixture
 def models(tmp_path):
-    """a, b, c in all; d not in m1; e in the base and m1; x in m1 alone."""
+    """a, b, c in all; d not in m1; e in the base and m1; x only in m1."""
     return (
         [write(tmp_path / "m0", tensors("abcd")), write(tmp_path / "m1", tensors("abcex", 10))],
         write(tmp_path / "base", tensors("abcde", 100)),

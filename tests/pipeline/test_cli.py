@@ -118,7 +118,7 @@ def test_merge_of_given_models(call, config_file, tmp_path, tiny_model):
     code, _, err = call("merge", "merged", *scaled)
     assert code == 2 and "needs a base model" in err
     code, _, err = call("merge", config_file, "--dry-run")
-    assert code == 2 and "--dry-run, --base, --shard and --validation go with --model" in err
+    assert code == 2 and "--dry-run, --base, --share and --validation go with --model" in err
     code, _, err = call("merge", "again", "--model", tiny_model, "--model", tiny_model)
     assert code == 2 and "has no branch.json" in err and not Path("again").exists()
     code, _, err = call("merge", tiny_model, "--model", f"{tiny_model}:1")

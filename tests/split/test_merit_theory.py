@@ -37,7 +37,7 @@ def descend(gradient, size, steps, rate, momentum=0.0):
 def merged(positions, weights):
     """The package's own merge."""
     states = [{"w": torch.from_numpy(position)} for position in positions]
-    return merge_state_dicts(states, weights=[float(w) for w in weights])["w"].numpy()
+    return merge_state_dicts(states, [float(w) for w in weights], normalize=False)["w"].numpy()
 
 
 def shares(weights, groups):

@@ -34,8 +34,8 @@ def check_names(document: Document, method: MergeMethod) -> list[str]:
     by_model = (*_BY_MODEL, "scale")
     known = {*by_model, *_SHARED, *_OF_METHODS, "rescale", *_WITHOUT_EFFECT}
     notes = []
-    of_models = [entry.scope for part in document.parts for entry in part.entries]
-    for scope in [*of_models, *(part.scope for part in document.parts), *document.scopes]:
+    of_models = [entry.scope for section in document.sections for entry in section.entries]
+    for scope in [*of_models, *(section.scope for section in document.sections), *document.scopes]:
         for name in scope.values:
             key = f"{scope.key}.{name}"
             if name not in known:
@@ -49,8 +49,8 @@ def check_names(document: Document, method: MergeMethod) -> list[str]:
                 notes.append(f"{key}: has no effect on one model, nor has it in mergekit")
     if method.takes_seed:
         notes.append(
-            f"{method.name}: what is dropped is drawn from our seed, "
-            "what stays is divided by its probability; "
+            f"{method.name}: our seed draws the dropped elements, "
+            "the others are divided by their probability; "
             "mergekit draws from torch and restores the sum of absolute values"
         )
     return notes
@@ -71,11 +71,11 @@ def merge_values(
 
     Args:
         columns: the models of every slice.
-        most: the largest number of models in a slice; a slice of fewer is filled up with weights of 0.
+        most: largest number of models in a slice; smaller slices are filled with weights of 0.
     """
     where = document.where
     takes = _keys_of(method)
-    shared = [*(part.scope for part in document.parts), *document.scopes]
+    shared = [*(section.scope for section in document.sections), *document.scopes]
     by_model: list[list[Scope]] = []
     for k in range(most):
         lacking = [
@@ -122,9 +122,9 @@ def _check_fixed(
 
 
 def _check_given(document: Document, columns: Sequence[Sequence[Entry]], name: str) -> None:
-    for part, entries in zip(document.parts, columns, strict=True):
+    for section, entries in zip(document.sections, columns, strict=True):
         for entry in entries:
             of_model = [entry.scope] if name in _BY_MODEL else []
-            if not has(name, [*of_model, part.scope, *document.scopes]):
+            if not has(name, [*of_model, section.scope, *document.scopes]):
                 key = entry.scope.key if of_model else document.scopes[-1].key
                 raise document.error(f"{key}.{name}", f"is required by method {document.method}")

@@ -1,7 +1,7 @@
-"""mergekit's own YAML as a merge of ours: `merit-fast merge --mergekit CONFIG.yml OUT`. Written for mergekit 0.1.5.
+"""mergekit's YAML as a merge: `merit-fast merge --mergekit CONFIG.yml OUT`. For mergekit 0.1.5.
 
-mergekit_yaml (text -> tree) -> here (tree -> MergeConfig, slices, paths) -> merge. What mergekit would ignore silently
-is an error where it is unknown, and a note where it has no effect. Its defaults hold, not ours.
+``document`` reads text into a tree; this module turns the tree into a MergeConfig, slices and
+paths. An unknown key is an error, one without effect a note. mergekit's defaults hold.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,9 +13,9 @@ from merit_fast.errors import InputError
 from merit_fast.integrations.mergekit.document import (
     Document,
     Entry,
-    Part,
     Reference,
     Scope,
+    Section,
     read_document,
 )
 from merit_fast.integrations.mergekit.numbers import check_names, merge_values
@@ -30,18 +30,18 @@ from merit_fast.progress import Progress
 
 # Methods of mergekit that this package lacks.
 _ELSEWHERE = ("nuslerp", "karcher", "nearswap", "arcee_fusion", "ram", "ramplus_tl")
-# Options that change how, where or whether we write, but nothing that the recipe says.
+# Options that a recipe does not hold.
 _ENGINE = (
-    "seed", "missing", "dtype", "shard_size", "stats", "checksum", "allow_nonfinite", "fsync", "threads", "chunk_kib",
-    "max_memory",
+    "seed", "missing", "dtype", "shard_size", "stats", "checksum", "allow_nonfinite", "fsync",
+    "threads", "chunk_kib", "max_memory",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge to be done. ``models``: in order; with slices all that take part, in any.
+    """A merge to be done. ``models``: in order; with slices all of them, in any order.
 
-    ``companions``: the model that gives config and tokenizer. ``notes``: what the user should know of the recipe.
+    ``companions``: the model that gives config and tokenizer. ``notes``: facts for the user.
     """
 
     models: tuple[Location, ...]
@@ -53,13 +53,13 @@ class Recipe:
 
 
 def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
-    """Reads and checks a recipe. Paths are as given, relative to the current directory; hub ids are downloaded.
+    """Reads and checks a recipe. Paths are relative to the current folder; hub ids are fetched.
 
     Args:
-        assignments: ``key=value`` of MergeConfig, for what a recipe does not say (threads, seed, shard_size, ...).
+        assignments: ``key=value`` of MergeConfig that a recipe cannot hold: threads, seed, ...
 
     Raises:
-        InputError: a key, method or value that mergekit or we do not have, by file and key; a model that is not there.
+        InputError: a key, method or value that mergekit or this package lacks; a missing model.
     """
     document = read_document(file)
     if document.method not in METHODS:
@@ -68,12 +68,12 @@ def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
         raise document.error("merge_method", rule)
     method = METHODS[document.method]
     notes = [*document.notes, *check_names(document, method)]
-    columns = [_order_models(document, part, method) for part in document.parts]
+    columns = [_order_models(document, section, method) for section in document.sections]
     most = max(len(entries) for entries, _ in columns)
-    for part, (entries, _) in zip(document.parts, columns, strict=True):
+    for section, (entries, _) in zip(document.sections, columns, strict=True):
         if len(entries) != most and not method.mergekit.uneven:
             rule = f"must be as many in every slice, got {len(entries)} and {most}"
-            raise document.error(part.key, rule)
+            raise document.error(section.key, rule)
     values = merge_values(document, method, [entries for entries, _ in columns], most)
     config = _config(document, values, assignments)
     references = [
@@ -90,7 +90,7 @@ def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
     notes += check_texts(document, paths, donor)
     slices: tuple[Slice, ...] = ()
     models = [paths[entry.reference] for entry in columns[0][0]]
-    if document.parts[0].entries[0].layers:
+    if document.sections[0].entries[0].layers:
         slices = tuple(_slice(entries, base_entry, most, paths) for entries, base_entry in columns)
         models = list(dict.fromkeys(paths[reference] for reference in references))
     if config.stats and slices:
@@ -106,27 +106,26 @@ def merge_recipe(
     dry_run: bool = False,
     share: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
-    """Does it; arguments, result and errors as ``merge_models`` has them."""
-    models = [(path, None) for path in recipe.models]
+    """Runs the recipe. Arguments, result and errors are those of ``merge_models``."""
     return merge_models(
-        models,
-        out,
-        recipe.config,
-        progress,
-        recipe.base,
-        dry_run,
-        share,
-        recipe.slices,
-        recipe.companions,
+        recipe.models,
+        base=recipe.base,
+        out=out,
+        config=recipe.config,
+        progress=progress,
+        dry_run=dry_run,
+        share=share,
+        slices=recipe.slices,
+        companions=recipe.companions,
     )
 
 
 def _order_models(
-    document: Document, part: Part, method: MergeMethod
+    document: Document, section: Section, method: MergeMethod
 ) -> tuple[list[Entry], Entry | None]:
-    """Entries of a part in the order in which our methods take them, and the base's entry."""
-    entries = list(part.entries)
-    base = part.base or document.base
+    """Entries of a section in the order in which our methods take them, and the base's entry."""
+    entries = list(section.entries)
+    base = section.base or document.base
     references = [entry.reference for entry in entries]
     for k, reference in enumerate(references):
         if reference in references[:k]:
@@ -140,7 +139,7 @@ def _order_models(
     base_entry = next((entry for entry in entries if entry.reference == base), None)
     if base_entry is None:
         rule = f"must hold the base_model {base}, from which {method.name} starts"
-        raise document.error(part.key, rule)
+        raise document.error(section.key, rule)
     others = [entry for entry in entries if entry is not base_entry]
     if method.mergekit.base == "first model":
         return [base_entry, *others], None
@@ -150,23 +149,23 @@ def _order_models(
 
 
 def _config(document: Document, values: dict[str, Any], assignments: Sequence[str]) -> MergeConfig:
-    given = override({}, assignments)
-    for key in given:
+    chosen = override({}, assignments)
+    for key in chosen:
         if key not in _ENGINE:
             raise InputError(
-                f"command line: {key}: is for the recipe to say; beside it go {', '.join(_ENGINE)}"
+                f"command line: {key}: is set by the recipe; next to it go {', '.join(_ENGINE)}"
             )
     if document.dtype:
         values = {**values, "dtype": document.dtype}
-    if document.parts[0].entries[0].layers:
+    if document.sections[0].entries[0].layers:
         values = {
             **values,
             "shard_size": "5G",
         }  # the output's layers are in no order of any model's files
     return parse(
         MergeConfig,
-        values | given,
-        f"{document.where} with command line" if given else document.where,
+        values | chosen,
+        f"{document.where} with command line" if chosen else document.where,
     )
 
 
@@ -176,7 +175,7 @@ def _check_adapters(
     references: Iterable[Reference],
     bases: Sequence[Reference],
 ) -> Reference | None:
-    """The model that all adapters sit on; None without adapters. A method's base must be that one."""
+    """The model under all adapters; None without adapters. A method's base must be that one."""
     under: Reference | None = None
     for reference in references:
         if reference.lora is None:

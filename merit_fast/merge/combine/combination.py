@@ -1,4 +1,4 @@
-"""A merge's method, applied to its models: each tensor gets coefficients or a rule for its deltas."""
+"""A merge's method applied to its models: coefficients or a delta rule for each tensor."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,23 +8,24 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.parameters import BUILT_IN, Layers
+from merit_fast.merge.parameters import BUILT_IN, SCALE, Layers, Setting
 from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.rules.function import FunctionRule, UserFunction
 from merit_fast.merge.rules.gram import Array
 from merit_fast.merge.rules.kinds import FromGram, ThinnedDeltas, WeightedSum
 from merit_fast.merge.rules.values import Coefficients, MethodValues
 from merit_fast.merge.table import Base, MergeMethod
 
-Rule = Coefficients | DeltaRule
+Rule = Coefficients | DeltaRule | FunctionRule
 
 
 @dataclass(frozen=True)
 class Combination:
     """The rule for every tensor. ``paths``: the models, then the base where it takes part.
 
-    If ``from_gram`` is set, it makes a tensor's coefficients from its Gram matrix: of the inputs, or
-    with ``gram_from_base`` of their deltas from the last path. Otherwise ``rule`` makes them.
+    If ``from_gram`` is set, it makes a tensor's coefficients from its Gram matrix: of the inputs,
+    or with ``gram_from_base`` of their deltas from the last path. Otherwise ``rule`` makes them.
     """
 
     paths: tuple[Location, ...]
@@ -57,26 +58,36 @@ def combine(
     method = config.method_entry
     _check_counts(models, base, config, method)
     values = MethodValues(
-        {parameter.name: getattr(config, parameter.name) for parameter in BUILT_IN},
+        _settings(config, method),
         tuple(weights),
         config.models,
         layers or Layers(tensors),
         config.normalize,
         config.seed,
+        len(models),
     )
     if isinstance(method.rule, WeightedSum):
         return _weighted_sums(models, base, config, values, method.rule)
     if isinstance(method.rule, FromGram):
         return _from_gram(models, base, values, method.rule, method.base)
+    if isinstance(method.rule, UserFunction):
+        return _user_function(models, base, values, method, method.rule)
     assert base is not None
     return _thinned_deltas(models, base, values, method.rule)
+
+
+def _settings(config: MergeConfig, method: MergeMethod) -> dict[str, Setting | None]:
+    settings = {parameter.name: getattr(config, parameter.name) for parameter in BUILT_IN}
+    declared = {item.name: item.default for item in method.parameters if item not in BUILT_IN}
+    return settings | declared | (config.parameters or {})
 
 
 def _check_counts(
     models: Sequence[Location], base: Location | None, config: MergeConfig, method: MergeMethod
 ) -> None:
     require_numbers(config)
-    fewest, most = method.fewest_models, method.most_models
+    fewest = method.fewest_models
+    most = method.most_models
     if len(models) < fewest or (most is not None and len(models) > most):
         wanted = f"{fewest} model{'s' * (fewest > 1)}{'' if most else ' or more'}"
         raise InputError(f"merge: method {config.method} needs {wanted}, got {len(models)}")
@@ -138,6 +149,31 @@ def _thinned_deltas(
         return kind.rule(values.at(entry.name, entry.shape, entry.num_elements, from_base=True))
 
     return Combination((*models, base), rule)
+
+
+def _user_function(
+    models: Sequence[Location],
+    base: Location | None,
+    values: MethodValues,
+    method: MergeMethod,
+    kind: UserFunction,
+) -> Combination:
+    has_base = method.base == "required"
+    names = [item.name for item in method.parameters if item not in BUILT_IN]
+
+    def rule(entry: TensorEntry) -> FunctionRule:
+        tensor = values.at(entry.name, entry.shape, entry.num_elements, has_base)
+        return FunctionRule(
+            method.name,
+            kind.function,
+            tensor.weights(),
+            tuple((name, tensor.of(name)) for name in names),
+            has_base,
+            tensor.of(SCALE.name) if has_base else 1.0,
+        )
+
+    paths = (*models, base) if base is not None and has_base else tuple(models)
+    return Combination(paths, rule)
 
 
 def _no_rule(entry: TensorEntry) -> Any:

@@ -1,49 +1,45 @@
-"""The engine's driver: opens files, hands byte ranges to C++ (or NumPy), turns what went wrong into one line.
+"""The engine's driver: opens files and hands byte ranges to C++ or NumPy.
 
 Memory is threads x (K + 1) x chunk, whatever the model's size.
 """
 
 import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average.deltas import SQUARES_CHUNK, DeltaRule
+from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
+from merit_fast.merge.engine.native import Advance, run_native
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Segment, Shard
-from merit_fast.merge.engine.values import factors, nonfinite_error, scale_grid
-from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
-from merit_fast.merge.read.decoded import MadeEntry, is_float, value_dtype
+from merit_fast.merge.read.decoded import DecodedEntry, is_float, value_dtype
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.rules.function import FunctionRule
 
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
-_CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
-
-Advance = Callable[[int], None]  # told how many more elements are done
 
 
 def write_shard(
     shard: Shard, config: MergeConfig, path: Path, advance: Advance, backend: str | None = None
 ) -> dict[str, Array]:
-    """Makes one output file (created, preallocated, not fsynced) by its segments' rules.
+    """Writes one output file by its segments' rules: created, preallocated, not fsynced.
 
     Returns:
-        With ``config.stats``, each tensor's Gram matrix of the deltas from its last input, the base; else nothing.
+        With ``config.stats``, each tensor's Gram matrix of the deltas from its last input, the
+        base; else nothing.
 
     Raises:
-        InputError: a value is not finite, an integer tensor differs, an input is shorter than its header says.
+        InputError: a value is not finite, an integer tensor differs, an input is shorter than its
+            header says.
         MeritFastError: reading or writing failed, the disk is full.
     """
     with open_files(input_files((*shard.segments, *shard.copies)), path) as opened:
@@ -63,7 +59,8 @@ def gram_shard(
 
     Args:
         shard: of a plan without rules.
-        from_base: the last input is the base and taken off the others; else all inputs count, from zero.
+        from_base: the last input is the base, and the others' deltas from it count; else the
+            inputs.
 
     Raises:
         as ``write_shard``.
@@ -79,12 +76,12 @@ def merge_tensor(
     address: int,
     backend: str | None = None,
 ) -> None:
-    """Makes one tensor in memory by its rule; an integer tensor is found equal in all inputs and copied.
+    """Makes one tensor in memory by its rule; integer tensors must be equal and are copied.
 
     Args:
-        segment: of one tensor, float or not; its output offset does not count.
-        opened: with ``input_files`` of the segment, and no output.
-        address: where the tensor's elements belong, all of them; the caller keeps that memory.
+        segment: one tensor, float or not; its output offset does not count.
+        opened: holds ``input_files`` of the segment, and no output.
+        address: memory for all of the tensor's elements; the caller keeps it.
 
     Raises:
         as ``write_shard``.
@@ -97,33 +94,28 @@ def merge_tensor(
 
 
 def input_files(segments: Iterable[Segment]) -> set[Location]:
-    """The files that hold what segments are made of."""
+    """Files that hold the inputs of segments."""
     files = set()
     for segment in segments:
         for entry in segment.inputs:
             files.add(entry.file)
-            if isinstance(entry, MadeEntry) and entry.scales:
+            if isinstance(entry, DecodedEntry) and entry.scales:
                 files.add(entry.scales.entry.file)
-            if isinstance(entry, MadeEntry) and entry.low_rank:
+            if isinstance(entry, DecodedEntry) and entry.low_rank:
                 files |= {entry.low_rank.a.file, entry.low_rank.b.file}
     return files
 
 
 def chunk_elements(segments: Iterable[Segment], config: MergeConfig, chunk_bytes: int) -> int:
     """Elements of a chunk: ``chunk_bytes`` of the widest type that takes part."""
-    widest = max(
-        (
-            ITEM_BYTES[dtype]
-            for s in segments
-            for dtype in (s.dtype, *(value_dtype(entry) for entry in s.inputs))
-        ),
-        default=1,
-    )
+    outputs = [segment.dtype for segment in segments]
+    inputs = [value_dtype(entry) for segment in segments for entry in segment.inputs]
+    widest = max((ITEM_BYTES[dtype] for dtype in (*outputs, *inputs)), default=1)
     return max(chunk_bytes // widest, 1)
 
 
 class _Engine:
-    """Passes over a shard's segments: sums in one call, tensors with a rule for their deltas one by one."""
+    """Passes over a shard's segments: plain sums in one call, other tensors one by one."""
 
     def __init__(
         self,
@@ -134,20 +126,20 @@ class _Engine:
         advance: Advance,
         backend: str | None,
     ) -> None:
-        self.config, self.opened, self.advance = config, opened, advance
-        self.takes_gram, self.from_base = takes_gram, from_base
-        self.native = (
-            dispatch.native_module()
-            if dispatch.choose("merge_files", "cpu", backend) == "cpu"
-            else None
-        )
+        self.config = config
+        self.opened = opened
+        self.advance = advance
+        self.takes_gram = takes_gram
+        self.from_base = from_base
+        is_native = dispatch.choose("merge_files", "cpu", backend) == "cpu"
+        self.native = dispatch.native_module() if is_native else None
 
     def run(self, segments: Sequence[Segment]) -> dict[str, Array]:
         grams: dict[str, Array] = {}
         for batch in _batches(segments):
             pieces, gram = self._pieces(batch)
             step = self._step(batch)
-            if self.native is None:
+            if self.native is None or isinstance(batch[0].rule, FunctionRule):
                 reference.run(
                     batch,
                     self.config,
@@ -159,7 +151,17 @@ class _Engine:
                     self.advance,
                 )
             else:
-                self._run_native(batch, step, pieces, gram)
+                run_native(
+                    self.native,
+                    batch,
+                    self.config,
+                    self.opened,
+                    step,
+                    pieces,
+                    gram,
+                    self.from_base,
+                    self.advance,
+                )
             grams |= gram_by_tensor(batch, pieces, gram)
         return grams
 
@@ -173,90 +175,22 @@ class _Engine:
     def _step(self, batch: Sequence[Segment]) -> int:
         rule = batch[0].rule
         if isinstance(rule, DeltaRule) and self.takes_gram and rule.row:
-            return max(
-                rule.row, GRAM_CHUNK // rule.row * rule.row
-            )  # a chunk of the engine's is whole rows
+            # A chunk of the engine holds whole rows.
+            return max(rule.row, GRAM_CHUNK // rule.row * rule.row)
         if self.takes_gram or (isinstance(rule, DeltaRule) and rule.weigh_by_squares):
             return GRAM_CHUNK
         return chunk_elements(batch, self.config, self.config.chunk_kib * 1024)
 
-    def _run_native(
-        self, batch: Sequence[Segment], step: int, pieces: npt.NDArray[np.int64], gram: Array
-    ) -> None:
-        native, config, alive = self.native, self.config, []  # type: ignore[var-annotated]
-        assert native is not None
-        packed = [
-            (
-                s.num_elements,
-                self.opened.output,
-                s.output_offset,
-                _CODES[s.dtype],
-                [self._source(e, alive) for e in s.inputs],
-            )
-            for s in batch
-        ]
-        done = np.zeros(1, np.int64)
-        rule, read = batch[0].rule, self.opened.remote_read
-        with _watch(done, self.advance):
-            if isinstance(rule, DeltaRule):
-                result = native.merge_deltas(
-                    packed[0], native.TensorRule(*astuple(rule)), read, step, config.threads, config.allow_nonfinite,
-                    config.fsync,
-                    pieces, gram, done,
-                )  # fmt: skip
-            else:
-                result = native.merge_sums(
-                    packed, [list(s.rule) for s in batch], read, step, config.threads,  # type: ignore[arg-type]
-                    config.allow_nonfinite, config.fsync,
-                    pieces, gram, self.from_base, done,
-                )  # fmt: skip
-        error, segment, element, source, nonfinite = result
-        if nonfinite:
-            raise nonfinite_error(batch[segment], element, step, self.opened)
-        if error:
-            self.opened.raise_remote()
-            where = batch[segment].inputs[source].file if source >= 0 else "output"
-            raise MeritFastError(
-                f"{where}: {os.strerror(error)} while merging {batch[segment].names[0]}"
-            )
-
-    def _source(self, entry: TensorEntry, alive: list[np.ndarray]) -> Any:
-        """The engine's view of an input. ``alive`` keeps the small arrays that it points to."""
-        assert self.native is not None
-        made = isinstance(entry, MadeEntry)
-        source = self.native.Source(
-            self.opened.number(entry.file), entry.offset, _CODES.get(entry.dtype, 0)
-        )
-        if not isinstance(entry, MadeEntry):
-            return source
-        cols = entry.shape[-1] if entry.shape else 1
-        if entry.dtype not in FLOAT_DTYPES:
-            grid = scale_grid(entry.scales, self.opened) if entry.scales else np.ones((1, 1))
-            block = (
-                (entry.scales.block_rows, entry.scales.block_cols)
-                if entry.scales
-                else (1 << 62, 1 << 62)
-            )
-            alive.append(grid)
-            source.scale(entry.dtype == "F8_E5M2", cols, *block, grid.shape[1], grid.ctypes.data)
-        pair = factors(entry, self.opened)
-        if pair is not None and made and entry.low_rank is not None:
-            alive.extend(pair)
-            left, right = pair
-            source.add_low_rank(
-                left.ctypes.data, right.ctypes.data, left.shape[1], cols, entry.low_rank.scaling
-            )
-        return source
-
 
 def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """What goes into one call: plain sums together; alone what has a rule, or small arrays to hold meanwhile."""
+    """Segments by call: plain sums together, each of the others in a call of its own."""
     plain: list[Segment] = []
-    alone: list[Segment] = []
+    single: list[Segment] = []
     for segment in segments:
-        made = any(isinstance(entry, MadeEntry) for entry in segment.inputs)
-        (alone if made or isinstance(segment.rule, DeltaRule) else plain).append(segment)
-    return [*([plain] if plain else []), *([segment] for segment in alone)]
+        is_decoded = any(isinstance(entry, DecodedEntry) for entry in segment.inputs)
+        is_plain = isinstance(segment.rule, tuple) and not is_decoded
+        (plain if is_plain else single).append(segment)
+    return [*([plain] if plain else []), *([segment] for segment in single)]
 
 
 def _copy_equal(segment: Segment, files: OpenFiles) -> None:
@@ -268,32 +202,7 @@ def _copy_equal(segment: Segment, files: OpenFiles) -> None:
         for entry, chunk in zip(segment.inputs, chunks, strict=True):
             if chunk != chunks[0]:
                 raise InputError(
-                    f"{entry.file}: {entry.name}: a {entry.dtype} tensor cannot be averaged and must equal that of "
-                    f"{segment.inputs[0].file}"
+                    f"{entry.file}: {entry.name}: a {entry.dtype} tensor cannot be averaged "
+                    f"and must equal that of {segment.inputs[0].file}"
                 )
         files.write(chunks[0], segment.output_offset + at * item)
-
-
-@contextmanager
-def _watch(done: npt.NDArray[np.int64], advance: Advance) -> Any:
-    """Reports a counter that C++ advances while it holds no GIL."""
-    stop, reported = threading.Event(), 0
-
-    def report() -> None:
-        nonlocal reported
-        now = int(done[0])
-        advance(now - reported)
-        reported = now
-
-    def watch() -> None:
-        while not stop.wait(0.1):
-            report()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        report()

@@ -1,4 +1,5 @@
-"""The arithmetic of every merge method: from one tensor's parameters to the numbers that the engine uses.
+"""The arithmetic of every merge method: one tensor's parameters become the engine's numbers.
 
-Parameters of a tensor come in; coefficients, delta rules or a user's function go out. Called by the table of methods.
+Parameters of a tensor come in; coefficients, delta rules or a user's function go out. Called by the
+table of methods.
 """

@@ -48,7 +48,7 @@ def della_rule(values: TensorValues) -> DeltaRule:
 
 
 def sce_rule(values: TensorValues) -> DeltaRule:
-    """Keeps the elements that vary most between models, weighs models by their squares, elects signs."""
+    """Keeps the elements that vary most, weighs models by their squares, elects signs."""
     return DeltaRule(
         (1.0,) * values.count,
         variance_share=values.of("select_topk"),

@@ -88,7 +88,8 @@ def model_stock_coefficients(gram: Array) -> Coefficients:
 
         cosine = mean over pairs; c = K cosine / (1 + (K - 1) cosine)
 
-    A pair with a delta of length zero has cosine 0. Where the deltas cancel (denominator 0), c is 0.
+    A pair with a delta of length zero has cosine 0. Where the deltas cancel (denominator 0), c is
+    0.
     """
     count = len(gram)
     lengths = np.sqrt(np.diag(gram))

@@ -12,8 +12,9 @@ from merit_fast.merge.rules.values import Coefficients, TensorValues
 class WeightedSum:
     """A weighted sum of whole tensors, in one pass.
 
-    ``coefficients`` gives [K + 1] numbers, the base's last. ``moves_base`` says whether the base takes
-    part, from two facts: the scale is 1; the scale is 1 and the weights sum to 1 in every tensor.
+    ``coefficients`` gives [K + 1] numbers, the base's last. ``moves_base`` says whether the base
+    takes part, from two facts: the scale is 1; the scale is 1 and the weights sum to 1 in every
+    tensor.
     """
 
     coefficients: Callable[[TensorValues], Coefficients]
@@ -34,8 +35,8 @@ class FromGram:
 class ThinnedDeltas:
     """A rule that drops elements of the deltas before they are summed.
 
-    ``by_row``: elements are ranked within rows, so the engine holds whole rows. ``by_squares``: models
-    are weighed by sums of squares, which have one chunk size.
+    ``by_row``: elements are ranked within rows, so the engine holds whole rows. ``by_squares``:
+    models are weighed by sums of squares, which have one chunk size.
     """
 
     rule: Callable[[TensorValues], DeltaRule]

@@ -14,7 +14,8 @@ def linear_coefficients(values: TensorValues) -> Coefficients:
 
 def task_arithmetic_coefficients(values: TensorValues) -> Coefficients:
     """theta_0 + s sum_k w_k delta_k"""
-    scale, weights = values.of("scale"), values.weights()
+    scale = values.of("scale")
+    weights = values.weights()
     return (*(scale * weight for weight in weights), 1.0 - scale * sum(weights))
 
 

@@ -13,7 +13,8 @@ Coefficients = tuple[float, ...]
 class MethodValues:
     """All parameters of one merge.
 
-    ``weights`` are the shared ones, already normalised; ``models`` holds each model's own settings, or nothing.
+    ``weights`` are the shared ones, already normalised; ``models`` holds each model's own settings,
+    or nothing.
     """
 
     settings: Mapping[str, Setting | None]
@@ -22,6 +23,7 @@ class MethodValues:
     layers: Layers
     normalize: bool
     seed: int
+    count: int  # of models
 
     def at(
         self, name: str, shape: tuple[int, ...] = (), num_elements: int = 0, from_base: bool = False
@@ -43,7 +45,7 @@ class TensorValues:
     @property
     def count(self) -> int:
         """The number of models, K."""
-        return len(self.shared.weights)
+        return self.shared.count
 
     @property
     def normalize(self) -> bool:
@@ -56,7 +58,7 @@ class TensorValues:
         return self.shared.seed
 
     def of(self, key: str, model: int | None = None) -> float:
-        """One parameter. A filter sees the name that ``model`` has for the tensor, else the output's name.
+        """One parameter. Filters see the name that ``model`` has for the tensor, else the output's.
 
         Raises:
             InputError: no case of the parameter matches the tensor.

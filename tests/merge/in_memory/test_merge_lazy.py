@@ -85,8 +85,10 @@ def test_threads_get_what_one_gets_from_one_engine_at_a_time(models, monkeypatch
     config = config_of({"method": "ties", "density": 0.3})
     inputs = read_inputs(models[:2], [0.5, 0.5], models[2], config)
     plan = make_plan(inputs, config, SilentProgress())
-    expected, found = read_all(models[:2], models[2], method="ties", density=0.3), []
-    alone, merge_tensor = threading.Lock(), lazy_tensors.merge_tensor
+    expected = read_all(models[:2], models[2], method="ties", density=0.3)
+    found = []
+    alone = threading.Lock()
+    merge_tensor = lazy_tensors.merge_tensor
 
     def watched(*arguments):
         assert alone.acquire(blocking=False), "two sets of buffers"
@@ -114,7 +116,8 @@ class Late(Staging):
 
     def __init__(self):
         super().__init__(24, CPU)
-        self.copying, self.filling = threading.Event(), threading.Event()
+        self.copying = threading.Event()
+        self.filling = threading.Event()
 
     def copy(self, host):
         if not self.copying.is_set():
@@ -124,7 +127,8 @@ class Late(Staging):
 
 
 def test_one_buffer_is_filled_while_the_other_is_copied():
-    staging, results = Late(), {}
+    staging = Late()
+    results = {}
 
     def run(k):
         def fill(host):
@@ -155,7 +159,9 @@ def test_a_buffer_comes_back_when_reading_fails():
 
 
 def test_at_most_two_tensors_are_on_their_way():
-    staging, entered, leave = Staging(8, CPU), threading.Semaphore(0), threading.Event()
+    staging = Staging(8, CPU)
+    entered = threading.Semaphore(0)
+    leave = threading.Event()
     filled = []
 
     def fill(host):

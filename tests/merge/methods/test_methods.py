@@ -1,4 +1,4 @@
-"""Methods whose coefficients come from the tensors themselves, against their formulas in plain fp64."""
+"""Methods with coefficients from the tensors, against their formulas in plain fp64."""
 
 import math
 import re
@@ -34,14 +34,15 @@ def models(tmp_path_factory):
 def run(models, out, base=None, **options):
     out.mkdir()
     merge_branches(
-        models, [1 / len(models)] * len(models), MergeConfig(**options), out, SilentProgress(), base
+        models, [1 / len(models)] * len(models), base, out, MergeConfig(**options), SilentProgress()
     )
     return load(out)
 
 
 def assert_bits_nearly(merged, truth):
-    """Coefficients differ from the formula's in their last bits: a value on a rounding border may fall elsewhere."""
-    mine, exact = merged.view(torch.uint16).numpy(), float64_to_bf16(truth)
+    """Allows one unit: coefficients differ from the formula's in their last bits."""
+    mine = merged.view(torch.uint16).numpy()
+    exact = float64_to_bf16(truth)
     assert np.abs(mine.astype(int) - exact.astype(int)).max() <= 1
     assert (mine != exact).mean() < 1e-3
 
@@ -52,7 +53,8 @@ def test_slerp_tensor_by_tensor(models, tmp_path, t, native, monkeypatch):
     if not native:
         monkeypatch.setattr(dispatch, "native_module", lambda: None)
     merged = run(models[:2], tmp_path / "out", method="slerp", t=t)
-    first, second = load(models[0]), load(models[1])
+    first = load(models[0])
+    second = load(models[1])
     for name, tensor in merged.items():
         assert_bits_nearly(tensor, slerp_by_hand(t, first[name], second[name]))
     end = {0.0: first, 1.0: second}.get(t)
@@ -64,7 +66,8 @@ def test_model_stock_tensor_by_tensor(models, tmp_path, native, monkeypatch):
     if not native:
         monkeypatch.setattr(dispatch, "native_module", lambda: None)
     merged = run(models[:3], tmp_path / "out", models[3], method="model_stock")
-    base, parts = load(models[3]), [load(model) for model in models[:3]]
+    base = load(models[3])
+    parts = [load(model) for model in models[:3]]
     for name, tensor in merged.items():
         assert_bits_nearly(tensor, stock_by_hand(base[name], [part[name] for part in parts]))
 
@@ -74,13 +77,16 @@ def test_model_stock_tensor_by_tensor(models, tmp_path, native, monkeypatch):
 def test_multislerp_tensor_by_tensor(models, tmp_path, centred, native, monkeypatch):
     if not native:
         monkeypatch.setattr(dispatch, "native_module", lambda: None)
-    weights, base = [0.5, 0.2, 0.3], models[3] if centred else None
+    weights = [0.5, 0.2, 0.3]
+    base = models[3] if centred else None
     (tmp_path / "out").mkdir()
     config = MergeConfig(method="multislerp")
-    merge_branches(models[:3], weights, config, tmp_path / "out", SilentProgress(), base)
-    parts, start = [load(model) for model in models[:3]], load(models[3])
+    merge_branches(models[:3], weights, base, tmp_path / "out", config, SilentProgress())
+    parts = [load(model) for model in models[:3]]
+    start = load(models[3])
     for name, tensor in load(tmp_path / "out").items():
-        inputs, origin = [part[name] for part in parts], start[name] if centred else None
+        inputs = [part[name] for part in parts]
+        origin = start[name] if centred else None
         if centred and all(
             torch.equal(x, origin) for x in inputs
         ):  # the norms' weights: nothing moved
@@ -113,8 +119,9 @@ def test_multislerp_coefficients_at_the_edges():
 @pytest.mark.parametrize("method", ["slerp", "multislerp", "model_stock"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_other_dtypes_and_hard_values(tmp_path, method, dtype):
-    """Single elements, denormals, the largest numbers, tensors without elements, equal ones, zeros."""
-    info, generator = torch.finfo(dtype), torch.Generator().manual_seed(0)
+    """Single elements, denormals, the largest numbers, empty and equal tensors, zeros."""
+    info = torch.finfo(dtype)
+    generator = torch.Generator().manual_seed(0)
     top = 1e100 if dtype == torch.float64 else info.max / 4
 
     def tensors():
@@ -134,17 +141,15 @@ def test_other_dtypes_and_hard_values(tmp_path, method, dtype):
     for k, one in enumerate(loaded):
         (tmp_path / f"m{k}").mkdir()
         save_file(one, tmp_path / f"m{k}/model.safetensors")
-    paths, base = (
-        [tmp_path / "m0", tmp_path / "m1"],
-        tmp_path / "m2" if method == "model_stock" else None,
-    )
+    paths = [tmp_path / "m0", tmp_path / "m1"]
+    base = tmp_path / "m2" if method == "model_stock" else None
     merged = run(paths, tmp_path / "out", base, method=method)
     assert merged["empty"].shape == (3, 0) and torch.equal(
         merged["zeros"], torch.zeros(5, dtype=dtype)
     )
     torch.testing.assert_close(merged["equal"], torch.ones(4, 4, dtype=dtype))
     for name in ("single", "scalar", "cube", "largest", "denormals"):
-        inputs = [one[name] for one in loaded]
+        inputs = [model[name] for model in loaded]
         if dtype == torch.float64 and name == "denormals":
             continue  # their squares are 0 in fp64
         if method == "slerp":
@@ -174,7 +179,8 @@ def test_slerp_coefficients_at_the_edges():
 
 
 def test_model_stock_coefficients_at_the_edges():
-    agreeing, unrelated = np.ones((3, 3)), np.diag([1.0, 4.0, 9.0])
+    agreeing = np.ones((3, 3))
+    unrelated = np.diag([1.0, 4.0, 9.0])
     assert model_stock_coefficients(agreeing) == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0.0))
     assert model_stock_coefficients(unrelated) == (0.0, 0.0, 0.0, 1.0)
     assert model_stock_coefficients(np.zeros((2, 2))) == (0.0, 0.0, 1.0)
@@ -243,11 +249,11 @@ def test_model_stock_without_a_base_says_so_and_a_dry_run_reads_no_data(
 ):
     from merit_fast.merge.engine import prepare
 
-    pairs = [(model, None) for model in models[:2]]
     with pytest.raises(InputError, match="model_stock .*needs a base model"):
-        merge_models(pairs, tmp_path / "out", MergeConfig(method="model_stock"), SilentProgress())
+        merge_models(models[:2], out=tmp_path / "out", method="model_stock")
     monkeypatch.setattr(prepare, "gram_shard", None)  # a call would fail
-    config, silent = MergeConfig(method="model_stock"), SilentProgress()
-    plan = merge_models(pairs, tmp_path / "out", config, silent, models[3], dry_run=True)
-    one = sum(t.nbytes for t in load(models[0]).values())
-    assert plan["bytes_in"] == 2 * 3 * one and not list(tmp_path.iterdir())
+    plan = merge_models(
+        models[:2], base=models[3], out=tmp_path / "out", method="model_stock", dry_run=True
+    )
+    num_bytes = sum(t.nbytes for t in load(models[0]).values())
+    assert plan["bytes_in"] == 2 * 3 * num_bytes and not list(tmp_path.iterdir())

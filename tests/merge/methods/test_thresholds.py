@@ -1,4 +1,4 @@
-"""The exact share of largest deltas of large tensors, found in passes from a sample: whatever the values, the first
+"""The exact share of largest deltas of large tensors, found in passes from a sample.
 by index of those that tie, as a sort would have it."""
 
 import numpy as np
@@ -12,8 +12,10 @@ from support.merges import bits, load, merge, write
 
 from merit_fast.merge import MergeConfig
 
-COUNT = 70_001  # above what is sorted whole; 18 chunks of 16 KiB
-PLACES, RUN = 64, 256  # the engine's sample: runs of elements spread evenly
+COUNT = 70_001  # more than is sorted whole; 18 chunks of 16 KiB
+# the engine's sample: runs of elements spread evenly
+PLACES = 64
+RUN = 256
 
 
 def sampled(count=COUNT):
@@ -56,8 +58,10 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """By dtype: a base of zeros, a model of these values, one of them shifted by a third of a turn."""
-    root, found, made = tmp_path_factory.mktemp("thresholds"), {}, distributions()
+    """A base of zeros, a model of these values, and their shift by a third of a turn, by dtype."""
+    root = tmp_path_factory.mktemp("thresholds")
+    found = {}
+    made = distributions()
     for kind, dtype in KINDS.items():
         first = {name: tensor.clamp(-3e38, 3e38).to(dtype) for name, tensor in made.items()}
         second = {name: tensor.roll(COUNT // 3) for name, tensor in first.items()}
@@ -164,7 +168,8 @@ def test_tensors_of_any_length(tmp_path, count):
 
 def test_threads_chunks_and_backends_change_no_byte(models, tmp_path, monkeypatch):
     for kind in KINDS:
-        paths, outputs = models[kind][0], set()
+        paths = models[kind][0]
+        outputs = set()
         for number, (threads, chunk) in enumerate([(1, 4), (2, 7), (5, 64), (2, 1024), (0, 0)]):
             monkeypatch.setenv("MERIT_FAST_BACKEND", "cpu" if threads else "eager")
             config = MergeConfig(
@@ -186,7 +191,8 @@ for kind, paths in {inputs!r}.items():
         out.mkdir(parents=True)
         options = dict(select_topk=0.4) if method == "sce" else dict(density=0.4)
         config = MergeConfig(method=method, chunk_kib=32, **options)
-        merge_branches([Path(p) for p in paths[:2]], [0.5, 0.5], config, out, SilentProgress(), Path(paths[2]))
+        *models, base = [Path(p) for p in paths]
+        merge_branches(models, [0.5, 0.5], base, out, config, SilentProgress())
         print(kind, method, hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
 """
 
@@ -208,8 +214,9 @@ def test_every_isa_level_gives_the_same_bits(models, tmp_path, native_levels):
     shape=st.sampled_from(["uniform", "geometric", "blocks"]),
 )
 def test_any_large_tensor(tmp_path_factory, seed, distinct, density, shape):
-    """Blocks: every chunk of 1000 has values of its own, so most of a sample says nothing about the rest."""
-    root, random = tmp_path_factory.mktemp("any"), np.random.default_rng(seed)
+    """Blocks: every chunk of 1000 has values of its own, so a sample misleads."""
+    root = tmp_path_factory.mktemp("any")
+    random = np.random.default_rng(seed)
     count = int(random.integers(PLACES * RUN, 60_000))
     drawn = random.integers(1, distinct + 1, count).astype(np.float64)
     drawn = {
@@ -249,11 +256,13 @@ for backend in ("cpu", "eager"):
             out = root / "out" / f"{{backend}}-{{model.name}}-{{method}}"
             out.mkdir(parents=True)
             config = MergeConfig(method=method, allow_nonfinite=True, **option)
-            merge_branches([model, root / "good"], [0.5, 0.5], config, out, SilentProgress(), base)
+            merge_branches([model, root / "good"], [0.5, 0.5], base, out, config, SilentProgress())
             try:
                 config = MergeConfig(method=method, **option)
-                (out / "strict").mkdir()
-                merge_branches([model, root / "good"], [0.5, 0.5], config, out / "strict", SilentProgress(), base)
+                strict = out / "strict"
+                strict.mkdir()
+                pair = [model, root / "good"]
+                merge_branches(pair, [0.5, 0.5], base, strict, config, SilentProgress())
             except InputError as error:
                 assert str(error).startswith(str(model)), error
             else:

@@ -5,7 +5,7 @@ import torch
 from support.merges import WEIGHTS, load, merge
 
 from merit_fast.errors import InputError
-from merit_fast.merge.in_memory.state_dicts import merge_state_dicts
+from merit_fast.merge import merge_state_dicts
 
 
 def state(seed, **changes):
@@ -29,7 +29,8 @@ def test_state_dicts_give_the_bits_of_the_file_merge(branches, tmp_path):
 
 
 def test_state_dicts_step_from_a_base_and_share_what_is_shared():
-    models, base = [state(1), state(2)], state(3)
+    models = [state(1), state(2)]
+    base = state(3)
     merged = merge_state_dicts(models, [0.25, 0.75], base, scale=0.5)
     assert list(merged) == list(models[0])
     for name in ("a.weight", "norm"):
@@ -88,8 +89,8 @@ def test_a_missing_name_or_base_is_named():
     with pytest.raises(InputError, match="^model 1: norm: is missing, model 0 has it$"):
         merge_state_dicts([state(1), short], [0.5, 0.5])
     with pytest.raises(InputError, match="^base: norm: is missing"):
-        merge_state_dicts([state(1)], [1.0], short, 2.0)
-    with pytest.raises(InputError, match="scale 2 needs a base model"):
+        merge_state_dicts([state(1)], [1.0], short, scale=2.0)
+    with pytest.raises(InputError, match="with a scale needs a base model"):
         merge_state_dicts([state(1)], [1.0], scale=2.0)
-    with pytest.raises(InputError, match="one weight for each model"):
+    with pytest.raises(InputError, match="weights: must be a list of at least one number"):
         merge_state_dicts([], [])

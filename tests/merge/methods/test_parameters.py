@@ -1,4 +1,4 @@
-"""Parameters that differ by model, by a tensor's name and along the layers; what is refused."""
+"""Parameters that differ by model, by a tensor's name and along the layers; refusals."""
 
 import re
 
@@ -102,7 +102,8 @@ def position(name):
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "multislerp"])
 def test_weights_of_each_model_by_name_and_layer(tmp_path, method):
-    models, base = inputs(), inputs(1)[0]
+    models = inputs()
+    base = inputs(1)[0]
     own = (
         ModelSettings(weight=(1.0, 3.0)),
         ModelSettings(weight=(Case((2.0, 0.0), "attn"), Case(1.0))),
@@ -124,7 +125,8 @@ def test_weights_of_each_model_by_name_and_layer(tmp_path, method):
 
 
 def test_without_normalize_weights_are_used_as_they_are(tmp_path):
-    models, base = inputs(), inputs(1)[0]
+    models = inputs()
+    base = inputs(1)[0]
     own = (ModelSettings(weight=2.0), ModelSettings(weight=(0.0, -1.0)))
     merged = run(tmp_path, models, base, method="task_arithmetic", models=own, normalize=False)
     for name, tensor in merged.items():
@@ -133,7 +135,8 @@ def test_without_normalize_weights_are_used_as_they_are(tmp_path):
 
 
 def test_scale_along_the_layers(tmp_path):
-    models, base = inputs(), inputs(1)[0]
+    models = inputs()
+    base = inputs(1)[0]
     merged = run(tmp_path, models, base, method="linear", scale=(0.0, 2.0))
     for name, tensor in merged.items():
         mean = (models[0][name] + models[1][name]) / 2
@@ -164,8 +167,16 @@ def test_passthrough_scales(tmp_path):
 
 
 # ---- what configs refuse
-GIVEN = {"scale": 0.5, "density": 0.5, "gamma": 0.2, "epsilon": 0.1, "select_topk": 0.5, "t": 0.3, "seed": 3,
-         "weights": (1.0, 2.0)}  # fmt: skip
+GIVEN = {
+    "scale": 0.5,
+    "density": 0.5,
+    "gamma": 0.2,
+    "epsilon": 0.1,
+    "select_topk": 0.5,
+    "t": 0.3,
+    "seed": 3,
+    "weights": (1.0, 2.0),
+}
 
 
 @pytest.mark.parametrize("method", METHODS)

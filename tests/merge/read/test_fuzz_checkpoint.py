@@ -1,4 +1,4 @@
-"""Headers, indexes and configs of any kind: taken or refused on one line, soon, with nothing written outside.
+"""Any header, index or config is taken or refused on one line, soon, without stray files.
 
 fuzz_checkpoint.py does the same for as long as one likes, guided by coverage.
 """
@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from support import fuzz_checkpoint as fuzz
 from support.headers import INDEX, one_tensor, pack, tensor, write_model
 
-from merit_fast.merge import MergeConfig, merge_models
-from merit_fast.progress import SilentProgress
+from merit_fast.merge import merge_models
 
 LIMITS = {
     "deadline": timedelta(seconds=10),
@@ -109,10 +108,7 @@ def test_a_merge_writes_nothing_beside_its_output(header, index):
         bad = write_model(root / "bad", {"a.safetensors": pack(header, bytes(24))}, index)
         (root / "a.safetensors").write_bytes(pack({"v": tensor([1], 0, 4)}, bytes(4)))
         before = {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
-        models = [(good, 0.5), (bad, 0.5)]
-        merged = fuzz.survives(
-            lambda: merge_models(models, root / "out", MergeConfig(), SilentProgress())
-        )
+        merged = fuzz.survives(lambda: merge_models([good, bad], [0.5, 0.5], out=root / "out"))
         after = {
             file: file.read_bytes()
             for file in root.rglob("*")

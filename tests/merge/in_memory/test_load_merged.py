@@ -1,14 +1,11 @@
-"""Models merged while they are loaded: what the file merge would write, bit for bit; what is wrong is named."""
+"""Models merged while they are loaded have the bits of the file merge."""
 
 import json
-import shutil
 
-import fsspec
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from support.merge.loaded import SOME, assert_same_model, change_config, copied
 from support.merges import METHODS, WEIGHTS, config_of, load, write
-from support.tiny import make_model
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -17,57 +14,20 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from merit_fast.errors import InputError, MeritFastError
-from merit_fast.merge import merge_models
-from merit_fast.merge.engine import opened as files
-from merit_fast.merge.in_memory.state_dicts import _checked_device, load_merged
+from merit_fast.errors import InputError
+from merit_fast.merge import load_merged, merge_models
 from merit_fast.merge.read.checkpoint import read_checkpoint
-from merit_fast.progress import SilentProgress
-
-SOME = [METHODS[k] for k in (0, 2, 7, 9)]
-
-
-def assert_same_model(loaded, expected):
-    """Class, every parameter and buffer bit for bit, what is tied, mode and generation options."""
-    assert type(loaded) is type(expected) and not loaded.training
-    mine, theirs = loaded.state_dict(), expected.state_dict()
-    assert mine.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert mine[name].dtype == tensor.dtype and torch.equal(mine[name], tensor), name
-    buffers = dict(expected.named_buffers())
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in loaded.named_buffers())
-    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in expected.named_parameters()]
-    assert loaded.generation_config.to_dict() == expected.generation_config.to_dict()
-    assert loaded.config.dtype == expected.config.dtype
 
 
 def from_files(models, weights, out, base=None, /, **options):
-    """What the command line would write, read back."""
+    """Reads back the output of a file merge."""
     config = config_of(options if weights is None else {**options, "weights": weights})
-    merge_models([(model, None) for model in models], out, config, SilentProgress(), base)
+    merge_models(models, base=base, out=out, config=config)
     return AutoModelForCausalLM.from_pretrained(out, dtype="auto")
 
 
 def name_of(options):
     return options["method"]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Two untied fp32 Llamas in one file each."""
-    root = tmp_path_factory.mktemp("pair")
-    for k in range(2):
-        make_model(root / f"m{k}", shard="1GB", seed=10 + k, tie_word_embeddings=False)
-    return [root / f"m{k}" for k in range(2)]
-
-
-def copied(model, path, change):
-    """A copy of a one-file model after ``change`` of its tensors."""
-    shutil.copytree(model, path)
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 @pytest.mark.parametrize("dtype", [None, "fp32", "fp16"])
@@ -100,10 +60,8 @@ def test_weights_mean_what_they_mean_on_the_command_line(branches):
     uniform = load_merged(branches[:2], "uniform")
     assert_same_model(load_merged(branches[:2], [1, 1]), uniform)
     twice = load_merged(branches[:2], [1, 1], normalize=False)
-    weight, half = (
-        twice.model.layers[0].mlp.up_proj.weight,
-        uniform.model.layers[0].mlp.up_proj.weight,
-    )
+    weight = twice.model.layers[0].mlp.up_proj.weight
+    half = uniform.model.layers[0].mlp.up_proj.weight
     assert torch.equal(weight, 2 * half)
     with pytest.raises(InputError, match="b0: has no branch.json to take its tokens from"):
         load_merged(branches[:2])
@@ -161,16 +119,11 @@ def test_8_bit_floats_become_a_model_of_the_chosen_dtype(pair, tmp_path):
     assert not hasattr(loaded.config, "quantization_config") and loaded.dtype == torch.bfloat16
 
 
-def change_config(model, **changes):
-    file = model / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
 @pytest.mark.parametrize(
     "options,tied", [({}, True), ({"method": "dare_linear", "density": 0.5}, False)]
 )
 def test_a_head_that_comes_to_differ_from_its_embedding_is_kept(pair, tmp_path, options, tied):
-    """dare's choices depend on the tensor's name, so a tied pair that the files hold twice comes apart."""
+    """dare's masks depend on names, so a tied pair that the files hold twice comes apart."""
 
     def tie(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -193,7 +146,8 @@ def test_a_head_that_comes_to_differ_from_its_embedding_is_kept(pair, tmp_path, 
         ({"method": "ties"}, "^load_merged: density: must be given for method ties"),
         (
             {"weights": "unifrm"},
-            "^load_merged: weights: must be one of tokens, samples, uniform, fit or a list, got 'unifrm'",
+            "^load_merged: weights: must be one of tokens, samples, uniform, fit or a list, got "
+            "'unifrm'",
         ),
         ({"weights": [1.0]}, "weights: must list 2 numbers, got 1"),
         (
@@ -243,125 +197,3 @@ def test_keys_that_transformers_renames_and_joins_arrive(tmp_path):
     loaded = load_merged(models, [0.3, 0.7])
     assert not loaded.state_dict().keys() >= read_checkpoint(models[0]).tensors.keys()
     assert_same_model(loaded, from_files(models, [0.3, 0.7], tmp_path / "out"))
-
-
-def test_nothing_is_written_beside_the_models(branches, tmp_path, monkeypatch):
-    root = tmp_path / "models"
-    for k in range(2):
-        shutil.copytree(branches[k], root / f"b{k}")
-    before = sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*"))
-    monkeypatch.chdir(tmp_path)
-    load_merged([root / "b0", str(root / "b1")], [0.5, 0.5])
-    assert sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*")) == before
-
-
-def test_generation_options_come_along(pair, tmp_path):
-    model = shutil.copytree(pair[0], tmp_path / "a")
-    (model / "generation_config.json").write_text(
-        json.dumps({"temperature": 0.25, "do_sample": True})
-    )
-    assert load_merged([model, pair[1]], "uniform").generation_config.temperature == 0.25
-
-
-def test_models_are_loaded_from_a_store(branches):
-    store = fsspec.filesystem("memory")
-    for model in branches[:2]:
-        store.put(str(model), f"/store/{model.name}", recursive=True)
-    loaded = load_merged(
-        ["memory://store/b0", "memory://store/b1"],
-        [3, 1],
-        method="ties",
-        density=0.4,
-        base=branches[3],
-    )
-    assert_same_model(
-        loaded, load_merged(branches[:2], [3, 1], method="ties", density=0.4, base=branches[3])
-    )
-
-
-def test_threads_and_chunks_leave_no_trace(branches):
-    for options in SOME:
-        base = branches[3]
-        expected = load_merged(branches[:2], "uniform", base=base, threads=1, **options)
-        loaded = load_merged(branches[:2], "uniform", base=base, threads=3, chunk_kib=4, **options)
-        assert_same_model(loaded, expected)
-
-
-def test_a_class_that_needs_other_tensors_is_named(pair, tmp_path):
-    models = [tmp_path / "a", tmp_path / "b"]
-    for model, source in zip(models, pair, strict=True):
-        copied(source, model, lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(
-        InputError, match=r"a: model.norm.weight: is missing, LlamaForCausalLM needs it$"
-    ):
-        load_merged(models, [0.5, 0.5])
-    for model, source in zip(models, pair, strict=True):
-        shutil.rmtree(model)
-        copied(source, model, lambda tensors: tensors.update(extra=torch.ones(3)))
-    with pytest.raises(InputError, match=r"a: extra: is not in LlamaForCausalLM$"):
-        load_merged(models, [0.5, 0.5])
-
-
-def test_a_config_of_another_shape_or_class_is_named(pair, tmp_path):
-    models = [tmp_path / "a", tmp_path / "b"]
-    for model, source in zip(models, pair, strict=True):
-        shutil.copytree(source, model)
-        change_config(model, intermediate_size=99)
-    with pytest.raises(
-        InputError, match=r"mlp.down_proj.weight: shape must be \[72, 99\] by config.json, got"
-    ):
-        load_merged(models, [0.5, 0.5])
-    change_config(models[0], architectures=["Nothing"])
-    with pytest.raises(
-        InputError,
-        match="config.json: architectures: must name a model of transformers, got Nothing",
-    ):
-        load_merged(models, [0.5, 0.5])
-    (models[0] / "config.json").unlink()
-    with pytest.raises(InputError, match="has no config that transformers can read"):
-        load_merged(models, [0.5, 0.5])
-
-
-def test_models_that_disagree_are_refused_before_anything_is_read(pair, tmp_path):
-    short = copied(pair[1], tmp_path / "short", lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(InputError, match="lm_head.weight: is missing"):
-        load_merged([pair[0], short], [0.5, 0.5])
-    with pytest.raises(InputError, match="needs a base"):
-        load_merged(pair, [0.5, 0.5], scale=2.0)
-    with pytest.raises(InputError, match="is not a directory"):
-        load_merged([pair[0], tmp_path / "none"], [0.5, 0.5])
-
-
-def test_a_value_that_is_not_finite_is_named_and_can_be_allowed(pair, tmp_path):
-    def spoil(tensors):
-        tensors["model.norm.weight"][5] = float("nan")
-
-    bad = copied(pair[1], tmp_path / "bad", spoil)
-    with pytest.raises(
-        InputError, match=r"bad/model.safetensors: model.norm.weight: must be finite, holds NaN"
-    ):
-        load_merged([pair[0], bad], [0.5, 0.5])
-    loaded = load_merged([pair[0], bad], [0.5, 0.5], allow_nonfinite=True)
-    assert loaded.model.norm.weight.isnan().nonzero().tolist() == [[5]]
-    with pytest.raises(InputError, match="the result overflows F16"):
-        load_merged(pair, [1e6, 1e6], dtype="fp16", normalize=False)
-
-
-def test_a_read_that_fails_is_named_by_its_file(pair, monkeypatch):
-    def broken(*arguments):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setenv("MERIT_FAST_BACKEND", "eager")
-    monkeypatch.setattr(files.os, "pread", broken)
-    with pytest.raises(MeritFastError, match=r"m0/model.safetensors: \S+: Input/output error$"):
-        load_merged(pair, [0.5, 0.5])
-
-
-def test_a_device_that_is_not_there_is_named():
-    with pytest.raises(InputError, match="device: .*nowhere"):
-        _checked_device("nowhere")
-    if not torch.cuda.is_available():
-        with pytest.raises(
-            InputError, match="device: must be there, got 'cuda' where torch finds no GPU"
-        ):
-            _checked_device("cuda")

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them: which tensors they change, by how much; and what is refused."""
+"""LoRA adapters as PEFT writes them: the tensors they change, the amount, the refusals."""
 
 import json
 import math
@@ -12,7 +12,8 @@ from merit_fast.merge.read.adapter import check_tied, read_adapter
 from merit_fast.merge.read.checkpoint import read_checkpoint
 
 PREFIX = "base_model.model."
-Q, EMBEDDING = f"{PREFIX}model.layers.1.self_attn.q_proj", f"{PREFIX}model.embed_tokens"
+Q = f"{PREFIX}model.layers.1.self_attn.q_proj"
+EMBEDDING = f"{PREFIX}model.embed_tokens"
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "bias": "none", "init_lora_weights": True}
 
 
@@ -22,7 +23,8 @@ def pair(module, out, into, rank=2, names=("lora_A.weight", "lora_B.weight")):
 
 def write(directory, shapes, config=PLAIN, dtype="F32"):
     """An adapter of random values; ``shapes`` by the tensors' names in the file."""
-    header, data = {}, b""
+    header = {}
+    data = b""
     for name, shape in shapes.items():
         item = {"F32": 4, "I32": 4}[dtype]
         end = len(data) + math.prod(shape) * item
@@ -151,7 +153,7 @@ def test_what_is_not_plain_lora_is_named(tmp_path, changes, message):
 @pytest.mark.parametrize(
     "shapes,message",
     [
-        ({f"{Q}.lora_A.weight": (2, 3)}, f"{Q}.lora_A.weight: has no {Q}.lora_B.weight beside it"),
+        ({f"{Q}.lora_A.weight": (2, 3)}, f"{Q}.lora_A.weight: has no {Q}.lora_B.weight next to it"),
         ({f"{Q}.lora_B.weight": (5, 2)}, f"{Q}.lora_B.weight: is no tensor of plain LoRA"),
         (
             pair(Q, 5, 3) | {f"{Q}.lora_magnitude_vector": (5,)},
@@ -182,7 +184,7 @@ def test_tensors_that_are_not_plain_lora_are_named(tmp_path, shapes, message):
 
 
 def test_factors_of_integers_and_missing_files_are_named(tmp_path):
-    with pytest.raises(InputError, match="dtype must be one of F32, .* got I32"):
+    with pytest.raises(InputError, match="dtype must be one of BF16, .* got I32"):
         read_adapter(write(tmp_path / "a", pair(Q, 5, 3), dtype="I32"))
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     (tmp_path / "a" / "adapter_model.bin").touch()
