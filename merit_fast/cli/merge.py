@@ -96,9 +96,22 @@ def merge_command(
         raise InputError(
             "command line: merge: --dry-run and --share go with a scale and weights in numbers"
         )
+    return _merge_tuned(tune, pairs, weights, base, out, config, progress)
+
+
+def _merge_tuned(
+    tune: Tune,
+    pairs: Sequence[tuple[Location, float | None]],
+    weights: list[float] | None,
+    base: str | None,
+    out: str,
+    config: MergeConfig,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Chooses the open numbers on held-out rows, then merges with them."""
+    paths = [path for path, _ in pairs]
     check_paths(paths, as_location(out))
-    start = as_location(base) if base else None
-    chosen = tune(pairs, start, config)
+    chosen = tune(pairs, as_location(base) if base else None, config)
     if config.weights == "fit":  # it was pulled towards the models' weights
         weights = None
     config = config.filled(chosen.weights, chosen.scale)

@@ -27,7 +27,9 @@ def reference(models, weights):
     loaded = [load(model) for model in models]
     result = {}
     for name in loaded[0]:
-        total = sum(w * one[name].double().numpy() for w, one in zip(weights, loaded, strict=True))
+        total = sum(
+            w * other[name].double().numpy() for w, other in zip(weights, loaded, strict=True)
+        )
         result[name] = float64_to_bf16(total.ravel())
     return result
 
@@ -69,9 +71,9 @@ def test_output_loads_and_is_laid_out_like_the_first_input(branches, tmp_path):
 def test_identical_branches_give_the_branch_back(branches, tmp_path):
     merge([branches[1]] * 3, [1 / 3] * 3, tmp_path / "out")
     merged = load(tmp_path / "out")
-    one = load(branches[1])
+    other = load(branches[1])
     assert all(
-        torch.equal(merged[name].view(torch.int16), one[name].view(torch.int16)) for name in one
+        torch.equal(merged[name].view(torch.int16), other[name].view(torch.int16)) for name in other
     )
 
 

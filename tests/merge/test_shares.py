@@ -12,6 +12,7 @@ import torch
 from support.checks import tree_bytes
 from support.merges import load, write
 
+from merit_fast.cli.main import main
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.write.shards import checksum, verify_checksums
@@ -79,6 +80,22 @@ def whole(root):
         if "tmp" in file or "lock" in file or "xxh3" in file or "gram" in file
     ]
     return files
+
+
+@pytest.mark.parametrize("flag", ["--share", "--shard"])
+def test_the_command_takes_a_share_by_its_name_and_by_the_earlier_one(root, flag, monkeypatch):
+    models = [f"--model={root / 'm0'}", f"--model={root / 'm1'}", "--weights=uniform"]
+    words = ["merge", str(root / "out"), *models, "--shard-size=40K", "--json"]
+    monkeypatch.setattr(sys, "argv", ["merit-fast", *words, flag, "1/2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    parts = list((root / "out.tmp").glob("*.safetensors"))
+    monkeypatch.setattr(sys, "argv", ["merit-fast", *words, flag, "2/2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert 0 < len(parts) < len(list((root / "out").glob("*.safetensors")))
 
 
 def test_shares_one_after_the_other_are_one_merge(root, whole):
@@ -258,9 +275,9 @@ def test_processes_that_begin_at_once_share_the_directory(tmp_path, stale):
         processes = [context.Process(target=begin, args=(path, barrier, results)) for _ in range(4)]
         for process in processes:
             process.start()
-        found = [results.get(timeout=30) for _ in processes]
+        answers = [results.get(timeout=30) for _ in processes]
         for process in processes:
             process.join()
-        assert not [error for error in found if isinstance(error, Exception)]
+        assert not [error for error in answers if isinstance(error, Exception)]
         assert sorted(file.name for file in path.parent.iterdir()) == ["out.tmp"]
         assert (path.with_name("out.tmp") / "mine").exists()

@@ -136,8 +136,8 @@ def check(kind: str, content: bytes, data_bytes: int, root: Path) -> None:
         survives(lambda: read_checkpoint(model))
     elif kind == "config":
         (model / "config.json").write_bytes(content)
-        one = read_checkpoint(model)
-        survives(lambda: check_configs([one, one]))
+        each = read_checkpoint(model)
+        survives(lambda: check_configs([each, each]))
         survives(lambda: copy_companions(model, root / "out", ("bfloat16",), dequantized=True))
     else:
         name = "adapter_model.safetensors"
@@ -156,7 +156,7 @@ def agree_with_safetensors(file: Path, tensors) -> None:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             theirs = {
-                name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
+                name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()
             }
     except SafetensorError as error:
         raise AssertionError(f"safetensors refuses what we take: {error}") from None
@@ -168,12 +168,16 @@ def places_of(values) -> list[tuple]:
     places: list[tuple] = []
     todo = [values]
     while todo:
-        one = todo.pop()
+        each = todo.pop()
         keys = (
-            list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else []
+            list(each)
+            if isinstance(each, dict)
+            else range(len(each))
+            if isinstance(each, list)
+            else []
         )
-        places += [(one, key) for key in keys]
-        todo += [one[key] for key in keys]
+        places += [(each, key) for key in keys]
+        todo += [each[key] for key in keys]
     return places
 
 
@@ -220,7 +224,7 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
         import merit_fast.merge.read.checkpoint
         import merit_fast.merge.read.companions  # noqa: F401
 
-    def one(data: bytes) -> None:
+    def each(data: bytes) -> None:
         kind = KINDS[data[0] % len(KINDS)] if data else "raw"
         check(kind, data[2:], data[1] if len(data) > 1 else 0, root)
         assert set(os.listdir(root)) <= {*KINDS, "out", "corpus"}
@@ -243,7 +247,9 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
         "-max_len=4096",
     ]
     work = inputs or [str(root / "corpus")]
-    atheris.Setup([sys.argv[0], *limits, "-print_final_stats=1", *work], one, custom_mutator=mutate)
+    atheris.Setup(
+        [sys.argv[0], *limits, "-print_final_stats=1", *work], each, custom_mutator=mutate
+    )
     atheris.Fuzz()
 
 

@@ -24,9 +24,9 @@ def test_linear_with_weights_along_the_layers(inside, tmp_path):
         merge_method: linear
         dtype: float32"""
     truths = {}
-    for name, one in inside[1].items():
+    for name, each in inside[1].items():
         w = along([1, 0.5, 0.25], position(name))
-        truths[name] = (w * one.double() + 0.3 * inside[2][name].double()) / (w + 0.3)
+        truths[name] = (w * each.double() + 0.3 * inside[2][name].double()) / (w + 0.3)
     assert_equal_to(merged(recipe, tmp_path), truths)
 
 
@@ -89,11 +89,13 @@ def test_model_stock_in_a_module_and_another_dtype(inside, tmp_path):
         merge_method: model_stock
         dtype: float32
         out_dtype: float16"""
-    found = merged(recipe, tmp_path)
+    outputs = merged(recipe, tmp_path)
     for name, base in inside[0].items():
         truth = stock_by_hand(base, [tensors[name] for tensors in inside[1:]])
-        assert found[name].dtype == torch.float16
-        assert np.abs(found[name].double().numpy() - truth).max() <= 2.0**-11 * np.abs(truth).max()
+        assert outputs[name].dtype == torch.float16
+        assert (
+            np.abs(outputs[name].double().numpy() - truth).max() <= 2.0**-11 * np.abs(truth).max()
+        )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
 
 
@@ -123,8 +125,8 @@ def test_an_adapter_on_the_base_is_a_model(inside, tmp_path, reference):
 
 
 def test_an_adapter_alone_becomes_a_whole_model(inside, tmp_path):
-    found = merged("{models: [{model: m0+adapter}], merge_method: passthrough}", tmp_path)
-    changed = [name for name, tensor in found.items() if not torch.equal(tensor, inside[0][name])]
+    outputs = merged("{models: [{model: m0+adapter}], merge_method: passthrough}", tmp_path)
+    changed = [name for name, tensor in outputs.items() if not torch.equal(tensor, inside[0][name])]
     assert changed == ["model.layers.2.mlp.up_proj.weight"]
 
 

@@ -50,16 +50,16 @@ def test_overlapping_layers_are_stacked_and_transformers_loads_them(inside, tmp_
                 layer_range: [1, 4]
                 parameters: {scale: [{filter: layers.2.mlp.down_proj, value: 0.5}, {value: 1.0}]}
         merge_method: passthrough"""
-    found = merged(recipe, tmp_path)
-    assert torch.equal(found["model.embed_tokens.weight"], inside[0]["model.embed_tokens.weight"])
+    outputs = merged(recipe, tmp_path)
+    assert torch.equal(outputs["model.embed_tokens.weight"], inside[0]["model.embed_tokens.weight"])
     for name in ("model.norm.weight", "lm_head.weight"):
-        assert torch.equal(found[name], inside[1][name])
-    for name, tensor in found.items():
+        assert torch.equal(outputs[name], inside[1][name])
+    for name, tensor in outputs.items():
         if (layer := layer_of(name)) is not None:
             source, theirs = (0, layer) if layer < 3 else (1, layer - 2)
-            own = name.replace(f"layers.{layer}.", f"layers.{theirs}.")
-            scale = 0.5 if source == 1 and own.endswith("2.mlp.down_proj.weight") else 1.0
-            assert torch.equal(tensor, scale * inside[source][own]), name
+            source_name = name.replace(f"layers.{layer}.", f"layers.{theirs}.")
+            scale = 0.5 if source == 1 and source_name.endswith("2.mlp.down_proj.weight") else 1.0
+            assert torch.equal(tensor, scale * inside[source][source_name]), name
     from transformers import AutoModelForCausalLM
 
     model, loading = AutoModelForCausalLM.from_pretrained(
@@ -72,7 +72,7 @@ def test_overlapping_layers_are_stacked_and_transformers_loads_them(inside, tmp_
     )
     assert torch.equal(
         model.state_dict()["model.layers.5.mlp.up_proj.weight"],
-        found["model.layers.5.mlp.up_proj.weight"],
+        outputs["model.layers.5.mlp.up_proj.weight"],
     )
     assert (
         json.loads((tmp_path / "out" / "stage.json").read_text())["inputs"]["slices"]
@@ -133,7 +133,9 @@ def test_slices_with_a_base_and_parameters_of_their_own(inside, tmp_path):
             name if layer is None else name.replace(f"layers.{layer}.", f"layers.{n}.")
             for n in theirs
         ]
-        base, *models = [tensors[own] for tensors, own in zip(inside, names, strict=False)]
+        base, *models = [
+            tensors[source_name] for tensors, source_name in zip(inside, names, strict=False)
+        ]
         top = along([0.6, 0.8], t)
         weights = [top if second else 0.4, 2.0 if layer == 2 else top]
         density, scale = (0.5, 1.0) if second else (along([0.2, 0.9], t), 0.5)
@@ -171,9 +173,9 @@ def test_models_of_other_depths_can_be_stacked(inside, tmp_path, folder, monkeyp
         ],
         "merge_method": "passthrough",
     }
-    found = merged(recipe, tmp_path)
+    outputs = merged(recipe, tmp_path)
     assert torch.equal(
-        found["model.layers.2.mlp.up_proj.weight"],
+        outputs["model.layers.2.mlp.up_proj.weight"],
         load(tmp_path / "deep")["model.layers.5.mlp.up_proj.weight"],
     )
     recipe["slices"][0]["sources"][0]["layer_range"] = [3, 5]
@@ -189,12 +191,12 @@ def test_an_adapters_layers_can_be_stacked(inside, tmp_path):
         [{"model": "m1", "layer_range": [0, 1]}],
         [{"model": "m0+adapter", "layer_range": [2, 4]}],
     )
-    found = merged(
-        {"slices": [{"sources": one} for one in sources], "merge_method": "passthrough"}, tmp_path
+    outputs = merged(
+        {"slices": [{"sources": each} for each in sources], "merge_method": "passthrough"}, tmp_path
     )
     name = "model.layers.{}.mlp.up_proj.weight"
-    assert torch.equal(found[name.format(2)], inside[0][name.format(3)])
-    assert not torch.equal(found[name.format(1)], inside[0][name.format(2)])
+    assert torch.equal(outputs[name.format(2)], inside[0][name.format(3)])
+    assert not torch.equal(outputs[name.format(1)], inside[0][name.format(2)])
 
 
 def test_stacked_output_is_cut_by_size(inside, tmp_path):
@@ -203,11 +205,11 @@ def test_stacked_output_is_cut_by_size(inside, tmp_path):
           - sources: [{model: m0, layer_range: [0, 2]}]
           - sources: [{model: m1, layer_range: [2, 4]}]
         merge_method: passthrough"""
-    found = merged(recipe, tmp_path, "shard_size=20K")
+    outputs = merged(recipe, tmp_path, "shard_size=20K")
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 1
     assert (
-        set(found) == set(inside[0])
+        set(outputs) == set(inside[0])
         and (tmp_path / "out" / "model.safetensors.index.json").exists()
     )
 

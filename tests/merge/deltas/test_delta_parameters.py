@@ -18,18 +18,20 @@ from merit_fast.merge.parameters import Case, ModelSettings
 def test_every_model_has_its_own_parameters(tmp_path, backend):
     base = torch.zeros(6, 50)
     models = [torch.randn(6, 50) for _ in range(2)]
-    for method, own in [
+    for method, per_model in [
         ("ties", dict(density=(0.2, 0.9))),
         ("breadcrumbs", dict(density=(0.4, 0.8), gamma=(0.3, 0.0))),
         ("dare_linear", dict(density=(0.2, 1.0))),
         ("della", dict(density=(0.3, 0.7), epsilon=(0.2, 0.05))),
     ]:
         settings = tuple(
-            ModelSettings(weight=(3.0, 1.0)[k], **{key: values[k] for key, values in own.items()})
+            ModelSettings(
+                weight=(3.0, 1.0)[k], **{key: values[k] for key, values in per_model.items()}
+            )
             for k in (0, 1)
         )
         result = one(tmp_path, models, base, [0.5, 0.5], method=method, models=settings)
-        truth = delta_method(method, "w", models, base, [0.75, 0.25], **own)
+        truth = delta_method(method, "w", models, base, [0.75, 0.25], **per_model)
         np.testing.assert_array_equal(bits(result), rounded(truth, torch.float32), err_msg=method)
 
 
@@ -59,12 +61,12 @@ def test_a_tensor_without_a_case_is_named(tmp_path):
     base = torch.randn(4)
     with pytest.raises(InputError, match="merge: w: density has no case that matches this tensor"):
         one(tmp_path, models, base, method="ties", density=(Case(0.5, "mlp"),))
-    own = (ModelSettings(weight=(Case(1.0, "mlp"),), density=0.5),)
+    per_model = (ModelSettings(weight=(Case(1.0, "mlp"),), density=0.5),)
     with pytest.raises(
         InputError,
         match=re.escape("merge: w: models[0].weight has no case that matches this tensor"),
     ):
-        one(tmp_path, models, base, method="ties", models=own)
+        one(tmp_path, models, base, method="ties", models=per_model)
     half = (ModelSettings(weight=1.0), ModelSettings())
     with pytest.raises(InputError, match=re.escape("models[1].weight has no case")):
         one(tmp_path, models * 2, base, method="ties", density=0.5, models=half)

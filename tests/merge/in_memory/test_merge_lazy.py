@@ -86,7 +86,7 @@ def test_threads_get_what_one_gets_from_one_engine_at_a_time(models, monkeypatch
     inputs = read_inputs(models[:2], [0.5, 0.5], models[2], config)
     plan = make_plan(inputs, config, SilentProgress())
     expected = read_all(models[:2], models[2], method="ties", density=0.3)
-    found = []
+    read_back = []
     alone = threading.Lock()
     merge_tensor = lazy_tensors.merge_tensor
 
@@ -99,15 +99,15 @@ def test_threads_get_what_one_gets_from_one_engine_at_a_time(models, monkeypatch
     with open_merged(plan, config, CPU) as source:
 
         def run():
-            found.append({name: lazy[...] for name, lazy in source.state_dict().items()})
+            read_back.append({name: lazy[...] for name, lazy in source.state_dict().items()})
 
         threads = [threading.Thread(target=run) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert len(found) == 4
-    for tensors in found:
+    assert len(read_back) == 4
+    for tensors in read_back:
         assert_same_tensors(tensors, expected)
 
 

@@ -138,9 +138,9 @@ def test_other_dtypes_and_hard_values(tmp_path, method, dtype):
         }
 
     loaded = [{name: t.to(dtype) for name, t in tensors().items()} for _ in range(3)]
-    for k, one in enumerate(loaded):
+    for k, tensors_of_one in enumerate(loaded):
         (tmp_path / f"m{k}").mkdir()
-        save_file(one, tmp_path / f"m{k}/model.safetensors")
+        save_file(tensors_of_one, tmp_path / f"m{k}/model.safetensors")
     paths = [tmp_path / "m0", tmp_path / "m1"]
     base = tmp_path / "m2" if method == "model_stock" else None
     merged = run(paths, tmp_path / "out", base, method=method)
@@ -194,11 +194,11 @@ def test_model_stock_coefficients_at_the_edges():
 
 
 def test_threads_change_no_byte(models, tmp_path):
-    one, many = (
+    tensors_of_one, many = (
         run(models[:2], tmp_path / f"t{n}", method="slerp", t=0.4, threads=n, chunk_kib=8)
         for n in (1, 4)
     )
-    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert all(torch.equal(tensors_of_one[name], many[name]) for name in tensors_of_one)
 
 
 def test_integer_tensors_pass_and_nonfinite_ones_are_named(tmp_path):

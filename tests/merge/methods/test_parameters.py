@@ -47,9 +47,9 @@ def test_of_one_layer_the_last_point_holds():
 def test_a_gradient_is_numpys_interpolation(points, count):
     names = [f"h.{i}.w" for i in range(count)]
     for i, name in enumerate(names):
-        place = i / (count - 1) if count > 1 else 1.0
+        position_of_layer = i / (count - 1) if count > 1 else 1.0
         expected = (
-            np.interp(place, np.linspace(0, 1, len(points)), points)
+            np.interp(position_of_layer, np.linspace(0, 1, len(points)), points)
             if len(points) > 1
             else points[0]
         )
@@ -80,7 +80,7 @@ def run(tmp_path, inputs, base=None, weights=None, **options):
     """Merges models of these tensors; the out of the n-th call is its own."""
     number = len(list(tmp_path.glob("run*")))
     root = tmp_path / f"run{number}"
-    paths = [write(root / f"m{k}", one) for k, one in enumerate(inputs)]
+    paths = [write(root / f"m{k}", model_tensors) for k, model_tensors in enumerate(inputs)]
     start = write(root / "base", base) if base else None
     merge(
         paths,
@@ -104,12 +104,16 @@ def position(name):
 def test_weights_of_each_model_by_name_and_layer(tmp_path, method):
     models = inputs()
     base = inputs(1)[0]
-    own = (
+    settings = (
         ModelSettings(weight=(1.0, 3.0)),
         ModelSettings(weight=(Case((2.0, 0.0), "attn"), Case(1.0))),
     )
     merged = run(
-        tmp_path, models, base if method == "task_arithmetic" else None, method=method, models=own
+        tmp_path,
+        models,
+        base if method == "task_arithmetic" else None,
+        method=method,
+        models=settings,
     )
     for name, tensor in merged.items():
         t = position(name)
@@ -127,8 +131,8 @@ def test_weights_of_each_model_by_name_and_layer(tmp_path, method):
 def test_without_normalize_weights_are_used_as_they_are(tmp_path):
     models = inputs()
     base = inputs(1)[0]
-    own = (ModelSettings(weight=2.0), ModelSettings(weight=(0.0, -1.0)))
-    merged = run(tmp_path, models, base, method="task_arithmetic", models=own, normalize=False)
+    settings = (ModelSettings(weight=2.0), ModelSettings(weight=(0.0, -1.0)))
+    merged = run(tmp_path, models, base, method="task_arithmetic", models=settings, normalize=False)
     for name, tensor in merged.items():
         delta = 2 * (models[0][name] - base[name]) - position(name) * (models[1][name] - base[name])
         torch.testing.assert_close(tensor, base[name] + delta, rtol=0, atol=1e-13)

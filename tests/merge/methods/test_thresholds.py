@@ -20,8 +20,8 @@ RUN = 256
 
 def sampled(count=COUNT):
     mask = np.zeros(count, bool)
-    for place in range(PLACES):
-        mask[(count - RUN) // (PLACES - 1) * place :][:RUN] = True
+    for index in range(PLACES):
+        mask[(count - RUN) // (PLACES - 1) * index :][:RUN] = True
     return mask
 
 
@@ -60,18 +60,18 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def models(tmp_path_factory):
     """A base of zeros, a model of these values, and their shift by a third of a turn, by dtype."""
     root = tmp_path_factory.mktemp("thresholds")
-    found = {}
+    results_by_kind = {}
     made = distributions()
     for kind, dtype in KINDS.items():
         first = {name: tensor.clamp(-3e38, 3e38).to(dtype) for name, tensor in made.items()}
         second = {name: tensor.roll(COUNT // 3) for name, tensor in first.items()}
         base = {name: torch.zeros(COUNT, dtype=dtype) for name in made}
-        paths = [write(root / kind / f"m{k}", one) for k, one in enumerate((first, second, base))]
+        paths = [write(root / kind / f"m{k}", each) for k, each in enumerate((first, second, base))]
         orders = {
             name: np.argsort(-ranks(tensor), kind="stable") for name, tensor in second.items()
         }
-        found[kind] = paths, [first, second], orders
-    return found
+        results_by_kind[kind] = paths, [first, second], orders
+    return results_by_kind
 
 
 def ranks(tensor):
@@ -114,7 +114,7 @@ def test_sce_selects_what_a_sort_would(models, tmp_path, kind, share):
     config = MergeConfig(method="sce", select_topk=share, chunk_kib=16)
     merge(paths[:2], [0.5, 0.5], tmp_path / "out", config, paths[2])
     for name, result in load(tmp_path / "out").items():
-        first, second = (one[name].double().numpy() for one in loaded)
+        first, second = (each[name].double().numpy() for each in loaded)
         mean = (first + second) / 2
         with np.errstate(over="ignore"):
             variance = (((first - mean) ** 2 + (second - mean) ** 2) / 2).astype(np.float32)
@@ -226,7 +226,7 @@ def test_any_large_tensor(tmp_path_factory, seed, distinct, density, shape):
     }[shape]
     tensor = torch.from_numpy(drawn * random.choice([1, -1], count)).float()
     paths = [
-        write(root / f"m{k}", {"w": one}) for k, one in enumerate((tensor, torch.zeros(count)))
+        write(root / f"m{k}", {"w": each}) for k, each in enumerate((tensor, torch.zeros(count)))
     ]
     merge(
         paths[:1],

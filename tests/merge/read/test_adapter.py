@@ -50,21 +50,25 @@ def values(entry):
 def test_pairs_are_found_by_the_bases_names(tmp_path):
     adapter = read_adapter(write(tmp_path / "a", pair(Q, 5, 3) | pair(f"{PREFIX}lm_head", 7, 3)))
     assert set(adapter.low_rank) == {"model.layers.1.self_attn.q_proj.weight", "lm_head.weight"}
-    one = adapter.low_rank["model.layers.1.self_attn.q_proj.weight"]
-    assert one.a.name == f"{Q}.lora_A.weight" and one.b.name == f"{Q}.lora_B.weight"
-    assert (one.scaling, one.transposed, one.shape) == (3.0, False, (5, 3)) and adapter.full == {}
-    assert values(one.b).shape == (5, 2) and values(one.a).shape == (2, 3)
+    change = adapter.low_rank["model.layers.1.self_attn.q_proj.weight"]
+    assert change.a.name == f"{Q}.lora_A.weight" and change.b.name == f"{Q}.lora_B.weight"
+    assert (change.scaling, change.transposed, change.shape) == (
+        3.0,
+        False,
+        (5, 3),
+    ) and adapter.full == {}
+    assert values(change.b).shape == (5, 2) and values(change.a).shape == (2, 3)
 
 
 def test_an_embeddings_change_is_transposed(tmp_path):
     names = ("lora_embedding_A", "lora_embedding_B")
     shapes = pair(EMBEDDING, 3, 50, names=names) | {f"{EMBEDDING}.base_layer.weight": (50, 3)}
     adapter = read_adapter(write(tmp_path / "a", shapes))
-    one = adapter.low_rank["model.embed_tokens.weight"]
+    change = adapter.low_rank["model.embed_tokens.weight"]
     assert (
-        one.transposed
-        and one.shape == (50, 3)
-        and (values(one.b) @ values(one.a)).T.shape == (50, 3)
+        change.transposed
+        and change.shape == (50, 3)
+        and (values(change.b) @ values(change.a)).T.shape == (50, 3)
     )
     assert set(adapter.full) == {
         "model.embed_tokens.weight"
@@ -73,8 +77,8 @@ def test_an_embeddings_change_is_transposed(tmp_path):
 
 def test_layers_that_store_in_by_out_are_transposed(tmp_path):
     shapes = pair(f"{PREFIX}transformer.h.0.attn.c_attn", 9, 3)
-    one = read_adapter(write(tmp_path / "a", shapes, {**PLAIN, "fan_in_fan_out": True})).low_rank
-    assert one["transformer.h.0.attn.c_attn.weight"].shape == (3, 9)
+    change = read_adapter(write(tmp_path / "a", shapes, {**PLAIN, "fan_in_fan_out": True})).low_rank
+    assert change["transformer.h.0.attn.c_attn.weight"].shape == (3, 9)
 
 
 def test_modules_to_save_are_full_tensors(tmp_path):

@@ -61,7 +61,7 @@ def test_what_may_not_be_read_is_named(tmp_path):
             and folder.stat().st_uid == os.getuid()
             and folder != Path("/")
         ):
-            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's folders are its user's alone
+            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's folders are private
     for directory, name in ((model, "model.safetensors"), (closed, "closed")):
         result = subprocess.run(
             [sys.executable, "-c", script, str(directory)], capture_output=True, text=True

@@ -73,8 +73,8 @@ def test_all_that_a_model_needs_comes_along_and_nothing_else(tmp_path):
     (model / "tokenizer").mkdir()
     out = write_model(tmp_path / "out", {})
     copy_companions(model, out)
-    found = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
-    assert found == {*TAKEN, "additional_chat_templates/tool_use.jinja"}
+    copied = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert copied == {*TAKEN, "additional_chat_templates/tool_use.jinja"}
 
 
 def test_code_comes_along_where_a_config_refers_to_it(tmp_path):

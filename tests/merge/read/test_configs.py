@@ -131,7 +131,9 @@ def test_a_head_of_its_own_is_said_to_be_untied(tmp_path, config):
     changed = config_of(different.path)
     assert changed["tie_word_embeddings"] is False
     assert all(
-        part["tie_word_embeddings"] is False for part in changed.values() if isinstance(part, dict)
+        config_part["tie_word_embeddings"] is False
+        for config_part in changed.values()
+        if isinstance(config_part, dict)
     )
 
 
@@ -139,6 +141,8 @@ def test_a_model_is_tied_by_its_config_and_without_a_head(tmp_path):
     tied, both = [head("wte.weight"), head("wte.weight", "lm_head.weight")]
     true = {"tie_word_embeddings": True}
     false = {"tie_word_embeddings": False}
-    found = models(tmp_path, true, true, false, {}, None, tensors=[tied, both, tied, tied, tied])
-    assert [is_tied(one) for one in found] == [True, False, False, False, False]
-    assert find_head(found[0].tensors) is None
+    read_models = models(
+        tmp_path, true, true, false, {}, None, tensors=[tied, both, tied, tied, tied]
+    )
+    assert [is_tied(each) for each in read_models] == [True, False, False, False, False]
+    assert find_head(read_models[0].tensors) is None

@@ -116,7 +116,7 @@ def test_a_merge_writes_nothing_beside_its_output(header, index):
         }
         assert (
             after == before
-        )  # nor is an unfinished output left: what is wrong was seen before a byte was written
+        )  # no unfinished output is left: the fault was seen before a byte was written
         assert (
             merged
             == (root / "out").exists()

@@ -160,7 +160,7 @@ def test_an_adapter_on_an_8_bit_base(tmp_path, backend):
 
 
 def test_slerp_and_stock_see_the_adapters_tensors(tmp_path, backend):
-    """As if the adapter had been merged into its base before, in fp64."""
+    """The adapter merged into its base, in fp64."""
     base = make_base(tmp_path / "base", torch.float64)
     start = load(base)
     paths = []

@@ -18,9 +18,9 @@ def server():
 @pytest.fixture
 def bucket(server):
     """A new bucket of the server."""
-    place = as_location(f"s3://bucket-{next(NUMBERS)}")
-    place.store.mkdir(place.path)
-    return place
+    location = as_location(f"s3://bucket-{next(NUMBERS)}")
+    location.store.mkdir(location.path)
+    return location
 
 
 @pytest.fixture

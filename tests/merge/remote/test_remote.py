@@ -28,7 +28,7 @@ def test_outputs_in_s3_are_those_of_a_local_merge(server, branches, bucket, tmp_
     expected = local_tree(branches[:3], tmp_path / "out", **options)
     server.requests.clear()
     merge(branches[:3], bucket / "deep/out", **options)
-    sent = [one.key.rpartition("/")[2] for one in server.of("PUT", "")]
+    sent = [request.key.rpartition("/")[2] for request in server.of("PUT", "")]
     assert sent[0] == MARKER and sent[-3:] == [
         "config.json",
         "model.safetensors.index.json",
@@ -82,8 +82,8 @@ def test_weights_come_from_branch_json_in_the_store(branches, in_memory, tmp_pat
         write_manifest(
             BranchManifest("b", "merit", number, ("a",), 1, tokens, 10, 1, 0, "x"), tmp_path / "b"
         )
-        place = in_memory / branch.name / "branch.json"
-        place.store.put_file(str(tmp_path / "b"), place.path)
+        location = in_memory / branch.name / "branch.json"
+        location.store.put_file(str(tmp_path / "b"), location.path)
     models = [in_memory / branch.name for branch in branches[:2]]
     assert merge(models, tmp_path / "out", weights="tokens", dry_run=True)["weights"] == [
         0.75,
@@ -105,7 +105,7 @@ def test_the_command_line_takes_urls_with_weights(remote, branches, bucket, tmp_
     assert tree(bucket / "out", tmp_path) == expected
 
 
-# ---- only what is needed is read
+# ---- only needed bytes are read
 def test_headers_take_one_request_of_a_mebibyte(server, bucket, tmp_path):
     big = np.zeros(6 << 20, np.uint8)
     for k in range(2):
@@ -114,15 +114,17 @@ def test_headers_take_one_request_of_a_mebibyte(server, bucket, tmp_path):
     server.requests.clear()
     merge([bucket / "m0", bucket / "m1"], bucket / "out", dry_run=True)
     reads = server.of("GET", "model.safetensors")
-    assert [one.range for one in reads] == ["bytes=0-1048575"] * 2
-    assert sum(one.sent for one in server.requests) < (2 << 20) + 20_000
+    assert [request.range for request in reads] == ["bytes=0-1048575"] * 2
+    assert sum(request.sent for request in server.requests) < (2 << 20) + 20_000
     server.requests.clear()
     merge([bucket / "m0", bucket / "m1"], tmp_path / "out", chunk_kib=1024)
     ranges = [
-        one for one in server.of("GET", "model.safetensors") if one.range != "bytes=0-1048575"
+        request
+        for request in server.of("GET", "model.safetensors")
+        if request.range != "bytes=0-1048575"
     ]
-    assert all(one.sent <= 1 << 20 for one in ranges)
-    assert sum(one.sent for one in ranges) == 2 * len(big)  # every byte of the data once
+    assert all(request.sent <= 1 << 20 for request in ranges)
+    assert sum(request.sent for request in ranges) == 2 * len(big)  # every byte of the data once
 
 
 def test_a_header_larger_than_the_first_request_is_read_whole(in_memory, tmp_path):

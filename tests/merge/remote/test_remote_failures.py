@@ -18,7 +18,7 @@ from merit_fast.merge.write.upload import MARKER
 from merit_fast.progress import SilentProgress
 
 
-# ---- what is unfinished never looks finished
+# ---- an unfinished output never looks finished
 def test_a_killed_merge_resumes_and_sends_no_file_twice(server, remote, branches, bucket, tmp_path):
     expected = local_tree(branches[:2], tmp_path / "out", checksum=True)
     models = [word for model in remote[:2] for word in ("--model", str(model))]
@@ -35,7 +35,7 @@ def test_a_killed_merge_resumes_and_sends_no_file_twice(server, remote, branches
         read_checkpoint(bucket / "out")
     server.requests.clear()
     merge(remote[:2], bucket / "out", checksum=True)
-    sent = {one.key.rpartition("/")[2] for one in server.of("PUT", ".safetensors")}
+    sent = {request.key.rpartition("/")[2] for request in server.of("PUT", ".safetensors")}
     assert not sent & left and "model-00003-of-" in str(sent)
     assert tree(bucket / "out", tmp_path) == expected
     server.requests.clear()
@@ -68,12 +68,12 @@ def test_objects_of_others_are_never_touched(branches, in_memory):
             merge([in_memory / "out/b0", branches[1]], in_memory / out)
 
 
-# ---- what fails is said in one line
+# ---- a failure is one line
 class Overwrites(SilentProgress):
     """Puts another object in a model's place once its header has been read."""
 
-    def __init__(self, place):
-        self.place = place
+    def __init__(self, location):
+        self.place = location
 
     def task(self, *args):
         data = bytes(1 + self.place.parent.entries()[self.place.name]["size"])
@@ -84,11 +84,11 @@ class Overwrites(SilentProgress):
 @pytest.mark.parametrize("out", ["local", "s3"])
 def test_an_object_that_changes_meanwhile_is_refused(remote, bucket, tmp_path, out):
     shard = next(name for name in sorted(remote[1].entries()) if name.endswith(".safetensors"))
-    place = tmp_path / "out" if out == "local" else bucket / "out"
+    location = tmp_path / "out" if out == "local" else bucket / "out"
     with pytest.raises(
         InputError, match=rf"^s3://.*/b1/{shard}: must not change while it is read: was .* bytes"
     ):
-        merge(remote[:2], place, progress=Overwrites(remote[1] / shard))
+        merge(remote[:2], location, progress=Overwrites(remote[1] / shard))
     assert (
         "stage.json" not in (bucket / "out").entries(fresh=True) and not (tmp_path / "out").exists()
     )

@@ -8,7 +8,7 @@ from merit_fast.merge.read.checkpoint import read_checkpoint
 
 
 def assert_refused(directory, message):
-    """By the reader, and by the merge before it has written anything anywhere."""
+    """Asserts that the reader refuses it, and the merge before it writes anything."""
     with pytest.raises(InputError, match=message) as error:
         read_checkpoint(directory)
     text = str(error.value)
