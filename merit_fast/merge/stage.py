@@ -106,10 +106,9 @@ def load_merged(
 
     The engine makes each tensor when transformers asks for it, straight into its memory: nothing is
     written to disk and no second copy of the model exists. The engine's buffers (``max_memory``)
-    come on top, on CUDA also two pinned buffers of the largest tensor's size, of which one is
-    filled while the other is copied. That path was never run on a GPU; its order of steps is tested
-    without one. The CPU computes the tensors, so they have the bits of the file merge on every
-    device.
+    come on top; on CUDA also two pinned buffers of the largest tensor's size, one filled while the
+    other is copied. That path was never run on a GPU; its order of steps is tested without one. The
+    CPU computes the tensors, so they have the bits of the file merge on every device.
 
     Args:
         models, weights, base, config, options: as in ``merge_models``, without options of output

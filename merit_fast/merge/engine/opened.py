@@ -33,7 +33,7 @@ class OpenFiles:
 
     @property
     def remote_read(self) -> Callable[[int, int, int, int], int] | None:
-        """The engine's reader, called with (index, offset, bytes, address); None if all is local."""
+        """The engine's reader of (index, offset, bytes, address); None if all is local."""
         return self._read_remote if self.remote else None
 
     def raise_remote(self) -> None:

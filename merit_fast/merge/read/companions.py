@@ -21,9 +21,8 @@ from merit_fast.merge.read.files import (
 from merit_fast.merge.read.remote import Location
 
 CONFIG_FILE = "config.json"
-# Copied where the model has them, in any case. A license accompanies what is made from the
-# weights; a model card
-# does not, it describes another model.
+# Copied if the model has them, in any case of letters. A license holds for works made from the
+# weights; a model card describes another model and is not copied.
 COMPANIONS = (
     CONFIG_FILE,
     "generation_config.json",

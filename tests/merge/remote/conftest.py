@@ -7,7 +7,7 @@ from support.s3_server import put_tree, s3_server
 from merit_fast.merge.read.remote import as_location
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server():
     pytest.importorskip("moto")
     pytest.importorskip("s3fs")
