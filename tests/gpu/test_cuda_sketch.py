@@ -15,6 +15,7 @@ from support.paths import TESTS
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.sketch import CountSketch, _cuda, _eager, linear_grad_sketch
 
+pytestmark = pytest.mark.compile
 KEY = -1234567890123456789
 DTYPES = [torch.bfloat16, torch.float32]
 # rows, columns, tokens of each example, buckets, (first row, first column, columns of the parameter)
@@ -188,8 +189,6 @@ import test_cuda_sketch as cases, torch
 from support.gpu import host_cuda
 from support.paths import TESTS
 from merit_fast.kernels.sketch import _cuda
-
-pytestmark = pytest.mark.compile
 torch.manual_seed(0)
 _cuda.launch = host_cuda.launcher(ctypes.CDLL({library!r}))
 for case in cases.CASES:
