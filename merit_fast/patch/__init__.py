@@ -1,5 +1,5 @@
-"""Our kernels inside one transformers model: norms, gated MLPs, rotary positions and the head's loss.
+"""Our kernels in one transformers model: norms, gated MLPs, rotary positions, the head's loss.
 
-A model comes in and is changed in place; ``patch_model`` returns what it replaced and can undo it. ``train`` and users' training
-scripts call it.
+A model comes in and is changed in place; ``patch_model`` returns a record of what it
+replaced, which can undo it. ``train`` and users' training scripts call it.
 """

@@ -1,4 +1,4 @@
-"""``patch_model``: our kernels in one transformers model, taken out again by ``restore``."""
+"""``patch_model`` puts our kernels into one transformers model; ``restore`` undoes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,41 +13,40 @@ from merit_fast.patch.classes import swap_back
 from merit_fast.patch.head import patch_head
 from merit_fast.patch.layers import patch_layers
 
-# model_type of the configs whose models are tested with and without our kernels.
+# Values of config.model_type; tests compare each with and without our kernels.
 ARCHITECTURES = frozenset(
-    (
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
+    [
+        "cohere",
         "gemma",
         "gemma2",
         "gemma3",
         "gemma3_text",
-        "phi3",
-        "smollm3",
         "granite",
-    )
-    + (
-        "cohere",
+        "llama",
+        "mistral",
+        "mixtral",
+        "phi3",
+        "qwen2",
         "qwen2_5_vl",
         "qwen2_5_vl_text",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
         "qwen3_vl",
         "qwen3_vl_text",
-        "mixtral",
-        "qwen2_moe",
-        "qwen3_moe",
-    )
+        "smollm3",
+    ]
 )
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What ``patch_model`` did. A context manager that restores the model at its end.
+    """Record of a patched model; as a context manager it restores the model at its end.
 
     Attributes:
-        replaced: how many modules run which op: rms_norm, swiglu, geglu, rope, head.
-        notes: what was left alone and why, a line each.
+        model: the model without its wrappers.
+        replaced: number of modules that run each op: rms_norm, swiglu, geglu, rope, head.
+        notes: one line per kind of module that stays as it was, with the reason.
     """
 
     model: nn.Module
@@ -55,7 +54,7 @@ class Patch:
     notes: tuple[str, ...]
 
     def restore(self) -> None:
-        """Gives every module its own forward back; outputs have the bits they had. A second call does nothing."""
+        """Gives every module its own forward back, bit for bit. A second call does nothing."""
         for module in self.model.modules():
             swap_back(module)
 
@@ -75,36 +74,38 @@ class Patch:
             ", ".join(f"{op} x {count}" for op, count in self.replaced.items())
             or "nothing replaced"
         )
-        return "\n".join([f"kernels: {done}", *(f"  left alone: {note}" for note in self.notes)])
+        return "\n".join([f"kernels: {done}", *(f"  unchanged: {note}" for note in self.notes)])
 
 
 def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
-    """Runs the norms, gated MLPs, rotary positions and loss of one transformers model by merit_fast's kernels.
+    """Runs one model's norms, gated MLPs, rotary positions and loss with our kernels.
 
         patch = patch_model(model)     # or: with patch_model(model): ...
         print(patch)                   # kernels: rms_norm x 61, swiglu x 30, rope x 30, head x 1
         patch.restore()
 
-    Only this instance changes, in place: parameters, state dict, hooks and other models of the class stay as they are,
-    and copies and pickles stay patched. What is inside wrappers (PEFT, DistributedDataParallel, torch.compile) is
-    patched; layers with adapters are called as they are. Before a module is replaced, its own forward and ours are
-    compared on small random inputs; what differs is left alone. Of a vision-language model only the language tower is
-    patched.
+    Only this instance changes, in place. Its parameters, state dict and hooks stay, and so do other
+    models of the class. Copies and pickles stay patched, in other processes too. Models inside
+    PEFT, DistributedDataParallel or torch.compile are patched; layers with adapters are called as
+    they are. Before it replaces a module, ``patch_model`` compares the module's own forward with
+    ours on small random inputs and keeps any module that differs. In a vision-language model
+    it patches only the language tower.
 
-    In training with ``labels``, the loss comes from the hidden states and ``logits`` of the output is None (a batch
-    without any target gives 0, not NaN). In evaluation, without labels, with hooks or adapters on the head, or with
-    ``skip_logits=False``, the model's own forward runs. Patching a patched model patches it anew.
+    In training with ``labels``, the loss comes from the hidden states, and the output's ``logits``
+    are None (a batch without any target gives 0, not NaN). The model's own forward runs in
+    evaluation, without labels, with hooks or adapters on the head, and with ``skip_logits=False``.
+    A second call starts from the model's own forwards again.
 
-    Args:
-        model: a transformers model, or a wrapper around one.
-        kernels: "auto" (the best backend of each tensor's device), "eager" (nothing is replaced) or the backend that
-            must run: "cpu", "triton".
+    Args: model: a transformers model, or a wrapper around one. kernels: "auto" (the best backend of
+        each tensor's device), "eager" (nothing is replaced) or the backend that must run: "cpu",
+        "triton".
 
     Returns:
-        What was replaced, what was not, and the way back. An architecture that is not known is left alone with a note.
+        The record of what changed. An unknown architecture stays as it is, with a note.
 
     Raises:
-        InputError: another value of kernels.   BackendUnavailableError: that backend cannot run here.
+        InputError: ``kernels`` has another value.
+        BackendUnavailableError: the backend cannot run here.
     """
     if kernels not in ("auto", *BACKENDS):
         raise InputError(f"kernels: must be auto, {', '.join(BACKENDS)}; got {kernels!r}")

@@ -1,4 +1,8 @@
-"""Stage two: one group of datasets -> one branch, fine-tuned from the base with no communication."""
+"""The train stage: one group of datasets becomes one branch, fine-tuned without communication.
+
+A base model and a group's rows come in; a directory that transformers loads goes out, with
+``branch.json``. The pipeline and ``merit-fast train`` call ``train_branch``.
+"""
 
 from typing import Any
 
@@ -12,4 +16,4 @@ def __getattr__(name: str) -> Any:
         from merit_fast.train.stage import train_branch
 
         return train_branch
-    raise AttributeError(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,9 +13,7 @@ class TrainConfig:
     epochs: int = option(1, "passes over each branch's examples")
     learning_rate: float = option(2.0e-4, "peak of the cosine schedule")
     batch_size: int = option(16, "examples per optimizer step")
-    accumulation: int = option(
-        1, "micro-batches a step's examples are cut in (same gradient, less memory)"
-    )
+    accumulation: int = option(1, "micro-batches per step (same gradient, less memory)")
     warmup_fraction: float = option(
         0.05, "share of the steps in which the learning rate rises from zero"
     )
@@ -26,7 +24,7 @@ class TrainConfig:
     clip_norm: float = option(1.0, "gradients are scaled to at most this norm; 0 turns it off")
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto",
-        "weights; bf16 keeps fp32 master weights beside them; auto: bf16 if products of it are fast here",
+        "dtype of the weights; bf16 keeps fp32 masters; auto: bf16 where the machine is fast at it",
     )
     kernels: Literal["auto", "eager"] = option(
         "auto", "auto: norms, MLPs, positions and loss by our kernels; eager: none"
@@ -37,7 +35,7 @@ class TrainConfig:
     seed: int = option(0, "seed of the data order")
     arms: tuple[Literal["joint", "random", "iid"], ...] = option(
         [],
-        "controls beside merit: joint (one run on all), random (a balanced split), iid (rows dealt to the branches)",
+        "control arms: joint (one run on all), random (a balanced split), iid (rows dealt out)",
     )
     checkpoint_steps: int = option(200, "optimizer steps between checkpoints to resume from")
     max_shard_size: str = option("2GB", "largest weight file of a branch")

@@ -1,4 +1,4 @@
-"""The training loss of a batch, without its logits where the model's head is patched; packed rows."""
+"""The training loss of a batch, without logits where the head is patched; packed rows checked."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -10,26 +10,27 @@ from torch import Tensor, nn
 from merit_fast.data import Batch, Example, pack
 from merit_fast.errors import InputError
 from merit_fast.model import model_inputs, target_losses
-from merit_fast.patch.head import DeferredLogits, deferred_cross_entropy, deferred_logits
+from merit_fast.patch.deferred import DeferredLogits, deferred_cross_entropy
+from merit_fast.patch.head import deferred_logits
 
 
 def batch_loss(model: nn.Module, batch: Batch, divisor: int) -> tuple[Tensor, float]:
-    """The sum over the batch's target tokens divided by ``divisor``, to take the gradient of; and the sum itself."""
+    """(loss sum / ``divisor``, which has a gradient; loss sum) over the batch's target tokens."""
     inputs, targets = model_inputs(model, batch)
     deferred = deferred_logits(model, inputs)
     if deferred is not None:
         kept = DeferredLogits(
             deferred.hidden[:, -targets.shape[1] - 1 : -1], deferred.head, deferred.steps
         )
-        found = deferred_cross_entropy(kept, targets, None, divisor=float(divisor))
-        if found is not None:
-            return found.loss, float(found.example_loss.detach().double().sum())
-    losses = target_losses(model, batch).loss
-    return losses.sum() / divisor, float(losses.detach().double().sum())
+        losses = deferred_cross_entropy(kept, targets, None, divisor=float(divisor))
+        if losses is not None:
+            return losses.loss, float(losses.example_loss.detach().double().sum())
+    token_losses = target_losses(model, batch).loss
+    return token_losses.sum() / divisor, float(token_losses.detach().double().sum())
 
 
 def choose_attention(model: nn.Module) -> None:
-    """flash_attention_2 where package, GPU and a 16-bit dtype are there; elsewhere the model's own choice (SDPA)."""
+    """Sets flash_attention_2 on a GPU in bf16 if flash-attn is installed."""
     parameter = next(model.parameters())
     if (
         parameter.device.type == "cuda"
@@ -41,23 +42,21 @@ def choose_attention(model: nn.Module) -> None:
 
 
 def require_packing(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Lets an example change its neighbour in a packed row, to see that the neighbour's losses keep their bits.
+    """Checks that an example's losses do not depend on its neighbour in a packed row.
 
     Raises:
-        InputError: they do not: the model's attention runs over the borders of examples.
+        InputError: they do: the model's attention crosses the borders of examples.
     """
     first, second = sorted([*examples, *examples], key=lambda example: len(example.input_ids))[:2]
     changed = Example(np.full_like(first.input_ids, second.input_ids[-1]), first.labels)
     training = model.training
     model.eval()
     with torch.no_grad():
-        found = [
-            target_losses(model, pack([neighbour, second], [0, 0]))
-            for neighbour in (first, changed)
-        ]
+        rows = [pack([neighbour, second], [0, 0]) for neighbour in (first, changed)]
+        row_losses = [target_losses(model, row) for row in rows]
     model.train(training)
-    before, after = (losses.loss[losses.example == 1] for losses in found)
+    before, after = (losses.loss[losses.example == 1] for losses in row_losses)
     if not torch.equal(before, after):
         raise InputError(
-            "train.packing: this model sees over the borders of examples in a row; set it to false"
+            "train.packing: must be false: this model's attention crosses the borders of examples"
         )

@@ -13,10 +13,11 @@ _KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class MasterAdamW:
-    """AdamW (Loshchilov & Hutter 2019) whose weights and moments are fp32 whatever the model's dtype.
+    """AdamW (Loshchilov & Hutter 2019) with fp32 weights and moments for any model dtype.
 
-    bf16 alone loses updates: at lr 1e-5 plain bf16 AdamW moves a weight 11 % of what it should. An fp32 model is its
-    own master. ``backend``: as in ``FusedAdamW``; "eager" is torch's own fused AdamW on widened gradients.
+    Plain bf16 loses updates: at a learning rate of 1e-5 a weight moves 11 % of what it should. An
+    fp32 model is its own master. ``backend`` is that of ``FusedAdamW``; "eager" runs torch's fused
+    AdamW on widened gradients.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, backend: str | None = None) -> None:
@@ -29,18 +30,18 @@ class MasterAdamW:
 
     @property
     def masters(self) -> list[Tensor]:
-        """The fp32 weights: the parameters themselves, or what they are rounded from."""
+        """The fp32 weights: the parameters themselves, or their unrounded copies."""
         return self._adamw.masters
 
     def step(self, learning_rate: float) -> float:
-        """One update from the parameters' gradients, which are then freed. Returns their norm before clipping."""
+        """Updates, then frees the gradients; returns their norm before clipping."""
         norm = self._adamw.step(learning_rate)
         for parameter in self.parameters:
             parameter.grad = None
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments and step counts by parameter name: what ``load_state`` needs to go on exactly."""
+        """Masters, moments and step counts by parameter name, for ``load_state``."""
         tensors = {}
         for name, master, state in zip(self.names, self.masters, self._adamw.states, strict=True):
             tensors[f"master.{name}"] = master.detach()
@@ -50,6 +51,7 @@ class MasterAdamW:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Resumes from the tensors of ``state``."""
         for name, parameter, master, state in zip(
             self.names, self.parameters, self.masters, self._adamw.states, strict=True
         ):
@@ -74,7 +76,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 class _OnePass:
-    """Our kernel: gradients are read as they are, clipped on the way."""
+    """Our kernel: reads gradients in their own dtype and clips them in the same pass."""
 
     def __init__(self, parameters: list[Tensor], config: TrainConfig, backend: str | None) -> None:
         self.optimizer = FusedAdamW(
@@ -98,10 +100,11 @@ class _OnePass:
 
 
 class _Torch:
-    """torch's fused AdamW; gradients of bf16 weights are widened beside them."""
+    """torch's fused AdamW on fp32 masters; gradients of bf16 weights are widened first."""
 
     def __init__(self, parameters: list[Tensor], config: TrainConfig, backend: str | None) -> None:
-        self.parameters, self.clip_norm = parameters, config.clip_norm
+        self.parameters = parameters
+        self.clip_norm = config.clip_norm
         self.masters = [p.detach().float() if p.dtype != torch.float32 else p for p in parameters]
         self.separate = any(m is not p for m, p in zip(self.masters, parameters, strict=True))
         self.optimizer = torch.optim.AdamW(
@@ -121,7 +124,7 @@ class _Torch:
         return float(norm)
 
     def _gather_gradients(self) -> None:
-        """Widens gradients into buffers that live as long as the run: fresh ones cost a page fault per 4 KiB."""
+        """Widens gradients into buffers that are kept: new ones cost a page fault per 4 KiB."""
         if not self.separate:
             return
         for master, parameter in zip(self.masters, self.parameters, strict=True):

@@ -1,7 +1,6 @@
-"""Checkpoints to resume from: one file, written whole or not at all, the newest kept."""
+"""Checkpoints of a training run: one file, replaced atomically."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from merit_fast.manifests.atomic import replace_file
+
 _FILE = "resume.safetensors"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands: optimizer steps done, and what it has counted so far."""
+class Position:
+    """Optimizer steps done and counts so far."""
 
     step: int = 0
     num_examples: int = 0
@@ -24,35 +25,34 @@ class Progress:
     losses: tuple[float, ...] = ()  # mean per target token, of every step
 
 
-def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-    """Replaces the directory's checkpoint by this one; a crash leaves the old or the new."""
+def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], position: Position) -> None:
+    """Replaces the directory's checkpoint; a crash leaves either the old or the new one."""
     temporary = directory / f"{_FILE}.tmp"
     # Tied weights may share memory, which the format forbids.
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         temporary,
-        {"run": _dump(progress)},
+        {"run": _dump(position)},
     )
-    descriptor = os.open(temporary, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    os.replace(temporary, directory / _FILE)
+    replace_file(temporary, directory / _FILE)
 
 
-def read_checkpoint(directory: Path) -> tuple[dict[str, Tensor], Progress] | None:
+def read_checkpoint(directory: Path) -> tuple[dict[str, Tensor], Position] | None:
     """The directory's checkpoint, or None if there is none."""
     if not (directory / _FILE).exists():
         return None
     with safe_open(directory / _FILE, framework="pt") as file:
         run = json.loads((file.metadata() or {})["run"])
         run["losses"] = tuple(run["losses"])
-        return {name: file.get_tensor(name) for name in file.keys()}, Progress(**run)  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, Position(**run)
 
 
 def remove_checkpoint(directory: Path) -> None:
+    """Removes the directory's checkpoint, also one that was being written."""
     (directory / _FILE).unlink(missing_ok=True)
     (directory / f"{_FILE}.tmp").unlink(missing_ok=True)
 
 
-def _dump(progress: Progress) -> str:
-    return json.dumps(vars(progress))
+def _dump(position: Position) -> str:
+    return json.dumps(vars(position))

@@ -1,6 +1,5 @@
 """The train stage: full fine-tuning of one branch, resumable to the same bytes."""
 
-import functools
 import json
 import time
 from collections.abc import Sequence
@@ -11,77 +10,86 @@ from typing import Any
 import torch
 from torch import nn
 
-from merit_fast.data import Dataset, Example, collate, load_tokenizer, pack, pad_token_id
+from merit_fast.data import Batch, Dataset, Example, collate, load_tokenizer, pack, pad_token_id
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.manifests.io import write_manifest, write_text
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, reset_peak_memory
 from merit_fast.patch.model import Patch, patch_model
-from merit_fast.progress import Progress as Display
+from merit_fast.progress import Progress
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss, choose_attention, require_packing
 from merit_fast.train.optimizer import MasterAdamW
-from merit_fast.train.resume import Progress, read_checkpoint, remove_checkpoint, write_checkpoint
+from merit_fast.train.resume import Position, read_checkpoint, remove_checkpoint, write_checkpoint
 from merit_fast.train.schedule import learning_rate, num_steps, step_examples
 
 
 @dataclass(frozen=True)
 class BranchJob:
-    """One branch to train: who it is and on what."""
+    """One branch to train: its name, its place in the run, its rows and its start."""
 
     branch: str
     arm: str
     group: int
     datasets: tuple[Dataset, ...]
-    base_path: str
+    start_path: str
     base_fingerprint: str
+    start_fingerprint: str
 
 
 def train_branch(
-    job: BranchJob, config: TrainConfig, directory: Path, display: Display
+    job: BranchJob,
+    config: TrainConfig,
+    directory: Path,
+    progress: Progress,
+    noted: set[str] | None = None,
 ) -> BranchManifest:
-    """Fine-tunes the base on the job's datasets and leaves a checkpoint that transformers loads, with branch.json.
+    """Fine-tunes the base on the job's datasets; writes a model directory with branch.json.
 
-    Every step's examples, learning rate and random state depend on (seed, step) alone, so a run that was killed goes
-    on from its last checkpoint in ``directory`` and ends with the same bytes.
+    A step's examples, learning rate and random state depend only on (seed, step). A killed run
+    therefore resumes from its last checkpoint in ``directory`` and ends with the same bytes.
 
     Args:
-        job: what to train on what.
+        job: the branch and its rows.
         config: the recipe.
-        directory: an output directory still under its temporary name.
-        display: where progress goes.
+        directory: an output directory that still has its temporary name.
+        progress: display of the run.
+        noted: notes that this run has shown already; a new note is shown and added. None: none yet.
 
-    Returns:
-        The manifest that was written. Wall time and peak memory go to timing.json beside it, which is no part of the
-        result.
+    Returns: The manifest of branch.json. Wall time and peak memory go to timing.json, which is no
+        part of the result.
+
+    Raises:
+        InputError: the job has no example, or the model cannot take packed rows.
+        MeritFastError: the loss is not finite.
     """
     examples = [example for dataset in job.datasets for example in dataset.examples]
     if not examples:
         raise InputError(f"{job.branch}: has no example to train on")
     reset_peak_memory()
     start = time.perf_counter()
-    model = load_model(job.base_path, config.dtype).train()
+    model = load_model(job.start_path, config.dtype).train()
     patch = patch_model(model, config.kernels)
-    _say(display, str(patch))  # type: ignore[arg-type]
+    _note_once(progress, str(patch), set() if noted is None else noted)
     choose_attention(model)
     if config.packing:
         require_packing(model, examples)
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
-    progress, earlier_s = _resume(directory, optimizer)
-    padding = pad_token_id(load_tokenizer(job.base_path))
+    position, earlier_s = _resume(directory, optimizer)
+    padding = pad_token_id(load_tokenizer(job.start_path))
     steps = num_steps(len(examples), config)
-    with display.task(
-        f"train {job.branch}", sum(len(e.input_ids) for e in examples) * config.epochs, "tokens"
-    ) as task:
-        task.advance(progress.num_tokens)
-        while progress.step < steps:
-            chosen = [examples[i] for i in step_examples(progress.step, len(examples), config)]
-            progress = _train_step(model, optimizer, chosen, padding, steps, config, progress)
-            task.advance(sum(len(e.input_ids) for e in chosen), f"loss {progress.losses[-1]:.3f}")
-            if progress.step % config.checkpoint_steps == 0 and progress.step < steps:
-                write_checkpoint(directory, optimizer.state(), progress)
+    num_tokens = sum(len(example.input_ids) for example in examples) * config.epochs
+    with progress.task(f"train {job.branch}", num_tokens, "tokens") as task:
+        task.advance(position.num_tokens)
+        while position.step < steps:
+            chosen = [examples[i] for i in step_examples(position.step, len(examples), config)]
+            position = _train_step(model, optimizer, chosen, padding, steps, config, position)
+            task.advance(sum(len(e.input_ids) for e in chosen), f"loss {position.losses[-1]:.3f}")
+            if position.step % config.checkpoint_steps == 0 and position.step < steps:
+                write_checkpoint(directory, optimizer.state(), position)
                 _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
-    manifest = _write_branch(job, model, config, progress, directory)
+    manifest = _write_branch(job, model, config, position, directory)
     _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
     remove_checkpoint(directory)
     return manifest
@@ -94,68 +102,69 @@ def _train_step(
     padding: int,
     steps: int,
     config: TrainConfig,
-    progress: Progress,
-) -> Progress:
-    torch.manual_seed(config.seed * 1_000_003 + progress.step)  # dropout, where a model has it
+    position: Position,
+) -> Position:
+    torch.manual_seed(config.seed * 1_000_003 + position.step)  # dropout, where a model has it
     micro = -(-len(examples) // config.accumulation)
-    parts = [examples[at : at + micro] for at in range(0, len(examples), micro)]
-    ids = [0] * micro
-    batches = [
-        pack(part, ids[: len(part)]) if config.packing else collate(part, ids[: len(part)], padding)
-        for part in parts
-    ]
+    batches: list[Batch] = []
+    for first in range(0, len(examples), micro):
+        rows = examples[first : first + micro]
+        ids = [0] * len(rows)
+        batches.append(pack(rows, ids) if config.packing else collate(rows, ids, padding))
     targets = sum(batch.num_target_tokens for batch in batches)
     loss_sum = 0.0
     for batch in batches:
-        loss, summed = batch_loss(
-            model, batch, targets
-        )  # the mean over the whole step's target tokens
+        # the mean over the whole step's target tokens
+        loss, summed = batch_loss(model, batch, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         loss_sum += summed
     if not loss_sum < float("inf"):
         raise MeritFastError(
-            f"train: loss is not finite at step {progress.step}; lower train.learning_rate"
+            f"train: loss is not finite at step {position.step}; lower train.learning_rate"
         )
-    optimizer.step(learning_rate(progress.step, steps, config))
+    optimizer.step(learning_rate(position.step, steps, config))
     return replace(
-        progress,
-        step=progress.step + 1,
-        num_examples=progress.num_examples + len(examples),
-        num_tokens=progress.num_tokens + sum(len(e.input_ids) for e in examples),
-        num_target_tokens=progress.num_target_tokens + targets,
-        losses=(*progress.losses, loss_sum / targets),
+        position,
+        step=position.step + 1,
+        num_examples=position.num_examples + len(examples),
+        num_tokens=position.num_tokens + sum(len(e.input_ids) for e in examples),
+        num_target_tokens=position.num_target_tokens + targets,
+        losses=(*position.losses, loss_sum / targets),
     )
 
 
-def _resume(directory: Path, optimizer: MasterAdamW) -> tuple[Progress, float]:
-    found = read_checkpoint(directory)
-    if found is None:
-        return Progress(), 0.0
-    tensors, progress = found
+def _resume(directory: Path, optimizer: MasterAdamW) -> tuple[Position, float]:
+    """Loads the last checkpoint; returns the position and the seconds of training so far."""
+    checkpoint = read_checkpoint(directory)
+    if checkpoint is None:
+        return Position(), 0.0
+    tensors, position = checkpoint
     optimizer.load_state(tensors)
     timing = directory / "timing.json"
-    return progress, json.loads(timing.read_text())["train_s"] if timing.exists() else 0.0
+    return position, json.loads(timing.read_text())["train_s"] if timing.exists() else 0.0
 
 
 def _write_branch(
-    job: BranchJob, model: nn.Module, config: TrainConfig, progress: Progress, directory: Path
+    job: BranchJob, model: nn.Module, config: TrainConfig, position: Position, directory: Path
 ) -> BranchManifest:
     with no_loading_bar():
-        model.eval().save_pretrained(directory, max_shard_size=config.max_shard_size)  # type: ignore[operator]
-    load_tokenizer(job.base_path).save_pretrained(directory)
+        save: Any = model.eval().save_pretrained
+        save(directory, max_shard_size=config.max_shard_size)
+    load_tokenizer(job.start_path).save_pretrained(directory)
     manifest = BranchManifest(
         branch=job.branch,
         arm=job.arm,
         group=job.group,
         datasets=tuple(dataset.name for dataset in job.datasets),
-        num_examples=progress.num_examples,
-        num_target_tokens=progress.num_target_tokens,
-        num_tokens=progress.num_tokens,
-        steps=progress.step,
+        num_examples=position.num_examples,
+        num_target_tokens=position.num_target_tokens,
+        num_tokens=position.num_tokens,
+        steps=position.step,
         seed=config.seed,
         base_fingerprint=job.base_fingerprint,
+        start_fingerprint=job.start_fingerprint,
     )
-    write_text(directory / "losses.json", json.dumps(progress.losses) + "\n")
+    write_text(directory / "losses.json", json.dumps(position.losses) + "\n")
     write_manifest(manifest, directory / "branch.json")
     return manifest
 
@@ -169,7 +178,8 @@ def _write_timing(directory: Path, train_s: float, patch: Patch) -> None:
     write_text(directory / "timing.json", json.dumps(timing) + "\n")
 
 
-@functools.cache
-def _say(display: Any, text: str) -> None:
-    """A note that is shown once, however many branches have it."""
-    display.note(text)
+def _note_once(progress: Progress, text: str, noted: set[str]) -> None:
+    """Shows a note that is new in this run: the branches of a run share most of their notes."""
+    if text not in noted:
+        noted.add(text)
+        progress.note(text)

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for GPUs that are not here, holds its baseline; and the gate sees what it is for."""
+"""Every Triton kernel, compiled for GPUs that are not here, holds its baseline; faults are seen."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ TARGETS = {"sm_90": 90, "gfx942": "gfx942"}
 
 
 def test_every_kernel_holds_its_baseline():
-    """A launch of the baseline's fingerprint is not compiled, but for one launch of every kernel."""
+    """A launch of the baseline's fingerprint is not compiled, except one of every kernel."""
     baseline, remark = gpu_gate.load_baseline()
     launches = gpu_launches.launches()
     rows, changed = gpu_gate.measure_changed(launches, gpu_gate.TARGETS, baseline)
@@ -91,7 +91,8 @@ def copy(x, out, n, N: tl.constexpr):
 @triton.jit
 def product(a, b, out, N: tl.constexpr):
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    x, y = tl.load(a + at), tl.load(b + at)
+    x = tl.load(a + at)
+    y = tl.load(b + at)
     if y.dtype == tl.float32:
         x = x.to(tl.float32)
     tl.store(out + at, tl.dot(x, y, input_precision="ieee"))
@@ -200,7 +201,8 @@ def test_growth_fails_in_one_line_and_less_passes(quantity):
 
 
 def test_launches_and_baseline_must_name_each_other():
-    now, before = {"new": {"sm_80": ROW}}, {"old": {"sm_80": ROW}}
+    now = {"new": {"sm_80": ROW}}
+    before = {"old": {"sm_80": ROW}}
     assert gpu_gate.failures(now, before) == [
         "new, sm_80: is not in the baseline",
         "old, sm_80: is in the baseline only",
@@ -221,7 +223,7 @@ def test_more_shared_memory_than_a_block_may_have_fails_even_with_a_baseline_tha
 
 @pytest.fixture
 def one_launch(monkeypatch, tmp_path):
-    """The gate over the kernel ``copy`` alone, with a baseline of its own."""
+    """The gate over the kernel ``copy`` only, with its own baseline."""
     monkeypatch.setattr(gpu_gate, "BASELINE", tmp_path / "baseline.json")
     monkeypatch.setattr(gpu_gate, "TARGETS", TARGETS)
     monkeypatch.setattr(
@@ -245,7 +247,7 @@ def test_update_writes_a_baseline_that_then_holds(one_launch, capsys):
     assert "copy, sm_90: registers was " in capsys.readouterr().out
 
 
-def test_a_baseline_of_another_compiler_is_not_compared_with_and_that_is_said(one_launch, capsys):
+def test_a_baseline_of_another_compiler_is_reported_and_not_compared(one_launch, capsys):
     gpu_gate.main(["--update"])
     stored = json.loads(one_launch.read_text())
     stored["triton"] = "2.0.0"

@@ -36,7 +36,8 @@ def test_rows_stay_in_registers(columns, architecture):
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_whole_tiles_are_moved_in_vectors(architecture):
-    norms, gates = norm("norm", BF16, 4096), pair("swiglu", swiglu, [(8, 11264)] * 2)
+    norms = norm("norm", BF16, 4096)
+    gates = pair("swiglu", swiglu, [(8, 11264)] * 2)
     for forward, loads in ((norms[0], 1), (gates[0], 2)):
         code = compile_launch(forward.kernel, forward.arguments, forward.options, architecture)
         assert code.spill_bytes == code.atomics == code.tf32 == 0

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.compile
 
 
 def code(asked, architecture):
-    found = compile_launch(asked.kernel, asked.arguments, asked.options, architecture)
-    assert found.spill_bytes == found.atomics == found.tf32 == 0, (
+    measured = compile_launch(asked.kernel, asked.arguments, asked.options, architecture)
+    assert measured.spill_bytes == measured.atomics == measured.tf32 == 0, (
         asked.name,
         architecture,
-        found.spill_bytes,
+        measured.spill_bytes,
     )
-    return found
+    return measured
 
 
 def row(asked, architecture):

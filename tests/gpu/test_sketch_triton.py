@@ -1,6 +1,8 @@
 """The sketch's Triton kernels, compiled for GPUs that this machine lacks."""
 
+import functools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from support.gpu.gate import figures_of
 from support.gpu.launches_sketch import BF16, COLUMNS, F32, KEY, launched, linear, rows
 
 from merit_fast.kernels.sketch import _triton
+from merit_fast.kernels.sketch._target import SketchTarget
 
 pytestmark = pytest.mark.compile
 
@@ -22,13 +25,13 @@ EVERY = pytest.mark.parametrize("architecture", [80, 90, 100, 120, "gfx942"])
 
 
 def code(launch, architecture):
-    found = compile_launch(launch.kernel, launch.arguments, launch.options, architecture)
-    assert found.spill_bytes == found.atomics == found.tf32 == 0, (
+    measured = compile_launch(launch.kernel, launch.arguments, launch.options, architecture)
+    assert measured.spill_bytes == measured.atomics == measured.tf32 == 0, (
         launch.name,
         architecture,
-        found.spill_bytes,
+        measured.spill_bytes,
     )
-    return found
+    return measured
 
 
 def row(launch, architecture):
@@ -37,7 +40,7 @@ def row(launch, architecture):
     return figures
 
 
-# Instructions of a warp for the tokens of one step of the loop: 32, or 64 where operands stay in shared memory.
+# Instructions of a warp for one step of the loop: 32 tokens, or 64 with operands in shared memory.
 PRODUCTS = {
     80: ("HMMA", 16),
     90: ("HGMMA", 4),
@@ -64,7 +67,7 @@ def test_a_layer_in_bf16_is_taken_by_tensor_cores_from_loads_of_128_bits(archite
     )  # the bucket
     assert layer.count(r"LDG\.") == 8 + 2  # and two offsets
     assert layer.count("SHFL") == 32  # the permutation of 64 x 64 floats by 128 threads
-    if architecture != 100:  # nothing but the finished bucket goes through shared memory
+    if architecture != 100:  # only the finished bucket goes through shared memory
         assert layer.ptx.rfind("shfl.sync") < layer.ptx.find("st.shared")
 
 
@@ -105,29 +108,28 @@ def test_rows_fit(dtype, by_id):
 
 
 def test_numbers_that_the_compiler_knows_to_be_one_compile():
-    """Triton makes constants of integers that are 1: of columns, strides, the first row and column."""
-    values, offsets, out = torch.zeros(8, 1), torch.tensor([0, 4, 8]), torch.zeros(2, 8192)
-    scale, ids, place = torch.ones(4, 1), torch.zeros(8, dtype=torch.int64), (1, 1, 2)
+    """Triton makes constants of integers that are 1: columns, strides, the first row and column."""
+    values = torch.zeros(8, 1)
+    ids = torch.zeros(8, dtype=torch.int64)
+    offsets = torch.tensor([0, 4, 8])
+    by_rows = SketchTarget(offsets, 1, 1, 2, KEY, torch.ones(4, 1), torch.zeros(2, 8192))
+    whole = replace(by_rows, scale=torch.ones(1, 1))
     for kernel, call in (
-        ("rows_kernel", lambda: _triton.sketch_rows(values, offsets, None, place, KEY, out, scale)),
-        ("ids_kernel", lambda: _triton.sketch_rows(values, offsets, ids, place, KEY, out, scale)),
-        (
-            "linear_kernel",
-            lambda: _triton.sketch_linear(
-                values, values, offsets, place, KEY, out, torch.ones(1, 1)
-            ),
-        ),
+        ("rows_kernel", lambda: _triton.sketch_rows(values, None, by_rows)),
+        ("ids_kernel", lambda: _triton.sketch_rows(values, ids, by_rows)),
+        ("linear_kernel", lambda: _triton.sketch_linear(values, values, whole)),
     ):
         row(launched(kernel, call, kernel), 90)
 
 
 def test_another_key_or_batch_is_no_other_kernel():
-    """Layers have keys of their own: what is compiled must not depend on them."""
+    """Layers have keys of their own: the compiled code must not depend on them."""
     bodies = set()
     for key, batch, buckets in ((-(1 << 60), 2, 16), ((1 << 60) + 1, 3, 5)):
-        values, out = torch.zeros(192, 256), torch.zeros(batch, buckets * 4096)
+        values = torch.zeros(192, 256)
         offsets = torch.arange(batch + 1) * (192 // batch)
-        call = lambda: _triton.sketch_rows(values, offsets, None, (0, 0, 256), key, out)  # noqa: B023, E731
+        target = SketchTarget(offsets, 0, 0, 256, key, None, torch.zeros(batch, buckets * 4096))
+        call = functools.partial(_triton.sketch_rows, values, None, target)
         ptx = code(launched("rows", call, "rows_kernel"), 90).ptx
         bodies.add(ptx.split(".section")[0])
     assert len(bodies) == 1

@@ -28,10 +28,9 @@ def from_the_shell(command, directory, environment):
 
 
 def run(directory, start=from_the_shell):
-    # a proxy that leads nowhere: a demo that asks the network for anything fails
-    closed = dict.fromkeys(
-        ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
-    )
+    # A proxy without a server: a demo that asks the network for anything fails.
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    closed = dict.fromkeys(names, "http://127.0.0.1:9")
     command = [SCRIPT, "demo", "--quick", "--json", "--out", "out"]
     result = start(command, directory, {**os.environ, **closed})
     assert result.returncode == 0, result.stderr
@@ -60,10 +59,8 @@ def test_merged_checkpoint_loads_and_generates(demo):
 
     directory, summary = demo
     path = directory / summary["merged"]
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path),
-        AutoTokenizer.from_pretrained(path),
-    )
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     assert model.dtype == getattr(torch, DTYPES[settle_dtype("auto")])
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""The run as a whole: it resumes after kill -9 to the same bytes, and does again only what a change makes necessary."""
+"""The whole run: resumes after kill -9 to the same bytes, repeats only what a change needs."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ ALL_OUTPUTS = {"sketch", "split", "merged/merit", "merged/random", "evaluate", "
 }
 
 
-def test_a_run_twice_does_nothing_and_a_change_does_only_what_follows_from_it(
+def test_a_second_run_does_nothing_and_a_change_repeats_only_what_depends_on_it(
     whole_run, tmp_path, monkeypatch
 ):
     directory, config_file, summary = whole_run
@@ -72,7 +72,7 @@ def test_a_run_twice_does_nothing_and_a_change_does_only_what_follows_from_it(
 
 
 def gain_by_hand(summary):
-    """The published number is sum_k w_k L(branch k) - L(merge) of the numbers beside it, w the branches' tokens."""
+    """Checks the gain: sum_k w_k L(branch k) - L(merge), with w from the branches' tokens."""
     for arm in ("merit", "random"):
         branches = [result for name, result in summary["branches"].items() if name.startswith(arm)]
         tokens = [branch["num_target_tokens"] for branch in branches]
@@ -85,13 +85,10 @@ def gain_by_hand(summary):
 
 KILLS = [
     ("sketch.tmp/plurals.safetensors", 1),
-    (
-        "/split",
-        3,
-    ),  # split.json and stage.json of split.tmp have been written, the directory has not been renamed
+    ("/split", 3),  # split.json and stage.json of split.tmp are written, the rename is missing
     ("joint.tmp/resume.safetensors", 2),
     ("branches/merit-1", 2),
-    ("branches/merit-1$", 1),  # all is written, the directory has not got its name
+    ("branches/merit-1$", 1),  # everything is written, the rename is missing
     ("merit.tmp/model-00002", 1),
     ("evaluate.tmp/joint.json", 1),
     ("report.tmp/report.html", 1),
@@ -101,7 +98,8 @@ KILLS = [
 @pytest.mark.process
 @pytest.mark.slow
 def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(whole_run, tmp_path, monkeypatch):
-    (whole, config_file, _), broken = whole_run, tmp_path / "broken"
+    whole, config_file, _ = whole_run
+    broken = tmp_path / "broken"
     broken.mkdir()
     script = str(KILL_AT)
     for pattern, count in KILLS:
@@ -147,9 +145,11 @@ def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
         assert result.returncode == -signal.SIGKILL, (pattern, result.stderr)
     notes = Notes()
     run = Run(read_run_config(config_file), notes)
-    run.sketch(), run.split()
+    run.sketch()
+    run.split()
     fresh = Run(read_run_config(config_file, ["output=fresh"]))
-    fresh.sketch(), fresh.split()
+    fresh.sketch()
+    fresh.split()
     for stage in ("sketch", "split"):
         assert tree_bytes(tmp_path / "out" / stage, ("config.yml",)) == tree_bytes(
             tmp_path / "fresh" / stage, ("config.yml",)
@@ -185,11 +185,12 @@ def test_the_order_of_the_mixture_does_not_change_the_split(
 ):
     monkeypatch.chdir(tmp_path)
     groups = []
-    for place, mixture in enumerate((tiny_mixture, tiny_mixture[::-1])):
-        values = {**run_values(tiny_model, mixture), "output": f"out{place}"}
+    for number, mixture in enumerate((tiny_mixture, tiny_mixture[::-1])):
+        values = {**run_values(tiny_model, mixture), "output": f"out{number}"}
         config_file.write_text(yaml.safe_dump(values))
         run = Run(read_run_config(config_file))
-        run.sketch(), run.split()
+        run.sketch()
+        run.split()
         groups.append(run.outputs.split_manifest.group_of("merit"))
     assert groups[0] == groups[1]
 

@@ -1,4 +1,4 @@
-"""The scale that held-out rows choose: the minimum of a parabola, within its range, from a run and on checkpoints."""
+"""The scale that held-out rows choose: the minimum of a parabola within its range."""
 
 import json
 import shutil
@@ -49,21 +49,19 @@ def test_what_does_not_curve_upwards_has_no_minimum(losses):
 
 def test_a_known_minimum_is_taken(setting, monkeypatch):
     losses_of(monkeypatch, lambda s: 3 + 0.5 * (s - 1.37) ** 2)
-    found, said = tune(setting, scale="auto")
-    assert found.scale == found.scale_search.minimum == pytest.approx(1.37, abs=1e-4)
-    assert found.scale_search.scales[:3] == SCALES and len(found.scale_search.losses) == 4
-    assert "scale 1.37: loss 3.0000 against 3.0684 at scale 1" in said
-    assert found.weights == (0.25, 0.5, 0.25) and found.weight_search is None
+    tuned, sentence = tune(setting, scale="auto")
+    assert tuned.scale == tuned.scale_search.minimum == pytest.approx(1.37, abs=1e-4)
+    assert tuned.scale_search.scales[:3] == SCALES and len(tuned.scale_search.losses) == 4
+    assert "scale 1.37: loss 3.0000 against 3.0684 at scale 1" in sentence
+    assert tuned.weights == (0.25, 0.5, 0.25) and tuned.weight_search is None
 
 
 @pytest.mark.parametrize(
     "loss,expected",
     [
         (lambda s: -s, 1.5),  # no parabola opens upwards: the best of the three
-        (
-            lambda s: 9.0 if s not in SCALES else (s - 1.2) ** 2,
-            1.0,
-        ),  # the minimum is worse than the three
+        # the minimum is worse than the three
+        (lambda s: 9.0 if s not in SCALES else (s - 1.2) ** 2, 1.0),
         (lambda s: (s - 1) ** 2, 1.0),  # it is one of the three
         (lambda s: 1.0, 1.0),  # all alike: the merge as it was
         (lambda s: None if s > 1 else s, 0.5),  # not finite beyond 1
@@ -76,25 +74,25 @@ def test_nothing_worse_than_what_was_evaluated_is_taken(setting, monkeypatch, lo
 
 def test_losses_are_those_of_the_merges(setting):
     candidates, examples = setting
-    found, _ = tune(setting, scale="auto", method="task_arithmetic", weights="uniform")
-    search = found.scale_search
+    tuned, _ = tune(setting, scale="auto", method="task_arithmetic", weights="uniform")
+    search = tuned.scale_search
     for scale, loss in zip(search.scales, search.losses, strict=True):
         model = load_merged(
             candidates.models,
-            found.weights,
+            tuned.weights,
             base=candidates.base,
             scale=scale,
             method="task_arithmetic",
         )
         assert loss == pytest.approx(mean_loss(model, examples, 1, 4), abs=1e-12)
-    assert min(search.losses) == search.losses[search.scales.index(found.scale)]
+    assert min(search.losses) == search.losses[search.scales.index(tuned.scale)]
 
 
 def test_a_method_without_weights_takes_a_scale(setting):
-    found, _ = tune(setting, scale="auto", method="sce")
+    tuned, _ = tune(setting, scale="auto", method="sce")
     assert (
-        min(found.scale_search.losses)
-        == found.scale_search.losses[found.scale_search.scales.index(found.scale)]
+        min(tuned.scale_search.losses)
+        == tuned.scale_search.losses[tuned.scale_search.scales.index(tuned.scale)]
     )
 
 
@@ -131,17 +129,18 @@ def test_checkpoints_are_merged_at_the_scale_and_weights_that_rows_choose(
     ]
     result = merit("merge", "out", *models, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    summary, found = json.loads(result.stdout), read(tmp_path / "out" / "tune.json")
-    assert summary["tuned"] == found and found["num_examples"] == 3
-    assert summary["weights"] == pytest.approx(found["weights"])
+    summary = json.loads(result.stdout)
+    tuned = read(tmp_path / "out" / "tune.json")
+    assert summary["tuned"] == tuned and tuned["num_examples"] == 3
+    assert summary["weights"] == pytest.approx(tuned["weights"])
     assert [c for _, c in summary["coefficients"]][:3] == pytest.approx(
-        [found["scale"] * w for w in found["weights"]]
+        [tuned["scale"] * w for w in tuned["weights"]]
     )
     inputs = [
         load_file(tmp_path / "branches" / f"merit-{k}" / "model.safetensors") for k in range(3)
     ]
     base = {n: v for file in tiny_model.glob("*.safetensors") for n, v in load_file(file).items()}
-    expected = merge_state_dicts(inputs, summary["weights"], base, found["scale"])
+    expected = merge_state_dicts(inputs, summary["weights"], base, tuned["scale"])
     for file in (tmp_path / "out").glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             assert np.array_equal(tensor.numpy(), expected[name].numpy()), name
@@ -229,7 +228,8 @@ def test_kill_9_while_choosing_then_resume_gives_the_same_bytes(tmp_path, tiny_m
     values = run_values(tiny_model, tiny_mixture) | {"merge": {"scale": "auto", "weights": "fit"}}
     values["train"] |= {"arms": [], "epochs": 1}
     (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     whole.mkdir()
     for stage in ("sketch", "split", "train"):
         assert merit(stage, "../run.yml", cwd=whole).returncode == 0

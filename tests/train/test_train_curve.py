@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from support.checks import tree_bytes
+from support.runs import Notes
 from support.tiny import make_model, make_tokenizer
-from support.training import dataset, train, weights
+from support.training import dataset, job, train, weights
 
-from merit_fast.progress import SilentProgress
-from merit_fast.train import TrainConfig
+from merit_fast.train import TrainConfig, train_branch
 
 STEPS = 50
 RECIPE = dict(
@@ -66,26 +66,14 @@ def test_the_output_names_the_kernels_beside_the_result_only(tiny_model, tmp_pat
     assert all(name.endswith(".safetensors") for name in differing), differing
 
 
-class Notes(SilentProgress):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-def test_what_was_replaced_is_said_once(tiny_model, tmp_path):
-    from support.training import job
-
-    from merit_fast.train import train_branch
-
-    display, rows = Notes(), dataset("a", 0, rows=4)
-    for branch in ("b0", "b1"):
-        (tmp_path / branch).mkdir()
-        train_branch(
-            job(tiny_model, rows),
-            TrainConfig(dtype="fp32", batch_size=4),
-            tmp_path / branch,
-            display,
-        )
-    assert display.notes == ["kernels: rms_norm x 5, swiglu x 2, rope x 2, head x 1"]
+def test_a_run_shows_a_note_once_and_the_next_run_shows_it_again(tiny_model, tmp_path):
+    display = Notes()
+    rows = dataset("a", 0, rows=4)
+    config = TrainConfig(dtype="fp32", batch_size=4)
+    for run in ("first", "second"):
+        noted = set()
+        for branch in ("b0", "b1"):
+            directory = tmp_path / run / branch
+            directory.mkdir(parents=True)
+            train_branch(job(tiny_model, rows), config, directory, display, noted)
+    assert display.notes == 2 * ["kernels: rms_norm x 5, swiglu x 2, rope x 2, head x 1"]

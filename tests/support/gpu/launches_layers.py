@@ -1,4 +1,4 @@
-"""The launches of the layers' Triton kernels at the sizes of models, for the gate and the tests of their code."""
+"""Launches of the layers' Triton kernels at the sizes of models, for the gate and code tests."""
 
 from unittest import mock
 
@@ -14,7 +14,8 @@ KERNELS = (
     "gated_backward_kernel",
     "rope_kernel",
 )
-BF16, F32 = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
+F32 = torch.float32
 
 
 def launches() -> list[GpuLaunch]:
@@ -73,14 +74,15 @@ def heads(name, dtype, width, rotary) -> list[GpuLaunch]:
 
 def pair(name, call, shapes, dtype=BF16) -> list[GpuLaunch]:
     """The launches of forward and backward; nothing runs."""
-    inputs, found = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes], []
+    inputs = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    recorded = []
 
     class Recorder:
         def __init__(self, of):
             self.of = of
 
         def __getitem__(self, grid):
-            return lambda *arguments, **options: found.append((self.of, arguments, options))
+            return lambda *arguments, **options: recorded.append((self.of, arguments, options))
 
     with (
         mock.patch.multiple(_triton, **{kernel: Recorder(kernel) for kernel in KERNELS}),
@@ -91,6 +93,6 @@ def pair(name, call, shapes, dtype=BF16) -> list[GpuLaunch]:
     return [
         GpuLaunch(f"{name}, {direction}", getattr(_triton, kernel), arguments, options)
         for direction, (kernel, arguments, options) in zip(
-            ("forward", "backward"), found, strict=True
+            ("forward", "backward"), recorded, strict=True
         )
     ]

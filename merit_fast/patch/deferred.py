@@ -1,0 +1,107 @@
+"""Logits that are not computed: a placeholder that a model's own forward scales and caps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merit_fast.kernels.cross_entropy import linear_cross_entropy
+from merit_fast.patch.classes import supported
+
+
+class DeferredLogits:
+    """A placeholder for ``head(hidden)`` that records how a forward scales and caps it."""
+
+    def __init__(
+        self, hidden: Tensor, head: nn.Linear, steps: tuple[tuple[str, float], ...] = ()
+    ) -> None:
+        self.hidden = hidden
+        self.head = head
+        self.steps = steps
+
+    def __mul__(self, factor: float) -> "DeferredLogits":
+        return self._with("mul", factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "DeferredLogits":
+        return self._with("div", divisor)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.tanh and len(args) == 1 and not kwargs:
+            return args[0]._with("tanh", 1.0)
+        return NotImplemented
+
+    def _with(self, step: str, number: float) -> "DeferredLogits":
+        if not isinstance(number, int | float):
+            return NotImplemented
+        return DeferredLogits(self.hidden, self.head, (*self.steps, (step, float(number))))
+
+    def scale_and_cap(self) -> tuple[float, float | None] | None:
+        """(scale, cap) of logits = cap * tanh(scale * head(hidden) / cap).
+
+        Without a cap: logits = scale * head(hidden).
+
+        None if the recorded steps are something else.
+        """
+        steps = self.steps
+        cap = None
+        if [step for step, _ in steps[-3:]] == ["div", "tanh", "mul"]:
+            divisor = steps[-3][1]
+            factor = steps[-1][1]
+            if divisor == factor:
+                cap = factor
+                steps = steps[:-3]
+        scale = 1.0
+        for step, number in steps:
+            if step == "tanh":
+                return None
+            scale = scale * number if step == "mul" else scale / number
+        return scale, cap
+
+    def computed(self) -> Tensor:
+        """The logits, computed after all."""
+        logits: Tensor = self.head(self.hidden)
+        for step, number in self.steps:
+            if step == "mul":
+                logits = logits * number
+            elif step == "div":
+                logits = logits / number
+            else:
+                logits = torch.tanh(logits)
+        return logits
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Hidden, weight and bias as F.linear takes them; None where our kernels cannot."""
+        tensors = [
+            self.hidden,
+            self.head.weight,
+            *([] if self.head.bias is None else [self.head.bias]),
+        ]
+        device = self.hidden.device.type
+        if torch.is_autocast_enabled(device):
+            tensors = [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+        if not supported(*tensors):
+            return None
+        return tensors[0], tensors[1], tensors[2] if len(tensors) == 3 else None
+
+
+def deferred_cross_entropy(
+    logits: DeferredLogits, labels: Tensor, backend: str | None, **options: Any
+) -> Any:
+    """``linear_cross_entropy`` of shifted labels; None where the model computes something else."""
+    form = logits.scale_and_cap()
+    operands = logits.operands()
+    if form is None or operands is None or logits.hidden.shape[:-1] != labels.shape:
+        return None
+    scale, cap = form
+    hidden, weight, bias = operands
+    if scale != 1.0 and bias is not None:
+        return None
+    hidden = hidden if scale == 1.0 else hidden * scale
+    return linear_cross_entropy(
+        hidden, weight, labels, bias=bias, softcap=cap, backend=backend, **options
+    )
