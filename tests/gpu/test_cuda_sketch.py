@@ -17,6 +17,7 @@ from merit_fast.kernels import dispatch
 from merit_fast.kernels.sketch import CountSketch, _cuda, _eager, linear_grad_sketch
 from merit_fast.kernels.sketch._target import SketchTarget
 
+pytestmark = pytest.mark.compile
 KEY = -1234567890123456789
 DTYPES = [torch.bfloat16, torch.float32]
 # Rows, columns, tokens of each example, buckets, (first row, first column, parameter's columns)
@@ -195,8 +196,6 @@ import test_cuda_sketch as cases, torch
 from support.gpu import host_cuda
 from support.paths import TESTS
 from merit_fast.kernels.sketch import _cuda
-
-pytestmark = pytest.mark.compile
 torch.manual_seed(0)
 _cuda.launch = host_cuda.launcher(ctypes.CDLL({library!r}))
 for case in cases.CASES:

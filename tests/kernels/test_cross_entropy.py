@@ -1,14 +1,13 @@
 """Linear + cross-entropy on the CPU: never worse than eager against float64, for any options."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from support import checks
 from support.checks import FLOOR
 from support.loss_cases import assert_never_worse, batch, everything, packed
+from support.warm import run_python
 from torch.nn import functional as F
 
 from merit_fast.kernels.cross_entropy import _tiled, linear_cross_entropy
@@ -71,18 +70,8 @@ def test_so_they_are_on_processors_without_bf16_instructions(instructions):
     """oneDNN, which multiplies for torch, is held to what such a processor has."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "OMP_NUM_THREADS": "1"}
     chosen = "(bf16_products and all_rows) or (bit_by_bit and bfloat16)"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        chosen,
-        __file__,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = ["-m", "pytest", "-q", "-p", "no:xdist", "-k", chosen, __file__]
+    result = run_python(command, environment=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 passed" in result.stdout, result.stdout
 

@@ -2,14 +2,13 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from support.architectures import CASES, inputs, make
 from support.checks import assert_close, assert_never_worse, rounding_share
 from support.patched import assert_same_gradients, loss_and_gradients
+from support.warm import run_python
 
 from merit_fast import patch_model
 from merit_fast.errors import InputError
@@ -174,8 +173,7 @@ def test_a_pickle_stays_patched_in_a_new_process(name, tmp_path):
     file = tmp_path / "model.pickle"
     expected = copy.deepcopy(model)(**batch).loss.item()
     file.write_bytes(pickle.dumps((model, batch, expected)))
-    command = [sys.executable, "-c", LOAD, str(file)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_python(["-c", LOAD, str(file)])
     assert result.returncode == 0, result.stderr
 
 
