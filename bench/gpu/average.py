@@ -1,4 +1,4 @@
-"""The weighted average as ``bench.gpu`` checks and times it."""
+"""The weighted average for ``bench.gpu``."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Linear + cross-entropy as ``bench.gpu`` checks and times it: loss, sums and gradients, forward and backward."""
+"""Linear + cross-entropy for ``bench.gpu``: loss, sums and gradients, forward and backward."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,9 +12,16 @@ from merit_fast.kernels.cross_entropy import linear_cross_entropy
 
 
 def case(
-    name: str, tokens: int, width: int, vocabulary: int, dtype: str, device: torch.device, timed: bool = False,
+    name: str,
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    dtype: str,
+    device: torch.device,
+    timed: bool = False,
     **options: Any,
-) -> Case:  # fmt: skip
+) -> Case:
+    """One size of the head, with loss options."""
     hidden, weight = (
         random(n, width, dtype=dtype, device=device) / width**0.5 for n in (tokens, vocabulary)
     )
