@@ -1,5 +1,6 @@
 """The weighted average for ``bench.gpu``."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +20,8 @@ def case(name: str, models: list[list[Tensor]], dtype: str, timed: bool = False)
         return [[tensor.to(to) for tensor in row] for row in zip(*models, strict=True)]
 
     def total(row: list[Tensor]) -> Tensor:
-        return sum(weight * tensor for weight, tensor in zip(weights, row, strict=True))
+        terms = [weight * tensor for weight, tensor in zip(weights, row, strict=True)]
+        return functools.reduce(torch.add, terms)
 
     def eager() -> list[Tensor]:
         return [

@@ -44,6 +44,6 @@ def random(*shape: int, dtype: str, device: torch.device) -> Tensor:
     return torch.randn(*shape, device=device).to(DTYPES[dtype])
 
 
-def with_compiled(name: str, function: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+def with_compiled(name: str, function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """A peer, and the same function under torch.compile."""
     return {name: function, "torch.compile": torch.compile(function, dynamic=False)}

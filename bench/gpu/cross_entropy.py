@@ -30,8 +30,8 @@ def case(
 
     def step(backend: str, to: torch.dtype) -> list[Tensor]:
         leaves = [tensor.detach().to(to).requires_grad_() for tensor in (hidden, weight)]
-        result = linear_cross_entropy(*leaves, labels, backend=backend, **options)
-        result.loss.backward()
+        result = linear_cross_entropy(leaves[0], leaves[1], labels, backend=backend, **options)
+        result.loss.backward()  # type: ignore[no-untyped-call]
         return [
             result.loss.detach().view(1),
             result.example_loss.detach(),
@@ -61,7 +61,7 @@ def case(
 
 
 def small(device: torch.device) -> Iterator[Case]:
-    terms = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+    terms: dict[str, Any] = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 1e-3}
     for dtype in DTYPES:
         yield case("N=37 [1003, 45]", 37, 45, 1003, dtype, device)
         yield case("N=37 [1003, 45], all terms", 37, 45, 1003, dtype, device, **terms)

@@ -18,7 +18,9 @@ STATE_BYTES = {"fp32": 16, "bf16": 8, "int8": 4}
 def parameters(
     values: list[Tensor], gradients: list[Tensor], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    copies = [torch.nn.Parameter(value.to(dtype or value.dtype, copy=True)) for value in values]
+    copies: list[Tensor] = [
+        torch.nn.Parameter(value.to(dtype or value.dtype, copy=True)) for value in values
+    ]
     for parameter, gradient in zip(copies, gradients, strict=True):
         parameter.grad = gradient.to(parameter.dtype)
     return copies

@@ -15,7 +15,11 @@ from merit_fast.kernels.sketch import (
 )
 from merit_fast.kernels.sketch._eager import hash_counters
 
-SLICE = {"first_row": 61, "first_column": 33, "columns": 250}  # no edge lies on a tile's edge
+SLICE: dict[str, Any] = {
+    "first_row": 61,
+    "first_column": 33,
+    "columns": 250,
+}  # no edge lies on a tile's edge
 
 
 def tables(
@@ -38,7 +42,7 @@ def tables(
 
 
 def by_definition(
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor] | Tensor,
     sketch: CountSketch,
     first_row: int = 0,
     first_column: int = 0,
@@ -146,7 +150,7 @@ def linear(
 
     def truth() -> list[Tensor]:
         pairs = zip(
-            *(list(v) if lengths is None else v.split(lengths) for v in (dy, x)), strict=True
+            *(list(v) if lengths is None else torch.split(v, lengths) for v in (dy, x)), strict=True
         )
         return by_definition([a.double().T @ b.double() for a, b in pairs], sketch, **position)
 

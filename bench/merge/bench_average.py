@@ -45,12 +45,14 @@ def streaming(models: list[Path], out: Path, threads: int) -> None:
 
 def safetensors_loop(models: list[Path], out: Path) -> None:
     """Averages one tensor at a time in fp32, as the usual script does."""
-    files = [safe_open(model / "model.safetensors", framework="pt") for model in models]
+    open_file: Any = safe_open  # untyped
+    files = [open_file(model / "model.safetensors", framework="pt") for model in models]
     merged = {}
     for name in files[0].keys():  # noqa: SIM118
-        merged[name] = sum(
-            w * f.get_tensor(name).float() for w, f in zip(WEIGHTS, files, strict=True)
-        ).bfloat16()
+        total = WEIGHTS[0] * files[0].get_tensor(name).float()
+        for weight, file in zip(WEIGHTS[1:], files[1:], strict=True):
+            total = total + weight * file.get_tensor(name).float()
+        merged[name] = total.bfloat16()
     save_file(merged, out, {"format": "pt"})
 
 

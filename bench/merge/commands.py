@@ -100,7 +100,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = {"type": lambda text: text.split(",")}
+    names: dict[str, Any] = {"type": lambda text: text.split(",")}
     parser.add_argument("directory", type=Path)
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--rounds", type=int, default=5)

@@ -22,7 +22,7 @@ SYNC_FILE_RANGE_WRITE = 2
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def run_threads(work: Callable[[int], None], threads: int) -> float:
+def run_threads(work: Callable[[int], Any], threads: int) -> float:
     """Seconds for ``work(0)`` to ``work(threads - 1)`` in parallel; raises the first error."""
     errors: list[BaseException] = []
 
@@ -112,11 +112,12 @@ def memory(out: Path, num_bytes: int, models: Sequence[Path]) -> dict[str, float
     gb_per_s = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for name, factor, run in (
-            ("memcpy", 2, lambda: a.copy_(b)),
-            ("triad", 3, lambda: torch.add(b, c, alpha=0.5, out=a)),
-        ):
-            seconds = [run_threads(lambda _, run=run: run(), 1) for _ in range(8)][1:]
+        works: tuple[tuple[str, int, Callable[[int], Any]], ...] = (
+            ("memcpy", 2, lambda _: a.copy_(b)),
+            ("triad", 3, lambda _: torch.add(b, c, alpha=0.5, out=a)),
+        )
+        for name, factor, work in works:
+            seconds = [run_threads(work, 1) for _ in range(8)][1:]
             gb_per_s[f"{name}_{threads}_gb_per_s"] = factor * size / min(seconds) / 1e9
     traffic = sum(os.path.getsize(file) for file in weight_files(*models)) + 2 * num_bytes
     return {"inner_wall_s": traffic / max(gb_per_s.values()) / 1e9, **gb_per_s}

@@ -261,7 +261,7 @@ def main() -> None:
     source = arguments.directory / "io-paths.source"
     target = arguments.directory / "io-paths.target"
     size = arguments.mib * MIB
-    parts = {
+    parts: dict[str, tuple[str, Callable[[], list[Way]]]] = {
         "write": ("A new file", lambda: writing(target, size)),
         "copy": ("A copy of a file in the page cache", lambda: copying(source, target)),
         "warm": ("Reading from the page cache", lambda: reading(source, cold=False)),

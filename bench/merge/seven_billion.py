@@ -86,7 +86,7 @@ def write_checkpoint(directory: Path, seed: int) -> None:
 
 def merge(root: Path) -> dict[str, float]:
     """Runs the console script in a process of its own."""
-    command = [
+    command: list[str | Path] = [
         Path(sys.executable).with_name("merit-fast"),
         "merge",
         root / "out",

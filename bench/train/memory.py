@@ -27,9 +27,11 @@ IGNORED_SHARE = 0.25
 
 
 def qwen_config(layers: int) -> Any:
-    from transformers import Qwen2Config
+    """The configuration of Qwen2-0.5B with so many layers."""
+    import transformers
 
-    return Qwen2Config(
+    make: Any = transformers.Qwen2Config  # its type does not know attn_implementation
+    return make(
         vocab_size=151936,
         hidden_size=896,
         intermediate_size=4864,

@@ -33,7 +33,7 @@ LAYER = [
     (INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), (HIDDEN,), (HIDDEN,),
 ]  # fmt: skip
 EXTRA = [(HIDDEN,), (2 * HIDDEN, 2 * HIDDEN)]
-SETTINGS = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+SETTINGS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 FP32 = torch.float32
 BF16 = torch.bfloat16
 
@@ -51,7 +51,7 @@ class Variant:
     ) -> None:
         torch.manual_seed(0)
         shapes = LAYER * layers + EXTRA
-        self.weights = [
+        self.weights: list[Tensor] = [
             torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype)) for shape in shapes
         ]
         for weight in self.weights:
@@ -68,7 +68,7 @@ class Variant:
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0, foreach=True)
         self.optimizer.step()
         torch._foreach_lerp_(self.averages, [weight.detach() for weight in self.weights], 1e-3)
-        torch._foreach_zero_([weight.grad for weight in self.weights])
+        torch._foreach_zero_([weight.grad for weight in self.weights if weight.grad is not None])
 
 
 def torchs(**options: Any) -> Callable[[list[Tensor]], Any]:
@@ -150,9 +150,7 @@ def floor_rate() -> float:
 def measure(names: Sequence[str], layers: int, rounds: int) -> dict[str, Any]:
     """Only one family of variants is in memory at a time; all of it takes part in every round."""
     variants = {
-        name: Variant(layers, dtype, *rest)
-        for name, (dtype, *rest) in VARIANTS.items()
-        if name in names
+        name: Variant(layers, *options) for name, options in VARIANTS.items() if name in names
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}

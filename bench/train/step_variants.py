@@ -65,7 +65,7 @@ def trainer(work: Work, folder: Path, patched: bool) -> Run:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     run = Run([], [], [])
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.start = time.perf_counter(), time.process_time()
 
