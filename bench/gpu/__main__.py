@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from bench.gpu.average import AVERAGE
-from bench.gpu.cases import DTYPES, Case, Op
+from bench.gpu.cases import Case, Op
 from bench.gpu.cross_entropy import CROSS_ENTROPY
 from bench.gpu.layers import LAYERS
 from bench.gpu.optimizer import ADAMW
 from bench.gpu.sketch import SKETCHES
+from bench.support.dtypes import DTYPES
 from merit_fast.errors import one_line
 from merit_fast.kernels import dispatch
 

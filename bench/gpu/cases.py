@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from bench.support.dtypes import DTYPES
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.gpu.cases import DTYPES, Case, Op, random, with_compiled
+from bench.gpu.cases import Case, Op, random, with_compiled
+from bench.support.dtypes import DTYPES
 from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swiglu
 
 EPSILON = 1e-6

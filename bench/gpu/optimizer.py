@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.cases import DTYPES, Case, Op, random
+from bench.gpu.cases import Case, Op, random
+from bench.support.dtypes import DTYPES
 from merit_fast.kernels.optimizer import FusedAdamW
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.cases import DTYPES, Case, Op, random, with_compiled
+from bench.gpu.cases import Case, Op, random, with_compiled
+from bench.support.dtypes import DTYPES
 from merit_fast.kernels.sketch import (
     CountSketch,
     embedding_grad_sketch,

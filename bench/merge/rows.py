@@ -186,6 +186,12 @@ def _linear(setup: Setup) -> list[Row]:
             inputs,
             environment=setup.offline,
         ),
+        *_linear_floors(setup, inputs),
+    ]
+
+
+def _linear_floors(setup: Setup, inputs: list[Path]) -> list[Row]:
+    return [
         Row(
             "memory",
             "memory traffic: inputs once, output twice",

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.support.dtypes import DTYPES
 from bench.support.measure import machine, spread
 from merit_fast.kernels.cross_entropy import linear_cross_entropy
 
 IGNORED_EVERY = 4
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

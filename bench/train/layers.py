@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from bench.support.dtypes import DTYPES
 from bench.support.measure import machine, spread
 from merit_fast.cli.main import _keep_freed_memory
 from merit_fast.kernels.layers import add_rms_norm, rms_norm, rope, swiglu
@@ -45,7 +46,6 @@ MODELS = {
         "width": 64,
     },
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {"eager": 3.0, "torch.compile": 1.2}
 EPSILON = 1e-6
 

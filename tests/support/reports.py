@@ -58,23 +58,7 @@ def make_split(
         for j in range(number):
             if i < unresolved or j < unresolved:
                 cosine[i][j] = error[i][j] = None
-    datasets = tuple(
-        SplitDataset(
-            name=first_name if first_name and i == 0 else f"task_{i:03d}",
-            group=label[i],
-            num_examples=draw.randint(100, 5_000),
-            num_target_tokens=draw.randint(1_000, 200_000),
-            num_sketched_examples=draw.randint(32, 200),
-            mean_loss=draw.uniform(0.5, 6),
-            gradient_norm=None if i < unresolved else draw.uniform(5, 50),
-            signal_fraction=draw.uniform(-0.05, 0.1) if i < unresolved else draw.uniform(0.4, 1),
-            signal_error=draw.uniform(0.06, 0.2) if i < unresolved else draw.uniform(0.01, 0.1),
-            more_examples=draw.randint(100, 4_000) if i < unresolved else 0,
-            margin=0.0 if label[i] < 0 or groups == 1 else draw.uniform(-0.001, 0.02),
-            stability=draw.uniform(0.6, 1),
-        )
-        for i in range(number)
-    )
+    datasets = _make_datasets(draw, label, groups, first_name, unresolved)
     pairs = [
         (cosine[i][j], error[i][j], label[i] == label[j]) for i in range(number) for j in range(i)
     ]
@@ -105,6 +89,29 @@ def make_split(
         random_groups=tuple((i * 3 + 1) % groups for i in range(number)),
         base_fingerprint="b" * 32,
         mixture_fingerprint="c" * 32,
+    )
+
+
+def _make_datasets(
+    draw: random.Random, label: list[int], groups: int, first_name: str, unresolved: int
+) -> tuple[SplitDataset, ...]:
+    """One dataset per label, with figures drawn at random."""
+    return tuple(
+        SplitDataset(
+            name=first_name if first_name and i == 0 else f"task_{i:03d}",
+            group=label[i],
+            num_examples=draw.randint(100, 5_000),
+            num_target_tokens=draw.randint(1_000, 200_000),
+            num_sketched_examples=draw.randint(32, 200),
+            mean_loss=draw.uniform(0.5, 6),
+            gradient_norm=None if i < unresolved else draw.uniform(5, 50),
+            signal_fraction=draw.uniform(-0.05, 0.1) if i < unresolved else draw.uniform(0.4, 1),
+            signal_error=draw.uniform(0.06, 0.2) if i < unresolved else draw.uniform(0.01, 0.1),
+            more_examples=draw.randint(100, 4_000) if i < unresolved else 0,
+            margin=0.0 if label[i] < 0 or groups == 1 else draw.uniform(-0.001, 0.02),
+            stability=draw.uniform(0.6, 1),
+        )
+        for i in range(len(label))
     )
 
 
