@@ -1,9 +1,9 @@
 """One Chromium and one set of reports for all tests of the report in a browser."""
 
 import pytest
-from support.chromium import Browser
-from support.report_pages import SPLITS
-from support.reports import make_audit, make_evaluation, make_tuned, write
+from support.report.chromium import Browser
+from support.report.manifests import make_audit, make_evaluation, make_tuned, write
+from support.report.pages import SPLITS
 
 from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import SplitManifest

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from plotly.offline import get_plotlyjs
-from support.reports import (
+from support.report.manifests import (
     CASES,
     EVIL,
     Page,

@@ -6,9 +6,9 @@ Screenshots go to artefacts/report/, which git ignores.
 import random
 
 import pytest
-from support.chromium import EXECUTABLE
 from support.paths import ROOT
-from support.report_pages import (
+from support.report.chromium import EXECUTABLE
+from support.report.pages import (
     LARGE,
     PLOTS,
     SMALL,

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from support.reports import (
+from support.report.manifests import (
     CASES,
     Page,
     make_evaluation,

@@ -1,8 +1,8 @@
 """The report in a real headless Chromium: light and dark, separate labels, narrow windows."""
 
 import pytest
-from support.chromium import EXECUTABLE
-from support.report_pages import LABELS, LARGE, SMALL, SPLITS, luminance, overlaps
+from support.report.chromium import EXECUTABLE
+from support.report.pages import LABELS, LARGE, SMALL, SPLITS, luminance, overlaps
 
 pytestmark = pytest.mark.skipif(
     EXECUTABLE is None,

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from support.reports import Page, make_split, write
+from support.report.manifests import Page, make_split, write
 
 from merit_fast.manifests.schemas import (
     GroupCount,

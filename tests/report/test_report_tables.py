@@ -6,7 +6,15 @@ import sys
 from dataclasses import replace
 
 import pytest
-from support.reports import CASES, Page, make_audit, make_evaluation, make_split, make_tuned, write
+from support.report.manifests import (
+    CASES,
+    Page,
+    make_audit,
+    make_evaluation,
+    make_split,
+    make_tuned,
+    write,
+)
 
 from merit_fast.manifests.schemas import (
     ArmResult,

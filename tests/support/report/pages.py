@@ -5,7 +5,7 @@ import re
 import time
 from dataclasses import replace
 
-from support.reports import make_split, median_cuts
+from support.report.manifests import make_split, median_cuts
 
 PLOTS = ["conflicts", "axes", "tree", "separations", "balance", "datasets"]
 
