@@ -1,11 +1,13 @@
-"""Every op on this machine's GPU, checked and timed: python -m bench.gpu [--json FILE]
+"""Checks and times every op on this machine's GPU: python -m bench.gpu [--json FILE]
 
-Each backend but eager is compared with float64 on odd and on large sizes, in fp32 and bf16. What is right is timed on
-the large ones, beside eager PyTorch, torch.compile, liger-kernel where it has a counterpart, and what the GPU itself
-copies and multiplies. Exit code 1 if a result is wrong or nothing could be checked; 0, and nothing else, without a GPU.
+Each backend but eager is compared with float64 on odd and on large sizes, in fp32 and bf16. Right
+results are timed on the large ones, next to eager PyTorch, torch.compile, liger-kernel where it has
+a counterpart, and the copies and products that the GPU itself reaches. The exit code is 1 if a
+result is wrong or nothing could be checked. Without a GPU the script reports that and exits with 0.
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,17 +17,19 @@ import torch
 from torch import Tensor
 
 from bench.gpu.average import AVERAGE
-from bench.gpu.cases import DTYPES, Case, Op
+from bench.gpu.cases import Case, Op
 from bench.gpu.cross_entropy import CROSS_ENTROPY
 from bench.gpu.layers import LAYERS
 from bench.gpu.optimizer import ADAMW
 from bench.gpu.sketch import SKETCHES
+from bench.support.dtypes import DTYPES
 from merit_fast.errors import one_line
 from merit_fast.kernels import dispatch
 
 OPS = [AVERAGE, *SKETCHES, CROSS_ENTROPY, *LAYERS, ADAMW]
 BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
-# What a backend's error may exceed that of eager on the same device by, relative: the order of float32 sums.
+# What a backend's error may exceed that of eager on the same device by, relative: the order of
+# float32 sums.
 FLOOR = 2e-6
 GIB = 1 << 30
 
@@ -34,19 +38,21 @@ Timer = Callable[[Callable[[], Any]], float]  # seconds of a call
 
 
 def errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, float]:
-    """|result - truth| / |truth| of all tensors together: in the 2-norm and in the largest entry."""
+    """|result - truth| / |truth| over all tensors, in the 2-norm and in the largest entry."""
     ours = torch.cat([tensor.double().flatten() for tensor in results])
     exact = torch.cat([tensor.flatten() for tensor in truth])
-    return tuple(
-        float(torch.linalg.vector_norm(ours - exact, norm) / torch.linalg.vector_norm(exact, norm))
-        for norm in (2, float("inf"))
-    )
+
+    def relative(norm: float) -> float:
+        distance = torch.linalg.vector_norm(ours - exact, norm)
+        return float(distance / torch.linalg.vector_norm(exact, norm))
+
+    return relative(2), relative(float("inf"))
 
 
 def check(
     op: Op, case: Case, backend: str, truth: Sequence[Tensor], eager: tuple[float, float]
 ) -> Row:
-    """``wrong`` is None, or says in one line what is."""
+    """Compares one backend with the truth; ``wrong`` is None or names the fault in one line."""
     row: Row = {
         "op": op.name,
         "case": case.name,
@@ -59,7 +65,8 @@ def check(
         again = case.run(backend)
     except Exception as error:
         return {**row, "wrong": f"{type(error).__name__}: {one_line(error)}"}
-    row["error"], row["eager_error"] = errors(results, truth), eager
+    row["error"] = errors(results, truth)
+    row["eager_error"] = eager
     worst = max(range(2), key=lambda norm: row["error"][norm] - eager[norm])
     if not row["error"][worst] <= eager[worst] + FLOOR:  # also where it is NaN
         row["wrong"] = f"relative error {row['error'][worst]:.1e}, eager has {eager[worst]:.1e}"
@@ -71,7 +78,7 @@ def check(
 def time_case(
     op: Op, case: Case, backends: Sequence[str], timer: Timer, ceilings: dict[str, float]
 ) -> Iterator[Row]:
-    """Seconds of the op's backends and its peers, and of the GPU for the same bytes and operations."""
+    """Times the op's backends and peers; the floor is the GPU's time for the same work."""
     rate = ceilings[f"{case.dtype}_operations_per_s"]
     floor = max(case.moved_bytes / ceilings["bytes_per_s"], case.operations / rate)
     runs = {backend: (lambda backend=backend: case.run(backend)) for backend in backends}
@@ -84,11 +91,9 @@ def time_case(
             "floor_s": floor,
         }
         try:
-            run()  # compiled outside of the clock
+            run()  # compiles before the clock starts
             row["seconds"] = timer(run)
-        except (
-            Exception
-        ) as error:  # a peer that cannot, or memory that is full: no reason to time nothing else
+        except Exception as error:  # a failing peer or full memory must not end the other timings
             row["failed"] = f"{type(error).__name__}: {one_line(error)}"
         yield row
 
@@ -96,12 +101,12 @@ def time_case(
 def measure_ceilings(
     device: torch.device, timer: Timer, size: int = GIB, side: int = 8192
 ) -> dict[str, float]:
-    """Bytes a second of a copy (read and written), operations a second of a square matrix product."""
+    """Bytes per second of a copy (read and written), operations per second of a matrix product."""
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     ceilings = {"bytes_per_s": 2 * size / timer(lambda: target.copy_(source))}
     for name, dtype in DTYPES.items():
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        ceilings[f"{name}_operations_per_s"] = 2 * side**3 / timer(lambda a=a, b=b: a @ b)
+        ceilings[f"{name}_operations_per_s"] = 2 * side**3 / timer(functools.partial(a.matmul, b))
     return ceilings
 
 
@@ -132,8 +137,8 @@ def run(
 
 def _check_all(
     op: Op, case: Case, backends: Sequence[str], report: dict[str, Any], say: Callable[[str], None]
-):
-    """The backends that are right."""
+) -> list[str]:
+    """Checks every backend and returns the right ones."""
     truth = case.truth()
     eager = errors(case.run("eager"), truth)
     rows = [check(op, case, backend, truth, eager) for backend in backends]
@@ -145,19 +150,22 @@ def _check_all(
 
 
 def exit_code(report: dict[str, Any]) -> int:
+    """1 if nothing was checked or a result is wrong, else 0."""
     return 1 if not report["checks"] or any(row["wrong"] for row in report["checks"]) else 0
 
 
-def describe(report: dict[str, Any]) -> Iterator[str]:
+def report_lines(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines of tables."""
-    yield f"{'op':25}{'backend':9}{'cases':>6}{'wrong':>6}{'error':>9}{'of eager':>9}  largest relative error"
+    head = f"{'op':25}{'backend':9}{'cases':>6}{'wrong':>6}{'error':>9}{'of eager':>9}"
+    yield f"{head}  largest relative error"
     for name, backend in dict.fromkeys((row["op"], row["backend"]) for row in report["checks"]):
         rows = [row for row in report["checks"] if (row["op"], row["backend"]) == (name, backend)]
         right = [row for row in rows if not row["wrong"]]
         worst = [
             max((row[key][0] for row in right), default=0.0) for key in ("error", "eager_error")
         ]
-        yield f"{name:25}{backend:9}{len(rows):6}{len(rows) - len(right):6}{worst[0]:9.1e}{worst[1]:9.1e}"
+        counts = f"{len(rows):6}{len(rows) - len(right):6}"
+        yield f"{name:25}{backend:9}{counts}{worst[0]:9.1e}{worst[1]:9.1e}"
     if not report["times"]:
         return
     rates = report["ceilings"]
@@ -174,6 +182,7 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
 
 
 def gpu_timer() -> Timer:
+    """A timer of the median seconds of many calls."""
     from triton.testing import do_bench
 
     return lambda run: do_bench(run, return_mode="median") / 1e3
@@ -191,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     from merit_fast.cli.doctor import diagnose
 
     report = {**diagnose(), **run(torch.device("cuda"), gpu_timer())}
-    print(report["device"], *describe(report), sep="\n")
+    print(report["device"], *report_lines(report), sep="\n")
     if file:
         file.write_text(json.dumps(report, indent=1) + "\n")
     return exit_code(report)

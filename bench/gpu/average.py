@@ -1,11 +1,13 @@
-"""The weighted average as ``bench.gpu`` checks and times it."""
+"""The weighted average for ``bench.gpu``."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from bench.gpu.cases import DTYPES, Case, Op, random, with_compiled
+from bench.gpu.cases import Case, Op, random, with_compiled
+from bench.support.dtypes import DTYPES
 from merit_fast.kernels.average import foreach_weighted_average
 
 WEIGHTS = [0.1, 0.25, -0.3, 0.95]
@@ -19,7 +21,8 @@ def case(name: str, models: list[list[Tensor]], dtype: str, timed: bool = False)
         return [[tensor.to(to) for tensor in row] for row in zip(*models, strict=True)]
 
     def total(row: list[Tensor]) -> Tensor:
-        return sum(weight * tensor for weight, tensor in zip(weights, row, strict=True))
+        terms = [weight * tensor for weight, tensor in zip(weights, row, strict=True)]
+        return functools.reduce(torch.add, terms)
 
     def eager() -> list[Tensor]:
         return [

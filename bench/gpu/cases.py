@@ -1,4 +1,4 @@
-"""What an op brings to be checked and timed by ``bench.gpu``: an entry, as in gpu_average.py and gpu_sketch.py."""
+"""The cases that an op brings to ``bench.gpu``, as in average.py and sketch.py."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,19 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from bench.support.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op. Cases are made on the device asked for, so that the same ones run on a CPU in the tests.
+    """One call of an op. Its tensors are on the requested device, so that tests use a CPU.
 
-    Attributes:
-        run: from the name of a backend to the results.
-        truth: the results in float64, by other code than the op's.
-        peers: what the op is timed against, by name: eager, torch.compile, liger-kernel where it has a counterpart.
-        moved_bytes, operations: what no implementation can do without: every input read and every result written once,
-            two operations a product.
+    Attributes: run: from the name of a backend to the results. truth: the results in float64, by
+        other code than the op's. peers: what the op is timed against, by name: eager,
+        torch.compile, liger-kernel where it has a counterpart. moved_bytes, operations: what no
+        implementation can do without: every input read and every result written once, two
+        operations a product.
     """
 
     name: str
@@ -33,6 +32,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Op:
+    """An op with its cases, small ones to check and large ones to time as well."""
+
     name: str
     row: str  # of dispatch.OPS, which says what backends it has
     small: Callable[[torch.device], Iterator[Case]]  # odd sizes, only checked
@@ -43,6 +44,6 @@ def random(*shape: int, dtype: str, device: torch.device) -> Tensor:
     return torch.randn(*shape, device=device).to(DTYPES[dtype])
 
 
-def with_compiled(name: str, function: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
-    """A peer and what torch.compile makes of it."""
+def with_compiled(name: str, function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """A peer, and the same function under torch.compile."""
     return {name: function, "torch.compile": torch.compile(function, dynamic=False)}

@@ -1,4 +1,4 @@
-"""Linear + cross-entropy as ``bench.gpu`` checks and times it: loss, sums and gradients, forward and backward."""
+"""Linear + cross-entropy for ``bench.gpu``: loss, sums and gradients, forward and backward."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,14 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.gpu.cases import DTYPES, Case, Op, random, with_compiled
+from bench.gpu.cases import Case, Op, random, with_compiled
+from bench.support.dtypes import DTYPES
 from merit_fast.kernels.cross_entropy import linear_cross_entropy
 
 
 def case(
-    name: str, tokens: int, width: int, vocabulary: int, dtype: str, device: torch.device, timed: bool = False,
+    name: str,
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    dtype: str,
+    device: torch.device,
+    timed: bool = False,
     **options: Any,
-) -> Case:  # fmt: skip
+) -> Case:
+    """One size of the head, with loss options."""
     hidden, weight = (
         random(n, width, dtype=dtype, device=device) / width**0.5 for n in (tokens, vocabulary)
     )
@@ -23,8 +31,8 @@ def case(
 
     def step(backend: str, to: torch.dtype) -> list[Tensor]:
         leaves = [tensor.detach().to(to).requires_grad_() for tensor in (hidden, weight)]
-        result = linear_cross_entropy(*leaves, labels, backend=backend, **options)
-        result.loss.backward()
+        result = linear_cross_entropy(leaves[0], leaves[1], labels, backend=backend, **options)
+        result.loss.backward()  # type: ignore[no-untyped-call]
         return [
             result.loss.detach().view(1),
             result.example_loss.detach(),
@@ -54,7 +62,7 @@ def case(
 
 
 def small(device: torch.device) -> Iterator[Case]:
-    terms = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+    terms: dict[str, Any] = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 1e-3}
     for dtype in DTYPES:
         yield case("N=37 [1003, 45]", 37, 45, 1003, dtype, device)
         yield case("N=37 [1003, 45], all terms", 37, 45, 1003, dtype, device, **terms)

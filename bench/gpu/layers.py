@@ -1,4 +1,4 @@
-"""The layers as ``bench.gpu`` checks and times them, forward and backward, against plain PyTorch in float64."""
+"""The layers for ``bench.gpu``, forward and backward, against plain PyTorch in float64."""
 
 import functools
 import importlib.util
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.gpu.cases import DTYPES, Case, Op, random, with_compiled
+from bench.gpu.cases import Case, Op, random, with_compiled
+from bench.support.dtypes import DTYPES
 from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swiglu
 
 EPSILON = 1e-6
@@ -27,8 +28,9 @@ def added_formula(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, 
 
 
 def rope_formula(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k [B, T, heads, R]."""
-    cos, sin = cos.to(q.dtype).unsqueeze(1), sin.to(q.dtype).unsqueeze(1)
+    """Rotates q and k [B, T, heads, R]."""
+    cos = cos.to(q.dtype).unsqueeze(1)
+    sin = sin.to(q.dtype).unsqueeze(1)
 
     def turned(x: Tensor) -> Tensor:
         x = x.transpose(1, 2)
@@ -39,18 +41,23 @@ def rope_formula(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor
 
 
 def case(
-    name: str, dtype: str, ours: Layer, formula: Layer, inputs: Sequence[Tensor], liger: Layer | None = None,
+    name: str,
+    dtype: str,
+    ours: Layer,
+    formula: Layer,
+    inputs: Sequence[Tensor],
+    liger: Layer | None = None,
     timed: bool = False,
-) -> Case:  # fmt: skip
-    """Outputs and the gradients of all inputs."""
+) -> Case:
+    """One call of a layer; its results are the outputs and the gradients of all inputs."""
     outputs = _tuple(formula(*inputs))
     gradients = [torch.randn_like(y) for y in outputs]
 
     def step(layer: Layer, inputs: Sequence[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
         results = _tuple(layer(*leaves))
-        given = [g.to(y.dtype) for g, y in zip(gradients, results, strict=True)]
-        return [*(y.detach() for y in results), *torch.autograd.grad(results, leaves, given)]
+        upstream = [g.to(y.dtype) for g, y in zip(gradients, results, strict=True)]
+        return [*(y.detach() for y in results), *torch.autograd.grad(results, leaves, upstream)]
 
     peers: dict[str, Callable[[], Any]] = {}
     if timed:
@@ -77,40 +84,38 @@ def _tuple(results: Any) -> tuple[Tensor, ...]:
 def liger_norm(x: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_rms_norm
 
-    return liger_rms_norm(x, weight, EPSILON)
+    return liger_rms_norm(x, weight, EPSILON)  # type: ignore[no-any-return]
 
 
 def liger_added(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     from liger_kernel.transformers.functional import liger_fused_add_rms_norm
 
-    return liger_fused_add_rms_norm(x, residual, weight, EPSILON)
+    return liger_fused_add_rms_norm(x, residual, weight, EPSILON)  # type: ignore[no-any-return]
 
 
 def liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_swiglu
 
-    return liger_swiglu(gate, up)
+    return liger_swiglu(gate, up)  # type: ignore[no-any-return]
 
 
 def liger_geglu(gate: Tensor, up: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_geglu
 
-    return liger_geglu(gate, up)
+    return liger_geglu(gate, up)  # type: ignore[no-any-return]
 
 
 def liger_rope(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     from liger_kernel.transformers.functional import liger_rope
 
-    return liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)  # type: ignore[no-any-return]
 
 
 def norms(device: torch.device, *shapes: tuple[int, ...], timed: bool = False) -> Iterator[Case]:
     for dtype in DTYPES:
         for shape in shapes:
-            x, weight = (
-                random(*shape, dtype=dtype, device=device),
-                random(shape[-1], dtype=dtype, device=device),
-            )
+            x = random(*shape, dtype=dtype, device=device)
+            weight = random(shape[-1], dtype=dtype, device=device)
             ours = lambda x, w, backend: rms_norm(x, w, EPSILON, backend=backend)  # noqa: E731
             yield case(f"{list(shape)}", dtype, ours, norm_formula, [x, weight], liger_norm, timed)
 
@@ -120,7 +125,7 @@ def added(device: torch.device, *shapes: tuple[int, ...], timed: bool = False) -
         for shape in shapes:
             x, residual = (random(*shape, dtype=dtype, device=device) for _ in range(2))
             weight = random(shape[-1], dtype=dtype, device=device)
-            ours = lambda *i, backend: add_rms_norm(*i, EPSILON, backend=backend)  # noqa: E731
+            ours = lambda x, r, w, backend: add_rms_norm(x, r, w, EPSILON, backend=backend)  # noqa: E731
             yield case(
                 f"{list(shape)}",
                 dtype,
@@ -150,11 +155,12 @@ def gates(
 
 
 def ropes(device: torch.device, *shapes: tuple[int, ...], timed: bool = False) -> Iterator[Case]:
-    """Shapes are B, T, heads of q and k, R."""
+    """Cases of rotary positions; a shape is B, T, heads of q, heads of k, R."""
     for dtype in DTYPES:
         for batch, tokens, q_heads, k_heads, width in shapes:
             angles = 6 * torch.rand(1, tokens, width // 2, device=device).repeat(1, 1, 2)
-            cos, sin = angles.cos().to(DTYPES[dtype]), angles.sin().to(DTYPES[dtype])
+            cos = angles.cos().to(DTYPES[dtype])
+            sin = angles.sin().to(DTYPES[dtype])
             inputs = [
                 random(batch, tokens, h, width, dtype=dtype, device=device)
                 for h in (q_heads, k_heads)

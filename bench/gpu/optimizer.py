@@ -1,4 +1,4 @@
-"""AdamW as ``bench.gpu`` checks and times it: one step from the same numbers, results the weights."""
+"""AdamW for ``bench.gpu``: one step from the same numbers; the results are the weights."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,22 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.cases import DTYPES, Case, Op, random
+from bench.gpu.cases import Case, Op, random
+from bench.support.dtypes import DTYPES
 from merit_fast.kernels.optimizer import FusedAdamW
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
 SIZES = [1, 7, 1023, 1024, 1025, 3201, 33]
-# Bytes an element that no implementation can do without, beside weight and gradient: moments, a master.
+# Bytes per element that every implementation moves next to weight and gradient: the moments
 STATE_BYTES = {"fp32": 16, "bf16": 8, "int8": 4}
 
 
 def parameters(
     values: list[Tensor], gradients: list[Tensor], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    found = [torch.nn.Parameter(value.to(dtype or value.dtype, copy=True)) for value in values]
-    for parameter, gradient in zip(found, gradients, strict=True):
+    copies: list[Tensor] = [
+        torch.nn.Parameter(value.to(dtype or value.dtype, copy=True)) for value in values
+    ]
+    for parameter, gradient in zip(copies, gradients, strict=True):
         parameter.grad = gradient.to(parameter.dtype)
-    return found
+    return copies
 
 
 def case(
@@ -37,7 +40,7 @@ def case(
     )
 
     def run(backend: str) -> list[Tensor]:
-        """Weights after a step, rounded to nearest: with stochastic rounding no result is the nearest to the truth."""
+        """Weights after a step, rounded to nearest, since stochastic rounding has no one truth."""
         weights = parameters(values, gradients)
         FusedAdamW(weights, **SETTINGS, rounding="nearest", backend=backend, **options).step()
         return [weight.detach() for weight in weights]
@@ -65,7 +68,7 @@ def case(
 def _peers(
     values: list[Tensor], gradients: list[Tensor], options: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
-    """Steps alone, of optimizers that stand: ``run`` makes weights and states as well."""
+    """Steps of optimizers that exist already; ``run`` also makes weights and states."""
 
     def step(make: Callable[..., Any], **more: Any) -> Callable[[], Any]:
         return make(parameters(values, gradients), **SETTINGS, **more).step  # type: ignore[no-any-return]

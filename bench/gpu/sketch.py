@@ -1,4 +1,4 @@
-"""The sketches as ``bench.gpu`` checks and times them, against the definition in kernels/sketch/__init__.py."""
+"""The sketches for ``bench.gpu``, against the definition in kernels/sketch/__init__.py."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.cases import DTYPES, Case, Op, random, with_compiled
+from bench.gpu.cases import Case, Op, random, with_compiled
+from bench.support.dtypes import DTYPES
 from merit_fast.kernels.sketch import (
     CountSketch,
     embedding_grad_sketch,
@@ -15,15 +16,21 @@ from merit_fast.kernels.sketch import (
 )
 from merit_fast.kernels.sketch._eager import hash_counters
 
-PART = {"first_row": 61, "first_column": 33, "columns": 250}  # of a parameter: no edge on a tile's
+SLICE: dict[str, Any] = {
+    "first_row": 61,
+    "first_column": 33,
+    "columns": 250,
+}  # no edge lies on a tile's edge
 
 
 def tables(
     rows: int, columns: int, sketch: CountSketch, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Place in the sketch (int64) and sign (float32) of every entry of the parameter "w" [R, C]: the definition."""
-    buckets, key = sketch.proj_dim // 4096, sketch.key("w")
-    row, column = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+    """Position (int64) and sign (float32) of every entry of "w" [R, C], by definition."""
+    buckets = sketch.proj_dim // 4096
+    key = sketch.key("w")
+    row = torch.arange(rows, device=device)[:, None]
+    column = torch.arange(columns, device=device)
     tile = row // 64 * -(-columns // 64) + column // 64
     deal = (hash_counters(4 * (tile // buckets) + 3, key) >> 32 & 0xFFFFFFFF) * buckets >> 32
     masks = hash_counters(4 * tile, key)
@@ -36,10 +43,14 @@ def tables(
 
 
 def by_definition(
-    gradients: Sequence[Tensor], sketch: CountSketch, first_row: int = 0, first_column: int = 0,
-    columns: int | None = None, scale: Tensor | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """float64 gradients [R, C], parts of "w", to one [B, D]."""
+    gradients: Sequence[Tensor] | Tensor,
+    sketch: CountSketch,
+    first_row: int = 0,
+    first_column: int = 0,
+    columns: int | None = None,
+    scale: Tensor | None = None,
+) -> list[Tensor]:
+    """Sketches float64 gradients [R, C], slices of "w", into one [B, D]."""
     rows, width = gradients[0].shape
     at, sign = tables(
         first_row + rows, columns or first_column + width, sketch, gradients[0].device
@@ -60,7 +71,7 @@ def by_tables(
     sketch: CountSketch,
     device: torch.device,
 ) -> dict[str, Callable[[], Any]]:
-    """The usual sketch: tables of all places and signs, a gradient [B, R, C] that exists, atomic sums."""
+    """The usual sketch: tables of positions and signs, a stored gradient [B, R, C], atomic sums."""
     at, sign = tables(rows, columns, sketch, device)
 
     def eager() -> Tensor:
@@ -75,7 +86,8 @@ def by_tables(
 def flat(
     name: str, gradient: Tensor, width: int, dtype: str, timed: bool = False, **options: Any
 ) -> Case:
-    sketch, (batch, rows, columns) = CountSketch(width, 1), gradient.shape
+    sketch = CountSketch(width, 1)
+    batch, rows, columns = gradient.shape
 
     def truth() -> list[Tensor]:
         if "row_ids" not in options:
@@ -104,16 +116,16 @@ def flat_small(device: torch.device) -> Iterator[Case]:
         for width in (4096, 12288, 65536):
             yield flat("[3, 70, 130]", random(3, 70, 130, dtype=dtype, device=device), width, dtype)
         yield flat("one entry", random(1, 1, 1, dtype=dtype, device=device), 4096, dtype)
-        part = random(2, 67, 90, dtype=dtype, device=device)
-        yield flat("a part", part, 8192, dtype, **PART)
+        sliced = random(2, 67, 90, dtype=dtype, device=device)
+        yield flat("a part", sliced, 8192, dtype, **SLICE)
         yield flat(
             "rows by number",
-            part,
+            sliced,
             8192,
             dtype,
             row_ids=torch.randint(0, 300, (2, 67), device=device),
         )
-        yield flat("scaled", part, 8192, dtype, scale=torch.rand(67, 90, device=device))
+        yield flat("scaled", sliced, 8192, dtype, scale=torch.rand(67, 90, device=device))
 
 
 def flat_large(device: torch.device) -> Iterator[Case]:
@@ -130,16 +142,18 @@ def flat_large(device: torch.device) -> Iterator[Case]:
 def linear(
     name: str, dy: Tensor, x: Tensor, width: int, dtype: str, timed: bool = False, **options: Any
 ) -> Case:
-    """dy and x are [B, T, ...], with ``cu_seqlens`` [N, ...]."""
-    sketch, rows, columns = CountSketch(width, 1), dy.shape[-1], x.shape[-1]
-    place = {key: value for key, value in options.items() if key != "cu_seqlens"}
+    """The sketch of dyᵀ x; dy and x are [B, T, ...], with ``cu_seqlens`` [N, ...]."""
+    sketch = CountSketch(width, 1)
+    rows = dy.shape[-1]
+    columns = x.shape[-1]
+    position = {key: value for key, value in options.items() if key != "cu_seqlens"}
     lengths = options["cu_seqlens"].diff().tolist() if "cu_seqlens" in options else None
 
     def truth() -> list[Tensor]:
         pairs = zip(
-            *(list(v) if lengths is None else v.split(lengths) for v in (dy, x)), strict=True
+            *(list(v) if lengths is None else torch.split(v, lengths) for v in (dy, x)), strict=True
         )
-        return by_definition([a.double().T @ b.double() for a, b in pairs], sketch, **place)
+        return by_definition([a.double().T @ b.double() for a, b in pairs], sketch, **position)
 
     def product() -> Tensor:
         return torch.bmm(dy.transpose(1, 2), x)
@@ -151,7 +165,7 @@ def linear(
         dtype,
         run=lambda backend: [linear_grad_sketch(dy, x, "w", sketch, backend=backend, **options)],
         truth=truth,
-        peers={"dW alone (bmm)": product, **tabled} if timed else {},
+        peers={"dW only (bmm)": product, **tabled} if timed else {},
         moved_bytes=dy.nbytes + x.nbytes + 4 * examples * width,
         operations=2 * dy.numel() * columns,
     )
@@ -166,14 +180,13 @@ def linear_small(device: torch.device) -> Iterator[Case]:
             dy = random(*shape[:3], dtype=left, device=device)
             x = random(*shape[:2], shape[3], dtype=right, device=device)
             yield linear("B={} T={} [{}, {}]".format(*shape), dy, x, 12288, dtype)
-        dy, x = (
-            random(90, 67, dtype=left, device=device),
-            random(90, 90, dtype=right, device=device),
-        )
+        dy = random(90, 67, dtype=left, device=device)
+        x = random(90, 90, dtype=right, device=device)
         offsets = torch.tensor([0, 17, 17, 18, 90], device=device)
         yield linear("packed, one example empty", dy, x, 65536, dtype, cu_seqlens=offsets)
-        dy, x = dy.view(2, 45, 67), x.view(2, 45, 90)
-        yield linear("a part", dy, x, 8192, dtype, **PART)
+        dy = dy.view(2, 45, 67)
+        x = x.view(2, 45, 90)
+        yield linear("a part", dy, x, 8192, dtype, **SLICE)
         yield linear("scaled", dy, x, 8192, dtype, scale=torch.rand(67, 90, device=device))
 
 
@@ -184,10 +197,18 @@ def linear_large(device: torch.device) -> Iterator[Case]:
 
 
 def embedding(
-    name: str, dy: Tensor, ids: Tensor, rows: int, width: int, dtype: str, timed: bool = False,
+    name: str,
+    dy: Tensor,
+    ids: Tensor,
+    rows: int,
+    width: int,
+    dtype: str,
+    timed: bool = False,
     scale: Tensor | None = None,
-) -> Case:  # fmt: skip
-    sketch, batch, columns = CountSketch(width, 1), len(dy), dy.shape[-1]
+) -> Case:
+    sketch = CountSketch(width, 1)
+    batch = len(dy)
+    columns = dy.shape[-1]
 
     def truth() -> list[Tensor]:
         whole = torch.zeros(batch, rows, columns, dtype=torch.float64, device=dy.device)
@@ -200,9 +221,10 @@ def embedding(
 
         def eager() -> Tensor:
             offset = width * torch.arange(batch, device=dy.device)[:, None, None]
-            places, values = at[ids] + offset, dy * sign[ids]
+            positions = at[ids] + offset
+            values = dy * sign[ids]
             return torch.zeros(batch * width, device=dy.device).index_add_(
-                0, places.flatten(), values.flatten()
+                0, positions.flatten(), values.flatten()
             )
 
         return with_compiled("eager, tables", eager)
@@ -232,10 +254,8 @@ def embedding_small(device: torch.device) -> Iterator[Case]:
 
 def embedding_large(device: torch.device) -> Iterator[Case]:
     for dtype in DTYPES:
-        dy, ids = (
-            random(8, 512, 2048, dtype=dtype, device=device),
-            torch.randint(0, 32000, (8, 512), device=device),
-        )
+        dy = random(8, 512, 2048, dtype=dtype, device=device)
+        ids = torch.randint(0, 32000, (8, 512), device=device)
         yield embedding("B=8 T=512 [32000, 2048]", dy, ids, 32000, 65536, dtype, timed=True)
 
 

@@ -1,11 +1,11 @@
-"""Every merge method against mergekit 0.1.5, run for real on tiny random models.
+"""Compares every merge method with mergekit 0.1.5, run for real on tiny random models.
 
     python -m bench.merge.agreement DIR [--mergekit ENV_DIR]
 
-Both compute in float32 (mergekit) or float64 (merit_fast) and write float32. Prints a Markdown table: the largest
-difference, the share of elements with other bits, and of those that differ by more than rounding (1e-6; the values are
-up to 1). Methods that draw random numbers are compared by what they keep of one model's delta, and by how much they
-enlarge it.
+mergekit computes in float32, merit_fast in float64; both write float32. Prints a Markdown table:
+the largest difference, the share of elements with other bits, and the share that differs by more
+than rounding (1e-6; the values are up to 1). Methods that draw random numbers are compared by the
+share of one model's delta that they keep, and by the factor that enlarges it.
 """
 
 import argparse
@@ -31,16 +31,19 @@ from pathlib import Path
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+options = MergeOptions(lazy_unpickle=True, quiet=True, random_seed=1)
 for file in sorted(Path(sys.argv[1]).glob("*.yml")):
     text = file.read_text()
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(file.with_suffix("")), config_source=text,
-              options=MergeOptions(lazy_unpickle=True, quiet=True, random_seed=1))
+    config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    run_merge(config, str(file.with_suffix("")), config_source=text, options=options)
 """
 WEIGHTS = (0.5, 0.3, 0.2)
 
 
 @dataclass(frozen=True)
 class Case:
+    """One method with its options here and there."""
+
     label: str
     method: str
     ours: dict[str, Any] = field(default_factory=dict)
@@ -53,84 +56,76 @@ class Case:
     why: str = "rounding: float32 after every step there, float64 and once here"
 
 
-def cases() -> list[Case]:
-    unnormalised = {"normalize": False}
-    ties_there = "equal sizes at the threshold: any of them there, the first by index here"
-    spread = {"density": 0.5, "epsilon": 0.2}
-    return [
-        Case("linear", "linear", base=False),
-        Case("task_arithmetic", "task_arithmetic", unnormalised, unnormalised),
-        Case("ties", "ties", {"density": 0.5}, {"density": 0.5}),
-        Case(
-            "ties, bf16 inputs",
-            "ties",
-            {"density": 0.5},
-            {"density": 0.5},
-            kind="bf16",
-            why=ties_there,
-        ),
-        Case("breadcrumbs", "breadcrumbs", _crumbs(), _crumbs()),
-        Case(
-            "breadcrumbs, bf16 inputs",
-            "breadcrumbs",
-            _crumbs(),
-            _crumbs(),
-            kind="bf16",
-            why=ties_there,
-        ),
-        Case("breadcrumbs_ties", "breadcrumbs_ties", _crumbs(), _crumbs()),
-        Case("sce", "sce", weighted=False),
-        Case(
-            "sce, select_topk 0.4",
-            "sce",
-            {"select_topk": 0.4},
-            {"select_topk": 0.4},
-            weighted=False,
-        ),
-        Case("slerp", "slerp", {"t": 0.3}, {"t": 0.3}, models=2, weighted=False),
-        Case("multislerp", "multislerp", base=False),
-        Case("multislerp with a base", "multislerp"),
-        Case("model_stock", "model_stock", weighted=False),
-        Case(
-            "passthrough",
-            "passthrough",
-            {"scale": 0.5},
-            {"scale": 0.5},
-            models=1,
-            weighted=False,
-            base=False,
-        ),
-        Case(
-            "dare_linear, density 1",
-            "dare_linear",
-            {"density": 1.0, **unnormalised},
-            {"density": 1.0},
-        ),
-        Case(
-            "dare_ties, density 1", "dare_ties", {"density": 1.0, **unnormalised}, {"density": 1.0}
-        ),
-        Case("della, density 1", "della", {"density": 1.0}, {"density": 1.0}),
-        Case(
-            "della_linear, density 1",
-            "della_linear",
-            {"density": 1.0, **unnormalised},
-            {"density": 1.0},
-        ),
-        Case(
-            "dare_linear", "dare_linear", {"density": 0.5}, {"density": 0.5}, models=1, random=True
-        ),
-        Case("dare_ties", "dare_ties", {"density": 0.5}, {"density": 0.5}, models=1, random=True),
-        Case("della", "della", spread, spread, models=1, random=True),
-        Case("della_linear", "della_linear", spread, spread, models=1, random=True),
-    ]
-
-
-def _crumbs() -> dict[str, Any]:
-    return {"density": 0.6, "gamma": 0.1, "normalize": False}
+UNNORMALISED = {"normalize": False}
+SPREAD = {"density": 0.5, "epsilon": 0.2}
+CRUMBS = {"density": 0.6, "gamma": 0.1, "normalize": False}
+TIES_THERE = "equal sizes at the threshold: any of them there, the first by index here"
+CASES = [
+    Case("linear", "linear", base=False),
+    Case("task_arithmetic", "task_arithmetic", UNNORMALISED, UNNORMALISED),
+    Case("ties", "ties", {"density": 0.5}, {"density": 0.5}),
+    Case(
+        "ties, bf16 inputs",
+        "ties",
+        {"density": 0.5},
+        {"density": 0.5},
+        kind="bf16",
+        why=TIES_THERE,
+    ),
+    Case("breadcrumbs", "breadcrumbs", CRUMBS, CRUMBS),
+    Case(
+        "breadcrumbs, bf16 inputs",
+        "breadcrumbs",
+        CRUMBS,
+        CRUMBS,
+        kind="bf16",
+        why=TIES_THERE,
+    ),
+    Case("breadcrumbs_ties", "breadcrumbs_ties", CRUMBS, CRUMBS),
+    Case("sce", "sce", weighted=False),
+    Case(
+        "sce, select_topk 0.4",
+        "sce",
+        {"select_topk": 0.4},
+        {"select_topk": 0.4},
+        weighted=False,
+    ),
+    Case("slerp", "slerp", {"t": 0.3}, {"t": 0.3}, models=2, weighted=False),
+    Case("multislerp", "multislerp", base=False),
+    Case("multislerp with a base", "multislerp"),
+    Case("model_stock", "model_stock", weighted=False),
+    Case(
+        "passthrough",
+        "passthrough",
+        {"scale": 0.5},
+        {"scale": 0.5},
+        models=1,
+        weighted=False,
+        base=False,
+    ),
+    Case(
+        "dare_linear, density 1",
+        "dare_linear",
+        {"density": 1.0, **UNNORMALISED},
+        {"density": 1.0},
+    ),
+    Case("dare_ties, density 1", "dare_ties", {"density": 1.0, **UNNORMALISED}, {"density": 1.0}),
+    Case("della, density 1", "della", {"density": 1.0}, {"density": 1.0}),
+    Case(
+        "della_linear, density 1",
+        "della_linear",
+        {"density": 1.0, **UNNORMALISED},
+        {"density": 1.0},
+    ),
+    Case("dare_linear", "dare_linear", {"density": 0.5}, {"density": 0.5}, models=1, random=True),
+    Case("dare_ties", "dare_ties", {"density": 0.5}, {"density": 0.5}, models=1, random=True),
+    Case("della", "della", SPREAD, SPREAD, models=1, random=True),
+    Case("della_linear", "della_linear", SPREAD, SPREAD, models=1, random=True),
+]
 
 
 def write_models(root: Path) -> dict[str, list[Path]]:
-    """By dtype the base, then fine-tunes of it. fp32: all values distinct, steps of N(0, 0.02)."""
+    """Writes the base and its fine-tunes, by dtype. In fp32 all values differ."""
     narrow = ensure_checkpoints(root, "tiny")
     random = np.random.default_rng(1)
     wide = [root / "fp32" / name for name in MODELS]
@@ -170,8 +165,10 @@ def recipe(case: Case, paths: list[Path]) -> str:
 
 def run_ours(case: Case, paths: list[Path], out: Path) -> None:
     weights = WEIGHTS if case.models > 1 else (1.0,)
-    given = {"weights": weights[: case.models]} if case.weighted else {}
-    config = MergeConfig(method=case.method, dtype="fp32", fsync=False, **given, **case.ours)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"method": case.method, **case.ours}
+    if case.weighted:
+        options["weights"] = weights[: case.models]
+    config = MergeConfig(dtype="fp32", fsync=False, **options)
     base = paths[0] if case.base and case.method != "slerp" else None
     merge_models(paths[1 : case.models + 1], base=base, out=out, config=config)
 
@@ -184,21 +181,24 @@ def read(model: Path) -> dict[str, np.ndarray]:
 
 
 def compare(case: Case, mine: Path, theirs: Path, paths: list[Path]) -> str:
-    ours, other = read(mine), read(theirs)
+    ours = read(mine)
+    other = read(theirs)
     if ours.keys() != other.keys():
         raise ValueError(f"{case.label}: other tensors: {sorted(ours.keys() ^ other.keys())}")
     if case.random:
         words = [_kept(model, paths) for model in (ours, other)]
         return f"| {case.label} | random | | | kept {words[0]} here, {words[1]} there |"
     difference = np.abs(np.concatenate([ours[name] - other[name] for name in ours]))
-    changed, beyond = np.mean(difference != 0), np.mean(difference > BEYOND_ROUNDING)
+    changed = np.mean(difference != 0)
+    beyond = np.mean(difference > BEYOND_ROUNDING)
     why = case.why if changed else "the same bits"
     return f"| {case.label} | {difference.max():.1e} | {changed:.2%} | {beyond:.3%} | {why} |"
 
 
 def _kept(merged: dict[str, np.ndarray], paths: list[Path]) -> str:
-    """The share of one model's delta that stays, and by how much it is enlarged."""
-    base, model = read(paths[0]), read(paths[1])
+    """The share of one model's delta that stays, and the factor that enlarges it."""
+    base = read(paths[0])
+    model = read(paths[1])
     step = np.concatenate([merged[name] - base[name] for name in merged])
     delta = np.concatenate([model[name] - base[name] for name in merged])
     stays = (step != 0) & (np.abs(delta) > 1e-3)
@@ -225,16 +225,15 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     models = write_models(root)
-    for number, case in enumerate(cases()):
+    for number, case in enumerate(CASES):
         (work / f"{number:02d}.yml").write_text(recipe(case, models[case.kind]))
     subprocess.run(
         [python, "-P", "-c", DRIVER, work], check=True, cwd=work, env={"HF_HUB_OFFLINE": "1"}
     )
     print(f"{words}; {sum(t.size for t in read(models['fp32'][0]).values()):,} elements\n")
-    print(
-        "| method | largest difference | other bits | beyond rounding | why |\n|---|---|---|---|---|"
-    )
-    for number, case in enumerate(cases()):
+    print("| method | largest difference | other bits | beyond rounding | why |")
+    print("|---|---|---|---|---|")
+    for number, case in enumerate(CASES):
         run_ours(case, models[case.kind], work / f"{number:02d}-ours")
         print(compare(case, work / f"{number:02d}-ours", work / f"{number:02d}", models[case.kind]))
 

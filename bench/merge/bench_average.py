@@ -1,8 +1,10 @@
-"""The streaming merge of four 0.25 GB bf16 checkpoints against a safetensors loop and the floor of its own file I/O."""
+"""The streaming merge of four 0.25 GB bf16 files, against a loop and the floor of its file I/O."""
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from merit_fast.kernels.average import average_arrays
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.engine.driver import write_shard
+from merit_fast.merge.engine.layout import lay_out
 from merit_fast.merge.engine.plan import plan_merge
 from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.model import peak_memory_bytes, reset_peak_memory
@@ -21,7 +24,7 @@ WEIGHTS = [0.1, 0.2, 0.3, 0.4]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     root = tmp_path_factory.mktemp("models")
     for k in range(4):
         generator = torch.Generator().manual_seed(k)
@@ -35,25 +38,26 @@ def models(tmp_path_factory):
 
 
 def streaming(models: list[Path], out: Path, threads: int) -> None:
-    plan = plan_merge(
-        [read_checkpoint(model) for model in models], coefficients=lambda name: tuple(WEIGHTS)
-    )
+    files = lay_out([read_checkpoint(model) for model in models], None, None)
+    plan = plan_merge(files, lambda entry: tuple(WEIGHTS))
     write_shard(plan.shards[0], MergeConfig(threads=threads), out, lambda _: None)
 
 
 def safetensors_loop(models: list[Path], out: Path) -> None:
-    """One tensor at a time in fp32, the usual script."""
-    files = [safe_open(model / "model.safetensors", framework="pt") for model in models]
+    """Averages one tensor at a time in fp32, as the usual script does."""
+    open_file: Any = safe_open  # untyped
+    files = [open_file(model / "model.safetensors", framework="pt") for model in models]
     merged = {}
     for name in files[0].keys():  # noqa: SIM118
-        merged[name] = sum(
-            w * f.get_tensor(name).float() for w, f in zip(WEIGHTS, files, strict=True)
-        ).bfloat16()
+        total = WEIGHTS[0] * files[0].get_tensor(name).float()
+        for weight, file in zip(WEIGHTS[1:], files[1:], strict=True):
+            total = total + weight * file.get_tensor(name).float()
+        merged[name] = total.bfloat16()
     save_file(merged, out, {"format": "pt"})
 
 
 def file_floor(models: list[Path], out: Path) -> None:
-    """pread of every input and pwrite of one output in 512 KiB pieces, no arithmetic, one thread."""
+    """Reads every input and writes one output in 512 KiB pieces on one thread, no arithmetic."""
     buffer = bytearray(512 * 1024)
     source = [os.open(model / "model.safetensors", os.O_RDONLY) for model in models]
     target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -70,8 +74,8 @@ def in_cache(arrays: list[np.ndarray], out: np.ndarray) -> None:
     average_arrays(arrays, WEIGHTS, dtypes=["BF16"] * 4, out_dtype="BF16", out=out)
 
 
-def bench_average_of_bf16_in_cache(benchmark):
-    """The arithmetic alone, one thread: 128 Ki elements, so the median in us over 131 is ns per element."""
+def bench_average_of_bf16_in_cache(benchmark: Any) -> None:
+    """Only the arithmetic, on one thread, of 128 Ki elements: us / 131 is ns per element."""
     torch.manual_seed(0)
     arrays = [(torch.randn(1 << 17) * 0.02).bfloat16().view(torch.uint16).numpy() for _ in WEIGHTS]
     out = np.empty(1 << 17, np.uint16)
@@ -79,7 +83,7 @@ def bench_average_of_bf16_in_cache(benchmark):
     benchmark.pedantic(in_cache, args=(arrays, out), rounds=200, warmup_rounds=20)
 
 
-RUNS = {
+RUNS: dict[str, Callable[[list[Path], Path], None]] = {
     "merit_fast, 1 thread": lambda models, out: streaming(models, out, 1),
     "merit_fast, 2 threads": lambda models, out: streaming(models, out, 2),
     "safetensors loop": safetensors_loop,
@@ -88,15 +92,16 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def bench_merge_4_way(benchmark, models, tmp_path, name):
+def bench_merge_4_way(benchmark: Any, models: list[Path], tmp_path: Path, name: str) -> None:
     torch.set_num_threads(2)
     out = tmp_path / "out.safetensors"
     if "floor" not in name:
         RUNS[name](models, out)
-        merged, parts = load_file(out), [load_file(model / "model.safetensors") for model in models]
-        truth = sum(w * part["layer.7"].double() for w, part in zip(WEIGHTS, parts, strict=True))
-        assert (merged["layer.7"].double() - truth).abs().max() <= truth.abs().max() * 2**-8
-        del merged, parts
+        inputs = [load_file(model / "model.safetensors")["layer.7"].double() for model in models]
+        truth = torch.stack([w * x for w, x in zip(WEIGHTS, inputs, strict=True)]).sum(0)
+        error = (load_file(out)["layer.7"].double() - truth).abs().max()
+        assert error <= truth.abs().max() * 2**-8
+        del inputs, truth
     reset_peak_memory()
     before = peak_memory_bytes()
     RUNS[name](models, tmp_path / "memory.safetensors")
@@ -106,7 +111,7 @@ def bench_merge_4_way(benchmark, models, tmp_path, name):
 
 
 def read_floor(models: list[Path]) -> None:
-    """Every input byte once, in 8 MiB pieces, with the kernel's own sequential readahead."""
+    """Reads every input byte once, in 8 MiB pieces, with the kernel's sequential readahead."""
     buffer = bytearray(8 << 20)
     for model in models:
         descriptor = os.open(model / "model.safetensors", os.O_RDONLY)
@@ -116,7 +121,7 @@ def read_floor(models: list[Path]) -> None:
         os.close(descriptor)
 
 
-COLD = {
+COLD: dict[str, Callable[[list[Path], Path], None]] = {
     "merit_fast, 2 threads": lambda models, out: streaming(models, out, 2),
     "safetensors loop": safetensors_loop,
     "read floor": lambda models, out: read_floor(models),
@@ -124,11 +129,11 @@ COLD = {
 
 
 @pytest.mark.parametrize("name", COLD)
-def bench_merge_4_way_cold(benchmark, models, tmp_path, name):
-    """Drops the inputs from the page cache first; a host or controller below may still hold them."""
+def bench_merge_4_way_cold(benchmark: Any, models: list[Path], tmp_path: Path, name: str) -> None:
+    """Drops the inputs from the page cache first; a host or controller may still hold them."""
     out = tmp_path / "out.safetensors"
 
-    def drop_inputs():
+    def drop_inputs() -> None:
         for model in models:
             descriptor = os.open(model / "model.safetensors", os.O_RDONLY)
             os.fsync(descriptor)

@@ -1,4 +1,7 @@
-"""Counts the elements in which merges of bf16 checkpoints differ from the fp64 sum rounded once, or from each other."""
+"""Counts the elements of merged bf16 checkpoints that differ from the fp64 sum rounded once.
+
+Merges of other methods are compared with each other.
+"""
 
 import dataclasses
 import math
@@ -33,10 +36,10 @@ def to_fp64(bits: np.ndarray) -> np.ndarray:
 
 
 def round_once(values: np.ndarray) -> np.ndarray:
-    """fp64 to bf16 as uint16, to nearest even, without a second rounding in fp32. Finite values only.
+    """Rounds fp64 to bf16 (as uint16), to nearest even, without a second rounding in fp32.
 
-    fp32 on the way errs only where it lands on the middle between two bf16 values: there the part that fp32 dropped
-    decides.
+    Values must be finite.     fp32 on the way errs only where it lands on the middle between two
+    bf16 values: there the part that fp32 dropped decides.
     """
     near = values.astype(np.float32)
     bits = near.view(np.uint32)
@@ -69,12 +72,12 @@ def write_reference(models: Sequence[Path], weights: Sequence[float], file: Path
                 stream.write(round_once(total).tobytes())
 
 
-def differing(one: Path, two: Path) -> int:
-    """Elements of different bits; each side a directory of safetensors or a file of ``write_reference``."""
-    header = read_headers(one if one.is_dir() else two)
-    sides = [_in_name_order(path, header) for path in (one, two)]
+def differing(first: Path, second: Path) -> int:
+    """Elements of different bits; a side is a model directory or a file of ``write_reference``."""
+    header = read_headers(first if first.is_dir() else second)
+    sides = [_in_name_order(path, header) for path in (first, second)]
     if any(side.keys() != header.keys() for side in sides):
-        raise ValueError(f"{one} and {two} hold different tensors")
+        raise ValueError(f"{first} and {second} hold different tensors")
     return sum(
         int(
             np.count_nonzero(sides[0][name].read(start, count) != sides[1][name].read(start, count))
@@ -87,7 +90,8 @@ def differing(one: Path, two: Path) -> int:
 def _in_name_order(path: Path, header: dict[str, Tensor]) -> dict[str, Tensor]:
     if path.is_dir():
         return read_headers(path)
-    tensors, offset = {}, 0
+    tensors = {}
+    offset = 0
     for name in sorted(header):
         tensors[name] = dataclasses.replace(header[name], file=path, offset=offset)
         offset += header[name].num_bytes
@@ -95,9 +99,9 @@ def _in_name_order(path: Path, header: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count_all(setup: Setup, note: Callable[[str], None]) -> dict[str, Any]:
-    """Differing elements of every engine setting and of mergekit, by weights; kept outputs of other methods.
+    """Differing elements of every engine setting, of mergekit, and of kept outputs.
 
-    Values: a count, or what went wrong in words.
+    A value is a count, or an error in words.
     """
     counts: dict[str, Any] = {}
     reference = setup.scratch / "reference.bf16"
@@ -106,7 +110,8 @@ def count_all(setup: Setup, note: Callable[[str], None]) -> dict[str, Any]:
         write_reference(setup.models, weights, reference)
         engines = ENGINES if words == "equal" else [(None, 2, 512)]
         for level, threads, chunk in engines:
-            label = f"merit-fast, {level or 'default level'}, {threads} threads, chunks of {chunk} KiB, weights {words}"
+            setting = f"{level or 'default level'}, {threads} threads, chunks of {chunk} KiB"
+            label = f"merit-fast, {setting}, weights {words}"
             flags = ["--threads", str(threads), "--chunk-kib", str(chunk)]
             environment = {"MERIT_FAST_SIMD": level} if level else {}
             command = merge_command(setup, flags=flags, weights=weights)
@@ -133,7 +138,7 @@ def _run_and_compare(
     shutil.rmtree(setup.out, ignore_errors=True)
     result = run_child(command, environment, setup.scratch)
     if "error" in result:
-        return result["error"]
+        return str(result["error"])
     count = differing(setup.out, reference)
     shutil.rmtree(setup.out)
     os.sync()

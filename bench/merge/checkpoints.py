@@ -1,8 +1,9 @@
-"""Writes bf16 checkpoints of Qwen2's shape, a base and four fine-tunes of it, and reads safetensors headers.
+"""Writes bf16 checkpoints of Qwen2's shape (a base, four fine-tunes); reads safetensors headers.
 
     python -m bench.merge.checkpoints DIR [--size tiny|mini|0.5b]
 
-The weights are random (seed 0): right for speed, memory and bits, useless as a model. Tied embeddings, three shards.
+The weights are random (seed 0): right for speed, memory and bits, useless as a model. Tied
+embeddings, three shards.
 """
 
 import argparse
@@ -24,6 +25,8 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Size:
+    """The dimensions of a model, and the size of its shards."""
+
     layers: int
     hidden: int
     intermediate: int
@@ -42,7 +45,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor's bytes are."""
+    """The place of one tensor's bytes."""
 
     file: Path
     offset: int
@@ -56,7 +59,9 @@ class Tensor:
 
 def layout(size: Size) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the files' order."""
-    h, f, kv = size.hidden, size.intermediate, size.key_value
+    h = size.hidden
+    f = size.intermediate
+    kv = size.key_value
     layer = {
         "input_layernorm.weight": (h,),
         "mlp.down_proj.weight": (h, f),
@@ -78,7 +83,7 @@ def layout(size: Size) -> dict[str, tuple[int, ...]]:
 
 
 def ensure_checkpoints(root: Path, size: str) -> list[Path]:
-    """The directories of ``MODELS`` under ``root/size``, written if they are not there whole."""
+    """The directories of ``MODELS`` under ``root/size``; writes them if they are not complete."""
     folder = root / size
     if not folder.exists():
         partial = root / f"{size}.partial"
@@ -103,11 +108,12 @@ def read_headers(model: Path) -> dict[str, Tensor]:
 
 
 def weight_files(*models: Path) -> list[Path]:
+    """The safetensors files of the models, model by model."""
     return [file for model in models for file in sorted(model.glob("*.safetensors"))]
 
 
 def round_to_bf16(values: np.ndarray) -> np.ndarray:
-    """fp32 to bf16 as uint16, to nearest even, denormals kept. Finite values only."""
+    """Rounds finite fp32 to bf16 (as uint16), to nearest even; keeps denormals."""
     bits = values.view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))) >> 16).astype(np.uint16)
 
@@ -160,7 +166,10 @@ def _write_all(folder: Path, size: Size) -> None:
 
 
 def _draw(random: np.random.Generator, name: str, count: int) -> Iterator[list[np.ndarray]]:
-    """The base's and the fine-tunes' values in pieces of 4 Mi: N(0 or 1, 0.02), and steps from it of N(0, 0.001)."""
+    """The values of the base and of the fine-tunes, in pieces of 4 Mi.
+
+    The base is N(0 or 1, 0.02); the fine-tunes take steps of N(0, 0.001) from it.
+    """
     center = np.float32(1 if "norm" in name else 0)
     for start in range(0, count, 1 << 22):
         shape = min(1 << 22, count - start)
@@ -172,7 +181,7 @@ def _draw(random: np.random.Generator, name: str, count: int) -> Iterator[list[n
 def _write_companions(
     folder: Path, size: Size, shards: dict[str, dict[str, tuple[int, ...]]]
 ) -> None:
-    """What tools look for beside the weights; with tokenizer files, so that none makes one up."""
+    """Writes the files that tools expect next to the weights, with those of a tokenizer."""
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

@@ -1,10 +1,12 @@
-"""Measures merges of whole checkpoints: the command and the library call against other tools and the machine's floors.
+"""Measures merges of whole checkpoints against other tools and the machine's floors.
 
-    python -m bench.merge.commands DIR [--size 0.5b|mini|tiny] [--rounds 5] [--only linear,ties,cold] [--skip transformers]
+    python -m bench.merge.commands DIR [--size 0.5b|mini|tiny] [--rounds 5] [--only
+    linear,ties,cold]
 
-DIR needs 12 GB for 0.5b, on the disk that is to be measured. Rows of a group run in turn, each round starting with the
-next one. A finished round is kept in a file of JSON lines: an interrupted run goes on where it was, a finished one only
-prints its tables. mergekit runs in an environment of its own, made at the first use (bench/merge/mergekit_env.py).
+DIR needs 12 GB for 0.5b, on the disk that is to be measured. Rows of a group run in turn, each
+round starting with the next one. A finished round is kept in a file of JSON lines: an interrupted
+run resumes, a finished one only prints its tables. mergekit runs in an environment of its own, made
+at the first use (bench/merge/mergekit_env.py).
 """
 
 import argparse
@@ -31,7 +33,7 @@ def note(text: str) -> None:
 
 
 def run_row(setup: Setup, row: Row, keep: Path | None) -> dict[str, Any]:
-    """One run from a settled disk: no earlier output, nothing left to write back, inputs as the row wants them."""
+    """Runs a row from a settled disk: no old output, nothing to write back, cache as asked."""
     for leftover in (setup.out, setup.scratch / "out-small"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     os.sync()
@@ -47,7 +49,10 @@ def run_row(setup: Setup, row: Row, keep: Path | None) -> dict[str, Any]:
 def run_round(
     setup: Setup, group: Sequence[Row], name: str, number: int, skip: set[str], limit: int
 ) -> dict[str, Any]:
-    """Every row of a group once, starting with another one each round. ``skip`` grows by rows that fail."""
+    """Runs every row of a group once, starting with another one each round.
+
+    ``skip`` grows by the rows that fail.
+    """
     start = number % len(group)
     measured = {}
     for row in itertools.chain(group[start:], group[:start]):
@@ -63,13 +68,14 @@ def run_round(
 
 
 def version() -> str:
+    """The commit, with a mark if the tree differs from it."""
     command = ["git", "describe", "--always", "--dirty"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return process.stdout.strip() or "unknown"
 
 
 def measure(arguments: argparse.Namespace, setup: Setup, results: Results) -> None:
-    """Rounds and parts that the file does not hold yet."""
+    """Measures the rounds and parts that the file does not hold yet."""
     groups = rows(setup)
     skip = {name: set(arguments.skip) for name in groups}
     for number in range(arguments.rounds):
@@ -94,7 +100,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = {"type": lambda text: text.split(",")}
+    names: dict[str, Any] = {"type": lambda text: text.split(",")}
     parser.add_argument("directory", type=Path)
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--rounds", type=int, default=5)
@@ -123,7 +129,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    python, words = None, "without mergekit, as asked"
+    python = None
+    words = "without mergekit, as asked"
     if not arguments.no_mergekit:
         note("looking for mergekit's environment, or making it")
         python, words = mergekit_env.find_or_make(arguments.mergekit)

@@ -1,6 +1,7 @@
-"""Programs the merge benchmark runs, each in a process of its own: python -m bench.merge.contenders NAME OUT MODEL ...
+"""Programs of the merge benchmark: python -m bench.merge.contenders NAME OUT MODEL ...
 
-Each merges once; the seconds it prints leave its imports out. Nothing is imported here that would count as theirs.
+Each runs in a process of its own and merges once; the seconds it prints leave its imports out. This
+file imports nothing that would count as theirs.
 """
 
 import json
@@ -9,13 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 Clock = Callable[[], dict[str, float]]
 
 
 def start_clock() -> Clock:
-    """A function that gives the wall and CPU seconds since now."""
-    wall, cpu = time.perf_counter(), _cpu()
+    """Returns a function that gives the wall and CPU seconds since this call."""
+    wall = time.perf_counter()
+    cpu = _cpu()
     return lambda: {"inner_wall_s": time.perf_counter() - wall, "inner_cpu_s": _cpu() - cpu}
 
 
@@ -25,7 +28,7 @@ def _cpu() -> float:
 
 
 def peak_mib() -> float:
-    """This program's own peak; ru_maxrss may hold the peak of the process it was forked from."""
+    """This program's peak; ru_maxrss may hold the peak of the process that forked it."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
@@ -34,7 +37,8 @@ def call_library(out: Path, models: Sequence[Path], fsync: bool = False) -> dict
     """``merge_models`` called from Python."""
     from merit_fast.merge import MergeConfig, merge_models
 
-    config = MergeConfig(weights="uniform", **({} if fsync else no_fsync()))
+    options: dict[str, Any] = {} if fsync else no_fsync()
+    config = MergeConfig(weights="uniform", **options)
     imported = peak_mib()
     clock = start_clock()
     merge_models(models, out=out, config=config)
@@ -42,14 +46,14 @@ def call_library(out: Path, models: Sequence[Path], fsync: bool = False) -> dict
 
 
 def no_fsync() -> dict[str, bool]:
-    """The setting that spares the fsync, where this version has it."""
+    """The option that skips the fsync, if this version has it."""
     from merit_fast.merge import MergeConfig
 
     return {"fsync": False} if "fsync" in MergeConfig.__dataclass_fields__ else {}
 
 
 def import_library(out: Path, models: Sequence[Path]) -> dict[str, float]:
-    """Only what a program that merges imports."""
+    """Imports the library and does nothing else."""
     import merit_fast.merge  # noqa: F401
 
     return {"inner_peak_mib": peak_mib()}
@@ -60,10 +64,11 @@ def loop_safetensors(out: Path, models: Sequence[Path]) -> dict[str, float]:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    open_file: Any = safe_open  # untyped
     clock = start_clock()
     out.mkdir()
     for shard in sorted(path.name for path in models[0].glob("*.safetensors")):
-        files = [safe_open(model / shard, framework="pt") for model in models]
+        files = [open_file(model / shard, framework="pt") for model in models]
         merged = {}
         for name in files[0].keys():  # noqa: SIM118
             total = files[0].get_tensor(name).float()

@@ -1,6 +1,7 @@
-"""What the machine itself needs: python -m bench.merge.floors NAME OUT BYTES MODEL ... prints seconds as one JSON object.
+"""The machine's floors: python -m bench.merge.floors NAME OUT BYTES MODEL ...
 
-No merge can be faster than these: its bytes through memory, through the page cache, from and to the disk.
+No merge can be faster than these: its bytes through memory, through the page cache, from and to the
+disk. Prints seconds as one JSON object.
 """
 
 import ctypes
@@ -21,8 +22,8 @@ SYNC_FILE_RANGE_WRITE = 2
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def run_threads(work: Callable[[int], None], threads: int) -> float:
-    """Seconds for ``work(0)`` to ``work(threads - 1)`` at a time; all finish, the first error is raised."""
+def run_threads(work: Callable[[int], Any], threads: int) -> float:
+    """Seconds for ``work(0)`` to ``work(threads - 1)`` in parallel; raises the first error."""
     errors: list[BaseException] = []
 
     def guarded(number: int) -> None:
@@ -45,7 +46,7 @@ def run_threads(work: Callable[[int], None], threads: int) -> float:
 
 
 def aligned(num_bytes: int) -> memoryview:
-    """Page-aligned memory, as O_DIRECT wants it, touched already."""
+    """Page-aligned memory for O_DIRECT, with its pages touched."""
     memory = mmap.mmap(-1, num_bytes)
     memory.write(os.urandom(min(num_bytes, MIB)) * max(1, num_bytes // MIB))
     return memoryview(memory)
@@ -57,12 +58,19 @@ def spans(size: int, piece: int, number: int, threads: int) -> Iterator[int]:
 
 
 def write_file(
-    path: Path, size: int, piece: int, threads: int = 1, direct: bool = False, allocate: bool = False,
-    flags: int = 0, start_early: int = 0,
-) -> dict[str, float]:  # fmt: skip
+    path: Path,
+    size: int,
+    piece: int,
+    threads: int = 1,
+    direct: bool = False,
+    allocate: bool = False,
+    flags: int = 0,
+    start_early: int = 0,
+) -> dict[str, float]:
     """Seconds until the last write returned, and until the file was durable.
 
-    ``start_early``: after so many bytes of its own a worker asks for their write-back, and waits only at the end.
+    ``start_early``: after so many bytes of its own a worker asks for their write-back, and waits
+    only at the end.
     """
     path.unlink(missing_ok=True)
     os.sync()
@@ -90,9 +98,12 @@ def write_file(
 
 
 def memory(out: Path, num_bytes: int, models: Sequence[Path]) -> dict[str, float]:
-    """Seconds for the inputs once and the output twice (a store reads its line first) at the best bandwidth found.
+    """Seconds for the inputs once and the output twice at the best bandwidth measured.
 
-    memcpy counts 2 bytes per byte copied, the triad a = b + s c 3 per byte of a. 256 MiB each, best of 7.
+    The output counts twice, since a store reads its line first.
+
+    memcpy counts 2 bytes per byte copied, the triad a = b + s c 3 per byte of a. 256 MiB each, best
+    of 7.
     """
     import torch
 
@@ -101,18 +112,19 @@ def memory(out: Path, num_bytes: int, models: Sequence[Path]) -> dict[str, float
     gb_per_s = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for name, factor, run in (
-            ("memcpy", 2, lambda: a.copy_(b)),
-            ("triad", 3, lambda: torch.add(b, c, alpha=0.5, out=a)),
-        ):
-            seconds = [run_threads(lambda _, run=run: run(), 1) for _ in range(8)][1:]
+        works: tuple[tuple[str, int, Callable[[int], Any]], ...] = (
+            ("memcpy", 2, lambda _: a.copy_(b)),
+            ("triad", 3, lambda _: torch.add(b, c, alpha=0.5, out=a)),
+        )
+        for name, factor, work in works:
+            seconds = [run_threads(work, 1) for _ in range(8)][1:]
             gb_per_s[f"{name}_{threads}_gb_per_s"] = factor * size / min(seconds) / 1e9
     traffic = sum(os.path.getsize(file) for file in weight_files(*models)) + 2 * num_bytes
     return {"inner_wall_s": traffic / max(gb_per_s.values()) / 1e9, **gb_per_s}
 
 
 def page_cache(out: Path, num_bytes: int, models: Sequence[Path]) -> dict[str, float]:
-    """pread of every input and pwrite of one output in 512 KiB pieces, no arithmetic, one thread."""
+    """Reads every input and writes one output in 512 KiB pieces on one thread, no arithmetic."""
     buffer = memoryview(bytearray(512 * 1024))
     out.mkdir()
     start = time.perf_counter()
@@ -130,7 +142,7 @@ def page_cache(out: Path, num_bytes: int, models: Sequence[Path]) -> dict[str, f
 
 
 def write(out: Path, num_bytes: int, models: Sequence[Path], **how: Any) -> dict[str, float]:
-    """The output's bytes, whole pages of them, into one new file, until they are durable."""
+    """Writes the output's bytes, in whole pages, into one new file until they are durable."""
     piece = 512 * 1024
     return {
         "inner_wall_s": write_file(out, -(-num_bytes // piece) * piece, piece, **how)["durable"]
@@ -140,7 +152,7 @@ def write(out: Path, num_bytes: int, models: Sequence[Path], **how: Any) -> dict
 def read(
     out: Path, num_bytes: int, models: Sequence[Path], piece: int, threads: int
 ) -> dict[str, float]:
-    """Every input byte once, in order, file after file, with the kernel's own readahead. Files are dealt to threads."""
+    """Reads every input byte once, in order, with the kernel's readahead; threads share files."""
     files = weight_files(*models)
 
     def work(number: int) -> None:

@@ -1,9 +1,10 @@
-"""Ways to bring a file's bytes from and to the disk, side by side: what a merge's I/O could be made of.
+"""Times ways to move a file's bytes from and to the disk: the choices for a merge's I/O.
 
     python -m bench.merge.io_paths DIR [--mib 1024] [--rounds 9] [--only write,copy,warm,cold]
 
-DIR: on the file system to measure; needs twice the size. Every way runs once a round, each round starting with another.
-io_uring is not among them: it needs rings shared with the kernel, and from Python its overhead would be measured.
+DIR lies on the file system to measure; it needs twice the size. Every way runs once a round, each
+round starting with another. io_uring is not among them: it needs rings shared with the kernel, and
+from Python its overhead would be measured.
 """
 
 import argparse
@@ -28,27 +29,34 @@ FICLONE = 0x40049409
 
 @dataclass(frozen=True)
 class Way:
+    """One way to move bytes; ``run`` gives seconds by phase, or None if it is not supported."""
+
     name: str
     run: Callable[[], dict[str, float] | None]
     prepare: Callable[[], object] = lambda: None
 
 
 def read_file(
-    path: Path, piece: int, threads: int = 1, direct: bool = False, flags: int = 0, ahead: int = 0,
+    path: Path,
+    piece: int,
+    threads: int = 1,
+    direct: bool = False,
+    flags: int = 0,
+    ahead: int = 0,
     advice: int | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """``ahead``: a further thread asks for so many bytes in advance of the first reader."""
+) -> dict[str, float]:
+    """Reads a file. ``ahead``: a further thread asks for so many bytes before the first reader."""
     size = path.stat().st_size
     buffers = [aligned(piece) for _ in range(threads)]
     descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-    place = 0
+    reached = 0
 
     def work(number: int) -> None:
-        nonlocal place
+        nonlocal reached
         if number == threads:
             asked = 0
             while asked < size:
-                if asked < place + ahead:
+                if asked < reached + ahead:
                     LIBC.readahead(descriptor, ctypes.c_int64(asked), ctypes.c_size_t(4 * MIB))
                     asked += 4 * MIB
                 else:
@@ -56,7 +64,7 @@ def read_file(
             return
         for at in spans(size, piece, number, threads):
             os.preadv(descriptor, [buffers[number]], at, flags)
-            place = max(place, at)
+            reached = max(reached, at)
 
     start = time.perf_counter()
     if advice is not None:
@@ -68,28 +76,29 @@ def read_file(
 
 
 def read_mapped(path: Path, piece: int, advice: int) -> dict[str, float]:
-    """Copies from a mapping, piece by piece, into one buffer: as many bytes move as with pread."""
+    """Copies from a mapping piece by piece into one buffer, so that bytes move as with pread."""
     buffer = aligned(piece)
     start = time.perf_counter()
     with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as memory:
         memory.madvise(advice)
         with memoryview(memory) as view:
             for at in range(0, len(view), piece):
-                part = view[at : at + piece]
-                buffer[: len(part)] = part
-                part.release()
+                window = view[at : at + piece]
+                buffer[: len(window)] = window
+                window.release()
     return {"read": time.perf_counter() - start}
 
 
 def copy_file(source: Path, target: Path, how: str) -> dict[str, float] | None:
-    """A whole file to a new one; None where the file system cannot do it this way."""
+    """Copies a file to a new one; None if the file system cannot do it this way."""
     target.unlink(missing_ok=True)
     os.sync()
     size = source.stat().st_size
     buffer = aligned(MIB // 2)
     start = time.perf_counter()
     with open(source, "rb") as reading, open(target, "wb") as writing:
-        r, w = reading.fileno(), writing.fileno()
+        r = reading.fileno()
+        w = writing.fileno()
         try:
             if how == "reflink":
                 fcntl.ioctl(w, FICLONE, r)
@@ -112,13 +121,20 @@ def copy_file(source: Path, target: Path, how: str) -> dict[str, float] | None:
 
 def writing(path: Path, size: int) -> list[Way]:
     write = partial(write_file, path, size)
+    half = MIB // 2
     return [
         *(Way(f"pwrite, {_kib(p)}", partial(write, p)) for p in (MIB // 8, MIB // 2, MIB, 8 * MIB)),
         Way("pwrite, 512 KiB, posix_fallocate", partial(write, MIB // 2, allocate=True)),
         Way("pwrite, 512 KiB, 2 threads", partial(write, MIB // 2, threads=2)),
-        Way("pwrite, 512 KiB, 2 threads, posix_fallocate", partial(write, MIB // 2, threads=2, allocate=True)),
+        Way(
+            "pwrite, 512 KiB, 2 threads, posix_fallocate",
+            partial(write, half, threads=2, allocate=True),
+        ),
         *(
-            Way(f"pwrite, 512 KiB, write-back asked every {n} MiB", partial(write, MIB // 2, start_early=n * MIB))
+            Way(
+                f"pwrite, 512 KiB, write-back asked every {n} MiB",
+                partial(write, half, start_early=n * MIB),
+            )
             for n in (2, 8, 32, 128)
         ),
         Way(
@@ -138,8 +154,11 @@ def writing(path: Path, size: int) -> list[Way]:
         Way("O_DIRECT, 1 MiB, posix_fallocate", partial(write, MIB, direct=True, allocate=True)),
         Way("O_DIRECT, 1 MiB, 2 threads", partial(write, MIB, threads=2, direct=True)),
         Way("O_DIRECT, 8 MiB, 2 threads", partial(write, 8 * MIB, threads=2, direct=True)),
-        Way("O_DIRECT, 1 MiB, 2 threads, posix_fallocate", partial(write, MIB, 2, direct=True, allocate=True)),
-    ]  # fmt: skip
+        Way(
+            "O_DIRECT, 1 MiB, 2 threads, posix_fallocate",
+            partial(write, MIB, 2, direct=True, allocate=True),
+        ),
+    ]
 
 
 def copying(source: Path, target: Path) -> list[Way]:
@@ -155,7 +174,8 @@ def copying(source: Path, target: Path) -> list[Way]:
 
 def reading(source: Path, cold: bool) -> list[Way]:
     prepare = partial(drop if cold else read_all, [source])
-    read, mapped = partial(read_file, source), partial(read_mapped, source)
+    read = partial(read_file, source)
+    mapped = partial(read_mapped, source)
     sequential = os.POSIX_FADV_SEQUENTIAL
     ways = {
         f"pread, {_kib(p)}": partial(read, p)
@@ -185,12 +205,12 @@ def reading(source: Path, cold: bool) -> list[Way]:
 
 
 def measure(ways: list[Way], rounds: int) -> dict[str, list[dict[str, float]] | str]:
-    """By way its rounds, or why there are none."""
-    found: dict[str, list[dict[str, float]] | str] = {way.name: [] for way in ways}
+    """The rounds of every way, or the reason why there are none."""
+    results: dict[str, list[dict[str, float]] | str] = {way.name: [] for way in ways}
     for number in range(rounds):
         start = number % len(ways)
         for way in (*ways[start:], *ways[:start]):
-            runs = found[way.name]
+            runs = results[way.name]
             if isinstance(runs, str):
                 continue
             way.prepare()
@@ -198,18 +218,18 @@ def measure(ways: list[Way], rounds: int) -> dict[str, list[dict[str, float]] | 
                 result = way.run()
             except OSError as error:
                 result = None
-                found[way.name] = f"refused: {error.strerror}"
+                results[way.name] = f"refused: {error.strerror}"
             if result is not None:
                 runs.append(result)
-            elif isinstance(found[way.name], list):
-                found[way.name] = "not supported by this file system"
-    return found
+            elif isinstance(results[way.name], list):
+                results[way.name] = "not supported by this file system"
+    return results
 
 
-def table(title: str, size: int, found: dict[str, list[dict[str, float]] | str]) -> str:
-    keys = next((list(runs[0]) for runs in found.values() if isinstance(runs, list) and runs), [])
+def table(title: str, size: int, results: dict[str, list[dict[str, float]] | str]) -> str:
+    keys = next((list(runs[0]) for runs in results.values() if isinstance(runs, list) and runs), [])
     lines = []
-    for name, runs in found.items():
+    for name, runs in results.items():
         if isinstance(runs, str):
             lines.append(f"| {name} | {runs} |" + " |" * (3 * len(keys) - 1))
             continue
@@ -238,21 +258,18 @@ def main() -> None:
     if arguments.mib <= 0 or arguments.mib % 8:
         parser.error(f"--mib: must be a positive multiple of 8, got {arguments.mib}")
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    source, target = (
-        arguments.directory / "io-paths.source",
-        arguments.directory / "io-paths.target",
-    )
+    source = arguments.directory / "io-paths.source"
+    target = arguments.directory / "io-paths.target"
     size = arguments.mib * MIB
-    parts = {
+    parts: dict[str, tuple[str, Callable[[], list[Way]]]] = {
         "write": ("A new file", lambda: writing(target, size)),
         "copy": ("A copy of a file in the page cache", lambda: copying(source, target)),
         "warm": ("Reading from the page cache", lambda: reading(source, cold=False)),
         "cold": ("Reading from the disk", lambda: reading(source, cold=True)),
     }
-    words = ", ".join(f"{name} {value}" for name, value in machine().items())
-    print(
-        f"{arguments.mib} MiB, {arguments.rounds} rounds; {words}; load average {os.getloadavg()[0]:.2f}\n"
-    )
+    facts = ", ".join(f"{name} {value}" for name, value in machine().items())
+    load = f"load average {os.getloadavg()[0]:.2f}"
+    print(f"{arguments.mib} MiB, {arguments.rounds} rounds; {facts}; {load}\n")
     try:
         write_file(source, size, 8 * MIB)
         for name in arguments.only.split(","):

@@ -1,8 +1,9 @@
-"""mergekit in an environment of its own, made once: its dependencies are not ours.
+"""Installs mergekit once in an environment of its own, since its dependencies are not ours.
 
     python -m bench.merge.mergekit_env [DIR]
 
-DIR defaults to ~/.cache/merit_fast/mergekit-0.1.5 (about 2 GB). torch has the version and build of this environment.
+DIR defaults to ~/.cache/merit_fast/mergekit-0.1.5 (about 2 GB). torch has the version and build of
+this environment.
 """
 
 import argparse
@@ -12,13 +13,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-MERGEKIT, TORCH = "0.1.5", "2.13.0"
+MERGEKIT = "0.1.5"
+TORCH = "2.13.0"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 DEFAULT = Path.home() / ".cache/merit_fast" / f"mergekit-{MERGEKIT}"
 OPTIONS = ("--lazy-unpickle", "--out-shard-size", "400M", "--async-write")
 
-# Merges a small model first, so that no import and no first use of a library is in the time of the second.
+# Merges a small model first, so that no import and no first use of a library is in the time of the
+# second.
 DRIVER = """
 import json, resource, sys, time
 import yaml
@@ -27,8 +31,11 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 def merge(config, out):
     text = open(config).read()
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), out, config_source=text,
-              options=MergeOptions(lazy_unpickle=True, out_shard_size=400_000_000, async_write=True, quiet=True))
+    options = MergeOptions(
+        lazy_unpickle=True, out_shard_size=400_000_000, async_write=True, quiet=True
+    )
+    recipe = MergeConfiguration.model_validate(yaml.safe_load(text))
+    run_merge(recipe, out, config_source=text, options=options)
 def cpu():
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
@@ -40,7 +47,7 @@ print(json.dumps({"inner_wall_s": time.perf_counter() - start, "inner_cpu_s": cp
 
 
 def find_or_make(directory: Path = DEFAULT) -> tuple[Path | None, str]:
-    """The environment's interpreter, or None, and what to say about it in one line. Makes it if it is not there."""
+    """Returns the environment's interpreter or None, and one line about it; makes it if absent."""
     directory = directory.absolute()
     python = directory / "bin/python"
     if not python.exists():
@@ -63,14 +70,15 @@ def find_or_make(directory: Path = DEFAULT) -> tuple[Path | None, str]:
 
 
 def _check(python: Path) -> tuple[Path | None, str]:
-    text = "import importlib.metadata as m; print(m.version('mergekit'), m.version('torch').split('+')[0])"
+    text = (
+        "import importlib.metadata as m; "
+        "print(m.version('mergekit'), m.version('torch').split('+')[0])"
+    )
     process = subprocess.run([python, "-P", "-c", text], capture_output=True, text=True)
     if process.stdout.split() != [MERGEKIT, TORCH]:
-        found = process.stdout.strip() or process.stderr.strip().rpartition("\n")[2]
-        return (
-            None,
-            f"{python}: must have mergekit {MERGEKIT} and torch {TORCH}, got {found}; remove the directory",
-        )
+        versions = process.stdout.strip() or process.stderr.strip().rpartition("\n")[2]
+        rule = f"must have mergekit {MERGEKIT} and torch {TORCH}"
+        return None, f"{python}: {rule}, got {versions}; remove the directory"
     return python, f"mergekit {MERGEKIT}, torch {TORCH}"
 
 
@@ -79,7 +87,7 @@ def _pip(directory: Path, *arguments: str) -> list[str]:
 
 
 def _run(command: Sequence[str]) -> str:
-    """Why it failed, or nothing."""
+    """Runs a command; returns the reason of a failure, or ""."""
     process = subprocess.run(command, capture_output=True, text=True)
     lines = [
         line for line in process.stderr.splitlines() if "ERROR" in line
@@ -94,10 +102,10 @@ def config(
     base: Path | None = None,
     **shared: float,
 ) -> str:
-    """A mergekit configuration (JSON is YAML). ``shared``: density, t and the like, for all models."""
-    entries = [{"model": str(model)} for model in models]
+    """A mergekit configuration (JSON is YAML); ``shared`` holds parameters of all models."""
+    entries: list[dict[str, Any]] = [{"model": str(model)} for model in models]
     for entry, weight in zip(entries, weights, strict=False):
-        entry["parameters"] = {"weight": weight}  # type: ignore[assignment]
+        entry["parameters"] = {"weight": weight}
     values = {"merge_method": method, "dtype": "bfloat16", "models": entries, "parameters": shared}
     return json.dumps({**values, **({"base_model": str(base)} if base else {})}, indent=2)
 

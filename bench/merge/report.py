@@ -1,4 +1,4 @@
-"""Markdown of the merge benchmark's results: a table per question, then every goal with what was measured."""
+"""Markdown of the merge benchmark: a table per question, then every goal with its figure."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from bench.support.measure import Results, spread
 
 @dataclass(frozen=True)
 class Figures:
-    """All finished rounds; a round maps a row's name to what ``run_child`` gave."""
+    """All finished rounds; a round maps a row's name to the result of ``run_child``."""
 
     rounds: dict[str, list[dict[str, Any]]]
     rows: dict[str, list[Row]]
@@ -25,18 +25,19 @@ class Figures:
         return cls(rounds, rows, (results.of("bits") or [{}])[-1])
 
     def values(self, group: str, name: str, key: str = "wall_s") -> dict[int, float]:
-        """By round; empty where the row did not run."""
-        found = ((number, rows.get(name, {})) for number, rows in enumerate(self.rounds[group]))
-        return {number: row[key] for number, row in found if key in row}
+        """One figure of a row by round; empty if the row did not run."""
+        results = [rows.get(name, {}) for rows in self.rounds[group]]
+        return {number: row[key] for number, row in enumerate(results) if key in row}
 
     def error(self, group: str, name: str) -> str | None:
+        """The first error of a row."""
         return next(
             (rows[name]["error"] for rows in self.rounds[group] if "error" in rows.get(name, {})),
             None,
         )
 
     def least(self, group: str, names: Iterable[str]) -> dict[int, float]:
-        """Round by round the lowest of several floors."""
+        """The lowest of several floors in every round."""
         sides = [self.values(group, name, "inner_wall_s") for name in names]
         sides = [side for side in sides if side]
         return {
@@ -47,7 +48,7 @@ class Figures:
 
 
 def ratio(above: dict[int, float], below: dict[int, float]) -> tuple[float, str] | None:
-    """Median over median of the rounds both have, and the range of the rounds' own ratios."""
+    """Median over median of the common rounds, and the range of the ratios of single rounds."""
     shared = sorted(above.keys() & below.keys())
     if not shared:
         return None
@@ -84,7 +85,7 @@ def report(figures: Figures, circumstances: dict[str, Any]) -> str:
         _bits(figures),
         _goals(figures),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(section for section in parts if section)
 
 
 def _preface(figures: Figures, circumstances: dict[str, Any]) -> str:
@@ -98,13 +99,9 @@ def _preface(figures: Figures, circumstances: dict[str, Any]) -> str:
     machine = circumstances["machine"]
     words = ", ".join(f"{name} {value}" for name, value in machine.items())
     load = f"Load average before each run: {min(loads):.2f} to {max(loads):.2f}." if loads else ""
-    lines = [
-        f"Size {circumstances['size']}, commit {circumstances['version']}; {words}; {circumstances['mergekit']}."
-    ]
-    lines.append(
-        f"{load} Medians and interquartile ranges. mergekit runs fewer rounds where it takes minutes."
-    )
-    return "\n".join(lines)
+    subject = f"Size {circumstances['size']}, commit {circumstances['version']}"
+    method = "Medians and interquartile ranges. mergekit runs fewer rounds where it takes minutes."
+    return f"{subject}; {words}; {circumstances['mergekit']}.\n{load} {method}"
 
 
 def _table(figures: Figures, group: str, title: str, key: str) -> str:
@@ -147,9 +144,8 @@ def _bandwidth(figures: Figures) -> str:
     for kind in ("memcpy_1", "triad_1", "memcpy_2", "triad_2"):
         if values := list(figures.values("linear", "memory", f"{kind}_gb_per_s").values()):
             name, threads = kind.split("_")
-            lines.append(
-                f"| {name}, {threads} thread(s) | {spread(values)[0]:.1f} | {spread(values)[1]:.1f} |"
-            )
+            median, iqr = spread(values)
+            lines.append(f"| {name}, {threads} thread(s) | {median:.1f} | {iqr:.1f} |")
     return (
         "\n".join(["**Memory bandwidth**", "", "| | GB/s | IQR |", "|---|---|---|", *lines])
         if lines
@@ -167,62 +163,49 @@ def _bits(figures: Figures) -> str:
     title = (
         "**Elements that differ from the fp64 sum rounded once** (other methods: from each other)"
     )
-    caution = "With weights in tenths, one mean in eleven lies midway between two bf16 values: there rounded weights decide."
+    caution = (
+        "With weights in tenths, one mean in eleven lies midway between two bf16 values: "
+        "there rounded weights decide."
+    )
     return "\n".join([title, "", "| | elements |", "|---|---|", *lines, "", caution])
 
 
 def _goals(figures: Figures) -> str:
     v = figures.values
     inner = "inner_wall_s"
-    library, fsynced = v("linear", "library", inner), v("linear", "library-fsync", inner)
-    memory, reads, writes = (
-        v("linear", "memory", inner), figures.least("cold", READS), figures.least("linear", WRITES),
-    )  # fmt: skip
-    lines = [
-        _against(
-            "warm, whole command against mergekit",
-            v("linear", "mergekit"),
-            v("linear", "command"),
-            "≥",
-            25,
-        ),
-        _against(
-            "warm, imports removed on both sides",
-            v("linear", "mergekit-inner", inner),
-            library,
-            "≥",
-            12,
-        ),
-        _against("warm, library call against the memory-traffic floor", library, memory, "≤", 2.0),
-        _against("– the whole command", v("linear", "command"), memory, "", 0),
-        _against(
-            "– the library call against the page-cache floor",
-            library,
-            v("linear", "page-cache", inner),
-            "",
-            0,
-        ),
-        _against(
-            "warm and fsynced, library call against the write floor", fsynced, writes, "≤", 1.3
-        ),
-        _against("– the whole command", v("linear", "command-fsync"), writes, "", 0),
-        _against(
-            "cold, library call against the disk-read floor",
-            v("cold", "library", inner),
-            reads,
-            "≤",
-            1.2,
-        ),
-        _against("– the whole command", v("cold", "command"), reads, "", 0),
-        _against(
+    library = v("linear", "library", inner)
+    fsynced = v("linear", "library-fsync", inner)
+    memory = v("linear", "memory", inner)
+    reads = figures.least("cold", READS)
+    writes = figures.least("linear", WRITES)
+    command = v("linear", "command")
+    durable = v("linear", "command-fsync")
+    page_cache = v("linear", "page-cache", inner)
+    cold = v("cold", "library", inner)
+    theirs = v("linear", "mergekit-inner", inner)
+    goals: list[tuple[str, dict[int, float], dict[int, float], str, float]] = [
+        ("warm, whole command against mergekit", v("linear", "mergekit"), command, "≥", 25),
+        ("warm, imports removed on both sides", theirs, library, "≥", 12),
+        ("warm, library call against the memory-traffic floor", library, memory, "≤", 2.0),
+        ("– the whole command", command, memory, "", 0),
+        ("– the library call against the page-cache floor", library, page_cache, "", 0),
+        ("warm and fsynced, library call against the write floor", fsynced, writes, "≤", 1.3),
+        ("– the whole command", durable, writes, "", 0),
+        ("cold, library call against the disk-read floor", cold, reads, "≤", 1.2),
+        ("– the whole command", v("cold", "command"), reads, "", 0),
+        (
             "TIES, whole command against mergekit",
             v("ties", "mergekit"),
             v("ties", "command"),
             "≥",
             50,
         ),
+    ]
+    lines = [
+        *(_against(*goal) for goal in goals),
         *_memory_goals(figures),
-        "| four 7B-shaped models | `python -m bench.merge.seven_b DIR` | runs, memory as above | |",
+        "| four 7B-shaped models | `python -m bench.merge.seven_billion DIR` "
+        "| runs, memory as above | |",
         _bits_goal(figures),
     ]
     head = ["**Goals**", "", "| | measured | goal | |", "|---|---|---|---|"]
@@ -232,15 +215,15 @@ def _goals(figures: Figures) -> str:
 def _against(
     title: str, above: dict[int, float], below: dict[int, float], sign: str, bound: float
 ) -> str:
-    found = ratio(above, below)
-    if found is None:
+    measured = ratio(above, below)
+    if measured is None:
         return f"| {title} | not measured | {f'{sign} {bound}×' if sign else ''} | |"
     test: dict[str, Callable[[float], bool]] = {
         "≥": lambda x: x >= bound,
         "≤": lambda x: x <= bound,
     }
-    verdict = "" if not sign else "reached" if test[sign](found[0]) else "**missed**"
-    return f"| {title} | {found[1]} | {f'{sign} {bound}×' if sign else ''} | {verdict} |"
+    verdict = "" if not sign else "reached" if test[sign](measured[0]) else "**missed**"
+    return f"| {title} | {measured[1]} | {f'{sign} {bound}×' if sign else ''} | {verdict} |"
 
 
 def _memory_goals(figures: Figures) -> list[str]:
@@ -249,10 +232,12 @@ def _memory_goals(figures: Figures) -> list[str]:
     imports = figures.values("linear", "library", "imports_mib")
     command = figures.values("linear", "command", "peak_mib")
     if library:
-        peak, own = max(library.values()), max(library[n] - imports[n] for n in library)
-        words = f"{peak:.1f} MiB, {own:.1f} of it after the imports"
+        peak = max(library.values())
+        after_imports = max(library[n] - imports[n] for n in library)
+        words = f"{peak:.1f} MiB, {after_imports:.1f} of it after the imports"
+        verdict = _verdict(peak <= 32)
         lines.append(
-            f"| peak memory, process of the library call | {words} | ≤ 32 MiB | {_verdict(peak <= 32)} |"
+            f"| peak memory, process of the library call | {words} | ≤ 32 MiB | {verdict} |"
         )
     if command:
         peak = max(command.values())
@@ -269,7 +254,8 @@ def _bits_goal(figures: Figures) -> str:
         return "| differing bits against fp64 rounded once | not measured | 0 | |"
     failed = f", {len(ours) - len(counts)} settings failed" if len(ours) > len(counts) else ""
     words = f"{sum(counts)} elements in {len(counts)} settings{failed}"
-    return f"| differing bits against fp64 rounded once | {words} | 0 | {_verdict(not sum(counts) and not failed)} |"
+    verdict = _verdict(not sum(counts) and not failed)
+    return f"| differing bits against fp64 rounded once | {words} | 0 | {verdict} |"
 
 
 def _verdict(reached: bool) -> str:

@@ -1,4 +1,4 @@
-"""What the merge benchmark runs: every row's command, and what must be in the page cache before it."""
+"""The rows of the merge benchmark: their commands, and the files to cache before them."""
 
 import functools
 import os
@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench.merge import mergekit_env
 from bench.merge.checkpoints import weight_files
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WRITES = {
     "write": "buffered, fsync",
     "write-allocated": "`posix_fallocate`, buffered, fsync",
@@ -28,7 +30,7 @@ GROUPS = ("linear", "startup", "cold", "ties", "slerp")
 
 @dataclass(frozen=True)
 class Setup:
-    """Inputs and places of one benchmark; ``mergekit``: its interpreter, if there is one."""
+    """The inputs and folders of one benchmark, and mergekit's interpreter if there is one."""
 
     base: Path
     models: tuple[Path, ...]
@@ -42,16 +44,16 @@ class Setup:
 
     @functools.cached_property
     def num_bytes(self) -> int:
-        """Of one output."""
+        """The bytes of one output's weight files."""
         return sum(file.stat().st_size for file in weight_files(self.models[0]))
 
     @functools.cached_property
     def has_no_fsync(self) -> bool:
-        command, wide = [str(merit_fast()), "merge", "--help"], {**os.environ, "COLUMNS": "200"}
-        return (
-            "--no-fsync"
-            in subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
-        )
+        """Whether this version's command has the option --no-fsync."""
+        command = [str(merit_fast()), "merge", "--help"]
+        wide = {**os.environ, "COLUMNS": "200"}
+        process = subprocess.run(command, capture_output=True, text=True, check=True, env=wide)
+        return "--no-fsync" in process.stdout
 
     @property
     def offline(self) -> dict[str, str]:
@@ -60,6 +62,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
+    """One contender or floor of a group."""
+
     name: str
     label: str
     command: Callable[[], Sequence[str | Path]]
@@ -69,10 +73,11 @@ class Row:
     folder: Path = ROOT
     slow: bool = False  # runs in the first rounds only
     kept: bool = False  # the first round's output is compared later
-    inner: bool = False  # only what it measured itself counts: a floor, or a process that also warmed itself up
+    inner: bool = False  # only its own figure counts: a floor, or a process that warmed up first
 
 
 def merit_fast() -> Path:
+    """The console script of this environment."""
     return Path(sys.executable).with_name("merit-fast")
 
 
@@ -83,7 +88,7 @@ def merge_command(
     models: Sequence[Path] = (),
     fsync: bool = False,
 ) -> list[str | Path]:
-    """The command a user types. Without ``weights``: uniform. Without fsync only where this version can."""
+    """The command line of a merge, with uniform weights by default, and no fsync if possible."""
     command: list[str | Path] = [merit_fast(), "merge", setup.out, "--json", *flags]
     if not fsync and setup.has_no_fsync:
         command.append("--no-fsync")
@@ -96,9 +101,14 @@ def merge_command(
 
 
 def mergekit_command(
-    setup: Setup, method: str, models: Sequence[Path], weights: Sequence[float] = (), base: Path | None = None,
+    setup: Setup,
+    method: str,
+    models: Sequence[Path],
+    weights: Sequence[float] = (),
+    base: Path | None = None,
     **shared: float,
-) -> list[str | Path]:  # fmt: skip
+) -> list[str | Path]:
+    """The command line of the same merge by mergekit; writes its recipe."""
     assert setup.mergekit is not None
     config = setup.scratch / f"{method}.yml"
     config.write_text(mergekit_env.config(method, models, weights, base, **shared))
@@ -106,7 +116,7 @@ def mergekit_command(
 
 
 def rows(setup: Setup) -> dict[str, list[Row]]:
-    """By group; rows of a group are compared with each other and run in turn."""
+    """The rows by group; rows of a group are compared with each other and run in turn."""
     groups = {
         "linear": _linear(setup),
         "startup": _startup(setup),
@@ -145,16 +155,19 @@ def _linear(setup: Setup) -> list[Row]:
 
     def inner() -> list[str | Path]:
         assert setup.mergekit is not None
-        small, large = setup.scratch / "small.yml", setup.scratch / "large.yml"
+        small = setup.scratch / "small.yml"
+        large = setup.scratch / "large.yml"
         small.write_text(mergekit_env.config("linear", setup.small, four))
         large.write_text(mergekit_env.config("linear", setup.models, four))
         warm_up = setup.scratch / "out-small"
         return [setup.mergekit, "-P", "-c", mergekit_env.DRIVER, small, warm_up, large, setup.out]
 
-    quiet = {"environment": setup.offline, "folder": setup.scratch}
+    quiet: dict[str, Any] = {"environment": setup.offline, "folder": setup.scratch}
     return [
         Row("command", f"`merit-fast merge`, no fsync{note}", lambda: merge_command(setup), inputs),
-        Row("command-fsync", "`merit-fast merge`", lambda: merge_command(setup, fsync=True), inputs),
+        Row(
+            "command-fsync", "`merit-fast merge`", partial(merge_command, setup, fsync=True), inputs
+        ),
         Row("library", f"`merge_models`, no fsync{note}", _program(setup, "library"), inputs),
         Row("library-fsync", "`merge_models`", _program(setup, "library-fsync"), inputs),
         Row(
@@ -167,18 +180,42 @@ def _linear(setup: Setup) -> list[Row]:
         Row("mergekit-inner", "mergekit `run_merge`, no fsync", inner, inputs, inner=True, **quiet),
         Row("safetensors", "`safetensors` loop, no fsync", _program(setup, "safetensors"), inputs),
         Row(
-            "transformers", "transformers: load, average, save", _program(setup, "transformers"), inputs,
+            "transformers",
+            "transformers: load, average, save",
+            _program(setup, "transformers"),
+            inputs,
             environment=setup.offline,
         ),
-        Row("memory", "memory traffic: inputs once, output twice", _floor(setup, "memory"), inner=True),
-        Row("page-cache", "page cache: `pread` all, `pwrite` all", _floor(setup, "page-cache"), inputs, inner=True),
-        *(Row(n, f"durable write: output once, {how}", _floor(setup, n), inner=True) for n, how in WRITES.items()),
-    ]  # fmt: skip
+        *_linear_floors(setup, inputs),
+    ]
+
+
+def _linear_floors(setup: Setup, inputs: list[Path]) -> list[Row]:
+    return [
+        Row(
+            "memory",
+            "memory traffic: inputs once, output twice",
+            _floor(setup, "memory"),
+            inner=True,
+        ),
+        Row(
+            "page-cache",
+            "page cache: `pread` all, `pwrite` all",
+            _floor(setup, "page-cache"),
+            inputs,
+            inner=True,
+        ),
+        *(
+            Row(name, f"durable write: output once, {how}", _floor(setup, name), inner=True)
+            for name, how in WRITES.items()
+        ),
+    ]
 
 
 def _startup(setup: Setup) -> list[Row]:
-    python, theirs = sys.executable, setup.mergekit or Path("absent")
-    quiet = {"environment": setup.offline, "folder": setup.scratch}
+    python = sys.executable
+    theirs = setup.mergekit or Path("absent")
+    quiet: dict[str, Any] = {"environment": setup.offline, "folder": setup.scratch}
     return [
         Row("python", "`python -c pass`", lambda: [python, "-c", "pass"]),
         Row(
@@ -202,21 +239,25 @@ def _startup(setup: Setup) -> list[Row]:
 
 
 def _cold(setup: Setup) -> list[Row]:
-    inputs = weight_files(*setup.models)
+    cold = partial(Row, inputs=weight_files(*setup.models), cold=True)
     weights = [1.0] * len(setup.models)
     return [
-        Row("command", "`merit-fast merge`, no fsync", lambda: merge_command(setup), inputs, cold=True),
-        Row("command-fsync", "`merit-fast merge`", lambda: merge_command(setup, fsync=True), inputs, cold=True),
-        Row("library", "`merge_models`, no fsync", _program(setup, "library"), inputs, cold=True),
+        cold("command", "`merit-fast merge`, no fsync", partial(merge_command, setup)),
+        cold("command-fsync", "`merit-fast merge`", partial(merge_command, setup, fsync=True)),
+        cold("library", "`merge_models`, no fsync", _program(setup, "library")),
         *(
-            Row(name, f"disk read: inputs once, {how}", _floor(setup, name), inputs, cold=True, inner=True)
+            cold(name, f"disk read: inputs once, {how}", _floor(setup, name), inner=True)
             for name, how in READS.items()
         ),
-        Row(
-            "mergekit", "`mergekit-yaml`, no fsync", lambda: mergekit_command(setup, "linear", setup.models, weights),
-            inputs, cold=True, environment=setup.offline, folder=setup.scratch, slow=True,
+        cold(
+            "mergekit",
+            "`mergekit-yaml`, no fsync",
+            partial(mergekit_command, setup, "linear", setup.models, weights),
+            environment=setup.offline,
+            folder=setup.scratch,
+            slow=True,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _method(
@@ -227,12 +268,20 @@ def _method(
     weights = [] if method == "slerp" else [1.0] * len(models)
     return [
         Row(
-            "command", f"`merit-fast merge --method {method}`, no fsync",
-            lambda: merge_command(setup, ["--method", method, *flags], models=models), inputs, kept=True,
+            "command",
+            f"`merit-fast merge --method {method}`, no fsync",
+            partial(merge_command, setup, ["--method", method, *flags], models=models),
+            inputs,
+            kept=True,
         ),
         Row(
-            "mergekit", f"`mergekit-yaml` {method}, no fsync",
-            lambda: mergekit_command(setup, method, models, weights, base, **shared), inputs,
-            environment=setup.offline, folder=setup.scratch, slow=True, kept=True,
+            "mergekit",
+            f"`mergekit-yaml` {method}, no fsync",
+            partial(mergekit_command, setup, method, models, weights, base, **shared),
+            inputs,
+            environment=setup.offline,
+            folder=setup.scratch,
+            slow=True,
+            kept=True,
         ),
-    ]  # fmt: skip
+    ]

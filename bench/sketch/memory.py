@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.merge.seven_b import HIDDEN, INTERMEDIATE, KEY_VALUE, LAYERS, VOCABULARY
+from bench.merge.seven_billion import HIDDEN, INTERMEDIATE, KEY_VALUE, LAYERS, VOCABULARY
 from bench.sketch.work import DTYPES, Work, frozen, plain, sketched, small_model, token_work
 from bench.support.measure import Results, run_child
 

@@ -1,4 +1,4 @@
-"""How benchmarks of whole programs measure: children's time and memory, the page cache, medians, a file of results."""
+"""Measures whole programs: children's time and memory, the page cache, medians, result files."""
 
 import contextlib
 import ctypes
@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# ru_maxrss of a child starts at the memory of the process it was forked from: children come from this small one.
+# ru_maxrss of a child starts at the memory of the process it was forked from: children come from
+# this small one.
 LAUNCHER = """
 import json, os, sys, time
 command, out, folder = json.loads(sys.argv[1])
@@ -24,8 +25,12 @@ start = time.perf_counter()
 child = os.posix_spawn(command[0], command, os.environ, file_actions=redirect)
 _, status, usage = os.wait4(child, 0)
 wall = time.perf_counter() - start
-print(json.dumps({"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024,
-                  "exit": os.waitstatus_to_exitcode(status)}))
+print(json.dumps({
+    "wall_s": wall,
+    "cpu_s": usage.ru_utime + usage.ru_stime,
+    "peak_mib": usage.ru_maxrss / 1024,
+    "exit": os.waitstatus_to_exitcode(status),
+}))
 """
 _CACHESTAT = 451  # the system call's number on every architecture, Linux 6.5
 
@@ -35,16 +40,19 @@ def run_child(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs ``command``; wall and CPU seconds (user + system, children included), peak MiB, load average before.
+    """Runs ``command`` and measures it.
 
-    A JSON object on the last line of its standard output is added: what the child measured itself, without its
-    imports. A failure gives ``{"error": last line of standard error}``.
+    The result has wall seconds, CPU seconds (user + system, children included), peak MiB and the
+    load average before the run.
+
+    A JSON object on the last line of its standard output is added: what the child measured itself,
+    without its imports. A failure gives ``{"error": last line of standard error}``.
     """
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "out")
         arguments = json.dumps(
-            [[str(part) for part in command], str(out), str(folder or Path.cwd())]
+            [[str(word) for word in command], str(out), str(folder or Path.cwd())]
         )
         launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, arguments]
         process = subprocess.run(
@@ -94,7 +102,8 @@ def cached_share(files: Sequence[Path]) -> float | None:
     cached = total = 0
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
-        span, counts = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
+        span = (ctypes.c_uint64 * 2)(0, 0)
+        counts = (ctypes.c_uint64 * 5)()
         failed = libc.syscall(_CACHESTAT, descriptor, span, counts, 0)
         os.close(descriptor)
         if failed:
@@ -113,7 +122,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader must know of the machine."""
+    """The facts of the machine that a reader of the figures needs."""
     names = [
         line
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -129,17 +138,17 @@ def machine() -> dict[str, Any]:
 
 
 class Results:
-    """A file of JSON lines: what was measured under which circumstances, then a line per finished round or part.
+    """A file of JSON lines: the circumstances, then one line per finished round or part.
 
-    A run that finds its own file goes on after the last line; a file of other circumstances is refused.
+    A run that finds its own file resumes after the last line; a file of other circumstances is
+    refused.
     """
 
     def __init__(self, file: Path, circumstances: dict[str, Any]) -> None:
         self.file = file
         lines = file.read_text().splitlines() if file.exists() else []
-        records = [
-            json.loads(line) for line in lines if line.endswith("}")
-        ]  # a line cut short by a crash is not
+        # a line cut short by a crash does not end with a brace
+        records = [json.loads(line) for line in lines if line.endswith("}")]
         if not records:
             file.write_text("")
             self.records: list[dict[str, Any]] = []
@@ -148,14 +157,14 @@ class Results:
             changed = sorted(
                 key for key in circumstances if circumstances[key] != records[0].get(key)
             )
-            sys.exit(
-                f"{file}: was measured with another {', '.join(changed) or 'program'}; remove it or choose another"
-            )
+            difference = ", ".join(changed) or "program"
+            sys.exit(f"{file}: was measured with another {difference}; remove it or choose another")
         else:
             self.records = records[1:]
             file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def add(self, record: dict[str, Any]) -> None:
+        """Appends a record durably."""
         self.records.append(record)
         self._write(record)
 
@@ -166,4 +175,5 @@ class Results:
             os.fsync(stream.fileno())
 
     def of(self, kind: str) -> list[Any]:
+        """The records of one kind."""
         return [record[kind] for record in self.records if kind in record]

@@ -1,11 +1,13 @@
-"""Linear + cross-entropy, forward and backward, beside what PyTorch has for it: time and memory.
+"""Linear + cross-entropy, forward and backward, against PyTorch's ways: time and memory.
 
     python -m bench.train.cross_entropy [--json FILE] [--quick]
 
-Timed in one process, in turns: ours, eager F.cross_entropy(hidden @ weight.T), the same under torch.compile, and the
-three matrix products alone. F.linear_cross_entropy may take minutes a step: it is tried in a process of its own that
-is stopped after --cap seconds. Memory is a fresh process's peak over its inputs, after one step with a tiny head that
-loads what libraries load. Results are compared before anything is timed. The last line is JSON.
+Timed in one process, in turns: ours, eager F.cross_entropy(hidden @ weight.T), the same under
+torch.compile, and the three matrix products by themselves. F.linear_cross_entropy may take minutes
+a
+step: it runs in a process of its own that is stopped after --cap seconds. Memory is a fresh
+process's peak over its inputs, after one step with a tiny head that loads the libraries. Results
+are compared before anything is timed. The last line is JSON.
 """
 
 import argparse
@@ -21,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.support.dtypes import DTYPES
 from bench.support.measure import machine, spread
 from merit_fast.kernels.cross_entropy import linear_cross_entropy
 
 IGNORED_EVERY = 4
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -46,21 +48,23 @@ LOSSES: dict[str, Loss] = {"ours": ours, "eager": eager, "F.linear_cross_entropy
 
 def inputs(tokens: int, width: int, vocabulary: int, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    hidden, weight = torch.randn(tokens, width), torch.randn(vocabulary, width) * 0.02
+    hidden = torch.randn(tokens, width).to(DTYPES[dtype]).requires_grad_()
+    weight = (torch.randn(vocabulary, width) * 0.02).to(DTYPES[dtype]).requires_grad_()
     labels = torch.randint(0, vocabulary, (tokens,))
     labels[::IGNORED_EVERY] = -100
-    return *(tensor.to(DTYPES[dtype]).requires_grad_() for tensor in (hidden, weight)), labels
+    return hidden, weight, labels
 
 
 def step(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     hidden.grad = weight.grad = None
     value = loss(hidden, weight, labels)
-    value.backward()
+    value.backward()  # type: ignore[no-untyped-call]
     return value.detach()
 
 
 def products(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    hidden, weight = hidden.detach(), weight.detach()
+    hidden = hidden.detach()
+    weight = weight.detach()
     logits = hidden @ weight.T
     logits @ weight
     logits.T @ hidden
@@ -72,11 +76,12 @@ def status_mib(key: str) -> float:
 
 
 def child(name: str, shape: tuple[int, int, int], dtype: str) -> None:
-    """One step in this process: prints seconds, and MiB over the inputs."""
+    """Takes one step in this process; prints its seconds, and its MiB over the inputs."""
     step(LOSSES[name], *inputs(64, shape[1], 64, dtype))
     batch = inputs(*shape, dtype)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, start = status_mib("VmRSS"), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # starts a new peak
+    before = status_mib("VmRSS")
+    start = time.perf_counter()
     step(LOSSES[name], *batch)
     print(
         json.dumps(
@@ -88,7 +93,7 @@ def child(name: str, shape: tuple[int, int, int], dtype: str) -> None:
 def in_child(
     name: str, shape: tuple[int, int, int], dtype: str, cap: float
 ) -> dict[str, float] | None:
-    """None: it was stopped."""
+    """Seconds and peak MiB of a step in a process of its own; None if it was stopped."""
     command = [sys.executable, "-m", "bench.train.cross_entropy", "--child", name, "--dtype", dtype]
     sizes = ["--tokens", str(shape[0]), "--width", str(shape[1]), "--vocabulary", str(shape[2])]
     try:
@@ -97,23 +102,22 @@ def in_child(
         return None
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
-    found: dict[str, float] = json.loads(done.stdout.strip().rpartition("\n")[2])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.strip().rpartition("\n")[2])
+    return figures
 
 
 def check(shape: tuple[int, int, int], dtype: str) -> None:
-    """No result is further from float64 than eager's, but for 1e-5 of it; of a small part of the vocabulary."""
+    """Checks on a small vocabulary that no gradient is further from float64 than eager's + 1e-5."""
     batch = inputs(min(shape[0], 64), shape[1], min(shape[2], 5000), dtype)
     doubles = (*(tensor.detach().double().requires_grad_() for tensor in batch[:2]), batch[2])
     step(lambda h, w, y: F.cross_entropy(h @ w.T, y), *doubles)
-    truth = [tensor.grad for tensor in doubles[:2]]
+    truth = [tensor.grad for tensor in doubles[:2] if tensor.grad is not None]
     errors = {}
     for name in ("ours", "eager"):
         step(LOSSES[name], *batch)
-        gradients = [tensor.grad for tensor in batch[:2]]
+        gradients = [tensor.grad for tensor in batch[:2] if tensor.grad is not None]
         errors[name] = max(
-            float((a.double() - b).norm() / b.norm())  # type: ignore[union-attr]
-            for a, b in zip(gradients, truth, strict=True)
+            float((a.double() - b).norm() / b.norm()) for a, b in zip(gradients, truth, strict=True)
         )
     if not errors["ours"] <= errors["eager"] + 1e-5:
         raise SystemExit(
@@ -124,7 +128,10 @@ def check(shape: tuple[int, int, int], dtype: str) -> None:
 def timed(
     shape: tuple[int, int, int], dtype: str, seconds: float, compiled: bool
 ) -> dict[str, dict[str, float]]:
-    """Medians and quartile ranges of wall and CPU seconds; in turns until ``seconds`` are over, 3 turns at least."""
+    """Medians and quartile ranges of wall and CPU seconds.
+
+    The ways take turns until ``seconds`` are over, 3 turns at least.
+    """
     batch = inputs(*shape, dtype)
     runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: step(ours, *batch),
@@ -135,18 +142,18 @@ def timed(
         of_compiler = torch.compile(eager, dynamic=False)
         runs["torch.compile"] = lambda: step(of_compiler, *batch)
         runs["torch.compile"]()
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
-    while len(found["ours"]) < 3 or time.perf_counter() < end:
+    while len(times["ours"]) < 3 or time.perf_counter() < end:
         for name, run in runs.items():
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             run()
-            found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     rows = {}
-    for name, pairs in found.items():
-        (wall, wall_range), (cpu, cpu_range) = (
-            spread(values) for values in zip(*pairs, strict=True)
-        )
+    for name, pairs in times.items():
+        wall, wall_range = spread([pair[0] for pair in pairs])
+        cpu, cpu_range = spread([pair[1] for pair in pairs])
         rows[name] = {
             "wall_s": wall,
             "wall_range_s": wall_range,
@@ -162,13 +169,14 @@ def measure(shape: tuple[int, int, int], dtype: str, options: argparse.Namespace
     for name in ("ours", "eager"):
         rows[name]["peak_mib"] = (in_child(name, shape, dtype, 600) or {})["peak_mib"]
     if hasattr(F, "linear_cross_entropy"):
-        found = in_child("F.linear_cross_entropy", shape, dtype, options.cap)
-        row = (
-            {"wall_s": found["seconds"], "peak_mib": found["peak_mib"]}
-            if found
-            else {"stopped_s": options.cap}
-        )
-        rows["F.linear_cross_entropy"] = row
+        figures = in_child("F.linear_cross_entropy", shape, dtype, options.cap)
+        if figures is None:
+            rows["F.linear_cross_entropy"] = {"stopped_s": options.cap}
+        else:
+            rows["F.linear_cross_entropy"] = {
+                "wall_s": figures["seconds"],
+                "peak_mib": figures["peak_mib"],
+            }
     head_mib = shape[1] * shape[2] * DTYPES[dtype].itemsize / 2**20
     return {
         "tokens": shape[0],
@@ -179,17 +187,17 @@ def measure(shape: tuple[int, int, int], dtype: str, options: argparse.Namespace
     } | {"rows": rows}
 
 
-def describe(found: dict[str, Any]) -> None:
-    rows, sizes = found["rows"], f"N={found['tokens']} H={found['width']} V={found['vocabulary']}"
-    print(f"\n{found['dtype']}, {sizes}, dW {found['dw_mib']:.0f} MiB")
-    print(
-        f"{'':24}{'wall s':>9}{'(range)':>9}{'CPU s':>8}{'x eager':>9}{'x products':>12}{'peak MiB':>10}"
-    )
+def print_size(size: dict[str, Any]) -> None:
+    """Prints the rows of one size as a table."""
+    rows = size["rows"]
+    sizes = f"N={size['tokens']} H={size['width']} V={size['vocabulary']}"
+    print(f"\n{size['dtype']}, {sizes}, dW {size['dw_mib']:.0f} MiB")
+    heads = f"{'wall s':>9}{'(range)':>9}{'CPU s':>8}{'x eager':>9}{'x products':>12}"
+    print(f"{'':24}{heads}{'peak MiB':>10}")
     for name, row in rows.items():
         if "stopped_s" in row:
-            print(
-                f"{name:24}  one step, its process's start included, took more than {row['stopped_s']:.0f} s"
-            )
+            limit = f"{row['stopped_s']:.0f} s"
+            print(f"{name:24}  one step, with the start of its process, took more than {limit}")
             continue
         ratios = [row["wall_s"] / rows[of]["wall_s"] for of in ("eager", "products")]
         cells = [f"{row['wall_s']:9.3f}", f"{row.get('wall_range_s', float('nan')):9.3f}"]
@@ -198,11 +206,9 @@ def describe(found: dict[str, Any]) -> None:
             f"{ratios[0]:9.2f}",
             f"{ratios[1]:12.2f}",
         ]
-        print(
-            f"{name:24}{''.join(cells)}{row['peak_mib']:10.0f}"
-            if "peak_mib" in row
-            else f"{name:24}{''.join(cells)}"
-        )
+        if "peak_mib" in row:
+            cells.append(f"{row['peak_mib']:10.0f}")
+        print(f"{name:24}{''.join(cells)}")
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -223,8 +229,11 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--child", choices=LOSSES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.tokens, options.width, options.vocabulary = [64, 512], 256, 16384
-        options.seconds, options.cap = 1.0, 10.0
+        options.tokens = [64, 512]
+        options.width = 256
+        options.vocabulary = 16384
+        options.seconds = 1.0
+        options.cap = 10.0
     return options
 
 
@@ -243,9 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     report |= {"sizes": [], "not_measured": []}
     for dtype in options.dtype:
         if dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            reason = (
-                "torch has no fast bf16 product on this CPU: the products alone would take minutes"
-            )
+            reason = "torch has no fast bf16 product on this CPU: one product would take minutes"
             print(f"\nbf16 was NOT MEASURED: {reason}")
             report["not_measured"].append({"dtype": dtype, "reason": reason})
             continue
@@ -253,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
             report["sizes"].append(
                 measure((tokens, options.width, options.vocabulary), dtype, options)
             )
-            describe(report["sizes"][-1])
+            print_size(report["sizes"][-1])
     line = json.dumps(report)
     if options.json:
         options.json.write_text(line + "\n")

@@ -1,11 +1,12 @@
-"""Norms, gated activations and rotary positions, forward and backward: python -m bench.train.layers [--rounds N]
+"""Norms, gated activations and rotary positions: python -m bench.train.layers [--rounds N]
 
-One layer's worth of SmolLM2-135M and of Qwen2-0.5B, against transformers' own code as it is and compiled by
-torch.compile. Every contender runs once a round in one process, each round starting with the next one; medians of wall
-and CPU seconds, ratios those of a round. The floor is a copy of the bytes that nobody can do without: every input and
-gradient read, every result written, once in forward and once in backward. glibc keeps freed memory, as in merit_fast's
-training: else fresh pages cost every contender more than the arithmetic. Results are compared before anything is timed.
-The last line of standard output is one JSON object.
+Forward and backward of one layer's worth of SmolLM2-135M and of Qwen2-0.5B, against transformers'
+code as it is and under torch.compile. Every contender runs once a round in one process, and each
+round starts with the next one. Figures are medians of wall and CPU seconds; ratios are those of a
+round. The floor is a copy of the bytes that every implementation moves: every input and gradient
+read, every result written, once in forward and once in backward. glibc keeps freed memory, as in
+merit_fast's training; otherwise fresh pages cost every contender more than the arithmetic. Results
+are compared before anything is timed. The last line of standard output is one JSON object.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from bench.support.dtypes import DTYPES
 from bench.support.measure import machine, spread
 from merit_fast.kernels.layers import add_rms_norm, rms_norm, rope, swiglu
 from merit_fast.model import keep_freed_memory
@@ -43,14 +46,13 @@ MODELS = {
         "width": 64,
     },
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {"eager": 3.0, "torch.compile": 1.2}
 EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class Layer:
-    """``ours`` and ``theirs``: from the inputs to the outputs."""
+    """One layer: our function and transformers', from the same inputs to the outputs."""
 
     name: str
     ours: Callable[..., Any]
@@ -70,16 +72,19 @@ def layers(model: dict[str, Any], dtype: torch.dtype) -> list[Layer]:
         total = residual + x
         return functional_norm(total, weight), total
 
-    def functional_norm(x: Tensor, weight: Tensor) -> Tensor:
+    def functional_norm(x: Tensor, weight: Tensor) -> Any:
         return torch.func.functional_call(norm, {"weight": weight}, (x,))
 
     silu = ACT2FN["silu"]
-    x, residual, weight = leaf(batch, tokens, hidden), leaf(batch, tokens, hidden), leaf(hidden)
-    gate, up = leaf(batch, tokens, inner), leaf(batch, tokens, inner)
+    x = leaf(batch, tokens, hidden)
+    residual = leaf(batch, tokens, hidden)
+    weight = leaf(hidden)
+    gate = leaf(batch, tokens, inner)
+    up = leaf(batch, tokens, inner)
     q, k = (leaf(batch, tokens, heads, model["width"]) for heads in model["heads"])
     angles = torch.rand(1, tokens, model["width"]) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    size, wide, turned = x.nbytes, gate.nbytes, q.nbytes + k.nbytes
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
 
     def our_rope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
@@ -88,14 +93,21 @@ def layers(model: dict[str, Any], dtype: torch.dtype) -> list[Layer]:
         q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         return q, k
 
+    def our_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, EPSILON)
+
+    def our_added(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight, EPSILON)
+
+    def their_swiglu(gate: Tensor, up: Tensor) -> Any:
+        return silu(gate) * up
+
     return [
-        Layer("rms_norm", lambda x, w: rms_norm(x, w, EPSILON), functional_norm, [x, weight], 5 * size),
-        Layer(
-            "add_rms_norm", lambda *i: add_rms_norm(*i, EPSILON), added, [x, residual, weight], 8 * size
-        ),
-        Layer("swiglu", swiglu, lambda gate, up: silu(gate) * up, [gate, up], 8 * wide),
-        Layer("rope", our_rope, their_rope, [q, k], 4 * turned),
-    ]  # fmt: skip
+        Layer("rms_norm", our_norm, functional_norm, [x, weight], 5 * x.nbytes),
+        Layer("add_rms_norm", our_added, added, [x, residual, weight], 8 * x.nbytes),
+        Layer("swiglu", swiglu, their_swiglu, [gate, up], 8 * gate.nbytes),
+        Layer("rope", our_rope, their_rope, [q, k], 4 * (q.nbytes + k.nbytes)),
+    ]
 
 
 def step(run: Callable[..., Any], inputs: list[Tensor], gradients: list[Tensor]) -> tuple[Any, ...]:
@@ -105,7 +117,7 @@ def step(run: Callable[..., Any], inputs: list[Tensor], gradients: list[Tensor])
 
 
 def contenders(layer: Layer) -> dict[str, Callable[[], Any]]:
-    """Compiled and compared before they are timed."""
+    """The contenders' steps, compiled and compared."""
     torch._dynamo.reset()
     outputs = layer.theirs(*layer.inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -115,8 +127,8 @@ def contenders(layer: Layer) -> dict[str, Callable[[], Any]]:
         "eager": layer.theirs,
         "torch.compile": torch.compile(layer.theirs, dynamic=False),
     }
-    runs = {
-        name: lambda function=function: step(function, layer.inputs, gradients)
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(step, function, layer.inputs, gradients)
         for name, function in functions.items()
     }
     expected = runs["eager"]()
@@ -129,7 +141,7 @@ def contenders(layer: Layer) -> dict[str, Callable[[], Any]]:
 
 
 def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Wall and CPU seconds of a call, each the mean of some in a row that take about 5 ms together."""
+    """Wall and CPU seconds of a call, each a mean over consecutive calls of about 5 ms in all."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     repeats = {}
     for name, run in runs.items():
@@ -140,11 +152,13 @@ def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tup
     for _ in range(rounds):
         order = [*order[1:], order[0]]
         for name in order:
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             for _ in range(repeats[name]):
                 runs[name]()
-            ends = time.perf_counter() - wall, time.process_time() - cpu
-            times[name].append((ends[0] / repeats[name], ends[1] / repeats[name]))
+            wall = time.perf_counter() - wall
+            cpu = time.process_time() - cpu
+            times[name].append((wall / repeats[name], cpu / repeats[name]))
     return times
 
 
@@ -167,14 +181,13 @@ def measured(model: str, dtype: str, threads: int, rounds: int) -> list[dict[str
             "threads": threads,
         }
         for name, pairs in times.items():
-            row[f"{name}_us"], row[f"{name}_cpu_us"] = (
-                1e6 * statistics.median(column) for column in zip(*pairs, strict=True)
-            )
+            row[f"{name}_us"] = 1e6 * statistics.median(wall for wall, _ in pairs)
+            row[f"{name}_cpu_us"] = 1e6 * statistics.median(cpu for _, cpu in pairs)
         for name in ("eager", "torch.compile", "floor"):
-            for place, clock in enumerate(("", "cpu_")):
-                pairs = zip(times["ours"], times[name], strict=True)
-                ratio, width = spread([theirs[place] / ours[place] for ours, theirs in pairs])
-                row[f"{clock}ratio_{name}"], row[f"{clock}spread_{name}"] = ratio, width
+            for column, clock in enumerate(("", "cpu_")):
+                rounds_of_both = zip(times["ours"], times[name], strict=True)
+                ratios = [theirs[column] / ours[column] for ours, theirs in rounds_of_both]
+                row[f"{clock}ratio_{name}"], row[f"{clock}spread_{name}"] = spread(ratios)
         rows.append(row)
     return rows
 

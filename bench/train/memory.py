@@ -2,9 +2,13 @@
 
     python -m bench.train.memory VARIANT [--dtype fp32] [--tokens 512] [--layers 24]
 
-stock: transformers' loss and torch's fused AdamW, the Trainer's default. patched: ``patch_model``. fused: and
-``FusedAdamW``. backward: its updates happen in the backward pass, so that gradients do not live together;
-then with moments in bf16 or 8 bits. Two steps: the first makes the optimizer's states. Prints one line of JSON.
+- stock: transformers' loss and torch's fused AdamW, the Trainer's default.
+- patched: ``patch_model``.
+- fused: ``patch_model`` and ``FusedAdamW``.
+- backward: its updates happen in the backward pass, so that gradients do not live together.
+- backward-bf16, backward-int8: the same with moments in bf16 or 8 bits.
+
+Two steps are taken, since the first makes the optimizer's states. Prints one line of JSON.
 """
 
 import argparse
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 
+from merit_fast.data import IGNORED_LABEL
 from merit_fast.model import DTYPES, peak_memory_bytes, reset_peak_memory
 from merit_fast.patch.model import patch_model
 
@@ -22,12 +27,21 @@ IGNORED_SHARE = 0.25
 
 
 def qwen_config(layers: int) -> Any:
-    from transformers import Qwen2Config
+    """The configuration of Qwen2-0.5B with so many layers."""
+    import transformers
 
-    return Qwen2Config(
-        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14,
-        num_key_value_heads=2, tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa",
-    )  # fmt: skip
+    make: Any = transformers.Qwen2Config  # its type does not know attn_implementation
+    return make(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
 
 
 def make_optimizer(model: torch.nn.Module, variant: str) -> Any:
@@ -54,19 +68,20 @@ def main() -> None:
     from transformers import Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    default, dtype = torch.get_default_dtype(), getattr(torch, DTYPES[arguments.dtype])
-    torch.set_default_dtype(dtype)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, DTYPES[arguments.dtype]))
     model: Any = Qwen2ForCausalLM(qwen_config(arguments.layers)).train()
     torch.set_default_dtype(default)
     optimizer = make_optimizer(model, arguments.variant)
     if arguments.variant != "stock":
         patch_model(model)
     ids = torch.randint(0, 151936, (1, arguments.tokens))
-    labels = ids.masked_fill(torch.rand(ids.shape) < IGNORED_SHARE, -100)
+    labels = ids.masked_fill(torch.rand(ids.shape) < IGNORED_SHARE, IGNORED_LABEL)
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
     reset_peak_memory()
     base = peak_memory_bytes()
-    losses, start = [], time.perf_counter()
+    losses = []
+    start = time.perf_counter()
     for _ in range(2):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()

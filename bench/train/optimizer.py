@@ -1,11 +1,15 @@
-"""AdamW in one pass against torch's: python -m bench.train.optimizer [--rounds 9] [--threads 2] [--layers 3]
+"""AdamW in one pass against torch's.
 
-38 tensors of the shapes of Qwen2-0.5B's layers, 48.4 million parameters. Every variant steps once a round, each round
-begins with the next variant, and ratios are those of a round; medians count. The floor is the traffic that no way of
-computing avoids, at the rate of an in-place ``mul_`` of the same round. Results are compared before anything is timed.
+    python -m bench.train.optimizer [--rounds 9] [--threads 2] [--layers 3]
 
-On a busy machine set OMP_WAIT_POLICY=passive: torch forks threads once a tensor, and waiting for one that is not
-scheduled then counts as wall and CPU time. That alone made torch's fused step look 2.8 to 6 times slower than it is.
+38 tensors of the shapes of Qwen2-0.5B's layers, 48.4 million parameters. Every variant steps once a
+round, each round begins with the next variant, and ratios are those of a round; medians count. The
+floor is the traffic that every way of computing has, at the rate of an in-place ``mul_`` of the
+same round. Results are compared before anything is timed.
+
+On a busy machine set OMP_WAIT_POLICY=passive: torch forks threads once a tensor, and waiting for a
+thread that is not scheduled counts as wall and CPU time. By itself that made torch's fused step
+look 2.8 to 6 times slower than it is.
 """
 
 import argparse
@@ -21,14 +25,17 @@ from torch import Tensor
 from bench.support.measure import machine, spread
 from merit_fast.kernels.optimizer import FusedAdamW
 
-HIDDEN, INTERMEDIATE, KEYS = 896, 4864, 128
+HIDDEN = 896
+INTERMEDIATE = 4864
+KEYS = 128
 LAYER = [
     (HIDDEN, HIDDEN), (HIDDEN,), (KEYS, HIDDEN), (KEYS,), (KEYS, HIDDEN), (KEYS,), (HIDDEN, HIDDEN),
     (INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), (HIDDEN,), (HIDDEN,),
 ]  # fmt: skip
 EXTRA = [(HIDDEN,), (2 * HIDDEN, 2 * HIDDEN)]
-SETTINGS = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-FP32, BF16 = torch.float32, torch.bfloat16
+SETTINGS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+FP32 = torch.float32
+BF16 = torch.bfloat16
 
 
 class Variant:
@@ -44,7 +51,7 @@ class Variant:
     ) -> None:
         torch.manual_seed(0)
         shapes = LAYER * layers + EXTRA
-        self.weights = [
+        self.weights: list[Tensor] = [
             torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype)) for shape in shapes
         ]
         for weight in self.weights:
@@ -61,7 +68,7 @@ class Variant:
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0, foreach=True)
         self.optimizer.step()
         torch._foreach_lerp_(self.averages, [weight.detach() for weight in self.weights], 1e-3)
-        torch._foreach_zero_([weight.grad for weight in self.weights])
+        torch._foreach_zero_([weight.grad for weight in self.weights if weight.grad is not None])
 
 
 def torchs(**options: Any) -> Callable[[list[Tensor]], Any]:
@@ -73,7 +80,8 @@ def ours(**options: Any) -> Callable[[list[Tensor]], Any]:
 
 
 ALL = {"max_norm": 1.0, "average_decay": 0.999, "zero_grad": True}
-# Name -> dtype of weights, bytes an element that must move (read and written), optimizer, torch's separate passes.
+# name -> dtype of weights, bytes per element that must move (read and written), optimizer, and
+# whether torch's separate passes follow
 VARIANTS: dict[str, tuple[torch.dtype, float, Callable[[list[Tensor]], Any], bool]] = {
     "fp32: torch for-loop": (FP32, 28, torchs(foreach=False), False),
     "fp32: torch foreach": (FP32, 28, torchs(foreach=True), False),
@@ -104,7 +112,10 @@ RATIOS = [
 
 
 def check(layers: int) -> dict[str, float]:
-    """Three fp32 steps as torch's; the mean move of bf16 weights in 20 steps of one gradient, as a share of fp32's."""
+    """Compares three fp32 steps with torch's, and the mean move of bf16 weights with fp32's.
+
+    The bf16 weights take 20 steps of one gradient.
+    """
     results = []
     for make in (torchs(fused=True), ours()):
         variant = Variant(layers, FP32, 0, make)
@@ -117,7 +128,8 @@ def check(layers: int) -> dict[str, float]:
     for name, make in (("stochastic", ours()), ("nearest_torch", torchs(fused=True))):
         torch.manual_seed(0)
         weight = torch.nn.Parameter((torch.randn(1 << 18) * 0.02).bfloat16())
-        start, optimizer = weight.detach().float(), make([weight])
+        start = weight.detach().float()
+        optimizer = make([weight])
         for _ in range(20):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -138,9 +150,7 @@ def floor_rate() -> float:
 def measure(names: Sequence[str], layers: int, rounds: int) -> dict[str, Any]:
     """Only one family of variants is in memory at a time; all of it takes part in every round."""
     variants = {
-        name: Variant(layers, dtype, *rest)
-        for name, (dtype, *rest) in VARIANTS.items()
-        if name in names
+        name: Variant(layers, *options) for name, options in VARIANTS.items() if name in names
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}
@@ -149,7 +159,8 @@ def measure(names: Sequence[str], layers: int, rounds: int) -> dict[str, Any]:
         rates.append(floor_rate())
         order = list(variants)
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            start, before = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
+            before = time.process_time()
             variants[name].step()
             seconds[name].append(time.perf_counter() - start)
             cpu[name].append(time.process_time() - before)
@@ -205,16 +216,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"checks: {report['checks']}")
     for family in ("fp32:", "bf16:", "fp32 all:"):
         names = [name for name in VARIANTS if name.startswith(family)]
-        part = measure(names, options.layers, options.rounds)
-        print(f"\n{family.rstrip(':')}: in-place mul_ {part['gb_per_s']} GB/s")
+        family_report = measure(names, options.layers, options.rounds)
+        print(f"\n{family.rstrip(':')}: in-place mul_ {family_report['gb_per_s']} GB/s")
         print(f"{'':42}{'ms':>9}{'spread':>9}{'CPU ms':>9}{'x floor':>9}")
-        for name, row in part["rows"].items():
-            print(
-                f"{name:42}{row['ms']:9.2f}{row['spread_ms']:9.2f}{row['cpu_ms']:9.1f}{row['of_floor']:9.2f}"
-            )
-        for name, ratio in part["ratios"].items():
-            print(f"{ratio:6.2f} wall{part['cpu_ratios'][name]:7.2f} CPU  {name}")
-        report[family.rstrip(":")] = part
+        for name, row in family_report["rows"].items():
+            wall = f"{row['ms']:9.2f}{row['spread_ms']:9.2f}"
+            print(f"{name:42}{wall}{row['cpu_ms']:9.1f}{row['of_floor']:9.2f}")
+        for name, ratio in family_report["ratios"].items():
+            print(f"{ratio:6.2f} wall{family_report['cpu_ratios'][name]:7.2f} CPU  {name}")
+        report[family.rstrip(":")] = family_report
     print(json.dumps(report))
     return 0
 

@@ -1,12 +1,15 @@
-"""A whole training step against transformers' Trainer: tokens a second, the loss curve, peak memory.
+"""A whole training step against transformers' Trainer: tokens a second, loss curve, peak memory.
 
-    python -m bench.train.step DIR [--steps 6] [--rounds 2] [--batch 8] [--threads 2] [--only speed,memory,profile]
+    python -m bench.train.step DIR [--steps 6] [--rounds 2] [--only speed,memory,profile]
 
-speed: SmolLM2-135M in fp32 on the demo's rows, every variant on the same rows in the same order, a run of --steps steps
-each; variants alternate within a round and each round starts with the next one. The first step of a run is left out of
-the times (it makes the optimizer's states); ratios are of one round. Loss curves must agree before times are shown.
-memory: Qwen2-0.5B's shape (--dtype, --layers), a process each (bench/train/memory.py). profile: where the time of two
-steps goes, by torch.profiler, with our kernels and without. The last line of standard output is JSON.
+- speed: SmolLM2-135M in fp32 on the demo's rows. Every variant takes the same rows in the same
+  order, a run of --steps steps each; variants alternate within a round and each round starts with
+  the next one. The first step of a run is left out of the times, since it makes the optimizer's
+  states. Ratios are of one round. Loss curves must agree before times are shown.
+- memory: Qwen2-0.5B's shape (--dtype, --layers), a process each (bench/train/memory.py).
+- profile: shares of two steps by operator, from torch.profiler, with our kernels and without.
+
+The last line of standard output is JSON.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from bench.sketch.work import rotated
 from bench.support.measure import machine, run_child, spread
 from bench.train.memory import VARIANTS as MEMORY
 from bench.train.step_variants import VARIANTS, Run, Work
+from merit_fast.data import count_target_tokens
 
 PARTS = ("speed", "memory", "profile")
 CURVES_AGREE = 2e-3  # relative, for the mean loss of a step
@@ -32,7 +36,7 @@ def note(text: str) -> None:
 
 
 def demo_work(arguments: argparse.Namespace) -> Work:
-    """Rows of all tasks in a random order."""
+    """The demo's rows of all tasks in a random order."""
     import numpy as np
 
     from bench.sketch.accuracy import load_tasks
@@ -48,7 +52,7 @@ def demo_work(arguments: argparse.Namespace) -> Work:
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     work = demo_work(arguments)
     tokens = sum(len(e.input_ids) for e in work.examples[work.batch_size :])
-    targets = sum(int((e.labels[1:] != -100).sum()) for e in work.examples[work.batch_size :])
+    targets = sum(count_target_tokens(e.labels) for e in work.examples[work.batch_size :])
     runs: dict[str, list[Run]] = {name: [] for name in VARIANTS}
     for number in range(arguments.rounds):
         for name in rotated(list(VARIANTS), number):
@@ -56,68 +60,61 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
                 runs[name].append(VARIANTS[name](work, Path(folder)))
             note(f"round {number + 1}, {name}: {sum(runs[name][-1].wall_s[1:]):.1f} s")
     curve = runs["Trainer"][0].losses
-    for name, found in runs.items():
-        for run in found:
+    for name, repeats in runs.items():
+        for run in repeats:
             furthest = max(abs(a - b) / b for a, b in zip(run.losses, curve, strict=True))
             assert furthest < CURVES_AGREE, (
                 f"{name}: a step's loss is off by {furthest:.1e}: {run.losses} {curve}"
             )
-    rows = {}
-    for name, found in runs.items():
+    rows: dict[str, Any] = {}
+    for name, repeats in runs.items():
         stock = runs["Trainer"]
         rows[name] = {
-            "tokens_per_s": spread([tokens / sum(run.wall_s[1:]) for run in found]),
-            "target_tokens_per_s": spread([targets / sum(run.wall_s[1:]) for run in found]),
+            "tokens_per_s": spread([tokens / sum(run.wall_s[1:]) for run in repeats]),
+            "target_tokens_per_s": spread([targets / sum(run.wall_s[1:]) for run in repeats]),
             "wall_speedup": spread(
-                [sum(s.wall_s[1:]) / sum(r.wall_s[1:]) for r, s in zip(found, stock, strict=True)]
+                [sum(s.wall_s[1:]) / sum(r.wall_s[1:]) for r, s in zip(repeats, stock, strict=True)]
             ),
             "cpu_speedup": spread(
-                [sum(s.cpu_s[1:]) / sum(r.cpu_s[1:]) for r, s in zip(found, stock, strict=True)]
+                [sum(s.cpu_s[1:]) / sum(r.cpu_s[1:]) for r, s in zip(repeats, stock, strict=True)]
             ),
             "curve_off_by": max(
-                abs(a - b) / b for r in found for a, b in zip(r.losses, curve, strict=True)
+                abs(a - b) / b for r in repeats for a, b in zip(r.losses, curve, strict=True)
             ),
         }
-    print(
-        f"SmolLM2-135M, fp32, {work.steps} steps of {work.batch_size} rows, {tokens} tokens, {targets} targets"
-    )
+    size = f"{work.steps} steps of {work.batch_size} rows, {tokens} tokens, {targets} targets"
+    print(f"SmolLM2-135M, fp32, {size}")
     print(f"{'':24}{'tokens/s':>10}{'targets/s':>11}{'wall x':>8}{'CPU x':>8}{'curve off by':>14}")
     for name, row in rows.items():
         numbers = [
             row[key][0]
             for key in ("tokens_per_s", "target_tokens_per_s", "wall_speedup", "cpu_speedup")
         ]
-        print(
-            f"{name:24}{numbers[0]:10.1f}{numbers[1]:11.1f}{numbers[2]:8.2f}{numbers[3]:8.2f}{row['curve_off_by']:14.1e}"
-        )
+        cells = f"{numbers[0]:10.1f}{numbers[1]:11.1f}{numbers[2]:8.2f}{numbers[3]:8.2f}"
+        print(f"{name:24}{cells}{row['curve_off_by']:14.1e}")
     return {"rows": rows, "curve": curve, "tokens": tokens, "targets": targets}
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for variant in MEMORY:
         command = [sys.executable, "-m", "bench.train.memory", variant, "--dtype", arguments.dtype]
         command += ["--layers", str(arguments.layers), "--tokens", str(arguments.tokens)]
-        found[variant] = run_child(command)
-        note(f"{variant}: {found[variant]}")
-        assert "error" not in found[variant], found[variant]
-    stock = found["stock"]["above_mib"]
-    print(
-        f"\nQwen2-0.5B's shape, {arguments.layers} layers, {arguments.dtype}, T={arguments.tokens}: peak over weights"
-    )
-    for variant, row in found.items():
-        share = row["above_mib"] / stock
-        print(
-            f"{variant:24}{row['above_mib']:10.0f} MiB{share:8.2f} of stock{row['step_s']:8.1f} s a step"
-        )
-        assert abs(row["loss_0"] - found["stock"]["loss_0"]) < 1e-3 * found["stock"]["loss_0"], (
-            variant
-        )
-    return found
+        figures[variant] = run_child(command)
+        note(f"{variant}: {figures[variant]}")
+        assert "error" not in figures[variant], figures[variant]
+    stock = figures["stock"]
+    size = f"{arguments.layers} layers, {arguments.dtype}, T={arguments.tokens}"
+    print(f"\nQwen2-0.5B's shape, {size}: peak over weights")
+    for variant, row in figures.items():
+        share = f"{row['above_mib'] / stock['above_mib']:8.2f} of stock"
+        print(f"{variant:24}{row['above_mib']:10.0f} MiB{share}{row['step_s']:8.1f} s a step")
+        assert abs(row["loss_0"] - stock["loss_0"]) < 1e-3 * stock["loss_0"], variant
+    return figures
 
 
 def profile(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Self CPU time by operator, of two steps with loading, which is small beside them."""
+    """Self CPU time by operator of two steps, with loading, which is small next to them."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
@@ -153,7 +150,7 @@ def main() -> None:
     arguments.directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     parts = {"speed": speed, "memory": memory, "profile": profile}
-    results = {name: part(arguments) for name, part in parts.items() if name in arguments.only}
+    results = {name: run(arguments) for name, run in parts.items() if name in arguments.only}
     print(json.dumps({"machine": machine(), "threads": arguments.threads, **results}))
 
 

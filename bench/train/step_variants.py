@@ -1,4 +1,4 @@
-"""The ways to train that bench_train compares: the stock Trainer, the Trainer with our kernels, our loop."""
+"""The variants of bench.train.step: the Trainer, the Trainer with our kernels, our loop."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +17,8 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Work:
+    """The model, and the rows of every step."""
+
     model: str
     examples: Sequence[Example]  # in the order of the steps
     batch_size: int
@@ -40,18 +42,15 @@ class Run:
 
 
 def recipe(work: Work, **changes: Any) -> TrainConfig:
-    """What both sides train with: AdamW(0.9, 0.98), one learning rate, clipping to norm 1."""
-    constant = dict(warmup_fraction=0.0, final_fraction=1.0)
+    """The settings of both sides: AdamW(0.9, 0.98), one learning rate, clipping to norm 1."""
+    options: dict[str, Any] = {"warmup_fraction": 0.0, "final_fraction": 1.0, **changes}
     return TrainConfig(
-        learning_rate=LEARNING_RATE,
-        batch_size=work.batch_size,
-        dtype="fp32",
-        **{**constant, **changes},
+        learning_rate=LEARNING_RATE, batch_size=work.batch_size, dtype="fp32", **options
     )
 
 
 def trainer(work: Work, folder: Path, patched: bool) -> Run:
-    """transformers' Trainer as it comes: its collator's padding, SDPA, its fused AdamW, the model's own loss."""
+    """transformers' Trainer by default: padding collator, SDPA, fused AdamW, the model's loss."""
     import logging
 
     from transformers import (
@@ -66,7 +65,7 @@ def trainer(work: Work, folder: Path, patched: bool) -> Run:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     run = Run([], [], [])
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.start = time.perf_counter(), time.process_time()
 
@@ -84,10 +83,21 @@ def trainer(work: Work, folder: Path, patched: bool) -> Run:
     if patched:
         patch_model(model)
     arguments = TrainingArguments(
-        str(folder), num_train_epochs=1, per_device_train_batch_size=work.batch_size, learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant", adam_beta2=0.98, max_grad_norm=1.0, logging_steps=1, report_to=[], use_cpu=True,
-        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential", dataloader_num_workers=0,
-    )  # fmt: skip
+        str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=work.batch_size,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=0,
+    )
     rows = [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in work.examples]
     collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(work.model), padding=True)
     Trainer(
@@ -100,22 +110,24 @@ def ours(work: Work, **changes: Any) -> Run:
     """The loop of ``merit-fast train``."""
     from merit_fast.model import load_model
     from merit_fast.train.optimizer import MasterAdamW
-    from merit_fast.train.resume import Progress
+    from merit_fast.train.resume import Position
     from merit_fast.train.stage import _train_step
 
     config = recipe(work, **changes)
     model = load_model(work.model, "fp32").train()
     patch_model(model, config.kernels)
     optimizer = MasterAdamW(model, config)
-    run, progress = Run([], [], []), Progress()
+    run = Run([], [], [])
+    position = Position()
     for step in range(work.steps):
-        wall, cpu = time.perf_counter(), time.process_time()
-        progress = _train_step(
-            model, optimizer, work.batch(step), work.padding, work.steps, config, progress
+        wall = time.perf_counter()
+        cpu = time.process_time()
+        position = _train_step(
+            model, optimizer, work.batch(step), work.padding, work.steps, config, position
         )
         run.wall_s.append(time.perf_counter() - wall)
         run.cpu_s.append(time.process_time() - cpu)
-    run.losses = list(progress.losses)
+    run.losses = list(position.losses)
     return run
 
 

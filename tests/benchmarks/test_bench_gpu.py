@@ -1,4 +1,4 @@
-"""The GPU benchmark where no GPU is: its cases hold on the CPU, wrong results are caught, and nothing is claimed."""
+"""The GPU benchmark without a GPU: cases hold on the CPU, wrong results are caught."""
 
 import itertools
 import subprocess
@@ -40,7 +40,7 @@ def test_every_op_with_a_gpu_kernel_has_an_entry():
 
 
 def spoiled(op, spoil):
-    """``op`` in its first cases, with ``spoil`` applied to the results of every backend but eager."""
+    """``op`` in its first cases; ``spoil`` changes the results of every backend but eager."""
 
     def small(device):
         for case in itertools.islice(op.small(device), 3):
@@ -105,7 +105,7 @@ def test_sketches_of_tf32_precision_and_of_changing_bits_are_wrong(op, monkeypat
         assert any(words in line for line in said)
 
 
-def test_right_results_are_timed_beside_their_peers_and_wrong_ones_are_not(monkeypatch):
+def test_right_results_are_timed_with_their_peers_and_wrong_ones_are_not(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     sound, broken = (
         replace(op, large=op.small) for op in (gpu.OPS[0], spoiled(gpu.OPS[2], torch.zeros_like))
@@ -124,12 +124,14 @@ def test_right_results_are_timed_beside_their_peers_and_wrong_ones_are_not(monke
     assert ours["by"] == "cpu" and ours["seconds"] == 0.25 and ours["floor_s"] > 0
     assert liger["by"] == "liger-kernel" and liger["failed"].startswith("IndexError")
     assert not any(row["op"] == broken.name and row["by"] == "cpu" for row in report["times"])
-    lines = list(gpu.describe(report))
+    lines = list(gpu.report_lines(report))
     assert any("250.000" in line for line in lines) and any("IndexError" in line for line in lines)
 
 
 def test_peers_compute_what_the_op_computes():
-    dy, x, ids = torch.randn(2, 9, 70), torch.randn(2, 9, 130), torch.randint(0, 50, (2, 9))
+    dy = torch.randn(2, 9, 70)
+    x = torch.randn(2, 9, 130)
+    ids = torch.randint(0, 50, (2, 9))
     cases = [
         gpu_average.case("", [[torch.randn(5)] for _ in range(3)], "fp32", timed=True),
         gpu_sketch.flat("", torch.randn(1, 70, 130), 12288, "fp32", timed=True),
@@ -159,7 +161,7 @@ def test_ceilings_are_of_bytes_and_of_operations():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_it_says_so_claims_nothing_and_exits_with_0(tmp_path):
+def test_without_a_gpu_it_reports_that_and_exits_with_0(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--json", tmp_path / "out.json"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and not (tmp_path / "out.json").exists()

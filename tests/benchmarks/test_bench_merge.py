@@ -1,4 +1,4 @@
-"""The merge benchmark keeps running: rounds, resume, refusal, the tables, and the arithmetic it judges bits by."""
+"""The merge benchmark: rounds, resume, refusal, tables, and the arithmetic of its reference."""
 
 import json
 import subprocess
@@ -57,12 +57,19 @@ def test_results_of_other_circumstances_are_refused(tmp_path):
 
 
 def test_a_child_is_not_charged_with_the_memory_of_the_process_that_starts_it():
-    text = "import bench.support.measure as m; held = bytearray(1 << 28); print(m.run_child(['/bin/true'])['peak_mib'])"
+    text = """
+import bench.support.measure as m
+held = bytearray(1 << 28)
+print(m.run_child(['/bin/true'])['peak_mib'])
+"""
     assert float(run("-c", text)) < 64
 
 
 def test_a_failing_child_gives_its_last_words():
-    text = "import sys, bench.support.measure as m; print(m.run_child([sys.executable, '-c', 'raise SystemExit(\"no disk\")']))"
+    text = """
+import sys, bench.support.measure as m
+print(m.run_child([sys.executable, '-c', 'raise SystemExit("no disk")']))
+"""
     assert run("-c", text).strip() == "{'error': 'no disk'}"
 
 
@@ -76,7 +83,7 @@ def round_once():
     return round_once
 
 
-# between the bf16 values 1 and 1 + 1/128 the middle is 1 + 1/256; 2**-40 beside it is lost in fp32
+# midway between the bf16 values 1 and 1 + 1/128 lies 1 + 1/256; fp32 loses 2**-40 next to it
 @pytest.mark.parametrize(
     ("value", "bits"),
     [
@@ -105,7 +112,7 @@ def test_the_reference_rounds_once(round_once, value, bits):
 def test_io_paths_measures_every_way(tmp_path):
     text = run("-m", "bench.merge.io_paths", tmp_path, "--mib", "8", "--rounds", "1")
     assert all(
-        f"| {way} " in text
-        for way in ("O_DIRECT, 1 MiB", "copy_file_range", "mmap, copied in 512 KiB")
+        f"| {name} " in text
+        for name in ("O_DIRECT, 1 MiB", "copy_file_range", "mmap, copied in 512 KiB")
     )
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The sketch's benchmarks keep running: rounds, resume, refusal, tables, absent peers, and their own checks."""
+"""The sketch's benchmarks: rounds, resume, refusal, tables, absent peers, and their checks."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from support.paths import ROOT
 
 @pytest.fixture
 def bench(monkeypatch, capfd):
-    """Runs one of the scripts in this process, as importing torch takes longer than they do; gives what it printed."""
+    """Runs a script in this process, since importing torch takes longer; returns its output."""
     monkeypatch.syspath_prepend(str(ROOT))
     threads = torch.get_num_threads()
 
@@ -45,8 +45,14 @@ def test_steps_are_measured_kept_and_not_repeated(bench, tmp_path, tiny_model):
         names[-1],
     ]
     assert list(rounds[0]["rows"]) == [
-        "plain", "frozen", "sketch", "plain, oneDNN", "sketch, oneDNN", "training", "training + sum",
-    ]  # fmt: skip
+        "plain",
+        "frozen",
+        "sketch",
+        "plain, oneDNN",
+        "sketch, oneDNN",
+        "training",
+        "training + sum",
+    ]
     assert all(row["cpu_s"] > 0 for entry in rounds for row in entry["rows"].values())
     assert "| SmolLM2-135M, bf16, 1 thread(s): sketch | wall " in text and "round 1" in text
     again = bench("sketch.step", *options, "--rounds", "1")
@@ -66,12 +72,12 @@ def test_accuracy_is_that_of_the_gradients_it_keeps(bench, tmp_path, tiny_model)
     options = (tmp_path, "--quick", "--model", tiny_model, "--examples", "2", "--proj-dims", "4096")
     text = bench("sketch.accuracy", *options, "--seeds", "2")
     assert "| 4096 | 2 | " in text and "8 tasks, 28 pairs" in text
-    found = records(tmp_path / "sketch_accuracy.jsonl")
+    kept = records(tmp_path / "sketch_accuracy.jsonl")
     gradients = torch.stack(
-        [torch.from_file(str(f), size=f.stat().st_size // 4) for f in files_of(found, tmp_path)]
+        [torch.from_file(str(f), size=f.stat().st_size // 4) for f in files_of(kept, tmp_path)]
     )
     exact = sum(
-        torch.tensor(value) for record in found for value in record.get("exact", {}).values()
+        torch.tensor(value) for record in kept for value in record.get("exact", {}).values()
     )
     assert torch.allclose(exact.double(), gradients.double() @ gradients.double().T, rtol=1e-5)
     more = bench("sketch.accuracy", *options, "--seeds", "3")
@@ -81,13 +87,13 @@ def test_accuracy_is_that_of_the_gradients_it_keeps(bench, tmp_path, tiny_model)
         bench("sketch.accuracy", *other)
 
 
-def files_of(found, folder):
+def files_of(kept, folder):
     return [
-        folder / f"{record['gradient']['task']}.2.f32" for record in found if "gradient" in record
+        folder / f"{record['gradient']['task']}.2.f32" for record in kept if "gradient" in record
     ]
 
 
-def test_a_peer_that_is_not_to_be_had_is_said_and_the_others_run(bench, tmp_path):
+def test_a_missing_peer_is_reported_and_the_others_run(bench, tmp_path):
     (tmp_path / "peers").mkdir()
     options = ("--quick", "--rounds", "1", "--threads", "1", "--peers", tmp_path / "peers")
     text = bench("sketch.peers", tmp_path / "out", *options, "--only", "merit-fast,opacus")
@@ -95,17 +101,17 @@ def test_a_peer_that_is_not_to_be_had_is_said_and_the_others_run(bench, tmp_path
     assert f"| opacus | failed: {tmp_path}/peers: is not an environment" in text
 
 
-def test_the_loop_over_examples_is_checked_and_timed_beside_the_plain_step(bench):
-    found = json.loads(
+def test_the_loop_over_examples_is_checked_and_timed_with_the_plain_step(bench):
+    times = json.loads(
         bench("sketch.peer_steps", "less", "--quick", "--rounds", "2").splitlines()[-1]
     )
-    steps = {name.split("/")[1] for name in found}
+    steps = {name.split("/")[1] for name in times}
     assert steps == {
         "plain",
         "loop over examples, nothing projected",
         "loop over examples, index_add_ to 65536",
     }
-    assert len(found) == 2 * 3 * 2
+    assert len(times) == 2 * 3 * 2
 
 
 def test_a_wrong_result_ends_the_benchmark(module):

@@ -65,10 +65,8 @@ def test_collate_pads_left_and_masks_by_position(tokenizer):
 
     end = tokenizer.eos_token_id
     assert end == tokenizer.pad_token_id  # the trap
-    short, long = (
-        example([end, 7, end], [-100, -100, end]),
-        example([5, 6, end, 8, end], [5, -100, end, -100, end]),
-    )
+    short = example([end, 7, end], [-100, -100, end])
+    long = example([5, 6, end, 8, end], [5, -100, end, -100, end])
     batch = collate([short, long], [3, 1], end, pad_to_multiple_of=4)
     n = -100
     assert batch.input_ids.tolist() == [[end] * 5 + [end, 7, end], [end] * 3 + [5, 6, end, 8, end]]
@@ -109,7 +107,8 @@ def test_batch_without_targets():
 
 def test_fingerprint_follows_content_alone(tmp_path, tokenizer):
     rows = [GOOD, FORMATS["prompt_completion"]]
-    train, held_out = write(tmp_path / "t.jsonl", rows), write(tmp_path / "e.jsonl", rows[:1])
+    train = write(tmp_path / "t.jsonl", rows)
+    held_out = write(tmp_path / "e.jsonl", rows[:1])
     model = tmp_path / "model"
     tokenizer.save_pretrained(model)
 
@@ -118,10 +117,12 @@ def test_fingerprint_follows_content_alone(tmp_path, tokenizer):
         configs = [DatasetConfig(name, **keys) for name in names]
         return mixture_fingerprint(configs, data or DataConfig(), str(model), part=part)
 
-    base, base_train = mark(), mark(part="train")
+    base = mark()
+    base_train = mark(part="train")
     moved = write(tmp_path / "moved.jsonl", rows)
     (tmp_path / "folder").mkdir()
-    template, same_template = tmp_path / "c.jinja", tmp_path / "d.jinja"
+    template = tmp_path / "c.jinja"
+    same_template = tmp_path / "d.jinja"
     template.write_text(CHATML)
     same_template.write_text(CHATML)
     with_template = mark(DataConfig(chat_template=str(template)))
@@ -182,6 +183,7 @@ def test_slow_tokenizer_is_refused(tmp_path):
 
 
 def test_import_is_light():
-    code = "import merit_fast.data, sys; print(*{'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    heavy = {"torch", "transformers", "datasets", "pyarrow"}
+    code = f"import merit_fast.data, sys; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -124,8 +124,8 @@ def test_paths_that_hold_nothing(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert message("owner/name") == (
-        "owner/name: is neither a file nor a directory, and split 'train' of a Hugging Face dataset of this name "
-        "could not be loaded: offline (HF_HUB_OFFLINE) and not in the cache"
+        "owner/name: is neither a file nor a directory, and split 'train' of a Hugging Face "
+        "dataset of this name could not be loaded: offline (HF_HUB_OFFLINE) and not in the cache"
     )
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     assert message("owner/name").endswith("could not be loaded: no route")
@@ -139,7 +139,8 @@ def test_unused_columns_are_noted(tmp_path, tokenizer):
 
 
 def test_mixture_order_eval_part_and_rules(tmp_path, tokenizer):
-    a, b = write(tmp_path / "a.jsonl", [GOOD, GOOD]), write(tmp_path / "b.jsonl", [GOOD])
+    a = write(tmp_path / "a.jsonl", [GOOD, GOOD])
+    b = write(tmp_path / "b.jsonl", [GOOD])
     configs = [DatasetConfig("z", b), DatasetConfig("a", a, eval_path=b, max_examples=1)]
     train = load_mixture(configs, tokenizer, DataConfig(), part="train")
     assert [(dataset.name, dataset.num_examples) for dataset in train] == [("z", 1), ("a", 1)]
@@ -191,7 +192,8 @@ def test_too_long(tmp_path, tokenizer):
             assistant("never reached"),
         ]
     }
-    good, unanswered = FORMATS["messages"], {"messages": [user("y" * 200), assistant("z")]}
+    good = FORMATS["messages"]
+    unanswered = {"messages": [user("y" * 200), assistant("z")]}
     path = write(tmp_path / "a.jsonl", [long, good, long, unanswered])
     whole = load(path, tokenizer)
     limit = 60

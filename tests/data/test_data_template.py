@@ -175,12 +175,14 @@ def test_template_that_rewrites_earlier_turns_gives_one_example_per_answer(tmp_p
 TEMPLATE_ERRORS = {
     "not_a_prefix": (
         CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"),
-        "bad.jsonl:1: the chat template must render messages[:1] with add_generation_prompt as a prefix of "
+        "bad.jsonl:1: the chat template must render messages[:1] "
+        "with add_generation_prompt as a prefix of "
         "messages[:2], got '<think>' against 'Paris<|im_end|>\\n'",
     ),
     "ignores_the_flag": (
         CHATML.replace("add_generation_prompt", "false"),
-        "bad.jsonl:1: the chat template must render messages[:1] with add_generation_prompt up to where the answer "
+        "bad.jsonl:1: the chat template must render messages[:1] "
+        "with add_generation_prompt up to where the answer "
         "begins, but it ignores that flag; got '<|im_start|>assistant\\nParis<",
     ),
     "leaves_the_answer_out": (

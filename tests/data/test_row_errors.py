@@ -40,14 +40,15 @@ ROW_ERRORS = {
     "empty": ("\n \n", "bad.jsonl: dataset d: must have at least one row, found none"),
     "columns": (
         [{"question": "a", "answer": "b"}],
-        "bad.jsonl:1: unknown columns: must have one of (messages; conversations; prompt, completion; instruction, "
-        "output), got question, answer",
+        "bad.jsonl:1: unknown columns: must have one of "
+        "(messages; conversations; prompt, completion; instruction, output), "
+        "got question, answer",
     ),
     "no_columns": ([{}], "bad.jsonl:1: unknown columns: "),
     "other_kind": (
         [GOOD, FORMATS["alpaca"]],
-        "bad.jsonl:2: must be of the kind of the rows before it (prompt and completion: prompt, completion), "
-        "got instruction, output",
+        "bad.jsonl:2: must be of the kind of the rows before it "
+        "(prompt and completion: prompt, completion), got instruction, output",
     ),
     "role": (
         [{"messages": [{"role": "bot", "content": "a"}]}],
@@ -55,7 +56,8 @@ ROW_ERRORS = {
     ),
     "from": (
         [{"conversations": [{"from": "bing", "value": "a"}]}],
-        "bad.jsonl:1: conversations[0].from: must be one of human, gpt, system, user, assistant, got 'bing'",
+        "bad.jsonl:1: conversations[0].from: must be one of human, gpt, system, user, assistant, "
+        "got 'bing'",
     ),
     "no_messages": ([{"messages": []}], "bad.jsonl:1: messages: must be a non-empty list, got []"),
     "no_content": (

@@ -33,13 +33,16 @@ def checkpoint(folder, tensors, like):
 
 
 def sharpened(tiny_model):
-    """The tiny model's matrices times 3: as it was initialised its loss is so flat that rounding drowns a curvature."""
-    found = {
+    """The tiny model with its matrices times 3.
+
+    As initialised, its loss is so flat that rounding hides a curvature.
+    """
+    weights = {
         n: v.float()
         for file in tiny_model.glob("*.safetensors")
         for n, v in load_file(file).items()
     }
-    return {name: value * (3 if value.dim() > 1 else 1) for name, value in found.items()}
+    return {name: value * (3 if value.dim() > 1 else 1) for name, value in weights.items()}
 
 
 def branches_around(folder, tiny_model, size):

@@ -1,4 +1,4 @@
-"""What evaluate measures is what it says: checked against transformers' loss and generate, and tensor math."""
+"""Checks evaluate against transformers' loss and generate, and against plain tensor math."""
 
 import numpy as np
 import pytest
@@ -46,14 +46,11 @@ def test_losses_equal_transformers_row_by_row(model, datasets):
     for dataset in datasets:
         total = 0.0
         for example in dataset.examples:
-            ids, labels = (
-                torch.tensor(example.input_ids)[None].long(),
-                torch.tensor(example.labels)[None].long(),
-            )
+            ids = torch.tensor(example.input_ids)[None].long()
+            labels = torch.tensor(example.labels)[None].long()
+            num_targets = int((labels[:, 1:] != -100).sum())
             with torch.no_grad():
-                total += float(model(input_ids=ids, labels=labels).loss) * int(
-                    (labels[:, 1:] != -100).sum()
-                )
+                total += float(model(input_ids=ids, labels=labels).loss) * num_targets
         result = results[dataset.name]
         assert result.loss == pytest.approx(total / dataset.num_target_tokens, rel=1e-4)
         assert (result.num_examples, result.num_target_tokens) == (
@@ -65,7 +62,8 @@ def test_losses_equal_transformers_row_by_row(model, datasets):
 def test_exact_match_is_what_greedy_generation_writes(model):
     """Rows whose answer the model itself wrote, every second one spoilt in its last token."""
     generator = np.random.default_rng(0)
-    examples, expected = [], []
+    examples = []
+    expected = []
     for i in range(6):
         prompt = torch.tensor(generator.integers(2, 400, 5 + i))[None]
         written = model.generate(
@@ -83,10 +81,10 @@ def test_exact_match_is_what_greedy_generation_writes(model):
 
 
 def test_batch_size_does_not_matter(model, datasets):
-    one, many = (dataset_results(model, datasets, 1, batch_size=n) for n in (1, 8))
-    for name in one:
-        assert one[name].loss == pytest.approx(many[name].loss, rel=1e-5)
-        assert one[name].exact_match == many[name].exact_match
+    singly, together = (dataset_results(model, datasets, 1, batch_size=n) for n in (1, 8))
+    for name in singly:
+        assert singly[name].loss == pytest.approx(together[name].loss, rel=1e-5)
+        assert singly[name].exact_match == together[name].exact_match
 
 
 def test_text_loss_is_the_mean_over_the_text(model, tokenizer):
@@ -94,7 +92,8 @@ def test_text_loss_is_the_mean_over_the_text(model, tokenizer):
 
     text = resources.files("merit_fast.evaluate").joinpath("general_text.txt").read_text()
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    total, tokens = 0.0, 0
+    total = 0.0
+    tokens = 0
     for window in ids.split(512):
         with torch.no_grad():
             logits = model(window[None]).logits[0, :-1].float()
@@ -121,7 +120,8 @@ def weights(directory):
 
 def test_displacement_and_interpolation_against_tensor_math(tiny_model, tmp_path):
     make_model(tmp_path / "other", seed=3)
-    base, other = weights(tiny_model), weights(tmp_path / "other")
+    base = weights(tiny_model)
+    other = weights(tmp_path / "other")
     exact = sum((other[name].double() - base[name].double()).square().sum() for name in base) ** 0.5
     assert displacement(tmp_path / "other", tiny_model) == pytest.approx(float(exact))
     assert displacement(tiny_model, tiny_model) == 0.0

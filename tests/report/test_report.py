@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from plotly.offline import get_plotlyjs
-from support.reports import (
+from support.report.manifests import (
     CASES,
     EVIL,
     Page,
@@ -55,14 +55,14 @@ def test_page_loads_nothing(tmp_path):
     split = make_split(6, 4, unresolved=1)
     text = write(tmp_path / "r.html", split, make_evaluation(split), audit=make_audit())
     assert text.count(get_plotlyjs()) == 1
-    own = text.replace(get_plotlyjs(), "")
-    assert len(own) < 100_000
+    ours = text.replace(get_plotlyjs(), "")
+    assert len(ours) < 100_000
     for load in ("http:", "https:", "src=", "href=", "@import", "url(", "//"):
-        assert load not in own, load
+        assert load not in ours, load
     page = Page(text)
     assert not {"link", "iframe", "img", "object", "embed", "base"} & {tag for tag, _ in page.tags}
     assert (
-        'showSendToCloud: false, plotlyServerURL: ""' in own
+        'showSendToCloud: false, plotlyServerURL: ""' in ours
     )  # else the tool bar offers to send the data away
     (policy,) = [
         a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from support.reports import (
+from support.report.manifests import (
     CASES,
     Page,
     make_evaluation,
@@ -43,35 +43,39 @@ def hover_row(split, i):
     )
     norm = "not resolved" if row.gradient_norm is None else f"{row.gradient_norm:.3g}"
     return [
-        row.name, group, split.random_groups[i], row.num_examples, row.num_target_tokens, row.num_sketched_examples,
-        with_error(row.signal_fraction, row.signal_error), unknown, row.margin, row.stability, row.mean_loss, norm,
+        *(row.name, group, split.random_groups[i]),
+        *(row.num_examples, row.num_target_tokens, row.num_sketched_examples),
+        *(with_error(row.signal_fraction, row.signal_error), unknown),
+        *(row.margin, row.stability, row.mean_loss, norm),
         *(with_error(s, e) for s, e in zip(split.scores[i], split.score_errors[i], strict=True)),
-    ]  # fmt: skip
+    ]
 
 
 @CASES
 def test_every_cosine_is_in_the_conflict_map_with_its_error(tmp_path, split, evaluated):
     (heat,) = page_of(tmp_path, split).json("conflicts")["data"]
-    order, rows = order_of(split), split.datasets
+    order = order_of(split)
+    rows = split.datasets
+    titles = [
+        f"{row.name} ({'all groups' if row.group < 0 else f'group {row.group}'})" for row in rows
+    ]
     for y, i in enumerate(order):
         for x, j in enumerate(order):
-            cosine, error = split.similarity[i][j], split.similarity_errors[i][j]
-            one, other, text = heat["customdata"][y][x]
+            cosine = split.similarity[i][j]
+            error = split.similarity_errors[i][j]
+            first, second, text = heat["customdata"][y][x]
             assert heat["z"][y][x] == cosine
             assert text == ("not resolved" if cosine is None else with_error(cosine, error))
-            assert (one, other) == tuple(
-                f"{rows[k].name} ({'all groups' if rows[k].group < 0 else f'group {rows[k].group}'})"
-                for k in (i, j)
-            )
-    assert ("text" in heat) == (
-        len(rows) <= 12
-    )  # cells with room show their figures without hovering
+            assert (first, second) == (titles[i], titles[j])
+    has_room = len(rows) <= 12  # such cells show their figures without hovering
+    assert ("text" in heat) == has_room
 
 
 @CASES
 def test_every_dataset_is_in_the_maps_with_its_numbers(tmp_path, split, evaluated):
     page = page_of(tmp_path, split)
-    order, everyone = order_of(split), range(len(split.datasets))
+    order = order_of(split)
+    everyone = range(len(split.datasets))
 
     points = [trace for trace in page.json("axes")["data"] if "customdata" in trace]
     shown = {}
@@ -110,14 +114,16 @@ def test_ellipses_are_one_standard_error_wide(tmp_path):
         *[iter(page_of(tmp_path, split).json("axes")["data"])] * 2, strict=True
     ):
         assert outline["hoverinfo"] == "skip"
-        x, y = outline["x"], outline["y"]
+        x = outline["x"]
+        y = outline["y"]
         gaps = [i for i, value in enumerate(x) if value is None]
         assert len(gaps) == len(points["x"])
         for begin, end, hover in zip(
             [0, *[gap + 1 for gap in gaps]], gaps, points["customdata"], strict=False
         ):
             i = next(i for i, row in enumerate(split.datasets) if row.name == hover[0])
-            score, error = split.scores[i], split.score_errors[i]
+            score = split.scores[i]
+            error = split.score_errors[i]
             for px, py in zip(x[begin:end], y[begin:end], strict=True):
                 distance = ((px - score[0]) / error[0]) ** 2 + ((py - score[1]) / error[1]) ** 2
                 assert math.isclose(distance, 1, rel_tol=2e-3)
@@ -131,14 +137,14 @@ def test_separation_of_every_number_of_groups_with_its_null(tmp_path, split, eva
         assert "No number of groups was measured." in page.text
         return
     null, crossed, debiased = page.json("separations")["data"]
-    found = split.separations
+    tried = split.separations
     for trace in (null, crossed, debiased):
-        assert trace["x"] == [str(one.groups) for one in found]
-    assert null["y"] == [one.null_mean for one in found]
-    assert null["error_y"]["array"] == [2 * one.null_std for one in found]
-    assert null["customdata"] == [[one.null_mean, one.null_std] for one in found]
-    assert crossed["y"] == [one.cross_validated for one in found]
-    assert debiased["y"] == [one.eta_squared for one in found]
+        assert trace["x"] == [str(row.groups) for row in tried]
+    assert null["y"] == [row.null_mean for row in tried]
+    assert null["error_y"]["array"] == [2 * row.null_std for row in tried]
+    assert null["customdata"] == [[row.null_mean, row.null_std] for row in tried]
+    assert crossed["y"] == [row.cross_validated for row in tried]
+    assert debiased["y"] == [row.eta_squared for row in tried]
     (line,) = page.json("separations")["layout"]["shapes"]
     assert null["x"][line["x0"]] == str(split.groups)
 
@@ -155,8 +161,8 @@ def test_bars_are_shares_of_the_mixture(tmp_path, split, evaluated):
     for name, key in (("target tokens", "num_target_tokens"), ("examples", "num_examples")):
         total = sum(getattr(row, key) for row in split.datasets)
         for group in range(split.groups):
-            own = sum(getattr(row, key) for row in split.datasets if row.group == group)
-            amount = own + sum(getattr(row, key) for row in spread) / split.groups
+            amount = sum(getattr(row, key) for row in split.datasets if row.group == group)
+            amount += sum(getattr(row, key) for row in spread) / split.groups
             assert abs(bars[name]["customdata"][group][0] - amount) <= 0.51
             assert math.isclose(bars[name]["y"][group], 100 * amount / total)
     for trace in bars.values():
@@ -178,7 +184,7 @@ def test_a_tree_joins_what_agrees_first(tmp_path):
     lines, joints, leaves = page_of(tmp_path, replace(split, similarity=cosine)).json("tree")[
         "data"
     ]
-    # 0 and 2 at 0.1; then 1 at the mean of 0.9 and 0.8; then 3 at the mean of 1 (unknown), 1.4 and 1
+    # 0 and 2 join at 0.1, then 1 at the mean of 0.9 and 0.8, then 3 at the mean of 1, 1.4 and 1
     assert joints["x"] == pytest.approx([0.1, 0.85, 3.4 / 3])
     assert [size for (size,) in joints["customdata"]] == [2, 3, 4]
     assert [hover[0] for hover in leaves["customdata"]] == [
@@ -199,8 +205,9 @@ def test_many_groups_look_different():
 def test_cuts_bound_the_halves_they_cut(tmp_path):
     split = median_cuts(make_split(8, 4), (0, 0.25), (1, -0.5), (1, 0.75))
     deeper = replace(split, cuts=(*split.cuts, (2, 0.1)))
-    for one, said in ((split, False), (deeper, True)):
-        assert ("cuts on axes above 2 are not drawn" in page_of(tmp_path, one).text) == said
+    for cut_split, has_note in ((split, False), (deeper, True)):
+        text = page_of(tmp_path, cut_split).text
+        assert ("cuts on axes above 2 are not drawn" in text) == has_note
     layout = Page(write(tmp_path / "r.html", split)).json("axes")["layout"]
     low, high = layout["xaxis"]["range"]
     lines = [{key: line[key] for key in ("x0", "x1", "y0", "y1")} for line in layout["shapes"]]
@@ -227,6 +234,6 @@ def test_themes_cover_the_same_keys():
     assert THEMES["light"]["layout"].keys() == THEMES["dark"]["layout"].keys()
     for theme in THEMES.values():
         scale = theme["layout"]["coloraxis"]["colorscale"]
-        assert [place for place, _ in scale] == [0, 0.25, 0.5, 0.75, 1]
+        assert [position for position, _ in scale] == [0, 0.25, 0.5, 0.75, 1]
         assert all(re.fullmatch("#[0-9a-f]{6}", color) for _, color in scale)
         assert theme["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)"

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from support.reports import Page, make_split, write
+from support.report.manifests import Page, make_split, write
 
 from merit_fast.manifests.schemas import (
     GroupCount,
@@ -29,7 +29,8 @@ def test_verdict_follows_the_figures(tmp_path):
         sketched_at="after a warm-up",
     )
     assert verdict(warm)[0] == (
-        "40.0 % of the 15 pairs of datasets conflict after a warm-up (their mean gradients have a cosine below 0), "
+        "40.0 % of the 15 pairs of datasets conflict after a warm-up "
+        "(their mean gradients have a cosine below 0), "
         "25.0 % by more than two standard errors."
     )
     assert (

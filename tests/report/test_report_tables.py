@@ -6,7 +6,15 @@ import sys
 from dataclasses import replace
 
 import pytest
-from support.reports import CASES, Page, make_audit, make_evaluation, make_split, make_tuned, write
+from support.report.manifests import (
+    CASES,
+    Page,
+    make_audit,
+    make_evaluation,
+    make_split,
+    make_tuned,
+    write,
+)
 
 from merit_fast.manifests.schemas import (
     ArmResult,
@@ -130,9 +138,12 @@ def test_tuning_rows_are_the_manifests():
         "losses tried",
     )
     assert rows == (
-        ("random", "weights", "0.5 0.5", "2.5000", "0.3125 0.6875", "2.8750", "0.5 0.5", "2.7500, –, 2.6250"),
-        ("random", "scale", "1", "2.0000", "–", "–", "1.5", "3.0000 at 0.5, 2.0000 at 1, 1.0000 at 1.5"),
-        ("merit", "weights", "0.5 0.5", "2.5000", "0.3125 0.6875", "2.2500", "0.3125 0.6875", "2.7500, –, 2.6250"),
+        ("random", "weights", "0.5 0.5", "2.5000", "0.3125 0.6875", "2.8750", "0.5 0.5",
+         "2.7500, –, 2.6250"),
+        ("random", "scale", "1", "2.0000", "–", "–", "1.5",
+         "3.0000 at 0.5, 2.0000 at 1, 1.0000 at 1.5"),
+        ("merit", "weights", "0.5 0.5", "2.5000", "0.3125 0.6875", "2.2500", "0.3125 0.6875",
+         "2.7500, –, 2.6250"),
         ("merit", "scale", "1", "2.2500", "1.25", "2.1250", "1.25",
          "2.5000 at 0.5, 2.2500 at 1, 2.3750 at 1.5, 2.1250 at 1.25"),
     )  # fmt: skip
@@ -184,12 +195,12 @@ def test_group_rows_show_steps_and_cosines_of_resolved_pairs():
     split = make_split(5, 2, unresolved=1)  # groups 0 1 0 1 0; dataset 0 is not resolved
     columns, rows = group_rows(split, [120, 98])
     cell = [dict(zip(columns, row, strict=True)) for row in rows]
-    assert [one["steps"] for one in cell] == ["120", "98"]
+    assert [row["steps"] for row in cell] == ["120", "98"]
     s = split.similarity
     assert cell[0]["cosine within"] == f"{s[2][4]:+.3f}"
     assert cell[1]["cosine within"] == f"{s[1][3]:+.3f}"
     across = (s[1][2] + s[1][4] + s[3][2] + s[3][4]) / 4
-    assert {one["cosine to others"] for one in cell} == {f"{across:+.3f}"}
+    assert {row["cosine to others"] for row in cell} == {f"{across:+.3f}"}
     alone = group_rows(make_split(2, 2))[1]
     assert [row[-2] for row in alone] == ["–", "–"]
 

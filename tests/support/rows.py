@@ -70,7 +70,7 @@ def write(path, rows):
 
 
 def load(path, tokenizer, part="train", data=None, **keys) -> Dataset:
-    """The one dataset of a mixture; keyword arguments are split into `mixture:` and `data:` keys."""
+    """Loads a mixture of one dataset; ``keys`` belong to `mixture:`, ``data`` is `data:`."""
     [dataset] = load_mixture(
         [DatasetConfig("d", str(path), **keys)], tokenizer, data or DataConfig(), part=part
     )

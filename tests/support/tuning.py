@@ -1,4 +1,4 @@
-"""Branches of the tiny model for the tests of what held-out rows choose, and a loss in the place of a model's."""
+"""Branches of the tiny model and a quadratic loss, for the tests of tune."""
 
 import json
 
@@ -50,7 +50,7 @@ def make_branches(root, tiny_model, size=0.3):
 
 
 def quadratic(minimum, curvature, at=1.0):
-    """Loss of (weights, scale): a quadratic around ``minimum`` in the weights, plus one around the scale ``at``."""
+    """A loss of (weights, scale): quadratic around ``minimum`` and around the scale ``at``."""
 
     def loss(weights, scale):
         away = torch.tensor(weights, dtype=torch.float64) - torch.tensor(
@@ -67,19 +67,17 @@ def read(path):
 
 
 def make_setting(root, tiny_model, tiny_mixture):
-    """Three branches around the tiny model as candidates, and all held-out rows."""
+    """The inputs of a search over three branches of the tiny model, and all held-out rows."""
     configs = [DatasetConfig(**entry) for entry in tiny_mixture]
     rows = load_mixture(configs, load_tokenizer(str(tiny_model)), DataConfig(), part="eval")
     paths = make_branches(root, tiny_model)
     start = starting_weights(paths, MergeConfig(weights="fit"))
-    candidates = TuneInputs(paths, ("a", "b", "c"), start, tiny_model)
-    return candidates, [example for dataset in rows for example in dataset.examples]
+    inputs = TuneInputs(paths, ("a", "b", "c"), start, tiny_model)
+    return inputs, [example for dataset in rows for example in dataset.examples]
 
 
 def tune(setting, directory=None, **options):
-    """What is chosen, and the sentence that says so."""
-    candidates, examples = setting
-    found = tune_merge(
-        candidates, examples, 1, 4, MergeConfig(**options), directory, SilentProgress()
-    )
-    return found, tuning_sentence(found)
+    """Returns the chosen numbers and the sentence about them."""
+    inputs, examples = setting
+    tuned = tune_merge(inputs, examples, 1, 4, MergeConfig(**options), directory, SilentProgress())
+    return tuned, tuning_sentence(tuned)

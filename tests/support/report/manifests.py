@@ -3,9 +3,11 @@
 import json
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +40,10 @@ def make_split(
     unresolved: int = 0,
     spread: int = 0,
 ) -> SplitManifest:
-    """Datasets around one direction per group. The first ``unresolved`` are noise, the last ``spread`` go to all."""
+    """Datasets around one direction per group.
+
+    The first ``unresolved`` are noise; the last ``spread`` belong to all groups.
+    """
     draw = random.Random(seed)
     label = [(i * 7) % groups if i < number - spread else -1 for i in range(number)]
     centers = [[draw.gauss(0, 1) for _ in range(6)] for _ in range(groups + 1)]
@@ -53,23 +58,7 @@ def make_split(
         for j in range(number):
             if i < unresolved or j < unresolved:
                 cosine[i][j] = error[i][j] = None
-    datasets = tuple(
-        SplitDataset(
-            name=first_name if first_name and i == 0 else f"task_{i:03d}",
-            group=label[i],
-            num_examples=draw.randint(100, 5_000),
-            num_target_tokens=draw.randint(1_000, 200_000),
-            num_sketched_examples=draw.randint(32, 200),
-            mean_loss=draw.uniform(0.5, 6),
-            gradient_norm=None if i < unresolved else draw.uniform(5, 50),
-            signal_fraction=draw.uniform(-0.05, 0.1) if i < unresolved else draw.uniform(0.4, 1),
-            signal_error=draw.uniform(0.06, 0.2) if i < unresolved else draw.uniform(0.01, 0.1),
-            more_examples=draw.randint(100, 4_000) if i < unresolved else 0,
-            margin=0.0 if label[i] < 0 or groups == 1 else draw.uniform(-0.001, 0.02),
-            stability=draw.uniform(0.6, 1),
-        )
-        for i in range(number)
-    )
+    datasets = _make_datasets(draw, label, groups, first_name, unresolved)
     pairs = [
         (cosine[i][j], error[i][j], label[i] == label[j]) for i in range(number) for j in range(i)
     ]
@@ -104,6 +93,29 @@ def make_split(
     )
 
 
+def _make_datasets(
+    draw: random.Random, label: list[int], groups: int, first_name: str, unresolved: int
+) -> tuple[SplitDataset, ...]:
+    """One dataset per label, with figures drawn at random."""
+    return tuple(
+        SplitDataset(
+            name=first_name if first_name and i == 0 else f"task_{i:03d}",
+            group=label[i],
+            num_examples=draw.randint(100, 5_000),
+            num_target_tokens=draw.randint(1_000, 200_000),
+            num_sketched_examples=draw.randint(32, 200),
+            mean_loss=draw.uniform(0.5, 6),
+            gradient_norm=None if i < unresolved else draw.uniform(5, 50),
+            signal_fraction=draw.uniform(-0.05, 0.1) if i < unresolved else draw.uniform(0.4, 1),
+            signal_error=draw.uniform(0.06, 0.2) if i < unresolved else draw.uniform(0.01, 0.1),
+            more_examples=draw.randint(100, 4_000) if i < unresolved else 0,
+            margin=0.0 if label[i] < 0 or groups == 1 else draw.uniform(-0.001, 0.02),
+            stability=draw.uniform(0.6, 1),
+        )
+        for i in range(len(label))
+    )
+
+
 def median_cuts(split: SplitManifest, *cuts: tuple[int, float]) -> SplitManifest:
     return replace(split, method="pca-median", balance="samples", cuts=cuts)
 
@@ -116,7 +128,9 @@ def make_audit() -> AuditManifest:
 
 
 def make_tuned() -> dict[str, TuneManifest]:
-    branches, start, fitted = ("merit-0", "merit-1"), (0.5, 0.5), (0.3125, 0.6875)
+    branches = ("merit-0", "merit-1")
+    start = (0.5, 0.5)
+    fitted = (0.3125, 0.6875)
     by = WeightSearch(start, 2.5, (start,) * 3, (2.75, None, 2.625), fitted, 2.25, True)
     along = ScaleSearch((0.5, 1.0, 1.5, 1.25), (2.5, 2.25, 2.375, 2.125), 1.25)
     kept = replace(by, fitted_loss=2.875, accepted=False)
@@ -137,12 +151,12 @@ def _dot(a: list[float], b: list[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def _share(flags) -> float:  # type: ignore[no-untyped-def]
+def _share(flags: Iterable[bool]) -> float:
     flags = list(flags)
     return sum(flags) / len(flags) if flags else 0.0
 
 
-def _mean(values) -> float | None:  # type: ignore[no-untyped-def]
+def _mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
 
@@ -191,12 +205,14 @@ def make_evaluation(split: SplitManifest, arm: str = "merit") -> EvaluateManifes
 
 
 class Page(HTMLParser):
-    """Tags with attributes, the text outside scripts and styles, table rows, and the scripts by id."""
+    """The tags with attributes, the visible text, the table rows, and the scripts by id."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.rows, self.scripts = "", [], {}  # type: ignore[var-annotated]
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self.scripts: dict[str, str] = {}
         self._script: str | None = None
         self._cell = False
         self.feed(text)
@@ -226,14 +242,16 @@ class Page(HTMLParser):
         if self._cell:
             self.rows[-1][-1] += data
 
-    def json(self, name: str) -> dict:  # type: ignore[type-arg]
+    def json(self, name: str) -> Any:
+        """The JSON of a script element."""
         return json.loads(self.scripts[f"{name}-data"])
 
 
 def write(
-    path: Path, split: SplitManifest, evaluation: EvaluateManifest | None = None, **more
-) -> str:  # type: ignore[no-untyped-def]
-    write_report(split, evaluation, path, **{"title": "a run", "notes": ["seed 17"], **more})
+    path: Path, split: SplitManifest, evaluation: EvaluateManifest | None = None, **options: Any
+) -> str:
+    """Writes a report and returns its HTML."""
+    write_report(split, evaluation, path, **{"title": "a run", "notes": ["seed 17"], **options})
     return path.read_text(encoding="utf-8")
 
 

@@ -1,9 +1,10 @@
-"""Merges four 7B-shaped bf16 checkpoints with the command a user types; prints seconds and peak memory.
+"""Merges four 7B-shaped bf16 checkpoints with the command line; prints seconds and peak memory.
 
-    python -m bench.merge.seven_b DIR [--keep] [--json]
+    python -m bench.merge.seven_billion DIR [--keep] [--json]
 
-DIR needs 46 GB: two checkpoints of Qwen2.5-7B's shape (random weights), two more as hard links of them, one output.
-The inputs do not fit the page cache of a small machine, so this is a merge from disk, fsync included.
+DIR needs 46 GB: two checkpoints of Qwen2.5-7B's shape (random weights), two more as hard links of
+them, one output. The inputs do not fit the page cache of a small machine, so this is a merge from
+disk, fsync included.
 """
 
 import argparse
@@ -18,7 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, KEY_VALUE = 3584, 18944, 28, 152064, 512
+HIDDEN = 3584
+INTERMEDIATE = 18944
+LAYERS = 28
+VOCABULARY = 152064
+KEY_VALUE = 512
 SHARD_BYTES = 4_000_000_000
 
 
@@ -58,7 +63,8 @@ def write_checkpoint(directory: Path, seed: int) -> None:
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header, offset = {}, 0
+        header = {}
+        offset = 0
         for name, shape in shard.items():
             size = int(np.prod(shape)) * 2
             header[name] = {
@@ -80,7 +86,7 @@ def write_checkpoint(directory: Path, seed: int) -> None:
 
 def merge(root: Path) -> dict[str, float]:
     """Runs the console script in a process of its own."""
-    command = [
+    command: list[str | Path] = [
         Path(sys.executable).with_name("merit-fast"),
         "merge",
         root / "out",
@@ -93,9 +99,8 @@ def merge(root: Path) -> dict[str, float]:
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak_mib = 0.0
-    while (
-        process.poll() is None
-    ):  # VmHWM belongs to the command; ru_maxrss would count this process before exec
+    # VmHWM belongs to the command; ru_maxrss would count this process before exec
+    while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         if "VmHWM:" in status:
             peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024

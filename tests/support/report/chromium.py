@@ -1,4 +1,4 @@
-"""A page in a real headless Chromium, driven over its DevTools pipe: no driver to install, no port to open."""
+"""Drives a page in a headless Chromium over its DevTools pipe, without a driver or a port."""
 
 import base64
 import json
@@ -14,21 +14,31 @@ EXECUTABLE = next(
     None,
 )
 _FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
-    "--no-first-run", "--remote-debugging-pipe", "--force-device-scale-factor=1",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--no-first-run",
+    "--remote-debugging-pipe",
+    "--force-device-scale-factor=1",
+)
 _PATIENCE_S = 60
 
 
 class Browser:
-    """One Chromium with one page. ``requests`` and ``errors`` collect what the page asked for and complained of."""
+    """One Chromium with one page; ``requests`` and ``errors`` collect the page's."""
 
     def __init__(self, profile: Path) -> None:
         assert EXECUTABLE is not None
         read, self._to = os.pipe()
         self._from, write = os.pipe()
-        command = f'exec "$0" "$@" 3<&{read} 4>&{write}'  # the two descriptors that Chromium's pipe speaks on
+        # Chromium reads commands from descriptor 3 and writes answers to descriptor 4
+        command = f'exec "$0" "$@" 3<&{read} 4>&{write}'
         self._process = subprocess.Popen(
             [
                 "bash",
@@ -46,7 +56,9 @@ class Browser:
         )
         os.close(read)
         os.close(write)
-        self._last, self._buffer, self._session = 0, b"", ""
+        self._last = 0
+        self._buffer = b""
+        self._session = ""
         self._events: list[dict[str, Any]] = []
         self.requests: list[str] = []
         self.errors: list[str] = []
@@ -73,7 +85,7 @@ class Browser:
     def open(
         self, page: Path, *, width: int = 1280, height: int = 900, scheme: str = "light"
     ) -> None:
-        """Loads a file and waits for its load event, after which the page's own scripts have run."""
+        """Loads a file and waits for its load event, when the page's scripts have run."""
         self.requests.clear()
         self.errors.clear()
         self.call(
@@ -91,17 +103,17 @@ class Browser:
         self.settle()
 
     def scheme(self, scheme: str) -> None:
-        """What the reader's system prefers: light or dark."""
+        """Sets the colour scheme that the reader's system prefers: light or dark."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media="screen", features=features)
         self.settle()
 
     def settle(self) -> None:
-        """Until two frames were drawn."""
+        """Waits until two frames are drawn."""
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
+        """Evaluates a JavaScript expression, awaits it and returns its value."""
         answer = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -110,16 +122,17 @@ class Browser:
         return answer["result"].get("value")
 
     def move_mouse(self, x: float, y: float) -> None:
-        """A real mouse event, in pixels of the window."""
+        """Sends a mouse event to a pixel of the window."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def screenshot(self, file: Path) -> None:
-        """The whole page, from top to bottom."""
+        """Writes a picture of the whole page."""
         file.parent.mkdir(parents=True, exist_ok=True)
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(answer["data"]))
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Calls a method of the DevTools protocol and returns its result."""
         self._last += 1
         message = {"id": self._last, "method": method, "params": parameters}
         if self._session:
@@ -132,7 +145,7 @@ class Browser:
                 return dict(answer["result"])
 
     def _receive(self) -> dict[str, Any]:
-        """The next message; events are noted."""
+        """Returns the next message and keeps it if it is an event."""
         started = time.monotonic()
         while b"\0" not in self._buffer:
             assert time.monotonic() - started < _PATIENCE_S, "Chromium does not answer"
@@ -157,6 +170,8 @@ class Browser:
             "warning",
             "assert",
         ):
-            self.errors.append(" ".join(str(one.get("value", one)) for one in parameters["args"]))
+            self.errors.append(
+                " ".join(str(value.get("value", value)) for value in parameters["args"])
+            )
         elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
             self.errors.append(parameters["entry"]["text"])
