@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.loss_cases import assert_never_worse, batch, everything, packed
+from support.kernels.loss_cases import assert_never_worse, batch, everything, packed
 
 from merit_fast.kernels.cross_entropy import _tiled, _triton
 from merit_fast.kernels.labels import IGNORED_LABEL

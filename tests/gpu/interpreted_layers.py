@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.checks import assert_never_worse
-from support.layer_cases import BF16, CASES, F32, compared
+from support.kernels.layer_cases import BF16, CASES, F32, compared
 
 from merit_fast.kernels.layers import _triton, add_rms_norm, rms_norm, rope, swiglu
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.optimizer_runs import assert_same_run, train
+from support.kernels.optimizer_runs import assert_same_run, train
 
 from merit_fast.kernels.optimizer import _triton
 

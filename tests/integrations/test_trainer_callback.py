@@ -4,9 +4,17 @@ import os
 
 import pytest
 import torch
-from integrations.trainer_runs import NAMES, PROJ_DIM, gradient_sketch, llama, losses, rows, trainer
 from support.checks import assert_close
 from support.paths import ROOT, TESTS
+from support.sketch.trainer_runs import (
+    NAMES,
+    PROJ_DIM,
+    gradient_sketch,
+    llama,
+    losses,
+    rows,
+    trainer,
+)
 from support.warm import run_together
 
 from merit_fast.errors import InputError, MeritFastError
@@ -122,7 +130,7 @@ RANK = """
 import os, sys
 sys.path[:0] = sys.argv[2:]
 from merit_fast.integrations.trainer import SketchCallback
-from integrations.trainer_runs import PROJ_DIM, rows, trainer
+from support.sketch.trainer_runs import PROJ_DIM, rows, trainer
 run = trainer(sys.argv[1], rows(), learning_rate=0.0, max_steps=2, ddp_backend="gloo")
 SketchCallback(PROJ_DIM).attach(run)
 run.train()

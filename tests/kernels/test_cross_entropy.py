@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import checks
 from support.checks import FLOOR
-from support.loss_cases import assert_never_worse, batch, everything, packed
+from support.kernels.loss_cases import assert_never_worse, batch, everything, packed
 from support.warm import run_python
 from torch.nn import functional as F
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from support.checks import run_at_level
-from support.loss_cases import batch, everything, packed
+from support.kernels.loss_cases import batch, everything, packed
 from support.warm import run_python
 
 from merit_fast.errors import BackendUnavailableError

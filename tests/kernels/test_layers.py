@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.checks import FLOOR, assert_never_worse, run_at_level
-from support.layer_cases import BF16, CASES, F32, compared, results
+from support.kernels.layer_cases import BF16, CASES, F32, compared, results
 from support.paths import TESTS
 
 from merit_fast.kernels import dispatch
@@ -114,7 +114,7 @@ def test_gradients_have_the_dtypes_of_their_inputs():
 
 SAME_BITS = """
 import hashlib, torch
-from support.layer_cases import CASES, BF16, F32, results
+from support.kernels.layer_cases import CASES, BF16, F32, results
 digest = hashlib.sha256()
 for dtype in (F32, BF16):
     for case in CASES.values():

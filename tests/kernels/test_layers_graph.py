@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.layer_cases import BF16, CASES, F32
+from support.kernels.layer_cases import BF16, CASES, F32
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.layer_cases import BF16, CASES, F32
+from support.kernels.layer_cases import BF16, CASES, F32
 
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels import dispatch

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.checks import run_at_level
-from support.optimizer_runs import (
+from support.kernels.optimizer_runs import (
     BACKENDS,
     OPTIONS,
     SETTINGS,
@@ -178,7 +178,7 @@ def test_every_level_gives_the_same_bits(native_levels):
     script = f"""
 import sys; sys.path.insert(0, {str(TESTS)!r})
 import hashlib, torch
-from support.optimizer_runs import bits, train
+from support.kernels.optimizer_runs import bits, train
 digest = hashlib.sha256()
 for dtype, options in (("fp32", {{}}), ("bf16", {{"moments": "int8", "max_norm": 0.1}}),
                        ("bf16", {{"moments": "bf16"}}),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.optimizer_runs import bits
+from support.kernels.optimizer_runs import bits
 
 from merit_fast.kernels.optimizer import FusedAdamW
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.optimizer_runs import BACKENDS, SETTINGS, make_parameters, set_gradients
+from support.kernels.optimizer_runs import BACKENDS, SETTINGS, make_parameters, set_gradients
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import FusedAdamW, _ops

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from support.optimizer_runs import BACKENDS, bits, make_parameters, train
+from support.kernels.optimizer_runs import BACKENDS, bits, make_parameters, train
 
 from merit_fast.kernels.optimizer import _eager
 

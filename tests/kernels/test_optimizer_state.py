@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.optimizer_runs import BACKENDS, OPTIONS, SETTINGS, assert_same_run, train
+from support.kernels.optimizer_runs import BACKENDS, OPTIONS, SETTINGS, assert_same_run, train
 
 from merit_fast.kernels.optimizer import FusedAdamW
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.checks import run_at_level
-from support.merges import load, write
+from support.merge.merges import load, write
 from support.tiny import make_model
 
 from merit_fast.errors import InputError

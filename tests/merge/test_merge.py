@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.merges import WEIGHTS, load, merge
+from support.merge.merges import WEIGHTS, load, merge
 from support.tiny import make_model
 
 from merit_fast.errors import InputError

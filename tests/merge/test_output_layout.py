@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.merges import load, merge, write
+from support.merge.merges import load, merge, write
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from support.checks import tree_bytes
-from support.merges import load, write
+from support.merge.merges import load, write
 
 from merit_fast.cli.main import main
 from merit_fast.errors import InputError

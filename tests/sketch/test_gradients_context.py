@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from support.checks import assert_close
-from support.exact_gradients import (
+from support.sketch.exact_gradients import (
     SKETCH,
     exact_sketches,
     hook_sketches,

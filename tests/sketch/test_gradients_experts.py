@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.checks import assert_close
-from support.exact_gradients import (
+from support.sketch.exact_gradients import (
     SIZES,
     SKETCH,
     exact_sketches,

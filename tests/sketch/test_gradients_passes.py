@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.checks import FLOOR, assert_close
-from support.exact_gradients import (
+from support.paths import ROOT, TESTS
+from support.sketch.exact_gradients import (
     SKETCH,
     exact_sketches,
     example_loss,
@@ -18,7 +19,6 @@ from support.exact_gradients import (
     summed_loss,
     tiny,
 )
-from support.paths import ROOT, TESTS
 from support.warm import run_together
 from torch.nn import functional as F
 

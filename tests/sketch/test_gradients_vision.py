@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.checks import assert_close
-from support.exact_gradients import SKETCH, sketch_of_loss
+from support.sketch.exact_gradients import SKETCH, sketch_of_loss
 from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError

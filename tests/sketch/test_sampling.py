@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.block_sums import measure_conflict
+from support.split.block_sums import measure_conflict
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch

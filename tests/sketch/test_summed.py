@@ -5,10 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from sketch.summed_runs import SKETCH, batch, copy_with_gradient, exact, llama, summed, train
-from support.block_sums import measure_conflict
 from support.checks import assert_close
 from support.paths import ROOT, TESTS
+from support.sketch.summed_runs import (
+    SKETCH,
+    batch,
+    copy_with_gradient,
+    exact,
+    llama,
+    summed,
+    train,
+)
+from support.split.block_sums import measure_conflict
 from support.warm import run_together
 from torch import nn
 
@@ -114,7 +122,7 @@ def test_scales_of_adam_multiply_the_gradient():
 DDP = """
 import json, os, sys, torch, torch.distributed as dist
 sys.path[:0] = sys.argv[3:]
-from sketch.summed_runs import batch, copy_with_gradient, exact, llama, summed
+from support.sketch.summed_runs import batch, copy_with_gradient, exact, llama, summed
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
 model = llama()

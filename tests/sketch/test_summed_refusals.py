@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sketch.summed_runs import SKETCH, batch, llama, summed
+from support.sketch.summed_runs import SKETCH, batch, llama, summed
 from torch import nn
 
 from merit_fast.errors import MeritFastError

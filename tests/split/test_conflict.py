@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.block_sums import draw, measure_conflict, sample, unit
+from support.split.block_sums import draw, measure_conflict, sample, unit
 
 from merit_fast.block_estimates import signal_fractions
 from merit_fast.split.conflict import (

@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from support.block_sums import eta_squared
-from support.partitions import NAMES
+from support.split.block_sums import eta_squared
+from support.split.partitions import NAMES
 
 from merit_fast.split.conflict import (
     cosine_matrix,

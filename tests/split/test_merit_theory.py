@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from support.block_sums import eta_squared
-from support.partitions import balanced_halves, merge_vectors
+from support.split.block_sums import eta_squared
+from support.split.partitions import balanced_halves, merge_vectors
 
 from merit_fast.split.conflict import (
     between_sum,

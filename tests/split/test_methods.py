@@ -4,8 +4,8 @@ import typing
 
 import numpy as np
 import pytest
-from support.partitions import NAMES, mixture
 from support.paths import ROOT
+from support.split.partitions import NAMES, mixture
 
 from merit_fast.errors import InputError
 from merit_fast.options.parser import parse

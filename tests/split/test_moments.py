@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from support.block_sums import assert_same_bits, draw, eta_squared, products_of
+from support.split.block_sums import assert_same_bits, draw, eta_squared, products_of
 
 from merit_fast.errors import MeritFastError
 from merit_fast.split.conflict import (

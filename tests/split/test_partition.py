@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from support.partitions import NAMES, mixture, split
+from support.split.partitions import NAMES, mixture, split
 
 from merit_fast.split.conflict import between_sum, double_center
 from merit_fast.split.search import swap

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from support.partitions import NAMES, mixture, split
+from support.split.partitions import NAMES, mixture, split
 
 from merit_fast.errors import InputError
 from merit_fast.split.conflict import cosine_matrix, double_center

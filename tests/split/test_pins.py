@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.partitions import NAMES, mixture, split
+from support.split.partitions import NAMES, mixture, split
 
 from merit_fast.errors import InputError
 from merit_fast.options.parser import parse

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.block_sums import eta_squared, sample, unit
+from support.split.block_sums import eta_squared, sample, unit
 
 from merit_fast.split.conflict import (
     conflict_of,

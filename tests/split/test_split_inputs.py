@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.partitions import split_blocks
+from support.split.partitions import split_blocks
 
 from merit_fast.split.conflict import conflict_of
 from merit_fast.split.moments import block_products

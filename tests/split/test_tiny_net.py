@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.partitions import balanced_halves, merge_vectors, split_blocks
+from support.split.partitions import balanced_halves, merge_vectors, split_blocks
 
 
 class Tiny:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support.merge.merges import load, write
 from support.merge.recipes import SMALL
-from support.merges import load, write
 from support.tiny import make_model
 
 from merit_fast.integrations.mergekit.recipe import read_mergekit

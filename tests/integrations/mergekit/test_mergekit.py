@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.formulas import delta_method
-from support.gram_formulas import stock_by_hand
+from support.merge.formulas import delta_method
+from support.merge.gram_formulas import stock_by_hand
+from support.merge.merges import load
 from support.merge.recipes import along, assert_equal_to, merged, position, read
-from support.merges import load
 
 from merit_fast.errors import InputError
 from merit_fast.merge.parameters import Layers, setting_at

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from support.formulas import delta_method
-from support.gram_formulas import slerp_by_hand
+from support.merge.formulas import delta_method
+from support.merge.gram_formulas import slerp_by_hand
+from support.merge.merges import load, write
 from support.merge.recipes import SMALL, along, assert_equal_to, layer_of, merged, position
-from support.merges import load, write
 from support.tiny import make_model
 
 from merit_fast.errors import InputError

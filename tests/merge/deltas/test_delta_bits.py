@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checks import run_at_level
-from support.formulas import delta_method, f64, rounded
 from support.merge.delta_cases import DTYPES, one
-from support.merges import bits, load, merge
+from support.merge.formulas import delta_method, f64, rounded
+from support.merge.merges import bits, load, merge
 
 from merit_fast.merge import MergeConfig
 

@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from support.formulas import delta_method, rounded
 from support.merge.delta_cases import one
-from support.merges import bits, load, merge, write
+from support.merge.formulas import delta_method, rounded
+from support.merge.merges import bits, load, merge, write
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig

@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import torch
-from support.formulas import splitmix
 from support.merge.delta_cases import one
-from support.merges import load, merge, write
+from support.merge.formulas import splitmix
+from support.merge.merges import load, merge, write
 
 from merit_fast.merge import MergeConfig
 

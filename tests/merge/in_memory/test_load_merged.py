@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.merge.loaded import SOME, assert_same_model, change_config, copied
-from support.merges import METHODS, WEIGHTS, config_of, load, write
+from support.merge.merges import METHODS, WEIGHTS, config_of, load, write
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from support.merges import METHODS, bits, config_of, load, merge, write
+from support.merge.merges import METHODS, bits, config_of, load, merge, write
 
 from merit_fast.errors import InputError
 from merit_fast.merge.engine.prepare import make_plan, read_inputs

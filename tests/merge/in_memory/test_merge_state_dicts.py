@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.merges import WEIGHTS, load, merge
+from support.merge.merges import WEIGHTS, load, merge
 
 from merit_fast.errors import InputError
 from merit_fast.merge import merge_state_dicts

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.gram_formulas import multislerp_by_hand, slerp_by_hand, stock_by_hand
-from support.merges import load
+from support.merge.gram_formulas import multislerp_by_hand, slerp_by_hand, stock_by_hand
+from support.merge.merges import load
 from support.tiny import make_model
 
 from merit_fast.errors import InputError

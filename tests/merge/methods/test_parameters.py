@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.merges import load, merge, write
+from support.merge.merges import load, merge, write
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checks import run_at_level
-from support.formulas import delta_method, largest, rounded
-from support.merges import bits, load, merge, write
+from support.merge.formulas import delta_method, largest, rounded
+from support.merge.merges import bits, load, merge, write
 
 from merit_fast.merge import MergeConfig
 

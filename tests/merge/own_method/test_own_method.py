@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import torch
-from support.merges import load
+from support.merge.merges import load
 from support.paths import ROOT
 
 from merit_fast.kernels.average._eager import float64_to_bf16

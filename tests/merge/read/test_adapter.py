@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from support.headers import pack, tensor, write_model
+from support.merge.headers import pack, tensor, write_model
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.adapter import check_tied, read_adapter

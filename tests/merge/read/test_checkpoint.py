@@ -1,8 +1,8 @@
 """The reader of checkpoints names every fault of a header or an index on one line."""
 
 import pytest
-from support.headers import one_tensor, pack, tensor, write_model
 from support.merge.checkpoints import assert_refused
+from support.merge.headers import one_tensor, pack, tensor, write_model
 
 W = tensor([2], 0, 8)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.headers import INDEX, one_tensor, pack, tensor, write_model
 from support.merge.checkpoints import assert_refused
-from support.merges import load
+from support.merge.headers import INDEX, one_tensor, pack, tensor, write_model
+from support.merge.merges import load
 from support.tiny import make_model
 
 from merit_fast.errors import InputError

@@ -4,8 +4,8 @@ import json
 import os
 
 import pytest
-from support.headers import write_model
 from support.merge.configs import config_of
+from support.merge.headers import write_model
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.companions import (

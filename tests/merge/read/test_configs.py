@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from support.headers import one_tensor, pack, tensor, write_model
 from support.merge.configs import config_of
+from support.merge.headers import one_tensor, pack, tensor, write_model
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import read_checkpoint

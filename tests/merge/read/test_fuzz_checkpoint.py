@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import fuzz_checkpoint as fuzz
-from support.headers import INDEX, one_tensor, pack, tensor, write_model
+from support.merge import fuzz_checkpoint as fuzz
+from support.merge.headers import INDEX, one_tensor, pack, tensor, write_model
 
 from merit_fast.merge import merge_models
 

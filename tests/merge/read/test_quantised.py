@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.formulas import delta_method, rounded
-from support.merges import bits, load, merge, write
+from support.merge.formulas import delta_method, rounded
+from support.merge.merges import bits, load, merge, write
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig

@@ -1,8 +1,8 @@
 """An S3 server on loopback, buckets, and models in them."""
 
 import pytest
+from support.merge.s3_server import put_tree, s3_server
 from support.merge.stores import NUMBERS
-from support.s3_server import put_tree, s3_server
 
 from merit_fast.merge.read.remote import as_location
 

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import numpy as np
-from support.headers import pack, tensor, write_model
+from support.merge.headers import pack, tensor, write_model
+from support.merge.s3_server import put_tree
 from support.merge.stores import local_tree, merge, tree
-from support.s3_server import put_tree
 
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest

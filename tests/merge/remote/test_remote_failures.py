@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.merge.s3_server import put_tree
 from support.merge.stores import local_tree, merge, tree
 from support.paths import KILL_AT
-from support.s3_server import put_tree
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.merge.read.checkpoint import read_checkpoint

@@ -1,7 +1,7 @@
 """Methods that thin deltas: cases, their tensors, and short ways to merge."""
 
 import torch
-from support.merges import load, merge, write
+from support.merge.merges import load, merge, write
 
 from merit_fast.merge import MergeConfig
 

@@ -5,7 +5,7 @@ import shutil
 
 import torch
 from safetensors.torch import load_file, save_file
-from support.merges import METHODS
+from support.merge.merges import METHODS
 
 SOME = [METHODS[k] for k in (0, 2, 7, 9)]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import yaml
-from support.merges import load
+from support.merge.merges import load
 
 from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit
 from merit_fast.progress import SilentProgress

@@ -3,7 +3,7 @@
 import itertools
 
 from support.checks import tree_bytes
-from support.s3_server import get_tree
+from support.merge.s3_server import get_tree
 
 from merit_fast.merge import merge_models
 

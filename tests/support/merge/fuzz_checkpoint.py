@@ -1,10 +1,10 @@
 """Coverage-guided fuzzing of a merge's readers, run from the root with PYTHONPATH=tests.
 
-    python -m support.fuzz_checkpoint --minutes 5
+    python -m support.merge.fuzz_checkpoint --minutes 5
 
 Needs `pip install atheris`; no part of the test suite, which has test_fuzz_checkpoint.py. An input
 that crashes, hangs or disagrees with safetensors is written to the current directory;
-``PYTHONPATH=tests python -m support.fuzz_checkpoint FILE`` repeats it.
+``PYTHONPATH=tests python -m support.merge.fuzz_checkpoint FILE`` repeats it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from support.headers import INDEX, one_tensor, pack, tensor, write_model
+from support.merge.headers import INDEX, one_tensor, pack, tensor, write_model
 
 from merit_fast.errors import InputError
 

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import torch
-from support.merges import bits
+from support.merge.merges import bits
 
 U64 = (1 << 64) - 1
 
