@@ -1,8 +1,9 @@
-"""MERIT (arXiv 2606.01717), fast: split a mixture along its gradient conflicts, train apart, merge once.
+"""MERIT (arXiv 2606.01717), fast: split a mixture by gradient conflicts, train apart, merge once.
 
 ``import merit_fast`` is light: it imports neither torch, transformers nor triton.
 """
 
+import importlib
 import os
 from typing import Any
 
@@ -14,37 +15,44 @@ __all__ = [
     "InputError",
     "MeritFastError",
     "__version__",
+    "load_merged",
+    "merge_models",
     "patch_model",
     "run",
     "sketch_gradients",
+    "sketch_sums",
 ]
 
 
+_MODULES = {  # public names that are imported when they are first used
+    "load_merged": "merit_fast.merge",
+    "merge_models": "merit_fast.merge",
+    "patch_model": "merit_fast.patch.model",
+    "sketch_gradients": "merit_fast.sketch.gradients",
+    "sketch_sums": "merit_fast.sketch.summed",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "sketch_gradients":
-        from merit_fast.sketch.gradients import sketch_gradients
-
-        return sketch_gradients
-    if name == "patch_model":
-        from merit_fast.patch.model import patch_model
-
-        return patch_model
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def run(config: str | os.PathLike[str], *overrides: str) -> dict[str, Any]:
-    """Brings every stage of a run's YAML up to date, as ``merit-fast run`` does, and returns its summary.
+    """Brings every stage of a run's YAML up to date, as ``merit-fast run`` does.
 
     Args:
         config: the YAML file.
-        overrides: ``section.key=value`` strings that are laid over it.
+        overrides: ``section.key=value`` strings that override its values.
 
     Returns:
-        "arms" (name -> losses, exact match, retention), "split" (dataset -> group), "merging_gain", "merged" and
-        "report" (paths).
+        the run's summary: "arms" (name -> losses, exact match, retention), "split" (dataset ->
+        group), "merging_gain", "merged" and "report" (paths).
 
     Raises:
-        InputError: the config or a file it names breaks a rule.   MeritFastError: the run could not be finished.
+        InputError: the config or a file it names breaks a rule.
+        MeritFastError: the run could not be finished.
     """
     from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Estimates from sums over blocks of examples: unbiased squares, signal fractions, jackknife errors.
+"""Estimates from sums over blocks of examples: unbiased squares, signal fractions, their errors.
 
-Pure NumPy. The sketch stage asks with them when a dataset has enough examples, the split stage how far
-a cosine can be trusted.
+Pure NumPy. The sketch stage stops sketching a dataset by them; the split stage takes its
+standard errors from them.
 """
 
 import numpy as np
@@ -11,40 +11,50 @@ Array = npt.NDArray[np.float64]
 
 
 def signal_fractions(within: Array, counts: Array) -> tuple[Array, Array]:
-    """U / R of each dataset and its jackknife standard error.
+    """Computes U / R of each dataset and its jackknife standard error.
 
     Args:
         within: [N, G, G] inner products of a dataset's block sums.
         counts: [N, G] examples in them.
 
     Returns:
-        [N] and [N]. NaN where fewer than two (the error: three) blocks have examples; 0 where all gradients are 0.
+        [N] and [N]. NaN where fewer than two (the error: three) blocks have examples; 0 where all
+        gradients are 0.
     """
-    own, row, total = np.einsum("ngg->ng", within), within.sum(2), within.sum((1, 2))
-    fraction = _ratio(total, own.sum(1), counts.sum(1), (counts**2).sum(1))
+    square = np.einsum("ngg->ng", within)
+    row = within.sum(2)
+    total = within.sum((1, 2))
+    fraction = _ratio(total, square.sum(1), counts.sum(1), (counts**2).sum(1))
     left_out = _ratio(
-        total[:, None] - 2 * row + own,
-        own.sum(1)[:, None] - own,
+        total[:, None] - 2 * row + square,
+        square.sum(1)[:, None] - square,
         counts.sum(1)[:, None] - counts,
         (counts**2).sum(1)[:, None] - counts**2,
     )
     return fraction, jackknife_error(left_out.T)
 
 
-def unbiased_square(total: Array, own: Array, number: Array, squares: Array) -> Array:
-    pairs = number**2 - squares  # of examples in different blocks
-    return np.asarray((total - own) / np.where(pairs > 0, pairs, np.nan))
+def unbiased_square(total: Array, within: Array, number: Array, squares: Array) -> Array:
+    """Unbiased square of a mean of ``number`` examples.
+
+    Args:
+        total: square of the sum over all blocks.
+        within: sum of the blocks' squares.
+        number: number of examples.
+        squares: sum of the squares of the blocks' counts.
+    """
+    pairs = number**2 - squares  # pairs of examples in different blocks
+    return np.asarray((total - within) / np.where(pairs > 0, pairs, np.nan))
 
 
-def _ratio(total: Array, own: Array, number: Array, squares: Array) -> Array:
+def _ratio(total: Array, within: Array, number: Array, squares: Array) -> Array:
     naive = total / number**2
-    return np.asarray(
-        unbiased_square(total, own, number, squares) / np.where(naive > 0, naive, 1.0)
-    )
+    unbiased = unbiased_square(total, within, number, squares)
+    return np.asarray(unbiased / np.where(naive > 0, naive, 1.0))
 
 
 def jackknife_error(left_out: Array) -> Array:
-    """Standard error of [...] from its values [G, ...] with one block left out."""
+    """Standard error of a figure [...] from its values [G, ...] with one block left out."""
     folds = len(left_out)
     deviation = left_out - left_out.mean(0)
     return np.asarray(np.sqrt((folds - 1) / folds * (deviation**2).sum(0)))

@@ -1,4 +1,7 @@
-"""What every stage that runs a model needs: loading it, its fingerprint, its losses on target tokens."""
+"""Loads models, takes their fingerprints and measures their losses on target tokens.
+
+Every stage that runs a model uses it.
+"""
 
 import hashlib
 import inspect
@@ -7,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from merit_fast.errors import InputError, one_line
 
@@ -16,28 +19,31 @@ if TYPE_CHECKING:
 
     from merit_fast.data import Batch
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-_PROBES, _PROBE_BYTES = 64, 4096
+Dtype = Literal["auto", "bf16", "fp32"]
+SettledDtype = Literal["bf16", "fp32"]
+DTYPES: dict[SettledDtype, str] = {"bf16": "bfloat16", "fp32": "float32"}  # names in torch
+_PROBES = 64
+_PROBE_BYTES = 4096
 _SHORT_TOKENS = 512
 
 
 class TargetLosses(NamedTuple):
-    """Per target token, in batch order: M of them."""
+    """Losses of a batch's M target tokens, in batch order."""
 
     loss: "Tensor"  # [M] float32, nats
     correct: "Tensor"  # [M] bool: the target is the greedy choice
-    example: "Tensor"  # [M] int64: row of the batch, or place in a packed row
+    example: "Tensor"  # [M] int64: row of the batch, or index in a packed row
 
 
-def load_model(path: str, dtype: str) -> "nn.Module":
-    """A causal LM in evaluation mode on the CPU or, where there is one, the GPU.
+def load_model(path: str, dtype: Dtype) -> "nn.Module":
+    """Loads a causal LM in evaluation mode, on the GPU if there is one.
 
     Args:
         path: directory or hub id.
         dtype: "bf16", "fp32" or "auto".
 
     Raises:
-        InputError: nothing that transformers can load is there.
+        InputError: transformers cannot load a causal LM from the path.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -61,10 +67,11 @@ def target_losses(
 ) -> TargetLosses:
     """Cross-entropy of every target token (label != -100, after the shift), in float32.
 
-        logits = model(...).logits[:, :-1].float(); loss = F.cross_entropy(logits[mask], labels[:, 1:][mask])
+        logits = model(...).logits[:, :-1].float()
+        loss = F.cross_entropy(logits[mask], labels[:, 1:][mask])
 
-    Only the last ``batch.logits_to_keep`` positions go through the head where the model's forward can be told so.
-    ``plain_attention``: whatever the length, so that the gradient has a gradient.
+    Only the last ``batch.logits_to_keep`` positions go through the head, if the model's forward has
+    an argument for it. ``plain_attention`` chooses attention whose gradient has a gradient.
     """
     import torch
     from torch.nn import functional as F
@@ -86,9 +93,9 @@ def target_losses(
 def model_inputs(
     model: "nn.Module", batch: "Batch", plain_attention: bool = False
 ) -> "tuple[dict[str, Any], Tensor]":
-    """The arguments of the model's forward, and the targets [B, n] of its positions ``[-n - 1 : -1]``.
+    """Arguments of the model's forward, and targets [B, n] of its positions ``[-n - 1 : -1]``.
 
-    A packed row goes without a mask: from restarting positions transformers makes a block-diagonal one.
+    A packed row has no mask: transformers makes a block-diagonal one from restarting positions.
     """
     from merit_fast.data import PackedBatch
 
@@ -113,51 +120,51 @@ def model_inputs(
 
 
 def _choose_attention(model: "nn.Module", device_type: str, width: int) -> None:
-    """Plain attention for short batches on a CPU, where torch's fused one takes twice its time; for 0 on any device."""
+    """Sets plain attention for short batches on a CPU, and for width 0 on any device.
+
+    On a CPU torch's fused attention takes twice the time of plain attention on short rows.
+    """
     if (device_type != "cpu" and width) or not hasattr(model, "set_attn_implementation"):
         return
     wanted = "eager" if width <= _SHORT_TOKENS else "sdpa"
     if model.config._attn_implementation != wanted:  # type: ignore[union-attr]
         try:
             model.set_attn_implementation(wanted)  # type: ignore[operator]
-        except ValueError:  # the architecture has no such attention: it keeps its own
+        except ValueError:  # the architecture lacks this attention and keeps its default
             return
 
 
-def settle_dtype(dtype: str) -> str:
-    """The dtype itself, or for "auto" bf16 where this machine multiplies it fast and fp32 elsewhere.
+def settle_dtype(dtype: Dtype) -> SettledDtype:
+    """Replaces "auto" by bf16 where this machine multiplies it fast, and by fp32 elsewhere.
 
-    On a CPU without instructions for bf16 its products take hundreds of times those of fp32 (measured with AVX2).
+    On a CPU without bf16 instructions, bf16 products take hundreds of times as long as fp32
+    products (measured with AVX2).
     """
-    return (
-        dtype
-        if dtype != "auto"
-        else "bf16"
-        if _cpu_multiplies_bf16(Path("/proc/cpuinfo")) or _gpu_does()
-        else "fp32"
-    )
+    if dtype != "auto":
+        return dtype
+    fast = _cpu_multiplies_bf16(Path("/proc/cpuinfo")) or _gpu_multiplies_bf16()
+    return "bf16" if fast else "fp32"
 
 
 def _cpu_multiplies_bf16(cpuinfo: Path) -> bool:
-    """Read from the system, since a run that is up to date imports no torch."""
+    """Whether the CPU lists bf16 instructions; a run that is up to date imports no torch to ask."""
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    flags = next(
-        (line for line in text.splitlines() if line.startswith(("flags", "Features"))), ""
-    ).split()
+    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    flags = next(lines, "").split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
-def _gpu_does() -> bool:
+def _gpu_multiplies_bf16() -> bool:
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 def resolve_model(path: str) -> Path:
-    """The local directory of a model: ``path`` itself, or the snapshot of a hub id (downloaded if need be).
+    """Local directory of a model: ``path`` itself, or the hub's snapshot, downloaded if necessary.
 
     Raises:
-        InputError: neither; or a directory without config.json.
+        InputError: the path is neither, or a directory without config.json.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -166,22 +173,20 @@ def resolve_model(path: str) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(
-            snapshot_download(
-                path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-            )
-        )
-    except (
-        Exception
-    ) as error:  # the hub's client raises many kinds, and all mean that the model is not to be had
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds, for an unavailable model
         raise InputError(
-            f"model: {path!r} is neither a directory nor a hub id that can be had: {one_line(error)}"
+            f"model: {path!r} is neither a directory nor an available hub id: {one_line(error)}"
         ) from None
 
 
 def model_fingerprint(folder: Path) -> str:
-    """32 hex digits of a checkpoint: config, every weight file's header, size and 64 spread blocks of 4 KiB."""
+    """32 hex digits of a checkpoint.
+
+    They cover its config and every weight file's name, size, header and 64 spread blocks of 4 KiB.
+    """
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):  # a pipe would block
         if file.name in ("config.json", "adapter_config.json"):
@@ -206,7 +211,7 @@ def peak_memory_bytes() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Starts a new peak where the system allows it (Linux)."""
+    """Resets the peak where the system allows it (Linux)."""
     clear = Path("/proc/self/clear_refs")
     if os.access(clear, os.W_OK):
         clear.write_text("5")
@@ -215,11 +220,9 @@ def reset_peak_memory() -> None:
 def _hash_probes(file: Path, digest: "hashlib._Hash") -> None:
     size = file.stat().st_size
     with open(file, "rb") as opened:
-        header_bytes = (
-            min(size, 8 + int.from_bytes(opened.read(8), "little"))
-            if file.suffix == ".safetensors"
-            else 0
-        )
+        header_bytes = 0
+        if file.suffix == ".safetensors":
+            header_bytes = min(size, 8 + int.from_bytes(opened.read(8), "little"))
         opened.seek(0)
         digest.update(opened.read(min(header_bytes, 100 << 20)))
         for probe in range(_PROBES):
@@ -227,9 +230,23 @@ def _hash_probes(file: Path, digest: "hashlib._Hash") -> None:
             digest.update(opened.read(_PROBE_BYTES))
 
 
+def keep_freed_memory() -> None:
+    """Lets glibc keep 256 MiB that torch frees, which saves training a page fault per 4 KiB."""
+    import ctypes
+
+    trim_threshold = -1  # M_TRIM_THRESHOLD of malloc.h
+    mmap_threshold = -3  # M_MMAP_THRESHOLD
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library: nothing to tune
+    mallopt(mmap_threshold, 128 << 20)
+    mallopt(trim_threshold, 256 << 20)
+
+
 @contextmanager
 def no_loading_bar() -> Iterator[None]:
-    """Silences transformers' own bars for loading and saving: ours is the only one on the screen."""
+    """Silences transformers' progress bars for loading and saving, so that only ours is shown."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""How long-running stages report: bars with throughput and time left on a terminal, nothing for machines."""
+"""Displays of long-running stages: bars on a terminal, lines in a log, nothing for machines."""
 
 import sys
 import time
@@ -8,11 +8,13 @@ from typing import Any, Protocol
 
 
 class Task(Protocol):
+    """One bar."""
+
     def advance(self, amount: float, detail: str = "") -> None: ...
 
 
 class Progress(Protocol):
-    """What a stage may say while it works. ``unit`` names what ``total`` counts, for the throughput."""
+    """The display that a stage gets. ``unit`` names the things that ``total`` counts."""
 
     def task(self, name: str, total: float, unit: str) -> Any: ...
 
@@ -20,7 +22,7 @@ class Progress(Protocol):
 
 
 class SilentProgress:
-    """Says nothing: for --json and for calls from Python."""
+    """Shows nothing, for --json and for calls from Python."""
 
     @contextmanager
     def task(self, name: str, total: float, unit: str) -> Iterator[Task]:
@@ -34,7 +36,7 @@ class SilentProgress:
 
 
 class PlainProgress:
-    """One line per finished task on standard error, for logs."""
+    """Prints one line on standard error for each finished task, for logs."""
 
     @contextmanager
     def task(self, name: str, total: float, unit: str) -> Iterator[Task]:
@@ -50,7 +52,7 @@ class PlainProgress:
 
 
 class TerminalProgress:
-    """Rich bars on standard error; notes are printed above them."""
+    """Shows rich bars on standard error and prints notes above them."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -81,7 +83,9 @@ class TerminalProgress:
 
 class _RichTask:
     def __init__(self, bars: Any, identifier: Any, unit: str) -> None:
-        self.bars, self.identifier, self.unit = bars, identifier, unit
+        self.bars = bars
+        self.identifier = identifier
+        self.unit = unit
 
     def advance(self, amount: float, detail: str = "") -> None:
         self.bars.advance(self.identifier, amount)

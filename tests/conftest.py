@@ -5,12 +5,40 @@ import os
 import sys
 from pathlib import Path
 
+# Before torch is imported: workers of pytest-xdist share the cores, and threads that wait for work
+# by spinning take the time of those that have some.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("MERIT_FAST_BACKEND", None)
 
 import pytest
 import torch
 from support.tiny import make_model, make_tokenizer, write_tasks
+
+GIB_PER_WORKER = 6  # the demo takes 3.5
+MAX_WORKERS = 8
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto
+def pytest_xdist_auto_num_workers() -> int:
+    memory_gib = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) >> 30
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, memory_gib // GIB_PER_WORKER, MAX_WORKERS))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the demo first and slow tests next, so that no worker begins one as the last."""
+    marks = ("demo", "slow")
+    slow_files = {
+        mark: {item.path for item in items if item.get_closest_marker(mark)} for mark in marks
+    }
+
+    def rank(item: pytest.Item) -> int:
+        return next(
+            (i for i, mark in enumerate(marks) if item.path in slow_files[mark]), len(marks)
+        )
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True)

@@ -1,49 +1,54 @@
-"""The CountSketch kernels against torch and against their floors. One example's gradient a time unless stated.
+"""The CountSketch kernels against torch and against their floors.
 
-End to end: bench/sketch/step.py. MKL, torch's fp32 matrix product, runs at less than half speed on AMD: oneDNN's stands
-beside it.
+One example's gradient at a time unless stated.
+
+End to end: bench/sketch/step.py. MKL, torch's fp32 matrix product, runs at less than half speed on
+AMD, so oneDNN's is timed too.
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from merit_fast.kernels.sketch import (
-    TILE,
     CountSketch,
     embedding_grad_sketch,
     flat_sketch,
     linear_grad_sketch,
 )
-from merit_fast.kernels.sketch._eager import bucket_of, hash_counters
+from merit_fast.kernels.sketch._eager import TILE, bucket_of, hash_counters
 
 ELEMENTS = 1 << 24
 WIDTH = 65536
 
 
 @pytest.fixture(autouse=True)
-def _threads_restored():
+def _threads_restored() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
 def tables(rows: int, columns: int, sketch: CountSketch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bucket and sign of every entry, precomputed: what a table-driven sketch may assume for free."""
-    key, lane = sketch.key("w"), torch.arange(TILE)
-    buckets, signs = [], []
+    """Precomputes bucket and sign of every entry, which a table-driven sketch gets for free."""
+    key = sketch.key("w")
+    lane = torch.arange(TILE)
+    buckets: list[torch.Tensor] = []
+    signs: list[torch.Tensor] = []
     for first in range(0, -(-rows // TILE)):
         tile = first * -(-columns // TILE) + torch.arange(-(-columns // TILE))
         masks = hash_counters(4 * tile, key).view(-1, 1, 1)
         bucket = bucket_of(tile, key, sketch.proj_dim // TILE**2).view(-1, 1, 1)
-        row, column = lane[:, None] ^ masks & 63, lane ^ masks >> 8 & 63
+        row = lane[:, None] ^ masks & 63
+        column = lane ^ masks >> 8 & 63
         row_bit = hash_counters(4 * tile + 1, key).view(-1, 1, 1) >> lane[:, None] & 1
         column_bit = hash_counters(4 * tile + 2, key).view(-1, 1, 1) >> lane & 1
-        at, sign = (
-            (bucket * TILE + row) * TILE + column,
-            1.0 - 2.0 * (row_bit ^ column_bit),
-        )  # [tiles, 64, 64]
+        # [tiles, 64, 64]
+        at = (bucket * TILE + row) * TILE + column
+        sign = 1.0 - 2.0 * (row_bit ^ column_bit)
         kept = min(TILE, rows - TILE * first)
         for strips, values in ((buckets, at), (signs, sign)):
             strips.append(values.transpose(0, 1).reshape(TILE, -1)[:kept, :columns].flatten())
@@ -51,16 +56,17 @@ def tables(rows: int, columns: int, sketch: CountSketch) -> tuple[torch.Tensor, 
 
 
 @pytest.fixture(scope="module")
-def flat():
+def flat() -> tuple[torch.Tensor, CountSketch, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    gradient, sketch = torch.randn(1, ELEMENTS // 4096, 4096), CountSketch(WIDTH)
+    gradient = torch.randn(1, ELEMENTS // 4096, 4096)
+    sketch = CountSketch(WIDTH)
     buckets, signs = tables(ELEMENTS // 4096, 4096, sketch)
     return gradient, sketch, buckets, signs
 
 
 @functools.cache
 def scattered(count: int) -> torch.Tensor:
-    """Buckets of a CountSketch without tiles: every entry its own."""
+    """Buckets of a CountSketch without tiles, drawn for every entry."""
     return torch.randint(0, WIDTH, (count,))
 
 
@@ -69,7 +75,7 @@ def rounded(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.bfloat16()
 
 
-FLAT = {
+FLAT: dict[str, Callable[..., Any]] = {
     "flat_sketch": lambda g, sketch, buckets, signs: flat_sketch(g, "w", sketch),
     "flat_sketch of bf16": lambda g, sketch, buckets, signs: flat_sketch(rounded(g), "w", sketch),
     "read floor (sum)": lambda g, sketch, buckets, signs: g.sum(),
@@ -87,7 +93,7 @@ FLAT = {
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", FLAT)
-def bench_flat_16m(benchmark, flat, name, threads):
+def bench_flat_16m(benchmark: Any, flat: Any, name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     expected = FLAT["index_add_ with tables"](*flat)
     assert torch.allclose(FLAT["flat_sketch"](*flat)[0], expected, atol=1e-2)
@@ -104,28 +110,34 @@ SHAPES = {
 }
 
 
-def dw_then_index_add(dy, x, sketch, buckets, signs):
+def dw_then_index_add(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    sketch: CountSketch,
+    buckets: torch.Tensor,
+    signs: torch.Tensor,
+) -> torch.Tensor:
     out = torch.zeros(len(dy), sketch.proj_dim)
     product = torch.bmm(dy.transpose(1, 2), x).flatten(1)
     return out.index_add_(1, buckets, product * signs)
 
 
-def onednn_product(dy, x):
+def onednn_product(dy: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
     return [
         torch.ops.mkldnn._linear_pointwise(a.T, b.T, None, "none", [], "")  # a.T @ b
         for a, b in zip(dy, x, strict=True)
     ]
 
 
-LINEAR = {
+LINEAR: dict[str, Callable[..., Any]] = {
     "linear_grad_sketch": lambda dy, x, s, b, g: linear_grad_sketch(dy, x, "w", s),
     "linear_grad_sketch of bf16": lambda dy, x, s, b, g: linear_grad_sketch(
         rounded(dy), rounded(x), "w", s
     ),
     "dW (bmm) + index_add_": dw_then_index_add,
-    "dW alone, MKL bmm": lambda dy, x, s, b, g: torch.bmm(dy.transpose(1, 2), x),
-    "dW alone, oneDNN fp32": lambda dy, x, s, b, g: onednn_product(dy, x),
-    "dW alone, oneDNN bf16": lambda dy, x, s, b, g: torch.bmm(
+    "dW only, MKL bmm": lambda dy, x, s, b, g: torch.bmm(dy.transpose(1, 2), x),
+    "dW only, oneDNN fp32": lambda dy, x, s, b, g: onednn_product(dy, x),
+    "dW only, oneDNN bf16": lambda dy, x, s, b, g: torch.bmm(
         rounded(dy).transpose(1, 2), rounded(x)
     ),
 }
@@ -134,11 +146,12 @@ LINEAR = {
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", LINEAR)
-def bench_linear(benchmark, name, shape, threads):
+def bench_linear(benchmark: Any, name: str, shape: str, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     batch, tokens, rows, columns = SHAPES[shape]
-    dy, x = torch.randn(batch, tokens, rows), torch.randn(batch, tokens, columns)
+    dy = torch.randn(batch, tokens, rows)
+    x = torch.randn(batch, tokens, columns)
     sketch = CountSketch(WIDTH)
     arguments = (dy, x, sketch, *tables(rows, columns, sketch))
     expected = dw_then_index_add(*arguments)
@@ -149,15 +162,15 @@ def bench_linear(benchmark, name, shape, threads):
     rounded.cache_clear()
 
 
-def dense_embedding(dy, ids, sketch):
-    """The gradient of the whole table, as torch forms it, then the flat sketch of it."""
+def dense_embedding(dy: torch.Tensor, ids: torch.Tensor, sketch: CountSketch) -> torch.Tensor:
+    """Forms the gradient of the whole table, as torch does, then its flat sketch."""
     weight = torch.zeros(len(dy), 8192, dy.shape[2])
     for b in range(len(dy)):
         weight[b].index_add_(0, ids[b], dy[b])
     return flat_sketch(weight, "w", sketch)
 
 
-EMBEDDING = {
+EMBEDDING: dict[str, Callable[..., Any]] = {
     "embedding_grad_sketch": lambda dy, ids, s: embedding_grad_sketch(dy, ids, "w", s),
     "dense gradient, then flat_sketch": dense_embedding,
 }
@@ -165,7 +178,7 @@ EMBEDDING = {
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", EMBEDDING)
-def bench_embedding(benchmark, name, threads):
+def bench_embedding(benchmark: Any, name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     arguments = torch.randn(8, 128, 512), torch.randint(0, 8192, (8, 128)), CountSketch(WIDTH)

@@ -1,9 +1,10 @@
-"""Which layout a CountSketch may have: error of inner products on gradients made to break it, per layout.
+"""Error of inner products per layout of a CountSketch, on gradients made to break it.
 
     python -m bench.sketch.layout [--proj-dim 16384] [--seeds 2000]
 
-Prints the standard deviation of <s(g), s(h)> - <g, h> over seeds, divided by the bound sqrt(|g|^2 |h|^2 + <g, h>^2) /
-sqrt(D), and the kurtosis (3 for a normal distribution: how rare and large the errors are). Accuracy, no timing.
+Prints the standard deviation of <s(g), s(h)> - <g, h> over seeds, divided by the bound sqrt(|g|^2
+|h|^2 + <g, h>^2) / sqrt(D), and the kurtosis (3 for a normal distribution: how rare and large the
+errors are). Accuracy, no timing.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 from merit_fast.kernels.sketch import CountSketch, flat_sketch
 from merit_fast.kernels.sketch._eager import bucket_of, hash_counters, hash_key
 
-ROWS, COLUMNS = 512, 768
+ROWS = 512
+COLUMNS = 768
 
 
 def gradients(numbers: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -25,12 +27,11 @@ def gradients(numbers: torch.Generator) -> Iterator[tuple[str, Tensor]]:
 
     yield "dense", randn(2, ROWS, COLUMNS)
     yield "rank one", randn(2, ROWS, 1) * randn(2, 1, COLUMNS)
-    column, row, outliers = (
-        torch.zeros(2, ROWS, COLUMNS),
-        torch.zeros(2, ROWS, COLUMNS),
-        randn(2, ROWS, COLUMNS),
-    )
-    column[:, :, 5], row[:, 7] = randn(2, ROWS), randn(2, COLUMNS)
+    column = torch.zeros(2, ROWS, COLUMNS)
+    row = torch.zeros(2, ROWS, COLUMNS)
+    outliers = randn(2, ROWS, COLUMNS)
+    column[:, :, 5] = randn(2, ROWS)
+    row[:, 7] = randn(2, COLUMNS)
     yield "one column", column
     yield "one row", row
     outliers[:, :, [3, 100]] *= 30
@@ -40,9 +41,10 @@ def gradients(numbers: torch.Generator) -> Iterator[tuple[str, Tensor]]:
 
 
 def runs_of_16(pair: Tensor, key: int, proj_dim: int) -> Tensor:
-    """Hash version 1: runs of 16 columns, each to a row of 16 of its own, permuted by XOR and signed."""
+    """Sketches by hash version 1: runs of 16 columns, each in a row of 16, XORed and signed."""
     values = F.pad(pair, (0, -COLUMNS % 16)).reshape(2, -1, 16)
-    h, lane = hash_counters(torch.arange(values.shape[1]), key).unsqueeze(1), torch.arange(16)
+    h = hash_counters(torch.arange(values.shape[1]), key).unsqueeze(1)
+    lane = torch.arange(16)
     lane = lane ^ h >> 16 & 15
     at = ((h >> 32 & 0xFFFFFFFF) * (proj_dim // 16) >> 32) * 16 + lane
     values = values * (1.0 - 2.0 * (h >> lane & 1))
@@ -50,15 +52,20 @@ def runs_of_16(pair: Tensor, key: int, proj_dim: int) -> Tensor:
 
 
 def tiles(pair: Tensor, key: int, proj_dim: int, side: int, dealt: bool) -> Tensor:
-    """Square tiles; dealt: of D / side^2 tiles in a row no two share a bucket. Else each draws its own."""
-    across, buckets = COLUMNS // side, proj_dim // side**2
+    """Sketches square tiles.
+
+    dealt: of D / side^2 tiles in a row no two share a bucket. Else each tile draws its bucket.
+    """
+    across = COLUMNS // side
+    buckets = proj_dim // side**2
     values = (
         pair.view(2, ROWS // side, side, across, side).transpose(2, 3).reshape(2, -1, side, side)
     )
-    tile, lane = torch.arange(values.shape[1]), torch.arange(side)
+    tile = torch.arange(values.shape[1])
+    lane = torch.arange(side)
     masks = hash_counters(4 * tile, key)
-    own = (masks >> 32 & 0xFFFFFFFF) * buckets >> 32
-    bucket = bucket_of(tile, key, buckets) if dealt else own
+    drawn = (masks >> 32 & 0xFFFFFFFF) * buckets >> 32
+    bucket = bucket_of(tile, key, buckets) if dealt else drawn
     row = lane ^ (masks & side - 1).unsqueeze(1)
     column = lane ^ (masks >> 8 & side - 1).unsqueeze(1)
     at = ((bucket * side).unsqueeze(1) + row).unsqueeze(2) * side + column.unsqueeze(1)
@@ -82,15 +89,16 @@ LAYOUTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 
 
 def errors(pair: Tensor, layout: str, proj_dim: int, seeds: int) -> Tensor:
-    """[seeds] float64, in units of the bound."""
+    """[seeds] float64 errors of the inner product, in units of the bound."""
     g, h = pair.double()
     truth = (g * h).sum()
     bound = ((g.square().sum() * h.square().sum() + truth.square()) / proj_dim).sqrt()
-    products = []
+    products: list[Tensor] = []
     for seed in range(seeds):
         a, b = LAYOUTS[layout](pair, seed, proj_dim).double()
         products.append((a * b).sum())
-    return (torch.stack(products) - truth) / bound
+    relative: Tensor = (torch.stack(products) - truth) / bound
+    return relative
 
 
 def main() -> None:
@@ -99,7 +107,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2000)
     arguments = parser.parse_args()
     print(
-        f"{ROWS} x {COLUMNS}, D = {arguments.proj_dim}, {arguments.seeds} seeds: std / bound (kurtosis)\n"
+        f"{ROWS} x {COLUMNS}, D = {arguments.proj_dim}, {arguments.seeds} seeds: "
+        "std / bound (kurtosis)\n"
     )
     print("| gradients |", " | ".join(LAYOUTS), "|")
     print("|---" * (len(LAYOUTS) + 1) + "|")

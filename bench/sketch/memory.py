@@ -1,13 +1,15 @@
 """Peak memory of one kind of step in a process of its own; with ``7b``, of a sketch of a 7B model.
 
-    python -m bench.sketch.memory plain|frozen|sketch|7b [--dtype fp32] [--tokens 128] [--threads 1] [--quick]
+    python -m bench.sketch.memory plain|frozen|sketch|7b [--dtype fp32] [--tokens 128] [--threads 1]
+    [--quick]
 
-Prints one line of JSON. Every child imports the sketcher, so that no import is in the difference. The 7B model's
-weights are random, of 15.2 GB in bf16, filled tensor by tensor in place.
+Prints one line of JSON. Every child imports the sketcher, so the difference contains no import.
+The 7B model has 15.2 GB of random bf16 weights, filled tensor by tensor in place.
 """
 
 import argparse
 import importlib
+import itertools
 import json
 import sys
 import time
@@ -22,9 +24,12 @@ from bench.sketch.work import DTYPES, Work, frozen, plain, sketched, small_model
 from bench.support.measure import Results, run_child
 
 VARIANTS = {"plain": plain, "frozen": frozen, "sketch": sketched}
-BATCH, ROUNDS = 8, 3
-BIG_BATCH, BIG_TOKENS = 2, 32
-# Each buffer of 64 KiB and more is mapped by itself: else glibc's leftovers differ by 20 MiB from run to run.
+BATCH = 8
+ROUNDS = 3
+BIG_BATCH = 2
+BIG_TOKENS = 32
+# Each buffer of 64 KiB and more is mapped by itself: else glibc's leftovers differ by 20 MiB from
+# run to run.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 ROOM_GIB = 18.0  # 15.2 GB of weights, 2 GiB over them, and what the system needs
 
@@ -32,7 +37,7 @@ ROOM_GIB = 18.0  # 15.2 GB of weights, 2 GiB over them, and what the system need
 def big_config(quick: bool) -> Any:
     from transformers import Qwen2Config
 
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=LAYERS,
@@ -52,22 +57,22 @@ def big_config(quick: bool) -> Any:
 
 
 def big_model(quick: bool) -> nn.Module:
-    """Made without memory, then given it and filled, one tensor after the other."""
+    """Builds the model without memory, then allocates and fills one tensor after the other."""
     from transformers import Qwen2ForCausalLM
 
     config = big_config(quick)
     with torch.device("meta"):
-        model: Any = Qwen2ForCausalLM(config).to(torch.bfloat16)
+        model: Any = Qwen2ForCausalLM(config)
+        model.to(torch.bfloat16)
     model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(
-        config
-    )  # its buffer is computed, not a weight
+    # Its buffer is computed; it is no weight.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             flat = parameter.view(-1)
-            for part in flat.split(len(pool)):
-                part.copy_(pool[: len(part)])
+            for piece in flat.split(len(pool)):
+                piece.copy_(pool[: len(piece)])
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
     trained: nn.Module = model.train()
@@ -115,34 +120,22 @@ def run_big(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
-    """Children for what the results do not hold yet."""
+    """Runs children for the results that are still missing."""
     quick = ["--quick"] if arguments.quick else []
     base = [sys.executable, "-m", "bench.sketch.memory"]
-    for tokens in ((16,) if arguments.quick else (128, 512)) if "memory" in arguments.only else ():
-        for dtype in DTYPES:
-            for threads in arguments.threads:
-                case = f"{dtype}, T={tokens}, {threads} thread(s)"
-                for number in range(
-                    sum(e["case"] == case for e in results.of("memory")), 1 if quick else ROUNDS
-                ):
-                    options = [
-                        "--dtype",
-                        dtype,
-                        "--tokens",
-                        str(tokens),
-                        "--threads",
-                        str(threads),
-                        *quick,
-                    ]
-                    rows = {name: run_child([*base, name, *options], EXACT) for name in VARIANTS}
-                    results.add({"memory": {"case": case, "rows": rows, "threads": threads}})
-                    print(
-                        f"memory {number + 1}, {case}: {_words(rows)}", file=sys.stderr, flush=True
-                    )
+    lengths = (16,) if arguments.quick else (128, 512)
+    cases = itertools.product(lengths, DTYPES, arguments.threads)
+    for tokens, dtype, threads in cases if "memory" in arguments.only else ():
+        case = f"{dtype}, T={tokens}, {threads} thread(s)"
+        finished = sum(entry["case"] == case for entry in results.of("memory"))
+        options = ["--dtype", dtype, "--tokens", str(tokens), "--threads", str(threads), *quick]
+        for number in range(finished, 1 if quick else ROUNDS):
+            rows = {name: run_child([*base, name, *options], EXACT) for name in VARIANTS}
+            results.add({"memory": {"case": case, "rows": rows, "threads": threads}})
+            print(f"memory {number + 1}, {case}: {_words(rows)}", file=sys.stderr, flush=True)
     if "7b" in arguments.only and not any("error" not in row for row in results.of("7b")):
-        results.add(
-            {"7b": run_child([*base, "7b", "--threads", str(max(arguments.threads)), *quick])}
-        )
+        options = ["7b", "--threads", str(max(arguments.threads)), *quick]
+        results.add({"7b": run_child([*base, *options])})
 
 
 def _words(rows: dict[str, dict[str, Any]]) -> str:

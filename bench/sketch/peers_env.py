@@ -1,9 +1,9 @@
-"""The peers of the sketch in an environment of its own, made once: their dependencies are not ours.
+"""The sketch's peers in an environment of their own, made once: they need other dependencies.
 
     python -m bench.sketch.peers_env [DIR]
 
-DIR defaults to ~/.cache/merit_fast/sketch-peers (about 2 GB). torch and transformers have this environment's versions.
-A peer that cannot be installed beside the others is named and left out.
+DIR defaults to ~/.cache/merit_fast/sketch-peers (about 2 GB). torch and transformers have this
+environment's versions. A peer that cannot be installed next to the others is named and left out.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
-TORCH, TRANSFORMERS = "2.13.0", "5.23.0"
+TORCH = "2.13.0"
+TRANSFORMERS = "5.23.0"
 PEERS = {
     "opacus": "1.6.0",
     "bergson": "2.5.1",
@@ -33,7 +34,7 @@ print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 
 
 def find_or_make(directory: Path = DEFAULT) -> tuple[Path | None, dict[str, str]]:
-    """The environment's interpreter, or None, and by package its version or why it is not there."""
+    """Returns the environment's interpreter, or None, and each package's version or its problem."""
     directory = directory.absolute()
     python = directory / "bin/python"
     words = {}
@@ -52,26 +53,26 @@ def find_or_make(directory: Path = DEFAULT) -> tuple[Path | None, dict[str, str]
                 python, f"torch=={TORCH}", f"transformers=={TRANSFORMERS}", f"{name}=={version}"
             ):
                 words[name] = f"could not be installed: {failure}"
-        # brought along, built for another torch: transformers would import them and fail
+        # Dependencies built for another torch: transformers would import them and fail.
         _run([python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio"])
     return python, {**_versions(python), **words}
 
 
 def _install_torch(python: Path) -> str:
     failure = _pip(python, f"torch=={TORCH}+cpu")
-    if failure:  # an index that lists no local versions: torch's own
+    if failure:  # the index lists no local versions
         failure = _pip(python, f"torch=={TORCH}", "--index-url", CPU_WHEELS)
     return failure or _pip(python, f"torch=={TORCH}", f"transformers=={TRANSFORMERS}")
 
 
 def _versions(python: Path) -> dict[str, str]:
-    """What is there, by package; what is missing says so."""
+    """Installed versions by package; a missing one is reported as not installed."""
     names = ("torch", "transformers", *PEERS)
     process = subprocess.run([python, "-I", "-c", VERSIONS, *names], capture_output=True, text=True)
     if process.returncode:
         return {"environment": process.stderr.strip().rpartition("\n")[2]}
-    found: dict[str, str] = json.loads(process.stdout)
-    return {name: version or "is not installed" for name, version in found.items()}
+    versions: dict[str, str] = json.loads(process.stdout)
+    return {name: version or "is not installed" for name, version in versions.items()}
 
 
 def _pip(python: Path, *arguments: str) -> str:
@@ -79,7 +80,7 @@ def _pip(python: Path, *arguments: str) -> str:
 
 
 def _run(command: Sequence[str | Path]) -> str:
-    """Why it failed, or nothing."""
+    """Runs a command; returns the reason of its failure, or ""."""
     process = subprocess.run(command, capture_output=True, text=True)
     lines = [
         line for line in process.stderr.splitlines() if "ERROR" in line

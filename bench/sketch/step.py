@@ -1,16 +1,23 @@
-"""What a sketch of every example's whole gradient costs, end to end, against a plain forward and backward.
+"""End-to-end cost of a sketch of every example's whole gradient against a plain step.
 
-    python -m bench.sketch.step DIR [--only 31m,smollm,memory,7b] [--rounds 7] [--threads 1,2] [--quick]
+A plain step is one forward and backward pass.
 
-31m: Qwen2's shape, 30.95 M parameters, B=8, T=128 and 512, fp32 and bf16, every variant once a round in one process,
-each round starting with the next one; ratios are of one round. smollm: SmolLM2-135M in bf16 on four batches of the
-demo's tasks. memory: a child process each (bench/sketch/memory.py). 7b: Qwen2.5-7B's shape with random bf16 weights,
-which needs 18 GiB of free memory. Before anything is timed, results are compared with exact gradients. A finished round
-is kept as a line of JSON in DIR: an interrupted run goes on where it was, a finished one only prints its tables.
+    python -m bench.sketch.step DIR [--only 31m,smollm,memory,7b] [--rounds 7] [--threads 1,2]
+    [--quick]
+
+31m: Qwen2's shape, 30.95 M parameters, B=8, T=128 and 512, fp32 and bf16. Every variant runs once a
+round in one process, and each round starts with the next variant; ratios are within a round.
+smollm: SmolLM2-135M in bf16 on four batches of the demo's tasks.
+memory: one child process each (bench/sketch/memory.py).
+7b: Qwen2.5-7B's shape with random bf16 weights, which needs 18 GiB of free memory.
+
+Results are compared with exact gradients before anything is timed. Every finished round is kept as
+a line of JSON in DIR: an interrupted run resumes there, and a finished one only prints its tables.
 """
 
 import argparse
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +27,7 @@ from typing import Any
 import torch
 
 from bench.merge.commands import version
-from bench.sketch import memory as sketch_memory
+from bench.sketch import memory
 from bench.sketch.step_report import report
 from bench.sketch.work import (
     PROJ_DIM,
@@ -42,7 +49,7 @@ from bench.sketch.work import (
 from bench.support.measure import Results, machine
 
 Variant = Callable[[Work], contextlib.AbstractContextManager[Step]]
-PARTS = ("31m", "smollm", "memory", "7b")
+TABLES = ("31m", "smollm", "memory", "7b")
 BATCH = 8
 
 
@@ -65,7 +72,7 @@ TRAINING: dict[str, Variant] = {"training": training, "training + sum": training
 
 @dataclass(frozen=True)
 class Case:
-    """What one round of one table runs; the works' variants are compared with each other."""
+    """One round of one table; the works' variants are compared with each other."""
 
     name: str
     dtype: str
@@ -79,7 +86,7 @@ def note(text: str) -> None:
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
-    found = []
+    all_cases = []
     lengths = (16, 24) if arguments.quick else (128, 512)
     models: dict[str, list[Work]] = {}
 
@@ -97,22 +104,22 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     for threads in arguments.threads:
         for dtype in ("fp32", "bf16") if "31m" in arguments.only else ():
             for tokens in lengths:
-                extra = (ONEDNN if dtype == "fp32" else {}) | (
-                    TRAINING if tokens == lengths[0] else {}
-                )
+                variants = STEPS | (ONEDNN if dtype == "fp32" else {})
+                variants |= TRAINING if tokens == lengths[0] else {}
                 name = f"31m, {dtype}, T={tokens}, {threads} thread(s)"
-                found.append(
-                    Case(name, dtype, threads, STEPS | extra, lambda d=dtype, t=tokens: works(d, t))
-                )
+                make = functools.partial(works, dtype, tokens)
+                all_cases.append(Case(name, dtype, threads, variants, make))
         if "smollm" in arguments.only:
-            found.append(
-                Case(f"SmolLM2-135M, bf16, {threads} thread(s)", "bf16", threads, STEPS, demo)
-            )
-    return found
+            name = f"SmolLM2-135M, bf16, {threads} thread(s)"
+            all_cases.append(Case(name, "bf16", threads, STEPS, demo))
+    return all_cases
 
 
 def demo_works(arguments: argparse.Namespace) -> list[Work]:
-    """Batches of 8 examples from four tasks, as the pipeline makes them: the losses are means over target tokens."""
+    """Batches of 8 examples from four tasks, made as the pipeline makes them.
+
+    The losses are means over target tokens.
+    """
     from bench.sketch.accuracy import load_tasks
     from merit_fast.data import collate
     from merit_fast.demo import default_cache, prepare_model
@@ -126,17 +133,17 @@ def demo_works(arguments: argparse.Namespace) -> list[Work]:
         batch = collate(dataset.examples[:BATCH], [0] * BATCH, pad)
 
         def losses(batch: Any = batch) -> torch.Tensor:
-            found = target_losses(model, batch)
-            zeros = found.loss.new_zeros(BATCH)
-            sums = zeros.index_add(0, found.example, found.loss)
-            return sums / zeros.index_add(0, found.example, torch.ones_like(found.loss))
+            tokens = target_losses(model, batch)
+            zeros = tokens.loss.new_zeros(BATCH)
+            sums = zeros.index_add(0, tokens.example, tokens.loss)
+            return sums / zeros.index_add(0, tokens.example, torch.ones_like(tokens.loss))
 
         works.append(Work(model, losses, BATCH))
     return works
 
 
 def check(case: Case, work: Work) -> None:
-    """The sketches are those of exact gradients: one example's, and the sum over all."""
+    """Checks sketches against exact gradients: one example's, and the sum over all."""
     from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 
     def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -150,9 +157,8 @@ def check(case: Case, work: Work) -> None:
             )
         return out[0]
 
-    bound = (
-        1e-4 if case.dtype == "fp32" else 5e-2
-    )  # bf16: torch rounds its own weight gradients, and sums in blocks
+    # In bf16 torch rounds its own weight gradients and sums in blocks.
+    bound = 1e-4 if case.dtype == "fp32" else 5e-2
     with sketched(work) as step:
         sketches = step()
     assert sketches is not None
@@ -167,14 +173,16 @@ def check(case: Case, work: Work) -> None:
     if "plain, oneDNN" in case.variants:
         with sketched_onednn(work) as step:
             again = step()
-        assert again is not None and relative_error(again, sketches) < bound, (
-            f"{case.name}: oneDNN differs"
-        )
+        assert again is not None
+        assert relative_error(again, sketches) < bound, f"{case.name}: oneDNN differs"
     work.model.zero_grad()
 
 
 def run_round(case: Case, number: int) -> dict[str, dict[str, float]]:
-    """Every variant once, over all works of the case; opening and closing a sketcher is not in the time."""
+    """Runs every variant once over all works of the case.
+
+    The time excludes opening and closing a sketcher.
+    """
     rows = {}
     for name in rotated(list(case.variants), number):
         total = {"wall_s": 0.0, "cpu_s": 0.0}
@@ -200,7 +208,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
                 warm.add(case.name)
                 for work in case.works():
                     check(case, work)
-                run_round(case, 0)  # first calls set kernels up
+                run_round(case, 0)  # first calls set up kernels
             rows = run_round(case, number)
             results.add({"round": {"case": case.name, "rows": rows}})
             words = ", ".join(f"{name} {row['wall_s']:.3f} s" for name, row in rows.items())
@@ -213,16 +221,16 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(TABLES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2]
     )
-    parser.add_argument("--model", type=Path, help="a model directory in place of SmolLM2-135M")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all")
+    parser.add_argument("--model", type=Path, help="a model directory instead of SmolLM2-135M")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     arguments = parser.parse_args()
-    if unknown := set(arguments.only) - set(PARTS):
-        parser.error(f"--only: must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(arguments.only) - set(TABLES):
+        parser.error(f"--only: must be of {', '.join(TABLES)}, got {', '.join(sorted(unknown))}")
     return arguments
 
 
@@ -238,7 +246,7 @@ def main() -> None:
     file = arguments.directory / f"sketch_step{'-quick' if arguments.quick else ''}.jsonl"
     results = Results(file, circumstances)
     measure(arguments, results)
-    sketch_memory.measure(arguments, results)
+    memory.measure(arguments, results)
     print(report(results, circumstances))
 
 

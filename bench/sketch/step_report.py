@@ -1,4 +1,4 @@
-"""Markdown of ``sketch_step``'s results: a table per case, memory, the 7B model, then every goal with its figure."""
+"""Markdown of ``sketch_step``'s results: a table per case, memory, the 7B model, the goals."""
 
 import statistics
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ RATIOS = {
     "sketch, oneDNN": "plain, oneDNN",
     "training + sum": "training",
 }
-# (start of the case's name, variant, at most)
+# (start of the case's name, variant, largest ratio)
 GOALS = (
     ("31m, fp32, T=128", "sketch", 0.90),
     ("31m, fp32, T=512", "sketch", 0.85),
@@ -30,16 +30,17 @@ def report(results: Results, circumstances: dict[str, Any]) -> str:
     for entry in results.of("round"):
         rounds.setdefault(entry["case"], []).append(entry["rows"])
     words = ", ".join(f"{key} {value}" for key, value in circumstances["machine"].items())
-    parts = [
-        f"Commit {circumstances['version']}; {words}; D = {circumstances['proj_dim']}. Medians (IQR); ratios by round."
+    sections = [
+        f"Commit {circumstances['version']}; {words}; D = {circumstances['proj_dim']}. Medians "
+        "(IQR); ratios by round."
     ]
-    parts += [_case(name, found) for name, found in rounds.items()]
-    parts += [_memory(results.of("memory")), _big(results.of("7b")), _goals(rounds, results)]
-    return "\n\n".join(part for part in parts if part)
+    sections += [_case(name, of_case) for name, of_case in rounds.items()]
+    sections += [_memory(results.of("memory")), _big(results.of("7b")), _goals(rounds, results)]
+    return "\n\n".join(section for section in sections if section)
 
 
 def _ratios(rounds: Iterable[dict[str, Any]], variant: str, key: str) -> list[float]:
-    """Round by round against the variant's own baseline."""
+    """Ratios to the variant's baseline, round by round."""
     below = RATIOS.get(variant)
     return [
         rows[variant][key] / rows[below][key]
@@ -67,8 +68,8 @@ def _case(name: str, rounds: list[dict[str, dict[str, float]]]) -> str:
 
 def _peak(entries: list[Any], case: str, variant: str) -> float | None:
     rows = [entry["rows"][variant] for entry in entries if entry["case"] == case]
-    found = [row["high_mib"] for row in rows if "high_mib" in row]
-    return statistics.median(found) if found else None
+    peaks = [row["high_mib"] for row in rows if "high_mib" in row]
+    return statistics.median(peaks) if peaks else None
 
 
 def _memory(entries: list[Any]) -> str:
@@ -94,9 +95,10 @@ def _big(entries: list[Any]) -> str:
     if "error" in last:
         return f"**7B-shaped model**: failed: {last['error']}"
     return (
-        f"**7B-shaped model**: {last['parameters'] / 1e9:.2f} G parameters, {last['weights_mib']:.0f} MiB of weights, "
-        f"{last['built_mib']:.0f} MiB when built, {last['high_mib']:.0f} MiB at most; one frozen step "
-        f"{last['frozen_s']:.1f} s, one sketched step {last['sketch_s']:.1f} s."
+        f"**7B-shaped model**: {last['parameters'] / 1e9:.2f} G parameters, "
+        f"{last['weights_mib']:.0f} MiB of weights, {last['built_mib']:.0f} MiB when built, "
+        f"{last['high_mib']:.0f} MiB at most; one frozen step {last['frozen_s']:.1f} s, "
+        f"one sketched step {last['sketch_s']:.1f} s."
     )
 
 
@@ -110,13 +112,12 @@ def _goals(rounds: dict[str, list[dict[str, dict[str, float]]]], results: Result
         for name in sorted(name for name in rounds if name.startswith(start)) or [start]:
             wall, cpu = (_ratios(rounds.get(name, []), variant, key) for key in ("wall_s", "cpu_s"))
             if wall:
-                found = statistics.median(wall), statistics.median(cpu)
-                words, verdict = (
-                    f"wall {found[0]:.3f}, CPU {found[1]:.3f}",
-                    _verdict(max(found) <= bound),
-                )
+                medians = (statistics.median(wall), statistics.median(cpu))
+                words = f"wall {medians[0]:.3f}, CPU {medians[1]:.3f}"
+                verdict = _verdict(max(medians) <= bound)
             else:
-                words, verdict = "not measured", ""
+                words = "not measured"
+                verdict = ""
             lines.append(f"| {name}: {variant} | {words} | <= {bound:.2f} | {verdict} |")
     return "\n".join([*lines, *_memory_goals(results.of("memory")), _big_goal(results.of("7b"))])
 
@@ -124,7 +125,8 @@ def _goals(rounds: dict[str, list[dict[str, dict[str, float]]]], results: Result
 def _memory_goals(entries: list[Any]) -> list[str]:
     lines = []
     for case in dict.fromkeys(entry["case"] for entry in entries):
-        plain, sketch = _peak(entries, case, "plain"), _peak(entries, case, "sketch")
+        plain = _peak(entries, case, "plain")
+        sketch = _peak(entries, case, "sketch")
         threads = next(entry["threads"] for entry in entries if entry["case"] == case)
         bound = 8 * 65536 * 4 / MIB + threads
         if plain is None or sketch is None:
@@ -132,7 +134,8 @@ def _memory_goals(entries: list[Any]) -> list[str]:
         else:
             extra = sketch - plain
             lines.append(
-                f"| extra peak memory, {case} | {extra:+.1f} MiB | <= {bound:.0f} MiB | {_verdict(extra <= bound)} |"
+                f"| extra peak memory, {case} | {extra:+.1f} MiB | <= {bound:.0f} MiB | "
+                f"{_verdict(extra <= bound)} |"
             )
     return lines
 
@@ -141,7 +144,8 @@ def _big_goal(entries: list[Any]) -> str:
     if not entries or "error" in entries[-1]:
         return "| 7B-shaped model: peak over the weights | not measured | <= 2048 MiB | |"
     extra = entries[-1]["high_mib"] - entries[-1]["weights_mib"]
-    return f"| 7B-shaped model: peak over the weights | {extra:.0f} MiB | <= 2048 MiB | {_verdict(extra <= 2048)} |"
+    verdict = _verdict(extra <= 2048)
+    return f"| 7B-shaped model: peak over the weights | {extra:.0f} MiB | <= 2048 MiB | {verdict} |"
 
 
 def _verdict(reached: bool) -> str:

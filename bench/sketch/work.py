@@ -1,7 +1,11 @@
-"""Models, batches and steps that the sketch's benchmarks share. Peers' environments read this too: torch and
-transformers at the top, merit_fast only inside the functions that sketch."""
+"""Models, batches and steps that the sketch's benchmarks share.
+
+Peers' environments read this file too: it imports torch at the top, transformers and merit_fast
+only inside functions.
+"""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +35,7 @@ QUICK = dict(
 
 @dataclass
 class Work:
-    """A model and what one step of it reads: ``losses`` gives one mean loss for each of ``batch`` examples."""
+    """A model and its input: ``losses`` returns one mean loss for each of ``batch`` examples."""
 
     model: nn.Module
     losses: Callable[[], Tensor]
@@ -50,13 +54,14 @@ def small_model(dtype: str, quick: bool = False, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes = {**(QUICK if quick else SMALL), **changes}
     config = Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=False, use_cache=False)
-    model: nn.Module = Qwen2ForCausalLM(config).to(DTYPES[dtype])
-    return model.train()
+    model: nn.Module = Qwen2ForCausalLM(config)
+    return model.to(DTYPES[dtype]).train()
 
 
 def token_work(model: nn.Module, batch: int, tokens: int) -> Work:
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=generator)  # type: ignore[union-attr]
+    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+    ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
     return Work(model, lambda: mean_losses(model(input_ids=ids).logits, ids), batch, ids)
 
 
@@ -69,22 +74,21 @@ def mean_losses(logits: Tensor, ids: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def plain(work: Work) -> Iterator[Step]:
-    """Forward and backward with every weight's gradient, as a training step computes them."""
-    yield lambda: work.losses().sum().backward()  # type: ignore[no-untyped-call, func-returns-value]
+    """Yields a forward and backward pass with every weight's gradient, as a training step has."""
+    yield functools.partial(_backward, work)
 
 
 @contextlib.contextmanager
 def frozen(work: Work) -> Iterator[Step]:
-    """The floor of a per-example sketch: gradients of activations only."""
+    """Yields the floor of a per-example sketch: gradients of activations only."""
     flags = [(parameter, parameter.requires_grad) for parameter in work.model.parameters()]
     embedding: nn.Module = work.model.get_input_embeddings()  # type: ignore[operator]
     handles = [
         embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     ]
     for module in work.model.modules():
-        if isinstance(
-            module, nn.Linear
-        ):  # a frozen weight beside a strided input: torch copies it once per example
+        # With a frozen weight and strided input torch copies the weight once per example.
+        if isinstance(module, nn.Linear):
             handles.append(
                 module.register_forward_pre_hook(
                     lambda module, args: (args[0].contiguous(), *args[1:])
@@ -93,7 +97,7 @@ def frozen(work: Work) -> Iterator[Step]:
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     try:
-        yield lambda: work.losses().sum().backward()  # type: ignore[no-untyped-call, func-returns-value]
+        yield functools.partial(_backward, work)
     finally:
         for handle in handles:
             handle.remove()
@@ -103,13 +107,13 @@ def frozen(work: Work) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def sketched(work: Work) -> Iterator[Step]:
-    """Every example's sketch, all parameters: [B, D]."""
+    """Yields every example's sketch of all parameters: [B, D]."""
     from merit_fast import sketch_gradients
 
     with sketch_gradients(work.model, PROJ_DIM) as sketcher:
 
         def step() -> Tensor:
-            work.losses().sum().backward()  # type: ignore[no-untyped-call]
+            _backward(work)
             sketches: Tensor = sketcher.update(["all"] * work.batch)
             return sketches
 
@@ -118,11 +122,11 @@ def sketched(work: Work) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def training(work: Work) -> Iterator[Step]:
-    """A training step: plain, then AdamW with its moments in place."""
+    """Yields a training step: plain, then AdamW with its moments in place."""
     optimizer = _optimizer(work)
 
     def step() -> None:
-        work.losses().sum().backward()  # type: ignore[no-untyped-call]
+        _backward(work)
         optimizer.step()
 
     yield step
@@ -130,14 +134,14 @@ def training(work: Work) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def training_sketched(work: Work) -> Iterator[Step]:
-    """The same with ``mode="sum"`` riding on it: [1, D]."""
-    from merit_fast import sketch_gradients
+    """Yields a training step inside ``sketch_sums``: [1, D]."""
+    from merit_fast import sketch_sums
 
     optimizer = _optimizer(work)
-    with sketch_gradients(work.model, PROJ_DIM, mode="sum") as sketcher:
+    with sketch_sums(work.model, PROJ_DIM) as sketcher:
 
         def step() -> Tensor:
-            work.losses().sum().backward()  # type: ignore[no-untyped-call]
+            _backward(work)
             sketch: Tensor = sketcher.update(["all"] * work.batch)
             optimizer.step()
             return sketch
@@ -145,11 +149,15 @@ def training_sketched(work: Work) -> Iterator[Step]:
         yield step
 
 
+def _backward(work: Work) -> None:
+    work.losses().sum().backward()  # type: ignore[no-untyped-call]
+
+
 def _optimizer(work: Work) -> torch.optim.Optimizer:
-    """One for all rounds; so small a rate that weights, and losses, stay."""
+    """Makes one optimizer for all rounds; at so small a rate weights and losses stay."""
     if work.optimizer is None:
         work.optimizer = torch.optim.AdamW(work.model.parameters(), lr=1e-9, weight_decay=0.0)
-        work.losses().sum().backward()  # type: ignore[no-untyped-call]
+        _backward(work)
         work.optimizer.step()
         work.model.zero_grad()
     return work.optimizer
@@ -157,7 +165,7 @@ def _optimizer(work: Work) -> torch.optim.Optimizer:
 
 @contextlib.contextmanager
 def onednn(work: Work) -> Iterator[None]:
-    """Linear layers by oneDNN, forward and backward, where torch's fp32 product is MKL's: slow on AMD."""
+    """Runs linear layers by oneDNN, forward and backward; torch's fp32 product is slow on AMD."""
     layers = [module for module in work.model.modules() if isinstance(module, nn.Linear)]
     for layer in layers:
         layer.forward = _OneDnn(layer)  # type: ignore[method-assign, assignment]
@@ -194,14 +202,15 @@ class _OneDnnProduct(torch.autograd.Function):
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T"""
+    """Computes x @ weight.T."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return result
 
 
 def timed(step: Step) -> dict[str, float]:
-    """Wall seconds, and CPU seconds of all threads."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """Measures wall seconds, and CPU seconds of all threads."""
+    wall = time.perf_counter()
+    cpu = time.process_time()
     step()
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
@@ -212,7 +221,7 @@ def rotated(items: Sequence[Any], number: int) -> list[Any]:
 
 
 def exact_gradients(work: Work, example: int) -> dict[str, Tensor]:
-    """One example's gradient of every parameter, by an ordinary backward pass."""
+    """Gradient of every parameter for one example, by an ordinary backward pass."""
     work.model.zero_grad()
     work.losses()[example].backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in work.model.named_parameters() if p.grad is not None}

@@ -1,12 +1,16 @@
-"""Time and memory of a split's statistics from sketch states on disk: products of block sums, Gram, cosines, errors.
+"""Time and memory of a split's statistics from sketch states on disk.
 
-    python -m bench.split.statistics [--datasets 176] [--blocks 8] [--proj-dim 65536] [--repeats 3] [--directory DIR]
+Products of block sums, Gram, cosines and their errors.
 
-Every repeat is a process of its own, once with NumPy's BLAS on one thread and once on all cores: it reads the states
-(in the page cache) and measures from there on, imports not counted; its peak memory counts everything, files mapped
-into it too. CPU seconds tell less of a busy machine than wall seconds do, but BLAS threads that wait for each other
-burn them. Two floors from the same process: the same number of products with nothing between them, and a sum over the
-bytes. The last line is one JSON object. Goal: 2 s and 1 GiB on two cores.
+    python -m bench.split.statistics [--datasets 176] [--blocks 8] [--proj-dim 65536] [--repeats 3]
+    [--directory DIR]
+
+Every repeat is a process of its own, once with NumPy's BLAS on one thread and once on all cores: it
+reads the states (in the page cache) and measures after that, imports not counted; its peak memory
+counts everything, mapped files too. CPU seconds tell less of a busy machine than
+wall seconds do, but BLAS threads that wait for each other burn them. Two floors from the same
+process: the same number of products with nothing between them, and a sum over the bytes. The last
+line is one JSON object. Goal: 2 s and 1 GiB on two cores.
 """
 
 import argparse
@@ -28,11 +32,12 @@ from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.split.conflict import conflict_of
 from merit_fast.split.moments import block_products
 
-GOAL_S, GOAL_MIB = 2.0, 1024.0
+GOAL_S = 2.0
+GOAL_MIB = 1024.0
 
 
 def write_states(directory: Path, datasets: int, blocks: int, proj_dim: int) -> None:
-    """States of 200 examples each, with a common part and noise; what is there already stays."""
+    """Writes states of 200 examples each, a common direction plus noise; keeps existing files."""
     identity = SketchIdentity(CountSketch(proj_dim), "bench", ("w",))
     for i in range(datasets):
         file = directory / f"{i:04}.safetensors"
@@ -58,7 +63,7 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
 
 
 def child(directory: Path) -> dict[str, float]:
-    """What one process measures of itself, in seconds."""
+    """Measures one process, in seconds."""
     files = sorted(directory.glob("*.safetensors"))
     open_s, states = timed(lambda: [SketchState.read(file) for file in files])
     counts = np.stack([state.block_counts.numpy() for state in states])
@@ -69,7 +74,8 @@ def child(directory: Path) -> dict[str, float]:
     conflict_s, conflict = timed(lambda: conflict_of(products, debias="blocks"))
     assert conflict.resolved.all() and np.isfinite(conflict.cosine).all()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    datasets, (blocks, width) = len(sums), sums[0].shape
+    datasets = len(sums)
+    (blocks, width) = sums[0].shape
     rows = np.ones((datasets, 4096))
     rows @ rows.T
     product_s = min(timed(lambda: rows @ rows.T)[0] for _ in range(20))
@@ -107,17 +113,17 @@ def main() -> None:
         command = [sys.executable, "-m", "bench.split.statistics", "--child", directory]
         runs: dict[int, list[dict[str, Any]]] = {1: [], machine()["cores"]: []}
         for _ in range(arguments.repeats):  # in turn, so that a busy minute meets all
-            for threads, found in runs.items():
+            for threads, of_threads in runs.items():
                 count = str(threads)
-                found.append(
+                of_threads.append(
                     run_child(command, {"OPENBLAS_NUM_THREADS": count, "MKL_NUM_THREADS": count})
                 )
-    failed = [run["error"] for found in runs.values() for run in found if "error" in run]
+    failed = [run["error"] for of_threads in runs.values() for run in of_threads if "error" in run]
     if failed:
         sys.exit(failed[0])
     figures = {
-        str(threads): {key: median(found, key) for key in found[0]}
-        for threads, found in runs.items()
+        str(threads): {key: median(of_threads, key) for key in of_threads[0]}
+        for threads, of_threads in runs.items()
     }
     print(f"{'BLAS threads':24}" + "".join(f"{threads:>10}" for threads in figures))
     for key in next(iter(figures.values())):

@@ -22,8 +22,8 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from bench.support.measure import machine, spread
-from merit_fast.cli.main import _keep_freed_memory
 from merit_fast.kernels.layers import add_rms_norm, rms_norm, rope, swiglu
+from merit_fast.model import keep_freed_memory
 
 MODELS = {
     "SmolLM2-135M": {
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     arguments = parser.parse_args()
-    _keep_freed_memory()
+    keep_freed_memory()
     rows = []
     heads = (
         "ours us",

@@ -1,7 +1,8 @@
-"""Weighted average of arrays or tensors of mixed float types. Imports no torch: the merge command runs on it alone.
+"""Weighted average of arrays or tensors of mixed float types.
 
-Two doors: ``average_arrays`` takes NumPy arrays; ``weighted_average`` and ``foreach_weighted_average`` take torch
-tensors, on any device, and import torch when they are called.
+``average_arrays`` takes NumPy arrays and imports no torch, which the merge command relies on.
+``weighted_average`` and ``foreach_weighted_average`` take torch tensors on any device and import
+torch when they are called.
 """
 
 from collections.abc import Sequence
@@ -36,31 +37,32 @@ def weighted_average(
 
         out = sum(w * x.double() for w, x in zip(weights, tensors)).to(out.dtype)
 
-    On the CPU that is done in float64 and rounded once, by "eager" on every device too: the same bits as
-    ``average_arrays``. On "triton" products and sums are float32, in the order given and without contraction, or
-    float64 where a float64 tensor takes part; then they are rounded to the result.
+    "cpu" and, on every device, "eager" compute in float64 and round once: the bits of
+    ``average_arrays``. "triton" computes products and sums in float32, or in float64 if a tensor is
+    float64, in the order of the tensors and without contraction; then it rounds to the result.
 
     Args:
-        tensors: K tensors of one shape on one device; bfloat16, float16, float32 or float64, mixed as you like.
-            Strided ones are copied first.
+        tensors: K tensors of one shape on one device; bfloat16, float16, float32 or float64, in any
+            mix. Strided ones are copied first.
         weights: K floats, used as they are (not normalised here).
-        out: where to write; its dtype is the result's. May be one of ``tensors``. None: new, of the first one's dtype.
+        out: tensor to write, of the dtype wanted. May be one of ``tensors``. None: a new tensor of
+            the first one's dtype.
         backend: "eager" (PyTorch), "cpu" (native), "triton"; None chooses by device.
 
     Returns:
         ``out``, or a new contiguous tensor.
 
     Raises:
-        ValueError: counts, shapes or devices disagree; ``out`` overlaps an input without being it.
+        ValueError: counts, shapes or devices disagree; ``out`` overlaps an input and is not that
+            input.
         TypeError: a tensor is not of a float type listed.
         BackendUnavailableError: ``backend`` cannot run here.
     """
-    from merit_fast.kernels.average import _tensors
+    from merit_fast.kernels.average import _ops
 
     outs = None if out is None else [out]
-    return _tensors.average(
-        "weighted_average", [[tensor] for tensor in tensors], weights, outs, backend
-    )[0]
+    models = [[tensor] for tensor in tensors]
+    return _ops.average_tensors("weighted_average", models, weights, outs, backend)[0]
 
 
 def foreach_weighted_average(
@@ -70,25 +72,26 @@ def foreach_weighted_average(
     *,
     backend: str | None = None,
 ) -> "list[Tensor]":
-    """``weighted_average`` of many tensors at once: on "triton" one launch for all of them.
+    """Average many tensors at once, on "triton" in one launch. Not differentiable.
 
         [weighted_average([model[i] for model in models], weights) for i in range(N)]
 
     Args:
         models: K sequences of N tensors, all on one device; the i-th of every model have one shape.
         weights: K floats.
-        out: N tensors, none overlapping another; the i-th may be the i-th of a model. Tied tensors must come once.
+        out: N tensors that do not overlap; the i-th may be the i-th of a model. Give
+            tied tensors once. None: new tensors of the first model's dtypes.
         backend: as in ``weighted_average``.
 
     Returns:
         N tensors.
 
     Raises:
-        as ``weighted_average``.
+        The errors of ``weighted_average``.
     """
-    from merit_fast.kernels.average import _tensors
+    from merit_fast.kernels.average import _ops
 
-    return _tensors.average("foreach_weighted_average", models, weights, out, backend)
+    return _ops.average_tensors("foreach_weighted_average", models, weights, out, backend)
 
 
 def average_arrays(
@@ -100,24 +103,26 @@ def average_arrays(
     out: npt.NDArray[Any] | None = None,
     backend: str | None = None,
 ) -> npt.NDArray[Any]:
-    """Average K arrays with fp64 accumulation in the order given, rounded once (ties to even, denormals kept).
+    """Average K arrays with float64 sums in the order of the inputs, rounded once (ties to even).
 
-        acc = weights[0] * inputs[0].astype(float64); acc += weights[k] * inputs[k].astype(float64), k = 1..K-1
-        out = acc.astype(out_dtype)
+        total = weights[0] * inputs[0].astype(float64)
+        total += weights[k] * inputs[k].astype(float64)     # k = 1, ..., K - 1
+        out = total.astype(out_dtype)                       # denormals are kept
 
     Args:
         inputs: K one-dimensional contiguous arrays of n elements; bf16 as its uint16 bits.
         weights: K floats, used as they are (not normalised here).
         dtypes: the K element types, named as in safetensors: "BF16", "F16", "F32", "F64".
-        out_dtype: the same for the result.
-        out: where to write, contiguous [n]; None allocates. May be one of the inputs.
+        out_dtype: element type of the result, named likewise.
+        out: array to write, contiguous [n]. May be one of the inputs. None: a new array.
         backend: "eager" (NumPy), "cpu" (native); None chooses.
 
     Returns:
         [n] of ``out_dtype`` (bf16 as uint16 bits). The same bits on every backend.
 
     Raises:
-        ValueError: counts, lengths or layouts disagree.   TypeError: an array is not of its stated type.
+        ValueError: counts, lengths or layouts disagree.
+        TypeError: an array is not of its stated type.
         BackendUnavailableError: ``backend`` cannot run here.
     """
     if not inputs or not len(inputs) == len(weights) == len(dtypes):
@@ -153,12 +158,14 @@ def delta_gram(
     dtypes: Sequence[str],
     base_dtype: str,
 ) -> npt.NDArray[np.float64]:
-    """The K x K Gram matrix of K arrays' differences from a base, in fp64.
+    """The K x K Gram matrix of K arrays' differences from a base, in float64.
 
-        deltas = [x.astype(float64) - base.astype(float64) for x in inputs]; gram[i, j] = deltas[i] @ deltas[j]
+        deltas = [x.astype(float64) - base.astype(float64) for x in inputs]
+        gram[i, j] = deltas[i] @ deltas[j]
 
-    Eight running sums (element index modulo 8) joined in a fixed tree, so the native engine that merges files gives the
-    same bits; this function is its NumPy reference.
+    A product is eight running sums (by element index modulo 8), joined in a fixed tree. The native
+    engine that merges files sums in the same order and gives the same bits; this is its NumPy
+    reference.
 
     Args:
         inputs: K one-dimensional arrays of n elements; bf16 as its uint16 bits.
@@ -167,6 +174,10 @@ def delta_gram(
 
     Returns:
         [K, K] float64, symmetric.
+
+    Raises:
+        ValueError: lengths or layouts disagree.
+        TypeError: an array is not of its stated type.
     """
     for array, dtype in zip([*inputs, base], [*dtypes, base_dtype], strict=True):
         _check(array, dtype, base.size)
@@ -184,7 +195,8 @@ def _storage(dtype: str) -> npt.DTypeLike:
 def _check(array: npt.NDArray[Any], dtype: str, n: int) -> None:
     if array.dtype != _storage(dtype):
         raise TypeError(
-            f"average_arrays: a {dtype} array must be stored as {_storage(dtype)}, got {array.dtype}"
+            f"average_arrays: a {dtype} array must be stored as {_storage(dtype)}, "
+            f"got {array.dtype}"
         )
     if array.ndim != 1 or not array.flags.c_contiguous or array.size != n:
         raise ValueError(

@@ -1,10 +1,17 @@
-"""The reference, in NumPy: fp64 sums in order, one rounding."""
+"""The references: float64 sums in order, rounded once.
+
+For arrays in NumPy; for tensors in torch, which is imported when the function is called.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def average_arrays(
@@ -14,13 +21,12 @@ def average_arrays(
     out: npt.NDArray[Any],
     out_dtype: str,
 ) -> None:
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # infinities and NaN go their way, as in any cast
+    # Infinities and NaN propagate, as in any cast.
+    with np.errstate(over="ignore", invalid="ignore"):
         total = weights[0] * to_float64(inputs[0], dtypes[0])
         for array, weight, dtype in zip(inputs[1:], weights[1:], dtypes[1:], strict=True):
             total += weight * to_float64(array, dtype)
-        total[np.isnan(total)] = np.nan  # one NaN, whatever the inputs' payloads
+        total[np.isnan(total)] = np.nan  # the same NaN for any payloads of the inputs
         out[:] = float64_to_bf16(total) if out_dtype == "BF16" else total.astype(out.dtype)
 
 
@@ -47,14 +53,17 @@ def delta_gram(
 
 
 def to_float64(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float64]:
-    """Exact. bf16 comes as uint16 bits."""
+    """Converts exactly; bf16 comes as uint16 bits."""
     if dtype == "BF16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)
 
 
 def float64_to_bf16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
-    """Round to nearest even in one step: by way of a float rounded to odd, never of a float rounded to nearest."""
+    """Rounds to nearest even in one step.
+
+    The float32 in between is rounded to odd: rounded to nearest, it would be rounded twice.
+    """
     with np.errstate(over="ignore", under="ignore"):
         single = values.astype(np.float32)
     bits = single.view(np.uint32)
@@ -65,3 +74,32 @@ def float64_to_bf16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(nan, 0x7FC0, rounded).astype(np.uint16)
+
+
+def average_tensors(
+    tensors: "Sequence[Tensor]", weights: Sequence[float], out: "Tensor", chunk: int
+) -> None:
+    """Averages flat tensors, ``chunk`` elements at a time."""
+    for first in range(0, len(out), chunk):
+        slices = [tensor[first : first + chunk].double() for tensor in tensors]
+        total = weights[0] * slices[0]
+        for weight, values in zip(weights[1:], slices[1:], strict=True):
+            total += weight * values
+        out[first : first + chunk] = _rounded(total, out.dtype)
+
+
+def _rounded(values: "Tensor", dtype: "torch.dtype") -> "Tensor":
+    """Rounds float64 to nearest even in one step.
+
+    torch converts to 16 bits by way of float32, so that float32 must be rounded to odd.
+    """
+    import torch
+
+    if dtype in (torch.float32, torch.float64):
+        return values.to(dtype)
+    single = values.float()
+    back = single.double()
+    inexact = (back != values) & ~values.isnan()
+    toward_zero = single.view(torch.int32) - (back.abs() > values.abs()).int()
+    odd = torch.where(inexact, toward_zero | 1, single.view(torch.int32)).view(torch.float32)
+    return odd.to(dtype).masked_fill_(values.isnan(), float("nan"))

@@ -1,6 +1,6 @@
-"""Methods that thin every branch's delta before they sum: the rule as data, and its NumPy reference.
+"""Merge methods that sparsify each branch's delta before they sum: rule as data, and reference.
 
-The native engine that merges files (csrc/deltas.cpp) gives the same bits; it never holds a tensor.
+The native engine that merges files gives the same bits without ever holding a whole tensor.
 """
 
 from collections.abc import Sequence
@@ -10,33 +10,36 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from merit_fast.kernels import _splitmix
 from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average._eager import float64_to_bf16, to_float64
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-_U64 = np.uint64
 
 
 @dataclass(frozen=True)
 class DeltaRule:
-    """How one tensor's deltas delta_k = theta_k - theta_0 become one step. Steps whose fields are empty do not happen.
+    """One tensor's step from its deltas delta_k = theta_k - theta_0. An empty field skips its line.
 
         size = abs(float32(theta_k) - float32(theta_0))     # of float64 inputs float32(delta_k)
-        # NaN ranks above infinity
-        order = argsort(-size, stable)                                                       # ties by index
-        delta_k[not in order[top[k] : top[k] + keep[k]]] = 0                                 # top, keep
-        v = var(deltas, axis=0) as float32; delta[not in the int(share * count(v > 0)) largest v] = 0
-        p = density[k], or density - epsilon + 2 epsilon rank / (row - 1), rank within the row by rising size
-        delta_k = where(uniform(stream[k], element) < p, delta_k / p, 0)                     # stream, row
-        d_k = weight[k] * delta_k           # weigh_by_squares: weight_k = sum(delta_k^2) / sum over branches
-        up = sum_k d_k >= 0                 # elect; with weigh_by_squares sum_k delta_k >= 0
+        order = argsort(-size, stable)                      # NaN above infinity; ties by index
+        delta_k[not in order[top[k] : top[k] + keep[k]]] = 0
+        v = var(deltas, axis=0) as float32                  # variance_share
+        delta[not in the int(variance_share * count(v > 0)) largest v] = 0
+        p = density[k]
+        p = density[k] - epsilon + 2 epsilon rank / (row - 1)   # row; rank of size within its row
+        delta_k = where(uniform(stream[k], element) < p, delta_k / p, 0)
+        weight_k = sum(delta_k^2) / sum over branches       # weigh_by_squares
+        d_k = weight[k] * delta_k
+        up = sum_k d_k >= 0                                 # elect (weigh_by_squares: delta_k)
         d_k = where(up, d_k > 0, d_k < 0) ? d_k : 0
-        step = sum_k d_k, with normalize / the sum of the weights of those that agree
+        step = sum_k d_k
+        step /= sum of the weights that agree               # normalize
         out = theta_0 + scale * step
 
-    All in float64, sums in the order of k, rounded once. Papers: TIES arXiv 2306.01708, DARE 2311.03099, Model
-    Breadcrumbs 2312.06795, DELLA 2406.11617, SCE (FuseChat) 2408.07990.
+    All in float64, sums in the order of k, rounded once. Papers: TIES arXiv 2306.01708, DARE
+    2311.03099, Model Breadcrumbs 2312.06795, DELLA 2406.11617, SCE (FuseChat) 2408.07990.
     """
 
     weight: tuple[float, ...]
@@ -65,11 +68,12 @@ def mix_deltas(
     base_dtype: str,
     out_dtype: str,
 ) -> tuple[npt.NDArray[Any], bool]:
-    """One whole tensor by a rule.
+    """Apply a rule to one whole tensor.
 
     Args:
         inputs: K arrays [n] of the branches; bf16 as its uint16 bits.
         base: [n].
+        rule: the method and its numbers for this tensor.
         dtypes, base_dtype, out_dtype: "BF16", "F16", "F32" or "F64".
 
     Returns:
@@ -109,15 +113,10 @@ def mix_deltas(
 
 
 def uniform(stream: int, first: int, count: int) -> Array:
-    """[count] numbers in [0, 1) of a stream, from its element ``first`` on: SplitMix64 (Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        z = _U64(stream) + np.arange(first + 1, first + 1 + count, dtype=_U64) * _U64(
-            0x9E3779B97F4A7C15
-        )
-        z = (z ^ (z >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> _U64(27))) * _U64(0x94D049BB133111EB)
-    bits = (z ^ (z >> _U64(31))) >> _U64(11)
-    return bits.astype(np.float64) * 2.0**-53
+    """[count] numbers in [0, 1): those of a stream from its element ``first`` on."""
+    counters = np.arange(first, first + count, dtype=np.int64)
+    bits = _splitmix.draw(_splitmix.signed(stream), counters) >> 11 & (1 << 53) - 1
+    return np.asarray(bits.astype(np.float64) * 2.0**-53)
 
 
 def _size(x: Any, base: Any, delta: Array, dtype: str, base_dtype: str) -> npt.NDArray[np.float32]:
@@ -131,9 +130,8 @@ def _size(x: Any, base: Any, delta: Array, dtype: str, base_dtype: str) -> npt.N
 
 def _largest(sizes: npt.NDArray[np.float32], count: int) -> Mask:
     mask = np.zeros(sizes.size, bool)
-    order = np.argsort(
-        -sizes.view(np.int32), kind="stable"
-    )  # the bits' order is the values', NaN above infinity
+    # Bits of positive floats are ordered as their values are, with NaN above infinity.
+    order = np.argsort(-sizes.view(np.int32), kind="stable")
     mask[order[: max(count, 0)]] = True
     return mask
 
@@ -187,7 +185,8 @@ def _elect(
     votes: Sequence[Array], weighted: Sequence[Array], weight: Sequence[float], normalize: bool
 ) -> Array:
     total = sum(votes, np.zeros(weighted[0].size))
-    mixed, divisor = np.zeros(total.size), np.zeros(total.size)
+    mixed = np.zeros(total.size)
+    divisor = np.zeros(total.size)
     for d, w in zip(weighted, weight, strict=True):
         agrees = np.where(total >= 0.0, d > 0.0, d < 0.0)
         mixed += np.where(agrees, d, 0.0)

@@ -1,7 +1,8 @@
 """The custom ops of linear + cross-entropy: the losses' sums, and their gradients.
 
-Rows with ignored labels are found inside, so that no shape outside depends on data. The forward op also returns what
-the backward op needs: maximum and sum of exponentials of each row, and logits that it kept.
+Rows with ignored labels are dropped inside, so that no shape outside depends on data. The forward
+op also returns what the backward op needs: maximum and sum of exponentials of each row, and the
+logits it kept.
 """
 
 from types import ModuleType
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.cross_entropy import _tiled
-from merit_fast.kernels.cross_entropy._eager import OP, check_values, trainable_offsets
+from merit_fast.kernels.cross_entropy._arguments import Batch, HeadSketch, LossTerms
+from merit_fast.kernels.cross_entropy._eager import OP, check_values
 from merit_fast.kernels.sketch import CountSketch
 
 
@@ -46,50 +48,43 @@ def linear_cross_entropy(
     for_backward: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """total [], example [B], dataset [D], tokens per dataset [D] and in all [], softmax [2, N], logits kept."""
-    check_values(labels, len(weight), offsets, dataset_ids, num_datasets)
-    terms = _tiled.LossTerms(softcap, label_smoothing, z_loss)
-    head = _tiled.TiledHead(
-        hidden, weight, bias, labels, terms, _epilogue(hidden.device.type, backend)[1]
-    )
+    """The sums of a ``Batch``, and what the backward op needs.
+
+    Returns:
+        total [], example [B], dataset [D], tokens per dataset [D] and of all [], then softmax [2,
+        N] (maximum and sum of exponentials of each trainable row) and the logits kept.
+    """
+    batch = Batch(hidden, weight, bias, labels, offsets, dataset_ids, num_datasets, dataset_weights)
+    check_values(batch)
+    terms = LossTerms(softcap, label_smoothing, z_loss)
+    head = _tiled.TiledHead(batch, terms, *_epilogue(hidden.device.type, backend))
     softmax = hidden.new_zeros(2, len(labels), dtype=torch.float64)
-    kept = hidden.new_empty(
-        _tiled.kept_numel(hidden, weight) if for_backward else 0, dtype=head.dtype
-    )
+    numel = _tiled.kept_numel(hidden, weight) if for_backward else 0
+    kept = hidden.new_empty(numel, dtype=head.dtype)
     token_loss = _tiled.forward(head, kept, softmax)
-    offsets = trainable_offsets(labels, offsets)
-    *sums, counts = _loss_sums(token_loss, offsets, dataset_ids, num_datasets, dataset_weights)
+    *sums, counts = _loss_sums(token_loss, head.offsets, batch)
     total, example, dataset = (values.float() for values in sums)
-    return total, example, dataset, counts, offsets[-1].clone(), softmax, kept
+    return total, example, dataset, counts, head.offsets[-1].clone(), softmax, kept
 
 
 def _loss_sums(
-    token_loss: Tensor,
-    offsets: Tensor,
-    dataset_ids: Tensor | None,
-    num_datasets: int,
-    weights: Tensor | None,
+    token_loss: Tensor, offsets: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of float64 losses: their weighted sum, the sums per example and per dataset; and the tokens per dataset.
+    """Weighted sum of float64 losses, sums per example and per dataset, and tokens per dataset.
 
     Each sum runs in the order of the tokens, without atomics: no bit depends on threads.
     """
     example = _segments(token_loss, offsets)
-    dataset, counts, total = (
-        example.new_zeros(num_datasets),
-        offsets.new_zeros(num_datasets),
-        example,
-    )
-    if dataset_ids is not None:
-        order = dataset_ids.argsort(stable=True)
-        starts = torch.searchsorted(
-            dataset_ids[order], torch.arange(num_datasets + 1, device=example.device)
-        )
-        dataset, counts = (
-            _segments(example[order], starts),
-            counts.index_add(0, dataset_ids, offsets.diff()),
-        )
-        total = dataset if weights is None else dataset * weights
+    dataset = example.new_zeros(batch.num_datasets)
+    counts = offsets.new_zeros(batch.num_datasets)
+    total = example
+    if batch.dataset_ids is not None:
+        order = batch.dataset_ids.argsort(stable=True)
+        numbers = torch.arange(batch.num_datasets + 1, device=example.device)
+        starts = torch.searchsorted(batch.dataset_ids[order], numbers)
+        dataset = _segments(example[order], starts)
+        counts = counts.index_add(0, batch.dataset_ids, offsets.diff())
+        total = dataset if batch.dataset_weights is None else dataset * batch.dataset_weights
     ends = torch.arange(2, device=total.device) * len(total)
     return _segments(total, ends)[0], example, dataset, counts
 
@@ -101,25 +96,23 @@ def _segments(values: Tensor, offsets: Tensor) -> Tensor:
 
 @linear_cross_entropy.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, labels, offsets, dataset_ids, num_datasets, dataset_weights, softcap, label_smoothing, z_loss,
-    sketch, sketch_name, sketch_out, for_backward, backend,
+    hidden, weight, bias, labels, offsets, dataset_ids, num_datasets, dataset_weights,
+    softcap, label_smoothing, z_loss, sketch, sketch_name, sketch_out, for_backward, backend,
 ):  # fmt: skip
     def new(*shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        made: Tensor = hidden.new_empty(shape, dtype=dtype)
-        return made
+        empty: Tensor = hidden.new_empty(shape, dtype=dtype)
+        return empty
 
-    examples, counted = offsets.shape[0] - 1, torch.int64
-    sums = (
+    numel = _tiled.kept_numel(hidden, weight) if for_backward else 0
+    return (
         new(),
-        new(examples),
+        new(offsets.shape[0] - 1),
         new(num_datasets),
-        new(num_datasets, dtype=counted),
-        new(dtype=counted),
+        new(num_datasets, dtype=torch.int64),
+        new(dtype=torch.int64),
+        new(2, hidden.shape[0], dtype=torch.float64),
+        new(numel, dtype=_tiled.work_dtype(weight)),
     )
-    kept = new(
-        _tiled.kept_numel(hidden, weight) if for_backward else 0, dtype=_tiled.work_dtype(weight)
-    )
-    return *sums, new(2, hidden.shape[0], dtype=torch.float64), kept
 
 
 @torch.library.custom_op("merit_fast::linear_cross_entropy_backward", mutates_args={"sketch_out"})
@@ -145,54 +138,47 @@ def linear_cross_entropy_backward(
     d_dataset: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias; one that is not wanted is empty."""
-    chosen, epilogue = _epilogue(hidden.device.type, backend)
-    head = _tiled.TiledHead(
-        hidden, weight, bias, labels, _tiled.LossTerms(softcap, label_smoothing, z_loss), epilogue
-    )
+    """The gradients of hidden, weight and bias; unwanted ones are empty."""
+    batch = Batch(hidden, weight, bias, labels, offsets, dataset_ids, 0, dataset_weights)
+    terms = LossTerms(softcap, label_smoothing, z_loss)
+    head = _tiled.TiledHead(batch, terms, *_epilogue(hidden.device.type, backend))
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.empty_like(weight) if wanted[1] else None
-    d_bias = (
-        weight.new_zeros(len(weight), dtype=torch.float32)
-        if bias is not None and wanted[2]
-        else None
-    )
+    d_bias = None
+    if bias is not None and wanted[2]:
+        d_bias = weight.new_zeros(len(weight), dtype=torch.float32)
     if not len(head) and d_weight is not None:
         d_weight.zero_()
-    of_head = None
+    head_sketch = None
     if sketch_out is not None:
-        where = trainable_offsets(labels, offsets)
-        of_head = _tiled.HeadSketch(CountSketch(*sketch), sketch_name, sketch_out, where, chosen)
-    weights = _row_weights(
-        len(labels), offsets, dataset_ids, dataset_weights, d_total, d_example, d_dataset
+        head_sketch = HeadSketch(CountSketch(*sketch), sketch_name, sketch_out)
+    weights = _row_weights(batch, d_total, d_example, d_dataset)
+    _tiled.backward(head, kept, softmax, weights, d_hidden, d_weight, d_bias, head_sketch)
+    return (
+        hidden.new_empty(0) if d_hidden is None else d_hidden,
+        hidden.new_empty(0) if d_weight is None else d_weight,
+        hidden.new_empty(0) if bias is None or d_bias is None else d_bias.to(bias.dtype),
     )
-    _tiled.backward(head, kept, softmax, weights, d_hidden, d_weight, d_bias, of_head)
-    rounded = None if bias is None or d_bias is None else d_bias.to(bias.dtype)
-    d_hidden, d_weight, rounded = (
-        hidden.new_empty(0) if d is None else d for d in (d_hidden, d_weight, rounded)
-    )
-    return d_hidden, d_weight, rounded
 
 
 def _row_weights(
-    tokens: int,
-    offsets: Tensor,
-    dataset_ids: Tensor | None,
-    dataset_weights: Tensor | None,
-    d_total: Tensor | None,
-    d_example: Tensor | None,
-    d_dataset: Tensor | None,
+    batch: Batch, d_total: Tensor | None, d_example: Tensor | None, d_dataset: Tensor | None
 ) -> Tensor:
-    """[N] float64: what the loss of each token counts in all that is differentiated."""
+    """[N] float64: derivative of the result with respect to each token's loss."""
+    ids = batch.dataset_ids
+    factors = batch.dataset_weights
+    offsets = batch.offsets
     weights = torch.zeros(len(offsets) - 1, dtype=torch.float64, device=offsets.device)
     if d_total is not None:
-        weighted = dataset_ids is not None and dataset_weights is not None
-        weights += d_total * dataset_weights.double()[dataset_ids] if weighted else d_total  # type: ignore[union-attr]
+        if ids is not None and factors is not None:
+            weights += d_total * factors.double()[ids]
+        else:
+            weights += d_total
     if d_example is not None:
         weights += d_example
-    if d_dataset is not None and dataset_ids is not None:
-        weights += d_dataset[dataset_ids]
-    return torch.repeat_interleave(weights, offsets.diff(), output_size=tokens)
+    if d_dataset is not None and ids is not None:
+        weights += d_dataset[ids]
+    return torch.repeat_interleave(weights, offsets.diff(), output_size=len(batch.labels))
 
 
 @linear_cross_entropy_backward.register_fake
@@ -205,26 +191,14 @@ def _(hidden, weight, bias, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        hidden,
-        weight,
-        bias,
-        labels,
-        offsets,
-        dataset_ids,
-        _,
-        dataset_weights,
-        *options,
-        sketch_out,
-        _,
-        backend,
-    ) = inputs
-    ctx.save_for_backward(
-        hidden, weight, bias, labels, offsets, dataset_ids, dataset_weights, *output[-2:]
-    )
-    ctx.set_materialize_grads(False)  # no zeros for what is no loss
-    # Not saved as a tensor: other layers may add to it before the backward pass comes here.
-    ctx.options, ctx.sketch_out, ctx.backend = options, sketch_out, backend
+    tensors = inputs[:6]
+    _, dataset_weights, *options, sketch_out, _, backend = inputs[6:]
+    ctx.save_for_backward(*tensors, dataset_weights, *output[-2:])
+    ctx.set_materialize_grads(False)  # no zeros for results that are no loss
+    ctx.options = options
+    # Not saved as a tensor: other layers may add to it before this backward pass.
+    ctx.sketch_out = sketch_out
+    ctx.backend = backend
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -233,8 +207,10 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     results = linear_cross_entropy_backward(
         *inputs, *ctx.options, ctx.sketch_out, ctx.backend, softmax, kept, *gradients[:3], wanted
     )
-    found = [result if want else None for want, result in zip(wanted, results, strict=True)]
-    return *found, *[None] * (len(ctx.needs_input_grad) - 3)
+    gradients_of_inputs = [
+        result if want else None for want, result in zip(wanted, results, strict=True)
+    ]
+    return *gradients_of_inputs, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -1,61 +1,49 @@
-"""Linear + cross-entropy, a tile of the vocabulary at a time. Products are torch's, what is between them a backend's.
+"""Linear + cross-entropy by tiles of the vocabulary: torch's products, a backend's epilogues.
 
-Forward: logits of a tile = hidden @ W[tile].T, of the trainable rows; ``update`` carries maximum, sum of exponentials
-and the label's logit of each row. Backward: the logits again (the first ones may have been kept), ``gradient`` turns
-them into their gradient d, then dW[tile] = d.T @ hidden, written once, and d_hidden += d @ W[tile]. Very many tokens
-come in chunks inside a tile, so that W[tile] and dW[tile] stay in the cache.
+Forward: the logits of a tile are hidden @ W[tile].T, for the trainable rows; ``update`` adds them
+    to each row's
+maximum, sum of exponentials and label's logit. Backward: the logits are computed again (the first
+ones may have been kept), ``gradient`` turns them into their gradient d, then dW[tile] = d.T @
+hidden, written once, and d_hidden += d @ W[tile]. Very many tokens come in chunks inside a tile, so
+that W[tile] and dW[tile] stay in the cache.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.cross_entropy._eager import IGNORED
-from merit_fast.kernels.sketch import CountSketch, linear_grad_sketch
+from merit_fast.kernels.cross_entropy._arguments import Batch, HeadSketch, LossTerms
+from merit_fast.kernels.cross_entropy._eager import trainable_offsets
+from merit_fast.kernels.labels import IGNORED_LABEL
+from merit_fast.kernels.sketch import linear_grad_sketch
 
-# Of a tile's temporaries. Inputs and gradients aside, KEPT_TILES times as much is held where logits are kept.
+# Most bytes of a tile's temporaries; kept logits take KEPT_TILES times as many more.
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 KEPT_TILES = 3
-FEWEST_COLUMNS = 1024  # of a tile, narrower products are slow: many tokens take up to 4 TILE_BYTES, then come in chunks
-WIDE_PRODUCTS = (
-    "dtype" in torch.ops.aten.mm.overloads()
-)  # torch.mm(out_dtype=...), from torch 2.8 on
-STEP = 64  # columns of a tile are a multiple: of vectors, and of the sketch's tiles
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """What is added to, or done to, the plain cross-entropy."""
-
-    softcap: float | None
-    label_smoothing: float
-    z_loss: float
-
-
-@dataclass(frozen=True)
-class HeadSketch:
-    """Where the CountSketch of dW is added, per example, instead of or besides dW itself."""
-
-    sketch: CountSketch
-    name: str
-    out: Tensor
-    offsets: Tensor  # of the examples, among the trainable rows
-    backend: str
+# Narrower products are slow: many tokens take up to 4 TILE_BYTES, then come in chunks.
+FEWEST_COLUMNS = 1024
+STEP = 64  # divides the columns of a tile, as vectors and the sketch's tiles require
+# torch.mm(out_dtype=), from torch 2.8 on.
+WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
 
 
 def work_dtype(weight: Tensor) -> torch.dtype:
-    """Of products and logits. torch multiplies bf16 hundreds of times slower on a CPU without instructions for it."""
+    """The dtype of products and logits: float32 on CPUs without bf16 instructions.
+
+    There torch multiplies bf16 hundreds of times slower.
+    """
     slow = weight.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.float32 if slow else weight.dtype
 
 
 def kept_numel(hidden: Tensor, weight: Tensor) -> Any:
-    """How many logits are kept for the backward pass: by shapes alone, as far as other temporaries leave room."""
-    item, tokens, tile = work_dtype(weight).itemsize, hidden.shape[0], _tile_bytes(weight)
+    """Number of logits kept for the backward pass: as many as fit next to other temporaries."""
+    item = work_dtype(weight).itemsize
+    tokens = hidden.shape[0]
+    tile = _tile_bytes(weight)
     least: Any = torch.sym_min
     most: Any = torch.sym_max
     others = least(tile, tokens * 4 * FEWEST_COLUMNS * item) + 3 * item * tokens * weight.shape[1]
@@ -67,25 +55,24 @@ def _tile_bytes(weight: Tensor) -> int:
 
 
 class TiledHead:
-    """The trainable rows of a batch before a head, and the tiles in which the product with the head is taken."""
+    """The trainable rows of a batch, and the tiles of their product with the head.
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        terms: LossTerms,
-        epilogue: ModuleType,
-    ) -> None:
-        self.rows = (labels != IGNORED).nonzero().squeeze(1)
-        self.all_rows = len(labels)
+    ``backend`` names the backend of the sketch; ``epilogue`` is the module with ``update`` and
+    ``gradient``.
+    """
+
+    def __init__(self, batch: Batch, terms: LossTerms, backend: str, epilogue: ModuleType) -> None:
+        hidden, weight, bias, labels = batch.hidden, batch.weight, batch.bias, batch.labels
+        self.rows = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+        self.offsets = trainable_offsets(labels, batch.offsets)
         self.dtype = work_dtype(weight)
-        self.hidden = (hidden if len(self.rows) == len(labels) else hidden[self.rows]).to(
-            self.dtype
-        )
+        trainable = hidden if len(self.rows) == len(labels) else hidden[self.rows]
+        self.hidden = trainable.to(self.dtype)
         self.labels = labels[self.rows]
-        self.weight, self.terms, self.epilogue = weight, terms, epilogue
+        self.weight = weight
+        self.terms = terms
+        self.backend = backend
+        self.epilogue = epilogue
         self.bias = None if bias is None else bias.float().contiguous()
         self.chunk, self.columns = tile_shape(len(self.rows), weight, self.dtype)
         self.logits = hidden.new_empty(self.chunk * self.columns, dtype=self.dtype)
@@ -96,15 +83,13 @@ class TiledHead:
         return len(self.rows)
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
-        """First and last + 1 word, and their rows of W in the dtype of products."""
+        """First word, last word + 1, and their rows of W in the dtype of products."""
         for first in range(0, len(self.weight), self.columns):
             last = min(first + self.columns, len(self.weight))
             tile = self.weight[first:last]
-            yield (
-                first,
-                last,
-                tile if self.dtype == tile.dtype else self.wide_buffer(last - first).copy_(tile),
-            )
+            if self.dtype != tile.dtype:
+                tile = self.wide_buffer(last - first).copy_(tile)
+            yield first, last, tile
 
     def wide_buffer(self, columns: int) -> Tensor:
         return self.wide[: columns * self.weight.shape[1]].view(columns, -1)
@@ -117,31 +102,30 @@ class TiledHead:
         return self.logits[: (rows.stop - rows.start) * columns].view(-1, columns)
 
     def kept(self, kept: Tensor, first: int, last: int) -> Tensor | None:
-        """Where the logits of a tile are kept, if they are: the first tiles, end to end, as many as fit."""
-        place = slice(first * len(self), last * len(self))
-        return (
-            kept[place].view(-1, last - first)
-            if self.chunk == len(self) and place.stop <= len(kept)
-            else None
-        )
+        """The tile's logits in ``kept``, or None: the first tiles lie there, as many as fit."""
+        start = first * len(self)
+        stop = last * len(self)
+        if self.chunk < len(self) or stop > len(kept):
+            return None
+        return kept[start:stop].view(-1, last - first)
 
     def of_tile(
         self, first: int, last: int, rows: slice
     ) -> tuple[int, Tensor | None, float | None, Tensor]:
-        """What both epilogues ask for besides the logits."""
+        """Arguments of both epilogues next to the logits."""
         bias = None if self.bias is None else self.bias[first:last]
         return first, bias, self.terms.softcap, self.labels[rows]
 
 
 def tile_shape(rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows of a chunk and columns of a tile; chunks, and tiles, are about equal."""
-    (vocabulary, width), limit = weight.shape, _tile_bytes(weight)
+    """Rows of a chunk and columns of a tile; chunks are about equal, and so are tiles."""
+    vocabulary, width = weight.shape
+    limit = _tile_bytes(weight)
     chunk = max(1, min(rows, 4 * limit // (dtype.itemsize * FEWEST_COLUMNS)))
     chunk = -(-rows // -(-max(rows, 1) // chunk))
     column_bytes = dtype.itemsize * chunk
-    column_bytes += (
-        4 * width * ((dtype != weight.dtype) + (chunk < rows))
-    )  # W widened; the sum of dW over chunks
+    # W widened, and the sum of dW over chunks.
+    column_bytes += 4 * width * ((dtype != weight.dtype) + (chunk < rows))
     in_cache = 2 * limit // (dtype.itemsize * max(width, 1))  # W[tile] is read by two products
     most = max(FEWEST_COLUMNS, min(limit // max(column_bytes, 1), in_cache) // STEP * STEP)
     tiles = max(1, -(-vocabulary // most))
@@ -149,7 +133,7 @@ def tile_shape(rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, int]
 
 
 def forward(head: TiledHead, kept: Tensor, softmax: Tensor) -> Tensor:
-    """float64 losses of the trainable rows [M]; fills maximum and sum of exponentials, softmax[:, :M]."""
+    """float64 losses of the trainable rows [M]; fills softmax[:, :M] (``_ops``)."""
     state = torch.zeros(4, len(head), dtype=torch.float64, device=head.hidden.device)
     state[0] = -torch.inf
     filled = 0
@@ -163,7 +147,8 @@ def forward(head: TiledHead, kept: Tensor, softmax: Tensor) -> Tensor:
     kept[filled:] = 0  # the result of an op is defined
     softmax[:, : len(head)] = state[:2]
     top, total, target, plain = state
-    lse, smoothing = top + total.log(), head.terms.label_smoothing
+    lse = top + total.log()
+    smoothing = head.terms.label_smoothing
     loss: Tensor = lse - (1 - smoothing) * target
     if smoothing:
         loss = loss - smoothing / len(head.weight) * plain
@@ -180,11 +165,12 @@ def backward(
     d_bias: Tensor | None,
     sketch: HeadSketch | None,
 ) -> None:
-    """Fills the gradients of the sum of row_weights [N] * losses; those that are None are not wanted."""
+    """Fills the gradients of the sum of row_weights [N] * losses, except those that are None."""
     terms = _gradient_terms(head, softmax, row_weights)
     sums = None if d_hidden is None else torch.zeros_like(head.hidden, dtype=torch.float32)
     for first, last, weight in head.tiles() if len(head) else ():
-        keep, total = head.kept(kept, first, last), None
+        keep = head.kept(kept, first, last)
+        total = None
         for rows in head.chunks():
             d = logits = head.buffer(rows, last - first)
             if keep is None:
@@ -209,7 +195,8 @@ def backward(
 def _gradient_terms(head: TiledHead, softmax: Tensor, row_weights: Tensor) -> Tensor:
     """[4, M] float32: shift, factor, target, uniform of ``gradient``."""
     top, total = softmax[:, : len(head)]
-    weights, smoothing = row_weights[head.rows].double(), head.terms.label_smoothing
+    weights = row_weights[head.rows].double()
+    smoothing = head.terms.label_smoothing
     factor = weights * (1 + 2 * head.terms.z_loss * (top + total.log())) / total
     return torch.stack(
         [top, factor, weights * (1 - smoothing), weights * (smoothing / len(head.weight))]
@@ -219,9 +206,9 @@ def _gradient_terms(head: TiledHead, softmax: Tensor, row_weights: Tensor) -> Te
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds a @ b to ``out`` in float32: the product is never rounded to bf16 before it is added.
 
-    torch has bf16 products with a float32 result on GPUs only. Elsewhere a second product gives the remainder of
-    the first one's rounding: torch subtracts the first before it rounds. On a CPU with bf16 instructions this is
-    faster, and takes less memory, than widening both factors.
+    torch has bf16 products with a float32 result on GPUs only. Elsewhere a second product gives the
+    remainder of the first one's rounding: torch subtracts the first before it rounds. On a CPU with
+    bf16 instructions this is faster, and takes less memory, than widening both factors.
     """
     if a.dtype == torch.float32:
         out.addmm_(a, b)
@@ -236,9 +223,9 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 def _weight_gradient(
     head: TiledHead, d: Tensor, rows: slice, out: Tensor, total: Tensor | None
 ) -> Tensor | None:
-    """dW[tile] of a chunk: written to ``out`` where it is the only one, else added to the sum that is returned.
+    """dW[tile] of a chunk: written to ``out`` if it is the only one, else added to the result.
 
-    A widened W[tile] has served its purpose by now, and its memory takes the product.
+    W[tile] is not needed any more, so the product takes the memory of its widened copy.
     """
     if head.chunk == len(head) and head.dtype == out.dtype:
         torch.mm(d.T, head.hidden[rows], out=out)
@@ -252,8 +239,8 @@ def _weight_gradient(
 
 
 def _add_sketch(sketch: HeadSketch, head: TiledHead, d: Tensor, rows: slice, first: int) -> None:
-    offsets = (sketch.offsets - rows.start).clamp(0, rows.stop - rows.start)
+    offsets = (head.offsets - rows.start).clamp(0, rows.stop - rows.start)
     linear_grad_sketch(
-        d, head.hidden[rows], sketch.name, sketch.sketch, cu_seqlens=offsets, first_row=first, out=sketch.out,
-        backend=sketch.backend,
+        d, head.hidden[rows], sketch.name, sketch.sketch,
+        cu_seqlens=offsets, first_row=first, out=sketch.out, backend=head.backend,
     )  # fmt: skip

@@ -1,95 +1,13 @@
-"""What lies between the products, in Triton. A row belongs to one program, or a block of it: nothing is atomic."""
+"""Launches the loss's Triton kernels, in functions named as those of ``_native``."""
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-import contextlib
-
-import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+
+from merit_fast.kernels._devices import device_of
+from merit_fast.kernels.cross_entropy._triton_kernels import gradient_kernel, update_kernel
 
 UPDATE_BLOCK = 4096
 GRADIENT_BLOCK = 1024
-
-
-@triton.jit
-def _tanh(x):
-    """Within 2 units in the last place (Cephes' polynomial near 0)."""
-    square = x * x
-    p = -5.70498872745e-3 * square + 2.06390887954e-2
-    p = p * square - 5.37397155531e-2
-    p = p * square + 1.33314422036e-1
-    p = p * square - 3.33332819422e-1
-    near = p * square * x + x
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _logits(logits, bias, row, column, columns, HAS_BIAS: tl.constexpr):
-    """A block of a row with its bias; behind its end -infinity."""
-    inside = column < columns
-    z = tl.load(logits + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias + column, mask=inside, other=0.0)
-    return tl.where(inside, z, -float("inf"))
-
-
-@triton.jit(do_not_specialize=["first"])
-def update_kernel(
-    logits, bias, labels, state, stride, columns, first, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Carries a row's maximum, sum of exponentials, label's logit and sum of logits on. Reads each logit once."""
-    row = tl.program_id(0).to(tl.int64)
-    at = state + row
-    top = tl.load(at).to(tl.float32)
-    total, target, plain = tl.load(at + stride), tl.load(at + 2 * stride), tl.load(at + 3 * stride)
-    label = tl.load(labels + row) - first
-    for c in range(0, columns, BLOCK):
-        column = c + tl.arange(0, BLOCK)
-        z = _logits(logits, bias, row, column, columns, HAS_BIAS)
-        if HAS_CAP:
-            z = tl.where(column < columns, softcap * _tanh(z / softcap), z)
-        high = tl.maximum(top, tl.max(z, 0))
-        shift = tl.where(high == -float("inf"), 0.0, high)  # any gives the sum of 0
-        total = total * tl.exp(top - shift).to(tl.float64) + tl.sum(tl.exp(z - shift), 0).to(
-            tl.float64
-        )
-        plain += tl.sum(tl.where(column < columns, z, 0.0), 0).to(tl.float64)
-        target += tl.sum(tl.where((column == label) & (column < columns), z, 0.0), 0).to(tl.float64)
-        top = high
-    tl.store(at, top.to(tl.float64))
-    tl.store(at + stride, total)
-    tl.store(at + 2 * stride, target)
-    tl.store(at + 3 * stride, plain)
-
-
-@triton.jit(do_not_specialize=["first"])
-def gradient_kernel(
-    logits, bias, labels, terms, out, stride, columns, first, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a block of a row's logits. Reads and writes each once."""
-    blocks = (columns + BLOCK - 1) // BLOCK
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    at = terms + row
-    shift, factor = tl.load(at), tl.load(at + stride)
-    target, uniform = tl.load(at + 2 * stride), tl.load(at + 3 * stride)
-    label = tl.load(labels + row) - first
-    z = _logits(logits, bias, row, column, columns, HAS_BIAS)
-    slope = 1.0
-    if HAS_CAP:
-        x = z / softcap
-        z = softcap * _tanh(x)
-        decay = tl.exp(-2.0 * tl.abs(x))  # of full precision also where tanh is 1
-        slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
-    d = factor * tl.exp(z - shift) - uniform - tl.where(column == label, target, 0.0)
-    if HAS_CAP:
-        d *= slope
-    tl.store(out + row * columns + column, d.to(out.dtype.element_ty), mask=column < columns)
 
 
 def update(
@@ -100,22 +18,13 @@ def update(
     labels: Tensor,
     state: Tensor,
 ) -> None:
-    """As in ``_native``."""
+    """Updates ``state`` as ``_native.update`` does."""
     rows, columns = logits.shape
-    inputs = (
-        logits,
-        logits if bias is None else bias,
-        labels,
-        state,
-        state.stride(0),
-        columns,
-        first,
-        softcap or 1.0,
-    )
-    with _device(logits):
-        update_kernel[(rows,)](
-            *inputs, bias is not None, softcap is not None, UPDATE_BLOCK, num_warps=8
-        )
+    tensors = (logits, logits if bias is None else bias, labels, state)
+    numbers = (state.stride(0), columns, first, softcap or 1.0)
+    flags = (bias is not None, softcap is not None, UPDATE_BLOCK)
+    with device_of(logits):
+        update_kernel[(rows,)](*tensors, *numbers, *flags, num_warps=8)
 
 
 def gradient(
@@ -127,28 +36,11 @@ def gradient(
     terms: Tensor,
     out: Tensor,
 ) -> None:
-    """As in ``_native``."""
+    """Fills ``out`` as ``_native.gradient`` does."""
     rows, columns = logits.shape
-    inputs = (
-        logits,
-        logits if bias is None else bias,
-        labels,
-        terms,
-        out,
-        terms.stride(0),
-        columns,
-        first,
-    )
-    flags = (softcap or 1.0, bias is not None, softcap is not None, GRADIENT_BLOCK)
-    with _device(logits):
-        gradient_kernel[(rows * triton.cdiv(columns, GRADIENT_BLOCK),)](
-            *inputs, *flags, num_warps=4
-        )
-
-
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    return (
-        torch.cuda.device(tensor.device)
-        if tensor.device.type == "cuda"
-        else contextlib.nullcontext()
-    )
+    programs = rows * triton.cdiv(columns, GRADIENT_BLOCK)
+    tensors = (logits, logits if bias is None else bias, labels, terms, out)
+    numbers = (terms.stride(0), columns, first, softcap or 1.0)
+    flags = (bias is not None, softcap is not None, GRADIENT_BLOCK)
+    with device_of(logits):
+        gradient_kernel[(programs,)](*tensors, *numbers, *flags, num_warps=4)

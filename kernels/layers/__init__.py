@@ -1,10 +1,11 @@
-"""The parts of a transformer between its matrix products: norms, gated activations, rotary positions.
+"""Layers between a transformer's matrix products: norms, gated activations, rotary positions.
 
-Arithmetic is in float32 whatever the dtype, results are rounded once, and no bit depends on the number of threads. In
-backward nothing is read that the layer had not to keep anyway: inverse RMS and activations are computed again. All ops
-differentiate once; a gradient of a gradient raises, but for ``backend="eager"``, which is plain PyTorch throughout.
-float32 and bfloat16 have kernels; with other dtypes the automatic choice of the backend is eager. On a GPU the kernels
-are ours for all ops, not liger-kernel's: one definition of rounding and layout on every device.
+Arithmetic is in float32 for every dtype, results are rounded once, and no bit depends on the number
+of threads. The backward pass reads only tensors that the layer keeps anyway: it computes inverse
+RMS and activations again. All ops differentiate once; a gradient of a gradient raises, except with
+``backend="eager"``, which is plain PyTorch. float32 and bfloat16 have kernels; other dtypes run in
+eager unless another backend is asked for. GPUs run our kernels, not liger-kernel's: one definition
+of rounding and layout on every device.
 """
 
 import torch
@@ -36,15 +37,20 @@ def rms_norm(
         (y * (offset + weight.float())).to(x.dtype)         # casting="gemma", whose offset is 1
 
     Args:
-        x: [..., H]. Views whose rows have one stride are read where they lie, whatever the order of the others.
+        x: [..., H]. Views whose rows have one stride are read where they lie, in any order of the
+            other dimensions.
         weight: [H], of any of the dtypes; None: y.to(x.dtype).
+        epsilon: added to the mean square.
+        offset: added to the weight.
+        casting: "llama" rounds to x's dtype before the weight, "gemma" after it.
         backend: "eager", "cpu", "triton"; None chooses by device.
 
     Returns:
-        As x, and in its layout; with casting="llama" promoted by the weight's dtype.
+        x's shape and layout; x's dtype, with casting="llama" promoted by the weight's dtype.
 
     Raises:
-        ValueError: shapes disagree or casting is unknown.   BackendUnavailableError: ``backend`` cannot run here.
+        ValueError: shapes disagree or casting is unknown.
+        BackendUnavailableError: ``backend`` cannot run here.
     """
     _check_norm("rms_norm", x, weight, casting)
     chosen = _choose("rms_norm", backend, x, weight)
@@ -64,14 +70,21 @@ def add_rms_norm(
     casting: str = "llama",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``total = residual + x; return rms_norm(total, ...), total`` in one pass.
+    """RMSNorm of a residual sum, in one pass.
+
+        total = residual + x
+        return rms_norm(total, weight, epsilon, offset=offset, casting=casting), total
 
     Args:
-        x, residual: [..., H], one shape. Both results carry gradients.
+        x, residual: [..., H], one shape.
         weight, epsilon, offset, casting, backend: as in ``rms_norm``.
 
+    Returns:
+        The norm and the sum, [..., H] each. Both carry gradients.
+
     Raises:
-        ValueError: shapes disagree or casting is unknown.   BackendUnavailableError: ``backend`` cannot run here.
+        ValueError: shapes disagree or casting is unknown.
+        BackendUnavailableError: ``backend`` cannot run here.
     """
     _check_norm("add_rms_norm", x, weight, casting)
     if x.shape != residual.shape:
@@ -86,18 +99,21 @@ def add_rms_norm(
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """``F.silu(gate) * up`` (Shazeer 2020).
+    """SwiGLU (Shazeer 2020).
+
+        F.silu(gate) * up
 
     Args:
-        gate, up: [..., I], one shape. Without ``up``, gate is [..., 2 I]: the gate and behind it up, as one matrix
-            product gives them; neither half is copied, and the gradient is one tensor too.
+        gate, up: [..., I], one shape. Without ``up``, gate is [..., 2 I]: the gate, then up, as one
+            matrix product gives them; neither half is copied, and the gradient is one tensor too.
         backend: "eager", "cpu", "triton"; None chooses by device.
 
     Returns:
         [..., I].
 
     Raises:
-        ValueError: shapes disagree.   BackendUnavailableError: ``backend`` cannot run here.
+        ValueError: shapes disagree.
+        BackendUnavailableError: ``backend`` cannot run here.
     """
     return _gated("swiglu", "silu", gate, up, backend)
 
@@ -105,14 +121,20 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
 def geglu(
     gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", backend: str | None = None
 ) -> Tensor:
-    """``F.gelu(gate, approximate=approximate) * up`` (Shazeer 2020).
+    """GeGLU (Shazeer 2020).
+
+        F.gelu(gate, approximate=approximate) * up
 
     Args:
         gate, up, backend: as in ``swiglu``.
         approximate: "tanh" or "none" (by erf).
 
+    Returns:
+        [..., I].
+
     Raises:
-        ValueError: shapes disagree or approximate is unknown.   BackendUnavailableError: ``backend`` cannot run here.
+        ValueError: shapes disagree or approximate is unknown.
+        BackendUnavailableError: ``backend`` cannot run here.
     """
     if approximate not in ("tanh", "none"):
         raise ValueError(f"geglu: approximate must be 'tanh' or 'none', got {approximate!r}")
@@ -129,11 +151,12 @@ def rope(
 
     Args:
         q, k: [B, heads, T, D], any strides whose last is 1; k may have fewer heads.
-        cos, sin: [B or 1, T, R], R even, without gradients. Where R < D, the rest of every head passes as it is.
+        cos, sin: [B or 1, T, R], R even, without gradients. Where R < D, the rest of every head is
+            copied.
         backend: "eager", "cpu", "triton"; None chooses by device.
 
     Returns:
-        q and k turned; where one was a transposed [B, T, heads, D], the result is, too.
+        q and k rotated. The result of a transposed [B, T, heads, D] is one, too.
 
     Raises:
         ValueError: shapes or dtypes disagree, or cos or sin require gradients.
@@ -144,7 +167,7 @@ def rope(
     if chosen == "eager":
         return _eager.rope(q, k, cos, sin)
     if cos.requires_grad or sin.requires_grad:
-        raise ValueError("rope: cos and sin must not require gradients, but with backend='eager'")
+        raise ValueError("rope: cos and sin must not require gradients except on backend='eager'")
     q_out, k_out = _ops.rope(q, k, cos, sin, chosen)
     return q_out, k_out
 
@@ -156,7 +179,8 @@ def _gated(
         raise ValueError(f"{op}: gate without up must be [..., 2 I], got {list(gate.shape)}")
     if up is not None and (up.shape != gate.shape or gate.dim() == 0):
         raise ValueError(
-            f"{op}: gate and up must be [..., I] of one shape, got {list(gate.shape)}, {list(up.shape)}"
+            f"{op}: gate and up must be [..., I] of one shape, "
+            f"got {list(gate.shape)}, {list(up.shape)}"
         )
     chosen = _choose(op, backend, gate, up)
     if chosen == "eager":
@@ -197,12 +221,14 @@ def _check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
     if q.dtype != k.dtype or cos.dtype != sin.dtype:
         raise ValueError(
-            f"rope: q and k, cos and sin must have one dtype each, got {q.dtype}, {k.dtype}, {cos.dtype}, {sin.dtype}"
+            "rope: q and k, cos and sin must have one dtype each, "
+            f"got {q.dtype}, {k.dtype}, {cos.dtype}, {sin.dtype}"
         )
 
 
 def _choose(op: str, backend: str | None, first: Tensor, *others: Tensor | None) -> str:
-    device, other = first.device, None if first.dtype in _DTYPES else first.dtype
+    device = first.device
+    other = None if first.dtype in _DTYPES else first.dtype
     for x in others:
         if x is not None:
             if x.device != device:
@@ -215,7 +241,7 @@ def _choose(op: str, backend: str | None, first: Tensor, *others: Tensor | None)
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _backend_for(op: str, device_type: str, other: str | None, backend: str | None) -> str:
-    """``other``: a dtype among the inputs that no kernel takes."""
+    """The backend that runs; ``other`` is an input's dtype that no kernel takes, if any."""
     if other is None:
         return dispatch.choose(op, device_type, backend)
     asked = dispatch.asked(backend)

@@ -1,4 +1,4 @@
-"""The references: plain PyTorch, as transformers writes it. In float64 all of it is float64."""
+"""The references: plain PyTorch, as transformers writes it. float64 inputs compute in float64."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,8 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos = cos.unsqueeze(1)
+    sin = sin.unsqueeze(1)
     rotary = cos.shape[-1]
 
     def rotated(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How tensors lie in memory: as rows with one stride, and as heads; copies only where neither fits."""
+"""Tensors as rows with one stride, and as heads: views where memory allows, else copies."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An unfilled tensor of x's shape whose last dimension is dense and whose others lie in x's order."""
+    """An unfilled tensor of x's shape: last dimension dense, the others in x's order."""
     if x.is_contiguous():
         return torch.empty(x.shape, dtype=dtype, device=x.device)
     out = torch.empty_like(x, dtype=dtype)
@@ -15,7 +15,7 @@ def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_rows(x: Tensor, out: Tensor) -> tuple[Tensor, int]:
-    """x, or a copy, and the stride of its rows, counted in the order of ``out``'s (of ``empty_rows``)."""
+    """x, or a copy, and the stride of its rows in the row order of ``out`` (``empty_rows``)."""
     if x.is_contiguous() and out.is_contiguous():
         return x, x.shape[-1]
     order = sorted(range(out.dim() - 1), key=out.stride)
@@ -28,7 +28,7 @@ def as_rows(x: Tensor, out: Tensor) -> tuple[Tensor, int]:
 
 
 def _stride_of_rows(x: Tensor, order: Sequence[int]) -> int | None:
-    """The stride of rows counted along dimensions ``order``, innermost first, if they have one."""
+    """The stride of rows along dimensions ``order``, innermost first, or None if it varies."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return None
     stride = following = None
@@ -49,12 +49,11 @@ def heads_inside(x: Tensor) -> bool:
 
 
 def empty_heads(x: Tensor, dtype: torch.dtype, inside: bool) -> Tensor:
-    """An unfilled tensor of x's shape [B, heads, T, R], dense; ``inside``: in memory [B, T, heads, R]."""
+    """An unfilled dense tensor of x's shape [B, heads, T, R]; ``inside``: as [B, T, heads, R]."""
     batch, heads, tokens, width = x.shape
     if inside:
-        return torch.empty(batch, tokens, heads, width, dtype=dtype, device=x.device).transpose(
-            1, 2
-        )
+        out = torch.empty(batch, tokens, heads, width, dtype=dtype, device=x.device)
+        return out.transpose(1, 2)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 

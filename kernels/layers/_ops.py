@@ -1,86 +1,61 @@
-"""The custom ops with their gradients, and a shorter way to both outside of the compiler.
+"""The layers' custom ops: ops and gradients make their results, the chosen backend fills them."""
 
-A custom op's own Python costs more than a small layer's arithmetic. So where nobody looks at operators (no compiler, no
-dispatch mode, plain tensors), an autograd function calls the kernels themselves.
-"""
-
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
-from merit_fast.kernels.layers import _run
-from merit_fast.kernels.layers._layout import heads_inside
+from merit_fast.kernels.layers import _native
+from merit_fast.kernels.layers._autograd import differentiable
+from merit_fast.kernels.layers._layout import empty_heads, empty_rows, heads_inside
 
 
-def _differentiable(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    save: Callable[..., None],
-    gradients: Callable[..., Any],
-) -> Callable[..., Any]:
-    """The ops merit_fast::NAME of ``forward`` and ``backward``; the function returned takes the short way if it may.
+class NoKernels:
+    """Fills nothing, for fakes: an op's results only have shapes, dtypes and strides."""
 
-    ``save(ctx, inputs, output)`` keeps what ``gradients(ctx, backward, *gradients of the outputs)`` needs.
-    """
-    op, backward_op = _custom_op(forward), _custom_op(backward)
-    op.register_autograd(
-        lambda ctx, *given: gradients(ctx, backward_op, *given), setup_context=save
+    norm = norm_backward = gated = gated_backward = rope = staticmethod(lambda *arguments: None)
+
+
+def _kernels(backend: str) -> Any:
+    """The backend's module; all have the same functions."""
+    if backend == "none":
+        return NoKernels
+    if backend == "triton":
+        from merit_fast.kernels.layers import _triton
+
+        return _triton
+    return _native
+
+
+def rms_norm_backward(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    offset: float,
+    wants_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, with ``dtotal`` added, and of the weight, which is empty if not wanted."""
+    dx = empty_rows(x, x.dtype)
+    columns = x.shape[-1] if wants_weight else 0
+    dscale = torch.empty(columns, dtype=torch.float32, device=x.device)
+    scale = _scale(x, weight, offset)
+    _kernels(backend).norm_backward(
+        dout, dtotal, x, dx, scale, epsilon, dscale if wants_weight else None
     )
-
-    def direct_forward(ctx: Any, *inputs: Any) -> Any:
-        output = forward(*inputs)
-        save(ctx, inputs, output)
-        return output
-
-    def direct_backward(ctx: Any, *given: Tensor | None) -> Any:
-        return gradients(ctx, backward if _is_unwatched(given) else backward_op, *given)
-
-    def transformed_backward(ctx: Any, *given: Tensor | None) -> Any:
-        return gradients(ctx, backward_op, *given)
-
-    # torch.func asks for setup_context, at 80 us a call, and custom ops do not have it.
-    direct = _function(forward=direct_forward, backward=direct_backward)
-    transformed = _function(forward=forward, setup_context=save, backward=transformed_backward)
-
-    def run(*arguments: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return transformed.apply(*arguments)
-        return direct.apply(*arguments) if _is_unwatched(arguments) else op(*arguments)
-
-    return run
+    return dx, dscale if weight is None else dscale.to(weight.dtype)
 
 
-def _function(backward: Callable[..., Any], **members: Callable[..., Any]) -> Any:
-    members = {**members, "backward": once_differentiable(backward)}
-    return type(
-        "Layer", (torch.autograd.Function,), {name: staticmethod(f) for name, f in members.items()}
-    )
-
-
-@functools.cache
-def _custom_op(function: Callable[..., Any]) -> Any:
-    """The last argument of all is the backend."""
-    op = torch.library.custom_op(f"merit_fast::{function.__name__}", function, mutates_args=())
-    op.register_fake(lambda *arguments: function(*arguments[:-1], "none"))
-    return op
-
-
-def _is_unwatched(arguments: tuple[Any, ...]) -> bool:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    for argument in arguments:
-        if (
-            isinstance(argument, Tensor)
-            and type(argument) is not Tensor
-            and type(argument) is not Parameter
-        ):
-            return False
-    return True
+def _gradients_of_norm(
+    ctx: Any, backward: Any, dout: Tensor, dtotal: Tensor | None, weight_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the weight, which is input number ``weight_index``."""
+    x, weight = ctx.saved_tensors
+    wants = weight is not None and ctx.needs_input_grad[weight_index]
+    dx, dweight = backward(dout, dtotal, x, weight, ctx.epsilon, ctx.offset, wants, ctx.backend)
+    return dx, dweight if wants else None
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -95,6 +70,17 @@ def _norm_gradients(ctx: Any, backward: Any, dout: Tensor | None) -> tuple[Tenso
     return (*_gradients_of_norm(ctx, backward, dout, None, 1), None, None, None, None)
 
 
+@differentiable(rms_norm_backward, _save_norm, _norm_gradients)
+def rms_norm(
+    x: Tensor, weight: Tensor | None, epsilon: float, offset: float, casting: str, backend: str
+) -> Tensor:
+    out = empty_rows(x, _scaled_dtype(x.dtype, weight, casting))
+    scale = _scale(x, weight, offset)
+    rounds = casting == "llama"
+    _kernels(backend).norm(x, None, None, out, scale, epsilon, rounds)
+    return out
+
+
 def _save_added_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, residual, weight, ctx.epsilon, ctx.offset, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
@@ -105,21 +91,54 @@ def _save_added_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _added_norm_gradients(
     ctx: Any, backward: Any, dout: Tensor | None, dtotal: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    given, dweight = dtotal, None
+    dsum = dtotal
+    dweight = None
     if dout is not None:
-        given, dweight = _gradients_of_norm(ctx, backward, dout, dtotal, 2)
-    dx, dresidual = (None if given is None else given.to(dtype) for dtype in ctx.dtypes)
+        dsum, dweight = _gradients_of_norm(ctx, backward, dout, dtotal, 2)
+    dx, dresidual = (None if dsum is None else dsum.to(dtype) for dtype in ctx.dtypes)
     return dx, dresidual, dweight, None, None, None, None
 
 
-def _gradients_of_norm(
-    ctx: Any, backward: Any, dout: Tensor, dtotal: Tensor | None, place: int
-) -> tuple[Tensor, Tensor | None]:
-    """``place``: of the weight among the inputs."""
-    x, weight = ctx.saved_tensors
-    wants = weight is not None and ctx.needs_input_grad[place]
-    dx, dweight = backward(dout, dtotal, x, weight, ctx.epsilon, ctx.offset, wants, ctx.backend)
-    return dx, dweight if wants else None
+@differentiable(rms_norm_backward, _save_added_norm, _added_norm_gradients)
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    offset: float,
+    casting: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    total = empty_rows(residual, torch.promote_types(x.dtype, residual.dtype))
+    out = torch.empty_like(total, dtype=_scaled_dtype(total.dtype, weight, casting))
+    scale = _scale(x, weight, offset)
+    rounds = casting == "llama"
+    _kernels(backend).norm(x, residual, total, out, scale, epsilon, rounds)
+    return out, total
+
+
+def _scaled_dtype(dtype: torch.dtype, weight: Tensor | None, casting: str) -> torch.dtype:
+    """The dtype of the norm's result, as eager promotes it."""
+    if weight is None or casting == "gemma":
+        return dtype
+    return torch.promote_types(dtype, weight.dtype)
+
+
+def _scale(x: Tensor, weight: Tensor | None, offset: float) -> Tensor:
+    """The factors of a normed row, [H] float32."""
+    if weight is None:
+        return torch.ones(x.shape[-1], dtype=torch.float32, device=x.device)
+    wide = weight.detach().float().contiguous()
+    return offset + wide if offset else wide
+
+
+def gated_backward(
+    dout: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    dgate = empty_rows(gate, gate.dtype)
+    dup = torch.empty_like(dgate)
+    _kernels(backend).gated_backward(dout, gate, up, dgate, dup, activation)
+    return dgate, dup
 
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -131,31 +150,63 @@ def _gated_gradients(ctx: Any, backward: Any, dout: Tensor) -> tuple[Tensor | No
     return (*backward(dout, *ctx.saved_tensors, ctx.activation, ctx.backend), None, None)
 
 
+@differentiable(gated_backward, _save_gated, _gated_gradients)
+def gated(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
+    out = empty_rows(gate, gate.dtype)
+    _kernels(backend).gated(gate, up, out, activation)
+    return out
+
+
+def gated_packed_backward(dout: Tensor, packed: Tensor, activation: str, backend: str) -> Tensor:
+    dpacked = empty_rows(packed, packed.dtype)
+    _kernels(backend).gated_backward(dout, *packed.chunk(2, -1), *dpacked.chunk(2, -1), activation)
+    return dpacked
+
+
 def _packed_gradients(ctx: Any, backward: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return backward(dout, *ctx.saved_tensors, ctx.activation, ctx.backend), None, None
 
 
+@differentiable(gated_packed_backward, _save_gated, _packed_gradients)
+def gated_packed(packed: Tensor, activation: str, backend: str) -> Tensor:
+    gate, up = packed.chunk(2, -1)
+    out = empty_rows(gate, gate.dtype)
+    _kernels(backend).gated(gate, up, out, activation)
+    return out
+
+
+def rope_backward(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    dtype: torch.dtype,
+    q_inside: bool,
+    k_inside: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """dq and dk lie as q and k do (``heads_inside``), so that their views need no copy."""
+    dq = empty_heads(dq_out, dtype, q_inside)
+    dk = empty_heads(dk_out, dtype, k_inside)
+    _kernels(backend).rope(dq_out, dk_out, cos, sin, dq, dk, True)
+    return dq, dk
+
+
 def _save_rope(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, cos, sin, ctx.backend = inputs
-    ctx.dtype, ctx.inside = q.dtype, (heads_inside(q), heads_inside(k))
+    ctx.dtype = q.dtype
+    ctx.inside = (heads_inside(q), heads_inside(k))
     ctx.save_for_backward(cos, sin)
 
 
 def _rope_gradients(ctx: Any, backward: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    return (
-        *backward(dq, dk, *ctx.saved_tensors, ctx.dtype, *ctx.inside, ctx.backend),
-        None,
-        None,
-        None,
-    )
+    gradients = backward(dq, dk, *ctx.saved_tensors, ctx.dtype, *ctx.inside, ctx.backend)
+    return (*gradients, None, None, None)
 
 
-rms_norm = _differentiable(_run.rms_norm, _run.rms_norm_backward, _save_norm, _norm_gradients)
-add_rms_norm = _differentiable(
-    _run.add_rms_norm, _run.rms_norm_backward, _save_added_norm, _added_norm_gradients
-)
-gated = _differentiable(_run.gated, _run.gated_backward, _save_gated, _gated_gradients)
-gated_packed = _differentiable(
-    _run.gated_packed, _run.gated_packed_backward, _save_gated, _packed_gradients
-)
-rope = _differentiable(_run.rope, _run.rope_backward, _save_rope, _rope_gradients)
+@differentiable(rope_backward, _save_rope, _rope_gradients)
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, cos.dtype)
+    q_out, k_out = (empty_heads(x, dtype, heads_inside(x)) for x in (q, k))
+    _kernels(backend).rope(q, k, cos, sin, q_out, k_out, False)
+    return q_out, k_out

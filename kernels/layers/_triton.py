@@ -1,17 +1,17 @@
-"""The layers in Triton: how the kernels of ``_triton_kernels`` are launched. The same functions as ``_native`` has.
+"""Launches the layers' Triton kernels, in functions named as those of ``_native``.
 
-liger-kernel has these layers too. Ours run in its place: they are checked against float64 to eager's own error, round
-where the CPU's kernels round, read strided views, and run in Triton's interpreter, which liger's RMSNorm does not.
-``bench.gpu`` times liger-kernel's beside them.
+liger-kernel has these layers too. Ours run instead: tests hold them to eager's own error against
+float64, they round where the CPU's kernels round, read strided views, and run in Triton's
+interpreter, in which liger's RMSNorm does not run. ``bench.gpu`` times both.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from merit_fast.kernels._devices import device_of
 from merit_fast.kernels.layers._layout import as_rows, dense_rows
 from merit_fast.kernels.layers._triton_kernels import (
     gated_backward_kernel,
@@ -23,8 +23,8 @@ from merit_fast.kernels.layers._triton_kernels import (
 
 PIECE = 1024  # elements of a program of the gated activations
 TILE = 2048  # elements of a program of the norms: several short rows, or one long one
-PROGRAMS = 512  # that share the rows in a norm's backward; by the shapes alone, so that the order of sums is
-HEADS = 8  # that a program turns
+PROGRAMS = 512  # most programs of a norm's backward; no GPU changes it, nor the order of sums
+HEADS = 8  # heads of one program
 
 
 def norm(
@@ -38,12 +38,13 @@ def norm(
 ) -> None:
     rows, cols = _sizes(out)
     normed = x if total is None else total
-    given = [as_rows(t, out) for t in (x, x if residual is None else residual, normed, out)]
+    rows_of = [as_rows(t, out) for t in (x, x if residual is None else residual, normed, out)]
     tile_rows, block, warps = _tile(cols)
     if rows and cols:
         _launch(
-            norm_kernel, -(-rows // tile_rows), out, *(t for t, _ in given), scale, rows, cols, *(s for _, s in given),
-            epsilon, residual is not None, rounds, tile_rows, block, num_warps=warps,
+            norm_kernel, -(-rows // tile_rows), out, *(t for t, _ in rows_of), scale, rows, cols,
+            *(stride for _, stride in rows_of), epsilon, residual is not None, rounds,
+            tile_rows, block, num_warps=warps,
         )  # fmt: skip
 
 
@@ -61,17 +62,15 @@ def norm_backward(
     tiles = -(-rows // tile_rows)
     steps = max(1, -(-tiles // PROGRAMS))
     programs = -(-tiles // steps)
-    sums = (
-        scale
-        if dscale is None
-        else torch.empty(programs, cols, dtype=torch.float32, device=dx.device)
-    )
-    given = [as_rows(t, dx) for t in (dout, dout if dtotal is None else dtotal, x, dx)]
+    sums = scale  # not touched
+    if dscale is not None:
+        sums = torch.empty(programs, cols, dtype=torch.float32, device=dx.device)
+    rows_of = [as_rows(t, dx) for t in (dout, dout if dtotal is None else dtotal, x, dx)]
     if rows and cols:
         _launch(
-            norm_backward_kernel, programs, dx, *(t for t, _ in given), scale, sums, rows, cols,
-            *(s for _, s in given), epsilon, steps, dtotal is not None, dscale is not None, tile_rows, block,
-            num_warps=warps,
+            norm_backward_kernel, programs, dx, *(t for t, _ in rows_of), scale, sums, rows, cols,
+            *(stride for _, stride in rows_of), epsilon, steps, dtotal is not None,
+            dscale is not None, tile_rows, block, num_warps=warps,
         )  # fmt: skip
     if dscale is not None:
         torch.sum(sums, 0, out=dscale)
@@ -100,31 +99,32 @@ def rope(
         stride for x in (cos, sin) for stride in (x.stride(0) if len(x) > 1 else 0, x.stride(1))
     ]
     rest = triton.next_power_of_2(width - 2 * half) if width > 2 * half else 0
-    q_tiles, tiles = -(-q_heads // HEADS), -(-q_heads // HEADS) + -(-k.shape[1] // HEADS)
+    q_tiles = -(-q_heads // HEADS)
+    tiles = q_tiles + -(-k.shape[1] // HEADS)
     if batch * tokens * tiles:
         _launch(
-            rope_kernel, batch * tokens * tiles, q, q, k, cos, sin, q_out, k_out, tokens, q_heads, k.shape[1], q_tiles,
-            tiles, half, width, *strides, *positions, backward, HEADS, triton.next_power_of_2(max(half, 1)), rest,
-            num_warps=4,
+            rope_kernel, batch * tokens * tiles, q, q, k, cos, sin, q_out, k_out,
+            tokens, q_heads, k.shape[1], q_tiles, tiles, half, width, *strides, *positions,
+            backward, HEADS, triton.next_power_of_2(max(half, 1)), rest, num_warps=4,
         )  # fmt: skip
 
 
 def _launch_gated(kernel: Any, out: Tensor, tensors: tuple[Tensor, ...], activation: str) -> None:
-    given = [as_rows(t, out) for t in tensors]
+    rows_of = [as_rows(t, out) for t in tensors]
     rows, cols = _sizes(out)
-    if all(stride == cols for _, stride in given):
-        rows, cols = 1, rows * cols
+    if all(stride == cols for _, stride in rows_of):
+        cols *= rows
+        rows = 1
     across = -(-cols // PIECE)
     if rows * across:
         _launch(
-            kernel, rows * across, out, *(t for t, _ in given), cols, *(s for _, s in given), across, activation, PIECE,
-            num_warps=4,
+            kernel, rows * across, out, *(t for t, _ in rows_of), cols,
+            *(stride for _, stride in rows_of), across, activation, PIECE, num_warps=4,
         )  # fmt: skip
 
 
-def _launch(kernel: Any, programs: int, device_of: Tensor, *arguments: Any, num_warps: int) -> None:
-    on_gpu = device_of.device.type == "cuda"
-    with torch.cuda.device(device_of.device) if on_gpu else contextlib.nullcontext():
+def _launch(kernel: Any, programs: int, out: Tensor, *arguments: Any, num_warps: int) -> None:
+    with device_of(out):
         kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=True)
 
 
@@ -134,7 +134,7 @@ def _sizes(x: Tensor) -> tuple[int, int]:
 
 
 def _tile(cols: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: 16 elements a thread at most, so that none are spilled."""
+    """Rows and columns of a program's tile, and its warps: no thread has more than 16 elements."""
     block = triton.next_power_of_2(max(cols, 1))
     rows = max(1, TILE // block)
     return rows, block, min(32, max(4, rows * block // 512))

@@ -1,7 +1,7 @@
-"""The layers' Triton kernels: a program takes some rows, or a piece of one, in registers; nothing is added atomically.
+"""The layers' Triton kernels: a program takes some rows, or a piece of one, without atomics.
 
-Everything is loaded, made float32, computed and rounded once where it is stored. Strides are in elements. A tensor that
-is not there is given as another, which a constant keeps from being touched.
+Values are computed in float32 and rounded once, when they are stored. Strides are in elements. In
+the place of an absent tensor another is passed, which a constant keeps from being touched.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile(first, rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row numbers [ROWS, 1], column numbers [1, BLOCK], and which entries there are."""
+    """Row numbers [ROWS, 1], column numbers [1, BLOCK], and a mask of the entries that exist."""
     row = first + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     return row.to(tl.int64), col, (row < rows) & (col < cols)
@@ -19,10 +19,11 @@ def _tile(first, rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def norm_kernel(
-    x, residual, total, out, scale, rows, cols, x_stride, residual_stride, total_stride, out_stride, epsilon,
+    x, residual, total, out, scale, rows, cols,
+    x_stride, residual_stride, total_stride, out_stride, epsilon,
     ADDS: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = RMSNorm(x) * scale; with ADDS of total = x + residual, which is stored and normed as it was rounded."""
+    """out = RMSNorm(x) * scale; ADDS: of x + residual, rounded and stored in ``total``."""
     row, col, inside = _tile(tl.program_id(0) * ROWS, rows, cols, ROWS, BLOCK)
     values = tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
@@ -42,12 +43,14 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    dout, dtotal, x, dx, scale, sums, rows, cols, dout_stride, dtotal_stride, x_stride, dx_stride, epsilon, steps,
+    dout, dtotal, x, dx, scale, sums, rows, cols,
+    dout_stride, dtotal_stride, x_stride, dx_stride, epsilon, steps,
     ADDS: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx of ``steps`` tiles of rows, and their sum of dout * x / RMS, a row of ``sums`` [programs, cols].
+    """dx of ``steps`` tiles of rows, and their sum of dout * x / RMS: a row of ``sums``.
 
-    The sum is held in registers; those of rows of more than 8192 (then one is a tile) are taken, it stays in memory.
+    The sum is held in registers, or in memory for rows of more than 8192 elements, which take all
+    registers.
     """
     HOLDS: tl.constexpr = BLOCK <= 8192
     program = tl.program_id(0).to(tl.int64)
@@ -66,9 +69,8 @@ def norm_backward_kernel(
                     sums + program * cols + col, mask=(col < cols) & (step > 0), other=0.0
                 )
                 tl.store(sums + program * cols + col, before + added, mask=col < cols)
-        gradient *= tl.load(
-            scale + col, mask=col < cols, other=0.0
-        )  # again every step: registers are few
+        # Loaded again in every step: registers are few.
+        gradient *= tl.load(scale + col, mask=col < cols, other=0.0)
         along = tl.sum(gradient * values, 1)[:, None] * inverse / cols * inverse
         result = (gradient - values * along) * inverse
         if ADDS:
@@ -89,7 +91,8 @@ def _activation(x, KIND: tl.constexpr):
         share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return x * share, share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:  # x times the logistic function of x, or of a cubic
-        inner, steep = x, x
+        inner = x
+        steep = x
         if KIND == "gelu_tanh":
             inner = x * (1.5957691216057308 + 0.07135481627260025 * (x * x))
             steep = x * (1.5957691216057308 + 0.21406444881780074 * (x * x))
@@ -100,28 +103,20 @@ def _activation(x, KIND: tl.constexpr):
 
 @triton.jit
 def _piece(across, BLOCK: tl.constexpr):
-    """Row and columns of a program, of which ``across`` share a row."""
-    program = tl.program_id(
-        0
-    )  # divided as 32 bits: a division of 64 is a call, around which registers are spilled
-    return (program // across).to(tl.int64), (program % across).to(tl.int64) * BLOCK + tl.arange(
-        0, BLOCK
-    )
+    """Row and columns of a program; ``across`` programs share a row."""
+    # Divided as 32 bits: a division of 64 is a call, around which registers are spilled.
+    program = tl.program_id(0)
+    row = (program // across).to(tl.int64)
+    col = (program % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return row, col
 
 
 @triton.jit
 def gated_kernel(
-    gate,
-    up,
-    out,
-    cols,
-    gate_stride,
-    up_stride,
-    out_stride,
-    across,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    gate, up, out, cols, gate_stride, up_stride, out_stride, across,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = activation(gate) * up."""
     row, col = _piece(across, BLOCK)
     g = tl.load(gate + row * gate_stride + col, mask=col < cols, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + col, mask=col < cols, other=0.0).to(tl.float32)
@@ -131,9 +126,11 @@ def gated_kernel(
 
 @triton.jit
 def gated_backward_kernel(
-    dout, gate, up, dgate, dup, cols, dout_stride, gate_stride, up_stride, dgate_stride, dup_stride, across,
+    dout, gate, up, dgate, dup, cols,
+    dout_stride, gate_stride, up_stride, dgate_stride, dup_stride, across,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of gate and up."""
     row, col = _piece(across, BLOCK)
     gradient = tl.load(dout + row * dout_stride + col, mask=col < cols, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + col, mask=col < cols, other=0.0).to(tl.float32)
@@ -154,7 +151,7 @@ def _turn(
     x, out, cos, sin, x_stride, out_stride, first, heads, half, width,
     BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token; the rows of cos and sin are its own. Backward is the transposed rotation."""
+    """Rotates HEADS heads of one token by its rows of cos and sin; BACKWARD rotates back."""
     col = tl.arange(0, HALF)[None, :]
     low_cos = tl.load(cos + col, mask=col < half, other=0.0).to(tl.float32)
     high_cos = tl.load(cos + half + col, mask=col < half, other=0.0).to(tl.float32)
@@ -187,10 +184,12 @@ def rope_kernel(
     cos_batch, cos_token, sin_batch, sin_token,
     BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token, of which queries take ``q_tiles`` programs and keys the rest of ``tiles``."""
+    """Rotates heads of a token: queries in ``q_tiles`` of ``tiles`` programs, keys in the rest."""
     program = tl.program_id(0)
-    tile, token = program % tiles, program // tiles
-    b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
+    tile = program % tiles
+    token = program // tiles
+    b = (token // tokens).to(tl.int64)
+    t = (token % tokens).to(tl.int64)
     cos += b * cos_batch + t * cos_token
     sin += b * sin_batch + t * sin_token
     if tile < q_tiles:
@@ -198,38 +197,14 @@ def rope_kernel(
         q_out += b * q_out_batch + t * q_out_token
         first = tile * HEADS
         _turn(
-            q,
-            q_out,
-            cos,
-            sin,
-            q_head,
-            q_out_head,
-            first,
-            q_heads,
-            half,
-            width,
-            BACKWARD,
-            HEADS,
-            HALF,
-            REST,
-        )
+            q, q_out, cos, sin, q_head, q_out_head, first, q_heads, half, width,
+            BACKWARD, HEADS, HALF, REST,
+        )  # fmt: skip
     else:
         k += b * k_batch + t * k_token
         k_out += b * k_out_batch + t * k_out_token
         first = (tile - q_tiles) * HEADS
         _turn(
-            k,
-            k_out,
-            cos,
-            sin,
-            k_head,
-            k_out_head,
-            first,
-            k_heads,
-            half,
-            width,
-            BACKWARD,
-            HEADS,
-            HALF,
-            REST,
-        )
+            k, k_out, cos, sin, k_head, k_out_head, first, k_heads, half, width,
+            BACKWARD, HEADS, HALF, REST,
+        )  # fmt: skip

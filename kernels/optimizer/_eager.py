@@ -1,4 +1,4 @@
-"""The reference in plain torch, on tensors that are flat and dense: the same bits as the native kernel on a CPU."""
+"""The reference in plain torch; on a CPU it gives the bits of the native kernel."""
 
 from collections.abc import Sequence
 
@@ -6,30 +6,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from merit_fast.kernels.optimizer._step import Step
+
 BLOCK = 256  # 8-bit moments that share a scale
 _MASK = 0xFFFFFFFF
-_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_TINY = torch.finfo(torch.float32).tiny
+_HUGE = torch.finfo(torch.float32).max
 
 
-def adamw(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Sequence[Tensor],
-    master: Tensor | None,
-    average: Tensor | None,
-    clip: Tensor | None,
-    rates: Sequence[float],
-    key: int,
-    numbers: Sequence[float],
-    stochastic: bool,
-    zero_grad: bool,
-) -> None:
-    """One step of one tensor; arguments as in ``_ops.adamw``."""
-    decay, beta1, beta2, epsilon = numbers
-    rate, root, average_weight = rates
-    g = grad.float() if clip is None else grad.float() * clip
+def adamw(step: Step, k: int) -> None:
+    """Updates tensor ``k`` of a step."""
+    weight = flat(step.weights[k])
+    grad = flat(step.grads[k])
+    exp_avg = flat(step.exp_avgs[k])
+    exp_avg_sq = flat(step.exp_avg_sqs[k])
+    scales = step.scales[k :: len(step)]
+    master = flat(step.masters[k]) if step.masters else None
+    average = flat(step.averages[k]) if step.averages else None
+    decay, beta1, beta2, epsilon = step.numbers
+    rate, root, average_weight = step.rates[3 * k : 3 * k + 3]
+
+    g = grad.float() if step.clip is None else grad.float() * step.clip
     m = decoded(exp_avg, scales[0], second=False) if scales else exp_avg.float()
     v = decoded(exp_avg_sq, scales[1], second=True) if scales else exp_avg_sq.float()
     w = full_weight(weight, master)
@@ -37,33 +34,24 @@ def adamw(
     m = m + rest1 * (g - m) if _single(rest1) < 0.5 else g + -beta1 * (g - m)
     v = v * beta2 + (1.0 - beta2) * g * g
     w = w * decay - rate * (m / (_sqrt(v) * root + epsilon))
-    key &= (1 << 64) - 1
-    low, high = key & _MASK, key >> 32
-    bits = random_bits(len(weight), low, high, weight.device) if stochastic else None
-    moment_bits = random_bits(len(weight), high, low, weight.device) if stochastic else None
+
+    low = step.keys[k] & _MASK
+    high = (step.keys[k] >> 32) & _MASK
+    bits = moment_bits = None
+    if step.stochastic:
+        bits = random_bits(len(weight), low, high, weight.device)
+        moment_bits = random_bits(len(weight), high, low, weight.device)
     _store_weight(w, weight, master, bits)
-    if scales:
-        encode(
-            m,
-            exp_avg,
-            scales[0],
-            second=False,
-            bits=None if moment_bits is None else moment_bits >> 16,
-        )
-        encode(
-            v,
-            exp_avg_sq,
-            scales[1],
-            second=True,
-            bits=None if moment_bits is None else moment_bits & 0xFFFF,
-        )
-    else:
-        _store(m, exp_avg, None if moment_bits is None else moment_bits >> 16)
-        _store(v, exp_avg_sq, None if moment_bits is None else moment_bits & 0xFFFF)
+    _store_moments((m, v), (exp_avg, exp_avg_sq), scales, moment_bits)
     if average is not None:
         average += (full_weight(weight, master) - average) * average_weight
-    if zero_grad:
+    if step.zero_grad:
         grad.zero_()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in memory order, as a view."""
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
 def square_sum(grads: Sequence[Tensor]) -> Tensor:
@@ -73,7 +61,7 @@ def square_sum(grads: Sequence[Tensor]) -> Tensor:
 
 
 def full_weight(weight: Tensor, master: Tensor | None) -> Tensor:
-    """The float32 weight: itself, its master, or the bf16 weight joined with the 16 bits it lacks."""
+    """The float32 weight: itself, its master, or the bf16 weight joined with its 16 low bits."""
     if master is None or weight.dtype == torch.float32:
         return weight.float()
     if master.dtype == torch.float32:
@@ -88,10 +76,29 @@ def _store_weight(w: Tensor, weight: Tensor, master: Tensor | None, bits: Tensor
     elif master.dtype == torch.float32:
         master.copy_(w)
         weight.copy_(w)
-    else:  # to nearest, halves away from zero: 2^16 masters a weight, so that 16 bits tell them apart
+    else:
+        # To nearest, halves away from zero: every weight has 2^16 masters, which 16 bits tell
+        # apart.
         raw = torch.where(w.isnan(), 0x7FC00000, w.view(torch.int32))
         weight.view(torch.int16).copy_((raw + 0x8000) >> 16)
         master.copy_(raw)
+
+
+def _store_moments(
+    values: tuple[Tensor, Tensor],
+    moments: tuple[Tensor, Tensor],
+    scales: Sequence[Tensor],
+    bits: Tensor | None,
+) -> None:
+    """Writes both moments; the first is rounded with the high 16 bits, the second with the low."""
+    high = None if bits is None else bits >> 16
+    low = None if bits is None else bits & 0xFFFF
+    if scales:
+        encode(values[0], moments[0], scales[0], second=False, bits=high)
+        encode(values[1], moments[1], scales[1], second=True, bits=low)
+    else:
+        _store(values[0], moments[0], high)
+        _store(values[1], moments[1], low)
 
 
 def _store(values: Tensor, out: Tensor, bits16: Tensor | None) -> None:
@@ -101,9 +108,9 @@ def _store(values: Tensor, out: Tensor, bits16: Tensor | None) -> None:
 
 
 def stochastic_bf16(values: Tensor, bits16: Tensor) -> Tensor:
-    """float32 plus 16 random bits below bf16's last, cut: up with the probability of what is cut off.
+    """Adds 16 random bits below bf16's last bit, then cuts: the mean of many roundings is exact.
 
-    What bf16 can express stays as it is, and nothing finite becomes infinite.
+    Values that bf16 can express stay as they are, and nothing finite becomes infinite.
     """
     raw = values.view(torch.int32)
     total = raw + bits16.int()
@@ -115,7 +122,7 @@ def stochastic_bf16(values: Tensor, bits16: Tensor) -> Tensor:
 def random_bits(
     count: int, before: int, between: int, device: torch.device | None = None
 ) -> Tensor:
-    """[count] int64 below 2^32: two rounds of Wellons' lowbias32 of the index, with a key before each."""
+    """[count] int64 below 2^32: two rounds of Wellons' lowbias32 of the index, each after a key."""
     index = torch.arange(count, device=device)
     x = (index & _MASK) ^ before
     x = (x ^ x >> 16) * 0x7FEB352D & _MASK
@@ -125,7 +132,10 @@ def random_bits(
 
 
 def decoded(codes: Tensor, scale: Tensor, *, second: bool) -> Tensor:
-    """8-bit moments as float32: sign * (code / 127)^2 * scale, second moments (code / 255)^4 * scale."""
+    """8-bit moments as float32.
+
+    A first moment is sign * (code / 127)^2 * scale, a second moment (code / 255)^4 * scale.
+    """
     code = codes.float()
     square = code * code if second else code * code.abs()
     share = square * square * (1 / 255**4) if second else square * (1 / 127**2)
@@ -135,10 +145,10 @@ def decoded(codes: Tensor, scale: Tensor, *, second: bool) -> Tensor:
 def encode(
     values: Tensor, codes: Tensor, scale: Tensor, *, second: bool, bits: Tensor | None
 ) -> None:
-    """Writes codes and the scale of every 256 values, the largest size among them.
+    """Writes codes, and for every 256 values their scale, which is the largest absolute value.
 
-    Rounding is unbiased in the value with ``bits`` (random, below 2^16), else to nearest. A second moment above zero
-    keeps a code above zero: a zero would divide the step by epsilon alone.
+    With ``bits`` (random, below 2^16) rounding is unbiased in the value, else to nearest. A second
+    moment above zero keeps a code above zero: zero would divide the step by epsilon only.
     """
     steps, power = (255, 4) if second else (127, 2)
     rows = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
@@ -146,22 +156,19 @@ def encode(
     top = size.amax(1)  # NaN if one is
     usable = (top >= _TINY) & (top <= _HUGE)
     inverse = 1 / torch.where(usable, top, 1.0)
-    place = size * inverse[:, None] * float(steps**power)
-    root = _sqrt(_sqrt(place)) if second else _sqrt(place)
+    scaled = size * inverse[:, None] * float(steps**power)
+    root = _sqrt(_sqrt(scaled)) if second else _sqrt(scaled)
     whole = torch.where(root < steps - 1, root, steps - 1.0).trunc()
-    high = whole + 1
-    below, above = _power(whole, power), _power(high, power)
-    share = (
-        0.5
-        if bits is None
-        else F.pad(bits, (0, -len(bits) % BLOCK)).view(-1, BLOCK).float() * 2.0**-16
-    )
-    code = whole + (share * (above - below) < place - below)
-    code = (
-        torch.where((code == 0) & (place > 0), 1.0, code)
-        if second
-        else torch.where(rows < 0, -code, code)
-    )
+    below = _power(whole, power)
+    above = _power(whole + 1, power)
+    share: Tensor | float = 0.5
+    if bits is not None:
+        share = F.pad(bits, (0, -len(bits) % BLOCK)).view(-1, BLOCK).float() * 2.0**-16
+    code = whole + (share * (above - below) < scaled - below)
+    if second:
+        code = torch.where((code == 0) & (scaled > 0), 1.0, code)
+    else:
+        code = torch.where(rows < 0, -code, code)
     tiny = top < 1
     code = torch.where(usable[:, None], code, torch.where(tiny, 0.0, float(steps))[:, None])
     scale.copy_(torch.where(~usable & tiny, 0.0, top))
@@ -174,7 +181,7 @@ def _power(x: Tensor, power: int) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """To nearest, which MKL's of floats is not."""
+    """Rounded to nearest; MKL's square root of floats is not."""
     return x.double().sqrt().float()
 
 

@@ -1,7 +1,6 @@
-"""The custom ops: a step of many tensors of one kind at once, and the sum of their gradients' squares.
+"""The custom ops: one step of many tensors of one kind, and the sum of their gradients' squares.
 
-All tensors of a call share a device and their kinds of weight, gradient, moments and master. Each is dense, and all of
-a parameter have its layout: elements are taken in the order of memory. The backend is chosen here, when the op runs.
+The backend is chosen when the op runs.
 """
 
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import _eager
+from merit_fast.kernels.optimizer._step import Step
 
 # Codes of csrc/optimizer.h.
 MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
@@ -37,31 +37,23 @@ def adamw(
     zero_grad: bool,
     backend: str | None,
 ) -> None:
-    """One step of N tensors.
-
-    ``scales``: N of the first moments, then N of the second, if these are 8-bit; ``masters``, ``averages``: N or none;
-    ``clip``: what gradients are multiplied with, a float32 scalar on their device; ``rates``: for each tensor
-    lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t) and the new weight's share in the average; ``keys``: of (seed, step,
-    parameter), for stochastic rounding; ``numbers``: 1 - lr * weight_decay, beta1, beta2, epsilon.
-    """
+    """Updates the N tensors of a ``Step``, which has the same fields."""
+    step = Step(
+        weights, grads, exp_avgs, exp_avg_sqs, scales, masters, averages,
+        clip, rates, keys, numbers, stochastic, zero_grad,
+    )  # fmt: skip
     chosen = dispatch.choose("adamw", weights[0].device.type, backend)
-    lists = (weights, grads, exp_avgs, exp_avg_sqs, scales, masters, averages)
     if chosen == "triton":
         from merit_fast.kernels.optimizer import _triton
 
-        _triton.adamw(*lists, clip, rates, keys, numbers, stochastic, zero_grad)
+        _triton.adamw(step)
     elif chosen == "cpu":
+        lists = (weights, grads, exp_avgs, exp_avg_sqs, scales, masters, averages)
         factor = 1.0 if clip is None else float(clip)
         _native(lists, rates, keys, (*numbers, factor), stochastic, zero_grad)
     else:
-        for k in range(len(weights)):
-            weight, grad, exp_avg, exp_avg_sq = (flat(part[k]) for part in lists[:4])
-            scale = scales[k :: len(weights)]
-            master, average = (flat(part[k]) if part else None for part in (masters, averages))
-            _eager.adamw(
-                weight, grad, exp_avg, exp_avg_sq, scale, master, average, clip,
-                rates[3 * k : 3 * k + 3], keys[k], numbers, stochastic, zero_grad,
-            )  # fmt: skip
+        for k in range(len(step)):
+            _eager.adamw(step, k)
 
 
 def _native(
@@ -101,7 +93,7 @@ def _native(
 
 @torch.library.custom_op("merit_fast::grad_square_sum", mutates_args=())
 def grad_square_sum(grads: Sequence[Tensor], backend: str | None) -> Tensor:
-    """Float64 scalar: the sum of squares of all elements of N dense tensors of one dtype."""
+    """Float64 scalar: sum of squares of all elements of N dense tensors of one dtype."""
     chosen = dispatch.choose("adamw", grads[0].device.type, backend)
     if chosen == "cpu":
         native = dispatch.native_module()
@@ -111,13 +103,10 @@ def grad_square_sum(grads: Sequence[Tensor], backend: str | None) -> Tensor:
         return torch.tensor(
             native.square_sum(addresses, sizes, bf16, torch.get_num_threads()), dtype=torch.float64
         )
-    if chosen == "triton":  # torch's own kernel for many tensors; no widened copies
-        return (
-            torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32))
-            .double()
-            .square()
-            .sum()
-        )
+    if chosen == "triton":
+        # torch's own kernel for many tensors makes no widened copies.
+        norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
+        return torch.stack(norms).double().square().sum()
     return _eager.square_sum(grads)
 
 
@@ -129,8 +118,3 @@ def _(*arguments: object) -> None:
 @grad_square_sum.register_fake
 def _(grads: Sequence[Tensor], backend: str | None) -> Tensor:
     return grads[0].new_empty((), dtype=torch.float64)
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements in the order of memory, as a view."""
-    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))

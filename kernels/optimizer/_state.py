@@ -1,4 +1,4 @@
-"""What an optimizer keeps for a parameter: how it is made, and how a loaded one becomes it."""
+"""The state that an optimizer keeps for a parameter: new, or adopted from a loaded one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels.optimizer import _eager
-from merit_fast.kernels.optimizer._ops import flat
+from merit_fast.kernels.optimizer._eager import flat
 
 CHOICES = {
     "rounding": ("stochastic", "nearest"),
@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for all parameters and does not change; see ``FusedAdamW``."""
+    """Options of all parameters, which never change; see ``FusedAdamW``."""
 
     rounding: str
     master: str
@@ -35,31 +35,31 @@ class Options:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"FusedAdamW: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                    f"FusedAdamW: {name} must be one of {', '.join(allowed)}, "
+                    f"got {getattr(self, name)!r}"
                 )
         decay = self.average_decay
         if not (
             decay is None or decay == "mean" or (isinstance(decay, float | int) and 0 <= decay < 1)
         ):
             raise ValueError(
-                f"FusedAdamW: average_decay must be None, 'mean' or from 0 to below 1, got {decay!r}"
+                "FusedAdamW: average_decay must be None, 'mean' or from 0 to below 1, "
+                f"got {decay!r}"
             )
         if not self.max_norm >= 0:
             raise ValueError(f"FusedAdamW: max_norm must be at least 0, got {self.max_norm}")
 
     def average_weight(self, before: int) -> float:
-        """The new weight's share in the average of ``before`` + 1 weights; the first weight is the first average."""
+        """The newest weight's share in an average of ``before`` + 1 weights."""
         if before == 0:
             return 1.0
-        return (
-            1 / (before + 1)
-            if self.average_decay == "mean"
-            else 1.0 - float(self.average_decay or 0.0)
-        )
+        if self.average_decay == "mean":
+            return 1 / (before + 1)
+        return 1.0 - float(self.average_decay or 0.0)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Every place in its memory is one element."""
+    """Whether every place in its memory is one element."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
@@ -71,7 +71,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def in_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor``, or its copy if its elements lie in another order than those of (a dense copy of) ``parameter``."""
+    """``tensor``, or a copy whose elements lie in the order of a dense copy of ``parameter``."""
     if tensor.is_contiguous() and parameter.is_contiguous():
         return tensor
     if tensor.stride() == parameter.stride() and is_dense(parameter):
@@ -82,7 +82,10 @@ def in_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
-    """torch's keys, so that torch's AdamW can go on from them, and ours. 8-bit moments are flat, in memory's order."""
+    """A state with torch's keys, from which torch's AdamW can resume, and ours.
+
+    8-bit moments are flat, in memory order.
+    """
     state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for name, code in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
         if options.moments == "int8":
@@ -105,7 +108,7 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
 
 @torch.no_grad()
 def adopted(parameter: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """A loaded state in the dtypes and layout that ``new_state`` has; what it lacks is new.
+    """A loaded state in the dtypes and layout of ``new_state``; missing entries are new.
 
     Raises:
         ValueError: it holds a master of the other kind, or tensors of another size.
@@ -121,7 +124,8 @@ def adopted(parameter: Tensor, saved: Mapping[str, Any], options: Options) -> di
             state[name] = _moved(parameter, saved[name], state[name].dtype, name)
         elif name in state and other in saved:
             raise ValueError(
-                f"FusedAdamW: the loaded state keeps {other!r}, master={options.master!r} needs {name!r}"
+                f"FusedAdamW: the loaded state keeps {other!r}, "
+                f"master={options.master!r} needs {name!r}"
             )
     if "average" in state and "average" in saved:
         state["average"] = _moved(parameter, saved["average"], torch.float32, "average")
@@ -132,11 +136,14 @@ def adopted(parameter: Tensor, saved: Mapping[str, Any], options: Options) -> di
 def _adopt_moment(
     parameter: Tensor, saved: Mapping[str, Any], state: dict[str, Any], name: str
 ) -> None:
-    value, second, scale = saved[name], name == "exp_avg_sq", f"{name}_scale"
+    value = saved[name]
+    second = name == "exp_avg_sq"
+    scale = f"{name}_scale"
     if scale in saved and scale in state:
         if saved[scale].shape != state[scale].shape:
             raise ValueError(
-                f"FusedAdamW: loaded {scale} must be {list(state[scale].shape)}, is {list(saved[scale].shape)}"
+                f"FusedAdamW: loaded {scale} must be {list(state[scale].shape)}, "
+                f"is {list(saved[scale].shape)}"
             )
         state[name] = value.to(state[name].dtype).to(parameter.device)
         state[scale] = saved[scale].to(parameter.device, torch.float32)

@@ -1,17 +1,22 @@
-"""CountSketch of gradients: one definition of bucket and sign for every entry of every parameter, no tables.
+"""CountSketch of gradients: one definition of bucket and sign for every entry, without tables.
 
-Definition, hash version 2. Parameter ``name``, hashed as a matrix [R, C] (``matrix_shape``), is cut in tiles of
-64 x 64; tile (I, J) has the number t = I * ceil(C / 64) + J. With key = BLAKE2b-64 of (version, seed, name),
-h(n) = SplitMix64(key, n) and M = proj_dim / 4096 buckets, entry (i, j) of the tile goes to
+Definition, hash version 2. Parameter ``name``, hashed as a matrix [R, C] (``matrix_shape``), is cut
+into tiles of 64 x 64; tile (I, J) has the number t = I * ceil(C / 64) + J. With
+key = BLAKE2b-64 of (version, seed, name), h(n) = SplitMix64(key, n), M = proj_dim / 4096 buckets
+and ``out`` viewed as [M, 64, 64], entry (i, j) of the tile is added to
 
-    out[bucket, i ^ x, j ^ y] += row_sign * column_sign * g[64 I + i, 64 J + j]           out viewed as [M, 64, 64]
+    out[bucket, i ^ x, j ^ y] += row_sign * column_sign * g[64 I + i, 64 J + j]
     bucket = (t + (h(4 (t // M) + 3) >> 32) * M >> 32) mod M
-    x = h(4 t) & 63,  y = h(4 t) >> 8 & 63,  row_sign = 1 - 2 * bit i of h(4 t + 1),  column_sign: bit j of h(4 t + 2)
+    x = h(4 t) & 63
+    y = h(4 t) >> 8 & 63
+    row_sign = 1 - 2 * bit i of h(4 t + 1)
+    column_sign = 1 - 2 * bit j of h(4 t + 2)
 
-Two entries of one tile never collide, any others with probability at most 1 / proj_dim and with independent signs, so
-<sketch(g), sketch(h)> is an unbiased estimate of <g, h> with at most the variance of Charikar, Chen & Farach-Colton
-(2002), ICALP. The sketch depends on nothing else: not on batching, order of layers, shards, threads or device (up to
-the rounding of sums). A bucket is a sum of signed, permuted tiles: for dY^T X one long matrix product.
+Two entries of one tile never collide; any others collide with probability at most 1 / proj_dim and
+with independent signs. So <sketch(g), sketch(h)> is an unbiased estimate of <g, h> with at most the
+variance of Charikar, Chen & Farach-Colton (2002), ICALP. Batching, order of layers, shards, threads
+and device change nothing but the rounding of sums. A bucket is a sum of signed, permuted tiles: for
+dY^T X one long matrix product.
 """
 
 import math
@@ -21,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from merit_fast.kernels.sketch._checks import check_scale, checked_out, checked_place, end_to_end
 from merit_fast.kernels.sketch._eager import HASH_VERSION, TILE, hash_key
 from merit_fast.kernels.sketch._ops import sketch_linear, sketch_rows, token_sums
 
@@ -39,7 +45,10 @@ BUCKET = TILE * TILE
 
 @dataclass(frozen=True)
 class CountSketch:
-    """Which sketch: its width, a multiple of 4096, and its seed. Sketches add and compare only when both agree."""
+    """A sketch's width, a multiple of 4096, and its seed.
+
+    Sketches can be added and compared only if both agree.
+    """
 
     proj_dim: int = 65536
     seed: int = 0
@@ -47,19 +56,20 @@ class CountSketch:
     def __post_init__(self) -> None:
         if self.proj_dim < BUCKET or self.proj_dim % BUCKET:
             raise ValueError(
-                f"CountSketch: proj_dim must be a positive multiple of {BUCKET}, got {self.proj_dim}"
+                f"CountSketch: proj_dim must be a positive multiple of {BUCKET}, "
+                f"got {self.proj_dim}"
             )
 
     def key(self, name: str) -> int:
-        """64 bits that depend on hash version, seed and the parameter's name; signed, as torch wants it."""
+        """64 bits of hash version, seed and the parameter's name; signed, as torch takes them."""
         return hash_key(self.seed, name)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns as which a parameter of ``shape`` is hashed.
+    """Rows and columns of the matrix as which a parameter of ``shape`` is hashed.
 
-    [C] is one row; [E, O, I], a stack of matrices (experts), has E O rows; the weights of Conv2d and Conv3d, [O, ...],
-    have O. A scalar is one entry.
+    [C] is one row; [E, O, I], a stack of matrices (experts), has E O rows; the weights of Conv2d
+    and Conv3d, [O, ...], have O rows. A scalar is one entry.
     """
     if len(shape) < 2:
         return 1, math.prod(shape)
@@ -81,16 +91,21 @@ def flat_sketch(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Sketch gradients that exist already, one per batch entry (definition in the module's docstring).
+    """CountSketch (Charikar et al. 2002) of gradients that exist already, one per batch entry.
+
+        out[b] += sketch(scale * gradient[b])               # as the module's docstring defines it
 
     Args:
-        gradient: [B, R, C] or [B, C] (one row). float32 and bfloat16 are read where they lie; others are converted to
-            float32 first.
+        gradient: [B, R, C] or [B, C] (one row). float32 and bfloat16 are read where they lie; other
+            dtypes are converted to float32 first.
         name: the parameter's name, which selects its hash.
         sketch: width D and seed.
-        row_ids: [B, R] int64, the parameter's row of each gradient row; repeats add up. Overrides ``first_row``.
-        first_row, first_column, columns: of a shard, where it lies in the parameter and how many columns that has.
-        scale: [R, C] float32, by which every gradient is multiplied first; with ``row_ids``, of the whole parameter.
+        row_ids: [B, R] int64, the parameter's row of each gradient row; repeats add up. Overrides
+            ``first_row``.
+        first_row, first_column: place of a shard in the parameter.
+        columns: column count of the whole parameter. None: the shard's last column is the last.
+        scale: [R, C] float32, which multiplies every gradient first. With ``row_ids`` it has all
+            rows of the parameter.
         out: [B, D] float32, contiguous, added to. None: new zeros.
         backend: "eager", "cpu", "triton"; None chooses by device.
 
@@ -98,7 +113,8 @@ def flat_sketch(
         [B, D] float32; ``out`` itself if given. Deterministic: sums run in the order of the rows.
 
     Raises:
-        ValueError: shapes disagree.   BackendUnavailableError: ``backend`` cannot run here.
+        ValueError: shapes disagree.
+        BackendUnavailableError: ``backend`` cannot run here.
     """
     if gradient.dim() == 2:
         gradient = gradient.unsqueeze(1)
@@ -110,17 +126,19 @@ def flat_sketch(
         row_ids.shape != gradient.shape[:2] or row_ids.dtype != torch.int64
     ):
         raise ValueError(
-            f"flat_sketch: row_ids must be int64 {list(gradient.shape[:2])}, got {row_ids.dtype} {list(row_ids.shape)}"
+            f"flat_sketch: row_ids must be int64 {list(gradient.shape[:2])}, "
+            f"got {row_ids.dtype} {list(row_ids.shape)}"
         )
-    place = _place("flat_sketch", gradient.shape[2], first_row, first_column, columns)
-    out = _checked_out("flat_sketch", out, len(gradient), gradient.device, sketch)
-    rows, offsets = _end_to_end("flat_sketch", gradient, None)
+    place = checked_place("flat_sketch", gradient.shape[2], first_row, first_column, columns)
+    out = checked_out("flat_sketch", out, len(gradient), gradient.device, sketch.proj_dim)
+    rows, offsets = end_to_end("flat_sketch", gradient, None)
+    ids = None
     if row_ids is None:
-        _check_scale("flat_sketch", scale, gradient.shape[1:])
-        ids = None
+        check_scale("flat_sketch", scale, gradient.shape[1:])
     else:
-        _check_scale("flat_sketch", scale, (-1, gradient.shape[2]))
-        ids, place = row_ids.reshape(-1).contiguous(), (0, *place[1:])
+        check_scale("flat_sketch", scale, (-1, gradient.shape[2]))
+        ids = row_ids.reshape(-1).contiguous()
+        place = (0, *place[1:])
     sketch_rows(rows, offsets, ids, *place, sketch.seed, name, scale, out, backend)
     return out
 
@@ -139,25 +157,31 @@ def vector_grad_sketch(
 ) -> Tensor:
     """Sketch the gradient of a bias, or of a scale that multiplies ``x``, per example.
 
-        out[b] += flat_sketch((dy[b] * x[b]).float().sum(0)[None], name, sketch)          a bias: without x
+        out[b] += flat_sketch((dy[b] * x[b]).float().sum(0)[None], name, sketch)    # a bias: no x
 
     Args:
         dy: [B, T, C] gradient of the output; [N, C] with ``cu_seqlens``.
-        x: as dy, what the parameter multiplies.
-        epsilon: of an RMSNorm: the parameter multiplies x * rsqrt(mean(x ** 2, -1) + epsilon). None: x itself.
+        x: shaped as dy, the factor of the parameter.
+        epsilon: RMSNorm's: the parameter multiplies x * rsqrt(mean(x ** 2, -1) + epsilon). None: x
+            itself.
         cu_seqlens: as in ``linear_grad_sketch``.
-        name, sketch, scale [1, C], out, backend: as in ``flat_sketch``; the parameter's shape is [C].
+        name, sketch, scale [1, C], out, backend: as in ``flat_sketch``; the parameter's shape is
+            [C].
 
     Returns:
         [B, D] float32; ``out`` itself if given. Sums in float32.
+
+    Raises:
+        ValueError: shapes disagree.
+        BackendUnavailableError: ``backend`` cannot run here.
     """
     if x is not None and x.shape != dy.shape:
         raise ValueError(
             f"vector_grad_sketch: x must be as dy, {list(dy.shape)}, got {list(x.shape)}"
         )
-    dy, offsets = _end_to_end("vector_grad_sketch", dy, cu_seqlens)
+    dy, offsets = end_to_end("vector_grad_sketch", dy, cu_seqlens)
     if x is not None:
-        x, _ = _end_to_end("vector_grad_sketch", x, cu_seqlens)
+        x, _ = end_to_end("vector_grad_sketch", x, cu_seqlens)
     sums = token_sums(dy, x, offsets, epsilon, backend)
     return flat_sketch(sums, name, sketch, scale=scale, out=out, backend=backend)
 
@@ -183,32 +207,36 @@ def linear_grad_sketch(
     The kernels keep blocks of the product in registers: dW is never stored.
 
     Args:
-        dy: [B, T, O] gradient of the output, float32 or bfloat16 (others are converted to float32). For a weight stored
-            [I, O] (GPT-2's Conv1D) pass the input as ``dy`` and the output's gradient as ``x``.
+        dy: [B, T, O] gradient of the output, float32 or bfloat16 (others are converted to float32).
+            For a weight stored [I, O] (GPT-2's Conv1D) pass the input as ``dy`` and the output's
+            gradient as ``x``.
         x: [B, T, I] input of the layer.
-        cu_seqlens: [B + 1] int64, for packed sequences: dy is [N, O], x [N, I], and example b has the tokens
-            cu_seqlens[b]..cu_seqlens[b + 1] - 1.
-        first_row, first_column, columns: as in ``flat_sketch``: of a shard (tensor parallel) or a part (fused q, k, v).
-        scale: [O, I] float32, by which dW is multiplied, entry by entry, before it is hashed.
-        name, sketch, out, backend: as in ``flat_sketch`` and "cuda"; the parameter's shape is [O, I].
+        cu_seqlens: [B + 1] int64, for packed sequences: dy is [N, O], x [N, I], and example b has
+            the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
+        first_row, first_column, columns: as in ``flat_sketch``, for a shard (tensor parallel) or a
+            slice of fused weights (q, k, v).
+        scale: [O, I] float32, which multiplies dW, entry by entry, before it is hashed.
+        name, sketch, out, backend: as in ``flat_sketch`` and "cuda"; the parameter's shape is [O,
+            I].
 
     Returns:
         [B, D] float32; ``out`` itself if given. Products and sums in float32.
 
     Raises:
-        ValueError: shapes disagree.   BackendUnavailableError: ``backend`` cannot run here.
+        ValueError: shapes disagree.
+        BackendUnavailableError: ``backend`` cannot run here.
     """
     dims = 3 if cu_seqlens is None else 2
     if dy.dim() != dims or x.dim() != dims or dy.shape[:-1] != x.shape[:-1]:
-        want = "[B, T, O] and [B, T, I]" if cu_seqlens is None else "[N, O] and [N, I]"
+        wanted = "[B, T, O] and [B, T, I]" if cu_seqlens is None else "[N, O] and [N, I]"
         raise ValueError(
-            f"linear_grad_sketch: dy and x must be {want}, got {list(dy.shape)}, {list(x.shape)}"
+            f"linear_grad_sketch: dy and x must be {wanted}, got {list(dy.shape)}, {list(x.shape)}"
         )
-    place = _place("linear_grad_sketch", x.shape[-1], first_row, first_column, columns)
-    dy, offsets = _end_to_end("linear_grad_sketch", dy, cu_seqlens)
-    x, _ = _end_to_end("linear_grad_sketch", x, cu_seqlens)
-    out = _checked_out("linear_grad_sketch", out, len(offsets) - 1, dy.device, sketch)
-    _check_scale("linear_grad_sketch", scale, (dy.shape[1], x.shape[1]))
+    place = checked_place("linear_grad_sketch", x.shape[-1], first_row, first_column, columns)
+    dy, offsets = end_to_end("linear_grad_sketch", dy, cu_seqlens)
+    x, _ = end_to_end("linear_grad_sketch", x, cu_seqlens)
+    out = checked_out("linear_grad_sketch", out, len(offsets) - 1, dy.device, sketch.proj_dim)
+    check_scale("linear_grad_sketch", scale, (dy.shape[1], x.shape[1]))
     sketch_linear(dy, x, offsets, *place, sketch.seed, name, scale, out, backend)
     return out
 
@@ -224,107 +252,35 @@ def embedding_grad_sketch(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Sketch the weight gradient of an embedding, per example: token t adds dy[b, t] to row token_ids[b, t].
+    """Sketch the weight gradient of an embedding, per example.
+
+        weight_grad[b, token_ids[b, t]] += dy[b, t];  out[b] += flat_sketch(weight_grad[b], name,
+        sketch)
 
     Args:
         dy: [B, T, C] gradient of the looked-up rows; [N, C] with ``cu_seqlens``.
         token_ids: [B, T] int64; [N] with ``cu_seqlens``.
         cu_seqlens: as in ``linear_grad_sketch``.
-        name, sketch, scale [V, C], out, backend: as in ``flat_sketch``; the parameter's shape is [V, C].
+        name, sketch, scale [V, C], out, backend: as in ``flat_sketch``; the parameter's shape is
+            [V, C].
 
     Returns:
-        [B, D] float32; ``out`` itself if given. A head tied to the embedding adds into the same hash by its name.
+        [B, D] float32; ``out`` itself if given. A tied head adds to the same hash under the same
+        name.
 
     Raises:
-        ValueError: shapes disagree.   BackendUnavailableError: ``backend`` cannot run here.
+        ValueError: shapes disagree.
+        BackendUnavailableError: ``backend`` cannot run here.
     """
     if dy.shape[:-1] != token_ids.shape or token_ids.dtype != torch.int64:
         raise ValueError(
             f"embedding_grad_sketch: token_ids must be int64 {list(dy.shape[:-1])}, "
             f"got {token_ids.dtype} {list(token_ids.shape)}"
         )
-    place = _place("embedding_grad_sketch", dy.shape[-1], 0, 0, None)
-    rows, offsets = _end_to_end("embedding_grad_sketch", dy, cu_seqlens)
-    out = _checked_out("embedding_grad_sketch", out, len(offsets) - 1, dy.device, sketch)
-    _check_scale("embedding_grad_sketch", scale, (-1, dy.shape[-1]))
-    sketch_rows(
-        rows,
-        offsets,
-        token_ids.reshape(-1).contiguous(),
-        *place,
-        sketch.seed,
-        name,
-        scale,
-        out,
-        backend,
-    )
-    return out
-
-
-def _place(
-    op: str, width: int, first_row: int, first_column: int, columns: int | None
-) -> tuple[int, int, int]:
-    columns = first_column + width if columns is None else columns
-    if first_row < 0 or first_column < 0 or first_column + width > columns:
-        raise ValueError(
-            f"{op}: a part of {width} columns from row {first_row} and column {first_column} on does not lie in a "
-            f"parameter of {columns} columns"
-        )
-    return first_row, first_column, columns
-
-
-def _check_scale(op: str, scale: Tensor | None, shape: Sequence[int]) -> None:
-    """A shape of -1 is any."""
-    if scale is None:
-        return
-    fits = scale.dim() == 2 and all(
-        want in (-1, got) for want, got in zip(shape, scale.shape, strict=True)
-    )
-    if not fits or scale.dtype != torch.float32 or (scale.stride(1) != 1 and scale.shape[1] > 1):
-        raise ValueError(
-            f"{op}: scale must be float32 {list(shape)} with contiguous rows, got {scale.dtype} {list(scale.shape)}"
-        )
-
-
-def _end_to_end(op: str, values: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[N, C] with rows that are contiguous, float32 or bfloat16, and the examples' offsets [B + 1] int64."""
-    if values.dtype not in (torch.float32, torch.bfloat16):
-        values = values.float()
-    if cu_seqlens is None:
-        batch, tokens, width = values.shape
-        offsets = torch.arange(batch + 1, device=values.device) * tokens
-        values = values.reshape(batch * tokens, width)
-    else:
-        if (
-            cu_seqlens.dim() != 1
-            or len(cu_seqlens) < 2
-            or cu_seqlens.dtype not in (torch.int64, torch.int32)
-        ):
-            raise ValueError(
-                f"{op}: cu_seqlens must be int64 [B + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-            )
-        offsets = cu_seqlens.to(values.device, torch.int64).contiguous()
-        if (
-            offsets.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # a GPU would be waited for
-            bounds = [0, *offsets.tolist(), len(values)]
-            if bounds != sorted(bounds):
-                raise ValueError(
-                    f"{op}: cu_seqlens must rise from 0 to at most {len(values)}, got {bounds[1:-1]}"
-                )
-    return (
-        values if values.stride(-1) == 1 or values.shape[-1] <= 1 else values.contiguous()
-    ), offsets
-
-
-def _checked_out(
-    op: str, out: Tensor | None, batch: int, device: torch.device, sketch: CountSketch
-) -> Tensor:
-    shape = (batch, sketch.proj_dim)
-    if out is None:
-        return torch.zeros(shape, dtype=torch.float32, device=device)
-    if out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous():
-        raise ValueError(
-            f"{op}: out must be contiguous float32 {list(shape)}, got {out.dtype} {list(out.shape)}"
-        )
+    place = checked_place("embedding_grad_sketch", dy.shape[-1], 0, 0, None)
+    rows, offsets = end_to_end("embedding_grad_sketch", dy, cu_seqlens)
+    out = checked_out("embedding_grad_sketch", out, len(offsets) - 1, dy.device, sketch.proj_dim)
+    check_scale("embedding_grad_sketch", scale, (-1, dy.shape[-1]))
+    ids = token_ids.reshape(-1).contiguous()
+    sketch_rows(rows, offsets, ids, *place, sketch.seed, name, scale, out, backend)
     return out

@@ -1,15 +1,16 @@
-"""The linear sketch in CUDA C++: csrc/cuda/sketch_linear.cu, compiled by NVRTC when a device first needs it.
+"""The linear sketch in CUDA C++ (``sketch_linear.cu``), compiled by NVRTC on first use.
 
-It has not run on a GPU yet, so only ``backend="cuda"`` chooses it. Tested without one: the same source on the CPU,
-launched with the very bytes that are packed here; its code for sm_80, sm_90a and sm_100a; every call below against a
-driver that is not there. Not tested: the driver itself, races, speed and the rounding of tensor cores.
+It has not run on a GPU yet, so only ``backend="cuda"`` chooses it. Tests without a GPU cover the
+same source on the CPU, launched with the bytes that are packed here; its code for sm_80, sm_90a and
+sm_100a; and every call below against a fake driver. The driver itself, races, speed and the
+rounding of tensor cores are not tested.
 """
 
 import ctypes
 import functools
 import importlib
 import struct
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,23 @@ import torch
 from torch import Tensor
 
 from merit_fast.errors import BackendUnavailableError, MeritFastError, one_line
+from merit_fast.kernels.sketch._target import SketchTarget
 
 OP = "linear_grad_sketch"
 TILE = 64
 THREADS = 128
-# Splits shorten the walks of an example's blocks, up to this many of them. Their number depends on the parameter and on
-# proj_dim alone, and so does the order of sums: not on the GPU or on the batch.
+# Splits shorten the walks of an example's blocks, up to this many blocks. Their number, and so the
+# order of sums, depends only on the parameter and on proj_dim: not on the GPU or on the batch.
 SPLIT_BLOCKS = 128
-SPLIT_TILES = 4  # of a split, at least: it costs writing and reading a bucket
-PARTIAL_BYTES = 64 << 20  # of the splits' sums at a time: a launch takes as many examples as fit
+SPLIT_TILES = 4  # fewest tiles of a split, which costs writing and reading a bucket
+PARTIAL_BYTES = 64 << 20  # most bytes of the splits' sums; a launch takes as many examples as fit
 SOURCE = Path(__file__).with_name("sketch_linear.cu")  # a link to csrc/cuda; a file in a wheel
 KERNELS = ("sketch_linear_bf16", "sketch_linear_f32", "add_splits")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The struct of the same name in the source, 8 bytes a field: addresses, then integers."""
+    """The struct of this name in the source, 8 bytes a field: addresses, then integers."""
 
     dy: int
     x: int
@@ -61,121 +63,110 @@ class Job:
         return struct.pack("=6Q10qQ5q", *astuple(self))
 
 
-def sketch_linear(
-    dy: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    place: tuple[int, int, int],
-    key: int,
-    out: Tensor,
-    scale: Tensor | None = None,
-) -> None:
-    """out[b] += the sketch of dY^T X of example b, times ``scale``, on the current stream.
+def sketch_linear(dy: Tensor, x: Tensor, target: SketchTarget) -> None:
+    """Adds the sketch of dy^T x of each example, times ``scale``, on the current stream.
+
+    Deterministic: the order of sums depends on neither batch nor device.
 
     Args:
-        dy, x: [N, O] and [N, I], bfloat16 (tensor cores) or float32 (no tf32), rows contiguous. If one is float32 the
-            other is converted. Loads are 16 bytes wide where the data, the row strides, the first row and the first
-            column are multiples of 16 bytes; element by element, and slower, elsewhere.
-        offsets: [B + 1] int64, where each example begins.
-        place: first row, first column and column count of the parameter.
-        scale: None or [O, I] float32, rows contiguous.
-        out: [B, D] float32, contiguous. Deterministic: the order of sums depends on neither batch nor device.
+        dy, x: [N, O] and [N, I], bfloat16 (tensor cores) or float32 (no tf32), rows contiguous. If
+            one is float32 the other is converted. Loads are 16 bytes wide where the data, the row
+            strides, the first row and the first column are multiples of 16 bytes; element by
+            element, and slower, elsewhere.
 
     Raises:
         BackendUnavailableError: no cuda-bindings, or a GPU older than sm_80.
         MeritFastError: NVRTC or the driver fails; the message names the call and its error.
     """
+    out = target.out
     if not (dy.shape[1] and x.shape[1] and out.numel()):
         return
     if dy.dtype != x.dtype:
-        dy, x = dy.float(), x.float()
+        dy = dy.float()
+        x = x.float()
     kernel = "sketch_linear_bf16" if dy.dtype == torch.bfloat16 else "sketch_linear_f32"
-    splits = _splits(dy.shape[1], x.shape[1], place, out.shape[1])
-    examples, partial = len(out), None
+    splits = _splits(dy.shape[1], x.shape[1], target)
+    examples = target.examples
+    partial = None
     if splits > 1:
-        examples = min(examples, max(1, PARTIAL_BYTES // (splits * out.shape[1] * 4)))
+        examples = min(examples, max(1, PARTIAL_BYTES // (splits * target.proj_dim * 4)))
         partial = torch.empty(
-            examples, splits, out.shape[1], dtype=torch.float32, device=out.device
+            examples, splits, target.proj_dim, dtype=torch.float32, device=out.device
         )
-    for first in range(0, len(out), examples):
-        part = out[first : first + examples]
-        job = describe(dy, x, offsets[first:], place, key, part, scale, partial)
+    for first in range(0, target.examples, examples):
+        batch = replace(target, offsets=target.offsets[first:], out=out[first : first + examples])
+        job = describe(dy, x, batch, partial)
         launch(kernel, job.examples * job.splits * job.buckets, job.pack(), out.device)
         if splits > 1:
-            launch("add_splits", part.numel() // THREADS, job.pack(), out.device)
+            launch("add_splits", batch.out.numel() // THREADS, job.pack(), out.device)
 
 
-def describe(
-    dy: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    place: tuple[int, int, int],
-    key: int,
-    out: Tensor,
-    scale: Tensor | None,
-    partial: Tensor | None,
-) -> Job:
-    """What the kernels read; ``partial`` [>= B, splits, D], if any, takes the sums of the splits."""
-    first_row, first_column, columns = place
-    first_group, last_group = _groups(dy.shape[1], x.shape[1], place, out.shape[1])
+def describe(dy: Tensor, x: Tensor, target: SketchTarget, partial: Tensor | None) -> Job:
+    """The kernels' argument; ``partial`` [>= B, splits, D] takes the sums of the splits, if any."""
+    first_group, last_group = _groups(dy.shape[1], x.shape[1], target)
     return Job(
         dy=dy.data_ptr(),
         x=x.data_ptr(),
-        offsets=offsets.data_ptr(),
-        scale=0 if scale is None else scale.data_ptr(),
-        out=out.data_ptr(),
+        offsets=target.offsets.data_ptr(),
+        scale=0 if target.scale is None else target.scale.data_ptr(),
+        out=target.out.data_ptr(),
         partial=0 if partial is None else partial.data_ptr(),
         dy_stride=dy.stride(0),
         x_stride=x.stride(0),
-        scale_stride=0 if scale is None else scale.stride(0),
+        scale_stride=0 if target.scale is None else target.scale.stride(0),
         rows=dy.shape[1],
         columns=x.shape[1],
-        first_row=first_row,
-        first_column=first_column,
-        tiles_across=-(-columns // TILE),
+        first_row=target.first_row,
+        first_column=target.first_column,
+        tiles_across=-(-target.columns // TILE),
         first_group=first_group,
         last_group=last_group,
-        key=key & 0xFFFFFFFFFFFFFFFF,
-        examples=out.shape[0],
-        buckets=out.shape[1] // TILE**2,
+        key=target.key & 0xFFFFFFFFFFFFFFFF,
+        examples=target.examples,
+        buckets=target.proj_dim // TILE**2,
         splits=1 if partial is None else partial.shape[1],
-        dy_wide=_wide(dy, first_row),
-        x_wide=_wide(x, first_column),
+        dy_wide=_wide(dy, target.first_row),
+        x_wide=_wide(x, target.first_column),
     )
 
 
-def _groups(rows: int, columns: int, place: tuple[int, int, int], proj_dim: int) -> tuple[int, int]:
-    """First and last (excluded) of the groups, each of one tile per bucket, that hold a tile of the part."""
-    first_row, first_column, all_columns = place
-    across, buckets = -(-all_columns // TILE), proj_dim // TILE**2
-    first = first_row // TILE * across + first_column // TILE
-    last = (first_row + rows - 1) // TILE * across + (first_column + columns - 1) // TILE
+def _groups(rows: int, columns: int, target: SketchTarget) -> tuple[int, int]:
+    """First and last (excluded) group of one tile per bucket that holds a tile of the gradient."""
+    across = -(-target.columns // TILE)
+    buckets = target.proj_dim // TILE**2
+    first = target.first_row // TILE * across + target.first_column // TILE
+    last_row = target.first_row + rows - 1
+    last_column = target.first_column + columns - 1
+    last = last_row // TILE * across + last_column // TILE
     if last + buckets > 1 << 32:
         raise ValueError(
-            f"{OP}: backend 'cuda' counts tiles in 32 bits, a parameter with tile {last} has too many"
+            f"{OP}: backend 'cuda' counts tiles in 32 bits, "
+            f"a parameter with tile {last} has too many"
         )
     return first // buckets, last // buckets + 1
 
 
-def _splits(rows: int, columns: int, place: tuple[int, int, int], proj_dim: int) -> int:
-    first, last = _groups(rows, columns, place, proj_dim)
-    return max(1, min((last - first) // SPLIT_TILES, SPLIT_BLOCKS // (proj_dim // TILE**2)))
+def _splits(rows: int, columns: int, target: SketchTarget) -> int:
+    first, last = _groups(rows, columns, target)
+    most = SPLIT_BLOCKS // (target.proj_dim // TILE**2)
+    return max(1, min((last - first) // SPLIT_TILES, most))
 
 
 def _wide(matrix: Tensor, first: int) -> bool:
     """Whether every 16 bytes of a tile's rows begin at a multiple of 16."""
     size = matrix.element_size()
-    return all(
-        place % 16 == 0 for place in (matrix.data_ptr(), matrix.stride(0) * size, first * size)
-    )
+    starts = (matrix.data_ptr(), matrix.stride(0) * size, first * size)
+    return all(start % 16 == 0 for start in starts)
 
 
 def launch(kernel: str, blocks: int, job: bytes, device: torch.device) -> None:
     """Queues ``kernel`` on torch's current stream; the driver copies ``job`` before it returns."""
     driver, _ = bindings()
     with torch.cuda.device(device):
-        index, stream = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
-        if not int(call(driver, "cuCtxGetCurrent")):  # a thread in which torch has done nothing yet
+        index = torch.cuda.current_device()
+        stream = torch.cuda.current_stream().cuda_stream
+        # A thread in which torch has done nothing yet has no context.
+        if not int(call(driver, "cuCtxGetCurrent")):
             context = call(driver, "cuDevicePrimaryCtxRetain", call(driver, "cuDeviceGet", index))
             call(driver, "cuCtxSetCurrent", context)
         function = kernels(index)[kernel]
@@ -195,7 +186,7 @@ def launch(kernel: str, blocks: int, job: bytes, device: torch.device) -> None:
 
 @functools.cache
 def kernels(index: int) -> dict[str, Any]:
-    """The functions of the module, compiled for the device ``index`` and loaded into its context."""
+    """The module's functions, compiled for device ``index`` and loaded into its context."""
     driver, nvrtc = bindings()
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
@@ -225,18 +216,18 @@ def compile_source(nvrtc: Any, architecture: str) -> bytes:
         call(nvrtc, "nvrtcDestroyProgram", program)
 
 
-def _bytes(nvrtc: Any, what: str, program: Any) -> bytes:
-    buffer = bytearray(call(nvrtc, f"nvrtcGet{what}Size", program))
-    call(nvrtc, f"nvrtcGet{what}", program, buffer)
+def _bytes(nvrtc: Any, kind: str, program: Any) -> bytes:
+    buffer = bytearray(call(nvrtc, f"nvrtcGet{kind}Size", program))
+    call(nvrtc, f"nvrtcGet{kind}", program, buffer)
     return bytes(buffer)
 
 
 def bindings() -> tuple[Any, Any]:
     """cuda.bindings.driver and .nvrtc."""
     try:
-        return importlib.import_module("cuda.bindings.driver"), importlib.import_module(
-            "cuda.bindings.nvrtc"
-        )
+        driver = importlib.import_module("cuda.bindings.driver")
+        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+        return driver, nvrtc
     except ImportError as error:
         raise BackendUnavailableError(
             f"{OP}: backend 'cuda' needs cuda-bindings: {one_line(error)}"
@@ -244,10 +235,10 @@ def bindings() -> tuple[Any, Any]:
 
 
 def call(library: Any, name: str, *arguments: Any) -> Any:
-    """What a function of cuda-bindings returns after its status: nothing or one value.
+    """Calls a function of cuda-bindings; returns the value after its status, if any.
 
     Raises:
-        MeritFastError: the status is not success, or the library behind the bindings is not there.
+        MeritFastError: the status is not success, or the library behind the bindings is missing.
     """
     try:
         status, *values = getattr(library, name)(*arguments)

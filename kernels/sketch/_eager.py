@@ -7,23 +7,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from merit_fast.kernels import _splitmix
+from merit_fast.kernels.sketch._target import SketchTarget
+
 HASH_VERSION = 2
 TILE = 64
 _CHUNK_ELEMENTS = 1 << 22
 
 
-def sketch_rows(
-    gradient: Tensor,
-    offsets: Tensor,
-    row_ids: Tensor | None,
-    place: tuple[int, int, int],
-    key: int,
-    out: Tensor,
-    scale: Tensor | None,
-) -> None:
-    first_row, first_column, columns = place
+def sketch_rows(gradient: Tensor, row_ids: Tensor | None, target: SketchTarget) -> None:
+    """Adds the sketch of each example's rows; ``row_ids``: their rows in the parameter."""
+    first_row = target.first_row
     step = max(1, _CHUNK_ELEMENTS // (gradient.shape[1] + TILE))
-    for b, (start, stop) in enumerate(_ranges(offsets)):
+    for b, (start, stop) in enumerate(_ranges(target.offsets)):
         for first in range(start, stop, step):
             last = min(first + step, stop)
             if row_ids is None:
@@ -31,39 +27,37 @@ def sketch_rows(
             else:
                 rows = row_ids[first:last]
             values = gradient[first:last].float()
-            if scale is not None:
-                values = values * scale[rows - first_row]
-            _add_rows(values, rows, first_column, columns, key, out[b])
+            if target.scale is not None:
+                values = values * target.scale[rows - first_row]
+            _add(values, rows, target, b)
 
 
-def sketch_linear(
-    dy: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    place: tuple[int, int, int],
-    key: int,
-    out: Tensor,
-    scale: Tensor | None,
-) -> None:
-    first_row, first_column, columns = place
+def sketch_linear(dy: Tensor, x: Tensor, target: SketchTarget) -> None:
+    """Adds the sketch of dy^T x of each example."""
     step = max(1, _CHUNK_ELEMENTS // (x.shape[1] + TILE))
-    for b, (start, stop) in enumerate(_ranges(offsets)):
+    for b, (start, stop) in enumerate(_ranges(target.offsets)):
         inputs = x[start:stop].float()
         for first in range(0, dy.shape[1], step):  # dW of a large head would not fit a GPU
             product = dy[start:stop, first : first + step].float().T @ inputs
-            if scale is not None:
-                product *= scale[first : first + step]
-            rows = first_row + first + torch.arange(len(product), device=dy.device)
-            _add_rows(product, rows, first_column, columns, key, out[b])
+            if target.scale is not None:
+                product *= target.scale[first : first + step]
+            rows = target.first_row + first + torch.arange(len(product), device=dy.device)
+            _add(product, rows, target, b)
+
+
+def _add(values: Tensor, rows: Tensor, target: SketchTarget, example: int) -> None:
+    out = target.out[example]
+    _add_rows(values, rows, target.first_column, target.columns, target.key, out)
 
 
 def token_sums(dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | None) -> Tensor:
+    """[B, C]: sums over each example's tokens of dy, or of dy * x; see ``_ops.token_sums``."""
     product = dy.float()
     if x is not None:
         x = x.float()
-        product = product * (
-            x if epsilon is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
-        )
+        if epsilon is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+        product = product * x
     lengths = offsets.diff()
     example = torch.repeat_interleave(torch.arange(len(lengths), device=dy.device), lengths)
     return product.new_zeros(len(lengths), dy.shape[1]).index_add_(0, example, product)
@@ -72,8 +66,9 @@ def token_sums(dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | N
 def _add_rows(
     values: Tensor, rows: Tensor, first_column: int, columns: int, key: int, out: Tensor
 ) -> None:
-    """out += the sketch of ``values`` [R, C], which are rows ``rows`` and columns first_column.. of the parameter."""
-    across, buckets = -(-columns // TILE), len(out) // TILE**2
+    """out += the sketch of ``values`` [R, C]: rows ``rows`` of the parameter from first_column."""
+    across = -(-columns // TILE)
+    buckets = len(out) // TILE**2
     left = first_column // TILE
     values = F.pad(values, (first_column % TILE, -(first_column + values.shape[1]) % TILE))
     tiles = rows.div(TILE, rounding_mode="floor").unsqueeze(1) * across + left
@@ -97,27 +92,18 @@ def hash_key(seed: int, name: str) -> int:
 
 
 def bucket_of(tiles: Tensor, key: int, buckets: int) -> Tensor:
-    """Of every ``buckets`` tiles in a row each gets a bucket of its own, from a random one on."""
+    """Each tile's bucket: every ``buckets`` tiles in a row get one each, from a random one on."""
     deal = hash_counters(4 * tiles.div(buckets, rounding_mode="floor") + 3, key)
-    return (tiles + (_logical_shift(deal, 32) * buckets >> 32)) % buckets
+    high = deal >> 32 & (1 << 32) - 1
+    return (tiles + (high * buckets >> 32)) % buckets
 
 
 def hash_counters(counter: Tensor, key: int) -> Tensor:
-    """SplitMix64's finalizer of key + (counter + 1) * golden ratio; int64 in, int64 bits out (products wrap)."""
-    z = key + (counter + 1) * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _logical_shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _logical_shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _logical_shift(z, 31)
+    """h(counter) of the definition; int64 in, 64 bits as int64 out."""
+    bits: Tensor = _splitmix.draw(key, counter)
+    return bits
 
 
 def _ranges(offsets: Tensor) -> list[tuple[int, int]]:
     bounds = offsets.tolist()
     return list(zip(bounds[:-1], bounds[1:], strict=True))
-
-
-def _logical_shift(z: Tensor, bits: int) -> Tensor:
-    return z >> bits & (1 << 64 - bits) - 1
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,8 +1,6 @@
-"""The custom ops of the sketch: rows of a gradient that exists, the product of a linear layer, sums over tokens.
+"""The sketch's custom ops: rows of a gradient, the product of a linear layer, sums over tokens.
 
-Examples lie end to end along the first dimension; ``offsets`` [B + 1] says where each begins. ``place`` is the first
-row, the first column and the column count of the parameter; ``scale`` [rows, columns] is of the part given (of the
-whole parameter with ``row_ids``). The backend is chosen here, when the op runs.
+The arguments are those of a ``SketchTarget``. The backend is chosen when the op runs.
 """
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.sketch import _eager
+from merit_fast.kernels.sketch._target import SketchTarget
 
 
 @torch.library.custom_op("merit_fast::sketch_rows", mutates_args={"out"})
@@ -26,12 +25,14 @@ def sketch_rows(
     out: Tensor,
     backend: str | None,
 ) -> None:
-    place, key = (first_row, first_column, columns), _eager.hash_key(seed, name)
+    key = _eager.hash_key(seed, name)
+    place = (first_row, first_column, columns)
+    target = SketchTarget(offsets, *place, key, scale, out)
     chosen = dispatch.choose("flat_sketch", gradient.device.type, backend)
     if chosen == "triton":
         from merit_fast.kernels.sketch import _triton
 
-        _triton.sketch_rows(gradient, offsets, row_ids, place, key, out, scale)
+        _triton.sketch_rows(gradient, row_ids, target)
     elif chosen == "cpu":
         native = dispatch.native_module()
         assert native is not None
@@ -45,7 +46,7 @@ def sketch_rows(
             _output(out),
         )
     else:
-        _eager.sketch_rows(gradient, offsets, row_ids, place, key, out, scale)
+        _eager.sketch_rows(gradient, row_ids, target)
 
 
 @torch.library.custom_op("merit_fast::sketch_linear", mutates_args={"out"})
@@ -62,16 +63,18 @@ def sketch_linear(
     out: Tensor,
     backend: str | None,
 ) -> None:
-    place, key = (first_row, first_column, columns), _eager.hash_key(seed, name)
+    key = _eager.hash_key(seed, name)
+    place = (first_row, first_column, columns)
+    target = SketchTarget(offsets, *place, key, scale, out)
     chosen = dispatch.choose("linear_grad_sketch", dy.device.type, backend)
     if chosen == "triton":
         from merit_fast.kernels.sketch import _triton
 
-        _triton.sketch_linear(dy, x, offsets, place, key, out, scale)
+        _triton.sketch_linear(dy, x, target)
     elif chosen == "cuda":
         from merit_fast.kernels.sketch import _cuda
 
-        _cuda.sketch_linear(dy, x, offsets, place, key, out, scale)
+        _cuda.sketch_linear(dy, x, target)
     elif chosen == "cpu":
         native = dispatch.native_module()
         assert native is not None
@@ -85,17 +88,18 @@ def sketch_linear(
             _output(out),
         )
     else:
-        _eager.sketch_linear(dy, x, offsets, place, key, out, scale)
+        _eager.sketch_linear(dy, x, target)
 
 
 @torch.library.custom_op("merit_fast::token_sums", mutates_args=())
 def token_sums(
     dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | None, backend: str | None
 ) -> Tensor:
-    """[B, C] float32: sums over each example's tokens of dy, or of dy times x, its rows over their RMS if wanted."""
-    if (
-        dispatch.choose("flat_sketch", dy.device.type, backend) != "cpu"
-    ):  # on a GPU torch's own operations
+    """[B, C] float32: sums over each example's tokens of dy, or of dy * x.
+
+    With ``epsilon`` the rows of x are divided by their RMS first. On a GPU torch's operations run.
+    """
+    if dispatch.choose("flat_sketch", dy.device.type, backend) != "cpu":
         return _eager.token_sums(dy, x, offsets, epsilon)
     native = dispatch.native_module()
     assert native is not None

@@ -1,4 +1,5 @@
-"""The command line: words become one frozen config and one call; the result becomes text and an exit code.
+"""The command line: words become one frozen config and one call; the result becomes an exit code.
 
-Only the console script calls it. ``main`` lists the commands, ``flags`` makes their options from config dataclasses.
+The console script calls ``main``. ``commands`` is the table of commands; ``flags`` makes options
+of the stages' config dataclasses.
 """

@@ -1,4 +1,4 @@
-"""What this machine can run: versions, ISA level, and the backend of every op with the reasons against the others."""
+"""Diagnoses this machine: versions, ISA level, the backend of every op and why not another."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def print_diagnosis(diagnosis: dict[str, Any]) -> None:
-    """The same for a terminal."""
+    """Prints a diagnosis for people."""
     from rich.console import Console
     from rich.table import Table
 
@@ -41,9 +41,11 @@ def print_diagnosis(diagnosis: dict[str, Any]) -> None:
         "  ".join(f"{name} {version}" for name, version in diagnosis["versions"].items()),
         highlight=False,
     )
-    machine, native = diagnosis["machine"], diagnosis["native"]
+    machine = diagnosis["machine"]
+    native = diagnosis["native"]
     console.print(
-        f"{machine['processor']}, {machine['cores']} cores, torch uses {machine['torch_threads']} threads"
+        f"{machine['processor']}, {machine['cores']} cores, "
+        f"torch uses {machine['torch_threads']} threads"
     )
     state = (
         f"built, ISA level {native['simd_level']}"

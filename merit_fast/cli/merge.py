@@ -12,7 +12,7 @@ from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.stage import check_places
-from merit_fast.options.fields import override, parse, to_plain
+from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.progress import Progress
 
 Tune = Callable[
@@ -80,7 +80,7 @@ def merge_command(
         )
     if dry_run or shard:
         raise InputError(
-            "command line: merge: --dry-run and --shard go with a scale and weights in numbers"
+            "command line: merge: --dry-run and --share go with a scale and weights in numbers"
         )
     check_places([as_location(path) for path, _ in pairs], as_location(out))
     start = as_location(base) if base else None
@@ -160,5 +160,5 @@ def _share(text: str | None) -> tuple[int, int]:
         return 1, 1
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise InputError(f"command line: --shard: must be I/N with 1 <= I <= N, got {text!r}")
+        raise InputError(f"command line: --share: must be I/N with 1 <= I <= N, got {text!r}")
     return int(number), int(count)

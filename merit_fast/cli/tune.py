@@ -1,4 +1,4 @@
-"""The same for checkpoints without a run: rows are given on the command line, all of them choose."""
+"""Tunes a merge of checkpoints without a run, on rows that the command line names."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,9 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.schemas import TuneManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.read.remote import Location
-from merit_fast.options.fields import parse
+from merit_fast.options.parser import parse
 from merit_fast.progress import Progress
-from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
+from merit_fast.tune.search import TuneInputs, starting_weights, tune_merge, tuning_sentence
 
 
 def tune_checkpoints(
@@ -21,30 +21,36 @@ def tune_checkpoints(
     config: MergeConfig,
     progress: Progress,
 ) -> TuneManifest:
-    """Chooses what ``config`` leaves open on the rows of ``validation``, up to ``config.tune_rows`` of them in turn.
+    """Chooses the numbers that ``config`` leaves open, on up to ``config.tune_rows`` rows.
 
     Args:
-        models: K checkpoints, each with the weight that a fit is pulled towards, or None: its token count decides.
-        validation: entries of a mixture, ``name`` and ``path``; rows that also report would flatter the merge.
+        models: K checkpoints, each with the weight towards which a fit is pulled; None: its token
+            count.
+        base: the checkpoint from which the models were trained, if the merge needs one.
+        validation: entries of a mixture, ``name`` and ``path``. Rows that also report would flatter
+            the merge.
+        config: the merge's options.
+        progress: display of the search.
 
     Raises:
-        InputError: rows or tokenizer cannot be had; see ``starting_weights`` and ``tune_merge``.
+        InputError: rows or tokenizer are unavailable; see ``starting_weights``, ``tune_merge``.
     """
     paths = [path for path, _ in models]
-    given = tuple(weight for _, weight in models if weight is not None)
-    if given and len(given) < len(models):
+    weights = tuple(weight for _, weight in models if weight is not None)
+    if weights and len(weights) < len(models):
         raise InputError(
-            f"merge: give a weight to every model or to none, got {len(given)} for {len(models)} models"
+            "merge: give a weight to every model or to none, "
+            f"got {len(weights)} for {len(models)} models"
         )
-    start = starting_weights(paths, config, given)
+    start = starting_weights(paths, config, weights)
     tokenizer = load_tokenizer(str(base or paths[0]))
     configs = [parse(DatasetConfig, entry, "command line", "--validation") for entry in validation]
     datasets = load_mixture(configs, tokenizer, DataConfig(), part="train")
     examples = audit_rows(datasets, config.tune_rows)
-    candidates = Candidates(paths, tuple(map(str, paths)), start, base)
+    candidates = TuneInputs(paths, tuple(map(str, paths)), start, base)
     batch_size = EvaluateConfig().batch_size
-    found = tune_merge(
+    tuned = tune_merge(
         candidates, examples, pad_token_id(tokenizer), batch_size, config, None, progress
     )
-    progress.note(tuning_sentence(found))
-    return found
+    progress.note(tuning_sentence(tuned))
+    return tuned

@@ -1,6 +1,7 @@
-"""Mixtures in: files to rows, rows to messages, messages to token ids and label masks, examples to batches.
+"""Reads a mixture: files to rows, rows to messages, messages to token ids and labels, then batches.
 
-Importing this loads numpy but neither torch, transformers, datasets nor pyarrow.
+The pipeline and the commands load datasets here; the stages that run a model collate their batches
+here. Importing this package loads numpy, but neither torch, transformers, datasets nor pyarrow.
 """
 
 from merit_fast.data.batch import Batch, PackedBatch, collate, pack, pad_token_id

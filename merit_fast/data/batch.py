@@ -1,4 +1,7 @@
-"""Examples to tensors: padded on the left, so that answers end at the right edge, or packed end to end."""
+"""Turns examples into tensors, either padded on the left or packed end to end.
+
+Left padding lines up the ends of the answers, so the head can skip the positions before them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """LongTensors [B, T], and [B] for ``dataset_ids``. Only ``attention_mask`` tells padding from text."""
+    """B examples as LongTensors [B, T]; ``dataset_ids`` is [B].
+
+    Only ``attention_mask`` tells padding from text.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -25,15 +31,15 @@ class Batch:
 
     @cached_property
     def num_target_tokens(self) -> int:
-        """Tokens in the loss, after the shift."""
+        """Tokens in the loss, after the shift by one position."""
         return count_target_tokens(self.labels)
 
     @cached_property
     def logits_to_keep(self) -> int:
-        """The smallest n such that the last n positions predict every target; 0 for a batch without targets.
+        """The smallest n such that the last n positions predict every target; 0 without targets.
 
-        With hidden states or logits [B, n, :] of these positions, ``labels[:, -n + 1:]`` are predicted by all but
-        the last of them. Models read ``logits_to_keep=0`` as "all".
+        With hidden states or logits [B, n, :] of these positions, all but the last of them predict
+        ``labels[:, -n + 1:]``. Models read ``logits_to_keep=0`` as "all".
         """
         columns = (self.labels[:, 1:] != IGNORED_LABEL).any(dim=0).nonzero()
         return int(self.labels.shape[1] - columns[0, 0]) if len(columns) else 0
@@ -41,7 +47,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch(Batch):
-    """One row [1, T] of B examples end to end; ``cu_seqlens`` [B + 1]: where each begins; the last ends."""
+    """One row [1, T] of B examples end to end; ``cu_seqlens`` [B + 1] holds their borders."""
 
     cu_seqlens: torch.Tensor
 
@@ -55,23 +61,25 @@ def collate(
 ) -> Batch:
     """Left-pads examples into one batch.
 
-    Padding has labels -100, attention_mask 0 and position_ids 0; text has positions 0, 1, ... The pad token may
-    be a token that also occurs in the text (the end token, often): nothing here compares ids with it.
+    Padding has labels IGNORED_LABEL, attention_mask 0 and position_ids 0; text has positions
+    0, 1, ... The pad token may also occur in the text, as the end token often does: nothing here
+    compares ids with it.
 
     Args:
         examples: B >= 1 examples.
-        dataset_ids: [B] which dataset each example comes from.
+        dataset_ids: [B] the dataset of each example.
         pad_token_id: the id that fills input_ids.
         pad_to_multiple_of: T is the longest length rounded up to this.
 
     Raises:
-        ValueError: no example, or another number of dataset ids.
+        ValueError: no example, or not one dataset id per example.
     """
     import torch
 
     if not examples or len(examples) != len(dataset_ids):
         raise ValueError(
-            f"collate: needs one dataset id per example, got {len(dataset_ids)} for {len(examples)} examples"
+            f"collate: needs one dataset id per example, "
+            f"got {len(dataset_ids)} for {len(examples)} examples"
         )
     longest = max(len(example.input_ids) for example in examples)
     width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
@@ -82,7 +90,7 @@ def collate(
         start = width - len(example.input_ids)
         input_ids[row, start:] = torch.as_tensor(example.input_ids)
         labels[row, start:] = torch.as_tensor(example.labels)
-        labels[row, start] = IGNORED_LABEL  # else padding would predict the first token
+        labels[row, start] = IGNORED_LABEL  # padding must not predict the first token
         attention_mask[row, start:] = 1
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     return Batch(
@@ -91,27 +99,30 @@ def collate(
 
 
 def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch:
-    """Lays examples end to end in one row, without padding. Each begins at position 0 and is predicted from itself.
+    """Lays examples end to end in one row, without padding.
+
+    Each example begins at position 0 and is predicted from its own tokens only.
 
     Args:
         examples: B >= 1 examples.
-        dataset_ids: [B] which dataset each example comes from.
+        dataset_ids: [B] the dataset of each example.
 
     Raises:
-        ValueError: no example, or another number of dataset ids.
+        ValueError: no example, or not one dataset id per example.
     """
     import torch
 
     if not examples or len(examples) != len(dataset_ids):
         raise ValueError(
-            f"pack: needs one dataset id per example, got {len(dataset_ids)} for {len(examples)} examples"
+            f"pack: needs one dataset id per example, "
+            f"got {len(dataset_ids)} for {len(examples)} examples"
         )
     lengths = torch.tensor([len(example.input_ids) for example in examples])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     input_ids = torch.cat([torch.as_tensor(example.input_ids) for example in examples]).long()
     labels = torch.cat([torch.as_tensor(example.labels) for example in examples]).long()
     labels[cu_seqlens[:-1]] = (
-        IGNORED_LABEL  # else an example would predict the next one's first token
+        IGNORED_LABEL  # an example must not predict the next one's first token
     )
     position_ids = torch.arange(len(input_ids)) - cu_seqlens[:-1].repeat_interleave(lengths)
     ids = torch.tensor(dataset_ids, dtype=torch.long)
@@ -122,8 +133,11 @@ def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The id to fill padding with. It is masked out everywhere, so any valid id serves a tokenizer that has none."""
-    chosen = (
-        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    )
-    return int(chosen if chosen is not None else 0)
+    """The id that fills padding: the pad token, else the end token, else 0.
+
+    Padding is masked out everywhere, so any valid id serves.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0

@@ -1,4 +1,4 @@
-"""The keys of `mixture:` and `data:`, with their help texts and their rules."""
+"""The keys of `mixture:` and `data:`, with their help texts and rules."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class DatasetConfig:
     )
     split: str = option("train", "split of a Hugging Face dataset")
     eval_split: str | None = option(
-        None, "held-out split of the same Hugging Face dataset (of eval_path, if that is given)"
+        None, "held-out split of the same Hugging Face dataset, or of eval_path if that is set"
     )
     max_examples: int | None = option(
         None, "train on the first N rows only; held-out rows stay whole"
@@ -46,12 +46,11 @@ class DataConfig:
     """The `data:` section: how rows become tokens."""
 
     max_length: int = option(2048, "longest example in tokens")
-    too_long: Literal["truncate", "drop", "error"] = option(
-        "truncate", "what happens to longer rows"
-    )
+    too_long: Literal["truncate", "drop", "error"] = option("truncate", "treatment of longer rows")
     chat_template: str | None = option(
         None,
-        "None: the tokenizer's own; plain: prompt, newline, answer, end token; else the path of a Jinja file",
+        "None: the tokenizer's own; plain: prompt, newline, answer, end token; "
+        "else the path of a Jinja file",
     )
 
     def __post_init__(self) -> None:
@@ -65,7 +64,10 @@ class DataConfig:
 
 
 def source(config: DatasetConfig, part: Part) -> tuple[str, str] | None:
-    """(path, split) of one part of a dataset; None: it has no held-out rows. Local files ignore the split."""
+    """(path, split) of the training or held-out rows; None for a dataset without held-out rows.
+
+    Local files ignore the split.
+    """
     if part == "train":
         return config.path, config.split
     if config.eval_path is None and config.eval_split is None:

@@ -1,4 +1,4 @@
-"""What the other stages see of the data: tokenized examples, gathered by dataset."""
+"""Tokenized examples, gathered by dataset: the form in which every stage takes the data."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORED_LABEL = -100
+from merit_fast.kernels.labels import IGNORED_LABEL
+
+__all__ = ["IGNORED_LABEL", "Dataset", "Example", "count_target_tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,14 +17,12 @@ class Example:
     """One tokenized row. It ends with its last target token."""
 
     input_ids: NDArray[np.int32]  # [T]
-    labels: NDArray[
-        np.int32
-    ]  # [T] the same ids, -100 where not in the loss; labels[0] always is -100
+    labels: NDArray[np.int32]  # [T] input_ids, but IGNORED_LABEL outside the loss and at 0
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """One dataset's examples in the order of its rows, and what happened to them on the way in."""
+    """The examples of one dataset in the order of its rows, and notes about changed rows."""
 
     name: str
     examples: tuple[Example, ...]
@@ -34,17 +34,19 @@ class Dataset:
 
     @cached_property
     def num_target_tokens(self) -> int:
-        """Tokens in the loss, after the shift."""
+        """Tokens in the loss, after the shift by one position."""
         return sum(count_target_tokens(example.labels) for example in self.examples)
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens through the model, without padding."""
+        """Tokens that pass through the model, without padding."""
         return sum(len(example.input_ids) for example in self.examples)
 
 
 def count_target_tokens(labels: Any) -> int:
-    """Targets that a causal model predicts: ``labels[..., 1:] != -100``, since nothing predicts position 0.
+    """Counts the targets of a causal model: ``labels[..., 1:] != IGNORED_LABEL``.
+
+    Position 0 is left out, since no position predicts it.
 
     Args:
         labels: [T] or [B, T], a numpy array or a torch tensor.

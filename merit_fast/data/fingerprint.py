@@ -1,4 +1,4 @@
-"""What a mixture is, in 32 hex digits: file contents, not paths or times, and without tokenizing anything."""
+"""The fingerprint of a mixture: 32 hex digits of its files, found without tokenizing."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from merit_fast.data.template import PLAIN, read_template
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import fingerprint
 
-ENCODING_VERSION = 1  # raise it when the same rows would give other tokens or labels
+ENCODING_VERSION = 1  # raise it when the same rows give other tokens or labels
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -35,18 +35,18 @@ def mixture_fingerprint(
 ) -> str:
     """A fingerprint that changes when the examples, their order or their names may change.
 
-    It covers each dataset's name, file contents and max_examples, the `data:` section with the content of a
-    template file, and the tokenizer's files. A Hugging Face id stands for itself (with the split): what the hub
-    holds under it is not looked at.
+    It covers each dataset's name, file contents and max_examples, the `data:` section with the
+    content of a template file, and the tokenizer's files. Paths and times are not covered. A
+    Hugging Face id stands for itself, with its split: the content on the hub is not read.
 
     Args:
         configs: the entries of `mixture:`, in order.
         data_config: the `data:` section.
         model: folder or Hugging Face id of the model whose tokenizer is used.
-        part: None for training and held-out rows, else only that part's.
+        part: "train" or "eval" for these rows only; None for both.
 
     Raises:
-        InputError: a file that is missing or unreadable, or two datasets of one name.
+        InputError: a file is missing or unreadable, or two datasets share a name.
     """
     check_mixture(configs)
     parts: tuple[Part, ...] = ("train", "eval") if part is None else (part,)
@@ -57,15 +57,16 @@ def mixture_fingerprint(
         {
             "version": ENCODING_VERSION,
             "mixture": [
-                [config.name, [_part(config, part) for part in parts]] for config in configs
+                [config.name, [_source_content(config, part) for part in parts]]
+                for config in configs
             ],
             "data": [data_config.max_length, data_config.too_long, template],
-            "tokenizer": _tokenizer(model),
+            "tokenizer": _tokenizer_content(model),
         }
     )
 
 
-def _part(config: DatasetConfig, part: Part) -> Any:
+def _source_content(config: DatasetConfig, part: Part) -> Any:
     selected = source(config, part)
     if selected is None:
         return None
@@ -75,7 +76,7 @@ def _part(config: DatasetConfig, part: Part) -> Any:
     return [content, config.max_examples if part == "train" else None]
 
 
-def _tokenizer(model: str) -> Any:
+def _tokenizer_content(model: str) -> Any:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return model

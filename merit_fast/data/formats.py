@@ -1,14 +1,26 @@
-"""The four shapes of instruction rows, told apart by their columns, all turned into one list of messages."""
+"""The formats of instruction rows. Each turns a row into one list of messages.
 
-from collections.abc import Callable
+``FORMATS`` at the end of this file is the one table of them: a new format is one entry there and
+one function that converts its rows. Error texts, the table in the docs and the tests read it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from merit_fast.data.messages import (
+    Message,
+    read_field,
+    read_list,
+    read_messages,
+    read_optional_string,
+    read_string,
+)
 from merit_fast.errors import InputError, show
 
-Message = dict[str, str]  # role, content
+Row = dict[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -16,66 +28,80 @@ _SHAREGPT_ROLES = {
     "user": "user",
     "assistant": "assistant",
 }
-_CALLS = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How rows with these columns become messages. ``convert`` takes the row and its place."""
+    """One format of rows, recognised by its required columns."""
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    convert: Callable[[dict[str, Any], str], list[Message]]
+    description: str  # one line, as it stands in the docs
+    example: Mapping[str, Any]
+    convert: Callable[[Row, str], list[Message]]  # the row and its place, for error messages
 
-    def unused_columns(self, row: dict[str, Any]) -> set[str]:
-        """Columns with a value that the format does not read."""
-        return {column for column, value in row.items() if value is not None} - {
-            *self.required,
-            *self.optional,
-        }
+    def matches(self, row: Row) -> bool:
+        """Whether the row has every required column."""
+        return all(column in row for column in self.required)
+
+    def unused_columns(self, row: Row) -> set[str]:
+        """Columns that hold a value but are not read by this format."""
+        filled = {column for column, value in row.items() if value is not None}
+        return filled - {*self.required, *self.optional}
 
 
-def find_format(row: dict[str, Any], where: str) -> Format:
-    """The first of FORMATS whose required columns the row has.
+def find_format(row: Row, where: str) -> Format:
+    """Returns the first of FORMATS whose required columns the row has.
 
     Raises:
-        InputError: none fits.
+        InputError: the columns fit no format.
     """
     for candidate in FORMATS:
-        if all(column in row for column in candidate.required):
+        if candidate.matches(row):
             return candidate
     accepted = "; ".join(", ".join(candidate.required) for candidate in FORMATS)
-    raise InputError(
-        f"{where}: unknown columns: must have one of ({accepted}), got {', '.join(row) or 'none'}"
-    )
+    columns = ", ".join(row) or "none"
+    raise InputError(f"{where}: unknown columns: must have one of ({accepted}), got {columns}")
 
 
-def _from_messages(row: dict[str, Any], where: str) -> list[Message]:
-    return _messages(row["messages"], f"{where}: messages")
+def row_formats_markdown() -> str:
+    """The table of all formats for the docs."""
+    lines = ["| format | columns | rows | example |", "|---|---|---|---|"]
+    for row_format in FORMATS:
+        columns = ", ".join(f"`{column}`" for column in row_format.required)
+        if row_format.optional:
+            columns += f"; optional {', '.join(f'`{column}`' for column in row_format.optional)}"
+        example = json.dumps(row_format.example, ensure_ascii=False)
+        lines.append(f"| {row_format.name} | {columns} | {row_format.description} | `{example}` |")
+    return "\n".join(lines) + "\n"
 
 
-def _from_sharegpt(row: dict[str, Any], where: str) -> list[Message]:
+def _from_messages(row: Row, where: str) -> list[Message]:
+    return read_messages(row["messages"], f"{where}: messages")
+
+
+def _from_sharegpt(row: Row, where: str) -> list[Message]:
     where = f"{where}: conversations"
     messages = []
-    for i, turn in enumerate(_list(row["conversations"], where)):
-        speaker = _field(turn, "from", f"{where}[{i}]")
+    for i, turn in enumerate(read_list(row["conversations"], where)):
+        speaker = read_field(turn, "from", f"{where}[{i}]")
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             roles = ", ".join(_SHAREGPT_ROLES)
             raise InputError(f"{where}[{i}].from: must be one of {roles}, got {show(speaker)}")
-        value = _string(_field(turn, "value", f"{where}[{i}]"), f"{where}[{i}].value")
+        value = read_string(read_field(turn, "value", f"{where}[{i}]"), f"{where}[{i}].value")
         messages.append({"role": _SHAREGPT_ROLES[speaker], "content": value})
     return messages
 
 
-def _from_prompt_completion(row: dict[str, Any], where: str) -> list[Message]:
+def _from_prompt_completion(row: Row, where: str) -> list[Message]:
     messages = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         value = row[column]
         if isinstance(value, str):
             messages.append({"role": role, "content": value})
         elif isinstance(value, list):
-            messages.extend(_messages(value, f"{where}: {column}"))
+            messages.extend(read_messages(value, f"{where}: {column}"))
         else:
             raise InputError(
                 f"{where}: {column}: must be a string or a list of messages, got {show(value)}"
@@ -83,90 +109,68 @@ def _from_prompt_completion(row: dict[str, Any], where: str) -> list[Message]:
     return messages
 
 
-def _from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
-    system, context = (_optional_string(row.get(c), f"{where}: {c}") for c in ("system", "input"))
+def _from_alpaca(row: Row, where: str) -> list[Message]:
+    system = read_optional_string(row.get("system"), f"{where}: system")
+    context = read_optional_string(row.get("input"), f"{where}: input")
     messages = [{"role": "system", "content": system}] if system else []
     history = [] if row.get("history") is None else row["history"]
-    for i, pair in enumerate(_list(history, f"{where}: history", may_be_empty=True)):
+    for i, pair in enumerate(read_list(history, f"{where}: history", may_be_empty=True)):
         if not (isinstance(pair, list) and len(pair) == 2):
             raise InputError(
                 f"{where}: history[{i}]: must be a pair [question, answer], got {show(pair)}"
             )
-        question, answer = (_string(text, f"{where}: history[{i}]") for text in pair)
-        messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    instruction = _string(row["instruction"], f"{where}: instruction")
+        question, answer = (read_string(text, f"{where}: history[{i}]") for text in pair)
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    instruction = read_string(row["instruction"], f"{where}: instruction")
     question = f"{instruction}\n{context}" if context else instruction
-    answer = _string(row["output"], f"{where}: output")
-    return [
-        *messages,
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-    ]
-
-
-FORMATS = (
-    Format("messages", ("messages",), (), _from_messages),
-    Format("sharegpt", ("conversations",), (), _from_sharegpt),
-    Format("prompt and completion", ("prompt", "completion"), (), _from_prompt_completion),
-    Format("alpaca", ("instruction", "output"), ("input", "system", "history"), _from_alpaca),
-)
-
-
-def _messages(value: Any, where: str) -> list[Message]:
-    messages = []
-    for i, message in enumerate(_list(value, where)):
-        role = _field(message, "role", f"{where}[{i}]")
-        if role not in ROLES:
-            raise InputError(
-                f"{where}[{i}].role: must be one of {', '.join(ROLES)}, got {show(role)}"
-            )
-        for key in _CALLS:
-            if message.get(key):
-                raise InputError(
-                    f"{where}[{i}].{key}: must be absent; write the call into content instead"
-                )
-        content = _content(_field(message, "content", f"{where}[{i}]"), f"{where}[{i}].content")
-        messages.append({"role": role, "content": content})
+    messages.append({"role": "user", "content": question})
+    output = read_string(row["output"], f"{where}: output")
+    messages.append({"role": "assistant", "content": output})
     return messages
 
 
-def _content(value: Any, where: str) -> str:
-    """A string, or a list of text parts, joined."""
-    if not isinstance(value, list):
-        return _string(value, where)
-    texts = []
-    for i, part in enumerate(value):
-        kind = _field(part, "type", f"{where}[{i}]")
-        if kind != "text":
-            raise InputError(f"{where}[{i}].type: must be text, got {show(kind)}")
-        texts.append(_string(_field(part, "text", f"{where}[{i}]"), f"{where}[{i}].text"))
-    return "".join(texts)
-
-
-def _list(value: Any, where: str, may_be_empty: bool = False) -> list[Any]:
-    if not isinstance(value, list) or not (value or may_be_empty):
-        raise InputError(
-            f"{where}: must be a {'' if may_be_empty else 'non-empty '}list, got {show(value)}"
-        )
-    return value
-
-
-def _field(value: Any, key: str, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: must be an object with the key {key}, got {show(value)}")
-    if value.get(key) is None:
-        raise InputError(f"{where}: must have the key {key}, got {', '.join(value) or 'no keys'}")
-    return value[key]
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{where}: must be a string, got {show(value)}")
-    return value
-
-
-def _optional_string(value: Any, where: str) -> str:
-    return "" if value is None else _string(value, where)
+FORMATS = (  # the first whose required columns a row has is taken
+    Format(
+        name="messages",
+        required=("messages",),
+        optional=(),
+        description="a list of messages with role and content, as chat APIs take it",
+        example={
+            "messages": [
+                {"role": "user", "content": "capital of France?"},
+                {"role": "assistant", "content": "Paris"},
+            ]
+        },
+        convert=_from_messages,
+    ),
+    Format(
+        name="sharegpt",
+        required=("conversations",),
+        optional=(),
+        description="a list of turns with from (human, gpt, system) and value",
+        example={
+            "conversations": [
+                {"from": "human", "value": "capital of France?"},
+                {"from": "gpt", "value": "Paris"},
+            ]
+        },
+        convert=_from_sharegpt,
+    ),
+    Format(
+        name="prompt and completion",
+        required=("prompt", "completion"),
+        optional=(),
+        description="two strings, or two lists of messages",
+        example={"prompt": "capital of France?", "completion": "Paris"},
+        convert=_from_prompt_completion,
+    ),
+    Format(
+        name="alpaca",
+        required=("instruction", "output"),
+        optional=("input", "system", "history"),
+        description="an instruction, its input on a line of its own, earlier pairs and the answer",
+        example={"instruction": "capital of France?", "output": "Paris"},
+        convert=_from_alpaca,
+    ),
+)

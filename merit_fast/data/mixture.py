@@ -1,4 +1,4 @@
-"""Loads a whole mixture: rows, format, template, length policy, dataset by dataset and in one pass over each file."""
+"""Loads a whole mixture: rows, format, template and length policy, in one pass over each file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
 from merit_fast.data.dataset import IGNORED_LABEL, Dataset, Example, count_target_tokens
 from merit_fast.data.formats import Format, find_format
-from merit_fast.data.sources import Row, local_files, read_rows
+from merit_fast.data.sources import PlacedRow, local_files, read_rows
 from merit_fast.data.template import ChatEncoder, Rendered
 from merit_fast.errors import InputError
 
@@ -42,12 +42,12 @@ def load_mixture(
         part: "train", or "eval" for the held-out rows.
 
     Returns:
-        One Dataset per entry. For "eval", entries with neither eval_path nor eval_split are left out: whether
-        that matters is the caller's to decide.
+        One Dataset per entry. For "eval", entries with neither eval_path nor eval_split are left
+        out; the caller decides whether that matters.
 
     Raises:
-        InputError: two entries of one name, held-out rows among the training rows, or anything wrong with a
-            file or a row; the message names file and line.
+        InputError: two entries share a name, training files hold held-out rows, or a file or row
+            is wrong; the message names file and line.
     """
     check_mixture(configs)
     encoder = ChatEncoder(tokenizer, data_config.chat_template)
@@ -60,10 +60,11 @@ def load_mixture(
 
 
 def check_mixture(configs: Sequence[DatasetConfig]) -> None:
-    """The rules between and across entries that need no row.
+    """Checks the rules within and across entries that need no row.
 
     Raises:
-        InputError: as `load_mixture`, and for a split that is given to local files.
+        InputError: two entries share a name, path and eval_path share a file, or local files have
+            a split.
     """
     for name, count in Counter(config.name for config in configs).items():
         if count > 1:
@@ -84,7 +85,8 @@ def check_mixture(configs: Sequence[DatasetConfig]) -> None:
         }
         if shared:
             raise InputError(
-                f"mixture: {config.name}: eval_path: must hold other files than path, got {min(shared)} in both"
+                f"mixture: {config.name}: eval_path: must hold other files than path, "
+                f"got {min(shared)} in both"
             )
 
 
@@ -95,6 +97,8 @@ def _misplaced_split(config: DatasetConfig, key: str, value: str) -> InputError:
 
 @dataclass
 class _Loader:
+    """Loads one dataset and counts what its notes report."""
+
     name: str
     data_config: DataConfig
     encoder: ChatEncoder
@@ -121,18 +125,18 @@ class _Loader:
             )
         return Dataset(self.name, tuple(examples), tuple(self._notes()))
 
-    def _render(self, row: Row) -> list[Rendered]:
+    def _render(self, row: PlacedRow) -> list[Rendered]:
         where, columns = row
         self.num_rows += 1
-        found = find_format(columns, where)
-        self.format = self.format or found
-        if found is not self.format:
+        row_format = find_format(columns, where)
+        self.format = self.format or row_format
+        if row_format is not self.format:
             raise InputError(
                 f"{where}: must be of the kind of the rows before it ({self.format.name}: "
                 f"{', '.join(self.format.required)}), got {', '.join(columns)}"
             )
-        self.unused_columns |= found.unused_columns(columns)
-        rendered = self.encoder.render(found.convert(columns, where), where)
+        self.unused_columns |= row_format.unused_columns(columns)
+        rendered = self.encoder.render(row_format.convert(columns, where), where)
         if not rendered:
             raise InputError(f"{where}: must have an answer of the assistant, found none")
         if len(rendered) > 1:
@@ -140,14 +144,14 @@ class _Loader:
         return rendered
 
     def _fit(self, example: Example, rendered: Rendered) -> Example | None:
-        """Applies `data.too_long`; None: dropped. What is cut ends with a target token again."""
-        length, limit = len(example.input_ids), self.data_config.max_length
+        """Applies `data.too_long`. Returns None for a dropped row; a cut row ends with a target."""
+        length = len(example.input_ids)
+        limit = self.data_config.max_length
         if length <= limit:
             return example
         if self.data_config.too_long == "error":
-            raise InputError(
-                f"{rendered.where}: must have at most data.max_length = {limit} tokens, got {length}"
-            )
+            rule = f"must have at most data.max_length = {limit} tokens"
+            raise InputError(f"{rendered.where}: {rule}, got {length}")
         if self.data_config.too_long == "drop":
             self.counts["dropped"] += 1
             return None
@@ -161,12 +165,17 @@ class _Loader:
 
     def _notes(self) -> Iterator[str]:
         noun = "example" if self.counts["rewritten"] else "row"
-        for key, what in _LENGTH_NOTES.items():
+        limit = self.data_config.max_length
+        for key, outcome in _LENGTH_NOTES.items():
             if count := self.counts[key]:
-                nouns, were = (noun, "was") if count == 1 else (f"{noun}s", "were")
-                yield f"{count} {nouns} longer than {self.data_config.max_length} tokens {were} {what}"
+                subject = f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+                verb = "was" if count == 1 else "were"
+                yield f"{subject} longer than {limit} tokens {verb} {outcome}"
         if count := self.counts["rewritten"]:
             rows = "row" if count == 1 else "rows"
-            yield f"{count} {rows} became one example per answer because the chat template rewrites earlier turns"
+            yield (
+                f"{count} {rows} became one example per answer "
+                "because the chat template rewrites earlier turns"
+            )
         if self.unused_columns:
             yield f"columns not used: {', '.join(sorted(self.unused_columns))}"

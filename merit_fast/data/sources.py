@@ -1,4 +1,4 @@
-"""Files, directories and Hugging Face datasets to rows, each with the place that an error about it must name."""
+"""Reads rows from files, directories and Hugging Face datasets; each row knows its place."""
 
 import json
 import re
@@ -9,20 +9,21 @@ from typing import Any
 from merit_fast.errors import InputError, one_line
 
 SUFFIXES = (".jsonl", ".parquet")
-Row = tuple[str, dict[str, Any]]  # where ("file:line"), columns
+PlacedRow = tuple[str, dict[str, Any]]  # place ("file:line") for error messages, columns
 
 _BOM = b"\xef\xbb\xbf"
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
 def local_files(path: str) -> list[Path] | None:
-    """The files behind a local path, in reading order; None: ``path`` is a Hugging Face dataset id.
+    """The files behind a local path, in reading order; None for a Hugging Face dataset id.
 
-    A directory stands for the .jsonl and .parquet files directly in it, sorted by name. Whatever exists locally
-    wins over a dataset id of the same name.
+    A directory stands for the .jsonl and .parquet files directly in it, sorted by name. A local
+    path wins over a dataset id of the same name.
 
     Raises:
-        InputError: nothing there and no possible dataset id, or a directory without such files.
+        InputError: the path does not exist and cannot be a dataset id, or a directory holds no
+            such file.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -41,15 +42,16 @@ def local_files(path: str) -> list[Path] | None:
     raise InputError(f"{path}: is neither a file, nor a directory, nor a Hugging Face dataset id")
 
 
-def read_rows(path: str, split: str) -> Iterator[Row]:
+def read_rows(path: str, split: str) -> Iterator[PlacedRow]:
     """Yields the rows of a file, a directory or a Hugging Face dataset, one at a time.
 
     Args:
         path: as in `mixture:`; relative to the current directory.
-        split: of a Hugging Face dataset; local files have none.
+        split: the split of a Hugging Face dataset; local files have none.
 
     Raises:
-        InputError: missing, unreadable or broken; the message names file and line (row for Parquet).
+        InputError: the source is missing, unreadable or broken; the message names file and line,
+            for Parquet file and row.
     """
     files = local_files(path)
     if files is None:
@@ -59,11 +61,10 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
         yield from _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
 
 
-def _jsonl_rows(file: Path) -> Iterator[Row]:
+def _jsonl_rows(file: Path) -> Iterator[PlacedRow]:
     try:
-        with open(
-            file, "rb"
-        ) as lines:  # bytes: only \n ends a line, and encoding errors can name theirs
+        # read as bytes: only \n ends a line, and an encoding error can name its line
+        with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if number == 1:
                     line = line.removeprefix(_BOM)
@@ -78,24 +79,22 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        found = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
-        raise InputError(f"{where}: must be UTF-8 text, got {found}") from None
+        byte = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
+        raise InputError(f"{where}: must be UTF-8 text, got {byte}") from None
     except json.JSONDecodeError as error:
         hint = "; one object per line is needed, not an array" if line.lstrip()[:1] == b"[" else ""
         raise InputError(
             f"{where}: must be one JSON object: {error.msg} at column {error.colno}{hint}"
         ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # an integer of thousands of digits, endless nesting
+    # an integer of thousands of digits, or endless nesting
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: must be one JSON object: {one_line(error)}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: must be a JSON object {{...}}, got {type(row).__name__}")
     return row
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path) -> Iterator[PlacedRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -112,7 +111,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         ) from None
 
 
-def _hub_rows(dataset_id: str, split: str) -> Iterator[Row]:
+def _hub_rows(dataset_id: str, split: str) -> Iterator[PlacedRow]:
     import datasets
 
     try:
@@ -124,8 +123,8 @@ def _hub_rows(dataset_id: str, split: str) -> Iterator[Row]:
             else one_line(error)
         )
         raise InputError(
-            f"{dataset_id}: is neither a file nor a directory, and split {split!r} of a Hugging Face dataset "
-            f"of this name could not be loaded: {reason}"
+            f"{dataset_id}: is neither a file nor a directory, and split {split!r} of a "
+            f"Hugging Face dataset of this name could not be loaded: {reason}"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{dataset_id} ({split}): row {number}", row

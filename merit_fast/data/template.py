@@ -1,7 +1,8 @@
-"""Messages to token ids and label masks, for any chat template that a prefix check can follow.
+"""Turns messages into token ids and label masks, for any template that a prefix check can follow.
 
-The text that a template adds between "messages[:i] and the opening of the answer" and "messages[:i+1]" is turn i's
-answer with its end token. The whole text is tokenized once, and offsets tell which tokens hold answer characters.
+The text that a template adds between "messages[:i] and the opening of the answer" and
+"messages[:i+1]" is turn i's answer with its end token. The whole text is tokenized once, and
+offsets tell which tokens hold characters of an answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merit_fast.data.dataset import IGNORED_LABEL, Example
-from merit_fast.data.formats import Message
+from merit_fast.data.messages import Message
 from merit_fast.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 PLAIN = "plain"
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}"
+    "{% endfor %}"
 )
-# a template is a program of the user's: it may fail like one
+# a template is a program: it may fail in any of these ways
 _TEMPLATE_FAILURES = (
     ArithmeticError,
     AttributeError,
@@ -48,10 +50,10 @@ class Rendered:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a local model folder or a Hugging Face model id. Runs no code that the model brings.
+    """Loads the fast tokenizer of a model folder or hub id. Runs no code from the model's files.
 
     Raises:
-        InputError: none there, broken, or without character offsets (a slow tokenizer).
+        InputError: the tokenizer is missing, broken, or slow (without character offsets).
     """
     from transformers import AutoTokenizer
 
@@ -64,10 +66,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def read_template(chat_template: str) -> str:
-    """The text of the Jinja file that `data.chat_template` names.
+    """Reads the Jinja file that `data.chat_template` names.
 
     Raises:
-        InputError: no such file, or not UTF-8.
+        InputError: the file does not exist, or is not UTF-8.
     """
     try:
         return Path(chat_template).expanduser().read_text(encoding="utf-8-sig")
@@ -83,10 +85,11 @@ class ChatEncoder:
 
     Args:
         tokenizer: a fast tokenizer; its settings for padding and truncation are not used.
-        chat_template: as `data.chat_template`.
+        chat_template: the value of `data.chat_template`.
 
     Raises:
-        InputError: no template, no such template file, "plain" without an end token, no offsets.
+        InputError: there is no template or template file, "plain" has no end token, or the
+            tokenizer gives no offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
@@ -97,12 +100,14 @@ class ChatEncoder:
     def render(self, messages: Sequence[Message], where: str) -> list[Rendered]:
         """Applies the template; messages after the last answer are left out.
 
-        A template that rewrites earlier turns once later ones follow (Qwen3 drops their thinking) has no single
-        text in which every turn reads as the model would have written it. Such a row gives one text per answer,
-        each with the history that the template shows the model at that turn, and each answer once in a span.
+        Some templates rewrite earlier turns once later ones follow (Qwen3 drops their thinking).
+        Then no single text shows every turn as the model would have written it. Such a row gives
+        one text per answer, each with the history that the template shows the model at that turn;
+        every answer is in exactly one span.
 
         Returns:
-            One text with a span per answer, or one text per answer; empty when no message is the assistant's.
+            One text with a span per answer, or one text per answer. Empty if the assistant says
+            nothing.
 
         Raises:
             InputError: the template fails, or no prefix relation tells where an answer begins.
@@ -120,13 +125,12 @@ class ChatEncoder:
         """Tokenizes each text once. A token that holds any character of an answer is a target.
 
         Raises:
-            InputError: a text that is not valid Unicode, or one without a target token.
+            InputError: a text is not valid Unicode, or has no target token.
         """
         for item in rendered:
             if not _is_encodable(item.text):
-                raise InputError(
-                    f"{item.where}: must be valid Unicode, got an unpaired surrogate (\\ud800-\\udfff)"
-                )
+                rule = "must be valid Unicode, got an unpaired surrogate (\\ud800-\\udfff)"
+                raise InputError(f"{item.where}: {rule}")
         encoded = self._tokenizer(
             [item.text for item in rendered],
             add_special_tokens=False,  # the template wrote them
@@ -144,7 +148,7 @@ class ChatEncoder:
         ]
 
     def _render_turn(self, messages: Sequence[Message], where: str) -> Rendered:
-        """The text up to and with the last message, an answer; the span leaves out whitespace at the end."""
+        """Renders the messages up to an answer; the span leaves out whitespace at the end."""
         last = len(messages) - 1
         if last == 0:
             raise InputError(
@@ -159,18 +163,21 @@ class ChatEncoder:
             common = len(os.path.commonprefix([prompt, text]))
             parting = f"{prompt[common : common + 30]!r} against {text[common : common + 30]!r}"
             raise InputError(f"{rule} as a prefix of messages[:{last + 1}], got {parting}")
-        answer, content = text[len(prompt) :], messages[last]["content"]
-        # the last word alone: templates may trim an answer or move its thinking block
+        answer = text[len(prompt) :]
+        content = messages[last]["content"]
+        # only the last word is compared: a template may trim an answer or move its thinking block
         if not all(word in answer for word in content.rpartition("</think>")[2].split()[-1:]):
             raise InputError(
-                f"{where}: the chat template must render the content of messages[{last}], got {answer!r:.60}"
+                f"{where}: the chat template must render the content of messages[{last}], "
+                f"got {answer!r:.60}"
             )
         opens_with_answer = answer.lstrip().startswith(content.strip())
         if not opens_with_answer and prompt == self._apply(
             messages[:last], where, add_generation_prompt=False
         ):
             raise InputError(
-                f"{rule} up to where the answer begins, but it ignores that flag; got {answer[:30]!r}"
+                f"{rule} up to where the answer begins, but it ignores that flag; "
+                f"got {answer[:30]!r}"
             )
         return Rendered(where, text, ((len(prompt), max(len(prompt), len(text.rstrip()))),))
 
@@ -200,19 +207,18 @@ class ChatEncoder:
 def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
     if chat_template == PLAIN:
         if not tokenizer.eos_token:
-            raise InputError(
-                f"data.chat_template: {PLAIN} needs an end token, but the tokenizer has no eos_token"
-            )
+            rule = f"{PLAIN} needs an end token, but the tokenizer has no eos_token"
+            raise InputError(f"data.chat_template: {rule}")
         return ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + _PLAIN_TEMPLATE
     if chat_template is None:
         if not tokenizer.chat_template:
             raise InputError(
-                f"the tokenizer has no chat template; set data.chat_template: {PLAIN} (prompt, newline, answer, "
-                "end token) or the path of a Jinja file"
+                f"the tokenizer has no chat template; set data.chat_template: {PLAIN} "
+                "(prompt, newline, answer, end token) or the path of a Jinja file"
             )
         try:
             return str(tokenizer.get_chat_template())
-        except ValueError as error:  # several named ones, none of them the default
+        except ValueError as error:  # several named templates, none of them the default
             raise InputError(
                 f"data.chat_template: must be set for this tokenizer: {one_line(error)}"
             ) from None
@@ -220,7 +226,7 @@ def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model expects its begin token in front of plain text (Llama does, GPT-2 does not)."""
+    """Whether the model expects its begin token before plain text: Llama does, GPT-2 does not."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
@@ -229,8 +235,8 @@ def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
     if not getattr(tokenizer, "is_fast", False):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise InputError(
-            f"{name}: needs a fast tokenizer (tokenizer.json), whose character offsets tell which tokens are the "
-            f"answer's; got the slow {type(tokenizer).__name__}"
+            f"{name}: needs a fast tokenizer (tokenizer.json), whose character offsets tell "
+            f"which tokens are the answer's; got the slow {type(tokenizer).__name__}"
         )
 
 
@@ -240,9 +246,8 @@ def _label(ids: Sequence[int], offsets: Any, item: Rendered) -> Example:
     is_target[:1] = False  # nothing predicts the first token
     targets = np.flatnonzero(is_target)
     if not len(targets):
-        raise InputError(
-            f"{item.where}: must have an answer of the assistant with at least one token, found none"
-        )
+        rule = "must have an answer of the assistant with at least one token"
+        raise InputError(f"{item.where}: {rule}, found none")
     length = int(targets[-1]) + 1
     input_ids = np.asarray(ids[:length], dtype=np.int32)
     labels = np.where(is_target[:length], input_ids, np.int32(IGNORED_LABEL)).astype(np.int32)
@@ -252,8 +257,9 @@ def _label(ids: Sequence[int], offsets: Any, item: Rendered) -> Example:
 def _in_spans(
     starts: NDArray[np.int64], ends: NDArray[np.int64], spans: Sequence[tuple[int, int]]
 ) -> NDArray[np.bool_]:
-    # Byte-level tokenizers trim spaces off offsets: a token of spaces has the empty range where it ends. It is inside
-    # a span that reaches further, and spans do: whitespace at their end was stripped.
+    # Byte-level tokenizers trim spaces off offsets: a token of spaces has the empty range where it
+    # ends. It lies inside a span that reaches further, and spans do: none of them ends in
+    # whitespace.
     inside = np.zeros(len(starts), dtype=bool)
     for first, past in spans:
         inside |= (starts < past) & (ends > first)

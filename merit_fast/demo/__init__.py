@@ -1,4 +1,4 @@
-"""A real small model and real tasks for ``merit-fast demo``, offline once the demo extra is installed."""
+"""A real small model and real tasks for ``merit-fast demo``; offline with the demo extra."""
 
 from merit_fast.demo.config import write_demo
 from merit_fast.demo.model import default_cache, prepare_model

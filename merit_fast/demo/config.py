@@ -7,16 +7,16 @@ import yaml
 
 from merit_fast.demo.model import default_cache, prepare_model
 from merit_fast.demo.tasks import prepare_mixture
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import write_text
 
 
 def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> Path:
-    """Prepares model (in the cache) and mixture (in ``output``), writes demo.yml and returns its path.
+    """Prepares model (in the cache) and mixture (in ``output``), writes demo.yml, returns its path.
 
     The same call writes the same bytes, so a second demo finds every stage up to date.
 
     Raises:
-        MeritFastError: the demo extra is not installed; names the command that does.
+        MeritFastError: the demo extra is not installed; names the command that installs it.
     """
     model = prepare_model(default_cache())
     mixture = prepare_mixture(

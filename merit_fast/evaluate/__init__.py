@@ -1,4 +1,8 @@
-"""Held-out losses, exact match and retention of every arm; the controls that cost no training; the merging gain."""
+"""Measures every arm of a run on the held-out rows and on fixed prompts.
+
+Checkpoints and tokenized rows come in; evaluate.json (losses, exact match, retention, merging gain)
+and, on request, audit.json go out. The pipeline calls it; tune uses its losses.
+"""
 
 from typing import Any
 

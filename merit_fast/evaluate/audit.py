@@ -1,11 +1,13 @@
-"""The audit of a merge: does the theory behind its gain hold where these branches ended?
+"""The audit of a merge: checks whether the theory behind its gain holds for these branches.
 
-For any quadratic loss, w the branches' weights and delta_k = theta_k - theta the way from the merge theta to branch k,
+For any quadratic loss, with the branches' weights w and the steps delta_k = theta_k - theta from
+the merge theta to branch k,
 
     gain = sum_k w_k L(theta_k) - L(theta) = sum_k w_k (g^T delta_k + 1/2 delta_k^T H delta_k)
 
-with g and H the gradient and Hessian of L at theta (docs/method.md); g drops out where theta is the branches' mean. A
-ratio of the two sides near 1 says that the branches lie in one quadratic basin around the merge.
+with the gradient g and the Hessian H of L at theta (docs/method.md); g drops out where theta is the
+branches' mean. A ratio of the two sides near 1 means that the branches lie in one quadratic basin
+around the merge.
 """
 
 import itertools
@@ -16,25 +18,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from merit_fast.data import Dataset, Example, collate
+from merit_fast.data import Dataset, Example, collate, count_target_tokens
 from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import mean_loss
-from merit_fast.evaluate.stage import Merge
+from merit_fast.evaluate.stage import MergedArm
 from merit_fast.manifests.schemas import Barrier, MergeAudit
 from merit_fast.model import load_model, target_losses
 from merit_fast.progress import Progress, Task
 
-NOISE = (
-    0.01,
-    0.03,
-    0.1,
-)  # standard deviation of a perturbation, as a share of each tensor's root mean square
+# standard deviations of a perturbation, as shares of each tensor's root mean square
+NOISE = (0.01, 0.03, 0.1)
 Weights = dict[str, Tensor]
 
 
 def audit_merges(
-    merges: Mapping[str, Merge],
+    merges: Mapping[str, MergedArm],
     branches: Mapping[str, Path],
     start: Path,
     datasets: Sequence[Dataset],
@@ -42,10 +41,11 @@ def audit_merges(
     config: EvaluateConfig,
     progress: Progress,
 ) -> dict[str, MergeAudit]:
-    """Audits every merged arm in float32 on held-out rows, ``config.audit_rows`` of them.
+    """Audits every merged arm in float32 on ``config.audit_rows`` held-out rows.
 
     Args:
-        merges: arm -> where its merge lies, of which branches, with which weights; branches: name -> directory.
+        merges: arm -> its merge.
+        branches: branch -> its directory.
         start: the model from which the branches started.
 
     Raises:
@@ -69,7 +69,7 @@ def audit_merges(
 
 
 def audit_rows(datasets: Sequence[Dataset], count: int) -> list[Example]:
-    """Up to ``count`` rows, dataset by dataset in turn, each from its beginning."""
+    """Up to ``count`` rows: the first of every dataset, then the second of every dataset, etc."""
     rounds = itertools.zip_longest(*(dataset.examples for dataset in datasets))
     return list(
         itertools.islice((row for turn in rounds for row in turn if row is not None), count)
@@ -77,13 +77,15 @@ def audit_rows(datasets: Sequence[Dataset], count: int) -> list[Example]:
 
 
 class _Auditor:
-    """One model whose weights are set again and again, and the rows it is measured on."""
+    """One model whose weights are set to one point after another, and the rows that measure it."""
 
     def __init__(
         self, model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int
     ) -> None:
-        self.model, self.examples = model, examples
-        self.pad_token_id, self.batch_size = pad_token_id, batch_size
+        self.model = model
+        self.examples = examples
+        self.pad_token_id = pad_token_id
+        self.batch_size = batch_size
         self.weights: Weights = {
             name: parameter.detach() for name, parameter in model.named_parameters()
         }
@@ -139,7 +141,10 @@ class _Auditor:
         return mean_loss(self.model, self.examples, self.pad_token_id, self.batch_size)
 
     def barrier(self, ends: Sequence[Weights], losses: tuple[float, float], points: int) -> float:
-        """max over the path of L((1 - a) theta_0 + a theta_1) - ((1 - a) L_0 + a L_1), at least 0: that of its ends."""
+        """The highest rise of the loss above the straight line between the losses of the two ends.
+
+        max over a of L((1 - a) theta_0 + a theta_1) - ((1 - a) L_0 + a L_1), at least 0
+        """
         heights = [0.0]
         for step in range(1, points + 1):
             a = step / (points + 1)
@@ -148,12 +153,16 @@ class _Auditor:
         return max(heights)
 
     def derivatives(self, deltas: Sequence[Weights]) -> list[tuple[float, float]]:
-        """g^T delta and delta^T H delta of every delta at the weights set, by double backward (Pearlmutter 1994)."""
+        """g^T delta and delta^T H delta of every delta at the present weights.
+
+        Both come from a double backward pass (Pearlmutter 1994).
+        """
         parameters = dict(self.model.named_parameters())
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        total = sum(int((example.labels[1:] != -100).sum()) for example in self.examples)
-        slopes, bends = [0.0] * len(deltas), [0.0] * len(deltas)
+        total = sum(count_target_tokens(example.labels) for example in self.examples)
+        slopes = [0.0] * len(deltas)
+        bends = [0.0] * len(deltas)
         order = sorted(
             range(len(self.examples)), key=lambda i: (len(self.examples[i].input_ids), i)
         )
@@ -176,22 +185,25 @@ class _Auditor:
 
     @staticmethod
     def _gradients(value: Tensor, parameters: dict[str, nn.Parameter]) -> Weights:
-        """Zero where ``value`` does not depend on the parameter; with a graph of their own."""
-        wanted = list(parameters.values())
-        found = torch.autograd.grad(
-            value, wanted, create_graph=True, allow_unused=True, materialize_grads=True
+        """Gradients with a graph, so that they have gradients; zero for an unused parameter."""
+        gradients = torch.autograd.grad(
+            value,
+            list(parameters.values()),
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
-        return dict(zip(parameters, found, strict=True))
+        return dict(zip(parameters, gradients, strict=True))
 
 
 def _read(directory: Path, like: Weights) -> Weights:
-    """The checkpoint's tensors of these names, as float32 on their device."""
-    found: Weights = {}
+    """The checkpoint's tensors with the names of ``like``, as float32 on the same devices."""
+    weights: Weights = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in set(opened.keys()) & like.keys():
-                found[name] = opened.get_tensor(name).to(like[name].device, torch.float32)
-    return found
+                weights[name] = opened.get_tensor(name).to(like[name].device, torch.float32)
+    return weights
 
 
 def _moved(center: Weights, delta: Weights) -> Weights:

@@ -8,7 +8,7 @@ from merit_fast.options.fields import option, require
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured on every arm."""
+    """Options for the measurements of every arm."""
 
     batch_size: int = option(32, "held-out rows per forward pass")
     interpolate: tuple[float, ...] = option(
@@ -16,18 +16,17 @@ class EvaluateConfig:
     )
     max_new_tokens: int = option(48, "longest greedy answer to a retention prompt, in tokens")
     dtype: Literal["auto", "bf16", "fp32"] = option(
-        "auto", "precision of the forward passes; auto: bf16 if products of it are fast here"
+        "auto",
+        "precision of the forward passes; auto: bf16 where it is fast on this machine, else fp32",
     )
     audit: bool = option(
         False, "also check each merge against the theory of its gain (float32, minutes)"
     )
     audit_rows: int = option(128, "held-out rows of the audit, dataset by dataset in turn")
-    audit_points: int = option(
-        3, "points on the path between two branches where a barrier is looked for"
-    )
+    audit_points: int = option(3, "points between two branches at which the barrier is measured")
 
     def without_audit(self) -> "EvaluateConfig":
-        """The part that decides evaluate.json."""
+        """The options that decide evaluate.json; the audit's are set to fixed values."""
         return replace(self, audit=False, audit_rows=1, audit_points=1)
 
     def __post_init__(self) -> None:

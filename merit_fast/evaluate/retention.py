@@ -1,7 +1,7 @@
-"""What training may have cost: loss on a fixed general text, and the base model's own answers to fixed prompts.
+"""Measures the cost of training: loss on a general text and on the base's answers to fixed prompts.
 
-Without these columns the method's effect is invisible: joint training at a high learning rate wins on the mixture
-while its answers shrink to a few words.
+Without these columns an effect stays invisible: joint training at a high learning rate wins on the
+mixture while its answers shrink to a few words.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from merit_fast.data import Example, collate
+from merit_fast.data import IGNORED_LABEL, Example, collate
 from merit_fast.evaluate.losses import mean_loss
 
 _WINDOW_TOKENS = 512
@@ -53,10 +53,11 @@ def text_loss(model: nn.Module, tokenizer: Any, pad_token_id: int) -> float:
 def greedy_answers(
     model: nn.Module, tokenizer: Any, pad_token_id: int, max_new_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompt and answer token ids of the model's greedy answers to ``PROMPTS`` (the end token included, if reached)."""
+    """Token ids of ``PROMPTS`` and of the model's greedy answers, with the end token if reached."""
     prompts = [_prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
     examples = [
-        Example(np.array(ids, np.int32), np.full(len(ids), -100, np.int32)) for ids in prompts
+        Example(np.array(ids, np.int32), np.full(len(ids), IGNORED_LABEL, np.int32))
+        for ids in prompts
     ]
     batch = collate(examples, [0] * len(examples), pad_token_id)
     ends = _end_token_ids(model, tokenizer)
@@ -80,7 +81,7 @@ def greedy_answers(
 def answers_nll(
     model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_token_id: int
 ) -> float:
-    """Nats per token of given answers (the base model's own) under ``model``."""
+    """Nats per token of ``answers`` under ``model``; the base model wrote them."""
     examples = [
         _all_targets(np.array(prompt + answer, np.int32), first=len(prompt))
         for prompt, answer in zip(prompts, answers, strict=True)
@@ -91,7 +92,7 @@ def answers_nll(
 
 def _all_targets(ids: np.ndarray, first: int) -> Example:
     labels = ids.copy()
-    labels[:first] = -100
+    labels[:first] = IGNORED_LABEL
     return Example(ids, labels)
 
 
@@ -110,7 +111,7 @@ def _end_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def _until_end(row: list[int], ends: list[int]) -> list[int]:
-    for place, token in enumerate(row):
+    for position, token in enumerate(row):
         if token in ends:
-            return row[: place + 1]
+            return row[: position + 1]
     return row

@@ -1,4 +1,4 @@
-"""The evaluate stage: every arm and branch on the same held-out rows and retention prompts."""
+"""The evaluate stage: measures every arm and branch on the same held-out rows and prompts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,22 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import dataset_results
 from merit_fast.evaluate.retention import answers_nll, greedy_answers, text_loss
 from merit_fast.evaluate.weights import displacement, interpolate_towards
-from merit_fast.manifests.io import read_manifest, write_manifest, write_text
-from merit_fast.manifests.schemas import ArmResult, BranchManifest, EvaluateManifest, MergingGain
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.io import read_manifest, write_manifest
+from merit_fast.manifests.schemas import (
+    SCHEMA_VERSION,
+    ArmResult,
+    BranchManifest,
+    EvaluateManifest,
+    MergingGain,
+)
 from merit_fast.model import load_model
 from merit_fast.progress import Progress
 
 
 @dataclass(frozen=True)
-class Merge:
-    """One merged arm: where it lies, of which branches, with which weights."""
+class MergedArm:
+    """One merged arm: its directory, its branches and their weights."""
 
     path: Path
     branches: tuple[str, ...]
@@ -30,16 +37,19 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """All models to evaluate. ``branches`` holds every trained branch, ``joint`` among them if it was trained."""
+class EvaluatedModels:
+    """The models to evaluate.
+
+    ``branches`` holds every trained branch, ``joint`` among them if it was trained.
+    """
 
     base: Path
     branches: Mapping[str, Path]
-    merges: Mapping[str, Merge]
+    merges: Mapping[str, MergedArm]
 
 
 def evaluate_arms(
-    candidates: Candidates,
+    models: EvaluatedModels,
     datasets: Sequence[Dataset],
     tokenizer: Any,
     pad_token_id: int,
@@ -49,49 +59,47 @@ def evaluate_arms(
 ) -> EvaluateManifest:
     """Evaluates base, joint, joint interpolated towards the base, every branch and every merge.
 
-    Each model's result is written when it is done (``NAME.json``), so a killed run goes on with the next model.
+    Each model's result is written as ``NAME.json`` when it is complete, so that an interrupted run
+    resumes with the next model.
 
     Raises:
         InputError: no dataset has held-out rows.
     """
     if not datasets:
         raise InputError(
-            "evaluate: no dataset of the mixture has held-out rows; give one an eval_path or eval_split"
+            "evaluate: no dataset of the mixture has held-out rows; "
+            "give one an eval_path or eval_split"
         )
-    evaluator = _Evaluator(candidates.base, datasets, tokenizer, pad_token_id, config, directory)
-    shares = config.interpolate if "joint" in candidates.branches else ()
+    evaluator = _Evaluator(models.base, datasets, tokenizer, pad_token_id, config, directory)
+    shares = config.interpolate if "joint" in models.branches else ()
     with progress.task(
-        "evaluate", 1 + len(candidates.branches) + len(shares) + len(candidates.merges), "models"
+        "evaluate", 1 + len(models.branches) + len(shares) + len(models.merges), "models"
     ) as task:
-        arms = {"base": evaluator.result("base", candidates.base)}
+        arms = {"base": evaluator.result("base", models.base)}
         task.advance(1)
         branches: dict[str, ArmResult] = {}
-        for name, path in candidates.branches.items():
+        for name, path in models.branches.items():
             branches[name] = _with_training(evaluator.result(name, path), [path])
             task.advance(1, name)
         if "joint" in branches:
             arms["joint"] = branches.pop("joint")
             for share in shares:
-                interpolated = evaluator.result(
-                    f"joint@{share:g}", candidates.branches["joint"], share
-                )
-                arms[f"joint@{share:g}"] = _with_training(
-                    interpolated, [candidates.branches["joint"]]
-                )
+                interpolated = evaluator.result(f"joint@{share:g}", models.branches["joint"], share)
+                arms[f"joint@{share:g}"] = _with_training(interpolated, [models.branches["joint"]])
                 task.advance(1)
-        for arm in sorted(candidates.merges, key=lambda arm: (arm == "merit", arm)):  # merit last
-            merge = candidates.merges[arm]
-            paths = [candidates.branches[name] for name in merge.branches]
+        for arm in sorted(models.merges, key=lambda arm: (arm == "merit", arm)):  # merit last
+            merge = models.merges[arm]
+            paths = [models.branches[name] for name in merge.branches]
             arms[arm] = _with_training(evaluator.result(arm, merge.path), paths)
             task.advance(1, arm)
-    gains = {arm: _gain(merge, branches, arms[arm]) for arm, merge in candidates.merges.items()}
+    gains = {arm: _gain(merge, branches, arms[arm]) for arm, merge in models.merges.items()}
     manifest = EvaluateManifest(arms, branches, gains)
     write_manifest(manifest, directory / "evaluate.json")
     return manifest
 
 
 class _Evaluator:
-    """What stays the same from model to model: the rows, the base's own answers, the cache of results."""
+    """Measures one model after another on the same rows and keeps each result in a file."""
 
     def __init__(
         self,
@@ -102,11 +110,15 @@ class _Evaluator:
         config: EvaluateConfig,
         directory: Path,
     ) -> None:
-        self.base, self.datasets, self.config, self.directory = base, datasets, config, directory
-        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
+        self.base = base
+        self.datasets = datasets
+        self.tokenizer = tokenizer
+        self.pad_token_id = pad_token_id
+        self.config = config
+        self.directory = directory
 
     def result(self, name: str, path: Path, share: float | None = None) -> ArmResult:
-        """Measures the checkpoint at ``path``, moved to (1 - share) base + share checkpoint if a share is given."""
+        """Measures the model at ``path``, or (1 - share) base + share model if there is a share."""
         file = self.directory / f"{name}.json"
         if file.exists():
             return replace(read_manifest(_Stored, file).result)
@@ -119,7 +131,8 @@ class _Evaluator:
         return result
 
     def _measure(self, model: nn.Module) -> ArmResult:
-        config, pad = self.config, self.pad_token_id
+        config = self.config
+        pad = self.pad_token_id
         rows = dataset_results(model, self.datasets, pad, config.batch_size)
         tokens = sum(row.num_target_tokens for row in rows.values())
         own_prompts, own_answers = greedy_answers(model, self.tokenizer, pad, config.max_new_tokens)
@@ -138,7 +151,7 @@ class _Evaluator:
     def _base_answers(
         self, own_prompts: list[list[int]], own_answers: list[list[int]]
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """The base's greedy answers: those of the first model measured, which is the base."""
+        """Prompts and answers of the base, which is the first model that is measured."""
         file = self.directory / "base_answers.json"
         if not file.exists():
             write_text(file, json.dumps({"prompts": own_prompts, "answers": own_answers}) + "\n")
@@ -149,11 +162,11 @@ class _Evaluator:
 @dataclass(frozen=True)
 class _Stored:
     result: ArmResult
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
 
 
 def _with_training(result: ArmResult, branches: Sequence[Path]) -> ArmResult:
-    """Adds what the arm's training took, from its branches' manifests and timings."""
+    """Adds the cost of the arm's training, read from its branches' manifests and timings."""
     manifests = [read_manifest(BranchManifest, path / "branch.json") for path in branches]
     timings = [json.loads((path / "timing.json").read_text()) for path in branches]
     return replace(
@@ -166,8 +179,8 @@ def _with_training(result: ArmResult, branches: Sequence[Path]) -> ArmResult:
     )
 
 
-def _gain(merge: Merge, branches: Mapping[str, ArmResult], merged: ArmResult) -> MergingGain:
+def _gain(arm: MergedArm, branches: Mapping[str, ArmResult], merged: ArmResult) -> MergingGain:
     mean = sum(
-        w * branches[name].token_loss for name, w in zip(merge.branches, merge.weights, strict=True)
+        w * branches[name].token_loss for name, w in zip(arm.branches, arm.weights, strict=True)
     )
-    return MergingGain(mean - merged.token_loss, mean, merged.token_loss, merge.weights)
+    return MergingGain(mean - merged.token_loss, mean, merged.token_loss, arm.weights)

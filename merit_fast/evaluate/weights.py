@@ -1,4 +1,4 @@
-"""Checkpoints compared and mixed tensor by tensor: displacement from the base, interpolation towards it."""
+"""Compares and mixes checkpoints tensor by tensor: distance from a base, interpolation to it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,20 +13,20 @@ _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", to
 
 
 def displacement(checkpoint: Path, base: Path) -> float:
-    """|theta - theta_0| between two checkpoints of the same tensors, sums in float64."""
-    where = {
+    """|theta - theta_0| between two checkpoints of the same tensors, summed in float64."""
+    file_of = {
         name: file for file in sorted(checkpoint.glob("*.safetensors")) for name in _names(file)
     }
     total = 0.0
     for name, tensor in _tensors(base):
-        with safe_open(where[name], framework="pt") as opened:
+        with safe_open(file_of[name], framework="pt") as opened:
             difference = opened.get_tensor(name).double() - tensor.double()
         total += float(difference.square().sum())
     return float(total**0.5)
 
 
 def interpolate_towards(model: nn.Module, base: Path, share: float) -> None:
-    """theta <- (1 - share) theta_0 + share theta, in place: WiSE-FT (Wortsman et al. 2022)."""
+    """Sets theta to (1 - share) theta_0 + share theta in place: WiSE-FT (Wortsman et al. 2022)."""
     state = model.state_dict()
     for name, tensor in _tensors(base):
         mine = state[name]

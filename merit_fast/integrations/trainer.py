@@ -1,33 +1,32 @@
-"""Sketches of every dataset's gradient from a run of the transformers Trainer, beside its training steps.
+"""Sketches of every dataset's gradient while the transformers Trainer trains.
 
-    trainer = Trainer(model, args, train_dataset=rows, ...)   # each row with a `dataset_id`, each batch of one dataset
+    trainer = Trainer(model, args, train_dataset=rows, ...)
     SketchCallback(proj_dim=65536).attach(trainer)
     trainer.train()
 
-Training goes on to the same bits. The states lie in ``output_dir/sketches`` at the end and in every checkpoint, one
-``NAME.safetensors`` each, and a resumed run goes on from the checkpoint's.
+Each row has a `dataset_id`; each batch holds rows of one dataset. Training gives the same bits as
+without the callback. The states lie in ``output_dir/sketches`` at the end and in every checkpoint,
+one ``NAME.safetensors`` each; a resumed run continues from the checkpoint's.
 """
 
-import copy
 import logging
-import os
 import random
-import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 from torch import Tensor
-from torch import distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from merit_fast.errors import InputError, MeritFastError
+from merit_fast.integrations.sketch_files import read_states, sum_over_ranks, write_states
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.sketch.selection import select_parameters
 from merit_fast.sketch.summed import SummedSketcher
+
+__all__ = ["FOLDER", "SketchCallback", "batches_of_one_dataset", "read_states", "write_states"]
 
 FOLDER = "sketches"
 
@@ -35,29 +34,31 @@ logger = logging.getLogger(__name__)
 
 
 class SketchCallback(TrainerCallback):  # type: ignore[misc]
-    """Sketches what each backward pass of a Trainer adds to the gradients (``SummedSketcher``), by dataset.
+    """Sketches the addition of each backward pass of a Trainer to the gradients, by dataset.
 
-    A Trainer shows its callbacks no batch. ``attach`` therefore puts three of its public methods into wrappers:
-    ``get_train_dataloader``, so that the column of ids survives ``remove_unused_columns`` and never reaches collator or
-    model (evaluation is as before); ``training_step``, whose one backward pass and batch belong together under gradient
-    accumulation too; and ``train``, to take the hooks off after an exception.
+    A Trainer shows its callbacks no batch. ``attach`` therefore wraps three of its public methods.
+    ``get_train_dataloader``: the column of ids survives ``remove_unused_columns`` and never reaches
+    collator or model; evaluation is as before. ``training_step``: one backward pass and one batch,
+    under gradient accumulation too. ``train``: removes the hooks after an exception.
 
-    An example's loss is here the sum over its target tokens, whatever the Trainer divides by. A custom
-    ``compute_loss_func`` must divide by ``num_items_in_batch``, as transformers asks of it.
+    An example's loss is the sum over its target tokens, whatever the Trainer divides by. A custom
+    ``compute_loss_func`` must divide by ``num_items_in_batch``, as transformers requires.
 
     Args:
-        proj_dim, seed: of the CountSketch.
+        proj_dim, seed: width and seed of the CountSketch.
         parameters: "all", "blocks" or a regular expression (``select_parameters``).
-        column: of the rows, a str or int.
-        blocks: of each dataset's state, for standard errors.
+        column: column of the rows with the dataset's id, a str or int.
+        blocks: blocks of each dataset's state, for standard errors.
         scales: as for ``SummedSketcher``, for example ``adam_scales_of_checkpoint(...)``.
 
     Attributes:
-        sketcher: from the beginning of training on; its ``state`` is this rank's. The files hold the sum over ranks.
+        sketcher: None before training begins. Its ``state`` is this rank's; the files hold the sum
+            over ranks.
 
     Raises:
-        InputError: by ``attach`` or with the first batch: rows without the column; packing, fp16, DataParallel, FSDP,
-            DeepSpeed, tensor or context parallelism; a batch of several datasets.
+        InputError: rows without the column; packing, fp16, DataParallel, FSDP, DeepSpeed, tensor or
+            context parallelism; a batch of several datasets. Raised by ``attach`` or with the first
+            batch.
     """
 
     def __init__(
@@ -69,8 +70,11 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         blocks: int = 8,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.sketch, self.parameters, self.column = CountSketch(proj_dim, seed), parameters, column
-        self.blocks, self.scales = blocks, scales
+        self.sketch = CountSketch(proj_dim, seed)
+        self.parameters = parameters
+        self.column = column
+        self.blocks = blocks
+        self.scales = scales
         self.sketcher: SummedSketcher | None = None
         self._attached = False
         self._resume: Any = None
@@ -86,11 +90,9 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         return self
 
     def _wrap(self, trainer: Any) -> None:
-        plain_train, plain_loader, plain_step = (
-            trainer.train,
-            trainer.get_train_dataloader,
-            trainer.training_step,
-        )
+        plain_train = trainer.train
+        plain_loader = trainer.get_train_dataloader
+        plain_step = trainer.training_step
 
         def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             self._resume = resume_from_checkpoint
@@ -101,13 +103,15 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
 
         def get_train_dataloader() -> Any:
             trainer._set_signature_columns_if_needed()
-            columns, collator = trainer._signature_columns, trainer.data_collator
+            columns = trainer._signature_columns
+            collator = trainer.data_collator
             trainer._signature_columns = [*columns, self.column]
-            trainer.data_collator = _IdsBesideBatch(collator, self.column)
+            trainer.data_collator = _CollatorWithIds(collator, self.column)
             try:
                 return plain_loader()
             finally:
-                trainer._signature_columns, trainer.data_collator = columns, collator
+                trainer._signature_columns = columns
+                trainer.data_collator = collator
 
         def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             ids = inputs.pop(self.column)
@@ -120,11 +124,9 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
             )
             return loss
 
-        trainer.train, trainer.get_train_dataloader, trainer.training_step = (
-            train,
-            get_train_dataloader,
-            training_step,
-        )
+        trainer.train = train
+        trainer.get_train_dataloader = get_train_dataloader
+        trainer.training_step = training_step
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -134,7 +136,7 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
                 "SketchCallback: give it the Trainer by attach(trainer); callbacks see no batch"
             )
         if state.is_hyper_param_search:
-            raise MeritFastError("SketchCallback: does not go with a hyperparameter search")
+            raise MeritFastError("SketchCallback: does not work with a hyperparameter search")
         self._close()  # a first try with too large a batch (auto_find_batch_size)
         kept: dict[Any, SketchState] = self._kept(args) if state.global_step else {}
         fingerprint = next(
@@ -167,55 +169,31 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
             self.sketcher.__exit__(None, None, None)
 
     def _kept(self, args: Any) -> dict[Any, SketchState]:
-        found = self._resume
-        if found is True:
-            found = get_last_checkpoint(args.output_dir)  # type: ignore[no-untyped-call]
-        folder = Path(found) / FOLDER
+        checkpoint = self._resume
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(args.output_dir)  # type: ignore[no-untyped-call]
+        folder = Path(checkpoint) / FOLDER
         if not folder.is_dir():
             logger.warning("%s: is missing: the sketches begin at this step", folder)
             return {}
         return dict(read_states(folder))
 
     def _write(self, directory: Path, args: Any) -> None:
-        states = _sum_over_ranks(self._running().state)
+        states = sum_over_ranks(self._running().state)
         if args.process_index == 0:
             write_states(directory / FOLDER, states)
 
 
-def read_states(folder: str | Path) -> dict[str, SketchState]:
-    """The states of a ``sketches`` folder, by dataset.
-
-    Raises:
-        InputError: a file that is no sketch state.
-    """
-    return {
-        unquote(file.stem): SketchState.read(file)
-        for file in sorted(Path(folder).glob("*.safetensors"))
-    }
-
-
-def write_states(folder: Path, states: Mapping[Any, SketchState]) -> None:
-    """Writes ``folder`` anew, one file per dataset; a crash leaves the old one, or none, but never a part."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, state in states.items():
-        with open(temporary / f"{quote(str(name), safe=' ')}.safetensors", "wb") as file:
-            file.write(state.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
 def batches_of_one_dataset(ids: Sequence[Hashable], batch_size: int, seed: int = 0) -> list[int]:
-    """An order of rows in which every ``batch_size`` in a row are of one dataset, the batches shuffled.
+    """Orders rows into shuffled batches of ``batch_size`` rows of one dataset each.
 
-        rows = rows.select(batches_of_one_dataset(rows["dataset_id"], 8))     with train_sampling_strategy="sequential"
+        rows = rows.select(batches_of_one_dataset(rows["dataset_id"], 8))
 
-    The rows that fill no batch, fewer than ``batch_size`` per dataset, are left out; their number is logged.
+    Train on them with ``train_sampling_strategy="sequential"``. Leaves out the rows that fill no
+    batch, fewer than ``batch_size`` per dataset, and logs their number.
     """
-    generator, batches = random.Random(seed), []
+    generator = random.Random(seed)
+    batches = []
     by_dataset: dict[Hashable, list[int]] = {}
     for row, dataset in enumerate(ids):
         by_dataset.setdefault(dataset, []).append(row)
@@ -235,24 +213,27 @@ def batches_of_one_dataset(ids: Sequence[Hashable], batch_size: int, seed: int =
     return order
 
 
-class _IdsBesideBatch:
-    """A collator that never sees the ids, which then stand beside what it made. A class: workers must load it."""
+class _CollatorWithIds:
+    """Hides the ids from a collator and adds them to its batch; workers can load the class."""
 
     def __init__(self, collator: Callable[[list[Any]], Any], column: str) -> None:
-        self.collator, self.column = collator, column
+        self.collator = collator
+        self.column = column
 
     def __call__(self, rows: list[Any]) -> Any:
         ids = []
         for row in rows:
             if not isinstance(row, Mapping) or self.column not in row:
                 raise InputError(
-                    f"train_dataset: {self.column}: is missing in a row; every row must say its dataset"
+                    f"train_dataset: {self.column}: is missing in a row; every row must say its "
+                    "dataset"
                 )
             value = row[self.column]
             ids.append(str(value.item() if isinstance(value, Tensor) else value))
         if len(set(ids)) > 1:
             raise InputError(
-                f"train_dataset: {self.column}: a batch must be of one dataset, got {', '.join(sorted(set(ids))[:3])}; "
+                f"train_dataset: {self.column}: a batch must be of one dataset, got "
+                f"{', '.join(sorted(set(ids))[:3])}; "
                 "take per_device_train_batch_size=1, or rows ordered by batches_of_one_dataset"
             )
         batch = self.collator(
@@ -263,66 +244,48 @@ class _IdsBesideBatch:
 
 
 def _check_trainer(trainer: Any, column: str) -> None:
-    args, dataset = trainer.args, trainer.train_dataset
+    args = trainer.args
+    dataset = trainer.train_dataset
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    scaled_loss = getattr(trainer, "loss_is_scaled_for_ga", None) is not None
+    split_model = parallel is not None and (parallel.tp_enabled or parallel.cp_enabled)
+    dispatched = args.world_size > 1 and not hasattr(dataset, "__len__")
+    dispatched = dispatched and args.accelerator_config.dispatch_batches is not False
     refused = {
-        "packing": getattr(
-            args, "packing", False
-        ),  # TRL: several datasets' examples in a row, their ids dropped
-        "fp16": args.fp16,  # its loss scale changes on the way; bf16 has none
-        "a Trainer that sets loss_is_scaled_for_ga": getattr(trainer, "loss_is_scaled_for_ga", None)
-        is not None,
+        # TRL packs examples of several datasets in one row and drops their ids.
+        "packing": getattr(args, "packing", False),
+        "fp16": args.fp16,  # its loss scale changes during training; bf16 has none
+        "a Trainer that sets loss_is_scaled_for_ga": scaled_loss,
         "DataParallel (several GPUs in one process)": args.n_gpu > 1,
         "FSDP": trainer.is_fsdp_enabled,
         "DeepSpeed": trainer.is_deepspeed_enabled,
-        "tensor or context parallelism": parallel is not None
-        and (parallel.tp_enabled or parallel.cp_enabled),
-        "an iterable dataset dispatched to several processes (accelerator_config.dispatch_batches must be false)": (
-            args.world_size > 1
-            and not hasattr(dataset, "__len__")
-            and args.accelerator_config.dispatch_batches is not False
-        ),
+        "tensor or context parallelism": split_model,
+        "an iterable dataset dispatched to several processes "
+        "(accelerator_config.dispatch_batches must be false)": dispatched,
     }
-    for what, found in refused.items():
-        if found:
-            raise InputError(f"SketchCallback: does not go with {what}")
+    for feature, is_used in refused.items():
+        if is_used:
+            raise InputError(f"SketchCallback: does not work with {feature}")
     names = getattr(dataset, "column_names", None)
     if names is not None and column not in names:
         raise InputError(f"train_dataset: {column}: is missing; columns: {', '.join(names)}")
 
 
 def _target_tokens(inputs: Mapping[str, Any]) -> int:
-    """Labels that are predicted: from the second position on, but all of ``shift_labels``."""
+    """Number of predicted labels: from the second position on, but all of ``shift_labels``."""
     if "shift_labels" in inputs:
         return int((inputs["shift_labels"] != -100).sum())
     if "labels" not in inputs:
         raise InputError(
-            "train_dataset: labels: are missing in a batch; sketches need the loss of a causal model"
+            "train_dataset: labels: are missing in a batch; "
+            "sketches need the loss of a causal model"
         )
     return int((inputs["labels"][..., 1:] != -100).sum())
 
 
 def _loss_divisor(trainer: Any, tokens: int, num_items_in_batch: Any) -> float:
-    """What the sum of the batch's token losses was divided by, on this rank, before the backward pass."""
+    """Divisor of the sum of the batch's token losses, on this rank, before the backward pass."""
     if num_items_in_batch is None:
         return float(tokens * trainer.current_gradient_accumulation_steps)
     ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
     return float(num_items_in_batch) / ranks
-
-
-def _sum_over_ranks(states: Mapping[Any, SketchState]) -> dict[Any, SketchState]:
-    """The sums of all ranks' states, on rank 0 (elsewhere the rank's own), a dataset at a time."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return dict(states)
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, sorted(states))
-    summed = dict(states)
-    for name in sorted({name for some in names for name in some}):
-        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(states.get(name), parts, dst=0)
-        present = [part for part in parts or () if part is not None]
-        if present:
-            summed[name] = copy.deepcopy(present[0])
-            for part in present[1:]:
-                summed[name].merge(part)
-    return summed

@@ -1,4 +1,4 @@
-"""The files in which stages meet: their schemas, and the only code that writes, renames and checks them.
+"""The files in which stages meet: schemas, and the only code that writes and renames files.
 
 Every stage reads and writes through this folder; no stage imports another.
 """

@@ -1,8 +1,8 @@
-"""What the JSON files in which stages meet say: one dataclass per file or part of one."""
+"""Schemas of the JSON files in which stages meet: one dataclass for each file or section of one."""
 
 from dataclasses import dataclass, field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: start_fingerprint next to base_fingerprint
 TUNE_FILE = "tune.json"
 
 
@@ -16,9 +16,7 @@ class SplitDataset:
     num_target_tokens: int
     num_sketched_examples: int
     mean_loss: float  # nats per target token where the sketch was taken, over the sketched examples
-    gradient_norm: (
-        float | None
-    )  # of the mean per-example gradient, from its sketch; None: not resolved
+    gradient_norm: float | None  # of the mean per-example gradient's sketch; None: not resolved
     signal_fraction: float  # unbiased |mean gradient|^2 over its raw estimate; 1 is noiseless
     signal_error: float | None  # its standard error
     more_examples: int  # 0: the signal is resolved; else about how many more examples would do that
@@ -28,7 +26,10 @@ class SplitDataset:
 
 @dataclass(frozen=True)
 class GroupCount:
-    """How well a split in so many groups separates: shares of the weighted sum of squares between groups."""
+    """Separation of a split into ``groups`` groups.
+
+    Values are shares of the weighted sum of squares that lie between groups.
+    """
 
     groups: int
     eta_squared: float | None  # of the split itself, debiased; None: nothing varies beyond noise
@@ -39,7 +40,7 @@ class GroupCount:
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """split.json: which dataset went to which group, and the conflict geometry behind it. N datasets, R axes."""
+    """split.json: the group of every dataset and the conflict geometry. N datasets, R axes."""
 
     groups: int
     datasets: tuple[SplitDataset, ...]
@@ -48,12 +49,8 @@ class SplitManifest:
     reason: str  # of an automatic K; "" where it was asked for
     note: str  # why the balance's tolerance is not kept; "" if it is
     sketched_at: str  # "the base model", or after which warm-up
-    similarity: tuple[
-        tuple[float | None, ...], ...
-    ]  # [N, N] cosines of mean gradients; None: not resolved
-    similarity_errors: tuple[
-        tuple[float | None, ...], ...
-    ]  # [N, N] block-jackknife standard errors
+    similarity: tuple[tuple[float | None, ...], ...]  # [N, N] cosines; None: not resolved
+    similarity_errors: tuple[tuple[float | None, ...], ...]  # [N, N] block-jackknife errors
     negative_pair_fraction: float
     certain_negative_fraction: float  # below zero by two standard errors
     within_cosine: float | None  # mean over the pairs within groups
@@ -61,12 +58,11 @@ class SplitManifest:
     explained_variance: tuple[float, ...]  # [R] share of each conflict axis
     scores: tuple[tuple[float, ...], ...]  # [N, R]
     score_errors: tuple[tuple[float, ...], ...]  # [N, R]
-    cuts: tuple[
-        tuple[int, float], ...
-    ]  # (axis, score) of each median cut, in order; of method pca-median only
+    cuts: tuple[tuple[int, float], ...]  # (axis, score) of each median cut; method pca-median only
     separations: tuple[GroupCount, ...]  # of every K tried, rising
     random_groups: tuple[int, ...]  # [N] the control: a balanced random split
     base_fingerprint: str
+    start_fingerprint: str  # of the model whose gradients were sketched: the base, or the warm-up's
     mixture_fingerprint: str
     schema_version: int = SCHEMA_VERSION
 
@@ -77,13 +73,17 @@ class SplitManifest:
 
     @property
     def separation(self) -> GroupCount | None:
-        """Of the split itself; None for one group."""
-        return next((found for found in self.separations if found.groups == self.groups), None)
+        """Separation of the split itself; None for one group."""
+        matches = (count for count in self.separations if count.groups == self.groups)
+        return next(matches, None)
 
 
 @dataclass(frozen=True)
 class BranchManifest:
-    """branch.json, written with a branch's weights; the merge takes its weights from ``num_target_tokens``."""
+    """branch.json, written with a branch's weights.
+
+    A merge weighs branches by ``num_target_tokens``.
+    """
 
     branch: str  # merit-0, random-3, joint
     arm: str
@@ -95,6 +95,7 @@ class BranchManifest:
     steps: int
     seed: int
     base_fingerprint: str
+    start_fingerprint: str  # of the model it was trained from: the base, or the warm-up's
     schema_version: int = SCHEMA_VERSION
 
 
@@ -102,12 +103,9 @@ class BranchManifest:
 class ScaleSearch:
     """Three losses, the minimum of the parabola through them, and the loss there."""
 
-    scales: tuple[
-        float, ...
-    ]  # in the order tried; the last is the minimum, unless it was none or one of the others
-    losses: tuple[
-        float | None, ...
-    ]  # nats per target token of the rows that choose; None: not finite
+    # In the order tried; the last is the minimum, unless there is none or it is one of the others.
+    scales: tuple[float, ...]
+    losses: tuple[float | None, ...]  # nats per target token of the tuning rows; None: not finite
     minimum: float | None  # moved into the range allowed; None: the parabola has none
 
 
@@ -126,7 +124,10 @@ class WeightSearch:
 
 @dataclass(frozen=True)
 class TuneManifest:
-    """tune.json, beside a merge's weights: what held-out rows chose about it, and by which losses (float32 models)."""
+    """tune.json, next to a merge's weights: the numbers that held-out rows chose, and the losses.
+
+    Losses are those of float32 models.
+    """
 
     branches: tuple[str, ...]  # names or paths, in the weights' order
     weights: tuple[float, ...]  # those of the merge
@@ -167,7 +168,7 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Barrier:
-    """How far the loss rises above a straight line on the straight path between two branches."""
+    """Rise of the loss above a straight line, on the straight path between two branches."""
 
     first: str
     second: str
@@ -176,10 +177,13 @@ class Barrier:
 
 @dataclass(frozen=True)
 class MergeAudit:
-    """One merge against the theory of its gain. Losses in nats per target token of the audit's rows, float32 models."""
+    """One merge compared with the theory of its gain.
+
+    Losses are nats per target token of the audit's rows, by float32 models.
+    """
 
     gain: float  # sum_k w_k L(theta_k) - L(theta)
-    predicted_gain: float  # sum_k w_k (g^T delta_k + 1/2 delta_k^T H delta_k), gradient and Hessian at the merge
+    predicted_gain: float  # sum_k w_k (g^T delta_k + 1/2 delta_k^T H delta_k), g and H at the merge
     branch_losses: tuple[float, ...]
     merged_loss: float
     barriers: tuple[Barrier, ...]
@@ -209,7 +213,7 @@ class AuditManifest:
 
 @dataclass(frozen=True)
 class MergingGain:
-    """sum_k w_k L(theta_k) - L(theta_bar), L the held-out loss per target token over the whole mixture."""
+    """sum_k w_k L(theta_k) - L(theta_bar); L: held-out loss per target token of the mixture."""
 
     gain: float
     mean_branch_loss: float

@@ -1,4 +1,4 @@
-"""The sketch state: sums only, so that addition joins shards, restarts and workers to the same result."""
+"""The sketch state: sums only, so that states of shards, restarts and workers add up."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
 
 @dataclass(frozen=True)
 class SketchIdentity:
-    """What two states must share before they may be added or compared."""
+    """Identity that two states must share before they may be added or compared."""
 
     sketch: CountSketch
     model_fingerprint: str
@@ -40,7 +40,7 @@ class SketchState:
         block_square_norms: [G] sum of |s|^2.
         block_counts: [G] int64 examples.
         loss_sum: summed loss of all target tokens, nats.
-        num_target_tokens: how many those were.
+        num_target_tokens: number of those tokens.
     """
 
     identity: SketchIdentity
@@ -66,7 +66,14 @@ class SketchState:
     def add_examples(
         self, sketches: Tensor, blocks: Tensor, loss_sum: float, num_target_tokens: int
     ) -> None:
-        """Adds B examples: sketches [B, D] float32, blocks [B] int64 (which block each belongs to)."""
+        """Adds B examples.
+
+        Args:
+            sketches: [B, D] float32.
+            blocks: [B] int64 block of each example.
+            loss_sum: summed loss of their target tokens, nats.
+            num_target_tokens: number of those tokens.
+        """
         exact = sketches.cpu().double()
         self.block_sums.index_add_(0, blocks, exact)
         self.block_square_norms.index_add_(0, blocks, exact.square().sum(1))
@@ -78,7 +85,7 @@ class SketchState:
         """Adds another state of the same sketch, model and parameters.
 
         Raises:
-            MeritFastError: they differ; the message names in what.
+            MeritFastError: they differ; the message names the difference.
         """
         self.require_same(other)
         self.block_sums += other.block_sums
@@ -88,8 +95,9 @@ class SketchState:
         self.num_target_tokens += other.num_target_tokens
 
     def require_same(self, other: "SketchState") -> None:
-        """Raises MeritFastError if the two may not be added or compared; the message names in what they differ."""
-        mine, theirs = self.identity.metadata(), other.identity.metadata()
+        """Raises MeritFastError if the two may not be added or compared; the message names why."""
+        mine = self.identity.metadata()
+        theirs = other.identity.metadata()
         for key, value in mine.items():
             if value != theirs[key]:
                 raise MeritFastError(
@@ -97,7 +105,8 @@ class SketchState:
                 )
         if self.block_counts.shape != other.block_counts.shape:
             raise MeritFastError(
-                f"sketch states disagree in blocks: {len(self.block_counts)} and {len(other.block_counts)}"
+                f"sketch states disagree in blocks: {len(self.block_counts)} and "
+                f"{len(other.block_counts)}"
             )
 
     def to_bytes(self) -> bytes:
@@ -114,7 +123,11 @@ class SketchState:
 
     @classmethod
     def read(cls, path: Path) -> "SketchState":
-        """Raises InputError if the file is absent, broken or of another hash version."""
+        """Reads a state file.
+
+        Raises:
+            InputError: the file is absent, broken or of another hash version.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads((file.metadata() or {})["identity"])
@@ -124,7 +137,7 @@ class SketchState:
         if metadata["hash_version"] != str(HASH_VERSION):
             raise InputError(
                 f"{path}: hash_version: must be {HASH_VERSION}, got {metadata['hash_version']}; "
-                "remove it to sketch anew"
+                "remove it to sketch again"
             )
         identity = SketchIdentity(
             CountSketch(int(metadata["proj_dim"]), int(metadata["seed"])),

@@ -73,7 +73,10 @@ class MergeConfig:
     t: Setting = option(0.5, "slerp's place on the arc from the first model (0) to the second (1)")
     seed: int = option(0, "of the random choices of dare and della")
     models: tuple[ModelSettings, ...] = option(
-        (), "for each model in order: its own weight, density, gamma, epsilon"
+        (),
+        "for each model in order: its own weight, density, gamma, epsilon",
+        flag="--settings-per-model",
+        form="[{weight: NUMBER, ...}, ...]",
     )
     missing: Literal["error", "base", "drop"] = option(
         "error",

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.directories import begin_directory, finish_directory
 from merit_fast.manifests.io import (
     STAGE_FILE,
     StageManifest,
-    begin_directory,
     fingerprint,
-    finish_directory,
     stage_manifest,
     write_manifest,
-    write_text,
 )
 from merit_fast.merge.combine.weights import resolve_weights
 from merit_fast.merge.config import MergeConfig

@@ -1,4 +1,4 @@
-"""How options are declared, read and checked: dataclass fields with a help text, strict YAML, ``key=value`` overrides.
+"""Options: declared as dataclass fields with a help text, read from strict YAML and ``key=value``.
 
-Every stage declares its options with it; ``pipeline`` and ``cli`` read them.
+Every stage declares its options here; ``pipeline`` and ``cli`` read them.
 """

@@ -1,4 +1,5 @@
 """One configured run: the stages in order, each skipped when its output is up to date.
 
-A YAML file or flags come in; a directory with the output of every stage goes out. ``cli`` and ``merit_fast.run`` call it.
+Takes a YAML file or flags and leaves a directory with the output of every stage.
+``cli`` and ``merit_fast.run`` call it.
 """

@@ -1,4 +1,4 @@
-"""The run's YAML: one section per stage, each a frozen dataclass that lives beside the code that reads it."""
+"""The run's YAML: a section for each stage, declared as a frozen dataclass in its folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,9 +10,10 @@ import yaml
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.config import MergeConfig
-from merit_fast.options.fields import option, override, parse, require, to_plain
+from merit_fast.options.fields import option, require
+from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.options.yaml import read_yaml
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
@@ -40,14 +41,15 @@ class RunConfig:
 def read_run_config(
     file: Path | None, assignments: Sequence[str] = (), flags: dict[str, Any] | None = None
 ) -> RunConfig:
-    """Reads the YAML and lays the command line over it.
+    """Reads the YAML; the command line overrides its values.
 
     Args:
-        file: the YAML; None: all comes from the command line.
+        file: the YAML; None: all values come from the command line.
         assignments: ``section.key=value`` strings.
-        flags: top-level keys given as flags (model, mixture, output).
+        flags: values of top-level keys (model, mixture, output).
 
-    Relative paths of the model and the mixture are looked for beside the YAML first, then in the current directory.
+    Relative paths of the model and the mixture are tried first from the YAML's folder, then from
+    the current directory.
 
     Raises:
         InputError: the file is missing or no YAML, or a key or value breaks a rule.
@@ -65,26 +67,23 @@ def read_run_config(
 
 
 def write_run_config(config: RunConfig, path: Path) -> None:
-    """The resolved config, every default spelled out: running it again repeats the run."""
+    """Writes the resolved config with every default, so that running it repeats the run."""
     write_text(path, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    def beside(path: Any) -> Any:
+    def resolve(path: Any) -> Any:
         return str(folder / path) if isinstance(path, str) and (folder / path).exists() else path
 
     if "model" in values:
-        values["model"] = beside(values["model"])
+        values["model"] = resolve(values["model"])
     mixture = values.get("mixture")
     for entry in mixture if isinstance(mixture, list) else []:
         if isinstance(entry, dict):
             for key in ("path", "eval_path"):
                 if entry.get(key):
-                    entry[key] = beside(entry[key])
-    template = (
-        (values.get("data") or {}).get("chat_template")
-        if isinstance(values.get("data"), dict)
-        else None
-    )
+                    entry[key] = resolve(entry[key])
+    data = values.get("data")
+    template = data.get("chat_template") if isinstance(data, dict) else None
     if template and template != "plain":
-        values["data"]["chat_template"] = beside(template)
+        values["data"]["chat_template"] = resolve(template)

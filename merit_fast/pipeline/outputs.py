@@ -1,7 +1,7 @@
-"""Where every output of a run lies, and the fingerprint that says whether it is up to date.
+"""Paths of a run's outputs, and the fingerprints that show whether they are current.
 
-A stage's fingerprint covers its options and its inputs' fingerprints, so that "up to date" is decided from the config
-and the files alone, before anything heavy is imported.
+A stage's fingerprint covers its options and its inputs' fingerprints. So the config and the files
+decide which stages have work to do, before anything heavy is imported.
 """
 
 import functools
@@ -10,60 +10,95 @@ from pathlib import Path
 
 from merit_fast.data import mixture_fingerprint
 from merit_fast.errors import MeritFastError
-from merit_fast.manifests.io import StageManifest, is_complete, read_manifest, stage_manifest
+from merit_fast.manifests.directories import is_complete
+from merit_fast.manifests.io import StageManifest, read_manifest, stage_manifest
 from merit_fast.manifests.schemas import SplitManifest
+from merit_fast.manifests.stages import (
+    AUDIT,
+    EVALUATE,
+    MERGE,
+    REPORT,
+    SKETCH,
+    SPLIT,
+    STAGES,
+    TRAIN,
+    Stage,
+)
 from merit_fast.merge import same_bytes
 from merit_fast.model import model_fingerprint, resolve_model, settle_dtype
-from merit_fast.pipeline import arms
-from merit_fast.pipeline.arms import Branch
+from merit_fast.pipeline.arms import Branch, merged_arms, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig
+from merit_fast.pipeline.reporting import audit_options, report_options
 from merit_fast.train.config import TrainConfig
+
+_RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
 
 
 class Outputs:
-    """The outputs of one configured run. ``command`` names, with {stage}, what makes the output of a stage."""
+    """The outputs of one configured run.
+
+    ``command`` with {stage} is the command line that error messages name.
+    """
 
     def __init__(self, config: RunConfig, command: str) -> None:
-        self.config, self.command = _settled(config), command
+        self.config = _settle_dtypes(config)
+        self.command = command
         self.root = Path(config.output)
         self.base = resolve_model(config.model)
 
-    def require(self, path: Path, stage: StageManifest) -> None:
-        """Raises MeritFastError if ``path`` does not hold the output that ``stage`` describes."""
-        if not is_complete(path, stage.fingerprint):
-            state = "was made from another config or input" if path.exists() else "is not there"
-            raise MeritFastError(
-                f"{path}: {state}; run first: {self.command.format(stage=stage.stage)}"
-            )
+    def folder(self, stage: Stage) -> Path:
+        """The folder of a stage's output."""
+        return self.root / stage.folder
 
-    # ---- who trains on what, from where
+    def file(self, stage: Stage) -> Path:
+        """The main file of a stage that has one."""
+        return self.folder(stage) / stage.file
+
+    def require(self, path: Path, manifest: StageManifest) -> None:
+        """Checks that ``path`` holds the output of exactly this stage, config and inputs.
+
+        Raises:
+            MeritFastError: it does not; names the command that makes it.
+        """
+        if not is_complete(path, manifest.fingerprint):
+            state = "was made from another config or input" if path.exists() else "is not there"
+            command = self.command.format(stage=_RUN_BY[manifest.stage])
+            raise MeritFastError(f"{path}: {state}; run first: {command}")
+
+    # ---- the branches and their starts
     @functools.cached_property
     def split_manifest(self) -> SplitManifest:
-        self.require(self.root / "split", self.split)
-        return read_manifest(SplitManifest, self.root / "split" / "split.json")
+        self.require(self.folder(SPLIT), self.split)
+        return read_manifest(SplitManifest, self.file(SPLIT))
 
     @functools.cached_property
     def branches(self) -> dict[str, Branch]:
-        return arms.branches(self.config, self.split_manifest)
+        return plan_branches(self.config, self.split_manifest)
 
     def branches_of(self, arm: str) -> list[str]:
         return [name for name, branch in self.branches.items() if branch.arm == arm]
 
     def branch_path(self, name: str) -> Path:
-        return self.root / "branches" / name
+        return self.folder(TRAIN) / name
 
     def branch_paths(self, arm: str) -> list[Path]:
         return [self.branch_path(name) for name in self.branches_of(arm)]
 
+    def merge_path(self, arm: str) -> Path:
+        return self.folder(MERGE) / arm
+
     @property
     def start(self) -> Path:
-        """Where the gradients are sketched and the branches start: the base, or what the warm-up left."""
+        """The model whose gradients are sketched and from which the branches start.
+
+        It is the base, or the result of the warm-up.
+        """
         return self.branch_path("warmup") if self.config.split.warmup else self.base
 
     @property
     def start_fingerprint(self) -> str:
         if self.config.split.warmup:
-            return self.branch(arms.warmup_branch(self.config)).fingerprint
+            return self.branch(warmup_branch(self.config)).fingerprint
         return self.base_fingerprint
 
     def start_of(self, branch: Branch) -> tuple[Path, str]:
@@ -72,81 +107,88 @@ class Outputs:
             return self.base, self.base_fingerprint
         return self.start, self.start_fingerprint
 
-    # ---- what every stage depends on
+    # ---- fingerprints of the inputs
     @functools.cached_property
     def base_fingerprint(self) -> str:
         return model_fingerprint(self.base)
 
     @functools.cached_property
     def train_fingerprint(self) -> str:
-        return mixture_fingerprint(
-            self.config.mixture, self.config.data, str(self.base), part="train"
-        )
+        config = self.config
+        return mixture_fingerprint(config.mixture, config.data, str(self.base), part="train")
 
     @functools.cached_property
     def held_out_fingerprint(self) -> str:
-        return mixture_fingerprint(
-            self.config.mixture, self.config.data, str(self.base), part="eval"
-        )
+        config = self.config
+        return mixture_fingerprint(config.mixture, config.data, str(self.base), part="eval")
 
+    # ---- manifests of the stages
     @property
     def sketch(self) -> StageManifest:
-        inputs = {"base": self.start_fingerprint, "mixture": self.train_fingerprint}
-        return stage_manifest("sketch", self.config.split.sketch_config(), inputs)
+        inputs = {"start": self.start_fingerprint, "mixture": self.train_fingerprint}
+        return stage_manifest(SKETCH.name, self.config.split.sketch_config(), inputs)
 
     @property
     def split(self) -> StageManifest:
-        return stage_manifest("split", self.config.split, {"sketch": self.sketch.fingerprint})
+        inputs = {"sketch": self.sketch.fingerprint}
+        return stage_manifest(SPLIT.name, self.config.split, inputs)
 
     def branch(self, branch: Branch) -> StageManifest:
-        inputs = {"base": self.start_of(branch)[1], "mixture": self.train_fingerprint}
-        return stage_manifest("train", self.train_config, inputs | branch.identity(self.config))
+        _, start = self.start_of(branch)
+        inputs = {"start": start, "mixture": self.train_fingerprint}
+        return stage_manifest(TRAIN.name, self.train_config, inputs | branch.identity(self.config))
 
     def merge(self, arm: str) -> StageManifest:
+        config = self.config.merge
         inputs = {
             name: self.branch(self.branches[name]).fingerprint for name in self.branches_of(arm)
         }
-        if self.config.merge.needs_base or self.config.merge.stats:
-            inputs["base"] = self.start_fingerprint
-        if self.config.merge.is_tuned:
+        if config.needs_base or config.stats:
+            inputs["start"] = self.start_fingerprint
+        if config.is_tuned:
             inputs["held-out"] = self.held_out_fingerprint
             inputs["rows per pass"] = str(self.config.evaluate.batch_size)
-        return stage_manifest("merge", same_bytes(self.config.merge), inputs)
+        return stage_manifest(MERGE.name, same_bytes(config), inputs)
 
     @property
     def evaluate(self) -> StageManifest:
-        inputs = {arm: self.merge(arm).fingerprint for arm in arms.merged_arms(self.config)}
+        inputs = self._merges
         inputs |= {name: self.branch(branch).fingerprint for name, branch in self.branches.items()}
-        return stage_manifest(
-            "evaluate", self.config.evaluate.without_audit(), inputs | self._reporting_rows
-        )
+        config = self.config.evaluate.without_audit()
+        return stage_manifest(EVALUATE.name, config, inputs | self._reporting_rows)
 
     @property
     def audit(self) -> StageManifest:
-        inputs = {arm: self.merge(arm).fingerprint for arm in arms.merged_arms(self.config)}
-        return stage_manifest("evaluate", self.config.evaluate, inputs | self._reporting_rows)
-
-    @property
-    def _reporting_rows(self) -> dict[str, str]:
-        """A merge that is tuned takes half of the held-out rows from what reports."""
-        half = {"rows": "the half that reports"} if self.config.merge.is_tuned else {}
-        return {"held-out": self.held_out_fingerprint} | half
+        inputs = self._merges | {"start": self.start_fingerprint} | self._reporting_rows
+        return stage_manifest(AUDIT.name, audit_options(self.config), inputs)
 
     @property
     def report(self) -> StageManifest:
         inputs = {"split": self.split.fingerprint, "evaluate": self.evaluate.fingerprint}
         if self.config.evaluate.audit:
             inputs["audit"] = self.audit.fingerprint
-        return stage_manifest("report", self.config.data, inputs)
+        return stage_manifest(REPORT.name, report_options(self.config), inputs)
+
+    @property
+    def _merges(self) -> dict[str, str]:
+        return {arm: self.merge(arm).fingerprint for arm in merged_arms(self.config)}
+
+    @property
+    def _reporting_rows(self) -> dict[str, str]:
+        """The held-out rows that report: a tuned merge leaves half of them."""
+        half = {"rows": "the half that reports"} if self.config.merge.is_tuned else {}
+        return {"held-out": self.held_out_fingerprint} | half
 
     @property
     def train_config(self) -> TrainConfig:
-        return replace(self.config.train, arms=())  # which other arms run does not change a branch
+        return replace(self.config.train, arms=())  # the list of arms does not change a branch
 
 
-def _settled(config: RunConfig) -> RunConfig:
-    """Every dtype "auto" as what it means on this machine, so that outputs say what made them."""
-    stages = {name: getattr(config, name) for name in ("split", "train", "evaluate")}
+def _settle_dtypes(config: RunConfig) -> RunConfig:
+    """Replaces every dtype "auto" by this machine's choice, so that outputs name the dtype used."""
     return replace(
-        config, **{name: replace(s, dtype=settle_dtype(s.dtype)) for name, s in stages.items()}
-    )  # type: ignore[arg-type]
+        config,
+        split=replace(config.split, dtype=settle_dtype(config.split.dtype)),
+        train=replace(config.train, dtype=settle_dtype(config.train.dtype)),
+        evaluate=replace(config.evaluate, dtype=settle_dtype(config.evaluate.dtype)),
+    )

@@ -1,22 +1,13 @@
-"""The report stage: one self-contained HTML page from split.json and evaluate.json.
+"""Writes a run's report: one self-contained HTML page, and the same tables for a terminal.
 
-The tables are pure Python, so that the terminal can show them too; plotly and jinja2 are imported by ``write_report``.
+split.json, evaluate.json, audit.json and tune.json come in; report.html goes out. The pipeline and
+the command line call it. Tables and sentences are pure Python; plotly and jinja2 are imported only
+by ``write_report``.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-from merit_fast.errors import InputError
-from merit_fast.manifests.io import read_manifest, write_text
-from merit_fast.manifests.schemas import (
-    TUNE_FILE,
-    AuditManifest,
-    EvaluateManifest,
-    SplitManifest,
-    TuneManifest,
-)
+from merit_fast.report.stage import print_summary, read_tuned, write_report
 from merit_fast.report.summary import audit_sentence, split_lines, verdict
-from merit_fast.report.tables import gain_rows, results_rows, tuning_rows
+from merit_fast.report.tables import gain_rows, results_rows
 
 __all__ = [
     "audit_sentence",
@@ -28,76 +19,3 @@ __all__ = [
     "verdict",
     "write_report",
 ]
-
-
-def write_report(
-    split: SplitManifest,
-    evaluation: EvaluateManifest | None,
-    path: Path,
-    *,
-    title: str,
-    notes: Sequence[str] = (),
-    audit: AuditManifest | None = None,
-    tuned: Mapping[str, TuneManifest] | None = None,
-) -> None:
-    """Writes the page, atomically. The same arguments give the same bytes; the page loads nothing from anywhere.
-
-    Args:
-        split: what was split, and why so.
-        evaluation: None for a run that stopped after the split.
-        path: the HTML file to write.
-        title: heading of the page, plain text.
-        audit: None if the merges were not audited.
-        tuned: of the merged arms of which held-out rows chose a number.
-        notes: lines for "How this was made" (seeds, commands, versions), plain text.
-
-    Raises:
-        InputError: a field of ``split`` has the wrong length, or the file cannot be written.
-    """
-    from merit_fast.report.page import render
-
-    page = render(split, evaluation, title, notes, audit, tuned or {})
-    try:
-        write_text(path, page)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def read_tuned(output: Path, evaluation: EvaluateManifest) -> dict[str, TuneManifest]:
-    """What held-out rows chose, of every merged arm of a run where they did."""
-    files = {arm: output / "merged" / arm / TUNE_FILE for arm in evaluation.merging_gain}
-    return {arm: read_manifest(TuneManifest, file) for arm, file in files.items() if file.exists()}
-
-
-def print_summary(output: Path) -> None:
-    """Prints a finished run's results table, merging gains and the path of its report."""
-    from rich.console import Console
-    from rich.table import Table
-
-    evaluation = read_manifest(EvaluateManifest, output / "evaluate" / "evaluate.json")
-    split = read_manifest(SplitManifest, output / "split" / "split.json")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log file has no width of its own
-    tuned = read_tuned(output, evaluation)
-    tables = [
-        results_rows(evaluation),
-        gain_rows(evaluation),
-        *([tuning_rows(tuned)] if tuned else []),
-    ]
-    for columns, rows in tables:
-        table = Table(box=None, pad_edge=False)
-        table.add_column(columns[0], no_wrap=True)
-        for column in columns[1:]:
-            table.add_column(column, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-    console.print(" ".join(verdict(split)), soft_wrap=True, markup=False, highlight=False)
-    console.print(
-        f"report: {output / 'report' / 'report.html'}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )

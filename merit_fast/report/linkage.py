@@ -1,4 +1,4 @@
-"""Average linkage (UPGMA; Sokal and Michener 1958), so that a dendrogram can be drawn without SciPy."""
+"""Average linkage (UPGMA; Sokal and Michener 1958): the tree of a dendrogram, without SciPy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Merge:
-    """Two clusters made one. Clusters 0..N-1 are the leaves; the i-th merge makes cluster N + i."""
+class Join:
+    """Two clusters joined into one. Clusters 0..N-1 are the leaves; join i makes cluster N + i."""
 
     first: int
     second: int
@@ -16,35 +16,37 @@ class Merge:
     size: int
 
 
-def average_linkage(distance: Sequence[Sequence[float]]) -> tuple[Merge, ...]:
-    """N leaves to N - 1 merges, the nearest clusters first, heights never falling.
+def average_linkage(distance: Sequence[Sequence[float]]) -> tuple[Join, ...]:
+    """Joins N leaves in N - 1 steps, the nearest clusters first; heights never fall.
 
         d(a + b, c) = (|a| d(a, c) + |b| d(b, c)) / (|a| + |b|)
 
-    Of equally near pairs the one whose clusters began with the lower leaves goes first.
+    Among equally near pairs, the pair whose clusters began with the lower leaves is joined first.
 
     Args:
-        distance: [N, N] symmetric; the diagonal is not looked at.
+        distance: [N, N] symmetric; the diagonal is ignored.
     """
     apart = np.array(distance, np.float64).reshape(len(distance), len(distance))
     np.fill_diagonal(apart, np.inf)
-    cluster, size = list(range(len(apart))), np.ones(len(apart))
-    merges: list[Merge] = []
+    cluster = list(range(len(apart)))
+    size = np.ones(len(apart))
+    joins: list[Join] = []
     for _ in range(len(apart) - 1):
         a, b = sorted(divmod(int(apart.argmin()), len(apart)))
         height = float(apart[a, b])
         joined = (size[a] * apart[a] + size[b] * apart[b]) / (size[a] + size[b])
-        apart[a], apart[:, a] = joined, joined
-        apart[a, a], apart[b], apart[:, b] = np.inf, np.inf, np.inf  # b is gone: a stands for both
+        apart[a] = apart[:, a] = joined
+        apart[a, a] = np.inf
+        apart[b] = apart[:, b] = np.inf  # row b is retired: a stands for both
         size[a] += size[b]
-        merges.append(Merge(cluster[a], cluster[b], height, int(size[a])))
-        cluster[a] = len(apart) + len(merges) - 1
-    return tuple(merges)
+        joins.append(Join(cluster[a], cluster[b], height, int(size[a])))
+        cluster[a] = len(apart) + len(joins) - 1
+    return tuple(joins)
 
 
-def leaf_order(merges: Sequence[Merge]) -> list[int]:
-    """The leaves so that no two branches of the tree cross."""
-    number = len(merges) + 1
+def leaf_order(joins: Sequence[Join]) -> list[int]:
+    """The leaves in an order in which no two branches of the tree cross."""
+    number = len(joins) + 1
     order: list[int] = []
     waiting = [2 * number - 2]
     while waiting:
@@ -52,6 +54,6 @@ def leaf_order(merges: Sequence[Merge]) -> list[int]:
         if node < number:
             order.append(node)
         else:
-            merge = merges[node - number]
-            waiting += [merge.second, merge.first]
+            join = joins[node - number]
+            waiting += [join.second, join.first]
     return order

@@ -1,4 +1,4 @@
-"""Puts tables, sentences and figures into the template. No clock, no random ids: same input, same bytes."""
+"""Fills the template with tables, sentences and figures. The same input gives the same bytes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from merit_fast.manifests.schemas import (
     SplitManifest,
     TuneManifest,
 )
-from merit_fast.report import figures, parts, split_figures, split_tables, tables
+from merit_fast.report import figures, split_figures, split_tables, style, tables
 from merit_fast.report.split_tables import group_name
 from merit_fast.report.summary import method_sentence, verdict
 
 TEMPLATE = "page.html.j2"
 
 
-def render(
+def render_page(
     split: SplitManifest,
     evaluation: EvaluateManifest | None,
     title: str,
@@ -30,7 +30,7 @@ def render(
     audit: AuditManifest | None = None,
     tuned: Mapping[str, TuneManifest] | None = None,
 ) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Raises:
         InputError: a field of ``split`` has the wrong length.
@@ -53,9 +53,9 @@ def render(
         summary=_summary(split, evaluation),
         verdict=verdict(split),
         groups=split_tables.group_rows(split, steps),
-        group_colors=[parts.group_color(group) for group in range(split.groups)],
+        group_colors=[style.group_color(group) for group in range(split.groups)],
         members=[
-            (group_name(g), parts.group_color(g), names)
+            (group_name(g), style.group_color(g), names)
             for g, names in split_tables.group_members(split).items()
         ],
         separations=split_tables.separation_rows(split),
@@ -64,17 +64,17 @@ def render(
         evaluation=None if evaluation is None else _evaluation(split, evaluation),
         audit=None if audit is None else tables.audit_rows(audit),
         tuned=tables.tuning_rows(tuned) if tuned else None,
-        choosing_rows=max((one.num_examples for one in (tuned or {}).values()), default=0),
+        choosing_rows=max((arm.num_examples for arm in (tuned or {}).values()), default=0),
         specs={name: _json(figure) for name, figure in drawn.items()},
-        conflict_width=drawn["conflicts"].layout.height
-        + 200,  # a square, its row labels and its colour bar
-        themes=_json(parts.THEMES),
+        # a square, its row labels and its colour bar
+        conflict_width=drawn["conflicts"].layout.height + 200,
+        themes=_json(style.THEMES),
         plotly_js=Markup(get_plotlyjs()),
     )
 
 
 def _figures(split: SplitManifest, steps: list[int] | None) -> dict[str, Any]:
-    """By name, in the page's order; the separations only where some were measured."""
+    """The figures by name in the page's order; separations only if some were measured."""
     drawn = {
         "conflicts": figures.conflict_map(split),
         "axes": figures.axes_map(split),
@@ -87,7 +87,7 @@ def _figures(split: SplitManifest, steps: list[int] | None) -> dict[str, Any]:
 
 
 def _branch_steps(split: SplitManifest, evaluation: EvaluateManifest | None) -> list[int] | None:
-    """[K] optimizer steps that each group's branch took; None before all are trained."""
+    """Optimizer steps [K] of each group's branch; None before all are trained."""
     branches = {} if evaluation is None else evaluation.branches
     steps = [
         branches[name].steps for k in range(split.groups) if (name := f"merit-{k}") in branches
@@ -111,17 +111,19 @@ def _summary(split: SplitManifest, evaluation: EvaluateManifest | None) -> str:
     text = f"{method_sentence(split)}; {examples:,} examples, {tokens:,} target tokens"
     if evaluation is None:
         return f"{text}; nothing was evaluated."
-    models = len(evaluation.arms)
-    return f"{text}; {models} {'model was' if models == 1 else 'models were'} evaluated on held-out rows."
+    count = len(evaluation.arms)
+    models = "1 model was" if count == 1 else f"{count} models were"
+    return f"{text}; {models} evaluated on held-out rows."
 
 
 def _json(data: Any) -> Markup:
-    """JSON for a script element; this engine writes <, > and / as escapes, so that no name can close it."""
+    """JSON for a script element; plotly escapes <, > and /, so that no name can close it."""
     return Markup(to_json_plotly(data, engine="json"))
 
 
 def _check_lengths(split: SplitManifest) -> None:
-    number, axes = len(split.datasets), len(split.explained_variance)
+    number = len(split.datasets)
+    axes = len(split.explained_variance)
     for key, rows, width in (
         ("similarity", split.similarity, number),
         ("similarity_errors", split.similarity_errors, number),
@@ -131,7 +133,8 @@ def _check_lengths(split: SplitManifest) -> None:
         widths = {len(row) for row in rows}
         if len(rows) != number or widths != {width}:
             raise InputError(
-                f"split.json: {key}: must be [{number}, {width}], got {len(rows)} rows of {sorted(widths)}"
+                f"split.json: {key}: must be [{number}, {width}], "
+                f"got {len(rows)} rows of {sorted(widths)}"
             )
     if len(split.random_groups) != number:
         raise InputError(

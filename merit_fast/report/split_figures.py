@@ -1,4 +1,4 @@
-"""The figures that say how far a split can be trusted: dendrogram, eta squared, balance, signal and stability."""
+"""The figures that show how reliable a split is: tree, eta squared, balance, signal, stability."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from merit_fast.manifests.schemas import SplitManifest
-from merit_fast.report.linkage import Merge, average_linkage, leaf_order
-from merit_fast.report.parts import (
+from merit_fast.report.linkage import Join, average_linkage, leaf_order
+from merit_fast.report.split_tables import group_totals
+from merit_fast.report.style import (
     GROUP_COLORS,
     LEGEND,
     NEUTRAL,
@@ -18,27 +19,28 @@ from merit_fast.report.parts import (
     label,
     ordered,
 )
-from merit_fast.report.split_tables import group_totals
 
 
 def dendrogram(split: SplitManifest) -> go.Figure:
-    """Average linkage of the datasets on 1 - cosine, at least 0; a cosine that is not resolved counts as 0."""
+    """Average linkage of the datasets on max(0, 1 - cosine); an unresolved cosine counts as 0."""
     distance = [[max(0.0, 1.0 - (cosine or 0.0)) for cosine in row] for row in split.similarity]
-    merges = average_linkage(distance)
-    order = leaf_order(merges)
-    x, y, joints = _tree(merges, order)
+    joins = average_linkage(distance)
+    order = leaf_order(joins)
+    x, y, joints = _tree(joins, order)
     hover, template = dataset_hover(split)
     figure = go.Figure()
     figure.add_scatter(
         x=x, y=y, mode="lines", line={"width": 1.5, "color": NEUTRAL}, hoverinfo="skip"
     )
     figure.add_scatter(
-        x=[merge.height for merge in merges],
+        x=[join.height for join in joins],
         y=joints,
-        customdata=[[merge.size] for merge in merges],
+        customdata=[[join.size] for join in joins],
         mode="markers",
         marker={"size": 6, "color": NEUTRAL},
-        hovertemplate="%{customdata[0]} datasets<br>mean distance of the two sides %{x:.3f}<extra></extra>",
+        hovertemplate=(
+            "%{customdata[0]} datasets<br>mean distance of the two sides %{x:.3f}<extra></extra>"
+        ),
     )
     figure.add_scatter(
         x=[0.0] * len(order),
@@ -59,37 +61,46 @@ def dendrogram(split: SplitManifest) -> go.Figure:
 
 
 def separation_map(split: SplitManifest) -> go.Figure | None:
-    """Eta squared against K with its null, mean and two standard deviations; None if no K was measured."""
-    found = split.separations
-    if not found:
+    """Eta squared against K, with mean and two standard deviations of its null.
+
+    Returns None if no K was measured.
+    """
+    rows = split.separations
+    if not rows:
         return None
-    tried = [str(one.groups) for one in found]
-    null = [[one.null_mean, one.null_std] for one in found]
+    tried = [str(row.groups) for row in rows]
     figure = go.Figure()
     figure.add_scatter(
         name="random groups, ± 2 standard deviations",
         x=tried,
-        y=[one.null_mean for one in found],
+        y=[row.null_mean for row in rows],
         error_y={
             "type": "data",
-            "array": [None if one.null_std is None else 2 * one.null_std for one in found],
+            "array": [None if row.null_std is None else 2 * row.null_std for row in rows],
         },
-        customdata=null,
-        hovertemplate="%{x} random groups<br>η² %{y:.4f}, standard deviation %{customdata[1]:.4f}<extra></extra>",
+        customdata=[[row.null_mean, row.null_std] for row in rows],
+        hovertemplate=(
+            "%{x} random groups<br>η² %{y:.4f}, "
+            "standard deviation %{customdata[1]:.4f}<extra></extra>"
+        ),
         mode="lines+markers",
         line={"color": NEUTRAL, "dash": "dot"},
         marker={"symbol": "square", "size": 8},
     )
     measures = (
-        ("cross-validated", [one.cross_validated for one in found], GROUP_COLORS[0], "circle"),
-        ("debiased", [one.eta_squared for one in found], GROUP_COLORS[1], "diamond"),
+        ("cross-validated", [row.cross_validated for row in rows], GROUP_COLORS[0], "circle"),
+        ("debiased", [row.eta_squared for row in rows], GROUP_COLORS[1], "diamond"),
     )
     for name, values, color, symbol in measures:
         figure.add_scatter(
-            name=f"the split, {name}", x=tried, y=values, mode="lines+markers", line={"color": color},
+            name=f"the split, {name}",
+            x=tried,
+            y=values,
+            mode="lines+markers",
+            line={"color": color},
             marker={"symbol": symbol, "size": 10},
             hovertemplate=f"%{{x}} groups<br>η² {name} %{{y:.4f}}<extra></extra>",
-        )  # fmt: skip
+        )
     if str(split.groups) in tried:
         figure.add_vline(x=tried.index(str(split.groups)), line={"dash": "dash"}, layer="below")
     _plain_layout(figure, 380)
@@ -101,23 +112,20 @@ def separation_map(split: SplitManifest) -> go.Figure | None:
 
 
 def balance_map(split: SplitManifest, steps: Sequence[int] | None = None) -> go.Figure:
-    """Bars per group: its share of the target tokens, of the examples and, where known, of the optimizer steps."""
+    """Bars per group: its share of the target tokens, the examples and, if known, the steps."""
     names = [str(group) for group in range(split.groups)]
-    tokens, examples = (
-        [total[1] for total in group_totals(split)],
-        [total[0] for total in group_totals(split)],
-    )
+    totals = group_totals(split)
     measures: list[tuple[str, Sequence[float], str]] = [
-        ("target tokens", tokens, ""),
-        ("examples", examples, "/"),
+        ("target tokens", [tokens for _, tokens in totals], ""),
+        ("examples", [examples for examples, _ in totals], "/"),
     ]
     if steps:
         measures.append(("optimizer steps", steps, "x"))
     figure = go.Figure()
-    for what, amounts, pattern in measures:
+    for unit, amounts, pattern in measures:
         total = sum(amounts) or 1
         figure.add_bar(
-            name=what,
+            name=unit,
             x=names,
             y=[100 * amount / total for amount in amounts],
             customdata=[[round(amount)] for amount in amounts],
@@ -125,7 +133,9 @@ def balance_map(split: SplitManifest, steps: Sequence[int] | None = None) -> go.
                 "color": [group_color(group) for group in range(split.groups)],
                 "pattern": {"shape": pattern},
             },
-            hovertemplate=f"group %{{x}}<br>%{{customdata[0]:,}} {what}<br>%{{y:.2f}} %<extra></extra>",
+            hovertemplate=(
+                f"group %{{x}}<br>%{{customdata[0]:,}} {unit}<br>%{{y:.2f}} %<extra></extra>"
+            ),
         )
     figure.add_hline(y=100 / split.groups, line={"dash": "dash"})
     _plain_layout(figure, 340)
@@ -136,7 +146,7 @@ def balance_map(split: SplitManifest, steps: Sequence[int] | None = None) -> go.
 
 
 def dataset_map(split: SplitManifest) -> go.Figure:
-    """One line per dataset: signal fraction with its standard error, stability and margin. In ``ordered``."""
+    """One line per dataset, in the order of ``ordered``: signal with error, stability, margin."""
     order = ordered(split)
     hover, template = dataset_hover(split)
     rows = [split.datasets[i] for i in order]
@@ -146,8 +156,8 @@ def dataset_map(split: SplitManifest) -> go.Figure:
         ("margin", [row.margin for row in rows], None),
     ]
     figure = go.Figure()
-    for place, (title, values, errors) in enumerate(panels):
-        axis = "x" if place == 0 else f"x{place + 1}"
+    for column, (title, values, errors) in enumerate(panels):
+        axis = "x" if column == 0 else f"x{column + 1}"
         figure.add_scatter(
             x=values,
             y=list(range(len(order))),
@@ -166,7 +176,7 @@ def dataset_map(split: SplitManifest) -> go.Figure:
                     "side": "top",
                     "anchor": "y",
                     "title": {"text": title, "standoff": 4},
-                    "domain": [0.35 * place, 0.35 * place + 0.3],
+                    "domain": [0.35 * column, 0.35 * column + 0.3],
                     "nticks": 4,
                     "tickangle": 0,
                 }
@@ -178,22 +188,23 @@ def dataset_map(split: SplitManifest) -> go.Figure:
 
 
 def _tree(
-    merges: Sequence[Merge], order: Sequence[int]
+    joins: Sequence[Join], order: Sequence[int]
 ) -> tuple[list[float | None], list[float | None], list[float]]:
-    """The lines of a dendrogram, x along the distance, and where each merge stands between its two branches."""
+    """The lines of a dendrogram (x along the distance, y along the rows) and the y of each join."""
     number = len(order)
-    place = [0.0] * (number + len(merges))
+    row_of = [0.0] * (number + len(joins))
     for row, leaf in enumerate(order):
-        place[leaf] = float(row)
-    height = [0.0] * number + [merge.height for merge in merges]
+        row_of[leaf] = float(row)
+    height = [0.0] * number + [join.height for join in joins]
     x: list[float | None] = []
     y: list[float | None] = []
-    for step, merge in enumerate(merges):
-        a, b = merge.first, merge.second
-        place[number + step] = (place[a] + place[b]) / 2
-        x += [height[a], merge.height, merge.height, height[b], None]
-        y += [place[a], place[a], place[b], place[b], None]
-    return x, y, place[number:]
+    for step, join in enumerate(joins):
+        a = join.first
+        b = join.second
+        row_of[number + step] = (row_of[a] + row_of[b]) / 2
+        x += [height[a], join.height, join.height, height[b], None]
+        y += [row_of[a], row_of[a], row_of[b], row_of[b], None]
+    return x, y, row_of[number:]
 
 
 def _marks(split: SplitManifest, order: Sequence[int]) -> dict[str, Any]:
@@ -206,7 +217,7 @@ def _marks(split: SplitManifest, order: Sequence[int]) -> dict[str, Any]:
 
 
 def _name_rows(figure: go.Figure, split: SplitManifest, order: Sequence[int]) -> None:
-    """A line of text per dataset, from the top down: any number stays readable, the figure grows."""
+    """Labels one line per dataset from the top down; the figure grows with their number."""
     figure.update_layout(
         template="none", height=110 + ROW * len(order), margin={"l": 10, "r": 20, "t": 90, "b": 10}
     )

@@ -1,4 +1,4 @@
-"""The tables of a split, and the datasets worth a word: those near a border, those whose gradients are mostly noise."""
+"""The tables of a split, and its datasets near a border or with mostly noise in their gradients."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -6,7 +6,7 @@ from statistics import median
 from merit_fast.manifests.schemas import SplitDataset, SplitManifest
 from merit_fast.report.tables import ABSENT, Table, percent
 
-_SMALL = 0.1  # of the median margin
+_SMALL = 0.1  # share of the median margin
 
 
 def group_name(group: int) -> str:
@@ -14,7 +14,10 @@ def group_name(group: int) -> str:
 
 
 def group_members(split: SplitManifest) -> Mapping[int, tuple[str, ...]]:
-    """group -> its datasets in the manifest's order, every group 0..K-1 present; -1 last, if any are dealt to all."""
+    """group -> its datasets in the manifest's order.
+
+    Every group 0..K-1 is present; -1 comes last if datasets are shared by all groups.
+    """
     groups = [*range(split.groups), *([-1] if any(row.group < 0 for row in split.datasets) else [])]
     return {
         group: tuple(row.name for row in split.datasets if row.group == group) for group in groups
@@ -22,36 +25,44 @@ def group_members(split: SplitManifest) -> Mapping[int, tuple[str, ...]]:
 
 
 def group_totals(split: SplitManifest) -> list[tuple[float, float]]:
-    """[K] (examples, target tokens) that each group trains on, with its equal share of what is dealt to all."""
+    """(examples, target tokens) [K] that each group trains on.
+
+    A dataset of all groups counts with an equal share in each.
+    """
     totals = []
     for group in range(split.groups):
-        shares = [(row, 1.0 if row.group == group else 1 / split.groups) for row in split.datasets
-                  if row.group in (group, -1)]  # fmt: skip
-        totals.append(
-            (
-                sum(row.num_examples * part for row, part in shares),
-                sum(row.num_target_tokens * part for row, part in shares),
-            )
-        )
+        examples = 0.0
+        tokens = 0.0
+        for row in split.datasets:
+            if row.group in (group, -1):
+                share = 1.0 if row.group == group else 1 / split.groups
+                examples += row.num_examples * share
+                tokens += row.num_target_tokens * share
+        totals.append((examples, tokens))
     return totals
 
 
 def group_rows(split: SplitManifest, steps: Sequence[int] | None = None) -> Table:
-    """One row per group; the share is of the mixture's target tokens, cosines are means over pairs that are known.
+    """One row per group, with its share of the target tokens and mean cosines of resolved pairs.
 
-    steps: [K] optimizer steps of each group's branch, where they are known.
+    Args:
+        split: the split.
+        steps: optimizer steps [K] of each group's branch, if they are known.
     """
     total = sum(row.num_target_tokens for row in split.datasets)
     spread = sum(row.group < 0 for row in split.datasets)
-    columns = ("group", "datasets", "examples", "target tokens", "share", *(["steps"] if steps else []),
-               "cosine within", "cosine to others")  # fmt: skip
+    columns = (
+        *("group", "datasets", "examples", "target tokens", "share"),
+        *(["steps"] if steps else []),
+        *("cosine within", "cosine to others"),
+    )
     rows = []
     for group, (examples, tokens) in enumerate(group_totals(split)):
-        own = str(sum(row.group == group for row in split.datasets))
+        count = str(sum(row.group == group for row in split.datasets))
         rows.append(
             (
                 group_name(group),
-                f"{own} + {spread} in part" if spread else own,
+                f"{count} + {spread} in part" if spread else count,
                 f"{examples:,.0f}",
                 f"{tokens:,.0f}",
                 percent(tokens / total) if total else ABSENT,
@@ -63,7 +74,7 @@ def group_rows(split: SplitManifest, steps: Sequence[int] | None = None) -> Tabl
 
 
 def separation_rows(split: SplitManifest) -> Table:
-    """One row per K tried: eta squared of its split, and what random balanced splits reach."""
+    """One row per K tried: eta squared of its split and of random balanced splits."""
     columns = (
         "groups",
         "η² debiased",
@@ -72,17 +83,17 @@ def separation_rows(split: SplitManifest) -> Table:
         "above random, sd",
     )
     rows = []
-    for found in split.separations:
+    for row in split.separations:
         chance = ABSENT
-        if found.null_mean is not None and found.null_std is not None:
-            chance = f"{found.null_mean:z.4f} ± {found.null_std:.4f}"
-        above = deviations_above(found.cross_validated, found.null_mean, found.null_std)
+        if row.null_mean is not None and row.null_std is not None:
+            chance = f"{row.null_mean:z.4f} ± {row.null_std:.4f}"
+        above = deviations_above(row.cross_validated, row.null_mean, row.null_std)
         rows.append(
             (
-                f"{found.groups}{' (chosen)' if found.groups == split.groups else ''}",
+                f"{row.groups}{' (chosen)' if row.groups == split.groups else ''}",
                 *(
                     ABSENT if value is None else f"{value:z.4f}"
-                    for value in (found.eta_squared, found.cross_validated)
+                    for value in (row.eta_squared, row.cross_validated)
                 ),
                 chance,
                 ABSENT if above is None else f"{above:+z.1f}",
@@ -94,7 +105,7 @@ def separation_rows(split: SplitManifest) -> Table:
 def deviations_above(
     value: float | None, mean: float | None, deviation: float | None
 ) -> float | None:
-    """By how many standard deviations ``value`` lies above ``mean``; None where one of them is not known."""
+    """Standard deviations by which ``value`` exceeds ``mean``; None if a number is unknown."""
     if value is None or mean is None or not deviation:
         return None
     return (value - mean) / deviation
@@ -145,7 +156,7 @@ def norm_text(row: SplitDataset) -> str:
 
 
 def signal_text(row: SplitDataset) -> str:
-    """What it would take to know a dataset's gradient; "" where it is known."""
+    """The examples that would resolve a dataset's gradient, as text; "" if it is resolved."""
     if not row.more_examples:
         return ""
     known = row.signal_error is not None and row.signal_fraction > row.signal_error
@@ -154,9 +165,10 @@ def signal_text(row: SplitDataset) -> str:
 
 
 def small_margins(split: SplitManifest) -> list[SplitDataset]:
-    """The datasets near a border, nearest first: a move to their best other group would cost little, or gain.
+    """The datasets near a border, nearest first: moving them to another group costs little.
 
-    Margins are compared per weight in the balance. Small is at most a tenth of their median, or 0.
+    Margins are compared per unit of weight in the balance. A margin is small if it is at most a
+    tenth of their median, or 0.
     """
     samples = split.balance == "samples"
     per_weight = {
@@ -175,7 +187,7 @@ def small_margins(split: SplitManifest) -> list[SplitDataset]:
 
 
 def known_pairs(split: SplitManifest) -> list[tuple[int, int, float]]:
-    """(i, j, cosine) of every pair i < j whose cosine is resolved."""
+    """(i, j, cosine) of every pair i < j with a resolved cosine."""
     number = range(len(split.datasets))
     pairs = ((i, j, split.similarity[i][j]) for i in number for j in number[i + 1 :])
     return [(i, j, cosine) for i, j, cosine in pairs if cosine is not None]
@@ -186,7 +198,7 @@ def signed(value: float | None) -> str:
 
 
 def _group_cosines(split: SplitManifest, group: int) -> tuple[float | None, float | None]:
-    """Mean cosine of the pairs inside a group, and of those with one dataset in it."""
+    """Mean cosine of the pairs inside a group, and of the pairs with one dataset in it."""
     inside = [row.group == group for row in split.datasets]
     pairs = known_pairs(split)
     within = [cosine for i, j, cosine in pairs if inside[i] and inside[j]]

@@ -1,4 +1,4 @@
-"""What the figures of split.json say, in plain sentences and as lines for a terminal."""
+"""Sums up split.json in sentences and as lines for a terminal."""
 
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -21,31 +21,33 @@ _LISTED = 10  # names in one line of the terminal
 
 
 def verdict(split: SplitManifest) -> tuple[str, ...]:
-    """Sentences: do datasets conflict, why so many groups, do they stand out of random ones, balance, noise."""
+    """Sentences on the conflict, the number of groups, their separation, balance and noise."""
     balance = (f"Balance: {split.note}.",) if split.note else ()
     return (_conflict(split), *_groups(split), *balance, _noise(split))
 
 
 def split_lines(split: SplitManifest, steps: Sequence[int] | None = None) -> tuple[str, ...]:
-    """The split for a terminal: tables of the groups and of the numbers of groups tried, then the verdict.
+    """The split for a terminal: tables of the groups and of the numbers tried, then the verdict.
 
-    steps: [K] optimizer steps of each group's branch, where they are known.
+    Args:
+        split: the split.
+        steps: optimizer steps [K] of each group's branch, if they are known.
     """
     lines = [f"{method_sentence(split)}:", *_aligned(group_rows(split, steps))]
     if split.separations:
         lines += ["", *_aligned(separation_rows(split))]
     lines.append("")
     if split.across_cosine is not None:
-        within, across = signed(split.within_cosine), signed(split.across_cosine)
+        within = signed(split.within_cosine)
+        across = signed(split.across_cosine)
         lines.append(f"mean cosine of pairs within groups {within}, across groups {across}")
     border = [
         f"{row.name} (margin {row.margin:z.2g}, stability {row.stability:.2f})"
         for row in small_margins(split)
     ]
     if border:
-        lines.append(
-            f"small margin, another group would do as well but for the balance: {_listed(border, ', ')}"
-        )
+        names = _listed(border, ", ")
+        lines.append(f"small margin, another group would do as well but for the balance: {names}")
     unknown = [f"{row.name}: {signal_text(row)}" for row in split.datasets if row.more_examples]
     if unknown:
         lines.append(_listed(unknown, "; "))
@@ -57,45 +59,49 @@ def split_lines(split: SplitManifest, steps: Sequence[int] | None = None) -> tup
 
 
 def method_sentence(split: SplitManifest) -> str:
-    """What was done, without a full stop."""
+    """The method and its result, without a full stop."""
     number = len(split.datasets)
-    what = f"{number} {'dataset' if number == 1 else 'datasets'}"
+    datasets = f"{number} {'dataset' if number == 1 else 'datasets'}"
     if split.groups == 1:
-        return f"{what} in one group"
+        return f"{datasets} in one group"
     balance = "" if split.balance == "none" else f", balanced by {split.balance}"
-    return f"{what} in {split.groups} groups by {split.method}{balance}"
+    return f"{datasets} in {split.groups} groups by {split.method}{balance}"
 
 
 def audit_sentence(audit: MergeAudit) -> str:
     """Whether the theory of the gain holds for a merge, without a full stop."""
-    found = (
-        f"gain {audit.gain:z.4f}, predicted {audit.predicted_gain:z.4f}, ratio {audit.ratio:.3f}"
-    )
+    gains = f"gain {audit.gain:z.4f}, predicted {audit.predicted_gain:z.4f}"
+    figures = f"{gains}, ratio {audit.ratio:.3f}"
     if audit.in_basin:
-        return f"{found}: the branches lie in one quadratic basin"
-    return f"{found}, more than 10 % off 1: the branches do not lie in one quadratic basin"
+        return f"{figures}: the branches lie in one quadratic basin"
+    return f"{figures}, more than 10 % off 1: the branches do not lie in one quadratic basin"
 
 
 def exceeds_null(split: SplitManifest) -> bool:
-    """Whether cross-validated eta squared lies more than two standard deviations above that of random splits."""
-    found = split.separation
+    """Whether cross-validated eta squared lies more than two sd above that of random splits."""
+    measured = split.separation
     if (
-        found is None
-        or found.cross_validated is None
-        or found.null_mean is None
-        or found.null_std is None
+        measured is None
+        or measured.cross_validated is None
+        or measured.null_mean is None
+        or measured.null_std is None
     ):
         return False
-    return found.cross_validated > found.null_mean + 2 * found.null_std
+    return measured.cross_validated > measured.null_mean + 2 * measured.null_std
 
 
 def _conflict(split: SplitManifest) -> str:
-    number, known, where = len(split.datasets), len(known_pairs(split)), split.sketched_at
+    number = len(split.datasets)
+    known = len(known_pairs(split))
+    where = split.sketched_at
     pairs = number * (number - 1) // 2
     if not pairs:
         return "One dataset has none to conflict with."
     if not known:
-        return f"The cosine of no pair of datasets is resolved {where}: whether they conflict is not known."
+        return (
+            f"The cosine of no pair of datasets is resolved {where}: "
+            "whether they conflict is not known."
+        )
     if split.negative_pair_fraction == 0:
         return f"No pair of datasets conflicts {where}: splitting has little to separate here."
     which = (
@@ -104,8 +110,9 @@ def _conflict(split: SplitManifest) -> str:
         else f"{known:,} resolved pairs of datasets (of {pairs:,})"
     )
     return (
-        f"{percent(split.negative_pair_fraction)} of the {which} conflict {where} (their mean gradients have a cosine "
-        f"below 0), {percent(split.certain_negative_fraction)} by more than two standard errors."
+        f"{percent(split.negative_pair_fraction)} of the {which} conflict {where} "
+        f"(their mean gradients have a cosine below 0), "
+        f"{percent(split.certain_negative_fraction)} by more than two standard errors."
     )
 
 
@@ -122,19 +129,27 @@ def _groups(split: SplitManifest) -> tuple[str, ...]:
 
 
 def _separation(split: SplitManifest) -> str:
-    found = split.separation
-    if found is None or found.eta_squared is None:
-        return "The datasets differ by no more than the noise of their gradients: no split can be told from another."
-    own = f"The groups account for {percent(found.eta_squared)} of the spread between datasets (η², debiased)"
-    above = deviations_above(found.cross_validated, found.null_mean, found.null_std)
-    if found.cross_validated is None or found.null_mean is None or found.null_std is None:
-        return f"{own}; there are too few examples to tell that from chance."
-    verb = "" if exceeds_null(split) else "not "
-    by = "" if above is None else f" ({above:+z.1f})"
+    measured = split.separation
+    if measured is None or measured.eta_squared is None:
+        return (
+            "The datasets differ by no more than the noise of their gradients: "
+            "no split can be told from another."
+        )
+    explained = (
+        f"The groups account for {percent(measured.eta_squared)} of the spread "
+        "between datasets (η², debiased)"
+    )
+    above = deviations_above(measured.cross_validated, measured.null_mean, measured.null_std)
+    if measured.cross_validated is None or measured.null_mean is None or measured.null_std is None:
+        return f"{explained}; there are too few examples to tell that from chance."
+    negation = "" if exceeds_null(split) else "not "
+    deviations = "" if above is None else f" ({above:+z.1f})"
     return (
-        f"{own}; found on one half of the examples and measured on the other, {percent(found.cross_validated)}, random "
-        f"balanced groups {percent(found.null_mean)} (standard deviation {percent(found.null_std)}): {verb}more than "
-        f"two standard deviations above chance{by}."
+        f"{explained}; found on one half of the examples and measured on the other, "
+        f"{percent(measured.cross_validated)}, "
+        f"random balanced groups {percent(measured.null_mean)} "
+        f"(standard deviation {percent(measured.null_std)}): {negation}more than "
+        f"two standard deviations above chance{deviations}."
     )
 
 
@@ -143,8 +158,12 @@ def _noise(split: SplitManifest) -> str:
     unknown = sum(row.more_examples > 0 for row in split.datasets)
     which = "every dataset's signal is resolved"
     if unknown:
-        which = f"the signal of {unknown} of {len(split.datasets)} datasets is not resolved by so few examples"
-    return f"The median signal fraction of the gradients is {signal:.2f} (1 is noiseless); {which}."
+        which = (
+            f"the signal of {unknown} of {len(split.datasets)} datasets "
+            "is not resolved by so few examples"
+        )
+    median_signal = f"The median signal fraction of the gradients is {signal:.2f} (1 is noiseless)"
+    return f"{median_signal}; {which}."
 
 
 def _listed(items: Sequence[str], separator: str) -> str:
@@ -153,10 +172,12 @@ def _listed(items: Sequence[str], separator: str) -> str:
 
 
 def _aligned(table: Table) -> Iterable[str]:
-    """The first column to the left, figures to the right."""
+    """Lines of a table, the first column left-aligned and the figures right-aligned."""
     columns, rows = table
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
-        cells = [f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
-                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        cells = [
+            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         yield "  ".join(cells).rstrip()

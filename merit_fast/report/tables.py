@@ -1,6 +1,6 @@
-"""Tables as formatted strings, from the manifests alone: the page and the terminal show the same ones.
+"""Tables as formatted strings from the manifests; the page and the terminal show the same ones.
 
-A table is (columns, rows); the first column names the row, the others are right-aligned figures.
+A table is (columns, rows). The first column names the row, the others are right-aligned figures.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from merit_fast.manifests.schemas import (
 
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
-ABSENT = "–"  # not measured, or an arm that is not trained
+ABSENT = "–"  # the figure was not measured, or the arm is not trained
 
 _RESULT_COLUMNS: tuple[tuple[str, Callable[[ArmResult], str]], ...] = (
     ("loss", lambda result: f"{result.loss:z.3f}"),
@@ -41,7 +41,7 @@ def results_rows(evaluation: EvaluateManifest) -> Table:
 
 
 def branch_rows(evaluation: EvaluateManifest) -> Table:
-    """The same columns, one row per branch."""
+    """One row per branch, with the columns of ``results_rows``."""
     return _result_table("branch", evaluation.branches)
 
 
@@ -56,29 +56,38 @@ def gain_rows(evaluation: EvaluateManifest) -> Table:
 
 
 def audit_rows(audit: AuditManifest) -> Table:
-    """One row per merged arm: the gain against its prediction, and where the merge lies."""
+    """One row per merged arm: its gain, the predicted gain, and the position of the merge."""
     noise = next(iter(audit.arms.values())).noise
-    columns = ("merged arm", "gain", "Σ w (gᵀδ + ½ δᵀHδ)", "ratio", "in one basin", "highest barrier", "displacement",
-               "contraction", *(f"noise {share:g}" for share, _ in noise))  # fmt: skip
+    columns = (
+        "merged arm",
+        "gain",
+        "Σ w (gᵀδ + ½ δᵀHδ)",
+        "ratio",
+        "in one basin",
+        "highest barrier",
+        "displacement",
+        "contraction",
+        *(f"noise {share:g}" for share, _ in noise),
+    )
     rows = tuple(
         (
             arm,
-            f"{one.gain:z.4f}",
-            f"{one.predicted_gain:z.4f}",
-            f"{one.ratio:.3f}",
-            "yes" if one.in_basin else "no",
-            f"{max((barrier.height for barrier in one.barriers), default=0.0):z.4f}",
-            f"{one.displacement:.2f}",
-            f"{one.contraction:.3f}",
-            *(f"{rise:+z.4f}" for _, rise in one.noise),
+            f"{result.gain:z.4f}",
+            f"{result.predicted_gain:z.4f}",
+            f"{result.ratio:.3f}",
+            "yes" if result.in_basin else "no",
+            f"{max((barrier.height for barrier in result.barriers), default=0.0):z.4f}",
+            f"{result.displacement:.2f}",
+            f"{result.contraction:.3f}",
+            *(f"{rise:+z.4f}" for _, rise in result.noise),
         )
-        for arm, one in audit.arms.items()
+        for arm, result in audit.arms.items()
     )
     return columns, rows
 
 
 def tuning_rows(tuned: Mapping[str, TuneManifest]) -> Table:
-    """One row per number that held-out rows chose for a merged arm: before, as fitted, and what was taken."""
+    """One row per number chosen on held-out rows: its value before, as fitted, and as taken."""
     columns = (
         "merged arm",
         "chosen",
@@ -90,39 +99,38 @@ def tuning_rows(tuned: Mapping[str, TuneManifest]) -> Table:
         "losses tried",
     )
     rows: list[tuple[str, ...]] = []
-    for arm, one in tuned.items():
-        if (by := one.weight_search) is not None:
+    for arm, chosen in tuned.items():
+        if (by := chosen.weight_search) is not None:
             losses: tuple[float | None, float | None] = (by.start_loss, by.fitted_loss)
             tried = ", ".join(map(_loss, by.losses)) or ABSENT
             rows.append(
-                _tuning_row(arm, "weights", by.start, by.fitted, losses, one.weights, tried)
+                _tuning_row(arm, "weights", by.start, by.fitted, losses, chosen.weights, tried)
             )
-        if (along := one.scale_search) is not None:
-            found = dict(zip(along.scales, along.losses, strict=True))
+        if (along := chosen.scale_search) is not None:
+            loss_of = dict(zip(along.scales, along.losses, strict=True))
             at_minimum = None if along.minimum is None else (along.minimum,)
-            losses = (found[1.0], found.get(along.minimum or 0.0) if at_minimum else None)
-            tried = ", ".join(f"{_loss(loss)} at {scale:g}" for scale, loss in found.items())
-            rows.append(
-                _tuning_row(arm, "scale", (1.0,), at_minimum, losses, (one.scale or 0.0,), tried)
-            )
+            losses = (loss_of[1.0], loss_of.get(along.minimum or 0.0) if at_minimum else None)
+            tried = ", ".join(f"{_loss(loss)} at {scale:g}" for scale, loss in loss_of.items())
+            taken = (chosen.scale or 0.0,)
+            rows.append(_tuning_row(arm, "scale", (1.0,), at_minimum, losses, taken, tried))
     return columns, tuple(rows)
 
 
 def _tuning_row(
     arm: str,
-    what: str,
+    number: str,
     before: tuple[float, ...],
     fitted: tuple[float, ...] | None,
     losses: tuple[float | None, float | None],
     taken: tuple[float, ...],
     tried: str,
 ) -> tuple[str, ...]:
-    def shown(numbers: tuple[float, ...] | None) -> str:
-        return ABSENT if numbers is None else " ".join(f"{number:.4g}" for number in numbers)
+    def shown(values: tuple[float, ...] | None) -> str:
+        return ABSENT if values is None else " ".join(f"{value:.4g}" for value in values)
 
     return (
         arm,
-        what,
+        number,
         shown(before),
         _loss(losses[0]),
         shown(fitted),
@@ -137,7 +145,10 @@ def _loss(loss: float | None) -> str:
 
 
 def dataset_result_rows(split: SplitManifest, evaluation: EvaluateManifest) -> Table:
-    """One row per dataset; per arm its loss and its exact match in percent. Datasets outside the split come last."""
+    """One row per dataset, with loss and exact match in percent per arm.
+
+    Datasets outside the split come last.
+    """
     names = [row.name for row in split.datasets]
     evaluated = {name for arm in evaluation.arms.values() for name in arm.datasets}
     names += sorted(evaluated - set(names))
@@ -148,18 +159,17 @@ def dataset_result_rows(split: SplitManifest, evaluation: EvaluateManifest) -> T
     for name in names:
         row = [name]
         for result in evaluation.arms.values():
-            one = result.datasets.get(name)
-            row += (
-                [ABSENT, ABSENT]
-                if one is None
-                else [f"{one.loss:z.3f}", f"{100 * one.exact_match:.1f}"]
-            )
+            measured = result.datasets.get(name)
+            if measured is None:
+                row += [ABSENT, ABSENT]
+            else:
+                row += [f"{measured.loss:z.3f}", f"{100 * measured.exact_match:.1f}"]
         rows.append(tuple(row))
     return tuple(columns), tuple(rows)
 
 
 def percent(share: float) -> str:
-    """0.1234 -> "12.3 %"; what is above 0 never shows as 0."""
+    """Formats 0.1234 as "12.3 %"; a share above 0 never shows as 0."""
     return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:z.1f} %"
 
 

@@ -1,7 +1,8 @@
 """The sketch stage: per-example gradients at the base model become sums per dataset.
 
-Rows and a model come in; one file of sums per dataset goes out (``manifests/sketch_state.py``). The pipeline and
-``merit-fast sketch`` call ``sketch_mixture``; training scripts call ``sketch_gradients``.
+Rows and a model come in; one file of sums per dataset goes out (``manifests/sketch_state.py``). The
+pipeline and ``merit-fast sketch`` call ``sketch_mixture``; scripts call ``sketch_gradients`` and
+``sketch_sums``.
 """
 
 from typing import Any

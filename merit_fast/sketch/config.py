@@ -8,17 +8,19 @@ from merit_fast.options.fields import option, require
 
 @dataclass(frozen=True)
 class SketchConfig:
-    """What the gradients' sketches depend on."""
+    """Options that decide the sketches."""
 
     examples: int = option(
         200, "calibration examples per dataset (the paper: up to 200; fewer if it has fewer)"
     )
     precision: float = option(
         0.0,
-        "stop a dataset once its signal fraction is known to this relative standard error; 0: take all examples",
+        "stop sketching a dataset once the relative standard error of its signal fraction is this "
+        "small; 0: sketch all examples",
     )
     parameters: str = option(
-        "all", "whose gradients: all, blocks (the transformer blocks), or a regex on their names"
+        "all",
+        "parameters to sketch: all, blocks (the transformer blocks), or a regex on their names",
     )
     proj_dim: int = option(65536, "width of the CountSketch, a multiple of 4096")
     seed: int = option(
@@ -27,14 +29,16 @@ class SketchConfig:
     blocks: int = option(8, "blocks of examples per dataset, for standard errors")
     warmup: float = option(
         0.0,
-        "share of every dataset's rows trained on jointly before; sketch and branches start there (the paper: 0)",
+        "share of every dataset's rows for a joint warm-up; sketch and branches start after it "
+        "(the paper: 0)",
     )
     batch_size: int = option(
         8, "examples per backward pass (does not change the sketch beyond rounding)"
     )
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto",
-        "precision of the model's forward and backward pass; auto: bf16 if products of it are fast here",
+        "precision of the model's forward and backward pass; auto: bf16 where this machine "
+        "multiplies it fast, else fp32",
     )
 
     def __post_init__(self) -> None:

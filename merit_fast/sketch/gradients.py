@@ -1,13 +1,14 @@
 """Per-example gradient sketches from one ordinary backward pass.
 
-All weights are frozen, so autograd computes gradients of activations only; forward hooks tap each module's output, and
-where its gradient dy arrives the kernels sketch dy^T x per example. No weight gradient is stored.
+All weights are frozen, so autograd computes gradients of activations only; forward hooks tap each
+module's output, and where its gradient dy arrives the kernels sketch dy^T x per example. No weight
+gradient is stored.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,12 @@ from merit_fast.errors import InputError, MeritFastError, show
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.sketch.capture.hooks import ModelHooks
-from merit_fast.sketch.precondition import adam_scales, scales_fingerprint
+from merit_fast.sketch.precondition import requested_scales, scales_fingerprint
 from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
 
-if TYPE_CHECKING:
-    from merit_fast.sketch.summed import SummedSketcher
-
 DatasetId = str | int
-_entered: list[
-    "GradientSketcher"
-] = []  # innermost last: what these froze still counts as trainable
+# Innermost last: parameters that these froze still count as trainable.
+_entered: list["GradientSketcher"] = []
 
 
 def sketch_gradients(
@@ -34,12 +31,13 @@ def sketch_gradients(
     proj_dim: int = 65536,
     seed: int = 0,
     parameters: str = "all",
-    mode: Literal["per_example", "sum"] = "per_example",
     normalize: Literal["adam"] | None = None,
     optimizer: Any = None,
     blocks: int = 8,
-) -> "GradientSketcher | SummedSketcher":
-    """Sketches gradients inside a with-block.
+    *,
+    mode: Literal["per_example"] = "per_example",
+) -> "GradientSketcher":
+    """Sketches the gradient of every example inside a with-block, in which the weights are frozen.
 
         with sketch_gradients(model) as sketcher:
             losses_per_example.sum().backward()
@@ -48,54 +46,52 @@ def sketch_gradients(
 
     Args:
         model: any torch module; transformers' language models are tested.
-        proj_dim, seed: of the CountSketch; proj_dim is a multiple of 4096.
-        parameters: "all" that require a gradient on entry; "blocks": those in the transformer blocks; else a regular
-            expression, searched for in their names.
-        mode: "per_example" freezes the weights meanwhile, one sketch an example; "sum" rides on a training step, one
-            sketch a backward pass (``SummedSketcher``).
-        normalize: "adam" multiplies every gradient by what Adam would, by ``optimizer``'s second moments.
-        blocks: of each dataset's state, for standard errors.
+        proj_dim, seed: width and seed of the CountSketch; the width is a multiple of 4096.
+        parameters: "all" that require a gradient on entry; "blocks": those in the transformer
+            blocks; else a regular expression, searched for in their names.
+        normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second
+            moments.
+        optimizer: an Adam or AdamW that has stepped; with ``normalize`` only.
+        blocks: blocks of each dataset's state, for standard errors.
+        mode: "per_example", the only value. ``merit_fast.sketch_sums`` sketches sums while a model
+            trains.
 
     Raises:
-        InputError: an argument breaks its rule.   MeritFastError: a parameter cannot be covered; names it.
+        InputError: an argument breaks its rule.
+        MeritFastError: a parameter cannot be covered; the message names it.
     """
     core = model.module if isinstance(model, DistributedDataParallel) else model
-    if mode not in ("per_example", "sum"):
-        raise InputError(f"mode: must be 'per_example' or 'sum', got {show(mode)}")
-    if normalize not in (None, "adam"):
-        raise InputError(f"normalize: must be None or 'adam', got {show(normalize)}")
-    if (normalize is None) != (optimizer is None):
-        raise InputError("optimizer: must be given with normalize='adam', and only then")
+    if mode != "per_example":
+        raise InputError(
+            f"mode: must be 'per_example', got {show(mode)}; merit_fast.sketch_sums sketches sums"
+        )
     chosen = select_parameters(core, parameters, _trainable)
-    scales = adam_scales(core, optimizer, chosen) if normalize else {}
-    sketch = CountSketch(proj_dim, seed)
-    if mode == "sum":
-        from merit_fast.sketch.summed import SummedSketcher
-
-        return SummedSketcher(core, sketch, chosen, scales or None, blocks=blocks)
-    return GradientSketcher(model, sketch, chosen, scales, blocks=blocks)
+    scales = requested_scales(core, normalize, optimizer, chosen)
+    return GradientSketcher(model, CountSketch(proj_dim, seed), chosen, scales, blocks=blocks)
 
 
 class GradientSketcher:
     """Sketches the gradient of every chosen parameter, per example.
 
-    The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding. Tied parameters
-    count once. One forward pass of the model, one or more backward passes through it and one ``update`` go together;
-    forward passes under ``torch.no_grad`` do not count. Linear, Conv1D (GPT-2), Conv2d, Conv3d and Embedding layers,
-    norms and routed experts use the kernels, and so do raw calls of F.linear and F.embedding; any other module that
-    maps one [B, ...] tensor to another is run again per example. On exit the model is as it was.
+    The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding.
+    Tied parameters count once. One forward pass of the model, one or more backward passes through
+    it and one ``update`` go together; forward passes under ``torch.no_grad`` do not count. Linear,
+    Conv1D (GPT-2), Conv2d, Conv3d and Embedding layers, norms and routed experts use the kernels,
+    and so do raw calls of F.linear and F.embedding; any other module that maps one [B, ...] tensor
+    to another is run again per example. On exit the model is as before.
 
     Args:
-        model: called as usual inside the block. With DistributedDataParallel nothing is communicated: add the states
-            of the ranks (``SketchState.merge``).
+        model: called as usual inside the block. With DistributedDataParallel nothing is
+            communicated: add the states of the ranks (``SketchState.merge``).
         sketch: width and seed.
         parameters: by name; None: all that require a gradient.
-        scales: by name, what the gradients are multiplied by (``adam_scales``).
-        blocks: of each state; examples go round.
-        fingerprint: of the model, for the states; None: of its weights in memory.
+        scales: factors of the gradients' entries by parameter name (``adam_scales``).
+        blocks: blocks of each state; examples fill them in turn.
+        fingerprint: the model's, for the states; None: that of its weights in memory.
 
     Raises:
-        MeritFastError: here, in the forward or in the backward pass, for a parameter that cannot be covered; names it.
+        MeritFastError: a parameter cannot be covered; raised here, in the forward or in the
+            backward pass. The message names it.
     """
 
     def __init__(
@@ -110,7 +106,9 @@ class GradientSketcher:
     ) -> None:
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.model = model if self.ddp is None else self.ddp.module
-        self.sketch, self.scales, self.blocks = sketch, dict(scales or {}), blocks
+        self.sketch = sketch
+        self.scales = dict(scales or {})
+        self.blocks = blocks
         chosen = (
             select_parameters(self.model, "all", _trainable) if parameters is None else parameters
         )
@@ -127,7 +125,7 @@ class GradientSketcher:
 
     @property
     def identity(self) -> SketchIdentity:
-        """What the states hold of sketch, model and parameters. Weights are read once."""
+        """Sketch, model and parameters of the states. Reads the weights once."""
         if self._identity is None:
             fingerprint = self._fingerprint or model_weights_fingerprint(self.model)
             adam = f"adam {scales_fingerprint(self.scales)}: " if self.scales else ""
@@ -146,9 +144,8 @@ class GradientSketcher:
         self._restore.append(functools.partial(_entered.remove, self))
         self._hooks.attach()
         self._restore.append(self._hooks.detach)
-        if (
-            self.ddp is not None
-        ):  # as no_sync does; buffers are not broadcast either: ranks may differ in passes
+        # As no_sync does. Buffers are not broadcast either: ranks may differ in their passes.
+        if self.ddp is not None:
             for flag in ("require_backward_grad_sync", "require_forward_param_sync"):
                 self._restore.append(
                     functools.partial(setattr, self.ddp, flag, getattr(self.ddp, flag))
@@ -166,9 +163,11 @@ class GradientSketcher:
             self._restore.pop()()
 
     def packed(self, cu_seqlens: Tensor) -> None:
-        """Says that the next forward pass gets one row [1, N] of examples end to end, whose position_ids start anew.
+        """Announces one packed row [1, N] of examples end to end for the next forward pass.
 
-        Not needed where the model is given ``cu_seq_lens_q``.
+        Every example's position_ids begin at 0.
+
+        A model that gets ``cu_seq_lens_q`` needs no announcement.
 
         Args:
             cu_seqlens: [B + 1] int: example b has the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
@@ -176,11 +175,11 @@ class GradientSketcher:
         self._hooks.packed = cu_seqlens
 
     def discard(self) -> None:
-        """Forgets the forward pass since the last update, after which its backward pass is an error."""
+        """Discards the forward pass since the last update; its backward pass is then an error."""
         self._hooks.discard()
 
     def take(self) -> Tensor:
-        """The sketches [B, D] float32 of the pass that has just run backward, without adding them to ``state``."""
+        """Returns the last backward pass's sketches [B, D] float32; leaves ``state`` as it is."""
         run = self._hooks.run
         if run is None or not run.fired:
             raise MeritFastError(
@@ -188,8 +187,9 @@ class GradientSketcher:
             )
         if run.ran_without_grad:
             raise MeritFastError(
-                f"sketch_gradients: parameter {min(run.ran_without_grad)} was used under no_grad and never again: with "
-                "reentrant checkpointing give use_reentrant=False; else leave it out"
+                f"sketch_gradients: parameter {min(run.ran_without_grad)} was used under no_grad "
+                "and never again: with reentrant checkpointing give use_reentrant=False; "
+                "else leave it out"
             )
         self.discard()
         first, *others = run.outs.values()
@@ -203,12 +203,13 @@ class GradientSketcher:
         loss_sums: Sequence[float] | Tensor | None = None,
         num_target_tokens: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """Adds the examples of the pass that has just run backward to their datasets' states.
+        """Adds the examples of the last backward pass to their datasets' states.
 
         Args:
-            dataset_ids: B of them, the dataset of each example: its name or number.
-            loss_sums: [B] each example's summed loss over its target tokens, nats, for the states' means.
-            num_target_tokens: [B] how many those are.
+            dataset_ids: [B] dataset of each example, by name or number.
+            loss_sums: [B] each example's summed loss over its target tokens, nats, for the states'
+                means.
+            num_target_tokens: [B] number of those tokens.
 
         Returns:
             [B, D] float32, the sketches.
@@ -226,13 +227,12 @@ class GradientSketcher:
                 raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
         sketches = self.take()
         for dataset in dict.fromkeys(ids):
-            rows = [row for row, one in enumerate(ids) if one == dataset]
+            rows = [row for row, other in enumerate(ids) if other == dataset]
             state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
             block = (state.num_examples + torch.arange(len(rows))) % self.blocks
-            loss, count = (
-                sum(values[row] for row in rows) if values else 0 for values in (losses, tokens)
-            )
-            state.add_examples(sketches[rows], block, float(loss), int(count))
+            loss = float(sum(losses[row] for row in rows)) if losses else 0.0
+            count = int(sum(tokens[row] for row in rows)) if tokens else 0
+            state.add_examples(sketches[rows], block, loss, count)
         return sketches
 
 

@@ -8,35 +8,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merit_fast.errors import InputError, MeritFastError, one_line
+from merit_fast.errors import InputError, MeritFastError, one_line, show
 from merit_fast.kernels.sketch import matrix_shape
 
 _PROBES = 64
 
 
+def requested_scales(
+    model: nn.Module, normalize: str | None, optimizer: Any, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Scales that ``normalize`` asks for: ``adam_scales`` for "adam", no scale for None.
+
+    Raises:
+        InputError: another ``normalize``, or an optimizer without it.
+        MeritFastError: as ``adam_scales``.
+    """
+    if normalize not in (None, "adam"):
+        raise InputError(f"normalize: must be None or 'adam', got {show(normalize)}")
+    if (normalize is None) != (optimizer is None):
+        raise InputError("optimizer: must be given with normalize='adam', and only then")
+    return adam_scales(model, optimizer, names) if normalize else {}
+
+
 def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[str, Tensor]:
-    """What ``torch.optim.Adam`` and ``AdamW`` would multiply each entry of the first moment by, at their present state.
+    """Factors of the gradient's entries in ``torch.optim.Adam`` and ``AdamW`` at their state.
 
-        scale = 1 / (sqrt(v / (1 - beta2 ** step)) + eps)         v: exp_avg_sq; with amsgrad max_exp_avg_sq
+        scale = 1 / (sqrt(v / (1 - beta2 ** step)) + eps)
 
-    A sketch of ``scale * g`` is linear in g, so means over examples, blocks and ranks stay sums. LESS (Xia et al. 2024,
-    arXiv 2402.04333) instead puts every example through Adam's whole update, whose moments take in the example's own
-    gradient; that is not linear in g, so its mean over examples is not a function of the mean gradient.
+    with v = exp_avg_sq, or max_exp_avg_sq with amsgrad.
 
-    An entry that never had a gradient (the embedding of a token not seen) has scale 1 / eps and would outweigh all
-    others: take an optimizer that has seen the data, or leave embeddings out.
+
+    A sketch of ``scale * g`` is linear in g, so means over examples, blocks and ranks stay sums.
+    LESS (Xia et al. 2024, arXiv 2402.04333) instead puts every example through Adam's whole update,
+    whose moments include the example's own gradient. That is not linear in g, so its mean over
+    examples is no function of the mean gradient.
+
+    An entry that never had a gradient (the embedding of a token not seen) has scale 1 / eps and
+    would outweigh all others: take an optimizer that has seen the data, or leave embeddings out.
 
     Args:
-        model: whose parameters ``optimizer`` holds.
-        optimizer: an Adam or AdamW that has stepped, any variant (fused, foreach, capturable), or a wrapper with its
-            ``state`` and ``param_groups``.
+        model: the model whose parameters ``optimizer`` holds.
+        optimizer: an Adam or AdamW that has stepped, any variant (fused, foreach, capturable), or a
+            wrapper with its ``state`` and ``param_groups``.
         names: parameters of ``model``.
 
     Returns:
-        By name, float32 of the shape as which the parameter is hashed (``matrix_shape``), on the moments' device.
+        Scales by name, float32 in the shape that is hashed (``matrix_shape``), on the moments'
+        device.
 
     Raises:
-        MeritFastError: a parameter that the model or the optimizer lacks, or without second moments; names it.
+        MeritFastError: the model or the optimizer lacks a parameter, or it has no second moments;
+            the message names it.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     groups = {
@@ -57,10 +79,10 @@ def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[
 def adam_scales_of_checkpoint(
     model: nn.Module, directory: str | Path, names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """``adam_scales`` from a checkpoint of the transformers Trainer: its ``optimizer.pt``, read without pickled code.
+    """``adam_scales`` from ``optimizer.pt`` of a Trainer's checkpoint, read without pickled code.
 
-    The file numbers the parameters: first those with weight decay, then the others, each in the model's order. The same
-    parameters must be trainable in ``model`` as in the run.
+    The file numbers the parameters: first those with weight decay, then the others, each in the
+    model's order. The same parameters must be trainable in ``model`` as in the run.
 
     Raises:
         InputError: the file is absent or broken, or numbers other parameters than ``model``'s.
@@ -71,12 +93,13 @@ def adam_scales_of_checkpoint(
     file = Path(directory) / "optimizer.pt"
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        saved_groups, moments = saved["param_groups"], saved["state"]
-    except (
-        Exception
-    ) as error:  # the reader raises many kinds, and all mean that the file is not to be had
+        saved_groups = saved["param_groups"]
+        moments = saved["state"]
+    except Exception as error:  # the reader raises many kinds; all mean that it cannot be read
         raise InputError(f"{file}: is not an optimizer's state ({one_line(error)})") from None
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # uses no attribute
+    # The method uses no attribute of the Trainer.
+    names_of_decayed = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    decayed = set(names_of_decayed)
     trainable = [
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]
@@ -100,7 +123,10 @@ def adam_scales_of_checkpoint(
 
 
 def scales_fingerprint(scales: Mapping[str, Tensor]) -> str:
-    """16 hex digits of names, shapes and 64 spread entries of each: sketches by other scales must not be added."""
+    """16 hex digits of names, shapes and 64 spread entries of each scale.
+
+    Sketches by other scales must not be added.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, scale in sorted(scales.items()):
         probes = scale.flatten()[:: max(1, scale.numel() // _PROBES)].float().cpu()
@@ -116,11 +142,13 @@ def _scale(
     moments = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
     if moments is None or "step" not in state:
         raise MeritFastError(
-            f"adam_scales: parameter {name} has no second moments yet: the optimizer never stepped it"
+            f"adam_scales: parameter {name} has no second moments yet: "
+            "the optimizer never stepped it"
         )
     if moments.shape != parameter.shape:
         raise MeritFastError(
-            f"adam_scales: parameter {name} is {list(parameter.shape)}, its second moments {list(moments.shape)}"
+            f"adam_scales: parameter {name} is {list(parameter.shape)}, its second moments "
+            f"{list(moments.shape)}"
         )
     correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
     scale: Tensor = (

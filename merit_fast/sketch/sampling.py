@@ -1,17 +1,20 @@
-"""Adaptive sampling: how many examples a dataset's mean gradient needs. Pure functions of a state's block sums.
+"""Adaptive sampling: the number of examples that a dataset's mean gradient needs.
 
-The signal fraction f = |mean|^2 / E|mean of the n sketched|^2 is estimated, as in ``measure_conflict``, by
+Pure functions of a state's block sums.
+
+The signal fraction f = |mean|^2 / E|mean of the n sketched|^2 is estimated by
 
     U / R,   U = (|sum_b S_b|^2 - sum_b |S_b|^2) / (n^2 - sum_b n_b^2),   R = |sum_b S_b|^2 / n^2
 
-with the block jackknife's standard error. A dataset is *resolved* when its U is too large for noise. Under noise the
-signs of the block sums are arbitrary, so the test is exact for any covariance and block sizes: the share of all sign
-choices e with |sum_b e_b S_b| at least as long (Fisher 1935; Romano 1990, JASA). It assumes only that a block's noise
-is as likely as its mirror image.
+with the block jackknife's standard error. A dataset is *resolved* when its U is too large for
+noise. Under noise the signs of the block sums are arbitrary, so the test is exact for any
+covariance and block sizes: the share of all sign choices e with |sum_b e_b S_b| at least as long
+(Fisher 1935; Romano 1990, JASA). It assumes only that a block's noise is as likely as its mirror
+image.
 
-Stopping when the figures look good makes noise look good. So there are few looks, at ``first``, twice that, ... and at
-``most`` examples, and each is given ``error_rate`` / looks: of datasets without any signal at most ``error_rate`` are
-ever called resolved, at whatever look they stop.
+To stop when the figures look good makes noise look good. So there are few looks, at ``first``,
+twice that, ... and at ``most`` examples, and each gets ``error_rate`` / looks. Of the datasets
+without any signal at most ``error_rate`` are called resolved, at any look.
 """
 
 import itertools
@@ -39,13 +42,15 @@ _NOISE = NormalDist().inv_cdf(0.95)
 
 @dataclass(frozen=True)
 class Signal:
-    """What is known of one dataset's mean gradient.
+    """Signal of one dataset's mean gradient.
 
     Attributes:
-        fraction: U / R, of which U is unbiased; not clipped: below 0 on noise now and then.
-        error: block-jackknife standard error of ``fraction``; where there is little signal rather too large than small.
-        p_value: of no signal at all.
-        ratio: U over its standard deviation under no signal, sqrt(2 sum_{a != b} <S_a, S_b>^2) / (n^2 - sum_b n_b^2).
+        fraction: U / R with an unbiased U; not clipped, so below 0 on noise now and then.
+        error: block-jackknife standard error of ``fraction``; rather too large where there is
+            little signal.
+        p_value: p-value of no signal at all.
+        ratio: U over its standard deviation under no signal, sqrt(2 sum_{a != b} <S_a, S_b>^2) /
+            (n^2 - sum_b n_b^2).
         num_examples: n.
     """
 
@@ -56,62 +61,65 @@ class Signal:
     num_examples: int
 
     def examples_needed(self, error_rate: float) -> int:
-        """How many examples in all resolve the dataset at ``error_rate`` four times in five.
+        """Number of examples that resolves the dataset at ``error_rate`` four times in five.
 
-        ``ratio`` grows as n while noise prevails. Below 1.64 it may be noise alone; that is then taken for its bound,
-        and the result is a lower one.
+        ``ratio`` grows as n while noise prevails. Below 1.64 it may be pure noise; 1.64 then
+        replaces it, and the result is a lower bound.
         """
         wanted = NormalDist().inv_cdf(1 - error_rate) + NormalDist().inv_cdf(_POWER)
         return math.ceil(self.num_examples * wanted / max(self.ratio, _NOISE))
 
 
 def measure_signal(state: "SketchState") -> Signal:
-    """From block sums and counts alone; blocks without examples are left out.
+    """Measures the signal from block sums and counts; leaves out blocks without examples.
 
     Raises:
         MeritFastError: fewer than two blocks have examples.
     """
-    sums, counts = state.block_sums.numpy(), state.block_counts.numpy()
-    sums, counts = sums[counts > 0], counts[counts > 0].astype(np.float64)
+    sums = state.block_sums.numpy()
+    counts = state.block_counts.numpy()
+    sums = sums[counts > 0]
+    counts = counts[counts > 0].astype(np.float64)
     if len(counts) < 2:
         raise MeritFastError(
             f"signal fraction: needs examples in two blocks or more, got {len(counts)}"
         )
     gram = sums @ sums.T
-    own = np.diag(gram)
+    squares = np.diag(gram)
     fraction, error = signal_fractions(gram[None], counts[None])
-    spread = np.sqrt(2 * ((gram**2).sum() - (own**2).sum()))
+    spread = np.sqrt(2 * ((gram**2).sum() - (squares**2).sum()))
     return Signal(
         fraction=float(fraction[0]),
         error=float(error[0]),
         p_value=_sign_test(gram),
-        ratio=float((gram.sum() - own.sum()) / spread) if spread > 0 else 0.0,
+        ratio=float((gram.sum() - squares.sum()) / spread) if spread > 0 else 0.0,
         num_examples=int(counts.sum()),
     )
 
 
 def looks(first: int, most: int) -> tuple[int, ...]:
-    """Numbers of examples at which a dataset is looked at: first, 2 first, 4 first, ... and most."""
+    """Sample sizes at which the stopping rule is tested: first, 2 first, 4 first, ... and most."""
     doubled = itertools.takewhile(lambda n: n < most, (first * 2**k for k in itertools.count()))
     return (*doubled, most)
 
 
 def enough(signal: Signal, precision: float, error_rate: float) -> bool:
-    """Is there a signal (at ``error_rate``), with ``error <= precision * fraction``?"""
+    """Whether there is a signal (at ``error_rate``), with ``error <= precision * fraction``."""
     return signal.p_value <= error_rate and signal.error <= precision * signal.fraction
 
 
 def next_examples(
     state: "SketchState", most: int, precision: float, *, first: int = 32, error_rate: float = 0.05
 ) -> int:
-    """How many more examples of this dataset to sketch before asking again; 0: it is done.
+    """Number of examples of this dataset to sketch before the next test; 0: it is done.
 
     Args:
-        state: what has been sketched so far, perhaps nothing.
-        most: examples there are, or may be taken.
-        precision: asked standard error of the signal fraction, relative to it; 0: take ``most`` without looking.
-        first: examples at the first look.
-        error_rate: how many of the datasets without signal may be stopped early, at most.
+        state: sums of the examples sketched so far, perhaps none.
+        most: number of available examples.
+        precision: largest standard error of the signal fraction, relative to it; 0: take ``most``
+            without a test.
+        first: examples at the first test.
+        error_rate: largest share of the datasets without signal that may stop early.
 
     Raises:
         InputError: ``blocks`` are too few for so small an error rate.
@@ -126,36 +134,45 @@ def next_examples(
     return next(look for look in schedule if look > count) - count
 
 
-def describe(state: "SketchState", most: int, *, first: int = 32, error_rate: float = 0.05) -> str:
-    """One line on a dataset that is done: its signal fraction, or how many more examples it would take to know it."""
-    signal, rate = measure_signal(state), error_rate / len(looks(first, most))
+def describe_signal(
+    state: "SketchState", most: int, *, first: int = 32, error_rate: float = 0.05
+) -> str:
+    """One line on a finished dataset: its signal fraction, or the examples it still needs."""
+    signal = measure_signal(state)
+    rate = error_rate / len(looks(first, most))
     if signal.p_value <= rate:
-        return f"signal fraction {signal.fraction:.2f} +- {signal.error:.2f} of {signal.num_examples} examples"
+        return (
+            f"signal fraction {signal.fraction:.2f} +- {signal.error:.2f} "
+            f"of {signal.num_examples} examples"
+        )
     more = max(1, signal.examples_needed(rate) - signal.num_examples)
     about = "about" if signal.ratio > _NOISE else "at least"
     return f"not resolvable with {signal.num_examples} examples: needs {about} {more} more examples"
 
 
 def check_blocks(blocks: int, first: int, most: int, error_rate: float) -> None:
-    """Raises InputError where even the clearest signal could not pass: 2^(1 - blocks) > error_rate / looks."""
+    """Raises InputError if no signal could pass: 2^(1 - blocks) > error_rate / looks."""
     number = len(looks(first, most))
     least = 1 + math.ceil(math.log2(number / error_rate))
     if blocks < least:
         raise InputError(
-            f"blocks: must be at least {least} for {number} looks at error rate {error_rate}, got {blocks}"
+            f"blocks: must be at least {least} for {number} looks at error rate {error_rate}, "
+            f"got {blocks}"
         )
 
 
 def _sign_test(gram: Array) -> float:
-    """Share of sign choices whose |sum_b e_b S_b|^2 reaches the one found; drawn (always the same) for many blocks."""
+    """Share of sign choices whose |sum_b e_b S_b|^2 reaches the measured one.
+
+    Drawn for many blocks, always alike.
+    """
     others = len(gram) - 1
     if len(gram) <= _EXACT_BLOCKS:
         signs = 1.0 - 2.0 * np.array(list(itertools.product((0, 1), repeat=others)))
     else:
         drawn = np.random.default_rng(0).integers(0, 2, (_DRAWS, others))
-        signs = 1.0 - 2.0 * np.concatenate(
-            [np.zeros((1, others)), drawn]
-        )  # what was found counts as one of the draws
+        # The measured signs count as one of the draws.
+        signs = 1.0 - 2.0 * np.concatenate([np.zeros((1, others)), drawn])
     signs = np.concatenate([np.ones((len(signs), 1)), signs], axis=1)
     squares = np.einsum("pa,ab,pb->p", signs, gram, signs, optimize=True)
     return float((squares >= gram.sum() - 1e-9 * np.abs(gram).sum()).mean())

@@ -1,4 +1,4 @@
-"""Which parameters are sketched, and what a state needs to know of the model they are in."""
+"""Choice of the parameters to sketch, and the fingerprint of a model in memory."""
 
 import hashlib
 import re
@@ -21,26 +21,29 @@ def select_parameters(
 
     Args:
         model: as given to ``sketch_gradients``; names are those of ``model.named_parameters()``.
-        parameters: "all" that require a gradient; "blocks": those inside the transformer blocks; else a regular
-            expression, searched for in the names. Parameters that require no gradient are never among them.
-        trainable: what counts as requiring a gradient; None: ``requires_grad``.
+        parameters: "all" that require a gradient; "blocks": those inside the transformer blocks;
+            else a regular expression, searched for in the names. Parameters that require no
+            gradient are never among them.
+        trainable: whether a parameter counts as requiring a gradient; None: ``requires_grad``.
 
     Raises:
-        InputError: ``parameters`` is no regular expression, or nothing is selected.
+        InputError: ``parameters`` is no regular expression, or selects nothing.
     """
     wanted = _wanted(model, parameters)
     trainable = trainable or (lambda parameter: parameter.requires_grad)
     chosen = {name: p for name, p in model.named_parameters() if trainable(p) and wanted(name)}
     if not chosen:
         raise InputError(
-            f"parameters: must select at least one parameter that requires a gradient, got {show(parameters)}"
+            "parameters: must select at least one parameter that requires a gradient, "
+            f"got {show(parameters)}"
         )
     return chosen
 
 
 def model_weights_fingerprint(model: nn.Module) -> str:
-    """32 hex digits of a model in memory: names, shapes, dtypes and 64 spread values of every parameter."""
-    digest, probes = hashlib.sha256(), []
+    """32 hex digits of a model in memory: names, shapes, dtypes and 64 values per parameter."""
+    digest = hashlib.sha256()
+    probes = []
     for name, parameter in model.named_parameters():
         digest.update(f"{name}\n{list(parameter.shape)}\n{parameter.dtype}\n".encode())
         flat = parameter.detach().reshape(-1)
@@ -61,13 +64,16 @@ def _wanted(model: nn.Module, parameters: str) -> Callable[[str], bool]:
         pattern = re.compile(parameters)
     except re.error as error:
         raise InputError(
-            f"parameters: must be 'all', 'blocks' or a regular expression, got {show(parameters)} ({error})"
+            "parameters: must be 'all', 'blocks' or a regular expression, "
+            f"got {show(parameters)} ({error})"
         ) from None
     return lambda name: pattern.search(name) is not None
 
 
 def _block_lists(model: nn.Module) -> list[str]:
-    """Names of the outermost module lists with the most parameters: those with at least half of what the largest has.
+    """Names of the largest outermost module lists.
+
+    They have at least half of the largest one's parameters.
 
     Encoder and decoder are both among them; the vision tower of a language model is not.
     """

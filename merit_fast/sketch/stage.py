@@ -1,7 +1,8 @@
 """The sketch stage: a model and datasets in, one file of sums per dataset out.
 
-A dataset's sums depend on nothing but the model, the options, its name and the rows chosen. A fingerprint of these in
-datasets.json tells which files of an earlier output are still what sketching would give: new datasets cost themselves.
+A dataset's sums depend only on the model, the options, its name and the chosen rows. datasets.json
+holds a fingerprint of these, so that the files of an earlier output can be reused: only new
+datasets cost time.
 """
 
 import hashlib
@@ -17,17 +18,20 @@ import torch
 from merit_fast.data import Dataset, collate
 from merit_fast.errors import InputError
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
-from merit_fast.manifests.io import fingerprint, write_text
+from merit_fast.manifests.atomic import replace_file, write_bytes, write_text
+from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.model import load_model, target_losses
-from merit_fast.options.fields import to_plain
+from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, Task
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.gradients import GradientSketcher
-from merit_fast.sketch.sampling import check_blocks, describe, next_examples
+from merit_fast.sketch.sampling import check_blocks, describe_signal, next_examples
 from merit_fast.sketch.selection import select_parameters
 
-FIRST_LOOK, ERROR_RATE = 32, 0.05  # of adaptive sampling
+# Of adaptive sampling.
+FIRST_LOOK = 32
+ERROR_RATE = 0.05
 _FINGERPRINTS = "datasets.json"
 
 
@@ -41,28 +45,32 @@ def sketch_mixture(
     progress: Progress,
     earlier: Path | None = None,
 ) -> None:
-    """Sketches per-example gradients of every dataset at the model, one ``NAME.safetensors`` of sums each.
+    """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
-    The loss of an example is the mean over its target tokens. A file that is there already is taken as done, so a
-    killed run goes on with the next dataset.
+    The loss of an example is the mean over its target tokens. A file that exists is finished, so a
+    killed run resumes with the next dataset.
 
     Args:
-        earlier: a finished output, of whatever mixture and options: what it holds that this one would make anew is
-            taken over, with the bytes that sketching would give.
+        earlier: a finished output of any mixture and options. Its files with equal fingerprints are
+            reused; they have the bytes that sketching would give.
 
     Raises:
-        InputError: a dataset of one example; parameters that select nothing; blocks too few for ``precision``.
+        InputError: a dataset of one example; parameters that select nothing; blocks too few for
+            ``precision``.
     """
     chosen = {d.name: choose_examples(d, config) for d in datasets}
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, max(map(len, chosen.values())), ERROR_RATE)
-    marks = {d.name: _fingerprint(d, chosen[d.name], model_fingerprint, config) for d in datasets}
+    fingerprints = {
+        d.name: _fingerprint(d, chosen[d.name], model_fingerprint, config) for d in datasets
+    }
     missing = [d for d in datasets if not (directory / f"{d.name}.safetensors").exists()]
     if earlier is not None and (
-        reused := _take_over(earlier, directory, {d.name: marks[d.name] for d in missing})
+        reused := _reuse(earlier, directory, {d.name: fingerprints[d.name] for d in missing})
     ):
         progress.note(
-            f"sketch: {len(reused)} of {len(datasets)} datasets are as before, their sketches are reused"
+            f"sketch: {len(reused)} of {len(datasets)} datasets are as before, "
+            "their sketches are reused"
         )
         missing = [d for d in missing if d.name not in reused]
     if missing:
@@ -76,7 +84,7 @@ def sketch_mixture(
             directory,
             progress,
         )
-    write_text(directory / _FINGERPRINTS, json.dumps(marks, indent=1, sort_keys=True) + "\n")
+    write_text(directory / _FINGERPRINTS, json.dumps(fingerprints, indent=1, sort_keys=True) + "\n")
 
 
 def _sketch_datasets(
@@ -104,18 +112,18 @@ def _sketch_datasets(
             state = _sketch_dataset(
                 model, sketcher, dataset, chosen[dataset.name], pad_token_id, config, task
             )
-            _write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
+            write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
             if config.precision:
-                progress.note(
-                    f"{dataset.name}: {describe(state, len(chosen[dataset.name]), first=FIRST_LOOK)}"
-                )
+                signal = describe_signal(state, len(chosen[dataset.name]), first=FIRST_LOOK)
+                progress.note(f"{dataset.name}: {signal}")
 
 
 def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
-    """Up to ``config.examples`` indices, by a random order that depends on seed and dataset name alone."""
+    """Chooses up to ``config.examples`` rows, at random by the seed and the dataset's name."""
     if dataset.num_examples < 2:
         raise InputError(
-            f"{dataset.name}: split needs at least 2 examples per dataset, got {dataset.num_examples}"
+            f"{dataset.name}: split needs at least 2 examples per dataset, "
+            f"got {dataset.num_examples}"
         )
     digest = hashlib.blake2b(f"{config.seed}\n{dataset.name}".encode(), digest_size=8).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "little"))
@@ -125,7 +133,7 @@ def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
 def _fingerprint(
     dataset: Dataset, indices: list[int], model_fingerprint: str, config: SketchConfig
 ) -> str:
-    """Of all that a dataset's file of sums depends on."""
+    """Fingerprint of everything that a dataset's file of sums depends on."""
     rows = hashlib.sha256()
     for index in indices:
         for array in (dataset.examples[index].input_ids, dataset.examples[index].labels):
@@ -135,23 +143,24 @@ def _fingerprint(
     )
 
 
-def _take_over(earlier: Path, directory: Path, marks: Mapping[str, str]) -> set[str]:
-    """Links or copies the files of an earlier output that have these fingerprints; returns their names."""
+def _reuse(earlier: Path, directory: Path, fingerprints: Mapping[str, str]) -> set[str]:
+    """Links or copies an earlier output's files of equal fingerprint; returns their datasets."""
     try:
         known = json.loads((earlier / _FINGERPRINTS).read_text())
     except (OSError, ValueError):
-        return set()  # there is none, or it is of a version that kept no fingerprints
+        return set()  # no earlier output, or one of a version without fingerprints
     taken = set()
-    for name, mark in marks.items():
-        source, temporary = earlier / f"{name}.safetensors", directory / f"{name}.safetensors.tmp"
-        if known.get(name) != mark or not source.is_file():
+    for name, digest in fingerprints.items():
+        source = earlier / f"{name}.safetensors"
+        temporary = directory / f"{name}.safetensors.tmp"
+        if known.get(name) != digest or not source.is_file():
             continue
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
-        os.replace(temporary, directory / source.name)
+        replace_file(temporary, directory / source.name)
         taken.add(name)
     return taken
 
@@ -165,7 +174,7 @@ def _sketch_dataset(
     config: SketchConfig,
     task: Task,
 ) -> SketchState:
-    """All of ``indices`` in their order, or, with ``config.precision``, as many as it takes."""
+    """Sketches ``indices`` in their order, all or, with ``config.precision``, as many as needed."""
     state = sketcher.state[dataset.name] = SketchState.zeros(sketcher.identity, config.blocks)
     while more := next_examples(
         state, len(indices), config.precision, first=FIRST_LOOK, error_rate=ERROR_RATE
@@ -175,7 +184,7 @@ def _sketch_dataset(
             rows = indices[start : min(start + config.batch_size, stop)]
             _sketch_batch(model, sketcher, dataset, rows, pad_token_id)
             task.advance(len(rows), dataset.name)
-    task.advance(len(indices) - state.num_examples, dataset.name)  # those that were not needed
+    task.advance(len(indices) - state.num_examples, dataset.name)  # examples that were not needed
     return sketcher.state.pop(dataset.name)
 
 
@@ -194,12 +203,3 @@ def _sketch_batch(
     (per_example / counts).sum().backward()  # type: ignore[no-untyped-call]
     sums = zeros.double().index_add(0, losses.example, losses.loss.detach().double())
     sketcher.update([dataset.name] * len(examples), sums, counts.long())
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,54 +1,96 @@
-"""Sketches of whole gradients, read on their way into ``parameter.grad``: ``mode="sum"``.
+"""Sketches of summed gradients, read on their way into ``parameter.grad`` while a model trains.
 
-A hook on each parameter sees what this backward pass adds to ``.grad``, before accumulation, clipping and any reduction
-over ranks, and sketches it: one read of the gradient. Nothing is changed or kept, so training goes on to the same bits.
+A hook on each parameter sees the gradient that a backward pass adds to ``.grad``, before
+accumulation, clipping and any reduction over ranks, and sketches it: one read of the gradient. It
+changes and keeps nothing, so training gives the same bits as without it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
-from merit_fast.sketch.precondition import scales_fingerprint
-from merit_fast.sketch.selection import model_weights_fingerprint
+from merit_fast.sketch.precondition import requested_scales, scales_fingerprint
+from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
 
 DatasetId = str | int
 
 
+def sketch_sums(
+    model: nn.Module,
+    proj_dim: int = 65536,
+    seed: int = 0,
+    parameters: str = "all",
+    normalize: Literal["adam"] | None = None,
+    optimizer: Any = None,
+    blocks: int = 8,
+) -> "SummedSketcher":
+    """Sketches the gradient of every backward pass of a training loop inside a with-block.
+
+        with sketch_sums(model) as sketcher:
+            loss.backward()  # the mean over 8 examples of one dataset
+            sketcher.update("alpaca", count=8, loss_divisor=8)
+            optimizer.step()
+        sketcher.state  # dataset -> SketchState
+
+    Args:
+        model: any torch module, or one in DistributedDataParallel.
+        proj_dim, seed: width and seed of the CountSketch; the width is a multiple of 4096.
+        parameters: as for ``sketch_gradients``: "all", "blocks" or a regular expression.
+        normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second
+            moments.
+        optimizer: an Adam or AdamW that has stepped; with ``normalize`` only.
+        blocks: blocks of each dataset's state, for standard errors.
+
+    Raises:
+        InputError: an argument breaks its rule.
+        MeritFastError: a parameter is sharded, or has no second moments; the message names it.
+    """
+    core = model.module if isinstance(model, DistributedDataParallel) else model
+    chosen = select_parameters(core, parameters)
+    scales = requested_scales(core, normalize, optimizer, chosen)
+    return SummedSketcher(core, CountSketch(proj_dim, seed), chosen, scales or None, blocks=blocks)
+
+
 class SummedSketcher:
-    """Sketches the gradient of every backward pass, one dataset per pass, beside ordinary training.
+    """Sketches the gradient of every backward pass, one dataset per pass, while a model trains.
 
         with SummedSketcher(model, CountSketch(65536), dict(model.named_parameters())) as sketcher:
             loss.backward()                       # the mean over 8 examples of one dataset
             sketcher.update("alpaca", count=8, loss_divisor=8)
             optimizer.step()
 
-    Equals ``sum over parameters of flat_sketch(what this pass added to parameter.grad)`` up to rounding, times
-    ``loss_divisor``. Tied parameters count once, by one name; a parameter without gradient in a pass adds nothing.
-    Under DDP every rank sketches its own examples, before the gradients are averaged: add the ranks' states.
+    Equals ``loss_divisor * sum over parameters of flat_sketch(g)``, g the pass's addition to
+    ``parameter.grad``, up to rounding. Tied parameters count once, by one name; a parameter without
+    gradient in a pass adds nothing. Under DDP every rank sketches its own examples, before the
+    gradients are averaged: add the ranks' states.
 
-    ``state`` holds a ``SketchState`` per dataset whose units are passes: each goes to the block with the fewest
-    examples, so equal passes go round. Estimates from block sums and counts (``measure_conflict``, jackknife errors)
-    stay unbiased, for passes of unequal size too: E[block sum | count] = count * mean. Sums of |s|^2 over examples
-    cannot be had from sums of gradients: ``block_square_norms`` is NaN, so nothing that would need it comes out as a
-    number. While weights change, the mean is that along the run. The identity says ``sum`` before the model's
-    fingerprint (and which scales), so such a state never merges with one of per-example gradients at fixed weights.
+    ``state`` holds a ``SketchState`` per dataset whose units are passes: each goes to the block
+    with the fewest examples, so equal passes fill the blocks in turn. Estimates from block sums and
+    counts stay unbiased, for passes of unequal size too: E[block sum | count] = count * mean. Sums
+    of gradients do not tell the sum of |s|^2 over examples: ``block_square_norms`` is NaN, and so
+    is every figure that needs it. While weights change, the mean is that along the run. The
+    identity has ``sum`` (and the scales) before the model's fingerprint, so such a state never
+    merges with one of per-example gradients at fixed weights.
 
     Args:
-        model: what ``parameters`` belong to.
+        model: the model of ``parameters``.
         sketch: width and seed.
-        parameters: by name, the trainable ones to sketch.
-        scales: by name, factors of the gradient's entries, float32 [R, C] (``adam_scales``); for all or None.
-        blocks: of each dataset's state.
-        fingerprint: of the model at the start of training; None: of its weights now.
+        parameters: trainable parameters to sketch, by name.
+        scales: factors of the gradients' entries by name, float32 [R, C] (``adam_scales``); for all
+            parameters, or None.
+        blocks: blocks of each dataset's state.
+        fingerprint: the model's at the start of training; None: that of its weights now.
 
     Raises:
-        MeritFastError: a parameter that is frozen, sharded (DTensor), twice in ``parameters`` or without a scale.
+        MeritFastError: a parameter that is frozen, sharded (DTensor), twice in ``parameters`` or
+            without a scale.
     """
 
     def __init__(
@@ -61,7 +103,9 @@ class SummedSketcher:
         blocks: int = 8,
         fingerprint: str | None = None,
     ) -> None:
-        self.sketch, self.blocks, self.scales = sketch, blocks, scales
+        self.sketch = sketch
+        self.blocks = blocks
+        self.scales = scales
         self.parameters = dict(parameters)
         self.state: dict[DatasetId, SketchState] = {}
         if not self.parameters:
@@ -77,7 +121,8 @@ class SummedSketcher:
 
     def __enter__(self) -> "SummedSketcher":
         for name, parameter in self.parameters.items():
-            self._handles.append(parameter.register_hook(self._hook(name)))  # type: ignore[no-untyped-call]
+            handle = parameter.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
         return self
 
     def __exit__(
@@ -103,24 +148,25 @@ class SummedSketcher:
         """Adds the backward passes since the last update, as one unit, to a dataset's state.
 
         Args:
-            dataset_id: whose examples they were; or one id per example, all the same.
-            count: how many examples; None: one per id given.
+            dataset_id: dataset of the examples; or one id per example, all equal.
+            count: number of examples; None: the number of ids.
             loss_sum: their summed loss, nats.
-            num_target_tokens: how many target tokens they have.
-            loss_divisor: what the sum of the examples' losses was divided by before ``backward``: ``count`` for their
-                mean, the optimizer step's target tokens for a mean over these.
+            num_target_tokens: number of their target tokens.
+            loss_divisor: divisor of the sum of the examples' losses before ``backward``: ``count``
+                for their mean, the optimizer step's target tokens for a mean over these.
 
         Returns:
             [1, D] float32, the sketch of the gradient of the examples' summed loss.
 
         Raises:
-            MeritFastError: no backward pass since the last update; examples of several datasets; a gradient that is not
-                finite. The state is as before.
+            MeritFastError: no backward pass since the last update, examples of several datasets, or
+                a gradient that is not finite. The state is as before.
         """
         dataset, count = _one_dataset(dataset_id, count)
         if not self._sums:
             raise MeritFastError(
-                f"sketch: update({dataset!r}) without a backward pass through the chosen parameters since the last one"
+                f"sketch: update({dataset!r}): no backward pass through the chosen parameters "
+                "since the last update"
             )
         total = sum(sums.cpu().double() for sums in self._sums.values())
         self._sums.clear()
@@ -132,14 +178,15 @@ class SummedSketcher:
         return total.float()
 
     def discard(self) -> None:
-        """Forgets the backward passes since the last update."""
+        """Discards the backward passes since the last update."""
         self._sums.clear()
 
     def restore(self, states: Mapping[DatasetId, SketchState]) -> None:
-        """Goes on from states kept earlier.
+        """Resumes from states kept earlier.
 
         Raises:
-            MeritFastError: a state of another sketch, model, mode or parameters; the message names in what they differ.
+            MeritFastError: a state of another sketch, model, mode or parameters; the message names
+                the difference.
         """
         for state in states.values():
             SketchState.zeros(self.identity, self.blocks).merge(state)
@@ -165,13 +212,15 @@ class SummedSketcher:
 
         @torch.no_grad()
         def hook(gradient: Tensor) -> None:
-            gradient, rows = gradient.detach(), None
-            if gradient.is_sparse:  # an embedding's rows, repeats not yet added up
+            gradient = gradient.detach()
+            rows = None
+            if gradient.is_sparse:  # an embedding's rows, repeats not yet summed
                 if gradient.sparse_dim() != 1:
                     raise MeritFastError(
                         f"sketch: the gradient of parameter {name} is sparse within its rows"
                     )
-                rows, gradient = gradient._indices(), gradient._values()
+                rows = gradient._indices()
+                gradient = gradient._values()
             matrix = gradient.reshape(-1, shape[1]) if rows is not None else gradient.reshape(shape)
             flat_sketch(
                 matrix.unsqueeze(0),
@@ -194,13 +243,12 @@ class SummedSketcher:
         for name, parameter in self.parameters.items():
             if not parameter.requires_grad:
                 raise MeritFastError(
-                    f"sketch: parameter {name} is frozen: mode sum reads the gradients of training"
+                    f"sketch: parameter {name} is frozen: sketch_sums reads gradients of training"
                 )
-            if (
-                hasattr(parameter, "device_mesh") or not parameter.numel()
-            ):  # DTensor; emptied by ZeRO-3
+            # A DTensor, or emptied by ZeRO-3.
+            if hasattr(parameter, "device_mesh") or not parameter.numel():
                 raise MeritFastError(
-                    f"sketch: parameter {name} is sharded: no rank sees its gradient in mode sum"
+                    f"sketch: parameter {name} is sharded: no rank sees its whole gradient"
                 )
             if id(parameter) in names:
                 raise MeritFastError(
@@ -219,14 +267,14 @@ def _one_dataset(
     ids = [dataset_id] if isinstance(dataset_id, str | int) else list(dataset_id)
     if count is None and isinstance(dataset_id, str | int):
         raise MeritFastError(
-            f"sketch: update({dataset_id!r}): count, the number of examples of the pass, is required"
+            f"sketch: update({dataset_id!r}): count, the number of examples, is required"
         )
     count = len(ids) if count is None else count
-    others = sorted({str(one) for one in ids})
-    if len(others) != 1:
-        found = ", ".join(others[:3]) or "none"
+    names = sorted({str(dataset) for dataset in ids})
+    if len(names) != 1:
+        listed = ", ".join(names[:3]) or "none"
         raise MeritFastError(
-            f"sketch: mode sum needs the examples of one dataset per backward pass, got {found}"
+            f"sketch: sketch_sums needs the examples of one dataset per backward pass, got {listed}"
         )
     if count < 1:
         raise MeritFastError(f"sketch: update({ids[0]!r}): count must be at least 1, got {count}")

@@ -1,6 +1,7 @@
 """The split stage: the sketch stage's sums become groups of datasets. NumPy only.
 
-The sketch stage's files come in; ``split.json`` goes out. The pipeline and ``merit-fast split`` call ``split_mixture``.
+The sketch stage's files come in; ``split.json`` goes out. The pipeline and ``merit-fast split``
+call ``split_mixture``.
 """
 
 from typing import Any

@@ -1,4 +1,7 @@
-"""Options of the split stage. They contain the sketch stage's options: the YAML has one `split:` section."""
+"""Options of the split stage.
+
+They contain the sketch stage's options: the YAML has one `split:` section.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,13 +10,13 @@ from typing import Literal
 from merit_fast.errors import InputError
 from merit_fast.options.fields import option, require
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.split.search.partition import Method
+from merit_fast.split.search.methods import METHODS, Method
 from merit_fast.split.search.problem import Pins
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a preset sets where the config says nothing."""
+    """Options that a preset sets where the config leaves them out."""
 
     method: Method
     debias: Literal["blocks", "none"]
@@ -25,11 +28,15 @@ PRESETS = {
     "debiased": Choices("pca-swap", "blocks", "tokens", "tokens"),
     "paper": Choices("pca-median", "none", "columns", "samples"),
 }
+*_FIRST_NAMES, _LAST_NAME = METHODS
 
 
 @dataclass(frozen=True)
 class SplitConfig(SketchConfig):
-    """What the groups depend on, beside the sketches. None: as the preset says (``PRESETS``)."""
+    """Options that decide the groups, next to the sketches'.
+
+    None stands for the preset's choice (``PRESETS``).
+    """
 
     groups: int | Literal["auto"] = option(
         4, "number of groups K; auto: the largest whose split stands out of random ones, or 1"
@@ -40,29 +47,30 @@ class SplitConfig(SketchConfig):
     )
     method: Method | None = option(
         None,
-        "pca-swap, pca-median, pddp, kmeans, random, iid, text-cluster, anti or manual [preset: pca-swap]",
+        f"{', '.join(_FIRST_NAMES)} or {_LAST_NAME} [preset: {PRESETS['debiased'].method}]",
     )
     similarity: Literal["cosine", "gram"] = option(
-        "cosine", "of mean gradients: their cosines or inner products"
+        "cosine", "compares mean gradients by their cosines or by their inner products"
     )
     debias: Literal["blocks", "none"] | None = option(
         None, "blocks: norms free of sampling noise [preset: blocks]"
     )
     center: Literal["tokens", "columns"] | None = option(
         None,
-        "tokens: weighted double centring; columns: unweighted, of the matrix's columns [preset: tokens]",
+        "tokens: weighted double centring; columns: unweighted, of the matrix's columns "
+        "[preset: tokens]",
     )
     balance: Literal["tokens", "samples", "none"] | None = option(
-        None, "what the groups balance [preset: tokens]"
+        None, "the quantity that all groups hold equally [preset: tokens]"
     )
     tolerance: float | None = option(
         None, "how far a group may be from 1/K, as a share of all [0.05/K]"
     )
     min_steps: int = option(
-        100, "with groups auto: optimizer steps that the shortest branch must take"
+        100, "with groups auto: least number of optimizer steps of the shortest branch"
     )
     pins: Pins = option(
-        Pins(), "datasets together, apart or in a given group: {together: [[a, b]], group: {c: 0}}"
+        Pins(), "datasets together, apart or in one group: {together: [[a, b]], group: {c: 0}}"
     )
     spread: tuple[str, ...] = option([], "datasets whose rows go to all groups in equal shares")
     manual: tuple[tuple[str, ...], ...] = option(
@@ -72,16 +80,13 @@ class SplitConfig(SketchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         filled = self.filled()
+        method = METHODS[filled.method]
         require(
             self.groups == "auto" or self.groups >= 1, "groups", "at least 1, or auto", self.groups
         )
-        if (
-            filled.method == "pca-median"
-            and self.groups != "auto"
-            and self.groups & (self.groups - 1)
-        ):
+        if method.power_of_two and self.groups != "auto" and self.groups & (self.groups - 1):
             raise InputError(
-                f"groups: must be a power of two with method pca-median, got {self.groups}"
+                f"groups: must be a power of two with method {method.name}, got {self.groups}"
             )
         few = filled.debias == "blocks" and self.blocks < 4
         require(
@@ -94,21 +99,21 @@ class SplitConfig(SketchConfig):
             self.tolerance is None or self.tolerance >= 0, "tolerance", "at least 0", self.tolerance
         )
         require(self.min_steps >= 1, "min_steps", "at least 1", self.min_steps)
-        if self.groups == "auto" and filled.method in ("manual", "iid"):
-            raise InputError(f"groups: must be a number with method {filled.method}, got auto")
-        if (filled.method == "manual") != bool(self.manual):
+        if self.groups == "auto" and not method.chooses_groups:
+            raise InputError(f"groups: must be a number with method {method.name}, got auto")
+        if method.needs_manual != bool(self.manual):
             raise InputError(
-                f"manual: goes with method manual, and only with it; got method {filled.method}"
+                f"manual: goes with method manual, and only with it; got method {method.name}"
             )
 
     def sketch_config(self) -> SketchConfig:
-        """The part that decides the sketches."""
+        """Options that decide the sketches."""
         return SketchConfig(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(SketchConfig)}
         )
 
     def filled(self) -> "Choices":
-        """The choices, those of the preset where none was made."""
+        """The config's choices, completed by the preset's."""
         preset = PRESETS[self.preset]
         return Choices(
             self.method or preset.method,

@@ -1,4 +1,4 @@
-"""From the products of block sums to a decision: how many groups, which, and how sure that is. Pure NumPy, no files."""
+"""The decision on one mixture: how many groups, which, and how sure. Pure NumPy, no files."""
 
 import functools
 import math
@@ -8,20 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from merit_fast.split.auto import Choice, candidate_groups, choose_groups
+from merit_fast.split.auto import Choice, candidate_numbers, choose_num_groups
 from merit_fast.split.config import SplitConfig
 from merit_fast.split.conflict import (
     Conflict,
-    center_matrix,
+    center_columns,
     conflict_of,
     double_center,
     left_out_similarities,
 )
 from merit_fast.split.moments import BlockProducts
 from merit_fast.split.search.medians import Axes, conflict_axes, weighted_axes
-from merit_fast.split.search.partition import Partition, partition, random_groups
+from merit_fast.split.search.methods import METHODS
+from merit_fast.split.search.partition import Partition, partition_datasets, random_labels
 from merit_fast.split.search.problem import Pins
-from merit_fast.split.separation import Separation, separation
+from merit_fast.split.separation import Separation, measure_separation
 
 Array = npt.NDArray[np.float64]
 
@@ -30,7 +31,7 @@ _NULL_SPLITS = 200
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a split knows of N datasets beside their gradients.
+    """N datasets as a split knows them, their gradients aside.
 
     Attributes:
         names: [N], distinct.
@@ -51,17 +52,20 @@ class Decision:
     """A split of N datasets in K groups.
 
     Attributes:
-        groups: K.
-        reason: of an automatic K; "" where it was asked for.
-        separations: K -> how its split separates, of every K tried, the chosen one among them (not for K = 1).
-        scores: [N, R] on the principal axes of the centred similarity, R = 2 or log2 K if that is more.
+        num_groups: K.
+        reason: reason for an automatic K; "" where the user asked for it.
+        separations: K -> separation of its split, of every K tried, the chosen one among them (not
+            for K = 1).
+        scores: [N, R] on the principal axes of the centred similarity, R = 2 or log2 K if that is
+            more.
         score_errors: [N, R] block-jackknife standard errors.
         explained_variance: [R].
-        stability: [N] how much of a dataset's company it keeps when a block of examples is left out, in [0, 1].
+        stability: [N] share of a dataset's company that it keeps when a block of examples is left
+            out, in [0, 1].
         random: [N] labels of a balanced random split: the control.
     """
 
-    groups: int
+    num_groups: int
     reason: str
     conflict: Conflict
     partition: Partition
@@ -74,11 +78,14 @@ class Decision:
 
 
 class Splitter:
-    """One mixture's products under one config: splits of any K, of all examples or of some."""
+    """Splits of one mixture under one config: any number of groups, all or some examples."""
 
     def __init__(self, products: BlockProducts, mixture: Mixture, config: SplitConfig) -> None:
-        self.products, self.mixture, self.config = products, mixture, config
+        self.products = products
+        self.mixture = mixture
+        self.config = config
         self.choices = config.filled()
+        self.method = METHODS[self.choices.method]
         counted = mixture.samples if self.choices.balance == "samples" else mixture.tokens
         self.weights = np.asarray(counted / counted.sum())
         self.tolerance = math.inf if self.choices.balance == "none" else config.tolerance
@@ -86,15 +93,15 @@ class Splitter:
             products, similarity=config.similarity, debias=self.choices.debias
         )
 
-    def split(self, similarity: Array, groups: int) -> Partition:
-        """By the config's method, on a similarity matrix [N, N] that is not centred."""
+    def split(self, similarity: Array, num_groups: int) -> Partition:
+        """Splits by the config's method, on a similarity matrix [N, N] that is not centred."""
         config = self.config
-        return partition(
+        return partition_datasets(
             self.centered(similarity),
             self.weights,
             self.mixture.names,
-            groups,
-            self.choices.method,
+            num_groups,
+            self.method.name,
             tolerance=self.tolerance,
             pins=config.pins,
             spread=config.spread,
@@ -105,121 +112,124 @@ class Splitter:
         )
 
     def centered(self, similarity: Array) -> Array:
-        """The Gram of the points that are split: token-weighted deviations, or the matrix's column-centred rows."""
+        """Gram of the points to split: token-weighted deviations, or column-centred rows."""
         if self.choices.center == "tokens":
             return double_center(similarity, self.weights)
-        rows = center_matrix(similarity, self.weights, "columns")
+        rows = center_columns(similarity)
         return np.asarray(rows @ rows.T)
 
-    def separation(self, groups: int) -> Separation:
-        """How the split in ``groups`` separates, cross-validated, against random splits."""
-        drawn = iter(self.random(groups, 2 * _NULL_SPLITS, self.config.pins))
-        return separation(
+    def separation(self, num_groups: int) -> Separation:
+        """Measures the split in ``num_groups``, cross-validated, against random splits."""
+        drawn = iter(self.random(num_groups, 2 * _NULL_SPLITS, self.config.pins))
+        return measure_separation(
             self.products,
             self.weights,
-            self.split(self.conflict.similarity, groups).groups,
-            lambda matrix: self.split(matrix, groups).groups,
+            self.split(self.conflict.similarity, num_groups).labels,
+            lambda matrix: self.split(matrix, num_groups).labels,
             lambda: next(drawn),
             similarity=self.config.similarity,
             debias=self.choices.debias,
             draws=_NULL_SPLITS,
         )
 
-    def random(self, groups: int, count: int, pins: Pins | None = None) -> npt.NDArray[np.intp]:
-        """[count, N] random splits of the same balance."""
-        seed, names = self.config.seed, self.mixture.names
-        return random_groups(
-            self.weights, names, groups, count, tolerance=self.tolerance, pins=pins, seed=seed
+    def random(self, num_groups: int, count: int, pins: Pins | None = None) -> npt.NDArray[np.intp]:
+        """[count, N] labels of random splits of the same balance."""
+        return random_labels(
+            self.weights,
+            self.mixture.names,
+            num_groups,
+            count,
+            tolerance=self.tolerance,
+            pins=pins,
+            seed=self.config.seed,
         )
 
-    def smallest_share(self, groups: int) -> float:
-        """Of the tokens, in the smallest group of the split in ``groups``."""
-        labels = np.asarray(self.split(self.conflict.similarity, groups).groups)
+    def smallest_share(self, num_groups: int) -> float:
+        """Share of all tokens in the smallest group of the split in ``num_groups``."""
+        labels = np.asarray(self.split(self.conflict.similarity, num_groups).labels)
         share = self.mixture.tokens / self.mixture.tokens.sum()
-        spread = share[labels < 0].sum() / groups
-        return float(min(share[labels == group].sum() + spread for group in range(groups)))
+        spread = share[labels < 0].sum() / num_groups
+        return float(min(share[labels == label].sum() + spread for label in range(num_groups)))
 
-    def stability(self, groups: int, labels: Sequence[int]) -> Array:
+    def stability(self, num_groups: int, labels: Sequence[int]) -> Array:
         """[N] 1 - the mean share of datasets whose company changes with a block left out."""
         together = np.equal.outer(labels, labels)
         changed = np.zeros(len(labels))
         folds = left_out_similarities(self.products, self.config.similarity, self.choices.debias)
         for similarity in folds:
-            again = self.split(similarity, groups).groups
+            again = self.split(similarity, num_groups).labels
             changed += (np.equal.outer(again, again) != together).mean(1)
         return np.asarray(1 - changed / len(folds))
 
 
-def decide(products: BlockProducts, mixture: Mixture, config: SplitConfig) -> Decision:
-    """Splits a mixture as ``config`` says.
+def decide_split(products: BlockProducts, mixture: Mixture, config: SplitConfig) -> Decision:
+    """Splits a mixture as ``config`` asks.
 
     Raises:
-        InputError: what is asked for contradicts itself or cannot be had with so many datasets.
+        InputError: an option contradicts another one or cannot hold for so many datasets.
     """
     splitter = Splitter(products, mixture, config)
     choice = _choose(splitter)
-    groups = choice.groups
-    found = splitter.split(splitter.conflict.similarity, groups)
-    control = splitter.random(groups, 1)  # without pins: what chance would do
-    scores, errors, variance = _axes(splitter, max(2, math.ceil(math.log2(groups))))
+    num_groups = choice.num_groups
+    partition = splitter.split(splitter.conflict.similarity, num_groups)
+    control = splitter.random(num_groups, 1)  # without pins, as chance would split
+    scores, errors, variance = _scores(splitter, max(2, math.ceil(math.log2(num_groups))))
     return Decision(
-        groups=groups,
+        num_groups=num_groups,
         reason=choice.reason,
         conflict=splitter.conflict,
-        partition=found,
+        partition=partition,
         separations=choice.separations,
         scores=scores,
         score_errors=errors,
         explained_variance=variance,
-        stability=splitter.stability(groups, found.groups),
+        stability=splitter.stability(num_groups, partition.labels),
         random=tuple(int(label) for label in control[0]),
     )
 
 
 def _choose(splitter: Splitter) -> Choice:
-    config, number = splitter.config, len(splitter.mixture.names)
+    config = splitter.config
+    candidates = candidate_numbers(len(splitter.mixture.names))
     if config.groups == "auto":
 
         @functools.cache
-        def measure(groups: int) -> tuple[Separation, float]:
-            return splitter.separation(groups), splitter.smallest_share(groups)
+        def measure(num_groups: int) -> tuple[Separation, float]:
+            return splitter.separation(num_groups), splitter.smallest_share(num_groups)
 
-        return choose_groups(
-            candidate_groups(number), measure, splitter.mixture.steps, config.min_steps
-        )
-    measurable = splitter.choices.method not in (
-        "iid",
-        "manual",
-        "text-cluster",
-    )  # those look at no gradient
-    others = candidate_groups(number) if measurable and not config.pins.group else []
+        return choose_num_groups(candidates, measure, splitter.mixture.steps, config.min_steps)
+    others = candidates if splitter.method.reads_gradients and not config.pins.group else []
     tried = sorted({*others, config.groups} - {1})
-    return Choice(config.groups, "", {groups: splitter.separation(groups) for groups in tried})
+    return Choice(config.groups, "", {number: splitter.separation(number) for number in tried})
 
 
-def _axes(splitter: Splitter, count: int) -> tuple[Array, Array, Array]:
+def _scores(splitter: Splitter, count: int) -> tuple[Array, Array, Array]:
     """Scores [N, R], their errors and the axes' shares of the variance."""
-    config, choices = splitter.config, splitter.choices
+    config = splitter.config
 
-    def axes(similarity: Array) -> Axes:
-        if choices.method == "pca-median":
+    def axes_of(similarity: Array) -> Axes:
+        if splitter.method.column_axes:
             return conflict_axes(similarity, count)
         weights = splitter.weights
-        return weighted_axes(
-            splitter.centered(similarity) * np.outer(weights, weights), weights, count
-        )
+        products = splitter.centered(similarity) * np.outer(weights, weights)
+        return weighted_axes(products, weights, count)
 
-    found = axes(splitter.conflict.similarity)
+    axes = axes_of(splitter.conflict.similarity)
     folds = []
-    for similarity in left_out_similarities(splitter.products, config.similarity, choices.debias):
-        again = axes(similarity).scores
-        folds.append(again @ _turn(again, found.scores))
+    for similarity in left_out_similarities(
+        splitter.products, config.similarity, splitter.choices.debias
+    ):
+        scores = axes_of(similarity).scores
+        folds.append(scores @ _rotation(scores, axes.scores))
     deviation = np.stack(folds) - np.mean(folds, 0)
     errors = np.sqrt((len(folds) - 1) / len(folds) * (deviation**2).sum(0))
-    return found.scores, errors, found.explained_variance
+    return axes.scores, errors, axes.explained_variance
 
 
-def _turn(scores: Array, onto: Array) -> Array:
-    """The rotation that brings ``scores`` nearest to ``onto`` (Schoenemann 1966): axes have no sign and may swap."""
-    u, _, v = np.linalg.svd(scores.T @ onto)
+def _rotation(scores: Array, target: Array) -> Array:
+    """Rotates ``scores`` nearest to ``target`` (Schoenemann 1966).
+
+    Axes have no sign and may swap.
+    """
+    u, _, v = np.linalg.svd(scores.T @ target)
     return np.asarray(u @ v)

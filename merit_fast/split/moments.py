@@ -1,13 +1,15 @@
-"""Inner products of block sums, with bits that depend on the two datasets alone. Pure NumPy, no files.
+"""Inner products of block sums, with bits that depend on the two datasets only. Pure NumPy.
 
-A dot product's last bits change with the order of its sum, which a BLAS picks by shape, place, threads and processor.
-So every product here is exact: in each chunk of 2048 columns the block sums of a dataset are rounded to integers
+A dot product's last bits change with the order of its sum, which a BLAS picks by shape, place,
+threads and processor. So every product here is exact: in each chunk of 2048 columns the block sums
+of a dataset are rounded to integers
 
     round(S / 2^k),   k the least with sqrt(G sum_g |S_g|^2) <= 2^(26 + k)   within the chunk
 
-so that, by Cauchy and Schwarz, no partial sum of products of any sums of blocks reaches 2^53, and float64 holds it
-without rounding in whatever order. Chunks are then added from the left. A product's rounding error is some
-1e-7 |x| |y|, far below sampling noise. For it, mixtures may be permuted, extended and cut to the same bits.
+so that, by Cauchy and Schwarz, no partial sum of products of any sums of blocks reaches 2^53, and
+float64 holds it without rounding in whatever order. Chunks are then added from the left. A
+product's rounding error is some 1e-7 |x| |y|, far below sampling noise. In return, permuted,
+extended and cut mixtures give the same bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,9 @@ _BITS = 26
 
 @dataclass(frozen=True)
 class BlockProducts:
-    """What is kept of N datasets' block sums S [G, D]; T = sum_g S_g. Everything in split/conflict follows from it.
+    """Products of N datasets' block sums S [G, D]; T = sum_g S_g.
+
+    Everything in split/conflict follows from them.
 
     Attributes:
         counts: [N, G] examples per block.
@@ -43,71 +47,21 @@ class BlockProducts:
     left_out: Array
     halves: Array
 
-    def take(self, datasets: Sequence[int]) -> "BlockProducts":
-        """Some of the datasets, in the order given: the bits of a computation from these alone."""
-        chosen = np.asarray(datasets, np.intp)
-        square = np.ix_(chosen, chosen)
-        return BlockProducts(
-            self.counts[chosen],
-            self.within[chosen],
-            self.total[square],
-            np.stack([part[square] for part in self.left_out]),
-            np.stack([part[square] for part in self.halves]),
-        )
-
 
 def block_products(block_sums: Sequence[Any], block_counts: npt.NDArray[Any]) -> BlockProducts:
-    """G + 3 symmetric products of [N, D]: about (G + 3) N^2 D operations, and 8 (G + 2) N 2048 bytes.
+    """Computes G + 3 symmetric products of [N, D].
+
+    Takes about (G + 3) N^2 D operations and 8 (G + 2) N 2048 bytes.
 
     Args:
-        block_sums: N arrays [G, D] float64, or one [N, G, D]. Columns are read once, 2048 at a time, so memory-mapped
-            ones need not fit into memory.
+        block_sums: N arrays [G, D] float64, or one [N, G, D]. Columns are read once, 2048 at a
+            time, so memory-mapped ones need not fit into memory.
         block_counts: [N, G] examples in each block.
 
     Raises:
-        MeritFastError: a block sum that is infinite or not a number; fewer than two blocks of a dataset with examples.
+        MeritFastError: a block sum is infinite or not a number, or a dataset has fewer than two
+            blocks with examples.
     """
-    return _products(block_sums, block_counts, first=0)
-
-
-def extend_products(
-    products: BlockProducts, block_sums: Sequence[Any], block_counts: npt.NDArray[Any]
-) -> BlockProducts:
-    """The products of more datasets: O(N m) new entries, the old ones as they are; the bits of ``block_products``.
-
-    Args:
-        products: of the first datasets.
-        block_sums: of those and the m new ones behind them.
-        block_counts: [N + m, G] likewise.
-
-    Raises:
-        MeritFastError: as ``block_products``; the first counts are not those of ``products``.
-    """
-    old = len(products.counts)
-    if not np.array_equal(products.counts, block_counts[:old]):
-        raise MeritFastError(
-            f"split: the first {old} datasets have changed since their products were taken"
-        )
-    new = _products(block_sums, block_counts, first=old)
-    return BlockProducts(
-        new.counts,
-        np.concatenate([products.within, new.within]),
-        _grow(products.total, new.total),
-        np.stack([_grow(*pair) for pair in zip(products.left_out, new.left_out, strict=True)]),
-        np.stack([_grow(*pair) for pair in zip(products.halves, new.halves, strict=True)]),
-    )
-
-
-def _grow(old: Array, rows: Array) -> Array:
-    """[N, N] and the rows [m, N + m] below it."""
-    above = np.concatenate([old, rows[:, : len(old)].T], axis=1)
-    return np.concatenate([above, rows])
-
-
-def _products(
-    block_sums: Sequence[Any], block_counts: npt.NDArray[Any], first: int
-) -> BlockProducts:
-    """Products of the datasets from ``first`` on with all: [N - first, N] each."""
     counts = np.asarray(block_counts, np.float64)
     number, blocks = counts.shape
     few = np.flatnonzero((counts > 0).sum(1) < 2)
@@ -115,22 +69,22 @@ def _products(
         raise MeritFastError(
             f"split: dataset {few[0]} needs examples in two blocks or more, got {counts[few[0]]}"
         )
-    sums = np.zeros((blocks + 3, number - first, number))  # total, G left out, two halves
-    within = np.zeros((number - first, blocks, blocks))
-    product = np.empty((number - first, number))
+    sums = np.zeros((blocks + 3, number, number))  # total, G left out, two halves
+    within = np.zeros((number, blocks, blocks))
+    product = np.empty((number, number))
     for integers, unit in _integer_chunks(block_sums, number, blocks):
-        own = integers[:, first:].transpose(1, 0, 2)
-        within += np.matmul(own, own.transpose(0, 2, 1)) * (unit[first:] ** 2)[:, None, None]
-        units = np.outer(unit[first:], unit)
-        for place, rows in enumerate(_sums_of_blocks(integers)):
-            np.matmul(rows[first:], rows.T, out=product)
+        by_dataset = integers.transpose(1, 0, 2)
+        within += np.matmul(by_dataset, by_dataset.transpose(0, 2, 1)) * (unit**2)[:, None, None]
+        units = np.outer(unit, unit)
+        for i, rows in enumerate(_sums_of_blocks(integers)):
+            np.matmul(rows, rows.T, out=product)
             np.multiply(product, units, out=product)
-            sums[place] += product
+            sums[i] += product
     return BlockProducts(counts, within, sums[0], sums[1 : blocks + 1], sums[blocks + 1 :])
 
 
 def _sums_of_blocks(integers: Array) -> Iterator[Array]:
-    """[N, C] each: T, T - S_g for every g, the even half, the odd half."""
+    """Yields [N, C] each: T, T - S_g for every g, the even half, the odd half."""
     total = integers.sum(0)
     yield total
     rows = np.empty_like(total)
@@ -144,13 +98,13 @@ def _sums_of_blocks(integers: Array) -> Iterator[Array]:
 def _integer_chunks(
     block_sums: Sequence[Any], number: int, blocks: int
 ) -> Iterator[tuple[Array, Array]]:
-    """Per chunk of columns: integers [G, N, C] and the power of two [N] that each dataset's stand for."""
+    """Yields, per chunk of columns, integers [G, N, C] and their unit [N], a power of two."""
     width = block_sums[0].shape[1] if number else 0
     buffer = np.empty((blocks, number, min(width, _COLUMNS)))
     for start in range(0, width, _COLUMNS):
         chunk = buffer[:, :, : width - start] if width - start < _COLUMNS else buffer
-        for place in range(number):
-            chunk[:, place] = block_sums[place][:, start : start + _COLUMNS]
+        for i in range(number):
+            chunk[:, i] = block_sums[i][:, start : start + _COLUMNS]
         square = np.sum([np.einsum("nc,nc->n", rows, rows) for rows in chunk], axis=0)
         if not np.isfinite(square).all():
             raise MeritFastError(

@@ -1,4 +1,4 @@
-"""Is a split better than random? eta squared free of noise and of the choice made on it. Pure NumPy, no files."""
+"""Separation of a split: eta squared free of noise and of the choice made on it. Pure NumPy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +24,17 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Separation:
-    """Between-group shares of the weighted sum of squares: estimates, so below 0 or above 1 now and then.
+    """Between-group shares of the weighted sum of squares.
+
+    They are estimates, so below 0 or above 1 now and then.
 
     Attributes:
-        eta_squared: of the split, debiased. It was chosen to make this large, so it is high on pure noise too.
-        cross_validated: splits chosen on the blocks of even number, measured on those of odd number, and the other way
-            round: mean of both. NaN: not enough blocks with examples, or no spread beyond noise.
-        null: [R] the same of random splits, a fresh one for each half.
+        eta_squared: share of the split itself, debiased. The split was chosen to make it large, so
+            it is high on pure noise too.
+        cross_validated: mean of two shares: splits chosen on the blocks of even number, measured on
+            those of odd number, and the reverse. NaN: too few blocks with examples, or no spread
+            beyond noise.
+        null: [R] cross-validated shares of random splits, a fresh one for each half.
     """
 
     eta_squared: float
@@ -47,32 +51,33 @@ class Separation:
 
     @property
     def better_than_random(self) -> bool:
-        """Whether the cross-validated share lies above the null's mean by two standard deviations."""
+        """Whether the cross-validated share beats the null's mean by two standard deviations."""
         return self.cross_validated > self.null_mean + 2 * self.null_std
 
 
-def separation(
+def measure_separation(
     products: BlockProducts,
     weights: Array,
-    groups: Labels,
+    labels: Labels,
     partition: Callable[[Array], Labels],
-    random_groups: Callable[[], Labels],
+    random_labels: Callable[[], Labels],
     *,
     similarity: Similarity = "cosine",
     debias: Debias = "blocks",
     draws: int = 200,
 ) -> Separation:
-    """Judges a split with ``partition`` as its maker.
+    """Judges a split by splits of half the examples and by random ones.
 
-    Sums of squares are always debiased ones (U on the diagonal), of vectors divided by the lengths that all blocks give
-    (similarity "cosine") or as they are ("gram"), and divided by the total that all blocks give.
+    Sums of squares are always debiased (U on the diagonal). The vectors are divided by the lengths
+    that all blocks give (similarity "cosine") or left as they are ("gram"); the sums are divided by
+    the total that all blocks give.
 
     Args:
-        products: of the datasets' block sums.
+        products: products of the datasets' block sums.
         weights: [N] token shares, sum 1.
-        groups: [N] the split made on ``conflict_of(products, ...).similarity``.
+        labels: [N] the split made on ``conflict_of(products, ...).similarity``.
         partition: makes a split [N] from such a matrix [N, N], here of half the examples.
-        random_groups: a random balanced split [N], another one at each call.
+        random_labels: a random balanced split [N], another one at each call.
         similarity: as in ``conflict_of``.
         debias: of the matrices that ``partition`` gets.
         draws: R, random splits for each half.
@@ -82,9 +87,8 @@ def separation(
     centered = double_center(whole.cosine(square), weights)
     total = total_sum(centered, weights)
     if not total > 0:
-        nothing = np.full(draws, np.nan)
-        return Separation(float("nan"), float("nan"), nothing)
-    eta = between_sum(centered, weights, groups) / total
+        return Separation(float("nan"), float("nan"), np.full(draws, np.nan))
+    eta = between_sum(centered, weights, labels) / total
     halves = half_grams(products, "blocks")
     if not all(np.isfinite(half.gram).all() for half in halves):
         return Separation(eta, float("nan"), np.full(draws, np.nan))
@@ -96,33 +100,29 @@ def separation(
     ]
 
     def crossed(from_even: Labels, from_odd: Labels) -> float:
-        on_odd, on_even = (
-            between_sum(judges[1], weights, from_even),
-            between_sum(judges[0], weights, from_odd),
-        )
+        on_odd = between_sum(judges[1], weights, from_even)
+        on_even = between_sum(judges[0], weights, from_odd)
         return (on_odd + on_even) / (2 * total)
 
     return Separation(
         eta_squared=eta,
         cross_validated=crossed(partition(matrices[0]), partition(matrices[1])),
-        null=np.array([crossed(random_groups(), random_groups()) for _ in range(draws)]),
+        null=np.array([crossed(random_labels(), random_labels()) for _ in range(draws)]),
     )
 
 
-def pair_means(cosine: Array, groups: Labels) -> tuple[float, float, float]:
-    """Of the pairs whose cosine is known: mean cosine within groups, across groups, share of negative pairs separated.
+def pair_means(cosine: Array, labels: Labels) -> tuple[float, float]:
+    """Mean cosine within groups and across groups.
 
-    NaN where there is no such pair. Datasets whose rows are spread over the groups (-1) are in no pair.
+    Counts the pairs whose cosine is known; NaN where there is none. Datasets whose rows are spread
+    over the groups (-1) are in no pair.
     """
-    labels = np.asarray(groups)
+    labels = np.asarray(labels)
     upper = np.triu_indices(len(labels), 1)
-    pairs, apart = cosine[upper], (labels[:, None] != labels)[upper]
+    pairs = cosine[upper]
+    apart = (labels[:, None] != labels)[upper]
     known = ~np.isnan(pairs) & ((labels[:, None] >= 0) & (labels >= 0))[upper]
-    return (
-        _mean(pairs[known & ~apart]),
-        _mean(pairs[known & apart]),
-        _mean(apart[known & (pairs < 0)] * 1.0),
-    )
+    return _mean(pairs[known & ~apart]), _mean(pairs[known & apart])
 
 
 def _mean(values: Array) -> float:

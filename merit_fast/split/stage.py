@@ -12,9 +12,10 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.split.config import SplitConfig
-from merit_fast.split.decide import Decision, Mixture, decide
+from merit_fast.split.decide import Decision, Mixture, decide_split
 from merit_fast.split.moments import block_products
-from merit_fast.split.separation import pair_means
+from merit_fast.split.search.methods import METHODS
+from merit_fast.split.separation import Separation, pair_means
 from merit_fast.split.text_cluster import dataset_similarity
 
 
@@ -24,66 +25,50 @@ def split_mixture(
     mixture_fingerprint: str,
     config: SplitConfig,
     *,
+    base_fingerprint: str,
     steps: int,
     sketched_at: str,
     texts: Callable[[], Mapping[str, Sequence[str]]],
 ) -> SplitManifest:
-    """Groups the datasets, from the sketch stage's files alone.
+    """Groups the datasets by the sketch stage's files.
 
     Args:
         sketches: directory of the sketch stage.
-        datasets: what is split, with its rows.
-        mixture_fingerprint: of the training rows.
-        config: how.
+        datasets: the datasets to split, with their rows.
+        mixture_fingerprint: fingerprint of the training rows.
+        config: options.
+        base_fingerprint: fingerprint of the base model. After a warm-up the gradients were taken at
+            another model; the states name it, and split.json has it as ``start_fingerprint``.
         steps: optimizer steps of a joint run on these datasets.
         sketched_at: where the gradients were taken, in words.
-        texts: every dataset's rows as text, asked for by method text-cluster only.
+        texts: returns every dataset's rows as text; called by methods that need texts only.
 
     Raises:
-        InputError: a sketch file that is missing, broken or does not match the others; groups that cannot be had.
+        InputError: a sketch file is missing, broken or does not match the others; so many groups
+            are impossible.
     """
     if config.groups != "auto" and config.groups > len(datasets):
         raise InputError(
-            f"split.groups: must be at most the number of datasets ({len(datasets)}), got {config.groups}"
+            f"split.groups: must be at most the number of datasets ({len(datasets)}), "
+            f"got {config.groups}"
         )
     states = [SketchState.read(sketches / f"{d.name}.safetensors") for d in datasets]
     for state in states[1:]:
         states[0].require_same(state)
-    products = block_products(
-        [state.block_sums.numpy() for state in states],
-        torch.stack([s.block_counts for s in states]).numpy(),
-    )
-    names, similarity = [dataset.name for dataset in datasets], None
-    if config.filled().method == "text-cluster":
-        ordered, of_texts = dataset_similarity(texts())
-        place = [ordered.index(name) for name in names]
-        similarity = of_texts[np.ix_(place, place)]
-    tokens = np.array([d.num_target_tokens for d in datasets], np.float64)
-    samples = np.array([d.num_examples for d in datasets], np.float64)
-    decision = decide(products, Mixture(names, tokens, samples, steps, similarity), config)
-    return _manifest(decision, datasets, states, config, sketched_at, mixture_fingerprint)
-
-
-def _manifest(
-    decision: Decision,
-    datasets: Sequence[Dataset],
-    states: Sequence[SketchState],
-    config: SplitConfig,
-    sketched_at: str,
-    mixture_fingerprint: str,
-) -> SplitManifest:
-    conflict, found, chosen = decision.conflict, decision.partition, config.filled()
-    within, across, _ = pair_means(conflict.cosine, found.groups)
+    decision = _decide(states, datasets, config, steps, texts)
+    conflict = decision.conflict
+    within, across = pair_means(conflict.cosine, decision.partition.labels)
+    choices = config.filled()
     return SplitManifest(
-        groups=decision.groups,
-        datasets=tuple(_row(d, states[i], decision, i) for i, d in enumerate(datasets)),
-        method=chosen.method,
-        balance=chosen.balance,
+        groups=decision.num_groups,
+        datasets=tuple(_dataset(d, states[i], decision, i) for i, d in enumerate(datasets)),
+        method=choices.method,
+        balance=choices.balance,
         reason=decision.reason,
-        note=found.note,
+        note=decision.partition.note,
         sketched_at=sketched_at,
-        similarity=_rows(conflict.cosine),
-        similarity_errors=_rows(conflict.error),
+        similarity=_json_matrix(conflict.cosine),
+        similarity_errors=_json_matrix(conflict.error),
         negative_pair_fraction=conflict.negative_pair_fraction,
         certain_negative_fraction=conflict.certain_negative_fraction,
         within_cosine=_known(within),
@@ -91,22 +76,46 @@ def _manifest(
         explained_variance=tuple(float(v) for v in decision.explained_variance),
         scores=tuple(tuple(map(float, row)) for row in decision.scores),
         score_errors=tuple(tuple(map(float, row)) for row in decision.score_errors),
-        cuts=found.cuts,
+        cuts=decision.partition.cuts,
         separations=tuple(
-            GroupCount(k, *map(_known, (s.eta_squared, s.cross_validated, s.null_mean, s.null_std)))
-            for k, s in sorted(decision.separations.items())
+            _group_count(number, separation)
+            for number, separation in sorted(decision.separations.items())
         ),
         random_groups=decision.random,
-        base_fingerprint=states[0].identity.model_fingerprint,
+        base_fingerprint=base_fingerprint,
+        start_fingerprint=states[0].identity.model_fingerprint,
         mixture_fingerprint=mixture_fingerprint,
     )
 
 
-def _row(dataset: Dataset, state: SketchState, decision: Decision, i: int) -> SplitDataset:
+def _decide(
+    states: Sequence[SketchState],
+    datasets: Sequence[Dataset],
+    config: SplitConfig,
+    steps: int,
+    texts: Callable[[], Mapping[str, Sequence[str]]],
+) -> Decision:
+    products = block_products(
+        [state.block_sums.numpy() for state in states],
+        torch.stack([s.block_counts for s in states]).numpy(),
+    )
+    names = [dataset.name for dataset in datasets]
+    text_similarity = None
+    if METHODS[config.filled().method].needs_texts:
+        ordered, matrix = dataset_similarity(texts())
+        order = [ordered.index(name) for name in names]
+        text_similarity = matrix[np.ix_(order, order)]
+    tokens = np.array([d.num_target_tokens for d in datasets], np.float64)
+    samples = np.array([d.num_examples for d in datasets], np.float64)
+    mixture = Mixture(names, tokens, samples, steps, text_similarity)
+    return decide_split(products, mixture, config)
+
+
+def _dataset(dataset: Dataset, state: SketchState, decision: Decision, i: int) -> SplitDataset:
     conflict = decision.conflict
     return SplitDataset(
         name=dataset.name,
-        group=decision.partition.groups[i],
+        group=decision.partition.labels[i],
         num_examples=dataset.num_examples,
         num_target_tokens=dataset.num_target_tokens,
         num_sketched_examples=state.num_examples,
@@ -120,10 +129,20 @@ def _row(dataset: Dataset, state: SketchState, decision: Decision, i: int) -> Sp
     )
 
 
-def _rows(matrix: np.ndarray) -> tuple[tuple[float | None, ...], ...]:
+def _group_count(num_groups: int, separation: Separation) -> GroupCount:
+    return GroupCount(
+        num_groups,
+        _known(separation.eta_squared),
+        _known(separation.cross_validated),
+        _known(separation.null_mean),
+        _known(separation.null_std),
+    )
+
+
+def _json_matrix(matrix: np.ndarray) -> tuple[tuple[float | None, ...], ...]:
     return tuple(tuple(_known(float(value)) for value in row) for row in matrix)
 
 
 def _known(value: float) -> float | None:
-    """JSON has no NaN."""
+    """The value, or None for NaN, which JSON lacks."""
     return None if math.isnan(value) else value

@@ -1,9 +1,9 @@
-"""Splits by what the texts are about, without gradients: the baseline of c-BTM (Gururangan et al., arXiv 2303.14177).
+"""Similarity of datasets by the topics of their texts, without gradients. Pure NumPy.
 
-c-BTM clusters documents, not datasets: TF-IDF (numbers and stop words left out), 100 directions of a truncated SVD,
-unit length, balanced k-means. ``cluster_rows`` does that: every row of the mixture gets its own group.
-``dataset_similarity`` is the like-for-like control of a split of whole datasets: the same vectors, averaged over each
-dataset. Pure NumPy.
+The text vectors are those of c-BTM (Gururangan et al., arXiv 2303.14177): TF-IDF without numbers
+and stop words, 100 directions of a truncated SVD, unit length. c-BTM clusters documents; here the
+vectors are averaged over each dataset, so that whole datasets are compared as a split by gradients
+compares them.
 """
 
 import re
@@ -17,15 +17,14 @@ Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.intp]
 
 DIRECTIONS = 100
-_ROUNDS = 20
 _WORD = re.compile(r"\b\w\w+\b")
 _STOP_WORDS = """
-about above after again all also am an and any are as at be because been before being below between both but by
-can could did do does doing down during each few for from further had has have having he her here hers him his
-how if in into is it its just me more most must my no nor not now of off on once only or other our ours out over
-own same shall she should so some such than that the their theirs them then there these they this those through
-to too under until up upon us very was we were what when where which while who whom why will with would you your
-yours
+about above after again all also am an and any are as at be because been before being below between
+both but by can could did do does doing down during each few for from further had has have having
+he her here hers him his how if in into is it its just me more most must my no nor not now of off
+on once only or other our ours out over own same shall she should so some such than that the their
+theirs them then there these they this those through to too under until up upon us very was we were
+what when where which while who whom why will with would you your yours
 """
 _STOP = frozenset(_STOP_WORDS.split())
 
@@ -34,7 +33,8 @@ def text_vectors(texts: Sequence[str], directions: int = DIRECTIONS) -> Array:
     """[n, R] unit vectors of the texts, R <= directions; a text without any word has zeros.
 
     tf-idf = count * (log((1 + n) / (1 + texts with the word)) + 1), rows scaled to unit length
-    vectors = rows of tfidf @ v[:, :R], scaled to unit length       (u, s, v: its singular value decomposition)
+    vectors = rows of tfidf @ v[:, :R], scaled to unit length       (u, s, v: its singular value
+    decomposition)
     """
     counts = [Counter(_words(text)) for text in texts]
     vocabulary = {word: i for i, word in enumerate(sorted(set().union(*counts)))} if counts else {}
@@ -53,40 +53,10 @@ def dataset_similarity(texts: Mapping[str, Sequence[str]]) -> tuple[list[str], A
     names = sorted(texts)
     vectors = text_vectors([text for name in names for text in texts[name]])
     ends = np.cumsum([len(texts[name]) for name in names])
-    parts = np.split(vectors, ends[:-1])
-    means = np.stack([part.mean(0) if len(part) else np.zeros(vectors.shape[1]) for part in parts])
+    of_datasets = np.split(vectors, ends[:-1])
+    nothing = np.zeros(vectors.shape[1])
+    means = np.stack([rows.mean(0) if len(rows) else nothing for rows in of_datasets])
     return names, means @ means.T
-
-
-def cluster_rows(
-    texts: Mapping[str, Sequence[str]], groups: int, seed: int = 0
-) -> dict[str, Labels]:
-    """Every row's group, by dataset, as c-BTM assigns them: groups differ by one row at most.
-
-    The order of the datasets does not matter.
-    """
-    names = sorted(texts)
-    labels = balanced_kmeans(
-        text_vectors([text for name in names for text in texts[name]]), groups, seed
-    )
-    ends = np.cumsum([len(texts[name]) for name in names])
-    return dict(zip(names, np.split(labels, ends[:-1]), strict=True))
-
-
-def balanced_kmeans(vectors: Array, groups: int, seed: int = 0) -> Labels:
-    """[n] labels of Lloyd's algorithm with groups of n / K rows, rounded up or down; k-means++ seeds, 20 rounds."""
-    generator = np.random.default_rng(seed)
-    centers = vectors[_seeds(vectors, groups, generator)]
-    labels = np.full(len(vectors), -1)
-    for _ in range(_ROUNDS):
-        distance = (centers**2).sum(1) - 2 * vectors @ centers.T
-        again = _assign_evenly(distance)
-        if (again == labels).all():
-            break
-        labels = again
-        members = labels[:, None] == np.arange(groups)
-        centers = (members.T @ vectors) / np.maximum(members.sum(0), 1)[:, None]
-    return labels
 
 
 def _words(text: str) -> list[str]:
@@ -96,7 +66,10 @@ def _words(text: str) -> list[str]:
 
 
 def _leading(row: Labels, column: Labels, value: Array, shape: tuple[int, int], rank: int) -> Array:
-    """[n, rank] u * s of the sparse matrix's leading directions by subspace iteration (Halko et al. 2011)."""
+    """[n, rank] u * s of the sparse matrix's leading directions.
+
+    By subspace iteration (Halko et al. 2011).
+    """
 
     def times(dense: Array) -> Array:
         return np.stack(
@@ -121,45 +94,3 @@ def _leading(row: Labels, column: Labels, value: Array, shape: tuple[int, int], 
 def _unit(rows: Array) -> Array:
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(np.divide(rows, length, out=np.zeros_like(rows), where=length > 1e-12))
-
-
-def _seeds(vectors: Array, groups: int, generator: np.random.Generator) -> list[int]:
-    """k-means++ (Arthur & Vassilvitskii 2007)."""
-    nearest, seeds = np.ones(len(vectors)), []
-    for _ in range(groups):
-        total = np.cumsum(nearest if nearest.sum() > 0 else np.ones(len(vectors)))
-        seeds.append(
-            min(
-                int(np.searchsorted(total, generator.random() * total[-1], "right")),
-                len(vectors) - 1,
-            )
-        )
-        distance = ((vectors - vectors[seeds[-1]]) ** 2).sum(1)
-        nearest = distance if len(seeds) == 1 else np.minimum(nearest, distance)
-    return seeds
-
-
-def _assign_evenly(distance: Array) -> Labels:
-    """Every row to its nearest group with room; those who lose most by waiting choose first. O(n K^2 log n)."""
-    number, groups = distance.shape
-    room = np.full(groups, number // groups)
-    extra = number % groups  # so many groups take one row more: the first to be full
-    labels = np.full(number, -1)
-    waiting, is_open = np.arange(number), np.ones(groups, bool)
-    while len(waiting):
-        near = np.where(is_open, distance[waiting], np.inf)
-        ranked = np.partition(near, min(1, groups - 1), axis=1)
-        regret = ranked[:, min(1, groups - 1)] - ranked[:, 0]
-        choice = near.argmin(1)
-        order = np.argsort(-np.where(np.isfinite(regret), regret, 0.0), kind="stable")
-        left = []
-        for group in np.flatnonzero(is_open):
-            asking = waiting[order[choice[order] == group]]
-            if len(asking) > room[group] and extra:
-                room[group], extra = room[group] + 1, extra - 1
-            labels[asking[: room[group]]] = group
-            left.append(asking[room[group] :])
-            is_open[group] = len(asking) <= room[group]
-            room[group] -= min(len(asking), room[group])
-        waiting = np.sort(np.concatenate(left))
-    return labels

@@ -1,7 +1,6 @@
 """Checkpoints of a training run: one file, replaced atomically."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from merit_fast.manifests.atomic import replace_file
 
 _FILE = "resume.safetensors"
 
@@ -33,10 +34,7 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], position: P
         temporary,
         {"run": _dump(position)},
     )
-    descriptor = os.open(temporary, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    os.replace(temporary, directory / _FILE)
+    replace_file(temporary, directory / _FILE)
 
 
 def read_checkpoint(directory: Path) -> tuple[dict[str, Tensor], Position] | None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from merit_fast.data import Batch, Dataset, Example, collate, load_tokenizer, pack, pad_token_id
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.manifests.io import write_manifest, write_text
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, reset_peak_memory
 from merit_fast.patch.model import Patch, patch_model
@@ -32,8 +33,9 @@ class BranchJob:
     arm: str
     group: int
     datasets: tuple[Dataset, ...]
-    base_path: str
+    start_path: str
     base_fingerprint: str
+    start_fingerprint: str
 
 
 def train_branch(
@@ -67,7 +69,7 @@ def train_branch(
         raise InputError(f"{job.branch}: has no example to train on")
     reset_peak_memory()
     start = time.perf_counter()
-    model = load_model(job.base_path, config.dtype).train()
+    model = load_model(job.start_path, config.dtype).train()
     patch = patch_model(model, config.kernels)
     _note_once(progress, str(patch), set() if noted is None else noted)
     choose_attention(model)
@@ -75,7 +77,7 @@ def train_branch(
         require_packing(model, examples)
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     position, earlier_s = _resume(directory, optimizer)
-    padding = pad_token_id(load_tokenizer(job.base_path))
+    padding = pad_token_id(load_tokenizer(job.start_path))
     steps = num_steps(len(examples), config)
     num_tokens = sum(len(example.input_ids) for example in examples) * config.epochs
     with progress.task(f"train {job.branch}", num_tokens, "tokens") as task:
@@ -148,7 +150,7 @@ def _write_branch(
     with no_loading_bar():
         save: Any = model.eval().save_pretrained
         save(directory, max_shard_size=config.max_shard_size)
-    load_tokenizer(job.base_path).save_pretrained(directory)
+    load_tokenizer(job.start_path).save_pretrained(directory)
     manifest = BranchManifest(
         branch=job.branch,
         arm=job.arm,
@@ -160,6 +162,7 @@ def _write_branch(
         steps=position.step,
         seed=config.seed,
         base_fingerprint=job.base_fingerprint,
+        start_fingerprint=job.start_fingerprint,
     )
     write_text(directory / "losses.json", json.dumps(position.losses) + "\n")
     write_manifest(manifest, directory / "branch.json")

@@ -1,5 +1,7 @@
-"""What a merge leaves to held-out rows: its scale, its weights. Above the stages: it evaluates merges, says numbers.
+"""Chooses a merge's scale and weights on held-out rows.
 
-``fit`` (pure NumPy) says where to look and what the losses found there mean; ``rows`` which rows are looked at;
-``search`` evaluates merges that are made straight into a model; ``command`` is the same for checkpoints without a run.
+Checkpoints and tokenized rows come in; the chosen numbers go out as tune.json. The pipeline calls
+it for `weights: fit` and `scale: auto`, the command ``tune`` for checkpoints without a run.
+``rows`` picks the rows, ``search`` evaluates merges in memory, ``fit`` (pure NumPy) proposes the
+next ones.
 """

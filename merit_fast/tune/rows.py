@@ -1,4 +1,4 @@
-"""Which held-out rows choose a merge's numbers, and which ones report: halves, so that no row does both."""
+"""Halves the held-out rows: one half chooses a merge's numbers, the other half reports."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,16 +10,18 @@ from merit_fast.errors import InputError
 
 
 def split_held_out(datasets: Sequence[Dataset]) -> tuple[list[Dataset], list[Dataset]]:
-    """The half of every dataset's held-out rows that chooses, and the half that reports, each in the rows' order.
+    """Returns the half of every dataset that chooses and the half that reports, in the rows' order.
 
-        order = permutation(n) by the dataset's name; chooses, reports = order[:n // 2], order[n // 2:]
+        order = permutation(n) by the dataset's name
+        chooses, reports = order[:n // 2], order[n // 2:]
 
     Raises:
-        InputError: no dataset, or one of a single row.
+        InputError: there is no dataset, or one has a single row.
     """
     if not datasets:
         raise InputError(
-            "merge: scale auto and weights fit need held-out rows; give datasets an eval_path or eval_split"
+            "merge: scale auto and weights fit need held-out rows; "
+            "give datasets an eval_path or eval_split"
         )
     halves = [_halves(dataset) for dataset in datasets]
     return [chooses for chooses, _ in halves], [reports for _, reports in halves]
@@ -29,13 +31,13 @@ def _halves(dataset: Dataset) -> tuple[Dataset, Dataset]:
     count = dataset.num_examples
     if count < 2:
         raise InputError(
-            f"{dataset.name}: scale auto and weights fit need at least 2 held-out rows per dataset (half of them "
-            f"choose, the others report), got {count}"
+            f"{dataset.name}: scale auto and weights fit need at least 2 held-out rows per dataset "
+            f"(half of them choose, the others report), got {count}"
         )
     digest = hashlib.blake2b(f"held-out\n{dataset.name}".encode(), digest_size=8).digest()
     order = np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)
     first, second = (
-        Dataset(dataset.name, tuple(dataset.examples[int(i)] for i in np.sort(part)))
-        for part in (order[: count // 2], order[count // 2 :])
+        Dataset(dataset.name, tuple(dataset.examples[int(i)] for i in np.sort(half)))
+        for half in (order[: count // 2], order[count // 2 :])
     )
     return first, second

@@ -1,7 +1,8 @@
-"""Chooses a merge's weights and scale by losses on held-out rows, of merges that go straight into a model.
+"""Chooses a merge's weights and scale by the losses of merges on held-out rows.
 
-Weights first, at the scale given (1 where it is still to be chosen), then the scale at those weights. Every loss is
-kept in a file, so that a killed search goes on with the next one.
+The merges are made in memory. The weights come first, at the configured scale (1 for ``auto``),
+then the scale at those weights. Every loss is kept in a file, so that an interrupted search
+resumes.
 """
 
 import json
@@ -13,15 +14,16 @@ from typing import Any
 
 import torch
 
-from merit_fast.data import Example
+from merit_fast.data import Example, count_target_tokens
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.evaluate.losses import mean_loss
-from merit_fast.manifests.io import read_manifest, write_manifest, write_text
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import TUNE_FILE, ScaleSearch, TuneManifest, WeightSearch
 from merit_fast.merge import MergeConfig, load_merged, resolve_weights
 from merit_fast.merge.parameters import Setting
 from merit_fast.merge.read.remote import Location
-from merit_fast.options.fields import to_plain
+from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, Task
 from merit_fast.tune import fit
 
@@ -40,8 +42,8 @@ _NOT_OF_MODELS = (
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """What is merged: K models, the numbers their weights are pulled towards, the base where there is one."""
+class TuneInputs:
+    """The merge to tune: K models, the weights to start from, and the base if there is one."""
 
     models: Sequence[Location]
     names: tuple[str, ...]
@@ -50,7 +52,7 @@ class Candidates:
 
 
 def tune_merge(
-    candidates: Candidates,
+    inputs: TuneInputs,
     examples: Sequence[Example],
     pad_token_id: int,
     batch_size: int,
@@ -58,41 +60,42 @@ def tune_merge(
     directory: Path | None,
     progress: Progress,
 ) -> TuneManifest:
-    """Chooses what ``config`` leaves open: ``weights: fit``, ``scale: auto``, or both.
+    """Chooses the numbers that ``config`` leaves open: ``weights: fit``, ``scale: auto``, or both.
 
     Args:
+        inputs: the models, their starting weights and the base.
         examples: the held-out rows that choose.
-        directory: gets tune.json; losses of an interrupted search that lie there are taken. None: nothing is written.
+        directory: gets tune.json; holds the losses of an interrupted search, which are used again.
+            None: nothing is written.
 
-    Raises:
-        InputError: a scale without a base, no rows; see ``load_merged``.
-        MeritFastError: not even the start has a finite loss.
+    Raises: InputError: a scale is to be chosen without a base, or there are no rows; see
+        ``load_merged``. MeritFastError: not even the start has a finite loss.
     """
     if directory is not None and (directory / TUNE_FILE).exists():
         (directory / _LOSSES).unlink(missing_ok=True)
         return read_manifest(TuneManifest, directory / TUNE_FILE)
-    if config.scale == "auto" and candidates.base is None:
+    if config.scale == "auto" and inputs.base is None:
         raise InputError("merge: scale auto needs a base model; give --base")
     if not examples:
         raise InputError("merge: scale auto and weights fit need held-out rows, got none")
-    count, fits = len(candidates.models), config.weights == "fit"
-    total = fits * (count * (count + 1) // 2 + 2) + (config.scale == "auto") * (len(fit.SCALES) + 1)
     file = None if directory is None else directory / _LOSSES
+    total = _count_merges(len(inputs.models), config)
+    weights = inputs.start
+    weight_search = None
+    scale = None
+    scale_search = None
     with progress.task("evaluate merges", total, "merges") as task:
-        losses = _Losses(candidates, examples, pad_token_id, batch_size, config, file, task)
-        weights, found_weights = candidates.start, None
-        if fits:
+        losses = _Losses(inputs, examples, pad_token_id, batch_size, config, file, task)
+        if config.weights == "fit":
             fixed: Setting = 1.0 if config.scale == "auto" else config.scale
-            found_weights = _search_weights(losses, candidates.start, fixed, config.ridge)
-            weights = (
-                found_weights.fitted if found_weights.accepted and found_weights.fitted else weights
-            )
-        scale, found_scale = None, None
+            weight_search = _search_weights(losses, inputs.start, fixed, config.ridge)
+            if weight_search.accepted and weight_search.fitted:
+                weights = weight_search.fitted
         if config.scale == "auto":
-            scale, found_scale = _search_scale(losses, weights)
-    tokens = sum(int((example.labels[1:] != -100).sum()) for example in examples)
+            scale, scale_search = _search_scale(losses, weights)
+    tokens = sum(count_target_tokens(example.labels) for example in examples)
     manifest = TuneManifest(
-        candidates.names, weights, scale, len(examples), tokens, found_weights, found_scale
+        inputs.names, weights, scale, len(examples), tokens, weight_search, scale_search
     )
     if directory is not None:
         write_manifest(manifest, directory / TUNE_FILE)
@@ -101,38 +104,55 @@ def tune_merge(
 
 
 def starting_weights(
-    models: Sequence[Location], config: MergeConfig, given: tuple[float, ...] = ()
+    models: Sequence[Location], config: MergeConfig, start: tuple[float, ...] = ()
 ) -> tuple[float, ...]:
-    """The weights before anything is chosen; for a fit of sum 1, by the models' token counts unless they are given.
+    """The weights before a search: ``start``, else for a fit those by the models' token counts.
+
+    For a fit they have sum 1.
 
     Raises:
-        InputError: a weight below 0 for a fit; see ``resolve_weights``.
+        InputError: a fit starts from a weight below 0; see ``resolve_weights``.
     """
-    fits, scale = config.weights == "fit", 1.0 if config.scale == "auto" else config.scale
-    weights = given or ("tokens" if fits else config.weights)
-    plain = replace(config, weights=weights, scale=scale, normalize=fits or config.normalize)
-    found = tuple(resolve_weights(models, plain))
-    if fits and min(found) < 0:
+    is_fit = config.weights == "fit"
+    fixed_config = replace(
+        config,
+        weights=start or ("tokens" if is_fit else config.weights),
+        scale=1.0 if config.scale == "auto" else config.scale,
+        normalize=is_fit or config.normalize,
+    )
+    weights = tuple(resolve_weights(models, fixed_config))
+    if is_fit and min(weights) < 0:
         raise InputError(
-            f"merge: weights fit: the weights to start from must be at least 0, got {list(found)}"
+            f"merge: weights fit: the weights to start from must be at least 0, got {list(weights)}"
         )
-    return found
+    return weights
 
 
-def tuning_sentence(found: TuneManifest) -> str:
-    """What was chosen and what it did to the loss, in one line."""
-    parts, by_weights, by_scale = [], found.weight_search, found.scale_search
+def tuning_sentence(tuned: TuneManifest) -> str:
+    """One line with the chosen numbers and their effect on the loss."""
+    clauses = []
+    by_weights = tuned.weight_search
     if by_weights is not None:
-        kept = "fitted" if by_weights.accepted else "kept, no better ones were found"
+        outcome = "fitted" if by_weights.accepted else "kept, no better ones were found"
         last = by_weights.fitted_loss if by_weights.accepted else by_weights.start_loss
-        shown = ", ".join(f"{weight:.4g}" for weight in found.weights)
-        parts.append(f"weights {shown} ({kept}): {_change(last, by_weights.start_loss)}")
+        shown = ", ".join(f"{weight:.4g}" for weight in tuned.weights)
+        clauses.append(f"weights {shown} ({outcome}): {_change(last, by_weights.start_loss)}")
+    by_scale = tuned.scale_search
     if by_scale is not None:
         losses = dict(zip(by_scale.scales, by_scale.losses, strict=True))
-        parts.append(
-            f"scale {found.scale:g}: {_change(losses[found.scale or 0.0], losses[1.0])} at scale 1"
-        )
-    return f"{'; '.join(parts)} (nats per target token of {found.num_examples} held-out rows)"
+        change = _change(losses[tuned.scale or 0.0], losses[1.0])
+        clauses.append(f"scale {tuned.scale:g}: {change} at scale 1")
+    return f"{'; '.join(clauses)} (nats per target token of {tuned.num_examples} held-out rows)"
+
+
+def _count_merges(num_models: int, config: MergeConfig) -> int:
+    """The most merges that the searches evaluate."""
+    count = 0
+    if config.weights == "fit":
+        count += num_models * (num_models + 1) // 2 + 2
+    if config.scale == "auto":
+        count += len(fit.SCALES) + 1
+    return count
 
 
 def _search_weights(
@@ -142,14 +162,13 @@ def _search_weights(
     if start_loss is None:
         raise MeritFastError("merge: weights fit: the loss at the token weights is not finite")
     points = fit.weight_points(start) if len(start) > 1 else []
-    found = [losses.at(point, scale) for point in points]
-    fitted = fit.fit_weights(
-        start, start_loss, [math.nan if loss is None else loss for loss in found], ridge
-    )
+    point_losses = [losses.at(point, scale) for point in points]
+    numbers = [math.nan if loss is None else loss for loss in point_losses]
+    fitted = fit.fit_weights(start, start_loss, numbers, ridge)
     fitted_loss = None if fitted is None else losses.at(fitted, scale)
     accepted = fitted_loss is not None and fitted_loss < start_loss
     return WeightSearch(
-        start, start_loss, tuple(points), tuple(found), fitted, fitted_loss, accepted
+        start, start_loss, tuple(points), tuple(point_losses), fitted, fitted_loss, accepted
     )
 
 
@@ -175,11 +194,11 @@ def _change(after: float | None, before: float | None) -> str:
 
 
 class _Losses:
-    """Nats per target token of merges, float32; None where one is not finite."""
+    """Losses of merges in nats per target token, float32; None for a loss that is not finite."""
 
     def __init__(
         self,
-        candidates: Candidates,
+        inputs: TuneInputs,
         examples: Sequence[Example],
         pad_token_id: int,
         batch_size: int,
@@ -187,9 +206,14 @@ class _Losses:
         file: Path | None,
         task: Task,
     ) -> None:
-        self.candidates, self.examples, self.file, self.task = candidates, examples, file, task
-        self.pad_token_id, self.batch_size = pad_token_id, batch_size
-        self.takes_weights, plain = config.takes_weights, to_plain(config)
+        self.inputs = inputs
+        self.examples = examples
+        self.file = file
+        self.task = task
+        self.pad_token_id = pad_token_id
+        self.batch_size = batch_size
+        self.takes_weights = config.takes_weights
+        plain = to_plain(config)
         self.options: dict[str, Any] = {
             key: plain[key] for key in plain if key not in _NOT_OF_MODELS
         }
@@ -209,17 +233,23 @@ class _Losses:
         return self.known[key]
 
     def _measure(self, point: dict[str, Any]) -> float | None:
-        models, base = self.candidates.models, self.candidates.base
         weights = point["weights"] if self.takes_weights else None
         model = load_merged(
-            models, weights, base=base, scale=point["scale"], dtype="fp32", **self.options
+            self.inputs.models,
+            weights,
+            base=self.inputs.base,
+            scale=point["scale"],
+            dtype="fp32",
+            **self.options,
         )
-        placed: Any = model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-        loss = mean_loss(placed, self.examples, self.pad_token_id, self.batch_size)
+        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+        loss = mean_loss(model.to(device), self.examples, self.pad_token_id, self.batch_size)
         return loss if math.isfinite(loss) else None
 
 
 @dataclass(frozen=True)
 class _Point:
+    """Weights and scale of one merge; its JSON is the key of its loss in the file."""
+
     weights: fit.Weights
     scale: Setting

@@ -22,6 +22,7 @@ def bench(folder, *arguments, code=0):
     return run("-m", "bench.merge.commands", folder, *LIGHT, *arguments, code=code)
 
 
+@pytest.mark.process
 def test_a_round_is_measured_kept_and_not_repeated(tmp_path):
     text = bench(tmp_path, "--only", "linear,cold", "--rounds", "1")
     assert "round 1, linear: command: " in text and "failed" not in text
@@ -46,6 +47,7 @@ def test_a_round_is_measured_kept_and_not_repeated(tmp_path):
     assert not list((tmp_path / "scratch-tiny").glob("out*"))
 
 
+@pytest.mark.process
 def test_results_of_other_circumstances_are_refused(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text('{"size": "0.5b"}\n')
@@ -99,6 +101,7 @@ def test_the_reference_rounds_once(round_once, value, bits):
             assert abs(Fraction(float(result)) - exact) <= abs(Fraction(float(neighbour)) - exact)
 
 
+@pytest.mark.process
 def test_io_paths_measures_every_way(tmp_path):
     text = run("-m", "bench.merge.io_paths", tmp_path, "--mib", "8", "--rounds", "1")
     assert all(

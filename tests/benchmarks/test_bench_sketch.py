@@ -109,11 +109,11 @@ def test_the_loop_over_examples_is_checked_and_timed_beside_the_plain_step(bench
 
 
 def test_a_wrong_result_ends_the_benchmark(module):
-    peer_steps = module("sketch.peer_steps")
+    libraries = module("sketch.peer_libraries")
     truth = torch.randn(10)
-    peer_steps.expect(truth, truth, "right")
+    libraries.expect(truth, truth, "right")
     with pytest.raises(SystemExit, match="wrong: is off by 1.0e-02"):
-        peer_steps.expect(truth * 1.01, truth, "wrong")
+        libraries.expect(truth * 1.01, truth, "wrong")
 
 
 def test_onednn_s_step_has_the_gradients_of_the_plain_one(module):
@@ -129,7 +129,7 @@ def test_onednn_s_step_has_the_gradients_of_the_plain_one(module):
 
 
 def test_a_goal_is_reached_only_where_wall_and_cpu_reach_it(module):
-    report = module("sketch_step_report")
+    report = module("sketch.step_report")
     rows = {"plain": {"wall_s": 1.0, "cpu_s": 1.0}, "sketch": {"wall_s": 0.8, "cpu_s": 0.95}}
     case = "31m, fp32, T=128, 1 thread(s)"
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from support.paths import ROOT
 
-from bench.split import recovery as split_recovery
+from bench.split import planted
+from bench.split.recovery import METHODS
 from merit_fast.split.conflict import cosine_matrix
 
 
+@pytest.mark.process
 def test_quick_mode_ends_with_one_json_object():
     command = [sys.executable, "-m", "bench.split.recovery", "--quick", "--json"]
     environment = {
@@ -22,8 +24,8 @@ def test_quick_mode_ends_with_one_json_object():
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout.splitlines()[-1])
-    assert set(result) == {*split_recovery.METHODS, "debiased_slope", "verdict_accuracy"}
-    for method in split_recovery.METHODS:
+    assert set(result) == {*METHODS, "debiased_slope", "verdict_accuracy"}
+    for method in METHODS:
         assert set(result[method]) == {"2", "4", "8"}
     assert all(
         share <= 1 + 1e-6
@@ -40,15 +42,15 @@ def test_quick_mode_ends_with_one_json_object():
 
 
 def test_without_conflicts_all_datasets_have_the_same_cosine():
-    mixture = split_recovery.plant(np.random.default_rng(0), 10, (0.0, 0.0, 0.0))
+    mixture = planted.plant(np.random.default_rng(0), 10, (0.0, 0.0, 0.0))
     cosine = cosine_matrix(mixture.means)[np.triu_indices(10, 1)]
     assert np.allclose(cosine, cosine[0]) and cosine[0] > 0.1
 
 
 @pytest.mark.parametrize("groups", [2, 3])
 def test_the_optimum_over_all_splits_is_one_of_theirs(groups):
-    mixture = split_recovery.plant(np.random.default_rng(1), 7)
-    best = split_recovery.best_of_all(mixture, groups)
+    mixture = planted.plant(np.random.default_rng(1), 7)
+    best = planted.best_of_all(mixture, groups)
     gains = []
     for code in range(groups**7):
         labels = [code // groups**i % groups for i in range(7)]
@@ -64,8 +66,8 @@ def test_the_optimum_over_all_splits_is_one_of_theirs(groups):
 
 def test_noise_of_the_block_sums_is_as_large_as_said():
     generator = np.random.default_rng(2)
-    mixture = split_recovery.plant(generator, 6)
-    products = split_recovery.observe(mixture, generator, 100, 100)
+    mixture = planted.plant(generator, 6)
+    products = planted.observe(mixture, generator, 100, 100)
     excess = np.diag(products.total) / 100**2 - (mixture.means**2).sum(1)
     expected = mixture.noise * (mixture.means**2).sum(1) / 100
     assert excess == pytest.approx(expected, rel=0.35)

@@ -8,7 +8,7 @@ from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokeni
 from merit_fast.errors import InputError
 from merit_fast.evaluate import EvaluateConfig
 from merit_fast.evaluate.audit import _Auditor, audit_merges, audit_rows
-from merit_fast.evaluate.stage import Merge
+from merit_fast.evaluate.stage import MergedArm
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import AuditManifest
 from merit_fast.model import load_model
@@ -61,7 +61,7 @@ def branches_around(folder, tiny_model, size):
 def audited(folder, tiny_model, datasets, size):
     paths, merged, *tensors = branches_around(folder, tiny_model, size)
     start = checkpoint(folder / "base", tensors[0], tiny_model)
-    merges = {"merit": Merge(merged, tuple(paths), WEIGHTS)}
+    merges = {"merit": MergedArm(merged, tuple(paths), WEIGHTS)}
     config = EvaluateConfig(batch_size=3, audit_rows=12, audit_points=2)
     return audit_merges(merges, paths, start, datasets, 1, config, SilentProgress())[
         "merit"
@@ -99,7 +99,7 @@ def test_a_merge_beside_the_mean_of_its_branches_has_a_slope_and_the_audit_count
         tmp_path / "scaled", {n: base[n] + 2 * (merged[n] - base[n]) for n in base}, tiny_model
     )
     start = checkpoint(tmp_path / "base", base, tiny_model)
-    merges = {"merit": Merge(scaled, tuple(paths), WEIGHTS)}
+    merges = {"merit": MergedArm(scaled, tuple(paths), WEIGHTS)}
     config = EvaluateConfig(batch_size=3, audit_rows=12, audit_points=1)
     audit = audit_merges(merges, paths, start, datasets, 1, config, SilentProgress())["merit"]
     assert audit.gain < 0 and audit.ratio == pytest.approx(

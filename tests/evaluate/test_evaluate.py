@@ -19,7 +19,7 @@ from merit_fast.errors import InputError
 from merit_fast.evaluate import EvaluateConfig, evaluate_arms
 from merit_fast.evaluate.losses import dataset_results, mean_loss
 from merit_fast.evaluate.retention import PROMPTS, answers_nll, greedy_answers, text_loss
-from merit_fast.evaluate.stage import Candidates
+from merit_fast.evaluate.stage import EvaluatedModels
 from merit_fast.evaluate.weights import displacement, interpolate_towards
 from merit_fast.model import load_model
 from merit_fast.progress import SilentProgress
@@ -144,6 +144,6 @@ def test_mean_loss_weighs_tokens(model, datasets):
 
 
 def test_a_mixture_without_held_out_rows_is_bad_input(tiny_model, tokenizer, tmp_path):
-    candidates = Candidates(tiny_model, {}, {})
+    candidates = EvaluatedModels(tiny_model, {}, {})
     with pytest.raises(InputError, match="no dataset of the mixture has held-out rows"):
         evaluate_arms(candidates, [], tokenizer, 1, EvaluateConfig(), tmp_path, SilentProgress())

@@ -1,4 +1,4 @@
-"""The average's Triton kernel in Triton's interpreter; ``test_average_tensors.py`` runs these in their own process."""
+"""The average's Triton kernel in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from merit_fast.kernels.average import foreach_weighted_average, weighted_average
-from merit_fast.kernels.average._tensors import DTYPES
+from merit_fast.kernels.average._dtypes import DTYPES
 from merit_fast.kernels.average._triton import BLOCK, describe
 
 WEIGHTS = [0.1, 0.25, -0.3, 0.95]
@@ -16,7 +16,7 @@ EDGES = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1.0, -1.0]
 
 
 def edges(dtype, seed, n=BLOCK + 40):
-    """Random bit patterns of all magnitudes, denormals among them, then zeros, infinities, NaN, the extreme numbers."""
+    """Random bits of all magnitudes, denormals too, then zeros, infinities, NaN and extremes."""
     numbers = torch.Generator().manual_seed(seed)
     raw = torch.randint(0, 256, (n * dtype.itemsize,), dtype=torch.uint8, generator=numbers).view(
         dtype
@@ -37,7 +37,7 @@ def same(a, b):
 
 
 def in_order(tensors, weights, dtype, out):
-    """Products and sums in ``dtype``, in order, then rounded by way of float32 to 16 bits."""
+    """Products and sums in ``dtype``, in order; results of 16 bits are rounded through float32."""
     total = torch.tensor(weights[0], dtype=torch.float64).to(dtype) * tensors[0].to(dtype)
     for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
         total = total + torch.tensor(weight, dtype=torch.float64).to(dtype) * tensor.to(dtype)
@@ -49,13 +49,16 @@ def test_the_repaired_interpreter_computes_in_bf16_as_torch_does():
     def kernel(a, b, total, product, narrow, N: tl.constexpr):
         i = tl.arange(0, N)
         at = i[:, None] * N + i[None, :]
-        x, y = tl.load(a + at), tl.load(b + at)
+        x = tl.load(a + at)
+        y = tl.load(b + at)
         tl.store(total + at, x + y)
         tl.store(product + at, tl.dot(x, y))
         tl.store(narrow + at, (x.to(tl.float32) * 1.01).to(tl.bfloat16))
 
     a, b = torch.randn(2, 32, 32).bfloat16()
-    total, narrow, product = torch.empty_like(a), torch.empty_like(a), torch.empty(32, 32)
+    total = torch.empty_like(a)
+    narrow = torch.empty_like(a)
+    product = torch.empty(32, 32)
     kernel[(1,)](a, b, total, product, narrow, 32)
     assert same(total, a + b)
     assert same(narrow, (a.float() * 1.01).bfloat16())
@@ -118,11 +121,11 @@ def test_more_tensors_than_a_search_step_and_each_finds_its_own():
 
 
 def test_in_place_on_any_input_and_shape():
-    for place in range(3):
+    for k in range(3):
         tensors = [torch.randn(9, BLOCK // 4).bfloat16() for _ in range(3)]
         expected = in_order(tensors, WEIGHTS[:3], torch.float32, torch.bfloat16)
-        result = weighted_average(tensors, WEIGHTS[:3], tensors[place], backend="triton")
-        assert result is tensors[place] and same(result, expected)
+        result = weighted_average(tensors, WEIGHTS[:3], tensors[k], backend="triton")
+        assert result is tensors[k] and same(result, expected)
 
 
 def test_addresses_that_are_no_multiple_of_16_are_told_to_the_compiler():

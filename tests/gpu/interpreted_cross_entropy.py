@@ -1,10 +1,11 @@
-"""The kernels of linear + cross-entropy in Triton's interpreter; ``test_cross_entropy_triton.py`` runs these."""
+"""The loss's kernels in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch
 from support.loss_cases import assert_never_worse, batch, everything, packed
 
 from merit_fast.kernels.cross_entropy import _tiled, _triton
+from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.kernels.sketch import CountSketch
 
 ALL = dict(bias=True, softcap=3.0, label_smoothing=0.1, z_loss=1e-2)
@@ -35,14 +36,15 @@ def test_words_that_a_bias_of_minus_infinity_forbids():
     of = batch(bias=True, vocabulary=1500)
     of.bias[:1100] = -torch.inf
     of.labels[of.labels >= 0] = 1200
-    ours, eager = everything(of, "triton"), everything(of, "eager")
+    ours = everything(of, "triton")
+    eager = everything(of, "eager")
     for name in ("loss", "hidden", "weight"):
         torch.testing.assert_close(ours[name], eager[name])
 
 
 def test_without_a_target_token_nothing_is_launched():
     of = batch(tokens=3)
-    of.labels[:] = -100
+    of.labels[:] = IGNORED_LABEL
     assert not any(value.any() for value in everything(of, "triton").values())
 
 

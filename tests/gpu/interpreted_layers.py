@@ -1,4 +1,4 @@
-"""The layers' Triton kernels in Triton's interpreter; ``test_layers_triton.py`` runs these in their own process."""
+"""The layers' Triton kernels in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch
@@ -26,11 +26,13 @@ def test_programs_of_several_steps_sum_all_rows(name, programs, monkeypatch):
 
 
 def test_dtypes_may_differ_as_in_autocast():
-    x, weight = torch.randn(3, 72).to(BF16), torch.randn(72)
+    x = torch.randn(3, 72).to(BF16)
+    weight = torch.randn(72)
     assert rms_norm(x, weight, 1e-6, backend="triton").dtype == F32
     out, total = add_rms_norm(x, torch.randn(3, 72), weight, 1e-6, backend="triton")
     assert out.dtype == total.dtype == F32
-    q, angles = torch.randn(1, 2, 5, 8).to(BF16).requires_grad_(), torch.rand(1, 5, 8)
+    q = torch.randn(1, 2, 5, 8).to(BF16).requires_grad_()
+    angles = torch.rand(1, 5, 8)
     turned, _ = rope(q, q.detach(), angles.cos(), angles.sin(), backend="triton")
     expected, _ = rope(q, q.detach(), angles.cos(), angles.sin(), backend="eager")
     assert turned.dtype == F32 and torch.allclose(turned, expected)
@@ -38,7 +40,8 @@ def test_dtypes_may_differ_as_in_autocast():
 
 
 def test_nothing_to_do_gives_empty_results_and_zero_gradients():
-    x, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    x = torch.zeros(0, 8, requires_grad=True)
+    weight = torch.ones(8, requires_grad=True)
     rms_norm(x, weight, 1e-6, backend="triton").sum().backward()
     assert x.grad.shape == (0, 8) and weight.grad.eq(0).all()
     assert swiglu(torch.zeros(0, 8), torch.zeros(0, 8), backend="triton").shape == (0, 8)

@@ -1,4 +1,4 @@
-"""AdamW's Triton kernel in Triton's interpreter; ``test_optimizer_triton.py`` runs these in their own process."""
+"""AdamW's Triton kernel in Triton's interpreter; ``test_interpreted.py`` runs these."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("dtype,options", OPTIONS, ids=str)
 def test_the_kernel_gives_the_bits_of_eager(dtype, options):
-    """But for the norm's sums, whose order is another: a clip may differ in its last bit."""
+    """A clip may differ in its last bit, since the norm's sums have another order."""
     exact = "max_norm" not in options
     assert_same_run(
         train(dtype, backend="triton", **options),
@@ -32,7 +32,8 @@ def test_the_kernel_gives_the_bits_of_eager(dtype, options):
 
 def test_nan_and_infinity_stay_where_they_are():
     gradients = torch.randn(1500)
-    gradients[700], gradients[900] = float("nan"), float("inf")
+    gradients[700] = float("nan")
+    gradients[900] = float("inf")
     for options in (
         {},
         {"moments": "bf16"},

@@ -1,4 +1,4 @@
-"""How the CUDA C++ sketch reaches a GPU: every call of NVRTC and the driver, answered by a fake, and its failures."""
+"""Launches of the CUDA C++ sketch: a fake answers every call of NVRTC and the driver, and fails."""
 
 import contextlib
 import ctypes
@@ -20,10 +20,13 @@ class Status(enum.IntEnum):
 
 
 class Fake:
-    """cuda.bindings' driver and NVRTC in one: every call is kept and succeeds, but for the one called ``failing``."""
+    """cuda.bindings' driver and NVRTC: keeps every call; all succeed except ``failing``."""
 
     def __init__(self, failing: str = "", context: int = 1) -> None:
-        self.failing, self.context, self.calls, self.launched = failing, context, [], b""
+        self.failing = failing
+        self.context = context
+        self.calls = []
+        self.launched = b""
 
     def CUstream(self, stream: int) -> int:
         return stream
@@ -60,7 +63,7 @@ class Fake:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretends that device 2 is a GPU; to be called with the fake driver and the GPU's capability."""
+    """Pretends that device 2 is a GPU. Call it with the fake driver and the GPU's capability."""
 
     def pretend(fake, capability=(9, 0)):
         monkeypatch.setattr(_cuda, "bindings", lambda: (fake, fake))
@@ -123,7 +126,7 @@ def test_a_failed_compilation_shows_the_log_in_one_line(gpu):
     assert fake.calls[-1][0] == "nvrtcDestroyProgram"
 
 
-def test_what_is_missing_is_said(gpu, monkeypatch):
+def test_errors_name_missing_hardware_and_libraries(gpu, monkeypatch):
     bindings = _cuda.bindings
     gpu(Fake(), capability=(7, 5))
     with pytest.raises(BackendUnavailableError, match="needs a GPU of sm_80 or newer, got sm_75"):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from support.paths import TESTS
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.sketch import CountSketch, _cuda, _eager, linear_grad_sketch
+from merit_fast.kernels.sketch._target import SketchTarget
 
 KEY = -1234567890123456789
 DTYPES = [torch.bfloat16, torch.float32]
-# rows, columns, tokens of each example, buckets, (first row, first column, columns of the parameter)
+# Rows, columns, tokens of each example, buckets, (first row, first column, parameter's columns)
 CASES = {
     "one tile": (64, 64, [32], 1, (0, 0, 64)),
     "ragged, packed, one example empty": (130, 200, [70, 0, 17], 3, (0, 0, 200)),
@@ -40,14 +42,17 @@ def on_cpu(library, monkeypatch):
 
 def draw(case: str, dtype: torch.dtype, make=lambda *shape: torch.randint(-4, 5, shape)):
     rows, columns, lengths, buckets, place = CASES[case]
-    tokens, offsets = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
-    dy, x = make(tokens, rows).to(dtype), make(tokens, columns).to(dtype)
-    return dy, x, offsets, place, KEY, torch.ones(len(lengths), buckets * 4096)
+    tokens = sum(lengths)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    dy = make(tokens, rows).to(dtype)
+    x = make(tokens, columns).to(dtype)
+    out = torch.ones(len(lengths), buckets * 4096)
+    return dy, x, SketchTarget(offsets, *place, KEY, None, out)
 
 
-def expected(dy, x, offsets, place, key, out, scale=None):
-    result = out.clone()
-    _eager.sketch_linear(dy, x, offsets, place, key, result, scale)
+def expected(dy, x, target):
+    result = target.out.clone()
+    _eager.sketch_linear(dy, x, replace(target, out=result))
     return result
 
 
@@ -60,12 +65,13 @@ def test_integers_give_the_eager_sketch_exactly(
     case, dtype, scaled, backwards, library, monkeypatch
 ):
     monkeypatch.setattr(_cuda, "launch", host_cuda.launcher(library, backwards))
-    job = draw(case, dtype)
-    rows, columns = job[0].shape[1], job[1].shape[1]
-    scale = torch.randint(-3, 4, (rows, columns + 3)).float()[:, :columns] if scaled else None
-    truth = expected(*job, scale)
-    _cuda.sketch_linear(*job, scale)
-    assert torch.equal(job[-1], truth)
+    dy, x, target = draw(case, dtype)
+    if scaled:
+        wide = torch.randint(-3, 4, (dy.shape[1], x.shape[1] + 3)).float()
+        target = replace(target, scale=wide[:, : x.shape[1]])
+    truth = expected(dy, x, target)
+    _cuda.sketch_linear(dy, x, target)
+    assert torch.equal(target.out, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,9 +86,10 @@ def test_splits_and_launches_of_few_examples_change_nothing(dtype, on_cpu, monke
         _cuda, "launch", lambda *arguments: (launches.append(arguments[:2]), launch(*arguments))
     )
     _cuda.sketch_linear(*job)
-    assert torch.equal(job[-1], truth)
+    assert torch.equal(job[-1].out, truth)
     kernel = "sketch_linear_bf16" if dtype == torch.bfloat16 else "sketch_linear_f32"
-    splits, buckets = 4, 3  # 3 x 4 tiles, of every three in a row one in a bucket
+    splits = 4
+    buckets = 3  # 3 x 4 tiles, of every three in a row one in a bucket
     assert launches == [
         (kernel, 2 * splits * buckets), ("add_splits", 2 * buckets * 32),
         (kernel, splits * buckets), ("add_splits", buckets * 32),
@@ -91,16 +98,16 @@ def test_splits_and_launches_of_few_examples_change_nothing(dtype, on_cpu, monke
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_example_has_the_same_bits_alone_and_in_a_batch(dtype, on_cpu):
-    dy, x, offsets, place, key, out = draw("splits", dtype, torch.randn)
-    _cuda.sketch_linear(dy, x, offsets, place, key, out)
-    last = torch.ones_like(out[2:])
-    _cuda.sketch_linear(dy[20:], x[20:], offsets[2:] - 20, place, key, last)
-    assert torch.equal(out[2:], last)
+    dy, x, target = draw("splits", dtype, torch.randn)
+    _cuda.sketch_linear(dy, x, target)
+    last = replace(target, offsets=target.offsets[2:] - 20, out=torch.ones_like(target.out[2:]))
+    _cuda.sketch_linear(dy[20:], x[20:], last)
+    assert torch.equal(target.out[2:], last.out)
 
 
 @pytest.mark.parametrize("left", [8, 3], ids=["loads of 16 bytes", "unaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_beside_the_matrices_is_read(dtype, left, on_cpu):
+def test_nothing_around_the_matrices_is_read(dtype, left, on_cpu):
     """Views into NaN: columns on both sides, and rows of tokens before and after."""
     job = draw("ragged, packed, one example empty", dtype)
     truth = expected(*job)
@@ -109,29 +116,29 @@ def test_nothing_beside_the_matrices_is_read(dtype, left, on_cpu):
         frame = torch.full((len(matrix) + 2, matrix.shape[1] // 8 * 8 + 32), torch.nan, dtype=dtype)
         framed.append(frame[1:-1, left : left + matrix.shape[1]].copy_(matrix))
     assert _cuda._wide(framed[0], 0) is (left == 8)
-    _cuda.sketch_linear(*framed, *job[2:])
-    assert torch.equal(job[-1], truth)
+    _cuda.sketch_linear(*framed, job[2])
+    assert torch.equal(job[2].out, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [33, 300])
 def test_real_numbers_are_no_worse_than_eager(tokens, dtype, on_cpu):
-    dy, x = torch.randn(tokens, 130).to(dtype), torch.randn(tokens, 200).to(dtype)
-    job = (dy, x, torch.tensor([0, tokens]), (0, 0, 200), KEY, torch.zeros(1, 2 * 4096))
+    dy = torch.randn(tokens, 130).to(dtype)
+    x = torch.randn(tokens, 200).to(dtype)
+    offsets = torch.tensor([0, tokens])
+    target = SketchTarget(offsets, 0, 0, 200, KEY, None, torch.zeros(1, 2 * 4096))
     truth = torch.zeros(2 * 4096, dtype=torch.float64)
     _eager._add_rows(dy.double().T @ x.double(), torch.arange(130), 0, 200, KEY, truth)
-    eager = (expected(*job)[0] - truth).norm()
-    _cuda.sketch_linear(*job)
-    assert_close(job[-1][0], truth)
-    assert (job[-1][0] - truth).norm() <= 1.5 * eager + 1e-7 * truth.norm()
+    eager = (expected(dy, x, target)[0] - truth).norm()
+    _cuda.sketch_linear(dy, x, target)
+    assert_close(target.out[0], truth)
+    assert (target.out[0] - truth).norm() <= 1.5 * eager + 1e-7 * truth.norm()
 
 
 def test_the_public_function_runs_it_when_it_is_named(on_cpu, monkeypatch):
     monkeypatch.setattr(dispatch, "choose", lambda op, device, requested: requested)
-    dy, x = (
-        torch.randint(-4, 5, (2, 9, 70)).float(),
-        torch.randint(-4, 5, (2, 9, 80)).bfloat16(),
-    )  # mixed dtypes
+    dy = torch.randint(-4, 5, (2, 9, 70)).float()
+    x = torch.randint(-4, 5, (2, 9, 80)).bfloat16()
     sketch = CountSketch(8192, 3)
     results = [
         linear_grad_sketch(dy, x, "w", sketch, backend=backend) for backend in ("cuda", "eager")
@@ -143,9 +150,9 @@ def test_the_public_function_runs_it_when_it_is_named(on_cpu, monkeypatch):
 
 def test_a_parameter_with_too_many_tiles_is_refused():
     out = torch.zeros(1, 4096)
-    job = (torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0, 1]), (2**38, 0, 64), KEY, out)
+    target = SketchTarget(torch.tensor([0, 1]), 2**38, 0, 64, KEY, None, out)
     with pytest.raises(ValueError, match="counts tiles in 32 bits"):
-        _cuda.sketch_linear(*job)
+        _cuda.sketch_linear(torch.ones(1, 1), torch.ones(1, 1), target)
 
 
 def test_fields_lie_where_the_source_has_them(library):
@@ -159,18 +166,17 @@ def test_fields_lie_where_the_source_has_them(library):
 
 
 def test_no_access_to_shared_memory_meets_a_bank_twice(library):
-    """The adds to the bucket: half a warp, 64 bits each, any masks. ldmatrix: eight tokens of one chunk of 16 bytes."""
-    place = torch.tensor([[library.place_in_bucket(i, j) for j in range(64)] for i in range(64)])
-    assert sorted(place.flatten().tolist()) == list(range(4096))
-    mask, lane = torch.arange(64), torch.arange(16)
-    rows = (torch.arange(0, 64, 4)[:, None] + lane // 4)[None] ^ mask[
-        :, None, None
-    ]  # [masks, places, lanes]
+    """Adds to the bucket: half a warp, 64 bits each, any masks. ldmatrix: 8 tokens of 16 bytes."""
+    bank_of = torch.tensor([[library.place_in_bucket(i, j) for j in range(64)] for i in range(64)])
+    assert sorted(bank_of.flatten().tolist()) == list(range(4096))
+    mask = torch.arange(64)
+    lane = torch.arange(16)
+    # [masks, places, lanes]
+    rows = (torch.arange(0, 64, 4)[:, None] + lane // 4)[None] ^ mask[:, None, None]
     columns = (torch.arange(0, 64, 8)[:, None] + lane % 4 * 2)[None] ^ mask[:, None, None]
     for n in range(8):
-        pair = (
-            place[rows[:, None], columns[None, :, n, None] & ~1] // 2 % 16
-        )  # [row masks, column masks, places, lanes]
+        # [row masks, column masks, places, lanes]
+        pair = bank_of[rows[:, None], columns[None, :, n, None] & ~1] // 2 % 16
         assert torch.equal(pair.sort(-1).values, lane.expand_as(pair))
     stage = torch.tensor(
         [[library.place_in_stage(t, chunk) // 8 for chunk in range(8)] for t in range(32)]
@@ -184,18 +190,21 @@ def test_no_access_to_shared_memory_meets_a_bank_twice(library):
 UNDEFINED = """
 import ctypes, sys
 sys.path[:0] = [{tests!r}, {folder!r}]
+from dataclasses import replace
 import test_cuda_sketch as cases, torch
 from support.gpu import host_cuda
 from support.paths import TESTS
 from merit_fast.kernels.sketch import _cuda
+
+pytestmark = pytest.mark.compile
 torch.manual_seed(0)
 _cuda.launch = host_cuda.launcher(ctypes.CDLL({library!r}))
 for case in cases.CASES:
     for dtype in cases.DTYPES:
-        job = cases.draw(case, dtype)
-        scale = torch.randn(job[0].shape[1], job[1].shape[1])
-        _cuda.sketch_linear(*job, scale)
-        assert not job[-1].isnan().any()
+        dy, x, target = cases.draw(case, dtype)
+        target = replace(target, scale=torch.randn(dy.shape[1], x.shape[1]))
+        _cuda.sketch_linear(dy, x, target)
+        assert not target.out.isnan().any()
 print("clean")
 """
 
@@ -223,7 +232,7 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_registers_are_those_of_the_baseline_and_none_spills(architecture, compiled):
-    """Another release of nvcc may need a few registers more, but not so many that a block less fits."""
+    """Another release of nvcc may take a few registers more, but as many blocks must fit."""
     spare = 0 if host_cuda.nvcc_release() == BASELINE["nvcc"] else 8
     assert compiled[architecture].keys() == BASELINE[architecture].keys() == set(_cuda.KERNELS)
     for name, kernel in compiled[architecture].items():
@@ -245,7 +254,7 @@ def test_the_code_is_matrix_products_wide_copies_and_no_atomics(architecture, co
         assert kernel.count(r"STS\.64") >= 16  # the adds to the bucket, two floats at a time
 
 
-def test_the_source_lies_beside_the_module_and_in_a_build(tmp_path):
+def test_the_source_lies_next_to_the_module_and_in_a_build(tmp_path):
     assert os.readlink(_cuda.SOURCE) == "../../csrc/cuda/sketch_linear.cu"
     command = [
         sys.executable,

@@ -1,44 +1,46 @@
-"""The sketch's Triton kernels: interpreted on the CPU, and compiled for GPUs that are not here."""
+"""The sketch's Triton kernels, compiled for GPUs that this machine lacks."""
 
+import functools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
-from support.gpu.triton_interp import run_interpreted
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
 from support.gpu.code import compile_launch
+from support.gpu.gate import figures_of
 from support.gpu.launches_sketch import BF16, COLUMNS, F32, KEY, launched, linear, rows
 
 from merit_fast.kernels.sketch import _triton
+from merit_fast.kernels.sketch._target import SketchTarget
+
+pytestmark = pytest.mark.compile
 
 OFF_GRID = (3, 5, 4096)  # a part that begins where no vector of 128 bits does
 EVERY = pytest.mark.parametrize("architecture", [80, 90, 100, 120, "gfx942"])
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 def code(launch, architecture):
-    found = compile_launch(launch.kernel, launch.arguments, launch.options, architecture)
-    assert found.spill_bytes == found.atomics == found.tf32 == 0, (
+    measured = compile_launch(launch.kernel, launch.arguments, launch.options, architecture)
+    assert measured.spill_bytes == measured.atomics == measured.tf32 == 0, (
         launch.name,
         architecture,
-        found.spill_bytes,
+        measured.spill_bytes,
     )
-    return found
+    return measured
 
 
-def test_the_kernels_in_the_interpreter():
-    run_interpreted("interpreted_sketch.py")
+def row(launch, architecture):
+    figures = figures_of(launch, architecture)
+    assert figures["spill_bytes"] == figures["atomics"] == figures["tf32"] == 0, launch.name
+    return figures
 
 
-# Instructions of a warp for the tokens of one step of the loop: 32, or 64 where operands stay in shared memory.
+# Instructions of a warp for one step of the loop: 32 tokens, or 64 with operands in shared memory.
 PRODUCTS = {
     80: ("HMMA", 16),
     90: ("HGMMA", 4),
@@ -65,7 +67,7 @@ def test_a_layer_in_bf16_is_taken_by_tensor_cores_from_loads_of_128_bits(archite
     )  # the bucket
     assert layer.count(r"LDG\.") == 8 + 2  # and two offsets
     assert layer.count("SHFL") == 32  # the permutation of 64 x 64 floats by 128 threads
-    if architecture != 100:  # nothing but the finished bucket goes through shared memory
+    if architecture != 100:  # only the finished bucket goes through shared memory
         assert layer.ptx.rfind("shfl.sync") < layer.ptx.find("st.shared")
 
 
@@ -100,35 +102,34 @@ def test_parts_that_begin_off_the_grid_fit_too(dtype, architecture):
 @pytest.mark.parametrize("by_id", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_rows_fit(dtype, by_id):
-    found = code(rows("rows", dtype, by_id, scaled=dtype == F32), 90)
-    assert found.registers <= 128 and found.shared_bytes <= (16 << 10) * by_id
-    assert (found.count("HGMMA") > 0) == (by_id and dtype == BF16)
+    figures = row(rows("rows", dtype, by_id, scaled=dtype == F32), 90)
+    assert figures["registers"] <= 128 and figures["shared_bytes"] <= (16 << 10) * by_id
+    assert (figures.get("WGMMA", 0) > 0) == (by_id and dtype == BF16)
 
 
 def test_numbers_that_the_compiler_knows_to_be_one_compile():
-    """Triton makes constants of integers that are 1: of columns, strides, the first row and column."""
-    values, offsets, out = torch.zeros(8, 1), torch.tensor([0, 4, 8]), torch.zeros(2, 8192)
-    scale, ids, place = torch.ones(4, 1), torch.zeros(8, dtype=torch.int64), (1, 1, 2)
+    """Triton makes constants of integers that are 1: columns, strides, the first row and column."""
+    values = torch.zeros(8, 1)
+    ids = torch.zeros(8, dtype=torch.int64)
+    offsets = torch.tensor([0, 4, 8])
+    by_rows = SketchTarget(offsets, 1, 1, 2, KEY, torch.ones(4, 1), torch.zeros(2, 8192))
+    whole = replace(by_rows, scale=torch.ones(1, 1))
     for kernel, call in (
-        ("rows_kernel", lambda: _triton.sketch_rows(values, offsets, None, place, KEY, out, scale)),
-        ("ids_kernel", lambda: _triton.sketch_rows(values, offsets, ids, place, KEY, out, scale)),
-        (
-            "linear_kernel",
-            lambda: _triton.sketch_linear(
-                values, values, offsets, place, KEY, out, torch.ones(1, 1)
-            ),
-        ),
+        ("rows_kernel", lambda: _triton.sketch_rows(values, None, by_rows)),
+        ("ids_kernel", lambda: _triton.sketch_rows(values, ids, by_rows)),
+        ("linear_kernel", lambda: _triton.sketch_linear(values, values, whole)),
     ):
-        code(launched(kernel, call, kernel), 90)
+        row(launched(kernel, call, kernel), 90)
 
 
 def test_another_key_or_batch_is_no_other_kernel():
-    """Layers have keys of their own: what is compiled must not depend on them."""
+    """Layers have keys of their own: the compiled code must not depend on them."""
     bodies = set()
     for key, batch, buckets in ((-(1 << 60), 2, 16), ((1 << 60) + 1, 3, 5)):
-        values, out = torch.zeros(192, 256), torch.zeros(batch, buckets * 4096)
+        values = torch.zeros(192, 256)
         offsets = torch.arange(batch + 1) * (192 // batch)
-        call = lambda: _triton.sketch_rows(values, offsets, None, (0, 0, 256), key, out)  # noqa: B023, E731
+        target = SketchTarget(offsets, 0, 0, 256, key, None, torch.zeros(batch, buckets * 4096))
+        call = functools.partial(_triton.sketch_rows, values, None, target)
         ptx = code(launched("rows", call, "rows_kernel"), 90).ptx
         bodies.add(ptx.split(".section")[0])
     assert len(bodies) == 1

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for GPUs that are not here: they fit, spill nothing and use the instructions meant."""
+"""Triton kernels compiled for absent GPUs fit, spill nothing and use the intended instructions."""
 
 import os
 
@@ -12,19 +12,16 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
 from support.gpu.code import compile_launch
 
 from merit_fast.kernels.average import _triton
-from merit_fast.kernels.average._tensors import DTYPES
+from merit_fast.kernels.average._dtypes import DTYPES
+
+pytestmark = pytest.mark.compile
 
 ARCHITECTURES = [80, 90]
 BF16, F16, F32, F64 = DTYPES
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 def compiled(columns, architecture):
-    """The code of one launch over columns, each a list of dtypes (the last the result's) and a shift in elements."""
+    """Code of one launch over columns, each a list of dtypes (the result's last) and a shift."""
     tensors = [
         [torch.zeros(3000 + shift, dtype=d)[shift:] for d in dtypes] for dtypes, shift in columns
     ]

@@ -1,4 +1,4 @@
-"""The weighted average: fp64 sums in order, one rounding, the same bits on every backend and ISA level."""
+"""The weighted average: fp64 sums in order, rounded once, same bits on all backends and levels."""
 
 import numpy as np
 import pytest
@@ -39,9 +39,10 @@ def test_native_equals_eager_bit_for_bit_on_mixed_types(out_dtype):
 
 @pytest.mark.parametrize("n", [1, 7, 8, 4096, 5003])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_native_equals_eager_bit_for_bit_on_bf16_alone(count, n):
+def test_native_equals_eager_bit_for_bit_on_bf16_only(count, n):
     inputs = [adversarial("BF16", seed)[:n] for seed in range(count)]
-    dtypes, weights = ["BF16"] * count, [1 / (k + 2.5) for k in range(count)]
+    dtypes = ["BF16"] * count
+    weights = [1 / (k + 2.5) for k in range(count)]
     results = [
         average_arrays(inputs, weights, dtypes=dtypes, out_dtype="BF16", backend=backend)
         for backend in ("cpu", "eager")
@@ -66,7 +67,7 @@ def test_one_input_of_weight_one_comes_back_bit_for_bit(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_bf16_rounding_is_nearest_even_in_one_step(backend):
-    """1 + 2^-8 is half way between two bf16 numbers; a hair above, invisible to fp32, must still round up."""
+    """1 + 2^-8 is halfway between two bf16 numbers; a hair above, lost in fp32, must round up."""
     values = np.array(
         [1 + 2**-8, 1 + 2**-8 + 2**-40, 1 + 3 * 2**-8, 1 + 3 * 2**-8 - 2**-40, 2.0**-140, -0.0]
     )
@@ -103,9 +104,12 @@ import hashlib, numpy as np
 from merit_fast.kernels.average import FLOAT_DTYPES, average_arrays
 digest = hashlib.sha256()
 for out_dtype in FLOAT_DTYPES:
-    inputs = [np.random.default_rng(k).integers(0, 256, 4099 * np.dtype(t).itemsize).astype(np.uint8).view(t)
-              for k, (_, t) in enumerate(FLOAT_DTYPES.values())]
-    digest.update(average_arrays(inputs, [.1, .2, .3, .4], dtypes=list(FLOAT_DTYPES), out_dtype=out_dtype).tobytes())
+    inputs = []
+    for k, (_, dtype) in enumerate(FLOAT_DTYPES.values()):
+        raw = np.random.default_rng(k).integers(0, 256, 4099 * np.dtype(dtype).itemsize)
+        inputs.append(raw.astype(np.uint8).view(dtype))
+    options = {"dtypes": list(FLOAT_DTYPES), "out_dtype": out_dtype}
+    digest.update(average_arrays(inputs, [.1, .2, .3, .4], **options).tobytes())
 bf16 = [np.random.default_rng(k).integers(0, 65536, 4099).astype(np.uint16) for k in range(3)]
 digest.update(average_arrays(bf16, [.2, .3, .5], dtypes=["BF16"] * 3, out_dtype="BF16").tobytes())
 print(digest.hexdigest())
@@ -117,7 +121,8 @@ def test_every_isa_level_gives_the_same_bits(native_levels):
 
 
 def test_out_may_be_an_input():
-    a, b = np.arange(10, dtype=np.float32), np.ones(10, np.float32)
+    a = np.arange(10, dtype=np.float32)
+    b = np.ones(10, np.float32)
     out = average_arrays([a, b], [0.5, 0.5], dtypes=["F32", "F32"], out_dtype="F32", out=a)
     assert out is a and a.tolist() == [(i + 1) / 2 for i in range(10)]
 

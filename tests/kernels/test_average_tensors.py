@@ -1,9 +1,8 @@
-"""The average of torch tensors: bits equal on eager and cpu, in place, mixed types, many at once, what is refused."""
+"""The average of torch tensors: equal bits on eager and cpu, in place, mixed types, errors."""
 
 import numpy as np
 import pytest
 import torch
-from support.gpu.triton_interp import run_interpreted
 
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels import dispatch
@@ -13,7 +12,7 @@ from merit_fast.kernels.average import (
     foreach_weighted_average,
     weighted_average,
 )
-from merit_fast.kernels.average import _tensors as family
+from merit_fast.kernels.average import _ops as family
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
 NAMES = dict(zip(family.DTYPES, FLOAT_DTYPES, strict=True))
@@ -37,11 +36,6 @@ def same(a, b):
     )
 
 
-def test_triton_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    run_interpreted("interpreted_average.py")
-
-
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("out_dtype", family.DTYPES)
 def test_tensors_of_mixed_types_give_the_bits_of_arrays(backend, out_dtype):
@@ -55,9 +49,10 @@ def test_tensors_of_mixed_types_give_the_bits_of_arrays(backend, out_dtype):
         out_dtype=NAMES[out_dtype],
         backend="eager",
     )
-    found, expected = array(out), torch.from_numpy(expected)
+    result = array(out)
+    expected = torch.from_numpy(expected)
     expected = expected.view(torch.bfloat16) if out_dtype == torch.bfloat16 else expected
-    assert same(torch.from_numpy(found).view(out_dtype), expected)
+    assert same(torch.from_numpy(result).view(out_dtype), expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -93,7 +88,8 @@ def test_many_at_once_equal_one_by_one():
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_in_place_and_on_parameters(backend):
-    live, average = torch.nn.Parameter(torch.randn(3, 5)), torch.randn(3, 5)
+    live = torch.nn.Parameter(torch.randn(3, 5))
+    average = torch.randn(3, 5)
     expected = (0.9 * average.double() + 0.1 * live.double()).float()
     result = weighted_average([average, live], [0.9, 0.1], average, backend=backend)
     assert result is average and torch.equal(average, expected)
@@ -103,7 +99,8 @@ def test_in_place_and_on_parameters(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_strided_tensors_in_and_out(backend):
-    a, b = torch.randn(6, 4).t(), torch.randn(8, 6)[::2]
+    a = torch.randn(6, 4).t()
+    b = torch.randn(8, 6)[::2]
     out = torch.zeros(6, 8).t()[::2]
     weighted_average([a, b], [0.5, 0.5], out, backend=backend)
     assert torch.equal(out, ((a.double() + b.double()) / 2).float())
@@ -124,7 +121,8 @@ def test_a_result_may_not_overlap_what_another_tensor_reads():
     tied = torch.zeros(4)
     with pytest.raises(ValueError, match="overlaps"):
         foreach_weighted_average([[tied, tied]], [2.0], [tied, tied])
-    a, b = torch.zeros(4), torch.zeros(4)
+    a = torch.zeros(4)
+    b = torch.zeros(4)
     with pytest.raises(ValueError, match="overlaps"):
         foreach_weighted_average([[a, b]], [2.0], [b, a])
     foreach_weighted_average([[tied, tied]], [2.0], [a, b])  # inputs may be one
@@ -151,7 +149,9 @@ def test_bad_arguments_are_named():
 
 
 def test_the_op_passes_opcheck_and_compiles():
-    a, b, out = torch.randn(2, 5), torch.randn(2, 5).bfloat16(), torch.zeros(2, 5)
+    a = torch.randn(2, 5)
+    b = torch.randn(2, 5).bfloat16()
+    out = torch.zeros(2, 5)
     torch.library.opcheck(
         family._average, ([a.view(-1), b.view(-1)], [0.5, 0.5], [out.view(-1)], None)
     )
@@ -170,9 +170,9 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.zeros(4)
     real = dispatch.importlib.util.find_spec
-    found = {"triton": object()}
+    installed = {"triton": object()}
     monkeypatch.setattr(
-        dispatch.importlib.util, "find_spec", lambda name: found.get(name, real(name))
+        dispatch.importlib.util, "find_spec", lambda name: installed.get(name, real(name))
     )
     with pytest.raises(
         BackendUnavailableError, match="'triton' runs on cuda tensors, got cpu.*TRITON_INTERPRET=1"

@@ -1,4 +1,4 @@
-"""Linear + cross-entropy on the CPU: never worse than eager against float64, whatever is asked for together."""
+"""Linear + cross-entropy on the CPU: never worse than eager against float64, for any options."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ from support.loss_cases import assert_never_worse, batch, everything, packed
 from torch.nn import functional as F
 
 from merit_fast.kernels.cross_entropy import _tiled, linear_cross_entropy
+from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.kernels.sketch import CountSketch, embedding_grad_sketch, flat_sketch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -21,7 +22,7 @@ SKETCH = CountSketch(8192, 3)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Of at most 64 columns, the tokens in chunks of 6."""
+    """Tiles have at most 64 columns; tokens come in chunks of 6."""
     monkeypatch.setattr(_tiled, "FEWEST_COLUMNS", 64)
     monkeypatch.setitem(_tiled.TILE_BYTES, "cpu", 6 * 64)
 
@@ -34,16 +35,18 @@ def tiles_of_all_rows(monkeypatch):
 
 @pytest.fixture
 def bf16_products(monkeypatch):
-    """What a CPU with bf16 instructions takes."""
+    """Products in bf16, as a CPU with bf16 instructions takes them."""
     monkeypatch.setattr(_tiled, "work_dtype", lambda weight: weight.dtype)
 
 
 @DTYPES
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bias": True}, {"softcap": 3.0}, {"label_smoothing": 0.2}, {"z_loss": 0.01}, {"reduction": "sum"},
+    [{}, {"bias": True}, {"softcap": 3.0}, {"label_smoothing": 0.2}, {"z_loss": 0.01},
+     {"reduction": "sum"},
      {"divisor": 7.5}, {"divisor": torch.tensor(11)}, ALL],
-    ids=["plain", "bias", "softcap", "smoothing", "z-loss", "sum", "divisor", "divisor-tensor", "all"],
+    ids=["plain", "bias", "softcap", "smoothing", "z-loss", "sum", "divisor", "divisor-tensor",
+         "all"],
 )  # fmt: skip
 def test_never_worse_than_eager(dtype, options):
     assert_never_worse(packed, "cpu", dtype, **options)
@@ -113,14 +116,16 @@ def test_words_that_a_bias_of_minus_infinity_forbids():
     of = batch(bias=True, vocabulary=3000)
     of.bias[:2050] = -torch.inf
     of.labels[of.labels >= 0] = 2500
-    ours, eager = everything(of, "cpu"), everything(of, "eager")
+    ours = everything(of, "cpu")
+    eager = everything(of, "eager")
     for name in ("loss", "hidden", "weight"):
         torch.testing.assert_close(ours[name], eager[name])
 
 
 def test_nan_in_a_trainable_row_shows_and_in_an_ignored_row_does_not():
     of = batch()
-    ignored, kept = (int((of.labels == -100).nonzero()[0]), int((of.labels != -100).nonzero()[0]))
+    ignored = int((of.labels == IGNORED_LABEL).nonzero()[0])
+    kept = int((of.labels != IGNORED_LABEL).nonzero()[0])
     of.hidden[ignored] = torch.nan
     result = everything(of, "cpu")
     assert all(value.isfinite().all() for value in result.values())
@@ -151,7 +156,7 @@ def test_padded_and_packed_batches_agree_bit_by_bit(dtype):
     eager = F.cross_entropy((of.hidden @ of.weight.T).float(), of.labels, reduction="none")
     truth = F.cross_entropy(of.hidden.double() @ of.weight.double().T, of.labels, reduction="none")
     checks.assert_never_worse(by_token, eager, truth)
-    target_tokens = (shape["labels"] != -100).sum(1)
+    target_tokens = (shape["labels"] != IGNORED_LABEL).sum(1)
     assert padded.dataset_tokens.tolist() == [
         int(target_tokens[1]),
         int(target_tokens[0] + target_tokens[2]),
@@ -173,7 +178,7 @@ def test_without_a_target_token_all_is_zero(tokens):
     of = batch(
         tokens=tokens, bias=True, dataset_ids=torch.zeros(tokens, dtype=torch.int64), num_datasets=2
     )
-    of.labels[:] = -100
+    of.labels[:] = IGNORED_LABEL
     for name, value in everything(of, "cpu").items():
         assert not value.any() and value.shape == everything(of, "eager")[name].shape
 
@@ -181,14 +186,15 @@ def test_without_a_target_token_all_is_zero(tokens):
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
     of = packed(**ALL)
-    whole, part = everything(of, "cpu"), everything(of, "cpu", frozen=(frozen,))
-    assert frozen not in part and all(
-        torch.equal(whole[name], value) for name, value in part.items()
-    )
+    whole = everything(of, "cpu")
+    partial = everything(of, "cpu", frozen=(frozen,))
+    assert frozen not in partial
+    assert all(torch.equal(whole[name], value) for name, value in partial.items())
 
 
 def test_a_frozen_head_takes_one_product_less_and_no_gradient_keeps_nothing(monkeypatch):
-    of, seen = batch(), []
+    of = batch()
+    seen = []
     monkeypatch.setattr(
         torch, "mm", lambda *a, _mm=torch.mm, **k: (seen.append(1), _mm(*a, **k))[1]
     )
@@ -202,7 +208,8 @@ def test_a_frozen_head_takes_one_product_less_and_no_gradient_keeps_nothing(monk
 
 
 def test_gradients_of_a_tied_head_add_up():
-    ids, labels = torch.randint(0, 50, (20,)), torch.randint(0, 50, (20,))
+    ids = torch.randint(0, 50, (20,))
+    labels = torch.randint(0, 50, (20,))
     gradients = []
     for backend in ("cpu", "eager"):
         weight = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -234,11 +241,9 @@ def test_the_sketch_of_the_head_is_that_of_its_gradient_per_example(tiles, froze
 
 
 def test_the_sketch_of_a_tied_head_adds_to_its_embedding_s():
-    sketch, ids, labels = (
-        CountSketch(4096),
-        torch.randint(0, 150, (2, 9)),
-        torch.randint(0, 150, (2, 9)),
-    )
+    sketch = CountSketch(4096)
+    ids = torch.randint(0, 150, (2, 9))
+    labels = torch.randint(0, 150, (2, 9))
     weight = torch.randn(150, 12)
     rows = F.embedding(ids, weight).requires_grad_()
     rows.retain_grad()

@@ -1,13 +1,12 @@
 """Linear + cross-entropy as an op: bad input, torch.compile, threads, ISA levels, memory."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from support.checks import run_at_level
 from support.loss_cases import batch, everything, packed
+from support.warm import run_python
 
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels.cross_entropy import _native, _ops, linear_cross_entropy
@@ -101,7 +100,7 @@ def test_a_value_out_of_range_is_an_error_that_names_it(backend, name, index, va
 
 def test_backends_that_cannot_run_say_why():
     of = batch(dtype=torch.float64)
-    with pytest.raises(ValueError, match="float64 is computed by the eager backend alone"):
+    with pytest.raises(ValueError, match="only the eager backend computes in float64"):
         linear_cross_entropy(of.hidden, of.weight, of.labels, backend="cpu")
     assert linear_cross_entropy(of.hidden, of.weight, of.labels).loss.dtype == torch.float64
     with pytest.raises(
@@ -128,7 +127,8 @@ def test_so_is_the_op_of_its_gradients(sketch_out):
     arguments = op_arguments(sketch_out=sketch_out)
     of_forward = _ops.linear_cross_entropy(*arguments)
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
-    tensors, options = detached[:6] + detached[7:8], detached[8:14]
+    tensors = detached[:6] + detached[7:8]
+    options = detached[8:14]
     upstream = (torch.ones(()), None, torch.ones(3), [True, False, True])
     torch.library.opcheck(
         _ops.linear_cross_entropy_backward,
@@ -152,13 +152,13 @@ def test_torch_compile_sees_one_graph_and_gives_the_same(sketched):
         )
         return result.loss + result.dataset_loss[0], result.dataset_tokens
 
-    found = []
+    results = []
     for run, out in zip((step, torch.compile(step, fullgraph=True)), outs, strict=True):
         leaves = [tensor.clone().requires_grad_() for tensor in (of.hidden, of.weight, of.bias)]
         loss, counts = run(*leaves, out)
         loss.backward()
-        found.append([loss.detach(), counts, *(leaf.grad for leaf in leaves)])
-    for plain, compiled in zip(*found, strict=True):
+        results.append([loss.detach(), counts, *(leaf.grad for leaf in leaves)])
+    for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(plain, compiled, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(*outs)
     assert outs[0].any() == sketched
@@ -193,22 +193,23 @@ def test_all_isa_levels_give_the_same_bits(native_levels):
 def test_the_number_of_threads_changes_no_bit_between_the_products():
     before = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
-            logits, labels = torch.randn(13, 1500), torch.randint(0, 1500, (13,))
+            logits = torch.randn(13, 1500)
+            labels = torch.randint(0, 1500, (13,))
             state = torch.zeros(4, 13, dtype=torch.float64)
             _native.update(logits, 0, None, 3.0, labels, state)
             _native.gradient(
                 logits, 0, None, 3.0, labels, torch.ones(4, 13), out := torch.empty_like(logits)
             )
-            found.append((state, out))
+            results.append((state, out))
     finally:
         torch.set_num_threads(before)
     assert all(
-        torch.equal(state, found[0][0]) and torch.equal(out, found[0][1])
-        for state, out in found[1:]
+        torch.equal(state, results[0][0]) and torch.equal(out, results[0][1])
+        for state, out in results[1:]
     )
 
 
@@ -230,7 +231,8 @@ def mib(key):
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
 def step(vocabulary):
-    weight, hidden = torch.randn(vocabulary, 896).requires_grad_(), torch.randn(512, 896, requires_grad=True)
+    weight = torch.randn(vocabulary, 896).requires_grad_()
+    hidden = torch.randn(512, 896, requires_grad=True)
     labels = torch.randint(0, vocabulary, (512,))
     labels[::4] = -100
     Path("/proc/self/clear_refs").write_text("5")
@@ -244,8 +246,7 @@ print(step(49152))
 
 
 def test_a_step_needs_the_gradient_of_the_head_and_40_mib():
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    result = run_python(["-c", MEMORY])
     assert result.returncode == 0, result.stderr
-    assert (
-        float(result.stdout) <= 40
-    )  # the logits alone would take 72 MiB, and their gradient again
+    # The logits would take 72 MiB, and their gradient as much.
+    assert float(result.stdout) <= 40

@@ -1,4 +1,4 @@
-"""What is asked for runs or says why not; only the automatic choice falls back."""
+"""A requested backend runs or gives the reason; only the automatic choice falls back."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The layers in torch's machinery: custom ops, the compiler, checkpointing, function transforms, dispatch modes."""
+"""The layers in torch's machinery: ops, compiler, checkpointing, torch.func, dispatch modes."""
 
 import pytest
 import torch
@@ -39,8 +39,8 @@ def arguments(dtype=F32):
     ]
 
 
-def gradients(function, given):
-    return torch.autograd.grad(function(*given), given[:4])
+def gradients(function, inputs):
+    return torch.autograd.grad(function(*inputs), inputs[:4])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -57,10 +57,8 @@ def test_inductor_compiles_a_block_of_any_length():
         lambda x, weight: swiglu(rms_norm(x, weight, 1e-6)), fullgraph=True, dynamic=True
     )
     for tokens in (3, 8):
-        x, weight = (
-            torch.randn(2, tokens, 72, requires_grad=True),
-            torch.randn(72, requires_grad=True),
-        )
+        x = torch.randn(2, tokens, 72, requires_grad=True)
+        weight = torch.randn(72, requires_grad=True)
         y = compiled(x, weight)
         assert torch.equal(y, swiglu(rms_norm(x, weight, 1e-6)))
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
@@ -90,20 +88,20 @@ def test_ops_keep_the_contracts_of_custom_ops():
         OPS.gated_packed_backward: [(y[..., :36], x, "gelu", "cpu")],
         OPS.rope_backward: [(q.transpose(1, 2), k, cos, sin, F32, True, False, "cpu")],
     }
-    for op, given in calls.items():
-        for one in given:
-            torch.library.opcheck(op.default, one)
+    for op, argument_lists in calls.items():
+        for each in argument_lists:
+            torch.library.opcheck(op.default, each)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_bits(reentrant):
-    given = arguments()
-    checkpoint(block, *given, use_reentrant=reentrant).backward()
-    for ours, direct in zip(given[:4], gradients(block, arguments()), strict=True):
+    inputs = arguments()
+    checkpoint(block, *inputs, use_reentrant=reentrant).backward()
+    for ours, direct in zip(inputs[:4], gradients(block, arguments()), strict=True):
         assert torch.equal(ours.grad, direct)
 
 
-def test_a_gradient_of_a_gradient_raises_but_in_eager():
+def test_a_gradient_of_a_gradient_raises_except_in_eager():
     x = torch.randn(3, 8, requires_grad=True)
     for call in (
         lambda: swiglu(x),
@@ -118,7 +116,8 @@ def test_a_gradient_of_a_gradient_raises_but_in_eager():
 
 
 def test_function_transforms_take_the_gradient():
-    x, weight = torch.randn(3, 8), torch.randn(8)
+    x = torch.randn(3, 8)
+    weight = torch.randn(8)
     loss = lambda x: swiglu(rms_norm(x, weight, 1e-6)).square().sum()  # noqa: E731
     leaf = x.clone().requires_grad_()
     assert torch.equal(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
@@ -141,7 +140,8 @@ def test_dispatch_modes_see_the_ops():
 
 
 def test_the_meta_device_gives_shapes():
-    x, weight = torch.empty(2, 5, 8, device="meta"), torch.empty(8, device="meta")
+    x = torch.empty(2, 5, 8, device="meta")
+    weight = torch.empty(8, device="meta")
     assert rms_norm(x, weight, 1e-6).shape == x.shape and swiglu(x).shape == (2, 5, 4)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = mode.from_tensor(torch.randn(2, 5, 8))

@@ -1,4 +1,4 @@
-"""FusedAdamW: against torch and float64, every option, odd inputs."""
+"""FusedAdamW against torch and float64, with every option."""
 
 import pytest
 import torch
@@ -14,8 +14,7 @@ from support.optimizer_runs import (
 )
 from support.paths import TESTS
 
-from merit_fast.kernels import dispatch
-from merit_fast.kernels.optimizer import FusedAdamW, _eager, _ops
+from merit_fast.kernels.optimizer import FusedAdamW, _eager
 
 BOTH = pytest.mark.parametrize("backend", BACKENDS)
 native = pytest.mark.skipif("cpu" not in BACKENDS, reason="the native kernels were not built")
@@ -24,7 +23,9 @@ EVERY = pytest.mark.parametrize("dtype,options", OPTIONS, ids=str)
 
 def errors(parameters, truth):
     return [
-        float((a.double() - b).norm()) for a, b in zip(parameters, truth, strict=True) if a.numel()
+        float((a.detach().double() - b.detach()).norm())
+        for a, b in zip(parameters, truth, strict=True)
+        if a.numel()
     ]
 
 
@@ -130,7 +131,8 @@ def test_a_clip_is_clip_grad_norm_then_a_step(backend, max_norm):
 @pytest.mark.parametrize("decay", [0.0, 0.75, "mean"])
 def test_the_average_is_that_of_all_weights_so_far(backend, decay):
     parameters, optimizer = train("bf16", 1, backend=backend, average_decay=decay)
-    expected, count = [p.detach().double() for p in parameters], 1
+    expected = [p.detach().double() for p in parameters]
+    count = 1
     for step in range(1, 6):
         train("bf16", 1, step, parameters, optimizer)
         share = 1 / (count + 1) if decay == "mean" else 1 - decay
@@ -179,7 +181,8 @@ import hashlib, torch
 from support.optimizer_runs import bits, train
 digest = hashlib.sha256()
 for dtype, options in (("fp32", {{}}), ("bf16", {{"moments": "int8", "max_norm": 0.1}}),
-                       ("bf16", {{"moments": "bf16"}}), ("bf16", {{"master": "split", "average_decay": 0.9}}),
+                       ("bf16", {{"moments": "bf16"}}),
+                       ("bf16", {{"master": "split", "average_decay": 0.9}}),
                        ("bf16", {{"rounding": "nearest"}})):
     parameters, optimizer = train(dtype, backend="cpu", **options)
     for p in parameters:
@@ -191,135 +194,3 @@ print(digest.hexdigest())
     assert (
         len({run_at_level(script, level) for level in native_levels if level != "avx512_bf16"}) == 1
     )
-
-
-@BOTH
-def test_schedulers_and_groups_have_their_own_rates(backend):
-    results = []
-    for make in (FusedAdamW, torch.optim.AdamW):
-        parameters = make_parameters("fp32")
-        groups = [
-            {"params": parameters[:2], "weight_decay": 0.3},
-            {"params": parameters[2:], "lr": 0.1, "betas": (0.5, 0.9)},
-        ]
-        extra = {"backend": backend} if make is FusedAdamW else {}
-        optimizer = make(groups, **SETTINGS, **extra)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        for step in range(6):
-            set_gradients(parameters, step)
-            optimizer.step()
-            schedule.step()
-        results.append(parameters)
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
-
-
-@BOTH
-def test_step_returns_the_closures_loss_and_skips_parameters_without_gradient(backend):
-    used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
-    optimizer = FusedAdamW([used, unused], lr=0.1, backend=backend)
-
-    def closure():
-        loss = (used**2).sum()
-        loss.backward()
-        return loss
-
-    assert float(optimizer.step(closure)) == 3.0
-    assert torch.allclose(used, torch.full((3,), 0.9)) and torch.equal(unused, torch.ones(3))
-    assert unused not in optimizer.state
-    FusedAdamW([unused], max_norm=1.0, backend=backend).step()  # no gradient at all
-
-
-LAYOUTS = {
-    "transposed": lambda: torch.randn(20, 30).t(),
-    "channels last": lambda: torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
-    "with gaps": lambda: torch.randn(20, 60)[:, ::2],
-    "a view of a larger buffer": lambda: torch.randn(1000)[37:137].view(10, 10),
-}
-
-
-@BOTH
-@pytest.mark.parametrize(
-    "options", [{}, {"moments": "int8", "zero_grad": True, "max_norm": 1.0}], ids=str
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("same", [True, False], ids=["grad alike", "grad contiguous"])
-def test_any_layout_of_weights_and_gradients(backend, layout, options, same):
-    weight = torch.nn.Parameter(LAYOUTS[layout]())
-    plain = torch.nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-    ours = FusedAdamW([weight], lr=1e-2, backend=backend, **options)
-    reference = torch.optim.AdamW([plain], lr=1e-2, weight_decay=0.0)
-    for _ in range(3):
-        gradient = torch.randn(weight.shape)
-        weight.grad = torch.empty_like(weight).copy_(gradient) if same else gradient.clone()
-        plain.grad = gradient
-        if "max_norm" in options:
-            torch.nn.utils.clip_grad_norm_([plain], 1.0)
-        ours.step()
-        reference.step()
-        assert not options or not weight.grad.any()
-    limit = 0.1 if "moments" in options else 1e-5
-    assert (weight - plain).norm() <= limit * 3e-2 * plain.numel() ** 0.5
-
-
-@BOTH
-def test_flat_buffers_may_hold_many_parameters_but_none_may_overlap(backend):
-    buffer = torch.randn(100)
-    parts = [torch.nn.Parameter(buffer[:40]), torch.nn.Parameter(buffer[40:])]
-    optimizer = FusedAdamW(parts, lr=0.1, backend=backend)
-    for part in parts:
-        part.grad = torch.ones_like(part)
-    before = buffer.clone()
-    optimizer.step()
-    assert torch.allclose(buffer, before - 0.1)
-    with pytest.raises(ValueError, match="must not overlap in memory"):
-        FusedAdamW([torch.nn.Parameter(buffer[:40]), torch.nn.Parameter(buffer[30:])])
-
-
-@BOTH
-def test_a_step_counts_as_a_change_for_autograd(backend):
-    weight = torch.nn.Parameter(torch.ones(3))
-    loss = (weight * weight).sum()
-    weight.grad = torch.ones(3)
-    FusedAdamW([weight], backend=backend).step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_wrong_arguments_are_refused_by_name():
-    weight = torch.nn.Parameter(torch.ones(3))
-    for options, words in (
-        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
-        ({"betas": (1.0, 0.9)}, "betas must be from 0 to below 1"),
-        ({"rounding": "up"}, "rounding must be one of stochastic, nearest, got 'up'"),
-        ({"master": "bf16"}, "master must be one of none, fp32, split"),
-        ({"moments": "fp8"}, "moments must be one of fp32, bf16, int8"),
-        (
-            {"average_decay": 1.0},
-            "average_decay must be None, 'mean' or from 0 to below 1, got 1.0",
-        ),
-        ({"max_norm": -1.0}, "max_norm must be at least 0"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            FusedAdamW([weight], **options)
-    for dtype in (torch.complex64, torch.float16, torch.float64):
-        with pytest.raises(TypeError, match="parameters must be float32 or bfloat16"):
-            FusedAdamW([torch.nn.Parameter(torch.ones(3, dtype=dtype))])
-    weight.grad = torch.ones(3).to_sparse()
-    with pytest.raises(
-        ValueError, match=r"gradients must be dense, got torch.sparse_coo of shape \[3\]"
-    ):
-        FusedAdamW([weight]).step()
-    with pytest.raises(dispatch.BackendUnavailableError, match="adamw: backend 'triton'"):
-        weight.grad = torch.ones(3)
-        FusedAdamW([weight], backend="triton").step()
-
-
-@BOTH
-def test_the_ops_are_well_formed(backend):
-    weights, grads, moments = ([torch.randn(5), torch.randn(3, 4)] for _ in range(3))
-    seconds = [m.square() for m in moments]
-    rates, keys, numbers = [1e-2, 1.0, 0.0] * 2, [0, 1], [1.0, 0.9, 0.99, 1e-8]
-    lists = (weights, grads, moments, seconds, [], [], [])
-    torch.library.opcheck(_ops.adamw, (*lists, None, rates, keys, numbers, True, False, backend))
-    torch.library.opcheck(_ops.grad_square_sum, (grads, backend))

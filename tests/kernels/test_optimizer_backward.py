@@ -1,4 +1,4 @@
-"""Updates in the backward pass: the bits of a step after it, no gradient kept, tied weights once."""
+"""Updates in the backward pass: a step's bits, no gradient kept, tied weights updated once."""
 
 import pytest
 import torch

@@ -17,7 +17,8 @@ def test_stochastic_rounding_is_unbiased_exact_where_it_can_be_and_never_infinit
     values = torch.tensor([1.0 + 2.0**-9, -3.1415927, 1e-3, 1e-40, 0.3])
     for value in values:
         rounded = _eager.stochastic_bf16(value.expand(count).contiguous(), draws).double()
-        below, above = rounded.min(), rounded.max()
+        below = rounded.min()
+        above = rounded.max()
         gap = float(above - below)
         assert below < value.double() < above and rounded.unique().numel() == 2
         assert abs(float(rounded.mean() - value.double())) < 4 * gap * 0.5 / count**0.5
@@ -64,8 +65,10 @@ def test_8_bit_moments_stay_near_what_they_stand_for(backend):
 
 def test_a_tiny_second_moment_beside_a_large_one_never_becomes_zero():
     values = torch.rand(256) * 1e-14
-    values[3], values[5] = 1.0, 0.0
-    codes, scale = torch.empty(256, dtype=torch.uint8), torch.empty(1)
+    values[3] = 1.0
+    values[5] = 0.0
+    codes = torch.empty(256, dtype=torch.uint8)
+    scale = torch.empty(1)
     for random in (None, torch.zeros(256, dtype=torch.int64), torch.full((256,), 0xFFFF)):
         _eager.encode(values, codes, scale, second=True, bits=random)
         assert (codes > 0).sum() == 255 and codes[5] == 0 and codes[3] == 255
@@ -89,7 +92,8 @@ def test_a_split_master_is_the_fp32_master_bit_for_bit(backend):
     "raw", [0x3F808000, 0x3F818000, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, -0x00400001, 0x00018000]
 )
 def test_16_bits_tell_every_master_of_a_weight(raw):
-    weight, low = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int16)
+    weight = torch.empty(1, dtype=torch.bfloat16)
+    low = torch.empty(1, dtype=torch.int16)
     master = torch.tensor([raw], dtype=torch.int32).view(torch.float32)
     _eager._store_weight(master, weight, low, None)
     back = _eager.full_weight(weight, low)

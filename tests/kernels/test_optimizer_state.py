@@ -1,4 +1,4 @@
-"""FusedAdamW's states: exact resume, loading from torch and into it, what is refused."""
+"""FusedAdamW's states: exact resume, loading from torch and into it, refusals."""
 
 import copy
 

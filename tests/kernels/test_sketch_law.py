@@ -1,7 +1,8 @@
-"""The sketch's statistical law: unbiased, variance at most 1/D whatever the gradient looks like; factored ones fail it.
+"""The sketch's law: unbiased, variance at most 1/D for any gradient; factored sketches fail it.
 
-Seeds are fixed lists, so nothing here is a matter of luck; the bounds hold with room for other lists as well (the
-standard error of a standard deviation is written beside each). Errors are in units of |G| |H| / sqrt(D).
+Seeds are fixed lists, so that no test fails by chance; the bounds leave room for other lists too
+(the standard error of a standard deviation is given next to each). Errors are in units of |G| |H| /
+sqrt(D).
 """
 
 import pytest
@@ -14,7 +15,10 @@ from merit_fast.kernels.sketch import (
     linear_grad_sketch,
 )
 
-ROWS, COLUMNS, PROJ_DIM = 256, 384, 16384  # 24 tiles, 4 buckets
+# 24 tiles, 4 buckets
+ROWS = 256
+COLUMNS = 384
+PROJ_DIM = 16384
 SIDE = 128  # of a factored projection to 128 x 128
 SEEDS = 4000
 FEW_SEEDS = 200  # of the factored ones, which miss by far
@@ -41,12 +45,16 @@ def stretched(matrix, rows=(), columns=(), by=30.0):
 
 
 def families():
-    """Pairs of gradients, by name. Outliers lie in different tiles, and both gradients have them in the same places."""
-    rows, columns = range(3, ROWS, 61), range(11, COLUMNS, 83)
-    one_column, one_row = torch.zeros(2, ROWS, COLUMNS), torch.zeros(2, ROWS, COLUMNS)
-    one_column[:, :, 100], one_row[:, 100] = gaussian(2, ROWS, seed=1), gaussian(2, COLUMNS, seed=2)
+    """Pairs of gradients by name. Outliers lie in different tiles, in the same places of both."""
+    rows = range(3, ROWS, 61)
+    columns = range(11, COLUMNS, 83)
+    one_column = torch.zeros(2, ROWS, COLUMNS)
+    one_row = torch.zeros(2, ROWS, COLUMNS)
+    one_column[:, :, 100] = gaussian(2, ROWS, seed=1)
+    one_row[:, 100] = gaussian(2, COLUMNS, seed=2)
     dense = gaussian(2, ROWS, COLUMNS, seed=3)
-    left, right = gaussian(2, ROWS, 1, seed=4), gaussian(2, 1, COLUMNS, seed=5)
+    left = gaussian(2, ROWS, 1, seed=4)
+    right = gaussian(2, 1, COLUMNS, seed=5)
     return {
         "dense": dense,
         "rank one": left * right,
@@ -65,9 +73,10 @@ def families():
 def errors(sketch_of, seeds):
     """[seeds, families] errors of the inner products."""
     pairs = torch.stack(list(families().values())).flatten(0, 1)  # [2 F, R, C]
-    truth, norms = inner_products(pairs), pairs.double().flatten(1).norm(dim=1)
-    found = torch.stack([inner_products(sketch_of(pairs, seed)) for seed in seeds])
-    return PROJ_DIM**0.5 * (found - truth) / (norms[::2] * norms[1::2])
+    truth = inner_products(pairs)
+    norms = pairs.double().flatten(1).norm(dim=1)
+    measured = torch.stack([inner_products(sketch_of(pairs, seed)) for seed in seeds])
+    return PROJ_DIM**0.5 * (measured - truth) / (norms[::2] * norms[1::2])
 
 
 def inner_products(pairs):
@@ -76,14 +85,18 @@ def inner_products(pairs):
 
 
 def tiles_in_deals(matrix):
-    """[deals, entries]: the entries of every proj_dim / 4096 tiles in a row, which never collide."""
+    """[deals, entries]: entries of every proj_dim / 4096 tiles in a row, which never collide."""
     tiles = matrix.view(ROWS // 64, 64, COLUMNS // 64, 64).transpose(1, 2).reshape(-1, 4096)
     return tiles.reshape(-1, PROJ_DIM).double()
 
 
 def theory(pair):
-    """D times the exact variance of the inner product, over (|G| |H|)^2: each pair that may collide does with 1/D."""
-    g, h = tiles_in_deals(pair[0]), tiles_in_deals(pair[1])
+    """D times the exact variance of the inner product, over (|G| |H|)^2.
+
+    Each pair of entries that may collide does so with probability 1/D.
+    """
+    g = tiles_in_deals(pair[0])
+    h = tiles_in_deals(pair[1])
     squares = g.square().sum(1), h.square().sum(1)
     products = (g * h).sum(1)
     both = squares[0].sum() * squares[1].sum()
@@ -113,32 +126,33 @@ def test_no_gradient_is_sketched_worse_than_1_25_over_root_d(count_sketch_errors
 
 
 def test_the_variance_of_dense_gradients_is_the_theory_s(count_sketch_errors):
-    """Standard error of a variance from 4000 seeds: 2.2 %. Both ways: a smaller one would be a wrong formula."""
+    """A variance from 4000 seeds has a standard error of 2.2 %; a smaller one fails too."""
     for family in ("dense", "rank one"):
         error = count_sketch_errors[:, list(families()).index(family)]
         assert 1 / 1.1 < error.var() / theory(families()[family]) < 1.1, family
 
 
 def test_a_pair_with_a_large_cosine_has_the_larger_variance_of_the_law():
-    """1 + cosine^2, less what cannot collide: sketched squared norms have twice the variance of orthogonal pairs."""
+    """1 + cosine^2, less the pairs that cannot collide: squared norms have twice the variance."""
     g = gaussian(ROWS, COLUMNS, seed=8)
-    found = []
+    measured = []
     for seed in range(1000):
         sketch = flat_sketch(g[None], "w", CountSketch(PROJ_DIM, seed)).double()
-        found.append(sketch.square().sum() / g.double().square().sum() - 1)
+        measured.append(sketch.square().sum() / g.double().square().sum() - 1)
     assert (
-        1 / 1.2 < PROJ_DIM * torch.stack(found).var() / theory(torch.stack([g, g])) < 1.2
+        1 / 1.2 < PROJ_DIM * torch.stack(measured).var() / theory(torch.stack([g, g])) < 1.2
     )  # 4.5 %, 4 of them
 
 
 def logra(pairs, seed):
-    """L G R^T with dense L [128, O] and R [128, I]: the two-sided projection of LoGra and bergson."""
-    left, right = gaussian(SIDE, ROWS, seed=2 * seed), gaussian(SIDE, COLUMNS, seed=2 * seed + 1)
+    """L G R^T, dense L [128, O] and R [128, I]: the two-sided projection of LoGra and bergson."""
+    left = gaussian(SIDE, ROWS, seed=2 * seed)
+    right = gaussian(SIDE, COLUMNS, seed=2 * seed + 1)
     return left @ pairs @ right.T / SIDE
 
 
 def kronecker(pairs, seed):
-    """The same with two CountSketches: one bucket and sign for each row, one for each column."""
+    """L G R^T of two CountSketches: one bucket and sign for each row, one for each column."""
     generator = torch.Generator().manual_seed(seed)
     sides = []
     for size in (ROWS, COLUMNS):
@@ -150,7 +164,7 @@ def kronecker(pairs, seed):
 
 @pytest.mark.parametrize("projection", [logra, kronecker])
 def test_factored_projections_fail_the_same_law(projection):
-    """Of gradients that share a column or a row space they keep 128 numbers, not 16384: 11 times the error."""
+    """Gradients with one column or row space keep 128 numbers, not 16384: 11 times the error."""
     measured = dict(
         zip(families(), errors(projection, range(FEW_SEEDS)).std(0).tolist(), strict=True)
     )
@@ -163,8 +177,9 @@ def test_factored_projections_fail_the_same_law(projection):
 @pytest.mark.parametrize("proj_dim", [4096, 12288])
 @pytest.mark.parametrize("kind", ["one column", "one row", "scattered"])
 def test_entries_of_different_tiles_collide_with_probability_of_one_over_d(kind, proj_dim):
-    """Without heavy tails: where 20 entries of 20 tiles fall. Entry e is 2^e, so that no sum of some of them is 0."""
-    entries, seeds = 20, 4000
+    """The buckets of 20 entries of 20 tiles. Entry e is 2^e, so that no partial sum is 0."""
+    entries = 20
+    seeds = 4000
     rows, columns = {
         "one column": ([64 * e + e for e in range(entries)], [5] * entries),
         "one row": ([7] * entries, [64 * e + 3 * e for e in range(entries)]),
@@ -173,7 +188,8 @@ def test_entries_of_different_tiles_collide_with_probability_of_one_over_d(kind,
             [64 * (e % 8) + 2 * e for e in range(entries)],
         ),
     }[kind]
-    values = torch.zeros(1, entries, 64 * entries)
+    width = 64 * (max(columns) // 64 + 1)  # whole tiles, and no more of them than hold an entry
+    values = torch.zeros(1, entries, width)
     values[0, torch.arange(entries), columns] = 2.0 ** torch.arange(entries)
     sketches = torch.cat(
         [
@@ -195,15 +211,19 @@ def integers(*shape, seed=0):
 
 
 def test_it_is_linear_bit_for_bit_where_sums_are_exact():
-    g, h = integers(3, 130, 200), integers(3, 130, 200, seed=1)
+    g = integers(3, 130, 200)
+    h = integers(3, 130, 200, seed=1)
     sketch = CountSketch(8192, 2)
     parts = 3 * flat_sketch(g, "w", sketch) - 2 * flat_sketch(h, "w", sketch)
     assert torch.equal(flat_sketch(3 * g - 2 * h, "w", sketch), parts)
 
 
 def test_batches_and_packing_change_no_bit():
-    dy, x, ids = torch.randn(40, 70), torch.randn(40, 130), torch.randint(0, 90, (40,))
-    sketch, cuts = CountSketch(8192), torch.tensor([0, 7, 8, 29, 40])
+    dy = torch.randn(40, 70)
+    x = torch.randn(40, 130)
+    ids = torch.randint(0, 90, (40,))
+    sketch = CountSketch(8192)
+    cuts = torch.tensor([0, 7, 8, 29, 40])
     packed = linear_grad_sketch(dy, x, "w", sketch, cu_seqlens=cuts)
     embedded = embedding_grad_sketch(dy, ids, "e", sketch, cu_seqlens=cuts)
     for b, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
@@ -219,8 +239,9 @@ def test_batches_and_packing_change_no_bit():
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("cut", [1, 63, 64, 100])
 def test_shards_add_up_bit_for_bit_cut_anywhere(cut, backend):
-    """Tensor parallel: rows of one worker, columns of another; the cut need not lie between tiles."""
-    g, sketch = integers(2, 130, 150), CountSketch(8192, 3)
+    """Tensor parallel: rows of one worker, columns of another; cuts need not lie between tiles."""
+    g = integers(2, 130, 150)
+    sketch = CountSketch(8192, 3)
     whole = flat_sketch(g, "w", sketch, backend=backend)
     out = flat_sketch(g[:, :cut], "w", sketch, backend=backend)
     flat_sketch(g[:, cut:], "w", sketch, first_row=cut, out=out, backend=backend)
@@ -231,7 +252,9 @@ def test_shards_add_up_bit_for_bit_cut_anywhere(cut, backend):
 
 
 def test_shards_of_a_linear_layer_add_up_bit_for_bit():
-    dy, x, sketch = integers(2, 9, 130), integers(2, 9, 150, seed=1), CountSketch(8192, 3)
+    dy = integers(2, 9, 130)
+    x = integers(2, 9, 150, seed=1)
+    sketch = CountSketch(8192, 3)
     whole = linear_grad_sketch(dy, x, "w", sketch)
     by_rows = linear_grad_sketch(dy[..., 70:], x, "w", sketch, first_row=70)
     linear_grad_sketch(dy[..., :70], x, "w", sketch, out=by_rows)
@@ -241,7 +264,9 @@ def test_shards_of_a_linear_layer_add_up_bit_for_bit():
 
 
 def test_the_order_of_layers_tokens_and_examples_changes_no_bit_of_exact_sums():
-    dy, x, sketch = integers(4, 11, 70), integers(4, 11, 90, seed=1), CountSketch(8192)
+    dy = integers(4, 11, 70)
+    x = integers(4, 11, 90, seed=1)
+    sketch = CountSketch(8192)
     whole = linear_grad_sketch(dy, x, "a", sketch)
     turned = torch.randperm(11, generator=torch.Generator().manual_seed(2))
     assert torch.equal(whole, linear_grad_sketch(dy[:, turned], x[:, turned], "a", sketch))
@@ -252,12 +277,12 @@ def test_the_order_of_layers_tokens_and_examples_changes_no_bit_of_exact_sums():
 
 
 def test_the_number_of_threads_changes_no_bit():
-    dy, x, ids = torch.randn(5, 33, 190), torch.randn(5, 33, 270), torch.randint(0, 999, (5, 33))
-    sketch, threads, gradient = (
-        CountSketch(8192),
-        torch.get_num_threads(),
-        torch.bmm(dy.transpose(1, 2), x),
-    )
+    dy = torch.randn(5, 33, 190)
+    x = torch.randn(5, 33, 270)
+    ids = torch.randint(0, 999, (5, 33))
+    sketch = CountSketch(8192)
+    threads = torch.get_num_threads()
+    gradient = torch.bmm(dy.transpose(1, 2), x)
     results = []
     try:
         for count in (1, 2, 3, 7):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from support.headers import INDEX, one_tensor, pack, tensor, write_model
 from support.merges import load
 from support.tiny import make_model
+from support.warm import run_python
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig, merge_models
@@ -210,7 +211,7 @@ def test_empty_and_scalar_tensors_and_odd_names_are_read(tmp_path):
 def run_conversion(message):
     """Runs the command that an error message gives."""
     command = shlex.split(message.split("convert it: ")[1])
-    result = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
+    result = run_python(command[1:])
     assert result.returncode == 0, result.stderr
 
 

@@ -22,7 +22,7 @@ from merit_fast.progress import SilentProgress
 # ---- weights
 def branch_manifest(directory, tokens, examples=1, base="x"):
     directory.mkdir(exist_ok=True)
-    manifest = BranchManifest("merit-0", "merit", 0, ("a",), examples, tokens, 10, 1, 0, base)
+    manifest = BranchManifest("merit-0", "merit", 0, ("a",), examples, tokens, 10, 1, 0, "x", base)
     write_manifest(manifest, directory / "branch.json")
     return directory
 
@@ -37,7 +37,7 @@ def test_weights_from_branch_manifests(tmp_path):
 
 def test_weights_that_cannot_be_had(tmp_path):
     a, b = branch_manifest(tmp_path / "a", 30), branch_manifest(tmp_path / "b", 10, base="y")
-    with pytest.raises(InputError, match="b/branch.json: base_fingerprint: must be x"):
+    with pytest.raises(InputError, match="b/branch.json: start_fingerprint: must be x"):
         resolve_weights([a, b], MergeConfig())
     with pytest.raises(InputError, match="has no branch.json .* --weights uniform"):
         resolve_weights([a, tmp_path], MergeConfig())

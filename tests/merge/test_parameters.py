@@ -13,7 +13,7 @@ from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.config import PARAMETERS
 from merit_fast.merge.parameters import Case, Layers, ModelSettings, setting_at
-from merit_fast.options.fields import parse, to_plain
+from merit_fast.options.parser import parse, to_plain
 
 NAMES = [
     "embed.weight",

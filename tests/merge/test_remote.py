@@ -143,7 +143,8 @@ def test_weights_come_from_branch_json_in_the_store(branches, in_memory, tmp_pat
         put_tree(branch, in_memory / branch.name)
         tokens = 3 - 2 * number
         write_manifest(
-            BranchManifest("b", "merit", number, ("a",), 1, tokens, 10, 1, 0, "x"), tmp_path / "b"
+            BranchManifest("b", "merit", number, ("a",), 1, tokens, 10, 1, 0, "x", "x"),
+            tmp_path / "b",
         )
         place = in_memory / branch.name / "branch.json"
         place.store.put_file(str(tmp_path / "b"), place.path)
@@ -154,6 +155,7 @@ def test_weights_come_from_branch_json_in_the_store(branches, in_memory, tmp_pat
     ]
 
 
+@pytest.mark.process
 def test_the_command_line_takes_urls_with_weights(remote, branches, bucket, tmp_path):
     command = [sys.executable, "-m", "merit_fast.cli.main", "merge"]
     models = [f"--model={remote[0]}:3", f"--model={remote[1]}:1"]
@@ -227,6 +229,7 @@ def test_a_local_merge_imports_no_client(branches, tmp_path):
 
 
 # ---- what is unfinished never looks finished
+@pytest.mark.process
 def test_a_killed_merge_resumes_and_sends_no_file_twice(server, remote, branches, bucket, tmp_path):
     expected = local_tree(branches[:2], tmp_path / "out", checksum=True)
     models = [word for model in remote[:2] for word in ("--model", str(model))]

@@ -229,7 +229,7 @@ def test_max_memory_makes_chunks_small_and_changes_no_byte(root, whole):
 
 
 def begin(path, barrier, results):
-    from merit_fast.manifests.io import begin_directory
+    from merit_fast.manifests.directories import begin_directory
 
     barrier.wait()
     try:

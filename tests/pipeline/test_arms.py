@@ -1,4 +1,4 @@
-"""Who trains on what: rows of a warm-up are never seen again by sketch or branches; iid branches share all the rest."""
+"""Arms: neither sketch nor branches see the rows of a warm-up; iid branches share the others."""
 
 import pytest
 import yaml
@@ -9,6 +9,7 @@ from merit_fast.data.shares import dealt_rows, warmup_rows
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import BranchManifest, SplitManifest
+from merit_fast.model import model_fingerprint
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 
@@ -33,9 +34,9 @@ def test_a_warmup_that_leaves_nothing_is_refused_by_name():
 
 
 def test_dealt_rows_are_even_shares():
-    parts = [dealt_rows(dataset(), part, 4, seed=1).examples for part in range(4)]
-    assert sorted(row for part in parts for row in part) == list(range(37))
-    assert sorted(len(part) for part in parts) == [9, 9, 9, 10]
+    shares = [dealt_rows(dataset(), number, 4, seed=1).examples for number in range(4)]
+    assert sorted(row for share in shares for row in share) == list(range(37))
+    assert sorted(len(share) for share in shares) == [9, 9, 9, 10]
 
 
 def test_a_run_with_warmup_and_iid_control(tmp_path, tiny_model, tiny_mixture, monkeypatch):
@@ -57,10 +58,13 @@ def test_a_run_with_warmup_and_iid_control(tmp_path, tiny_model, tiny_mixture, m
     assert count["warmup"] + count["merit-0"] + count["merit-1"] == count["joint"]
     assert count["iid-0"] + count["iid-1"] == count["merit-0"] + count["merit-1"]
     assert len(branches["iid-0"].datasets) == len(branches["iid-1"].datasets) == 4
-    starts = {name: branch.base_fingerprint for name, branch in branches.items()}
+    starts = {name: branch.start_fingerprint for name, branch in branches.items()}
     assert starts["merit-0"] == starts["iid-1"] != starts["joint"] == starts["warmup"]
+    base = model_fingerprint(tiny_model)
+    assert {branch.base_fingerprint for branch in branches.values()} == {base} == {starts["joint"]}
     split = read_manifest(SplitManifest, tmp_path / "out" / "split" / "split.json")
-    assert split.base_fingerprint == starts["merit-0"]
+    assert split.base_fingerprint == starts["joint"]
+    assert split.start_fingerprint == starts["merit-0"]
     assert sum(row.num_examples for row in split.datasets) == count["merit-0"] + count["merit-1"]
 
     progress.notes.clear()

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.checks import tree_bytes
+from support.warm import run_python
 
 from merit_fast.model import DTYPES, settle_dtype
 
+pytestmark = [pytest.mark.demo, pytest.mark.process, pytest.mark.slow]
 SCRIPT = Path(sys.executable).with_name("merit-fast")
 
 
@@ -21,20 +23,20 @@ def demo(tmp_path_factory):
     return directory, run(directory)
 
 
-def run(directory):
-    # a proxy that leads nowhere: a demo that asks the network for anything fails
-    closed = dict.fromkeys(
-        ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
-    )
+def from_the_shell(command, directory, environment):
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+def run(directory, start=from_the_shell):
+    # A proxy without a server: a demo that asks the network for anything fails.
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    closed = dict.fromkeys(names, "http://127.0.0.1:9")
     command = [SCRIPT, "demo", "--quick", "--json", "--out", "out"]
-    result = subprocess.run(
-        command, cwd=directory, env={**os.environ, **closed}, capture_output=True, text=True
-    )
+    result = start(command, directory, {**os.environ, **closed})
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
-@pytest.mark.slow
 def test_arms_learn_and_the_summary_is_whole(demo):
     _, summary = demo
     arms = summary["arms"]
@@ -52,16 +54,13 @@ def test_arms_learn_and_the_summary_is_whole(demo):
     assert isinstance(summary["merging_gain"], float)
 
 
-@pytest.mark.slow
 def test_merged_checkpoint_loads_and_generates(demo):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory, summary = demo
     path = directory / summary["merged"]
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path),
-        AutoTokenizer.from_pretrained(path),
-    )
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     assert model.dtype == getattr(torch, DTYPES[settle_dtype("auto")])
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(
@@ -71,10 +70,9 @@ def test_merged_checkpoint_loads_and_generates(demo):
     assert "Paris" in tokenizer.decode(written[0, inputs["input_ids"].shape[1] :])
 
 
-@pytest.mark.slow
 def test_report_is_there_and_a_second_run_resumes_at_once(demo):
     directory, summary = demo
     assert "plotly" in (directory / summary["report"]).read_text()
     before = tree_bytes(directory / "out")
-    assert run(directory) == summary
+    assert run(directory, run_python) == summary
     assert tree_bytes(directory / "out") == before

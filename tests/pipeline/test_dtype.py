@@ -1,4 +1,4 @@
-"""dtype auto: bf16 only where the machine multiplies it fast, written out as what it was."""
+"""dtype auto: bf16 only where the machine multiplies it fast; outputs name the dtype used."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_auto_follows_the_machine_and_what_is_asked_for_stays(
     monkeypatch, tiny_model, cpu, gpu, dtype
 ):
     monkeypatch.setattr(model, "_cpu_multiplies_bf16", lambda cpuinfo: cpu)
-    monkeypatch.setattr(model, "_gpu_does", lambda: gpu)
+    monkeypatch.setattr(model, "_gpu_multiplies_bf16", lambda: gpu)
     assert settle_dtype("auto") == dtype
     assert [settle_dtype(d) for d in ("bf16", "fp32")] == ["bf16", "fp32"]
     loaded = load_model(str(tiny_model), "auto")
@@ -57,7 +57,7 @@ def test_outputs_say_which_dtype_made_them_and_repeat_it_elsewhere(
     }
     file.write_text(yaml.safe_dump(made))
     monkeypatch.setattr(model, "_cpu_multiplies_bf16", lambda cpuinfo: False)
-    monkeypatch.setattr(model, "_gpu_does", lambda: False)
+    monkeypatch.setattr(model, "_gpu_multiplies_bf16", lambda: False)
     assert Run(read_run_config(file)).sketch()
     written = tmp_path / "out" / "sketch" / "config.yml"
     config = yaml.safe_load(written.read_text())

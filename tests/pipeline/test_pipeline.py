@@ -1,15 +1,16 @@
-"""The run as a whole: it resumes after kill -9 to the same bytes, and does again only what a change makes necessary."""
+"""The whole run: resumes after kill -9 to the same bytes, repeats only what a change needs."""
 
+import contextlib
 import json
+import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import yaml
 from support.checks import tree_bytes
 from support.paths import KILL_AT
 from support.runs import MEASURED, Notes, run_all, run_values
+from support.warm import run_python
 
 from merit_fast.errors import MeritFastError
 from merit_fast.pipeline.config import read_run_config
@@ -23,17 +24,29 @@ def config_file(tmp_path, tiny_model, tiny_mixture):
     return file
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, tiny_model, tiny_mixture):
+    """A finished run: its directory, which tests copy or only read, its config, its result."""
+    directory = tmp_path_factory.mktemp("whole")
+    config = directory / "run.yml"
+    config.write_text(yaml.safe_dump(run_values(tiny_model, tiny_mixture)))
+    with contextlib.chdir(directory):
+        summary, fresh = run_all(config)
+    assert fresh == set()
+    return directory, config, summary
+
+
 ALL_OUTPUTS = {"sketch", "split", "merged/merit", "merged/random", "evaluate", "report"} | {
     f"branches/{name}" for name in ("joint", "merit-0", "merit-1", "random-0", "random-1")
 }
 
 
-def test_a_run_twice_does_nothing_and_a_change_does_only_what_follows_from_it(
-    config_file, tmp_path, monkeypatch
+def test_a_second_run_does_nothing_and_a_change_repeats_only_what_depends_on_it(
+    whole_run, tmp_path, monkeypatch
 ):
+    directory, config_file, summary = whole_run
+    shutil.copytree(directory / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    summary, fresh = run_all(config_file)
-    assert fresh == set()
     assert set(summary["arms"]) == {"base", "joint", "joint@0.5", "random", "merit"}
     assert set(summary["split"].values()) == {0, 1} and set(summary["split"]) == {
         "capitals", "codes", "plurals", "opposites"}  # fmt: skip
@@ -59,7 +72,7 @@ def test_a_run_twice_does_nothing_and_a_change_does_only_what_follows_from_it(
 
 
 def gain_by_hand(summary):
-    """The published number is sum_k w_k L(branch k) - L(merge) of the numbers beside it, w the branches' tokens."""
+    """Checks the gain: sum_k w_k L(branch k) - L(merge), with w from the branches' tokens."""
     for arm in ("merit", "random"):
         branches = [result for name, result in summary["branches"].items() if name.startswith(arm)]
         tokens = [branch["num_target_tokens"] for branch in branches]
@@ -72,29 +85,26 @@ def gain_by_hand(summary):
 
 KILLS = [
     ("sketch.tmp/plurals.safetensors", 1),
-    (
-        "/split",
-        3,
-    ),  # split.json and stage.json of split.tmp have been written, the directory has not been renamed
+    ("/split", 3),  # split.json and stage.json of split.tmp are written, the rename is missing
     ("joint.tmp/resume.safetensors", 2),
     ("branches/merit-1", 2),
-    ("branches/merit-1$", 1),  # all is written, the directory has not got its name
+    ("branches/merit-1$", 1),  # everything is written, the rename is missing
     ("merit.tmp/model-00002", 1),
     ("evaluate.tmp/joint.json", 1),
     ("report.tmp/report.html", 1),
 ]
 
 
+@pytest.mark.process
 @pytest.mark.slow
-def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(config_file, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir(), broken.mkdir()
-    monkeypatch.chdir(whole)
-    run_all(config_file)
+def test_kill_9_in_every_stage_then_resume_gives_the_same_bytes(whole_run, tmp_path, monkeypatch):
+    whole, config_file, _ = whole_run
+    broken = tmp_path / "broken"
+    broken.mkdir()
     script = str(KILL_AT)
     for pattern, count in KILLS:
-        command = [sys.executable, script, pattern, str(count), "run", str(config_file), "--json"]
-        result = subprocess.run(command, cwd=broken, capture_output=True, text=True)
+        command = [script, pattern, str(count), "run", str(config_file), "--json"]
+        result = run_python(command, cwd=broken)
         assert result.returncode == -signal.SIGKILL, (pattern, result.returncode, result.stderr)
     monkeypatch.chdir(broken)
     run_all(config_file)
@@ -115,6 +125,7 @@ def without_timing(value):
     return value
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
     config_file, tmp_path, monkeypatch, tiny_mixture
@@ -130,14 +141,15 @@ def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
         "sketch.tmp/opposites.safetensors",
         "out/sketch$",
     ):
-        command = [sys.executable, script, pattern, "1", "sketch", str(config_file)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = run_python([script, pattern, "1", "sketch", str(config_file)])
         assert result.returncode == -signal.SIGKILL, (pattern, result.stderr)
     notes = Notes()
     run = Run(read_run_config(config_file), notes)
-    run.sketch(), run.split()
+    run.sketch()
+    run.split()
     fresh = Run(read_run_config(config_file, ["output=fresh"]))
-    fresh.sketch(), fresh.split()
+    fresh.sketch()
+    fresh.split()
     for stage in ("sketch", "split"):
         assert tree_bytes(tmp_path / "out" / stage, ("config.yml",)) == tree_bytes(
             tmp_path / "fresh" / stage, ("config.yml",)
@@ -173,11 +185,12 @@ def test_the_order_of_the_mixture_does_not_change_the_split(
 ):
     monkeypatch.chdir(tmp_path)
     groups = []
-    for place, mixture in enumerate((tiny_mixture, tiny_mixture[::-1])):
-        values = {**run_values(tiny_model, mixture), "output": f"out{place}"}
+    for number, mixture in enumerate((tiny_mixture, tiny_mixture[::-1])):
+        values = {**run_values(tiny_model, mixture), "output": f"out{number}"}
         config_file.write_text(yaml.safe_dump(values))
         run = Run(read_run_config(config_file))
-        run.sketch(), run.split()
+        run.sketch()
+        run.split()
         groups.append(run.outputs.split_manifest.group_of("merit"))
     assert groups[0] == groups[1]
 

@@ -1,9 +1,8 @@
-"""The scale that held-out rows choose: the minimum of a parabola, within its range, from a run and on checkpoints."""
+"""The scale that held-out rows choose: the minimum of a parabola within its range."""
 
 import json
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from support.paths import KILL_AT
 from support.runs import MEASURED, run_values
 from support.tiny import chat_row
 from support.tuning import make_branches, make_setting, read, tune
+from support.warm import run_python
 
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.merge import load_merged, merge_state_dicts
@@ -49,21 +49,19 @@ def test_what_does_not_curve_upwards_has_no_minimum(losses):
 
 def test_a_known_minimum_is_taken(setting, monkeypatch):
     losses_of(monkeypatch, lambda s: 3 + 0.5 * (s - 1.37) ** 2)
-    found, said = tune(setting, scale="auto")
-    assert found.scale == found.scale_search.minimum == pytest.approx(1.37, abs=1e-4)
-    assert found.scale_search.scales[:3] == SCALES and len(found.scale_search.losses) == 4
-    assert "scale 1.37: loss 3.0000 against 3.0684 at scale 1" in said
-    assert found.weights == (0.25, 0.5, 0.25) and found.weight_search is None
+    tuned, sentence = tune(setting, scale="auto")
+    assert tuned.scale == tuned.scale_search.minimum == pytest.approx(1.37, abs=1e-4)
+    assert tuned.scale_search.scales[:3] == SCALES and len(tuned.scale_search.losses) == 4
+    assert "scale 1.37: loss 3.0000 against 3.0684 at scale 1" in sentence
+    assert tuned.weights == (0.25, 0.5, 0.25) and tuned.weight_search is None
 
 
 @pytest.mark.parametrize(
     "loss,expected",
     [
         (lambda s: -s, 1.5),  # no parabola opens upwards: the best of the three
-        (
-            lambda s: 9.0 if s not in SCALES else (s - 1.2) ** 2,
-            1.0,
-        ),  # the minimum is worse than the three
+        # the minimum is worse than the three
+        (lambda s: 9.0 if s not in SCALES else (s - 1.2) ** 2, 1.0),
         (lambda s: (s - 1) ** 2, 1.0),  # it is one of the three
         (lambda s: 1.0, 1.0),  # all alike: the merge as it was
         (lambda s: None if s > 1 else s, 0.5),  # not finite beyond 1
@@ -76,31 +74,30 @@ def test_nothing_worse_than_what_was_evaluated_is_taken(setting, monkeypatch, lo
 
 def test_losses_are_those_of_the_merges(setting):
     candidates, examples = setting
-    found, _ = tune(setting, scale="auto", method="task_arithmetic", weights="uniform")
-    search = found.scale_search
+    tuned, _ = tune(setting, scale="auto", method="task_arithmetic", weights="uniform")
+    search = tuned.scale_search
     for scale, loss in zip(search.scales, search.losses, strict=True):
         model = load_merged(
             candidates.models,
-            found.weights,
+            tuned.weights,
             base=candidates.base,
             scale=scale,
             method="task_arithmetic",
         )
         assert loss == pytest.approx(mean_loss(model, examples, 1, 4), abs=1e-12)
-    assert min(search.losses) == search.losses[search.scales.index(found.scale)]
+    assert min(search.losses) == search.losses[search.scales.index(tuned.scale)]
 
 
 def test_a_method_without_weights_takes_a_scale(setting):
-    found, _ = tune(setting, scale="auto", method="sce")
+    tuned, _ = tune(setting, scale="auto", method="sce")
     assert (
-        min(found.scale_search.losses)
-        == found.scale_search.losses[found.scale_search.scales.index(found.scale)]
+        min(tuned.scale_search.losses)
+        == tuned.scale_search.losses[tuned.scale_search.scales.index(tuned.scale)]
     )
 
 
 def merit(*words, cwd):
-    command = [sys.executable, "-m", "merit_fast.cli.main", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return run_python(["-m", "merit_fast.cli.main", *map(str, words)], cwd=cwd)
 
 
 @pytest.fixture
@@ -132,17 +129,18 @@ def test_checkpoints_are_merged_at_the_scale_and_weights_that_rows_choose(
     ]
     result = merit("merge", "out", *models, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    summary, found = json.loads(result.stdout), read(tmp_path / "out" / "tune.json")
-    assert summary["tuned"] == found and found["num_examples"] == 3
-    assert summary["weights"] == pytest.approx(found["weights"])
+    summary = json.loads(result.stdout)
+    tuned = read(tmp_path / "out" / "tune.json")
+    assert summary["tuned"] == tuned and tuned["num_examples"] == 3
+    assert summary["weights"] == pytest.approx(tuned["weights"])
     assert [c for _, c in summary["coefficients"]][:3] == pytest.approx(
-        [found["scale"] * w for w in found["weights"]]
+        [tuned["scale"] * w for w in tuned["weights"]]
     )
     inputs = [
         load_file(tmp_path / "branches" / f"merit-{k}" / "model.safetensors") for k in range(3)
     ]
     base = {n: v for file in tiny_model.glob("*.safetensors") for n, v in load_file(file).items()}
-    expected = merge_state_dicts(inputs, summary["weights"], base, found["scale"])
+    expected = merge_state_dicts(inputs, summary["weights"], base, tuned["scale"])
     for file in (tmp_path / "out").glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             assert np.array_equal(tensor.numpy(), expected[name].numpy()), name
@@ -224,21 +222,22 @@ KILLS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_kill_9_while_choosing_then_resume_gives_the_same_bytes(tmp_path, tiny_model, tiny_mixture):
     values = run_values(tiny_model, tiny_mixture) | {"merge": {"scale": "auto", "weights": "fit"}}
     values["train"] |= {"arms": [], "epochs": 1}
     (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir(), broken.mkdir()
-    for directory in (whole, broken):
-        for stage in ("sketch", "split", "train"):
-            assert merit(stage, "../run.yml", cwd=directory).returncode == 0
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    whole.mkdir()
+    for stage in ("sketch", "split", "train"):
+        assert merit(stage, "../run.yml", cwd=whole).returncode == 0
+    shutil.copytree(whole, broken)
     assert merit("merge", "../run.yml", cwd=whole).returncode == 0
     script = str(KILL_AT)
     for pattern, count in KILLS:
-        command = [sys.executable, script, pattern, str(count), "merge", "../run.yml"]
-        result = subprocess.run(command, cwd=broken, capture_output=True, text=True)
+        result = run_python([script, pattern, str(count), "merge", "../run.yml"], cwd=broken)
         assert result.returncode == -signal.SIGKILL, (pattern, result.stderr)
     assert merit("merge", "../run.yml", cwd=broken).returncode == 0
     assert not list(broken.rglob("*.tmp")) and not list(broken.rglob("tried.json"))

@@ -1,4 +1,4 @@
-"""Weights fitted to held-out rows: the minimum of a quadratic is found, and nothing worse than the start is taken."""
+"""Weights fitted to held-out rows: the minimum of a quadratic, never worse than the start."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from support.tuning import make_branches, make_setting, quadratic, read, tune
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.merge import MergeConfig
-from merit_fast.options.fields import parse
+from merit_fast.options.parser import parse
 from merit_fast.tune import fit
 from merit_fast.tune.rows import split_held_out
 from merit_fast.tune.search import _Losses, starting_weights
@@ -34,9 +34,8 @@ def test_points_stay_in_the_simplex_and_determine_a_quadratic(count):
         points[:, i] * points[:, j]
         for i, j in itertools.combinations_with_replacement(range(count), 2)
     ]
-    assert (
-        np.linalg.matrix_rank(np.stack(pairs, 1)) == count * (count + 1) // 2
-    )  # on sum 1 that is any quadratic
+    rank = np.linalg.matrix_rank(np.stack(pairs, 1))
+    assert rank == count * (count + 1) // 2  # enough for any quadratic of weights that sum to 1
 
 
 @pytest.mark.parametrize("count,seed", [(2, 0), (3, 1), (4, 2), (4, 3), (8, 4)])
@@ -47,13 +46,13 @@ def test_without_a_ridge_it_is_the_minimum_on_the_simplex(count, seed):
         return 2.0 + slope @ np.array(w) + 0.5 * np.array(w) @ bend @ np.array(w)
 
     start = (1 / count,) * count
-    found = fit.fit_weights(
+    fitted = fit.fit_weights(
         start, loss(start), [loss(w) for w in fit.weight_points(start)], ridge=0.0
     )
-    assert sum(found) == pytest.approx(1, abs=1e-12) and min(found) >= 0
-    assert all(round(w, fit.DIGITS) == w for w in found)
+    assert sum(fitted) == pytest.approx(1, abs=1e-12) and min(fitted) >= 0
+    assert all(round(w, fit.DIGITS) == w for w in fitted)
     others = np.random.default_rng(seed).dirichlet(np.ones(count) * 0.5, 4000)
-    assert loss(found) <= min(loss(w) for w in [*others, *np.eye(count)]) + 1e-6
+    assert loss(fitted) <= min(loss(w) for w in [*others, *np.eye(count)]) + 1e-6
 
 
 def test_a_ridge_pulls_towards_the_start():
@@ -96,33 +95,34 @@ def test_the_start_is_by_tokens_or_as_given(tmp_path, tiny_model):
 
 
 def test_a_known_minimum_is_found_and_the_fit_is_never_worse_than_the_start(setting, monkeypatch):
-    minimum, bend = (0.5, 0.2, 0.3), [[2.0, 0.3, 0.0], [0.3, 1.0, 0.0], [0.0, 0.0, 3.0]]
+    minimum = (0.5, 0.2, 0.3)
+    bend = [[2.0, 0.3, 0.0], [0.3, 1.0, 0.0], [0.0, 0.0, 3.0]]
     loss = quadratic(minimum, bend)
     monkeypatch.setattr(
         _Losses, "_measure", lambda self, point: loss(point["weights"], point["scale"])
     )
-    found, said = tune(setting, weights="fit", ridge=0.0)
-    assert found.weights == pytest.approx(minimum, abs=2e-4) and found.scale is None
-    assert found.weight_search.accepted and found.weight_search.start == (0.25, 0.5, 0.25)
-    assert "(fitted): loss 1.0000 against" in said
+    tuned, sentence = tune(setting, weights="fit", ridge=0.0)
+    assert tuned.weights == pytest.approx(minimum, abs=2e-4) and tuned.scale is None
+    assert tuned.weight_search.accepted and tuned.weight_search.start == (0.25, 0.5, 0.25)
+    assert "(fitted): loss 1.0000 against" in sentence
 
     def misleading(self, point):  # as the quadratic says, but where the fit ends
         far = np.abs(np.array(point["weights"]) - minimum).max() < 1e-3
         return 9.0 if far else loss(point["weights"], point["scale"])
 
     monkeypatch.setattr(_Losses, "_measure", misleading)
-    found, said = tune(setting, weights="fit", ridge=0.0)
-    assert found.weights == (0.25, 0.5, 0.25) and not found.weight_search.accepted
-    assert found.weight_search.fitted_loss == 9.0 and "kept, no better ones" in said
+    tuned, sentence = tune(setting, weights="fit", ridge=0.0)
+    assert tuned.weights == (0.25, 0.5, 0.25) and not tuned.weight_search.accepted
+    assert tuned.weight_search.fitted_loss == 9.0 and "kept, no better ones" in sentence
 
 
 def test_a_real_model_is_never_worse_than_at_the_token_weights(setting):
-    found, _ = tune(setting, weights="fit")
-    by = found.weight_search
+    tuned, _ = tune(setting, weights="fit")
+    by = tuned.weight_search
     assert len(by.points) == len(by.losses) == 6
     taken = by.fitted_loss if by.accepted else by.start_loss
-    assert taken <= by.start_loss and sum(found.weights) == pytest.approx(1)
-    assert by.accepted == (found.weights != by.start)
+    assert taken <= by.start_loss and sum(tuned.weights) == pytest.approx(1)
+    assert by.accepted == (tuned.weights != by.start)
 
 
 def test_a_start_without_a_finite_loss_is_refused(setting, monkeypatch):
@@ -146,9 +146,8 @@ def test_losses_that_are_known_are_not_measured_again(setting, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         tune(setting, tmp_path, **options)
     again, _ = tune(setting, tmp_path, **options)
-    assert (
-        len(measured) == 6 + (1 + 6 + 1 + 4) - 5 - 1
-    )  # scale 1 at the fitted weights is known too
+    # Scale 1 at the fitted weights is known, too.
+    assert len(measured) == 6 + (1 + 6 + 1 + 4) - 5 - 1
     assert [file.name for file in tmp_path.glob("*.json")] == ["tune.json"]
     assert tune(setting, None, **options)[0] == again == tune(setting, tmp_path, **options)[0]
 
@@ -191,9 +190,8 @@ def test_no_row_chooses_and_reports(tiny_model, tiny_mixture):
             sorted(parts) == sorted(map(id, whole.examples))
             and len(set(parts)) == whole.num_examples
         )
-    assert [d.num_examples for d in split_held_out(rows[:1])[0]] == [
-        chooses[0].num_examples
-    ]  # by its name alone
+    (alone,), _ = split_held_out(rows[:1])
+    assert alone.num_examples == chooses[0].num_examples  # depends only on the dataset's name
 
 
 def test_a_run_fits_shows_and_reports_on_other_rows(
@@ -208,11 +206,11 @@ def test_a_run_fits_shows_and_reports_on_other_rows(
     summary, _ = run_all(file)
     out = tmp_path / "out"
     for arm in ("merit", "random"):
-        found = read(out / "merged" / arm / "tune.json")
-        assert found == summary["tuned"][arm] and found["num_examples"] == 4
+        tuned = read(out / "merged" / arm / "tune.json")
+        assert tuned == summary["tuned"][arm] and tuned["num_examples"] == 4
         assert (
             read(out / "evaluate" / "evaluate.json")["merging_gain"][arm]["weights"]
-            == found["weights"]
+            == tuned["weights"]
         )
     rows = {d: r["num_examples"] for d, r in summary["arms"]["merit"]["datasets"].items()}
     assert set(rows.values()) == {1}  # of two held out

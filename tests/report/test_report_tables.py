@@ -1,4 +1,4 @@
-"""report/tables and summary: every string against the manifests."""
+"""The report's tables: every string against the manifests."""
 
 import math
 import subprocess
@@ -15,9 +15,9 @@ from merit_fast.manifests.schemas import (
     GroupCount,
     MergingGain,
 )
-from merit_fast.report import audit_sentence, gain_rows, results_rows, split_lines, verdict
+from merit_fast.report import audit_sentence, gain_rows, results_rows
 from merit_fast.report.split_tables import group_rows, separation_rows, small_margins, split_rows
-from merit_fast.report.tables import audit_rows, dataset_result_rows, percent, tuning_rows
+from merit_fast.report.tables import audit_rows, dataset_result_rows, tuning_rows
 
 
 def test_results_rows_are_the_manifest():
@@ -224,146 +224,7 @@ def test_small_margins_are_those_near_a_border():
     assert small_margins(make_split(5, 1)) == []
 
 
-def test_verdict_follows_the_figures(tmp_path):
-    split = make_split(6, 4)
-    calm = replace(split, negative_pair_fraction=0.0)
-    sentence = (
-        "No pair of datasets conflicts at the base model: splitting has little to separate here."
-    )
-    assert verdict(calm)[0] == sentence
-    assert sentence in Page(write(tmp_path / "r.html", calm)).text
-
-    warm = replace(
-        split,
-        negative_pair_fraction=0.4,
-        certain_negative_fraction=0.25,
-        sketched_at="after a warm-up",
-    )
-    assert verdict(warm)[0] == (
-        "40.0 % of the 15 pairs of datasets conflict after a warm-up (their mean gradients have a cosine below 0), "
-        "25.0 % by more than two standard errors."
-    )
-    assert (
-        "of the 6 resolved pairs of datasets (of 15) conflict"
-        in verdict(make_split(6, 4, unresolved=2))[0]
-    )
-    assert verdict(make_split(1, 1))[0] == "One dataset has none to conflict with."
-    assert verdict(make_split(6, 4, unresolved=6))[0].startswith(
-        "The cosine of no pair of datasets is resolved"
-    )
-
-    assert "more than two standard deviations above chance (+32.7)" in verdict(split)[1]
-    assert percent(0.0) == "0.0 %" and percent(0.0001) == "< 0.1 %"
-
-
-@pytest.mark.parametrize(
-    ("found", "end"),
-    [
-        (
-            GroupCount(4, 0.6, 0.5, 0.25, 0.125),
-            ": not more than two standard deviations above chance (+2.0).",
-        ),
-        (
-            GroupCount(4, 0.6, 0.55, 0.25, 0.125),
-            ": more than two standard deviations above chance (+2.4).",
-        ),
-        (
-            GroupCount(4, 0.6, 0.1, 0.25, 0.0),
-            ": not more than two standard deviations above chance.",
-        ),
-        (
-            GroupCount(4, 0.6, None, None, None),
-            "; there are too few examples to tell that from chance.",
-        ),
-        (GroupCount(4, None, None, None, None), ": no split can be told from another."),
-    ],
-    ids=["at-the-bound", "above", "constant-null", "no-halves", "no-spread"],
-)
-def test_verdict_on_the_separation(found, end):
-    assert verdict(replace(make_split(6, 4), separations=(found,)))[1].endswith(end)
-
-
-def test_verdict_says_why_so_many_groups_and_what_is_out_of_balance():
-    one = replace(
-        make_split(5, 1), reason="splitting would not help: no split stands out of random ones"
-    )
-    assert verdict(one)[1] == "Splitting would not help: no split stands out of random ones."
-    assert verdict(make_split(5, 1))[1] == "One group was asked for, so nothing is split."
-    four = replace(
-        make_split(6, 4), reason="4 groups: so it is", note="the tolerance of 0.01 is not kept"
-    )
-    assert verdict(four)[1] == "The number of groups was chosen automatically: 4 groups: so it is."
-    assert verdict(four)[3] == "Balance: the tolerance of 0.01 is not kept."
-    assert verdict(make_split(6, 4, unresolved=2))[-1].endswith(
-        "the signal of 2 of 6 datasets is not resolved by so few examples."
-    )
-
-
 def test_tables_need_no_plotly():
     code = "import sys, merit_fast.report as r, merit_fast.report.tables; r.results_rows; "
     code += "assert not {'plotly', 'jinja2', 'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_split_lines_show_the_split():
-    split = make_split(12, 4, unresolved=2, spread=1)
-    lines = split_lines(split, [120, 130, 110, 121])
-    said = verdict(split)
-    assert lines[-len(said) :] == said
-    assert lines[0] == "12 datasets in 4 groups by pca-swap, balanced by tokens:"
-    for (columns, rows), first in (
-        (group_rows(split, [120, 130, 110, 121]), 1),
-        (separation_rows(split), 7),
-    ):
-        for line, cells in zip(lines[first:], (columns, *rows), strict=False):
-            assert line.split("  ")[0] == cells[0] and line.split() == " ".join(cells).split()
-        assert (
-            len({len(line) for line in lines[first : first + 1 + len(rows)]}) == 1
-        )  # figures end in one column
-    text = "\n".join(lines)
-    assert (
-        f"within groups {split.within_cosine:+.3f}, across groups {split.across_cosine:+.3f}"
-        in text
-    )
-    for row in split.datasets[:2]:
-        assert (
-            f"{row.name}: not resolvable: needs at least {row.more_examples:,} more examples"
-            in text
-        )
-    for row in small_margins(split):
-        assert f"{row.name} (margin" in text
-    members = [
-        line.split(": ")[1].split(", ")
-        for line in lines
-        if line.startswith(("group ", "all groups")) and ": " in line
-    ]
-    assert sorted(sum(members, [])) == sorted(row.name for row in split.datasets)
-
-
-def test_split_lines_of_one_group_give_the_reason_and_no_separation():
-    split = replace(
-        make_split(5, 1),
-        separations=(),
-        reason="splitting would not help: there are too few datasets",
-    )
-    lines = split_lines(split)
-    assert lines[0] == "5 datasets in one group:"
-    assert "Splitting would not help: there are too few datasets." in lines
-    assert not any("across groups" in line or "small margin" in line for line in lines)
-
-
-def test_split_lines_list_ten_of_many():
-    lines = split_lines(make_split(136, 8, unresolved=30))
-    (unknown,) = [line for line in lines if "not resolvable" in line]
-    assert unknown.count("not resolvable") == 10 and unknown.endswith("; and 20 more")
-
-
-def test_a_signal_error_that_is_not_known_is_said(tmp_path):
-    split = make_split(6, 2)
-    row = replace(split.datasets[0], signal_error=None, more_examples=40)
-    split = replace(split, datasets=(row, *split.datasets[1:]))
-    assert f"{row.signal_fraction:.3f} ± unknown" in Page(write(tmp_path / "r.html", split)).text
-    assert any(
-        "task_000: not resolvable: needs at least 40 more examples" in line
-        for line in split_lines(split)
-    )

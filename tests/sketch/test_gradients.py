@@ -35,19 +35,19 @@ def test_a_tied_head_adds_to_the_embedding(architecture):
 
 def check(model):
     examples = ragged_examples()
-    result, truth = hook_sketches(model, examples), exact_sketches(model, examples)
+    result = hook_sketches(model, examples)
+    truth = exact_sketches(model, examples)
     for mine, exact in zip(result, truth, strict=True):
         assert_close(mine, exact)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_hooks_equal_torch_func(architecture):
-    model, (example, *_) = tiny(architecture), ragged_examples()
+    model = tiny(architecture)
+    (example, *_) = ragged_examples()
     model.set_attn_implementation("eager")  # vmap refuses the masks of the fused one
-    ids, labels = (
-        torch.tensor(example.input_ids)[None].long(),
-        torch.tensor(example.labels)[None].long(),
-    )
+    ids = torch.tensor(example.input_ids)[None].long()
+    labels = torch.tensor(example.labels)[None].long()
 
     def loss(values, one_ids, one_labels):
         logits = functional_call(
@@ -72,7 +72,9 @@ def test_hooks_equal_torch_func(architecture):
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "qwen3", "gpt2", "neox"])
 def test_norms_and_biases_alone(architecture):
     """They weigh little in a whole gradient: an error in them must not drown."""
-    model, examples, parameters = tiny(architecture), ragged_examples(), r"norm|ln_|bias$"
+    model = tiny(architecture)
+    examples = ragged_examples()
+    parameters = r"norm|ln_|bias$"
     chosen = select_parameters(model, parameters)
     result = hook_sketches(model, examples, parameters=chosen)
     assert_close(result, exact_sketches(model, examples, chosen))
@@ -87,7 +89,8 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_batching_padding_and_order_do_not_matter():
-    model, examples = tiny("qwen2", tied=True), ragged_examples((9, 14, 5, 30))
+    model = tiny("qwen2", tied=True)
+    examples = ragged_examples((9, 14, 5, 30))
     together = hook_sketches(model, examples)
     alone = torch.cat([hook_sketches(model, [example]) for example in examples])
     turned = hook_sketches(model, examples[::-1]).flip(0)
@@ -113,7 +116,8 @@ def test_gpt2_without_position_ids_has_a_position_gradient_per_example():
 
 
 def test_scales_multiply_every_gradient():
-    model, examples = tiny("gpt2", tied=True), ragged_examples()
+    model = tiny("gpt2", tied=True)
+    examples = ragged_examples()
     scales = {name: torch.rand(matrix_shape(p.shape)) + 0.5 for name, p in model.named_parameters()}
     result = hook_sketches(model, examples, scales=scales)
     rows = []

@@ -1,4 +1,4 @@
-"""What sketch_gradients selects, refuses, keeps in its state and leaves behind."""
+"""sketch_gradients: selected parameters, refusals, the state and the model afterwards."""
 
 import subprocess
 import sys
@@ -56,7 +56,8 @@ def test_model_is_restored_even_after_an_exception(architecture):
 
 
 def test_state_holds_sums_per_dataset():
-    model, examples = tiny("llama"), ragged_examples((9, 14, 5, 6))
+    model = tiny("llama")
+    examples = ragged_examples((9, 14, 5, 6))
     exact = exact_sketches(model, examples).double()
     with merit_fast.sketch_gradients(model, 4096, seed=7) as sketcher:
         for rows, ids in (((0, 1, 2), ["a", "b", "a"]), ((3,), ["a"])):
@@ -80,21 +81,24 @@ def test_state_holds_sums_per_dataset():
 
 
 def test_nested_and_repeated_blocks():
-    model, examples = tiny("mixtral", tied=True), ragged_examples()
+    model = tiny("mixtral", tied=True)
+    examples = ragged_examples()
     with (
         GradientSketcher(model, SKETCH) as first,
         GradientSketcher(model, CountSketch(8192)) as second,
     ):
         for _ in range(2):
             summed_loss(model, examples).backward()
-            inner, outer = first.take(), second.take()
+            inner = first.take()
+            outer = second.take()
     assert_close(inner, exact_sketches(model, examples))
     assert outer.shape == (3, 8192)
     assert_close(hook_sketches(model, examples), inner)
 
 
 def test_a_second_forward_pass_before_update_is_refused():
-    model, examples = tiny("llama"), ragged_examples()
+    model = tiny("llama")
+    examples = ragged_examples()
     with GradientSketcher(model, SKETCH) as sketcher:
         loss = summed_loss(model, examples)
         with torch.no_grad():
@@ -112,7 +116,8 @@ def test_a_second_forward_pass_before_update_is_refused():
 
 
 def test_a_forward_pass_that_fails_is_forgotten():
-    model, examples = tiny("llama"), ragged_examples()
+    model = tiny("llama")
+    examples = ragged_examples()
     with GradientSketcher(model, SKETCH) as sketcher:
         with pytest.raises(IndexError):
             model(input_ids=torch.full((1, 3), 1000))
@@ -148,7 +153,10 @@ def test_update_before_a_pass_and_of_another_length_say_so():
             {"parameters": "no such"},
             "parameters: must select at least one parameter that requires a gradient",
         ),
-        ({"mode": "both"}, "mode: must be"),
+        (
+            {"mode": "sum"},
+            "mode: must be 'per_example', got 'sum'; merit_fast.sketch_sums sketches sums",
+        ),
         ({"normalize": "adamw"}, "normalize: must be None or 'adam'"),
         ({"normalize": "adam"}, "optimizer: must be given with normalize='adam', and only then"),
     ],
@@ -173,7 +181,8 @@ def test_blocks_and_regex_select_by_name():
 
 
 def test_normalize_adam_uses_the_optimizers_moments():
-    model, examples = tiny("llama"), ragged_examples()
+    model = tiny("llama")
+    examples = ragged_examples()
     optimizer = torch.optim.AdamW(model.parameters(), eps=1e-3)
     summed_loss(model, examples[:1]).backward()
     optimizer.step()
@@ -192,10 +201,11 @@ def test_normalize_adam_uses_the_optimizers_moments():
     assert sketcher.state[0].identity.model_fingerprint.startswith("adam ")
 
 
-def test_sum_mode_gives_the_other_sketcher():
-    model, examples = tiny("llama"), ragged_examples()
+def test_sketch_sums_adds_one_sketch_per_backward_pass():
+    model = tiny("llama")
+    examples = ragged_examples()
     exact = exact_sketches(model, examples).sum(0, keepdim=True)
-    with merit_fast.sketch_gradients(model, 4096, seed=7, mode="sum") as sketcher:
+    with merit_fast.sketch_sums(model, 4096, seed=7) as sketcher:
         summed_loss(model, examples).backward()
         assert_close(sketcher.update("a", count=3), exact)
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -204,7 +214,8 @@ def test_sum_mode_gives_the_other_sketcher():
 class Gate(torch.nn.Module):
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.scale = inner, torch.nn.Parameter(torch.ones(1))
+        self.inner = inner
+        self.scale = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, *args, **kwargs):
         output = self.inner(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Layers beside those of language models: adapters, convolutions, norms of all kinds, modules nobody knows."""
+"""Layers that language models lack: adapters, convolutions, all kinds of norms, unknown modules."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError
-from merit_fast.sketch.capture.coverage import cover
+from merit_fast.sketch.capture.coverage import cover_of
 from merit_fast.sketch.capture.layout import Site
 from merit_fast.sketch.gradients import GradientSketcher
 
 
 def assert_equal_to_examples(model, x, **options):
-    """``model`` maps [B, ...] to anything; the loss of an example is a fixed function of its output."""
+    """Runs ``model``, which maps [B, ...] to anything; its output gives a fixed loss."""
     model.eval()
     with GradientSketcher(model, SKETCH, **options) as sketcher:
         model(x).square().sum().backward()
@@ -33,7 +33,8 @@ def assert_equal_to_examples(model, x, **options):
 def test_peft_lora_factors():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model, examples = peft.get_peft_model(tiny("llama"), config).eval(), ragged_examples()
+    model = peft.get_peft_model(tiny("llama"), config).eval()
+    examples = ragged_examples()
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(names) == 8 and all("lora_" in name for name in names)
     assert_close(hook_sketches(model, examples), exact_sketches(model, examples))
@@ -53,7 +54,8 @@ class HandMadeLora(nn.Module):
 
 
 def test_raw_factors():
-    model, examples = tiny("qwen2").requires_grad_(False), ragged_examples()
+    model = tiny("qwen2").requires_grad_(False)
+    examples = ragged_examples()
     for layer in model.model.layers:
         layer.self_attn.v_proj = HandMadeLora(layer.self_attn.v_proj)
     assert_close(hook_sketches(model, examples), exact_sketches(model, examples))
@@ -62,7 +64,8 @@ def test_raw_factors():
 class Patches(nn.Module):
     def __init__(self, conv):
         super().__init__()
-        self.conv, self.norm = conv, nn.LayerNorm(12)
+        self.conv = conv
+        self.norm = nn.LayerNorm(12)
 
     def forward(self, pixels):
         return self.norm(self.conv(pixels).flatten(2).transpose(1, 2))
@@ -89,10 +92,8 @@ class Norm(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(0.1 * torch.randn(8)),
-            nn.Parameter(0.1 * torch.randn(8)),
-        )
+        self.weight = nn.Parameter(0.1 * torch.randn(8))
+        self.bias = nn.Parameter(0.1 * torch.randn(8))
 
     def forward(self, x):
         n = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
@@ -116,10 +117,8 @@ class Pooled(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(8, 8)
-        self.temperature, self.mixing = (
-            nn.Parameter(torch.tensor(0.7)),
-            nn.Parameter(torch.randn(8, 8)),
-        )
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+        self.mixing = nn.Parameter(torch.randn(8, 8))
 
     def forward(self, x):
         weights = torch.softmax(
@@ -144,7 +143,7 @@ def test_only_true_norms_take_the_closed_form():
     closed = [
         m
         for m in (nn.LayerNorm(8), nn.RMSNorm(8), Norm(), Squared(), nn.GroupNorm(4, 8))
-        if cover(site(m))
+        if cover_of(site(m))
     ]
     assert [type(m) for m in closed] == [nn.LayerNorm, nn.RMSNorm, Norm]
 

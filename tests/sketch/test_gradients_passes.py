@@ -1,8 +1,9 @@
-"""Every way to run the passes gives the same sketches: checkpointing, attention, padding, packing, precision, ranks."""
+"""Passes run in every way give the same sketches: checkpointing, attention, padding, packing."""
 
 import gc
 import os
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from support.exact_gradients import (
     summed_loss,
     tiny,
 )
+from support.paths import ROOT, TESTS
+from support.warm import run_together
 from torch.nn import functional as F
 
 import merit_fast
@@ -29,11 +32,13 @@ from merit_fast.sketch.gradients import GradientSketcher
     "architecture, parameters", [("llama", "blocks"), ("gpt2", "all"), ("mixtral", "all")]
 )
 def test_gradient_checkpointing_gives_the_same(architecture, reentrant, parameters):
-    model, examples = tiny(architecture), ragged_examples()
+    model = tiny(architecture)
+    examples = ragged_examples()
     with merit_fast.sketch_gradients(model, 4096, parameters=parameters) as sketcher:
         summed_loss(model, examples).backward()
         plain = sketcher.take()
-    model.train()  # transformers checkpoints in training only; these models have no dropout but GPT-2's
+    # transformers checkpoints in training only; of these models only GPT-2 has dropout.
+    model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -45,8 +50,10 @@ def test_gradient_checkpointing_gives_the_same(architecture, reentrant, paramete
 
 
 def test_checkpointing_frees_the_inputs_until_they_are_computed_again():
-    """Inputs are kept by autograd, so checkpointing drops them; a hook's own reference would keep them."""
-    model, examples, inputs = tiny("llama").train(), ragged_examples(), []
+    """Autograd keeps the inputs, so checkpointing drops them; a hook's own reference would not."""
+    model = tiny("llama").train()
+    examples = ragged_examples()
+    inputs = []
     linear = model.model.layers[0].mlp.down_proj
     linear.register_forward_pre_hook(
         lambda module, args: inputs.append(weakref.ref(args[0].untyped_storage()))
@@ -55,7 +62,7 @@ def test_checkpointing_frees_the_inputs_until_they_are_computed_again():
     with GradientSketcher(model, SKETCH) as sketcher:
         loss = summed_loss(model, examples)
         gc.collect()
-        assert [one() for one in inputs] == [None]
+        assert [reference() for reference in inputs] == [None]
         loss.backward()
         assert len(inputs) == 2 and len(sketcher.take()) == 3
 
@@ -63,20 +70,17 @@ def test_checkpointing_frees_the_inputs_until_they_are_computed_again():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_attention_and_padding_side_do_not_matter(attention, side):
-    model, examples = tiny("qwen2"), ragged_examples()
+    model = tiny("qwen2")
+    examples = ragged_examples()
     model.set_attn_implementation(attention)
     width = max(len(e.input_ids) for e in examples)
-    ids, labels = torch.zeros(3, width, dtype=torch.long), torch.full((3, width), -100)
+    ids = torch.zeros(3, width, dtype=torch.long)
+    labels = torch.full((3, width), -100)
     for row, example in enumerate(examples):
-        place = (
-            slice(len(example.input_ids))
-            if side == "right"
-            else slice(width - len(example.input_ids), None)
-        )
-        ids[row, place], labels[row, place] = (
-            torch.tensor(example.input_ids),
-            torch.tensor(example.labels),
-        )
+        length = len(example.input_ids)
+        columns = slice(length) if side == "right" else slice(width - length, None)
+        ids[row, columns] = torch.tensor(example.input_ids)
+        labels[row, columns] = torch.tensor(example.labels)
     lengths = torch.tensor([len(e.input_ids) for e in examples])
     steps = torch.arange(width)
     mask = steps < lengths[:, None] if side == "right" else steps >= width - lengths[:, None]
@@ -97,10 +101,14 @@ def test_attention_and_padding_side_do_not_matter(attention, side):
     [("llama", "eager"), ("qwen3", "sdpa"), ("gpt2", "sdpa"), ("mixtral", "sdpa")],
 )
 def test_a_packed_row_gives_one_sketch_per_segment(architecture, attention):
-    model, examples = tiny(architecture), ragged_examples()
+    model = tiny(architecture)
+    examples = ragged_examples()
     model.set_attn_implementation(attention)
     exact = exact_sketches(model, examples)
-    ids, positions, bounds, losses = [], [], [0], []
+    ids = []
+    positions = []
+    bounds = [0]
+    losses = []
     for example in examples:
         ids += example.input_ids.tolist()
         positions += range(len(example.input_ids))
@@ -124,7 +132,8 @@ def test_a_packed_row_gives_one_sketch_per_segment(architecture, attention):
 
 
 def test_a_packed_row_through_a_cut_head_is_refused():
-    model, ids = tiny("llama"), torch.randint(1, 97, (1, 12))
+    model = tiny("llama")
+    ids = torch.randint(1, 97, (1, 12))
     with GradientSketcher(model, SKETCH) as sketcher:
         sketcher.packed(torch.tensor([0, 5, 12]))
         loss = model(input_ids=ids, logits_to_keep=4).logits.sum()
@@ -134,7 +143,8 @@ def test_a_packed_row_through_a_cut_head_is_refused():
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2-moe"])
 def test_bf16_autocast_is_as_close_as_its_own_gradients(architecture):
-    model, examples = tiny(architecture), ragged_examples()
+    model = tiny(architecture)
+    examples = ragged_examples()
     truth = exact_sketches(model, examples)
 
     def rounded(example):
@@ -153,13 +163,15 @@ def test_bf16_autocast_is_as_close_as_its_own_gradients(architecture):
 
 @pytest.mark.parametrize("architecture", ["gemma", "gpt2", "mixtral"])
 def test_bf16_weights(architecture):
-    model, examples = tiny(architecture).bfloat16(), ragged_examples()
+    model = tiny(architecture).bfloat16()
+    examples = ragged_examples()
     if architecture == "mixtral":
         model.set_experts_implementation(
             "eager"
         )  # torch's grouped products want other sizes in bf16
     result = hook_sketches(model, examples)
-    plain, truth = exact_sketches(model, examples), exact_sketches(model.float(), examples)
+    plain = exact_sketches(model, examples)
+    truth = exact_sketches(model.float(), examples)
     assert (result - truth).norm() <= 1.1 * (plain - truth).norm() + FLOOR[
         torch.float32
     ] * truth.norm()
@@ -197,7 +209,8 @@ class Unwrapped(torch.nn.Module):
 
     def __init__(self, ddp):
         super().__init__()
-        self.ddp, self.config = ddp, ddp.module.config
+        self.ddp = ddp
+        self.config = ddp.module.config
 
     def forward(self, input_ids, attention_mask=None, position_ids=None):
         return self.ddp(
@@ -208,6 +221,7 @@ class Unwrapped(torch.nn.Module):
         )
 
 
+@pytest.mark.process
 def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):
     import socket
 
@@ -216,14 +230,23 @@ def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (port, tmp_path), nprocs=2)
+    script = (
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(TESTS), str(ROOT)]!r}; "
+        "from pathlib import Path; from test_gradients_passes import rank_main; "
+        "rank_main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))"
+    )
+    ranks = run_together(
+        [["-c", script, str(rank), str(port), tmp_path] for rank in range(2)], timeout=300
+    )
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     merged = SketchState.read(tmp_path / "0")
     merged.merge(SketchState.read(tmp_path / "1"))
-    model, examples = tiny("llama", tied=True), ragged_examples((9, 14, 5, 6, 7))
+    model = tiny("llama", tied=True)
+    examples = ragged_examples((9, 14, 5, 6, 7))
     with merit_fast.sketch_gradients(model, 4096, seed=7) as sketcher:
         summed_loss(model, examples).backward()
         sketcher.update(["a"] * 5)
-    one = sketcher.state["a"]
-    assert merged.identity == one.identity and merged.num_examples == 5
-    assert_close(merged.block_sums.sum(0), one.block_sums.sum(0))
-    assert_close(merged.block_square_norms.sum(), one.block_square_norms.sum())
+    single = sketcher.state["a"]
+    assert merged.identity == single.identity and merged.num_examples == 5
+    assert_close(merged.block_sums.sum(0), single.block_sums.sum(0))
+    assert_close(merged.block_square_norms.sum(), single.block_square_norms.sum())

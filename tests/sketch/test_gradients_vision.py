@@ -1,4 +1,4 @@
-"""Vision-language models: towers that see the patches of all images end to end, or one image per example."""
+"""Vision-language models: towers that see all images' patches end to end, or one per example."""
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from merit_fast.errors import MeritFastError
 from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.selection import select_parameters
 
-IMAGE, VIDEO = 100, 101
+IMAGE = 100
+VIDEO = 101
 GRIDS = torch.tensor(
     [[1, 4, 4], [1, 4, 8], [1, 8, 4], [1, 4, 4]]
 )  # patches; image tokens: 4, 8, 8, 4
@@ -51,7 +52,7 @@ def qwen_vl():
 
 
 def batch(examples, width=24):
-    """Rows of text with their images' tokens, and the pixels of those images alone."""
+    """Rows of text with their images' tokens, and only those images' pixels."""
     generator = torch.Generator().manual_seed(1)
     pixels = [
         torch.randn(int(count), 3 * 2 * 4 * 4, generator=generator) for count in GRIDS.prod(1)
@@ -126,7 +127,8 @@ def test_text_alone_leaves_the_tower_without_gradient(qwen_vl):
 def test_images_that_cannot_be_told_apart_are_refused_by_name(qwen_vl):
     arguments = batch(range(4))
     embeddings = qwen_vl.get_input_embeddings()(arguments.pop("input_ids")).detach()
-    message = r"parameter model.visual.patch_embed.proj.weight of Conv3d sees 4 images that cannot be told apart"
+    parameter = "parameter model.visual.patch_embed.proj.weight of Conv3d"
+    message = f"{parameter} sees 4 images that cannot be told apart"
     with GradientSketcher(qwen_vl, SKETCH), pytest.raises(MeritFastError, match=message):
         qwen_vl(inputs_embeds=embeddings, **arguments)
 
@@ -175,7 +177,8 @@ def llava():
 
 
 def test_one_image_per_example(llava):
-    ids, pixels = torch.randint(1, 99, (3, 12)), torch.randn(3, 3, 8, 8)
+    ids = torch.randint(1, 99, (3, 12))
+    pixels = torch.randn(3, 3, 8, 8)
     ids[:, 2:6] = IMAGE
 
     def loss(rows):

@@ -55,7 +55,8 @@ def test_scales_are_what_torch_divides_by(cls, options):
     optimizer.step()  # the gradients of the last backward pass once more
     scales = adam_scales(model, optimizer, before)
     for name, parameter in model.named_parameters():
-        state, group = optimizer.state[parameter], optimizer.param_groups[parameter.dim() == 1]
+        state = optimizer.state[parameter]
+        group = optimizer.param_groups[parameter.dim() == 1]
         momentum = state["exp_avg"] / (1 - group["betas"][0] ** float(state["step"]))
         moved = (before[name] - parameter).detach()
         expected = group["lr"] * momentum * scales[name].reshape(parameter.shape)

@@ -1,31 +1,35 @@
-"""Adaptive sampling on synthetic gradients whose signal is known: estimates, coverage, stopping, error rates."""
+"""Adaptive sampling on synthetic gradients of known signal: estimates, coverage, stopping."""
 
 import numpy as np
 import pytest
 import torch
+from support.block_sums import measure_conflict
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.sketch.sampling import (
     check_blocks,
-    describe,
+    describe_signal,
     enough,
     looks,
     measure_signal,
     next_examples,
 )
-from merit_fast.split.conflict import measure_conflict
 
 WIDTH = 300
 RATE = 0.05
 
 
 class Source:
-    """A dataset whose examples are mean + noise, with noise^2 / mean^2 = ``noise`` per example; None: no mean."""
+    """A dataset whose examples are mean + noise; noise^2 / mean^2 is ``noise`` per example.
+
+    None: no mean.
+    """
 
     def __init__(self, noise, seed, blocks=8, width=WIDTH):
-        self.generator, self.width = np.random.default_rng(seed), width
+        self.generator = np.random.default_rng(seed)
+        self.width = width
         self.mean = np.zeros(width)
         if noise is not None:
             self.mean = self.generator.standard_normal(width)
@@ -36,8 +40,12 @@ class Source:
         self.state = SketchState(identity, sums, zeros.clone(), zeros.long())
 
     def take(self, count):
-        """``count`` examples, round-robin over the blocks; a block's noise is drawn as one normal of its variance."""
-        counts, before = self.state.block_counts, self.state.num_examples
+        """Adds ``count`` examples, dealt to the blocks in turn.
+
+        A block's noise is drawn as one normal of its variance.
+        """
+        counts = self.state.block_counts
+        before = self.state.num_examples
         added = torch.bincount(
             torch.arange(before, before + count) % len(counts), minlength=len(counts)
         )
@@ -66,20 +74,20 @@ def measured(noise, count, repeats, **options):
 def test_fraction_is_unbiased_and_its_error_covers(noise, count):
     signals = measured(noise, count, 300)
     truth = 1 / (1 + noise / count)
-    found = np.array([s.fraction for s in signals])
+    fractions = np.array([s.fraction for s in signals])
     errors = np.array([s.error for s in signals])
-    assert abs(found.mean() - truth) < 0.02 * truth + 3 * found.std() / np.sqrt(300)
-    inside = (
-        np.abs(found - truth) <= 2.365 * errors
-    )  # 95 % of Student's t with 7 degrees of freedom
+    assert abs(fractions.mean() - truth) < 0.02 * truth + 3 * fractions.std() / np.sqrt(300)
+    # 95 % of Student's t with 7 degrees of freedom.
+    inside = np.abs(fractions - truth) <= 2.365 * errors
     assert inside.mean() >= 0.93
-    assert np.sqrt((errors**2).mean()) < 1.6 * found.std()  # covers, but not by being boundless
+    assert np.sqrt((errors**2).mean()) < 1.6 * fractions.std()  # covers, but not by being boundless
 
 
 def test_fraction_agrees_with_the_report_of_the_split():
     source = Source(30, seed=1)
     source.take(100)
-    sums, counts = source.state.block_sums.numpy()[None], source.state.block_counts.numpy()[None]
+    sums = source.state.block_sums.numpy()[None]
+    counts = source.state.block_counts.numpy()[None]
     assert measure_signal(source.state).fraction == pytest.approx(
         measure_conflict(sums, counts).signal_fraction[0]
     )
@@ -99,10 +107,10 @@ def test_a_clear_signal_has_the_smallest_p_value_and_empty_blocks_are_left_out()
     assert measure_signal(source.state).p_value == 2**-4
     source.take(100)
     assert measure_signal(source.state).p_value == 2**-7
-    one = Source(1, seed=0)
-    one.take(1)
+    single = Source(1, seed=0)
+    single.take(1)
     with pytest.raises(MeritFastError, match="needs examples in two blocks or more, got 1"):
-        measure_signal(one.state)
+        measure_signal(single.state)
 
 
 def test_a_dataset_without_any_gradient_is_not_resolvable():
@@ -111,7 +119,7 @@ def test_a_dataset_without_any_gradient_is_not_resolvable():
     signal = measure_signal(state)
     assert (signal.fraction, signal.error, signal.ratio, signal.p_value) == (0, 0, 0, 1)
     assert not enough(signal, 0.2, RATE)
-    assert describe(state, 200).startswith("not resolvable with 200 examples")
+    assert describe_signal(state, 200).startswith("not resolvable with 200 examples")
 
 
 # ---- when to stop
@@ -131,7 +139,7 @@ def test_strong_datasets_stop_early_and_weak_ones_do_not():
 
 
 def test_what_stopped_early_is_known_as_well_as_asked():
-    """Over the stopped: root mean square of the true relative error, and the bias that optional stopping leaves."""
+    """Checks the stopped: rms of the true relative error, and the bias of optional stopping."""
     relative = []
     for seed in range(150):
         state = Source(80, seed).run(precision=0.2)
@@ -146,7 +154,8 @@ def test_what_stopped_early_is_known_as_well_as_asked():
 @pytest.mark.parametrize("width", [3, WIDTH], ids=["rank 3", "many"])
 def test_noise_is_never_resolved_more_often_than_the_error_rate(width):
     """Over all looks of a run, with any precision."""
-    schedule, resolved = looks(32, 200), 0
+    schedule = looks(32, 200)
+    resolved = 0
     for seed in range(400):
         source = Source(None, seed, width=width)
         for before, look in zip((0, *schedule), schedule, strict=False):
@@ -170,7 +179,7 @@ def test_a_run_resumed_between_looks_goes_on_to_the_next():
     assert next_examples(source.state, 200, 0.2) == 24
 
 
-# ---- what is said
+# ---- notes
 def test_examples_needed_are_a_lower_bound_where_nothing_shows_and_fair_where_something_does():
     rate = RATE / 4
 
@@ -188,11 +197,11 @@ def test_examples_needed_are_a_lower_bound_where_nothing_shows_and_fair_where_so
 
 def test_the_user_is_told_in_one_line():
     state = Source(8, seed=0).run()
-    assert describe(state, 200).startswith("signal fraction 0.8") and describe(state, 200).endswith(
-        "of 32 examples"
-    )
+    assert describe_signal(state, 200).startswith("signal fraction 0.8") and describe_signal(
+        state, 200
+    ).endswith("of 32 examples")
     state = Source(None, seed=0).run()
-    text = describe(state, 200)
+    text = describe_signal(state, 200)
     assert text.startswith("not resolvable with 200 examples: needs at least 1") and text.endswith(
         "more examples"
     )

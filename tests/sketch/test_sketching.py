@@ -1,4 +1,4 @@
-"""The sketch stage: as many examples as it takes, of the parameters asked for, and no more work than is left."""
+"""The sketch stage: as many examples as needed, of the chosen parameters, and no work twice."""
 
 import os
 

@@ -1,88 +1,25 @@
-"""Sketches of whole passes beside training: exact, and nothing in the training changes."""
+"""Sketches of whole passes while a model trains: exact, and nothing in the training changes."""
 
-import copy
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from sketch.summed_runs import SKETCH, batch, copy_with_gradient, exact, llama, summed, train
+from support.block_sums import measure_conflict
 from support.checks import assert_close
 from support.paths import ROOT, TESTS
+from support.warm import run_together
 from torch import nn
 
 from merit_fast.errors import MeritFastError
-from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
+from merit_fast.kernels.sketch import CountSketch, matrix_shape
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.sketch.precondition import adam_scales
 from merit_fast.sketch.summed import SummedSketcher
-from merit_fast.split.conflict import measure_conflict
-
-SKETCH = CountSketch(4096, seed=7)
 
 
-def llama(tied=True):
-    import transformers as t
-
-    config = t.LlamaConfig(
-        vocab_size=97,
-        hidden_size=36,
-        intermediate_size=52,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-    )
-    torch.manual_seed(3)
-    return t.LlamaForCausalLM(config)
-
-
-def batch(seed, examples=3, length=11):
-    ids = torch.randint(0, 97, (examples, length), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "labels": ids}
-
-
-def summed(model, **options):
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return SummedSketcher(model, SKETCH, parameters, fingerprint="f", **options)
-
-
-def exact(model, scales=None):
-    """The sketch of what lies in ``.grad``."""
-    out = torch.zeros(1, SKETCH.proj_dim)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradient = parameter.grad.to_dense().reshape(matrix_shape(parameter.shape))
-            gradient = gradient if scales is None else gradient * scales[name]
-            flat_sketch(gradient.unsqueeze(0), name, SKETCH, out=out, backend="eager")
-    return out
-
-
-def train(model, steps, sketcher=None, optimizer=None, first=0):
-    """Losses of AdamW steps of two passes each: accumulation, clipping, decay."""
-    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for step in range(first, first + steps):
-        for part in range(2):
-            loss = model(**batch(10 * step + part)).loss
-            loss.backward()
-            if sketcher:
-                sketcher.update(
-                    f"d{part}",
-                    count=3,
-                    loss_sum=3 * loss.item(),
-                    num_target_tokens=30,
-                    loss_divisor=3,
-                )
-            losses.append(loss.item())
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
-
-
-# ---- what is sketched
+# ---- sketches
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_pass_is_the_sketch_of_what_it_adds_to_grad(tied):
     model = llama(tied)
@@ -99,15 +36,9 @@ def test_a_pass_is_the_sketch_of_what_it_adds_to_grad(tied):
     assert_close(sketcher.state["a"].block_sums.sum(0), first[0])
 
 
-def copy_with_gradient(model, inputs):
-    other = copy.deepcopy(model)
-    other.zero_grad()
-    other(**inputs).loss.backward()
-    return other
-
-
-def test_training_goes_on_to_the_same_bits():
-    plain, watched = llama(), llama()
+def test_training_gives_the_same_bits():
+    plain = llama()
+    watched = llama()
     expected = train(plain, 4)
     with summed(watched) as sketcher:
         assert train(watched, 4, sketcher) == expected
@@ -149,8 +80,10 @@ def test_sparse_embeddings_and_shapes_of_every_kind():
         def __init__(self):
             super().__init__()
             self.words = nn.Embedding(50, 6, sparse=True)
-            self.filter, self.image = nn.Conv1d(6, 4, 2), nn.Conv2d(1, 3, 2)
-            self.gain, self.unused = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(5))
+            self.filter = nn.Conv1d(6, 4, 2)
+            self.image = nn.Conv2d(1, 3, 2)
+            self.gain = nn.Parameter(torch.tensor(2.0))
+            self.unused = nn.Parameter(torch.ones(5))
 
         def forward(self, ids):
             picture = self.filter(self.words(ids).transpose(1, 2))
@@ -158,11 +91,11 @@ def test_sparse_embeddings_and_shapes_of_every_kind():
 
     model = Net()
     scales = {name: torch.rand(matrix_shape(p.shape)) for name, p in model.named_parameters()}
-    for given in (None, scales):
+    for factors in (None, scales):
         model.zero_grad()
-        with summed(model, scales=given) as sketcher:
+        with summed(model, scales=factors) as sketcher:
             model(torch.tensor([[1, 4, 4, 9], [4, 0, 2, 2]])).backward()
-            assert_close(sketcher.update("a", count=2), exact(model, given))
+            assert_close(sketcher.update("a", count=2), exact(model, factors))
     assert model.words.weight.grad.is_sparse and model.unused.grad is None
 
 
@@ -181,7 +114,7 @@ def test_scales_of_adam_multiply_the_gradient():
 DDP = """
 import json, os, sys, torch, torch.distributed as dist
 sys.path[:0] = sys.argv[3:]
-from test_summed import batch, copy_with_gradient, exact, llama, summed
+from sketch.summed_runs import batch, copy_with_gradient, exact, llama, summed
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
 model = llama()
@@ -198,31 +131,27 @@ os._exit(0)  # gloo's threads may otherwise be torn down while they run
 """
 
 
+@pytest.mark.process
 def test_every_rank_of_ddp_sketches_its_own_examples(tmp_path):
-    from pathlib import Path
-
-    here = Path(__file__).resolve().parent
-    command = [sys.executable, "-c", DDP]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), tmp_path / "store", here, TESTS, ROOT], stdout=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
+    ranks = run_together(
+        [["-c", DDP, str(rank), tmp_path / "store", TESTS, ROOT] for rank in range(2)],
+        timeout=300,
+    )
     for rank in ranks:
-        out, _ = rank.communicate(timeout=300)
-        assert rank.returncode == 0
-        own, average = json.loads(out.splitlines()[-1])
-        assert own < 2e-6 and average > 0.1
+        assert rank.returncode == 0, rank.stderr
+        to_truth, to_average = json.loads(rank.stdout.splitlines()[-1])
+        assert to_truth < 2e-6 and to_average > 0.1
 
 
-# ---- what the state says
+# ---- the state
 def test_signal_of_passes_of_unequal_size_is_unbiased():
-    """Through the real hook: the gradient of ``sum(w * x)`` is the sum of the rows of x, mean + noise."""
-    generator, width = torch.Generator().manual_seed(0), 4096
+    """Sketches through the real hook: the gradient of ``sum(w * x)`` is the sum of noisy rows."""
+    generator = torch.Generator().manual_seed(0)
+    width = 4096
     model = nn.Linear(width, 1, bias=False)
     mean = torch.randn(width, generator=generator) / 64  # length near 1; noise of one example: 4
-    found, naive = [], []
+    unbiased = []
+    naive = []
     for _ in range(60):
         with SummedSketcher(
             model, SKETCH, {"weight": model.weight}, blocks=6, fingerprint="f"
@@ -235,11 +164,11 @@ def test_signal_of_passes_of_unequal_size_is_unbiased():
         conflict = measure_conflict(
             state.block_sums.numpy()[None], state.block_counts.numpy()[None]
         )
-        found.append(conflict.signal_fraction[0] * conflict.norm[0] ** 2)
+        unbiased.append(conflict.signal_fraction[0] * conflict.norm[0] ** 2)
         naive.append(conflict.norm[0] ** 2)
     truth = float(mean.square().sum())
-    standard_error = np.std(found) / np.sqrt(len(found))
-    assert abs(np.mean(found) - truth) < 3 * standard_error + 0.01 * truth
+    standard_error = np.std(unbiased) / np.sqrt(len(unbiased))
+    assert abs(np.mean(unbiased) - truth) < 3 * standard_error + 0.01 * truth
     assert np.mean(naive) > truth + 0.3  # the noise of 32 examples: 16 / 32
 
 
@@ -261,8 +190,9 @@ def test_a_state_of_sums_does_not_merge_with_one_of_examples(tmp_path):
     assert again.identity == state.identity and again.to_bytes() == state.to_bytes()
 
 
-def test_restored_states_go_on_where_they_were():
-    model, whole = llama(), llama()
+def test_restored_states_resume():
+    model = llama()
+    whole = llama()
     with summed(whole) as sketcher:
         train(whole, 3, sketcher)
     expected = sketcher.state["d1"].to_bytes()
@@ -279,76 +209,3 @@ def test_restored_states_go_on_where_they_were():
     )
     with pytest.raises(MeritFastError, match="disagree in seed"):
         other.restore(kept)
-
-
-# ---- refusals
-def test_update_wants_one_backward_pass_of_one_dataset():
-    model = llama()
-    with summed(model) as sketcher:
-        with pytest.raises(MeritFastError, match=r"update\('a'\) without a backward pass"):
-            sketcher.update("a", count=1)
-        model(**batch(0)).loss.backward()
-        with pytest.raises(MeritFastError, match="one dataset per backward pass, got a, b"):
-            sketcher.update(["a", "b", "a"])
-        sketcher.update(["a", "a", "a"])
-        assert sketcher.state["a"].num_examples == 3
-        model(**batch(0)).loss.backward()
-        sketcher.update(torch.tensor([4, 4, 4]))
-        assert sketcher.state[4].num_examples == 3
-        with pytest.raises(MeritFastError, match="without a backward pass"):
-            sketcher.update("a", count=1)
-        model(**batch(0)).loss.backward()
-        with pytest.raises(MeritFastError, match="count must be at least 1"):
-            sketcher.update("a", count=0)
-        with pytest.raises(
-            MeritFastError, match="count, the number of examples of the pass, is required"
-        ):
-            sketcher.update("a")
-        sketcher.discard()
-        with pytest.raises(MeritFastError, match="without a backward pass"):
-            sketcher.update("a", count=1)
-
-
-def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was():
-    model = llama()
-    with summed(model) as sketcher:
-        model(**batch(0)).loss.backward()
-        sketcher.update("a", count=3)
-        before = sketcher.state["a"].block_sums.clone()
-        (model(**batch(0)).loss * float("inf")).backward()
-        with pytest.raises(MeritFastError, match="gradient of dataset 'a' is not finite"):
-            sketcher.update("a", count=3)
-    assert (
-        torch.equal(sketcher.state["a"].block_sums, before)
-        and sketcher.state["a"].num_examples == 3
-    )
-
-
-def test_parameters_that_cannot_be_watched_are_named():
-    model = llama()
-    named = dict(model.named_parameters())
-    model.model.norm.weight.requires_grad_(False)
-    with pytest.raises(MeritFastError, match="parameter model.norm.weight is frozen"):
-        SummedSketcher(model, SKETCH, named)
-    tied = {
-        "lm_head.weight": model.lm_head.weight,
-        "model.embed_tokens.weight": model.model.embed_tokens.weight,
-    }
-    with pytest.raises(
-        MeritFastError, match="lm_head.weight and model.embed_tokens.weight are one"
-    ):
-        SummedSketcher(model, SKETCH, tied)
-    with pytest.raises(MeritFastError, match="parameter lm_head.weight has no scale"):
-        SummedSketcher(model, SKETCH, {"lm_head.weight": model.lm_head.weight}, scales={})
-    with pytest.raises(MeritFastError, match="LlamaForCausalLM has no trainable parameter"):
-        SummedSketcher(model, SKETCH, {})
-    empty = nn.Parameter(torch.empty(0))
-    with pytest.raises(MeritFastError, match="parameter x is sharded"):
-        SummedSketcher(model, SKETCH, {"x": empty})
-
-
-def test_hooks_are_gone_after_an_exception():
-    model = llama()
-    with pytest.raises(RuntimeError, match="on purpose"), summed(model):
-        raise RuntimeError("on purpose")
-    assert not any(p._backward_hooks for p in model.parameters())

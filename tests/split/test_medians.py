@@ -4,26 +4,31 @@ import itertools
 
 import numpy as np
 import pytest
+from support.block_sums import eta_squared
 from support.partitions import NAMES
 
 from merit_fast.split.conflict import (
     cosine_matrix,
     double_center,
-    eta_squared,
 )
 from merit_fast.split.search.medians import conflict_axes, median_partition
 
 
 def between(groups, gradients, hessian):
-    """eta^2 / 2 times the between-group sum of squares of H^(1/2) H g: the gain of one step, up to a constant."""
+    """Gain of one step up to a constant: the between-group sum of squares of H^(1/2) H g."""
     z = gradients @ np.linalg.cholesky(hessian)
     parts = [z[np.array(groups) == k] for k in set(groups)]
     return sum(len(p) / len(z) * np.sum((p.mean(0) - z.mean(0)) ** 2) for p in parts)
 
 
 def test_worked_example_of_the_paper():
-    """T=4 datasets at (+-1, +-1), H = diag(2, 1), step .1: gains .04, .005, 0; random mean .015; axis 1 is chosen."""
-    hessian, step = np.diag([2.0, 1.0]), 0.1
+    """Checks the paper's figures.
+
+    T=4 datasets at (+-1, +-1), H = diag(2, 1), step .1: gains .04, .005, 0; random mean .015. The
+    paper chooses axis 1.
+    """
+    hessian = np.diag([2.0, 1.0])
+    step = 0.1
     optima = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)], float)
     gradients = -optima @ hessian
 
@@ -36,7 +41,7 @@ def test_worked_example_of_the_paper():
     halves = [[int(i in pair) for i in range(4)] for pair in itertools.combinations(range(4), 2)]
     assert np.mean([gain(groups) for groups in halves]) == pytest.approx(0.015)
     axes = conflict_axes(cosine_matrix(gradients), 1)
-    groups = median_partition(axes.scores, np.full(4, 0.25), NAMES[:4]).groups
+    groups = median_partition(axes.scores, np.full(4, 0.25), NAMES[:4]).labels
     assert groups in ((1, 1, 0, 0), (0, 0, 1, 1))
     assert gain(groups) == pytest.approx(0.04)
 
@@ -53,7 +58,7 @@ def test_opposites_part_and_twins_stay():
         ]
     )
     axes = conflict_axes(cosine_matrix(rows), 2)
-    groups = median_partition(axes.scores, np.full(16, 1 / 16), NAMES).groups
+    groups = median_partition(axes.scores, np.full(16, 1 / 16), NAMES).labels
     for i in range(4):
         assert groups[i] == groups[i + 4]
         assert groups[8 + i] == groups[12 + i] != groups[i]
@@ -62,12 +67,13 @@ def test_opposites_part_and_twins_stay():
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_groups_do_not_depend_on_order_scale_or_axis_sign(axes):
     generator = np.random.default_rng(3)
-    rows, weights = generator.standard_normal((16, 40)), generator.uniform(0.5, 2, 16)
+    rows = generator.standard_normal((16, 40))
+    weights = generator.uniform(0.5, 2, 16)
 
     def groups(order, scale):
         names = [NAMES[i] for i in order]
         scores = conflict_axes(cosine_matrix(rows[order] * scale[order, None]), axes).scores
-        return dict(zip(names, median_partition(scores, weights[order], names).groups, strict=True))
+        return dict(zip(names, median_partition(scores, weights[order], names).labels, strict=True))
 
     first = groups(np.arange(16), np.ones(16))
     assert first == groups(generator.permutation(16), generator.uniform(0.1, 9, 16))
@@ -79,7 +85,7 @@ def test_median_lies_within_one_dataset_of_half_the_weight():
     for _ in range(50):
         weights = generator.uniform(0.1, 3, 11)
         groups = np.array(
-            median_partition(generator.standard_normal((11, 1)), weights, NAMES[:11]).groups
+            median_partition(generator.standard_normal((11, 1)), weights, NAMES[:11]).labels
         )
         assert abs(weights[groups == 0].sum() - weights.sum() / 2) <= weights.max() / 2 + 1e-12
 
@@ -87,14 +93,15 @@ def test_median_lies_within_one_dataset_of_half_the_weight():
 def test_no_group_is_empty_even_under_one_heavy_dataset():
     weights = np.array([100.0, 1, 1, 1, 1, 1, 1, 1])
     scores = np.random.default_rng(0).standard_normal((8, 3))
-    assert sorted(median_partition(scores, weights, NAMES[:8]).groups) == list(range(8))
+    assert sorted(median_partition(scores, weights, NAMES[:8]).labels) == list(range(8))
     with pytest.raises(ValueError, match="8 groups need at least as many datasets, got 7"):
         median_partition(scores[:7], weights[:7], NAMES[:7])
 
 
 def test_eta_squared_is_the_explicit_share():
     generator = np.random.default_rng(8)
-    z, weights = generator.standard_normal((10, 6)), generator.uniform(0.5, 2, 10)
+    z = generator.standard_normal((10, 6))
+    weights = generator.uniform(0.5, 2, 10)
     weights /= weights.sum()
     groups = generator.integers(0, 3, 10)
     mean = weights @ z

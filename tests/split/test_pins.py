@@ -1,12 +1,13 @@
-"""Pins: what a user demands of a split is kept by every method, or refused in one line."""
+"""Pins: every method keeps them, or refuses them in one line."""
 
 import numpy as np
 import pytest
 from support.partitions import NAMES, mixture, split
 
 from merit_fast.errors import InputError
-from merit_fast.options.fields import parse
-from merit_fast.split.search.partition import Pins, random_groups
+from merit_fast.options.parser import parse
+from merit_fast.split.search.partition import random_labels
+from merit_fast.split.search.problem import Pins
 
 
 @pytest.mark.parametrize(
@@ -19,12 +20,12 @@ def test_pins_hold_in_every_method(method):
         group={"d05": 2, "d06": 2, "d07": 1},
     )
     for seed in range(3):
-        found = split(*mixture(seed, 16), 4, method, pins=pins, seed=seed)
-        group = dict(zip(NAMES, found.groups, strict=False))
+        partition = split(*mixture(seed, 16), 4, method, pins=pins, seed=seed)
+        group = dict(zip(NAMES, partition.labels, strict=False))
         assert group["d00"] == group["d07"] == group["d09"] == group["d11"] == 1
         assert group["d05"] == group["d06"] == 2
         assert len({group["d00"], group["d01"], group["d02"]}) == 3 and group["d03"] != group["d04"]
-        assert set(found.groups) == {0, 1, 2, 3}
+        assert set(partition.labels) == {0, 1, 2, 3}
 
 
 def test_apart_is_kept_where_it_leaves_a_single_way():
@@ -35,15 +36,15 @@ def test_apart_is_kept_where_it_leaves_a_single_way():
     )
     pins = Pins(apart=apart, group={"d00": 0, "d05": 0})
     for seed in range(6):
-        groups = split(*mixture(seed, 6), 3, pins=pins).groups
+        groups = split(*mixture(seed, 6), 3, pins=pins).labels
         assert all(groups[names.index(a)] != groups[names.index(b)] for a, b in apart)
         assert groups[0] == groups[5] == 0
 
 
-def test_random_groups_obey_what_the_split_obeys():
+def test_random_labels_obey_the_splits_pins():
     weights = mixture(12, 20)[1]
     pins = Pins(together=(("d00", "d01"),), apart=(("d02", "d03"),), group={"d04": 3})
-    draws = random_groups(weights, NAMES[:20], 4, 50, pins=pins, tolerance=0.05)
+    draws = random_labels(weights, NAMES[:20], 4, 50, pins=pins, tolerance=0.05)
     assert (
         (draws[:, 0] == draws[:, 1]).all()
         and (draws[:, 2] != draws[:, 3]).all()
@@ -52,7 +53,7 @@ def test_random_groups_obey_what_the_split_obeys():
     shares = np.stack([(draws == k) @ weights for k in range(4)])
     assert np.abs(shares - 0.25).max() <= 0.05 + 1e-9
     assert len({tuple(row) for row in draws.tolist()}) == 50
-    again = random_groups(weights[::-1], NAMES[:20][::-1], 4, 50, pins=pins, tolerance=0.05)
+    again = random_labels(weights[::-1], NAMES[:20][::-1], 4, 50, pins=pins, tolerance=0.05)
     assert (again[:, ::-1] == draws).all()
 
 
@@ -101,7 +102,7 @@ def test_pins_are_read_from_a_config():
     values = {"together": [["d00", "d01"]], "apart": [["d02", "d03"]], "group": {"d04": 1}}
     pins = parse(Pins, values, "run.yaml", "split.pins")
     assert pins == Pins(together=(("d00", "d01"),), apart=(("d02", "d03"),), group={"d04": 1})
-    groups = split(*mixture(0, 6), 2, pins=pins).groups
+    groups = split(*mixture(0, 6), 2, pins=pins).labels
     assert groups[0] == groups[1] and groups[2] != groups[3] and groups[4] == 1
 
 

@@ -10,7 +10,7 @@ from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
-from merit_fast.options.fields import to_plain
+from merit_fast.options.parser import to_plain
 from merit_fast.split import SplitConfig, split_mixture
 from merit_fast.split.search.problem import Pins
 
@@ -37,17 +37,15 @@ def filled_state(seed, blocks=4, examples=10, who=None):
 # ---- statistics
 def test_states_add_to_the_same_bits_in_any_grouping():
     sketches = torch.randint(-9, 9, (12, 4096)).float()
-    whole, parts = (
-        SketchState.zeros(identity(), 3),
-        [SketchState.zeros(identity(), 3) for _ in range(3)],
-    )
+    whole = SketchState.zeros(identity(), 3)
+    shards = [SketchState.zeros(identity(), 3) for _ in range(3)]
     whole.add_examples(sketches, torch.arange(12) % 3, 12.0, 12)
-    for i, part in enumerate(parts):
+    for i, shard in enumerate(shards):
         rows = torch.arange(i * 4, i * 4 + 4)
-        part.add_examples(sketches[rows], rows % 3, 4.0, 4)
-    parts[2].merge(parts[0])
-    parts[2].merge(parts[1])
-    assert parts[2].to_bytes() == whole.to_bytes()
+        shard.add_examples(sketches[rows], rows % 3, 4.0, 4)
+    shards[2].merge(shards[0])
+    shards[2].merge(shards[1])
+    assert shards[2].to_bytes() == whole.to_bytes()
     assert whole.num_examples == 12 and whole.block_counts.tolist() == [4, 4, 4]
 
 
@@ -66,7 +64,8 @@ def test_states_that_disagree_refuse_to_merge(other, named):
 
 
 def test_state_file_round_trip_and_damage(tmp_path):
-    state, file = filled_state(1), tmp_path / "d.safetensors"
+    state = filled_state(1)
+    file = tmp_path / "d.safetensors"
     file.write_bytes(state.to_bytes())
     again = SketchState.read(file)
     assert again.to_bytes() == state.to_bytes() and again.identity == state.identity
@@ -82,14 +81,23 @@ def dataset(name, rows=3, texts=None):
 
 
 def split(directory, datasets, config, **options):
-    options = {"steps": 4000, "sketched_at": "at the base model", "texts": dict, **options}
-    return split_mixture(directory, datasets, "f", config, **options)
+    defaults = {
+        "base_fingerprint": "base",
+        "steps": 4000,
+        "sketched_at": "at the base model",
+        "texts": dict,
+    }
+    return split_mixture(directory, datasets, "f", config, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """16 datasets on two axes, 64 examples each; the last is noise alone. Signs of the axes are known by number."""
-    folder, numbers = tmp_path_factory.mktemp("sketch"), torch.Generator().manual_seed(0)
+    """16 datasets on two axes, 64 examples each; the last is pure noise.
+
+    The signs of the axes are known by number.
+    """
+    folder = tmp_path_factory.mktemp("sketch")
+    numbers = torch.Generator().manual_seed(0)
     axes = torch.randn(2, 4096, generator=numbers) / 4096**0.5
     for i, name in enumerate(NAMES):
         signs = torch.tensor([1.0 if i % 2 else -1.0, 0.9 if i // 2 % 2 else -0.9])
@@ -107,9 +115,9 @@ def test_split_stage_refuses_more_groups_than_datasets_and_mixed_states(tmp_path
         InputError, match="split.groups: must be at most the number of datasets \\(3\\), got 4"
     ):
         split(tmp_path, datasets, SplitConfig(groups=4))
-    for i, one in enumerate(datasets):
+    for i, row in enumerate(datasets):
         who = identity(model_fingerprint="other") if i == 2 else identity()
-        (tmp_path / f"{one.name}.safetensors").write_bytes(
+        (tmp_path / f"{row.name}.safetensors").write_bytes(
             filled_state(i, blocks=8, who=who).to_bytes()
         )
     with pytest.raises(MeritFastError, match="model_fingerprint"):
@@ -121,11 +129,15 @@ def test_split_stage_finds_the_planted_axis_and_says_how_sure_it_is(planted, pre
     manifest = split(*planted, SplitConfig(groups=2, preset=preset))
     groups = [row.group for row in manifest.datasets]
     assert len(set(groups[:15:2])) == len(set(groups[1:15:2])) == 1 and groups[0] != groups[1]
-    found = manifest.separation
-    assert found.cross_validated > found.null_mean + 2 * found.null_std
+    separation = manifest.separation
+    least = separation.null_mean + 2 * separation.null_std
+    assert separation.cross_validated > least
     assert [count.groups for count in manifest.separations] == [2, 4]
     assert manifest.within_cosine > 0.3 > manifest.across_cosine
-    noise, strong = manifest.datasets[15], manifest.datasets[0]
+    assert manifest.base_fingerprint == "base"
+    assert manifest.start_fingerprint == identity().model_fingerprint
+    noise = manifest.datasets[15]
+    strong = manifest.datasets[0]
     assert strong.more_examples == 0 and strong.stability > 0.9 and strong.margin > 0
     assert strong.signal_fraction == pytest.approx(
         1.81 / (1.81 + 1 / 64), abs=0.02

@@ -1,4 +1,4 @@
-"""Text clusters: vectors that are TF-IDF's, groups of even size, the same for any order of the datasets."""
+"""Text similarity: the vectors are those of TF-IDF, averaged over datasets."""
 
 import math
 
@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from merit_fast.split.text_cluster import (
-    balanced_kmeans,
-    cluster_rows,
     dataset_similarity,
     text_vectors,
 )
@@ -26,15 +24,10 @@ def rows(topic, number, seed):
 
 def test_inner_products_are_cosines_of_tf_idf():
     texts = ["red red fish", "blue fish", "one blue bird 1984", "The red bird and the 3rd fish"]
-    words = [
-        "red",
-        "fish",
-        "blue",
-        "one",
-        "bird",
-    ]  # "one": no number; "the", "and": stop words; 1984, 3rd: numbers
-    found = [sum(word in text.lower().split() for text in texts) for word in words]
-    idf = [math.log((1 + 4) / (1 + number)) + 1 for number in found]
+    # "one" is no number; "the" and "and" are stop words; 1984 and 3rd are numbers.
+    words = ["red", "fish", "blue", "one", "bird"]
+    texts_with = [sum(word in text.lower().split() for text in texts) for word in words]
+    idf = [math.log((1 + 4) / (1 + number)) + 1 for number in texts_with]
     table = np.array(
         [
             [text.lower().split().count(w) * i for w, i in zip(words, idf, strict=True)]
@@ -58,28 +51,6 @@ def test_few_directions_are_those_of_the_singular_value_decomposition():
     )
 
 
-def test_rows_of_a_topic_meet_wherever_they_come_from():
-    texts = {
-        "a": rows("sea", 10, 0) + rows("sky", 10, 1),
-        "b": rows("sky", 4, 2) + rows("sea", 4, 3),
-    }
-    groups = cluster_rows(texts, 2)
-    sea, sky = {*groups["a"][:10], *groups["b"][4:]}, {*groups["a"][10:], *groups["b"][:4]}
-    assert len(sea) == len(sky) == 1 and sea != sky
-    again = cluster_rows(dict(reversed(texts.items())), 2)
-    assert all((again[name] == groups[name]).all() for name in texts)
-
-
-@pytest.mark.parametrize("number,groups", [(1, 1), (7, 3), (50, 4), (51, 7), (5, 5)])
-def test_groups_are_even_to_one_row(number, groups):
-    generator = np.random.default_rng(number)
-    vectors = np.concatenate(
-        [generator.standard_normal((number - number // 2, 4)), np.ones((number // 2, 4))]
-    )
-    sizes = np.bincount(balanced_kmeans(vectors, groups), minlength=groups)
-    assert sizes.sum() == number and sizes.max() - sizes.min() <= 1
-
-
 def test_datasets_about_the_same_things_are_alike():
     texts = {
         "sea1": rows("sea", 30, 0),
@@ -93,8 +64,7 @@ def test_datasets_about_the_same_things_are_alike():
     assert np.allclose(similarity[0], 0)
 
 
-def test_texts_without_words_are_split_all_the_same():
-    assert text_vectors(["", "1 2"]).shape[0] == 2
-    assert sorted(
-        np.concatenate(list(cluster_rows({"a": ["", ""], "b": ["7", "the"]}, 2).values()))
-    ) == [0, 0, 1, 1]
+def test_texts_without_words_have_no_direction():
+    assert text_vectors(["", "1 2"]).shape == (2, 0)
+    names, similarity = dataset_similarity({"b": ["7", "the"], "a": ["", ""]})
+    assert names == ["a", "b"] and np.array_equal(similarity, np.zeros((2, 2)))

@@ -1,6 +1,9 @@
-"""Block sums of sketches for tests: drawn, or sampled from datasets of known means."""
+"""Block sums of sketches for tests: drawn, or sampled from known means; their figures."""
 
 import numpy as np
+
+from merit_fast.split.conflict import between_sum, conflict_of, total_sum
+from merit_fast.split.moments import BlockProducts, block_products
 
 FIELDS = ("counts", "within", "total", "left_out", "halves")
 
@@ -16,17 +19,42 @@ def draw(datasets=6, blocks=8, width=5000, seed=0):
 
 
 def sample(means, examples, noise, generator, blocks=8):
-    """Block sums of ``examples`` gradients, round-robin: each its dataset's mean, plus noise of that square length."""
+    """Block sums of ``examples`` gradients per dataset, dealt to the blocks in turn.
+
+    Each gradient is its dataset's mean plus noise of square length ``noise``.
+    """
     counts = np.array([examples // blocks + (g < examples % blocks) for g in range(blocks)])
     size = counts[:, None].astype(float)
-    draws = generator.standard_normal((len(means), blocks, means.shape[1])) / np.sqrt(
-        means.shape[1]
-    )
+    draws = generator.standard_normal((len(means), blocks, means.shape[1]))
+    draws /= np.sqrt(means.shape[1])
     return size * means[:, None] + np.sqrt(size * noise) * draws, np.tile(counts, (len(means), 1))
 
 
 def unit(rows):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def measure_conflict(block_sums, block_counts, *, debias="none"):
+    """Conflict of block sums; by default the published, naive cosines."""
+    return conflict_of(block_products(block_sums, block_counts), debias=debias)
+
+
+def eta_squared(centered, weights, labels):
+    """Between-group share of the weighted sum of squares, in [0, 1] for a Gram of vectors."""
+    return between_sum(centered, weights, labels) / total_sum(centered, weights)
+
+
+def products_of(products, datasets):
+    """Products of some datasets, in this order."""
+    chosen = np.asarray(datasets)
+    square = np.ix_(chosen, chosen)
+    return BlockProducts(
+        products.counts[chosen],
+        products.within[chosen],
+        products.total[square],
+        np.stack([matrix[square] for matrix in products.left_out]),
+        np.stack([matrix[square] for matrix in products.halves]),
+    )
 
 
 def assert_same_bits(first, second, fields=FIELDS):

@@ -1,14 +1,14 @@
-"""What "equal" means in these tests, in one place."""
+"""The meaning of "equal" in these tests, in one place."""
 
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from support.warm import run_python
 
-# What rounding may add to a result whose reference itself is exact: relative, by the dtype of the computation.
+# What rounding may add to a result whose reference itself is exact: relative, by the dtype of the
+# computation.
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 # Draws taken together where a result rounds to bf16 at another place than eager does.
@@ -16,11 +16,12 @@ DRAWS = 8
 
 
 def rounding_share(numbers: int) -> float:
-    """Share of eager's own error that a result may add to it, where both round to bf16 but at different places.
+    """Share of eager's error that a result which rounds to bf16 at another place may add to it.
 
-    Such errors are equal in size, not in value: the ratio of the norms of n independent ones scatters by 1 / sqrt(n).
-    Three times that is allowed, and 5 % for gradients, whose rows share errors: over 8 draws their ratio scatters by
-    2 %. A kernel that rounds partial sums to bf16 adds 17 % or more.
+    Such errors are equal in size, not in value: the ratio of the norms of n independent ones
+    scatters by 1 / sqrt(n). Three times that is allowed, and 5 % for gradients, whose rows share
+    errors: over 8 draws their ratio scatters by 2 %. A kernel that rounds partial sums to bf16 adds
+        17 % or more.
     """
     return max(0.05, 3 / numbers**0.5)
 
@@ -43,12 +44,9 @@ def tree_bytes(directory: Path, ignore: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def run_at_level(script: str, level: str | None, timeout: float | None = None) -> str:
-    """Standard output of a Python script in a process whose native kernels are forced to one ISA level, if given."""
+    """Standard output of a Python script, run in a process with one ISA level forced, if given."""
     environment = {**os.environ, **({"MERIT_FAST_SIMD": level} if level else {})}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    result = run_python(["-c", script], environment=environment, timeout=timeout)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 

@@ -1,4 +1,7 @@
-"""Tiny models from config, ragged examples, and sketches of their exact gradients, a backward pass per example."""
+"""Tiny models from config, ragged examples, and sketches of their exact gradients.
+
+The exact gradients take a backward pass per example.
+"""
 
 import torch
 from torch.nn import functional as F
@@ -33,9 +36,15 @@ def tiny(architecture, tied=False):
             vocab_size=97, n_embd=36, n_layer=2, n_head=3, n_positions=64, tie_word_embeddings=tied
         ),
         "neox": lambda: t.GPTNeoXConfig(**SIZES, num_attention_heads=3, tie_word_embeddings=tied),
-        "mixtral": lambda: t.MixtralConfig(**SIZES, **heads, num_local_experts=4, num_experts_per_tok=2),
-        "qwen2-moe": lambda: t.Qwen2MoeConfig(**SIZES, **heads, **MOE, shared_expert_intermediate_size=28),
-        "qwen3-moe": lambda: t.Qwen3MoeConfig(**SIZES, **heads, **MOE, head_dim=12, norm_topk_prob=True),
+        "mixtral": lambda: t.MixtralConfig(
+            **SIZES, **heads, num_local_experts=4, num_experts_per_tok=2
+        ),
+        "qwen2-moe": lambda: t.Qwen2MoeConfig(
+            **SIZES, **heads, **MOE, shared_expert_intermediate_size=28
+        ),
+        "qwen3-moe": lambda: t.Qwen3MoeConfig(
+            **SIZES, **heads, **MOE, head_dim=12, norm_topk_prob=True
+        ),
     }  # fmt: skip
     config = configs[architecture]()
     config.pad_token_id = 0
@@ -43,9 +52,7 @@ def tiny(architecture, tied=False):
     model = t.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if (
-                parameter.dim() == 1
-            ):  # no norm at 1 and no bias at 0, which would hide a wrong formula
+            if parameter.dim() == 1:  # norms at 1 and biases at 0 would hide a wrong formula
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "expert" in name or "gate.weight" in name:
                 parameter.mul_(4)  # routing that differs from token to token, experts that count
@@ -53,7 +60,10 @@ def tiny(architecture, tied=False):
 
 
 def ragged_examples(lengths=(9, 14, 5), vocabulary=97):
-    """Ids from 0 on: the padding token (0 in these models) occurs in the text too, as the end token does in chats."""
+    """Examples with ids from 0 on.
+
+    The padding token (0 in these models) occurs in the text too, as the end token does in chats.
+    """
     generator = torch.Generator().manual_seed(4)
     examples = []
     for length in lengths:
@@ -76,21 +86,21 @@ def hook_sketches(model, examples, **options):
 
 
 def example_loss(model, example):
-    """Of one unpadded example, without any of the package's own code."""
+    """Summed loss of one unpadded example, without any of the package's own code."""
     ids, labels = (torch.tensor(values).long() for values in (example.input_ids, example.labels))
     logits = model(input_ids=ids[None], use_cache=False).logits
     return F.cross_entropy(logits[0, :-1].float(), labels[1:], ignore_index=-100, reduction="sum")
 
 
 def exact_sketches(model, examples, names=None):
-    """An ordinary backward pass per unpadded example, then flat sketches of every gradient (of ``names``)."""
+    """Flat sketches of every gradient (of ``names``), by a backward pass per unpadded example."""
     return torch.cat(
         [sketch_of_loss(model, lambda e=e: example_loss(model, e), names) for e in examples]
     )
 
 
 def sketch_of_loss(model, loss, names=None):
-    """[1, D] of the gradient that one backward pass of ``loss()`` leaves in the model's parameters."""
+    """[1, D] sketch of the gradient that the backward pass of ``loss()`` leaves in the model."""
     model.zero_grad()
     loss().backward()
     out = torch.zeros(1, SKETCH.proj_dim)

@@ -1,17 +1,27 @@
-"""python kill_at.py PATTERN COUNT ARGUMENTS...: runs merit-fast and kills -9 itself in the middle of a stage: when the
-COUNT-th file or directory whose path holds PATTERN (or ends with it, for PATTERN$) is about to get its final name."""
+"""Runs merit-fast and kills -9 itself in the middle of a stage, before a rename.
+
+    python kill_at.py PATTERN COUNT ARGUMENTS...
+
+It dies when the COUNT-th file or directory whose final path contains PATTERN is about to be renamed
+to it. PATTERN$ matches only at the end of the path.
+"""
 
 import os
 import signal
 import sys
 
-pattern, left = sys.argv[1], int(sys.argv[2])
+pattern = sys.argv[1]
+left = int(sys.argv[2])
+
+
+def matches(path: str) -> bool:
+    return path.endswith(pattern[:-1]) if pattern.endswith("$") else pattern in path
 
 
 def killing(rename):
     def wrapper(source, target, *args, **kwargs):
         global left
-        if str(target).endswith(pattern[:-1]) if pattern.endswith("$") else pattern in str(target):
+        if matches(str(target)):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -20,7 +30,8 @@ def killing(rename):
     return wrapper
 
 
-os.replace, os.rename = killing(os.replace), killing(os.rename)
+os.replace = killing(os.replace)
+os.rename = killing(os.rename)
 sys.argv = ["merit-fast", *sys.argv[3:]]
 
 from merit_fast.cli.main import main  # noqa: E402

@@ -1,4 +1,4 @@
-"""Batches before a head, for the tests of linear + cross-entropy: what goes in, and all that comes out."""
+"""Batches for the tests of linear + cross-entropy, and all results and gradients of one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from support import checks
 from support.checks import DRAWS, rounding_share
 from torch import Tensor
 
-from merit_fast.kernels.cross_entropy import linear_cross_entropy
+from merit_fast.kernels.cross_entropy import IGNORED_LABEL, linear_cross_entropy
 
 NAMES = ("loss", "example_loss", "dataset_loss", "dataset_tokens", "hidden", "weight", "bias")
 
@@ -30,11 +30,9 @@ def batch(
     tokens=37, width=45, vocabulary=1003, dtype=torch.float32, bias=False, scale=1.0, **options
 ) -> Batch:
     labels = torch.randint(0, vocabulary, (tokens,))
-    labels[torch.rand(tokens) < 0.25] = -100
-    hidden, weight = (
-        torch.randn(tokens, width).to(dtype),
-        (scale * torch.randn(vocabulary, width) / 5).to(dtype),
-    )
+    labels[torch.rand(tokens) < 0.25] = IGNORED_LABEL
+    hidden = torch.randn(tokens, width).to(dtype)
+    weight = (scale * torch.randn(vocabulary, width) / 5).to(dtype)
     return Batch(
         hidden, weight, labels, torch.randn(vocabulary).to(dtype) if bias else None, options
     )
@@ -53,7 +51,7 @@ def packed(**options) -> Batch:
 def everything(
     of: Batch, backend: str | None, dtype: torch.dtype | None = None, frozen: tuple[str, ...] = ()
 ):
-    """By name: the results, and the gradients of a function of all three losses."""
+    """Results, and gradients of a function of all three losses, by name."""
     tensors = {name: getattr(of, name) for name in NAMES[4:] if getattr(of, name) is not None}
     leaves = {
         name: t.detach().to(dtype or t.dtype).requires_grad_(name not in frozen)
@@ -75,9 +73,10 @@ def everything(
 def assert_never_worse(
     draw: Callable[..., Batch], backend: str, dtype: torch.dtype = torch.float32, **options
 ) -> None:
-    """Against float64, no result or gradient of ``draw(dtype=dtype, **options)`` is further off than eager's.
+    """No result or gradient of ``draw(dtype=dtype, **options)`` has more error than eager's.
 
-    In bf16 eager adds a bias before it rounds the logits and we after: several draws then, and a share of its error.
+    In bf16 eager adds a bias before it rounds the logits and we after: several draws then, and a
+    share of its error.
     """
     elsewhere = dtype == torch.bfloat16 and bool(options.get("bias"))
     drawn = [
@@ -92,12 +91,10 @@ def assert_never_worse(
 
 
 def _three_ways(of: Batch, backend: str) -> dict[str, list[Tensor]]:
-    """By name: ours, eager's and the truth in float64, flat."""
-    ours, eager, truth = (
-        everything(of, backend),
-        everything(of, "eager"),
-        everything(of, "eager", torch.float64),
-    )
+    """Flat results of ours, of eager and of the truth in float64, by name."""
+    ours = everything(of, backend)
+    eager = everything(of, "eager")
+    truth = everything(of, "eager", torch.float64)
     for name in truth:
         assert ours[name].dtype == eager[name].dtype and ours[name].shape == eager[name].shape, name
     return {

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from merit_fast.merge import MergeConfig, merge_branches
-from merit_fast.options.fields import parse
+from merit_fast.options.parser import parse
 from merit_fast.progress import SilentProgress
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]

@@ -1,4 +1,4 @@
-"""Short trainings with ``FusedAdamW`` for its tests: ragged tensors, gradients that depend on the step alone."""
+"""Short runs of ``FusedAdamW`` for its tests: ragged tensors, gradients set by the step only."""
 
 import torch
 
@@ -80,6 +80,6 @@ def assert_same_run(a, b, exact=True):
 
 
 def assert_near(u, v):
-    """To what the order of a norm's sums may change: in float32 an ulp or two; rounded, an ulp of few elements."""
+    """Equal up to the order of a norm's sums: an ulp or two in float32, few ulps if rounded."""
     difference = (u.detach().double() - v.detach().double()).norm()
     assert difference <= (1e-6 if u.dtype == torch.float32 else 1e-3) * v.detach().double().norm()

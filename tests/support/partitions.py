@@ -1,9 +1,13 @@
-"""Mixtures and splits of them for tests."""
+"""Mixtures, splits and merges of them for tests."""
+
+import itertools
 
 import numpy as np
 
-from merit_fast.split.conflict import double_center
-from merit_fast.split.search.partition import partition
+from merit_fast.split.conflict import conflict_of, double_center
+from merit_fast.split.moments import block_products
+from merit_fast.split.search.methods import METHODS
+from merit_fast.split.search.partition import partition_datasets
 
 NAMES = [f"d{i:02}" for i in range(40)]
 
@@ -18,9 +22,40 @@ def mixture(seed, number, *, spread=0.4, dimensions=3):
     return double_center(z @ z.T, weights), weights
 
 
-def split(similarity, weights, groups, method="pca-swap", **options):
-    if method == "text-cluster":
+def split(similarity, weights, num_groups, method="pca-swap", **options):
+    """Splits by any method, with the extra inputs that the method needs."""
+    names = NAMES[: len(weights)]
+    if METHODS[method].needs_texts:
         options["text_similarity"] = similarity
-    if method == "manual":
-        options["manual"] = [NAMES[k : len(weights) : groups] for k in range(groups)]
-    return partition(similarity, weights, NAMES[: len(weights)], groups, method, **options)
+    if METHODS[method].needs_manual:
+        options["manual"] = [names[k::num_groups] for k in range(num_groups)]
+    return partition_datasets(similarity, weights, names, num_groups, method, **options)
+
+
+def split_blocks(sums, counts, names, method="pca-swap", num_groups=2):
+    """Labels of the split that the split stage makes of block sums, all datasets of one weight."""
+    weights = np.full(len(names), 1 / len(names))
+    similarity = conflict_of(block_products(sums, counts), debias="blocks").similarity
+    centered = double_center(similarity, weights)
+    partition = partition_datasets(
+        centered, weights, names, num_groups, method, uncentered=similarity
+    )
+    return np.array(partition.labels)
+
+
+def balanced_halves(count):
+    """All splits of ``count`` datasets into two groups of equal size."""
+    return [
+        np.isin(np.arange(count), chosen).astype(int)
+        for chosen in itertools.combinations(range(count), count // 2)
+    ]
+
+
+def merge_vectors(positions, weights):
+    """Merges flat float64 models by the package's own merge."""
+    import torch
+
+    from merit_fast.merge import merge_state_dicts
+
+    states = [{"w": torch.from_numpy(position)} for position in positions]
+    return merge_state_dicts(states, weights=[float(w) for w in weights])["w"].numpy()

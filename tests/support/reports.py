@@ -99,6 +99,7 @@ def make_split(
         ),
         random_groups=tuple((i * 3 + 1) % groups for i in range(number)),
         base_fingerprint="b" * 32,
+        start_fingerprint="b" * 32,
         mixture_fingerprint="c" * 32,
     )
 

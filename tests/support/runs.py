@@ -4,22 +4,32 @@ from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 from merit_fast.progress import SilentProgress
 
-MEASURED = ("timing.json", "report.html")  # seconds and bytes of memory: no part of the result
+MEASURED = ("timing.json", "report.html")  # hold seconds and memory, which are no result
 
 
 def run_values(model, mixture):
+    """A run's YAML as a mapping."""
     return {
         "model": str(model),
         "mixture": mixture,
         "split": {"groups": 2, "examples": 6, "proj_dim": 4096, "batch_size": 4, "dtype": "fp32"},
-        "train": {"epochs": 2, "learning_rate": 1e-3, "batch_size": 4, "dtype": "fp32", "arms": ["joint", "random"],
-                  "checkpoint_steps": 2, "max_shard_size": "60KB"},
+        "train": {
+            "epochs": 2,
+            "learning_rate": 1e-3,
+            "batch_size": 4,
+            "dtype": "fp32",
+            "arms": ["joint", "random"],
+            "checkpoint_steps": 2,
+            "max_shard_size": "60KB",
+        },
         "evaluate": {"interpolate": [0.5], "max_new_tokens": 4, "dtype": "fp32"},
         "output": "out",
-    }  # fmt: skip
+    }
 
 
 class Notes(SilentProgress):
+    """Keeps the notes of a run."""
+
     def __init__(self):
         self.notes = []
 
@@ -28,6 +38,7 @@ class Notes(SilentProgress):
 
 
 def run_all(config_file, *assignments):
+    """Runs all stages; returns the summary and the names of the outputs that were up to date."""
     progress = Notes()
     summary = Run(read_run_config(config_file, assignments), progress).all()
     fresh = [note.split(":")[0] for note in progress.notes if note.endswith("up to date")]

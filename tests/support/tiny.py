@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CAPITALS = {
@@ -59,15 +61,16 @@ def write_tasks(directory: Path, names=tuple(TASKS), held_out: int = 2) -> list[
         instruction, facts = TASKS[name]
         rows = [chat_row(instruction, question, answer) for question, answer in facts.items()]
         entry = {"name": name}
-        for key, part in (("path", rows[held_out:] * 2), ("eval_path", rows[:held_out])):
+        for key, chosen in (("path", rows[held_out:] * 2), ("eval_path", rows[:held_out])):
             file = directory / f"{name}.{key}.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in part))
+            file.write_text("".join(json.dumps(row) + "\n" for row in chosen))
             entry[key] = str(file)
         mixture.append(entry)
     return mixture
 
 
 def make_tokenizer(directory: Path):
+    """Trains a byte-level BPE tokenizer on the tasks and saves it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -18,7 +18,9 @@ def dataset(name, seed, rows=10):
 
 
 def job(base, *datasets):
-    return BranchJob("merit-0", "merit", 0, datasets, str(base), "base-fingerprint")
+    return BranchJob(
+        "merit-0", "merit", 0, datasets, str(base), "base-fingerprint", "base-fingerprint"
+    )
 
 
 def train(base, out, config, *datasets):

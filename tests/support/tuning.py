@@ -10,7 +10,7 @@ from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.progress import SilentProgress
-from merit_fast.tune.search import Candidates, starting_weights, tune_merge, tuning_sentence
+from merit_fast.tune.search import TuneInputs, starting_weights, tune_merge, tuning_sentence
 
 TOKENS = (100, 200, 100)
 
@@ -22,7 +22,7 @@ def make_branch(folder, like, tensors, name, group, tokens):
             (folder / file.name).write_bytes(file.read_bytes())
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     write_manifest(
-        BranchManifest(name, "merit", group, ("d",), 1, tokens, tokens, 1, 0, "f"),
+        BranchManifest(name, "merit", group, ("d",), 1, tokens, tokens, 1, 0, "f", "f"),
         folder / "branch.json",
     )
     return folder
@@ -72,7 +72,7 @@ def make_setting(root, tiny_model, tiny_mixture):
     rows = load_mixture(configs, load_tokenizer(str(tiny_model)), DataConfig(), part="eval")
     paths = make_branches(root, tiny_model)
     start = starting_weights(paths, MergeConfig(weights="fit"))
-    candidates = Candidates(paths, ("a", "b", "c"), start, tiny_model)
+    candidates = TuneInputs(paths, ("a", "b", "c"), start, tiny_model)
     return candidates, [example for dataset in rows for example in dataset.examples]
 
 

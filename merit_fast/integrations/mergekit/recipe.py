@@ -25,7 +25,7 @@ from merit_fast.merge.config import PARAMETERS
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, Source
 from merit_fast.model import resolve_model
-from merit_fast.options.fields import override, parse
+from merit_fast.options.parser import override, parse
 from merit_fast.progress import Progress
 
 _ELSEWHERE = ("nuslerp", "karcher", "nearswap", "arcee_fusion", "ram", "ramplus_tl")

@@ -53,10 +53,10 @@ def _branch_counts(models: Sequence[Location], unit: str) -> list[int]:
             )
         branches.append(read_manifest(BranchManifest, model / "branch.json"))
     for model, branch in zip(models, branches, strict=True):
-        if branch.base_fingerprint != branches[0].base_fingerprint:
+        if branch.start_fingerprint != branches[0].start_fingerprint:
             raise InputError(
-                f"{model / 'branch.json'}: base_fingerprint: must be {branches[0].base_fingerprint} as in {models[0]}, "
-                f"got {branch.base_fingerprint}"
+                f"{model / 'branch.json'}: start_fingerprint: must be {branches[0].start_fingerprint} as in {models[0]}, "
+                f"got {branch.start_fingerprint}"
             )
     counts = [b.num_target_tokens if unit == "tokens" else b.num_examples for b in branches]
     for model, count in zip(models, counts, strict=True):

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.kernels.average.deltas import DeltaRule
-from merit_fast.manifests.io import write_manifest, write_text
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import SCHEMA_VERSION
 from merit_fast.merge.engine.plan import Segment, Shard
 from merit_fast.merge.read.remote import Location

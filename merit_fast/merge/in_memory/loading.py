@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merit_fast.errors import InputError, one_line
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.in_memory.lazy import MergedTensors
 from merit_fast.merge.read.companions import find_head, output_dtypes
 from merit_fast.merge.read.files import list_directory, read_json

@@ -17,7 +17,7 @@ from merit_fast.merge.engine.prepare import fit_memory, make_plan, read_inputs
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.remote import Location, as_location
-from merit_fast.options.fields import parse
+from merit_fast.options.parser import parse
 from merit_fast.progress import SilentProgress
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from merit_fast.merge.read.checkpoint import (
 from merit_fast.merge.read.companions import is_embedding, is_tied
 from merit_fast.merge.read.files import list_directory, quote, read_json
 from merit_fast.merge.read.remote import Location
-from merit_fast.options.fields import parse, require
+from merit_fast.options.fields import require
+from merit_fast.options.parser import parse
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."

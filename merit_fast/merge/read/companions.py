@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry
 from merit_fast.merge.read.files import (
     copy_file,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.parameters import Layers, layer_of
 from merit_fast.merge.read.checkpoint import SINGLE_FILE, Checkpoint, TensorEntry
 from merit_fast.merge.read.companions import CONFIG_FILE

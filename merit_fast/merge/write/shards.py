@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.io import write_text
+from merit_fast.manifests.atomic import replace_file, write_text
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import write_shard
 from merit_fast.merge.engine.geometry import write_geometry, write_shard_grams
@@ -185,13 +185,7 @@ def checksum(file: Path) -> str:
 def _settle(temporary: Path, final: Path, config: MergeConfig, upload: Upload | None) -> None:
     if config.checksum:
         write_text(_sidecar(final), checksum(temporary))
-    if config.fsync:
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    os.replace(temporary, final)
+    replace_file(temporary, final, config.fsync)
     if upload:
         upload.send_weights(final)
 

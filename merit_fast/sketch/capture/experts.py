@@ -1,4 +1,4 @@
-"""Routed experts, as transformers 5 holds them: stacks of matrices in one module that gets tokens and their routing."""
+"""Routed experts of transformers 5: stacked matrices in one module that gets tokens and routing."""
 
 from typing import Any
 
@@ -17,22 +17,20 @@ def is_experts(site: Site) -> bool:
     """Whether the module holds stacked experts.
 
     Raises:
-        MeritFastError: it does, but does not compute with them what ``experts_backward`` derives.
+        MeritFastError: it does, but computes another function than ``experts_backward`` derives.
     """
-    own = dict(site.module.named_parameters(recurse=False))
-    if any(
-        local not in own or own[local].dim() != 3
-        for local in (_first_name(site.module), "down_proj")
-    ):
-        return False
+    parameters = dict(site.module.named_parameters(recurse=False))
+    for local in (_first_name(site.module), "down_proj"):
+        if local not in parameters or parameters[local].dim() != 3:
+            return False
     problem = _mismatch(site.module)
     if problem:
-        raise site.refusal(f"is not the mixture of experts that is known here ({problem})")
+        raise site.refusal(f"is not a known mixture of experts ({problem})")
     return True
 
 
 def experts_inputs(site: Site, values: list[Any]) -> list[Tensor]:
-    """Hidden states [N, H], expert ids [N, k] and routing weights [N, k], told apart by dtype and shape."""
+    """Hidden states [N, H], expert ids [N, k] and routing weights [N, k], by dtype and shape."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     ids = [value for value in tensors if not value.is_floating_point()]
     weights = [value for value in tensors[1:] if value.is_floating_point()]
@@ -52,17 +50,17 @@ def experts_inputs(site: Site, values: list[Any]) -> list[Tensor]:
 def experts_backward(
     site: Site, run: Pass, dy: Tensor, states: Tensor, ids: Tensor, weights: Tensor
 ) -> None:
-    """Sketches dW of every expert that got a token; the experts' forward is computed again, one expert at a time.
+    """Sketches dW of every expert that got a token; computes the forward again, expert by expert.
 
         y[n] = sum over k of weights[n, k] * (act(x[n] @ up[ids[n, k]].T) @ down[ids[n, k]].T)
 
     A stack [E, O, I] is hashed as [E O, I]: expert e has the rows from e O on.
     """
-    module, example = site.module, run.example_of_rows(site, states)
+    module = site.module
+    example = run.example_of_rows(site, states)
     experts = int(next(iter(module.parameters(recurse=False))).shape[0])
-    order = torch.argsort(
-        ids.reshape(-1), stable=True
-    )  # by expert, then token, so by example within an expert
+    # By expert, then token, so by example within an expert.
+    order = torch.argsort(ids.reshape(-1), stable=True)
     token = order.div(ids.shape[1], rounding_mode="floor")
     cells = ids.reshape(-1)[order] * run.size + example[token]
     counts = torch.bincount(cells, minlength=experts * run.size).view(experts, run.size).cpu()
@@ -77,9 +75,12 @@ def experts_backward(
 
 
 def _one_expert(site: Site, run: Pass, expert: int, x: Tensor, dy: Tensor, bounds: Tensor) -> None:
-    module, name = site.module, _first_name(site.module)
-    up, down = getattr(module, name)[expert], module.down_proj[expert]  # type: ignore[index]
-    x, dy = x.to(up.dtype), dy.to(up.dtype)
+    module = site.module
+    name = _first_name(site.module)
+    up = getattr(module, name)[expert]
+    down = module.down_proj[expert]  # type: ignore[index]
+    x = x.to(up.dtype)
+    dy = dy.to(up.dtype)
     transposed = getattr(module, "is_transposed", False)
     with torch.autocast(x.device.type, enabled=False):
         inner = x @ (up if transposed else up.T)
@@ -94,22 +95,27 @@ def _one_expert(site: Site, run: Pass, expert: int, x: Tensor, dy: Tensor, bound
     for local, gradient, value in (("down_proj", dy, hidden.detach()), (name, d_inner, x)):
         if full := site.owned.get(local):
             left, right = (value, gradient) if transposed else (gradient, value)
-            place = _place(run, full, expert, left.shape[1])
-            out = run.out(x.device)
             linear_grad_sketch(
-                left, right, full, run.sketch, cu_seqlens=bounds.to(x.device), out=out, **place
+                left,
+                right,
+                full,
+                run.sketch,
+                cu_seqlens=bounds.to(x.device),
+                out=run.out(x.device),
+                **_slice_of_expert(run, full, expert, left.shape[1]),
             )
         if full := site.owned.get(f"{local}_bias"):  # [E, O]: one row an expert
             segments = torch.repeat_interleave(torch.arange(run.size), bounds.diff()).to(x.device)
             sums = gradient.new_zeros(run.size, gradient.shape[1], dtype=torch.float32)
             sums.index_add_(0, segments, gradient.float())
-            flat_sketch(
-                sums, full, run.sketch, out=run.out(x.device), **_place(run, full, expert, 1)
-            )
+            options = _slice_of_expert(run, full, expert, 1)
+            flat_sketch(sums, full, run.sketch, out=run.out(x.device), **options)
 
 
-def _place(run: Pass, name: str, expert: int, rows: int) -> dict[str, Any]:
-    scale, first = run.scales.get(name), expert * rows
+def _slice_of_expert(run: Pass, name: str, expert: int, rows: int) -> dict[str, Any]:
+    """Options of a kernel for one expert's rows of the stack: the first row, the scale's rows."""
+    scale = run.scales.get(name)
+    first = expert * rows
     return {"first_row": first, "scale": None if scale is None else scale[first : first + rows]}
 
 
@@ -128,12 +134,14 @@ def _activate(module: nn.Module, inner: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _mismatch(module: nn.Module) -> str | None:
-    """Why the module is not y above, found by trying it on a few tokens; None if it is."""
+    """Reason why the module computes another function than y above, found by a trial; else None."""
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are split over processes"
-    first, down = getattr(module, _first_name(module)), module.down_proj
+    first = getattr(module, _first_name(module))
+    down = module.down_proj
     transposed = getattr(module, "is_transposed", False)
-    width, experts = first.shape[1] if transposed else first.shape[2], len(first)
+    width = first.shape[1] if transposed else first.shape[2]
+    experts = len(first)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_TOKENS, width, generator=generator).to(first.device, first.dtype)
     ids = (torch.arange(2 * _PROBE_TOKENS, device=first.device) % experts).view(-1, 2)[
@@ -142,7 +150,7 @@ def _mismatch(module: nn.Module) -> str | None:
     weights = torch.rand(ids.shape, generator=generator).to(first.device, first.dtype)
     try:
         result = type(module).forward(module, x, ids, weights)
-    except Exception as error:  # whatever a foreign module raises when it is called so
+    except Exception as error:  # a foreign module raises anything
         return one_line(error)
     truth = torch.zeros_like(result, dtype=torch.float32)
     for n, k in ((n, k) for n in range(len(ids)) for k in range(ids.shape[1])):
@@ -154,12 +162,8 @@ def _mismatch(module: nn.Module) -> str | None:
         if "down_proj_bias" in module._parameters:
             y = y + module.down_proj_bias[e]  # type: ignore[index]
         truth[n] += (weights[n, k] * y[0]).float()
-    distance, floor = (
-        (result.float() - truth).norm(),
-        1e-3 if first.dtype == torch.float32 else 0.05,
-    )
-    return (
-        None
-        if distance <= floor * truth.norm()
-        else f"its output differs by {float(distance / truth.norm()):.2f}"
-    )
+    distance = (result.float() - truth).norm()
+    floor = 1e-3 if first.dtype == torch.float32 else 0.05
+    if distance <= floor * truth.norm():
+        return None
+    return f"its output differs by {float(distance / truth.norm()):.2f}"

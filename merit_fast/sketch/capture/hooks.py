@@ -1,4 +1,4 @@
-"""Hooks on a model: they find out whose examples a pass holds, and tap what every sketched parameter produces."""
+"""Hooks on a model, which divide a pass into examples and tap every sketched parameter's output."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.sketch.capture.coverage import Cover, RawUses, Tap, cover, is_replaying, replay
+from merit_fast.sketch.capture.coverage import Cover, Tap, cover_of, replay
 from merit_fast.sketch.capture.layout import Pass, Site
+from merit_fast.sketch.capture.replay import is_replaying
 from merit_fast.sketch.capture.towers import check_images, find_towers, read_grid
-from merit_fast.sketch.capture.uses import UseAudit
+from merit_fast.sketch.capture.uses import RawUses, UseAudit
 
 
 class ModelHooks:
-    """What ``GradientSketcher`` puts into a model and takes out again.
+    """Hooks that ``GradientSketcher`` puts into a model and takes out again.
 
     Attributes:
         run: the forward pass whose sketches are not taken yet.
@@ -33,23 +34,26 @@ class ModelHooks:
         sketch: CountSketch,
         scales: Mapping[str, Tensor],
     ) -> None:
-        self.model, self.names, self.sketch, self.scales = model, names, sketch, scales
+        self.model = model
+        self.names = names
+        self.sketch = sketch
+        self.scales = scales
         self.run: Pass | None = None
         self.packed: Tensor | None = None
         self._towers = find_towers(model)
-        self._covers = [(site, cover(site)) for site in self._sites()]
+        self._covers = [(site, cover_of(site)) for site in self._sites()]
         self._anchor = torch.zeros(0, requires_grad=True)
         self._audit: UseAudit | None = None
         self._audited: set[frozenset[str]] = set()
         self._restore: list[Callable[[], object]] = []
 
     def attach(self) -> None:
-        for site, way in self._covers:
-            if way is None:
+        for site, cover in self._covers:
+            if cover is None:
                 self._wrap_forward(site.module, functools.partial(self._forward_raw, site))
             else:
                 hook = site.module.register_forward_hook(
-                    functools.partial(self._hook, way), with_kwargs=True
+                    functools.partial(self._hook, cover), with_kwargs=True
                 )
                 self._restore.append(hook.remove)
         for name, tower in self._towers.items():
@@ -59,11 +63,11 @@ class ModelHooks:
                     functools.partial(self._enter_tower, first), with_kwargs=True
                 )
                 self._restore.append(hook.remove)
-        if isinstance(head := _part(self.model, "get_output_embeddings"), nn.Linear):
+        if isinstance(head := _submodule(self.model, "get_output_embeddings"), nn.Linear):
             self._restore.append(head.register_forward_pre_hook(_contiguous_input).remove)
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             for embedding in {
-                _part(module, "get_input_embeddings") for module in self.model.modules()
+                _submodule(module, "get_input_embeddings") for module in self.model.modules()
             }:
                 if embedding is not None:
                     self._restore.append(embedding.register_forward_hook(self._begin_graph).remove)
@@ -81,31 +85,32 @@ class ModelHooks:
 
     def _sites(self) -> list[Site]:
         sites: list[Site] = []
-        found: set[str] = set()
+        owned_names: set[str] = set()
         for path, module in self.model.named_modules():
-            own = module.named_parameters(recurse=False, remove_duplicate=False)
+            parameters = module.named_parameters(recurse=False, remove_duplicate=False)
             owned = {
                 local: self.names[id(parameter)]
-                for local, parameter in own
+                for local, parameter in parameters
                 if id(parameter) in self.names
             }
             if owned:
                 tower = next((t for t in self._towers if f"{path}.".startswith(f"{t}.")), None)
                 sites.append(Site(module, owned, tower))
-                found.update(owned.values())
+                owned_names.update(owned.values())
         for name in self.names.values():
-            if name not in found:
+            if name not in owned_names:
                 raise MeritFastError(f"sketch_gradients: parameter {name} is not the model's")
         return sites
 
     def _forward_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        recomputing = self.run is not None and torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+        graph_task = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        recomputing = self.run is not None and graph_task != -1
         if not torch.is_grad_enabled() or recomputing:
             return original(*args, **kwargs)
         if self.run is not None:
             raise MeritFastError(
-                "sketch_gradients: a second forward pass before update(): call update() or discard() first, and run "
-                "passes that are not sketched under torch.no_grad()"
+                "sketch_gradients: a second forward pass before update(): call update() or "
+                "discard() first, and run passes that are not sketched under torch.no_grad()"
             )
         self.run = run = self._begin(args, kwargs)
         kinds = frozenset(key for key, value in kwargs.items() if value is not None)
@@ -122,15 +127,15 @@ class ModelHooks:
         return output
 
     def _audited_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A pass of new arguments is watched for uses of parameters that no hook sees."""
+        """Watches a pass with new arguments for uses of parameters that no hook sees."""
         self._audit = UseAudit(self.names)
         try:
             with self._audit:
                 output = original(*args, **kwargs)
             for name, function in self._audit.stray.items():
                 raise MeritFastError(
-                    f"sketch_gradients: parameter {name} is used outside its module's forward, in {function}; leave it "
-                    "out (requires_grad_(False), or parameters=...)"
+                    f"sketch_gradients: parameter {name} is used outside its module's forward, "
+                    f"in {function}; leave it out (requires_grad_(False), or parameters=...)"
                 )
         finally:
             self._audit = None
@@ -141,10 +146,13 @@ class ModelHooks:
         source = next((value for value in values if isinstance(value, Tensor)), None)
         if source is None or source.dim() < 1:
             raise MeritFastError(
-                "sketch_gradients: the model must be called with a tensor that begins with the batch"
+                "sketch_gradients: the model must be called with a tensor that begins with the "
+                "batch"
             )
         cu_seqlens = kwargs.get("cu_seq_lens_q") if self.packed is None else self.packed
-        size, tokens, self.packed = len(source), source.shape[1] if source.dim() > 1 else 1, None
+        size = len(source)
+        tokens = source.shape[1] if source.dim() > 1 else 1
+        self.packed = None
         if cu_seqlens is not None:
             steps = cu_seqlens.diff()
             if (
@@ -154,44 +162,41 @@ class ModelHooks:
                 or bool((steps < 1).any())
             ):
                 raise MeritFastError(
-                    f"sketch_gradients: cu_seqlens must rise from 0 to N of an input [1, N], got {cu_seqlens.tolist()} "
-                    f"for {list(source.shape)}"
+                    "sketch_gradients: cu_seqlens must rise from 0 to N of an input [1, N], "
+                    f"got {cu_seqlens.tolist()} for {list(source.shape)}"
                 )
-            size, cu_seqlens = len(steps), cu_seqlens.to(source.device, torch.int64)
+            size = len(steps)
+            cu_seqlens = cu_seqlens.to(source.device, torch.int64)
         ids = source if not source.is_floating_point() else None
         run = Pass(self.sketch, self.scales, size, tokens, cu_seqlens, ids)
         pixels = kwargs.get("pixel_values")
-        if (
-            isinstance(pixels, Tensor)
-            and pixels is not source
-            and not self._towers
-            and size > 1
-            and self._has_tower()
-        ):
+        several = size > 1 and not self._towers
+        if several and isinstance(pixels, Tensor) and pixels is not source and self._has_tower():
             check_images(run, getattr(self.model, "config", None), pixels)
         return run
 
     def _has_tower(self) -> bool:
         """Whether parameters outside decoder and head are sketched."""
-        parts = (_part(self.model, getter) for getter in ("get_decoder", "get_output_embeddings"))
-        known = {
-            id(parameter) for part in parts if part is not None for parameter in part.parameters()
-        }
+        known: set[int] = set()
+        for getter in ("get_decoder", "get_output_embeddings"):
+            submodule = _submodule(self.model, getter)
+            if submodule is not None:
+                known.update(id(parameter) for parameter in submodule.parameters())
         return any(key not in known for key in self.names)
 
     def _hook(
-        self, way: Cover, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+        self, cover: Cover, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> Any:
         if is_replaying():
             return output
         if self._audit is not None:
-            self._audit.covered(way.site.owned.values())
-        return self._tap(way, output, [*args, *kwargs.values()])
+            self._audit.covered(cover.site.owned.values())
+        return self._tap(cover, output, [*args, *kwargs.values()])
 
     def _forward_raw(
         self, site: Site, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """A module that no hook covers: its F.linear and F.embedding calls are tapped, for the rest it is replayed."""
+        """Covers a module without hook: taps F.linear and F.embedding, replays it for the rest."""
         if is_replaying():
             return original(*args, **kwargs)
         with RawUses(site, self._tap) as uses:
@@ -204,8 +209,9 @@ class ModelHooks:
             return self._tap(rest, output, [*args, *kwargs.values()])
         return output
 
-    def _tap(self, way: Cover, output: Any, values: list[Any]) -> Any:
-        run, site = self.run, way.site
+    def _tap(self, cover: Cover, output: Any, values: list[Any]) -> Any:
+        run = self.run
+        site = cover.site
         if not torch.is_grad_enabled():
             if run is not None and run.open:
                 run.ran_without_grad.update(site.owned.values())
@@ -220,30 +226,27 @@ class ModelHooks:
             )
         if site.tower in run.twice and not run.open:
             raise site.refusal(
-                "is in a tower that ran twice, under reentrant checkpointing; give use_reentrant=False"
+                "is in a tower that ran twice, under reentrant checkpointing; give "
+                "use_reentrant=False"
             )
-        inputs = [value.detach() for value in way.inputs(site, values)]
+        inputs = [value.detach() for value in cover.inputs(site, values)]
         if (
-            way.lookup
+            cover.lookup
             and len(output) == 1
             and run.size > 1
             and run.cu_seqlens is None
             and output.dim() == 3
         ):
-            output = output.expand(
-                run.size, -1, -1
-            )  # positions: else dy arrives summed over the examples
+            # Positions: dy would arrive summed over the examples.
+            output = output.expand(run.size, -1, -1)
             inputs = [inputs[0].expand(run.size, -1)]
-        return Tap.apply(self._anchor, output, functools.partial(_sink, way, run), *inputs)  # type: ignore[no-untyped-call]
+        sink = functools.partial(_sink, cover, run)
+        return Tap.apply(self._anchor, output, sink, *inputs)  # type: ignore[no-untyped-call]
 
     def _begin_graph(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Reentrant checkpointing asks for an input that requires a gradient."""
-        if (
-            not torch.is_grad_enabled()
-            or not isinstance(output, Tensor)
-            or output.requires_grad
-            or is_replaying()
-        ):
+        """Gives reentrant checkpointing an input that requires a gradient."""
+        needs_tap = isinstance(output, Tensor) and not output.requires_grad
+        if not torch.is_grad_enabled() or not needs_tap or is_replaying():
             return output
         return Tap.apply(self._anchor, output, lambda dy: None)  # type: ignore[no-untyped-call]
 
@@ -254,8 +257,9 @@ class ModelHooks:
             read_grid(self.run, site, tower, getattr(self.model, "config", None), args, kwargs)
 
     def _wrap_forward(self, module: nn.Module, around: Callable[..., Any]) -> None:
-        """Until detach, module.forward(...) is around(module.forward, ...)."""
-        original, before = module.forward, module.__dict__.get("forward")
+        """Replaces ``module.forward(...)`` by ``around(module.forward, ...)`` until ``detach``."""
+        original = module.forward
+        before = module.__dict__.get("forward")
         module.forward = functools.wraps(original)(functools.partial(around, original))
         if before is None:
             self._restore.append(functools.partial(module.__dict__.pop, "forward"))
@@ -263,24 +267,28 @@ class ModelHooks:
             self._restore.append(functools.partial(module.__dict__.__setitem__, "forward", before))
 
 
-def _sink(way: Cover, run: Pass, dy: Tensor, *inputs: Tensor) -> None:
+def _sink(cover: Cover, run: Pass, dy: Tensor, *inputs: Tensor) -> None:
     if run.done:
         raise MeritFastError(
             "sketch_gradients: a backward pass through a forward pass that was updated or discarded"
         )
     run.fired = True
-    way.backward(way.site, run, dy, *inputs)
+    cover.backward(cover.site, run, dy, *inputs)
 
 
-def _part(module: nn.Module, getter: str) -> nn.Module | None:
-    """get_input_embeddings(), get_output_embeddings() or get_decoder() of a transformers model; None of any other."""
+def _submodule(module: nn.Module, getter: str) -> nn.Module | None:
+    """Calls get_input_embeddings(), get_output_embeddings() or get_decoder(); None without such."""
     try:
-        found: nn.Module | None = getattr(module, getter)()
+        submodule: nn.Module | None = getattr(module, getter)()
     except (AttributeError, NotImplementedError):
         return None
-    return found
+    return submodule
 
 
 def _contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With a frozen weight and strided input (a head after a slice) torch copies the weight once per example."""
+    """Makes the inputs contiguous.
+
+    With a frozen weight and strided input (a head after a slice) torch copies the weight once per
+    example.
+    """
     return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)

@@ -1,4 +1,4 @@
-"""How the values that a model's modules see divide among the examples of one forward pass."""
+"""Division of the values that a model's modules see among the examples of one forward pass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,8 @@ class Site:
 
     Attributes:
         owned: local name of each, such as "weight" -> its name in the model.
-        tower: name of the vision tower around the module, whose rows are the patches of all images end to end.
+        tower: name of the vision tower around the module, whose rows are the patches of all images
+            end to end.
     """
 
     module: nn.Module
@@ -25,31 +26,34 @@ class Site:
 
     @property
     def name(self) -> str:
-        """By which messages name the site: its first parameter."""
+        """Name used in error messages: the module's first parameter."""
         return next(iter(self.owned.values()))
 
     def refusal(self, reason: str) -> MeritFastError:
         return MeritFastError(
-            f"sketch_gradients: parameter {self.name} of {type(self.module).__name__} {reason}; leave it out "
-            "(requires_grad_(False), or parameters=...)"
+            f"sketch_gradients: parameter {self.name} of {type(self.module).__name__} {reason}; "
+            "leave it out (requires_grad_(False), or parameters=...)"
         )
 
 
 @dataclass
 class Pass:
-    """One forward pass: whose sketches, of which examples.
+    """One forward pass: its examples, and the sketches that its backward pass adds to.
 
     Attributes:
-        size, tokens: B and T of the model's input [B, T]; with ``cu_seqlens`` its segments and N of [1, N].
+        size, tokens: B and T of the model's input [B, T]; with ``cu_seqlens`` its segments and N of
+            [1, N].
         cu_seqlens: [B + 1] int64 of a packed row.
         input_ids: of the model's input, if it had them.
-        scales: parameter name -> what its gradients are multiplied by, in ``matrix_shape``, float32.
-        patches: vision tower -> [B + 1] int64, where each example's patches begin, and the patches per merged token.
+        scales: parameter name -> factors of its gradients, in ``matrix_shape``, float32.
+        patches: vision tower -> [B + 1] int64 first patch of each example, and the patches per
+            merged token.
         twice: towers that ran more than once, on other images.
         open: the model's forward is running.
         fired: some gradient has arrived.
         done: its sketches were taken or discarded.
-        ran_without_grad: parameters whose module ran under no_grad, as reentrant checkpointing does, and not since.
+        ran_without_grad: parameters whose module ran under no_grad, as reentrant checkpointing
+            does, and not again since.
     """
 
     sketch: CountSketch
@@ -75,7 +79,7 @@ class Pass:
         return self.outs[device]
 
     def divide(self, site: Site, *values: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Values [..., C] as [B, T', C]; or as [N, C], with the examples' offsets [B + 1].
+        """Divides values [..., C] into [B, T', C], or [N, C] with the examples' offsets [B + 1].
 
         Raises:
             MeritFastError: the rows cannot be told apart by example.
@@ -83,24 +87,23 @@ class Pass:
         offsets = self.offsets(site, values[0])
         if offsets is None:
             return [value.reshape(self.size, -1, value.shape[-1]) for value in values], None
-        each = values[0].shape[:-1].numel() // self._length(
-            values[0]
-        )  # heads, where a norm sees them apart
+        # Heads, where a norm sees them apart.
+        each = values[0].shape[:-1].numel() // self._length(values[0])
         return [value.reshape(-1, value.shape[-1]) for value in values], offsets * each
 
     def examples(self, site: Site, value: Tensor) -> list[Tensor]:
-        """The examples' parts of a value, each with the leading dimensions that it has."""
+        """Splits a value into the examples' own, each with its leading dimensions."""
         offsets = self.offsets(site, value)
         if offsets is None:
             return list(value.tensor_split(self.size))
-        return list(
-            value.tensor_split(
-                offsets[1:-1].tolist(), dim=0 if len(value) == self._length(value) else 1
-            )
-        )
+        dim = 0 if len(value) == self._length(value) else 1
+        return list(value.tensor_split(offsets[1:-1].tolist(), dim=dim))
 
     def offsets(self, site: Site, value: Tensor) -> Tensor | None:
-        """[B + 1] int64 into the tokens of a value [N, ...] or [1, N, ...]; None: all examples have equally many."""
+        """[B + 1] int64 offsets into the tokens of a value [N, ...] or [1, N, ...].
+
+        None: all examples have equally many.
+        """
         length = self._length(value)
         if self.size == 1 and self.cu_seqlens is None:
             return None

@@ -1,4 +1,4 @@
-"""Vision towers that see the patches of all images end to end: whose patches they are."""
+"""Vision towers that see the patches of all images end to end: the patches of each example."""
 
 import inspect
 from typing import Any
@@ -11,7 +11,7 @@ from merit_fast.sketch.capture.layout import Pass, Site
 
 
 def find_towers(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules whose forward takes ``grid_thw`` (the Qwen-VL family and those built like it), by name."""
+    """Outermost modules whose forward takes ``grid_thw``, by name, as the Qwen-VL family's does."""
     towers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in towers)
@@ -23,36 +23,41 @@ def find_towers(model: nn.Module) -> dict[str, nn.Module]:
 def read_grid(
     run: Pass, site: Site, tower: nn.Module, config: Any, args: tuple[Any, ...], kwargs: Any
 ) -> None:
-    """Notes in ``run`` where each example's patches begin, from the tower's grid and the input's image tokens.
+    """Notes in ``run`` the first patch of each example, by the tower's grid and the image tokens.
 
     Raises:
-        MeritFastError: the images cannot be told apart by example.
+        MeritFastError: the image tokens do not divide the images among the examples.
     """
     assert site.tower is not None
     grid = inspect.signature(type(tower).forward).bind(tower, *args, **kwargs).arguments["grid_thw"]
     merge = int(getattr(tower, "spatial_merge_size", 1))
-    found: list[Tensor] = []
+    candidates: list[Tensor] = []
     for key in ("image_token_id", "video_token_id"):
         token = getattr(config, key, None)
         if token is not None and run.input_ids is not None:
             offsets = patch_offsets(grid, merge, _per_example(run, run.input_ids == token))
-            if offsets is not None and not any(torch.equal(offsets, other) for other in found):
-                found.append(offsets)
-    if len(found) != 1:
+            if offsets is None or any(torch.equal(offsets, other) for other in candidates):
+                continue
+            candidates.append(offsets)
+    if len(candidates) != 1:
         raise site.refusal(
-            f"sees {len(grid)} images that cannot be told apart by example: config.image_token_id or video_token_id "
-            f"must mark their tokens in input_ids, got {len(found)} ways to read them"
+            f"sees {len(grid)} images that cannot be told apart by example: "
+            "config.image_token_id or video_token_id "
+            f"must mark their tokens in input_ids, got {len(candidates)} ways to read them"
         )
-    if site.tower in run.patches and not torch.equal(run.patches[site.tower][0], found[0]):
+    (offsets,) = candidates
+    if site.tower in run.patches and not torch.equal(run.patches[site.tower][0], offsets):
         run.twice.add(site.tower)
-    run.patches[site.tower] = found[0], merge**2
+    run.patches[site.tower] = (offsets, merge**2)
 
 
 def check_images(run: Pass, config: Any, pixel_values: Tensor) -> None:
-    """For towers that see [images, ...]: every example must have equally many, so that rows divide evenly.
+    """Checks, for towers that see [images, ...], that every example has equally many images.
+
+    Rows then divide evenly.
 
     Raises:
-        MeritFastError: they have not, or it cannot be seen.
+        MeritFastError: they have not, or their tokens are not marked.
     """
     token = getattr(config, "image_token_id", None)
     counts = (
@@ -62,13 +67,14 @@ def check_images(run: Pass, config: Any, pixel_values: Tensor) -> None:
     )
     if len(pixel_values) != run.size or counts is None or bool((counts != counts[0]).any()):
         raise MeritFastError(
-            f"sketch_gradients: pixel_values of {len(pixel_values)} images for {run.size} examples: parameters outside "
+            f"sketch_gradients: pixel_values of {len(pixel_values)} images for {run.size} "
+            "examples: parameters outside "
             "the decoder need one image per example, or batches of one example; else leave them out"
         )
 
 
 def patch_offsets(grid: Tensor, merge: int, token_counts: Tensor) -> Tensor | None:
-    """Where each example's patches begin.
+    """Computes the first patch of each example.
 
         patches = grid.prod(1); tokens = patches / merge**2      of each image
         an example's images are those whose tokens it holds, in order

@@ -1,4 +1,4 @@
-"""Which datasets form a group: every way to search a partition under balance and pins.
+"""Search for groups: every method to partition datasets under balance and pins.
 
-A similarity matrix and a problem come in; groups go out. Only ``split.decide`` calls it.
+A similarity matrix and the user's pins come in; labels go out. Only ``split.decide`` calls it.
 """

@@ -1,4 +1,4 @@
-"""Weighted kernel k-means with a limit on the groups' weight: a baseline for the split. Pure NumPy."""
+"""Weighted kernel k-means with a limit on the groups' weight. Pure NumPy."""
 
 import numpy as np
 
@@ -11,23 +11,24 @@ _ROUNDS = 50
 def kernel_kmeans(
     problem: Problem, capacity: float, generator: np.random.Generator, starts: int
 ) -> Labels:
-    """Lloyd's algorithm on inner products alone; the best of ``starts`` k-means++ seedings.
+    """Runs Lloyd's algorithm on inner products; returns the best of ``starts`` k-means++ seedings.
 
         distance[i, k] = <z_i, z_i> - 2 <z_i, m_k> + <m_k, m_k>
 
     Args:
         problem: its inner products may be indefinite.
-        capacity: the weight a group may have; inf is plain k-means. Items choose in the order of what they lose if
-            they miss their nearest group, as long as there is room, and else go where there is most.
+        capacity: the largest weight of a group; inf is plain k-means. Items choose in the order of
+            their loss if they miss their nearest group. They take the nearest group with room, or
+            the one with most room.
         generator: for the seedings.
-        starts: how many.
+        starts: number of seedings.
     """
     gram = problem.products / np.outer(problem.weights, problem.weights)
-    best, value = None, -np.inf
+    best = None
+    value = -np.inf
     for _ in range(starts):
-        labels = obey(
-            problem, _assign(_seed_distances(gram, problem, generator), problem, capacity)
-        )
+        seeds = _seed_distances(gram, problem, generator)
+        labels = obey(problem, _assign(seeds, problem, capacity))
         for _ in range(_ROUNDS):
             again = obey(problem, _assign(_distances(gram, problem, labels), problem, capacity))
             if (again == labels).all():
@@ -35,17 +36,21 @@ def kernel_kmeans(
             labels = again
         reached = between_groups(problem, labels)
         if best is None or reached > value + 1e-11 * abs(value):
-            best, value = labels, reached
+            best = labels
+            value = reached
     assert best is not None
     return best
 
 
 def _seed_distances(gram: Array, problem: Problem, generator: np.random.Generator) -> Array:
-    """k-means++ (Arthur & Vassilvitskii 2007), by weight times squared distance."""
+    """[M, K] distances to k-means++ seeds (Arthur & Vassilvitskii 2007).
+
+    Seeds are drawn by weight times squared distance.
+    """
     square = np.diag(gram)
     columns: list[Array] = []
     chance = problem.weights.copy()
-    for _ in range(problem.groups):
+    for _ in range(problem.num_groups):
         total = chance.sum()
         draw = generator.random()  # one per seed, whatever the distances
         odds = chance / total if total > 0 else problem.weights
@@ -56,7 +61,7 @@ def _seed_distances(gram: Array, problem: Problem, generator: np.random.Generato
 
 
 def _distances(gram: Array, problem: Problem, labels: Labels) -> Array:
-    members = (labels[:, None] == np.arange(problem.groups)) * problem.weights[:, None]
+    members = (labels[:, None] == np.arange(problem.num_groups)) * problem.weights[:, None]
     mean = members / members.sum(0)
     to_mean = gram @ mean
     return np.asarray(np.diag(gram)[:, None] - 2 * to_mean + np.einsum("ik,ik->k", mean, to_mean))
@@ -67,7 +72,8 @@ def _assign(distance: Array, problem: Problem, capacity: float) -> Labels:
         return np.asarray(distance.argmin(1))
     ranked = np.sort(distance, axis=1)
     regret = ranked[:, min(1, distance.shape[1] - 1)] - ranked[:, 0]
-    labels, weight = np.empty(len(distance), np.intp), np.zeros(distance.shape[1])
+    labels = np.empty(len(distance), np.intp)
+    weight = np.zeros(distance.shape[1])
     for item in np.argsort(-regret, kind="stable"):
         fits = weight + problem.weights[item] <= capacity
         labels[item] = (

@@ -1,4 +1,7 @@
-"""Where searches start: cuts of principal axes, heaviest first, at random. They obey neither tolerance nor pins."""
+"""Starts of the search: cuts of principal axes, heaviest first, random.
+
+They obey neither tolerance nor pins.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,32 +14,33 @@ from merit_fast.split.search.problem import FREE, Array, Labels, Problem
 
 
 def pca_cuts(problem: Problem, names: Sequence[str]) -> Labels:
-    """Axis 0 cuts all, axis 1 each part, and so on, by weight."""
-    depth = max(1, math.ceil(math.log2(problem.groups)))
+    """Cuts all items by axis 0, each half by axis 1, and so on, at weighted medians."""
+    depth = max(1, math.ceil(math.log2(problem.num_groups)))
     scores = weighted_axes(problem.products, problem.weights, depth).scores
-    items = item_names(problem, names)
-    return np.array(
-        cut_recursively(
-            lambda part, d: scores[part, d], problem.weights, items, problem.groups
-        ).groups
+    halves = cut_recursively(
+        lambda side, d: scores[side, d],
+        problem.weights,
+        item_names(problem, names),
+        problem.num_groups,
     )
+    return np.array(halves.labels)
 
 
 def pddp_cuts(problem: Problem, names: Sequence[str]) -> Labels:
-    """The first axis of each part by itself cuts it (Boley 1998)."""
+    """Cuts each side by its own first axis (Boley 1998)."""
 
-    def first_axis(part: Labels, _depth: int) -> Array:
-        weights = problem.weights[part] / problem.weights[part].sum()
-        gram = (problem.products / np.outer(problem.weights, problem.weights))[np.ix_(part, part)]
+    def first_axis(side: Labels, _depth: int) -> Array:
+        weights = problem.weights[side] / problem.weights[side].sum()
+        gram = (problem.products / np.outer(problem.weights, problem.weights))[np.ix_(side, side)]
         centered = double_center(gram, weights) * np.outer(weights, weights)
         return weighted_axes(centered, weights, 1).scores[:, 0]
 
     items = item_names(problem, names)
-    return np.array(cut_recursively(first_axis, problem.weights, items, problem.groups).groups)
+    return np.array(cut_recursively(first_axis, problem.weights, items, problem.num_groups).labels)
 
 
 def random_deal(problem: Problem, generator: np.random.Generator) -> Labels:
-    """A random order dealt to the groups by weight: each item goes where most is missing."""
+    """Deals a random order to the groups by weight: each item goes where most weight is missing."""
     return _deal(problem, generator.permutation(len(problem.weights)))
 
 
@@ -45,7 +49,8 @@ def heaviest_first(problem: Problem) -> Labels:
 
 
 def _deal(problem: Problem, order: Labels) -> Labels:
-    labels, weight = problem.fixed.copy(), np.zeros(problem.groups)
+    labels = problem.fixed.copy()
+    weight = np.zeros(problem.num_groups)
     np.add.at(weight, labels[labels != FREE], problem.weights[labels != FREE])
     for item in order:
         if labels[item] == FREE:
@@ -55,5 +60,5 @@ def _deal(problem: Problem, order: Labels) -> Labels:
 
 
 def item_names(problem: Problem, names: Sequence[str]) -> list[str]:
-    """The first of the datasets in each item."""
+    """Name of the first dataset in each item."""
     return [names[i] for i in problem.share.argmax(0)]

@@ -1,34 +1,31 @@
-"""The gate for Triton kernels without a GPU: python tests/support/gpu/gate.py [--update]
+"""The gate for Triton kernels without a GPU: python -m support.gpu.gate [--update]
 
-Compiles every launch of gpu_launches.py for five targets and compares registers, memory and instructions with
-gpu_baseline.json. Says nothing of speed, races or results. ``--update`` writes the baseline anew. Exit code 1 if
-anything fails.
+Compiles every launch of launches.py for five targets and compares registers, memory and
+instructions with gpu_baseline.json. It proves nothing of speed, races or results. ``--update``
+writes the baseline, with the fingerprint of every launch. Exit code 1 if anything fails.
+
+``measure_changed`` compiles less: a launch whose fingerprint is the baseline's keeps the
+baseline's figures, and a sample is compiled all the same.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from support.gpu.code import (
-    MATRIX_PRODUCTS,
-    WIDE_LOADS,
-    WIDE_STORES,
-    GpuCode,
-    GpuLaunch,
-    build,
-    read,
-)
+from support.gpu.code import GpuLaunch, build, compile_launch
+from support.gpu.read_code import MATRIX_PRODUCTS, figures
 
 BASELINE = Path(__file__).with_name("gpu_baseline.json")
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": "gfx942"}
-# What a block may have, by the makers' documents; a launch that wants more fails only on the GPU.
+# A block's shared memory by the makers' documents; a launch that wants more fails only on the GPU.
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 NEVER = ("spill_bytes", "atomics", "tf32")
 NO_MORE = ("registers", "stack_bytes", "shared_bytes")
@@ -36,40 +33,24 @@ NO_LESS = (*MATRIX_PRODUCTS, "wide_loads", "wide_stores")
 
 Figures = Mapping[str, int]
 ByLaunch = Mapping[str, Mapping[str, Figures]]
+Targets = Mapping[str, int | str]
 
 
-def figures(code: GpuCode) -> Figures:
-    """What the gate holds on to. ``wide``: 128 bits or more at a time, also into shared memory."""
-    products = {
-        kind: count for kind, pattern in MATRIX_PRODUCTS.items() if (count := code.count(pattern))
-    }
-    return {
-        "registers": code.registers,
-        "spill_bytes": code.spill_bytes,
-        "stack_bytes": code.stack_bytes,
-        "shared_bytes": code.shared_bytes,
-        "wide_loads": code.count(WIDE_LOADS),
-        "wide_stores": code.count(WIDE_STORES),
-        "atomics": code.atomics,
-        "tf32": code.tf32,
-        **products,
-    }
+@dataclass(frozen=True)
+class Baseline:
+    launches: ByLaunch
+    fingerprints: Mapping[str, Mapping[str, str]]  # launch -> target -> fingerprint
 
 
-def measure(
-    launches: Iterable[GpuLaunch], targets: Mapping[str, int | str]
-) -> dict[str, dict[str, Figures]]:
-    """Launch -> target -> figures. Code is read by other programs while the next launch is compiled."""
-    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(2) as pool, _compiled_in(cache):
+def measure(launches: Iterable[GpuLaunch], targets: Targets) -> dict[str, dict[str, Figures]]:
+    """Launch -> target -> figures. Threads read code while the next launch is compiled."""
+    with ThreadPoolExecutor(2) as pool:
         jobs = {}
         for launch in launches:
             for target, architecture in targets.items():
-                try:
-                    compiled = build(launch.kernel, launch.arguments, launch.options, architecture)
-                except Exception as error:
-                    error.add_note(f"{launch.name} does not compile for {target}")
-                    raise
-                jobs.setdefault(launch.name, {})[target] = pool.submit(read, compiled)
+                with _named(launch, target):
+                    read = build(launch.kernel, launch.arguments, launch.options, architecture)
+                jobs.setdefault(launch.name, {})[target] = pool.submit(read)
         return {
             name: {target: figures(job.result()) for target, job in row.items()}
             for name, row in jobs.items()
@@ -77,20 +58,80 @@ def measure(
 
 
 @contextlib.contextmanager
-def _compiled_in(cache: str):
-    before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = cache
+def _named(launch: GpuLaunch, target: str) -> Iterator[None]:
     try:
         yield
-    finally:
-        del os.environ["TRITON_CACHE_DIR"]
-        if before is not None:
-            os.environ["TRITON_CACHE_DIR"] = before
+    except Exception as error:
+        error.add_note(f"{launch.name} does not compile for {target}")
+        raise
+
+
+def measure_changed(
+    launches: Sequence[GpuLaunch], targets: Targets, baseline: Baseline | None
+) -> tuple[dict[str, dict[str, Figures]], set[tuple[str, str]]]:
+    """Launch -> target -> figures, and the (launch, target) pairs that the baseline does not know.
+
+    A pair of the baseline's fingerprint has the baseline's figures; another pair is compiled, once
+    for each checkout. The pairs of ``sample`` are always compiled.
+    """
+    fingerprints = baseline.fingerprints if baseline else {}
+    sampled = sample(launches, targets)
+    rows: dict[str, dict[str, Figures]] = {}
+    changed = set()
+    for launch in launches:
+        row = rows[launch.name] = {}
+        for target, architecture in targets.items():
+            known = fingerprints.get(launch.name, {}).get(target)
+            is_known = known == launch.fingerprint(architecture)
+            if not is_known:
+                changed.add((launch.name, target))
+            if (launch.name, target) in sampled:
+                row[target] = measure([launch], {target: architecture})[launch.name][target]
+            elif is_known:
+                row[target] = baseline.launches[launch.name][target]
+            else:
+                with _named(launch, target):
+                    code = compile_launch(
+                        launch.kernel, launch.arguments, launch.options, architecture
+                    )
+                row[target] = figures(code)
+    return rows, changed
+
+
+def figures_of(launch: GpuLaunch, architecture: int | str) -> Figures:
+    """A launch's figures: of the baseline where its fingerprint is there, else compiled."""
+    known = _known_figures().get(launch.fingerprint(architecture))
+    if known is not None:
+        return known
+    return figures(compile_launch(launch.kernel, launch.arguments, launch.options, architecture))
+
+
+@functools.cache
+def _known_figures() -> Mapping[str, Figures]:
+    """Fingerprint -> figures, of the baseline; empty where no baseline applies."""
+    baseline, _ = load_baseline()
+    if baseline is None:
+        return {}
+    return {
+        fingerprint: baseline.launches[name][target]
+        for name, row in baseline.fingerprints.items()
+        for target, fingerprint in row.items()
+    }
+
+
+def sample(launches: Iterable[GpuLaunch], targets: Targets) -> set[tuple[str, str]]:
+    """The first launch of every kernel, each for the next target in turn."""
+    first = {}
+    for launch in launches:
+        first.setdefault(launch.kernel, launch.name)
+    names = list(targets)
+    return {(name, names[i % len(names)]) for i, name in enumerate(first.values())}
 
 
 def failures(measured: ByLaunch, baseline: ByLaunch | None) -> list[str]:
-    """One line each. Without a baseline only what holds for every compiler: NEVER, and shared memory that fits."""
-    lines, rows = [], _flat(measured)
+    """One line each. Without a baseline only the rules for every compiler: NEVER, shared memory."""
+    lines = []
+    rows = _flat(measured)
     for (name, target), row in rows.items():
         lines += [
             f"{name}, {target}: {quantity} must be 0, is {row[quantity]}"
@@ -98,9 +139,8 @@ def failures(measured: ByLaunch, baseline: ByLaunch | None) -> list[str]:
             if row[quantity]
         ]
         if row["shared_bytes"] > SHARED_KIB[target] << 10:
-            lines.append(
-                f"{name}, {target}: shared_bytes must be at most {SHARED_KIB[target] << 10}, is {row['shared_bytes']}"
-            )
+            most, size = SHARED_KIB[target] << 10, row["shared_bytes"]
+            lines.append(f"{name}, {target}: shared_bytes must be at most {most}, is {size}")
     if baseline is None:
         return lines
     before = _flat(baseline)
@@ -123,37 +163,47 @@ def _changes(before: Figures, now: Figures) -> Iterable[str]:
             yield f"{quantity} was {old} in the baseline, is {new}"
 
 
-def load_baseline() -> tuple[ByLaunch | None, str | None]:
-    """The baseline, or None and why it does not apply: compilers of other versions choose other registers."""
+def load_baseline() -> tuple[Baseline | None, str | None]:
+    """The baseline, or None and the reason: other versions of Triton choose other registers."""
     stored = json.loads(BASELINE.read_text())
     if stored["triton"] != triton.__version__:
         return None, (
             f"{BASELINE.name} is of triton {stored['triton']}, installed is {triton.__version__}: "
             "only spills, atomics, tf32 and the size of shared memory are checked"
         )
-    return stored["launches"], None
+    return Baseline(stored["launches"], stored.get("fingerprints", {})), None
 
 
-def save_baseline(measured: ByLaunch) -> None:
-    """One line a target, so that a diff shows what changed where."""
-    launches = ",\n".join(
-        f"  {json.dumps(name)}: {{\n"
-        + ",\n".join(f"   {json.dumps(target)}: {json.dumps(row)}" for target, row in rows.items())
-        + "\n  }"
+def save_baseline(measured: ByLaunch, launches: Iterable[GpuLaunch], targets: Targets) -> None:
+    """Writes figures, one target a line, and fingerprints, one launch a line."""
+    fingerprints = {
+        launch.name: {target: launch.fingerprint(at) for target, at in targets.items()}
+        for launch in launches
+    }
+    figures_text = ",\n".join(
+        f"  {json.dumps(name)}: {{\n{_lines(rows, indent=3)}\n  }}"
         for name, rows in measured.items()
     )
     BASELINE.write_text(
-        f'{{\n "triton": "{triton.__version__}",\n "launches": {{\n{launches}\n }}\n}}\n'
+        f'{{\n "triton": "{triton.__version__}",\n'
+        f' "fingerprints": {{\n{_lines(fingerprints, indent=2)}\n }},\n'
+        f' "launches": {{\n{figures_text}\n }}\n}}\n'
     )
+
+
+def _lines(rows: Mapping[str, object], indent: int) -> str:
+    pairs = (f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    return ",\n".join(" " * indent + pair for pair in pairs)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="write the baseline anew")
+    parser.add_argument("--update", action="store_true", help="write the baseline")
     update = parser.parse_args(arguments).update
     from support.gpu.launches import launches
 
-    measured = measure(launches(), TARGETS)
+    asked = launches()
+    measured = measure(asked, TARGETS)
     for name, rows in measured.items():
         for target, row in rows.items():
             print(
@@ -161,11 +211,11 @@ def main(arguments: list[str] | None = None) -> int:
                 + ", ".join(f"{quantity} {value}" for quantity, value in row.items() if value)
             )
     if update:
-        save_baseline(measured)
+        save_baseline(measured, asked, TARGETS)
     baseline, remark = load_baseline()
     if remark:
         print(remark)
-    lines = failures(measured, baseline)
+    lines = failures(measured, baseline.launches if baseline else None)
     print(
         *lines,
         f"{len(measured)} launches for {len(TARGETS)} targets, {len(lines)} failures",
@@ -176,5 +226,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        sys.exit("gpu_gate: unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
+        sys.exit("gate: unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
     sys.exit(main())

@@ -70,9 +70,9 @@ def nvcc_release() -> str:
 
 def compile_for(architectures: list[str], folder: Path) -> dict[str, dict[str, Kernel]]:
     """What nvcc makes of the source: architecture -> kernel -> registers and instructions."""
-    gpu_code = pytest.importorskip(
-        "gpu_code", reason="triton, which brings nvdisasm, is not installed"
-    )
+    pytest.importorskip("triton", reason="triton, which brings nvdisasm, is not installed")
+    from support.gpu.read_code import NVIDIA_TOOLS
+
     command = ["nvcc", "-std=c++17", "-cubin", "-Xptxas", "-v", str(SOURCE)]
     running = {
         name: subprocess.Popen(
@@ -85,7 +85,7 @@ def compile_for(architectures: list[str], folder: Path) -> dict[str, dict[str, K
         report = process.communicate()[1]
         assert process.returncode == 0, report
         code = subprocess.run(
-            [gpu_code.NVIDIA_TOOLS / "nvdisasm", "-c", folder / name],
+            [NVIDIA_TOOLS / "nvdisasm", "-c", folder / name],
             capture_output=True,
             text=True,
         )

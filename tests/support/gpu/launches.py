@@ -1,4 +1,4 @@
-"""Every Triton kernel of the repository with the launches that the gate compiles for GPUs that are not here."""
+"""Launches of every Triton kernel, which the gate compiles for GPUs that are not here."""
 
 import torch
 from support.gpu import (
@@ -10,10 +10,11 @@ from support.gpu import (
 from support.gpu.code import GpuLaunch
 
 from merit_fast.kernels.average import _triton
-from merit_fast.kernels.average._tensors import DTYPES
+from merit_fast.kernels.average._dtypes import DTYPES
 
 BF16, F16, F32, F64 = DTYPES
-# One column per kind of tensors that meet in a launch: the dtypes (the last the result's) and a shift in elements.
+# One column per kind of tensors that meet in a launch: the dtypes (the last the result's) and a
+# shift in elements.
 AVERAGES = {
     "4 bf16": [([BF16] * 5, 0)],
     "16 bf16": [([BF16] * 17, 0)],

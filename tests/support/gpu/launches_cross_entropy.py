@@ -5,8 +5,10 @@ from support.gpu.code import GpuLaunch
 
 from merit_fast.kernels.cross_entropy import _triton
 
-ROWS, COLUMNS = 64, 8192
-BF16, F32 = torch.bfloat16, torch.float32
+ROWS = 64
+COLUMNS = 8192
+BF16 = torch.bfloat16
+F32 = torch.float32
 
 
 def launches() -> list[GpuLaunch]:

@@ -1,4 +1,4 @@
-"""The launches of the layers' Triton kernels at the sizes of models, for the gate and the tests of their code."""
+"""Launches of the layers' Triton kernels at the sizes of models, for the gate and code tests."""
 
 from unittest import mock
 
@@ -14,12 +14,15 @@ KERNELS = (
     "gated_backward_kernel",
     "rope_kernel",
 )
-BF16, F32 = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
+F32 = torch.float32
 
 
 def launches() -> list[GpuLaunch]:
     return [
         *norm("norm, bf16, 4096", BF16, 4096),
+        *norm("norm, fp32, 128", F32, 128),
+        *norm("norm, fp32, 4096", F32, 4096),
         *norm("norm, fp32, 16384", F32, 16384),
         *norm("norm of heads, bf16, 128", BF16, 128),
         *norm("norm, bf16, ragged", BF16, 1003),
@@ -31,10 +34,28 @@ def launches() -> list[GpuLaunch]:
         *pair("swiglu, bf16", swiglu, [(8, 11008)] * 2),
         *pair("swiglu, packed, bf16", swiglu, [(8, 2 * 11008)]),
         *pair("geglu, fp32", geglu, [(8, 11008)] * 2, F32),
-        *pair("geglu by erf, bf16", lambda g, u: geglu(g, u, approximate="none"), [(8, 11008)] * 2),
+        *pair("geglu by erf, bf16", geglu_by_erf, [(8, 11008)] * 2),
+        *pair("geglu, bf16, 4096", geglu, [(8, 4096)] * 2),
+        *pair("geglu by erf, bf16, 4096", geglu_by_erf, [(8, 4096)] * 2),
         *heads("rope, bf16, 128", BF16, 128, 128),
         *heads("rope, fp32, 64", F32, 64, 64),
         *heads("rope, bf16, partial", BF16, 80, 32),
+        *heads("rope, bf16, partial, fills no tile", BF16, 80, 20),
+        *ones(),
+    ]
+
+
+def geglu_by_erf(gate, up):
+    return geglu(gate, up, approximate="none")
+
+
+def ones() -> list[GpuLaunch]:
+    """Rows, columns, strides, heads and tokens of 1, of which Triton makes constants."""
+    return [
+        *norm("norm of one", F32, 1),
+        *pair("swiglu of one", swiglu, [(1, 1)] * 2),
+        *pair("packed swiglu of one", swiglu, [(1, 2)]),
+        *heads("rope of one pair", F32, 2, 2),
     ]
 
 
@@ -53,14 +74,15 @@ def heads(name, dtype, width, rotary) -> list[GpuLaunch]:
 
 def pair(name, call, shapes, dtype=BF16) -> list[GpuLaunch]:
     """The launches of forward and backward; nothing runs."""
-    inputs, found = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes], []
+    inputs = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    recorded = []
 
     class Recorder:
         def __init__(self, of):
             self.of = of
 
         def __getitem__(self, grid):
-            return lambda *arguments, **options: found.append((self.of, arguments, options))
+            return lambda *arguments, **options: recorded.append((self.of, arguments, options))
 
     with (
         mock.patch.multiple(_triton, **{kernel: Recorder(kernel) for kernel in KERNELS}),
@@ -71,6 +93,6 @@ def pair(name, call, shapes, dtype=BF16) -> list[GpuLaunch]:
     return [
         GpuLaunch(f"{name}, {direction}", getattr(_triton, kernel), arguments, options)
         for direction, (kernel, arguments, options) in zip(
-            ("forward", "backward"), found, strict=True
+            ("forward", "backward"), recorded, strict=True
         )
     ]

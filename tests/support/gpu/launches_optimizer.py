@@ -4,14 +4,18 @@ import torch
 from support.gpu.code import GpuLaunch
 
 from merit_fast.kernels.optimizer import _triton
+from merit_fast.kernels.optimizer._step import Step
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
+F32 = torch.float32
 FULL = (True, True, True)
 
 
 def launches() -> list[GpuLaunch]:
     return [
         launch("AdamW, fp32", F32),
+        launch("AdamW, fp32, off the 16-byte grid", F32, shift=1),
+        launch("AdamW, bf16", BF16),
         launch(
             "AdamW, fp32, clip, average, zeroed gradient",
             F32,
@@ -36,23 +40,37 @@ def launches() -> list[GpuLaunch]:
 def launch(
     name, dtype, moments=F32, master=None, average=False, flags=(True, False, False), shift=0
 ) -> GpuLaunch:
+    """One tensor's step; ``flags``: stochastic, zero_grad, clipped."""
+
     def tensors(kind, count=3000):
         return [torch.zeros(count + shift, dtype=kind)[shift:]]
 
     second = torch.uint8 if moments == torch.int8 else moments
-    scales = tensors(F32, 12) * 2 if moments == torch.int8 else []
-    masters, averages = tensors(master) if master else [], tensors(F32) if average else []
-    lists = (
-        tensors(dtype),
-        tensors(dtype),
-        tensors(moments),
-        tensors(second),
-        scales,
-        masters,
-        averages,
+    stochastic, zero_grad, clipped = flags
+    step = Step(
+        weights=tensors(dtype),
+        grads=tensors(dtype),
+        exp_avgs=tensors(moments),
+        exp_avg_sqs=tensors(second),
+        scales=tensors(F32, 12) * 2 if moments == torch.int8 else [],
+        masters=tensors(master) if master else [],
+        averages=tensors(F32) if average else [],
+        clip=torch.ones(()) if clipped else None,
+        rates=[1e-3, 1.0, 0.1],
+        keys=[5],
+        numbers=[0.999, 0.9, 0.999, 1e-8],
+        stochastic=stochastic,
+        zero_grad=zero_grad,
     )
-    table, kinds, _ = _triton.describe(lists, [1e-3, 1.0, 0.1], [5], flags)
-    clip = torch.ones(()) if flags[2] else table
+    table, kinds, _ = _triton.describe(step)
     scalars = (0.999, 0.9, 0.1, 0.999, 0.001, 1e-8)
-    arguments = (table, 1, clip, *scalars, kinds, _triton.ROWS, _triton.WIDTH)
+    arguments = (
+        table,
+        1,
+        step.clip if clipped else table,
+        *scalars,
+        kinds,
+        _triton.ROWS,
+        _triton.WIDTH,
+    )
     return GpuLaunch(name, _triton.adamw_kernel, arguments, _triton.OPTIONS)

@@ -1,4 +1,4 @@
-"""The launches of the sketch's Triton kernels for one layer, for the gate and the tests of their code."""
+"""Launches of the sketch's Triton kernels for one layer, for the gate and the tests of code."""
 
 from unittest import mock
 
@@ -6,10 +6,15 @@ import torch
 from support.gpu.code import GpuLaunch
 
 from merit_fast.kernels.sketch import _triton
+from merit_fast.kernels.sketch._target import SketchTarget
 
 KERNELS = ("linear_kernel", "rows_kernel", "ids_kernel", "add_kernel")
-BF16, F32 = torch.bfloat16, torch.float32
-KEY, PROJ_DIM, ROWS, COLUMNS = -(1 << 60) + 5, 65536, 1024, 2048
+BF16 = torch.bfloat16
+F32 = torch.float32
+KEY = -(1 << 60) + 5
+PROJ_DIM = 65536
+ROWS = 1024
+COLUMNS = 2048
 
 
 def launches() -> list[GpuLaunch]:
@@ -34,34 +39,36 @@ def linear(name, dtype, columns=COLUMNS, place=(0, 0, COLUMNS), scaled=False) ->
 
 
 def rows(name, dtype, by_id=False, scaled=False) -> GpuLaunch:
-    values, scale = (
-        torch.zeros(2 * ROWS, COLUMNS, dtype=dtype),
-        torch.ones(ROWS, COLUMNS) if scaled else None,
-    )
+    values = torch.zeros(2 * ROWS, COLUMNS, dtype=dtype)
+    scale = torch.ones(ROWS, COLUMNS) if scaled else None
     ids = torch.zeros(2 * ROWS, dtype=torch.int64) if by_id else None
-    offsets, out = torch.tensor([0, ROWS, 2 * ROWS]), torch.zeros(2, PROJ_DIM)
-    call = lambda: _triton.sketch_rows(values, offsets, ids, (0, 0, COLUMNS), KEY, out, scale)  # noqa: E731
-    return launched(name, call, "ids_kernel" if by_id else "rows_kernel")
+    offsets = torch.tensor([0, ROWS, 2 * ROWS])
+    target = SketchTarget(offsets, 0, 0, COLUMNS, KEY, scale, torch.zeros(2, PROJ_DIM))
+    kernel = "ids_kernel" if by_id else "rows_kernel"
+    return launched(name, lambda: _triton.sketch_rows(values, ids, target), kernel)
 
 
 def _sketch_linear(dtype, columns, place, scaled) -> None:
-    dy, x = torch.zeros(8, ROWS, dtype=dtype), torch.zeros(8, columns, dtype=dtype)
-    scale, out = torch.ones(ROWS, columns) if scaled else None, torch.zeros(2, PROJ_DIM)
-    _triton.sketch_linear(dy, x, torch.tensor([0, 4, 8]), place, KEY, out, scale)
+    dy = torch.zeros(8, ROWS, dtype=dtype)
+    x = torch.zeros(8, columns, dtype=dtype)
+    scale = torch.ones(ROWS, columns) if scaled else None
+    offsets = torch.tensor([0, 4, 8])
+    target = SketchTarget(offsets, *place, KEY, scale, torch.zeros(2, PROJ_DIM))
+    _triton.sketch_linear(dy, x, target)
 
 
 def launched(name, call, kernel) -> GpuLaunch:
     """The launch of ``kernel`` among those that ``call`` asks for; nothing runs."""
-    found = []
+    recorded = []
 
     class Recorder:
         def __init__(self, of):
             self.of = of
 
         def __getitem__(self, grid):
-            return lambda *arguments, **options: found.append((self.of, arguments, options))
+            return lambda *arguments, **options: recorded.append((self.of, arguments, options))
 
     with mock.patch.multiple(_triton, **{k: Recorder(k) for k in KERNELS}):
         call()
-    ((arguments, options),) = [launch for of, *launch in found if of == kernel]
+    ((arguments, options),) = [launch for of, *launch in recorded if of == kernel]
     return GpuLaunch(name, getattr(_triton, kernel), arguments, options)

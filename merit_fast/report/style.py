@@ -1,6 +1,7 @@
-"""What the figures share: colours, light and dark, names as labels, the hover text of a dataset.
+"""The common style of the figures: colours, symbols, labels, hover texts, light and dark themes.
 
-Colours that depend on light and dark are in ``THEMES``, which the page applies; all others show on both.
+Colours that depend on light and dark are in ``THEMES``, which the page applies. All others are
+readable on both.
 """
 
 import html
@@ -9,7 +10,7 @@ from typing import Any
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.report.split_tables import group_name, norm_text, signal_text, with_error
 
-# Okabe & Ito's colour-blind-safe palette without black and yellow; symbols carry the group as well.
+# Okabe and Ito's colour-blind-safe palette without black and yellow; symbols show the group too.
 GROUP_COLORS = (
     "#0072B2",
     "#D55E00",
@@ -20,17 +21,18 @@ GROUP_COLORS = (
     "#8A63D2",
     "#A0A020",
 )
-NEUTRAL = "#8C8C8C"  # what belongs to no group
+NEUTRAL = "#8C8C8C"  # for marks outside every group
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
-_LONGEST = 28  # characters of a name in a label; the hover text has all of it
+_LONGEST = 28  # characters of a name in a label; the hover text shows it whole
 ROW = 16  # pixels of a line of text
+# at the foot of the figure, since its tools are on top
 LEGEND = {
     "orientation": "h",
     "yref": "container",
     "yanchor": "bottom",
     "y": 0,
     "x": 0,
-}  # at the foot: tools are on top
+}
 
 
 def group_color(group: int) -> str:
@@ -38,12 +40,12 @@ def group_color(group: int) -> str:
 
 
 def group_symbol(group: int) -> str:
-    """Another one when the colours come round again: 64 groups look different."""
+    """A symbol that changes when the colours repeat, so that 64 groups look different."""
     return "circle-open" if group < 0 else _SYMBOLS[(group + group // 8) % 8]
 
 
 def ordered(split: SplitManifest) -> list[int]:
-    """The datasets by group, those dealt to all groups last, and by score on axis 1 inside a group."""
+    """The datasets sorted by group, those of all groups last, then by score on axis 1."""
     rows = split.datasets
     return sorted(
         range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][:1], i)
@@ -51,17 +53,17 @@ def ordered(split: SplitManifest) -> list[int]:
 
 
 def plain(text: str) -> str:
-    """plotly reads a few HTML tags in labels; escaped text shows as it is."""
+    """Escapes a text, since plotly reads a few HTML tags in labels."""
     return html.escape(text, quote=False)
 
 
 def label(text: str) -> str:
-    """A name short enough for an axis."""
+    """Shortens a name to fit an axis."""
     return plain(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
 
 
 def dataset_hover(split: SplitManifest) -> tuple[list[list[Any]], str]:
-    """A row of customdata per dataset, and the hover template that reads it."""
+    """One row of customdata per dataset, and the hover template that reads it."""
     rows = []
     for i, row in enumerate(split.datasets):
         names = [plain(row.name), group_name(row.group), split.random_groups[i]]
@@ -84,7 +86,8 @@ def dataset_hover(split: SplitManifest) -> tuple[list[list[Any]], str]:
         "<br>%{customdata[3]:,} examples, %{customdata[4]:,} target tokens"
         "<br>signal fraction %{customdata[6]} over %{customdata[5]:,} examples%{customdata[7]}"
         "<br>margin %{customdata[8]:.3g}, stability %{customdata[9]:.3f}"
-        f"<br>loss %{{customdata[10]:.3f}}, gradient norm %{{customdata[11]}}{scores_text}<extra></extra>"
+        "<br>loss %{customdata[10]:.3f}, gradient norm %{customdata[11]}"
+        f"{scores_text}<extra></extra>"
     )
     return rows, template
 
@@ -107,7 +110,8 @@ def _theme(text: str, faint: str, surface: str, scale: list[str]) -> dict[str, A
     }
 
 
-# Diverging, blue for agreement and red for conflict (ColorBrewer RdBu); the middle is the page's own background.
+# Diverging, blue for agreement and red for conflict (ColorBrewer RdBu); the middle is the
+# background.
 THEMES = {
     "light": _theme(
         "#1f2328", "#c9ced6", "#ffffff", ["#b2182b", "#ef8a62", "#f7f7f7", "#67a9cf", "#2166ac"]

@@ -1,7 +1,4 @@
-"""The torch door of the average: arguments checked, one custom op, and the backends eager and cpu.
-
-``_triton`` holds the third; it is imported when it runs.
-"""
+"""The average of torch tensors: argument checks, and one custom op that chooses the backend."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,31 +7,31 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import dispatch
+from merit_fast.kernels.average import _eager
+from merit_fast.kernels.average._dtypes import DTYPES
 
-# The order is that of the codes in csrc/levels.h.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_CHUNK = 1 << 20  # elements: what eager holds in float64 at a time, and what a native thread takes
+_CHUNK = 1 << 20  # elements that eager holds in float64 at a time, and that a native thread takes
 
 
-def average(
+def average_tensors(
     op: str,
     models: Sequence[Sequence[Tensor]],
     weights: Sequence[float],
     out: Sequence[Tensor] | None,
     backend: str | None,
 ) -> list[Tensor]:
-    """``foreach_weighted_average``, with errors in the name of ``op``."""
+    """Computes ``foreach_weighted_average``; errors begin with ``op``."""
     if not models or len(models) != len(weights):
         raise ValueError(
             f"{op}: needs as many tensors as weights, got {len(models)}, {len(weights)}"
         )
     first = models[0]
     for k, model in enumerate([*models, *([] if out is None else [out])]):
-        what = f"input {k}" if k < len(models) else "out"
+        role = f"input {k}" if k < len(models) else "out"
         if len(model) != len(first):
-            raise ValueError(f"{op}: {what} must have {len(first)} tensors, got {len(model)}")
+            raise ValueError(f"{op}: {role} must have {len(first)} tensors, got {len(model)}")
         for i, (tensor, expected) in enumerate(zip(model, first, strict=True)):
-            _check(f"{op}: {what}, tensor {i}", tensor, expected.shape, first[0].device)
+            _check(f"{op}: {role}, tensor {i}", tensor, expected.shape, first[0].device)
     if out is None:
         out = [
             torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in first
@@ -42,7 +39,7 @@ def average(
     if not first:
         return list(out)
     inputs = [tensor.detach().contiguous().view(-1) for model in models for tensor in model]
-    # A strided result is written beside and copied: the kernels walk memory in order.
+    # The kernels walk memory in order, so a strided result is written to a new tensor and copied.
     targets = [t.detach() if t.is_contiguous() else t.new_empty(t.shape) for t in out]
     _average(
         inputs,
@@ -56,21 +53,24 @@ def average(
     return list(out)
 
 
-def _check(what: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
+def _check(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
     if tensor.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{what}: dtype must be one of {names}, got {tensor.dtype}")
+        raise TypeError(f"{name}: dtype must be one of {names}, got {tensor.dtype}")
     if tensor.shape != shape:
-        raise ValueError(f"{what}: shape must be {list(shape)}, got {list(tensor.shape)}")
+        raise ValueError(f"{name}: shape must be {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != device:
-        raise ValueError(f"{what}: must be on {device}, is on {tensor.device}")
+        raise ValueError(f"{name}: must be on {device}, is on {tensor.device}")
 
 
 @torch.library.custom_op("merit_fast::weighted_average", mutates_args={"out"})
 def _average(
     inputs: Sequence[Tensor], weights: Sequence[float], out: Sequence[Tensor], backend: str | None
 ) -> None:
-    """``inputs``: K N flat contiguous tensors, model by model; ``out``: N. The backend is chosen here, when it runs."""
+    """Averages K N flat contiguous ``inputs``, model by model, into N tensors ``out``.
+
+    The backend is chosen when the op runs.
+    """
     count = len(out)
     _refuse_overlaps(inputs, out)
     columns = [([*inputs[i::count]], target) for i, target in enumerate(out) if target.numel()]
@@ -85,7 +85,7 @@ def _average(
         _average_native(columns, weights)
     else:
         for tensors, target in columns:
-            average_eager(tensors, weights, target)
+            _eager.average_tensors(tensors, weights, target, _CHUNK)
 
 
 @_average.register_fake
@@ -93,28 +93,6 @@ def _(
     inputs: Sequence[Tensor], weights: Sequence[float], out: Sequence[Tensor], backend: str | None
 ) -> None:
     return None
-
-
-def average_eager(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
-    """The reference on flat tensors: float64 sums in order, one rounding."""
-    for first in range(0, len(out), _CHUNK):
-        parts = [tensor[first : first + _CHUNK].double() for tensor in tensors]
-        total = weights[0] * parts[0]
-        for weight, part in zip(weights[1:], parts[1:], strict=True):
-            total += weight * part
-        out[first : first + _CHUNK] = _rounded(total, out.dtype)
-
-
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 to nearest even in one step; torch rounds to float32 on its way to 16 bits, so that must be to odd."""
-    if dtype in (torch.float32, torch.float64):
-        return values.to(dtype)
-    single = values.float()
-    back = single.double()
-    inexact = (back != values) & ~values.isnan()
-    toward_zero = single.view(torch.int32) - (back.abs() > values.abs()).int()
-    odd = torch.where(inexact, toward_zero | 1, single.view(torch.int32)).view(torch.float32)
-    return odd.to(dtype).masked_fill_(values.isnan(), float("nan"))
 
 
 def _average_native(
@@ -145,7 +123,7 @@ def _average_native(
 
 
 def _refuse_overlaps(inputs: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """A result may be the input of its own place, to the byte; any other overlap would be read after it is written."""
+    """Allows result i to be an input i, byte for byte; other overlaps are read after the write."""
 
     def span(tensor: Tensor) -> tuple[int, int]:
         return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize
@@ -157,15 +135,17 @@ def _refuse_overlaps(inputs: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         for k, tensor in enumerate(inputs)
         if span(tensor) != span(out[k % count])
     ]
-    written_to = read_to = 0  # how far the spans before reach
-    for start, stop, place, is_written in sorted(
+    written_until = 0
+    read_until = 0
+    for start, stop, index, is_written in sorted(
         span for span in written + read if span[0] < span[1]
     ):
-        if start < written_to or (is_written and start < read_to):
+        if start < written_until or (is_written and start < read_until):
             role = "out" if is_written else "an input"
             raise ValueError(
-                f"weighted_average: {role} of tensor {place} overlaps memory that another one uses"
+                f"weighted_average: {role} of tensor {index} overlaps memory of another tensor"
             )
-        written_to, read_to = (
-            (max(written_to, stop), read_to) if is_written else (written_to, max(read_to, stop))
-        )
+        if is_written:
+            written_until = max(written_until, stop)
+        else:
+            read_until = max(read_until, stop)

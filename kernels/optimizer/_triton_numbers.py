@@ -1,0 +1,155 @@
+"""Reads, rounds and writes the numbers of AdamW's Triton kernel, with the arithmetic of ``_eager``.
+
+bf16 is read and written as its bits, so that rounding is ours. ``index`` is an element's number in
+its tensor. ``inside`` is false past the tensor's end; ``FULL`` promises that no element is, and so
+no mask splits 128-bit accesses into elements.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+import triton
+import triton.language as tl
+
+from merit_fast.kernels._tables import pointer_to
+
+# Values of the smallest codes, as shares of a block's scale.
+_FIRST = tl.constexpr(1 / 127**2)
+_SECOND = tl.constexpr(1 / 255**4)
+
+
+@triton.jit
+def read(pointer, inside, FULL: tl.constexpr):
+    return tl.load(pointer) if FULL else tl.load(pointer, mask=inside, other=0)
+
+
+@triton.jit
+def write(pointer, value, inside, FULL: tl.constexpr):
+    if FULL:
+        tl.store(pointer, value)
+    else:
+        tl.store(pointer, value, mask=inside)
+
+
+@triton.jit
+def _widened(bits):
+    return (bits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load(address, index, inside, BF16: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+    """float32 or bf16 elements as float32."""
+    if BF16:
+        return _widened(read(pointer_to(address, tl.int16, ALIGNED) + index, inside, FULL))
+    return read(pointer_to(address, tl.float32, ALIGNED) + index, inside, FULL)
+
+
+@triton.jit
+def _nearest_bits(value):
+    bits = value.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+
+
+@triton.jit
+def _stochastic_bits(value, random16):
+    bits = value.to(tl.uint32, bitcast=True)
+    total = bits + random16
+    cut = tl.where((total & 0x7FFFFFFF) >= 0x7F800000, bits, total) >> 16
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, cut)
+
+
+@triton.jit
+def store_bf16(
+    address,
+    index,
+    inside,
+    value,
+    random16,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Rounds to bf16; returns the rounded values as float32."""
+    bits = _stochastic_bits(value, random16) if STOCHASTIC else _nearest_bits(value)
+    bits = bits.to(tl.uint16)
+    write(
+        pointer_to(address, tl.int16, ALIGNED) + index,
+        bits.to(tl.int16, bitcast=True),
+        inside,
+        FULL,
+    )
+    return _widened(bits)
+
+
+@triton.jit
+def random_bits(index, before, between):
+    """Two rounds of Wellons' lowbias32, a key before each; keys are int64 below 2^32."""
+    x = (index & 0xFFFFFFFF).to(tl.uint32) ^ before.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x ^ between.to(tl.uint32) ^ ((index >> 32).to(tl.uint32) * 0x9E3779B9)
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _power(x, SECOND: tl.constexpr):
+    square = x * x
+    return square * square if SECOND else square
+
+
+@triton.jit
+def load_codes(
+    address, scale_address, index, row, inside, full_row,
+    SECOND: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """8-bit moments as float32; ``SECOND``: second moments."""
+    TYPE: tl.constexpr = tl.uint8 if SECOND else tl.int8
+    code = read(pointer_to(address, TYPE, ALIGNED) + index, inside, FULL).to(tl.float32)
+    scale = tl.load(pointer_to(scale_address, tl.float32, False) + row, mask=full_row, other=0.0)
+    square = code * code if SECOND else code * tl.abs(code)
+    share = square * square * _SECOND if SECOND else square * _FIRST
+    return share * scale[:, None]
+
+
+@triton.jit
+def store_codes(
+    address, scale_address, index, row, inside, full_row, value, random16,
+    SECOND: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Writes codes and scales of moments, as ``_eager.encode`` does."""
+    STEPS: tl.constexpr = 255.0 if SECOND else 127.0
+    MOST: tl.constexpr = 255.0**4 if SECOND else 127.0**2
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    size = bits.to(tl.float32, bitcast=True)
+    top = tl.max(tl.where(inside, bits, 0), axis=1).to(tl.float32, bitcast=True)
+    usable = (top >= 1.17549435e-38) & (top <= 3.40282347e38)
+    scaled = (
+        size
+        * tl.div_rn(tl.full(top.shape, 1.0, tl.float32), tl.where(usable, top, 1.0))[:, None]
+        * MOST
+    )
+    root = tl.sqrt_rn(scaled)
+    if SECOND:
+        root = tl.sqrt_rn(root)
+    whole = tl.where(root < STEPS - 1, root, STEPS - 1).to(tl.int32).to(tl.float32)
+    below = _power(whole, SECOND)
+    above = _power(whole + 1, SECOND)
+    share = random16.to(tl.int32).to(tl.float32) * (1.0 / 65536) if STOCHASTIC else 0.5
+    code = whole + tl.where(share * (above - below) < scaled - below, 1.0, 0.0)
+    if SECOND:
+        code = tl.where((code == 0) & (scaled > 0), 1.0, code)
+    else:
+        code = tl.where(value < 0, -code, code)
+    code = tl.where(usable[:, None], code, tl.where(top < 1, 0.0, STEPS)[:, None])
+    TYPE: tl.constexpr = tl.uint8 if SECOND else tl.int8
+    write(pointer_to(address, TYPE, ALIGNED) + index, code.to(tl.int32).to(TYPE), inside, FULL)
+    tl.store(
+        pointer_to(scale_address, tl.float32, False) + row,
+        tl.where((top < 1) & (usable == 0), 0.0, top),
+        mask=full_row,
+    )
+
+
+@triton.jit
+def number_at(table, at):
+    """A float32 that the table holds as bits."""
+    return tl.load(table + at).to(tl.int32).to(tl.float32, bitcast=True)

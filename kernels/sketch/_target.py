@@ -1,0 +1,29 @@
+"""The destination of a gradient's sketch, as every backend receives it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SketchTarget:
+    """A batch's examples, their gradients' place in the parameter, its hash, and the sums.
+
+    Examples lie end to end along the first dimension of the batch's tensors.
+    """
+
+    offsets: Tensor  # [B + 1] int64: first token or row of each example, and their number
+    first_row: int
+    first_column: int
+    columns: int  # of the whole parameter
+    key: int  # 64 bits of hash version, seed and parameter name, signed
+    scale: Tensor | None  # [rows, columns] of the gradient; of the whole parameter with row ids
+    out: Tensor  # [B, D] float32
+
+    @property
+    def examples(self) -> int:
+        return self.out.shape[0]
+
+    @property
+    def proj_dim(self) -> int:
+        return self.out.shape[1]

@@ -1,0 +1,38 @@
+"""The one way to write a file: a temporary name, fsync, rename, fsync of the folder.
+
+A crash leaves the old content or the new, never a mixture, and a rename that returned survives a
+power cut.
+"""
+
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file as ``write_bytes`` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a file; several processes may write the same path at once, and the last one wins."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    replace_file(temporary, path)
+
+
+def replace_file(temporary: Path, path: Path, fsync: bool = True) -> None:
+    """Renames a complete file to ``path`` in the same folder; ``fsync``: both reach the disk."""
+    if fsync:
+        fsync_path(temporary)
+    os.replace(temporary, path)
+    if fsync:
+        fsync_path(path.parent)
+
+
+def fsync_path(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

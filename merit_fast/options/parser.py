@@ -1,0 +1,178 @@
+"""Reads plain mappings strictly into frozen dataclasses, and writes them back.
+
+Unknown keys are errors that name the nearest valid key. Every value is checked against the
+annotation of its field.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union
+
+from merit_fast.errors import InputError, show
+
+T = TypeVar("T")
+
+_KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+def parse(cls: type[T], values: Any, where: str, key: str = "") -> T:
+    """Builds the frozen dataclass ``cls`` from a mapping.
+
+    Args:
+        cls: a dataclass type.
+        values: the mapping in the file; None counts as empty.
+        where: the file (or "command line") to name in errors.
+        key: the dotted key of this mapping in the file, "" at the top.
+
+    Raises:
+        InputError: unknown key, missing key, or a value of the wrong type.
+    """
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        label = key or "the top level"
+        raise InputError(f"{where}: {label}: must be a mapping of keys, got {show(values)}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            nearest = _nearest(str(name), fields)
+            raise InputError(f"{where}: {_join(key, name)}: unknown key{nearest}")
+    hints = typing.get_type_hints(cls)
+    parsed = {
+        name: _convert(hints[name], value, where, _join(key, name))
+        for name, value in values.items()
+    }
+    for name, field in fields.items():
+        if name not in parsed and _is_required(field):
+            raise InputError(f"{where}: {_join(key, name)}: is required")
+    try:
+        return cls(**parsed)
+    except InputError as error:  # a rule that the dataclass checks itself
+        raise InputError(f"{where}: {_join(key, '')}{error}") from None
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The dataclass as JSON-ready data, which ``parse`` turns into an equal dataclass."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Applies ``section.key=value`` strings (values in YAML) to a copy of a nested mapping.
+
+    Raises:
+        InputError: a string without "=", or a path through a value that is no mapping.
+    """
+    import yaml
+
+    result: dict[str, Any] = json.loads(json.dumps(values))
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise InputError(f"command line: {assignment!r}: must have the form section.key=value")
+        *parents, last = path.split(".")
+        node = result
+        for parent in parents:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise InputError(f"command line: {path}: {parent} is not a section")
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"command line: {path}: {text!r} is not a YAML value") from None
+    return result
+
+
+# ---- one value, by the kind of its annotation
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return parse(typing.cast(type, hint), value, where, key)
+    if origin in (Union, types.UnionType):
+        return _convert_union(typing.get_args(hint), value, where, key)
+    if origin is Literal:
+        return _check_choice(typing.get_args(hint), value, where, key)
+    if origin is tuple:
+        return _convert_list(typing.get_args(hint), value, where, key)
+    if origin is dict:
+        return _convert_mapping(typing.get_args(hint)[1], value, where, key)
+    if hint is Any:
+        return value
+    return _convert_scalar(hint, value, where, key)
+
+
+def _convert_union(choices: Sequence[Any], value: Any, where: str, key: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    errors = []
+    for choice in choices:
+        if choice is not type(None):
+            try:
+                return _convert(choice, value, where, key)
+            except InputError as error:
+                errors.append(error)
+    rules = " or ".join(
+        str(error).split(": must be ", 1)[-1].split(", got ")[0] for error in errors
+    )
+    raise InputError(f"{where}: {key}: must be {rules}, got {show(value)}")
+
+
+def _check_choice(choices: Sequence[Any], value: Any, where: str, key: str) -> Any:
+    if value in choices and type(value) in {type(choice) for choice in choices}:
+        return value
+    words = ", ".join(str(choice) for choice in choices)
+    raise InputError(f"{where}: {key}: must be one of {words}, got {show(value)}")
+
+
+def _convert_list(hints: Sequence[Any], value: Any, where: str, key: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"{where}: {key}: must be a list, got {show(value)}")
+    if Ellipsis in hints:
+        hints = [hints[0]] * len(value)
+    if len(hints) != len(value):
+        raise InputError(f"{where}: {key}: must be a list of {len(hints)}, got {show(value)}")
+    return tuple(_convert(hints[i], v, where, f"{key}[{i}]") for i, v in enumerate(value))
+
+
+def _convert_mapping(hint: Any, value: Any, where: str, key: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: {key}: must be a mapping, got {show(value)}")
+    return {str(name): _convert(hint, v, where, _join(key, name)) for name, v in value.items()}
+
+
+def _convert_scalar(hint: Any, value: Any, where: str, key: str) -> Any:
+    is_bool = isinstance(value, bool)
+    if hint is float and isinstance(value, int) and not is_bool and abs(value) < 1e308:
+        return float(value)
+    if hint is float and isinstance(value, str) and _is_number(value):
+        return float(value)  # YAML 1.1 reads 2e-4 (no dot) as a string
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not is_bool):
+        return value  # an infinity or NaN too: that is for the rule of the field
+    raise InputError(f"{where}: {key}: must be {_KINDS.get(hint, str(hint))}, got {show(value)}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _join(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _nearest(name: str, valid: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; valid keys: {', '.join(valid)}"

@@ -1,0 +1,97 @@
+"""The rows of a run: loaded once, and only when a stage has work to do."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from merit_fast.data import Dataset, load_mixture, load_tokenizer, pad_token_id
+from merit_fast.data.config import Part
+from merit_fast.manifests.schemas import SplitManifest
+from merit_fast.pipeline.arms import Branch, plan_branches
+from merit_fast.pipeline.outputs import Outputs
+from merit_fast.progress import Progress
+
+
+class RunData:
+    """Tokenizer and datasets of one configured run."""
+
+    def __init__(self, outputs: Outputs, progress: Progress) -> None:
+        self.outputs = outputs
+        self.config = outputs.config
+        self.progress = progress
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(str(self.outputs.base))
+
+    @functools.cached_property
+    def pad_token_id(self) -> int:
+        return pad_token_id(self.tokenizer)
+
+    @functools.cached_property
+    def train(self) -> list[Dataset]:
+        """All training rows."""
+        return self._load("train")
+
+    @functools.cached_property
+    def branch(self) -> list[Dataset]:
+        """Training rows that the branches of an arm share: all except those of a warm-up."""
+        everything = Branch("", "", 0, tuple(dataset.name for dataset in self.train))
+        if self.config.split.warmup:
+            everything = replace(everything, rows="after warmup")
+        return list(everything.choose(self.train, self.config))
+
+    @functools.cached_property
+    def held_out(self) -> tuple[list[Dataset], list[Dataset]]:
+        """Held-out rows that tune a merge, and those that report: all of them without tuning."""
+        from merit_fast.tune.rows import split_held_out
+
+        rows = self._load("eval")
+        return split_held_out(rows) if self.config.merge.is_tuned else ([], rows)
+
+    @property
+    def tuning(self) -> list[Dataset]:
+        """Held-out rows that tune a merge."""
+        return self.held_out[0]
+
+    @property
+    def reporting(self) -> list[Dataset]:
+        """Held-out rows on which every arm is measured."""
+        return self.held_out[1]
+
+    def texts(self) -> dict[str, list[str]]:
+        """The branches' rows as text, by dataset."""
+        decode = self.tokenizer.batch_decode
+        return {
+            dataset.name: decode(
+                [example.input_ids for example in dataset.examples], skip_special_tokens=True
+            )
+            for dataset in self.branch
+        }
+
+    def num_steps(self, datasets: Sequence[Dataset]) -> int:
+        """Optimizer steps of a run on these datasets."""
+        from merit_fast.train.schedule import num_steps
+
+        rows = sum(dataset.num_examples for dataset in datasets)
+        return num_steps(rows, self.outputs.train_config)
+
+    def branch_steps(self, split: SplitManifest) -> list[int]:
+        """Optimizer steps of each of MERIT's branches, [K]."""
+        planned = plan_branches(self.config, split).values()
+        branches = [branch for branch in planned if branch.arm == "merit"]
+        return [self.num_steps(branch.choose(self.train, self.config)) for branch in branches]
+
+    def _load(self, part: Part) -> list[Dataset]:
+        mixture = self.config.mixture
+        datasets = load_mixture(mixture, self.tokenizer, self.config.data, part=part)
+        for dataset in datasets:
+            for note in dataset.notes:
+                self.progress.note(f"{dataset.name} ({part}): {note}")
+        absent = len(mixture) - len(datasets)
+        if part == "eval" and absent:
+            self.progress.note(
+                f"evaluate: {absent} of {len(mixture)} datasets have no held-out rows"
+            )
+        return datasets

@@ -1,0 +1,60 @@
+"""Norms of any model, recognised by trying: y = a(w) n(x) + b."""
+
+import torch
+from torch import nn
+
+from merit_fast.sketch.capture.twins import own_parameters, twin_of
+
+
+def unit_of_affine(module: nn.Module) -> nn.Module | None:
+    """The module with such w, 0 or 1, and b = 0 that it returns n(x), if it is y = a(w) n(x) + b.
+
+    Found by trying; None for any other module.
+    """
+    parameters = own_parameters(module)
+    if set(parameters) not in ({"weight"}, {"weight", "bias"}):
+        return None
+    if any(parameter.dim() != 1 for parameter in parameters.values()):
+        return None
+    weight = parameters["weight"]
+    generator = torch.Generator().manual_seed(0)
+    x, w = (
+        torch.randn(shape, generator=generator, dtype=torch.float32).to(weight.device)
+        for shape in ((3, 2, len(weight)), weight.shape)
+    )
+    zero = torch.zeros_like(w)
+    others = {local: zero for local in parameters if local != "weight"}
+    try:
+        low, high, at = (
+            twin_of(module, {"weight": v, **others}).forward(x) for v in (zero, zero + 1, w)
+        )
+        shifted = twin_of(module, {"weight": w, **{local: w for local in others}}).forward(x)
+        for value, result in ((1.0, high), (0.0, low)):
+            bias = w if others else 0.0
+            if torch.allclose(at - low, w * result, atol=1e-4) and torch.allclose(
+                shifted, at + bias, atol=1e-4
+            ):
+                values = {local: torch.zeros_like(parameters[local]) for local in others}
+                values["weight"] = torch.full_like(weight, value, requires_grad=False)
+                return twin_of(module, values)
+    except Exception:  # a foreign module raises anything; it is no norm over its last dimension
+        return None
+    return None
+
+
+def epsilon_of_rms_norm(unit: nn.Module) -> float | None:
+    """Epsilon for which unit(x) is x * rsqrt(mean(x ** 2, -1) + epsilon).
+
+    Found by trying; None for any other module.
+    """
+    epsilon = getattr(unit, "variance_epsilon", getattr(unit, "eps", None))
+    if not isinstance(epsilon, float):
+        return None
+    weight = unit.get_parameter("weight")
+    x = torch.randn(4, 3, len(weight), generator=torch.Generator().manual_seed(1)).to(weight.device)
+    lengths = torch.tensor([1e3, 1.0, 1e-2, epsilon**0.5], device=x.device)
+    x *= lengths.view(4, 1, 1)  # the last tells epsilons apart
+    expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+    values = {local: parameter.float() for local, parameter in own_parameters(unit).items()}
+    result = twin_of(unit, values).forward(x)
+    return epsilon if torch.allclose(result, expected, rtol=1e-4, atol=1e-6) else None

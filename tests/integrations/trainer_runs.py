@@ -1,0 +1,97 @@
+"""Tiny Trainer runs on rows of two datasets, and exact sketches of their losses, for tests."""
+
+import torch
+from torch.nn import functional as F
+
+from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
+
+PROJ_DIM = 4096
+NAMES = ("alpha", "beta/2")
+
+
+def llama():
+    import transformers as t
+
+    config = t.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(1)
+    return t.LlamaForCausalLM(config)
+
+
+def rows(count=8, mixed=False):
+    """Pairs of rows of one dataset in turn, of lengths 5 and 8, the first token without a label."""
+    generator = torch.Generator().manual_seed(0)
+    listed = []
+    for i in range(count):
+        ids = torch.randint(2, 64, (5 + 3 * (i % 2),), generator=generator).tolist()
+        name = NAMES[(i if mixed else i // 2) % 2]
+        listed.append(
+            {"input_ids": ids, "labels": [-100, -100, *ids[2:]], "dataset_id": name, "extra": 1}
+        )
+    return listed
+
+
+def pad(features):
+    width = max(len(f["input_ids"]) for f in features)
+    assert all("dataset_id" not in f for f in features)  # a user's collator would fail on it
+    return {
+        key: torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features])
+        for key, fill in (("input_ids", 0), ("labels", -100))
+    }
+
+
+def arguments(directory, **changes):
+    import transformers as t
+
+    options = dict(
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        dataloader_pin_memory=False,
+    )
+    return t.TrainingArguments(str(directory), **{**options, **changes})
+
+
+def trainer(directory, data=None, model=None, held_out=None, **changes):
+    import datasets
+    import transformers as t
+
+    run = t.Trainer(
+        model or llama(),
+        arguments(directory, **changes),
+        data_collator=pad,
+        train_dataset=datasets.Dataset.from_list(rows()) if data is None else data,
+        eval_dataset=held_out,
+    )
+    run.remove_callback(t.PrinterCallback)
+    return run
+
+
+def gradient_sketch(model, features):
+    """Sketch and value of the summed token loss of some rows, by plain autograd."""
+    batch = pad([{key: f[key] for key in ("input_ids", "labels")} for f in features])
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    parameters = dict(model.named_parameters())
+    out = torch.zeros(1, PROJ_DIM)
+    gradients = torch.autograd.grad(loss, parameters.values())
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        matrix = gradient.reshape(1, *matrix_shape(parameter.shape))
+        flat_sketch(matrix, name, CountSketch(PROJ_DIM), out=out, backend="eager")
+    return out[0], float(loss.detach())
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]

@@ -1,0 +1,232 @@
+"""The report's figures: the numbers that the page embeds for plotly."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from support.reports import (
+    CASES,
+    Page,
+    make_evaluation,
+    make_split,
+    median_cuts,
+    write,
+)
+
+from merit_fast.report.style import THEMES, group_color, group_symbol
+
+
+def page_of(folder, split, evaluation=None):
+    return Page(write(folder / "r.html", split, evaluation))
+
+
+def order_of(split):
+    rows = split.datasets
+    return sorted(
+        range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][0])
+    )
+
+
+def with_error(value, error):
+    return f"{value:z.3f} ± {error:.3f}"
+
+
+def hover_row(split, i):
+    row = split.datasets[i]
+    group = "all groups" if row.group < 0 else f"group {row.group}"
+    about = "about" if row.signal_fraction > row.signal_error else "at least"
+    unknown = (
+        f"<br>not resolvable: needs {about} {row.more_examples:,} more examples"
+        if row.more_examples
+        else ""
+    )
+    norm = "not resolved" if row.gradient_norm is None else f"{row.gradient_norm:.3g}"
+    return [
+        row.name, group, split.random_groups[i], row.num_examples, row.num_target_tokens, row.num_sketched_examples,
+        with_error(row.signal_fraction, row.signal_error), unknown, row.margin, row.stability, row.mean_loss, norm,
+        *(with_error(s, e) for s, e in zip(split.scores[i], split.score_errors[i], strict=True)),
+    ]  # fmt: skip
+
+
+@CASES
+def test_every_cosine_is_in_the_conflict_map_with_its_error(tmp_path, split, evaluated):
+    (heat,) = page_of(tmp_path, split).json("conflicts")["data"]
+    order, rows = order_of(split), split.datasets
+    for y, i in enumerate(order):
+        for x, j in enumerate(order):
+            cosine, error = split.similarity[i][j], split.similarity_errors[i][j]
+            one, other, text = heat["customdata"][y][x]
+            assert heat["z"][y][x] == cosine
+            assert text == ("not resolved" if cosine is None else with_error(cosine, error))
+            assert (one, other) == tuple(
+                f"{rows[k].name} ({'all groups' if rows[k].group < 0 else f'group {rows[k].group}'})"
+                for k in (i, j)
+            )
+    assert ("text" in heat) == (
+        len(rows) <= 12
+    )  # cells with room show their figures without hovering
+
+
+@CASES
+def test_every_dataset_is_in_the_maps_with_its_numbers(tmp_path, split, evaluated):
+    page = page_of(tmp_path, split)
+    order, everyone = order_of(split), range(len(split.datasets))
+
+    points = [trace for trace in page.json("axes")["data"] if "customdata" in trace]
+    shown = {}
+    for trace in points:
+        for x, y, hover in zip(trace["x"], trace["y"], trace["customdata"], strict=True):
+            shown[hover[0]] = (x, y, hover)
+            assert hover[1] == trace["name"]
+    assert shown == {
+        split.datasets[i].name: (split.scores[i][0], split.scores[i][1], hover_row(split, i))
+        for i in everyone
+    }
+
+    panels = page.json("datasets")["data"]
+    for trace in panels:
+        assert trace["customdata"] == [hover_row(split, i) for i in order]
+        assert trace["y"] == list(everyone)
+    rows = [split.datasets[i] for i in order]
+    assert panels[0]["x"] == [row.signal_fraction for row in rows]
+    assert panels[0]["error_x"]["array"] == [row.signal_error for row in rows]
+    assert [panel["x"] for panel in panels[1:]] == [
+        [row.stability for row in rows],
+        [row.margin for row in rows],
+    ]
+    assert page.json("datasets")["layout"]["yaxis"]["ticktext"] == [row.name for row in rows]
+
+    leaves = page.json("tree")["data"][2]
+    assert sorted(hover[0] for hover in leaves["customdata"]) == sorted(row.name for row in rows)
+    assert page.json("tree")["layout"]["yaxis"]["ticktext"] == [
+        hover[0] for hover in leaves["customdata"]
+    ]
+
+
+def test_ellipses_are_one_standard_error_wide(tmp_path):
+    split = make_split(12, 3, spread=2)
+    for outline, points in zip(
+        *[iter(page_of(tmp_path, split).json("axes")["data"])] * 2, strict=True
+    ):
+        assert outline["hoverinfo"] == "skip"
+        x, y = outline["x"], outline["y"]
+        gaps = [i for i, value in enumerate(x) if value is None]
+        assert len(gaps) == len(points["x"])
+        for begin, end, hover in zip(
+            [0, *[gap + 1 for gap in gaps]], gaps, points["customdata"], strict=False
+        ):
+            i = next(i for i, row in enumerate(split.datasets) if row.name == hover[0])
+            score, error = split.scores[i], split.score_errors[i]
+            for px, py in zip(x[begin:end], y[begin:end], strict=True):
+                distance = ((px - score[0]) / error[0]) ** 2 + ((py - score[1]) / error[1]) ** 2
+                assert math.isclose(distance, 1, rel_tol=2e-3)
+
+
+@CASES
+def test_separation_of_every_number_of_groups_with_its_null(tmp_path, split, evaluated):
+    page = page_of(tmp_path, split)
+    if not split.separations:
+        assert "separations-data" not in page.scripts
+        assert "No number of groups was measured." in page.text
+        return
+    null, crossed, debiased = page.json("separations")["data"]
+    found = split.separations
+    for trace in (null, crossed, debiased):
+        assert trace["x"] == [str(one.groups) for one in found]
+    assert null["y"] == [one.null_mean for one in found]
+    assert null["error_y"]["array"] == [2 * one.null_std for one in found]
+    assert null["customdata"] == [[one.null_mean, one.null_std] for one in found]
+    assert crossed["y"] == [one.cross_validated for one in found]
+    assert debiased["y"] == [one.eta_squared for one in found]
+    (line,) = page.json("separations")["layout"]["shapes"]
+    assert null["x"][line["x0"]] == str(split.groups)
+
+
+@CASES
+def test_bars_are_shares_of_the_mixture(tmp_path, split, evaluated):
+    evaluation = make_evaluation(split) if evaluated else None
+    page = page_of(tmp_path, split, evaluation)
+    bars = {trace["name"]: trace for trace in page.json("balance")["data"]}
+    assert set(bars) == {"target tokens", "examples"} | (
+        {"optimizer steps"} if evaluated else set()
+    )
+    spread = [row for row in split.datasets if row.group < 0]
+    for name, key in (("target tokens", "num_target_tokens"), ("examples", "num_examples")):
+        total = sum(getattr(row, key) for row in split.datasets)
+        for group in range(split.groups):
+            own = sum(getattr(row, key) for row in split.datasets if row.group == group)
+            amount = own + sum(getattr(row, key) for row in spread) / split.groups
+            assert abs(bars[name]["customdata"][group][0] - amount) <= 0.51
+            assert math.isclose(bars[name]["y"][group], 100 * amount / total)
+    for trace in bars.values():
+        assert math.isclose(sum(trace["y"]), 100)
+    if evaluated:
+        assert [cell[0] for cell in bars["optimizer steps"]["customdata"]] == [
+            evaluation.branches[f"merit-{k}"].steps for k in range(split.groups)
+        ]
+
+
+def test_a_tree_joins_what_agrees_first(tmp_path):
+    split = make_split(4, 2)
+    cosine = (
+        (1.0, 0.1, 0.9, None),
+        (0.1, 1.0, 0.2, -0.4),
+        (0.9, 0.2, 1.0, 0.0),
+        (None, -0.4, 0.0, 1.0),
+    )
+    lines, joints, leaves = page_of(tmp_path, replace(split, similarity=cosine)).json("tree")[
+        "data"
+    ]
+    # 0 and 2 at 0.1; then 1 at the mean of 0.9 and 0.8; then 3 at the mean of 1 (unknown), 1.4 and 1
+    assert joints["x"] == pytest.approx([0.1, 0.85, 3.4 / 3])
+    assert [size for (size,) in joints["customdata"]] == [2, 3, 4]
+    assert [hover[0] for hover in leaves["customdata"]] == [
+        "task_000",
+        "task_002",
+        "task_001",
+        "task_003",
+    ]
+    assert joints["y"] == [0.5, 1.25, 2.125]
+    assert lines["x"].count(None) == 3
+
+
+def test_many_groups_look_different():
+    looks = {(group_color(group), group_symbol(group)) for group in range(-1, 64)}
+    assert len(looks) == 65
+
+
+def test_cuts_bound_the_halves_they_cut(tmp_path):
+    split = median_cuts(make_split(8, 4), (0, 0.25), (1, -0.5), (1, 0.75))
+    deeper = replace(split, cuts=(*split.cuts, (2, 0.1)))
+    for one, said in ((split, False), (deeper, True)):
+        assert ("cuts on axes above 2 are not drawn" in page_of(tmp_path, one).text) == said
+    layout = Page(write(tmp_path / "r.html", split)).json("axes")["layout"]
+    low, high = layout["xaxis"]["range"]
+    lines = [{key: line[key] for key in ("x0", "x1", "y0", "y1")} for line in layout["shapes"]]
+    bottom, top = layout["yaxis"]["range"]
+    assert lines == [
+        {"x0": 0.25, "x1": 0.25, "y0": bottom, "y1": top},
+        {"x0": low, "x1": 0.25, "y0": -0.5, "y1": -0.5},
+        {"x0": 0.25, "x1": high, "y0": 0.75, "y1": 0.75},
+    ]
+
+
+def test_conflict_map_scale_and_boundaries(tmp_path):
+    split = make_split(136, 8)
+    layout = Page(write(tmp_path / "r.html", split)).json("conflicts")["layout"]
+    assert (layout["coloraxis"]["cmin"], layout["coloraxis"]["cmax"]) == (-1, 1)
+    counts = [sum(row.group == group for row in split.datasets) for group in range(8)]
+    borders = [sum(counts[: group + 1]) - 0.5 for group in range(7)]
+    vertical = [line["x0"] for line in layout["shapes"] if line["x0"] == line["x1"]]
+    horizontal = [line["y0"] for line in layout["shapes"] if line["y0"] == line["y1"]]
+    assert vertical == horizontal == borders
+
+
+def test_themes_cover_the_same_keys():
+    assert THEMES["light"]["layout"].keys() == THEMES["dark"]["layout"].keys()
+    for theme in THEMES.values():
+        scale = theme["layout"]["coloraxis"]["colorscale"]
+        assert [place for place, _ in scale] == [0, 0.25, 0.5, 0.75, 1]
+        assert all(re.fullmatch("#[0-9a-f]{6}", color) for _, color in scale)
+        assert theme["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)"

@@ -1,0 +1,64 @@
+"""Calls of the sketch's Triton kernels and of the reference, for tests in Triton's interpreter."""
+
+import pytest
+import torch
+
+from merit_fast.kernels.sketch import _eager, _triton
+from merit_fast.kernels.sketch._target import SketchTarget
+
+KEY = -0x123456789ABCDEF
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# Buckets, rows, columns, (first row, first column, parameter's columns), tokens of the examples.
+CASES = {
+    "one tile": (1, 64, 64, (0, 0, 64), [64]),
+    "one entry": (2, 1, 1, (0, 0, 1), [1, 3]),
+    "ragged": (3, 70, 37, (0, 0, 37), [33, 1, 100]),
+    "tokens that fill no block": (1, 32, 16, (0, 0, 16), [15, 16, 17, 65]),
+    "examples without tokens": (3, 40, 100, (0, 0, 100), [0, 5, 0]),
+    "no tokens at all": (2, 40, 100, (0, 0, 100), [0, 0]),
+    "more buckets than tiles": (11, 65, 130, (0, 0, 130), [9]),
+    "shard from a tile's border": (3, 64, 192, (128, 256, 1000), [5]),
+    "shard that begins in a tile": (3, 100, 80, (37, 91, 200), [5, 6]),
+    "shard that begins on the grid of vectors": (3, 101, 81, (16, 48, 200), [5, 6]),
+    "narrow shard, strip by strip": (2, 150, 100, (0, 64, 4096), [3]),
+    "narrow shard, few groups": (16, 150, 100, (0, 64, 2048), [3]),
+    "last columns of the parameter": (5, 64, 72, (64, 128, 200), [3]),
+}
+
+
+def integers(*shape, dtype=torch.float32):
+    return torch.randint(-4, 5, shape).to(dtype)
+
+
+def target_of(offsets, place, out, scale=None, key=KEY):
+    return SketchTarget(offsets, *place, key, scale, out)
+
+
+def assert_equal_to_eager(op, tensors, offsets, place, buckets, key=KEY, scale=None):
+    """Exactly, and on top of values that were there before; returns the sketch."""
+    before = integers(len(offsets) - 1, buckets * 4096)
+    expected = before.clone()
+    result = before.clone()
+    getattr(_eager, op)(*tensors, target_of(offsets, place, expected, scale, key))
+    getattr(_triton, op)(*tensors, target_of(offsets, place, result, scale, key))
+    assert torch.equal(result, expected)
+    return result - before
+
+
+def launches(monkeypatch):
+    """The programs of each launch from now on, by kernel."""
+    seen = []
+    for name in ("linear_kernel", "rows_kernel", "ids_kernel", "add_kernel"):
+        kernel = getattr(_triton, name)
+
+        class Counted:
+            def __init__(self, name, kernel):
+                self.name = name
+                self.kernel = kernel
+
+            def __getitem__(self, grid):
+                seen.append((self.name, *grid))
+                return self.kernel[grid]
+
+        monkeypatch.setattr(_triton, name, Counted(name, kernel))
+    return seen
