@@ -1,6 +1,7 @@
 """One working directory for every page and example, with the names that they use."""
 
 import json
+import shutil
 
 import pytest
 from support.doc_pages import ROOT
@@ -55,6 +56,7 @@ def workspace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Run(read_run_config(folder / "run.yml")).all()
+    shutil.copy(folder / "runs/mine/split/split.json", folder / "split_of_run.json")
     return folder
 
 
