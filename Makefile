@@ -89,6 +89,7 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.*' -type f)
 
 # The site in build/site; a broken link or an unknown name is an error. Needs no network.
 docs: $(DEV)

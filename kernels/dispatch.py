@@ -34,6 +34,8 @@ OPS: Mapping[str, tuple[Backend, ...]] = {
     "rope": ("cpu", "triton"),
 }
 
+NOT_BUILT = "was not built: install a C++ compiler, then reinstall merit_fast"
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,6 +45,18 @@ def native_module() -> ModuleType | None:
     if importlib.util.find_spec("merit_fast._C") is None:
         return None
     return importlib.import_module("merit_fast._C")
+
+
+def native() -> Any:
+    """``merit_fast._C``.
+
+    Raises:
+        BackendUnavailableError: it was not built.
+    """
+    module = native_module()
+    if module is None:
+        raise BackendUnavailableError(f"merit_fast._C {NOT_BUILT}")
+    return module
 
 
 def unavailable(op: str, backend: str, device_type: str) -> str | None:
@@ -60,7 +74,7 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
     if device_type != "cpu":
         return f"runs on cpu tensors, got {device_type}"
     if native_module() is None:
-        return "was not built: install a C++ compiler, then reinstall merit_fast"
+        return NOT_BUILT
     return None
 
 

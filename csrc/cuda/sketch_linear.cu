@@ -1,11 +1,12 @@
-// CountSketch of dY^T X, hash version 2 (defined in kernels/sketch/__init__.py), on tensor cores of sm_80 and newer.
+// CountSketch of dY^T X, hash version 2 (kernels/sketch/__init__.py), on tensor cores of sm_80 and up.
 //
-// A block owns bucket r of one example, 64 x 64 floats in shared memory, and a split of the tiles that go there: of
-// every M = proj_dim / 4096 tiles in a row one does, number (r - deal) mod M. It multiplies tile after tile over the
-// example's tokens, loading the next stage of tokens while the last is multiplied, and adds the sums, signed, at their
-// permuted places. Nobody else writes there: no atomics, one order of sums. No header: NVRTC compiles this file alone.
+// A block owns bucket r of one example, 64 x 64 floats in shared memory, and a split of the tiles
+// that go there: of every M = proj_dim / 4096 tiles in a row one does, number (r - deal) mod M. It
+// multiplies tile after tile over the tokens of the example, loads the next stage of tokens
+// meanwhile, and adds the signed sums at their permuted places. No other block writes there: no
+// atomics, one order of sums. No header is included, since NVRTC compiles this file by itself.
 #if !defined(__CUDACC__)
-#include "gpu_shim.h"  // tests/cuda_host: the same file on the CPU
+#include "gpu_shim.h"  // tests/support/gpu/cuda_host runs this file on the CPU
 #endif
 
 using u16 = unsigned short;  // bits of a bf16
@@ -21,56 +22,60 @@ constexpr int kBucket = kTile * kTile;
 struct Job {
   const void* dy;      // [tokens, rows], dy_stride
   const void* x;       // [tokens, columns], x_stride
-  const i64* offsets;  // [examples + 1]: where each begins among the tokens
+  const i64* offsets;  // [examples + 1]: first token of each
   const float* scale;  // null, or [rows, columns], scale_stride: multiplies the gradient
   float* out;          // [examples, buckets, 64, 64], added to
   float* partial;      // with more than one split: [examples, splits, buckets, 64, 64]
   i64 dy_stride, x_stride, scale_stride;
-  i64 rows, columns;            // of the part
-  i64 first_row, first_column;  // where it lies in the parameter
+  i64 rows, columns;            // of the shard
+  i64 first_row, first_column;  // of the shard in the parameter
   i64 tiles_across;             // of the parameter
-  i64 first_group, last_group;  // of M tiles each, that touch the part; the last excluded
+  i64 first_group, last_group;  // of M tiles each, that touch the shard; the last excluded
   u64 key;
   i64 examples, buckets, splits;
-  i64 dy_wide, x_wide;  // whether 16 bytes at a time lie on 16 bytes
+  i64 dy_wide, x_wide;  // whether every 16 bytes are aligned
 };
 
 #if defined(__CUDACC__)
 #define BLOCK_SHARED(type, name) __shared__ type name
+__device__ __forceinline__ u32 to_shared(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
-
-// 16 bytes into shared memory behind the thread's back: `bytes` from global memory, zeros after them.
+// Copies 16 bytes into shared memory asynchronously: `bytes` from global memory, zeros after them.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared(to)), "l"(from),
+               "r"(bytes)
                : "memory");
 }
 
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
 
-// Four 8 x 8 matrices of 16 bits, lane l giving row l % 8 of matrix l / 8; each lane receives of matrix q the elements
-// (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) in out[q].
+// Loads four 8 x 8 matrices of 16 bits. Lane l passes row l % 8 of matrix l / 8 and receives the
+// elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of matrix q in out[q].
 __device__ __forceinline__ void load_transposed(const u16* row, u32 (&out)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
+               : "r"(to_shared(row))
                : "memory");
 }
 
-// c[16, 8] += a[16, 16] b[16, 8], bf16 into fp32; lane l holds of c rows l / 4 and l / 4 + 8, columns 2 (l % 4) and
-// the next.
+// c[16, 8] += a[16, 16] b[16, 8], bf16 into fp32. Of c, lane l holds rows l / 4 and l / 4 + 8,
+// columns 2 (l % 4) and the next.
 __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #endif
 
-// What differs between bf16 and float: elements of 16 bytes, tokens of a stage, and where a chunk of 16 bytes lies.
+// For bf16 and float: elements of 16 bytes, tokens of a stage, the place of a chunk of 16 bytes.
 template <class T>
 struct Layout {
-  static constexpr int kChunk = 16 / int(sizeof(T)), kChunks = kTile / kChunk, kDepth = 64 / int(sizeof(T));
+  static constexpr int kChunk = 16 / int(sizeof(T)), kChunks = kTile / kChunk,
+                       kDepth = 64 / int(sizeof(T));
   // XOR by the token: the eight rows of a matrix that ldmatrix reads lie in different banks.
   static __device__ __forceinline__ int at(int token, int chunk) {
     return token * kTile + (sizeof(T) == 2 ? chunk ^ (token & 7) : chunk) * kChunk;
@@ -80,22 +85,23 @@ struct Layout {
 template <class T>
 struct alignas(16) Shared {
   T dy[2][Layout<T>::kDepth * kTile], x[2][Layout<T>::kDepth * kTile];  // 16 KiB
-  float bucket[kBucket];                                               // 16 KiB
+  float bucket[kBucket];                                                // 16 KiB
 };
 
-// The thread's part of a tile: of row block m (16) and column block n (8) of its warp's 32 x 32, rows lane / 4 and
-// lane / 4 + 8, and columns 2 (lane % 4) and the next: the layout in which a matrix instruction leaves its sums.
+// Sums of a thread as a matrix instruction leaves them: of row block m (16) and column block n (8)
+// of the warp's 32 x 32, rows lane / 4 and lane / 4 + 8, columns 2 (lane % 4) and the next.
 using Sums = float[2][4][4];
 
-// A stage of the block's walk: a tile, and kDepth tokens of it.
+// A stage of a block's work: kDepth tokens of a tile.
 struct Step {
   i64 group;
-  i64 token;        // among all examples' tokens
+  i64 token;  // among the tokens of all examples
   u32 tile;
-  int row, column;  // of the part, where the tile begins; negative where the part begins inside of it
+  int row, column;  // of the shard, where the tile begins; negative if that is outside of it
 };
 
-__device__ __forceinline__ u64 hash_counter(u64 key, u64 counter) {
+// The SplitMix64 of csrc/common/splitmix64.inl.
+__device__ __forceinline__ u64 splitmix64(u64 key, u64 counter) {
   u64 z = key + (counter + 1) * 0x9E3779B97F4A7C15ull;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
@@ -104,22 +110,25 @@ __device__ __forceinline__ u64 hash_counter(u64 key, u64 counter) {
 
 __device__ __forceinline__ float flip(float value, u32 minus) { return minus & 1 ? -value : value; }
 
-// Moves on to the first group, from step.group on, whose tile for this bucket touches the part.
+// Advances to the first group, from step.group on, whose tile for this bucket touches the shard.
 __device__ __forceinline__ void find_tile(const Job& job, u32 bucket, i64 last_group, Step& step) {
   const u32 buckets = u32(job.buckets), across = u32(job.tiles_across);
   for (; step.group < last_group; step.group++) {
-    const u32 deal = u32((hash_counter(job.key, 4 * u64(step.group) + 3) >> 32) * buckets >> 32);
-    step.tile = u32(step.group) * buckets + (bucket >= deal ? bucket - deal : bucket + buckets - deal);
+    const u32 deal = u32((splitmix64(job.key, 4 * u64(step.group) + 3) >> 32) * buckets >> 32);
+    step.tile =
+        u32(step.group) * buckets + (bucket >= deal ? bucket - deal : bucket + buckets - deal);
     const i64 row = i64(step.tile / across) * kTile - job.first_row;
     const i64 column = i64(step.tile % across) * kTile - job.first_column;
-    step.row = int(row), step.column = int(column);
+    step.row = int(row);
+    step.column = int(column);
     if (row > -kTile && row < job.rows && column > -kTile && column < job.columns) return;
   }
 }
 
-// `tokens` rows of 64 columns from `first` on into a stage; what lies outside of the matrix is zero.
+// Loads `tokens` rows of 64 columns from `first` on; entries outside of the matrix are zero.
 template <class T>
-__device__ __forceinline__ void load(const T* from, i64 stride, i64 columns, bool wide, int first, i64 tokens, T* to) {
+__device__ __forceinline__ void load(const T* from, i64 stride, i64 columns, bool wide, int first,
+                                     i64 tokens, T* to) {
   using L = Layout<T>;
 #pragma unroll
   for (int c = int(threadIdx.x); c < L::kDepth * L::kChunks; c += kThreads) {
@@ -127,29 +136,32 @@ __device__ __forceinline__ void load(const T* from, i64 stride, i64 columns, boo
     T* const target = to + L::at(token, chunk);
     const T* const source = from + token * stride + column;
     const i64 inside = token < tokens ? columns - column : 0;
-    if (wide) {  // a chunk then lies wholly right of the left edge, or wholly left of it
-      const int count = column < 0 || inside <= 0 ? 0 : inside < L::kChunk ? int(inside) : L::kChunk;
-      copy_async(target, count ? source : from, count * int(sizeof(T)));
+    if (wide) {  // a chunk then never crosses the left edge
+      const int n = column < 0 || inside <= 0 ? 0 : inside < L::kChunk ? int(inside) : L::kChunk;
+      copy_async(target, n ? source : from, n * int(sizeof(T)));
     } else {
 #pragma unroll
-      for (int k = 0; k < L::kChunk; k++) target[k] = column + k >= 0 && k < inside ? source[k] : T(0);
+      for (int k = 0; k < L::kChunk; k++)
+        target[k] = column + k >= 0 && k < inside ? source[k] : T(0);
     }
   }
 }
 
 template <class T>
-__device__ __forceinline__ void load_step(const Job& job, const Step& step, i64 end, Shared<T>& shared, int side) {
-  load(static_cast<const T*>(job.dy) + step.token * job.dy_stride, job.dy_stride, job.rows, job.dy_wide != 0, step.row,
-       end - step.token, shared.dy[side]);
-  load(static_cast<const T*>(job.x) + step.token * job.x_stride, job.x_stride, job.columns, job.x_wide != 0,
-       step.column, end - step.token, shared.x[side]);
+__device__ __forceinline__ void load_step(const Job& job, const Step& step, i64 end,
+                                          Shared<T>& shared, int side) {
+  load(static_cast<const T*>(job.dy) + step.token * job.dy_stride, job.dy_stride, job.rows,
+       job.dy_wide != 0, step.row, end - step.token, shared.dy[side]);
+  load(static_cast<const T*>(job.x) + step.token * job.x_stride, job.x_stride, job.columns,
+       job.x_wide != 0, step.column, end - step.token, shared.x[side]);
 }
 
 // sums += dy^T x over the tokens of a stage, of which `tokens` are not zero.
 __device__ __forceinline__ void multiply(const u16* dy, const u16* x, i64 tokens, Sums& sums) {
   using L = Layout<u16>;
-  const int lane = int(threadIdx.x) % 32, top = int(threadIdx.x) / 64 * 32, left = int(threadIdx.x) / 32 % 2 * 32;
-  const int low = lane / 8 % 2, high = lane / 16;  // which of the four matrices this lane gives a row of
+  const int lane = int(threadIdx.x) % 32;
+  const int top = int(threadIdx.x) / 64 * 32, left = int(threadIdx.x) / 32 % 2 * 32;
+  const int low = lane / 8 % 2, high = lane / 16;  // of which matrix this lane passes a row
 #pragma unroll
   for (int k = 0; k < L::kDepth; k += 16) {
     if (k >= tokens) break;
@@ -162,12 +174,14 @@ __device__ __forceinline__ void multiply(const u16* dy, const u16* x, i64 tokens
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
-      for (int n = 0; n < 4; n++) multiply_add(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+      for (int n = 0; n < 4; n++)
+        multiply_add(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
   }
 }
 
 __device__ __forceinline__ void multiply(const float* dy, const float* x, i64 tokens, Sums& sums) {
-  const int lane = int(threadIdx.x) % 32, top = int(threadIdx.x) / 64 * 32, left = int(threadIdx.x) / 32 % 2 * 32;
+  const int lane = int(threadIdx.x) % 32;
+  const int top = int(threadIdx.x) / 64 * 32, left = int(threadIdx.x) / 32 % 2 * 32;
 #pragma unroll 4
   for (int k = 0; k < Layout<float>::kDepth; k++) {
     if (k >= tokens) break;
@@ -181,17 +195,20 @@ __device__ __forceinline__ void multiply(const float* dy, const float* x, i64 to
   }
 }
 
-// Where column pair `column` of row `row` lies. Eight rows and four pairs of columns, moved by any XOR, meet: the 16
-// lanes of half a warp then reach 16 different pairs of banks, so 64 bits are read and written without a conflict.
-__device__ __forceinline__ int place(int row, int column) { return row * kTile + (column ^ (row & 3) << 3); }
+// Returns the place of column pair `column` of row `row`. A warp reads eight rows and four pairs of
+// columns, moved by any XOR; the 16 lanes of half a warp then reach 16 different pairs of banks.
+__device__ __forceinline__ int place(int row, int column) {
+  return row * kTile + (column ^ (row & 3) << 3);
+}
 
-// bucket[i ^ x, j ^ y] += signed, scaled sums[i, j]; sums = 0. Two entries of a tile never meet, so threads do not.
-__device__ __forceinline__ void add_tile(const Job& job, const Step& step, Sums& sums, float* bucket) {
-  const int lane = int(threadIdx.x) % 32, top = int(threadIdx.x) / 64 * 32, left = int(threadIdx.x) / 32 % 2 * 32;
-  const u64 counter = 4 * u64(step.tile), masks = hash_counter(job.key, counter);
+// bucket[i ^ x, j ^ y] += signed, scaled sums[i, j]; sums = 0. No two threads share a place.
+__device__ __forceinline__ void add_tile(const Job& job, const Step& step, Sums& sums, float* to) {
+  const int lane = int(threadIdx.x) % 32;
+  const int top = int(threadIdx.x) / 64 * 32, left = int(threadIdx.x) / 32 % 2 * 32;
+  const u64 counter = 4 * u64(step.tile), masks = splitmix64(job.key, counter);
   const int row_mask = int(masks & 63), column_mask = int(masks >> 8 & 63);
-  const u32 row_signs = u32(hash_counter(job.key, counter + 1) >> top);
-  const u32 column_signs = u32(hash_counter(job.key, counter + 2) >> left);
+  const u32 row_signs = u32(splitmix64(job.key, counter + 1) >> top);
+  const u32 column_signs = u32(splitmix64(job.key, counter + 2) >> left);
 #pragma unroll
   for (int m = 0; m < 2; m++)
 #pragma unroll
@@ -210,10 +227,10 @@ __device__ __forceinline__ void add_tile(const Job& job, const Step& step, Sums&
           second *= inside && column >= -1 && column + 1 < job.columns ? at[1] : 0.f;
         }
         const int column = (left + j) ^ column_mask;
-        float* const pair = bucket + place((top + i) ^ row_mask, column & ~1);
+        float* const pair = to + place((top + i) ^ row_mask, column & ~1);
         const float2 old = *reinterpret_cast<const float2*>(pair);
-        *reinterpret_cast<float2*>(pair) =
-            column & 1 ? float2{old.x + second, old.y + first} : float2{old.x + first, old.y + second};
+        *reinterpret_cast<float2*>(pair) = column & 1 ? float2{old.x + second, old.y + first}
+                                                      : float2{old.x + first, old.y + second};
         sums[m][n][2 * h] = sums[m][n][2 * h + 1] = 0.f;
       }
 }
@@ -238,11 +255,12 @@ __device__ __forceinline__ void sketch_bucket(const Job& job, Shared<T>& shared)
     next.token += Layout<T>::kDepth;
     const bool tile_ends = next.token >= end;
     if (tile_ends) {
-      next.token = begin, next.group++;
+      next.token = begin;
+      next.group++;
       find_tile(job, bucket, last_group, next);
     }
     wait_for_copies();
-    __syncthreads();  // this side has arrived, the other has been read, and the last tile is in the bucket
+    __syncthreads();  // this side is loaded, the other is free, the last tile is in the bucket
     if (next.group < last_group) load_step(job, next, end, shared, side ^ 1);
     multiply(shared.dy[side], shared.x[side], end - step.token, sums);
     if (tile_ends) add_tile(job, step, sums, shared.bucket);
@@ -259,17 +277,20 @@ __device__ __forceinline__ void sketch_bucket(const Job& job, Shared<T>& shared)
 }
 
 // Grid: examples x splits x buckets, buckets first; 128 threads.
-extern "C" __global__ void __launch_bounds__(kThreads) sketch_linear_bf16(const __grid_constant__ Job job) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    sketch_linear_bf16(const __grid_constant__ Job job) {
   BLOCK_SHARED(Shared<u16>, shared);
   sketch_bucket(job, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) sketch_linear_f32(const __grid_constant__ Job job) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    sketch_linear_f32(const __grid_constant__ Job job) {
   BLOCK_SHARED(Shared<float>, shared);
   sketch_bucket(job, shared);
 }
 
-// out += the splits' sums, from the first on. Grid: examples x buckets x 32; 128 threads, one float each.
+// out += the sums of the splits, in order. Grid: examples x buckets x 32; 128 threads, one float
+// each.
 extern "C" __global__ void __launch_bounds__(kThreads) add_splits(const __grid_constant__ Job job) {
   const i64 e = i64(blockIdx.x) * kThreads + threadIdx.x, width = job.buckets * kBucket;
   const float* from = job.partial + e / width * job.splits * width + e % width;

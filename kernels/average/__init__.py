@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.average import _eager
+from merit_fast.kernels.average import _eager, _native
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# safetensors' names -> (code in csrc/levels.h, numpy type of the stored bits)
+# safetensors' names -> (code in csrc/common/dtypes.h, numpy type of the stored bits)
 FLOAT_DTYPES: dict[str, tuple[int, npt.DTypeLike]] = {
     "BF16": (0, np.uint16),
     "F16": (1, np.float16),
@@ -138,9 +138,7 @@ def average_arrays(
     if dispatch.choose("average_arrays", "cpu", backend) == "eager":
         _eager.average_arrays(inputs, weights, dtypes, out, out_dtype)
         return out
-    native = dispatch.native_module()
-    assert native is not None
-    native.weighted_average(
+    _native.weighted_average(
         [array.ctypes.data for array in inputs],
         [FLOAT_DTYPES[dtype][0] for dtype in dtypes],
         [float(weight) for weight in weights],

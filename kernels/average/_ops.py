@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.average import _eager
+from merit_fast.kernels.average import _eager, _native
 from merit_fast.kernels.average._dtypes import DTYPES
 
 _CHUNK = 1 << 20  # elements that eager holds in float64 at a time, and that a native thread takes
@@ -98,12 +98,9 @@ def _(
 def _average_native(
     columns: Sequence[tuple[list[Tensor], Tensor]], weights: Sequence[float]
 ) -> None:
-    native = dispatch.native_module()
-    assert native is not None
-
     def run(job: tuple[list[Tensor], Tensor, int]) -> None:
         tensors, target, first = job
-        native.weighted_average(
+        _native.weighted_average(
             [tensor.data_ptr() + first * tensor.itemsize for tensor in tensors],
             [DTYPES.index(tensor.dtype) for tensor in tensors],
             list(weights),

@@ -1,6 +1,6 @@
 """Merge methods that sparsify each branch's delta before they sum: rule as data, and reference.
 
-The native engine that merges files gives the same bits without ever holding a whole tensor.
+The native engine that merges files (csrc/engine/deltas.cpp) gives the same bits; it never holds a tensor.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,6 @@
-"""What lies between the products, by merit_fast._C: csrc/cross_entropy.inl."""
+"""The loss's calls of merit_fast._C (csrc/cross_entropy/): the steps between the products."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +16,12 @@ def update(
     labels: Tensor,
     state: Tensor,
 ) -> None:
-    """Carries state [4, M] float64 on: maximum, sum of exponentials, the label's logit, sum of logits."""
-    native = dispatch.native_module()
-    assert native is not None
+    """Update state [4, M] float64: maximum, sum of exponentials, label's logit, sum of logits."""
+    native = dispatch.native()
     native.loss_update(
-        _tile(logits, first, bias, softcap, labels), (state.data_ptr(), state.stride(0))
+        tile=_tile(native, logits, first, bias, softcap, labels),
+        state=state.data_ptr(),
+        stride=state.stride(0),
     )
 
 
@@ -31,25 +34,36 @@ def gradient(
     terms: Tensor,
     out: Tensor,
 ) -> None:
-    """out = the logits' gradient; terms [4, M] float32: shift, factor, target, uniform. ``out`` may be the logits."""
-    native = dispatch.native_module()
-    assert native is not None
-    tile = _tile(logits, first, bias, softcap, labels)
-    native.loss_gradient(tile, (terms.data_ptr(), terms.stride(0)), out.data_ptr())
+    """Write the gradient of the logits to ``out``, which may be the logits.
+
+    terms [4, M] float32: shift, factor, target, uniform.
+    """
+    native = dispatch.native()
+    native.loss_gradient(
+        tile=_tile(native, logits, first, bias, softcap, labels),
+        terms=terms.data_ptr(),
+        stride=terms.stride(0),
+        out=out.data_ptr(),
+    )
 
 
 def _tile(
-    logits: Tensor, first: int, bias: Tensor | None, softcap: float | None, labels: Tensor
-) -> tuple[int, bool, int, int, int, int, float, int, int]:
-    is_bf16, of_bias = logits.dtype == torch.bfloat16, 0 if bias is None else bias.data_ptr()
-    threads = torch.get_num_threads()
-    return (
-        logits.data_ptr(),
-        is_bf16,
-        *logits.shape,
-        first,
-        of_bias,
-        softcap or 0.0,
-        labels.data_ptr(),
-        threads,
+    native: Any,
+    logits: Tensor,
+    first: int,
+    bias: Tensor | None,
+    softcap: float | None,
+    labels: Tensor,
+) -> Any:
+    rows, columns = logits.shape
+    return native.LogitsTile(
+        logits=logits.data_ptr(),
+        bf16=logits.dtype == torch.bfloat16,
+        rows=rows,
+        columns=columns,
+        first=first,
+        bias=0 if bias is None else bias.data_ptr(),
+        softcap=softcap or 0.0,
+        labels=labels.data_ptr(),
+        threads=torch.get_num_threads(),
     )

@@ -1,6 +1,6 @@
-"""The native kernels' callers: where tensors lie becomes addresses and strides."""
+"""The layers' calls of merit_fast._C: where tensors lie becomes addresses and strides."""
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +8,6 @@ from torch import Tensor
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.layers._layout import as_rows, dense_rows
 
-ABSENT = (0, False, 0)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
@@ -22,13 +21,19 @@ def norm(
     rounds: bool,
 ) -> None:
     """out = RMSNorm(x) * scale, or of x + residual, which goes to ``total``."""
-    kept, given = _given(out, x, residual, total)
-    x_rows, residual_rows, total_rows = given
-    native().norm(
-        *_sizes(out), x_rows, residual_rows, total_rows, _rows(out, out.shape[-1]), scale.data_ptr(), epsilon, rounds,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    del kept
+    rows = _Rows(out)
+    rows.native.norm(
+        rows=rows.count,
+        cols=rows.cols,
+        x=rows.matrix(x),
+        residual=rows.optional(residual),
+        total=rows.optional(total),
+        out=rows.dense(out),
+        scale=scale.data_ptr(),
+        epsilon=epsilon,
+        round_first=rounds,
+        threads=torch.get_num_threads(),
+    )
 
 
 def norm_backward(
@@ -40,115 +45,134 @@ def norm_backward(
     epsilon: float,
     dscale: Tensor | None,
 ) -> None:
-    kept, (dout_rows, x_rows, dtotal_rows) = _given(dx, dout, x, dtotal)
-    native().norm_backward(
-        *_sizes(dx), dout_rows, x_rows, dtotal_rows, _rows(dx, dx.shape[-1]), scale.data_ptr(), epsilon,
-        0 if dscale is None else dscale.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    del kept
+    """Write the gradients of ``norm``; ``dtotal`` is added to that of x."""
+    rows = _Rows(dx)
+    rows.native.norm_backward(
+        rows=rows.count,
+        cols=rows.cols,
+        dout=rows.matrix(dout),
+        x=rows.matrix(x),
+        dtotal=rows.optional(dtotal),
+        dx=rows.dense(dx),
+        scale=scale.data_ptr(),
+        epsilon=epsilon,
+        dscale=0 if dscale is None else dscale.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
 
 
 def gated(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
-    kept, (gate_rows, up_rows) = _given(out, gate, up)
-    flat = _as_one_row(_sizes(out), gate_rows, up_rows)
-    native().gated(
-        *flat,
-        gate_rows,
-        up_rows,
-        _rows(out, out.shape[-1]),
-        ACTIVATIONS[activation],
-        torch.get_num_threads(),
+    """out = activation(gate) * up."""
+    rows = _Rows(out)
+    matrices = {"gate": rows.matrix(gate), "up": rows.matrix(up), "out": rows.dense(out)}
+    rows.join_if_dense()
+    rows.native.gated(
+        rows=rows.count,
+        cols=rows.cols,
+        **matrices,
+        activation=ACTIVATIONS[activation],
+        threads=torch.get_num_threads(),
     )
-    del kept
 
 
 def gated_backward(
     dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: str
 ) -> None:
-    """dgate and dup lie alike: dense, or the halves of a dense tensor."""
-    kept, (dout_rows, gate_rows, up_rows, dgate_rows, dup_rows) = _given(
-        dgate, dout, gate, up, dgate, dup
+    """Write the gradients of ``gated``. dgate and dup are dense, or halves of a dense tensor."""
+    rows = _Rows(dgate)
+    matrices = {
+        "dout": rows.matrix(dout),
+        "gate": rows.matrix(gate),
+        "up": rows.matrix(up),
+        "dgate": rows.matrix(dgate),
+        "dup": rows.matrix(dup),
+    }
+    rows.join_if_dense()
+    rows.native.gated_backward(
+        rows=rows.count,
+        cols=rows.cols,
+        **matrices,
+        activation=ACTIVATIONS[activation],
+        threads=torch.get_num_threads(),
     )
-    flat = _as_one_row(_sizes(dgate), dout_rows, gate_rows, up_rows, dgate_rows, dup_rows)
-    native().gated_backward(
-        *flat,
-        dout_rows,
-        gate_rows,
-        up_rows,
-        dgate_rows,
-        dup_rows,
-        ACTIVATIONS[activation],
-        torch.get_num_threads(),
-    )
-    del kept
 
 
 def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, backward: bool
 ) -> None:
+    """Rotate the heads of q and k; ``backward`` rotates the other way."""
+    native = dispatch.native()
     q, k, cos, sin = (dense_rows(x) for x in (q, k, cos, sin))
     batch, _, tokens, width = q.shape
-    native().rope(
-        (batch, tokens, width, cos.shape[-1]), _heads(q), _heads(k), _heads(q_out), _heads(k_out),
-        _positions(cos), _positions(sin), backward, torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def native() -> ModuleType:
-    module = dispatch.native_module()
-    assert module is not None
-    return module
-
-
-Rows = tuple[int, bool, int]
-
-
-def _rows(x: Tensor, stride: int) -> Rows:
-    return x.data_ptr(), x.dtype == torch.bfloat16, stride
-
-
-def _given(out: Tensor, *tensors: Tensor | None) -> tuple[list[Tensor], list[Rows]]:
-    """The tensors as rows in the order of ``out``'s, beside the copies that must outlive the call."""
-    kept, rows = [], []
-    for x in tensors:
-        if x is None:
-            rows.append(ABSENT)
-        else:
-            x, stride = as_rows(x, out)
-            kept.append(x)
-            rows.append(_rows(x, stride))
-    return kept, rows
-
-
-def _sizes(x: Tensor) -> tuple[int, int]:
-    cols = x.shape[-1]
-    return (x.numel() // cols if cols else 0), cols
-
-
-def _as_one_row(sizes: tuple[int, int], *tensors: Rows) -> tuple[int, int]:
-    """One long row where all are dense: threads then share it evenly, however narrow its rows are."""
-    rows, cols = sizes
-    return (1, rows * cols) if all(stride == cols for *_, stride in tensors) else sizes
-
-
-def _heads(x: Tensor) -> tuple[int, bool, int, int, int, int]:
-    return (
-        x.data_ptr(),
-        x.dtype == torch.bfloat16,
-        x.shape[1],
-        x.stride(0),
-        x.stride(1),
-        x.stride(2),
+    native.rope(
+        batch=batch,
+        tokens=tokens,
+        width=width,
+        rotary=cos.shape[-1],
+        q=_heads(native, q),
+        k=_heads(native, k),
+        q_out=_heads(native, q_out),
+        k_out=_heads(native, k_out),
+        cos=_positions(native, cos),
+        sin=_positions(native, sin),
+        backward=backward,
+        threads=torch.get_num_threads(),
     )
 
 
-def _positions(x: Tensor) -> tuple[int, bool, int, int, int, int]:
+class _Rows:
+    """Tensors as matrices with the rows of ``like``; keeps copies that must outlive the call."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.native = dispatch.native()
+        self.like = like
+        self.cols = like.shape[-1]
+        self.count = like.numel() // self.cols if self.cols else 0
+        self._kept: list[Tensor] = []
+        self._are_dense = True
+
+    def matrix(self, x: Tensor) -> Any:
+        values, stride = as_rows(x, self.like)
+        self._kept.append(values)
+        self._are_dense = self._are_dense and stride == self.cols
+        return self._matrix(values, stride)
+
+    def optional(self, x: Tensor | None) -> Any:
+        return None if x is None else self.matrix(x)
+
+    def dense(self, x: Tensor) -> Any:
+        return self._matrix(x, self.cols)
+
+    def join_if_dense(self) -> None:
+        """Make one long row if all are dense, which threads share evenly, however narrow rows are."""
+        if self._are_dense:
+            self.cols = self.count * self.cols
+            self.count = 1
+
+    def _matrix(self, x: Tensor, stride: int) -> Any:
+        return self.native.LayerMatrix(
+            data=x.data_ptr(), bf16=x.dtype == torch.bfloat16, stride=stride
+        )
+
+
+def _heads(native: Any, x: Tensor) -> Any:
+    return native.RopeHeads(
+        data=x.data_ptr(),
+        bf16=x.dtype == torch.bfloat16,
+        heads=x.shape[1],
+        batch_stride=x.stride(0),
+        head_stride=x.stride(1),
+        token_stride=x.stride(2),
+    )
+
+
+def _positions(native: Any, x: Tensor) -> Any:
     """cos or sin [B or 1, T, R], as if with one head."""
-    return (
-        x.data_ptr(),
-        x.dtype == torch.bfloat16,
-        1,
-        x.stride(0) if len(x) > 1 else 0,
-        0,
-        x.stride(1),
+    return native.RopeHeads(
+        data=x.data_ptr(),
+        bf16=x.dtype == torch.bfloat16,
+        heads=1,
+        batch_stride=x.stride(0) if len(x) > 1 else 0,
+        head_stride=0,
+        token_stride=x.stride(1),
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.sketch import _eager
+from merit_fast.kernels.sketch import _eager, _native
 from merit_fast.kernels.sketch._target import SketchTarget
 
 
@@ -26,25 +26,14 @@ def sketch_rows(
     backend: str | None,
 ) -> None:
     key = _eager.hash_key(seed, name)
-    place = (first_row, first_column, columns)
-    target = SketchTarget(offsets, *place, key, scale, out)
+    target = SketchTarget(offsets, first_row, first_column, columns, key, scale, out)
     chosen = dispatch.choose("flat_sketch", gradient.device.type, backend)
     if chosen == "triton":
         from merit_fast.kernels.sketch import _triton
 
         _triton.sketch_rows(gradient, row_ids, target)
     elif chosen == "cpu":
-        native = dispatch.native_module()
-        assert native is not None
-        native.sketch_rows(
-            _matrix(gradient),
-            offsets.data_ptr(),
-            0 if row_ids is None else row_ids.data_ptr(),
-            place,
-            key & 0xFFFFFFFFFFFFFFFF,
-            _scale(scale),
-            _output(out),
-        )
+        _native.sketch_rows(gradient, row_ids, target)
     else:
         _eager.sketch_rows(gradient, row_ids, target)
 
@@ -64,8 +53,7 @@ def sketch_linear(
     backend: str | None,
 ) -> None:
     key = _eager.hash_key(seed, name)
-    place = (first_row, first_column, columns)
-    target = SketchTarget(offsets, *place, key, scale, out)
+    target = SketchTarget(offsets, first_row, first_column, columns, key, scale, out)
     chosen = dispatch.choose("linear_grad_sketch", dy.device.type, backend)
     if chosen == "triton":
         from merit_fast.kernels.sketch import _triton
@@ -76,17 +64,7 @@ def sketch_linear(
 
         _cuda.sketch_linear(dy, x, target)
     elif chosen == "cpu":
-        native = dispatch.native_module()
-        assert native is not None
-        native.sketch_linear(
-            _matrix(dy),
-            _matrix(x),
-            offsets.data_ptr(),
-            place,
-            key & 0xFFFFFFFFFFFFFFFF,
-            _scale(scale),
-            _output(out),
-        )
+        _native.sketch_linear(dy, x, target)
     else:
         _eager.sketch_linear(dy, x, target)
 
@@ -101,33 +79,7 @@ def token_sums(
     """
     if dispatch.choose("flat_sketch", dy.device.type, backend) != "cpu":
         return _eager.token_sums(dy, x, offsets, epsilon)
-    native = dispatch.native_module()
-    assert native is not None
-    out = torch.zeros(len(offsets) - 1, dy.shape[1], dtype=torch.float32)
-    of_x = (0, False, dy.shape[1], 0) if x is None else _matrix(x)
-    epsilon = -1.0 if epsilon is None else epsilon
-    native.token_sums(
-        _matrix(dy),
-        of_x,
-        offsets.data_ptr(),
-        len(out),
-        epsilon,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def _matrix(values: Tensor) -> tuple[int, bool, int, int]:
-    return values.data_ptr(), values.dtype == torch.bfloat16, values.shape[1], values.stride(0)
-
-
-def _scale(scale: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if scale is None else (scale.data_ptr(), scale.stride(0))
-
-
-def _output(out: Tensor) -> tuple[int, int, int, int]:
-    return out.data_ptr(), out.shape[0], out.shape[1], torch.get_num_threads()
+    return _native.token_sums(dy, x, offsets, epsilon)
 
 
 def _nothing(*arguments: object) -> None:

@@ -5,6 +5,8 @@ import re
 import pytest
 from support.doc_pages import PAGES, ROOT, anchors_of, inline_code, links_of, name_of
 
+from merit_fast.data.formats import row_formats_markdown
+
 FOLDERS = ("merit_fast", "kernels", "csrc", "bench", "tests", "docs", "examples", ".ci", ".github")
 
 
@@ -40,3 +42,7 @@ def test_links_lead_to_files_and_headings(page):
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 100 and len(text.split()) <= 1300
+
+
+def test_the_quick_start_lists_every_row_format():
+    assert row_formats_markdown() in (ROOT / "docs" / "quickstart.md").read_text()

@@ -35,6 +35,20 @@ def test_without_the_native_module_the_choice_is_eager_and_cpu_says_why(no_nativ
         dispatch.choose("flat_sketch", "cpu", "cpu")
 
 
+def test_without_the_native_module_native_raises(no_native):
+    with pytest.raises(BackendUnavailableError, match="merit_fast._C was not built"):
+        dispatch.native()
+
+
+def test_the_native_modules_structs_and_functions_take_names_only():
+    native = dispatch.native()
+    with pytest.raises(TypeError):
+        native.SketchMatrix(0, False, 64, 64)
+    with pytest.raises(TypeError):
+        native.square_sum([], [], False, 1)
+    assert native.square_sum(data=[], sizes=[], bf16=False, threads=1) == 0.0
+
+
 def test_doctor_table_shows_choice_and_reasons(no_native):
     rows = {row["op"]: row for row in dispatch.backend_table()}
     assert rows.keys() == dispatch.OPS.keys()

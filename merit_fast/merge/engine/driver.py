@@ -4,32 +4,26 @@ Memory is threads x (K + 1) x chunk, whatever the model's size.
 """
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average.deltas import SQUARES_CHUNK, DeltaRule
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine import reference
+from merit_fast.merge.engine import native, reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Segment, Shard
-from merit_fast.merge.engine.values import factors, nonfinite_error, scale_grid
-from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
+from merit_fast.merge.read.checkpoint import ITEM_BYTES
 from merit_fast.merge.read.decoded import MadeEntry, is_float, value_dtype
 from merit_fast.merge.read.remote import Location
 
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
-_CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
 
 Advance = Callable[[int], None]  # told how many more elements are done
 
@@ -136,30 +130,24 @@ class _Engine:
     ) -> None:
         self.config, self.opened, self.advance = config, opened, advance
         self.takes_gram, self.from_base = takes_gram, from_base
-        self.native = (
-            dispatch.native_module()
-            if dispatch.choose("merge_files", "cpu", backend) == "cpu"
-            else None
-        )
+        self.is_native = dispatch.choose("merge_files", "cpu", backend) == "cpu"
 
     def run(self, segments: Sequence[Segment]) -> dict[str, Array]:
         grams: dict[str, Array] = {}
+        run = native.run if self.is_native else reference.run
         for batch in _batches(segments):
             pieces, gram = self._pieces(batch)
             step = self._step(batch)
-            if self.native is None:
-                reference.run(
-                    batch,
-                    self.config,
-                    self.opened,
-                    step,
-                    pieces,
-                    gram,
-                    self.from_base,
-                    self.advance,
-                )
-            else:
-                self._run_native(batch, step, pieces, gram)
+            run(
+                batch,
+                self.config,
+                self.opened,
+                step,
+                pieces,
+                gram,
+                self.from_base,
+                self.advance,
+            )
             grams |= gram_by_tensor(batch, pieces, gram)
         return grams
 
@@ -179,74 +167,6 @@ class _Engine:
         if self.takes_gram or (isinstance(rule, DeltaRule) and rule.weigh_by_squares):
             return GRAM_CHUNK
         return chunk_elements(batch, self.config, self.config.chunk_kib * 1024)
-
-    def _run_native(
-        self, batch: Sequence[Segment], step: int, pieces: npt.NDArray[np.int64], gram: Array
-    ) -> None:
-        native, config, alive = self.native, self.config, []  # type: ignore[var-annotated]
-        assert native is not None
-        packed = [
-            (
-                s.num_elements,
-                self.opened.output,
-                s.output_offset,
-                _CODES[s.dtype],
-                [self._source(e, alive) for e in s.inputs],
-            )
-            for s in batch
-        ]
-        done = np.zeros(1, np.int64)
-        rule, read = batch[0].rule, self.opened.remote_read
-        with _watch(done, self.advance):
-            if isinstance(rule, DeltaRule):
-                result = native.merge_deltas(
-                    packed[0], native.TensorRule(*astuple(rule)), read, step, config.threads, config.allow_nonfinite,
-                    config.fsync,
-                    pieces, gram, done,
-                )  # fmt: skip
-            else:
-                result = native.merge_sums(
-                    packed, [list(s.rule) for s in batch], read, step, config.threads,  # type: ignore[arg-type]
-                    config.allow_nonfinite, config.fsync,
-                    pieces, gram, self.from_base, done,
-                )  # fmt: skip
-        error, segment, element, source, nonfinite = result
-        if nonfinite:
-            raise nonfinite_error(batch[segment], element, step, self.opened)
-        if error:
-            self.opened.raise_remote()
-            where = batch[segment].inputs[source].file if source >= 0 else "output"
-            raise MeritFastError(
-                f"{where}: {os.strerror(error)} while merging {batch[segment].names[0]}"
-            )
-
-    def _source(self, entry: TensorEntry, alive: list[np.ndarray]) -> Any:
-        """The engine's view of an input. ``alive`` keeps the small arrays that it points to."""
-        assert self.native is not None
-        made = isinstance(entry, MadeEntry)
-        source = self.native.Source(
-            self.opened.number(entry.file), entry.offset, _CODES.get(entry.dtype, 0)
-        )
-        if not isinstance(entry, MadeEntry):
-            return source
-        cols = entry.shape[-1] if entry.shape else 1
-        if entry.dtype not in FLOAT_DTYPES:
-            grid = scale_grid(entry.scales, self.opened) if entry.scales else np.ones((1, 1))
-            block = (
-                (entry.scales.block_rows, entry.scales.block_cols)
-                if entry.scales
-                else (1 << 62, 1 << 62)
-            )
-            alive.append(grid)
-            source.scale(entry.dtype == "F8_E5M2", cols, *block, grid.shape[1], grid.ctypes.data)
-        pair = factors(entry, self.opened)
-        if pair is not None and made and entry.low_rank is not None:
-            alive.extend(pair)
-            left, right = pair
-            source.add_low_rank(
-                left.ctypes.data, right.ctypes.data, left.shape[1], cols, entry.low_rank.scaling
-            )
-        return source
 
 
 def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -272,28 +192,3 @@ def _copy_equal(segment: Segment, files: OpenFiles) -> None:
                     f"{segment.inputs[0].file}"
                 )
         files.write(chunks[0], segment.output_offset + at * item)
-
-
-@contextmanager
-def _watch(done: npt.NDArray[np.int64], advance: Advance) -> Any:
-    """Reports a counter that C++ advances while it holds no GIL."""
-    stop, reported = threading.Event(), 0
-
-    def report() -> None:
-        nonlocal reported
-        now = int(done[0])
-        advance(now - reported)
-        reported = now
-
-    def watch() -> None:
-        while not stop.wait(0.1):
-            report()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        report()

@@ -1,0 +1,57 @@
+// Conversions of numbers and functions that vectorize, with the same bits on every level.
+
+static inline float as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+static inline uint32_t as_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+
+static inline uint16_t bits_to_bf16(uint32_t bits) {
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return uint16_t(nan ? 0x7fc0u : rounded);
+}
+
+static inline float widen(uint16_t bf16) { return as_float(uint32_t(bf16) << 16); }
+
+template <class T>
+static inline float value_of(T x) {
+  if constexpr (sizeof(T) == 2)
+    return widen(x);
+  else
+    return x;
+}
+
+// Returns a float as T: itself, or the nearest bf16.
+template <class T>
+static inline T rounded_to(float value) {
+  if constexpr (sizeof(T) == 2)
+    return bits_to_bf16(as_bits(value));
+  else
+    return value;
+}
+
+// e^x within 2 units in the last place (Cephes' polynomial); 0 below -86.9, infinity above 88.7,
+// NaN for NaN.
+static inline float exp_of(float x) {
+  const float inside = x < -86.9f ? -86.9f : x > 88.7f ? 88.7f : x;  // NaN passes
+  const float shifted = inside * 1.44269504f + 12582912.f;  // the last bits are the nearest integer
+  const float n = shifted - 12582912.f;
+  const float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  const uint32_t power = (as_bits(shifted) + 126u) << 23;  // 2^(n - 1), since 2^128 is no float
+  const float value = p * as_float(power) * 2.f;
+  return x < -86.9f ? 0.f : x > 88.7f ? as_float(0x7f800000u) : value;
+}

@@ -1,0 +1,222 @@
+// merit_fast._C: merges of files. Arrays come as DLPack with noconvert, since a converted copy
+// would lose the output.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <cerrno>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+
+#include "common/bindings.h"
+#include "engine/streaming.h"
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+
+namespace {
+
+// [P, 3]: segment, first element, elements.
+using Pieces = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// [P, branches, branches].
+using Grams = nb::ndarray<double, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+// [1], grows while the merge runs.
+using Counter = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void check_segment(const Segment& s) {
+  if (s.elements < 1 || s.inputs.empty() || s.weights.size() > s.inputs.size())
+    throw std::invalid_argument(
+        "merge: a segment needs elements, inputs and at most as many weights");
+}
+
+void check_rule(const TensorRule& r, size_t branches) {
+  const auto fits = [&](size_t size) { return size == 0 || size == branches; };
+  if (r.weight.size() != branches || !fits(r.top.size()) || r.keep.size() != r.top.size() ||
+      !fits(r.stream.size()) || r.density.size() != r.stream.size() ||
+      r.epsilon.size() != r.stream.size())
+    throw std::invalid_argument("merge_deltas: a rule needs one entry per branch");
+}
+
+GramJob gram_job(const Pieces& pieces, const Grams& gram, bool from_base, size_t inputs) {
+  const size_t branches = gram.shape(1);
+  if (pieces.shape(1) != 3 || gram.shape(0) != pieces.shape(0) || gram.shape(2) != branches ||
+      branches + (from_base ? 1 : 0) > inputs)
+    throw std::invalid_argument("merge: pieces must be [P, 3] and gram [P, branches, branches]");
+  GramJob job{.pieces = {}, .branches = int(branches), .from_base = from_base, .gram = gram.data()};
+  for (size_t p = 0; p < pieces.shape(0); p++)
+    job.pieces.push_back(
+        {.segment = pieces(p, 0), .first = pieces(p, 1), .elements = pieces(p, 2)});
+  return job;
+}
+
+// read(file, offset, bytes, address) -> errno. Workers call it with the GIL held.
+RemoteRead remote_read(const nb::object& read) {
+  return [read](int64_t file, int64_t offset, int64_t n, char* out) {
+    const nb::gil_scoped_acquire acquire;
+    if (read.is_none()) return EBADF;
+    try {
+      return nb::cast<int>(read(file, offset, n, reinterpret_cast<uintptr_t>(out)));
+    } catch (nb::python_error&) {
+      return EIO;
+    }
+  };
+}
+
+// Arguments that both merges share.
+struct Settings {
+  const nb::object& read;
+  int64_t chunk_elements;
+  int threads;
+  bool allow_nonfinite, write_early;
+};
+
+template <class Merge>
+MergeResult run(const AverageKernels& kernels, const Settings& settings, Counter& elements_done,
+                const Merge& merge) {
+  if (settings.chunk_elements < 1 || settings.threads < 1 || elements_done.size() != 1)
+    throw std::invalid_argument("merge: bad chunk_elements, threads or elements_done");
+  const RemoteRead remote = remote_read(settings.read);
+  const Engine engine{.kernels = kernels,
+                      .remote = remote,
+                      .chunk_elements = settings.chunk_elements,
+                      .threads = settings.threads,
+                      .allow_nonfinite = settings.allow_nonfinite,
+                      .write_early = settings.write_early,
+                      .elements_done = elements_done.data()};
+  const nb::gil_scoped_release release;
+  return merge(engine);
+}
+
+void define_sources(nb::module_& m) {
+  nb::class_<Scales>(m, "Scales")
+      .def(
+          "__init__",
+          [](Scales* self, bool e5m2, int64_t cols, int64_t block_rows, int64_t block_cols,
+             int64_t scale_cols, uintptr_t values) {
+            new (self) Scales{.e5m2 = e5m2,
+                              .cols = cols,
+                              .block_rows = block_rows,
+                              .block_cols = block_cols,
+                              .scale_cols = scale_cols,
+                              .values = pointer<const double>(values)};
+          },
+          nb::kw_only(), "e5m2"_a, "cols"_a, "block_rows"_a, "block_cols"_a, "scale_cols"_a,
+          "values"_a);
+  nb::class_<LowRank>(m, "LowRank")
+      .def(
+          "__init__",
+          [](LowRank* self, uintptr_t left, uintptr_t right, int64_t rank, int64_t cols,
+             double factor) {
+            new (self) LowRank{.left = pointer<const float>(left),
+                               .right = pointer<const float>(right),
+                               .rank = rank,
+                               .cols = cols,
+                               .factor = factor};
+          },
+          nb::kw_only(), "left"_a, "right"_a, "rank"_a, "cols"_a, "factor"_a);
+  nb::class_<Source>(m, "Source")
+      .def(
+          "__init__",
+          [](Source* self, int64_t file, int64_t offset, int64_t stored,
+             std::optional<Scales> scales, std::optional<LowRank> low_rank) {
+            new (self) Source{.file = file,
+                              .offset = offset,
+                              .stored = dtype(stored),
+                              .scales = scales,
+                              .low_rank = low_rank};
+          },
+          nb::kw_only(), "file"_a, "offset"_a, "stored"_a, "scales"_a.none() = nb::none(),
+          "low_rank"_a.none() = nb::none());
+}
+
+void define_segment(nb::module_& m) {
+  nb::class_<Segment>(m, "Segment")
+      .def(
+          "__init__",
+          [](Segment* self, int64_t elements, int output_fd, int64_t output_offset,
+             int64_t output_type, std::vector<Source> inputs, std::vector<double> weights) {
+            Segment segment{.elements = elements,
+                            .output_fd = output_fd,
+                            .output_offset = output_offset,
+                            .output_type = dtype(output_type),
+                            .inputs = std::move(inputs),
+                            .weights = std::move(weights)};
+            check_segment(segment);
+            new (self) Segment(std::move(segment));
+          },
+          nb::kw_only(), "elements"_a, "output_fd"_a, "output_offset"_a, "output_type"_a,
+          "inputs"_a, "weights"_a);
+  nb::class_<MergeResult>(m, "MergeResult")
+      .def_ro("error", &MergeResult::error)
+      .def_ro("segment", &MergeResult::segment)
+      .def_ro("element", &MergeResult::element)
+      .def_ro("input", &MergeResult::input)
+      .def_ro("nonfinite", &MergeResult::nonfinite);
+}
+
+// The fields of DeltaRule in kernels/average/deltas.py.
+void define_rule(nb::module_& m) {
+  nb::class_<TensorRule>(m, "TensorRule")
+      .def(
+          "__init__",
+          [](TensorRule* self, std::vector<double> weight, std::vector<int64_t> top,
+             std::vector<int64_t> keep, double variance_share, std::vector<uint64_t> stream,
+             std::vector<double> density, std::vector<double> epsilon, int64_t row, bool elect,
+             bool normalize, bool weigh_by_squares, double scale) {
+            new (self) TensorRule{.weight = std::move(weight),
+                                  .top = std::move(top),
+                                  .keep = std::move(keep),
+                                  .variance_share = variance_share,
+                                  .stream = std::move(stream),
+                                  .density = std::move(density),
+                                  .epsilon = std::move(epsilon),
+                                  .row = row,
+                                  .elect = elect,
+                                  .normalize = normalize,
+                                  .weigh_by_squares = weigh_by_squares,
+                                  .scale = scale};
+          },
+          nb::kw_only(), "weight"_a, "top"_a, "keep"_a, "variance_share"_a, "stream"_a, "density"_a,
+          "epsilon"_a, "row"_a, "elect"_a, "normalize"_a, "weigh_by_squares"_a, "scale"_a);
+}
+
+}  // namespace
+
+void define_engine(nb::module_& m, const AverageKernels& kernels) {
+  define_sources(m);
+  define_segment(m);
+  define_rule(m);
+
+  m.def(
+      "merge_sums",
+      [&kernels](const std::vector<Segment>& segments, const nb::object& read,
+                 int64_t chunk_elements, int threads, bool allow_nonfinite, bool write_early,
+                 const Pieces& pieces, const Grams& gram, bool from_base, Counter elements_done) {
+        const size_t inputs = segments.empty() ? 1 : segments[0].inputs.size();
+        const GramJob grams = gram_job(pieces, gram, from_base, inputs);
+        return run(kernels, {read, chunk_elements, threads, allow_nonfinite, write_early},
+                   elements_done,
+                   [&](const Engine& engine) { return merge_sums(engine, segments, grams); });
+      },
+      nb::kw_only(), "segments"_a, "read"_a.none(), "chunk_elements"_a, "threads"_a,
+      "allow_nonfinite"_a, "write_early"_a, "pieces"_a.noconvert(), "gram"_a.noconvert(),
+      "from_base"_a, "elements_done"_a.noconvert());
+  m.def(
+      "merge_deltas",
+      [&kernels](const Segment& tensor, const TensorRule& rule, const nb::object& read,
+                 int64_t chunk_elements, int threads, bool allow_nonfinite, bool write_early,
+                 const Pieces& pieces, const Grams& gram, Counter elements_done) {
+        check_rule(rule, tensor.inputs.size() - 1);
+        const GramJob grams = gram_job(pieces, gram, true, tensor.inputs.size());
+        return run(kernels, {read, chunk_elements, threads, allow_nonfinite, write_early},
+                   elements_done,
+                   [&](const Engine& engine) { return merge_deltas(engine, tensor, rule, grams); });
+      },
+      nb::kw_only(), "tensor"_a, "rule"_a, "read"_a.none(), "chunk_elements"_a, "threads"_a,
+      "allow_nonfinite"_a, "write_early"_a, "pieces"_a.noconvert(), "gram"_a.noconvert(),
+      "elements_done"_a.noconvert());
+}

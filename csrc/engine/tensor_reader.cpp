@@ -1,0 +1,132 @@
+#include "engine/tensor_reader.h"
+
+#include <algorithm>
+#include <cerrno>
+
+namespace {
+
+const int64_t kSampleRuns = 64;     // runs of a sample
+const int64_t kSampleLength = 256;  // elements of each
+
+size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+TensorReader::TensorReader(const Engine& engine, const Segment& tensor, int64_t row)
+    : engine_(engine),
+      tensor_(tensor),
+      branches_(int(tensor.inputs.size()) - 1),
+      row_(row),
+      step_(engine.chunk_elements),
+      workers_(size_t(engine.threads)) {
+  if (row > 0) step_ = std::max(row, step_ / row * row);
+  step_ = std::min(step_, tensor.elements);
+  chunks_ = (tensor.elements + step_ - 1) / step_;
+  for (const Source& s : tensor.inputs) types_.push_back(s.type());
+}
+
+int64_t TensorReader::length(int64_t chunk) const {
+  return std::min(step_, tensor_.elements - chunk * step_);
+}
+
+bool TensorReader::fail(int error, int64_t chunk, int64_t input, bool nonfinite) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (result_.segment < 0) result_ = {error, 0, chunk * step_, input, nonfinite};
+  return false;
+}
+
+Buffers* TensorReader::buffers(int worker) {
+  Buffers& b = workers_[size_t(worker)];
+  if (b.memory) return &b;
+  const size_t n = size_t(step_);
+  const size_t count = tensor_.inputs.size();
+  size_t widest = item_bytes(tensor_.output_type);
+  bool any_decoded = false;
+  for (const Source& s : tensor_.inputs) {
+    widest = std::max(widest, item_bytes(s.type()));
+    any_decoded |= s.is_decoded();
+  }
+  const size_t stride = round_up(n * widest);
+  const size_t words = round_up(n * 4);
+  const size_t all_ranks = row_ > 0 ? words * size_t(branches_) : 0;
+  const size_t rank_bytes = all_ranks + size_t(row_) * 16;
+  const size_t scratch_bytes = any_decoded ? n * 16 : 0;
+  b.memory = page_aligned(stride * (count + 1) + scratch_bytes + words + rank_bytes + 64);
+  if (!b.memory) return nullptr;
+  char* start = b.memory.get();
+  for (size_t k = 0; k < count; k++) b.inputs.push_back(start + stride * k);
+  b.out = start + stride * count;
+  b.sizes = reinterpret_cast<float*>(b.out + stride);
+  b.ranks = reinterpret_cast<uint32_t*>(b.out + stride + words);
+  b.rank_space = b.ranks + all_ranks / 4;
+  b.scratch = b.out + stride + words + round_up(rank_bytes);
+  b.mix_space.resize(size_t(branches_) * size_t(kMixBlock));
+  return &b;
+}
+
+bool TensorReader::read(Buffers* b, const std::vector<size_t>& inputs, int64_t first, int64_t n) {
+  for (size_t k : inputs) {
+    char* to = static_cast<char*>(const_cast<void*>(b->inputs[k]));
+    const int error =
+        read_source(engine_.kernels, engine_.remote, tensor_.inputs[k], first, n, to, b->scratch);
+    if (error) return fail(error, first / step_, int64_t(k), false);
+  }
+  return true;
+}
+
+bool TensorReader::read_all_inputs(Buffers* b, int64_t chunk) {
+  std::vector<size_t> inputs;
+  for (size_t k = 0; k < tensor_.inputs.size(); k++) inputs.push_back(k);
+  return read(b, inputs, chunk * step_, length(chunk));
+}
+
+void TensorReader::delta_sizes(Buffers* b, int ranking, int64_t n) const {
+  engine_.kernels.delta_sizes(b->inputs.data(), types_.data(), branches_, ranking, 0, n, b->sizes);
+}
+
+// Returns the inputs that a set of rankings needs: the base, and the branches they rank (all for
+// the variance).
+std::vector<size_t> TensorReader::needed(const std::vector<int>& rankings) const {
+  std::vector<bool> used(size_t(branches_) + 1, false);
+  used[size_t(branches_)] = true;
+  for (int ranking : rankings)
+    for (int k = 0; k < branches_; k++)
+      if (ranking == k || ranking == kVariance) used[size_t(k)] = true;
+  std::vector<size_t> inputs;
+  for (size_t k = 0; k < used.size(); k++)
+    if (used[k]) inputs.push_back(k);
+  return inputs;
+}
+
+bool TensorReader::scan(const std::vector<int>& wanted, const UseSizes& use) {
+  const std::vector<size_t> inputs = needed(wanted);
+  return for_each_chunk([&](Buffers* b, int worker, int64_t chunk) {
+    const int64_t n = length(chunk);
+    if (!read(b, inputs, chunk * step_, n)) return false;
+    for (size_t i = 0; i < wanted.size(); i++) {
+      if (i == 0 || wanted[i] != wanted[i - 1]) delta_sizes(b, wanted[i], n);
+      use(worker, chunk, i, b->sizes, n);
+    }
+    return true;
+  });
+}
+
+bool TensorReader::sample(const std::vector<int>& wanted, std::vector<float>* samples) {
+  const int64_t n = tensor_.elements;
+  const bool whole = n <= kSampleRuns * kSampleLength;
+  const int64_t length = std::min(whole ? step_ : std::min(kSampleLength, step_), n);
+  const int64_t runs = whole ? chunks_ : kSampleRuns;
+  const std::vector<size_t> inputs = needed(wanted);
+  Buffers* b = buffers(0);
+  if (!b) return fail(ENOMEM, 0, -1, false);
+  for (int64_t r = 0; r < runs; r++) {
+    const int64_t first = whole ? r * step_ : (n - length) / (runs - 1) * r;
+    const int64_t m = std::min(length, n - first);
+    if (!read(b, inputs, first, m)) return false;
+    for (size_t i = 0; i < wanted.size(); i++) {
+      delta_sizes(b, wanted[i], m);
+      samples[i].insert(samples[i].end(), b->sizes, b->sizes + m);
+    }
+  }
+  return true;
+}

@@ -1,0 +1,22 @@
+// Level "avx512_bf16": AVX-512 with dot products of bf16. Only the sketch has kernels of its own
+// here.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "levels/levels.h"
+#define MERIT_AVX512 1
+#define MERIT_AVX512_BF16 1
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+namespace level_avx512_bf16 {
+#include "common/numbers.inl"
+#include "common/splitmix64.inl"
+#include "sketch/sketch.inl"
+}  // namespace level_avx512_bf16
+#pragma GCC pop_options
+#endif

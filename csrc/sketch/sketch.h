@@ -1,0 +1,60 @@
+// CountSketch, hash version 2, which kernels/sketch/__init__.py defines.
+#pragma once
+#include <cstdint>
+
+// Rows of examples laid end to end: example b has the rows offsets[b] .. offsets[b + 1] - 1.
+struct SketchMatrix {
+  const void* data;  // [rows, cols], float or bf16 bits
+  bool bf16;
+  int64_t cols, row_stride;  // elements
+};
+
+// Where a sketch goes: a shard of a parameter, which starts at (first_row, first_col) of all_cols
+// columns.
+struct SketchTarget {
+  const int64_t* offsets;  // [examples + 1]
+  int64_t examples;
+  int64_t first_row, first_col, all_cols;
+  uint64_t key;      // of (hash version, seed, parameter name)
+  int64_t proj_dim;  // multiple of 64 * 64
+  const float*
+      scale;  // [rows, cols] of the shard, multiplies the gradient before it is hashed; or null
+  int64_t scale_stride;  // elements
+  float* out;            // [examples, proj_dim], added to
+  int parts,
+      threads;  // parts <= proj_dim / (64 * 64); part p owns the buckets r with r % parts == p
+};
+
+// Gradients that exist: row n is row row_ids[n] of the parameter, or without ids first_row + its
+// place in the example.
+struct SketchRows : SketchTarget {
+  SketchMatrix x;
+  const int64_t* row_ids;  // or null
+};
+
+// 32-bit words per thread; next to a sketch of 65536 floats it takes half of L2.
+const int64_t kLinearScratch = 80 * 1024;
+
+// dY^T X of each example; rows of the matrices are tokens.
+struct LinearSketch : SketchTarget {
+  SketchMatrix dy, x;
+  uint32_t* scratch;  // [threads, kLinearScratch], aligned to 64 bytes
+};
+
+// out[b, c] += the sum over the tokens of example b of dy[., c] * x[., c]. With `normalize` each
+// row of x is first divided by its root mean square.
+struct TokenSums {
+  SketchMatrix dy, x;      // x without data: sums dy only
+  const int64_t* offsets;  // [examples + 1]
+  int64_t examples;
+  bool normalize;
+  float epsilon;  // added to the mean square
+  float* out;     // [examples, dy.cols]
+  int threads;
+};
+
+struct SketchKernels {
+  void (*rows)(const SketchRows& job);
+  void (*linear)(const LinearSketch& job);
+  void (*token_sums)(const TokenSums& job);
+};

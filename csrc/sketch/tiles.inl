@@ -1,0 +1,112 @@
+// Tiles of the CountSketch: bucket, permutation and signs of each, and the addition of a run of
+// columns.
+
+static const int kTile = 64;
+
+// Draw of the hash for one tile of 64 x 64 entries.
+struct Tile {
+  float* bucket;  // 64 x 64 floats of the sketch
+  uint32_t row_mask, col_mask;
+  uint64_t row_signs, col_signs;  // a set bit means minus
+};
+
+// Every `buckets` tiles in a row get one bucket each, in turn, from a random bucket on.
+static inline uint64_t bucket_of(uint64_t key, uint64_t tile, uint64_t buckets) {
+  const uint64_t deal = splitmix64(key, 4 * (tile / buckets) + 3);
+  return (tile + (((deal >> 32) * buckets) >> 32)) % buckets;
+}
+
+static inline Tile draw_tile(uint64_t key, uint64_t tile, uint64_t bucket, float* out) {
+  const uint64_t masks = splitmix64(key, 4 * tile);
+  return {out + bucket * kTile * kTile, uint32_t(masks & 63), uint32_t(masks >> 8 & 63),
+          splitmix64(key, 4 * tile + 1), splitmix64(key, 4 * tile + 2)};
+}
+
+// Returns the row of the tile's bucket to which row i goes, and the signs of its 64 columns.
+static inline float* bucket_row(const Tile& tile, int i, uint64_t& signs) {
+  signs = tile.col_signs ^ (0 - (tile.row_signs >> i & 1));
+  return tile.bucket + (uint32_t(i) ^ tile.row_mask) * kTile;
+}
+
+static inline float flip(float value, uint64_t sign) {
+  return as_float(as_bits(value) ^ uint32_t(sign & 1) << 31);
+}
+
+#if defined(MERIT_AVX512)
+static inline __m512 load16(const float* v) { return _mm512_loadu_ps(v); }
+static inline __m512 load16(const uint16_t* v) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+#elif defined(MERIT_AVX2)
+static inline __m256 load8(const float* v) { return _mm256_loadu_ps(v); }
+static inline __m256 load8(const uint16_t* v) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(v));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+#endif
+
+#if defined(MERIT_AVX512)
+// row[j ^ col_mask] += sign_j * value[j - first] for 16 columns.
+static inline void add16(__m512 value, int first, uint32_t col_mask, uint64_t signs, float* row) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i source = _mm512_xor_si512(lanes, _mm512_set1_epi32(int(col_mask & 15)));
+  const __m512i bits = _mm512_castps_si512(value), minus = _mm512_set1_epi32(int(0x80000000u));
+  const __m512i turned = _mm512_mask_xor_epi32(bits, __mmask16(signs >> first), bits, minus);
+  const __m512 moved = _mm512_castsi512_ps(_mm512_permutexvar_epi32(source, turned));
+  float* at = row + (uint32_t(first) ^ (col_mask & 48));
+  _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), moved));
+}
+#endif
+
+// row[j ^ col_mask] += sign_j * v[j - first] for COUNT columns of a tile from `first` on, both
+// multiples of 16.
+template <int COUNT, class T>
+static inline void add_run(const T* v, int first, uint32_t col_mask, uint64_t signs, float* row) {
+#if defined(MERIT_AVX512)
+  for (int j = first; j < first + COUNT; j += 16)
+    add16(load16(v + (j - first)), j, col_mask, signs, row);
+#elif defined(MERIT_AVX2)
+  const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  const __m256i source = _mm256_xor_si256(lanes, _mm256_set1_epi32(int(col_mask & 7)));
+  const __m256i to_top_bit = _mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31);
+  const __m256i top_bit = _mm256_set1_epi32(int(0x80000000u));
+  for (int j = first; j < first + COUNT; j += 8) {
+    const __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32(int(signs >> j)), to_top_bit);
+    const __m256 minus = _mm256_castsi256_ps(_mm256_and_si256(bits, top_bit));
+    const __m256 moved =
+        _mm256_permutevar8x32_ps(_mm256_xor_ps(load8(v + (j - first)), minus), source);
+    float* at = row + (uint32_t(j) ^ (col_mask & 56));
+    _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), moved));
+  }
+#else
+  for (int j = first; j < first + COUNT; j++)
+    row[uint32_t(j) ^ col_mask] += flip(value_of(v[j - first]), signs >> j);
+#endif
+}
+
+static const int kStrip = 64;  // tiles drawn at a time
+
+// Tiles of one strip of 64 rows that one part owns; at most kStrip.
+struct Strip {
+  Tile tiles[kStrip];
+  int64_t column[kStrip];  // first column of each tile in the parameter
+  int count;
+};
+
+// Draws the tiles of the strip in column tiles from .. to - 1 whose buckets belong to the part.
+template <class Job>
+static inline void draw_strip(const Job& job, int64_t strip, int64_t from, int64_t to, int part,
+                              float* out, Strip& drawn) {
+  const uint64_t buckets = uint64_t(job.proj_dim / (kTile * kTile));
+  const int64_t tiles = (job.all_cols + kTile - 1) / kTile;
+  drawn.count = 0;
+  for (int64_t c = from; c < to; c++) {
+    const uint64_t tile = uint64_t(strip * tiles + c);
+    const uint64_t bucket = bucket_of(job.key, tile, buckets);
+    if (bucket % uint64_t(job.parts) != uint64_t(part)) continue;
+    drawn.tiles[drawn.count] = draw_tile(job.key, tile, bucket, out);
+    drawn.column[drawn.count] = c * kTile;
+    drawn.count++;
+  }
+}
