@@ -148,6 +148,8 @@ def benchmark_modules():
     return sorted({name for text in texts for name in re.findall(r"python -m (bench[\w.]+)", text)})
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_benchmarks_show_their_help():
     """All in one process: each import costs seconds."""
     modules = benchmark_modules()
