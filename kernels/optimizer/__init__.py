@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -229,7 +228,10 @@ class FusedAdamW(torch.optim.Optimizer):
             held("average"),
             clip,
             list(self._rates(lr, beta1, beta2, steps, states)),
-            _keys(self.options.seed, steps, [member.number for member in members]),
+            [
+                _key(self.options.seed, step, member.number)
+                for step, member in zip(steps, members, strict=True)
+            ],
             numbers,
             self.options.rounding == "stochastic",
             self.options.zero_grad,
@@ -260,9 +262,9 @@ class FusedAdamW(torch.optim.Optimizer):
         return state
 
 
-def _keys(seed: int, steps: Sequence[int], numbers: Sequence[int]) -> list[int]:
-    """64 signed bits for each tensor: SplitMix64 of seed, step and parameter number in turn."""
-    key = np.zeros(len(steps), np.int64)
-    for values in (_splitmix.signed(seed), np.array(steps), np.array(numbers)):
-        key = _splitmix.draw(key + values, np.zeros_like(key))
-    return [int(each) for each in key]
+def _key(seed: int, step: int, number: int) -> int:
+    """64 signed bits: SplitMix64 of seed, step and parameter number in turn."""
+    key = 0
+    for value in (seed, step, number):
+        key = _splitmix.draw(key + value, 0)
+    return key

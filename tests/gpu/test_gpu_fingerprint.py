@@ -16,13 +16,13 @@ from support.gpu import gate as gpu_gate
 from support.gpu.code import GpuLaunch, compile_launch
 from support.gpu.fingerprint import fingerprint
 
+pytestmark = pytest.mark.compile
+
 TWO_TARGETS = {"sm_90": 90, "gfx942": "gfx942"}
 
 SOURCE = """
 import triton
 import triton.language as tl
-
-pytestmark = pytest.mark.compile
 
 STEP = tl.constexpr(3)
 

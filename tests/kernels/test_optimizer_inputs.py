@@ -42,7 +42,7 @@ def test_step_returns_the_closures_loss_and_skips_parameters_without_gradient(ba
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure)) == 3.0
+    assert float(optimizer.step(closure).detach()) == 3.0
     assert torch.allclose(used, torch.full((3,), 0.9)) and torch.equal(unused, torch.ones(3))
     assert unused not in optimizer.state
     FusedAdamW([unused], max_norm=1.0, backend=backend).step()  # no gradient at all
