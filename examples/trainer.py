@@ -2,8 +2,8 @@
 
     python examples/trainer.py MODEL OUT ROWS.jsonl --steps 100 --learning-rate 1e-5
 
-MODEL is a directory or a hub id. ROWS are chat, prompt/completion, alpaca or sharegpt rows; only the
-assistant's tokens are in the loss. The trained model lies in OUT. Needs the extra ``trainer``.
+MODEL is a directory or a hub id. ROWS are chat, prompt/completion, alpaca or sharegpt rows. Only
+the assistant's tokens are in the loss. The trained model lies in OUT. Needs the extra ``trainer``.
 """
 
 import argparse
