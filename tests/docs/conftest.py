@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support.doc_pages import ROOT
+from support.docs.pages import ROOT
 from support.tiny import TASKS, chat_row, make_model, make_tokenizer
 
 SEEDS = {"BASE": 0, "A": 1, "B": 2}

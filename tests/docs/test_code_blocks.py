@@ -9,7 +9,7 @@ import sys
 import tomllib
 
 import pytest
-from support.doc_pages import (
+from support.docs.pages import (
     LANGUAGES,
     NAMED,
     PAGES,

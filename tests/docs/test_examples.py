@@ -5,7 +5,7 @@ import runpy
 import sys
 
 from safetensors import safe_open
-from support.doc_pages import ROOT
+from support.docs.pages import ROOT
 
 EXAMPLES = ROOT / "examples"
 
