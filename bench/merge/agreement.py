@@ -23,7 +23,6 @@ from safetensors.numpy import load_file, save_file
 from bench.merge import mergekit_env
 from bench.merge.checkpoints import INDEX_FILE, MODELS, SIZES, ensure_checkpoints, layout
 from merit_fast.merge import MergeConfig, merge_models
-from merit_fast.progress import SilentProgress
 
 BEYOND_ROUNDING = 1e-6
 DRIVER = """
@@ -171,16 +170,10 @@ def recipe(case: Case, paths: list[Path]) -> str:
 
 def run_ours(case: Case, paths: list[Path], out: Path) -> None:
     weights = WEIGHTS if case.models > 1 else (1.0,)
-    models = [(path, None) for path in paths[1 : case.models + 1]]
     given = {"weights": weights[: case.models]} if case.weighted else {}
     config = MergeConfig(method=case.method, dtype="fp32", fsync=False, **given, **case.ours)  # type: ignore[arg-type]
-    merge_models(
-        models,
-        out,
-        config,
-        SilentProgress(),
-        paths[0] if case.base and case.method != "slerp" else None,
-    )
+    base = paths[0] if case.base and case.method != "slerp" else None
+    merge_models(paths[1 : case.models + 1], base=base, out=out, config=config)
 
 
 def read(model: Path) -> dict[str, np.ndarray]:

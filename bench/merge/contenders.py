@@ -33,12 +33,11 @@ def peak_mib() -> float:
 def call_library(out: Path, models: Sequence[Path], fsync: bool = False) -> dict[str, float]:
     """``merge_models`` called from Python."""
     from merit_fast.merge import MergeConfig, merge_models
-    from merit_fast.progress import SilentProgress
 
     config = MergeConfig(weights="uniform", **({} if fsync else no_fsync()))
     imported = peak_mib()
     clock = start_clock()
-    merge_models([(model, None) for model in models], out, config, SilentProgress())
+    merge_models(models, out=out, config=config)
     return {**clock(), "inner_peak_mib": peak_mib(), "imports_mib": imported}
 
 

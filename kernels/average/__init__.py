@@ -13,17 +13,10 @@ import numpy.typing as npt
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average import _eager, _native
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# safetensors' names -> (code in csrc/common/dtypes.h, numpy type of the stored bits)
-FLOAT_DTYPES: dict[str, tuple[int, npt.DTypeLike]] = {
-    "BF16": (0, np.uint16),
-    "F16": (1, np.float16),
-    "F32": (2, np.float32),
-    "F64": (3, np.float64),
-}
 
 
 def weighted_average(

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.kernels import _splitmix
-from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average._eager import float64_to_bf16, to_float64
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

@@ -120,7 +120,7 @@ def _add_merge(parser: Parser) -> Work:
         "--param",
         action="append",
         metavar="KEY=VALUE",
-        help="sets any key of the `merge` section; repeatable",
+        help="sets any key of the `merge` section, or a number of a registered method; repeatable",
     )
     add(
         "--share",
@@ -135,10 +135,9 @@ def _add_merge(parser: Parser) -> Work:
 
 
 def _merge(arguments: Arguments, options: type[Any]) -> None:
-    parameters: list[str] = arguments.param or []
-    for text in parameters:
-        if "=" not in text:
-            raise InputError(f"command line: --param: must be KEY=VALUE, got {text!r}")
+    from merit_fast.cli.merge import describe, merge_command, param_assignments
+
+    parameters = param_assignments(arguments.param or [], arguments.method)
     assignments = [*parameters, *assignments_of(arguments, options)]
     if not (arguments.model or arguments.run or arguments.mergekit):
         if arguments.dry_run or arguments.base or arguments.share or arguments.validation:
@@ -150,8 +149,6 @@ def _merge(arguments: Arguments, options: type[Any]) -> None:
         raise InputError(
             "command line: merge: with --model, --run or --mergekit needs exactly one OUT directory"
         )
-    from merit_fast.cli.merge import describe, merge_command
-
     progress = progress_of(arguments)
     summary = merge_command(
         arguments.inputs[0],
@@ -162,7 +159,7 @@ def _merge(arguments: Arguments, options: type[Any]) -> None:
         assignments,
         progress,
         dry_run=arguments.dry_run,
-        shard=arguments.share,
+        share=arguments.share,
         tune=_tune(arguments.validation, progress),
     )
     print(json.dumps(summary) if arguments.as_json else describe(summary, arguments.dry_run))

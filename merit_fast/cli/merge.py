@@ -1,7 +1,8 @@
-"""The command `merge`: a run's stage, any checkpoints, a run's branches, or a mergekit recipe. Imports no torch."""
+"""The command `merge`, of checkpoints, a run's branches, or a mergekit recipe. Imports no torch."""
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.read.remote import Location, as_location
-from merit_fast.merge.stage import check_places
+from merit_fast.merge.stage import check_paths
+from merit_fast.merge.table import DEFAULT_METHOD, METHODS
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.progress import Progress
 
@@ -30,10 +32,10 @@ def merge_command(
     progress: Progress,
     *,
     dry_run: bool = False,
-    shard: str | None = None,
+    share: str | None = None,
     tune: Tune | None = None,
 ) -> dict[str, Any]:
-    """Merges what one of ``models``, ``run`` or ``mergekit`` names into the directory ``out``.
+    """Merges the models that ``models``, ``run`` or ``mergekit`` name into the directory ``out``.
 
     Args:
         models: DIR or DIR:WEIGHT each.
@@ -41,18 +43,19 @@ def merge_command(
         mergekit: a YAML recipe of mergekit.
         assignments: ``key=value`` of MergeConfig.
         dry_run: check and plan only.
-        shard: "i/n".
-        tune: chooses what --scale auto and --weights fit leave open, on rows that were given; None: there are none.
+        share: "i/n", this process's part of the output files.
+        tune: chooses the scale or weights on held-out rows; None: there are none.
 
     Returns:
-        the summary of ``merge_models``; with "tuned", what was chosen and why, where something was.
+        the summary of ``merge_models``, with "tuned" if rows chose a number.
 
     Raises:
-        InputError: not exactly one of the three is given; options that do not go together; see ``merge_models``.
+        InputError: not exactly one of the three, or options that exclude each other; see
+            ``merge_models``.
     """
-    if sum(given is not None for given in (models or None, run, mergekit)) != 1:
+    if sum(source is not None for source in (models or None, run, mergekit)) != 1:
         raise InputError("command line: merge: give one of --model, --run and --mergekit")
-    share = _share(shard)
+    number_and_count = _share(share)
     if mergekit is not None:
         from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit
 
@@ -63,7 +66,7 @@ def merge_command(
         recipe = read_mergekit(Path(mergekit), assignments)
         for note in recipe.notes:
             progress.note(note)
-        return merge_recipe(recipe, out, progress, dry_run=dry_run, share=share)
+        return merge_recipe(recipe, out, progress, dry_run=dry_run, share=number_and_count)
     config = parse(MergeConfig, override({}, assignments), "command line")
     pairs: list[tuple[Location, float | None]]
     pairs = (
@@ -71,26 +74,75 @@ def merge_command(
         if models
         else [(p, None) for p in _branches(Path(run or ""))]
     )
+    paths = [path for path, _ in pairs]
+    weights = _weights(pairs)
     if tune is None:
         require_numbers(config)
-        return merge_models(pairs, out, config, progress, base, dry_run=dry_run, share=share)
+        return merge_models(
+            paths,
+            weights,
+            base,
+            out=out,
+            config=config,
+            progress=progress,
+            dry_run=dry_run,
+            share=number_and_count,
+        )
     if not config.is_tuned:
         raise InputError(
             "command line: merge: --validation goes with --scale auto or --weights fit"
         )
-    if dry_run or shard:
+    if dry_run or share:
         raise InputError(
             "command line: merge: --dry-run and --share go with a scale and weights in numbers"
         )
-    check_places([as_location(path) for path, _ in pairs], as_location(out))
-    start = as_location(base) if base else None
-    chosen = tune([(as_location(path), weight) for path, weight in pairs], start, config)
-    if config.weights == "fit":  # it was pulled towards the weights given
-        pairs = [(path, None) for path, _ in pairs]
+    return _merge_tuned(tune, pairs, weights, base, out, config, progress)
+
+
+def _merge_tuned(
+    tune: Tune,
+    pairs: Sequence[tuple[Location, float | None]],
+    weights: list[float] | None,
+    base: str | None,
+    out: str,
+    config: MergeConfig,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Chooses the open numbers on held-out rows, then merges with them."""
+    paths = [path for path, _ in pairs]
+    check_paths(paths, as_location(out))
+    chosen = tune(pairs, as_location(base) if base else None, config)
+    if config.weights == "fit":  # it was pulled towards the models' weights
+        weights = None
     config = config.filled(chosen.weights, chosen.scale)
     records = {TUNE_FILE: manifest_text(chosen)}
-    summary = merge_models(pairs, out, config, progress, base, records=records)
+    summary = merge_models(
+        paths, weights, base, out=out, config=config, progress=progress, records=records
+    )
     return summary | {"tuned": to_plain(chosen)}
+
+
+def param_assignments(params: Sequence[str], method: str | None) -> list[str]:
+    """``--param KEY=VALUE`` as assignments to MergeConfig.
+
+    With a registered method, a key that is no option of every merge is one of the method's
+    parameters.
+
+    Raises:
+        InputError: not of the form KEY=VALUE.
+    """
+    options = {field.name for field in fields(MergeConfig)}
+    pairs = [text.partition("=") for text in params]
+    for text, (_, equals, _) in zip(params, pairs, strict=True):
+        if not equals:
+            raise InputError(f"command line: --param: must be KEY=VALUE, got {text!r}")
+    named = method or next((value for key, _, value in pairs if key == "method"), DEFAULT_METHOD)
+    if named in METHODS:
+        return list(params)
+    return [
+        text if key.partition(".")[0] in options else f"parameters.{text}"
+        for text, (key, _, _) in zip(params, pairs, strict=True)
+    ]
 
 
 def describe(summary: dict[str, Any], dry_run: bool) -> str:
@@ -106,9 +158,12 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
         else "this share is done, others are missing"
     )
     lines.append(
-        f"{summary['merged']}: {state}: {summary['method']}, {summary['parameters']:,} parameters in "
-        f"{summary['tensors']} tensors and {summary['shards']} files, {summary['bytes_in']:,} bytes in, "
-        f"{summary['bytes_out']:,} out, {summary['buffer_bytes']:,} of buffers, {summary['free_bytes']:,} free on disk"
+        f"{summary['merged']}: {state}: {summary['method']}, {summary['parameters']:,} "
+        "parameters in "
+        f"{summary['tensors']} tensors and {summary['shards']} files, {summary['bytes_in']:,} "
+        "bytes in, "
+        f"{summary['bytes_out']:,} out, {summary['buffer_bytes']:,} of buffers, "
+        f"{summary['free_bytes']:,} free on disk"
     )
     return "\n".join(lines)
 
@@ -128,12 +183,12 @@ def _branches(run: Path) -> list[Path]:
     from merit_fast.manifests.io import read_manifest
     from merit_fast.manifests.schemas import BranchManifest
 
-    found = [
+    manifests = [
         (read_manifest(BranchManifest, file), file.parent)
         for file in sorted(run.glob("branches/*/branch.json"))
     ]
     branches = sorted(
-        ((branch.group, path) for branch, path in found if branch.arm == "merit"),
+        ((branch.group, path) for branch, path in manifests if branch.arm == "merit"),
         key=lambda pair: pair[0],
     )
     if not branches:
@@ -153,6 +208,16 @@ def _split_weight(text: str) -> tuple[Location, float | None]:
         raise InputError(
             f"command line: --model: must be DIR or DIR:WEIGHT, got {text!r}"
         ) from None
+
+
+def _weights(pairs: Sequence[tuple[Location, float | None]]) -> list[float] | None:
+    weights = [weight for _, weight in pairs if weight is not None]
+    if weights and len(weights) < len(pairs):
+        raise InputError(
+            f"merge: give a weight to every model or to none, "
+            f"got {len(weights)} for {len(pairs)} models"
+        )
+    return weights or None
 
 
 def _share(text: str | None) -> tuple[int, int]:

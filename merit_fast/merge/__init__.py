@@ -1,22 +1,30 @@
-"""Stage three: token-weighted averaging of sharded checkpoints, streamed from files to files. Imports no torch.
+"""Stage MERGE: checkpoints and weights in; one checkpoint or loaded model out. Imports no torch.
 
-checkpoint, adapter, sources (headers) -> methods (rules) -> layout, plan (byte ranges) -> stream (the engine)
--> shards, companions (files) -> stage (directories); memory does without files.
+The methods stand in ``table``. Data flows from ``read`` (headers) through ``combine`` (numbers) and
+``engine`` (bytes) to ``write`` (files) or ``in_memory`` (models).
 """
 
-from merit_fast.merge.combine.rules import combine
+from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.combine.weights import resolve_weights
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.in_memory.state_dicts import load_merged, merge_state_dicts
-from merit_fast.merge.stage import merge_branches, merge_models, same_bytes
+from merit_fast.merge.in_memory.state_dicts import merge_state_dicts
+from merit_fast.merge.parameters import Parameter
+from merit_fast.merge.prepared import PreparedMerge, method_fingerprint, prepare_merge, same_bytes
+from merit_fast.merge.registry import register_method
+from merit_fast.merge.stage import load_merged, merge_branches, merge_models
 
 __all__ = [
     "MergeConfig",
+    "Parameter",
+    "PreparedMerge",
     "combine",
     "load_merged",
     "merge_branches",
     "merge_models",
     "merge_state_dicts",
+    "method_fingerprint",
+    "prepare_merge",
+    "register_method",
     "resolve_weights",
     "same_bytes",
 ]

@@ -1,19 +1,21 @@
-"""Parameters that may differ from tensor to tensor: by a part of the name, and along the layers."""
+"""Parameters of merge methods. A value may differ by a tensor's name and along the layers."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from merit_fast.options.fields import option
+from merit_fast.options.fields import option, require
 
 Gradient = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a list of cases: ``value`` holds where a name contains ``filter`` (None, "*": always).
+    """One line of a list of cases: ``value`` holds where a name contains ``filter``.
 
-    ``slice``: it holds in one slice of a stack only (merge/slices.py, from 0).
+    A filter of None or "*" matches every name. ``slice`` restricts the case to one slice of a stack
+    (merge/read/slices.py), counted from 0.
     """
 
     value: float | Gradient
@@ -21,13 +23,71 @@ class Case:
     slice: int | None = None
 
 
-# One number; a gradient over the layers; or cases, of which the first that matches a tensor's name counts.
+# A number; a gradient over the layers; or cases: the first that matches a name counts.
 Setting = float | Gradient | tuple[Case, ...]
 
 
 @dataclass(frozen=True)
+class Parameter:
+    """A number that a method takes, with its range. ``default`` None: it must be given."""
+
+    name: str
+    default: float | None
+    help: str
+    least: float = float("-inf")
+    most: float = float("inf")
+
+    def check(self, key: str, setting: Any) -> None:
+        """Raises InputError if a number of ``setting`` lies outside the range; ``key`` names it."""
+        if isinstance(setting, tuple):
+            require(len(setting) > 0, key, "a number or a list of at least one", list(setting))
+        for number in numbers_of(setting):
+            require(self._allows(number), key, self.range_text, number)
+
+    def _allows(self, number: float) -> bool:
+        return abs(number) < float("inf") and self.least <= number <= self.most
+
+    @property
+    def range_text(self) -> str:
+        """Range in words, as errors name it."""
+        has_least = self.least > float("-inf")
+        has_most = self.most < float("inf")
+        if has_least and has_most:
+            return f"between {self.least:g} and {self.most:g}"
+        if has_least:
+            return f"at least {self.least:g}"
+        return f"at most {self.most:g}" if has_most else "a finite number"
+
+
+WEIGHT = Parameter("weight", None, "weight of one model")
+SCALE = Parameter("scale", 1.0, "factor on the step from the base")
+DENSITY = Parameter("density", None, "share of every delta that is kept", 0.0, 1.0)
+GAMMA = Parameter("gamma", 0.01, "share of every delta's largest entries that is dropped", 0.0, 1.0)
+EPSILON = Parameter(
+    "epsilon",
+    0.15,
+    "della: keep probability, from density - epsilon (smallest entry of a row) to "
+    "density + epsilon (largest)",
+    0.0,
+    1.0,
+)
+SELECT_TOPK = Parameter(
+    "select_topk",
+    1.0,
+    "sce: share of the varying elements that is kept, largest variance",
+    0.0,
+    1.0,
+)
+T = Parameter(
+    "t", 0.5, "slerp: position on the arc from the first model (0) to the second (1)", 0.0, 1.0
+)
+# The numbers of the built-in methods; the options of a merge have a field for each.
+BUILT_IN = (SCALE, DENSITY, GAMMA, EPSILON, SELECT_TOPK, T)
+
+
+@dataclass(frozen=True)
 class ModelSettings:
-    """What holds for one model only; None: what holds for all."""
+    """Parameters of one model. None: the value that holds for all models."""
 
     weight: Setting | None = option(None, "weight of this model")
     density: Setting | None = option(None, "share of this model's delta that is kept")
@@ -38,36 +98,35 @@ class ModelSettings:
 
 
 class Layers:
-    """Which layer a tensor belongs to: the first number between dots in its name, as in ``model.layers.7.mlp``."""
+    """Layers of a model, by the first number between dots in a name (``model.layers.7.mlp``)."""
 
     def __init__(self, names: Iterable[str]) -> None:
         numbers = [number for name in names if (number := layer_of(name)) is not None]
         self.count = max(numbers, default=-1) + 1
 
     def position(self, name: str) -> float:
-        """0 at the first layer, 1 at the last or only one; 0 for what belongs to no layer."""
+        """Position of a tensor: 0 at the first layer and outside layers, 1 at the last one."""
         number = layer_of(name)
         if number is None:
             return 0.0
         return number / (self.count - 1) if self.count > 1 else 1.0
 
     def slice_of(self, name: str) -> int:
-        """The slice of the output the tensor is in; there is one alone unless layers are stacked."""
+        """Number of the output's slice that holds the tensor; only stacked layers have several."""
         return 0
 
     def name_in(self, model: int, name: str) -> str:
-        """What one model calls the output's tensor: another layer's number where layers are stacked."""
+        """Name of the output's tensor in one model; its layer differs where layers are stacked."""
         return name
 
 
 def setting_at(
     setting: Setting | None, name: str, layers: Layers, model: int | None = None
 ) -> float | None:
-    """The setting's value for one tensor; None where it says nothing about it.
+    """The setting's value for one tensor; None where no case matches.
 
-    Filters look at the output's name, or at the one that ``model`` has for it.
-
-    A gradient v[0..m-1] is linear between its points: at position t of the layer, p = t (m - 1).
+    Filters look at the name that ``model`` has for the tensor, else at the output's name. A
+    gradient v[0..m-1] is linear between its points: at position t of the layer, p = t (m - 1).
     """
     if setting is None:
         return None
@@ -82,26 +141,26 @@ def setting_at(
                 return setting_at(case.value, name, layers)
         return None
     gradient: Gradient = setting  # type: ignore[assignment]
-    place = layers.position(name) * (len(gradient) - 1)
-    below = int(place)
+    position = layers.position(name) * (len(gradient) - 1)
+    below = int(position)
     above = min(below + 1, len(gradient) - 1)
-    return (1.0 - (place - below)) * gradient[below] + (place - below) * gradient[above]
+    return (1.0 - (position - below)) * gradient[below] + (position - below) * gradient[above]
 
 
 def numbers_of(setting: Setting | None) -> list[float]:
-    """Every number a setting can give, for checks of its range. Between the points of a gradient it stays in theirs."""
+    """All numbers in a setting, for checks of its range."""
     if setting is None:
         return []
     if isinstance(setting, (int, float)):
         return [float(setting)]
     return [
-        n
-        for part in setting
-        for n in (numbers_of(part.value) if isinstance(part, Case) else [float(part)])
+        number
+        for item in setting
+        for number in (numbers_of(item.value) if isinstance(item, Case) else [float(item)])
     ]
 
 
 def layer_of(name: str) -> int | None:
     """The number of the layer a tensor belongs to."""
-    found = re.search(r"\.(\d{1,9})\.", name)
-    return int(found.group(1)) if found else None
+    match = re.search(r"\.(\d{1,9})\.", name)
+    return int(match.group(1)) if match else None

@@ -19,6 +19,7 @@ def option(
     flag: str | None = None,
     form: str | None = None,
     choices: Sequence[str] = (),
+    omit_default: bool = False,
 ) -> Any:
     """Declares a dataclass field with its help text.
 
@@ -28,10 +29,18 @@ def option(
         flag: name of the command-line flag; None: ``--field-name``; "": only YAML sets this field.
         form: the value as ``--help`` shows it, such as ``I/N``; None: made from the annotation.
         choices: words that ``--help`` lists, where the annotation does not spell them out.
+        omit_default: whether ``to_plain`` leaves the field out while it has its default, so that
+            fingerprints of older files stay as they are.
     """
     if isinstance(default, list):
         default = tuple(default)
-    metadata = {"help": help, "flag": flag, "form": form, "choices": tuple(choices)}
+    metadata = {
+        "help": help,
+        "flag": flag,
+        "form": form,
+        "choices": tuple(choices),
+        "omit_default": omit_default,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 

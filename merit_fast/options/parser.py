@@ -55,9 +55,25 @@ def parse(cls: type[T], values: Any, where: str, key: str = "") -> T:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """The dataclass as JSON-ready data, which ``parse`` turns into an equal dataclass."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    """The dataclass as JSON-ready data, which ``parse`` turns into an equal dataclass.
+
+    A field declared with ``omit_default`` is left out while it has its default.
+    """
+    plain: dict[str, Any] = json.loads(json.dumps(_plain(config)))
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {
+            field.name: _plain(item)
+            for field, item in items
+            if not (field.metadata.get("omit_default") and item == field.default)
+        }
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

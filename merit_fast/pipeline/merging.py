@@ -33,7 +33,7 @@ def merge_arm(
         tuned = _tune_arm(arm, directory, outputs, data, progress)
         config = config.filled(tuned.weights, tuned.scale)
     weights = resolve_weights(paths, config)
-    merge_branches(paths, weights, config, directory, progress, outputs.start)
+    merge_branches(paths, weights, outputs.start, directory, config, progress)
 
 
 def _tune_arm(

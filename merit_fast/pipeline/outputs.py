@@ -24,7 +24,7 @@ from merit_fast.manifests.stages import (
     TRAIN,
     Stage,
 )
-from merit_fast.merge import same_bytes
+from merit_fast.merge import method_fingerprint, same_bytes
 from merit_fast.model import model_fingerprint, resolve_model, settle_dtype
 from merit_fast.pipeline.arms import Branch, merged_arms, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig
@@ -148,6 +148,7 @@ class Outputs:
         if config.is_tuned:
             inputs["held-out"] = self.held_out_fingerprint
             inputs["rows per pass"] = str(self.config.evaluate.batch_size)
+        inputs |= method_fingerprint(config)
         return stage_manifest(MERGE.name, same_bytes(config), inputs)
 
     @property

@@ -53,7 +53,20 @@ EXCEPTIONS = {("merit_fast.split.config", "merit_fast.sketch.config")}
 
 # Inside the large folders data flows down these lists: a line imports only the lines above it.
 INSIDE = {
-    "merge": ("parameters", "config", "read", "combine", "engine", "write", "in_memory", "stage"),
+    "merge": (
+        "parameters",
+        "rules",
+        "table",
+        "registry",
+        "config",
+        "read",
+        "combine",
+        "engine",
+        "write",
+        "in_memory",
+        "prepared",
+        "stage",
+    ),
     "sketch": (
         "config",
         "selection",

@@ -1,4 +1,4 @@
-"""geometry.json: the Gram matrix of the branches' deltas, taken while merging, against plain fp64 tensor math."""
+"""geometry.json: the Gram matrix of the branches' deltas against plain fp64 tensor math."""
 
 import json
 
@@ -40,7 +40,7 @@ def models(tmp_path_factory):
 def merged_geometry(models, out, config=CONFIG, weights=WEIGHTS):
     base, branches = models
     out.mkdir(exist_ok=True)
-    merge_branches(branches, weights, config, out, SilentProgress(), base)
+    merge_branches(branches, weights, base, out, config, SilentProgress())
     return read_manifest(Geometry, out / "geometry.json")
 
 
@@ -65,9 +65,9 @@ def test_numbers_equal_tensor_math(models, tmp_path):
     assert np.allclose(np.diag(geometry.cosines), 1.0) and geometry.branches == ("b0", "b1", "b2")
     assert sorted(geometry.tensors) == names
     for name in names:
-        part = torch.stack([delta[name].flatten() for delta in deltas])
+        flat = torch.stack([delta[name].flatten() for delta in deltas])
         assert np.allclose(
-            geometry.tensors[name], (part @ part.T).numpy(), rtol=1e-12, atol=1e-18
+            geometry.tensors[name], (flat @ flat.T).numpy(), rtol=1e-12, atol=1e-18
         ), name
 
 
@@ -76,7 +76,7 @@ def test_the_merge_itself_does_not_change(models, tmp_path):
     merged_geometry_free = tmp_path / "without"
     merged_geometry_free.mkdir()
     merge_branches(
-        models[1], WEIGHTS, MergeConfig(), merged_geometry_free, SilentProgress(), models[0]
+        models[1], WEIGHTS, models[0], merged_geometry_free, MergeConfig(), SilentProgress()
     )
     for file in merged_geometry_free.iterdir():
         assert file.read_bytes() == (tmp_path / "with" / file.name).read_bytes(), file.name
@@ -102,7 +102,7 @@ from merit_fast.merge import MergeConfig, merge_branches
 from merit_fast.progress import SilentProgress
 out, base, *branches = map(Path, {paths!r})
 out.mkdir(exist_ok=True)
-merge_branches(branches, [.2, .3, .5], MergeConfig(stats=True), out, SilentProgress(), base)
+merge_branches(branches, [.2, .3, .5], base, out, MergeConfig(stats=True), SilentProgress())
 print((out / "geometry.json").read_text())
 """
 
@@ -120,7 +120,9 @@ def test_an_interrupted_merge_keeps_the_parts_of_finished_shards(models, tmp_pat
     from merit_fast.merge.write import shards
 
     whole = merged_geometry(models, tmp_path / "whole")
-    out, original, calls = tmp_path / "out", shards.write_shard, []
+    out = tmp_path / "out"
+    original = shards.write_shard
+    calls = []
 
     def stopping(*args, **kwargs):
         calls.append(1)
@@ -175,7 +177,8 @@ def test_pipeline_writes_it_on_demand(tmp_path, tiny_model, tiny_mixture, monkey
 
     monkeypatch.chdir(tmp_path)
     values = run_values(tiny_model, tiny_mixture)
-    values["train"]["arms"], values["merge"] = [], {"stats": True}
+    values["train"]["arms"] = []
+    values["merge"] = {"stats": True}
     (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
     summary = merit_fast.run("run.yml", "evaluate.max_new_tokens=2")
     geometry = json.loads((tmp_path / summary["merged"] / "geometry.json").read_text())
@@ -187,7 +190,7 @@ def test_pipeline_writes_it_on_demand(tmp_path, tiny_model, tiny_mixture, monkey
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "sce"])
 def test_thinned_deltas_are_measured_whole(tmp_path, method):
-    """Rows that divide no chunk, in a tensor of several chunks: the numbers are those of the tensors all the same."""
+    """Rows that divide no chunk, in a tensor of several chunks: the numbers stay the same."""
     tensors = [torch.randn(2000, 100) for _ in range(3)]
     paths = [write(tmp_path / f"m{k}", {"w": tensor}) for k, tensor in enumerate(tensors)]
     options = {} if method == "sce" else {"density": 0.5}

@@ -27,7 +27,9 @@ def reference(models, weights):
     loaded = [load(model) for model in models]
     result = {}
     for name in loaded[0]:
-        total = sum(w * one[name].double().numpy() for w, one in zip(weights, loaded, strict=True))
+        total = sum(
+            w * other[name].double().numpy() for w, other in zip(weights, loaded, strict=True)
+        )
         result[name] = float64_to_bf16(total.ravel())
     return result
 
@@ -37,7 +39,8 @@ def test_bytes_equal_the_fp64_average_rounded_once(branches, tmp_path, native, m
     if not native:
         monkeypatch.setattr(dispatch, "native_module", lambda: None)
     merge(branches, WEIGHTS, tmp_path / "out")
-    merged, truth = load(tmp_path / "out"), reference(branches, WEIGHTS)
+    merged = load(tmp_path / "out")
+    truth = reference(branches, WEIGHTS)
     assert merged.keys() == truth.keys()
     for name, tensor in merged.items():
         assert np.array_equal(tensor.view(torch.uint16).numpy().ravel(), truth[name]), name
@@ -67,9 +70,10 @@ def test_output_loads_and_is_laid_out_like_the_first_input(branches, tmp_path):
 
 def test_identical_branches_give_the_branch_back(branches, tmp_path):
     merge([branches[1]] * 3, [1 / 3] * 3, tmp_path / "out")
-    merged, one = load(tmp_path / "out"), load(branches[1])
+    merged = load(tmp_path / "out")
+    other = load(branches[1])
     assert all(
-        torch.equal(merged[name].view(torch.int16), one[name].view(torch.int16)) for name in one
+        torch.equal(merged[name].view(torch.int16), other[name].view(torch.int16)) for name in other
     )
 
 
@@ -90,7 +94,8 @@ def test_other_dtypes_mixed_shapes_and_integers(tmp_path):
         save_file(tensors(k), tmp_path / f"m{k}/model.safetensors", {"format": "pt"})
     merge([tmp_path / "m0", tmp_path / "m1"], [0.25, 0.75], tmp_path / "out")
     merged = load(tmp_path / "out")
-    a, b = tensors(0), tensors(1)
+    a = tensors(0)
+    b = tensors(1)
     for name in ("half", "single", "double"):
         exact = 0.25 * a[name].double() + 0.75 * b[name].double()
         assert torch.equal(merged[name], exact.to(a[name].dtype))
@@ -130,14 +135,16 @@ def test_linear_methods_are_their_formula(
     branches, tmp_path, method, normalize, scale, coefficients
 ):
     config = MergeConfig(weights=(1.0, 3.0), method=method, normalize=normalize, scale=scale)
-    models, base, out = branches[:2], branches[3], tmp_path / "out"
+    models = branches[:2]
+    base = branches[3]
+    out = tmp_path / "out"
     weights = resolve_weights(models, config)
     combination = combine(models, weights, base, config)
     entry = read_checkpoint(base).tensors["model.norm.weight"]
     assert combination.rule(entry) == coefficients
     assert combination.paths == (*models, base)[: len(coefficients)]
     out.mkdir()
-    merge_branches(models, weights, config, out, SilentProgress(), base)
+    merge_branches(models, weights, base, out, config, SilentProgress())
     name = "model.layers.1.mlp.up_proj.weight"
     truth = exact([*models, base][: len(coefficients)], coefficients, name)
     assert np.array_equal(load(out)[name].view(torch.uint16).numpy(), float64_to_bf16(truth))
@@ -147,8 +154,9 @@ def test_scale_0_gives_the_base_and_a_method_that_needs_one_says_so(branches, tm
     config = MergeConfig(weights="uniform", scale=0.0)
     out = tmp_path / "out"
     out.mkdir()
-    merge_branches(branches[:2], [0.5, 0.5], config, out, SilentProgress(), branches[2])
-    merged, base = load(out), load(branches[2])
+    merge_branches(branches[:2], [0.5, 0.5], branches[2], out, config, SilentProgress())
+    merged = load(out)
+    base = load(branches[2])
     assert all(torch.equal(merged[name], base[name]) for name in base)
     with pytest.raises(
         InputError, match="merge: method linear with a scale needs a base model; give --base"
@@ -182,12 +190,11 @@ def test_output_dtype_is_chosen_and_mixed_inputs_are_taken_then(branches, tmp_pa
 
 
 def test_dry_run_plans_and_writes_nothing(branches, tmp_path):
-    models = [(branch, 1.0) for branch in branches]
     config = MergeConfig(threads=3, chunk_kib=512)
-    plan = merge_models(models, tmp_path / "out", config, SilentProgress(), dry_run=True)
+    plan = merge_models(branches, "uniform", out=tmp_path / "out", config=config, dry_run=True)
     assert not list(tmp_path.iterdir())
     assert plan.pop("free_bytes") > plan["bytes_out"]
-    done = merge_models(models, tmp_path / "out", config, SilentProgress())
+    done = merge_models(branches, "uniform", out=tmp_path / "out", config=config)
     assert plan == {key: value for key, value in done.items() if key != "free_bytes"}
     assert plan["bytes_out"] == sum(
         f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")
@@ -205,7 +212,8 @@ from merit_fast.model import peak_memory_bytes, reset_peak_memory
 from merit_fast.progress import SilentProgress
 out = Path(sys.argv[1]); out.mkdir()
 reset_peak_memory(); before = peak_memory_bytes()
-merge_branches([Path(p) for p in sys.argv[2:]], [.5, .5], MergeConfig(), out, SilentProgress())
+models = [Path(p) for p in sys.argv[2:]]
+merge_branches(models, [.5, .5], None, out, MergeConfig(), SilentProgress())
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 print(peak_memory_bytes() - before)
 """

@@ -1,4 +1,4 @@
-"""What the merge takes and what it refuses: weights, broken files, models that do not fit, failing disks."""
+"""Inputs that a merge takes and refuses: weights, files, models, failing disks."""
 
 import shutil
 import subprocess
@@ -87,11 +87,11 @@ def test_models_that_do_not_fit_are_named(
 ):
     make_model(tmp_path / "other", dtype=dtype, **changes)
     for message in (of_configs, of_tensors):
-        models = [(branches[0], 0.5), (tmp_path / "other", 0.5)]
+        models = [branches[0], tmp_path / "other"]
         with pytest.raises(InputError, match=message):
-            merge_models(models, tmp_path / "out", MergeConfig(), SilentProgress())
+            merge_models(models, [0.5, 0.5], out=tmp_path / "out")
         with pytest.raises(InputError):
-            merge_models(models[::-1], tmp_path / "out", MergeConfig(), SilentProgress())
+            merge_models(models[::-1], [0.5, 0.5], out=tmp_path / "out")
         (tmp_path / "other" / "config.json").unlink(missing_ok=True)
     assert [file.name for file in tmp_path.iterdir()] == ["other"]
 
@@ -138,9 +138,12 @@ def test_a_full_disk_is_said_before_any_work(branches, tmp_path, monkeypatch):
 def test_a_write_that_fails_leaves_no_shard(branches, tmp_path):
     script = (
         "import resource, sys; from pathlib import Path; from merit_fast.merge import *;"
-        "from merit_fast.progress import SilentProgress; import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); out = Path(sys.argv[1]); out.mkdir();"
-        "merge_branches([Path(p) for p in sys.argv[2:]], [.25] * 4, MergeConfig(), out, SilentProgress())"
+        "from merit_fast.progress import SilentProgress; import signal; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); out = Path(sys.argv[1]); "
+        "out.mkdir();"
+        "merge_branches([Path(p) for p in sys.argv[2:]], [.25] * 4, None, out, MergeConfig(), "
+        "SilentProgress())"
     )
     arguments = [str(tmp_path / "out"), *map(str, branches)]
     result = subprocess.run(
@@ -158,7 +161,7 @@ def test_an_interrupted_merge_keeps_finished_shards(branches, tmp_path):
     shutil.copy(shards[0], out)
     (out / f"{shards[1].name}.part").write_bytes(b"half")
     stamp = (out / shards[0].name).stat().st_mtime_ns
-    merge_branches(branches, WEIGHTS, MergeConfig(), out, SilentProgress())
+    merge_branches(branches, WEIGHTS, None, out, MergeConfig(), SilentProgress())
     assert (out / shards[0].name).stat().st_mtime_ns == stamp
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {
         f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()

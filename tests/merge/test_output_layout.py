@@ -1,4 +1,4 @@
-"""Which tensors the output has and in which files: what inputs lack, sizes of files, the index."""
+"""Tensors and files of the output: missing tensors, sizes of files, the index."""
 
 import json
 
@@ -21,7 +21,7 @@ def tensors(names, k=0):
 
 @pytest.fixture
 def models(tmp_path):
-    """a, b, c in all; d not in m1; e in the base and m1; x in m1 alone."""
+    """a, b, c in all; d not in m1; e in the base and m1; x only in m1."""
     return (
         [write(tmp_path / "m0", tensors("abcd")), write(tmp_path / "m1", tensors("abcex", 10))],
         write(tmp_path / "base", tensors("abcde", 100)),
@@ -79,21 +79,21 @@ def test_base_puts_the_bases_tensor_in_the_gap(models, tmp_path):
 
 
 def test_shapes_and_dtypes_must_agree(tmp_path):
-    one = write(tmp_path / "m0", {"w": torch.zeros(3, 4), "ids": torch.arange(3)})
+    first_model = write(tmp_path / "m0", {"w": torch.zeros(3, 4), "ids": torch.arange(3)})
     turned = write(tmp_path / "m1", {"w": torch.zeros(4, 3), "ids": torch.arange(3)})
     with pytest.raises(
         InputError, match=r"m1/model.safetensors: w: shape must be \[3, 4\] .* got \[4, 3\]"
     ):
-        run([one, turned], tmp_path / "o1")
+        run([first_model, turned], tmp_path / "o1")
     half = write(tmp_path / "m2", {"w": torch.zeros(3, 4).half(), "ids": torch.arange(3)})
     with pytest.raises(
         InputError, match="w: dtype must be F32 .* got F16; merge.dtype chooses one"
     ):
-        run([one, half], tmp_path / "o2")
-    assert run([one, half], tmp_path / "o3", dtype="bf16")["w"].dtype == torch.bfloat16
+        run([first_model, half], tmp_path / "o2")
+    assert run([first_model, half], tmp_path / "o3", dtype="bf16")["w"].dtype == torch.bfloat16
     counts = write(tmp_path / "m4", {"w": torch.zeros(3, 4), "ids": torch.arange(3).float()})
     with pytest.raises(InputError, match="ids: dtype must be I64 as in .* got F32$"):
-        run([one, counts], tmp_path / "o4", dtype="fp32")
+        run([first_model, counts], tmp_path / "o4", dtype="fp32")
 
 
 # ---- files
@@ -109,18 +109,18 @@ def sharded(directory, files):
 def check_index(out):
     """The index agrees with the files, its totals with the tensors."""
     index = json.loads((out / INDEX).read_text())
-    found = {
+    listed = {
         entry.name: file.name
         for file in sorted(out.glob("*.safetensors"))
         for entry in read_header(file)
     }
-    assert index["weight_map"] == found and list(index["weight_map"]) == sorted(found)
+    assert index["weight_map"] == listed and list(index["weight_map"]) == sorted(listed)
     loaded = load(out)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in loaded.values())
     assert index["metadata"]["total_parameters"] == sum(
         tensor.numel() for tensor in loaded.values()
     )
-    return found
+    return listed
 
 
 def test_files_are_those_of_the_first_model(tmp_path):

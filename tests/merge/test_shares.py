@@ -1,4 +1,4 @@
-"""One merge by several processes, interrupted ones, checksums, and memory: the bytes are always those of one."""
+"""Merges by several processes, interrupted merges, checksums, memory: always the same bytes."""
 
 import json
 import multiprocessing
@@ -12,10 +12,10 @@ import torch
 from support.checks import tree_bytes
 from support.merges import load, write
 
+from merit_fast.cli.main import main
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.write.shards import checksum, verify_checksums
-from merit_fast.progress import SilentProgress
 
 OPTIONS = dict(
     method="ties", density=0.5, weights="uniform", shard_size="20K", checksum=True, stats=True
@@ -32,9 +32,9 @@ def killing(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = killing
-models = [(root / f"m{{k}}", None) for k in range(2)]
-print(merge_models(models, root / "out", MergeConfig(**{options!r}), SilentProgress(), root / "base",
-                   share=(i, n))["finished"])
+models = [root / f"m{{k}}" for k in range(2)]
+print(merge_models(models, base=root / "base", out=root / "out", share=(i, n),
+                   **{options!r})["finished"])
 """
 
 
@@ -52,8 +52,8 @@ def finish(process):
 
 def here(root, name="out", i=1, n=1, **options):
     config = MergeConfig(**OPTIONS | options)
-    models = [(root / f"m{k}", None) for k in range(2)]
-    return merge_models(models, root / name, config, SilentProgress(), root / "base", share=(i, n))
+    models = [root / f"m{k}" for k in range(2)]
+    return merge_models(models, base=root / "base", out=root / name, config=config, share=(i, n))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def whole(root):
-    """What one process writes, in several files."""
+    """Output of one process, in several files."""
     here(root, "whole")
     files = tree_bytes(root / "whole")
     assert len([file for file in files if file.endswith(".safetensors")]) >= 4
@@ -80,6 +80,22 @@ def whole(root):
         if "tmp" in file or "lock" in file or "xxh3" in file or "gram" in file
     ]
     return files
+
+
+@pytest.mark.parametrize("flag", ["--share", "--shard"])
+def test_the_command_takes_a_share_by_its_name_and_by_the_earlier_one(root, flag, monkeypatch):
+    models = [f"--model={root / 'm0'}", f"--model={root / 'm1'}", "--weights=uniform"]
+    words = ["merge", str(root / "out"), *models, "--shard-size=40K", "--json"]
+    monkeypatch.setattr(sys, "argv", ["merit-fast", *words, flag, "1/2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    parts = list((root / "out.tmp").glob("*.safetensors"))
+    monkeypatch.setattr(sys, "argv", ["merit-fast", *words, flag, "2/2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert 0 < len(parts) < len(list((root / "out").glob("*.safetensors")))
 
 
 def test_shares_one_after_the_other_are_one_merge(root, whole):
@@ -115,9 +131,15 @@ def test_a_share_that_is_none_is_refused(root, share):
 
 
 @pytest.mark.parametrize(
-    "kill_at", ["model-00001-of-00005.safetensors", "model-00004-of-00005.safetensors", "geometry.json", "index.json",
-                "stage.json"]
-)  # fmt: skip
+    "kill_at",
+    [
+        "model-00001-of-00005.safetensors",
+        "model-00004-of-00005.safetensors",
+        "geometry.json",
+        "index.json",
+        "stage.json",
+    ],
+)
 def test_a_killed_merge_goes_on_to_the_same_bytes(root, whole, kill_at):
     process = start(root, kill_at=kill_at)
     process.communicate(timeout=60)
@@ -128,7 +150,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(root, whole, kill_at):
     assert tree_bytes(root / "out") == whole
     assert {
         name: (root / "out" / name).stat().st_ino for name in inodes
-    } == inodes  # what was done is kept
+    } == inodes  # finished files are kept
 
 
 def test_a_killed_share_is_taken_up_by_its_next_try(root, whole):
@@ -215,8 +237,8 @@ def test_max_memory_makes_chunks_small_and_changes_no_byte(root, whole):
     config = MergeConfig(
         **OPTIONS | dict(stats=False, max_memory="200K", threads=2, chunk_kib=1024)
     )
-    models = [(root / f"m{k}", None) for k in range(2)]
-    plan = merge_models(models, root / "small", config, SilentProgress(), root / "base")
+    models = [root / f"m{k}" for k in range(2)]
+    plan = merge_models(models, base=root / "base", out=root / "small", config=config)
     assert plan["buffer_bytes"] <= 200 << 10
     assert load(root / "small").keys() == load(root / "whole").keys()
     for file in (root / "small").glob("*.safetensors"):
@@ -248,13 +270,14 @@ def test_processes_that_begin_at_once_share_the_directory(tmp_path, stale):
         if stale:  # what another merge left
             (path.with_name("out.tmp")).mkdir(parents=True)
             (path.with_name("out.tmp") / "fingerprint").write_text("another")
-        barrier, results = context.Barrier(4), context.Queue()
+        barrier = context.Barrier(4)
+        results = context.Queue()
         processes = [context.Process(target=begin, args=(path, barrier, results)) for _ in range(4)]
         for process in processes:
             process.start()
-        found = [results.get(timeout=30) for _ in processes]
+        answers = [results.get(timeout=30) for _ in processes]
         for process in processes:
             process.join()
-        assert not [error for error in found if isinstance(error, Exception)]
+        assert not [error for error in answers if isinstance(error, Exception)]
         assert sorted(file.name for file in path.parent.iterdir()) == ["out.tmp"]
         assert (path.with_name("out.tmp") / "mine").exists()

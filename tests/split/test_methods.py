@@ -8,7 +8,7 @@ from support.partitions import NAMES, mixture
 from support.paths import ROOT
 
 from merit_fast.errors import InputError
-from merit_fast.options.fields import parse
+from merit_fast.options.parser import parse
 from merit_fast.split.config import SplitConfig
 from merit_fast.split.search import methods
 from merit_fast.split.search.methods import METHODS, Assignment, SplitMethod

@@ -1,4 +1,4 @@
-"""The merge methods' formulas in plain fp64 NumPy, one tensor at a time, written from docs/method.md."""
+"""The merge methods' formulas in plain fp64 NumPy, one tensor at a time."""
 
 import hashlib
 
@@ -29,7 +29,7 @@ def splitmix(key, i):
 
 
 def size(x, base):
-    """What elements are ranked by: |x - base| in fp32."""
+    """Sizes that rank elements: |x - base| in fp32."""
     if torch.float64 in (x.dtype, base.dtype):
         with np.errstate(over="ignore"):
             return np.abs(f64(x) - f64(base)).astype(np.float32)
@@ -37,7 +37,7 @@ def size(x, base):
 
 
 def largest(sizes, first, count):
-    """Mask of the elements at places first .. first + count by falling size; the smaller index first among equals."""
+    """Mask of elements first .. first + count by falling size; smaller index first if equal."""
     mask = np.zeros(sizes.size, bool)
     mask[np.argsort(-sizes, kind="stable")[first : first + count]] = True
     return mask
@@ -48,7 +48,8 @@ def elect(weighted, weights, normalize, votes=None):
     total = np.zeros(weighted[0].size)
     for d in votes or weighted:
         total = total + d
-    mixed, divisor = np.zeros(total.size), np.zeros(total.size)
+    mixed = np.zeros(total.size)
+    divisor = np.zeros(total.size)
     for d, w in zip(weighted, weights, strict=True):
         agree = np.sign(d) == np.where(total >= 0, 1.0, -1.0)
         mixed[agree] += d[agree]
@@ -61,16 +62,18 @@ def each(value, count):
 
 
 def thinned(method, name, models, base, density, gamma, epsilon, seed):
-    """Every branch's delta without what the method drops, the rest enlarged where the method does that."""
+    """Every branch's delta without dropped elements, the rest enlarged if the method does that."""
     deltas = [f64(x) - f64(base) for x in models]
-    count, n = len(models), base.numel()
+    count = len(models)
+    n = base.numel()
     kept = []
     for k, (delta, p) in enumerate(zip(deltas, each(density, count), strict=True)):
         sizes = size(models[k], base)
         if method == "ties":
             mask = largest(sizes, 0, max(1, int(p * n)) if p > 0 else 0)
         elif method.startswith("breadcrumbs") and p < 1:
-            top, stay = int(each(gamma, count)[k] * n), int(p * n)
+            top = int(each(gamma, count)[k] * n)
+            stay = int(p * n)
             smallest = max(0, n - stay - top)
             mask = largest(sizes, n - smallest - stay, stay)
         elif method.startswith("della") and 0 < p < 1:
@@ -106,9 +109,20 @@ def sce(models, base, share):
 
 
 def delta_method(
-    method, name, models, base, weights, *, scale=1.0, density=1.0, gamma=0.01, epsilon=0.15, select_topk=1.0,
-    normalize=True, seed=0,
-):  # fmt: skip
+    method,
+    name,
+    models,
+    base,
+    weights,
+    *,
+    scale=1.0,
+    density=1.0,
+    gamma=0.01,
+    epsilon=0.15,
+    select_topk=1.0,
+    normalize=True,
+    seed=0,
+):
     """[n] fp64. models: K tensors, base: one tensor, all of one shape."""
     with np.errstate(over="ignore", invalid="ignore"):
         if method == "sce":
@@ -123,7 +137,7 @@ def delta_method(
 
 
 def rounded(values, dtype):
-    """fp64 rounded once to nearest even, as bits. bf16: by integers, never by way of a rounded fp32."""
+    """fp64 rounded once to nearest even, as bits; bf16 by integers, not through fp32."""
     with np.errstate(over="ignore"):
         if dtype != torch.bfloat16:
             return bits(torch.from_numpy(values.astype(torch.empty(0, dtype=dtype).numpy().dtype)))

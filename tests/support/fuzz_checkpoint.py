@@ -1,7 +1,10 @@
-"""Coverage-guided fuzzing of all that the merge reads: PYTHONPATH=tests python -m support.fuzz_checkpoint --minutes 5
+"""Coverage-guided fuzzing of a merge's readers, run from the root with PYTHONPATH=tests.
 
-Needs `pip install atheris`; no part of the test suite, which has test_fuzz_checkpoint.py. An input that crashes, hangs
-or disagrees with safetensors is written to the current directory; ``PYTHONPATH=tests python -m support.fuzz_checkpoint FILE`` repeats it.
+    python -m support.fuzz_checkpoint --minutes 5
+
+Needs `pip install atheris`; no part of the test suite, which has test_fuzz_checkpoint.py. An input
+that crashes, hangs or disagrees with safetensors is written to the current directory;
+``PYTHONPATH=tests python -m support.fuzz_checkpoint FILE`` repeats it.
 """
 
 import argparse
@@ -28,27 +31,79 @@ PAIR = {
     "base_model.model.q.lora_B.weight": tensor([1, 2], 24, 32),
 }
 CONFIG = {
-    "vocab_size": 4, "dtype": "float32", "tie_word_embeddings": True, "text_config": {"torch_dtype": "x"},
-    "quantization_config": {"quant_method": "fp8"}, "auto_map": {},
-}  # fmt: skip
+    "vocab_size": 4,
+    "dtype": "float32",
+    "tie_word_embeddings": True,
+    "text_config": {"torch_dtype": "x"},
+    "quantization_config": {"quant_method": "fp8"},
+    "auto_map": {},
+}
 LORA = {
-    "peft_type": "LORA", "r": 2, "lora_alpha": 4.0, "bias": "none", "rank_pattern": {"q": 2}, "alpha_pattern": {},
-    "init_lora_weights": True, "modules_to_save": ["x"], "use_dora": False,
-}  # fmt: skip
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4.0,
+    "bias": "none",
+    "rank_pattern": {"q": 2},
+    "alpha_pattern": {},
+    "init_lora_weights": True,
+    "modules_to_save": ["x"],
+    "use_dora": False,
+}
 JUNK = (
-    None, True, False, 0, 1, -1, 2**31, 2**63 - 1, 2**63, 2**70, 10**400, 1e3, 0.5, float("nan"), float("inf"), "", "w",
-    "v", "a\nb", "\ud800", "\x1b[2J", "x" * 2000, "F32", "BF16", "F4", "F8_E8M0", [], {}, [[]], [0], [2, 3], [0, 8],
-    {"w": 1}, "../x.safetensors", "/x.safetensors", "x.safetensors", "model.safetensors", "\0.safetensors", "(a+)+b",
-    ".*", "(",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**31,
+    2**63 - 1,
+    2**63,
+    2**70,
+    10**400,
+    1e3,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "w",
+    "v",
+    "a\nb",
+    "\ud800",
+    "\x1b[2J",
+    "x" * 2000,
+    "F32",
+    "BF16",
+    "F4",
+    "F8_E8M0",
+    [],
+    {},
+    [[]],
+    [0],
+    [2, 3],
+    [0, 8],
+    {"w": 1},
+    "../x.safetensors",
+    "/x.safetensors",
+    "x.safetensors",
+    "model.safetensors",
+    "\0.safetensors",
+    "(a+)+b",
+    ".*",
+    "(",
+)
 KINDS = ("header", "index", "config", "lora", "pair", "raw")
 SEEDS = {
-    "header": HEADER, "index": {"weight_map": {"w": "x.safetensors"}}, "config": CONFIG, "lora": LORA, "pair": PAIR
-}  # fmt: skip
+    "header": HEADER,
+    "index": {"weight_map": {"w": "x.safetensors"}},
+    "config": CONFIG,
+    "lora": LORA,
+    "pair": PAIR,
+}
 
 
 def survives(read) -> bool:
-    """Whether ``read`` takes its input. It may refuse it, on one short line, and do nothing else."""
+    """Whether ``read`` takes its input. It may only refuse it on one short line."""
     try:
         read()
     except InputError as error:
@@ -81,11 +136,12 @@ def check(kind: str, content: bytes, data_bytes: int, root: Path) -> None:
         survives(lambda: read_checkpoint(model))
     elif kind == "config":
         (model / "config.json").write_bytes(content)
-        one = read_checkpoint(model)
-        survives(lambda: check_configs([one, one]))
+        each = read_checkpoint(model)
+        survives(lambda: check_configs([each, each]))
         survives(lambda: copy_companions(model, root / "out", ("bfloat16",), dequantized=True))
     else:
-        name, config = "adapter_model.safetensors", "adapter_config.json"
+        name = "adapter_model.safetensors"
+        config = "adapter_config.json"
         if kind == "lora":
             (model / config).write_bytes(content)
         else:
@@ -95,12 +151,12 @@ def check(kind: str, content: bytes, data_bytes: int, root: Path) -> None:
 
 
 def agree_with_safetensors(file: Path, tensors) -> None:
-    """What we take, the reference implementation takes too, and sees the same tensors in it."""
+    """Checks that the reference implementation accepts the input and sees the same tensors."""
     try:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             theirs = {
-                name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
+                name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()
             }
     except SafetensorError as error:
         raise AssertionError(f"safetensors refuses what we take: {error}") from None
@@ -112,12 +168,16 @@ def places_of(values) -> list[tuple]:
     places: list[tuple] = []
     todo = [values]
     while todo:
-        one = todo.pop()
+        each = todo.pop()
         keys = (
-            list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else []
+            list(each)
+            if isinstance(each, dict)
+            else range(len(each))
+            if isinstance(each, list)
+            else []
         )
-        places += [(one, key) for key in keys]
-        todo += [one[key] for key in keys]
+        places += [(each, key) for key in keys]
+        todo += [each[key] for key in keys]
     return places
 
 
@@ -133,7 +193,7 @@ def replaced_once(seed) -> Iterator[bytes]:
 
 
 def damage(text: bytes, rng: random.Random) -> bytes:
-    """One structural change to a JSON text: a value replaced, removed, doubled or put elsewhere, or a key renamed."""
+    """One structural change to a JSON text: a value replaced, removed, doubled or moved."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
@@ -141,7 +201,8 @@ def damage(text: bytes, rng: random.Random) -> bytes:
     places = places_of(values)
     if not places:
         return json.dumps(rng.choice(JUNK)).encode()
-    (holder, key), act = rng.choice(places), rng.randrange(4)
+    (holder, key) = rng.choice(places)
+    act = rng.randrange(4)
     if act == 0:
         del holder[key]
     elif act == 1 and isinstance(holder, dict):
@@ -163,7 +224,7 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
         import merit_fast.merge.read.checkpoint
         import merit_fast.merge.read.companions  # noqa: F401
 
-    def one(data: bytes) -> None:
+    def each(data: bytes) -> None:
         kind = KINDS[data[0] % len(KINDS)] if data else "raw"
         check(kind, data[2:], data[1] if len(data) > 1 else 0, root)
         assert set(os.listdir(root)) <= {*KINDS, "out", "corpus"}
@@ -186,7 +247,9 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
         "-max_len=4096",
     ]
     work = inputs or [str(root / "corpus")]
-    atheris.Setup([sys.argv[0], *limits, "-print_final_stats=1", *work], one, custom_mutator=mutate)
+    atheris.Setup(
+        [sys.argv[0], *limits, "-print_final_stats=1", *work], each, custom_mutator=mutate
+    )
     atheris.Fuzz()
 
 

@@ -4,8 +4,9 @@ import numpy as np
 
 
 def slerp_by_hand(t, a, b):
-    """The arc between unit vectors, applied to the vectors themselves; a straight line where they nearly agree."""
-    a, b = a.double().numpy(), b.double().numpy()
+    """The arc between unit vectors, applied to the vectors; a line where they nearly agree."""
+    a = a.double().numpy()
+    b = b.double().numpy()
     dot = np.sum(a / np.linalg.norm(a) * (b / np.linalg.norm(b)))
     if abs(dot) > 0.9995:
         return (1 - t) * a + t * b
@@ -36,7 +37,8 @@ def stock_by_hand(base, tensors):
         for i, a in enumerate(deltas)
         for b in deltas[i + 1 :]
     ]
-    cosine, count = np.mean(cosines), len(deltas)
+    cosine = np.mean(cosines)
+    count = len(deltas)
     opposite = 1 + (count - 1) * cosine < 1e-12
     share = 0.0 if opposite else count * cosine / (1 + (count - 1) * cosine)
     return base + share * np.mean(deltas, axis=0)

@@ -34,7 +34,7 @@ def config_of(options):
 
 def merge(models, weights, out, config=None, base=None):
     out.mkdir()
-    merge_branches(models, weights, config or MergeConfig(), out, SilentProgress(), base)
+    merge_branches(models, weights, base, out, config or MergeConfig(), SilentProgress())
 
 
 def load(directory):

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback for the tests of remote models, and a record of what it was asked."""
+"""A real S3 server on loopback for tests of remote models, and a record of its requests."""
 
 import os
 import threading
@@ -32,7 +32,9 @@ class Recorder:
     """WSGI middleware: all requests in the order of their answers."""
 
     def __init__(self, app: Any) -> None:
-        self.app, self.requests, self._lock = app, [], threading.Lock()
+        self.app = app
+        self.requests = []
+        self._lock = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         body = b"".join(self.app(environ, start_response))
@@ -43,7 +45,11 @@ class Recorder:
         return [body]
 
     def of(self, method: str, key_holds: str) -> list[Request]:
-        return [one for one in self.requests if one.method == method and key_holds in one.key]
+        return [
+            request
+            for request in self.requests
+            if request.method == method and key_holds in request.key
+        ]
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""mergekit's YAML recipes, read into this package's merges. What is not supported is named in an error."""
+"""Reads mergekit's YAML recipes as merges of this package. Errors name unsupported keys."""

@@ -1,4 +1,4 @@
-"""The text of a mergekit recipe as a tree: models or slices, each with its parameters. Strict: no key goes unread."""
+"""A mergekit recipe as a tree of models or slices with parameters. Strict: every key is read."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError, show
+from merit_fast.kernels.average.dtypes import DTYPES, SHORT_NAMES
 from merit_fast.options.yaml import read_yaml
 
 _TOP = (
@@ -22,7 +23,7 @@ _TOP = (
 _TEXTS = ("tokenizer_source", "tokenizer", "chat_template")
 # Options of mergekit's command line that some files carry; mergekit does not read them there.
 _IDLE = ("lazy_unpickle", "lazy_loader", "low_cpu_memory", "clone_tensors", "read_to_gpu")
-_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_DTYPES = {DTYPES[name].torch_name: short for short, name in SHORT_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of a part. ``layers``: of which layers, first and end; None: whole."""
+    """One model of a section. ``layers``: its first layer and the end; None: the whole model."""
 
     reference: Reference
     scope: Scope
@@ -56,7 +57,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """One slice of the output, or the whole of it."""
 
     key: str
@@ -67,32 +68,39 @@ class Part:
 
 @dataclass(frozen=True)
 class Document:
-    """``scopes``: what holds for all parts, the innermost first. ``texts``: what it says of tokenizer and template."""
+    """A recipe. ``scopes``: parameters of all sections, innermost first. ``texts``: tokenizer."""
 
     where: str
     method: str
     base: Reference | None
-    parts: tuple[Part, ...]
+    sections: tuple[Section, ...]
     scopes: tuple[Scope, ...]
     dtype: str | None
     texts: Mapping[str, Any]
     notes: tuple[str, ...]
+
+    def error(self, key: str, rule: str) -> InputError:
+        """An error about one key of the file."""
+        return InputError(f"{self.where}: {key}: {rule}")
 
 
 def read_document(file: Path) -> Document:
     """Reads the file; no model.
 
     Raises:
-        InputError: no YAML, a key that mergekit does not have or we do not, a value of another kind.
+        InputError: no YAML, a key that mergekit does not have or we do not, a value of another
+            kind.
     """
-    reader, values = _Reader(str(file)), read_yaml(file)
+    reader = _Reader(str(file))
+    values = read_yaml(file)
     idle = [key for key in values if key in _IDLE] if isinstance(values, dict) else []
     top = reader.mapping(values, "", (*_TOP, *_TEXTS, *_IDLE))
     if not isinstance(top.get("merge_method"), str):
         raise reader.error(
             "merge_method", f"must be the name of a method, got {show(top.get('merge_method'))}"
         )
-    where, scopes = top, [reader.scope(top, "")]
+    where = top
+    scopes = [reader.scope(top, "")]
     prefix = ""
     if sum(bool(top.get(key)) for key in ("models", "slices", "modules")) != 1:
         raise reader.error("", "must have exactly one of models, slices and modules")
@@ -112,7 +120,7 @@ def read_document(file: Path) -> Document:
         reader.reference(top["base_model"], "base_model")
         if top.get("base_model") is not None
         else None,
-        reader.parts(where, prefix),
+        reader.sections(where, prefix),
         tuple(scopes),
         reader.dtype(top),
         {key: top[key] for key in _TEXTS if top.get(key) is not None},
@@ -148,27 +156,28 @@ class _Reader:
             raise self.error(key, f"must be a list of at least one, got {show(value)}")
         return value
 
-    def scope(self, values: Mapping[str, Any], key: str, part: int | None = None) -> Scope:
-        found, key = values.get("parameters"), _join(key, "parameters")
-        if found is not None and not isinstance(found, dict):
-            raise self.error(key, f"must be a mapping of keys, got {show(found)}")
-        return Scope(key, found or {}, part)
+    def scope(self, values: Mapping[str, Any], key: str, number: int | None = None) -> Scope:
+        parameters = values.get("parameters")
+        key = _join(key, "parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise self.error(key, f"must be a mapping of keys, got {show(parameters)}")
+        return Scope(key, parameters or {}, number)
 
-    def parts(self, values: Mapping[str, Any], prefix: str) -> tuple[Part, ...]:
+    def sections(self, values: Mapping[str, Any], prefix: str) -> tuple[Section, ...]:
         if values.get("models"):
             key = _join(prefix, "models")
             models = self.sequence(values["models"], key)
             entries = tuple(
                 self.entry(value, f"{key}[{k}]", None) for k, value in enumerate(models)
             )
-            return (Part(key, entries, None, Scope(key, {})),)
+            return (Section(key, entries, None, Scope(key, {})),)
         key = _join(prefix, "slices")
         slices = self.sequence(values["slices"], key)
         return tuple(self.slice(value, f"{key}[{s}]", s) for s, value in enumerate(slices))
 
-    def slice(self, value: Any, key: str, number: int) -> Part:
-        found = self.mapping(value, key, ("sources", "base_model", "parameters"))
-        sources = self.sequence(found.get("sources"), f"{key}.sources")
+    def slice(self, value: Any, key: str, number: int) -> Section:
+        fields = self.mapping(value, key, ("sources", "base_model", "parameters"))
+        sources = self.sequence(fields.get("sources"), f"{key}.sources")
         entries = [
             self.entry(source, f"{key}.sources[{k}]", number) for k, source in enumerate(sources)
         ]
@@ -177,19 +186,19 @@ class _Reader:
             if depth != depths[0]:
                 rule = f"must span {depths[0]} layers as in sources[0], got {depth}"
                 raise self.error(f"{key}.sources[{k}].layer_range", rule)
-        base = found.get("base_model")
+        base = fields.get("base_model")
         reference = self.reference(base, f"{key}.base_model") if base is not None else None
-        return Part(f"{key}.sources", tuple(entries), reference, self.scope(found, key, number))
+        return Section(f"{key}.sources", tuple(entries), reference, self.scope(fields, key, number))
 
     def entry(self, value: Any, key: str, number: int | None) -> Entry:
         valid = (
             ("model", "parameters") if number is None else ("model", "layer_range", "parameters")
         )
-        found = self.mapping(value, key, valid)
-        reference = self.reference(found.get("model"), f"{key}.model")
+        fields = self.mapping(value, key, valid)
+        reference = self.reference(fields.get("model"), f"{key}.model")
         if number is None:
-            return Entry(reference, self.scope(found, key))
-        layers = found.get("layer_range")
+            return Entry(reference, self.scope(fields, key))
+        layers = fields.get("layer_range")
         whole = (
             isinstance(layers, list) and len(layers) == 2 and all(type(n) is int for n in layers)
         )
@@ -198,20 +207,20 @@ class _Reader:
                 f"{key}.layer_range",
                 f"must be [first, end] with 0 <= first < end, got {show(layers)}",
             )
-        return Entry(reference, self.scope(found, key, number), tuple(layers))  # type: ignore[arg-type]
+        first, end = layers  # type: ignore[misc]
+        return Entry(reference, self.scope(fields, key, number), (first, end))
 
     def reference(self, value: Any, key: str) -> Reference:
         """path, path+adapter, or {model: path or {path}, lora: the same}."""
         if isinstance(value, dict):
-            found = self.mapping(value, key, ("model", "lora"))
-            model = self.path(found.get("model"), f"{key}.model")
-            return Reference(
-                model, self.path(found["lora"], f"{key}.lora") if found.get("lora") else None, key
-            )
-        path, plus, lora = str(value).partition("+")
+            fields = self.mapping(value, key, ("model", "lora"))
+            model = self.path(fields.get("model"), f"{key}.model")
+            lora = self.path(fields["lora"], f"{key}.lora") if fields.get("lora") else None
+            return Reference(model, lora, key)
+        path, plus, adapter = str(value).partition("+")
         if isinstance(value, str) and os.path.isdir(value) or not plus:
             return Reference(self.path(value, key), None, key)
-        return Reference(self.path(path, key), self.path(lora, key), key)
+        return Reference(self.path(path, key), self.path(adapter, key), key)
 
     def path(self, value: Any, key: str) -> str:
         if isinstance(value, dict):
@@ -240,7 +249,8 @@ class _Reader:
         return _DTYPES[name]
 
     def dtype_note(self, top: Mapping[str, Any]) -> tuple[str, ...]:
-        work, out = top.get("dtype"), top.get("out_dtype")
+        work = top.get("dtype")
+        out = top.get("out_dtype")
         if (
             work is None
             or out is None
@@ -248,7 +258,8 @@ class _Reader:
         ):
             return ()
         return (
-            f"dtype: {work} is what mergekit computes in; here it is float64, rounded once to out_dtype {out}",
+            f"dtype: {work} is what mergekit computes in; here it is float64, rounded once to "
+            f"out_dtype {out}",
         )
 
 

@@ -1,4 +1,4 @@
-"""mergekit's parameter settings as ours: of several scopes one list of cases, the innermost first."""
+"""mergekit's parameters as settings: several scopes become one list of cases."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,24 +16,24 @@ def has(name: str, scopes: Sequence[Scope]) -> bool:
 
 
 def setting(name: str, scopes: Sequence[Scope], default: float | None, where: str) -> Any:
-    """One parameter as plain data for ``parse``: a number, a gradient, or a list of {value, filter, slice}.
+    """One parameter as data for ``parse``: a number, a gradient or a list of cases.
 
-    A scope that does not speak of a tensor leaves it to the next: cases are tried in order, the first that fits counts.
+    Cases are tried in order; the first that fits a tensor counts.
 
     Raises:
         InputError: not numbers, or not shares between 0 and 1 where such are wanted.
     """
     cases: list[dict[str, Any]] = []
-    for value, key, part in _cases(name, scopes, where):
+    for value, key, number in _cases(name, scopes, where):
         numbers = value["value"] if isinstance(value["value"], list) else [value["value"]]
         converted = [_number(number, name, f"{where}: {key}") for number in numbers]
         gradient = converted if isinstance(value["value"], list) else converted[0]
-        cases.append({"value": gradient, "filter": value.get("filter"), "slice": part})
+        cases.append({"value": gradient, "filter": value.get("filter"), "slice": number})
     if default is not None:
         cases.append({"value": default, "filter": None, "slice": None})
-    for place, case in enumerate(cases):
+    for number, case in enumerate(cases):
         if case["filter"] in (None, "*") and case["slice"] is None:
-            cases = cases[: place + 1]  # the others never count
+            cases = cases[: number + 1]  # the others never count
             break
     always = len(cases) == 1 and cases[0]["filter"] in (None, "*") and cases[0]["slice"] is None
     return cases[0]["value"] if always else cases
@@ -45,33 +45,33 @@ def one_flag(name: str, scopes: Sequence[Scope], default: bool, where: str) -> b
     Raises:
         InputError: it is neither, or both.
     """
-    found, last = default, ""
-    for value, key, part in _cases(name, scopes, where):
+    is_first = True
+    for value, key, number in _cases(name, scopes, where):
         values = value["value"] if isinstance(value["value"], list) else [value["value"]]
-        flags = {_flag(one, f"{where}: {key}") for one in values}
-        always = value.get("filter") in (None, "*") and part is None
-        if not last and always and len(flags) == 1:
+        flags = {_flag(item, f"{where}: {key}") for item in values}
+        always = value.get("filter") in (None, "*") and number is None
+        if is_first and always and len(flags) == 1:
             return flags.pop()
-        if flags != {found}:
+        if flags != {default}:
             raise InputError(f"{where}: {key}: must be the same for all tensors")
-        last = key
-    return found
+        is_first = False
+    return default
 
 
 def _cases(
     name: str, scopes: Sequence[Scope], where: str
 ) -> list[tuple[dict[str, Any], str, int | None]]:
     """({value, filter}, key, slice) of every scope that has the parameter, as they are tried."""
-    found = []
+    cases = []
     for scope in scopes:
         if name in scope.values:
             key = f"{scope.key}.{name}"
-            found += [(case, key, scope.slice) for case in _plain(scope.values[name], where, key)]
-    return found
+            cases += [(case, key, scope.slice) for case in _plain(scope.values[name], where, key)]
+    return cases
 
 
 def _plain(value: Any, where: str, key: str) -> list[dict[str, Any]]:
-    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         cases = value
     elif isinstance(value, dict):
         cases = [value]
@@ -99,10 +99,11 @@ def _plain(value: Any, where: str, key: str) -> list[dict[str, Any]]:
 
 
 def _scalars(value: Any, where: str, key: str) -> Any:
-    for one in value if isinstance(value, list) else [value]:
-        if not isinstance(one, (bool, int, float, str)):
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, (bool, int, float, str)):
             raise InputError(
-                f"{where}: {key}: must be a number, a list of numbers or of filters, got {show(one)}"
+                f"{where}: {key}: must be a number, a list of numbers or of filters, got "
+                f"{show(item)}"
             )
     return value
 

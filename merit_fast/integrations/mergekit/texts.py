@@ -1,6 +1,7 @@
-"""What a mergekit recipe says of tokenizer and chat template: let through where it changes nothing, else refused.
+"""Tokenizer and chat template of a mergekit recipe: accepted if they change nothing, else refused.
 
-With `tokenizer_source` mergekit rewrites embedding rows for another vocabulary; we never do.
+With `tokenizer_source` mergekit rewrites embedding rows for another vocabulary; this package does
+not.
 """
 
 import json
@@ -17,16 +18,18 @@ from merit_fast.merge.read.remote import Location
 def check_texts(
     document: Document, paths: Mapping[Reference, Location], donor: Location | None
 ) -> list[str]:
-    """Notes on what is let through: equal vocabularies, and `chat_template: auto` over equal templates.
+    """Notes on accepted keys: equal vocabularies, and `chat_template: auto` over equal templates.
 
     Args:
         paths: all models.
-        donor: whose tokenizer the output gets; None: the first model's.
+        donor: the model whose tokenizer the output gets; None: the first.
 
     Raises:
         InputError: anything else.
     """
-    texts, where, notes = document.texts, document.where, []
+    texts = document.texts
+    where = document.where
+    notes = []
     models = [path for path in dict.fromkeys(paths.values()) if not is_adapter(path)]
     donor = donor or models[0]
     names = [
@@ -43,15 +46,18 @@ def check_texts(
         for path in models:
             if _vocabulary(path, key, where) != vocabulary:
                 raise InputError(
-                    f"{where}: {key}: must be absent, as the vocabularies of {donor} and {path} differ"
+                    f"{where}: {key}: must be absent, as the vocabularies of {donor} and {path} "
+                    "differ"
                 )
         notes.append(
-            f"{key}: all models have one vocabulary; embeddings keep their rows, files come from {donor}"
+            f"{key}: all models have one vocabulary; embeddings keep their rows, files come from "
+            f"{donor}"
         )
     if "chat_template" in texts:
         if texts["chat_template"] != "auto":
             raise InputError(
-                f"{where}: chat_template: must be auto or absent, got {show(texts['chat_template'])}"
+                f"{where}: chat_template: must be auto or absent, got "
+                f"{show(texts['chat_template'])}"
             )
         for path in models:
             if _template(path) != _template(donor):
@@ -77,7 +83,8 @@ def _vocabulary(path: Location, key: str, where: str) -> str:
         raise InputError(f"{where}: {key}: needs a tokenizer.json to compare, {path} has none")
     values = read_json(path / "tokenizer.json")
     model = values.get("model")
-    added = [(one.get("id"), one.get("content")) for one in values.get("added_tokens") or []]
+    tokens = values.get("added_tokens") or []
+    added = [(token.get("id"), token.get("content")) for token in tokens]
     return json.dumps(
         [model.get("vocab") if isinstance(model, dict) else None, sorted(added)], sort_keys=True
     )

@@ -1,1 +1,1 @@
-"""Which numbers a merge uses: a weight per model, and for every tensor coefficients or a rule for its deltas."""
+"""Numbers of a merge: a weight per model, and coefficients or a delta rule per tensor."""

@@ -1,10 +1,10 @@
-"""The engine's driver: opens files, hands byte ranges to C++ (or NumPy), turns what went wrong into one line.
+"""The engine's driver: opens files and hands byte ranges to C++ or NumPy.
 
 Memory is threads x (K + 1) x chunk, whatever the model's size.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,30 +14,32 @@ import numpy.typing as npt
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average.deltas import SQUARES_CHUNK, DeltaRule
+from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import native, reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
+from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Segment, Shard
-from merit_fast.merge.read.checkpoint import ITEM_BYTES
-from merit_fast.merge.read.decoded import MadeEntry, is_float, value_dtype
+from merit_fast.merge.read.decoded import DecodedEntry, is_float, value_dtype
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.rules.function import FunctionRule
 
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
-
-Advance = Callable[[int], None]  # told how many more elements are done
 
 
 def write_shard(
     shard: Shard, config: MergeConfig, path: Path, advance: Advance, backend: str | None = None
 ) -> dict[str, Array]:
-    """Makes one output file (created, preallocated, not fsynced) by its segments' rules.
+    """Writes one output file by its segments' rules: created, preallocated, not fsynced.
 
     Returns:
-        With ``config.stats``, each tensor's Gram matrix of the deltas from its last input, the base; else nothing.
+        With ``config.stats``, each tensor's Gram matrix of the deltas from its last input, the
+        base; else nothing.
 
     Raises:
-        InputError: a value is not finite, an integer tensor differs, an input is shorter than its header says.
+        InputError: a value is not finite, an integer tensor differs, an input is shorter than its
+            header says.
         MeritFastError: reading or writing failed, the disk is full.
     """
     with open_files(input_files((*shard.segments, *shard.copies)), path) as opened:
@@ -57,7 +59,8 @@ def gram_shard(
 
     Args:
         shard: of a plan without rules.
-        from_base: the last input is the base and taken off the others; else all inputs count, from zero.
+        from_base: the last input is the base, and the others' deltas from it count; else the
+            inputs.
 
     Raises:
         as ``write_shard``.
@@ -73,12 +76,12 @@ def merge_tensor(
     address: int,
     backend: str | None = None,
 ) -> None:
-    """Makes one tensor in memory by its rule; an integer tensor is found equal in all inputs and copied.
+    """Makes one tensor in memory by its rule; integer tensors must be equal and are copied.
 
     Args:
-        segment: of one tensor, float or not; its output offset does not count.
-        opened: with ``input_files`` of the segment, and no output.
-        address: where the tensor's elements belong, all of them; the caller keeps that memory.
+        segment: one tensor, float or not; its output offset does not count.
+        opened: holds ``input_files`` of the segment, and no output.
+        address: memory for all of the tensor's elements; the caller keeps it.
 
     Raises:
         as ``write_shard``.
@@ -91,33 +94,28 @@ def merge_tensor(
 
 
 def input_files(segments: Iterable[Segment]) -> set[Location]:
-    """The files that hold what segments are made of."""
+    """Files that hold the inputs of segments."""
     files = set()
     for segment in segments:
         for entry in segment.inputs:
             files.add(entry.file)
-            if isinstance(entry, MadeEntry) and entry.scales:
+            if isinstance(entry, DecodedEntry) and entry.scales:
                 files.add(entry.scales.entry.file)
-            if isinstance(entry, MadeEntry) and entry.low_rank:
+            if isinstance(entry, DecodedEntry) and entry.low_rank:
                 files |= {entry.low_rank.a.file, entry.low_rank.b.file}
     return files
 
 
 def chunk_elements(segments: Iterable[Segment], config: MergeConfig, chunk_bytes: int) -> int:
     """Elements of a chunk: ``chunk_bytes`` of the widest type that takes part."""
-    widest = max(
-        (
-            ITEM_BYTES[dtype]
-            for s in segments
-            for dtype in (s.dtype, *(value_dtype(entry) for entry in s.inputs))
-        ),
-        default=1,
-    )
+    outputs = [segment.dtype for segment in segments]
+    inputs = [value_dtype(entry) for segment in segments for entry in segment.inputs]
+    widest = max((ITEM_BYTES[dtype] for dtype in (*outputs, *inputs)), default=1)
     return max(chunk_bytes // widest, 1)
 
 
 class _Engine:
-    """Passes over a shard's segments: sums in one call, tensors with a rule for their deltas one by one."""
+    """Passes over a shard's segments: plain sums in one call, other tensors one by one."""
 
     def __init__(
         self,
@@ -128,16 +126,19 @@ class _Engine:
         advance: Advance,
         backend: str | None,
     ) -> None:
-        self.config, self.opened, self.advance = config, opened, advance
-        self.takes_gram, self.from_base = takes_gram, from_base
+        self.config = config
+        self.opened = opened
+        self.advance = advance
+        self.takes_gram = takes_gram
+        self.from_base = from_base
         self.is_native = dispatch.choose("merge_files", "cpu", backend) == "cpu"
 
     def run(self, segments: Sequence[Segment]) -> dict[str, Array]:
         grams: dict[str, Array] = {}
-        run = native.run if self.is_native else reference.run
         for batch in _batches(segments):
             pieces, gram = self._pieces(batch)
             step = self._step(batch)
+            run = native.run if self._runs_native(batch) else reference.run
             run(
                 batch,
                 self.config,
@@ -151,6 +152,9 @@ class _Engine:
             grams |= gram_by_tensor(batch, pieces, gram)
         return grams
 
+    def _runs_native(self, batch: Sequence[Segment]) -> bool:
+        return self.is_native and not isinstance(batch[0].rule, FunctionRule)
+
     def _pieces(self, batch: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], Array]:
         if not self.takes_gram:
             return np.empty((0, 3), np.int64), np.empty((0, 0, 0))
@@ -161,22 +165,22 @@ class _Engine:
     def _step(self, batch: Sequence[Segment]) -> int:
         rule = batch[0].rule
         if isinstance(rule, DeltaRule) and self.takes_gram and rule.row:
-            return max(
-                rule.row, GRAM_CHUNK // rule.row * rule.row
-            )  # a chunk of the engine's is whole rows
+            # A chunk of the engine holds whole rows.
+            return max(rule.row, GRAM_CHUNK // rule.row * rule.row)
         if self.takes_gram or (isinstance(rule, DeltaRule) and rule.weigh_by_squares):
             return GRAM_CHUNK
         return chunk_elements(batch, self.config, self.config.chunk_kib * 1024)
 
 
 def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """What goes into one call: plain sums together; alone what has a rule, or small arrays to hold meanwhile."""
+    """Segments by call: plain sums together, each of the others in a call of its own."""
     plain: list[Segment] = []
-    alone: list[Segment] = []
+    single: list[Segment] = []
     for segment in segments:
-        made = any(isinstance(entry, MadeEntry) for entry in segment.inputs)
-        (alone if made or isinstance(segment.rule, DeltaRule) else plain).append(segment)
-    return [*([plain] if plain else []), *([segment] for segment in alone)]
+        is_decoded = any(isinstance(entry, DecodedEntry) for entry in segment.inputs)
+        is_plain = isinstance(segment.rule, tuple) and not is_decoded
+        (plain if is_plain else single).append(segment)
+    return [*([plain] if plain else []), *([segment] for segment in single)]
 
 
 def _copy_equal(segment: Segment, files: OpenFiles) -> None:
@@ -188,7 +192,7 @@ def _copy_equal(segment: Segment, files: OpenFiles) -> None:
         for entry, chunk in zip(segment.inputs, chunks, strict=True):
             if chunk != chunks[0]:
                 raise InputError(
-                    f"{entry.file}: {entry.name}: a {entry.dtype} tensor cannot be averaged and must equal that of "
-                    f"{segment.inputs[0].file}"
+                    f"{entry.file}: {entry.name}: a {entry.dtype} tensor cannot be averaged "
+                    f"and must equal that of {segment.inputs[0].file}"
                 )
         files.write(chunks[0], segment.output_offset + at * item)

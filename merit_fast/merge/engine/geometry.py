@@ -1,4 +1,4 @@
-"""What a merge's branches look like from their base: the Gram matrix of their deltas, taken in the same pass."""
+"""geometry.json: the Gram matrix of the models' deltas from the base, taken in the same pass."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import SCHEMA_VERSION
@@ -23,9 +22,10 @@ GEOMETRY_FILE = "geometry.json"
 class Geometry:
     """geometry.json. K branches, delta_k = theta_k - theta_0, all sums in float64.
 
-    ``contraction`` is |sum_k w_k delta_k|^2 / sum_k w_k |delta_k|^2, w the shares of the coefficients: 1 where branches
-    agree, 1/K for unrelated ones of equal share. It and ``displacement`` are null for methods that thin the deltas:
-    those are no weighted sums of whole tensors.
+    ``contraction`` is |sum_k w_k delta_k|^2 / sum_k w_k |delta_k|^2, w the shares of the
+    coefficients: 1 where branches agree, 1/K for unrelated ones of equal share. It and
+    ``displacement`` are null for methods that thin the deltas: those are no weighted sums of whole
+    tensors.
     """
 
     branches: tuple[str, ...]
@@ -39,7 +39,7 @@ class Geometry:
 
 
 def cut_pieces(segments: Sequence[Segment], chunk_elements: int) -> npt.NDArray[np.int64]:
-    """[P, 3] (segment, first element, elements): the segments cut at tensors' and chunks' borders, in order."""
+    """[P, 3] (segment, first element, elements): segments cut at borders of tensors and chunks."""
     pieces = []
     for number, segment in enumerate(segments):
         borders = sorted({0, *segment.ends, *range(0, segment.num_elements, chunk_elements)})
@@ -62,20 +62,24 @@ def gram_by_tensor(
 
 
 def write_shard_grams(directory: Path, shard: Shard, tensors: dict[str, Array]) -> None:
-    """Keeps a finished shard's part for a run that is interrupted before the last one."""
+    """Keeps a finished shard's matrices, in case the run is interrupted before the last shard."""
     write_text(
-        _part(directory, shard), json.dumps({name: gram.tolist() for name, gram in tensors.items()})
+        _shard_file(directory, shard),
+        json.dumps({name: gram.tolist() for name, gram in tensors.items()}),
     )
 
 
 def write_geometry(directory: Path, shards: Sequence[Shard], branches: Sequence[Location]) -> None:
-    """Joins the shards' parts into geometry.json and removes them; keeps what a run that was killed then has joined."""
-    parts = [_part(directory, shard) for shard in shards]
-    if (directory / GEOMETRY_FILE).exists() and not all(part.exists() for part in parts):
+    """Joins the shards' matrices into geometry.json and removes their files.
+
+    Keeps a geometry.json whose files a killed run had begun to remove.
+    """
+    files = [_shard_file(directory, shard) for shard in shards]
+    if (directory / GEOMETRY_FILE).exists() and not all(file.exists() for file in files):
         return
     tensors: dict[str, Array] = {}
-    for part in parts:
-        tensors |= {name: np.array(gram) for name, gram in json.loads(part.read_text()).items()}
+    for file in files:
+        tensors |= {name: np.array(gram) for name, gram in json.loads(file.read_text()).items()}
     count = len(branches)
     gram = sum((tensors[name] for name in sorted(tensors)), np.zeros((count, count)))
     norms = np.sqrt(np.diag(gram))
@@ -91,23 +95,24 @@ def write_geometry(directory: Path, shards: Sequence[Shard], branches: Sequence[
         tensors={name: _rows(tensors[name]) for name in sorted(tensors)},
     )
     write_manifest(geometry, directory / GEOMETRY_FILE)
-    for part in parts:
-        part.unlink()
+    for file in files:
+        file.unlink()
 
 
 def _movement(
     shards: Sequence[Shard], tensors: dict[str, Array], count: int
 ) -> tuple[float | None, float | None]:
-    """(displacement, contraction) of the whole model; coefficients may differ from tensor to tensor."""
+    """(displacement, contraction) of the whole model; coefficients may differ between tensors."""
     coefficients: dict[str, Array] = {}
     for shard in shards:
         for segment in shard.segments:
-            if isinstance(segment.rule, DeltaRule):
+            if not isinstance(segment.rule, tuple):
                 return None, None
             coefficients |= dict.fromkeys(segment.names, np.array(segment.rule[:count]))
     moved = mean_squared = spread = 0.0
     for name in sorted(tensors):
-        c, gram = coefficients[name], tensors[name]
+        c = coefficients[name]
+        gram = tensors[name]
         shares = np.abs(c) / np.abs(c).sum() if c.any() else np.zeros(count)
         moved += float(c @ gram @ c)
         mean_squared += float(shares @ gram @ shares)
@@ -115,7 +120,7 @@ def _movement(
     return max(moved, 0.0) ** 0.5, mean_squared / spread if spread > 0 else 1.0
 
 
-def _part(directory: Path, shard: Shard) -> Path:
+def _shard_file(directory: Path, shard: Shard) -> Path:
     return directory / f"{shard.file}.gram.json"
 
 

@@ -1,4 +1,4 @@
-"""Which tensors the output has, from which entry of each input, and in which files."""
+"""The output's tensors and files, and the input entries that each tensor is made of."""
 
 import json
 import struct
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merit_fast.errors import InputError
+from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES
 from merit_fast.merge.read.checkpoint import (
     INDEX_FILE,
-    ITEM_BYTES,
     SINGLE_FILE,
     Checkpoint,
     TensorEntry,
 )
-from merit_fast.merge.read.decoded import FP8_DTYPES, is_float
+from merit_fast.merge.read.decoded import is_float
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,19 @@ def lay_out(
     missing: str = "error",
     shard_bytes: int | None = None,
 ) -> tuple[OutputFile, ...]:
-    """Checks that the inputs go together and decides the output's files.
+    """Checks that the inputs fit together and decides the output's files.
 
     Args:
         checkpoints: the inputs; the output's files are those of the first.
-        base: stands in where an input lacks a tensor and ``missing`` is "base".
-        dtype: of the output's float tensors ("BF16", "F16", "F32"). None: the inputs', which must then agree.
-        missing: "error", "base" or "drop": what becomes of a tensor that some input lacks.
-        shard_bytes: cut the output anew into files of at most so many bytes. None: as the first input's.
+        base: replaces a tensor that an input lacks if ``missing`` is "base".
+        dtype: dtype of the output's float tensors ("BF16", "F16", "F32"). None: the inputs', which
+            must then agree.
+        missing: treatment of a tensor that some input lacks: "error", "base" or "drop".
+        shard_bytes: most bytes of an output file. None: the first input's files.
 
     Raises:
-        InputError: a tensor is missing, extra, of another shape or dtype; names file, tensor, rule and values.
+        InputError: a tensor is missing, extra, of another shape or dtype; names file, tensor, rule
+            and values.
     """
     first = base if missing == "base" and base else checkpoints[0]
     entries = {name: _entries(name, checkpoints, base, missing) for name in first.tensors}
@@ -67,7 +69,7 @@ def lay_out(
                 raise InputError(f"{entry.file}: {name}: is not in {first.path}{_HINT}")
     files = []
     for file, names in first.shards:
-        tensors = [_tensor(name, found, dtype) for name in names if (found := entries[name])]
+        tensors = [_tensor(name, entries[name], dtype) for name in names if entries[name]]
         if tensors:
             files.append(OutputFile(file, tuple(tensors)))
     if not files:
@@ -121,8 +123,8 @@ def header_bytes(file: OutputFile) -> bytes:
 def _entries(
     name: str, checkpoints: Sequence[Checkpoint], base: Checkpoint | None, missing: str
 ) -> tuple[TensorEntry, ...]:
-    """The inputs' entries of a tensor; none if it is dropped."""
-    found = []
+    """The inputs' entries of a tensor; () if it is dropped."""
+    chosen = []
     for checkpoint in checkpoints:
         entry = checkpoint.tensors.get(name)
         if entry is None and missing == "base" and base is not None:
@@ -133,8 +135,8 @@ def _entries(
             where = checkpoint.path / INDEX_FILE
             where = where if where.exists() else checkpoint.path / SINGLE_FILE
             raise InputError(f"{where}: {name}: is missing, {checkpoints[0].path} has it{_HINT}")
-        found.append(entry)
-    return tuple(found)
+        chosen.append(entry)
+    return tuple(chosen)
 
 
 def _tensor(name: str, entries: Sequence[TensorEntry], dtype: str | None) -> OutputTensor:
@@ -148,7 +150,8 @@ def _tensor(name: str, entries: Sequence[TensorEntry], dtype: str | None) -> Out
             if mine != theirs and not (rule == "dtype" and both_float and dtype):
                 hint = "; merge.dtype chooses one" if rule == "dtype" and both_float else ""
                 raise InputError(
-                    f"{other.file}: {name}: {rule} must be {_text(mine)} as in {first.file}, got {_text(theirs)}{hint}"
+                    f"{other.file}: {name}: {rule} must be {_text(mine)} as in {first.file}, got "
+                    f"{_text(theirs)}{hint}"
                 )
     if first.dtype in FP8_DTYPES and dtype is None:
         raise InputError(

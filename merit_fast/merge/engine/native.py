@@ -15,15 +15,16 @@ import numpy.typing as npt
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average.deltas import DeltaRule
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.engine.values import factors, nonfinite_error, scale_grid
 from merit_fast.merge.read.checkpoint import TensorEntry
-from merit_fast.merge.read.decoded import MadeEntry
+from merit_fast.merge.read.decoded import DecodedEntry
 
+Advance = Callable[[int], None]  # receives the number of elements done since the last call
 _CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
 _WHOLE = 1 << 62  # rows or columns of a block that covers any tensor
 
@@ -36,9 +37,9 @@ def run(
     pieces: npt.NDArray[np.int64],
     grams: npt.NDArray[np.float64],
     from_base: bool,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> None:
-    """Merge one batch of segments and fill the Gram matrices of its pieces.
+    """Merges one batch of segments and fills the Gram matrices of its pieces.
 
     Args:
         step: elements of a chunk.
@@ -93,12 +94,12 @@ class _Builder:
             output_offset=segment.output_offset,
             output_type=_CODES[segment.dtype],
             inputs=[self._source(entry) for entry in segment.inputs],
-            weights=[] if isinstance(segment.rule, DeltaRule) else list(segment.rule),
+            weights=list(segment.rule) if isinstance(segment.rule, tuple) else [],
         )
 
     def _source(self, entry: TensorEntry) -> Any:
         scales = low_rank = None
-        if isinstance(entry, MadeEntry):
+        if isinstance(entry, DecodedEntry):
             cols = entry.shape[-1] if entry.shape else 1
             scales = self._scales(entry, cols)
             low_rank = self._low_rank(entry, cols)
@@ -110,7 +111,7 @@ class _Builder:
             low_rank=low_rank,
         )
 
-    def _scales(self, entry: MadeEntry, cols: int) -> Any:
+    def _scales(self, entry: DecodedEntry, cols: int) -> Any:
         if entry.dtype in FLOAT_DTYPES:
             return None
         scales = entry.scales
@@ -125,7 +126,7 @@ class _Builder:
             values=grid.ctypes.data,
         )
 
-    def _low_rank(self, entry: MadeEntry, cols: int) -> Any:
+    def _low_rank(self, entry: DecodedEntry, cols: int) -> Any:
         pair = factors(entry, self.files)
         if pair is None or entry.low_rank is None:
             return None
@@ -141,8 +142,8 @@ class _Builder:
 
 
 @contextmanager
-def _watch(elements_done: npt.NDArray[np.int64], advance: Callable[[int], None]) -> Iterator[None]:
-    """Report a counter that C++ advances while it does not hold the GIL."""
+def _watch(elements_done: npt.NDArray[np.int64], advance: Advance) -> Iterator[None]:
+    """Reports a counter that C++ advances while it does not hold the GIL."""
     stop = threading.Event()
     reported = 0
 

@@ -1,4 +1,4 @@
-"""The files of a merge while it runs: descriptors or URLs for the engine, checked reads for Python."""
+"""Open files of a running merge: descriptors or URLs for the engine, checked reads for Python."""
 
 import ctypes
 import errno
@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average._eager import to_float64
-from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
+from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.read.remote import Location, RemotePath
 
 
@@ -26,18 +26,18 @@ class OpenFiles:
         self._failure: MeritFastError | None = None
 
     def number(self, file: Location) -> int:
-        """What the engine calls the file: its descriptor, or -1 - place among the remote ones."""
+        """Number of the file in the engine: its descriptor, or -1 - index of a remote file."""
         return (
             -1 - self.remote.index(file) if isinstance(file, RemotePath) else self.descriptors[file]
         )
 
     @property
     def remote_read(self) -> Callable[[int, int, int, int], int] | None:
-        """What the engine's threads call for (place, offset, bytes, address); waits for the store without the GIL."""
+        """The engine's reader of (index, offset, bytes, address); None if all is local."""
         return self._read_remote if self.remote else None
 
     def raise_remote(self) -> None:
-        """Raises what a remote read met first, if any did."""
+        """Raises the first error of a remote read, if there was one."""
         if self._failure is not None:
             raise self._failure
 
@@ -54,7 +54,7 @@ class OpenFiles:
         return data
 
     def write(self, data: bytes, at: int) -> None:
-        """Bytes to an offset of the output, or to an address where no output is open; as the engine does."""
+        """Writes bytes at an offset of the output, or at an address if no output is open."""
         if self.output < 0:
             ctypes.memmove(at, data, len(data))
         else:
@@ -67,9 +67,9 @@ class OpenFiles:
         )
         return to_float64(values, entry.dtype).reshape(entry.shape)
 
-    def _read_remote(self, place: int, offset: int, num_bytes: int, address: int) -> int:
+    def _read_remote(self, index: int, offset: int, num_bytes: int, address: int) -> int:
         try:
-            data = self.remote[place].read_range(offset, num_bytes)
+            data = self.remote[index].read_range(offset, num_bytes)
         except MeritFastError as error:
             self._failure = self._failure or error
             return errno.EIO
@@ -84,7 +84,8 @@ def open_files(inputs: Iterable[Location], output: Path | None) -> Iterator[Open
     """Opens every input for reading and the output, created, for writing.
 
     Raises:
-        MeritFastError: one cannot be opened, the block raises an OSError, or a remote input changed meanwhile.
+        MeritFastError: one cannot be opened, the block raises an OSError, or a remote input changed
+            meanwhile.
     """
     opened = OpenFiles()
     try:

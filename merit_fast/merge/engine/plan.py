@@ -1,15 +1,17 @@
-"""Which bytes go where: the output's files as runs of elements, tensors coalesced where they can be. No data."""
+"""The output's files as runs of elements, neighbouring tensors joined. Reads no data."""
 
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from merit_fast.kernels.average.deltas import DeltaRule
+from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
-from merit_fast.merge.read.checkpoint import ITEM_BYTES, TensorEntry
-from merit_fast.merge.read.decoded import MadeEntry, is_float
+from merit_fast.merge.read.checkpoint import TensorEntry
+from merit_fast.merge.read.decoded import DecodedEntry, is_float
+from merit_fast.merge.rules.function import FunctionRule
 
-Rule = tuple[float, ...] | DeltaRule
+Rule = tuple[float, ...] | DeltaRule | FunctionRule
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Segment:
     inputs: tuple[
         TensorEntry, ...
     ]  # of the first tensor, one per input; all tensors of an input have its dtype
-    rule: Rule = ()  # coefficients of the first inputs, or what becomes of their deltas from the last input
+    rule: Rule = ()  # coefficients of the first inputs, or a rule for deltas from the last input
 
     @property
     def num_elements(self) -> int:
@@ -36,7 +38,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its header, its size, its averaged segments and the tensors that are copied as they are."""
+    """One output file: header, size, merged segments and tensors that are copied."""
 
     file: str
     header: bytes
@@ -70,7 +72,8 @@ def plan_merge(
 
     Args:
         files: as ``lay_out`` gives them.
-        rule: what becomes of a float tensor, asked with its entry in the first input under the output's name.
+        rule: gives a float tensor's rule, from its entry in the first input under the output's
+            name.
     """
     return Plan(tuple(files), tuple(_plan_shard(file, rule) for file in files))
 
@@ -131,14 +134,15 @@ def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _follows(last: Segment, segment: Segment) -> bool:
-    if isinstance(last.rule, DeltaRule) or last.rule != segment.rule or last.dtype != segment.dtype:
+    is_sum = isinstance(last.rule, tuple)  # every other rule is for one whole tensor
+    if not is_sum or last.rule != segment.rule or last.dtype != segment.dtype:
         return False
     elements = last.num_elements
     return last.output_offset + elements * ITEM_BYTES[last.dtype] == segment.output_offset and all(
         mine.file == theirs.file
         and mine.dtype == theirs.dtype
         and mine.offset + elements * ITEM_BYTES[mine.dtype] == theirs.offset
-        and not isinstance(mine, MadeEntry)
-        and not isinstance(theirs, MadeEntry)
+        and not isinstance(mine, DecodedEntry)
+        and not isinstance(theirs, DecodedEntry)
         for mine, theirs in zip(last.inputs, segment.inputs, strict=True)
     )

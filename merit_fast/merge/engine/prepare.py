@@ -1,4 +1,4 @@
-"""Everything a merge decides before it writes: the inputs' headers checked, the method's rules, the plan."""
+"""Decisions before a merge writes: checked headers, the method's rules, the plan, the memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from merit_fast.errors import InputError
-from merit_fast.merge.combine.rules import Combination, combine
+from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES
+from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
-from merit_fast.merge.read.checkpoint import ITEM_BYTES, Checkpoint, TensorEntry
+from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry
 from merit_fast.merge.read.companions import check_configs, list_companions
 from merit_fast.merge.read.decoded import (
-    FP8_DTYPES,
-    MadeEntry,
+    DecodedEntry,
     is_adapter,
     is_float,
     read_input,
@@ -24,16 +24,16 @@ from merit_fast.merge.read.decoded import (
 )
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
+from merit_fast.merge.rules.function import UserFunction
+from merit_fast.merge.rules.kinds import ThinnedDeltas
 from merit_fast.progress import Progress
 
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _LEAST_CHUNK_KIB = 4
-_WHOLE_SUMS = ("linear", "task_arithmetic", "passthrough", "slerp", "multislerp", "model_stock")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What headers alone tell. ``companions``: the directory that gives config and tokenizer."""
+    """Checked headers of a merge. ``companions``: the directory that gives config and tokenizer."""
 
     combination: Combination
     checkpoints: tuple[Checkpoint, ...]  # one per path of the combination
@@ -43,7 +43,7 @@ class Inputs:
 
     @property
     def bytes_read(self) -> int:
-        """By one pass over all inputs."""
+        """Bytes read by one pass over all inputs."""
         return sum(
             entry.num_bytes
             for file in self.files
@@ -64,10 +64,12 @@ def read_inputs(
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
-        companions: the directory that gives config and tokenizer. None: the first that is no adapter.
+        companions: the directory that gives config and tokenizer. None: the first that is no
+            adapter.
 
     Raises:
-        InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and ``lay_out``.
+        InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and
+            ``lay_out``.
     """
     base_checkpoint = read_input(base, None) if base else None
     checkpoints = [read_input(path, base_checkpoint) for path in models]
@@ -78,19 +80,16 @@ def read_inputs(
     )
     layers = None
     if slices:
-        checkpoints, base_checkpoint, layers = stack_layers(
-            slices, {one.path: one for one in everyone}
-        )
-        models, base = (
-            [one.path for one in checkpoints],
-            base_checkpoint.path if base_checkpoint else None,
-        )
+        by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
+        checkpoints, base_checkpoint, layers = stack_layers(slices, by_path)
+        models = [checkpoint.path for checkpoint in checkpoints]
+        base = base_checkpoint.path if base_checkpoint else None
     names = {name for checkpoint in checkpoints for name in checkpoint.tensors}
     combination = combine(models, weights, base, config, names, layers)
     if len(combination.paths) > len(models) and base_checkpoint:
         checkpoints.append(base_checkpoint)
     shard_bytes = parse_bytes("shard_size", config.shard_size) if config.shard_size else None
-    dtype = DTYPES[config.dtype] if config.dtype else None
+    dtype = SHORT_NAMES[config.dtype] if config.dtype else None
     files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes)
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
@@ -99,10 +98,10 @@ def read_inputs(
 
 
 def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
-    """The plan with every tensor's rule; methods that need Gram matrices read all inputs once for them.
+    """The plan with every tensor's rule. Methods that need Gram matrices read all inputs once.
 
     Raises:
-        InputError: a value is not finite where lengths and angles are wanted; see ``gram_shard``.
+        InputError: a value is not finite and the method needs lengths; see ``gram_shard``.
     """
     combination = inputs.combination
     from_gram = combination.from_gram
@@ -128,27 +127,32 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
 
 
 def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
-    """Memory of the engine's buffers: every worker holds a chunk of each input and of the output."""
+    """Memory of the engine's buffers: every worker holds a chunk of each input and the output."""
     entries = [entry for file in inputs.files for tensor in file.tensors for entry in tensor.inputs]
     widest = max(
         (ITEM_BYTES[value_dtype(entry)] for entry in entries if is_float(entry)), default=1
     )
+    if isinstance(config.method_entry.rule, UserFunction):  # it sees whole tensors in float64
+        largest = max(
+            (tensor.num_elements for file in inputs.files for tensor in file.tensors), default=0
+        )
+        return (2 * len(inputs.checkpoints) + 4) * 8 * largest
     elements = max(config.chunk_kib * 1024 // widest, 1)
-    if config.stats or config.takes_gram or config.method == "sce":
+    method = config.method_entry
+    by_squares = isinstance(method.rule, ThinnedDeltas) and method.rule.by_squares
+    by_row = isinstance(method.rule, ThinnedDeltas) and method.rule.by_row
+    if config.stats or config.takes_gram or by_squares:
         elements = max(
             elements, GRAM_CHUNK
-        )  # their sums have one chunk for all, so that they have one result
-    if config.method.startswith("della"):
-        elements = max(
-            elements, max((entry.shape[-1] for entry in entries if entry.shape), default=1)
-        )
+        )  # sums have one chunk size, so that they have one result
+    if by_row:
+        row = max((entry.shape[-1] for entry in entries if entry.shape), default=1)
+        elements = max(elements, row)
     each = (len(inputs.checkpoints) + 1) * widest
-    made = (
-        16 if any(isinstance(entry, MadeEntry) for entry in entries) else 0
-    )  # values on their way in
-    ranked = 0 if config.method in _WHOLE_SUMS else 8  # sizes, and the ones around a threshold
-    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if config.method.startswith("della") else 0
-    return config.threads * elements * (each + made + ranked + ranks)
+    decoded = 16 if any(isinstance(entry, DecodedEntry) for entry in entries) else 0
+    sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
+    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
+    return config.threads * elements * (each + decoded + sizes + ranks)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:
@@ -159,7 +163,8 @@ def fit_memory(inputs: Inputs, config: MergeConfig) -> int:
     """
     if config.max_memory is None:
         return config.chunk_kib
-    allowed, chunk_kib = parse_bytes("max_memory", config.max_memory), config.chunk_kib
+    allowed = parse_bytes("max_memory", config.max_memory)
+    chunk_kib = config.chunk_kib
     while (
         chunk_kib > _LEAST_CHUNK_KIB
         and buffer_bytes(inputs, replace(config, chunk_kib=chunk_kib)) > allowed
@@ -168,7 +173,8 @@ def fit_memory(inputs: Inputs, config: MergeConfig) -> int:
     least = buffer_bytes(inputs, replace(config, chunk_kib=chunk_kib))
     if least > allowed:
         raise InputError(
-            f"merge.max_memory: must be at least {least} bytes for method {config.method}, {config.threads} threads "
+            f"merge.max_memory: must be at least {least} bytes for method {config.method}, "
+            f"{config.threads} threads "
             f"and {len(inputs.checkpoints)} inputs, got {allowed}"
         )
     return chunk_kib

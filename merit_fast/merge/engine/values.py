@@ -1,28 +1,26 @@
-"""An input's values in NumPy, as the engine makes them: for the eager backend, and to name what is not finite."""
+"""An input's values in NumPy, as the engine makes them, and errors about non-finite ones."""
 
 import numpy as np
 import numpy.typing as npt
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average import FLOAT_DTYPES
 from merit_fast.kernels.average._eager import to_float64
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.read.checkpoint import TensorEntry
-from merit_fast.merge.read.decoded import MadeEntry, Scales
+from merit_fast.merge.read.decoded import DecodedEntry, Scales
 
 Array = npt.NDArray[np.float64]
-_ALLOW = "; merge.allow_nonfinite=true writes it all the same"
+_ALLOW = "; merge.allow_nonfinite=true writes it anyway"
 
 
 def float8_table(dtype: str) -> Array:
-    """[256] the value of every code of an 8-bit float (OCP 8-bit Floating Point Specification)."""
+    """[256] value of every code of an 8-bit float (OCP 8-bit Floating Point Specification)."""
     mantissa, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
     codes = np.arange(256)
-    exponent, fraction = (
-        (codes & 127) >> mantissa,
-        (codes & ((1 << mantissa) - 1)) / (1 << mantissa),
-    )
+    exponent = (codes & 127) >> mantissa
+    fraction = (codes & ((1 << mantissa) - 1)) / (1 << mantissa)
     values = np.where(
         exponent > 0, np.ldexp(1.0 + fraction, exponent - bias), np.ldexp(fraction, 1 - bias)
     )
@@ -33,11 +31,12 @@ def float8_table(dtype: str) -> Array:
     return np.where(codes & 128, -values, values)
 
 
-def factors(entry: MadeEntry, files: OpenFiles) -> tuple[np.ndarray, np.ndarray] | None:
-    """(left [rows, rank], right [rank, cols]) of an adapter's change in float32: left @ right is the tensor's shape."""
+def factors(entry: DecodedEntry, files: OpenFiles) -> tuple[np.ndarray, np.ndarray] | None:
+    """(left [rows, rank], right [rank, cols]): float32 factors of an adapter's change."""
     if entry.low_rank is None:
         return None
-    a, b = files.small_array(entry.low_rank.a), files.small_array(entry.low_rank.b)
+    a = files.small_array(entry.low_rank.a)
+    b = files.small_array(entry.low_rank.b)
     left, right = (a.T, b.T) if entry.low_rank.transposed else (b, a)
     return np.ascontiguousarray(left, np.float32), np.ascontiguousarray(right, np.float32)
 
@@ -49,26 +48,28 @@ def scale_grid(scales: Scales, files: OpenFiles) -> Array:
 
 
 def values(entry: TensorEntry, first: int, count: int, files: OpenFiles) -> tuple[np.ndarray, str]:
-    """Elements of an input and their dtype: as stored (bf16 as uint16 bits), or float64 where they are made."""
+    """Elements of an input and their dtype: as stored (bf16 as uint16 bits), or decoded float64."""
     data = files.read(entry, first, count)
-    if not isinstance(entry, MadeEntry):
+    if not isinstance(entry, DecodedEntry):
         return np.frombuffer(data, FLOAT_DTYPES[entry.dtype][1]), entry.dtype
     cols = entry.shape[-1] if entry.shape else 1
     rows, columns = np.divmod(np.arange(first, first + count), cols)
     if entry.dtype in FLOAT_DTYPES:
-        made = to_float64(np.frombuffer(data, FLOAT_DTYPES[entry.dtype][1]), entry.dtype)
+        decoded = to_float64(np.frombuffer(data, FLOAT_DTYPES[entry.dtype][1]), entry.dtype)
     else:
-        made = float8_table(entry.dtype)[np.frombuffer(data, np.uint8)]
+        decoded = float8_table(entry.dtype)[np.frombuffer(data, np.uint8)]
         if entry.scales is not None:
             grid = scale_grid(entry.scales, files)
-            made = made * grid[rows // entry.scales.block_rows, columns // entry.scales.block_cols]
+            decoded = (
+                decoded * grid[rows // entry.scales.block_rows, columns // entry.scales.block_cols]
+            )
     pair = factors(entry, files)
     if pair is not None and entry.low_rank is not None:
         change = np.zeros(count)
         for r in range(pair[0].shape[1]):
             change += pair[0][rows, r].astype(np.float64) * pair[1][r, columns].astype(np.float64)
-        made = made + entry.low_rank.scaling * change
-    return made, "F64"
+        decoded = decoded + entry.low_rank.scaling * change
+    return decoded, "F64"
 
 
 def finite(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -76,7 +77,7 @@ def finite(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def nonfinite_error(segment: Segment, chunk: int, step: int, files: OpenFiles) -> InputError:
-    """Finds the first bad element of the chunk, by its tensor and the input it came from."""
+    """An error about the first bad element of the chunk, with its tensor and its input."""
     count = min(step, segment.num_elements - chunk)
     for entry in segment.inputs:
         bad = np.flatnonzero(~finite(*values(entry, chunk, count, files)))

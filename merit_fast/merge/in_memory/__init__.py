@@ -1,1 +1,1 @@
-"""Merges without output files: state dicts that are in memory already, or checkpoints merged while a model loads."""
+"""Merges without output files: of state dicts in memory, or of checkpoints while a model loads."""

@@ -1,4 +1,4 @@
-"""Tensors of a merge that the engine makes in memory when a model that is being loaded asks for them."""
+"""Tensors of a merge that the engine makes in memory when a loading model asks for them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from merit_fast.errors import MeritFastError
+from merit_fast.kernels.average.dtypes import DTYPES
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import input_files, merge_tensor
 from merit_fast.merge.engine.opened import OpenFiles, open_files
@@ -17,22 +18,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# safetensors' names -> torch's
-_TORCH_DTYPES = {
-    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-    **{"BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
-    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
-}
-
 
 class Staging:
-    """The way to a GPU: of two pinned buffers one is filled while the other is copied, each by a thread of its own."""
+    """Copies tensors to a GPU: one of two pinned buffers is filled while the other is copied."""
 
     def __init__(self, num_bytes: int, device: "torch.device") -> None:
-        """``num_bytes``: of a buffer, which holds the largest tensor whole."""
+        """``num_bytes``: size of a buffer, which holds the largest tensor."""
         import torch
 
         self.device = device
@@ -60,7 +51,7 @@ class Staging:
 
 
 class MergedTensors:
-    """The tensors of a plan, each made when it is asked for. Any thread may ask; the engine makes one at a time."""
+    """Tensors of a plan, made on demand and one after the other. Any thread may ask."""
 
     def __init__(
         self, plan: Plan, config: MergeConfig, opened: OpenFiles, staging: Staging | None
@@ -68,7 +59,9 @@ class MergedTensors:
         self.tensors = {tensor.name: tensor for file in plan.files for tensor in file.tensors}
         self.error: MeritFastError | None = None  # the first that a thread met
         self._segments = plan_alone(plan)
-        self._config, self._opened, self._staging = config, opened, staging
+        self._config = config
+        self._opened = opened
+        self._staging = staging
         self._engine = Lock()
 
     def state_dict(self) -> "dict[str, LazyTensor]":
@@ -77,18 +70,19 @@ class MergedTensors:
     def dtype(self, name: str) -> "torch.dtype":
         import torch
 
-        found: torch.dtype = getattr(torch, _TORCH_DTYPES[self.tensors[name].dtype])
-        return found
+        dtype: torch.dtype = getattr(torch, DTYPES[self.tensors[name].dtype].torch_name)
+        return dtype
 
     def read(self, name: str) -> "Tensor":
-        """On the GPU with staging, else on the CPU.
+        """Makes a tensor, on the GPU with staging, else on the CPU.
 
         Raises:
             InputError, MeritFastError: see ``merge_tensor``.
         """
         import torch
 
-        shape, dtype = self.tensors[name].shape, self.dtype(name)
+        shape = self.tensors[name].shape
+        dtype = self.dtype(name)
         if name not in self._segments:  # it has no elements
             return torch.empty(shape, dtype=dtype)
         if self._staging is not None:
@@ -98,17 +92,17 @@ class MergedTensors:
         return result
 
     def _make(self, name: str, result: "Tensor") -> None:
-        with (
-            self._engine
-        ):  # it has threads of its own, and one set of buffers is what max_memory bounds
+        # The engine has threads of its own, and max_memory bounds one set of buffers.
+        with self._engine:
             merge_tensor(self._segments[name], self._config, self._opened, result.data_ptr())
 
 
 class LazyTensor:
-    """What transformers takes for a tensor still in its file: ``[...]`` makes it, once it is wanted."""
+    """A tensor that transformers treats as still in its file: ``[...]`` makes it."""
 
     def __init__(self, source: MergedTensors, name: str) -> None:
-        self.source, self.name = source, name
+        self.source = source
+        self.name = name
 
     def __getitem__(self, everything: object) -> "Tensor":
         try:
@@ -135,7 +129,7 @@ class LazyTensor:
 def open_merged(
     plan: Plan, config: MergeConfig, staged: "torch.device | None"
 ) -> Iterator[MergedTensors]:
-    """The plan's tensors while its inputs are open; on the CPU, or by way of ``Staging`` on the device ``staged``.
+    """Opens the inputs and yields the plan's tensors, on the CPU or on the device ``staged``.
 
     Raises:
         MeritFastError: an input cannot be opened.

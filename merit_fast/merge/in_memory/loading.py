@@ -1,5 +1,6 @@
 """From merged tensors to a model of transformers, which is imported when a function is called."""
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ _CONFIGS = ("config.json", "generation_config.json")
 
 
 class Kind(NamedTuple):
-    """What a model directory says beside its weights, as transformers reads it."""
+    """Configs and class of a model directory, as transformers reads them."""
 
     config: Any
     model_class: Any
@@ -55,33 +56,33 @@ def kind_of(path: Location) -> Kind:
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     ):
         raise InputError(
-            f"{path / 'config.json'}: architectures: must name a model of transformers, got {names[0]}"
+            f"{path / 'config.json'}: architectures: must name a model of transformers, got "
+            f"{names[0]}"
         )
     return Kind(config, model_class, generation)
 
 
 def fit_config(kind: Kind, source: MergedTensors, dequantized: bool) -> None:
-    """Makes a model's config agree with the merged tensors, as a file merge does with config.json."""
+    """Makes a model's config agree with the merged tensors, as a file merge changes config.json."""
     import torch
 
     config = kind.config
-    parts = (config, config.get_text_config())
+    configs = (config, config.get_text_config())
     dtypes = output_dtypes(
         (tensor.dtype, tensor.num_elements) for tensor in source.tensors.values()
     )
     if dtypes and config.dtype is not None:
         config.dtype = getattr(torch, dtypes[0])
-    for part in parts:
-        if dequantized and hasattr(part, "quantization_config"):
-            del part.quantization_config
+    for each in configs:
+        if dequantized and hasattr(each, "quantization_config"):
+            del each.quantization_config
     pair = find_head({name: tensor.inputs[0] for name, tensor in source.tensors.items()})
-    if pair is not None and any(getattr(part, "tie_word_embeddings", False) for part in parts):
-        embedding, head = (
-            source.read(entry.name) for entry in pair
-        )  # a tied model would drop a head of its own
+    if pair is not None and any(getattr(each, "tie_word_embeddings", False) for each in configs):
+        # A tied model would drop its own head.
+        embedding, head = (source.read(entry.name) for entry in pair)
         if embedding.dtype != head.dtype or not torch.equal(_bytes(embedding), _bytes(head)):
-            for part in parts:
-                part.tie_word_embeddings = False
+            for each in configs:
+                each.tie_word_embeddings = False
 
 
 def build_model(
@@ -90,7 +91,8 @@ def build_model(
     """A model of the source's tensors, renamed and joined as transformers does.
 
     Raises:
-        InputError, MeritFastError: what a tensor met first; or the class does not have the tensors of ``path``.
+        InputError, MeritFastError: the first error of a tensor; or the class lacks tensors of
+            ``path``.
     """
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": device}
     if kind.generation is not None:
@@ -113,9 +115,28 @@ def build_model(
     return loaded
 
 
+def checked_device(device: "torch.device | str") -> "torch.device":
+    """The device, checked to be available.
+
+    Raises:
+        InputError: it is no device, torch finds no such GPU, or accelerate is not installed.
+    """
+    import torch
+
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device: {one_line(error)}") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: must be there, got {str(device)!r} where torch finds no GPU")
+    if target.type != "cpu" and importlib.util.find_spec("accelerate") is None:
+        raise InputError(f"device: {str(device)!r} needs accelerate: pip install accelerate")
+    return target
+
+
 @contextmanager
 def _local_configs(path: Location) -> Iterator[Path]:
-    """A directory itself; of a store's a temporary copy of the configs, since transformers opens files."""
+    """A local directory itself; for a store, a temporary copy of the configs."""
     if isinstance(path, Path):
         yield path
         return
@@ -139,7 +160,7 @@ def _check_report(path: Location, class_name: str, report: Mapping[str, Any]) ->
         if names := sorted(report[key]):
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise InputError(f"{path}: {names[0]}: {rule.format(class_name)}{more}")
-    for name, found, expected in sorted(report["mismatched_keys"]):
+    for name, shape, expected in sorted(report["mismatched_keys"]):
         raise InputError(
-            f"{path}: {name}: shape must be {list(expected)} by config.json, got {list(found)}"
+            f"{path}: {name}: shape must be {list(expected)} by config.json, got {list(shape)}"
         )

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them: which tensors of the base they change, and by which product of small matrices.
+"""LoRA adapters as PEFT saves them: the base's tensors that they change, and the factors.
 
 Hu et al. 2021, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski 2023, arXiv 2312.03732.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from merit_fast.errors import InputError
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.read.checkpoint import (
     ADAPTER_FILE,
     Checkpoint,
@@ -71,7 +72,6 @@ _PLAIN_INITS = (
     "eva",
     "orthogonal",
 )  # the others change the base's weights
-_FLOATS = ("F32", "F16", "BF16", "F64")
 _FACTOR_A = re.compile(r"(.+)\.(lora_A\.weight|lora_embedding_A)")
 _NOT_FULL = re.compile(
     r"(.+\.)?(lora_|trainable_tokens|token_adapter|modules_to_save\.|original_module\.).*"
@@ -83,7 +83,7 @@ _TOO_SLOW = re.compile(
 
 @dataclass(frozen=True)
 class LowRank:
-    """One tensor's change: scaling * B @ A, transposed for an embedding and for a layer that stores [in, out]."""
+    """One tensor's change: scaling * B @ A, transposed for embeddings and layers of [in, out]."""
 
     name: str  # of the base's tensor
     a: TensorEntry  # [r, in]
@@ -93,14 +93,15 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the base's tensor."""
-        out, into = self.b.shape[0], self.a.shape[1]
+        """Shape of the base's tensor."""
+        out = self.b.shape[0]
+        into = self.a.shape[1]
         return (into, out) if self.transposed else (out, into)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What of adapter_config.json enters the weights."""
+    """Keys of adapter_config.json that enter the weights."""
 
     r: int = 8
     lora_alpha: float = 8.0
@@ -133,7 +134,7 @@ class AdapterConfig:
             require(abs(alpha) < float("inf"), "lora_alpha", "finite", alpha)
 
     def of_module(self, module: str) -> tuple[int, float]:
-        """(r, scaling) of a module of the base, by the first pattern that fits its name or its last parts."""
+        """(r, scaling) of a module, by the first pattern that fits its name or its last parts."""
         rank = self.rank_pattern.get(_fitting(self.rank_pattern, module), self.r)
         alpha = self.alpha_pattern.get(_fitting(self.alpha_pattern, module), self.lora_alpha)
         return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -141,7 +142,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter directory. A full tensor takes the place of the base's, before the low-rank change."""
+    """An adapter directory. A full tensor replaces the base's, before the low-rank change."""
 
     path: Location
     config: AdapterConfig
@@ -168,9 +169,9 @@ def read_adapter(path: Location) -> Adapter:
             "lora_embedding_A", "lora_embedding_B"
         )
         if b_key not in tensors:
-            raise InputError(f"{path / ADAPTER_FILE}: {key}: has no {b_key} beside it")
-        one = _low_rank(tensors.pop(key), tensors.pop(b_key), config)
-        low_rank[one.name] = one
+            raise InputError(f"{path / ADAPTER_FILE}: {key}: has no {b_key} next to it")
+        change = _low_rank(tensors.pop(key), tensors.pop(b_key), config)
+        low_rank[change.name] = change
     full: dict[str, TensorEntry] = {}
     for entry in tensors.values():
         name = _base_name(entry)
@@ -181,7 +182,7 @@ def read_adapter(path: Location) -> Adapter:
 
 
 def check_tied(adapter: Adapter, base: Checkpoint) -> None:
-    """Refuses an adapter that changes the input embedding of a base whose head is that embedding: both would change.
+    """Refuses an adapter that changes an input embedding which is the base's head too.
 
     Raises:
         InputError: it does.
@@ -193,7 +194,8 @@ def check_tied(adapter: Adapter, base: Checkpoint) -> None:
     ]
     if embeddings and is_tied(base):
         raise InputError(
-            f"{adapter.path / ADAPTER_FILE}: {embeddings[0]}: is the head of {base.path} too (tie_word_embeddings), "
+            f"{adapter.path / ADAPTER_FILE}: {embeddings[0]}: is the head of {base.path} too "
+            "(tie_word_embeddings), "
             "which the adapter did not change"
         )
 
@@ -203,7 +205,8 @@ def _read_config(file: Location) -> AdapterConfig:
     for key, value in values.items():
         if key not in _KNOWN and value not in (None, False, [], {}):
             raise InputError(
-                f"{file}: {quote(key)[1:-1]}: is not of plain LoRA, must be absent, got {quote(value)}"
+                f"{file}: {quote(key)[1:-1]}: is not of plain LoRA, must be absent, got "
+                f"{quote(value)}"
             )
     init = values.get("init_lora_weights")
     if not any(
@@ -224,8 +227,8 @@ def _read_config(file: Location) -> AdapterConfig:
         if isinstance(number, int) and abs(number) >= 2**53:
             raise InputError(f"{file}: r and lora_alpha must be below 2^53, got {quote(number)}")
     known = {item.name for item in fields(AdapterConfig)}
-    given = {key: value for key, value in values.items() if key in known and value is not None}
-    return parse(AdapterConfig, given, str(file))
+    present = {key: value for key, value in values.items() if key in known and value is not None}
+    return parse(AdapterConfig, present, str(file))
 
 
 def _low_rank(a: TensorEntry, b: TensorEntry, config: AdapterConfig) -> LowRank:
@@ -234,9 +237,10 @@ def _low_rank(a: TensorEntry, b: TensorEntry, config: AdapterConfig) -> LowRank:
             raise InputError(
                 f"{entry.file}: {entry.name}: must have 2 dimensions, got {list(entry.shape)}"
             )
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"{entry.file}: {entry.name}: dtype must be one of {', '.join(_FLOATS)}, got {entry.dtype}"
+                f"{entry.file}: {entry.name}: dtype must be one of {', '.join(FLOAT_DTYPES)}, "
+                f"got {entry.dtype}"
             )
     module = (
         _base_name(a)
@@ -245,17 +249,18 @@ def _low_rank(a: TensorEntry, b: TensorEntry, config: AdapterConfig) -> LowRank:
         .removesuffix(".lora_embedding_A")
     )
     rank, scaling = config.of_module(module)
-    for entry, found in ((a, a.shape[0]), (b, b.shape[1])):
-        if found != rank:
+    for entry, size in ((a, a.shape[0]), (b, b.shape[1])):
+        if size != rank:
             raise InputError(
-                f"{entry.file}: {entry.name}: must be of rank {rank} by {ADAPTER_CONFIG}, got {found}"
+                f"{entry.file}: {entry.name}: must be of rank {rank} by {ADAPTER_CONFIG}, got "
+                f"{size}"
             )
     transposed = a.name.endswith("lora_embedding_A") or config.fan_in_fan_out
     return LowRank(f"{module}.weight", a, b, scaling, transposed)
 
 
 def _base_name(entry: TensorEntry) -> str:
-    """Of the base's tensor for a full one; for a factor, with its own last part."""
+    """Name of the base's tensor for a full one; a factor keeps its last part."""
     if not entry.name.startswith(_PREFIX):
         raise InputError(f"{entry.file}: {entry.name}: must begin with {_PREFIX}")
     return entry.name.removeprefix(_PREFIX).replace(".base_layer.", ".")

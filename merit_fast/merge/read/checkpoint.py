@@ -1,7 +1,7 @@
-"""Sharded safetensors from headers alone: names, dtypes, shapes and byte ranges, all checked before any data is read.
+"""Sharded safetensors, read from headers only: names, dtypes, shapes and byte ranges, all checked.
 
-File: u64 little-endian header length, JSON header, data; offsets count from the end of the header, without holes.
-No name in an index leads out of its directory.
+File: u64 little-endian header length, JSON header, data; offsets count from the end of the header,
+without holes. No name in an index leads out of its directory.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.errors import InputError
+from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.read.files import (
     MAX_JSON_BYTES,
     list_directory,
@@ -27,13 +28,6 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = MAX_JSON_BYTES
-ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
-}
 _MAX_NAME = 1000  # characters; bounds every message
 _MAX_NUMBER = 2**63 - 1
 _MAX_DIMENSIONS = 64  # as in torch and NumPy
@@ -42,7 +36,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies. ``offset`` counts bytes from the start of ``file``."""
+    """One tensor in a file. ``offset`` counts bytes from the start of ``file``."""
 
     name: str
     dtype: str
@@ -83,7 +77,7 @@ def read_checkpoint(path: Location) -> Checkpoint:
     files = sorted(set(weight_map.values()))
     if SINGLE_FILE in present and SINGLE_FILE not in files:
         raise InputError(
-            f"{index}: does not name {SINGLE_FILE}, which lies beside it; remove the one that is stale"
+            f"{index}: does not name {SINGLE_FILE}, which is next to it; remove the stale one"
         )
     checkpoint = read_files(path, files)
     _check_index(index, weight_map, checkpoint.tensors)
@@ -119,7 +113,8 @@ def read_header(file: Location) -> list[TensorEntry]:
         prefix = opened.read(8)
         if len(prefix) < 8:
             raise InputError(
-                f"{file}: must begin with the 8 bytes of its header's length, holds {len(prefix)} bytes"
+                f"{file}: must begin with the 8 bytes of its header's length, holds "
+                f"{len(prefix)} bytes"
             )
         length = struct.unpack("<Q", prefix)[0]
         if length > MAX_HEADER_BYTES:
@@ -128,14 +123,15 @@ def read_header(file: Location) -> list[TensorEntry]:
             )
         if length > size - 8:
             raise InputError(
-                f"{file}: header length must be at most {size - 8}, what the file holds, got {length}"
+                f"{file}: header length must be at most {size - 8}, what the file holds, got "
+                f"{length}"
             )
         text = opened.read(length)
     return parse_header(file, text, size)
 
 
 def parse_header(file: Location, text: bytes, size: int) -> list[TensorEntry]:
-    """The tensors that a header's ``text`` describes, by offset, checked against the file's size in bytes."""
+    """Tensors that a header's ``text`` describes, by offset, checked against the file's size."""
     header = parse_json(text, f"{file}: header")
     if not isinstance(header, dict) or not text.startswith(b"{"):
         raise InputError(
@@ -151,14 +147,17 @@ def parse_header(file: Location, text: bytes, size: int) -> list[TensorEntry]:
         (_entry(file, name, value, start, size) for name, value in header.items()),
         key=lambda entry: (entry.offset, entry.num_bytes),
     )
-    end, last = start, "the header"
+    end = start
+    last = "the header"
     for entry in entries:
         if entry.offset != end:
             rule = "overlaps" if entry.offset < end else "leaves a hole after"
             raise InputError(
-                f"{file}: {entry.name}: {rule} {last}: must start at {end - start}, got {entry.offset - start}"
+                f"{file}: {entry.name}: {rule} {last}: must start at {end - start}, got "
+                f"{entry.offset - start}"
             )
-        end, last = end + entry.num_bytes, entry.name
+        end += entry.num_bytes
+        last = entry.name
     if end != size:
         raise InputError(f"{file}: holds {size} bytes, its header describes {end}")
     return entries
@@ -168,9 +167,12 @@ def _entry(file: Location, name: str, value: Any, start: int, size: int) -> Tens
     _check_name(file, name)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise InputError(
-            f"{file}: {name}: must be an object of dtype, shape and data_offsets, got {quote(value)}"
+            f"{file}: {name}: must be an object of dtype, shape and data_offsets, got "
+            f"{quote(value)}"
         )
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    dtype = value["dtype"]
+    shape = value["shape"]
+    offsets = value["data_offsets"]
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(
             type(n) is int and 0 <= n <= _MAX_NUMBER for n in numbers
@@ -188,7 +190,8 @@ def _entry(file: Location, name: str, value: Any, start: int, size: int) -> Tens
         raise InputError(
             f"{file}: {name}: dtype must be one of {', '.join(ITEM_BYTES)}, got {quote(dtype)}"
         )
-    num_bytes, (begin, stop) = math.prod(shape) * ITEM_BYTES[dtype], offsets
+    num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+    begin, stop = offsets
     if stop - begin != num_bytes:
         rule = f"{dtype} {quote(shape)} must span {quote(num_bytes)} bytes"
         raise InputError(f"{file}: {name}: {rule}, got {stop - begin}")
@@ -208,7 +211,8 @@ def _read_weight_map(index: Location) -> dict[str, str]:
         plain = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name)
         if not plain or not name.endswith(".safetensors"):
             raise InputError(
-                f"{index}: {tensor}: must name a .safetensors file of this directory, got {quote(name)}"
+                f"{index}: {tensor}: must name a .safetensors file of this directory, got "
+                f"{quote(name)}"
             )
     return weight_map
 
@@ -241,7 +245,7 @@ def _check_name(file: Location, name: str) -> None:
 
 
 def pickle_hint(path: Location, present: Sequence[str]) -> str:
-    """For the message about a directory without safetensors: the command that writes them, "" if it has no pickle."""
+    """Hint for a directory without safetensors: the command that writes them, or ""."""
     pickles = sorted(
         (name for name in present if name.endswith(_PICKLES)), key=lambda name: "_model" not in name
     )
@@ -267,12 +271,12 @@ def pickle_hint(path: Location, present: Sequence[str]) -> str:
 
 
 def _hint(path: Location, present: Sequence[str]) -> str:
-    """What to do with a directory whose weights are in another form."""
+    """Hint for a directory whose weights are in another form."""
     if ADAPTER_FILE in present:
         return "; it is an adapter, which needs a base model"
     shards = [name for name in present if name.endswith(".safetensors")]
     return (
-        f"; {quote(shards[0])[1:-1]} has no index beside it"
+        f"; {quote(shards[0])[1:-1]} has no index next to it"
         if shards
         else pickle_hint(path, present)
     )

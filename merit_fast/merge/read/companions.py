@@ -1,4 +1,4 @@
-"""What lies beside the weights: which files go into the output, and what of config.json the tensors decide."""
+"""Files next to the weights: which go into the output, and config.json made to fit the tensors."""
 
 import fnmatch
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from merit_fast.errors import InputError
+from merit_fast.kernels.average.dtypes import DTYPES, FLOAT_DTYPES
 from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry
 from merit_fast.merge.read.files import (
@@ -20,8 +21,8 @@ from merit_fast.merge.read.files import (
 from merit_fast.merge.read.remote import Location
 
 CONFIG_FILE = "config.json"
-# Copied where the model has them, in any case. A license goes along with what is made from the weights; a model card
-# does not, it describes another model.
+# Copied if the model has them, in any case of letters. A license holds for works made from the
+# weights; a model card describes another model and is not copied.
 COMPANIONS = (
     CONFIG_FILE,
     "generation_config.json",
@@ -58,8 +59,6 @@ _SAME = (
     "num_key_value_heads",
     "head_dim",
 )
-# safetensors dtype -> its name in config.json; those a model can compute in
-CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _AVERAGED_QUANTIZATION = ("fp8", None)
 _WHOLE = ("", "text_config")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -68,7 +67,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def list_companions(source: Location) -> tuple[str, ...]:
-    """The files beside the weights that an output takes over, relative to ``source``; code if a config refers to it.
+    """Files next to the weights that an output gets; code only if a config names it.
 
     Raises:
         InputError: one of them is no regular file, cannot be read, or should be JSON and is not.
@@ -104,7 +103,8 @@ def copy_companions(
     Args:
         source: the model directory that gives them.
         directory: the output, still under its temporary name.
-        dtypes: of the output's tensors, as ``output_dtypes`` gives them. (): config.json's dtypes stay.
+        dtypes: of the output's tensors, as ``output_dtypes`` gives them. (): config.json's dtypes
+            stay.
         dequantized: the output holds no quantised tensor, so quantization_config goes.
 
     Raises:
@@ -125,14 +125,14 @@ def copy_companions(
 
 
 def output_dtypes(tensors: Iterable[tuple[str, int]]) -> tuple[str, ...]:
-    """The float dtypes among tensors (safetensors dtype, elements), as config.json names them; the commonest first.
+    """Float dtypes among tensors (dtype, elements), as config.json names them; most common first.
 
     Those of quantised tensors do not count: a model does not compute in them.
     """
-    elements = dict.fromkeys(CONFIG_DTYPES.values(), 0)
+    elements = {DTYPES[name].torch_name: 0 for name in FLOAT_DTYPES}
     for dtype, count in tensors:
-        if dtype in CONFIG_DTYPES:
-            elements[CONFIG_DTYPES[dtype]] += count
+        if dtype in FLOAT_DTYPES:
+            elements[DTYPES[dtype].torch_name] += count
     return tuple(
         sorted(
             (name for name, count in elements.items() if count), key=lambda name: -elements[name]
@@ -141,13 +141,14 @@ def output_dtypes(tensors: Iterable[tuple[str, int]]) -> tuple[str, ...]:
 
 
 def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False) -> None:
-    """Refuses models that differ in what config.json says of the tensors' meaning, and tied beside untied heads.
+    """Refuses models whose configs give tensors different meanings, or with unlike heads.
 
-    A key counts where both configs have it, in text_config or at the top; a model without config.json is not checked.
-    ``any_depth``: they may differ in num_hidden_layers.
+    A key counts where both configs have it, in text_config or at the top; a model without
+    config.json is not checked. ``any_depth``: they may differ in num_hidden_layers.
 
     Raises:
-        InputError: such a difference, with both values; a config.json that is not JSON; weights quantised to integers.
+        InputError: such a difference, with both values; a config.json that is not JSON; weights
+            quantised to integers.
     """
     configs = [
         (c, read_json(c.path / CONFIG_FILE))
@@ -159,17 +160,20 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False)
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         if method not in _AVERAGED_QUANTIZATION:
             raise InputError(
-                f"{checkpoint.path / CONFIG_FILE}: quantization_config: quant_method must be fp8 or absent, "
+                f"{checkpoint.path / CONFIG_FILE}: quantization_config: quant_method must be fp8 "
+                "or absent, "
                 f"got {quote(method)}"
             )
     for other, values in configs[1:]:
         first, wanted = configs[0]
         same = [key for key in _SAME if not (any_depth and key == "num_hidden_layers")]
         for key in (*same, "tie_word_embeddings"):
-            mine, theirs = _value(wanted, key), _value(values, key)
+            mine = _value(wanted, key)
+            theirs = _value(values, key)
             if mine is not None and theirs is not None and mine != theirs:
                 raise InputError(
-                    f"{other.path / CONFIG_FILE}: {key}: must be {quote(mine)} as in {first.path}, got {quote(theirs)}"
+                    f"{other.path / CONFIG_FILE}: {key}: must be {quote(mine)} as in "
+                    f"{first.path}, got {quote(theirs)}"
                 )
     for other in checkpoints[1:]:
         _check_heads(checkpoints[0], other)
@@ -181,7 +185,7 @@ def is_embedding(name: str) -> bool:
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the model's head is its input embedding: config.json says so and the checkpoint holds no other."""
+    """Whether the model's head is its input embedding, by config.json and tensor names."""
     file = checkpoint.path / CONFIG_FILE
     tied = file.exists() and _value(read_json(file), "tie_word_embeddings") is True
     return tied and not _ending(checkpoint.tensors, _HEADS)
@@ -189,14 +193,15 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 def find_head(tensors: Mapping[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry] | None:
     """(input embedding, output head) of a model that holds one of each."""
-    embeddings, heads = _ending(tensors, _EMBEDDINGS), _ending(tensors, _HEADS)
+    embeddings = _ending(tensors, _EMBEDDINGS)
+    heads = _ending(tensors, _HEADS)
     return (
         (tensors[embeddings[0]], tensors[heads[0]]) if len(embeddings) == len(heads) == 1 else None
     )
 
 
 def untie_if_different(directory: Path, embedding: TensorEntry, head: TensorEntry) -> bool:
-    """Sets tie_word_embeddings false in an output whose head is not its embedding; a tied model would drop the head.
+    """Sets tie_word_embeddings to false if the output's head differs from its embedding.
 
     Returns:
         Whether the two differ. They are compared in blocks of 1 MiB.
@@ -207,37 +212,34 @@ def untie_if_different(directory: Path, embedding: TensorEntry, head: TensorEntr
     file = directory / CONFIG_FILE
     if differ and file.exists():
         values = read_json(file)
-        for place, part in _parts(values):
-            if not place or "tie_word_embeddings" in part:
-                part["tie_word_embeddings"] = False
+        for key, config in _configs(values):
+            if not key or "tie_word_embeddings" in config:
+                config["tie_word_embeddings"] = False
         _write_if_changed(file, values)
     return differ
 
 
 def _agreeing(values: dict[str, Any], dtypes: Sequence[str], dequantized: bool) -> dict[str, Any]:
-    """A part of another dtype than the whole, such as a vision tower, keeps it while some tensors have it."""
-    for place, part in _parts(values):
+    """The config with the output's dtypes; a nested one keeps a dtype that tensors have."""
+    for name, config in _configs(values):
         for key in ("dtype", "torch_dtype"):
-            agrees = (
-                part.get(key) == dtypes[0]
-                if place in _WHOLE and dtypes
-                else part.get(key) in dtypes
-            )
-            if dtypes and key in part and not agrees:
-                part[key] = dtypes[0]
+            dtype = config.get(key)
+            agrees = dtype == dtypes[0] if name in _WHOLE and dtypes else dtype in dtypes
+            if dtypes and key in config and not agrees:
+                config[key] = dtypes[0]
         if dequantized:
-            part.pop("quantization_config", None)
+            config.pop("quantization_config", None)
     return values
 
 
-def _parts(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _configs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The config itself and the configs nested in it (text_config, vision_config, ...)."""
     nested = [
-        (key, part)
-        for key, part in values.items()
-        if key.endswith("_config") and isinstance(part, dict)
+        (key, value)
+        for key, value in values.items()
+        if key.endswith("_config") and key != "quantization_config" and isinstance(value, dict)
     ]
-    return [("", values), *((key, part) for key, part in nested if key != "quantization_config")]
+    return [("", values), *nested]
 
 
 def _value(values: Mapping[str, Any], key: str) -> Any:
@@ -252,7 +254,8 @@ def _check_heads(first: Checkpoint, other: Checkpoint) -> None:
         heads = _ending(having.tensors, _HEADS)
         if heads and not _ending(lacking.tensors, _HEADS):
             raise InputError(
-                f"{lacking.path}: {heads[0]}: is missing, {having.path} has it: a tied head cannot be merged with an "
+                f"{lacking.path}: {heads[0]}: is missing, {having.path} has it: a tied head "
+                "cannot be merged with an "
                 "untied one"
             )
 

@@ -1,16 +1,15 @@
-"""Inputs whose values are made from what the files hold: 8-bit floats with their scales, adapters on a base."""
+"""Inputs decoded while they are read: 8-bit floats with scales, adapters on a base."""
 
 import math
 from dataclasses import dataclass, fields
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average import FLOAT_DTYPES
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, FP8_DTYPES
 from merit_fast.merge.read.adapter import ADAPTER_CONFIG, Adapter, LowRank, check_tied, read_adapter
 from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry, read_checkpoint
 from merit_fast.merge.read.files import quote, read_json
 from merit_fast.merge.read.remote import Location
 
-FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _LAYER_SCALES = ("input_scale", "output_scale")
 
@@ -25,8 +24,8 @@ class Scales:
 
 
 @dataclass(frozen=True)
-class MadeEntry(TensorEntry):
-    """A tensor of which the file holds a part; the engine makes its values in float64 on the way in."""
+class DecodedEntry(TensorEntry):
+    """A tensor decoded while it is read (8-bit with scales, or base + LoRA), in float64."""
 
     scales: Scales | None = None
     low_rank: LowRank | None = None
@@ -38,7 +37,7 @@ def is_float(entry: TensorEntry) -> bool:
 
 def value_dtype(entry: TensorEntry) -> str:
     """The dtype in which the engine sees the tensor's values."""
-    return "F64" if isinstance(entry, MadeEntry) else entry.dtype
+    return "F64" if isinstance(entry, DecodedEntry) else entry.dtype
 
 
 def is_adapter(path: Location) -> bool:
@@ -63,35 +62,37 @@ def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
 
 
 def _on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
-    """The base with the adapter's changes, as a checkpoint of tensors that are made on the way in."""
+    """The base with the adapter's changes, as a checkpoint of decoded tensors."""
     tensors = dict(base.tensors)
     for name, entry in adapter.full.items():
-        found = tensors.get(name)
-        if found is None or found.shape != entry.shape:
-            shape = "no such tensor" if found is None else str(list(found.shape))
+        target = tensors.get(name)
+        if target is None or target.shape != entry.shape:
+            shape = "no such tensor" if target is None else str(list(target.shape))
             raise InputError(
                 f"{entry.file}: {entry.name}: must have the shape of {name} in {base.path}, {shape}"
             )
         tensors[name] = _renamed(entry, name)
     for name, change in adapter.low_rank.items():
-        found = tensors.get(name)
-        if found is None or found.shape != change.shape or not is_float(found):
-            shape = "no such tensor" if found is None else f"{found.dtype} {list(found.shape)}"
+        target = tensors.get(name)
+        if target is None or target.shape != change.shape or not is_float(target):
+            shape = "no such tensor" if target is None else f"{target.dtype} {list(target.shape)}"
             raise InputError(
-                f"{change.a.file}: {change.a.name}: changes {name} as a float tensor of {list(change.shape)}, "
+                f"{change.a.file}: {change.a.name}: changes {name} as a float tensor of "
+                f"{list(change.shape)}, "
                 f"{base.path} has {shape}"
             )
-        tensors[name] = _made(found, low_rank=change)
+        tensors[name] = _decoded(target, low_rank=change)
     return Checkpoint(adapter.path, tensors, base.shards)
 
 
 def _with_scales(checkpoint: Checkpoint) -> Checkpoint:
-    """8-bit tensors paired with their scales; the scales themselves are no tensors of the model any more."""
+    """The checkpoint with 8-bit tensors joined to their scales, and without the scales."""
     small = [entry for entry in checkpoint.tensors.values() if entry.dtype in FP8_DTYPES]
     if not small:
         return checkpoint
     block = _block_size(checkpoint.path)
-    tensors, used = dict(checkpoint.tensors), set()
+    tensors = dict(checkpoint.tensors)
+    used: set[str] = set()
     for entry in small:
         names = [
             entry.name + suffix for suffix in _SCALE_SUFFIXES if entry.name + suffix in tensors
@@ -100,7 +101,7 @@ def _with_scales(checkpoint: Checkpoint) -> Checkpoint:
         used.update(names)
         layer = entry.name.rpartition(".")[0]
         used.update(f"{layer}.{name}" for name in _LAYER_SCALES if f"{layer}.{name}" in tensors)
-        tensors[entry.name] = _made(entry, scales=scales)
+        tensors[entry.name] = _decoded(entry, scales=scales)
     tensors = {name: entry for name, entry in tensors.items() if name not in used}
     shards = tuple(
         (file, tuple(name for name in names if name in tensors))
@@ -124,7 +125,8 @@ def _scales(entry: TensorEntry, scale: TensorEntry, block: tuple[int, int] | Non
     size = block or (_even(rows, shape[0]), _even(cols, shape[1]))
     if not all(size) or (-(-rows // size[0]), -(-cols // size[1])) != shape:
         raise InputError(
-            f"{scale.file}: {scale.name}: must have one scale, one per row or one per block of {entry.name} "
+            f"{scale.file}: {scale.name}: must have one scale, one per row or one per block of "
+            f"{entry.name} "
             f"{list(entry.shape)}, got {list(scale.shape)}"
         )
     return Scales(scale, *size)
@@ -135,10 +137,10 @@ def _even(size: int, parts: int) -> int:
 
 
 def _block_size(path: Location) -> tuple[int, int] | None:
-    """quantization_config.weight_block_size of config.json, where blocks may not divide the shape."""
+    """quantization_config.weight_block_size of config.json; None without it."""
     file = path / "config.json"
-    found = read_json(file).get("quantization_config") if file.exists() else None
-    size = found.get("weight_block_size") if isinstance(found, dict) else None
+    config = read_json(file).get("quantization_config") if file.exists() else None
+    size = config.get("weight_block_size") if isinstance(config, dict) else None
     if size is None:
         return None
     if not (
@@ -150,12 +152,12 @@ def _block_size(path: Location) -> tuple[int, int] | None:
     return size[0], size[1]
 
 
-def _made(
+def _decoded(
     entry: TensorEntry, scales: Scales | None = None, low_rank: LowRank | None = None
-) -> MadeEntry:
+) -> DecodedEntry:
     values = {field.name: getattr(entry, field.name) for field in fields(TensorEntry)}
-    earlier = entry.scales if isinstance(entry, MadeEntry) else None
-    return MadeEntry(**values, scales=scales or earlier, low_rank=low_rank)
+    earlier = entry.scales if isinstance(entry, DecodedEntry) else None
+    return DecodedEntry(**values, scales=scales or earlier, low_rank=low_rank)
 
 
 def _renamed(entry: TensorEntry, name: str) -> TensorEntry:

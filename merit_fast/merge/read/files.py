@@ -1,4 +1,4 @@
-"""Reading files that come from anywhere: none may crash the reader, hang it or break the one line of a message.
+"""Reads untrusted files: none may crash or hang the reader, or break a message's one line.
 
 Symbolic links are followed: the hub's cache keeps every file behind one.
 """
@@ -25,7 +25,7 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 def parse_json(text: bytes, where: str) -> Any:
-    """Strict JSON in UTF-8, no key twice in one object. ``where`` opens the message of the InputError."""
+    """Parses strict JSON in UTF-8 without repeated keys; ``where`` opens an error's message."""
     try:
         return json.loads(
             text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where)
@@ -46,7 +46,8 @@ def read_json(file: Location) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        InputError: it cannot be read, is larger than 100 MB, no JSON object or too deep to be written again.
+        InputError: it cannot be read, is larger than 100 MB, no JSON object or too deep to be
+            written again.
     """
     with open_regular(file) as opened:
         size = size_of(opened)
@@ -58,8 +59,8 @@ def read_json(file: Location) -> dict[str, Any]:
         raise InputError(f"{file}: must be a JSON object, got {quote(values)}")
     level: list[Any] = [values]
     for _ in range(_MAX_DEPTH):
-        inner = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [value for one in inner for value in one if isinstance(value, (dict, list))]
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [value for items in inner for value in items if isinstance(value, (dict, list))]
     if level:
         raise InputError(f"{file}: must be nested at most {_MAX_DEPTH} deep")
     return values
@@ -126,7 +127,7 @@ def list_directory(path: Location) -> list[str]:
 
 
 def quote(value: object) -> str:
-    """A value of a foreign JSON file as a message shows it: one line, short, however deep or long it is."""
+    """A value of a foreign JSON file as a message shows it: short and on one line."""
     text = _SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

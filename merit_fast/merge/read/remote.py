@@ -1,6 +1,7 @@
-"""Models in object stores: fsspec URLs (s3://bucket/model) wherever the merge takes a directory, read in ranges.
+"""Models in object stores: fsspec URLs such as s3://bucket/model in place of directories.
 
-fsspec is imported with the first URL, never for a local path. Credentials, endpoints and retries are the client's.
+fsspec is imported with the first URL, never for a local path. Credentials, endpoints and retries
+are the client's.
 """
 
 import hashlib
@@ -30,16 +31,18 @@ _CONFIGS = ("config.json", "adapter_config.json")
 
 
 class RemotePath:
-    """An object or a prefix of a store: what the merge uses of ``pathlib.Path``.
+    """An object or a prefix of a store, with the methods of ``pathlib.Path`` that a merge uses.
 
-    ``version`` is what the store said of the object when it was last opened (size and ETag); bytes read by range later
-    are of the same version if ``check_unchanged`` still holds after them.
+    ``version`` is the object's size and ETag when it was last opened; bytes read by range later are
+    of the same version if ``check_unchanged`` passes after them.
     """
 
     __slots__ = ("path", "store", "url", "version")
 
     def __init__(self, store: Any, url: str, path: str) -> None:
-        self.store, self.url, self.path = store, url, path
+        self.store = store
+        self.url = url
+        self.path = path
         self.version: str | None = None
 
     def __truediv__(self, name: str) -> "RemotePath":
@@ -64,7 +67,8 @@ class RemotePath:
     @property
     def parent(self) -> "RemotePath":
         """The prefix that holds it; a bucket's is itself."""
-        path, url = self.path.rpartition("/")[0], self.url.rpartition("/")[0]
+        path = self.path.rpartition("/")[0]
+        url = self.url.rpartition("/")[0]
         return RemotePath(self.store, url, path) if path else self
 
     @property
@@ -76,24 +80,25 @@ class RemotePath:
         return self
 
     def entries(self, fresh: bool = False) -> dict[str, dict[str, Any]]:
-        """Name -> what the store says of it, of all that lies directly below; {} where there is nothing.
+        """Name -> the store's entry, of everything directly below; {} if there is nothing.
 
         Args:
             fresh: ask the store, not fsspec's cache of listings.
 
         Raises:
-            InputError, MeritFastError: the bucket is absent, may not be listed or cannot be reached.
+            InputError, MeritFastError: the bucket is absent, may not be listed or cannot be
+                reached.
         """
         if fresh:
             self.store.invalidate_cache(self.path)
         with told(self):
             try:
-                found = self.store.ls(self.path, detail=True)
+                listing = self.store.ls(self.path, detail=True)
             except FileNotFoundError as error:
                 if _names_only(error, self.path):
                     return {}
                 raise
-        inside = [(entry["name"].rstrip("/"), entry) for entry in found]
+        inside = [(entry["name"].rstrip("/"), entry) for entry in listing]
         return {
             path.rpartition("/")[2]: entry
             for path, entry in inside
@@ -117,10 +122,10 @@ class RemotePath:
         return self.exists() and not self.is_dir()
 
     def open(self) -> BinaryIO:
-        """The object for reading, in ranges: nothing is read before the first ``read``.
+        """Opens the object for reading in ranges; nothing is read before the first ``read``.
 
         Raises:
-            InputError, MeritFastError: it is no object, or it cannot be had.
+            InputError, MeritFastError: it is no object, or cannot be read.
         """
         with told(self):
             entry = self.store.info(self.path)
@@ -147,10 +152,10 @@ class RemotePath:
             self.store.get_file(self.path, str(target))
 
     def check_unchanged(self) -> None:
-        """Refuses an object that was written anew since it was opened.
+        """Refuses an object that changed since it was opened.
 
         Raises:
-            InputError: it was, or it is gone.
+            InputError: it changed, or it is gone.
         """
         self.store.invalidate_cache(self.parent.path)
         with told(self):
@@ -165,7 +170,7 @@ Location: TypeAlias = Path | RemotePath
 
 
 def as_location(text: str | Location) -> Location:
-    """A directory, or the place that an fsspec URL names; file:// is a local path.
+    """A local directory, or the location of an fsspec URL; file:// is a local path.
 
     Raises:
         InputError: a URL of an unknown kind, or of one whose client is not installed.
@@ -194,7 +199,7 @@ def as_location(text: str | Location) -> Location:
 
 
 def input_fingerprint(path: Location) -> str:
-    """``model_fingerprint``, of a store's objects by what its listing says: name, size and ETag of weights and configs.
+    """``model_fingerprint``; in a store, of the names, sizes and ETags of weights and configs.
 
     Raises:
         InputError, MeritFastError: see ``RemotePath.entries``.
@@ -210,7 +215,7 @@ def input_fingerprint(path: Location) -> str:
 
 @contextmanager
 def told(path: RemotePath) -> Iterator[None]:
-    """Any client's error becomes one line that begins with the URL."""
+    """Turns any client's error into one line that begins with the URL."""
     try:
         yield
     except MeritFastError:
@@ -228,7 +233,9 @@ class _Ranges(io.RawIOBase):
     """An object as a raw stream: every read is one request."""
 
     def __init__(self, path: RemotePath, size: int) -> None:
-        self.path, self.size, self.at = path, size, 0
+        self.path = path
+        self.size = size
+        self.at = 0
 
     def readable(self) -> bool:
         return True
@@ -257,5 +264,5 @@ def _version(entry: dict[str, Any]) -> str:
 
 
 def _names_only(error: FileNotFoundError, path: str) -> bool:
-    """Whether the error says no more than that this path is absent; a missing bucket has words of its own."""
+    """Whether the error only names the absent path; a missing bucket has a message of its own."""
     return str(error.filename or error).strip("/") == path.strip("/") or str(error) == ""

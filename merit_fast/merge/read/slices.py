@@ -1,8 +1,9 @@
-"""Models made of layers of others: every slice takes a range of layers from each model, the output stacks the slices.
+"""Stacks of layers: every slice takes a range of layers from each model, the output stacks slices.
 
-Layers are numbered anew from 0. What belongs to no layer comes from the first slice if it stands before the layers, and
-from the last if after. Names tell: before stand embeddings and what belongs to them (a part of the name holds "emb", or
-is wte, wpe, shared or relative_pe), after them all else: the final norm, the head (lm_head, embed_out, ...).
+Layers are numbered from 0 again. A tensor outside the layers comes from the first slice if it
+stands before them, and from the last if after. Names tell: before stand embeddings (a component of
+the name holds "emb", or is wte, wpe, shared or relative_pe), after stand the final norm and the
+head.
 """
 
 import bisect
@@ -37,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Slice:
-    """One range of as many layers from each model of the merge, in its order, and from the base where it has one."""
+    """Ranges of equal depth: one per model, in the merge's order, and one of the base, if any."""
 
     sources: tuple[Source, ...]
     base: Source | None = None
@@ -48,11 +49,11 @@ class Slice:
 
 
 class StackedLayers(Layers):
-    """Where the tensors of a stack stand: positions run from 0 to 1 in every slice."""
+    """Layers of a stack: positions run from 0 to 1 in every slice."""
 
     def __init__(self, slices: Sequence[Slice]) -> None:
         self.slices = tuple(slices)
-        self.ends = list(itertools.accumulate(part.depth for part in slices))
+        self.ends = list(itertools.accumulate(each.depth for each in slices))
 
     def slice_of(self, name: str) -> int:
         number = layer_of(name)
@@ -75,73 +76,81 @@ class StackedLayers(Layers):
 
     def _within(self, name: str) -> int:
         """The layer's number in its slice."""
-        place = self.slice_of(name)
-        return (layer_of(name) or 0) - (self.ends[place - 1] if place else 0)
+        number = self.slice_of(name)
+        return (layer_of(name) or 0) - (self.ends[number - 1] if number else 0)
 
 
 def stands_before(name: str) -> bool:
     """Whether a tensor of no layer stands before the layers."""
-    parts = name.split(".")
-    return any(part in _BEFORE or ("emb" in part and part != "embed_out") for part in parts)
+    words = name.split(".")
+    return any(word in _BEFORE or ("emb" in word and word != "embed_out") for word in words)
 
 
 def stack_layers(
     slices: Sequence[Slice], read: Mapping[Location, Checkpoint]
 ) -> tuple[list[Checkpoint], Checkpoint | None, StackedLayers]:
-    """The inputs of a merge of slices: for every place in them a checkpoint under the output's names.
+    """Stacked checkpoints of a merge of slices, one per source, under the output's names.
 
     Args:
         slices: all with as many sources, of equal depth within a slice.
         read: the checkpoints of all sources by path.
 
     Returns:
-        one checkpoint for each place among the sources, the one of the bases, where the tensors stand.
+        a checkpoint for each source of a slice, the one of the bases, the stack's layers.
 
     Raises:
-        InputError: a range ends after the model's last layer; layers of more than one kind (as in a vision tower).
+        InputError: a range ends after the model's last layer; layers of more than one kind (as in a
+            vision tower).
     """
     for checkpoint in read.values():
         _check_prefixes(checkpoint)
     depths = {path: Layers(checkpoint.tensors).count for path, checkpoint in read.items()}
-    for number, part in enumerate(slices):
-        for source in (*part.sources, *([part.base] if part.base else [])):
+    for number, each in enumerate(slices):
+        for source in _sources(each):
             if source.end > depths[source.path]:
                 raise InputError(
-                    f"{source.path}: slices[{number}]: layer_range must end at {depths[source.path]}, the number of "
+                    f"{source.path}: slices[{number}]: layer_range must end at "
+                    f"{depths[source.path]}, the number of "
                     f"layers, or before, got {source.end}"
                 )
     columns = [
-        _stacked([part.sources[k] for part in slices], read) for k in range(len(slices[0].sources))
+        _stacked([each.sources[k] for each in slices], read) for k in range(len(slices[0].sources))
     ]
-    bases = [part.base for part in slices if part.base]
+    bases = [each.base for each in slices if each.base]
     return columns, _stacked(bases, read) if bases else None, StackedLayers(slices)
 
 
 def write_depth(directory: Path, slices: Sequence[Slice]) -> None:
-    """Gives config.json of an output the number of its layers, and lists of one entry per layer those of its layers.
+    """Sets the number of layers in an output's config.json, and the entries of its lists per layer.
 
-    A list per layer is one of as many entries as the model had layers, with "layer" or "block" in its key.
+    A list per layer is one of as many entries as the model had layers, with "layer" or "block" in
+    its key.
     """
     file = directory / CONFIG_FILE
     if not file.exists():
         return
     values = read_json(file)
-    for place in ("", "text_config"):
-        part = values.get(place) if place else values
-        if isinstance(part, dict):
-            _set_depth(part, place, slices)
+    for key in ("", "text_config"):
+        config = values.get(key) if key else values
+        if isinstance(config, dict):
+            _set_depth(config, key, slices)
     write_text(file, json.dumps(values, indent=2) + "\n")
 
 
 def describe_slices(slices: Sequence[Slice]) -> str:
-    """All that decides what is stacked, for the fingerprint of the output."""
-    rows = [[*part.sources, *([part.base] if part.base else [])] for part in slices]
+    """Text that names every layer of a stack, for the fingerprint of the output."""
+    rows = [_sources(each) for each in slices]
     return "; ".join(" + ".join(f"{s.path}[{s.first}:{s.end}]" for s in row) for row in rows)
+
+
+def _sources(each: Slice) -> list[Source]:
+    return [*each.sources, *([each.base] if each.base else [])]
 
 
 def _stacked(column: Sequence[Source], read: Mapping[Location, Checkpoint]) -> Checkpoint:
     tensors: dict[str, TensorEntry] = {}
-    start, last = 0, len(column) - 1
+    start = 0
+    last = len(column) - 1
     for number, source in enumerate(column):
         checkpoint = read[source.path]
         for name in (name for _, names in checkpoint.shards for name in names):
@@ -155,40 +164,42 @@ def _stacked(column: Sequence[Source], read: Mapping[Location, Checkpoint]) -> C
 
 
 def _check_prefixes(checkpoint: Checkpoint) -> None:
-    prefixes = sorted(
-        {name[: found.start()] for name in checkpoint.tensors if (found := _number(name))}
-    )
+    matches = ((name, _number(name)) for name in checkpoint.tensors)
+    prefixes = sorted({name[: match.start()] for name, match in matches if match})
     if len(prefixes) != 1:
         raise InputError(
-            f"{checkpoint.path}: slices need layers of one kind, got {', '.join(prefixes) or 'no numbered layer'}"
+            f"{checkpoint.path}: slices need layers of one kind, got "
+            f"{', '.join(prefixes) or 'no numbered layer'}"
         )
 
 
-def _set_depth(part: dict[str, Any], place: str, slices: Sequence[Slice]) -> None:
-    old = next((part[key] for key in _DEPTH_KEYS if isinstance(part.get(key), int)), None)
+def _set_depth(config: dict[str, Any], section: str, slices: Sequence[Slice]) -> None:
+    depths = (config[key] for key in _DEPTH_KEYS if isinstance(config.get(key), int))
+    old = next(depths, None)
     if old is None:
         return
     for key in _DEPTH_KEYS:
-        if part.get(key) == old:
-            part[key] = sum(one.depth for one in slices)
-    for key, value in part.items():
+        if config.get(key) == old:
+            config[key] = sum(each.depth for each in slices)
+    for key, value in config.items():
         if isinstance(value, list) and len(value) == old and ("layer" in key or "block" in key):
-            part[key] = [
-                entry for one in slices for entry in _entries(one.sources[0], place, key, value)
+            sources = (each.sources[0] for each in slices)
+            config[key] = [
+                entry for source in sources for entry in _entries(source, section, key, value)
             ]
 
 
-def _entries(source: Source, place: str, key: str, value: list[Any]) -> list[Any]:
-    """Of a list per layer those of the source's layers: by its own config, or the output's where it has none."""
+def _entries(source: Source, section: str, key: str, value: list[Any]) -> list[Any]:
+    """The source's layers' entries of a list per layer: its config's, or else the output's."""
     file = source.path / CONFIG_FILE
     values = read_json(file) if CONFIG_FILE in list_directory(source.path) else {}
-    own = (values.get(place) or {}).get(key) if place else values.get(key)
-    found = own if isinstance(own, list) else value
-    if len(found) < source.end:
+    listed = (values.get(section) or {}).get(key) if section else values.get(key)
+    entries = listed if isinstance(listed, list) else value
+    if len(entries) < source.end:
         raise InputError(
-            f"{file}: {key}: must have {source.end} entries, one per layer, got {len(found)}"
+            f"{file}: {key}: must have {source.end} entries, one per layer, got {len(entries)}"
         )
-    return found[source.first : source.end]
+    return entries[source.first : source.end]
 
 
 def _number(name: str) -> re.Match[str] | None:
@@ -196,6 +207,6 @@ def _number(name: str) -> re.Match[str] | None:
 
 
 def _renumbered(name: str, number: int) -> str:
-    found = _number(name)
-    assert found is not None
-    return f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
+    match = _number(name)
+    assert match is not None
+    return f"{name[: match.start(1)]}{number}{name[match.end(1) :]}"

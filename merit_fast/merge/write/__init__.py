@@ -1,1 +1,1 @@
-"""Where a merge's output goes: shard files with checksums, fsync and shares, or an object store."""
+"""Outputs of a merge: shard files with checksums, fsync and shares, or an object store."""

@@ -1,4 +1,4 @@
-"""Writing the output's files, in this process or with others, and what follows when the last one is there."""
+"""Writes the output's shards, in this process or shared with others, and finishes the output."""
 
 import fcntl
 import json
@@ -41,7 +41,7 @@ def write_shards(
     share: Share = (1, 1),
     upload: Upload | None = None,
 ) -> None:
-    """Writes this process's files of the output. One that an interrupted run finished is kept.
+    """Writes this process's shards of the output. A shard that an interrupted run finished is kept.
 
     While one file goes to the disk, or by ``upload`` to a store and off the disk, the next is made.
 
@@ -90,11 +90,11 @@ def finish_output(
     directory: Path,
     weights_at: Location | None = None,
 ) -> None:
-    """Adds all that is not weights; the index last.
+    """Adds every file that holds no weights; the index last.
 
     Args:
         branches: the models whose deltas ``config.stats`` has measured.
-        weights_at: where the weights lie. None: in ``directory``.
+        weights_at: location of the weights. None: ``directory``.
     """
     if config.stats:
         write_geometry(directory, plan.shards, branches)
@@ -124,7 +124,7 @@ def finish_output(
 
 @contextmanager
 def only_finisher(directory: Path, out: Path) -> Iterator[bool]:
-    """Lets one process at a time finish ``directory`` as ``out``; False where another has done it meanwhile."""
+    """Locks ``directory`` while it becomes ``out``; yields False if another process did that."""
     lock = directory / _LOCK
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -164,9 +164,10 @@ def verify_checksums(directory: Path) -> dict[str, str]:
         file = directory / Path(name).name
         if not file.is_file():
             raise InputError(f"{file}: is absent, the index has its checksum")
-        if (found := checksum(file)) != wanted:
+        actual = checksum(file)
+        if actual != wanted:
             raise InputError(
-                f"{file}: {CHECKSUM_KEY} must be {wanted} as in the index, got {found}"
+                f"{file}: {CHECKSUM_KEY} must be {wanted} as in the index, got {actual}"
             )
     return sums
 
@@ -191,7 +192,7 @@ def _settle(temporary: Path, final: Path, config: MergeConfig, upload: Upload | 
 
 
 def _known_checksum(file: Path) -> str:
-    """Taken when the file was written; a run that was killed while it finished may have removed it."""
+    """Checksum taken when the file was written, or taken now if a killed run removed it."""
     sidecar = _sidecar(file)
     return sidecar.read_text() if sidecar.exists() else checksum(file)
 
@@ -201,7 +202,7 @@ def _sidecar(file: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Of the disk that holds a path, which need not exist yet."""
+    """Free bytes of the disk that holds a path, which need not exist yet."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free

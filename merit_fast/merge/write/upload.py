@@ -1,8 +1,9 @@
 """An output in an object store. Its files are made in a local directory, one by one, and sent.
 
-A store has no rename, so the output grows in place: the object ``.merit_fast_fingerprint`` says which merge is at work,
-the index and stage.json come last, and what lies there from before is removed first. Processes that share a merge need
-no lock: whichever find all weights there finish it with the same bytes, and the last writer wins.
+A store has no rename, so the output grows in place: the object ``.merit_fast_fingerprint`` names
+the running merge, the index and stage.json come last, and an earlier output is removed first.
+Processes that share a merge need no lock: each that sees all weights finishes it with the same
+bytes.
 """
 
 import tempfile
@@ -18,7 +19,7 @@ from merit_fast.merge.read.checkpoint import INDEX_FILE
 from merit_fast.merge.read.companions import CONFIG_FILE, TEMPLATE_FOLDER
 from merit_fast.merge.read.remote import RemotePath, told
 
-MARKER = ".merit_fast_fingerprint"  # of the merge that may go on with what lies there
+MARKER = ".merit_fast_fingerprint"  # fingerprint of the merge that may resume here
 _LAST = (CONFIG_FILE, INDEX_FILE, STAGE_FILE)  # in this order: without them nothing looks finished
 # s3fs would hold 10 parts of 50 MiB in memory.
 _SENDING: dict[str, dict[str, int]] = {"s3": {"chunksize": 16 << 20, "max_concurrency": 4}}
@@ -33,13 +34,14 @@ class Upload:
     """
 
     def __init__(self, out: RemotePath, wanted: Mapping[str, int]) -> None:
-        self.out, self.wanted = out, wanted
+        self.out = out
+        self.wanted = wanted
 
     def begin(self, fingerprint: str) -> bool:
-        """Claims the prefix for the merge of this fingerprint and removes what another one left there.
+        """Claims the prefix for the merge of this fingerprint and removes the files of another one.
 
-        Several processes may call this at once, but over an earlier output one may remove what another has just sent;
-        the merge is then unfinished, and any of them goes on with it when called again.
+        Several processes may call this at once, but over an earlier output one may remove a file
+        that another has just sent; the merge is then unfinished, and the next call resumes it.
 
         Returns:
             Whether this very merge is finished there already.
@@ -65,7 +67,7 @@ class Upload:
         return False
 
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes of what lies there now."""
+        """Name -> bytes of every file in the store."""
         return {name: int(entry["size"]) for name, entry in self.out.entries(fresh=True).items()}
 
     def all_written(self) -> bool:
@@ -73,19 +75,19 @@ class Upload:
         return all(sizes.get(name) == size for name, size in self.wanted.items())
 
     def spool_bytes(self, todo: Sequence[Shard]) -> int:
-        """What the local disk must hold: one file that is made, one that is on its way."""
+        """Bytes that the local disk must hold: one file being made and one being sent."""
         return sum(sorted(shard.num_bytes for shard in todo)[-2:])
 
     def send_weights(self, file: Path) -> None:
-        """Sends one weight file after what belongs to it, and removes it here."""
-        for beside in sorted(file.parent.glob(f"{file.name}.*")):
-            if beside.suffix != ".part":
-                self._send(beside, beside.name)
+        """Sends a weight file's sidecars, then the file, and removes it here."""
+        for sidecar in sorted(file.parent.glob(f"{file.name}.*")):
+            if sidecar.suffix != ".part":
+                self._send(sidecar, sidecar.name)
         self._send(file, file.name)
         file.unlink()
 
     def fetch_parts(self, directory: Path) -> bool:
-        """Brings what belongs to the weight files, such as their checksums, from all writers.
+        """Fetches the sidecars of all weight files, such as checksums, from the store.
 
         Returns:
             False if another process has finished the output meanwhile.
@@ -109,7 +111,7 @@ class Upload:
             self._send(directory / name, name)
 
     def sweep(self) -> None:
-        """Removes the mark and the parts that a finished output does not need."""
+        """Removes the marker and the sidecars, which a finished output does not need."""
         present = self.out.entries(fresh=True)
         self._remove([*self._parts(present), *([MARKER] if MARKER in present else [])])
 
@@ -121,7 +123,7 @@ class Upload:
         ]
 
     def _files(self) -> list[str]:
-        """What an output of ours may consist of, and only that is ever removed."""
+        """Names of files that an output of ours may have; only these are ever removed."""
         present = self.out.entries(fresh=True)
         names = [name for name, entry in present.items() if entry["type"] == "file"]
         if TEMPLATE_FOLDER in present:
@@ -136,7 +138,8 @@ class Upload:
             self.out.store.pipe_file((self.out / name).path, text.encode())
 
     def _send(self, file: Path, name: str) -> None:
-        target, protocol = self.out / name, self.out.url.partition("://")[0]
+        target = self.out / name
+        protocol = self.out.url.partition("://")[0]
         with told(target):
             self.out.store.put_file(str(file), target.path, **_SENDING.get(protocol, {}))
 
@@ -155,14 +158,15 @@ def check_output(out: RemotePath) -> Mapping[str, Any]:
     present = out.entries(fresh=True)
     if present and STAGE_FILE not in present and MARKER not in present:
         raise InputError(
-            f"{out}: holds objects and is not an output of merit-fast; remove them or choose another prefix"
+            f"{out}: holds objects and is not an output of merit-fast; remove them or choose "
+            "another prefix"
         )
     return present
 
 
 @contextmanager
 def spool_directory(name: str) -> Iterator[Path]:
-    """A local directory for files on their way, removed afterwards; where TMPDIR says, else in /tmp."""
+    """A temporary local directory for files that are being sent; TMPDIR chooses its disk."""
     with tempfile.TemporaryDirectory(prefix="merit-fast-") as parent:
         directory = Path(parent) / (name or "model")
         directory.mkdir()

@@ -1,0 +1,223 @@
+"""A merge with checked inputs: it can be summarised, written, uploaded, or loaded as a model."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.directories import begin_directory, finish_directory
+from merit_fast.manifests.io import (
+    STAGE_FILE,
+    StageManifest,
+    fingerprint,
+    stage_manifest,
+    write_manifest,
+)
+from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.layout import header_bytes
+from merit_fast.merge.engine.plan import Plan, plan_merge
+from merit_fast.merge.engine.prepare import Inputs, buffer_bytes, fit_memory, make_plan, read_inputs
+from merit_fast.merge.in_memory.lazy import open_merged
+from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
+from merit_fast.merge.read.decoded import is_float
+from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
+from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
+from merit_fast.merge.registry import method_source
+from merit_fast.merge.write.shards import (
+    Share,
+    all_written,
+    finish_output,
+    free_bytes,
+    only_finisher,
+    write_shards,
+)
+from merit_fast.merge.write.upload import Upload, spool_directory
+from merit_fast.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class PreparedMerge:
+    """A checked merge. ``weights`` are final; ``config.chunk_kib`` keeps within ``max_memory``."""
+
+    models: tuple[Location, ...]
+    weights: tuple[float, ...]
+    base: Location | None
+    config: MergeConfig
+    inputs: Inputs
+    slices: tuple[Slice, ...]
+
+    def summary(self, out: Location) -> dict[str, Any]:
+        """JSON-ready facts: weights, coefficients, bytes in and out, memory of the buffers."""
+        files = self.inputs.files
+        tensors = [tensor for file in files for tensor in file.tensors]
+        local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
+        num_bytes = sum(tensor.num_bytes for tensor in tensors)
+        return {
+            "merged": str(out),
+            "method": self.config.method,
+            "weights": list(self.weights),
+            "coefficients": _coefficients(self.inputs),
+            "shards": len(files),
+            "tensors": len(tensors),
+            "parameters": sum(tensor.num_elements for tensor in tensors),
+            "bytes_in": self.config.method_entry.passes * self.inputs.bytes_read,
+            "bytes_out": num_bytes + sum(len(header_bytes(file)) for file in files),
+            "buffer_bytes": buffer_bytes(self.inputs, self.config),
+            "free_bytes": free_bytes(local),
+            "finished": True,
+        }
+
+    def write_into(self, directory: Path, progress: Progress) -> None:
+        """Writes the whole output into an unfinished directory that the caller owns."""
+        plan = self._plan(progress)
+        write_shards(plan, self.config, directory, progress)
+        finish_output(plan, self.inputs, self.models, self.config, directory)
+
+    def write(
+        self,
+        out: Path,
+        progress: Progress,
+        share: Share = (1, 1),
+        records: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Writes this process's share of the output, and finishes it when all shares are there.
+
+        Args:
+            out: the output's final name.
+            share: (i, n): write every n-th shard from the i-th on.
+            records: names and texts of files to write next to the weights.
+
+        Returns:
+            False while other processes' shards are missing.
+        """
+        manifest = self._manifest(records or {})
+        directory = begin_directory(out, manifest.fingerprint)
+        plan = self._plan(progress)
+        write_shards(plan, self.config, directory, progress, share)
+        if not all_written(plan, directory):
+            return False
+        with only_finisher(directory, out) as is_finisher:
+            if is_finisher:
+                self._finish(plan, directory, records or {})
+                finish_directory(directory, out, manifest, self.config.fsync)
+        return True
+
+    def upload(
+        self,
+        out: RemotePath,
+        progress: Progress,
+        share: Share = (1, 1),
+        records: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Makes the output shard by shard and sends it to a store; arguments as in ``write``."""
+        manifest = self._manifest(records or {})
+        sizes = {shard.file: shard.num_bytes for shard in plan_merge(self.inputs.files).shards}
+        upload = Upload(out, sizes)
+        config = replace(self.config, fsync=False)  # files pass through the disk only
+        if not upload.begin(manifest.fingerprint):
+            plan = self._plan(progress)
+            with spool_directory(out.name) as spool:
+                write_shards(plan, config, spool, progress, share, upload)
+                if not upload.all_written():
+                    return False
+                if upload.fetch_parts(spool):
+                    self._finish(plan, spool, records or {}, weights_at=out)
+                    write_manifest(manifest, spool / STAGE_FILE)
+                    upload.finish(spool)
+        upload.sweep()
+        return True
+
+    def load(self, device: "torch.device") -> "PreTrainedModel":
+        """Loads the transformers model of the output, merged while it is loaded."""
+        companions = self.inputs.companions
+        kind = kind_of(companions)
+        plan = self._plan(SilentProgress())
+        staged = device if device.type == "cuda" else None
+        with open_merged(plan, self.config, staged) as source:
+            fit_config(kind, source, self.inputs.dequantized)
+            return build_model(companions, kind, source, device)
+
+    def _plan(self, progress: Progress) -> Plan:
+        return make_plan(self.inputs, self.config, progress)
+
+    def _finish(
+        self,
+        plan: Plan,
+        directory: Path,
+        records: Mapping[str, str],
+        weights_at: Location | None = None,
+    ) -> None:
+        finish_output(plan, self.inputs, self.models, self.config, directory, weights_at)
+        if self.slices:
+            write_depth(directory, self.slices)
+        for name, text in records.items():
+            write_text(directory / name, text)
+
+    def _manifest(self, records: Mapping[str, str]) -> StageManifest:
+        paths = (*self.models, *([self.base] if self.base else []))
+        fingerprints = {str(path): input_fingerprint(path) for path in paths}
+        if self.slices:
+            fingerprints["slices"] = describe_slices(self.slices)
+        fingerprints |= method_fingerprint(self.config)
+        fingerprints |= {name: fingerprint(text) for name, text in records.items()}
+        return stage_manifest("merge", same_bytes(self.config), fingerprints)
+
+
+def prepare_merge(
+    models: Sequence[Location],
+    weights: Sequence[float],
+    base: Location | None,
+    config: MergeConfig,
+    slices: Sequence[Slice] = (),
+    companions: Location | None = None,
+) -> PreparedMerge:
+    """Checks everything that headers and configs tell, before a byte is written.
+
+    Args:
+        models: K checkpoint directories with the same tensors, or LoRA adapters on the base.
+        weights: K numbers, used as they are.
+        base: the checkpoint they started from, for methods that need it.
+        config: method and engine options.
+        slices, companions: as in ``read_inputs``.
+
+    Raises:
+        InputError: see ``read_inputs`` and ``fit_memory``.
+    """
+    inputs = read_inputs(models, weights, base, config, slices, companions)
+    config = replace(config, chunk_kib=fit_memory(inputs, config))
+    return PreparedMerge(tuple(models), tuple(weights), base, config, inputs, tuple(slices))
+
+
+def same_bytes(config: MergeConfig) -> MergeConfig:
+    """The config with defaults for every option that changes no byte of the output."""
+    same = replace(config, threads=1, chunk_kib=512, max_memory=None, fsync=True)
+    if config.is_tuned:
+        return same
+    return replace(same, ridge=MergeConfig.ridge, tune_rows=MergeConfig.tune_rows)
+
+
+def method_fingerprint(config: MergeConfig) -> dict[str, str]:
+    """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
+    source = method_source(config.method_entry)
+    return {} if source is None else {"method": source}
+
+
+def _coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
+    """Each input's coefficient; None where it differs between tensors or there is none."""
+    combination = inputs.combination
+    rules = set()
+    if combination.from_gram is None:
+        tensors = [tensor for file in inputs.files for tensor in file.tensors]
+        entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
+        rules = {combination.rule(entry) for entry in entries if is_float(entry)}
+    rule = rules.pop() if len(rules) == 1 else None
+    numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
+    paths = combination.paths
+    filled = (*numbers, *[None] * (len(paths) - len(numbers)))
+    return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
