@@ -7,6 +7,8 @@ import pytest
 from support.docs.pages import ROOT
 from support.tiny import TASKS, chat_row, make_model, make_tokenizer
 
+from merit_fast.merge.registry import unregister_method
+
 SEEDS = {"BASE": 0, "A": 1, "B": 2}
 # Names in docs/merge.md's section on one's own method.
 ALIASES = {"start": "BASE", "model-a": "A", "model-b": "B", "model-c": "BASE"}
@@ -62,6 +64,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture
 def working_directory(workspace, monkeypatch):
-    """The workspace, as the current directory."""
+    """The workspace, as the current directory. Merge methods of the pages are forgotten after."""
     monkeypatch.chdir(workspace)
-    return workspace
+    yield workspace
+    unregister_method("trimmed_mean")
