@@ -15,7 +15,7 @@ from support.paths import ROOT
 import merit_fast
 
 CHECKS = ROOT / "tests" / "support" / "installed.py"
-FOLDERS = ("merit_fast", "kernels", "csrc", "bench", "tests", "docs")
+FOLDERS = ("merit_fast", "kernels", "csrc", "bench", "tests", "docs", "examples")
 TOP = ("setup.py", "pyproject.toml", "constraints.txt", "Makefile", "mkdocs.yml", "CITATION.cff")
 BUILT = {".so", ".pyc"}
 

@@ -1,0 +1,37 @@
+"""Links of README.md, CONTRIBUTING.md and docs/ lead somewhere; tables list what the code has.
+
+Paths in text: tests/layout/test_paths.py.
+"""
+
+import re
+
+import pytest
+from support.docs.pages import PAGES, ROOT, anchors_of, inline_code, links_of, name_of
+
+from merit_fast.data.formats import row_formats_markdown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings(page):
+    for link in links_of(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors_of(target), link
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 100 and len(text.split()) <= 1300
+
+
+def test_the_quick_start_lists_every_row_format():
+    assert row_formats_markdown() in (ROOT / "docs" / "quickstart.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_examples_exist(page):
+    for text in inline_code(page):
+        for path in re.findall(r"examples/[\w.]+", text):
+            assert (ROOT / path).is_file(), path
