@@ -18,6 +18,9 @@ NEWS := | sed -u '/^Requirement already satisfied/d'
 PROJECT := setup.py pyproject.toml constraints.txt
 SOURCES := $(shell find csrc -name cuda -prune -o -type f -print)
 
+# A worker per core; a file's tests stay in one worker, which shares their models and runs.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder --durations=25
+
 # One line per step: seconds since make started, and the step.
 STARTED := $(shell date +%s)
 step = @printf '[%3d s] %s\n' $$(( $$(date +%s) - $(STARTED) )) '$(1)'
@@ -63,11 +66,11 @@ demo: $(DEMO) $(NATIVE)
 	$(BIN)/merit-fast demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Without the tests that compile GPU or C++ code or start pipelines in processes of their own.
 test-fast: $(DEV)
-	$(BIN)/python -m pytest -m "not compile and not process"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not compile and not process"
 
 # The GPU kernels without a GPU: their tests in the interpreter, then the gate on their code. `make test` does both, too.
 gpu-check: $(DEV)
@@ -100,5 +103,5 @@ wheel: $(DEV)
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist runs artefacts *.egg-info merit_fast/_C*.so
+	rm -rf $(VENV) .cache build dist runs artefacts *.egg-info merit_fast/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
