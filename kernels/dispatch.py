@@ -1,7 +1,8 @@
 """One rule for backends: the ``backend=`` argument, then MERIT_FAST_BACKEND, then the device.
 
-What was asked for runs or raises with the reason. Only the automatic choice may fall back to eager; it says so once in
-the log, and ``merit-fast doctor`` shows it. Nothing else in the package reads that variable or probes for a backend.
+A named backend runs, or raises with the reason. Only the automatic choice may fall back to eager:
+it logs that once, and ``merit-fast doctor`` shows it. No other module reads that variable or looks
+for backends.
 """
 
 import functools
@@ -41,7 +42,11 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def native_module() -> ModuleType | None:
-    """``merit_fast._C``, or None where it was not built. A forced but unsupported ISA level is an ImportError."""
+    """``merit_fast._C``, or None where it was not built.
+
+    Raises:
+        ImportError: MERIT_FAST_SIMD names an ISA level that this processor lacks.
+    """
     if importlib.util.find_spec("merit_fast._C") is None:
         return None
     return importlib.import_module("merit_fast._C")
@@ -83,7 +88,8 @@ def _triton_unavailable(device_type: str) -> str | None:
         return "is not installed: pip install 'merit_fast[gpu]'"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type == "cpu" and not interpreted:
-        return "runs on cuda tensors, got cpu (with TRITON_INTERPRET=1 on cpu tensors, slowly, to test kernels)"
+        hint = "with TRITON_INTERPRET=1 on cpu tensors, slowly, to test kernels"
+        return f"runs on cuda tensors, got cpu ({hint})"
     if device_type not in ("cpu", "cuda"):
         return f"runs on cuda tensors, got {device_type}"
     if device_type == "cuda" and interpreted:

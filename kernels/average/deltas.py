@@ -1,6 +1,7 @@
 """Merge methods that sparsify each branch's delta before they sum: rule as data, and reference.
 
-The native engine that merges files (csrc/engine/deltas.cpp) gives the same bits; it never holds a tensor.
+The native engine that merges files (csrc/engine/deltas.cpp) gives the same bits without ever
+holding a whole tensor.
 """
 
 from collections.abc import Sequence

@@ -144,7 +144,7 @@ class _Rows:
         return self._matrix(x, self.cols)
 
     def join_if_dense(self) -> None:
-        """Make one long row if all are dense, which threads share evenly, however narrow rows are."""
+        """Makes one long row if all are dense: threads then share even narrow rows evenly."""
         if self._are_dense:
             self.cols = self.count * self.cols
             self.count = 1

@@ -18,7 +18,7 @@ ROWS = 4  # of one program
 WIDTH = 256  # elements of a row, which is a block of 8-bit moments
 BLOCK = ROWS * WIDTH
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-# Codes of ``KINDS``, which the compiler knows: moments and masters as in csrc/optimizer/optimizer.h.
+# Codes in ``KINDS``: moments and masters as in csrc/optimizer/optimizer.h.
 MOMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MASTERS = {torch.float32: 1, torch.int16: 2}
 

@@ -22,7 +22,7 @@ Tune = Callable[
 ]
 
 
-def merge_command(
+def merge_command(  # noqa: PLR0913
     out: str,
     models: list[str] | None,
     base: str | None,

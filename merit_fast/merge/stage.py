@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _OF_FILES = ("shard_size", "stats", "checksum", "fsync")
 
 
-def merge_models(
+def merge_models(  # noqa: PLR0913
     models: Sequence[Location | str],
     /,
     weights: Weights | None = None,

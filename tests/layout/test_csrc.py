@@ -1,4 +1,4 @@
-"""The C++ sources stand as drawn: folders, includes without circles, one SplitMix64, names at the border."""
+"""The C++ sources: folders, includes without circles, one SplitMix64, names at the border."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The house stands as drawn: import arrows, light imports, the kernels link, what a wheel carries."""
+"""The package's layout: import arrows, light imports, the kernels link, the wheel's files."""
 
 import ast
 import os

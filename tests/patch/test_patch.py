@@ -42,7 +42,7 @@ def test_restored_models_have_their_old_bits(name):
 
 
 def test_bf16_losses_are_no_further_from_the_truth():
-    """Of four models together: rounding may fall out well for eager in one number."""
+    """Pools four models: in one number, rounding may happen to favour eager."""
     losses = []
     for name in ("llama", "gemma2", "phi3", "qwen3_moe"):
         batch = inputs()
@@ -166,7 +166,7 @@ assert model(**batch).logits is not None
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
 def test_a_pickle_stays_patched_in_a_new_process(name, tmp_path):
-    """The process has imported nothing of merit_fast when the pickle loads, like a spawned worker's."""
+    """The process loads the pickle before it imports merit_fast, as a spawned worker does."""
     model = make(name)
     patch_model(model)
     batch = inputs()

@@ -1,4 +1,4 @@
-"""patch_model inside what people train with: the Trainer, PEFT, DDP, autocast, checkpointing, compile, sketches."""
+"""patch_model in training stacks: Trainer, PEFT, DDP, autocast, checkpointing, compile, sketch."""
 
 import pytest
 import torch
@@ -19,9 +19,18 @@ def run_trainer(model, folder, **options):
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        folder, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
-        report_to=[], learning_rate=1e-3, use_cpu=True, save_strategy="no", disable_tqdm=True, **options,
-    )  # fmt: skip
+        folder,
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        report_to=[],
+        learning_rate=1e-3,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
     trainer = Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS[:4])
     trainer.train()
     return [
@@ -135,7 +144,8 @@ def test_every_way_to_ask_for_a_loss():
     batch = inputs()
     shifted = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
     asks = [
-        {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}, {"shift_labels": shifted},
+        {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)},
+        {"shift_labels": shifted},
         {"labels": batch["labels"].clamp(min=7), "ignore_index": 7}, {"output_hidden_states": True},
     ]  # fmt: skip
     expected = [model(**{**batch, **ask}) for ask in asks]

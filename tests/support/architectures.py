@@ -1,12 +1,14 @@
-"""Tiny models of every architecture that ``patch_model`` knows, from config, and what it should replace in each."""
+"""Tiny models of every architecture that ``patch_model`` knows, with the modules it replaces."""
 
 import torch
 
 VOCABULARY = 131
 TEXT = dict(
-    vocab_size=VOCABULARY, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=12, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=VOCABULARY, hidden_size=48, intermediate_size=40, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=64,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1)
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48)
@@ -18,29 +20,34 @@ CASES = {
     "mistral": ("MistralForCausalLM", "MistralConfig", {}, DENSE),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}, DENSE),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}, {**DENSE, "rms_norm": 9}),
-    "gemma": ("GemmaForCausalLM", "GemmaConfig", {}, {"rms_norm": 5, "geglu": 2, "rope": 2, "head": 1}),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {"final_logit_softcapping": 3.0, "sliding_window": 8},
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {},
+              {"rms_norm": 5, "geglu": 2, "rope": 2, "head": 1}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config",
+               {"final_logit_softcapping": 3.0, "sliding_window": 8},
                {"rms_norm": 9, "geglu": 2, "rope": 2, "head": 1}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"sliding_window": 8},
                {"rms_norm": 13, "geglu": 2, "rope": 2, "head": 1}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {}, DENSE),
     "phi3 partial": ("Phi3ForCausalLM", "Phi3Config",
-                     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-                     DENSE),
+                     {"rope_parameters": PARTIAL_ROPE}, DENSE),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {}, DENSE),
     "granite": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 4.0}, DENSE),
-    "cohere": ("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.25}, {"swiglu": 2, "head": 1}),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4, "output_router_logits": True},
+    "cohere": ("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.25},
+               {"swiglu": 2, "head": 1}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig",
+                {"num_local_experts": 4, "output_router_logits": True},
                 {"rms_norm": 5, "rope": 2, "head": 1}),
     "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig",
-                  {**MOE, "shared_expert_intermediate_size": 24, "output_router_logits": True}, DENSE),
+                  {**MOE, "shared_expert_intermediate_size": 24, "output_router_logits": True},
+                  DENSE),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "output_router_logits": True},
                   {"rms_norm": 9, "rope": 2, "head": 1}),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
                    {"vision_config": {**VISION, "fullatt_block_indexes": [0]},
                     "text_config": {**TEXT, "rope_parameters": MROPE}}, DENSE),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "Qwen3VLConfig",
-                 {"vision_config": {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+                 {"vision_config": {**VISION, "deepstack_visual_indexes": [0],
+                                    "num_position_embeddings": 16},
                   "text_config": {**TEXT, "rope_parameters": MROPE}}, {**DENSE, "rms_norm": 9}),
 }  # fmt: skip
 

@@ -85,7 +85,8 @@ def test_sums_and_counts_per_dataset_are_those_of_single_rows():
     output = model.model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
     hidden = output.last_hidden_state[:, :-1]
     found = linear_cross_entropy(
-        hidden, model.lm_head.weight, row.labels[:, 1:], dataset_ids=row.dataset_ids, num_datasets=3,
+        hidden, model.lm_head.weight, row.labels[:, 1:],
+        dataset_ids=row.dataset_ids, num_datasets=3,
         cu_seqlens=row.cu_seqlens.clamp(max=hidden.shape[1]),
     )  # fmt: skip
     losses, tokens = torch.zeros(3), torch.zeros(3, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Training: order depends on the step alone; accumulation and resuming change nothing; bf16 keeps masters."""
+"""Training: the step fixes the order; accumulation and resume change nothing; bf16 masters."""
 
 import json
 
@@ -70,8 +70,8 @@ def test_first_step_equals_torch_by_hand(tiny_model, tmp_path):
     )
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=1e-3, betas=(0.9, 0.98))  # fmt: skip
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
     total = sum(
         F.cross_entropy(model(torch.tensor(e.input_ids)[None].long()).logits[0, :-1],
                         torch.tensor(e.labels[1:]).long(), ignore_index=-100, reduction="sum")
@@ -129,7 +129,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, dtype):
 
 
 def test_bf16_masters_move_what_plain_bf16_loses():
-    """20 steps of one gradient at lr 1e-5: masters move 2e-4 in all; plain bf16 weights round most of it away."""
+    """20 steps at lr 1e-5 move masters by 2e-4; plain bf16 weights round most of that away."""
     weight = torch.nn.Parameter((torch.randn(64, 64) * 0.02).bfloat16())
     model = torch.nn.Module()
     model.register_parameter("w", weight)

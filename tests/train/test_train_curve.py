@@ -1,4 +1,4 @@
-"""Fifty steps of ``train`` with our kernels and without: one loss curve, and files that differ in rounding only."""
+"""Fifty steps of ``train`` with and without our kernels give one loss curve."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_in_bf16_as_well(tmp_path):
 
 
 def test_the_output_names_the_kernels_beside_the_result_only(tiny_model, tmp_path):
-    """Names, shapes and configs of the branch are those of an unpatched run; timing.json says what was replaced."""
+    """The branch looks like an unpatched run's; only timing.json lists the kernels."""
     curves(tiny_model, tmp_path, dtype="fp32")
     timing = {
         k: json.loads((tmp_path / k / "timing.json").read_text())["kernels"]

@@ -48,7 +48,7 @@ class Partition:
     note: str = ""
 
 
-def partition_datasets(
+def partition_datasets(  # noqa: PLR0913
     similarity: Array,
     weights: Array,
     names: Sequence[str],

@@ -1,4 +1,4 @@
-"""csrc/cuda without a GPU: its source built by g++ with the shim of cuda_host/ and run, or built by nvcc and read."""
+"""csrc/cuda without a GPU: run as g++ builds it with cuda_host/, or read as nvcc builds it."""
 
 import ctypes
 import platform
@@ -39,7 +39,7 @@ def build_for_cpu(folder: Path, *flags: str) -> Path:
 
 
 def launcher(library: ctypes.CDLL, backwards: bool = False) -> Callable[..., None]:
-    """To stand in for ``_cuda.launch``; ``backwards``: the threads of a block run in the opposite order."""
+    """Stands in for ``_cuda.launch``; ``backwards`` runs a block's threads in opposite order."""
 
     def launch(kernel: str, blocks: int, job: bytes, device: object) -> None:
         assert library.launch_kernel(kernel.encode(), blocks, job, int(backwards)) == 0, kernel
@@ -69,7 +69,7 @@ def nvcc_release() -> str:
 
 
 def compile_for(architectures: list[str], folder: Path) -> dict[str, dict[str, Kernel]]:
-    """What nvcc makes of the source: architecture -> kernel -> registers and instructions."""
+    """Compiles the source with nvcc: architecture -> kernel -> registers and instructions."""
     pytest.importorskip("triton", reason="triton, which brings nvdisasm, is not installed")
     from support.gpu.read_code import NVIDIA_TOOLS
 

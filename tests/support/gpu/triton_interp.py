@@ -1,11 +1,11 @@
 """Triton's interpreter for CPU tests, made right for bfloat16 (triton 3.7.1).
 
-NumPy has no bfloat16, so the interpreter holds its bits as uint16 and, as it comes, casts float32 to it by cutting bits
-off, adds the bits of two numbers and multiplies matrices of them to garbage, all silently. Interpreted and compiled
-functions cannot live in one process: ``run_interpreted`` starts one, which loads this module as a plugin of pytest and
-so is repaired before a kernel is defined.
+NumPy has no bfloat16, so the interpreter holds its bits as uint16. Without this repair it silently
+casts float32 by cutting bits off, adds the bits of two numbers and multiplies matrices to garbage.
+Interpreted and compiled functions cannot live in one process: ``run_interpreted`` starts another,
+which loads this module as a pytest plugin, so that it is repaired before a kernel is defined.
 
-Still raising: exp and atomic_add of bf16, None as a pointer, inline assembly.
+These still raise: exp and atomic_add of bf16, None as a pointer, inline assembly.
 """
 
 import os
@@ -42,7 +42,7 @@ def pytest_configure() -> None:
 
 
 def repair() -> None:
-    """Casts to bf16 to nearest even and from it exactly; binary operators and dot on float32; floats as tensors."""
+    """Makes casts round to nearest even and operators on bf16 compute in float32."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -108,7 +108,7 @@ def sce(models, base, share):
     return elect([w * d for w, d in zip(weights, deltas, strict=True)], weights, True, votes=deltas)
 
 
-def delta_method(
+def delta_method(  # noqa: PLR0913
     method,
     name,
     models,

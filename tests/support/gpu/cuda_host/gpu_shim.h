@@ -36,7 +36,8 @@ struct Index {
   unsigned x;
 };
 
-constexpr size_t kStackBytes = 64 * 1024, kSharedBytes = 48 * 1024;  // of a fiber; of a block, without asking for more
+constexpr size_t kStackBytes = 64 * 1024,
+                 kSharedBytes = 48 * 1024;  // of a fiber; of a block, without asking for more
 enum class State { kRunning, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Copy {
@@ -101,7 +102,8 @@ inline void enter() {
 }
 
 inline void start(unsigned t) {
-  const auto end = reinterpret_cast<uintptr_t>(block.stacks.data() + (t + 1) * kStackBytes) & ~uintptr_t(15);
+  const auto end =
+      reinterpret_cast<uintptr_t>(block.stacks.data() + (t + 1) * kStackBytes) & ~uintptr_t(15);
   auto** top = reinterpret_cast<void**>(end);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&enter);  // which then sees the stack as after a call
@@ -126,14 +128,16 @@ inline void run_block(bool backwards) {
       do {
         for (unsigned n = warp; n < warp + 32; n++) {
           block.thread.x = backwards ? threads - 1 - n : n;
-          if (current().state == State::kRunning) gpu_shim_switch(&block.scheduler, current().stack_pointer);
+          if (current().state == State::kRunning)
+            gpu_shim_switch(&block.scheduler, current().stack_pointer);
         }
       } while (release(backwards ? threads - 32 - warp : warp, 32, State::kAtWarpBarrier));
     }
   } while (release(0, threads, State::kAtBlockBarrier));
   for (const Fiber& fiber : block.fibers)
     if (fiber.state != State::kDone || !fiber.copies.empty()) {
-      std::fprintf(stderr, "block %u: a barrier that not all threads reach, or an unawaited copy\n", block.index.x);
+      std::fprintf(stderr, "block %u: a barrier that not all threads reach, or an unawaited copy\n",
+                   block.index.x);
       std::abort();
     }
 }
@@ -159,7 +163,9 @@ void launch(unsigned blocks, unsigned threads, bool backwards, unsigned workers,
 }
 
 // What lane `lane` of this warp gave; all lanes have given when the first of them reads.
-inline const void* given_by(unsigned lane) { return block.fibers[block.thread.x / 32 * 32 + lane].given; }
+inline const void* given_by(unsigned lane) {
+  return block.fibers[block.thread.x / 32 * 32 + lane].given;
+}
 
 inline float widen(uint32_t bf16) {
   const uint32_t bits = bf16 << 16;
@@ -218,12 +224,16 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   gpu_shim::current().given = &mine;
   __syncwarp();
   const unsigned lane = threadIdx.x % 32;
-  const auto half = [](uint32_t pair, unsigned k) { return gpu_shim::widen(k % 2 ? pair >> 16 : pair & 0xFFFF); };
+  const auto half = [](uint32_t pair, unsigned k) {
+    return gpu_shim::widen(k % 2 ? pair >> 16 : pair & 0xFFFF);
+  };
   for (unsigned e = 0; e < 4; e++) {
     const unsigned row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
     for (unsigned k = 0; k < 16; k++) {
-      const auto& left = *static_cast<const Fragments*>(gpu_shim::given_by(row % 8 * 4 + k % 8 / 2));
-      const auto& right = *static_cast<const Fragments*>(gpu_shim::given_by(column * 4 + k % 8 / 2));
+      const auto& left =
+          *static_cast<const Fragments*>(gpu_shim::given_by(row % 8 * 4 + k % 8 / 2));
+      const auto& right =
+          *static_cast<const Fragments*>(gpu_shim::given_by(column * 4 + k % 8 / 2));
       c[e] += half(left.a[row / 8 + k / 8 * 2], k) * half(right.b[k / 8], k);
     }
   }

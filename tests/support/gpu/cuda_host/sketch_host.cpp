@@ -7,16 +7,17 @@
 extern "C" const char* job_layout() {
 #define FIELD(name) #name " " + std::to_string(offsetof(Job, name)) + "\n"
   static const std::string layout =
-      std::string() + FIELD(dy) + FIELD(x) + FIELD(offsets) + FIELD(scale) + FIELD(out) + FIELD(partial) +
-      FIELD(dy_stride) + FIELD(x_stride) + FIELD(scale_stride) + FIELD(rows) + FIELD(columns) + FIELD(first_row) +
-      FIELD(first_column) + FIELD(tiles_across) + FIELD(first_group) + FIELD(last_group) + FIELD(key) +
-      FIELD(examples) + FIELD(buckets) + FIELD(splits) + FIELD(dy_wide) + FIELD(x_wide) + "end " +
-      std::to_string(sizeof(Job));
+      std::string() + FIELD(dy) + FIELD(x) + FIELD(offsets) + FIELD(scale) + FIELD(out) +
+      FIELD(partial) + FIELD(dy_stride) + FIELD(x_stride) + FIELD(scale_stride) + FIELD(rows) +
+      FIELD(columns) + FIELD(first_row) + FIELD(first_column) + FIELD(tiles_across) +
+      FIELD(first_group) + FIELD(last_group) + FIELD(key) + FIELD(examples) + FIELD(buckets) +
+      FIELD(splits) + FIELD(dy_wide) + FIELD(x_wide) + "end " + std::to_string(sizeof(Job));
   return layout.c_str();
 }
 
 // Returns 0, or 1 if there is no kernel of that name.
-extern "C" int launch_kernel(const char* kernel, unsigned blocks, const void* packed, int backwards) {
+extern "C" int launch_kernel(const char* kernel, unsigned blocks, const void* packed,
+                             int backwards) {
   Job job;
   std::memcpy(&job, packed, sizeof(job));
   const std::string name = kernel;
