@@ -116,6 +116,9 @@ def test_a_model_that_sees_over_borders_is_refused():
         layer.self_attn.is_causal = False
     plain = model.model.forward
     model.model.forward = lambda *args, position_ids=None, **kwargs: plain(*args, **kwargs)
-    with pytest.raises(InputError, match=r"train.packing: this model sees over the borders"):
+    with pytest.raises(
+        InputError,
+        match=r"train.packing: must be false: this model's attention crosses the borders",
+    ):
         require_packing(model, examples((5, 4)))
     assert model.training

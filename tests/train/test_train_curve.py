@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.checks import tree_bytes
+from support.checks import assert_never_worse, rounding_share, tree_bytes
 from support.runs import Notes
 from support.tiny import make_model, make_tokenizer
 from support.training import dataset, job, train, weights
@@ -17,36 +17,49 @@ RECIPE = dict(
 )
 
 
+def curve(base, folder, rows, **changes):
+    """The losses of fifty steps."""
+    config = TrainConfig(**{**RECIPE, **changes})
+    assert train(base, folder, config, rows).steps == STEPS
+    return json.loads((folder / "losses.json").read_text())
+
+
 def curves(base, tmp_path, **changes):
-    rows, found = dataset("a", 0, rows=20), {}
-    for kernels in ("auto", "eager"):
-        config = TrainConfig(**{**RECIPE, **changes, "kernels": kernels})
-        assert train(base, tmp_path / kernels, config, rows).steps == STEPS
-        found[kernels] = json.loads((tmp_path / kernels / "losses.json").read_text())
-    return found
+    rows = dataset("a", 0, rows=20)
+    return {
+        kernels: curve(base, tmp_path / kernels, rows, kernels=kernels, **changes)
+        for kernels in ("auto", "eager")
+    }
 
 
 def test_kernels_change_only_the_rounding_of_fifty_steps(tiny_model, tmp_path):
-    found = curves(tiny_model, tmp_path, dtype="fp32")
-    assert (
-        found["eager"][-1] < 0.7 * found["eager"][0]
-    )  # it has learned: a frozen curve would agree as well
-    assert found["auto"] == pytest.approx(found["eager"], rel=2e-4)
-    trained, expected = weights(tmp_path / "auto"), weights(tmp_path / "eager")
+    losses = curves(tiny_model, tmp_path, dtype="fp32")
+    # The model has learned: frozen curves would agree as well.
+    assert losses["eager"][-1] < 0.7 * losses["eager"][0]
+    assert losses["auto"] == pytest.approx(losses["eager"], rel=2e-4)
+    trained = weights(tmp_path / "auto")
+    expected = weights(tmp_path / "eager")
     for name, weight in weights(tiny_model).items():
-        moved, wanted = trained[name] - weight, expected[name] - weight
-        assert (
-            torch.nn.functional.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0) > 0.999
-        ), name
+        moved = (trained[name] - weight).flatten()
+        wanted = (expected[name] - weight).flatten()
+        assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.999, name
 
 
-def test_in_bf16_as_well(tmp_path):
-    base = tmp_path / "base"
-    make_tokenizer(base)
-    make_model(base, dtype=torch.bfloat16)
-    found = curves(base, tmp_path, dtype="bf16")
-    assert found["eager"][-1] < 0.7 * found["eager"][0]
-    assert found["auto"] == pytest.approx(found["eager"], rel=2e-2)
+def test_bf16_curves_stay_as_close_to_fp32_as_eagers(tmp_path):
+    """Pools four models: small roundings grow over fifty steps, on one model in eager's favour."""
+    results = []
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        make_tokenizer(folder / "base")
+        make_model(folder / "base", dtype=torch.bfloat16, seed=seed)
+        rows = dataset("a", seed, rows=20)
+        ours = curve(folder / "base", folder / "auto", rows, dtype="bf16")
+        eager = curve(folder / "base", folder / "eager", rows, dtype="bf16", kernels="eager")
+        truth = curve(folder / "base", folder / "fp32", rows, dtype="fp32", kernels="eager")
+        assert eager[-1] < 0.7 * eager[0]
+        results.append(torch.tensor([ours, eager, truth]))
+    ours, eager, truth = torch.cat(results, dim=1)
+    assert_never_worse(ours, eager, truth, rounding_share(len(results)))
 
 
 def test_the_output_names_the_kernels_beside_the_result_only(tiny_model, tmp_path):

@@ -249,10 +249,8 @@ def test_what_we_lack_is_named(read, recipe, old, new, line):
 
 
 def test_a_model_that_is_not_there_is_named(read):
-    with pytest.raises(
-        InputError,
-        match=r"^r.yml: models\[0\].model: 'nowhere' is neither a directory nor a hub id that",
-    ):
+    rule = "'nowhere' is neither a directory nor an available hub id"
+    with pytest.raises(InputError, match=rf"^r.yml: models\[0\].model: {rule}"):
         read(TIES.replace("m1", "nowhere"))
 
 

@@ -14,7 +14,7 @@ from merit_fast.integrations.mergekit.recipe import read_mergekit
     [
         (
             "dtype: float32\ndtype: float16\n",
-            "r.yml:2: is not valid YAML: key 'dtype' stands twice",
+            "r.yml:2: is not valid YAML: key 'dtype' appears twice",
         ),
         ("a: [", "r.yml:1: is not valid YAML: expected the node content, but found '<stream end>'"),
         ("", "r.yml: the top level: must be a mapping of keys, got None"),

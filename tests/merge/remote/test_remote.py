@@ -80,7 +80,8 @@ def test_weights_come_from_branch_json_in_the_store(branches, in_memory, tmp_pat
         put_tree(branch, in_memory / branch.name)
         tokens = 3 - 2 * number
         write_manifest(
-            BranchManifest("b", "merit", number, ("a",), 1, tokens, 10, 1, 0, "x"), tmp_path / "b"
+            BranchManifest("b", "merit", number, ("a",), 1, tokens, 10, 1, 0, "x", "x"),
+            tmp_path / "b",
         )
         location = in_memory / branch.name / "branch.json"
         location.store.put_file(str(tmp_path / "b"), location.path)
