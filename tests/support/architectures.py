@@ -1,9 +1,11 @@
 """Tiny models of every architecture that ``patch_model`` knows, with the modules it replaces."""
 
+from typing import Any
+
 import torch
 
 VOCABULARY = 131
-TEXT = dict(
+TEXT: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=48, intermediate_size=40, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=64,
     pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -15,7 +17,7 @@ VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hi
 
 # name -> (class, config class, options, what is replaced)
 DENSE = {"rms_norm": 5, "swiglu": 2, "rope": 2, "head": 1}
-CASES = {
+CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}, DENSE),
     "mistral": ("MistralForCausalLM", "MistralConfig", {}, DENSE),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}, DENSE),
@@ -52,14 +54,14 @@ CASES = {
 }  # fmt: skip
 
 
-def make(name: str, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.Module:
+def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> torch.nn.Module:
     """In training mode, with norm weights that are not all ones, so that a wrong norm shows."""
     import transformers
 
     model_class, config_class, options, _ = CASES[name]
     text = {} if "text_config" in options else TEXT
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(
+    model: torch.nn.Module = getattr(transformers, model_class)(
         getattr(transformers, config_class)(**{**text, **options, **changes})
     )
     with torch.no_grad():

@@ -23,7 +23,8 @@ def rounding_share(numbers: int) -> float:
     errors: over 8 draws their ratio scatters by 2 %. A kernel that rounds partial sums to bf16 adds
         17 % or more.
     """
-    return max(0.05, 3 / numbers**0.5)
+    share: float = 3 / numbers**0.5
+    return max(0.05, share)
 
 
 def assert_close(
@@ -48,7 +49,7 @@ def run_at_level(script: str, level: str | None, timeout: float | None = None) -
     environment = {**os.environ, **({"MERIT_FAST_SIMD": level} if level else {})}
     result = run_python(["-c", script], environment=environment, timeout=timeout)
     assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+    return str(result.stdout).strip()
 
 
 def assert_never_worse(

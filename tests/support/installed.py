@@ -12,6 +12,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -31,7 +32,7 @@ def write_model(folder: Path, seed: int) -> dict[str, np.ndarray]:
     return tensors
 
 
-def command(*words: str) -> dict:
+def command(*words: str) -> dict[str, Any]:
     """The JSON object that the installed command prints."""
     isolation = ["-S"] if sys.flags.no_site else []
     line = [
@@ -44,10 +45,11 @@ def command(*words: str) -> dict:
     ]
     result = subprocess.run(line, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout)
+    printed: dict[str, Any] = json.loads(result.stdout)
+    return printed
 
 
-def check(folder: Path) -> dict:
+def check(folder: Path) -> dict[str, Any]:
     first = write_model(folder / "first", seed=1)
     second = write_model(folder / "second", seed=2)
     models = ("--model", f"{folder / 'first'}:0.25", "--model", f"{folder / 'second'}:0.75")

@@ -9,6 +9,8 @@ to it. PATTERN$ matches only at the end of the path.
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 pattern = sys.argv[1]
 left = int(sys.argv[2])
@@ -18,8 +20,8 @@ def matches(path: str) -> bool:
     return path.endswith(pattern[:-1]) if pattern.endswith("$") else pattern in path
 
 
-def killing(rename):
-    def wrapper(source, target, *args, **kwargs):
+def killing(rename: Callable[..., None]) -> Callable[..., None]:
+    def wrapper(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
         global left
         if matches(str(target)):
             left -= 1

@@ -1,6 +1,9 @@
 """Rows, tokenizers and datasets for the tests of the data stage."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -13,6 +16,11 @@ from merit_fast.data import (
     load_mixture,
 )
 from merit_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Row = dict[str, Any]
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -30,7 +38,12 @@ CORPUS = [
 ]
 
 
-def make_tokenizer(template=CHATML, eos="<|im_end|>", bos=None, trim_offsets=True):
+def make_tokenizer(
+    template: str = CHATML,
+    eos: str = "<|im_end|>",
+    bos: str | None = None,
+    trim_offsets: bool = True,
+) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,14 +62,14 @@ def make_tokenizer(template=CHATML, eos="<|im_end|>", bos=None, trim_offsets=Tru
     else:
         tokenizer.post_processor = byte_level
     tokenizer.enable_truncation(4)  # as some tokenizer.json files carry it; must not be obeyed
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, bos_token=bos
     )
     fast.chat_template = template
     return fast
 
 
-def write(path, rows):
+def write(path: Path, rows: Sequence[Row]) -> str:
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -69,7 +82,13 @@ def write(path, rows):
     return str(path)
 
 
-def load(path, tokenizer, part="train", data=None, **keys) -> Dataset:
+def load(
+    path: Path | str,
+    tokenizer: "PreTrainedTokenizerBase",
+    part: Literal["train", "eval"] = "train",
+    data: DataConfig | None = None,
+    **keys: Any,
+) -> Dataset:
     """Loads a mixture of one dataset; ``keys`` belong to `mixture:`, ``data`` is `data:`."""
     [dataset] = load_mixture(
         [DatasetConfig("d", str(path), **keys)], tokenizer, data or DataConfig(), part=part
@@ -77,17 +96,19 @@ def load(path, tokenizer, part="train", data=None, **keys) -> Dataset:
     return dataset
 
 
-def load_row(tmp_path, tokenizer, row, **data) -> Example:
+def load_row(
+    tmp_path: Path, tokenizer: "PreTrainedTokenizerBase", row: Row, **data: Any
+) -> Example:
     dataset = load(write(tmp_path / "row.jsonl", [row]), tokenizer, data=DataConfig(**data))
     assert dataset.num_examples == 1
     return dataset.examples[0]
 
 
-def text(tokenizer, ids):
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+def text(tokenizer: "PreTrainedTokenizerBase", ids: Any) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def targets(tokenizer, example):
+def targets(tokenizer: "PreTrainedTokenizerBase", example: Example) -> list[str]:
     """The runs of target tokens, decoded."""
     assert example.input_ids.dtype == example.labels.dtype == np.int32
     in_loss = example.labels != -100
@@ -98,7 +119,12 @@ def targets(tokenizer, example):
     return [text(tokenizer, run) for run in runs]
 
 
-def fails(tmp_path, tokenizer, rows, **data) -> str:
+def fails(
+    tmp_path: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row] | str | bytes,
+    **data: Any,
+) -> str:
     """The message for a file of these rows (str: the file's text; bytes: its content)."""
     path = tmp_path / "bad.jsonl"
     if isinstance(rows, list):
@@ -112,17 +138,17 @@ def fails(tmp_path, tokenizer, rows, **data) -> str:
     return message.replace(str(tmp_path) + "/", "")
 
 
-def user(content):
+def user(content: Any) -> Row:
     return {"role": "user", "content": content}
 
 
-def assistant(content):
+def assistant(content: Any) -> Row:
     return {"role": "assistant", "content": content}
 
 
 GOOD = {"prompt": "capital of France?", "completion": "Paris"}
 
-FORMATS = {
+FORMATS: dict[str, Row] = {
     "messages": {"messages": [user("capital of France?"), assistant("Paris")]},
     "text_parts": {
         "messages": [

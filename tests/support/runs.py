@@ -1,5 +1,9 @@
 """Configured runs of the tiny model."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 from merit_fast.progress import SilentProgress
@@ -7,7 +11,7 @@ from merit_fast.progress import SilentProgress
 MEASURED = ("timing.json", "report.html")  # hold seconds and memory, which are no result
 
 
-def run_values(model, mixture):
+def run_values(model: Path, mixture: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A run's YAML as a mapping."""
     return {
         "model": str(model),
@@ -30,14 +34,14 @@ def run_values(model, mixture):
 class Notes(SilentProgress):
     """Keeps the notes of a run."""
 
-    def __init__(self):
-        self.notes = []
+    def __init__(self) -> None:
+        self.notes: list[str] = []
 
-    def note(self, text):
+    def note(self, text: str) -> None:
         self.notes.append(text)
 
 
-def run_all(config_file, *assignments):
+def run_all(config_file: Path, *assignments: str) -> tuple[dict[str, Any], set[str]]:
     """Runs all stages; returns the summary and the names of the outputs that were up to date."""
     progress = Notes()
     summary = Run(read_run_config(config_file, assignments), progress).all()

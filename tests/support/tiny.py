@@ -1,9 +1,14 @@
 """Tiny real models, tokenizers and mixtures, made from config: no test needs a download."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}"
@@ -44,7 +49,7 @@ TASKS = {
 }
 
 
-def chat_row(instruction: str, question: str, answer: str) -> dict:
+def chat_row(instruction: str, question: str, answer: str) -> dict[str, Any]:
     return {
         "messages": [
             {"role": "user", "content": f"{instruction} {question}"},
@@ -53,7 +58,9 @@ def chat_row(instruction: str, question: str, answer: str) -> dict:
     }
 
 
-def write_tasks(directory: Path, names=tuple(TASKS), held_out: int = 2) -> list[dict]:
+def write_tasks(
+    directory: Path, names: Sequence[str] = tuple(TASKS), held_out: int = 2
+) -> list[dict[str, str]]:
     """Writes JSONL files and returns the `mixture:` list."""
     directory.mkdir(parents=True, exist_ok=True)
     mixture = []
@@ -69,7 +76,7 @@ def write_tasks(directory: Path, names=tuple(TASKS), held_out: int = 2) -> list[
     return mixture
 
 
-def make_tokenizer(directory: Path):
+def make_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """Trains a byte-level BPE tokenizer on the tasks and saves it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -86,7 +93,7 @@ def make_tokenizer(directory: Path):
     )
     texts = [f"{i} {q} {a}" for i, facts in TASKS.values() for q, a in facts.items()]
     tokenizer.train_from_iterator(texts * 4 + ["assistant\n", "user\n"], trainer)
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     fast.chat_template = CHATML
@@ -95,12 +102,17 @@ def make_tokenizer(directory: Path):
 
 
 def make_model(
-    directory: Path, *, dtype=torch.float32, shard: str = "100KB", seed: int = 0, **changes
-):
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "100KB",
+    seed: int = 0,
+    **changes: Any,
+) -> "LlamaForCausalLM":
     """A 2-layer Llama whose sizes fill no tile: hidden 72, 9 heads of 8, 3 KV heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    options = dict(
+    options: dict[str, Any] = dict(
         vocab_size=400,
         hidden_size=72,
         intermediate_size=100,
@@ -114,6 +126,7 @@ def make_model(
         pad_token_id=1,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**options, **changes})).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
+    model.to(dtype)  # type: ignore[arg-type]  # transformers' annotation lacks self
     model.save_pretrained(directory, max_shard_size=shard)
     return model

@@ -1,14 +1,18 @@
 """Branches of the tiny model, trained on random rows."""
 
+from pathlib import Path
+
 import numpy as np
+from torch import Tensor
 
 from merit_fast.data import Dataset, Example
+from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.progress import SilentProgress
-from merit_fast.train import TrainConfig, train_branch
-from merit_fast.train.stage import BranchJob
+from merit_fast.train import TrainConfig
+from merit_fast.train.stage import BranchJob, train_branch
 
 
-def dataset(name, seed, rows=10):
+def dataset(name: str, seed: int, rows: int = 10) -> Dataset:
     generator = np.random.default_rng(seed)
     examples = []
     for _ in range(rows):
@@ -17,18 +21,18 @@ def dataset(name, seed, rows=10):
     return Dataset(name, tuple(examples))
 
 
-def job(base, *datasets):
+def job(base: Path, *datasets: Dataset) -> BranchJob:
     return BranchJob(
         "merit-0", "merit", 0, datasets, str(base), "base-fingerprint", "base-fingerprint"
     )
 
 
-def train(base, out, config, *datasets):
+def train(base: Path, out: Path, config: TrainConfig, *datasets: Dataset) -> BranchManifest:
     out.mkdir()
     return train_branch(job(base, *datasets), config, out, SilentProgress())
 
 
-def weights(directory):
+def weights(directory: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return {

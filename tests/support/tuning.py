@@ -1,21 +1,28 @@
 """Branches of the tiny model and a quadratic loss, for the tests of tune."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
+from merit_fast.data import DataConfig, DatasetConfig, Example, load_mixture, load_tokenizer
 from merit_fast.manifests.io import write_manifest
-from merit_fast.manifests.schemas import BranchManifest
+from merit_fast.manifests.schemas import BranchManifest, TuneManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.progress import SilentProgress
 from merit_fast.tune.search import TuneInputs, starting_weights, tune_merge, tuning_sentence
 
 TOKENS = (100, 200, 100)
+Setting = tuple[TuneInputs, list[Example]]
 
 
-def make_branch(folder, like, tensors, name, group, tokens):
+def make_branch(
+    folder: Path, like: Path, tensors: dict[str, Tensor], name: str, group: int, tokens: int
+) -> Path:
     folder.mkdir(parents=True)
     for file in like.iterdir():
         if "safetensors" not in file.name:
@@ -28,7 +35,7 @@ def make_branch(folder, like, tensors, name, group, tokens):
     return folder
 
 
-def make_branches(root, tiny_model, size=0.3):
+def make_branches(root: Path, tiny_model: Path, size: float = 0.3) -> list[Path]:
     """Three branches at random distances from the tiny model, with TOKENS target tokens."""
     base = {
         n: v
@@ -49,10 +56,12 @@ def make_branches(root, tiny_model, size=0.3):
     return paths
 
 
-def quadratic(minimum, curvature, at=1.0):
+def quadratic(
+    minimum: Sequence[float], curvature: Sequence[Sequence[float]], at: float = 1.0
+) -> Callable[[Sequence[float], float], float]:
     """A loss of (weights, scale): quadratic around ``minimum`` and around the scale ``at``."""
 
-    def loss(weights, scale):
+    def loss(weights: Sequence[float], scale: float) -> float:
         away = torch.tensor(weights, dtype=torch.float64) - torch.tensor(
             minimum, dtype=torch.float64
         )
@@ -62,11 +71,13 @@ def quadratic(minimum, curvature, at=1.0):
     return loss
 
 
-def read(path):
+def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def make_setting(root, tiny_model, tiny_mixture):
+def make_setting(
+    root: Path, tiny_model: Path, tiny_mixture: Sequence[Mapping[str, Any]]
+) -> Setting:
     """The inputs of a search over three branches of the tiny model, and all held-out rows."""
     configs = [DatasetConfig(**entry) for entry in tiny_mixture]
     rows = load_mixture(configs, load_tokenizer(str(tiny_model)), DataConfig(), part="eval")
@@ -76,7 +87,9 @@ def make_setting(root, tiny_model, tiny_mixture):
     return inputs, [example for dataset in rows for example in dataset.examples]
 
 
-def tune(setting, directory=None, **options):
+def tune(
+    setting: Setting, directory: Path | None = None, **options: Any
+) -> tuple[TuneManifest, str]:
     """Returns the chosen numbers and the sentence about them."""
     inputs, examples = setting
     tuned = tune_merge(inputs, examples, 1, 4, MergeConfig(**options), directory, SilentProgress())

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from typing import Any, TextIO
 
 import numpy  # noqa: F401
 import safetensors.torch  # noqa: F401
@@ -27,7 +28,7 @@ FORBIDDEN = ("merit_fast",)  # each child reads its environment variables itself
 TIMED_OUT = 1 << 16
 
 
-def serve(requests, replies) -> None:
+def serve(requests: TextIO, replies: TextIO) -> None:
     loaded = [name for name in FORBIDDEN if name in sys.modules]
     assert not loaded, f"the warm server has imported {loaded}"
     assert threading.active_count() == 1, threading.enumerate()
@@ -39,7 +40,7 @@ def serve(requests, replies) -> None:
         replies.flush()
 
 
-def start(process: dict) -> int:
+def start(process: dict[str, Any]) -> int:
     child = os.fork()
     if child == 0:
         run(process)
@@ -60,7 +61,7 @@ def wait(child: int, timeout: float | None) -> int:
     return TIMED_OUT
 
 
-def run(process: dict) -> None:
+def run(process: dict[str, Any]) -> None:
     """Becomes ``python ARGUMENTS...`` with its own environment; never returns."""
     code = 1
     try:
@@ -71,14 +72,14 @@ def run(process: dict) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        threading._shutdown()
+        threading._shutdown()  # type: ignore[attr-defined]  # it has no public name
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def become(process: dict) -> None:
+def become(process: dict[str, Any]) -> None:
     for number, name in enumerate(("/dev/null", process["stdout"], process["stderr"])):
         descriptor = os.open(name, os.O_RDWR)
         os.dup2(descriptor, number)

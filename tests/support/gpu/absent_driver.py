@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -31,7 +32,7 @@ class _AbsentDriver:
 
 
 @contextlib.contextmanager
-def compiling_for(kernel, architecture: int | str) -> Iterator[None]:
+def compiling_for(kernel: Any, architecture: int | str) -> Iterator[None]:
     """Makes Triton bind ``kernel`` for an architecture: 90 is NVIDIA's sm_90, "gfx942" AMD's."""
     is_nvidia = isinstance(architecture, int)
     target = GPUTarget("cuda" if is_nvidia else "hip", architecture, WARP if is_nvidia else WAVE)

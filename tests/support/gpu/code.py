@@ -35,7 +35,9 @@ class GpuLaunch:
         return fingerprint(self.kernel, self.arguments, self.options, architecture)
 
 
-def compile_launch(kernel, arguments, options, architecture: int | str) -> GpuCode:
+def compile_launch(
+    kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], architecture: int | str
+) -> GpuCode:
     """The code that ``kernel[grid](*arguments, **options)`` runs on ``architecture``.
 
     Launches nothing. Code of the same fingerprint is read from the store.
@@ -53,7 +55,9 @@ def compile_launch(kernel, arguments, options, architecture: int | str) -> GpuCo
     return code
 
 
-def build(kernel, arguments, options, architecture: int | str) -> Callable[[], GpuCode]:
+def build(
+    kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], architecture: int | str
+) -> Callable[[], GpuCode]:
     """Compiles a launch, without any store; the call that comes back reads the code."""
     log = io.StringIO()
     with (

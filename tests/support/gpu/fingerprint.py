@@ -9,6 +9,7 @@ import ast
 import functools
 import hashlib
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton
@@ -19,7 +20,7 @@ from triton.language.core import constexpr
 from triton.runtime.jit import DependenciesFinder, JITCallable
 
 
-class _References(DependenciesFinder):
+class _References(DependenciesFinder):  # type: ignore[misc]  # triton has no types
     """Collects the functions and constants that a kernel names, by Triton's own rules."""
 
     def __init__(self, function: JITCallable) -> None:
@@ -75,7 +76,9 @@ def reader() -> str:
     return plain_source(ast.parse(inspect.getsource(read_code)))
 
 
-def fingerprint(kernel, arguments, options, architecture: int | str) -> str:
+def fingerprint(
+    kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], architecture: int | str
+) -> str:
     """Sixteen hexadecimal digits; nothing is compiled."""
     with compiling_for(kernel, architecture):
         _, _, _, backend, binder = kernel.device_caches[0]

@@ -15,16 +15,23 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from support.gpu.code import GpuLaunch, build, compile_launch
-from support.gpu.read_code import MATRIX_PRODUCTS, figures
+from support.gpu.read_code import MATRIX_PRODUCTS, GpuCode, figures
 
 BASELINE = Path(__file__).with_name("gpu_baseline.json")
-TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": "gfx942"}
+TARGETS: dict[str, int | str] = {
+    "sm_80": 80,
+    "sm_90": 90,
+    "sm_100": 100,
+    "sm_120": 120,
+    "gfx942": "gfx942",
+}
 # A block's shared memory by the makers' documents; a launch that wants more fails only on the GPU.
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 NEVER = ("spill_bytes", "atomics", "tf32")
@@ -45,7 +52,7 @@ class Baseline:
 def measure(launches: Iterable[GpuLaunch], targets: Targets) -> dict[str, dict[str, Figures]]:
     """Launch -> target -> figures. Threads read code while the next launch is compiled."""
     with ThreadPoolExecutor(2) as pool:
-        jobs = {}
+        jobs: dict[str, dict[str, Future[GpuCode]]] = {}
         for launch in launches:
             for target, architecture in targets.items():
                 with _named(launch, target):
@@ -75,6 +82,7 @@ def measure_changed(
     for each checkout. The pairs of ``sample`` are always compiled.
     """
     fingerprints = baseline.fingerprints if baseline else {}
+    known_figures = baseline.launches if baseline else {}
     sampled = sample(launches, targets)
     rows: dict[str, dict[str, Figures]] = {}
     changed = set()
@@ -88,7 +96,7 @@ def measure_changed(
             if (launch.name, target) in sampled:
                 row[target] = measure([launch], {target: architecture})[launch.name][target]
             elif is_known:
-                row[target] = baseline.launches[launch.name][target]
+                row[target] = known_figures[launch.name][target]
             else:
                 with _named(launch, target):
                     code = compile_launch(
@@ -121,7 +129,7 @@ def _known_figures() -> Mapping[str, Figures]:
 
 def sample(launches: Iterable[GpuLaunch], targets: Targets) -> set[tuple[str, str]]:
     """The first launch of every kernel, each for the next target in turn."""
-    first = {}
+    first: dict[Any, str] = {}
     for launch in launches:
         first.setdefault(launch.kernel, launch.name)
     names = list(targets)

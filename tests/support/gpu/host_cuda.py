@@ -5,7 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +62,14 @@ class Kernel:
 def nvcc_release() -> str:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    return re.search(
-        r"release ([\d.]+)",
-        subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout,
-    )[1]
+    answer = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    return _match(r"release ([\d.]+)", answer)[1]
+
+
+def _match(pattern: str, text: str, flags: int = 0) -> re.Match[str]:
+    match = re.search(pattern, text, flags)
+    assert match is not None, f"{pattern} not in {text[:300]}"
+    return match
 
 
 def compile_for(architectures: list[str], folder: Path) -> dict[str, dict[str, Kernel]]:
@@ -93,18 +97,17 @@ def compile_for(architectures: list[str], folder: Path) -> dict[str, dict[str, K
     return compiled
 
 
-def _kernels(report: str, code: str):
+def _kernels(report: str, code: str) -> Iterator[tuple[str, Kernel]]:
     for usage in report.split("Compiling entry function")[1:]:
-        kernel = re.search(r"'(\w+)'", usage)[1]
-        stack, stores, loads = map(
-            int, re.search(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", usage, re.S).groups()
-        )
+        kernel = _match(r"'(\w+)'", usage)[1]
+        memory = _match(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", usage, re.S)
+        stack, stores, loads = map(int, memory.groups())
         shared = re.search(r"(\d+) bytes smem", usage)
-        text = re.search(rf"^\.text\.{kernel}:$(.*?)(?=^\.text\.|\Z)", code, re.S | re.M)[1]
+        text = _match(rf"^\.text\.{kernel}:$(.*?)(?=^\.text\.|\Z)", code, re.S | re.M)[1]
         opcodes = re.findall(
             r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text, re.M
         )
-        registers = int(re.search(r"Used (\d+) registers", usage)[1])
+        registers = int(_match(r"Used (\d+) registers", usage)[1])
         yield (
             kernel,
             Kernel(

@@ -1,5 +1,7 @@
 """Launches of every Triton kernel, which the gate compiles for GPUs that are not here."""
 
+from collections.abc import Sequence
+
 import torch
 from support.gpu import (
     launches_cross_entropy,
@@ -9,7 +11,7 @@ from support.gpu import (
 )
 from support.gpu.code import GpuLaunch
 
-from merit_fast.kernels.average import _triton
+from merit_fast.kernels.average import _triton, _triton_kernels
 from merit_fast.kernels.average._dtypes import DTYPES
 
 BF16, F16, F32, F64 = DTYPES
@@ -40,7 +42,7 @@ def launches() -> list[GpuLaunch]:
     return [*averages, *launches_sketch.launches(), scaled, *training]
 
 
-def average(name, columns) -> GpuLaunch:
+def average(name: str, columns: Sequence[tuple[Sequence[torch.dtype], int]]) -> GpuLaunch:
     tensors = [
         [torch.zeros(3000 + shift, dtype=d)[shift:] for d in dtypes] for dtypes, shift in columns
     ]
@@ -49,4 +51,6 @@ def average(name, columns) -> GpuLaunch:
         [(row[:-1], row[-1]) for row in tensors], [1 / count] * count
     )
     arguments = (table, len(columns), count, signatures, _triton.BLOCK)
-    return GpuLaunch(f"average of {name}", _triton.average_kernel, arguments, _triton.OPTIONS)
+    return GpuLaunch(
+        f"average of {name}", _triton_kernels.average_kernel, arguments, _triton.OPTIONS
+    )

@@ -3,7 +3,7 @@
 import torch
 from support.gpu.code import GpuLaunch
 
-from merit_fast.kernels.cross_entropy import _triton
+from merit_fast.kernels.cross_entropy import _triton, _triton_kernels
 
 ROWS = 64
 COLUMNS = 8192
@@ -16,18 +16,18 @@ def launches() -> list[GpuLaunch]:
     return [make(*case) for make in (update, gradient) for case in cases]
 
 
-def update(dtype, bias, cap) -> GpuLaunch:
+def update(dtype: torch.dtype, bias: bool, cap: bool) -> GpuLaunch:
     state = torch.zeros(4, ROWS, dtype=torch.float64)
     arguments = (*tile(dtype), state, ROWS, COLUMNS, 0, 30.0, bias, cap, _triton.UPDATE_BLOCK)
     return GpuLaunch(
         named("log-sum-exp of a tile", dtype, bias),
-        _triton.update_kernel,
+        _triton_kernels.update_kernel,
         arguments,
         {"num_warps": 8},
     )
 
 
-def gradient(dtype, bias, cap) -> GpuLaunch:
+def gradient(dtype: torch.dtype, bias: bool, cap: bool) -> GpuLaunch:
     logits, *rest = tile(dtype)
     arguments = (
         logits,
@@ -44,13 +44,13 @@ def gradient(dtype, bias, cap) -> GpuLaunch:
     )
     return GpuLaunch(
         named("gradient of a tile", dtype, bias),
-        _triton.gradient_kernel,
+        _triton_kernels.gradient_kernel,
         arguments,
         {"num_warps": 4},
     )
 
 
-def tile(dtype):
+def tile(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         torch.zeros(ROWS, COLUMNS, dtype=dtype),
         torch.zeros(COLUMNS),
@@ -58,5 +58,5 @@ def tile(dtype):
     )
 
 
-def named(what, dtype, bias) -> str:
+def named(what: str, dtype: torch.dtype, bias: bool) -> str:
     return f"{what}, {'bf16' if dtype == BF16 else 'fp32'}{', bias and softcap' if bias else ''}"

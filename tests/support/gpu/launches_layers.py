@@ -1,9 +1,12 @@
 """Launches of the layers' Triton kernels at the sizes of models, for the gate and code tests."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
 from support.gpu.code import GpuLaunch
+from torch import Tensor
 
 from merit_fast.kernels.layers import _triton, add_rms_norm, geglu, rms_norm, rope, swiglu
 
@@ -45,7 +48,7 @@ def launches() -> list[GpuLaunch]:
     ]
 
 
-def geglu_by_erf(gate, up):
+def geglu_by_erf(gate: Tensor, up: Tensor) -> Tensor:
     return geglu(gate, up, approximate="none")
 
 
@@ -59,37 +62,43 @@ def ones() -> list[GpuLaunch]:
     ]
 
 
-def norm(name, dtype, columns) -> list[GpuLaunch]:
+def norm(name: str, dtype: torch.dtype, columns: int) -> list[GpuLaunch]:
     return pair(name, lambda x, w: rms_norm(x, w, 1e-6), [(8, columns), (columns,)], dtype)
 
 
-def heads(name, dtype, width, rotary) -> list[GpuLaunch]:
+def heads(name: str, dtype: torch.dtype, width: int, rotary: int) -> list[GpuLaunch]:
     positions = torch.zeros(1, 4, rotary, dtype=dtype)
 
-    def turn(q, k):
+    def turn(q: Tensor, k: Tensor) -> Tensor:
         return rope(q.transpose(1, 2), k.transpose(1, 2), positions, positions)[0]
 
     return pair(name, turn, [(2, 4, 32, width), (2, 4, 8, width)], dtype)
 
 
-def pair(name, call, shapes, dtype=BF16) -> list[GpuLaunch]:
+def pair(
+    name: str,
+    call: Callable[..., Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype = BF16,
+) -> list[GpuLaunch]:
     """The launches of forward and backward; nothing runs."""
     inputs = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-    recorded = []
+    recorded: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     class Recorder:
-        def __init__(self, of):
+        def __init__(self, of: str) -> None:
             self.of = of
 
-        def __getitem__(self, grid):
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda *arguments, **options: recorded.append((self.of, arguments, options))
 
+    recorders: dict[str, Any] = {kernel: Recorder(kernel) for kernel in KERNELS}
     with (
-        mock.patch.multiple(_triton, **{kernel: Recorder(kernel) for kernel in KERNELS}),
+        mock.patch.multiple(_triton, **recorders),
         mock.patch("merit_fast.kernels.dispatch.unavailable", lambda *asked: None),
         mock.patch.dict("os.environ", {"MERIT_FAST_BACKEND": "triton"}),
     ):
-        call(*inputs).sum().backward()
+        call(*inputs).sum().backward()  # type: ignore[no-untyped-call]
     return [
         GpuLaunch(f"{name}, {direction}", getattr(_triton, kernel), arguments, options)
         for direction, (kernel, arguments, options) in zip(

@@ -3,7 +3,7 @@
 import torch
 from support.gpu.code import GpuLaunch
 
-from merit_fast.kernels.optimizer import _triton
+from merit_fast.kernels.optimizer import _triton, _triton_kernels
 from merit_fast.kernels.optimizer._step import Step
 
 BF16 = torch.bfloat16
@@ -38,11 +38,17 @@ def launches() -> list[GpuLaunch]:
 
 
 def launch(
-    name, dtype, moments=F32, master=None, average=False, flags=(True, False, False), shift=0
+    name: str,
+    dtype: torch.dtype,
+    moments: torch.dtype = F32,
+    master: torch.dtype | None = None,
+    average: bool = False,
+    flags: tuple[bool, bool, bool] = (True, False, False),
+    shift: int = 0,
 ) -> GpuLaunch:
     """One tensor's step; ``flags``: stochastic, zero_grad, clipped."""
 
-    def tensors(kind, count=3000):
+    def tensors(kind: torch.dtype, count: int = 3000) -> list[torch.Tensor]:
         return [torch.zeros(count + shift, dtype=kind)[shift:]]
 
     second = torch.uint8 if moments == torch.int8 else moments
@@ -73,4 +79,4 @@ def launch(
         _triton.ROWS,
         _triton.WIDTH,
     )
-    return GpuLaunch(name, _triton.adamw_kernel, arguments, _triton.OPTIONS)
+    return GpuLaunch(name, _triton_kernels.adamw_kernel, arguments, _triton.OPTIONS)

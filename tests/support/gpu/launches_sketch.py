@@ -1,5 +1,7 @@
 """Launches of the sketch's Triton kernels for one layer, for the gate and the tests of code."""
 
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,11 +36,17 @@ def launches() -> list[GpuLaunch]:
     ]
 
 
-def linear(name, dtype, columns=COLUMNS, place=(0, 0, COLUMNS), scaled=False) -> GpuLaunch:
+def linear(
+    name: str,
+    dtype: torch.dtype,
+    columns: int = COLUMNS,
+    place: tuple[int, int, int] = (0, 0, COLUMNS),
+    scaled: bool = False,
+) -> GpuLaunch:
     return launched(name, lambda: _sketch_linear(dtype, columns, place, scaled), "linear_kernel")
 
 
-def rows(name, dtype, by_id=False, scaled=False) -> GpuLaunch:
+def rows(name: str, dtype: torch.dtype, by_id: bool = False, scaled: bool = False) -> GpuLaunch:
     values = torch.zeros(2 * ROWS, COLUMNS, dtype=dtype)
     scale = torch.ones(ROWS, COLUMNS) if scaled else None
     ids = torch.zeros(2 * ROWS, dtype=torch.int64) if by_id else None
@@ -48,7 +56,9 @@ def rows(name, dtype, by_id=False, scaled=False) -> GpuLaunch:
     return launched(name, lambda: _triton.sketch_rows(values, ids, target), kernel)
 
 
-def _sketch_linear(dtype, columns, place, scaled) -> None:
+def _sketch_linear(
+    dtype: torch.dtype, columns: int, place: tuple[int, int, int], scaled: bool
+) -> None:
     dy = torch.zeros(8, ROWS, dtype=dtype)
     x = torch.zeros(8, columns, dtype=dtype)
     scale = torch.ones(ROWS, columns) if scaled else None
@@ -57,18 +67,19 @@ def _sketch_linear(dtype, columns, place, scaled) -> None:
     _triton.sketch_linear(dy, x, target)
 
 
-def launched(name, call, kernel) -> GpuLaunch:
+def launched(name: str, call: Callable[[], None], kernel: str) -> GpuLaunch:
     """The launch of ``kernel`` among those that ``call`` asks for; nothing runs."""
-    recorded = []
+    recorded: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     class Recorder:
-        def __init__(self, of):
+        def __init__(self, of: str) -> None:
             self.of = of
 
-        def __getitem__(self, grid):
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda *arguments, **options: recorded.append((self.of, arguments, options))
 
-    with mock.patch.multiple(_triton, **{k: Recorder(k) for k in KERNELS}):
+    recorders: dict[str, Any] = {name: Recorder(name) for name in KERNELS}
+    with mock.patch.multiple(_triton, **recorders):
         call()
-    ((arguments, options),) = [launch for of, *launch in recorded if of == kernel]
+    ((_, arguments, options),) = [launch for launch in recorded if launch[0] == kernel]
     return GpuLaunch(name, getattr(_triton, kernel), arguments, options)

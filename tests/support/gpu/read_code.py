@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -61,14 +62,14 @@ def figures(code: GpuCode) -> Mapping[str, int]:
     }
 
 
-def read(compiled, assembler_log: str) -> GpuCode:
+def read(compiled: Any, assembler_log: str) -> GpuCode:
     """Registers and instructions of a compiled kernel."""
     if "ptx" in compiled.asm:
         return _read_nvidia(compiled, assembler_log)
     return _read_amd(compiled)
 
 
-def _read_nvidia(compiled, assembler_log: str) -> GpuCode:
+def _read_nvidia(compiled: Any, assembler_log: str) -> GpuCode:
     ptx = compiled.asm["ptx"]
     opcodes = re.findall(NVIDIA_OPCODE, _disassemble(compiled.asm["cubin"]), re.M)
     assert opcodes, compiled.metadata
@@ -88,7 +89,7 @@ def _read_nvidia(compiled, assembler_log: str) -> GpuCode:
     )
 
 
-def _read_amd(compiled) -> GpuCode:
+def _read_amd(compiled: Any) -> GpuCode:
     text = compiled.asm["amdgcn"]
     opcodes = re.findall(AMD_OPCODE, text, re.M)
     assert opcodes, text[-300:]
@@ -111,8 +112,9 @@ def _disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [NVIDIA_TOOLS / "nvdisasm", "-c", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command: list[str | Path] = [NVIDIA_TOOLS / "nvdisasm", "-c", file.name]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return str(result.stdout)
 
 
 def _numbers(pattern: str, text: str) -> list[int]:

@@ -1,7 +1,11 @@
 """Calls of the sketch's Triton kernels and of the reference, for tests in Triton's interpreter."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from merit_fast.kernels.sketch import _eager, _triton
 from merit_fast.kernels.sketch._target import SketchTarget
@@ -26,15 +30,29 @@ CASES = {
 }
 
 
-def integers(*shape, dtype=torch.float32):
+def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randint(-4, 5, shape).to(dtype)
 
 
-def target_of(offsets, place, out, scale=None, key=KEY):
+def target_of(
+    offsets: Tensor,
+    place: tuple[int, int, int],
+    out: Tensor,
+    scale: Tensor | None = None,
+    key: int = KEY,
+) -> SketchTarget:
     return SketchTarget(offsets, *place, key, scale, out)
 
 
-def assert_equal_to_eager(op, tensors, offsets, place, buckets, key=KEY, scale=None):
+def assert_equal_to_eager(
+    op: str,
+    tensors: Sequence[Tensor | None],
+    offsets: Tensor,
+    place: tuple[int, int, int],
+    buckets: int,
+    key: int = KEY,
+    scale: Tensor | None = None,
+) -> Tensor:
     """Exactly, and on top of values that were there before; returns the sketch."""
     before = integers(len(offsets) - 1, buckets * 4096)
     expected = before.clone()
@@ -45,18 +63,18 @@ def assert_equal_to_eager(op, tensors, offsets, place, buckets, key=KEY, scale=N
     return result - before
 
 
-def launches(monkeypatch):
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The programs of each launch from now on, by kernel."""
-    seen = []
+    seen: list[tuple[Any, ...]] = []
     for name in ("linear_kernel", "rows_kernel", "ids_kernel", "add_kernel"):
         kernel = getattr(_triton, name)
 
         class Counted:
-            def __init__(self, name, kernel):
+            def __init__(self, name: str, kernel: Any) -> None:
                 self.name = name
                 self.kernel = kernel
 
-            def __getitem__(self, grid):
+            def __getitem__(self, grid: Sequence[int]) -> Any:
                 seen.append((self.name, *grid))
                 return self.kernel[grid]
 

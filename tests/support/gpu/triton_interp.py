@@ -11,9 +11,12 @@ These still raise: exp and atomic_add of bf16, None as a pointer, inline assembl
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from support.paths import TESTS
 
 
@@ -55,27 +58,27 @@ def repair() -> None:
     )
     nearest = (None, interpreter._ir.ROUNDING_MODE.RTNE)
 
-    def is_bf16(value):
-        return value.dtype.scalar == tl.bfloat16
+    def is_bf16(value: Any) -> bool:
+        return bool(value.dtype.scalar == tl.bfloat16)
 
-    def convert_float(values, source, target, rounding):
+    def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
         if (source, target) == (tl.bfloat16, tl.float32):
             return widen(values)
         if (source, target) == (tl.float32, tl.bfloat16) and rounding in nearest:
             return narrow(np.ascontiguousarray(values).view(np.float32))
         return convert(values, source, target, rounding)
 
-    def binary_op(self, a, b, op):
+    def binary_op(self: Any, a: Any, b: Any, op: Callable[..., Any]) -> Any:
         if is_bf16(a):
             return handle(narrow(op(widen(a.data), widen(b.data))), tl.bfloat16)
         return binary(self, a, b, op)
 
-    def create_dot(self, a, b, *rest):
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(
             self, *(handle(widen(x.data), tl.float32) if is_bf16(x) else x for x in (a, b)), *rest
         )
 
-    def implicit_cvt(value):
+    def implicit_cvt(value: Any) -> Any:
         if isinstance(value, float):
             return tl.tensor(handle(np.array([value], np.float32), tl.float32), tl.float32)
         return implicit(value)
@@ -85,12 +88,12 @@ def repair() -> None:
     builder.binary_op, builder.create_dot = binary_op, create_dot
 
 
-def widen(bits):
+def widen(bits: ArrayLike) -> NDArray[np.float32]:
     """bf16 bits as float32."""
     return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
-def narrow(values):
+def narrow(values: ArrayLike) -> NDArray[np.uint16]:
     """float32 to bf16 bits, to nearest even; one NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,8 +73,8 @@ def _heads(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype) 
     return torch.randn(batch, tokens, heads, width).to(dtype).transpose(1, 2)
 
 
-def _norm(shape, **options) -> LayerCase:
-    def inputs(dtype):
+def _norm(shape: tuple[int, ...], **options: Any) -> LayerCase:
+    def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
 
     return LayerCase(
@@ -81,8 +82,8 @@ def _norm(shape, **options) -> LayerCase:
     )
 
 
-def _added(shape, **options) -> LayerCase:
-    def inputs(dtype):
+def _added(shape: tuple[int, ...], **options: Any) -> LayerCase:
+    def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         return (
             torch.randn(shape).to(dtype),
             torch.randn(shape).to(dtype),
@@ -94,22 +95,30 @@ def _added(shape, **options) -> LayerCase:
     )
 
 
-def _gated(shape, function, **options) -> LayerCase:
-    def inputs(dtype):
+def _gated(shape: tuple[int, ...], function: Callable[..., Tensor], **options: Any) -> LayerCase:
+    def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return 2 * torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
 
     return LayerCase(lambda g, u, backend: function(g, u, backend=backend, **options), inputs, 2)
 
 
-def _packed(shape, function, **options) -> LayerCase:
-    def inputs(dtype):
+def _packed(shape: tuple[int, ...], function: Callable[..., Tensor], **options: Any) -> LayerCase:
+    def inputs(dtype: torch.dtype) -> tuple[Tensor]:
         return ((2 * torch.randn(*shape[:-1], 2 * shape[-1])).to(dtype),)
 
     return LayerCase(lambda g, backend: function(g, backend=backend, **options), inputs, 1)
 
 
-def _rope(batch, tokens, q_heads, k_heads, width, rotary=None, one_row=True) -> LayerCase:
-    def inputs(dtype):
+def _rope(
+    batch: int,
+    tokens: int,
+    q_heads: int,
+    k_heads: int,
+    width: int,
+    rotary: int | None = None,
+    one_row: bool = True,
+) -> LayerCase:
+    def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         angles = torch.rand(1 if one_row else batch, tokens, rotary or width) * 6
         q, k = (_heads(batch, tokens, heads, width, dtype) for heads in (q_heads, k_heads))
         return q, k, angles.cos().to(dtype), angles.sin().to(dtype)
@@ -117,7 +126,7 @@ def _rope(batch, tokens, q_heads, k_heads, width, rotary=None, one_row=True) -> 
     return LayerCase(rope, inputs, 2)
 
 
-GEMMA = {"casting": "gemma", "offset": 1.0}
+GEMMA: dict[str, Any] = {"casting": "gemma", "offset": 1.0}
 CASES: dict[str, LayerCase] = {
     **{f"norm of {w}": _norm((3, 7, w)) for w in NORM_WIDTHS},
     **{f"gemma's norm of {w}": _norm((5, w), **GEMMA) for w in (7, 576)},

@@ -27,7 +27,13 @@ class Batch:
 
 
 def batch(
-    tokens=37, width=45, vocabulary=1003, dtype=torch.float32, bias=False, scale=1.0, **options
+    tokens: int = 37,
+    width: int = 45,
+    vocabulary: int = 1003,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    scale: float = 1.0,
+    **options: Any,
 ) -> Batch:
     labels = torch.randint(0, vocabulary, (tokens,))
     labels[torch.rand(tokens) < 0.25] = IGNORED_LABEL
@@ -38,9 +44,9 @@ def batch(
     )
 
 
-def packed(**options) -> Batch:
+def packed(**options: Any) -> Batch:
     """Four examples, one of them empty, of three datasets, one of them without an example."""
-    datasets = dict(
+    datasets: dict[str, Any] = dict(
         dataset_ids=torch.tensor([2, 0, 0, 2]),
         num_datasets=3,
         dataset_weights=torch.tensor([0.5, 3, 2]),
@@ -50,7 +56,7 @@ def packed(**options) -> Batch:
 
 def everything(
     of: Batch, backend: str | None, dtype: torch.dtype | None = None, frozen: tuple[str, ...] = ()
-):
+) -> dict[str, Any]:
     """Results, and gradients of a function of all three losses, by name."""
     tensors = {name: getattr(of, name) for name in NAMES[4:] if getattr(of, name) is not None}
     leaves = {
@@ -63,7 +69,7 @@ def everything(
     total = (
         result.loss + (result.example_loss * example).sum() + (result.dataset_loss * dataset).sum()
     )
-    total.backward()
+    total.backward()  # type: ignore[no-untyped-call]
     return {
         **result._asdict(),
         **{name: leaf.grad for name, leaf in leaves.items() if name not in frozen},
@@ -71,7 +77,10 @@ def everything(
 
 
 def assert_never_worse(
-    draw: Callable[..., Batch], backend: str, dtype: torch.dtype = torch.float32, **options
+    draw: Callable[..., Batch],
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> None:
     """No result or gradient of ``draw(dtype=dtype, **options)`` has more error than eager's.
 

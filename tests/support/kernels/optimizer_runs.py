@@ -1,16 +1,22 @@
 """Short runs of ``FusedAdamW`` for its tests: ragged tensors, gradients set by the step only."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import FusedAdamW
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = [(3, 7), (1,), (257,), (40, 60), (0,), (1023,)]
-SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+Run = tuple[Sequence[nn.Parameter], Optimizer]
 BACKENDS = ["eager"] + (["cpu"] if dispatch.native_module() is not None else [])
 # Every option at least once with every other kind it meets in the kernel.
-OPTIONS = [
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("fp32", {}),
     ("fp32", {"moments": "bf16", "average_decay": "mean", "zero_grad": True, "betas": (0.3, 0.9)}),
     ("fp32", {"moments": "int8", "max_norm": 1.0, "average_decay": 0.9}),
@@ -25,13 +31,15 @@ OPTIONS = [
 ]
 
 
-def make_parameters(dtype, gradients=None):
+def make_parameters(dtype: str, gradients: Sequence[Tensor] | None = None) -> list[nn.Parameter]:
     torch.manual_seed(0)
-    shapes = SHAPES if gradients is None else [g.shape for g in gradients]
-    return [torch.nn.Parameter((torch.randn(shape) * 0.02).to(DTYPES[dtype])) for shape in shapes]
+    shapes = SHAPES if gradients is None else [tuple(g.shape) for g in gradients]
+    return [nn.Parameter((torch.randn(shape) * 0.02).to(DTYPES[dtype])) for shape in shapes]
 
 
-def set_gradients(parameters, step, gradients=None):
+def set_gradients(
+    parameters: Sequence[nn.Parameter], step: int, gradients: Sequence[Tensor] | None = None
+) -> None:
     numbers = torch.Generator().manual_seed(step)
     for k, parameter in enumerate(parameters):
         random = torch.randn(parameter.shape, generator=numbers) * 10.0 ** (k - 2)
@@ -39,15 +47,15 @@ def set_gradients(parameters, step, gradients=None):
 
 
 def train(
-    dtype,
-    steps=3,
-    first=0,
-    parameters=None,
-    optimizer=None,
-    gradients=None,
-    make=FusedAdamW,
-    **options,
-):
+    dtype: str,
+    steps: int = 3,
+    first: int = 0,
+    parameters: Sequence[nn.Parameter] | None = None,
+    optimizer: Optimizer | None = None,
+    gradients: Sequence[Tensor] | None = None,
+    make: Callable[..., Optimizer] = FusedAdamW,
+    **options: Any,
+) -> Run:
     """(parameters, optimizer) after the steps."""
     parameters = parameters or make_parameters(dtype, gradients)
     optimizer = optimizer or make(parameters, **{**SETTINGS, **options})
@@ -57,7 +65,7 @@ def train(
     return parameters, optimizer
 
 
-def bits(tensor):
+def bits(tensor: Tensor) -> Tensor:
     """Comparable to the bit, any NaN as good as another."""
     if not tensor.is_floating_point():
         return tensor
@@ -65,7 +73,7 @@ def bits(tensor):
     return tensor.detach().masked_fill(tensor.isnan(), 0.5).view(kinds[tensor.itemsize])
 
 
-def assert_same_run(a, b, exact=True):
+def assert_same_run(a: Run, b: Run, exact: bool = True) -> None:
     for x, y in zip(a[0], b[0], strict=True):
         states = a[1].state[x], b[1].state[y]
         assert states[0].keys() == states[1].keys()
@@ -76,10 +84,13 @@ def assert_same_run(a, b, exact=True):
                 assert torch.equal(bits(u), bits(v)), key
             elif torch.is_tensor(u) and u.is_floating_point():
                 assert_near(u, v)
-        assert torch.equal(bits(x), bits(y)) if exact else assert_near(x, y) is None
+        if exact:
+            assert torch.equal(bits(x), bits(y))
+        else:
+            assert_near(x, y)
 
 
-def assert_near(u, v):
+def assert_near(u: Tensor, v: Tensor) -> None:
     """Equal up to the order of a norm's sums: an ulp or two in float32, few ulps if rounded."""
     difference = (u.detach().double() - v.detach().double()).norm()
     assert difference <= (1e-6 if u.dtype == torch.float32 else 1e-3) * v.detach().double().norm()

@@ -1,5 +1,7 @@
 """Small checkpoints for tests of the reader."""
 
+from pathlib import Path
+
 import pytest
 
 from merit_fast.errors import InputError
@@ -7,7 +9,7 @@ from merit_fast.merge import merge_models
 from merit_fast.merge.read.checkpoint import read_checkpoint
 
 
-def assert_refused(directory, message):
+def assert_refused(directory: Path, message: str) -> None:
     """Asserts that the reader refuses it, and the merge before it writes anything."""
     with pytest.raises(InputError, match=message) as error:
         read_checkpoint(directory)

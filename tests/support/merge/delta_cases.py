@@ -1,11 +1,16 @@
 """Methods that thin deltas: cases, their tensors, and short ways to merge."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 from support.merge.merges import load, merge, write
+from torch import Tensor
 
 from merit_fast.merge import MergeConfig
 
-DTYPES = {
+DTYPES: dict[str, tuple[list[torch.dtype], str | None]] = {
     "bf16": ([torch.bfloat16] * 4, None),
     "fp16": ([torch.float16] * 4, None),
     "fp32": ([torch.float32] * 4, None),
@@ -15,13 +20,13 @@ DTYPES = {
 }
 
 
-def tensors(k, dtype):
+def tensors(k: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Branch k of three, or the base (3): random values and values chosen to hurt."""
     generator = torch.Generator().manual_seed(k)
     info = torch.finfo(dtype)
 
-    def choose(values, *shape):
-        values = torch.tensor(values, dtype=torch.float64)
+    def choose(numbers: Sequence[float], *shape: int) -> Tensor:
+        values = torch.tensor(numbers, dtype=torch.float64)
         return values[torch.randint(len(values), shape, generator=generator)].to(dtype)
 
     return {
@@ -48,7 +53,9 @@ def tensors(k, dtype):
     }
 
 
-def models_of(dtypes, directory):
+def models_of(
+    dtypes: Sequence[torch.dtype], directory: Path
+) -> tuple[list[Path], Path, list[dict[str, Tensor]]]:
     """(directories of the branches, that of the base, tensors of each)"""
     loaded = [tensors(k, dtype) for k, dtype in enumerate(dtypes)]
     paths = [write(directory / f"m{k}", tensors) for k, tensors in enumerate(loaded)]
@@ -56,7 +63,14 @@ def models_of(dtypes, directory):
 
 
 # ---- what the formulas mean
-def one(tmp_path, models, base, weights=None, /, **options):
+def one(
+    tmp_path: Path,
+    models: Sequence[Tensor],
+    base: Tensor,
+    weights: Sequence[float] | None = None,
+    /,
+    **options: Any,
+) -> Tensor:
     """Merges single tensors named "w"."""
     write(tmp_path / "base", {"w": base})
     paths = [write(tmp_path / f"m{k}", {"w": model}) for k, model in enumerate(models)]

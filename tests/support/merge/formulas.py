@@ -1,19 +1,27 @@
 """The merge methods' formulas in plain fp64 NumPy, one tensor at a time."""
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from support.merge.merges import bits
+from torch import Tensor
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+PerModel = float | Sequence[float]
 
 U64 = (1 << 64) - 1
 
 
-def f64(tensor):
-    return tensor.double().numpy().ravel()
+def f64(tensor: Tensor) -> Floats:
+    return np.asarray(tensor.double().numpy().ravel())
 
 
-def uniform(seed, name, branch, count):
+def uniform(seed: int, name: str, branch: int, count: int) -> Floats:
     """[count] random numbers of a tensor and a branch, by Python's integers."""
     key = int.from_bytes(
         hashlib.sha256(f"{seed}\0{name}\0{branch}".encode()).digest()[:8], "little"
@@ -21,29 +29,34 @@ def uniform(seed, name, branch, count):
     return np.array([(splitmix(key, i) >> 11) / 2**53 for i in range(count)])
 
 
-def splitmix(key, i):
+def splitmix(key: int, i: int) -> int:
     z = (key + (i + 1) * 0x9E3779B97F4A7C15) & U64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & U64
     z = (z ^ z >> 27) * 0x94D049BB133111EB & U64
     return z ^ z >> 31
 
 
-def size(x, base):
+def size(x: Tensor, base: Tensor) -> NDArray[np.float32]:
     """Sizes that rank elements: |x - base| in fp32."""
     if torch.float64 in (x.dtype, base.dtype):
         with np.errstate(over="ignore"):
             return np.abs(f64(x) - f64(base)).astype(np.float32)
-    return (x.float() - base.float()).abs().numpy().ravel()
+    return np.asarray((x.float() - base.float()).abs().numpy().ravel())
 
 
-def largest(sizes, first, count):
+def largest(sizes: NDArray[np.float32], first: int, count: int) -> Mask:
     """Mask of elements first .. first + count by falling size; smaller index first if equal."""
     mask = np.zeros(sizes.size, bool)
     mask[np.argsort(-sizes, kind="stable")[first : first + count]] = True
     return mask
 
 
-def elect(weighted, weights, normalize, votes=None):
+def elect(
+    weighted: Sequence[Floats],
+    weights: Sequence[float],
+    normalize: bool,
+    votes: Sequence[Floats] | None = None,
+) -> Floats:
     """Sum over those of the sign of the sum of all votes (0: plus), divided by their weights."""
     total = np.zeros(weighted[0].size)
     for d in votes or weighted:
@@ -57,11 +70,20 @@ def elect(weighted, weights, normalize, votes=None):
     return np.divide(mixed, divisor, out=mixed.copy(), where=divisor != 0) if normalize else mixed
 
 
-def each(value, count):
-    return value if isinstance(value, (tuple, list)) else [value] * count
+def each(value: PerModel, count: int) -> Sequence[float]:
+    return value if isinstance(value, Sequence) else [value] * count
 
 
-def thinned(method, name, models, base, density, gamma, epsilon, seed):
+def thinned(
+    method: str,
+    name: str,
+    models: Sequence[Tensor],
+    base: Tensor,
+    density: PerModel,
+    gamma: PerModel,
+    epsilon: PerModel,
+    seed: int,
+) -> list[Floats]:
     """Every branch's delta without dropped elements, the rest enlarged if the method does that."""
     deltas = [f64(x) - f64(base) for x in models]
     count = len(models)
@@ -69,6 +91,7 @@ def thinned(method, name, models, base, density, gamma, epsilon, seed):
     kept = []
     for k, (delta, p) in enumerate(zip(deltas, each(density, count), strict=True)):
         sizes = size(models[k], base)
+        chance: float | Floats = p
         if method == "ties":
             mask = largest(sizes, 0, max(1, int(p * n)) if p > 0 else 0)
         elif method.startswith("breadcrumbs") and p < 1:
@@ -81,19 +104,20 @@ def thinned(method, name, models, base, density, gamma, epsilon, seed):
             spread = each(epsilon, count)[k]
             rows = [np.argsort(np.lexsort((np.arange(row), r))) for r in sizes.reshape(-1, row)]
             places = np.concatenate([np.empty(0), *rows])
-            p = (p - spread) + 2.0 * spread * (places / (row - 1)) if row > 1 else np.full(n, p)
-            mask = uniform(seed, name, k, n) < p
+            varied = (p - spread) + 2.0 * spread * (places / max(1, row - 1))
+            chance = varied if row > 1 else np.full(n, p)
+            mask = uniform(seed, name, k, n) < chance
         elif method.startswith(("dare", "della")):
             mask = uniform(seed, name, k, n) < p
         else:
             mask = np.ones(n, bool)
-        if method.startswith(("dare", "della")) and np.all(np.asarray(p) > 0):
-            delta = delta / p
+        if method.startswith(("dare", "della")) and np.all(np.asarray(chance) > 0):
+            delta = delta / chance
         kept.append(np.where(mask, delta, 0.0))
     return kept
 
 
-def sce(models, base, share):
+def sce(models: Sequence[Tensor], base: Tensor, share: float) -> Floats:
     deltas = [f64(x) - f64(base) for x in models]
     count = len(deltas)
     mean = sum(deltas[1:], deltas[0]) / count
@@ -109,20 +133,20 @@ def sce(models, base, share):
 
 
 def delta_method(  # noqa: PLR0913
-    method,
-    name,
-    models,
-    base,
-    weights,
+    method: str,
+    name: str,
+    models: Sequence[Tensor],
+    base: Tensor,
+    weights: Sequence[float],
     *,
-    scale=1.0,
-    density=1.0,
-    gamma=0.01,
-    epsilon=0.15,
-    select_topk=1.0,
-    normalize=True,
-    seed=0,
-):
+    scale: float = 1.0,
+    density: PerModel = 1.0,
+    gamma: PerModel = 0.01,
+    epsilon: PerModel = 0.15,
+    select_topk: float = 1.0,
+    normalize: bool = True,
+    seed: int = 0,
+) -> Floats:
     """[n] fp64. models: K tensors, base: one tensor, all of one shape."""
     with np.errstate(over="ignore", invalid="ignore"):
         if method == "sce":
@@ -136,7 +160,7 @@ def delta_method(  # noqa: PLR0913
         return f64(base) + scale * step
 
 
-def rounded(values, dtype):
+def rounded(values: Floats, dtype: torch.dtype) -> NDArray[Any]:
     """fp64 rounded once to nearest even, as bits; bf16 by integers, not through fp32."""
     with np.errstate(over="ignore"):
         if dtype != torch.bfloat16:

@@ -13,13 +13,17 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from support.merge.headers import INDEX, one_tensor, pack, tensor, write_model
 
 from merit_fast.errors import InputError
+
+if TYPE_CHECKING:  # a fuzzed module is imported first where it is instrumented
+    from merit_fast.merge.read.checkpoint import TensorEntry
 
 HEADER = {
     "v": tensor([2, 3], 0, 24),
@@ -49,7 +53,7 @@ LORA = {
     "modules_to_save": ["x"],
     "use_dora": False,
 }
-JUNK = (
+JUNK: tuple[Any, ...] = (
     None,
     True,
     False,
@@ -102,7 +106,7 @@ SEEDS = {
 }
 
 
-def survives(read) -> bool:
+def survives(read: Callable[[], object]) -> bool:
     """Whether ``read`` takes its input. It may only refuse it on one short line."""
     try:
         read()
@@ -150,7 +154,7 @@ def check(kind: str, content: bytes, data_bytes: int, root: Path) -> None:
             agree_with_safetensors(model / name, read_files(model, [name]).tensors)
 
 
-def agree_with_safetensors(file: Path, tensors) -> None:
+def agree_with_safetensors(file: Path, tensors: Mapping[str, "TensorEntry"]) -> None:
     """Checks that the reference implementation accepts the input and sees the same tensors."""
     try:
         with safe_open(file, framework="np") as opened:
@@ -163,9 +167,9 @@ def agree_with_safetensors(file: Path, tensors) -> None:
     assert theirs == {name: (entry.dtype, entry.shape) for name, entry in tensors.items()}
 
 
-def places_of(values) -> list[tuple]:
+def places_of(values: Any) -> list[tuple[Any, Any]]:
     """(holder, key) of every value in a JSON document but the document itself."""
-    places: list[tuple] = []
+    places: list[tuple[Any, Any]] = []
     todo = [values]
     while todo:
         each = todo.pop()
@@ -181,7 +185,7 @@ def places_of(values) -> list[tuple]:
     return places
 
 
-def replaced_once(seed) -> Iterator[bytes]:
+def replaced_once(seed: Any) -> Iterator[bytes]:
     """The document with each of its values, in turn, replaced by each of JUNK."""
     values = json.loads(json.dumps(seed))
     for holder, key in places_of(values):
@@ -232,7 +236,7 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         rng = random.Random(seed)
         if len(data) < 3 or data[0] % len(KINDS) == KINDS.index("raw") or rng.random() < 0.4:
-            return atheris.Mutate(data, max_size)
+            return bytes(atheris.Mutate(data, max_size))
         return (data[:2] + damage(data[2:], rng))[:max_size]
 
     (root / "corpus").mkdir()

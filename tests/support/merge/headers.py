@@ -2,22 +2,24 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 INDEX = "model.safetensors.index.json"
 
 
-def tensor(shape, begin, stop, dtype="F32"):
+def tensor(shape: Sequence[int], begin: int, stop: int, dtype: str = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, stop]}
 
 
-def pack(header, data=b"", length=None) -> bytes:
+def pack(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     """A file: ``header`` as JSON or as it is, under its own length or another."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text: bytes = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def write_model(directory: Path, files: dict[str, bytes], weight_map=None) -> Path:
+def write_model(directory: Path, files: dict[str, bytes], weight_map: Any = None) -> Path:
     """A model directory of these files; ``weight_map`` as an index, or the bytes of one."""
     directory.mkdir(parents=True)
     for name, content in files.items():
@@ -32,5 +34,5 @@ def write_model(directory: Path, files: dict[str, bytes], weight_map=None) -> Pa
     return directory
 
 
-def one_tensor(name="w", data=bytes(8)) -> bytes:
+def one_tensor(name: str = "w", data: bytes = bytes(8)) -> bytes:
     return pack({name: tensor([len(data) // 4], 0, len(data))}, data)

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from support.merge.merges import METHODS
+from torch import Tensor
 
 SOME = [METHODS[k] for k in (0, 2, 7, 9)]
 
 
-def assert_same_model(loaded, expected):
+def assert_same_model(loaded: Any, expected: Any) -> None:
     """Class, every parameter and buffer bit for bit, tied weights, mode and generation options."""
     assert type(loaded) is type(expected) and not loaded.training
     mine = loaded.state_dict()
@@ -25,7 +29,7 @@ def assert_same_model(loaded, expected):
     assert loaded.config.dtype == expected.config.dtype
 
 
-def copied(model, path, change):
+def copied(model: Path, path: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
     """A copy of a one-file model after ``change`` of its tensors."""
     shutil.copytree(model, path)
     tensors = load_file(path / "model.safetensors")
@@ -34,6 +38,6 @@ def copied(model, path, change):
     return path
 
 
-def change_config(model, **changes):
+def change_config(model: Path, **changes: Any) -> None:
     file = model / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

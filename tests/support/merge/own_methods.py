@@ -1,22 +1,24 @@
 """Two registered methods and their formulas."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
-from merit_fast.merge import (
-    Parameter,
-)
+from merit_fast.merge import Parameter
 
+Floats = NDArray[np.float64]
 POWER = Parameter("power", 2.0, "exponent", 1.0, 4.0)
 
 
-def power_mean(deltas, weights, power):
+def power_mean(deltas: Floats, weights: Floats, power: float) -> Any:
     """Signed power mean of the deltas."""
     raised = np.sign(deltas) * np.abs(deltas) ** power
     total = (weights[:, None] * raised).sum(axis=0)
     return np.sign(total) * np.abs(total) ** (1 / power)
 
 
-def largest(models, weights):
+def largest(models: Floats, weights: Floats) -> Any:
     """The largest element of any model."""
     return models.max(axis=0)
 

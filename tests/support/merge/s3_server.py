@@ -33,7 +33,7 @@ class Recorder:
 
     def __init__(self, app: Any) -> None:
         self.app = app
-        self.requests = []
+        self.requests: list[Request] = []
         self._lock = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -63,8 +63,9 @@ def s3_server() -> Iterator[Recorder]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    recorder = Recorder(server._server.app)
-    server._server.app = recorder
+    wsgi: Any = server._server
+    recorder = Recorder(wsgi.app)
+    wsgi.app = recorder
     try:
         with mock.patch.dict(
             os.environ, {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}

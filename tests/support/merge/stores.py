@@ -1,13 +1,18 @@
 """Merges from and to stores, and their trees of files."""
 
 import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from support.checks import tree_bytes
 from support.merge.s3_server import get_tree
 
 from merit_fast.merge import merge_models
+from merit_fast.merge.read.remote import Location
+from merit_fast.progress import Progress
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "threads": 3,
     "chunk_kib": 8,
     "weights": "uniform",
@@ -20,7 +25,15 @@ LEAVE_OUT = ("stage.json",)  # names the inputs
 NUMBERS = itertools.count()
 
 
-def merge(models, out, base=None, progress=None, share=(1, 1), dry_run=False, **options):
+def merge(
+    models: Sequence[Location | str],
+    out: Location | str,
+    base: Location | str | None = None,
+    progress: Progress | None = None,
+    share: tuple[int, int] = (1, 1),
+    dry_run: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
     return merge_models(
         models,
         base=base,
@@ -32,10 +45,10 @@ def merge(models, out, base=None, progress=None, share=(1, 1), dry_run=False, **
     )
 
 
-def tree(place, tmp_path):
+def tree(place: Any, tmp_path: Path) -> dict[str, str]:
     return tree_bytes(get_tree(place, tmp_path / f"copy{next(NUMBERS)}"), LEAVE_OUT)
 
 
-def local_tree(models, directory, **options):
+def local_tree(models: Sequence[Location | str], directory: Path, **options: Any) -> dict[str, str]:
     merge(models, directory, **options)
     return tree_bytes(directory, LEAVE_OUT)

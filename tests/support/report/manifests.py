@@ -62,7 +62,7 @@ def make_split(
     pairs = [
         (cosine[i][j], error[i][j], label[i] == label[j]) for i in range(number) for j in range(i)
     ]
-    known = [pair for pair in pairs if pair[0] is not None]
+    known = [(c, e, together) for c, e, together in pairs if c is not None and e is not None]
     scores = tuple((point[0], point[1], point[2]) for point in points)
     return SplitManifest(
         groups=groups,

@@ -3,9 +3,16 @@
 import json
 import re
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
+from support.report.chromium import Browser
 from support.report.manifests import make_split, median_cuts
+
+from merit_fast.manifests.schemas import SplitManifest
+
+T = TypeVar("T")
 
 PLOTS = ["conflicts", "axes", "tree", "separations", "balance", "datasets"]
 
@@ -69,23 +76,24 @@ LABELS = """[...document.querySelectorAll(".plot")].flatMap(plot => {
 })"""
 
 
-def hover(browser, plot, x, y):
+def hover(browser: Browser, plot: str, x: Any, y: Any) -> list[str]:
     """The lines of the label that appears when the mouse is at (x, y) of a plot."""
     point = browser.run(f"{POINT}({json.dumps(plot)}, {json.dumps(x)}, {json.dumps(y)})")
     return hover_at(browser, plot, *point)
 
 
-def hover_at(browser, plot, x, y):
+def hover_at(browser: Browser, plot: str, x: float, y: float) -> list[str]:
     """The lines of the label that appears when the mouse is at pixel (x, y) of the window."""
     browser.move_mouse(1, 1)  # away from the label of the last call
     read = f"{HOVERED}({json.dumps(plot)})"
     wait(lambda: not browser.run(read))
     browser.move_mouse(x, y)
+    lines: list[str]
     (lines,) = wait(lambda: browser.run(read))
     return lines
 
 
-def wait(condition, patience_s=5):
+def wait(condition: Callable[[], T], patience_s: float = 5) -> T:
     """Waits until ``condition()`` is true and returns its value."""
     end = time.monotonic() + patience_s
     while not (value := condition()):
@@ -94,10 +102,11 @@ def wait(condition, patience_s=5):
     return value
 
 
-def dataset_lines(split, i):
+def dataset_lines(split: SplitManifest, i: int) -> list[str]:
     """The lines of the hover label of dataset ``i``."""
     row = split.datasets[i]
     group = "all groups" if row.group < 0 else f"group {row.group}"
+    assert row.signal_error is not None
     about = "about" if row.signal_fraction > row.signal_error else "at least"
     unknown = (
         [f"not resolvable: needs {about} {row.more_examples:,} more examples"]
@@ -123,17 +132,18 @@ def dataset_lines(split, i):
     ]
 
 
-def as_numbers(lines):
+def as_numbers(lines: Sequence[str]) -> tuple[list[str], list[float | None]]:
     """A margin of 0.0102 may be written 0.0102 or 1.02e-2, a minus as − or -."""
     plain = [line.replace("−", "-") for line in lines]
-    margins = [
-        float(re.match(r"margin (\S+),", line)[1]) if line.startswith("margin") else None
-        for line in plain
-    ]
+    matches = [re.match(r"margin (\S+),", line) for line in plain]
+    assert all(
+        match or not line.startswith("margin") for match, line in zip(matches, plain, strict=True)
+    ), plain
+    margins = [float(match[1]) if match else None for match in matches]
     return [re.sub(r"^margin \S+,", "margin", line) for line in plain], margins
 
 
-def luminance(color):
+def luminance(color: str) -> float:
     """WCAG relative luminance of rgb(r, g, b)."""
     shares = [int(number) / 255 for number in re.findall(r"\d+", color)[:3]]
     r, g, b = (
@@ -142,7 +152,7 @@ def luminance(color):
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
-def overlaps(labels):
+def overlaps(labels: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """Pairs of labels of one plot that share more than a pixel in both directions."""
     return [
         (one["plot"], one["text"], two["text"])

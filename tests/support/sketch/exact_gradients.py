@@ -3,7 +3,12 @@
 The exact gradients take a backward pass per example.
 """
 
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merit_fast.data import Example, collate
@@ -12,15 +17,19 @@ from merit_fast.model import target_losses
 from merit_fast.sketch.gradients import GradientSketcher
 
 SKETCH = CountSketch(4096, seed=7)
-SIZES = dict(vocab_size=97, hidden_size=36, intermediate_size=52, num_hidden_layers=2)
-MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20)
+SIZES: dict[str, Any] = dict(
+    vocab_size=97, hidden_size=36, intermediate_size=52, num_hidden_layers=2
+)
+MOE: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20)
 
 
-def tiny(architecture, tied=False):
+def tiny(architecture: str, tied: bool = False) -> nn.Module:
     import transformers as t
 
-    heads = dict(num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=tied)
-    configs = {
+    heads: dict[str, Any] = dict(
+        num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=tied
+    )
+    configs: dict[str, Callable[[], t.PreTrainedConfig]] = {
         "llama": lambda: t.LlamaConfig(**SIZES, **heads, attention_bias=True),
         "qwen2": lambda: t.Qwen2Config(**SIZES, **heads),
         "qwen3": lambda: t.Qwen3Config(**SIZES, **heads, head_dim=12),
@@ -42,14 +51,15 @@ def tiny(architecture, tied=False):
         "qwen2-moe": lambda: t.Qwen2MoeConfig(
             **SIZES, **heads, **MOE, shared_expert_intermediate_size=28
         ),
-        "qwen3-moe": lambda: t.Qwen3MoeConfig(
+        "qwen3-moe": lambda: t.Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is an extra key
             **SIZES, **heads, **MOE, head_dim=12, norm_topk_prob=True
         ),
     }  # fmt: skip
     config = configs[architecture]()
     config.pad_token_id = 0
     torch.manual_seed(0)
-    model = t.AutoModelForCausalLM.from_config(config).eval()
+    auto: Any = t.AutoModelForCausalLM
+    model: nn.Module = auto.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms at 1 and biases at 0 would hide a wrong formula
@@ -59,7 +69,7 @@ def tiny(architecture, tied=False):
     return model
 
 
-def ragged_examples(lengths=(9, 14, 5), vocabulary=97):
+def ragged_examples(lengths: Sequence[int] = (9, 14, 5), vocabulary: int = 97) -> list[Example]:
     """Examples with ids from 0 on.
 
     The padding token (0 in these models) occurs in the text too, as the end token does in chats.
@@ -75,34 +85,38 @@ def ragged_examples(lengths=(9, 14, 5), vocabulary=97):
     return examples
 
 
-def summed_loss(model, examples):
+def summed_loss(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     return target_losses(model, collate(examples, [0] * len(examples), 0)).loss.sum()
 
 
-def hook_sketches(model, examples, **options):
+def hook_sketches(model: nn.Module, examples: Sequence[Example], **options: Any) -> Tensor:
     with GradientSketcher(model, SKETCH, **options) as sketcher:
-        summed_loss(model, examples).backward()
+        summed_loss(model, examples).backward()  # type: ignore[no-untyped-call]
         return sketcher.take()
 
 
-def example_loss(model, example):
+def example_loss(model: nn.Module, example: Example) -> Tensor:
     """Summed loss of one unpadded example, without any of the package's own code."""
     ids, labels = (torch.tensor(values).long() for values in (example.input_ids, example.labels))
     logits = model(input_ids=ids[None], use_cache=False).logits
     return F.cross_entropy(logits[0, :-1].float(), labels[1:], ignore_index=-100, reduction="sum")
 
 
-def exact_sketches(model, examples, names=None):
+def exact_sketches(
+    model: nn.Module, examples: Sequence[Example], names: Collection[str] | None = None
+) -> Tensor:
     """Flat sketches of every gradient (of ``names``), by a backward pass per unpadded example."""
     return torch.cat(
-        [sketch_of_loss(model, lambda e=e: example_loss(model, e), names) for e in examples]
+        [sketch_of_loss(model, partial(example_loss, model, e), names) for e in examples]
     )
 
 
-def sketch_of_loss(model, loss, names=None):
+def sketch_of_loss(
+    model: nn.Module, loss: Callable[[], Tensor], names: Collection[str] | None = None
+) -> Tensor:
     """[1, D] sketch of the gradient that the backward pass of ``loss()`` leaves in the model."""
     model.zero_grad()
-    loss().backward()
+    loss().backward()  # type: ignore[no-untyped-call]
     out = torch.zeros(1, SKETCH.proj_dim)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and (names is None or name in names):

@@ -1,17 +1,22 @@
 """A tiny model, its training and exact sketches of ``.grad``, for tests of summed sketches."""
 
 import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 from merit_fast.sketch.summed import SummedSketcher
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 SKETCH = CountSketch(4096, seed=7)
 
 
-def llama(tied=True):
+def llama(tied: bool = True) -> "LlamaForCausalLM":
     import transformers as t
 
     config = t.LlamaConfig(
@@ -27,17 +32,17 @@ def llama(tied=True):
     return t.LlamaForCausalLM(config)
 
 
-def batch(seed, examples=3, length=11):
+def batch(seed: int, examples: int = 3, length: int = 11) -> dict[str, Tensor]:
     ids = torch.randint(0, 97, (examples, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids}
 
 
-def summed(model, **options):
+def summed(model: nn.Module, **options: Any) -> SummedSketcher:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return SummedSketcher(model, SKETCH, parameters, fingerprint="f", **options)
 
 
-def exact(model, scales=None):
+def exact(model: nn.Module, scales: Mapping[str, Tensor] | None = None) -> Tensor:
     """Sketch of the gradients in ``.grad``."""
     out = torch.zeros(1, SKETCH.proj_dim)
     for name, parameter in model.named_parameters():
@@ -48,7 +53,13 @@ def exact(model, scales=None):
     return out
 
 
-def train(model, steps, sketcher=None, optimizer=None, first=0):
+def train(
+    model: nn.Module,
+    steps: int,
+    sketcher: SummedSketcher | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    first: int = 0,
+) -> list[float]:
     """Losses of AdamW steps of two passes each: accumulation, clipping, decay."""
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -71,7 +82,7 @@ def train(model, steps, sketcher=None, optimizer=None, first=0):
     return losses
 
 
-def copy_with_gradient(model, inputs):
+def copy_with_gradient(model: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
     other = copy.deepcopy(model)
     other.zero_grad()
     other(**inputs).loss.backward()

@@ -1,15 +1,25 @@
 """Tiny Trainer runs on rows of two datasets, and exact sketches of their losses, for tests."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+Row = dict[str, Any]
 
 PROJ_DIM = 4096
 NAMES = ("alpha", "beta/2")
 
 
-def llama():
+def llama() -> "LlamaForCausalLM":
     import transformers as t
 
     config = t.LlamaConfig(
@@ -24,7 +34,7 @@ def llama():
     return t.LlamaForCausalLM(config)
 
 
-def rows(count=8, mixed=False):
+def rows(count: int = 8, mixed: bool = False) -> list[Row]:
     """Pairs of rows of one dataset in turn, of lengths 5 and 8, the first token without a label."""
     generator = torch.Generator().manual_seed(0)
     listed = []
@@ -37,7 +47,7 @@ def rows(count=8, mixed=False):
     return listed
 
 
-def pad(features):
+def pad(features: Sequence[Row]) -> dict[str, Tensor]:
     width = max(len(f["input_ids"]) for f in features)
     assert all("dataset_id" not in f for f in features)  # a user's collator would fail on it
     return {
@@ -46,10 +56,10 @@ def pad(features):
     }
 
 
-def arguments(directory, **changes):
+def arguments(directory: Path, **changes: Any) -> "TrainingArguments":
     import transformers as t
 
-    options = dict(
+    options: dict[str, Any] = dict(
         max_steps=4,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
@@ -64,7 +74,13 @@ def arguments(directory, **changes):
     return t.TrainingArguments(str(directory), **{**options, **changes})
 
 
-def trainer(directory, data=None, model=None, held_out=None, **changes):
+def trainer(
+    directory: Path,
+    data: Any = None,
+    model: nn.Module | None = None,
+    held_out: Any = None,
+    **changes: Any,
+) -> "Trainer":
     import datasets
     import transformers as t
 
@@ -79,19 +95,19 @@ def trainer(directory, data=None, model=None, held_out=None, **changes):
     return run
 
 
-def gradient_sketch(model, features):
+def gradient_sketch(model: nn.Module, features: Sequence[Row]) -> tuple[Tensor, float]:
     """Sketch and value of the summed token loss of some rows, by plain autograd."""
     batch = pad([{key: f[key] for key in ("input_ids", "labels")} for f in features])
     logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
     parameters = dict(model.named_parameters())
     out = torch.zeros(1, PROJ_DIM)
-    gradients = torch.autograd.grad(loss, parameters.values())
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         matrix = gradient.reshape(1, *matrix_shape(parameter.shape))
         flat_sketch(matrix, name, CountSketch(PROJ_DIM), out=out, backend="eager")
     return out[0], float(loss.detach())
 
 
-def losses(run):
+def losses(run: "Trainer") -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]

@@ -1,14 +1,23 @@
 """Block sums of sketches for tests: drawn, or sampled from known means; their figures."""
 
-import numpy as np
+from collections.abc import Sequence
+from typing import Any
 
-from merit_fast.split.conflict import between_sum, conflict_of, total_sum
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from merit_fast.split.conflict import Conflict, Debias, Labels, between_sum, conflict_of, total_sum
 from merit_fast.split.moments import BlockProducts, block_products
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 FIELDS = ("counts", "within", "total", "left_out", "halves")
 
 
-def draw(datasets=6, blocks=8, width=5000, seed=0):
+def draw(
+    datasets: int = 6, blocks: int = 8, width: int = 5000, seed: int = 0
+) -> tuple[Floats, Integers]:
     """Block sums of very different lengths, with heavy-tailed columns, and unequal counts."""
     generator = np.random.default_rng(seed)
     lengths = np.exp(
@@ -18,7 +27,9 @@ def draw(datasets=6, blocks=8, width=5000, seed=0):
     return sums, generator.integers(3, 9, (datasets, blocks))
 
 
-def sample(means, examples, noise, generator, blocks=8):
+def sample(
+    means: Floats, examples: int, noise: float, generator: np.random.Generator, blocks: int = 8
+) -> tuple[Floats, Integers]:
     """Block sums of ``examples`` gradients per dataset, dealt to the blocks in turn.
 
     Each gradient is its dataset's mean plus noise of square length ``noise``.
@@ -30,21 +41,23 @@ def sample(means, examples, noise, generator, blocks=8):
     return size * means[:, None] + np.sqrt(size * noise) * draws, np.tile(counts, (len(means), 1))
 
 
-def unit(rows):
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+def unit(rows: Floats) -> Floats:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
-def measure_conflict(block_sums, block_counts, *, debias="none"):
+def measure_conflict(
+    block_sums: Sequence[Any], block_counts: NDArray[Any], *, debias: Debias = "none"
+) -> Conflict:
     """Conflict of block sums; by default the published, naive cosines."""
     return conflict_of(block_products(block_sums, block_counts), debias=debias)
 
 
-def eta_squared(centered, weights, labels):
+def eta_squared(centered: Floats, weights: Floats, labels: Labels) -> float:
     """Between-group share of the weighted sum of squares, in [0, 1] for a Gram of vectors."""
     return between_sum(centered, weights, labels) / total_sum(centered, weights)
 
 
-def products_of(products, datasets):
+def products_of(products: BlockProducts, datasets: ArrayLike) -> BlockProducts:
     """Products of some datasets, in this order."""
     chosen = np.asarray(datasets)
     square = np.ix_(chosen, chosen)
@@ -57,6 +70,6 @@ def products_of(products, datasets):
     )
 
 
-def assert_same_bits(first, second, fields=FIELDS):
+def assert_same_bits(first: object, second: object, fields: Sequence[str] = FIELDS) -> None:
     for field in fields:
         assert np.array_equal(getattr(first, field), getattr(second, field), equal_nan=True), field

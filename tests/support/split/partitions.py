@@ -1,18 +1,25 @@
 """Mixtures, splits and merges of them for tests."""
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from merit_fast.split.conflict import conflict_of, double_center
 from merit_fast.split.moments import block_products
-from merit_fast.split.search.methods import METHODS
-from merit_fast.split.search.partition import partition_datasets
+from merit_fast.split.search.methods import METHODS, Method
+from merit_fast.split.search.partition import Partition, partition_datasets
 
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 NAMES = [f"d{i:02}" for i in range(40)]
 
 
-def mixture(seed, number, *, spread=0.4, dimensions=3):
+def mixture(
+    seed: int, number: int, *, spread: float = 0.4, dimensions: int = 3
+) -> tuple[Floats, Floats]:
     """Centred inner products and weights of datasets with one strong conflict axis."""
     generator = np.random.default_rng(seed)
     z = generator.standard_normal((number, dimensions))
@@ -22,7 +29,13 @@ def mixture(seed, number, *, spread=0.4, dimensions=3):
     return double_center(z @ z.T, weights), weights
 
 
-def split(similarity, weights, num_groups, method="pca-swap", **options):
+def split(
+    similarity: Floats,
+    weights: Floats,
+    num_groups: int,
+    method: Method = "pca-swap",
+    **options: Any,
+) -> Partition:
     """Splits by any method, with the extra inputs that the method needs."""
     names = NAMES[: len(weights)]
     if METHODS[method].needs_texts:
@@ -32,7 +45,13 @@ def split(similarity, weights, num_groups, method="pca-swap", **options):
     return partition_datasets(similarity, weights, names, num_groups, method, **options)
 
 
-def split_blocks(sums, counts, names, method="pca-swap", num_groups=2):
+def split_blocks(
+    sums: Sequence[Any],
+    counts: NDArray[Any],
+    names: Sequence[str],
+    method: Method = "pca-swap",
+    num_groups: int = 2,
+) -> Integers:
     """Labels of the split that the split stage makes of block sums, all datasets of one weight."""
     weights = np.full(len(names), 1 / len(names))
     similarity = conflict_of(block_products(sums, counts), debias="blocks").similarity
@@ -43,7 +62,7 @@ def split_blocks(sums, counts, names, method="pca-swap", num_groups=2):
     return np.array(partition.labels)
 
 
-def balanced_halves(count):
+def balanced_halves(count: int) -> list[Integers]:
     """All splits of ``count`` datasets into two groups of equal size."""
     return [
         np.isin(np.arange(count), chosen).astype(int)
@@ -51,7 +70,7 @@ def balanced_halves(count):
     ]
 
 
-def merge_vectors(positions, weights):
+def merge_vectors(positions: Sequence[Floats], weights: Sequence[float]) -> Floats:
     """Merges flat float64 models by the package's own merge."""
     import torch
 
