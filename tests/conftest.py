@@ -23,7 +23,8 @@ MAX_WORKERS = 8
 def pytest_xdist_auto_num_workers() -> int:
     memory_gib = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) >> 30
     cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, memory_gib // GIB_PER_WORKER, MAX_WORKERS))
+    # One more than cores: a worker often waits for a process that it has started.
+    return max(1, min(cores + 1, memory_gib // GIB_PER_WORKER, MAX_WORKERS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
