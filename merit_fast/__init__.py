@@ -5,9 +5,15 @@
 
 import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import BackendUnavailableError, InputError, MeritFastError
+
+if TYPE_CHECKING:  # type checkers and the API reference see the names that load lazily
+    from merit_fast.merge import load_merged, merge_models
+    from merit_fast.patch.model import patch_model
+    from merit_fast.sketch.gradients import sketch_gradients
+    from merit_fast.sketch.summed import sketch_sums
 
 __version__ = "0.2.0"
 __all__ = [

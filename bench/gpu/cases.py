@@ -14,11 +14,12 @@ from bench.support.dtypes import DTYPES
 class Case:
     """One call of an op. Its tensors are on the requested device, so that tests use a CPU.
 
-    Attributes: run: from the name of a backend to the results. truth: the results in float64, by
-        other code than the op's. peers: what the op is timed against, by name: eager,
-        torch.compile, liger-kernel where it has a counterpart. moved_bytes, operations: what no
-        implementation can do without: every input read and every result written once, two
-        operations a product.
+    Attributes:
+        run: backend name -> the results.
+        truth: the results in float64, by other code than the op's.
+        peers: baselines by name: eager, torch.compile, liger-kernel where it has a counterpart.
+        moved_bytes: bytes that every implementation moves: each input and result once.
+        operations: floating-point operations of every implementation, two for a product.
     """
 
     name: str

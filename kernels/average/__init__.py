@@ -80,7 +80,8 @@ def foreach_weighted_average(
         N tensors.
 
     Raises:
-        The errors of ``weighted_average``.
+        ValueError: as for ``weighted_average``.
+        TypeError: as for ``weighted_average``.
     """
     from merit_fast.kernels.average import _ops
 
@@ -161,7 +162,8 @@ def delta_gram(
     Args:
         inputs: K one-dimensional arrays of n elements; bf16 as its uint16 bits.
         base: [n].
-        dtypes, base_dtype: the element types, named as in ``average_arrays``.
+        dtypes: element types of the branches, named as in ``average_arrays``.
+        base_dtype: element type of the base.
 
     Returns:
         [K, K] float64, symmetric.

@@ -79,7 +79,8 @@ def linear_cross_entropy(
         reduction: "mean" divides ``loss`` by the number of target tokens, "sum" by 1.
         divisor: instead of reduction, e.g. the target tokens of all micro-batches of a step.
         label_smoothing: in [0, 1]: this share of the target is spread evenly over the vocabulary.
-        softcap, z_loss: positive; as above.
+        softcap: positive; as above.
+        z_loss: positive; as above.
         sketch: width and seed of a CountSketch of weight's gradient, taken per example in the
             backward pass without that gradient in memory; weight may be frozen.
         sketch_name: the parameter's name, which selects its hash: a tied head's is its embedding's.

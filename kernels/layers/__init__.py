@@ -76,8 +76,13 @@ def add_rms_norm(
         return rms_norm(total, weight, epsilon, offset=offset, casting=casting), total
 
     Args:
-        x, residual: [..., H], one shape.
-        weight, epsilon, offset, casting, backend: as in ``rms_norm``.
+        x: [..., H].
+        residual: [..., H], added to ``x``.
+        weight: as in ``rms_norm``.
+        epsilon: as in ``rms_norm``.
+        offset: as in ``rms_norm``.
+        casting: as in ``rms_norm``.
+        backend: as in ``rms_norm``.
 
     Returns:
         The norm and the sum, [..., H] each. Both carry gradients.
@@ -104,8 +109,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         F.silu(gate) * up
 
     Args:
-        gate, up: [..., I], one shape. Without ``up``, gate is [..., 2 I]: the gate, then up, as one
-            matrix product gives them; neither half is copied, and the gradient is one tensor too.
+        gate: [..., I]. Without ``up``, [..., 2 I]: the gate, then up, as one matrix product gives
+            them; neither half is copied, and the gradient is one tensor too.
+        up: [..., I].
         backend: "eager", "cpu", "triton"; None chooses by device.
 
     Returns:
@@ -126,7 +132,9 @@ def geglu(
         F.gelu(gate, approximate=approximate) * up
 
     Args:
-        gate, up, backend: as in ``swiglu``.
+        gate: as in ``swiglu``.
+        up: as in ``swiglu``.
+        backend: as in ``swiglu``.
         approximate: "tanh" or "none" (by erf).
 
     Returns:
@@ -150,9 +158,11 @@ def rope(
         q * cos.unsqueeze(1) + rotate(q) * sin.unsqueeze(1)     # the same for k
 
     Args:
-        q, k: [B, heads, T, D], any strides whose last is 1; k may have fewer heads.
-        cos, sin: [B or 1, T, R], R even, without gradients. Where R < D, the rest of every head is
+        q: [B, heads, T, D], any strides whose last is 1.
+        k: as ``q``; it may have fewer heads.
+        cos: [B or 1, T, R], R even, without gradients. Where R < D, the rest of every head is
             copied.
+        sin: as ``cos``.
         backend: "eager", "cpu", "triton"; None chooses by device.
 
     Returns:

@@ -48,8 +48,10 @@ class FusedAdamW(torch.optim.Optimizer):
         params: parameters, named parameters or groups of them, as torch takes them; float32 or
             bfloat16, in any layout. A group may set its own lr, betas, eps and weight_decay;
             learning-rate schedulers work.
-        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``, whose default weight_decay is
-            0.01.
+        lr: as in ``torch.optim.AdamW``.
+        betas: as in ``torch.optim.AdamW``.
+        eps: as in ``torch.optim.AdamW``.
+        weight_decay: as in ``torch.optim.AdamW``, whose default is 0.01.
         rounding: "stochastic" or "nearest", for bf16 weights without a master and for moments that
             are not float32. The random bits are a function of (seed, step, number of the parameter,
             element): the same on every backend, ISA level and number of threads.

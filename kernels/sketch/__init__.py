@@ -102,7 +102,8 @@ def flat_sketch(
         sketch: width D and seed.
         row_ids: [B, R] int64, the parameter's row of each gradient row; repeats add up. Overrides
             ``first_row``.
-        first_row, first_column: place of a shard in the parameter.
+        first_row: row at which a shard begins in the parameter.
+        first_column: column at which a shard begins.
         columns: column count of the whole parameter. None: the shard's last column is the last.
         scale: [R, C] float32, which multiplies every gradient first. With ``row_ids`` it has all
             rows of the parameter.
@@ -165,8 +166,11 @@ def vector_grad_sketch(
         epsilon: RMSNorm's: the parameter multiplies x * rsqrt(mean(x ** 2, -1) + epsilon). None: x
             itself.
         cu_seqlens: as in ``linear_grad_sketch``.
-        name, sketch, scale [1, C], out, backend: as in ``flat_sketch``; the parameter's shape is
-            [C].
+        name: as in ``flat_sketch``; the parameter's shape is [C].
+        sketch: as in ``flat_sketch``.
+        scale: [1, C], as in ``flat_sketch``.
+        out: as in ``flat_sketch``.
+        backend: as in ``flat_sketch``.
 
     Returns:
         [B, D] float32; ``out`` itself if given. Sums in float32.
@@ -213,11 +217,15 @@ def linear_grad_sketch(
         x: [B, T, I] input of the layer.
         cu_seqlens: [B + 1] int64, for packed sequences: dy is [N, O], x [N, I], and example b has
             the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
-        first_row, first_column, columns: as in ``flat_sketch``, for a shard (tensor parallel) or a
-            slice of fused weights (q, k, v).
+        first_row: as in ``flat_sketch``, for a shard (tensor parallel) or a slice of fused weights
+            (q, k, v).
+        first_column: as in ``flat_sketch``.
+        columns: as in ``flat_sketch``.
         scale: [O, I] float32, which multiplies dW, entry by entry, before it is hashed.
-        name, sketch, out, backend: as in ``flat_sketch`` and "cuda"; the parameter's shape is [O,
-            I].
+        name: as in ``flat_sketch``; the parameter's shape is [O, I].
+        sketch: as in ``flat_sketch``.
+        out: as in ``flat_sketch``.
+        backend: as in ``flat_sketch``, or "cuda".
 
     Returns:
         [B, D] float32; ``out`` itself if given. Products and sums in float32.
@@ -261,8 +269,11 @@ def embedding_grad_sketch(
         dy: [B, T, C] gradient of the looked-up rows; [N, C] with ``cu_seqlens``.
         token_ids: [B, T] int64; [N] with ``cu_seqlens``.
         cu_seqlens: as in ``linear_grad_sketch``.
-        name, sketch, scale [V, C], out, backend: as in ``flat_sketch``; the parameter's shape is
-            [V, C].
+        name: as in ``flat_sketch``; the parameter's shape is [V, C].
+        sketch: as in ``flat_sketch``.
+        scale: [V, C], as in ``flat_sketch``.
+        out: as in ``flat_sketch``.
+        backend: as in ``flat_sketch``.
 
     Returns:
         [B, D] float32; ``out`` itself if given. A tied head adds to the same hash under the same

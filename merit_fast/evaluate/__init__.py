@@ -4,9 +4,12 @@ Checkpoints and tokenized rows come in; evaluate.json (losses, exact match, rete
 and, on request, audit.json go out. The pipeline calls it; tune uses its losses.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.evaluate.config import EvaluateConfig
+
+if TYPE_CHECKING:
+    from merit_fast.evaluate.stage import evaluate_arms
 
 __all__ = ["EvaluateConfig", "evaluate_arms"]
 

@@ -45,7 +45,8 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
     ``compute_loss_func`` must divide by ``num_items_in_batch``, as transformers requires.
 
     Args:
-        proj_dim, seed: width and seed of the CountSketch.
+        proj_dim: width of the CountSketch.
+        seed: seed of its hash.
         parameters: "all", "blocks" or a regular expression (``select_parameters``).
         column: column of the rows with the dataset's id, a str or int.
         blocks: blocks of each dataset's state, for standard errors.

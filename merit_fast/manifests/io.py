@@ -50,8 +50,9 @@ class Readable(Protocol):
 def read_manifest(cls: type[T], path: Readable) -> T:
     """Reads and validates one manifest.
 
-    Raises: InputError: missing, not JSON, of another schema version, or a key that is unknown,
-        missing or of the wrong type.
+    Raises:
+        InputError: the file is missing, not JSON or of another schema version, or a key is unknown,
+            missing or of the wrong type.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

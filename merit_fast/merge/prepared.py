@@ -184,7 +184,8 @@ def prepare_merge(
         weights: K numbers, used as they are.
         base: the checkpoint they started from, for methods that need it.
         config: method and engine options.
-        slices, companions: as in ``read_inputs``.
+        slices: as in ``read_inputs``.
+        companions: as in ``read_inputs``.
 
     Raises:
         InputError: see ``read_inputs`` and ``fit_memory``.

@@ -52,7 +52,8 @@ def register_method(
         parameters: numbers that it takes as keywords, with defaults and ranges. Users give them as
             ``parameters: {NAME: VALUE}``, each a number, a gradient over the layers, or cases.
         takes_weights: whether models may be weighed; if not, ``weights`` are all equal.
-        fewest_models, most_models: how many models it takes.
+        fewest_models: least number of models that it takes.
+        most_models: greatest number of models; None: any.
 
     Raises:
         InputError: the name is taken, or an argument breaks a rule above.

@@ -59,7 +59,8 @@ def merge_models(  # noqa: PLR0913
         dry_run: read headers only and write nothing.
         share: (i, n): write every n-th output file from the i-th on. The process that finds all of
             them finishes the output.
-        slices, companions: as in ``read_inputs``.
+        slices: as in ``read_inputs``.
+        companions: as in ``read_inputs``.
         records: names and texts of files to write next to the weights.
         options: fields of ``MergeConfig``, in place of ``config``.
 
@@ -111,8 +112,11 @@ def load_merged(
     CPU computes the tensors, so they have the bits of the file merge on every device.
 
     Args:
-        models, weights, base, config, options: as in ``merge_models``, without options of output
-            files. The first checkpoint, else the base, gives config.json and so the class.
+        models: as in ``merge_models``. The first checkpoint, else the base, gives config.json and
+            so the class.
+        weights: as in ``merge_models``.
+        base: as in ``merge_models``.
+        config: as in ``merge_models``, without options of output files.
         device: the model's device. Any other than "cpu" needs accelerate.
 
     Returns:
@@ -145,7 +149,8 @@ def merge_branches(
     """Merges ``models`` into an output directory that is still under its temporary name.
 
     Args:
-        models, base: as in ``merge_models``.
+        models: as in ``merge_models``.
+        base: as in ``merge_models``.
         weights: K numbers, used as they are.
         directory: it exists; shards that an interrupted run finished are kept.
         config: method and engine options.

@@ -96,9 +96,10 @@ def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
     evaluation, without labels, with hooks or adapters on the head, and with ``skip_logits=False``.
     A second call starts from the model's own forwards again.
 
-    Args: model: a transformers model, or a wrapper around one. kernels: "auto" (the best backend of
-        each tensor's device), "eager" (nothing is replaced) or the backend that must run: "cpu",
-        "triton".
+    Args:
+        model: a transformers model, or a wrapper around one.
+        kernels: "auto" (the best backend of each tensor's device), "eager" (nothing is replaced),
+            or the backend that must run ("cpu", "triton").
 
     Returns:
         The record of what changed. An unknown architecture stays as it is, with a note.

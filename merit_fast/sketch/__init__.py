@@ -5,9 +5,12 @@ pipeline and ``merit-fast sketch`` call ``sketch_mixture``; scripts call ``sketc
 ``sketch_sums``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.sketch.config import SketchConfig
+
+if TYPE_CHECKING:
+    from merit_fast.sketch.stage import sketch_mixture
 
 __all__ = ["SketchConfig", "sketch_mixture"]
 

@@ -46,7 +46,8 @@ def sketch_gradients(
 
     Args:
         model: any torch module; transformers' language models are tested.
-        proj_dim, seed: width and seed of the CountSketch; the width is a multiple of 4096.
+        proj_dim: width of the CountSketch, a multiple of 4096.
+        seed: seed of its hash.
         parameters: "all" that require a gradient on entry; "blocks": those in the transformer
             blocks; else a regular expression, searched for in their names.
         normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second

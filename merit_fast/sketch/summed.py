@@ -41,7 +41,8 @@ def sketch_sums(
 
     Args:
         model: any torch module, or one in DistributedDataParallel.
-        proj_dim, seed: width and seed of the CountSketch; the width is a multiple of 4096.
+        proj_dim: width of the CountSketch, a multiple of 4096.
+        seed: seed of its hash.
         parameters: as for ``sketch_gradients``: "all", "blocks" or a regular expression.
         normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second
             moments.

@@ -4,9 +4,12 @@ The sketch stage's files come in; ``split.json`` goes out. The pipeline and ``me
 call ``split_mixture``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.split.config import SplitConfig
+
+if TYPE_CHECKING:
+    from merit_fast.split.stage import split_mixture
 
 __all__ = ["SplitConfig", "split_mixture"]
 

@@ -4,9 +4,12 @@ A base model and a group's rows come in; a directory that transformers loads goe
 ``branch.json``. The pipeline and ``merit-fast train`` call ``train_branch``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from merit_fast.train.stage import train_branch
 
 __all__ = ["TrainConfig", "train_branch"]
 

@@ -57,8 +57,9 @@ def train_branch(
         progress: display of the run.
         noted: notes that this run has shown already; a new note is shown and added. None: none yet.
 
-    Returns: The manifest of branch.json. Wall time and peak memory go to timing.json, which is no
-        part of the result.
+    Returns:
+        The manifest of branch.json. Wall time and peak memory go to timing.json, which is no part
+        of the result.
 
     Raises:
         InputError: the job has no example, or the model cannot take packed rows.

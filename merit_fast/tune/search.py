@@ -68,8 +68,10 @@ def tune_merge(
         directory: gets tune.json; holds the losses of an interrupted search, which are used again.
             None: nothing is written.
 
-    Raises: InputError: a scale is to be chosen without a base, or there are no rows; see
-        ``load_merged``. MeritFastError: not even the start has a finite loss.
+    Raises:
+        InputError: a scale is to be chosen without a base, or there are no rows; see
+            ``load_merged``.
+        MeritFastError: not even the start has a finite loss.
     """
     if directory is not None and (directory / TUNE_FILE).exists():
         (directory / _LOSSES).unlink(missing_ok=True)

@@ -45,7 +45,7 @@ ARROWS = {
     "cli": BASE
     | {"data", "demo", "evaluate", "integrations", "kernels", "merge", "model", "pipeline"}
     | {"report", "sketch", "split", "train", "tune"},
-    "__init__": {"errors", "patch", "pipeline", "sketch"},
+    "__init__": {"errors", "merge", "patch", "pipeline", "sketch"},
     "__main__": {"cli"},
 }
 # The one place where a stage reads another's file: a split's options contain its sketch's.
