@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-SCHEMA_VERSION = 2  # 2: start_fingerprint next to base_fingerprint
+SCHEMA_VERSION = 3  # 3: several controls, seeds and paired comparisons; run.json
 TUNE_FILE = "tune.json"
 
 
@@ -36,6 +36,7 @@ class GroupCount:
     cross_validated: float | None  # splits made on one half of the examples, measured on the other
     null_mean: float | None  # the same of random balanced splits
     null_std: float | None
+    null_splits: int = 0  # distinct random splits behind the null, this split not among them
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,26 @@ class SplitManifest:
     score_errors: tuple[tuple[float, ...], ...]  # [N, R]
     cuts: tuple[tuple[int, float], ...]  # (axis, score) of each median cut; method pca-median only
     separations: tuple[GroupCount, ...]  # of every K tried, rising
-    random_groups: tuple[int, ...]  # [N] the control: a balanced random split
+    controls: tuple[tuple[int, ...], ...]  # [C, N] distinct random splits, none of them this one
+    num_splits: int | None  # balanced splits, this one included; None: too many to count
     base_fingerprint: str
     start_fingerprint: str  # of the model whose gradients were sketched: the base, or the warm-up's
     mixture_fingerprint: str
     schema_version: int = SCHEMA_VERSION
 
     def group_of(self, arm: str) -> dict[str, int]:
-        """dataset name -> group, for the arm ``merit`` or ``random``."""
-        groups = self.random_groups if arm == "random" else [row.group for row in self.datasets]
+        """dataset name -> group, for the arm ``merit`` or a control of ``control_arms``."""
+        if arm == "merit":
+            groups: tuple[int, ...] = tuple(row.group for row in self.datasets)
+        else:
+            groups = self.controls[self.control_arms.index(arm)]
         return {row.name: group for row, group in zip(self.datasets, groups, strict=True)}
+
+    @property
+    def control_arms(self) -> tuple[str, ...]:
+        """Arms of the random controls: random, random2, random3, in the order of ``controls``."""
+        numbers = range(1, len(self.controls) + 1)
+        return tuple(f"random{number if number > 1 else ''}" for number in numbers)
 
     @property
     def separation(self) -> GroupCount | None:
@@ -164,6 +175,22 @@ class ArmResult:
     train_s: float = 0.0  # summed over branches
     peak_memory_bytes: int = 0  # of the process while training, largest branch
     datasets: dict[str, DatasetResult] = field(default_factory=dict)
+    num_seeds: int = 1  # models behind these means, one for each seed of training
+    errors: dict[str, float] = field(default_factory=dict)  # measure -> standard error over seeds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm minus another on one measure, paired by held-out row and by seed."""
+
+    first: str
+    second: str
+    measure: str  # a field of ArmResult: loss, exact_match, text_loss or chat_nll
+    difference: float  # first - second, mean over seeds
+    item_error: float | None  # standard error over rows (stratified by dataset); None: one row
+    seed_error: float | None  # standard error over seeds; None: one seed
+    num_items: int
+    num_seeds: int
 
 
 @dataclass(frozen=True)
@@ -228,4 +255,5 @@ class EvaluateManifest:
     arms: dict[str, ArmResult]
     branches: dict[str, ArmResult]
     merging_gain: dict[str, MergingGain]
+    comparisons: tuple[Comparison, ...] = ()
     schema_version: int = SCHEMA_VERSION

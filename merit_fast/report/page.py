@@ -136,10 +136,9 @@ def _check_lengths(split: SplitManifest) -> None:
                 f"split.json: {key}: must be [{number}, {width}], "
                 f"got {len(rows)} rows of {sorted(widths)}"
             )
-    if len(split.random_groups) != number:
-        raise InputError(
-            f"split.json: random_groups: must have length {number}, got {len(split.random_groups)}"
-        )
+    for control in split.controls:
+        if len(control) != number:
+            raise InputError(f"split.json: controls: must have length {number}, got {len(control)}")
     if axes < 2:
         raise InputError(f"split.json: explained_variance: must have at least two axes, got {axes}")
     for row in split.datasets:

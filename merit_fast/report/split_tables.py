@@ -141,7 +141,7 @@ def split_rows(split: SplitManifest) -> Table:
             *(with_error(score, error) for score, error in zip(scores, errors, strict=True)),
         )
         for row, random, scores, errors in zip(
-            split.datasets, split.random_groups, split.scores, split.score_errors, strict=True
+            split.datasets, split.controls[0], split.scores, split.score_errors, strict=True
         )
     )
     return ("dataset", *counts, *figures, *axes), rows

@@ -66,7 +66,7 @@ def dataset_hover(split: SplitManifest) -> tuple[list[list[Any]], str]:
     """One row of customdata per dataset, and the hover template that reads it."""
     rows = []
     for i, row in enumerate(split.datasets):
-        names = [plain(row.name), group_name(row.group), split.random_groups[i]]
+        names = [plain(row.name), group_name(row.group), split.controls[0][i]]
         counts = [row.num_examples, row.num_target_tokens, row.num_sketched_examples]
         signal = [
             with_error(row.signal_fraction, row.signal_error),

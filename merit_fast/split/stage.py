@@ -81,7 +81,8 @@ def split_mixture(
             _group_count(number, separation)
             for number, separation in sorted(decision.separations.items())
         ),
-        random_groups=decision.random,
+        controls=(decision.random,),
+        num_splits=None,
         base_fingerprint=base_fingerprint,
         start_fingerprint=states[0].identity.model_fingerprint,
         mixture_fingerprint=mixture_fingerprint,

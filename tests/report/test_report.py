@@ -103,7 +103,7 @@ def test_names_are_data(tmp_path, name):
         ({"scores": ((0.0,),) * 6}, "scores"),
         ({"similarity": ((1.0,) * 5,) * 6}, "similarity"),
         ({"similarity_errors": ()}, "similarity_errors"),
-        ({"random_groups": (0,)}, "random_groups"),
+        ({"controls": ((0,),)}, "controls"),
         ({"score_errors": ((0.0,) * 3,) * 5}, "score_errors"),
         ({"groups": 2}, "group"),
         (

@@ -43,7 +43,7 @@ def hover_row(split, i):
     )
     norm = "not resolved" if row.gradient_norm is None else f"{row.gradient_norm:.3g}"
     return [
-        *(row.name, group, split.random_groups[i]),
+        *(row.name, group, split.controls[0][i]),
         *(row.num_examples, row.num_target_tokens, row.num_sketched_examples),
         *(with_error(row.signal_fraction, row.signal_error), unknown),
         *(row.margin, row.stability, row.mean_loss, norm),

@@ -86,7 +86,8 @@ def make_split(
             GroupCount(k, 0.42 + 0.02 * k, 0.36 + 0.01 * k, 0.01 * k, 0.011)
             for k in sorted({2, 4, 8, groups} - {1})
         ),
-        random_groups=tuple((i * 3 + 1) % groups for i in range(number)),
+        controls=(tuple((i * 3 + 1) % groups for i in range(number)),),
+        num_splits=None,
         base_fingerprint="b" * 32,
         start_fingerprint="b" * 32,
         mixture_fingerprint="c" * 32,
