@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.directories import is_complete, output_directory, recover_directory
 from merit_fast.manifests.io import StageManifest, read_manifest, write_manifest
 from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
 from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES
@@ -20,6 +19,7 @@ from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.merging import audit_arms, finished_merges, merge_arm
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.reporting import report_options, sketch_position
+from merit_fast.pipeline.upkeep import Upkeep
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import split_lines
 
@@ -28,15 +28,25 @@ class Run:
     """One configured run.
 
     Each stage method brings its output up to date and returns whether it had work to do. It raises
-    MeritFastError if an earlier stage's output is absent or was made from another config.
+    MeritFastError if an earlier stage's output is absent, damaged or was made from another config.
+
+    ``verify``: hash every file of the outputs and inputs. ``overwrite``: do not keep a trained
+    branch that is replaced.
     """
 
     def __init__(
-        self, config: RunConfig, progress: Progress | None = None, command: str = "merit-fast run"
+        self,
+        config: RunConfig,
+        progress: Progress | None = None,
+        command: str = "merit-fast run",
+        *,
+        verify: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.progress = progress or SilentProgress()
         self._noted: set[str] = set()  # notes of train that this run has shown
-        self.outputs = Outputs(config, command)
+        self.outputs = Outputs(config, command, verify)
+        self._upkeep = Upkeep(self.outputs, self.progress, keep_replaced=not overwrite)
         self.config = self.outputs.config
         self.data = RunData(self.outputs, self.progress)
         if config.threads is not None:
@@ -53,13 +63,22 @@ class Run:
 
     def split(self) -> bool:
         folder = self.outputs.folder(SPLIT)
-        return self._bring_up_to_date(folder, self.outputs.split, self._split)
+        with self._upkeep.claim():
+            worked = self._bring_up_to_date(folder, self.outputs.split, self._split)
+            self.outputs.put_in_force(again=False)
+        return worked
 
     def train(self) -> bool:
-        return any([self._train(branch) for branch in self.outputs.branches.values()])
+        with self._upkeep.claim():
+            self.outputs.put_in_force(again=True)
+            branches = self.outputs.branches.values()
+            jobs = [functools.partial(self._train, branch) for branch in branches]
+            return self._upkeep.in_any_order(jobs)
 
     def merge(self) -> bool:
-        return any([self._merge(arm) for arm in merged_arms(self.config)])
+        with self._upkeep.claim():
+            jobs = [functools.partial(self._merge, arm) for arm in merged_arms(self.config)]
+            return self._upkeep.in_any_order(jobs)
 
     def evaluate(self) -> bool:
         outputs = self.outputs
@@ -75,16 +94,21 @@ class Run:
 
     def all(self) -> dict[str, Any]:
         """Runs all stages in order and returns ``summary()``."""
-        for stage in STAGES:
-            method: Callable[[], bool] = getattr(self, stage.name)
-            method()
-        return self.summary()
+        with self._upkeep.claim():
+            for stage in STAGES:
+                method: Callable[[], bool] = getattr(self, stage.name)
+                method()
+            return self.summary()
 
     def summary(self) -> dict[str, Any]:
         """Results of a finished run, JSON-ready: arms, split, merging gains, paths."""
         from merit_fast.report import read_tuned
 
         outputs = self.outputs
+        outputs.require(outputs.folder(EVALUATE), outputs.evaluate)
+        outputs.require(outputs.folder(REPORT), outputs.report)
+        for arm in merged_arms(self.config):
+            outputs.require(outputs.merge_path(arm), outputs.merge(arm))
         evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
         tuned = read_tuned(outputs.root, evaluation)
         return {
@@ -177,6 +201,8 @@ class Run:
 
         outputs = self.outputs
         branches = {name: outputs.branch_path(name) for name in outputs.branches}
+        for name, path in branches.items():
+            outputs.require(path, outputs.branch(outputs.branches[name]))
         evaluate_arms(
             EvaluatedModels(outputs.base, branches, finished_merges(outputs)),
             self.data.reporting,
@@ -197,6 +223,7 @@ class Run:
         options = report_options(self.config)
         outputs.require(outputs.folder(EVALUATE), outputs.evaluate)
         evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
+        _ = finished_merges(outputs)  # their tune.json files are read below
         audit = None
         if options.audit:
             outputs.require(outputs.folder(AUDIT), outputs.audit)
@@ -215,15 +242,13 @@ class Run:
         self, path: Path, manifest: StageManifest, work: Callable[[Path], None]
     ) -> bool:
         """Fills ``path`` by ``work`` unless it is up to date; the rule of every stage."""
-        name = str(path.relative_to(self.outputs.root))
-        recover_directory(path, manifest.fingerprint)
-        if is_complete(path, manifest.fingerprint):
-            self.progress.note(f"{name}: up to date")
-            return False
-        with output_directory(path, manifest) as directory:
+
+        def work_and_config(directory: Path) -> None:
             work(directory)
             write_run_config(self.config, directory / "config.yml")
-        return True
+
+        with self._upkeep.claim():
+            return self._upkeep.bring(path, manifest, work_and_config)
 
 
 def check_output(config: RunConfig) -> None:

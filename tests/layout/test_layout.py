@@ -29,7 +29,7 @@ ARROWS = {
     "options": {"errors"},
     "manifests": {"errors", "options", "kernels"},
     "data": {"errors", "options", "manifests", "kernels"},
-    "model": {"errors", "data"},
+    "model": {"errors", "data", "manifests"},
     "patch": {"errors", "kernels"},
     "sketch": TORCH_STAGE | {"block_estimates"},
     "split": BASE | {"block_estimates", "data"},
@@ -88,7 +88,19 @@ INSIDE = {
         "decide",
         "stage",
     ),
-    "pipeline": ("config", "arms", "reporting", "outputs", "data", "merging", "run"),
+    "pipeline": (
+        "config",
+        "arms",
+        "reporting",
+        "records",
+        "outputs",
+        "data",
+        "merging",
+        "upkeep",
+        "run",
+        "status",
+        "clean",
+    ),
 }
 
 
