@@ -7,12 +7,13 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from merit_fast.errors import InputError, one_line
+from merit_fast.manifests.hashes import checksum
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "bf16", "fp32"]
 SettledDtype = Literal["bf16", "fp32"]
 DTYPES: dict[SettledDtype, str] = {"bf16": "bfloat16", "fp32": "float32"}  # names in torch
-_PROBES = 64
-_PROBE_BYTES = 4096
 _SHORT_TOKENS = 512
 
 
@@ -182,10 +181,12 @@ def resolve_model(path: str) -> Path:
         ) from None
 
 
-def model_fingerprint(folder: Path) -> str:
-    """32 hex digits of a checkpoint.
+def model_fingerprint(folder: Path, file_hash: Callable[[Path], str] = checksum) -> str:
+    """32 hex digits of a checkpoint: of its config, and of the whole of every weight file.
 
-    They cover its config and every weight file's name, size, header and 64 spread blocks of 4 KiB.
+    Args:
+        folder: the checkpoint.
+        file_hash: the hash of a file's whole content.
     """
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):  # a pipe would block
@@ -194,8 +195,7 @@ def model_fingerprint(folder: Path) -> str:
             config.pop("_name_or_path", None)
             digest.update(json.dumps(config, sort_keys=True).encode())
         elif file.suffix in (".safetensors", ".bin"):
-            digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
-            _hash_probes(file, digest)
+            digest.update(f"{file.name}\n{file.stat().st_size}\n{file_hash(file)}\n".encode())
     return digest.hexdigest()[:32]
 
 
@@ -215,19 +215,6 @@ def reset_peak_memory() -> None:
     clear = Path("/proc/self/clear_refs")
     if os.access(clear, os.W_OK):
         clear.write_text("5")
-
-
-def _hash_probes(file: Path, digest: "hashlib._Hash") -> None:
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        header_bytes = 0
-        if file.suffix == ".safetensors":
-            header_bytes = min(size, 8 + int.from_bytes(opened.read(8), "little"))
-        opened.seek(0)
-        digest.update(opened.read(min(header_bytes, 100 << 20)))
-        for probe in range(_PROBES):
-            opened.seek(header_bytes + (size - header_bytes) * probe // _PROBES)
-            digest.update(opened.read(_PROBE_BYTES))
 
 
 def keep_freed_memory() -> None:

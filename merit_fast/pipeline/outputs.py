@@ -10,14 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.data import dataset_fingerprints, mixture_fingerprint
+from merit_fast.data.config import Part
 from merit_fast.errors import MeritFastError
-from merit_fast.manifests.directories import is_complete
-from merit_fast.manifests.io import (
-    StageManifest,
-    fingerprint,
-    read_manifest,
-    stage_manifest,
-)
+from merit_fast.manifests.io import StageManifest, fingerprint, read_manifest, stage_manifest
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.manifests.stages import (
     AUDIT,
@@ -35,6 +30,7 @@ from merit_fast.model import model_fingerprint, resolve_model, settle_dtype
 from merit_fast.pipeline.arms import WARMUP, Branch, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.pipeline.plan import Plan, make_plan
+from merit_fast.pipeline.records import Records
 from merit_fast.pipeline.reporting import audit_options, report_options
 from merit_fast.train.config import ControlsConfig, TrainConfig
 
@@ -44,14 +40,16 @@ _RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
 class Outputs:
     """The outputs of one configured run.
 
-    ``command`` with {stage} is the command line that error messages name.
+    ``command`` with {stage} is the command line that error messages name. ``verify``: hash every
+    file of every output and input.
     """
 
-    def __init__(self, config: RunConfig, command: str) -> None:
+    def __init__(self, config: RunConfig, command: str, verify: bool = False) -> None:
         self.config = _settle_dtypes(config)
         self.command = command
         self.root = Path(config.output)
         self.base = resolve_model(config.model)
+        self.records = Records(self.root, verify)
 
     def folder(self, stage: Stage) -> Path:
         """The folder of a stage's output."""
@@ -62,15 +60,39 @@ class Outputs:
         return self.folder(stage) / stage.file
 
     def require(self, path: Path, manifest: StageManifest) -> None:
-        """Checks that ``path`` holds the output of exactly this stage, config and inputs.
+        """Checks that ``path`` holds the undamaged output of this stage, config and inputs.
 
         Raises:
-            MeritFastError: it does not; names the command that makes it.
+            MeritFastError: it does not; names the damage and the command that makes it.
         """
-        if not is_complete(path, manifest.fingerprint):
-            state = "was made from another config or input" if path.exists() else "is not there"
-            command = self.command.format(stage=_RUN_BY[manifest.stage])
-            raise MeritFastError(f"{path}: {state}; run first: {command}")
+        state = self.records.check(path, manifest.fingerprint)
+        if state.is_current:
+            return
+        found = {
+            "absent": f"{path}: is not there",
+            "other config": f"{path}: was made from another config or input",
+            "damaged": f"{self.root}/{state.detail}",
+            "foreign": state.detail,
+        }[state.state]
+        command = self.command.format(stage=_RUN_BY[manifest.stage])
+        raise MeritFastError(f"{found}; run first: {command}")
+
+    def put_in_force(self, again: bool) -> None:
+        """Writes the split in force and its branches into the ledger.
+
+        ``again``: also where the ledger has this split already, perhaps with another recipe.
+        """
+        if again or self.records.ledger().split != self.split.fingerprint:
+            plan = self.plan
+            members = plan.merges | {name: (name,) for name in plan.single}
+            branches = {
+                model: {
+                    plan.owners[name]: self.branch(self.branches[name]).fingerprint
+                    for name in names
+                }
+                for model, names in members.items()
+            }
+            self.records.put_in_force(self.split.fingerprint, branches, self.command)
 
     # ---- the branches and their starts
     @functools.cached_property
@@ -130,23 +152,33 @@ class Outputs:
     # ---- fingerprints of the inputs
     @functools.cached_property
     def base_fingerprint(self) -> str:
-        return model_fingerprint(self.base)
+        return model_fingerprint(self.base, self.records.hashes)
 
     @functools.cached_property
     def train_fingerprint(self) -> str:
-        config = self.config
-        return mixture_fingerprint(config.mixture, config.data, str(self.base), part="train")
+        return self._rows_fingerprint("train")
 
     @functools.cached_property
     def contents(self) -> dict[str, str]:
         """Name -> fingerprint of each dataset's training examples, in the mixture's order."""
         config = self.config
-        return dataset_fingerprints(config.mixture, config.data, str(self.base), "train")
+        return dataset_fingerprints(
+            config.mixture,
+            config.data,
+            str(self.base),
+            part="train",
+            file_hash=self.records.hashes,
+        )
 
     @functools.cached_property
     def held_out_fingerprint(self) -> str:
+        return self._rows_fingerprint("eval")
+
+    def _rows_fingerprint(self, part: Part) -> str:
         config = self.config
-        return mixture_fingerprint(config.mixture, config.data, str(self.base), part="eval")
+        base = str(self.base)
+        hashes = self.records.hashes
+        return mixture_fingerprint(config.mixture, config.data, base, part=part, file_hash=hashes)
 
     # ---- manifests of the stages
     @property

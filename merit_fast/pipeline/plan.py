@@ -36,6 +36,12 @@ class Plan:
         return [branch for name, branch in self.branches.items() if self.owners[name] == name]
 
     @property
+    def single(self) -> list[str]:
+        """The branches that are the model of an arm: joint and its variants."""
+        models = (name for names in self.arms.values() for name in names)
+        return [name for name in models if name not in self.merges]
+
+    @property
     def first_merges(self) -> list[str]:
         """The merges of the first seed: each has the name of its arm."""
         return [name for name in self.merges if name in self.arms]

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.directories import is_complete, output_directory, recover_directory
 from merit_fast.manifests.io import StageManifest, read_manifest, write_manifest
 from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
 from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES
 from merit_fast.options.parser import to_plain
-from merit_fast.pipeline.adopt import adopt_branches, relabel
+from merit_fast.pipeline.adopt import adopt_branches
 from merit_fast.pipeline.arms import WARMUP, Branch, merit_steps
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.data import RunData
@@ -22,6 +21,7 @@ from merit_fast.pipeline.merging import audit_arms, finished_merges, merge_model
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.plan import shortest_branch
 from merit_fast.pipeline.reporting import report_options, sketch_position
+from merit_fast.pipeline.upkeep import Upkeep
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import split_lines
 from merit_fast.train.schedule import FEW_STEPS
@@ -31,15 +31,25 @@ class Run:
     """One configured run.
 
     Each stage method brings its output up to date and returns whether it had work to do. It raises
-    MeritFastError if an earlier stage's output is absent or was made from another config.
+    MeritFastError if an earlier stage's output is absent, damaged or was made from another config.
+
+    ``verify``: hash every file of the outputs and inputs. ``overwrite``: do not keep a trained
+    branch that is replaced.
     """
 
     def __init__(
-        self, config: RunConfig, progress: Progress | None = None, command: str = "merit-fast run"
+        self,
+        config: RunConfig,
+        progress: Progress | None = None,
+        command: str = "merit-fast run",
+        *,
+        verify: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.progress = progress or SilentProgress()
         self._noted: set[str] = set()  # notes of train that this run has shown
-        self.outputs = Outputs(config, command)
+        self.outputs = Outputs(config, command, verify)
+        self._upkeep = Upkeep(self.outputs, self.progress, keep_replaced=not overwrite)
         self.config = self.outputs.config
         self.data = RunData(self.outputs, self.progress)
         if config.threads is not None:
@@ -50,23 +60,33 @@ class Run:
     # ---- stages
     def sketch(self) -> bool:
         if self.config.split.warmup:
-            self._train(self.outputs.warmup)
+            with self._upkeep.claim():
+                adopt_branches([self.outputs.warmup], self.outputs, self.progress)
+                self._train(self.outputs.warmup)
         folder = self.outputs.folder(SKETCH)
         return self._bring_up_to_date(folder, self.outputs.sketch, self._sketch)
 
     def split(self) -> bool:
         folder = self.outputs.folder(SPLIT)
-        return self._bring_up_to_date(folder, self.outputs.split, self._split)
+        with self._upkeep.claim():
+            worked = self._bring_up_to_date(folder, self.outputs.split, self._split)
+            self.outputs.put_in_force(again=False)
+        return worked
 
     def train(self) -> bool:
         plan = self.outputs.plan
-        for note in plan.notes:
-            self.progress.note(note)
-        adopt_branches(self.outputs, self.progress)
-        return any([self._train(branch) for branch in plan.trained])
+        with self._upkeep.claim():
+            self.outputs.put_in_force(again=True)
+            for note in plan.notes:
+                self.progress.note(note)
+            adopt_branches(plan.trained, self.outputs, self.progress)
+            jobs = [functools.partial(self._train, branch) for branch in plan.trained]
+            return self._upkeep.in_any_order(jobs)
 
     def merge(self) -> bool:
-        return any([self._merge(name) for name in self.outputs.plan.merges])
+        with self._upkeep.claim():
+            jobs = [functools.partial(self._merge, name) for name in self.outputs.plan.merges]
+            return self._upkeep.in_any_order(jobs)
 
     def evaluate(self) -> bool:
         outputs = self.outputs
@@ -82,16 +102,21 @@ class Run:
 
     def all(self) -> dict[str, Any]:
         """Runs all stages in order and returns ``summary()``."""
-        for stage in STAGES:
-            method: Callable[[], bool] = getattr(self, stage.name)
-            method()
-        return self.summary()
+        with self._upkeep.claim():
+            for stage in STAGES:
+                method: Callable[[], bool] = getattr(self, stage.name)
+                method()
+            return self.summary()
 
     def summary(self) -> dict[str, Any]:
         """Results of a finished run, JSON-ready: arms, comparisons, split, gains, paths."""
         from merit_fast.report import read_tuned
 
         outputs = self.outputs
+        outputs.require(outputs.folder(EVALUATE), outputs.evaluate)
+        outputs.require(outputs.folder(REPORT), outputs.report)
+        for name in outputs.plan.merges:
+            outputs.require(outputs.merge_path(name), outputs.merge(name))
         evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
         tuned = read_tuned(outputs.root, evaluation)
         return {
@@ -146,9 +171,7 @@ class Run:
     def _train(self, branch: Branch) -> bool:
         path = self.outputs.branch_path(branch.name)
         work = functools.partial(self._train_branch, branch)
-        worked = self._bring_up_to_date(path, self.outputs.branch(branch), work)
-        relabel(path, branch)
-        return worked
+        return self._bring_up_to_date(path, self.outputs.branch(branch), work)
 
     def _train_branch(self, branch: Branch, directory: Path) -> None:
         from merit_fast.train import train_branch
@@ -197,6 +220,8 @@ class Run:
         outputs = self.outputs
         plan = outputs.plan
         branches = {name: outputs.branch_path(name) for name in plan.branches}
+        for branch in plan.trained:
+            outputs.require(branches[branch.name], outputs.branch(branch))
         merges = finished_merges(outputs, plan.merges)
         evaluate_arms(
             EvaluatedModels(outputs.base, branches, merges, plan.arms),
@@ -218,6 +243,9 @@ class Run:
         options = report_options(self.config, outputs.plan.notes)
         outputs.require(outputs.folder(EVALUATE), outputs.evaluate)
         evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
+        _ = finished_merges(
+            outputs, outputs.plan.first_merges
+        )  # their tune.json files are read below
         audit = None
         if options.audit:
             outputs.require(outputs.folder(AUDIT), outputs.audit)
@@ -236,15 +264,13 @@ class Run:
         self, path: Path, manifest: StageManifest, work: Callable[[Path], None]
     ) -> bool:
         """Fills ``path`` by ``work`` unless it is up to date; the rule of every stage."""
-        name = str(path.relative_to(self.outputs.root))
-        recover_directory(path, manifest.fingerprint)
-        if is_complete(path, manifest.fingerprint):
-            self.progress.note(f"{name}: up to date")
-            return False
-        with output_directory(path, manifest) as directory:
+
+        def work_and_config(directory: Path) -> None:
             work(directory)
             write_run_config(self.config, directory / "config.yml")
-        return True
+
+        with self._upkeep.claim():
+            return self._upkeep.bring(path, manifest, work_and_config)
 
 
 def check_output(config: RunConfig) -> None:

@@ -8,7 +8,8 @@ from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 from merit_fast.progress import SilentProgress
 
-MEASURED = ("timing.json", "report.html")  # hold seconds and memory, which are no result
+# These hold seconds, memory, times of files, or hashes of files that do: no result.
+MEASURED = ("timing.json", "report.html", "run.json", "stage.json")
 
 
 def run_values(model: Path, mixture: Sequence[dict[str, Any]]) -> dict[str, Any]:
