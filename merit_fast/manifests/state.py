@@ -90,6 +90,19 @@ def differences(old: Mapping[str, Any], new: StageManifest, old_inputs: Mapping[
     return "; ".join(changed) or "made by another version of merit_fast"
 
 
+def replaced_keys(path: Path, manifest: StageManifest) -> str:
+    """Keys in which the output at ``path`` differs from ``manifest``; "" if there is none."""
+    if not (path / STAGE_FILE).exists():
+        return ""
+    try:
+        old = read_manifest(StageManifest, path / STAGE_FILE)
+    except InputError as error:
+        return str(error).removeprefix(f"{path}/")
+    if old.fingerprint == manifest.fingerprint:
+        return ""
+    return differences(old.config, manifest, old.inputs)
+
+
 def _record(directory: Path, recorded: OutputRecord | None) -> OutputRecord:
     """The ledger's record, or that of stage.json where the ledger knows less or another output."""
     if recorded is None:

@@ -75,15 +75,34 @@ class Outputs:
         command = self.command.format(stage=_RUN_BY[manifest.stage])
         raise MeritFastError(f"{found}; run first: {command}")
 
+    def expected(self) -> dict[Path, StageManifest]:
+        """Every output by its path; those after the split only if the split is up to date."""
+        expected = {self.folder(SKETCH): self.sketch, self.folder(SPLIT): self.split}
+        if self.config.split.warmup:
+            warmup = self.branch(warmup_branch(self.config))
+            expected = {self.branch_path("warmup"): warmup, **expected}
+        if not self.records.check(self.folder(SPLIT), self.split.fingerprint).is_current:
+            return expected
+        for name, branch in self.branches.items():
+            expected[self.branch_path(name)] = self.branch(branch)
+        for arm in merged_arms(self.config):
+            expected[self.merge_path(arm)] = self.merge(arm)
+        expected[self.folder(EVALUATE)] = self.evaluate
+        if self.config.evaluate.audit:
+            expected[self.folder(AUDIT)] = self.audit
+        expected[self.folder(REPORT)] = self.report
+        return expected
+
     def put_in_force(self, again: bool) -> None:
         """Writes the split in force and its branches into the ledger.
 
         ``again``: also where the ledger has this split already, perhaps with another recipe.
         """
         if again or self.records.ledger().split != self.split.fingerprint:
-            branches: dict[str, dict[str, str]] = {}
+            branches: dict[str, list[tuple[str, str]]] = {}
             for name, branch in self.branches.items():
-                branches.setdefault(branch.arm, {})[name] = self.branch(branch).fingerprint
+                pair = (self.branch_path(name).name, self.branch(branch).fingerprint)
+                branches.setdefault(branch.arm, []).append(pair)
             self.records.put_in_force(self.split.fingerprint, branches, self.command)
 
     # ---- the branches and their starts

@@ -1,6 +1,6 @@
 """The ledger of one configured run: reads and writes run.json, and answers what is up to date."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,10 @@ class Records:
             self.hashes.fresh = {}
 
     def put_in_force(
-        self, split: str, branches: Mapping[str, Mapping[str, str]], command: str
+        self, split: str, branches: Mapping[str, Sequence[tuple[str, str]]], command: str
     ) -> None:
-        """Records the split in force, and the fingerprint that each of its branches must have."""
-        planned = {arm: dict(names) for arm, names in branches.items()}
+        """Records the split in force, and each arm's branches with their fingerprints."""
+        planned = {arm: tuple(pairs) for arm, pairs in branches.items()}
         update_ledger(
             self.root,
             lambda ledger: replace(ledger, split=split, branches=planned, command=command),
