@@ -63,7 +63,7 @@ class Records:
             return state
         self._hashed.add(name)
         known = ledger.old if name.startswith(OLD_BRANCHES) else ledger.outputs
-        if keep and state.record != known.get(name):
+        if keep and state.record is not None and state.record != known.get(name):
             self._put(name, state.record)
         return state
 
@@ -103,9 +103,16 @@ class Records:
             lambda ledger: replace(ledger, split=split, branches=planned, command=command),
         )
 
-    def _put(self, name: str, record: OutputRecord | None) -> None:
-        change = with_old if name.startswith(OLD_BRANCHES) else with_output
-        update_ledger(self.root, lambda ledger: change(ledger, name, record))
+    def _put(self, name: str, record: OutputRecord) -> None:
+        put = with_old if name.startswith(OLD_BRANCHES) else with_output
+
+        def change(ledger: Ledger) -> Ledger:
+            known = [*ledger.outputs.values(), *ledger.old.values()]
+            times = [r.seconds for r in known if r.fingerprint == record.fingerprint]
+            seconds = record.seconds or next((time for time in times if time is not None), None)
+            return put(ledger, name, replace(record, seconds=seconds))
+
+        update_ledger(self.root, change)
 
     def problem_note(self) -> str:
         """Why run.json is written again; "" if it is not."""

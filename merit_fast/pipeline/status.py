@@ -81,7 +81,7 @@ def _in_force(ledger: Ledger) -> dict[str, set[str]]:
     if AUDIT.folder in ledger.outputs:
         wanted[AUDIT.folder] = set()
     evaluation = ledger.outputs.get(EVALUATE.folder)
-    wanted[REPORT.folder] = {evaluation.fingerprint} if evaluation else set()
+    wanted[REPORT.folder] = {ledger.split} | ({evaluation.fingerprint} if evaluation else set())
     split = ledger.outputs.get(SPLIT.folder)
     if split:
         wanted[SKETCH.folder] = {split.inputs.get("sketch", "")}

@@ -111,8 +111,8 @@ class Upkeep:
                 path, manifest, keep_old=keep_old, keep_work=keep_work
             ) as directory:
                 work(directory)
-            self.records.add(path, time.perf_counter() - started)
             self._record_old(keep_old)
+            self.records.add(path, time.perf_counter() - started)
         return True
 
     @contextlib.contextmanager
@@ -157,9 +157,9 @@ class Upkeep:
             return False
         keep_old = self._keep(name, state)
         commit_directory(old, path, keep_old=keep_old)
-        self.records.remove(old_name)
+        self._record_old(keep_old)  # before its record at the old place is overwritten
         self.records.check(path, manifest.fingerprint, keep=True)
-        self._record_old(keep_old)
+        self.records.remove(old_name)
         self.progress.note(f"{name}: taken up again from {old_name}")
         return True
 

@@ -1,7 +1,7 @@
 """Takes over the sums of datasets that have not changed, from a killed run or an earlier output.
 
-datasets.json lies next to the files of sums. For each dataset it holds the fingerprint of everything
-that its sums depend on, and the hash of its file.
+datasets.json lies next to the files of sums. For each dataset it holds the fingerprint of all that
+its sums depend on, and the hash of its file.
 """
 
 import json
