@@ -23,7 +23,8 @@ BASE = {"errors", "options", "manifests", "progress", "units"}
 TORCH_STAGE = BASE | {"data", "model", "kernels"}
 ARROWS = {
     "errors": set(),
-    "progress": {"units"},
+    "progress": {"progress_lines"},
+    "progress_lines": {"units"},
     "units": set(),
     "block_estimates": set(),
     "kernels": {"errors"},
