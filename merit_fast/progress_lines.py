@@ -90,7 +90,7 @@ def finished_line(meter: Meter) -> str:
 
 
 def bar_line(meter: Meter, width: int, ascii_only: bool = False) -> tuple[str, str, str]:
-    """The state of a task for a terminal of ``width`` columns: text before the bar, bar, text after.
+    """The text before the bar, the bar and the text after it, for a terminal of ``width`` columns.
 
     Where the line is too long the rate goes first and the detail second, then the bar shrinks to
     ten columns. Percent, bar and time stay.
