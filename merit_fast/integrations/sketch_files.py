@@ -9,6 +9,7 @@ from urllib.parse import quote, unquote
 
 from torch import distributed as dist
 
+from merit_fast.errors import InputError
 from merit_fast.manifests.directories import commit_directory
 from merit_fast.manifests.sketch_state import SketchState
 
@@ -17,12 +18,19 @@ def read_states(folder: str | Path) -> dict[str, SketchState]:
     """Reads the states of a ``sketches`` folder, by dataset.
 
     Raises:
-        InputError: a file is no sketch state.
+        InputError: the folder is absent, or a file is no sketch state.
     """
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: is not a folder of sketches")
     return {
         unquote(file.stem): SketchState.read(file)
         for file in sorted(Path(folder).glob("*.safetensors"))
     }
+
+
+def file_stem(name: str) -> str:
+    """Name of a dataset's file, without its ending."""
+    return quote(name, safe=" ")
 
 
 def write_states(folder: Path, states: Mapping[Any, SketchState]) -> None:
@@ -34,7 +42,7 @@ def write_states(folder: Path, states: Mapping[Any, SketchState]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, state in states.items():
-        file = temporary / f"{quote(str(name), safe=' ')}.safetensors"
+        file = temporary / f"{file_stem(str(name))}.safetensors"
         file.write_bytes(state.to_bytes())
     commit_directory(temporary, folder)
 

@@ -4,29 +4,46 @@
     SketchCallback(proj_dim=65536).attach(trainer)
     trainer.train()
 
-Each row has a `dataset_id`; each batch holds rows of one dataset. Training gives the same bits as
-without the callback. The states lie in ``output_dir/sketches`` at the end and in every checkpoint,
-one ``NAME.safetensors`` each; a resumed run continues from the checkpoint's.
+Each row has a `dataset_id`. ``attach`` makes every batch rows of one dataset; beyond that order,
+training gives the same bits as without the callback. The states lie in ``output_dir/sketches`` at
+the end and in every checkpoint, one ``NAME.safetensors`` each; a resumed run continues from the
+checkpoint's.
 """
 
 import logging
-import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from merit_fast.errors import InputError, MeritFastError
+from merit_fast.integrations.one_dataset import (
+    CollatorWithIds,
+    OneDatasetBatches,
+    batches_of_one_dataset,
+    regroup,
+)
 from merit_fast.integrations.sketch_files import read_states, sum_over_ranks, write_states
+from merit_fast.integrations.trainer_checks import check_trainer
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.sketch.selection import select_parameters
 from merit_fast.sketch.summed import SummedSketcher
 
-__all__ = ["FOLDER", "SketchCallback", "batches_of_one_dataset", "read_states", "write_states"]
+__all__ = [
+    "FOLDER",
+    "OneDatasetBatches",
+    "SketchCallback",
+    "batches_of_one_dataset",
+    "read_states",
+    "write_states",
+]
 
 FOLDER = "sketches"
 
@@ -37,9 +54,14 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
     """Sketches the addition of each backward pass of a Trainer to the gradients, by dataset.
 
     A Trainer shows its callbacks no batch. ``attach`` therefore wraps three of its public methods.
-    ``get_train_dataloader``: the column of ids survives ``remove_unused_columns`` and never reaches
-    collator or model; evaluation is as before. ``training_step``: one backward pass and one batch,
-    under gradient accumulation too. ``train``: removes the hooks after an exception.
+    ``get_train_dataloader``: its batches become rows of one dataset each, shuffled by the Trainer's
+    seed and the epoch (``OneDatasetBatches``); the column of ids survives ``remove_unused_columns``
+    and never reaches collator or model; evaluation is as before. ``training_step``: one backward
+    pass and one batch, under gradient accumulation too. ``train``: removes the hooks after an
+    exception.
+
+    Every row is seen in each epoch. A dataset's last batch may be smaller, so an epoch may have a
+    batch more per dataset than without the callback.
 
     An example's loss is the sum over its target tokens, whatever the Trainer divides by. A custom
     ``compute_loss_func`` must divide by ``num_items_in_batch``, as transformers requires.
@@ -58,8 +80,8 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         InputError: rows without the column; packing, fp16, DataParallel, FSDP, DeepSpeed, tensor or
-            context parallelism; a batch of several datasets. Raised by ``attach`` or with the first
-            batch.
+            context parallelism; a batch of several datasets; a sampler of the Trainer's own class.
+            Raised by ``attach`` or with the first batch.
     """
 
     def __init__(
@@ -78,14 +100,29 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         self.scales = scales
         self.sketcher: SummedSketcher | None = None
         self._attached = False
+        self._regroups = True
+        self._batches: OneDatasetBatches | None = None
+        self._epoch = 0
         self._resume: Any = None
 
-    def attach(self, trainer: Trainer) -> "SketchCallback":
-        """Adds itself to ``trainer``; returns itself."""
+    def attach(
+        self, trainer: Trainer, sampler: Literal["one dataset", "as given"] = "one dataset"
+    ) -> "SketchCallback":
+        """Adds itself to ``trainer``; returns itself.
+
+        Args:
+            trainer: transformers' Trainer or a subclass, such as TRL's SFTTrainer.
+            sampler: "one dataset" regroups the rows into batches of one dataset and so changes the
+                order of training. "as given" keeps the Trainer's batches, each of which must be of
+                one dataset then. A stream of rows keeps its batches in any case.
+        """
         if self._attached:
             raise MeritFastError("SketchCallback: is attached already; take one for each Trainer")
-        _check_trainer(trainer, self.column)
+        if sampler not in ("one dataset", "as given"):
+            raise InputError(f"sampler: must be 'one dataset' or 'as given', got {sampler!r}")
+        check_trainer(trainer, self.column)
         self._attached = True
+        self._regroups = sampler == "one dataset"
         self._wrap(trainer)
         trainer.add_callback(self)
         return self
@@ -103,16 +140,8 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
                 self._close()
 
         def get_train_dataloader() -> Any:
-            trainer._set_signature_columns_if_needed()
-            columns = trainer._signature_columns
-            collator = trainer.data_collator
-            trainer._signature_columns = [*columns, self.column]
-            trainer.data_collator = _CollatorWithIds(collator, self.column)
-            try:
+            with _ids_kept(trainer, self.column), self._regrouped(trainer):
                 return plain_loader()
-            finally:
-                trainer._signature_columns = columns
-                trainer.data_collator = collator
 
         def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             ids = inputs.pop(self.column)
@@ -128,6 +157,39 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         trainer.train = train
         trainer.get_train_dataloader = get_train_dataloader
         trainer.training_step = training_step
+
+    @contextmanager
+    def _regrouped(self, trainer: Any) -> Iterator[None]:
+        """Regroups the loader that the Trainer makes within the block, before it is sharded."""
+        self._batches = None
+        rows = trainer.train_dataset
+        is_stream = isinstance(rows, IterableDataset) or not hasattr(rows, "__len__")
+        if is_stream or not self._regroups:
+            yield
+            return
+        accelerator = trainer.accelerator
+        plain_prepare = accelerator.prepare
+
+        def prepare(loader: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(loader, DataLoader):
+                seed = (
+                    trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+                )
+                loader = regroup(loader, self.column, seed, accelerator.num_processes)
+                self._batches = loader.batch_sampler
+            return plain_prepare(loader, *args, **kwargs)
+
+        accelerator.prepare = prepare
+        try:
+            yield
+        finally:
+            del accelerator.prepare
+        if self._batches is None:
+            raise InputError(
+                f"SketchCallback: {type(trainer).__name__}.get_train_dataloader does not give a "
+                "DataLoader to accelerator.prepare; attach(trainer, sampler='as given') keeps its "
+                "batches"
+            )
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -153,6 +215,15 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.sketcher.restore(kept if args.process_index == 0 else {})
         self.sketcher.__enter__()
+        if self._batches is not None:
+            updates = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
+            self._epoch = state.global_step // updates
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Within a resumed epoch, two wrappers of accelerate may keep the Trainer from telling it.
+        if self._batches is not None:
+            self._batches.set_epoch(self._epoch)
+            self._epoch += 1
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", args)
@@ -185,91 +256,19 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
             write_states(directory / FOLDER, states)
 
 
-def batches_of_one_dataset(ids: Sequence[Hashable], batch_size: int, seed: int = 0) -> list[int]:
-    """Orders rows into shuffled batches of ``batch_size`` rows of one dataset each.
-
-        rows = rows.select(batches_of_one_dataset(rows["dataset_id"], 8))
-
-    Train on them with ``train_sampling_strategy="sequential"``. Leaves out the rows that fill no
-    batch, fewer than ``batch_size`` per dataset, and logs their number.
-    """
-    generator = random.Random(seed)
-    batches = []
-    by_dataset: dict[Hashable, list[int]] = {}
-    for row, dataset in enumerate(ids):
-        by_dataset.setdefault(dataset, []).append(row)
-    for rows in by_dataset.values():
-        generator.shuffle(rows)
-        batches += [
-            rows[i : i + batch_size] for i in range(0, len(rows) - batch_size + 1, batch_size)
-        ]
-    generator.shuffle(batches)
-    order = [row for batch in batches for row in batch]
-    if len(order) < len(ids):
-        logger.warning(
-            "%d of %d rows fill no batch of one dataset and are left out",
-            len(ids) - len(order),
-            len(ids),
-        )
-    return order
-
-
-class _CollatorWithIds:
-    """Hides the ids from a collator and adds them to its batch; workers can load the class."""
-
-    def __init__(self, collator: Callable[[list[Any]], Any], column: str) -> None:
-        self.collator = collator
-        self.column = column
-
-    def __call__(self, rows: list[Any]) -> Any:
-        ids = []
-        for row in rows:
-            if not isinstance(row, Mapping) or self.column not in row:
-                raise InputError(
-                    f"train_dataset: {self.column}: is missing in a row; every row must say its "
-                    "dataset"
-                )
-            value = row[self.column]
-            ids.append(str(value.item() if isinstance(value, Tensor) else value))
-        if len(set(ids)) > 1:
-            raise InputError(
-                f"train_dataset: {self.column}: a batch must be of one dataset, got "
-                f"{', '.join(sorted(set(ids))[:3])}; "
-                "take per_device_train_batch_size=1, or rows ordered by batches_of_one_dataset"
-            )
-        batch = self.collator(
-            [{key: value for key, value in row.items() if key != self.column} for row in rows]
-        )
-        batch[self.column] = ids
-        return batch
-
-
-def _check_trainer(trainer: Any, column: str) -> None:
-    args = trainer.args
-    dataset = trainer.train_dataset
-    parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    scaled_loss = getattr(trainer, "loss_is_scaled_for_ga", None) is not None
-    split_model = parallel is not None and (parallel.tp_enabled or parallel.cp_enabled)
-    dispatched = args.world_size > 1 and not hasattr(dataset, "__len__")
-    dispatched = dispatched and args.accelerator_config.dispatch_batches is not False
-    refused = {
-        # TRL packs examples of several datasets in one row and drops their ids.
-        "packing": getattr(args, "packing", False),
-        "fp16": args.fp16,  # its loss scale changes during training; bf16 has none
-        "a Trainer that sets loss_is_scaled_for_ga": scaled_loss,
-        "DataParallel (several GPUs in one process)": args.n_gpu > 1,
-        "FSDP": trainer.is_fsdp_enabled,
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "tensor or context parallelism": split_model,
-        "an iterable dataset dispatched to several processes "
-        "(accelerator_config.dispatch_batches must be false)": dispatched,
-    }
-    for feature, is_used in refused.items():
-        if is_used:
-            raise InputError(f"SketchCallback: does not work with {feature}")
-    names = getattr(dataset, "column_names", None)
-    if names is not None and column not in names:
-        raise InputError(f"train_dataset: {column}: is missing; columns: {', '.join(names)}")
+@contextmanager
+def _ids_kept(trainer: Any, column: str) -> Iterator[None]:
+    """Lets the column of ids through to the batches of a loader that is made within the block."""
+    trainer._set_signature_columns_if_needed()
+    columns = trainer._signature_columns
+    collator = trainer.data_collator
+    trainer._signature_columns = [*columns, column]
+    trainer.data_collator = CollatorWithIds(collator, column)
+    try:
+        yield
+    finally:
+        trainer._signature_columns = columns
+        trainer.data_collator = collator
 
 
 def _target_tokens(inputs: Mapping[str, Any]) -> int:

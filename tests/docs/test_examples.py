@@ -2,17 +2,29 @@
 
 import json
 import runpy
+import shutil
 import sys
 
+import pytest
 from safetensors import safe_open
 from support.docs.pages import ROOT
+
+from merit_fast.manifests.io import read_manifest
+from merit_fast.manifests.schemas import SplitManifest
 
 EXAMPLES = ROOT / "examples"
 
 
 def test_every_example_is_tested():
     names = {file.name for file in EXAMPLES.iterdir() if not file.name.startswith("__")}
-    assert names == {"run.yml", "recipe.yml", "trainer.py", "first_steps.ipynb"}
+    assert names == {
+        "run.yml",
+        "recipe.yml",
+        "trainer.py",
+        "trl_sft.py",
+        "merge_branches.py",
+        "first_steps.ipynb",
+    }
 
 
 def test_run(workspace):
@@ -32,23 +44,54 @@ def test_recipe(working_directory, call):
     assert dtypes == {"torch.bfloat16"}
 
 
-def test_trainer(working_directory, monkeypatch, capsys):
-    words = [
-        "trainer.py",
-        "BASE",
-        "trained",
-        "data/capitals.jsonl",
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-    ]
-    monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path(str(EXAMPLES / "trainer.py"), run_name="__main__")
-    assert "rms_norm x 5, swiglu x 2, rope x 2, head x 1" in capsys.readouterr().out
-    before = read_tensor(working_directory / "BASE")
-    after = read_tensor(working_directory / "trained")
+ROWS = [f"data/{name}.jsonl" for name in ("capitals", "codes", "plurals")]
+COUNTS = ["--steps", "12", "--batch-size", "2"]  # each row once
+
+
+def test_trainer(working_directory, run_example):
+    printed = run_example("trainer.py", "BASE", "trained", *ROWS, *COUNTS)
+    assert "rms_norm x 5, swiglu x 2, rope x 2, head x 1" in printed
+    check_training(working_directory, "trained")
+
+
+def test_trl_sft(working_directory, run_example, monkeypatch):
+    pytest.importorskip("trl", reason="trl, which this example is for, is not installed")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    printed = run_example("trl_sft.py", "BASE", "sft", *ROWS, *COUNTS)
+    assert "rms_norm x 5, swiglu x 2, rope x 2, head x 1" in printed
+    check_training(working_directory, "sft")
+
+
+def check_training(folder, name):
+    """The model has moved, and split.json stands on gradients of 24 rows of three datasets."""
+    before = read_tensor(folder / "BASE")
+    after = read_tensor(folder / name)
     assert after.shape == before.shape and not after.equal(before)
+    split = read_manifest(SplitManifest, folder / name / "split.json")
+    assert {dataset.name for dataset in split.datasets} == {"capitals", "codes", "plurals"}
+    assert {dataset.group for dataset in split.datasets} == {0, 1}
+    assert sum(dataset.num_sketched_examples for dataset in split.datasets) == 24
+
+
+def test_merge_branches(working_directory, run_example):
+    for name in ("A", "B"):  # other tests find no branch.json in A and B
+        shutil.copytree(working_directory / name, working_directory / f"branch-{name}")
+    branches = ["--branch", "branch-A:300", "--branch", "branch-B:100"]
+    printed = run_example("merge_branches.py", "of_branches", "--start", "BASE", *branches)
+    assert printed.splitlines() == ["branch-A: 0.7500", "branch-B: 0.2500"]
+    first, second = (read_tensor(working_directory / name) for name in ("A", "B"))
+    merged = read_tensor(working_directory / "of_branches")
+    assert merged.allclose(0.75 * first + 0.25 * second, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def run_example(monkeypatch, capsys):
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def read_tensor(model):

@@ -129,11 +129,21 @@ def test_evaluation_during_training_leaves_no_trace(tmp_path):
 RANK = """
 import os, sys
 sys.path[:0] = sys.argv[2:]
-from merit_fast.integrations.trainer import SketchCallback
+from merit_fast.integrations.trainer import SketchCallback, read_states
 from support.sketch.trainer_runs import PROJ_DIM, rows, trainer
-run = trainer(sys.argv[1], rows(), learning_rate=0.0, max_steps=2, ddp_backend="gloo")
-SketchCallback(PROJ_DIM).attach(run)
-run.train()
+folder = sys.argv[1]
+
+def train(name, resume=None, **options):
+    run = trainer(
+        f"{folder}/{name}", rows(9, mixed=True), max_steps=-1, num_train_epochs=2,
+        train_sampling_strategy="random", ddp_backend="gloo", **options
+    )
+    SketchCallback(PROJ_DIM).attach(run)
+    run.train(resume_from_checkpoint=resume)
+
+train("still", learning_rate=0.0)
+train("moving", save_strategy="steps", save_steps=4)  # the first step of epoch 2, of three
+train("resumed", f"{folder}/moving/checkpoint-4")
 import torch.distributed as dist
 dist.barrier()
 dist.destroy_process_group()
@@ -145,10 +155,12 @@ os._exit(0)  # gloo's threads may otherwise be torn down while they run, which a
 @pytest.mark.process
 @pytest.mark.slow
 def test_ranks_add_up_to_the_states_of_one_process(tmp_path):
-    single = trainer(tmp_path / "one", learning_rate=0.0)
+    single = trainer(
+        tmp_path / "one", rows(9, mixed=True), learning_rate=0.0, max_steps=-1, num_train_epochs=2
+    )
     SketchCallback(PROJ_DIM).attach(single)
     single.train()
-    command = ["-c", RANK, tmp_path / "two", TESTS, ROOT]
+    command = ["-c", RANK, tmp_path, TESTS, ROOT]
     common = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -160,40 +172,39 @@ def test_ranks_add_up_to_the_states_of_one_process(tmp_path):
     ranks = run_together([command] * 2, environments=environments, timeout=300)
     assert [rank.returncode for rank in ranks] == [0, 0], ranks
     expected = read_states(tmp_path / "one" / "sketches")
-    summed = read_states(tmp_path / "two" / "sketches")
-    assert expected.keys() == summed.keys()
+    summed = read_states(tmp_path / "still" / "sketches")
+    assert {name: state.num_examples for name, state in summed.items()} == {
+        "alpha": 10,
+        "beta/2": 8,
+    }
     for name, state in summed.items():
         assert_close(state.block_sums.sum(0), expected[name].block_sums.sum(0))
         assert state.loss_sum == pytest.approx(expected[name].loss_sum, rel=1e-5)
-        assert (state.num_examples, state.num_target_tokens) == (
-            4,
-            expected[name].num_target_tokens,
+        assert state.num_target_tokens == expected[name].num_target_tokens
+    moving = read_states(tmp_path / "moving" / "sketches")
+    for name, state in read_states(tmp_path / "resumed" / "sketches").items():
+        assert torch.equal(state.block_sums.sum(0), moving[name].block_sums.sum(0))
+        assert (
+            state.loss_sum == moving[name].loss_sum
+            and state.num_examples == 2 * {"alpha": 5, "beta/2": 4}[name]
         )
 
 
 # ---- refusals
-def test_rows_of_several_datasets_in_a_batch_are_refused_with_the_way_out(tmp_path):
+def test_rows_of_several_datasets_in_a_batch_as_given_are_refused_with_the_way_out(tmp_path):
     import datasets
 
     run = trainer(tmp_path, rows(mixed=True))
-    SketchCallback(PROJ_DIM).attach(run)
+    SketchCallback(PROJ_DIM).attach(run, sampler="as given")
     with pytest.raises(InputError, match="a batch must be of one dataset, got alpha, beta/2"):
         run.train()
     assert not any(p._backward_hooks for p in run.model.parameters())
 
     data = datasets.Dataset.from_list(rows(9, mixed=True))
     run = trainer(tmp_path, data.select(batches_of_one_dataset(data["dataset_id"], 2)))
-    SketchCallback(PROJ_DIM).attach(run)
+    SketchCallback(PROJ_DIM).attach(run, sampler="as given")
     run.train()
     assert sum(state.num_examples for state in read_states(tmp_path / "sketches").values()) == 8
-
-
-def test_batches_of_one_dataset_hold_every_full_batch_once():
-    ids = ["a"] * 7 + ["b"] * 4 + ["c"]
-    order = batches_of_one_dataset(ids, 2, seed=3)
-    assert len(order) == len(set(order)) == 6 + 4
-    assert all(ids[order[i]] == ids[order[i + 1]] for i in range(0, 10, 2))
-    assert order == batches_of_one_dataset(ids, 2, seed=3) != batches_of_one_dataset(ids, 2, seed=4)
 
 
 def test_what_it_does_not_work_with_is_named(tmp_path):

@@ -41,7 +41,7 @@ ARROWS = {
     "report": BASE,
     "tune": BASE | {"data", "evaluate", "merge", "model"},
     "demo": {"errors", "manifests"},
-    "integrations": BASE | {"kernels", "merge", "model", "sketch"},
+    "integrations": BASE | {"data", "kernels", "merge", "model", "sketch", "split"},
     "pipeline": BASE
     | {"data", "model", "sketch", "split", "train", "merge", "evaluate", "report", "tune"},
     "cli": BASE
