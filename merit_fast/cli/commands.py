@@ -135,7 +135,12 @@ def _add_merge(parser: Parser) -> Work:
 
 
 def _merge(arguments: Arguments, options: type[Any]) -> None:
-    from merit_fast.cli.merge import describe, merge_command, param_assignments
+    from merit_fast.cli.merge import (
+        describe,
+        merge_command,
+        param_assignments,
+        require_merge_inputs,
+    )
 
     parameters = param_assignments(arguments.param or [], arguments.method)
     assignments = [*parameters, *assignments_of(arguments, options)]
@@ -143,6 +148,7 @@ def _merge(arguments: Arguments, options: type[Any]) -> None:
         if arguments.dry_run or arguments.base or arguments.share or arguments.validation:
             flags = "--dry-run, --base, --share and --validation"
             raise InputError(f"command line: merge: {flags} go with --model, --run or --mergekit")
+        require_merge_inputs(arguments.inputs)
         run_stage(MERGE, arguments, [f"{MERGE.section}.{text}" for text in assignments])
         return
     if len(arguments.inputs) != 1 or "=" in arguments.inputs[0]:

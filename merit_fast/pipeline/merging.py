@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import TUNE_FILE, AuditManifest, TuneManifest
 from merit_fast.manifests.stages import AUDIT
-from merit_fast.merge import merge_branches, resolve_weights
+from merit_fast.merge import RunFacts, merge_branches, resolve_weights
 from merit_fast.pipeline.arms import merged_arms
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
@@ -33,7 +33,8 @@ def merge_arm(
         tuned = _tune_arm(arm, directory, outputs, data, progress)
         config = config.filled(tuned.weights, tuned.scale)
     weights = resolve_weights(paths, config)
-    merge_branches(paths, weights, outputs.start, directory, config, progress)
+    facts = RunFacts(outputs.config.model, outputs.split_manifest, arm, is_stage=True)
+    merge_branches(paths, weights, outputs.start, directory, config, progress, facts)
 
 
 def _tune_arm(
