@@ -63,8 +63,9 @@ def test_weights_mean_what_they_mean_on_the_command_line(branches):
     weight = twice.model.layers[0].mlp.up_proj.weight
     half = uniform.model.layers[0].mlp.up_proj.weight
     assert torch.equal(weight, 2 * half)
+    assert_same_model(load_merged(branches[:2]), uniform)
     with pytest.raises(InputError, match="b0: has no branch.json .*; give weights= as uniform"):
-        load_merged(branches[:2])
+        load_merged(branches[:2], "tokens")
 
 
 @pytest.mark.parametrize(
