@@ -7,7 +7,7 @@ here. Importing this package loads numpy, but neither torch, transformers, datas
 from merit_fast.data.batch import Batch, PackedBatch, collate, pack, pad_token_id
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.dataset import IGNORED_LABEL, Dataset, Example, count_target_tokens
-from merit_fast.data.fingerprint import mixture_fingerprint
+from merit_fast.data.fingerprint import dataset_fingerprints, mixture_fingerprint
 from merit_fast.data.mixture import load_mixture
 from merit_fast.data.template import load_tokenizer
 
@@ -21,6 +21,7 @@ __all__ = [
     "PackedBatch",
     "collate",
     "count_target_tokens",
+    "dataset_fingerprints",
     "load_mixture",
     "load_tokenizer",
     "mixture_fingerprint",

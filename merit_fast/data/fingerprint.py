@@ -50,20 +50,44 @@ def mixture_fingerprint(
     """
     check_mixture(configs)
     parts: tuple[Part, ...] = ("train", "eval") if part is None else (part,)
+    mixture = [
+        [config.name, [_source_content(config, part) for part in parts]] for config in configs
+    ]
+    return fingerprint({**_encoding(data_config, model), "mixture": mixture})
+
+
+def dataset_fingerprints(
+    configs: Sequence[DatasetConfig], data_config: DataConfig, model: str, part: Part
+) -> dict[str, str]:
+    """Name -> fingerprint of each dataset's examples in order; it does not cover the name.
+
+    Args:
+        configs: the entries of `mixture:`.
+        data_config: the `data:` section.
+        model: folder or Hugging Face id of the model whose tokenizer is used.
+        part: "train" or "eval" rows.
+
+    Raises:
+        InputError: a file is missing or unreadable, or two datasets share a name.
+    """
+    check_mixture(configs)
+    encoding = _encoding(data_config, model)
+    return {
+        config.name: fingerprint({**encoding, "rows": _source_content(config, part)})
+        for config in configs
+    }
+
+
+def _encoding(data_config: DataConfig, model: str) -> dict[str, Any]:
+    """Everything that decides how rows become tokens."""
     template = data_config.chat_template
     if template not in (None, PLAIN):
         template = hashlib.sha256(read_template(str(template)).encode()).hexdigest()
-    return fingerprint(
-        {
-            "version": ENCODING_VERSION,
-            "mixture": [
-                [config.name, [_source_content(config, part) for part in parts]]
-                for config in configs
-            ],
-            "data": [data_config.max_length, data_config.too_long, template],
-            "tokenizer": _tokenizer_content(model),
-        }
-    )
+    return {
+        "version": ENCODING_VERSION,
+        "data": [data_config.max_length, data_config.too_long, template],
+        "tokenizer": _tokenizer_content(model),
+    }
 
 
 def _source_content(config: DatasetConfig, part: Part) -> Any:

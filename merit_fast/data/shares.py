@@ -1,4 +1,8 @@
-"""Cuts a dataset's rows: warm-up rows and the rest, and equal shares for the random control."""
+"""Cuts a dataset's rows: warm-up rows and the rest, and equal shares for the iid control.
+
+The cuts depend on a seed and a key. A run takes the fingerprint of the dataset's content as the
+key, so that a renamed dataset is cut as before.
+"""
 
 import hashlib
 
@@ -9,16 +13,24 @@ from merit_fast.data.dataset import Dataset
 from merit_fast.errors import InputError
 
 
-def warmup_rows(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+def warmup_rows(
+    dataset: Dataset, share: float, seed: int, key: str | None = None
+) -> tuple[Dataset, Dataset]:
     """Returns ``share`` of the rows, and the rest, each in the order of the rows.
 
-        order = permutation(n) by (seed, name); cut = round(share * n)
+        order = permutation(n) by (seed, key); cut = round(share * n)
         first, rest = order[:cut], order[cut:]
+
+    Args:
+        dataset: the rows to cut.
+        share: part of the rows that comes first, from 0 to 1.
+        seed: seed of the order.
+        key: text that the order depends on, next to the seed; None: the dataset's name.
 
     Raises:
         InputError: no row is left for the rest.
     """
-    order = _order(dataset, seed)
+    order = _order(dataset.num_examples, seed, dataset.name if key is None else key)
     cut = round(share * len(order))
     if cut >= len(order):
         raise InputError(
@@ -28,20 +40,39 @@ def warmup_rows(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dat
     return _selected(dataset, order[:cut]), _selected(dataset, order[cut:])
 
 
-def dealt_rows(dataset: Dataset, part: int, parts: int, seed: int) -> Dataset:
-    """Returns one of ``parts`` equal shares, dealt in a random order of (seed, name).
+def dealt_rows(
+    dataset: Dataset, part: int, parts: int, seed: int, key: str | None = None
+) -> Dataset:
+    """Returns one of ``parts`` equal shares, dealt in a random order of (seed, key).
 
-    The rows keep their order. The share that is dealt first differs from name to name, so that the
+    The rows keep their order. The share that is dealt first differs from key to key, so that the
     rows left over do not all fall to share 0.
+
+    Args:
+        dataset: the rows to deal.
+        part: number of the share, from 0.
+        parts: number of shares.
+        seed: seed of the order.
+        key: text that the order depends on, next to the seed; None: the dataset's name.
     """
-    order = _order(dataset, seed)
+    chosen = _dealt(dataset.num_examples, part, parts, seed, dataset.name if key is None else key)
+    return _selected(dataset, chosen)
+
+
+def num_dealt_rows(num_examples: int, part: int, parts: int, seed: int, key: str) -> int:
+    """Number of rows in a share of ``dealt_rows``, found without the rows."""
+    return len(_dealt(num_examples, part, parts, seed, key))
+
+
+def _dealt(num_examples: int, part: int, parts: int, seed: int, key: str) -> NDArray[np.int64]:
+    order = _order(num_examples, seed, key)
     first = (part + int(order.argmax())) % parts
-    return _selected(dataset, order[first::parts])
+    return order[first::parts]
 
 
-def _order(dataset: Dataset, seed: int) -> NDArray[np.int64]:
-    digest = hashlib.blake2b(f"rows\n{seed}\n{dataset.name}".encode(), digest_size=8).digest()
-    return np.random.default_rng(int.from_bytes(digest, "little")).permutation(dataset.num_examples)
+def _order(num_examples: int, seed: int, key: str) -> NDArray[np.int64]:
+    digest = hashlib.blake2b(f"rows\n{seed}\n{key}".encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little")).permutation(num_examples)
 
 
 def _selected(dataset: Dataset, indices: NDArray[np.int64]) -> Dataset:

@@ -30,7 +30,7 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
             "epochs": 1,
             "learning_rate": 1.0e-4,
             "batch_size": 8,
-            "arms": ["joint", "random"],
+            "controls": {"joint": True, "random": 1, "iid": 0},
         },
         "merge": {"weights": "tokens"},
         "evaluate": {"interpolate": [0.5], "max_new_tokens": 24}

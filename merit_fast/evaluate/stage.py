@@ -46,6 +46,7 @@ class EvaluatedModels:
     base: Path
     branches: Mapping[str, Path]
     merges: Mapping[str, MergedArm]
+    arms: Mapping[str, tuple[str, ...]]  # arm -> its models, one for each seed
 
 
 def evaluate_arms(

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from merit_fast.data.config import DataConfig, DatasetConfig
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, show
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.config import MergeConfig
@@ -61,6 +61,7 @@ def read_run_config(
     where = str(file) if file else "command line"
     if file and (assignments or flags):
         where += " with command line"
+    _refuse_old_keys(values, where)
     if file:
         _resolve_paths(values, file.parent)
     return parse(RunConfig, values, where)
@@ -69,6 +70,15 @@ def read_run_config(
 def write_run_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved config with every default, so that running it repeats the run."""
     write_text(path, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+
+
+def _refuse_old_keys(values: dict[str, Any], where: str) -> None:
+    train = values.get("train")
+    if isinstance(train, dict) and "arms" in train:
+        raise InputError(
+            f"{where}: train.arms: is now train.controls, such as {{joint: true, random: 1}}; "
+            f"got {show(train['arms'])}"
+        )
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:

@@ -2,15 +2,14 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from merit_fast.data import Dataset, load_mixture, load_tokenizer, pad_token_id
 from merit_fast.data.config import Part
-from merit_fast.manifests.schemas import SplitManifest
-from merit_fast.pipeline.arms import Branch, plan_branches
+from merit_fast.pipeline.arms import Branch, branches_part, whole_mixture
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress
+from merit_fast.train.schedule import num_steps
 
 
 class RunData:
@@ -37,10 +36,8 @@ class RunData:
     @functools.cached_property
     def branch(self) -> list[Dataset]:
         """Training rows that the branches of an arm share: all except those of a warm-up."""
-        everything = Branch("", "", 0, tuple(dataset.name for dataset in self.train))
-        if self.config.split.warmup:
-            everything = replace(everything, rows="after warmup")
-        return list(everything.choose(self.train, self.config))
+        rows = whole_mixture(self.outputs.contents, branches_part(self.config))
+        return list(Branch("", "", 0, rows).choose(self.train, self.config.split))
 
     @functools.cached_property
     def held_out(self) -> tuple[list[Dataset], list[Dataset]]:
@@ -72,16 +69,8 @@ class RunData:
 
     def num_steps(self, datasets: Sequence[Dataset]) -> int:
         """Optimizer steps of a run on these datasets."""
-        from merit_fast.train.schedule import num_steps
-
         rows = sum(dataset.num_examples for dataset in datasets)
-        return num_steps(rows, self.outputs.train_config)
-
-    def branch_steps(self, split: SplitManifest) -> list[int]:
-        """Optimizer steps of each of MERIT's branches, [K]."""
-        planned = plan_branches(self.config, split).values()
-        branches = [branch for branch in planned if branch.arm == "merit"]
-        return [self.num_steps(branch.choose(self.train, self.config)) for branch in branches]
+        return num_steps(rows, self.config.train)
 
     def _load(self, part: Part) -> list[Dataset]:
         mixture = self.config.mixture

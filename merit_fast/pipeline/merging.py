@@ -1,5 +1,6 @@
 """The work on the merged arms of a run: tuning, merging, listing for evaluation, auditing."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,6 @@ from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import TUNE_FILE, AuditManifest, TuneManifest
 from merit_fast.manifests.stages import AUDIT
 from merit_fast.merge import RunFacts, merge_branches, resolve_weights
-from merit_fast.pipeline.arms import merged_arms
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress
@@ -17,45 +17,54 @@ if TYPE_CHECKING:
     from merit_fast.evaluate.stage import MergedArm
 
 
-def merge_arm(
-    arm: str, directory: Path, outputs: Outputs, data: RunData, progress: Progress
+def merge_model(
+    name: str, directory: Path, outputs: Outputs, data: RunData, progress: Progress
 ) -> None:
-    """Merges the branches of one arm into ``directory``.
+    """Merges the branches of one arm and seed into ``directory``.
+
+    Args:
+        name: the merge: ``merit``, or ``merit.seed1`` for the second seed.
+        directory: where the merge goes.
+        outputs: paths of the run.
+        data: rows of the run.
+        progress: display of the run.
 
     Raises:
         MeritFastError: a branch is absent or was made from another config.
     """
-    for name in outputs.branches_of(arm):
-        outputs.require(outputs.branch_path(name), outputs.branch(outputs.branches[name]))
-    paths = outputs.branch_paths(arm)
+    for branch in outputs.plan.merges[name]:
+        outputs.require(outputs.branch_path(branch), outputs.branch(outputs.branches[branch]))
+    paths = outputs.merge_inputs(name)
     config = outputs.config.merge
     if config.is_tuned:
-        tuned = _tune_arm(arm, directory, outputs, data, progress)
+        tuned = _tune_merge(name, directory, outputs, data, progress)
         config = config.filled(tuned.weights, tuned.scale)
     weights = resolve_weights(paths, config)
-    facts = RunFacts(outputs.config.model, outputs.split_manifest, arm, is_stage=True)
+    facts = RunFacts(
+        outputs.config.model, outputs.split_manifest, name.partition(".")[0], is_stage=True
+    )
     merge_branches(paths, weights, outputs.start, directory, config, progress, facts)
 
 
-def _tune_arm(
-    arm: str, directory: Path, outputs: Outputs, data: RunData, progress: Progress
+def _tune_merge(
+    name: str, directory: Path, outputs: Outputs, data: RunData, progress: Progress
 ) -> TuneManifest:
     from merit_fast.evaluate.audit import audit_rows
     from merit_fast.tune.search import TuneInputs, starting_weights, tune_merge, tuning_sentence
 
     config = outputs.config.merge
-    paths = outputs.branch_paths(arm)
-    names = tuple(outputs.branches_of(arm))
-    inputs = TuneInputs(paths, names, starting_weights(paths, config), outputs.start)
+    paths = outputs.merge_inputs(name)
+    branches = outputs.plan.merges[name]
+    inputs = TuneInputs(paths, branches, starting_weights(paths, config), outputs.start)
     rows = audit_rows(data.tuning, config.tune_rows)
     batch_size = outputs.config.evaluate.batch_size
     tuned = tune_merge(inputs, rows, data.pad_token_id, batch_size, config, directory, progress)
-    progress.note(f"{arm}: {tuning_sentence(tuned)}")
+    progress.note(f"{name}: {tuning_sentence(tuned)}")
     return tuned
 
 
-def finished_merges(outputs: Outputs) -> "dict[str, MergedArm]":
-    """Every merged arm with its folder, its branches and the weights of its merge.
+def finished_merges(outputs: Outputs, names: Iterable[str]) -> "dict[str, MergedArm]":
+    """Each of these merges with its folder, its branches and the weights of its merge.
 
     Raises:
         MeritFastError: a merge is absent or was made from another config.
@@ -64,23 +73,23 @@ def finished_merges(outputs: Outputs) -> "dict[str, MergedArm]":
 
     config = outputs.config.merge
     merges = {}
-    for arm in merged_arms(outputs.config):
-        path = outputs.merge_path(arm)
-        outputs.require(path, outputs.merge(arm))
+    for name in names:
+        path = outputs.merge_path(name)
+        outputs.require(path, outputs.merge(name))
         if config.is_tuned:
             weights = read_manifest(TuneManifest, path / TUNE_FILE).weights
         else:
-            weights = tuple(resolve_weights(outputs.branch_paths(arm), config))
-        merges[arm] = MergedArm(path, tuple(outputs.branches_of(arm)), weights)
+            weights = tuple(resolve_weights(outputs.merge_inputs(name), config))
+        merges[name] = MergedArm(path, outputs.plan.merges[name], weights)
     return merges
 
 
 def audit_arms(directory: Path, outputs: Outputs, data: RunData, progress: Progress) -> None:
-    """Writes audit.json into ``directory`` and notes one sentence for each arm."""
+    """Writes audit.json into ``directory`` and notes one sentence for each arm's first merge."""
     from merit_fast.evaluate.audit import audit_merges
 
     audits = audit_merges(
-        finished_merges(outputs),
+        finished_merges(outputs, outputs.plan.first_merges),
         {name: outputs.branch_path(name) for name in outputs.branches},
         outputs.start,
         data.reporting,

@@ -5,13 +5,19 @@ decide which stages have work to do, before anything heavy is imported.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from merit_fast.data import mixture_fingerprint
+from merit_fast.data import dataset_fingerprints, mixture_fingerprint
 from merit_fast.errors import MeritFastError
 from merit_fast.manifests.directories import is_complete
-from merit_fast.manifests.io import StageManifest, read_manifest, stage_manifest
+from merit_fast.manifests.io import (
+    StageManifest,
+    fingerprint,
+    read_manifest,
+    stage_manifest,
+)
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.manifests.stages import (
     AUDIT,
@@ -26,10 +32,11 @@ from merit_fast.manifests.stages import (
 )
 from merit_fast.merge import method_fingerprint, same_bytes
 from merit_fast.model import model_fingerprint, resolve_model, settle_dtype
-from merit_fast.pipeline.arms import Branch, merged_arms, plan_branches, warmup_branch
+from merit_fast.pipeline.arms import WARMUP, Branch, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig
+from merit_fast.pipeline.plan import Plan, make_plan
 from merit_fast.pipeline.reporting import audit_options, report_options
-from merit_fast.train.config import TrainConfig
+from merit_fast.train.config import ControlsConfig, TrainConfig
 
 _RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
 
@@ -72,20 +79,28 @@ class Outputs:
         return read_manifest(SplitManifest, self.file(SPLIT))
 
     @functools.cached_property
-    def branches(self) -> dict[str, Branch]:
-        return plan_branches(self.config, self.split_manifest)
+    def plan(self) -> Plan:
+        """The branches and arms of the split in force."""
+        split = self.split_manifest
+        branches = list(plan_branches(self.config, split, self.contents))
+        fingerprints = {branch.name: self.branch(branch).fingerprint for branch in branches}
+        return make_plan(self.config, split, branches, fingerprints)
 
-    def branches_of(self, arm: str) -> list[str]:
-        return [name for name, branch in self.branches.items() if branch.arm == arm]
+    @property
+    def branches(self) -> dict[str, Branch]:
+        return self.plan.branches
 
     def branch_path(self, name: str) -> Path:
-        return self.folder(TRAIN) / name
+        """The directory of a branch: that of the first branch of the same content."""
+        owner = name if name == WARMUP else self.plan.owners[name]
+        return self.folder(TRAIN) / owner
 
-    def branch_paths(self, arm: str) -> list[Path]:
-        return [self.branch_path(name) for name in self.branches_of(arm)]
+    def merge_path(self, name: str) -> Path:
+        return self.folder(MERGE) / name
 
-    def merge_path(self, arm: str) -> Path:
-        return self.folder(MERGE) / arm
+    def merge_inputs(self, name: str) -> list[Path]:
+        """Directories of the branches of one merge, [K]."""
+        return [self.branch_path(branch) for branch in self.plan.merges[name]]
 
     @property
     def start(self) -> Path:
@@ -93,17 +108,22 @@ class Outputs:
 
         It is the base, or the result of the warm-up.
         """
-        return self.branch_path("warmup") if self.config.split.warmup else self.base
+        return self.branch_path(WARMUP) if self.config.split.warmup else self.base
+
+    @property
+    def warmup(self) -> Branch:
+        """The joint run before the sketch."""
+        return warmup_branch(self.contents)
 
     @property
     def start_fingerprint(self) -> str:
         if self.config.split.warmup:
-            return self.branch(warmup_branch(self.config)).fingerprint
+            return self.branch(self.warmup).fingerprint
         return self.base_fingerprint
 
     def start_of(self, branch: Branch) -> tuple[Path, str]:
         """Directory and fingerprint of the model that a branch starts from."""
-        if branch.arm in ("joint", "warmup"):
+        if branch.start == "base":
             return self.base, self.base_fingerprint
         return self.start, self.start_fingerprint
 
@@ -118,6 +138,12 @@ class Outputs:
         return mixture_fingerprint(config.mixture, config.data, str(self.base), part="train")
 
     @functools.cached_property
+    def contents(self) -> dict[str, str]:
+        """Name -> fingerprint of each dataset's training examples, in the mixture's order."""
+        config = self.config
+        return dataset_fingerprints(config.mixture, config.data, str(self.base), "train")
+
+    @functools.cached_property
     def held_out_fingerprint(self) -> str:
         config = self.config
         return mixture_fingerprint(config.mixture, config.data, str(self.base), part="eval")
@@ -130,18 +156,38 @@ class Outputs:
 
     @property
     def split(self) -> StageManifest:
-        inputs = {"sketch": self.sketch.fingerprint}
+        inputs = {"sketch": self.sketch.fingerprint, "controls": str(self.num_controls)}
         return stage_manifest(SPLIT.name, self.config.split, inputs)
 
-    def branch(self, branch: Branch) -> StageManifest:
-        _, start = self.start_of(branch)
-        inputs = {"start": start, "mixture": self.train_fingerprint}
-        return stage_manifest(TRAIN.name, self.train_config, inputs | branch.identity(self.config))
+    @property
+    def num_controls(self) -> int:
+        """Number of random splits that the split stage looks for."""
+        return max(1, self.config.train.controls.random)
 
-    def merge(self, arm: str) -> StageManifest:
+    def branch(self, branch: Branch) -> StageManifest:
+        """The manifest of a branch: it covers the content, and no name of branch or dataset."""
+        _, start = self.start_of(branch)
+        inputs = {"start": start, "rows": fingerprint(branch.content(self.config.split))}
+        if branch.steps is not None:
+            inputs["steps"] = str(branch.steps)
+        return stage_manifest(TRAIN.name, self.recipe(branch), inputs)
+
+    def recipe(self, branch: Branch) -> TrainConfig:
+        """Options that decide the branch's training; the controls do not."""
+        train = self.config.train
+        return replace(
+            train,
+            seed=train.seed + branch.seed,
+            learning_rate=train.learning_rate * branch.rate_factor,
+            seeds=1,
+            controls=ControlsConfig(),
+        )
+
+    def merge(self, name: str) -> StageManifest:
         config = self.config.merge
         inputs = {
-            name: self.branch(self.branches[name]).fingerprint for name in self.branches_of(arm)
+            branch: self.branch(self.branches[branch]).fingerprint
+            for branch in self.plan.merges[name]
         }
         if config.needs_base or config.stats:
             inputs["start"] = self.start_fingerprint
@@ -153,14 +199,15 @@ class Outputs:
 
     @property
     def evaluate(self) -> StageManifest:
-        inputs = self._merges
+        inputs = self._merges_of(self.plan.merges)
         inputs |= {name: self.branch(branch).fingerprint for name, branch in self.branches.items()}
         config = self.config.evaluate.without_audit()
         return stage_manifest(EVALUATE.name, config, inputs | self._reporting_rows)
 
     @property
     def audit(self) -> StageManifest:
-        inputs = self._merges | {"start": self.start_fingerprint} | self._reporting_rows
+        inputs = self._merges_of(self.plan.first_merges)
+        inputs |= {"start": self.start_fingerprint} | self._reporting_rows
         return stage_manifest(AUDIT.name, audit_options(self.config), inputs)
 
     @property
@@ -168,21 +215,16 @@ class Outputs:
         inputs = {"split": self.split.fingerprint, "evaluate": self.evaluate.fingerprint}
         if self.config.evaluate.audit:
             inputs["audit"] = self.audit.fingerprint
-        return stage_manifest(REPORT.name, report_options(self.config), inputs)
+        return stage_manifest(REPORT.name, report_options(self.config, self.plan.notes), inputs)
 
-    @property
-    def _merges(self) -> dict[str, str]:
-        return {arm: self.merge(arm).fingerprint for arm in merged_arms(self.config)}
+    def _merges_of(self, names: Iterable[str]) -> dict[str, str]:
+        return {name: self.merge(name).fingerprint for name in names}
 
     @property
     def _reporting_rows(self) -> dict[str, str]:
         """The held-out rows that report: a tuned merge leaves half of them."""
         half = {"rows": "the half that reports"} if self.config.merge.is_tuned else {}
         return {"held-out": self.held_out_fingerprint} | half
-
-    @property
-    def train_config(self) -> TrainConfig:
-        return replace(self.config.train, arms=())  # the list of arms does not change a branch
 
 
 def _settle_dtypes(config: RunConfig) -> RunConfig:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merit_fast.pipeline.config import RunConfig
+from merit_fast.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class AuditOptions:
     audit_points: int
 
 
-def report_options(config: RunConfig) -> ReportOptions:
-    """Options of the run's report page."""
+def report_options(config: RunConfig, plan_notes: tuple[str, ...]) -> ReportOptions:
+    """Options of the run's report page; ``plan_notes`` tell which arms are absent."""
     split = config.split
     train = config.train
     notes = (
@@ -34,9 +35,17 @@ def report_options(config: RunConfig) -> ReportOptions:
         f"width {split.proj_dim}",
         f"training: {train.epochs} epoch(s), learning rate {train.learning_rate:g}, "
         f"batch {train.batch_size}, {train.dtype}",
-        f"seeds: split {split.seed}, train {train.seed}; every arm was trained once",
+        f"seeds: split {split.seed}, train {_train_seeds(train)}",
+        *plan_notes,
     )
     return ReportOptions(Path(config.output).name, notes, config.evaluate.audit)
+
+
+def _train_seeds(train: TrainConfig) -> str:
+    if train.seeds == 1:
+        return f"{train.seed}; every arm was trained once"
+    last = train.seed + train.seeds - 1
+    return f"{train.seed} to {last}; every arm was trained {train.seeds} times"
 
 
 def audit_options(config: RunConfig) -> AuditOptions:

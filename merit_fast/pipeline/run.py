@@ -14,14 +14,17 @@ from merit_fast.manifests.io import StageManifest, read_manifest, write_manifest
 from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
 from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES
 from merit_fast.options.parser import to_plain
-from merit_fast.pipeline.arms import Branch, merged_arms, warmup_branch
+from merit_fast.pipeline.adopt import adopt_branches, relabel
+from merit_fast.pipeline.arms import WARMUP, Branch, merit_steps
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.data import RunData
-from merit_fast.pipeline.merging import audit_arms, finished_merges, merge_arm
+from merit_fast.pipeline.merging import audit_arms, finished_merges, merge_model
 from merit_fast.pipeline.outputs import Outputs
+from merit_fast.pipeline.plan import shortest_branch
 from merit_fast.pipeline.reporting import report_options, sketch_position
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import split_lines
+from merit_fast.train.schedule import FEW_STEPS
 
 
 class Run:
@@ -47,7 +50,7 @@ class Run:
     # ---- stages
     def sketch(self) -> bool:
         if self.config.split.warmup:
-            self._train(warmup_branch(self.config))
+            self._train(self.outputs.warmup)
         folder = self.outputs.folder(SKETCH)
         return self._bring_up_to_date(folder, self.outputs.sketch, self._sketch)
 
@@ -56,10 +59,14 @@ class Run:
         return self._bring_up_to_date(folder, self.outputs.split, self._split)
 
     def train(self) -> bool:
-        return any([self._train(branch) for branch in self.outputs.branches.values()])
+        plan = self.outputs.plan
+        for note in plan.notes:
+            self.progress.note(note)
+        adopt_branches(self.outputs, self.progress)
+        return any([self._train(branch) for branch in plan.trained])
 
     def merge(self) -> bool:
-        return any([self._merge(arm) for arm in merged_arms(self.config)])
+        return any([self._merge(name) for name in self.outputs.plan.merges])
 
     def evaluate(self) -> bool:
         outputs = self.outputs
@@ -81,7 +88,7 @@ class Run:
         return self.summary()
 
     def summary(self) -> dict[str, Any]:
-        """Results of a finished run, JSON-ready: arms, split, merging gains, paths."""
+        """Results of a finished run, JSON-ready: arms, comparisons, split, gains, paths."""
         from merit_fast.report import read_tuned
 
         outputs = self.outputs
@@ -90,6 +97,8 @@ class Run:
         return {
             "arms": {name: to_plain(result) for name, result in evaluation.arms.items()},
             "branches": {name: to_plain(result) for name, result in evaluation.branches.items()},
+            "comparisons": [to_plain(comparison) for comparison in evaluation.comparisons],
+            "notes": list(outputs.plan.notes),
             "split": outputs.split_manifest.group_of("merit"),
             "merging_gain": evaluation.merging_gain["merit"].gain,
             "merging_gains": {arm: gain.gain for arm, gain in evaluation.merging_gain.items()},
@@ -128,28 +137,25 @@ class Run:
             steps=self.data.num_steps(self.data.branch),
             sketched_at=sketch_position(self.config),
             texts=self.data.texts,
+            num_controls=outputs.num_controls,
         )
         write_manifest(manifest, directory / SPLIT.file)
-        for line in split_lines(manifest, self.data.branch_steps(manifest)):
+        for line in split_lines(manifest, merit_steps(self.config, manifest, outputs.contents)):
             self.progress.note(line)
 
     def _train(self, branch: Branch) -> bool:
         path = self.outputs.branch_path(branch.name)
         work = functools.partial(self._train_branch, branch)
-        return self._bring_up_to_date(path, self.outputs.branch(branch), work)
+        worked = self._bring_up_to_date(path, self.outputs.branch(branch), work)
+        relabel(path, branch)
+        return worked
 
     def _train_branch(self, branch: Branch, directory: Path) -> None:
         from merit_fast.train import train_branch
-        from merit_fast.train.schedule import FEW_STEPS
         from merit_fast.train.stage import BranchJob
 
-        datasets = branch.choose(self.data.train, self.config)
-        steps = self.data.num_steps(datasets)
-        if steps < FEW_STEPS:
-            self.progress.note(
-                f"{branch.name}: {steps} steps; "
-                f"below about {FEW_STEPS} a branch is far from converged"
-            )
+        if branch.name != WARMUP:
+            self._warn_of_few_steps()
         if self.config.merge.is_tuned:
             _ = self.data.held_out  # too few rows fail now, not after the training
         start, start_fingerprint = self.outputs.start_of(branch)
@@ -157,28 +163,43 @@ class Run:
             branch=branch.name,
             arm=branch.arm,
             group=branch.group,
-            datasets=datasets,
+            datasets=branch.choose(self.data.train, self.config.split),
             start_path=str(start),
             base_fingerprint=self.outputs.base_fingerprint,
             start_fingerprint=start_fingerprint,
+            steps=branch.steps,
         )
-        train_branch(job, self.outputs.train_config, directory, self.progress, self._noted)
+        train_branch(job, self.outputs.recipe(branch), directory, self.progress, self._noted)
 
-    def _merge(self, arm: str) -> bool:
+    def _warn_of_few_steps(self) -> None:
+        """Names the shortest branch, once in a run, if it is far from converged."""
+        outputs = self.outputs
+        steps, name = shortest_branch(outputs.plan, self.config, outputs.split_manifest)
+        text = (
+            f"train: the shortest branch, {name}, takes {steps} steps; "
+            f"below about {FEW_STEPS} a branch is far from converged"
+        )
+        if steps < FEW_STEPS and text not in self._noted:
+            self._noted.add(text)
+            self.progress.note(text)
+
+    def _merge(self, name: str) -> bool:
         def work(directory: Path) -> None:
-            merge_arm(arm, directory, self.outputs, self.data, self.progress)
+            merge_model(name, directory, self.outputs, self.data, self.progress)
 
-        path = self.outputs.merge_path(arm)
-        return self._bring_up_to_date(path, self.outputs.merge(arm), work)
+        path = self.outputs.merge_path(name)
+        return self._bring_up_to_date(path, self.outputs.merge(name), work)
 
     def _evaluate(self, directory: Path) -> None:
         from merit_fast.evaluate import evaluate_arms
         from merit_fast.evaluate.stage import EvaluatedModels
 
         outputs = self.outputs
-        branches = {name: outputs.branch_path(name) for name in outputs.branches}
+        plan = outputs.plan
+        branches = {name: outputs.branch_path(name) for name in plan.branches}
+        merges = finished_merges(outputs, plan.merges)
         evaluate_arms(
-            EvaluatedModels(outputs.base, branches, finished_merges(outputs)),
+            EvaluatedModels(outputs.base, branches, merges, plan.arms),
             self.data.reporting,
             self.data.tokenizer,
             self.data.pad_token_id,
@@ -194,7 +215,7 @@ class Run:
         from merit_fast.report import read_tuned, write_report
 
         outputs = self.outputs
-        options = report_options(self.config)
+        options = report_options(self.config, outputs.plan.notes)
         outputs.require(outputs.folder(EVALUATE), outputs.evaluate)
         evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
         audit = None

@@ -19,7 +19,7 @@ from merit_fast.split.separation import Separation, pair_means
 from merit_fast.split.text_cluster import dataset_similarity
 
 
-def split_mixture(
+def split_mixture(  # noqa: PLR0913
     sketches: Path,
     datasets: Sequence[Dataset],
     mixture_fingerprint: str,
@@ -29,6 +29,7 @@ def split_mixture(
     steps: int,
     sketched_at: str,
     texts: Callable[[], Mapping[str, Sequence[str]]],
+    num_controls: int = 1,
 ) -> SplitManifest:
     """Groups the datasets by the sketch stage's files.
 
@@ -42,6 +43,7 @@ def split_mixture(
         steps: optimizer steps of a joint run on these datasets.
         sketched_at: where the gradients were taken, in words.
         texts: returns every dataset's rows as text; called by methods that need texts only.
+        num_controls: most random splits to draw, distinct from the split and from each other.
 
     Raises:
         InputError: a sketch file is missing, broken or does not match the others; so many groups
@@ -81,7 +83,7 @@ def split_mixture(
             _group_count(number, separation)
             for number, separation in sorted(decision.separations.items())
         ),
-        controls=(decision.random,),
+        controls=(decision.random,)[:num_controls],
         num_splits=None,
         base_fingerprint=base_fingerprint,
         start_fingerprint=states[0].identity.model_fingerprint,

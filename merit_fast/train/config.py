@@ -8,6 +8,35 @@ from merit_fast.options.fields import option, require
 
 
 @dataclass(frozen=True)
+class ControlsConfig:
+    """Arms that are trained next to ``merit``, to compare it with."""
+
+    joint: bool = option(False, "one run on all rows, from the base")
+    joint_short: bool = option(
+        False, "joint with only as many steps as the longest branch of merit"
+    )
+    joint_low: float | None = option(
+        None, "joint with a lower learning rate: the factor on learning_rate"
+    )
+    random: int = option(0, "number of random balanced splits, distinct from merit's")
+    iid: int | None = option(
+        None, "number of deals of all rows to the branches; None: 1 with random splits, else 0"
+    )
+
+    def __post_init__(self) -> None:
+        factor = self.joint_low
+        is_lower = factor is None or 0 < factor < 1
+        require(is_lower, "joint_low", "a factor above 0 and below 1", factor)
+        require(self.random >= 0, "random", "at least 0", self.random)
+        require(self.iid is None or self.iid >= 0, "iid", "at least 0", self.iid)
+
+    @property
+    def num_iid(self) -> int:
+        """Number of iid arms: they tell the effect of merging from that of splitting."""
+        return int(self.random > 0) if self.iid is None else self.iid
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Full fine-tuning with AdamW; the same recipe for every branch and arm."""
 
@@ -35,19 +64,19 @@ class TrainConfig:
         False, "lay a micro-batch's examples end to end in one row, without padding"
     )
     seed: int = option(0, "seed of the data order")
-    arms: tuple[Literal["joint", "random", "iid"], ...] = option(
-        [],
-        "control arms: joint (one run on all), random (a balanced split), iid (rows dealt out)",
+    seeds: int = option(1, "times that every arm is trained: with seed, seed + 1, ...")
+    controls: ControlsConfig = option(
+        ControlsConfig(),
+        "control arms: {joint: true, joint_short: true, joint_low: FACTOR, random: N, iid: N}",
     )
     checkpoint_steps: int = option(200, "optimizer steps between checkpoints to resume from")
     max_shard_size: str = option("2GB", "largest weight file of a branch")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation", "checkpoint_steps"):
+        for name in ("epochs", "batch_size", "accumulation", "seeds", "checkpoint_steps"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
         for name in ("warmup_fraction", "final_fraction", "beta1", "beta2"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)
-        require(len(set(self.arms)) == len(self.arms), "arms", "without repeats", list(self.arms))

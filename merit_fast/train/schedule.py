@@ -1,6 +1,7 @@
 """Examples and learning rate of a step depend only on the step: a resumed run repeats itself."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,14 @@ def step_examples(step: int, num_examples: int, config: TrainConfig) -> npt.NDAr
     order = np.random.default_rng([config.seed, epoch]).permutation(num_examples)
     first = step_in_epoch * config.batch_size
     return order[first : first + config.batch_size]
+
+
+def count_tokens(lengths: Sequence[int], steps: int, config: TrainConfig) -> int:
+    """Tokens that pass through the model in ``steps`` steps over examples of these lengths."""
+    per_epoch = num_steps(len(lengths), config) // config.epochs
+    epochs, rest = divmod(steps, per_epoch)
+    last = (step_examples(epochs * per_epoch + step, len(lengths), config) for step in range(rest))
+    return epochs * sum(lengths) + sum(lengths[int(i)] for chosen in last for i in chosen)
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

@@ -22,7 +22,7 @@ from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss, choose_attention, require_packing
 from merit_fast.train.optimizer import MasterAdamW
 from merit_fast.train.resume import Position, read_checkpoint, remove_checkpoint, write_checkpoint
-from merit_fast.train.schedule import learning_rate, num_steps, step_examples
+from merit_fast.train.schedule import count_tokens, learning_rate, num_steps, step_examples
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class BranchJob:
     start_path: str
     base_fingerprint: str
     start_fingerprint: str
+    steps: int | None = None  # optimizer steps; None: those of the recipe's epochs
 
 
 def train_branch(
@@ -79,8 +80,8 @@ def train_branch(
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     position, earlier_s = _resume(directory, optimizer)
     padding = pad_token_id(load_tokenizer(job.start_path))
-    steps = num_steps(len(examples), config)
-    num_tokens = sum(len(example.input_ids) for example in examples) * config.epochs
+    steps = job.steps or num_steps(len(examples), config)
+    num_tokens = count_tokens([len(example.input_ids) for example in examples], steps, config)
     with progress.task(f"train {job.branch}", num_tokens, "tokens") as task:
         task.advance(position.num_tokens)
         while position.step < steps:

@@ -164,7 +164,7 @@ def test_a_run_with_audit_shows_it_and_without_does_not_evaluate_again(
 
     monkeypatch.chdir(tmp_path)
     values = run_values(tiny_model, tiny_mixture)
-    values["train"] |= {"arms": [], "epochs": 1}
+    values["train"] |= {"controls": {}, "epochs": 1}
     values["evaluate"] |= {"audit_rows": 8, "audit_points": 1}
     file = tmp_path / "run.yml"
     file.write_text(yaml.safe_dump(values))

@@ -144,6 +144,6 @@ def test_mean_loss_weighs_tokens(model, datasets):
 
 
 def test_a_mixture_without_held_out_rows_is_bad_input(tiny_model, tokenizer, tmp_path):
-    candidates = EvaluatedModels(tiny_model, {}, {})
+    candidates = EvaluatedModels(tiny_model, {}, {}, {})
     with pytest.raises(InputError, match="no dataset of the mixture has held-out rows"):
         evaluate_arms(candidates, [], tokenizer, 1, EvaluateConfig(), tmp_path, SilentProgress())

@@ -90,7 +90,17 @@ INSIDE = {
         "decide",
         "stage",
     ),
-    "pipeline": ("config", "arms", "reporting", "outputs", "data", "merging", "run"),
+    "pipeline": (
+        "config",
+        "arms",
+        "plan",
+        "reporting",
+        "outputs",
+        "adopt",
+        "data",
+        "merging",
+        "run",
+    ),
 }
 
 

@@ -177,7 +177,7 @@ def test_pipeline_writes_it_on_demand(tmp_path, tiny_model, tiny_mixture, monkey
 
     monkeypatch.chdir(tmp_path)
     values = run_values(tiny_model, tiny_mixture)
-    values["train"]["arms"] = []
+    values["train"]["controls"] = {}
     values["merge"] = {"stats": True}
     (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
     summary = merit_fast.run("run.yml", "evaluate.max_new_tokens=2")

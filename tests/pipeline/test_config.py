@@ -48,8 +48,25 @@ def write(tmp_path, values):
         ({"split": [1]}, "split: must be a mapping"),
         ({"train": {"learning_rate": -1}}, "train.learning_rate: must be positive, got -1"),
         (
-            {"train": {"arms": ["joint", "rnadom"]}},
-            r"train.arms\[1\]: must be one of joint, random, iid, got 'rnadom'",
+            {"train": {"arms": ["joint", "random"]}},
+            r"train.arms: is now train.controls, such as \{joint: true, random: 1\}; got",
+        ),
+        (
+            {"train": {"controls": {"rnadom": 1}}},
+            r"train.controls.rnadom: unknown key; did you mean random\?",
+        ),
+        ({"train": {"controls": ["joint"]}}, "train.controls: must be a mapping of keys"),
+        ({"train": {"controls": {"joint": 1}}}, "train.controls.joint: must be true or false"),
+        ({"train": {"controls": {"random": -1}}}, "train.controls.random: must be at least 0"),
+        ({"train": {"controls": {"iid": -1}}}, "train.controls.iid: must be at least 0, got -1"),
+        (
+            {"train": {"controls": {"joint_low": 2}}},
+            "train.controls.joint_low: must be a factor above 0 and below 1, got 2",
+        ),
+        ({"train": {"seeds": 0}}, "train.seeds: must be at least 1, got 0"),
+        (
+            {"train": {"controls": None, "epochs": 0}},
+            "train.epochs: must be at least 1, got 0",
         ),
         ({"train": {"dtype": "fp8"}}, "train.dtype: must be one of auto, bf16, fp32, got 'fp8'"),
         (
@@ -91,10 +108,10 @@ def test_bad_files_are_named(tmp_path, text, message):
 def test_overrides_win_and_are_checked(tmp_path):
     file = write(tmp_path, {**GOOD, "split": {"groups": 4, "seed": 1}})
     config = read_run_config(
-        file, ["split.groups=2", "train.learning_rate=3e-5", "train.arms=[joint]"]
+        file, ["split.groups=2", "train.learning_rate=3e-5", "train.controls.joint=true"]
     )
     assert (config.split.groups, config.split.seed) == (2, 1)
-    assert (config.train.learning_rate, config.train.arms) == (3e-5, ("joint",))
+    assert (config.train.learning_rate, config.train.controls.joint) == (3e-5, True)
     with pytest.raises(InputError, match="must have the form section.key=value"):
         override({}, ["split.groups"])
     with pytest.raises(InputError, match="split.groups.x: groups is not a section"):
@@ -117,7 +134,7 @@ def test_the_resolved_config_replays(tmp_path):
     values = {
         **GOOD,
         "merge": {"weights": [1, 2.5]},
-        "train": {"arms": ["random"]},
+        "train": {"controls": {"random": 2}, "seeds": 2},
         "split": {"groups": 8},
     }
     config = read_run_config(write(tmp_path, values))

@@ -199,6 +199,6 @@ def test_three_lines_of_python(config_file, tmp_path, monkeypatch):
     import merit_fast
 
     monkeypatch.chdir(tmp_path)
-    summary = merit_fast.run(config_file, "train.arms=[]", "evaluate.max_new_tokens=2")
+    summary = merit_fast.run(config_file, "train.controls={}", "evaluate.max_new_tokens=2")
     assert set(summary["arms"]) == {"base", "merit"}
     assert (tmp_path / summary["merged"] / "config.json").exists()

@@ -228,7 +228,7 @@ KILLS = [
 @pytest.mark.slow
 def test_kill_9_while_choosing_then_resume_gives_the_same_bytes(tmp_path, tiny_model, tiny_mixture):
     values = run_values(tiny_model, tiny_mixture) | {"merge": {"scale": "auto", "weights": "fit"}}
-    values["train"] |= {"arms": [], "epochs": 1}
+    values["train"] |= {"controls": {}, "epochs": 1}
     (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"

@@ -28,7 +28,7 @@ def run_folder(tmp_path_factory, tiny_model, tiny_mixture):
     """A finished run with an audit; ``run.yml`` and ``out/``."""
     folder = tmp_path_factory.mktemp("run")
     values = run_values(tiny_model, tiny_mixture)
-    values["train"] |= {"epochs": 1, "arms": []}
+    values["train"] |= {"epochs": 1, "controls": {}}
     values["evaluate"] |= {"audit": True, "audit_rows": 4, "audit_points": 1}
     values["output"] = str(folder / "out")
     (folder / "run.yml").write_text(yaml.safe_dump(values))

@@ -199,7 +199,7 @@ def test_a_run_fits_shows_and_reports_on_other_rows(
 ):
     monkeypatch.chdir(tmp_path)
     values = run_values(tiny_model, tiny_mixture)
-    values["train"] |= {"arms": ["random"], "epochs": 1}
+    values["train"] |= {"controls": {"random": 1, "iid": 0}, "epochs": 1}
     values["merge"] = {"weights": "fit", "scale": "auto"}
     file = tmp_path / "run.yml"
     file.write_text(yaml.safe_dump(values))

@@ -22,7 +22,7 @@ def run_values(model: Path, mixture: Sequence[dict[str, Any]]) -> dict[str, Any]
             "learning_rate": 1e-3,
             "batch_size": 4,
             "dtype": "fp32",
-            "arms": ["joint", "random"],
+            "controls": {"joint": True, "random": 1, "iid": 0},
             "checkpoint_steps": 2,
             "max_shard_size": "60KB",
         },
