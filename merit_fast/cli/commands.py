@@ -20,7 +20,7 @@ from merit_fast.cli.flags import (
     assignments_of,
     rows_of,
 )
-from merit_fast.cli.stages import progress_of, run_all, run_stage, split_inputs
+from merit_fast.cli.stages import progress_of, run_all, run_stage, show_forecast, split_inputs
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE, STAGES, Stage
 from merit_fast.progress import Progress
@@ -43,6 +43,12 @@ class Command:
 # ---- run and its stages
 def _add_run(parser: Parser) -> Work:
     add_inputs(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, then show each stage's rows, tokens, steps, disk and minutes; "
+        "write nothing",
+    )
 
     def work(arguments: Arguments) -> None:
         from merit_fast.pipeline.config import read_run_config
@@ -51,7 +57,8 @@ def _add_run(parser: Parser) -> Work:
         if file is None:
             raise InputError("command line: run: needs a CONFIG.yml")
         config = read_run_config(file, assignments)
-        run_all(config, progress_of(arguments), str(file), arguments.as_json)
+        work = show_forecast if arguments.dry_run else run_all
+        work(config, progress_of(arguments), str(file), arguments.as_json)
 
     return work
 

@@ -99,6 +99,7 @@ INSIDE = {
         "adopt",
         "data",
         "merging",
+        "preflight",
         "run",
     ),
 }
