@@ -69,9 +69,9 @@ def model_card(facts: CardFacts, directory: Path) -> str:
 
 
 def labels_of(paths: Sequence[Location]) -> list[str]:
-    """Short names of models: a hub id, a URL, or a folder's name, with its parent's if not unique.
+    """Short names of models: a hub id, or a folder's name, with its parent's if not unique.
 
-    A card never shows the folders of the machine that made it.
+    A card never shows the folders or buckets of those who made it.
     """
     names = [_label(path, 1) for path in paths]
     places = zip(paths, names, strict=True)
@@ -79,9 +79,7 @@ def labels_of(paths: Sequence[Location]) -> list[str]:
 
 
 def _label(path: Location, depth: int) -> str:
-    if not isinstance(path, Path):
-        return str(path)
-    parts = path.resolve().parts
+    parts = path.resolve().parts if isinstance(path, Path) else tuple(path.path.split("/"))
     if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return parts[-3].removeprefix("models--").replace("--", "/")
     return "/".join(parts[-depth:])
@@ -156,7 +154,7 @@ def _parameters(config: MergeConfig) -> dict[str, Any]:
     shown = [name for name in (*taken, *changed) if name not in _ELSEWHERE]
     values = {name: plain[name] for name in shown if plain[name] is not None}
     by_model = {"models": plain["models"]} if config.models else {}
-    return values | (config.parameters or {}) | by_model
+    return values | (plain.get("parameters") or {}) | by_model
 
 
 def _slices_text(facts: CardFacts) -> str:
