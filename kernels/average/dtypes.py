@@ -60,3 +60,5 @@ FLOAT_DTYPES: dict[str, tuple[int, npt.DTypeLike]] = {
 }
 FP8_DTYPES = tuple(dtype.name for dtype in _TABLE if dtype.is_scaled)
 SHORT_NAMES = {short: name for name in FLOAT_DTYPES if (short := DTYPES[name].short) is not None}
+# Long names in options, as torch and mergekit spell them -> short names.
+SPELLINGS = {DTYPES[name].torch_name: short for short, name in SHORT_NAMES.items()}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.manifests.stages import REPORT, SKETCH, SPLIT
+from merit_fast.pipeline.arms import merit_steps
 from merit_fast.progress import Progress
 from merit_fast.report.advice import CONFIG, Advice, advise
 
@@ -36,7 +37,7 @@ def advise_run(run: "Run", file: str) -> tuple[Advice, dict[str, Any]]:
     sketch_s = _sketch(run)
     run.split()
     split = run.outputs.split_manifest
-    steps = run.data.branch_steps(split)
+    steps = merit_steps(run.config, split, run.outputs.contents)
     advice = advise(split, steps)
     advice = replace(advice, next=tuple(text.replace(CONFIG, file) for text in advice.next))
     return advice, _cost(split, steps, run.config.train.epochs, sketch_s)

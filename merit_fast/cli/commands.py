@@ -21,7 +21,7 @@ from merit_fast.cli.flags import (
     assignments_of,
     rows_of,
 )
-from merit_fast.cli.stages import progress_of, run_all, run_stage, split_inputs
+from merit_fast.cli.stages import progress_of, run_all, run_stage, show_forecast, split_inputs
 from merit_fast.cli.status import add_clean, add_status
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE, STAGES, Stage
@@ -46,6 +46,12 @@ class Command:
 def _add_run(parser: Parser) -> Work:
     add_inputs(parser)
     add_upkeep(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, then show each stage's rows, tokens, steps, disk and minutes; "
+        "write nothing",
+    )
 
     def work(arguments: Arguments) -> None:
         from merit_fast.pipeline.config import read_run_config
@@ -54,9 +60,13 @@ def _add_run(parser: Parser) -> Work:
         if file is None:
             raise InputError("command line: run: needs a CONFIG.yml")
         config = read_run_config(file, assignments)
+        progress = progress_of(arguments)
+        if arguments.dry_run:
+            show_forecast(config, progress, str(file), arguments.as_json)
+            return
         run_all(
             config,
-            progress_of(arguments),
+            progress,
             str(file),
             arguments.as_json,
             verify=arguments.verify,
@@ -166,7 +176,12 @@ def _add_merge(parser: Parser) -> Work:
 
 
 def _merge(arguments: Arguments, options: type[Any]) -> None:
-    from merit_fast.cli.merge import describe, merge_command, param_assignments
+    from merit_fast.cli.merge import (
+        describe,
+        merge_command,
+        param_assignments,
+        require_merge_inputs,
+    )
 
     parameters = param_assignments(arguments.param or [], arguments.method)
     assignments = [*parameters, *assignments_of(arguments, options)]
@@ -175,6 +190,7 @@ def _merge(arguments: Arguments, options: type[Any]) -> None:
         if any(given) or arguments.arm or arguments.seed_index is not None:
             flags = "--dry-run, --base, --share, --validation, --arm and --seed-index"
             raise InputError(f"command line: merge: {flags} go with --model, --run or --mergekit")
+        require_merge_inputs(arguments.inputs)
         run_stage(MERGE, arguments, [f"{MERGE.section}.{text}" for text in assignments])
         return
     if len(arguments.inputs) != 1 or "=" in arguments.inputs[0]:

@@ -9,19 +9,23 @@ from merit_fast.cli.in_force import branches_in_force
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import manifest_text
 from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
-from merit_fast.merge import MergeConfig, merge_models
+from merit_fast.manifests.stages import SPLIT
+from merit_fast.merge import MergeConfig, RunFacts, merge_models
 from merit_fast.merge.combine.weights import require_numbers
+from merit_fast.merge.option_names import options_named
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.stage import check_paths
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.progress import Progress
+from merit_fast.units import human_bytes, human_count
 
 Tune = Callable[
     [Sequence[tuple[Location, float | None]], Location | None, MergeConfig], TuneManifest
 ]
 
 
+@options_named("command line")
 def merge_command(  # noqa: PLR0913
     out: str,
     models: list[str] | None,
@@ -83,6 +87,7 @@ def merge_command(  # noqa: PLR0913
             (p, None) for p in branches_in_force(Path(run or ""), arm or "merit", seed_index or 0)
         ]
     )
+    facts = _run_facts(Path(run), arm or "merit") if run else None
     paths = [path for path, _ in pairs]
     weights = _weights(pairs)
     if tune is None:
@@ -96,6 +101,7 @@ def merge_command(  # noqa: PLR0913
             progress=progress,
             dry_run=dry_run,
             share=number_and_count,
+            run=facts,
         )
     if not config.is_tuned:
         raise InputError(
@@ -105,7 +111,7 @@ def merge_command(  # noqa: PLR0913
         raise InputError(
             "command line: merge: --dry-run and --share go with a scale and weights in numbers"
         )
-    return _merge_tuned(tune, pairs, weights, base, out, config, progress)
+    return _merge_tuned(tune, pairs, weights, base, out, config, progress, facts)
 
 
 def _merge_tuned(
@@ -116,6 +122,7 @@ def _merge_tuned(
     out: str,
     config: MergeConfig,
     progress: Progress,
+    run: RunFacts | None,
 ) -> dict[str, Any]:
     """Chooses the open numbers on held-out rows, then merges with them."""
     paths = [path for path, _ in pairs]
@@ -126,9 +133,27 @@ def _merge_tuned(
     config = config.filled(chosen.weights, chosen.scale)
     records = {TUNE_FILE: manifest_text(chosen)}
     summary = merge_models(
-        paths, weights, base, out=out, config=config, progress=progress, records=records
+        paths, weights, base, out=out, config=config, progress=progress, records=records, run=run
     )
     return summary | {"tuned": to_plain(chosen)}
+
+
+def require_merge_inputs(inputs: Sequence[str]) -> None:
+    """Checks that a merge without --model, --run and --mergekit names a run's CONFIG.yml.
+
+    Raises:
+        InputError: nothing is named, or no file: says what is missing.
+    """
+    sources = "--model A --model B, --run RUN or --mergekit RECIPE.yml"
+    names = [text for text in inputs if "=" not in text]
+    if not names:
+        raise InputError(
+            f"command line: merge: needs OUT and {sources}, or the CONFIG.yml of a run"
+        )
+    name = names[0]
+    if not Path(name).is_file() and not name.endswith((".yml", ".yaml")):
+        state = "is a directory and no CONFIG.yml" if Path(name).is_dir() else "is no CONFIG.yml"
+        raise InputError(f"command line: merge: {name} {state}; to merge into it, add {sources}")
 
 
 def param_assignments(params: Sequence[str], method: str | None) -> list[str]:
@@ -155,26 +180,56 @@ def param_assignments(params: Sequence[str], method: str | None) -> list[str]:
 
 
 def describe(summary: dict[str, Any], dry_run: bool) -> str:
-    """The summary for people, in a few lines."""
-    lines = []
-    for path, coefficient in summary["coefficients"]:
-        lines.append(f"{'per tensor' if coefficient is None else f'{coefficient:+.6f}'}  {path}")
-    state = (
-        "planned"
-        if dry_run
-        else "done"
-        if summary["finished"]
-        else "this share is done, others are missing"
-    )
+    """The summary for people: a line for each model, for the choices made, and for the sizes."""
+    state = "planned" if dry_run else "done"
+    if not summary["finished"]:
+        state = "this share is done, others are missing"
+    count = len(summary["models"])
+    lines = [
+        f"{summary['merged']}: {state}: {summary['method']} of {count} model{'s' * (count != 1)}"
+    ]
+    has_weights = any(weight is not None for _, weight in summary["models"])
+    coefficients = dict(summary["coefficients"])
+    for path, weight in summary["models"]:
+        shown = "by tensor" if weight is None else f"{weight:.6f}"
+        line = f"  weight {shown:<9}  {path}" if has_weights else f"  model {path}"
+        lines.append(line + _coefficient(coefficients.get(path), weight))
+    if base := summary["base"]:
+        line = f"  base {' ' * 13 * has_weights}{base}"
+        lines.append(line + _coefficient(coefficients.get(base), None))
+    lines.append(f"  weights: {summary['weights_reason']}")
+    lines.append(f"  dtype: {summary['dtype']}, {summary['dtype_reason']}")
+    sizes = {name: human_bytes(summary[f"{name}_bytes"]) for name in ("buffer", "free")}
+    files = summary["shards"]
     lines.append(
-        f"{summary['merged']}: {state}: {summary['method']}, {summary['parameters']:,} "
-        "parameters in "
-        f"{summary['tensors']} tensors and {summary['shards']} files, {summary['bytes_in']:,} "
-        "bytes in, "
-        f"{summary['bytes_out']:,} out, {summary['buffer_bytes']:,} of buffers, "
-        f"{summary['free_bytes']:,} free on disk"
+        f"  {human_count(summary['parameters'])} parameters in {summary['tensors']} tensors and "
+        f"{files} file{'s' * (files != 1)}: {human_bytes(summary['bytes_in'])} read, "
+        f"{human_bytes(summary['bytes_out'])} written, {sizes['buffer']} of buffers, "
+        f"{sizes['free']} free on disk"
     )
     return "\n".join(lines)
+
+
+def _coefficient(coefficient: float | None, weight: float | None) -> str:
+    """The factor of a model in the sum, where it is another number than the model's weight."""
+    if coefficient is None or (weight is not None and abs(coefficient - weight) < 1e-9):
+        return ""
+    return f" (coefficient {coefficient:+.6f})"
+
+
+def _run_facts(run: Path, arm: str) -> RunFacts | None:
+    """The run's base and split for the model card; None where its split is gone."""
+    from merit_fast.manifests.io import read_manifest
+    from merit_fast.manifests.schemas import SplitManifest
+    from merit_fast.options.yaml import read_yaml
+
+    folder = run / SPLIT.folder
+    config = folder / "config.yml"
+    if not ((folder / SPLIT.file).is_file() and config.is_file()):
+        return None
+    values = read_yaml(config) or {}
+    split = read_manifest(SplitManifest, folder / SPLIT.file)
+    return RunFacts(str(values.get("model", "")), split, arm, is_stage=False)
 
 
 def _split_weight(text: str) -> tuple[Location, float | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from merit_fast.cli.flags import mixture_of
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE, Stage
+from merit_fast.options.parser import to_plain
 from merit_fast.progress import PlainProgress, Progress, SilentProgress, TerminalProgress
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str
         verify=arguments.verify,
         overwrite=arguments.overwrite,
     )
+    run.preflight([stage])
     worked = getattr(run, stage.name)()
     output = str(Path(config.output) / stage.folder)
     if arguments.as_json:
@@ -76,6 +78,18 @@ def run_all(
     from merit_fast.report import print_summary
 
     print_summary(Path(config.output))
+
+
+def show_forecast(config: "RunConfig", progress: Progress, file: str, as_json: bool) -> None:
+    """Checks a run and prints the work that it has still to do; writes nothing."""
+    from merit_fast.pipeline.preflight.forecast import describe_forecast, forecast_run
+    from merit_fast.pipeline.run import Run, check_output
+
+    check_output(config)
+    run = Run(config, progress, f"merit-fast {{stage}} {file}")
+    run.preflight()
+    forecast = forecast_run(run.outputs, run.data)
+    print(json.dumps(to_plain(forecast)) if as_json else describe_forecast(forecast))
 
 
 def split_inputs(inputs: list[str]) -> tuple[Path | None, list[str]]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
 
 
@@ -18,6 +19,7 @@ class EvaluateConfig:
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto",
         "precision of the forward passes; auto: bf16 where it is fast on this machine, else fp32",
+        spellings=SPELLINGS,
     )
     audit: bool = option(
         False, "also check each merge against the theory of its gain (float32, minutes)"

@@ -12,11 +12,13 @@ from merit_fast.merge.parameters import Parameter
 from merit_fast.merge.prepared import PreparedMerge, method_fingerprint, prepare_merge, same_bytes
 from merit_fast.merge.registry import register_method
 from merit_fast.merge.stage import load_merged, merge_branches, merge_models
+from merit_fast.merge.write.card import RunFacts
 
 __all__ = [
     "MergeConfig",
     "Parameter",
     "PreparedMerge",
+    "RunFacts",
     "combine",
     "load_merged",
     "merge_branches",

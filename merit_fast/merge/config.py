@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from merit_fast.errors import InputError
+from merit_fast.kernels.average.dtypes import SHORT_NAMES, SPELLINGS
 from merit_fast.merge.parameters import (
     BUILT_IN,
     DENSITY,
@@ -33,10 +34,11 @@ class MergeConfig:
     A Setting is a number, a gradient over the layers, or a list of {filter, value}.
     """
 
-    weights: Literal["tokens", "samples", "uniform", "fit"] | tuple[float, ...] = option(
-        "tokens",
-        "tokens or samples (from each branch.json), uniform, a list of numbers, "
-        "or fit: chosen on held-out rows",
+    weights: Literal["auto", "tokens", "samples", "uniform", "fit"] | tuple[float, ...] = option(
+        "auto",
+        "auto: tokens where every model has a branch.json, uniform where none has; tokens or "
+        "samples (from each branch.json), uniform, a list of numbers, or fit: chosen on held-out "
+        "rows",
     )
     normalize: bool = option(
         True,
@@ -81,7 +83,10 @@ class MergeConfig:
         "a tensor that some input lacks: error; base: use the base's; drop: leave it out",
     )
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
-        None, "dtype of the output; None: the inputs' own"
+        None,
+        "dtype of the output, bfloat16, float16 and float32 too; None: the models' own, whatever "
+        "the base's is",
+        spellings=SPELLINGS,
     )
     shard_size: str | None = option(
         None, "most bytes of an output file, as 5G or 400M; None: the first model's files"
@@ -107,6 +112,8 @@ class MergeConfig:
         require(
             4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib
         )
+        names = ", ".join(SHORT_NAMES)
+        require(self.dtype in (None, *SHORT_NAMES), "dtype", f"one of {names}", self.dtype)
         require(0 <= self.seed < 1 << 63, "seed", "between 0 and 2^63 - 1", self.seed)
         for name in ("shard_size", "max_memory"):
             if getattr(self, name) is not None:

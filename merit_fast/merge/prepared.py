@@ -20,13 +20,21 @@ from merit_fast.manifests.state import replaced_keys
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.layout import header_bytes
 from merit_fast.merge.engine.plan import Plan, plan_merge
-from merit_fast.merge.engine.prepare import Inputs, buffer_bytes, fit_memory, make_plan, read_inputs
+from merit_fast.merge.engine.prepare import (
+    Inputs,
+    buffer_bytes,
+    dtype_reason,
+    fit_memory,
+    make_plan,
+    read_inputs,
+)
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.decoded import is_float
 from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.registry import method_source
+from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
 from merit_fast.merge.write.shards import (
     Share,
     all_written,
@@ -36,6 +44,7 @@ from merit_fast.merge.write.shards import (
     write_shards,
 )
 from merit_fast.merge.write.upload import Upload, spool_directory
+from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -53,6 +62,7 @@ class PreparedMerge:
     config: MergeConfig
     inputs: Inputs
     slices: tuple[Slice, ...]
+    run: RunFacts | None = None
 
     def summary(self, out: Location) -> dict[str, Any]:
         """JSON-ready facts: weights, coefficients, bytes in and out, memory of the buffers."""
@@ -63,6 +73,10 @@ class PreparedMerge:
         return {
             "merged": str(out),
             "method": self.config.method,
+            "models": [[str(path), weight] for path, weight in self._weighed()],
+            "base": str(self.base) if self.base else None,
+            "dtype": self.inputs.dtypes,
+            "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
             "weights": list(self.weights),
             "coefficients": _coefficients(self.inputs),
             "shards": len(files),
@@ -79,7 +93,7 @@ class PreparedMerge:
         """Writes the whole output into an unfinished directory that the caller owns."""
         plan = self._plan(progress)
         write_shards(plan, self.config, directory, progress)
-        finish_output(plan, self.inputs, self.models, self.config, directory)
+        self._finish(plan, directory, {})
 
     def write(
         self,
@@ -167,12 +181,39 @@ class PreparedMerge:
             write_depth(directory, self.slices)
         for name, text in records.items():
             write_text(directory / name, text)
+        write_text(directory / CARD_FILE, model_card(self._card_facts(), directory))
+
+    def _card_facts(self) -> CardFacts:
+        reason = dtype_reason(self.inputs, self.config, self.base)
+        return CardFacts(
+            self.models,
+            [weight for _, weight in self._weighed()],
+            self.base,
+            same_bytes(self.config),
+            f"{self.inputs.dtypes} ({reason})",
+            self.slices,
+            self.run,
+        )
+
+    def _weighed(self) -> list[tuple[Location, float | None]]:
+        """Every model with its weight; None where the method, or each tensor, has its own."""
+        by_model = [model.weight for model in self.config.models]
+        weights: list[float | None] = [*self.weights]
+        if self.slices or not self.config.takes_weights:
+            weights = [None] * len(self.models)
+        elif any(weight is not None for weight in by_model):
+            weights = [
+                float(weight) if isinstance(weight, (int, float)) else None for weight in by_model
+            ]
+        return list(zip(self.models, weights, strict=True))
 
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
         paths = (*self.models, *([self.base] if self.base else []))
         fingerprints = {str(path): input_fingerprint(path) for path in paths}
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
+        if self.run:
+            fingerprints["run"] = fingerprint(to_plain(self.run))
         fingerprints |= method_fingerprint(self.config)
         fingerprints |= {name: fingerprint(text) for name, text in records.items()}
         return stage_manifest("merge", same_bytes(self.config), fingerprints)
@@ -185,6 +226,7 @@ def prepare_merge(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
+    run: RunFacts | None = None,
 ) -> PreparedMerge:
     """Checks everything that headers and configs tell, before a byte is written.
 
@@ -195,13 +237,14 @@ def prepare_merge(
         config: method and engine options.
         slices: as in ``read_inputs``.
         companions: as in ``read_inputs``.
+        run: the run whose branches the models are, for the model card.
 
     Raises:
         InputError: see ``read_inputs`` and ``fit_memory``.
     """
     inputs = read_inputs(models, weights, base, config, slices, companions)
     config = replace(config, chunk_kib=fit_memory(inputs, config))
-    return PreparedMerge(tuple(models), tuple(weights), base, config, inputs, tuple(slices))
+    return PreparedMerge(tuple(models), tuple(weights), base, config, inputs, tuple(slices), run)
 
 
 def same_bytes(config: MergeConfig) -> MergeConfig:

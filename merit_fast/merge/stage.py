@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import STAGE_FILE
-from merit_fast.merge.combine.weights import Weights, resolve_weights
+from merit_fast.merge.combine.weights import (
+    Weights,
+    resolve_weights,
+    settle_weights,
+    weights_reason,
+)
 from merit_fast.merge.config import MergeConfig, config_of
 from merit_fast.merge.in_memory.loading import checked_device
+from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
 from merit_fast.merge.read.files import is_directory
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
 from merit_fast.merge.read.slices import Slice
+from merit_fast.merge.write.card import RunFacts
 from merit_fast.merge.write.shards import Share
 from merit_fast.merge.write.upload import check_output
 from merit_fast.progress import Progress, SilentProgress
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 _OF_FILES = ("shard_size", "stats", "checksum", "fsync")
 
 
+@options_named("python")
 def merge_models(  # noqa: PLR0913
     models: Sequence[Location | str],
     /,
@@ -38,6 +46,7 @@ def merge_models(  # noqa: PLR0913
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
     records: Mapping[str, str] | None = None,
+    run: RunFacts | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Merges checkpoints into the directory ``out``.
@@ -50,7 +59,8 @@ def merge_models(  # noqa: PLR0913
     Args:
         models: K checkpoint directories or fsspec URLs, or LoRA adapters on the base.
         weights: K numbers, divided by their sum unless ``normalize=False``; "uniform"; "tokens" or
-            "samples" from each branch.json. None: ``config.weights``.
+            "samples" from each branch.json; "auto": "tokens" where every model has a branch.json,
+            "uniform" where none has. None: ``config.weights``, by default "auto".
         base: theta_0's directory, for methods that need it.
         out: absent, or an earlier output of merit-fast, which is replaced when the new one is
             whole.
@@ -62,10 +72,12 @@ def merge_models(  # noqa: PLR0913
         slices: as in ``read_inputs``.
         companions: as in ``read_inputs``.
         records: names and texts of files to write next to the weights.
+        run: the run whose branches the models are, for the model card.
         options: fields of ``MergeConfig``, in place of ``config``.
 
     Returns:
-        JSON-ready: weights and coefficients; bytes in and out; memory of the engine's buffers.
+        JSON-ready: weights and coefficients, and why they are so; the dtype and its reason; bytes
+        in and out; memory of the engine's buffers.
 
     Raises:
         InputError: an option or a directory breaks a rule; ``out`` is an input or not ours.
@@ -79,9 +91,11 @@ def merge_models(  # noqa: PLR0913
     if not 1 <= share[0] <= share[1]:
         raise InputError(f"merge: share: must be 1 to n of n, got {share[0]}/{share[1]}")
     check_paths([*paths, *([start] if start else [])], out)
+    reason = weights_reason(paths, config)
+    config = settle_weights(paths, config)
     numbers = resolve_weights(paths, config)
-    merge = prepare_merge(paths, numbers, start, config, slices, companions)
-    summary = merge.summary(out)
+    merge = prepare_merge(paths, numbers, start, config, slices, companions, run)
+    summary = merge.summary(out) | {"weights_reason": reason}
     if dry_run:
         return summary
     if isinstance(out, RemotePath):
@@ -91,6 +105,7 @@ def merge_models(  # noqa: PLR0913
     return summary | {"finished": finished}
 
 
+@options_named("python")
 def load_merged(
     models: Sequence[Location | str],
     /,
@@ -145,6 +160,7 @@ def merge_branches(
     directory: Path,
     config: MergeConfig,
     progress: Progress,
+    run: RunFacts | None = None,
 ) -> None:
     """Merges ``models`` into an output directory that is still under its temporary name.
 
@@ -155,11 +171,12 @@ def merge_branches(
         directory: it exists; shards that an interrupted run finished are kept.
         config: method and engine options.
         progress: receives progress.
+        run: the run whose branches the models are, for the model card.
 
     Raises:
         InputError, MeritFastError: as ``merge_models``.
     """
-    prepare_merge(models, weights, base, config).write_into(directory, progress)
+    prepare_merge(models, weights, base, config, run=run).write_into(directory, progress)
 
 
 def check_paths(inputs: Sequence[Location], out: Location) -> None:

@@ -6,7 +6,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merit_fast.errors import InputError, show
@@ -20,6 +20,7 @@ def option(
     form: str | None = None,
     choices: Sequence[str] = (),
     omit_default: bool = False,
+    spellings: Mapping[str, str] | None = None,
 ) -> Any:
     """Declares a dataclass field with its help text.
 
@@ -31,6 +32,7 @@ def option(
         choices: words that ``--help`` lists, where the annotation does not spell them out.
         omit_default: whether ``to_plain`` leaves the field out while it has its default, so that
             fingerprints of older files stay as they are.
+        spellings: other words for the field's words, which ``parse`` replaces: {bfloat16: bf16}.
     """
     if isinstance(default, list):
         default = tuple(default)
@@ -40,6 +42,7 @@ def option(
         "form": form,
         "choices": tuple(choices),
         "omit_default": omit_default,
+        "spellings": dict(spellings or {}),
     }
     return dataclasses.field(default=default, metadata=metadata)
 

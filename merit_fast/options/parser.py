@@ -42,7 +42,7 @@ def parse(cls: type[T], values: Any, where: str, key: str = "") -> T:
             raise InputError(f"{where}: {_join(key, name)}: unknown key{nearest}")
     hints = typing.get_type_hints(cls)
     parsed = {
-        name: _convert(hints[name], value, where, _join(key, name))
+        name: _convert(hints[name], _spelled(fields[name], value), where, _join(key, name))
         for name, value in values.items()
     }
     for name, field in fields.items():
@@ -102,6 +102,12 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         except yaml.YAMLError:
             raise InputError(f"command line: {path}: {text!r} is not a YAML value") from None
     return result
+
+
+def _spelled(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """The value by the field's own word, where it is one of the field's other ``spellings``."""
+    spellings = field.metadata.get("spellings") or {}
+    return spellings.get(value, value) if isinstance(value, str) else value
 
 
 # ---- one value, by the kind of its annotation

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import TUNE_FILE, AuditManifest, TuneManifest
 from merit_fast.manifests.stages import AUDIT
-from merit_fast.merge import merge_branches, resolve_weights
+from merit_fast.merge import RunFacts, merge_branches, resolve_weights
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress
@@ -40,7 +40,10 @@ def merge_model(
         tuned = _tune_merge(name, directory, outputs, data, progress)
         config = config.filled(tuned.weights, tuned.scale)
     weights = resolve_weights(paths, config)
-    merge_branches(paths, weights, outputs.start, directory, config, progress)
+    facts = RunFacts(
+        outputs.config.model, outputs.split_manifest, name.partition(".")[0], is_stage=True
+    )
+    merge_branches(paths, weights, outputs.start, directory, config, progress, facts)
 
 
 def _tune_merge(

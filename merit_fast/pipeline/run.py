@@ -4,14 +4,14 @@ Stages meet only in files; ``outputs`` knows their paths and when they are up to
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import StageManifest, read_manifest, write_manifest
 from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
-from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES
+from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES, Stage
 from merit_fast.options.parser import to_plain
 from merit_fast.pipeline.adopt import adopt_branches
 from merit_fast.pipeline.arms import WARMUP, Branch, merit_steps
@@ -100,8 +100,19 @@ class Run:
         folder = self.outputs.folder(REPORT)
         return self._bring_up_to_date(folder, self.outputs.report, self._report)
 
+    def preflight(self, stages: Sequence[Stage] = STAGES) -> None:
+        """Checks what config, headers and rows tell about these stages; writes nothing.
+
+        Raises:
+            InputError: a later step would meet a broken rule.
+        """
+        from merit_fast.pipeline.preflight.checks import check_stages
+
+        check_stages(self.outputs, self.data, stages, self.progress)
+
     def all(self) -> dict[str, Any]:
-        """Runs all stages in order and returns ``summary()``."""
+        """Checks the whole run, runs all stages in order and returns ``summary()``."""
+        self.preflight()
         with self._upkeep.claim():
             for stage in STAGES:
                 method: Callable[[], bool] = getattr(self, stage.name)

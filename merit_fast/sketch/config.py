@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
 
 
@@ -39,6 +40,7 @@ class SketchConfig:
         "auto",
         "precision of the model's forward and backward pass; auto: bf16 where this machine "
         "multiplies it fast, else fp32",
+        spellings=SPELLINGS,
     )
 
     def __post_init__(self) -> None:

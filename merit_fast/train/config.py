@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
 
 
@@ -54,6 +55,7 @@ class TrainConfig:
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto",
         "dtype of the weights; bf16 keeps fp32 masters; auto: bf16 where the machine is fast at it",
+        spellings=SPELLINGS,
     )
     kernels: Literal["auto", "eager"] = option(
         "auto", "auto: norms, MLPs, positions and loss by our kernels; eager: none"

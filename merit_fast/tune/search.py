@@ -21,6 +21,7 @@ from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import TUNE_FILE, ScaleSearch, TuneManifest, WeightSearch
 from merit_fast.merge import MergeConfig, load_merged, resolve_weights
+from merit_fast.merge.option_names import OptionError, options_named
 from merit_fast.merge.parameters import Setting
 from merit_fast.merge.read.remote import Location
 from merit_fast.options.parser import to_plain
@@ -51,6 +52,7 @@ class TuneInputs:
     base: Location | None
 
 
+@options_named("yaml")
 def tune_merge(
     inputs: TuneInputs,
     examples: Sequence[Example],
@@ -77,7 +79,7 @@ def tune_merge(
         (directory / _LOSSES).unlink(missing_ok=True)
         return read_manifest(TuneManifest, directory / TUNE_FILE)
     if config.scale == "auto" and inputs.base is None:
-        raise InputError("merge: scale auto needs a base model; give --base")
+        raise OptionError("merge: scale auto needs a base model", "base", "give {}")
     if not examples:
         raise InputError("merge: scale auto and weights fit need held-out rows, got none")
     file = None if directory is None else directory / _LOSSES
@@ -108,7 +110,7 @@ def tune_merge(
 def starting_weights(
     models: Sequence[Location], config: MergeConfig, start: tuple[float, ...] = ()
 ) -> tuple[float, ...]:
-    """The weights before a search: ``start``, else for a fit those by the models' token counts.
+    """The weights before a search: ``start``, else for a fit those by token counts.
 
     For a fit they have sum 1.
 
@@ -118,7 +120,7 @@ def starting_weights(
     is_fit = config.weights == "fit"
     fixed_config = replace(
         config,
-        weights=start or ("tokens" if is_fit else config.weights),
+        weights=start or ("auto" if is_fit else config.weights),
         scale=1.0 if config.scale == "auto" else config.scale,
         normalize=is_fit or config.normalize,
     )

@@ -56,6 +56,7 @@ EXCEPTIONS = {("merit_fast.split.config", "merit_fast.sketch.config")}
 # Inside the large folders data flows down these lists: a line imports only the lines above it.
 INSIDE = {
     "merge": (
+        "option_names",
         "parameters",
         "rules",
         "table",
@@ -103,6 +104,7 @@ INSIDE = {
         "data",
         "merging",
         "upkeep",
+        "preflight",
         "run",
         "status",
         "clean",

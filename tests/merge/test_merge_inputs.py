@@ -15,6 +15,7 @@ from merit_fast.kernels import dispatch
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge import MergeConfig, merge_branches, merge_models, resolve_weights
+from merit_fast.merge.parameters import ModelSettings
 from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.progress import SilentProgress
 
@@ -35,12 +36,23 @@ def test_weights_from_branch_manifests(tmp_path):
     assert resolve_weights(models, MergeConfig(weights=(1.0, 3.0))) == [0.25, 0.75]
 
 
+def test_default_weights_are_equal_without_branch_manifests_and_refused_with_some(tmp_path):
+    with_counts = branch_manifest(tmp_path / "a", 30)
+    plain = [tmp_path / "b", tmp_path / "c"]
+    assert resolve_weights(plain, MergeConfig()) == [0.5, 0.5]
+    rule = "b, .*c: no branch.json with token counts here, but .*a has one; give merge.weights"
+    with pytest.raises(InputError, match=rule):
+        resolve_weights([plain[0], with_counts, plain[1]], MergeConfig())
+    settings = (ModelSettings(weight=1.0), ModelSettings(weight=3.0))
+    resolve_weights([plain[0], with_counts], MergeConfig(models=settings))  # they weigh themselves
+
+
 def test_weights_that_cannot_be_had(tmp_path):
     a, b = branch_manifest(tmp_path / "a", 30), branch_manifest(tmp_path / "b", 10, base="y")
     with pytest.raises(InputError, match="b/branch.json: start_fingerprint: must be x"):
         resolve_weights([a, b], MergeConfig())
-    with pytest.raises(InputError, match="has no branch.json .* --weights uniform"):
-        resolve_weights([a, tmp_path], MergeConfig())
+    with pytest.raises(InputError, match="has no branch.json .*; give merge.weights as uniform"):
+        resolve_weights([a, tmp_path], MergeConfig(weights="tokens"))
     with pytest.raises(InputError, match="must list 2 numbers, got 3"):
         resolve_weights([a, b], MergeConfig(weights=(1.0, 1.0, 1.0)))
     with pytest.raises(InputError, match="tokens must be positive"):

@@ -134,7 +134,8 @@ def test_files_are_those_of_the_first_model(tmp_path):
         name: file for file, parts in files.items() for name in parts
     }
     run(models[::-1], tmp_path / "single")
-    assert [file.name for file in (tmp_path / "single").iterdir()] == ["model.safetensors"]
+    files = sorted(file.name for file in (tmp_path / "single").iterdir())
+    assert files == ["README.md", "model.safetensors"]
 
 
 def test_dropping_keeps_the_index_right(tmp_path):

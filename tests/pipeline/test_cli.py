@@ -124,13 +124,17 @@ def test_merge_of_given_models(call, config_file, tmp_path, tiny_model):
         assert file.read_bytes()[-1000:] == (tmp_path / "merged" / file.name).read_bytes()[-1000:]
     scaled = ["--model", f"{tiny_model}:1", "--scale", "0.5"]
     code, out, err = call("merge", "merged", *scaled, "--base", tiny_model, "--dry-run")
-    assert code == 0 and "planned" in out and "+0.500000" in out, err
+    assert code == 0 and "planned" in out and "(coefficient +0.500000)" in out, err
     code, _, err = call("merge", "merged", *scaled)
     assert code == 2 and "needs a base model" in err
     code, _, err = call("merge", config_file, "--dry-run")
     assert code == 2 and "--dry-run, --base, --share and --validation go with --model" in err
-    code, _, err = call("merge", "again", "--model", tiny_model, "--model", tiny_model)
-    assert code == 2 and "has no branch.json" in err and not Path("again").exists()
+    same = ("merge", "again", "--model", tiny_model, "--model", tiny_model)
+    code, _, err = call(*same, "--weights", "tokens")
+    assert code == 2 and "no branch.json" in err and "give --weights as" in err
+    assert not Path("again").exists()
+    code, out, err = call(*same)
+    assert code == 0 and "equal, because no model has a branch.json" in out, err
     code, _, err = call("merge", tiny_model, "--model", f"{tiny_model}:1")
     assert code == 2 and "must not be one of the inputs" in err
     (tmp_path / "mine").mkdir()

@@ -71,7 +71,7 @@ def write(tmp_path, values):
         ({"train": {"dtype": "fp8"}}, "train.dtype: must be one of auto, bf16, fp32, got 'fp8'"),
         (
             {"merge": {"weights": "token"}},
-            "merge.weights: must be one of tokens, samples, uniform, fit or a list",
+            "merge.weights: must be one of auto, tokens, samples, uniform, fit or a list",
         ),
         ({"merge": {"weights": [1, "x"]}}, "merge.weights: must be"),
         (

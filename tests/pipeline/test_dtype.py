@@ -3,8 +3,11 @@
 import pytest
 import torch
 import yaml
+from support.merge.merges import load
+from support.runs import run_values
 
 from merit_fast import model
+from merit_fast.merge import load_merged
 from merit_fast.model import load_model, settle_dtype
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
@@ -65,3 +68,39 @@ def test_outputs_say_which_dtype_made_them_and_repeat_it_elsewhere(
     monkeypatch.setattr(model, "_cpu_multiplies_bf16", lambda cpuinfo: True)
     assert not Run(read_run_config(written)).sketch()  # up to date there, too
     assert Run(read_run_config(file)).sketch()  # the same YAML means another dtype here
+
+
+def test_bf16_branches_of_an_fp32_base_merge_by_every_entrance(
+    monkeypatch, tmp_path, tiny_model, tiny_mixture, call
+):
+    """tiny_model is fp32; branches that start from it are trained and saved in bf16."""
+    monkeypatch.chdir(tmp_path)
+    values = run_values(tiny_model, tiny_mixture)
+    values["train"] |= {"dtype": "bfloat16", "epochs": 1, "controls": {}}
+    file = tmp_path / "run.yml"
+    file.write_text(yaml.safe_dump(values))
+    for stage in ("sketch", "split", "train"):
+        getattr(Run(read_run_config(file)), stage)()
+    branches = [tmp_path / f"out/branches/merit-{group}" for group in range(2)]
+    dtypes = {tensor.dtype for path in branches for tensor in load(path).values()}
+    assert dtypes == {torch.bfloat16}
+
+    ties = ["merge.method=ties", "merge.density=0.5"]
+    for assignments in ([], ["merge.scale=0.5"], ties):
+        run = Run(read_run_config(file, assignments))
+        run.preflight()
+        assert run.merge()
+        merged = load(tmp_path / "out/merged/merit")
+        assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+        card = (tmp_path / "out/merged/merit/README.md").read_text()
+        assert "bf16 (the models' own; the base is fp32 and is read as it is)" in card
+        assert "| capitals |" in card and "merit-fast run config.yml" in card
+
+    flags = ("--method", "ties", "--density", "0.5")
+    code, out, err = call("merge", "again", "--run", "out", "--base", tiny_model, *flags)
+    assert code == 0 and "dtype: bf16, the models' own; the base is fp32" in out, err
+    again = load(tmp_path / "again")
+    assert all(torch.equal(again[name], tensor) for name, tensor in merged.items())
+    assert "| capitals |" in (tmp_path / "again/README.md").read_text()
+    loaded = load_merged(branches, base=tiny_model, method="ties", density=0.5).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in merged.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError, show
-from merit_fast.kernels.average.dtypes import DTYPES, SHORT_NAMES
+from merit_fast.kernels.average.dtypes import SHORT_NAMES, SPELLINGS
 from merit_fast.options.yaml import read_yaml
 
 _TOP = (
@@ -23,7 +23,7 @@ _TOP = (
 _TEXTS = ("tokenizer_source", "tokenizer", "chat_template")
 # Options of mergekit's command line that some files carry; mergekit does not read them there.
 _IDLE = ("lazy_unpickle", "lazy_loader", "low_cpu_memory", "clone_tensors", "read_to_gpu")
-_DTYPES = {DTYPES[name].torch_name: short for short, name in SHORT_NAMES.items()}
+_DTYPES = SPELLINGS | {short: short for short in SHORT_NAMES}
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class _Reader:
     def dtype_name(self, key: str, value: Any) -> str:
         name = str(value).removeprefix("torch.")
         if name not in _DTYPES:
-            raise self.error(key, f"must be one of {', '.join(_DTYPES)}, got {show(value)}")
+            raise self.error(key, f"must be one of {', '.join(SPELLINGS)}, got {show(value)}")
         return _DTYPES[name]
 
     def dtype_note(self, top: Mapping[str, Any]) -> tuple[str, ...]:

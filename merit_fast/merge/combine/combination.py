@@ -8,6 +8,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.parameters import BUILT_IN, SCALE, Layers, Setting
 from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.read.remote import Location
@@ -99,7 +100,7 @@ def _check_counts(
             reason = "missing=base"
         if config.stats:
             reason = "stats"
-        raise InputError(f"merge: {reason} needs a base model; give --base")
+        raise OptionError(f"merge: {reason} needs a base model", "base", "give {}")
 
 
 def _weighted_sums(

@@ -1,15 +1,18 @@
 """One weight per model, from options and branch.json."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.remote import Location
 
-Weights = Sequence[float] | Literal["tokens", "samples", "uniform"]
+Weights = Sequence[float] | Literal["auto", "tokens", "samples", "uniform"]
+_BRANCH_FILE = "branch.json"
 
 
 def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[float]:
@@ -22,8 +25,8 @@ def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[flo
             about their base; a list's length is wrong; weights or scale are still to be chosen.
     """
     require_numbers(config)
-    has_model_weights = any(model.weight is not None for model in config.models)
-    if config.weights == "uniform" or not config.takes_weights or has_model_weights:
+    config = settle_weights(models, config)
+    if config.weights == "uniform":
         raw = [1.0] * len(models)
     elif isinstance(config.weights, tuple):
         if len(config.weights) != len(models):
@@ -36,6 +39,45 @@ def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[flo
         return [count / sum(raw) for count in raw]  # counts are always normalised
     total = sum(raw) if config.normalize else 1.0
     return [weight / total for weight in raw]
+
+
+def settle_weights(models: Sequence[Location], config: MergeConfig) -> MergeConfig:
+    """Replaces weights ``auto``: ``tokens`` where every model has a branch.json, else ``uniform``.
+
+    Weights are ``uniform`` too where the method takes none, or ``config.models`` holds them.
+
+    Raises:
+        InputError: some models have a branch.json and others do not.
+    """
+    has_model_weights = any(model.weight is not None for model in config.models)
+    if not config.takes_weights or has_model_weights:
+        return replace(config, weights="uniform")
+    if config.weights != "auto":
+        return config
+    lacking = [model for model in models if not (model / _BRANCH_FILE).is_file()]
+    if len(lacking) == len(models):
+        return replace(config, weights="uniform")
+    if lacking:
+        having = next(model for model in models if model not in lacking)
+        names = ", ".join(map(str, lacking))
+        rule = f"{names}: no {_BRANCH_FILE} with token counts here, but {having} has one"
+        raise OptionError(rule, "weights", "give {} as uniform or as numbers")
+    return replace(config, weights="tokens")
+
+
+def weights_reason(models: Sequence[Location], config: MergeConfig) -> str:
+    """Where the weights come from, in one clause; see ``settle_weights`` for errors."""
+    settled = settle_weights(models, config).weights
+    if not config.takes_weights:
+        return f"none: method {config.method} takes no weights"
+    if any(model.weight is not None for model in config.models):
+        return "of each model's own settings"
+    if config.weights == "auto" and settled == "uniform":
+        return f"equal, because no model has a {_BRANCH_FILE} with token counts"
+    if isinstance(settled, tuple):
+        return "as given"
+    words = {"tokens": "token counts", "samples": "example counts"}
+    return f"{words[settled]} of each {_BRANCH_FILE}" if settled in words else "equal, as given"
 
 
 def require_numbers(config: MergeConfig) -> None:
@@ -51,16 +93,14 @@ def require_numbers(config: MergeConfig) -> None:
 def _branch_counts(models: Sequence[Location], unit: str) -> list[int]:
     branches = []
     for model in models:
-        if not (model / "branch.json").is_file():
-            raise InputError(
-                f"{model}: has no branch.json to take its {unit} from; give weights as a list, "
-                "or --weights uniform"
-            )
-        branches.append(read_manifest(BranchManifest, model / "branch.json"))
+        if not (model / _BRANCH_FILE).is_file():
+            rule = f"{model}: has no {_BRANCH_FILE} to take its {unit} from"
+            raise OptionError(rule, "weights", "give {} as uniform or as numbers")
+        branches.append(read_manifest(BranchManifest, model / _BRANCH_FILE))
     for model, branch in zip(models, branches, strict=True):
         if branch.start_fingerprint != branches[0].start_fingerprint:
             raise InputError(
-                f"{model / 'branch.json'}: start_fingerprint: must be "
+                f"{model / _BRANCH_FILE}: start_fingerprint: must be "
                 f"{branches[0].start_fingerprint} as in {models[0]}, "
                 f"got {branch.start_fingerprint}"
             )
@@ -68,6 +108,6 @@ def _branch_counts(models: Sequence[Location], unit: str) -> list[int]:
     for model, count in zip(models, counts, strict=True):
         if count <= 0:
             raise InputError(
-                f"{model / 'branch.json'}: {unit} must be positive to weigh the merge, got {count}"
+                f"{model / _BRANCH_FILE}: {unit} must be positive to weigh the merge, got {count}"
             )
     return counts

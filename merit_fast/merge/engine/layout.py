@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES
+from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -46,16 +47,19 @@ def lay_out(
     dtype: str | None,
     missing: str = "error",
     shard_bytes: int | None = None,
+    num_models: int | None = None,
 ) -> tuple[OutputFile, ...]:
     """Checks that the inputs fit together and decides the output's files.
 
     Args:
         checkpoints: the inputs; the output's files are those of the first.
-        base: replaces a tensor that an input lacks if ``missing`` is "base".
-        dtype: dtype of the output's float tensors ("BF16", "F16", "F32"). None: the inputs', which
+        base: replaces a tensor that an input lacks if ``missing`` is "base". Its float dtype does
+            not decide the output's, unless no model has a tensor of its own.
+        dtype: dtype of the output's float tensors ("BF16", "F16", "F32"). None: the models', which
             must then agree.
         missing: treatment of a tensor that some input lacks: "error", "base" or "drop".
         shard_bytes: most bytes of an output file. None: the first input's files.
+        num_models: the first inputs, which are models; another one is the base. None: all.
 
     Raises:
         InputError: a tensor is missing, extra, of another shape or dtype; names file, tensor, rule
@@ -66,10 +70,11 @@ def lay_out(
     for checkpoint in checkpoints:
         for name, entry in checkpoint.tensors.items():
             if name not in first.tensors and missing != "drop":
-                raise InputError(f"{entry.file}: {name}: is not in {first.path}{_HINT}")
+                raise _unmatched(f"{entry.file}: {name}: is not in {first.path}")
+    chosen = _Dtypes(checkpoints[:num_models], base, dtype)
     files = []
     for file, names in first.shards:
-        tensors = [_tensor(name, entries[name], dtype) for name in names if entries[name]]
+        tensors = [_tensor(name, entries[name], chosen) for name in names if entries[name]]
         if tensors:
             files.append(OutputFile(file, tuple(tensors)))
     if not files:
@@ -81,7 +86,49 @@ def lay_out(
     )
 
 
-_HINT = "; merge.missing says what to do"
+class _Dtypes:
+    """The dtype of each output tensor: the one asked for, else that of the models' own tensors."""
+
+    def __init__(
+        self, models: Sequence[Checkpoint], base: Checkpoint | None, asked: str | None
+    ) -> None:
+        self.models = models
+        self.base = base
+        self.asked = asked
+        tensors = [entry for model in models for entry in model.tensors.values()]
+        self.common = {entry.dtype for entry in tensors if is_float(entry)}
+
+    def of(self, name: str, entries: Sequence[TensorEntry]) -> str:
+        """The output's dtype of a float tensor that is made of these entries.
+
+        Raises:
+            InputError: the models' own dtypes differ, or are 8-bit codes, and none is asked for.
+        """
+        if self.asked:
+            return self.asked
+        listed = [model.tensors[name] for model in self.models if name in model.tensors]
+        own = [entry for entry in listed if not self._is_of_base(entry)]
+        if not listed and len(self.common) == 1:
+            dtype = next(iter(self.common))
+        else:
+            dtype = (own or entries)[0].dtype
+        for other in own:
+            if other.dtype != dtype:
+                rule = f"{other.file}: {name}: dtype must be {dtype} as in {own[0].file}"
+                raise OptionError(f"{rule}, got {other.dtype}", "dtype", "{} chooses one")
+        if dtype in FP8_DTYPES:
+            rule = f"{(own or entries)[0].file}: {name}: is {dtype}"
+            raise OptionError(rule, "dtype", "{} must choose the output's dtype")
+        return dtype
+
+    def _is_of_base(self, entry: TensorEntry) -> bool:
+        """Whether a model takes the tensor from the base, as adapters do."""
+        start = self.base.tensors.get(entry.name) if self.base else None
+        return start is not None and (start.file, start.offset) == (entry.file, entry.offset)
+
+
+def _unmatched(rule: str) -> OptionError:
+    return OptionError(rule, "missing", "{} says what to do")
 
 
 def index_text(
@@ -134,12 +181,12 @@ def _entries(
         if entry is None:
             where = checkpoint.path / INDEX_FILE
             where = where if where.exists() else checkpoint.path / SINGLE_FILE
-            raise InputError(f"{where}: {name}: is missing, {checkpoints[0].path} has it{_HINT}")
+            raise _unmatched(f"{where}: {name}: is missing, {checkpoints[0].path} has it")
         chosen.append(entry)
     return tuple(chosen)
 
 
-def _tensor(name: str, entries: Sequence[TensorEntry], dtype: str | None) -> OutputTensor:
+def _tensor(name: str, entries: Sequence[TensorEntry], dtypes: _Dtypes) -> OutputTensor:
     first = entries[0]
     for other in entries[1:]:
         both_float = is_float(first) and is_float(other)
@@ -147,19 +194,13 @@ def _tensor(name: str, entries: Sequence[TensorEntry], dtype: str | None) -> Out
             ("shape", first.shape, other.shape),
             ("dtype", first.dtype, other.dtype),
         ):
-            if mine != theirs and not (rule == "dtype" and both_float and dtype):
-                hint = "; merge.dtype chooses one" if rule == "dtype" and both_float else ""
+            if mine != theirs and not (rule == "dtype" and both_float):
                 raise InputError(
                     f"{other.file}: {name}: {rule} must be {_text(mine)} as in {first.file}, got "
-                    f"{_text(theirs)}{hint}"
+                    f"{_text(theirs)}"
                 )
-    if first.dtype in FP8_DTYPES and dtype is None:
-        raise InputError(
-            f"{first.file}: {name}: is {first.dtype}; merge.dtype must choose the output's dtype"
-        )
-    return OutputTensor(
-        name, dtype if dtype and is_float(first) else first.dtype, first.shape, tuple(entries)
-    )
+    dtype = dtypes.of(name, entries) if is_float(first) else first.dtype
+    return OutputTensor(name, dtype, first.shape, tuple(entries))
 
 
 def _cut(tensors: Sequence[OutputTensor], shard_bytes: int) -> tuple[OutputFile, ...]:

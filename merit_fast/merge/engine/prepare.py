@@ -1,12 +1,12 @@
 """Decisions before a merge writes: checked headers, the method's rules, the plan, the memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES
+from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
@@ -14,7 +14,7 @@ from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
 from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry
-from merit_fast.merge.read.companions import check_configs, list_companions
+from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.decoded import (
     DecodedEntry,
     is_adapter,
@@ -40,6 +40,8 @@ class Inputs:
     files: tuple[OutputFile, ...]
     companions: Location
     dequantized: bool
+    models: tuple[Location, ...]
+    base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
 
     @property
     def bytes_read(self) -> int:
@@ -50,6 +52,28 @@ class Inputs:
             for tensor in file.tensors
             for entry in tensor.inputs
         )
+
+    @property
+    def dtypes(self) -> str:
+        """The output's float dtypes in words such as "bf16", most common first."""
+        tensors = [tensor for file in self.files for tensor in file.tensors]
+        return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
+
+
+def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
+    """Why the output has its dtype, in one clause."""
+    if config.dtype:
+        return "as asked for"
+    is_lent = bool(base) and all(is_adapter(path) for path in inputs.models)
+    reason = "the base's own: all models are adapters" if is_lent else "the models' own"
+    base_dtypes = inputs.base_dtypes
+    if base_dtypes and base_dtypes != inputs.dtypes:
+        reason += f"; the base is {base_dtypes} and is read as it is"
+    return reason
+
+
+def _dtype_words(tensors: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(SPELLINGS.get(name, name) for name in output_dtypes(tensors)) or "no float"
 
 
 def read_inputs(
@@ -90,11 +114,23 @@ def read_inputs(
         checkpoints.append(base_checkpoint)
     shard_bytes = parse_bytes("shard_size", config.shard_size) if config.shard_size else None
     dtype = SHORT_NAMES[config.dtype] if config.dtype else None
-    files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes)
+    files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models))
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
     dequantized = any(entry.dtype in FP8_DTYPES for tensor in tensors for entry in tensor.inputs)
-    return Inputs(combination, tuple(checkpoints), files, companions, dequantized)
+    base_dtypes = ""
+    if base_checkpoint:
+        entries = base_checkpoint.tensors.values()
+        base_dtypes = _dtype_words((value_dtype(e), e.num_elements) for e in entries)
+    return Inputs(
+        combination,
+        tuple(checkpoints),
+        files,
+        companions,
+        dequantized,
+        tuple(models),
+        base_dtypes,
+    )
 
 
 def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:

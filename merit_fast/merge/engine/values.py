@@ -3,16 +3,15 @@
 import numpy as np
 import numpy.typing as npt
 
-from merit_fast.errors import InputError
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
+from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.read.decoded import DecodedEntry, Scales
 
 Array = npt.NDArray[np.float64]
-_ALLOW = "; merge.allow_nonfinite=true writes it anyway"
 
 
 def float8_table(dtype: str) -> Array:
@@ -76,17 +75,17 @@ def finite(array: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray((array & 0x7F80) != 0x7F80 if dtype == "BF16" else np.isfinite(array))
 
 
-def nonfinite_error(segment: Segment, chunk: int, step: int, files: OpenFiles) -> InputError:
+def nonfinite_error(segment: Segment, chunk: int, step: int, files: OpenFiles) -> OptionError:
     """An error about the first bad element of the chunk, with its tensor and its input."""
     count = min(step, segment.num_elements - chunk)
     for entry in segment.inputs:
         bad = np.flatnonzero(~finite(*values(entry, chunk, count, files)))
         if len(bad):
             name = segment.name_at(chunk + int(bad[0]))
-            return InputError(
-                f"{entry.file}: {name}: must be finite, holds NaN or infinity{_ALLOW}"
-            )
+            return _nonfinite(f"{entry.file}: {name}: must be finite, holds NaN or infinity")
     name = segment.name_at(chunk)
-    return InputError(
-        f"{segment.inputs[0].file}: {name}: the result overflows {segment.dtype}{_ALLOW}"
-    )
+    return _nonfinite(f"{segment.inputs[0].file}: {name}: the result overflows {segment.dtype}")
+
+
+def _nonfinite(rule: str) -> OptionError:
+    return OptionError(rule, "allow_nonfinite", "{} writes it anyway", "True")

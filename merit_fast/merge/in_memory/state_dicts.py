@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average import average_arrays, foreach_weighted_average
-from merit_fast.kernels.average.dtypes import DTYPES, FLOAT_DTYPES
+from merit_fast.kernels.average.dtypes import DTYPES, FLOAT_DTYPES, SHORT_NAMES
 from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.combine.weights import Weights, resolve_weights
 from merit_fast.merge.config import MergeConfig, config_of
+from merit_fast.merge.option_names import OptionError, options_named
 from merit_fast.merge.read.checkpoint import TensorEntry
 from merit_fast.merge.rules.function import FunctionRule, UserFunction
 from merit_fast.merge.rules.kinds import WeightedSum
@@ -20,9 +21,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Options that concern tensors in memory; the others concern files.
-_OPTIONS = ("weights", "normalize", "method", "scale", "parameters", "models", "allow_nonfinite")
+_OPTIONS = (
+    "weights",
+    "normalize",
+    "method",
+    "scale",
+    "parameters",
+    "models",
+    "dtype",
+    "allow_nonfinite",
+)
 
 
+@options_named("python")
 def merge_state_dicts(
     models: "Sequence[Mapping[str, Tensor]]",
     /,
@@ -43,18 +54,22 @@ def merge_state_dicts(
     Args:
         models: K mappings of the same names. A name's tensors have one shape and one device; float
             ones (bf16, fp16, fp32, fp64) are merged, all others must be equal and are copied.
-        weights: K numbers, divided by their sum unless ``normalize=False``, or "uniform".
+        weights: K numbers, divided by their sum unless ``normalize=False``, or "uniform", the
+            default.
         base: theta_0, for methods that need it, and for linear with a scale.
         config: method and parameters; None: made of ``options``.
-        options: method, scale, normalize, parameters, models, allow_nonfinite.
+        options: method, scale, normalize, parameters, models, dtype, allow_nonfinite.
 
     Returns:
-        The first mapping's names in its order, new tensors of its dtypes. Names that share a tensor
-        in every input share one in the result.
+        The first mapping's names in its order, new tensors in ``dtype``, by default the models'
+        own; the base's dtype does not count. Names that share a tensor in every input share one in
+        the result.
 
     Raises:
         InputError: names the model (by its number), the tensor and the broken rule.
     """
+    import torch
+
     config = config_of("merge_state_dicts", config, options, weights)
     _check_config(config)
     labels = [f"model {k}" for k in range(len(models))] + ["base"] * (base is not None)
@@ -69,10 +84,13 @@ def merge_state_dicts(
     labels = labels[: len(inputs)]
     merged: dict[str, Tensor] = {}
     sums: dict[tuple[torch.device, tuple[float, ...]], list[str]] = {}
+    chosen = _torch_dtype(SHORT_NAMES[config.dtype]) if config.dtype else None
     owners: dict[Any, str] = {}  # a tensor's identity in every input -> the first name that has it
     shared: dict[str, str] = {}
     for name in inputs[0]:
         tensors = _same_tensor(name, inputs, labels)
+        if chosen is None:
+            _check_dtypes(name, tensors[: len(models)], labels)
         owner = owners.setdefault(tuple(_identity(tensor) for tensor in tensors), name)
         if owner != name:
             shared[name] = owner
@@ -82,7 +100,7 @@ def merge_state_dicts(
             continue
         rule: Any = combination.rule(_entry(name, tensors[0]))
         if isinstance(rule, FunctionRule):
-            merged[name] = _call(rule, name, tensors, config.allow_nonfinite)
+            merged[name] = _call(rule, name, tensors, config.allow_nonfinite, chosen)
         else:
             sums.setdefault((tensors[0].device, rule), []).append(name)
     for other, label in zip(inputs[1:], labels[1:], strict=True):
@@ -90,7 +108,9 @@ def merge_state_dicts(
             raise InputError(f"{label}: {extra}: is not in model 0")
     for (_, coefficients), names in sums.items():
         columns = [[model[name] for name in names] for model in inputs]
-        merged |= zip(names, foreach_weighted_average(columns, coefficients), strict=True)
+        out = [torch.empty_like(t, dtype=chosen) for t in columns[0]] if chosen else None
+        averages = foreach_weighted_average(columns, coefficients, out)
+        merged |= zip(names, averages, strict=True)
     return {name: merged[shared.get(name, name)] for name in inputs[0]}
 
 
@@ -120,7 +140,11 @@ def _entry(name: str, tensor: "Tensor") -> TensorEntry:
 
 
 def _call(
-    rule: FunctionRule, name: str, tensors: "Sequence[Tensor]", allow_nonfinite: bool
+    rule: FunctionRule,
+    name: str,
+    tensors: "Sequence[Tensor]",
+    allow_nonfinite: bool,
+    chosen: "torch.dtype | None",
 ) -> "Tensor":
     import torch
 
@@ -129,11 +153,10 @@ def _call(
         tensor.detach().to("cpu", torch.float64).reshape(-1).numpy().copy() for tensor in tensors
     ]
     total = rule.combine(name, inputs, allow_nonfinite)
-    dtype = next(
-        name for name in FLOAT_DTYPES if getattr(torch, DTYPES[name].torch_name) == first.dtype
-    )
+    wanted = chosen or first.dtype
+    dtype = next(name for name in FLOAT_DTYPES if _torch_dtype(name) == wanted)
     out = average_arrays([total], [1.0], dtypes=["F64"], out_dtype=dtype, backend="eager")
-    return torch.from_numpy(out).view(first.dtype).reshape(first.shape).to(first.device)
+    return torch.from_numpy(out).view(wanted).reshape(first.shape).to(first.device)
 
 
 def _same_tensor(
@@ -172,10 +195,24 @@ def _same_tensor(
     return [model[name] for model in inputs]
 
 
+def _check_dtypes(name: str, models: "Sequence[Tensor]", labels: Sequence[str]) -> None:
+    """Raises InputError if the models' tensors of this name differ in dtype."""
+    first = models[0].dtype
+    for tensor, label in zip(models, labels, strict=False):
+        if tensor.dtype != first:
+            rule = f"{label}: {name}: dtype must be {first} as in model 0, got {tensor.dtype}"
+            raise OptionError(rule, "dtype", "{} chooses one")
+
+
 def _is_averaged(tensor: "Tensor") -> bool:
+    return tensor.dtype in [_torch_dtype(name) for name in FLOAT_DTYPES]
+
+
+def _torch_dtype(name: str) -> "torch.dtype":
     import torch
 
-    return tensor.dtype in [getattr(torch, DTYPES[name].torch_name) for name in FLOAT_DTYPES]
+    dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)
+    return dtype
 
 
 def _identity(tensor: "Tensor") -> tuple[object, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, FP8_DTYPES
+from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.adapter import ADAPTER_CONFIG, Adapter, LowRank, check_tied, read_adapter
 from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry, read_checkpoint
 from merit_fast.merge.read.files import quote, read_json
@@ -53,9 +54,8 @@ def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
     if not is_adapter(path):
         return _with_scales(read_checkpoint(path))
     if base is None:
-        raise InputError(
-            f"{path}: is an adapter and needs the model it was trained on; give --base"
-        )
+        rule = f"{path}: is an adapter and needs the model it was trained on"
+        raise OptionError(rule, "base", "give {}")
     adapter = read_adapter(path)
     check_tied(adapter, base)
     return _on_base(adapter, base)

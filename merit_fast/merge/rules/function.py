@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.errors import InputError, one_line
+from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.rules.values import Coefficients
 
 Array = npt.NDArray[np.float64]
@@ -75,11 +76,8 @@ class FunctionRule:
             values -= inputs[-1]
         result = self._call(name, values)
         if not allow_nonfinite and not np.isfinite(result).all():
-            raise self._error(
-                name,
-                "must return finite numbers, got NaN or infinity; "
-                "merge.allow_nonfinite=true writes them",
-            )
+            rule = self._error(name, "must return finite numbers, got NaN or infinity")
+            raise OptionError(str(rule), "allow_nonfinite", "{} writes them", "True")
         with np.errstate(over="ignore", invalid="ignore"):
             return inputs[-1] + self.scale * result if self.has_base else result
 

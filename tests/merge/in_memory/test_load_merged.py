@@ -63,8 +63,9 @@ def test_weights_mean_what_they_mean_on_the_command_line(branches):
     weight = twice.model.layers[0].mlp.up_proj.weight
     half = uniform.model.layers[0].mlp.up_proj.weight
     assert torch.equal(weight, 2 * half)
-    with pytest.raises(InputError, match="b0: has no branch.json to take its tokens from"):
-        load_merged(branches[:2])
+    assert_same_model(load_merged(branches[:2]), uniform)
+    with pytest.raises(InputError, match="b0: has no branch.json .*; give weights= as uniform"):
+        load_merged(branches[:2], "tokens")
 
 
 @pytest.mark.parametrize(
@@ -146,8 +147,8 @@ def test_a_head_that_comes_to_differ_from_its_embedding_is_kept(pair, tmp_path, 
         ({"method": "ties"}, "^load_merged: density: must be given for method ties"),
         (
             {"weights": "unifrm"},
-            "^load_merged: weights: must be one of tokens, samples, uniform, fit or a list, got "
-            "'unifrm'",
+            "^load_merged: weights: must be one of auto, tokens, samples, uniform, fit or a list, "
+            "got 'unifrm'",
         ),
         ({"weights": [1.0]}, "weights: must list 2 numbers, got 1"),
         (

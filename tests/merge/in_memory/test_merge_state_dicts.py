@@ -41,10 +41,33 @@ def test_state_dicts_step_from_a_base_and_share_what_is_shared():
     assert (
         torch.equal(merged["steps"], torch.arange(4)) and merged["steps"] is not models[0]["steps"]
     )
-    untied = merge_state_dicts(
-        [state(1), state(2, **{"head.weight": torch.zeros(5, 3)})], [0.5, 0.5]
-    )
+    head = torch.zeros(5, 3).bfloat16()
+    untied = merge_state_dicts([state(1), state(2, **{"head.weight": head})], [0.5, 0.5])
     assert untied["head.weight"] is not untied["a.weight"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_base_of_state_dicts_has_any_float_dtype(scale):
+    models = [state(1), state(2)]
+    base = {name: tensor.double() for name, tensor in state(3).items() if name != "steps"}
+    base["steps"] = torch.arange(4)
+    merged = merge_state_dicts(models, base=base, scale=scale)
+    for name in ("a.weight", "norm"):
+        mean = (models[0][name].double() + models[1][name].double()) / 2
+        expected = scale * mean + (1 - scale) * base[name]
+        assert merged[name].dtype == models[0][name].dtype
+        assert torch.equal(merged[name], expected.to(merged[name].dtype))
+
+
+def test_state_dicts_of_different_dtypes_need_one_by_name():
+    models = [state(1), {name: t.float() for name, t in state(2).items() if name != "steps"}]
+    models[1]["steps"] = torch.arange(4)
+    rule = "^model 1: a.weight: dtype must be torch.bfloat16 .*float32; dtype= chooses one$"
+    with pytest.raises(InputError, match=rule):
+        merge_state_dicts(models)
+    merged = merge_state_dicts(models, dtype="float16")
+    mean = (models[0]["norm"].double() + models[1]["norm"].double()) / 2
+    assert merged["norm"].dtype == torch.float16 and torch.equal(merged["norm"], mean.half())
 
 
 def test_parameters_of_live_models_are_merged_without_a_graph():

@@ -1,0 +1,251 @@
+"""README.md of a merged model: a model card from facts known when it is merged, the same bytes
+for any number of threads or processes.
+"""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merit_fast.manifests.io import read_manifest, tool_versions
+from merit_fast.manifests.schemas import TUNE_FILE, BranchManifest, SplitManifest
+from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.slices import Slice
+from merit_fast.options.parser import to_plain
+
+CARD_FILE = "README.md"
+_TAGS = ["merge", "merit"]
+_LIBRARY = "transformers"
+_OF_FILES = ("stats", "checksum")  # change no tensor
+_ELSEWHERE = ("weights", "method", "models", "dtype")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The run whose branches are merged. ``base``: its ``model`` key. ``arm``: the merged arm."""
+
+    base: str
+    split: SplitManifest
+    arm: str
+    is_stage: bool  # whether the run merges them itself; config.yml then lies next to the card
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """The merge that a card describes. ``config`` holds defaults for options that change no byte.
+
+    ``weights`` has None where the method takes no weights, or weighs each tensor by itself.
+    """
+
+    models: Sequence[Location]
+    weights: Sequence[float | None]
+    base: Location | None
+    config: MergeConfig
+    dtype: str  # one clause
+    slices: tuple[Slice, ...]
+    run: RunFacts | None
+
+
+def model_card(facts: CardFacts, directory: Path) -> str:
+    """The card's text. ``directory`` holds the finished output's other files."""
+    branches = [_branch(model) for model in facts.models]
+    parts = [
+        _front_matter(facts),
+        "# Merged model\n",
+        _opening(facts),
+        "## Models\n\n" + _model_table(facts, branches),
+        "## Method\n\n" + _method_text(facts, directory),
+    ]
+    if facts.slices:
+        parts.append("## Slices\n\n" + _slices_text(facts))
+    if facts.run:
+        parts.append("## Split\n\n" + _split_text(facts.run))
+    parts.append("## Reproduce\n\n" + _command_text(facts))
+    return "\n".join(parts)
+
+
+def labels_of(paths: Sequence[Location]) -> list[str]:
+    """Short names of models: a hub id, or a folder's name, with its parent's if not unique.
+
+    A card never shows the folders or buckets of those who made it.
+    """
+    names = [_label(path, 1) for path in paths]
+    places = zip(paths, names, strict=True)
+    return [_label(path, 2) if names.count(name) > 1 else name for path, name in places]
+
+
+def _label(path: Location, depth: int) -> str:
+    parts = path.resolve().parts if isinstance(path, Path) else tuple(path.path.split("/"))
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    return "/".join(parts[-depth:])
+
+
+def _front_matter(facts: CardFacts) -> str:
+    import yaml
+
+    base = [_base_label(facts)] if facts.base or facts.run else labels_of(facts.models)
+    values = {"base_model": base, "library_name": _LIBRARY, "tags": _TAGS}
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _base_label(facts: CardFacts) -> str:
+    if facts.run:
+        named = Path(facts.run.base).expanduser()
+        return labels_of([named])[0] if named.is_dir() else facts.run.base
+    return labels_of([facts.base])[0] if facts.base else ""
+
+
+def _opening(facts: CardFacts) -> str:
+    count = len(facts.models)
+    models = f"{count} model{'s' * (count != 1)}"
+    version = tool_versions()["merit_fast"]
+    base = _base_label(facts)
+    start = f" The models started from `{base}`." if base else ""
+    return (
+        f"A merge of {models} by the method `{facts.config.method}`, made with merit_fast "
+        f"{version}.{start}\n"
+    )
+
+
+def _branch(model: Location) -> BranchManifest | None:
+    file = model / "branch.json"
+    return read_manifest(BranchManifest, file) if file.is_file() else None
+
+
+def _model_table(facts: CardFacts, branches: Sequence[BranchManifest | None]) -> str:
+    header = ["model", "weight"]
+    if any(branches):
+        header += ["datasets", "examples", "target tokens", "steps"]
+    rows = []
+    names = labels_of(facts.models)
+    for name, weight, branch in zip(names, facts.weights, branches, strict=True):
+        row = [f"`{name}`", "" if weight is None else f"{weight:.6g}"]
+        if branch:
+            row += [", ".join(branch.datasets), f"{branch.num_examples:,}"]
+            row += [f"{branch.num_target_tokens:,}", f"{branch.steps:,}"]
+        rows.append(row + [""] * (len(header) - len(row)))
+    return _table(header, rows)
+
+
+def _method_text(facts: CardFacts, directory: Path) -> str:
+    config = facts.config
+    method = config.method_entry
+    formula = f": {method.result} ({method.source})" if method.result else ""
+    lines = [f"`{method.name}`{formula}\n"]
+    lines += [f"- `{name}`: {_value(value)}" for name, value in _parameters(config).items()]
+    lines.append(f"- dtype: {facts.dtype}; sums are taken in float64 and rounded once")
+    if (directory / TUNE_FILE).exists():
+        lines.append(f"- held-out rows chose weights or scale: `{TUNE_FILE}` has every loss")
+    return "\n".join(lines) + "\n"
+
+
+def _parameters(config: MergeConfig) -> dict[str, Any]:
+    """The method's numbers, and every option that is not at its default."""
+    method = config.method_entry
+    plain = to_plain(config)
+    taken = [name for name in plain if method.takes(name) and name != "weights"]
+    taken += ["normalize"] * (method.takes_weights and "normalize" not in taken)
+    changed = [name for name in _changed(config) if name not in (*taken, "parameters")]
+    shown = [name for name in (*taken, *changed) if name not in _ELSEWHERE]
+    values = {name: plain[name] for name in shown if plain[name] is not None}
+    by_model = {"models": plain["models"]} if config.models else {}
+    return values | (plain.get("parameters") or {}) | by_model
+
+
+def _slices_text(facts: CardFacts) -> str:
+    paths = list(dict.fromkeys([*facts.models, *([facts.base] if facts.base else [])]))
+    names = dict(zip(paths, labels_of(paths), strict=True))
+    rows = []
+    for each in facts.slices:
+        sources = [*each.sources, *([each.base] if each.base else [])]
+        rows.append(" + ".join(f"`{names[s.path]}` [{s.first}:{s.end}]" for s in sources))
+    return "".join(f"- {row}\n" for row in rows)
+
+
+def _split_text(run: RunFacts) -> str:
+    split = run.split
+    lines = [f"{len(split.datasets)} datasets in {split.groups} groups, arm `{run.arm}`"]
+    is_merit = run.arm == "merit"
+    known = (*split.control_arms, "merit")
+    if is_merit:
+        lines[0] += f", by the method `{split.method}`; gradients taken at {split.sketched_at}"
+    separation = split.separation
+    if is_merit and separation and separation.eta_squared is not None:
+        null = separation.null_mean
+        chance = "" if null is None else f", of random splits {null:.3f}"
+        lines[0] += f"; η² {separation.eta_squared:.3f}{chance}"
+    lines[0] += ".\n"
+    if run.arm in known:
+        groups = split.group_of(run.arm)
+        rows = [
+            [
+                row.name,
+                "all" if groups[row.name] < 0 else str(groups[row.name]),
+                f"{row.num_examples:,}",
+                f"{row.num_target_tokens:,}",
+            ]
+            for row in sorted(split.datasets, key=lambda row: (groups[row.name], row.name))
+        ]
+        lines.append(_table(["dataset", "group", "examples", "target tokens"], rows).rstrip("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def _command_text(facts: CardFacts) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in tool_versions().items())
+    where = "`config.yml` lies next to this file" if facts.run and facts.run.is_stage else ""
+    lines = [f"```sh\n{_command(facts)}\n```\n", *([where + ".\n"] if where else [])]
+    return "\n".join([*lines, f"Versions: {versions}.\n"])
+
+
+def _command(facts: CardFacts) -> str:
+    if facts.run and facts.run.is_stage:
+        return "merit-fast run config.yml"
+    if facts.slices:
+        return "merit-fast merge OUT --mergekit RECIPE.yml"
+    config = facts.config
+    words = ["merit-fast", "merge", "OUT"]
+    given = config.weights if isinstance(config.weights, tuple) else ()
+    for i, name in enumerate(labels_of(facts.models)):
+        words += ["--model", f"{name}:{given[i]!r}" if given else name]
+    if facts.base:
+        words += ["--base", labels_of([facts.base])[0]]
+    if isinstance(config.weights, str):
+        words += ["--weights", config.weights]
+    return " ".join([*map(shlex.quote, words), *_flags(config)])
+
+
+def _flags(config: MergeConfig) -> Iterator[str]:
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for name, value in _changed(config).items():
+        flag = fields[name].metadata["flag"] or "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            yield flag if value else flag.replace("--", "--no-", 1)
+        else:
+            yield f"{flag} {shlex.quote(_value(value))}"
+
+
+def _changed(config: MergeConfig) -> dict[str, Any]:
+    """Options of the tensors, weights not among them, that are not at their defaults."""
+    plain = to_plain(config)
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {
+        name: plain[name]
+        for name in plain
+        if name not in ("weights", *_OF_FILES) and getattr(config, name) != defaults[name]
+    }
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
+    )

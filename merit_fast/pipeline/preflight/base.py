@@ -1,0 +1,93 @@
+"""The base model before it is loaded: its kind, its size, and the kernels that it gets."""
+
+from pathlib import Path
+from typing import Any
+
+from merit_fast.errors import InputError, show
+from merit_fast.kernels import dispatch
+from merit_fast.manifests.stages import MERGE, SKETCH, TRAIN, Stage
+from merit_fast.merge.read.checkpoint import read_checkpoint
+from merit_fast.merge.read.decoded import is_float
+from merit_fast.merge.read.files import read_json
+from merit_fast.pipeline.config import RunConfig
+from merit_fast.progress import Progress
+
+# Ops of each stage that have no way around them.
+_OPS = {
+    SKETCH.name: ("flat_sketch", "linear_grad_sketch"),
+    TRAIN.name: ("adamw",),
+    MERGE.name: ("merge_files",),
+}
+
+
+def num_parameters(base: Path) -> int:
+    """Number of the base's parameters, from the headers of its files."""
+    tensors = read_checkpoint(base).tensors.values()
+    return sum(entry.num_elements for entry in tensors if is_float(entry))
+
+
+def check_architecture(base: Path) -> str:
+    """The base's ``model_type``, checked to be a causal language model of transformers.
+
+    Raises:
+        InputError: the installed transformers cannot load it as one.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    file = base / "config.json"
+    values = read_json(file)
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(
+            f"{file}: model_type: must be one that the installed transformers knows, "
+            f"got {show(model_type)}"
+        )
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        architectures = values.get("architectures")
+        raise InputError(
+            f"{file}: model_type: must be a causal language model, got {show(model_type)} "
+            f"(architectures: {show(architectures)})"
+        )
+    return str(model_type)
+
+
+def check_kernels(
+    config: RunConfig, model_type: str, stages: tuple[Stage, ...], progress: Progress
+) -> None:
+    """Checks that the backend somebody asked for can run; notes an unknown architecture.
+
+    Raises:
+        InputError: MERIT_FAST_BACKEND names a backend that cannot run an op of these stages here.
+    """
+    import torch
+
+    from merit_fast.patch.model import ARCHITECTURES
+
+    asked = dispatch.asked(None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for stage in stages if asked else ():
+        for op in _OPS.get(stage.name, ()):
+            where = "cpu" if stage == MERGE else device
+            reason = dispatch.unavailable(op, asked or "", where)
+            if reason:
+                raise InputError(f"MERIT_FAST_BACKEND: {asked!r} cannot run {op} here: {reason}")
+    if TRAIN in stages and config.train.kernels == "auto" and model_type not in ARCHITECTURES:
+        progress.note(
+            f"train.kernels: {model_type} is an architecture whose norms, MLPs and loss keep "
+            "transformers' own code"
+        )
+
+
+def check_packing(base: Path, config: RunConfig, examples: Any) -> None:
+    """Checks that packed rows do not see each other in this model; loads it once.
+
+    Raises:
+        InputError: they do.
+    """
+    from merit_fast.model import load_model
+    from merit_fast.train.loss import choose_attention, require_packing
+
+    model = load_model(str(base), config.train.dtype)
+    choose_attention(model)
+    require_packing(model, examples)
