@@ -181,6 +181,24 @@ def resolve_model(path: str) -> Path:
         ) from None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a checkpoint's index names, or its only one.
+
+    Raises:
+        InputError: it has neither, or its index is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if (folder / "model.safetensors").exists():
+            return [folder / "model.safetensors"]
+        raise InputError(f"{folder}: has neither {index.name} nor model.safetensors")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: weight_map: must map tensors to files") from None
+    return [folder / Path(str(name)).name for name in sorted(names)]
+
+
 def model_fingerprint(folder: Path, file_hash: Callable[[Path], str] = checksum) -> str:
     """32 hex digits of a checkpoint: of its config, and of the whole of every weight file.
 

@@ -1,11 +1,11 @@
 """The command `merge`, of checkpoints, a run's branches, or a mergekit recipe. Imports no torch."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from merit_fast.cli.in_force import branches_in_force
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import manifest_text
 from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
@@ -34,17 +34,22 @@ def merge_command(  # noqa: PLR0913
     dry_run: bool = False,
     share: str | None = None,
     tune: Tune | None = None,
+    arm: str | None = None,
+    seed_index: int | None = None,
 ) -> dict[str, Any]:
     """Merges the models that ``models``, ``run`` or ``mergekit`` name into the directory ``out``.
 
     Args:
         models: DIR or DIR:WEIGHT each.
-        run: the output of `merit-fast run`: its MERIT branches by their token counts.
+        run: the output of `merit-fast run`: the branches of its split in force, by their token
+            counts.
         mergekit: a YAML recipe of mergekit.
         assignments: ``key=value`` of MergeConfig.
         dry_run: check and plan only.
         share: "i/n", this process's part of the output files.
         tune: chooses the scale or weights on held-out rows; None: there are none.
+        arm: the arm of ``run``; None: merit.
+        seed_index: the number of the seed in ``run``; None: the first.
 
     Returns:
         the summary of ``merge_models``, with "tuned" if rows chose a number.
@@ -55,6 +60,8 @@ def merge_command(  # noqa: PLR0913
     """
     if sum(source is not None for source in (models or None, run, mergekit)) != 1:
         raise InputError("command line: merge: give one of --model, --run and --mergekit")
+    if run is None and not (arm is None and seed_index is None):
+        raise InputError("command line: merge: --arm and --seed-index go with --run")
     number_and_count = _share(share)
     if mergekit is not None:
         from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit
@@ -72,7 +79,9 @@ def merge_command(  # noqa: PLR0913
     pairs = (
         [_split_weight(text) for text in models]
         if models
-        else [(p, None) for p in _branches(Path(run or ""))]
+        else [
+            (p, None) for p in branches_in_force(Path(run or ""), arm or "merit", seed_index or 0)
+        ]
     )
     paths = [path for path, _ in pairs]
     weights = _weights(pairs)
@@ -166,36 +175,6 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
         f"{summary['free_bytes']:,} free on disk"
     )
     return "\n".join(lines)
-
-
-def verify_command(directory: str, as_json: bool) -> None:
-    """Compares a model's files with the checksums of its index."""
-    from merit_fast.merge.write.shards import verify_checksums
-
-    sums = verify_checksums(Path(directory))
-    if as_json:
-        print(json.dumps({"verified": directory, "files": sums}))
-    else:
-        print(f"{directory}: {len(sums)} files agree with their checksums")
-
-
-def _branches(run: Path) -> list[Path]:
-    from merit_fast.manifests.io import read_manifest
-    from merit_fast.manifests.schemas import BranchManifest
-
-    manifests = [
-        (read_manifest(BranchManifest, file), file.parent)
-        for file in sorted(run.glob("branches/*/branch.json"))
-    ]
-    branches = sorted(
-        ((branch.group, path) for branch, path in manifests if branch.arm == "merit"),
-        key=lambda pair: pair[0],
-    )
-    if not branches:
-        raise InputError(
-            f"{run}: holds no branches/*/branch.json of the arm merit; run first: merit-fast train"
-        )
-    return [path for _, path in branches]
 
 
 def _split_weight(text: str) -> tuple[Location, float | None]:

@@ -8,15 +8,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from merit_fast.kernels.average import average_arrays
+from merit_fast.model import weight_files
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 def displacement(checkpoint: Path, base: Path) -> float:
     """|theta - theta_0| between two checkpoints of the same tensors, summed in float64."""
-    file_of = {
-        name: file for file in sorted(checkpoint.glob("*.safetensors")) for name in _names(file)
-    }
+    file_of = {name: file for file in weight_files(checkpoint) for name in _names(file)}
     total = 0.0
     for name, tensor in _tensors(base):
         with safe_open(file_of[name], framework="pt") as opened:
@@ -48,7 +47,7 @@ def _bits(tensor: Tensor):  # type: ignore[no-untyped-def]
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)

@@ -36,7 +36,8 @@ class Ledger:
     """run.json at the root of a run's output."""
 
     split: str = ""  # fingerprint of the split in force; "": none
-    branches: dict[str, dict[str, str]] = field(default_factory=dict)  # arm -> branch -> print
+    # Merge or single arm -> (directory in branches/, fingerprint that it must have) in order.
+    branches: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     command: str = "merit-fast {stage} CONFIG.yml"  # the command that makes a stage
     outputs: dict[str, OutputRecord] = field(default_factory=dict)  # path below the root -> record
     old: dict[str, OutputRecord] = field(default_factory=dict)  # replaced branches that are kept
@@ -121,6 +122,31 @@ def update_ledger(root: Path, change: Callable[[Ledger], Ledger]) -> Ledger:
         if after != before:
             write_manifest(after, root / LEDGER_FILE)
     return after
+
+
+def rewrite_file(root: Path, name: str, file: str, write: Callable[[], None]) -> None:
+    """Lets ``write`` replace one file of a finished output, whose records then hold the new one.
+
+    Args:
+        root: the run.
+        name: the output's path below it.
+        file: the file's path below the output.
+        write: replaces the file.
+    """
+    write()
+    directory = root / name
+    size, time, digest = file_record(directory / file)
+    manifest = read_manifest(StageManifest, directory / STAGE_FILE)
+    files = manifest.files | {file: (size, digest)}
+    write_manifest(replace(manifest, files=files), directory / STAGE_FILE)
+    stage_record = file_record(directory / STAGE_FILE)
+
+    def change(ledger: Ledger) -> Ledger:
+        record = ledger.outputs.get(name) or adopt(directory)
+        known = record.files | {file: (size, time, digest), STAGE_FILE: stage_record}
+        return with_output(ledger, name, replace(record, files=known))
+
+    update_ledger(root, change)
 
 
 def with_output(ledger: Ledger, name: str, record: OutputRecord | None) -> Ledger:

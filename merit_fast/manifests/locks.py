@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from merit_fast.errors import MeritFastError
+from merit_fast.errors import InputError
 
 LOCKS_FOLDER = ".locks"
 _GUARD = "guard"
@@ -25,7 +25,7 @@ _held: set[int] = set()  # descriptors of this process's locks
 _numbers = itertools.count()
 
 
-class LockedError(MeritFastError):
+class LockedError(InputError):
     """Another process works here."""
 
 
@@ -67,8 +67,20 @@ def claim(folder: Path, owner: Owner, what: Path | str) -> Iterator[None]:
 
     Raises:
         LockedError: a live process works here with another config.
+        InputError: the folder cannot be written.
     """
     mine = folder / f"{_OWNER}{owner.host}-{owner.pid}-{next(_numbers)}"
+    try:
+        descriptor = _claim(folder, mine, owner, what)
+    except OSError as error:
+        raise InputError(f"{what}: cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        _release(mine, descriptor)
+
+
+def _claim(folder: Path, mine: Path, owner: Owner, what: Path | str) -> int:
     with exclusive(folder / _GUARD):
         for other in owners(folder):
             if other.config != owner.config:
@@ -76,10 +88,7 @@ def claim(folder: Path, owner: Owner, what: Path | str) -> Iterator[None]:
         descriptor = _open_lock(mine)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         _write_owner(descriptor, owner)
-    try:
-        yield
-    finally:
-        _release(mine, descriptor)
+    return descriptor
 
 
 def owners(folder: Path) -> list[Owner]:
@@ -101,6 +110,11 @@ def owners(folder: Path) -> list[Owner]:
 def owner_of(lock: Path) -> Owner | None:
     """The live process that holds a lock of ``exclusive``; None if nobody does."""
     return _live_owner(lock)
+
+
+def stage_lock(root: Path, name: str) -> Path:
+    """The lock of one output of a run: only its holder writes the output."""
+    return root / LOCKS_FOLDER / f"stage-{name.replace('/', '+')}"
 
 
 @contextlib.contextmanager
@@ -138,11 +152,13 @@ def exclusive(lock: Path, owner: Owner | None = None, wait: bool = True) -> Iter
 
 def _open_lock(lock: Path) -> int:
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # another process removed the empty folder in between
-            continue
+        except (FileNotFoundError, FileExistsError):
+            if lock.parent.exists() and not lock.parent.is_dir():
+                raise
+            continue  # another process removed the empty folder in between
         _held.add(descriptor)
         return descriptor
 

@@ -11,6 +11,7 @@ from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest
 from merit_fast.manifests.ledger import Ledger, OutputRecord, adopt
 from merit_fast.manifests.stages import AUDIT, STAGES
 
+_SHOWN = 40  # characters of a value that the reason for a stage quotes
 State = Literal["up to date", "absent", "damaged", "other config", "foreign"]
 AGAIN = {
     "sketch": "sketching again",
@@ -78,9 +79,10 @@ def differences(old: Mapping[str, Any], new: StageManifest, old_inputs: Mapping[
     section = _SECTIONS[new.stage]
     before = _flat(old, section)
     after = _flat(new.config, section)
+    keys = dict.fromkeys((*before, *after))
     changed = [
-        f"{key} {show(before.get(key))} -> {show(after.get(key))}"
-        for key in dict.fromkeys((*before, *after))
+        _change(key, before.get(key), after.get(key))
+        for key in keys
         if before.get(key) != after.get(key)
     ]
     names = dict.fromkeys((*old_inputs, *new.inputs))
@@ -88,6 +90,19 @@ def differences(old: Mapping[str, Any], new: StageManifest, old_inputs: Mapping[
     if inputs:
         changed.append(f"{', '.join(inputs)} changed")
     return "; ".join(changed) or "made by another version of merit_fast"
+
+
+def replaced_keys(path: Path, manifest: StageManifest) -> str:
+    """Keys in which the output at ``path`` differs from ``manifest``; "" if there is none."""
+    if not (path / STAGE_FILE).exists():
+        return ""
+    try:
+        old = read_manifest(StageManifest, path / STAGE_FILE)
+    except InputError as error:
+        return str(error).removeprefix(f"{path}/")
+    if old.fingerprint == manifest.fingerprint:
+        return ""
+    return differences(old.config, manifest, old.inputs)
 
 
 def _record(directory: Path, recorded: OutputRecord | None) -> OutputRecord:
@@ -103,6 +118,11 @@ def _record(directory: Path, recorded: OutputRecord | None) -> OutputRecord:
 
 def _describe(name: str, damage: Damage) -> str:
     return f"{name}/{damage.file}: {damage.found}"
+
+
+def _change(key: str, before: Any, after: Any) -> str:
+    texts = show(before), show(after)
+    return f"{key} changed" if max(map(len, texts)) > _SHOWN else f"{key} {' -> '.join(texts)}"
 
 
 def _flat(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -77,6 +77,23 @@ class Outputs:
         command = self.command.format(stage=_RUN_BY[manifest.stage])
         raise MeritFastError(f"{found}; run first: {command}")
 
+    def expected(self) -> dict[Path, StageManifest]:
+        """Every output by its path; those after the split only if the split is up to date."""
+        expected = {self.folder(SKETCH): self.sketch, self.folder(SPLIT): self.split}
+        if self.config.split.warmup:
+            expected = {self.branch_path(WARMUP): self.branch(self.warmup), **expected}
+        if not self.records.check(self.folder(SPLIT), self.split.fingerprint).is_current:
+            return expected
+        for branch in self.plan.trained:
+            expected[self.branch_path(branch.name)] = self.branch(branch)
+        for name in self.plan.merges:
+            expected[self.merge_path(name)] = self.merge(name)
+        expected[self.folder(EVALUATE)] = self.evaluate
+        if self.config.evaluate.audit:
+            expected[self.folder(AUDIT)] = self.audit
+        expected[self.folder(REPORT)] = self.report
+        return expected
+
     def put_in_force(self, again: bool) -> None:
         """Writes the split in force and its branches into the ledger.
 
@@ -86,13 +103,12 @@ class Outputs:
             plan = self.plan
             members = plan.merges | {name: (name,) for name in plan.single}
             branches = {
-                model: {
-                    plan.owners[name]: self.branch(self.branches[name]).fingerprint
-                    for name in names
-                }
-                for model, names in members.items()
+                model: [self._in_force(name) for name in names] for model, names in members.items()
             }
             self.records.put_in_force(self.split.fingerprint, branches, self.command)
+
+    def _in_force(self, branch: str) -> tuple[str, str]:
+        return self.branch_path(branch).name, self.branch(self.branches[branch]).fingerprint
 
     # ---- the branches and their starts
     @functools.cached_property

@@ -1,6 +1,6 @@
 """The ledger of one configured run: reads and writes run.json, and answers what is up to date."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Records:
             return state
         self._hashed.add(name)
         known = ledger.old if name.startswith(OLD_BRANCHES) else ledger.outputs
-        if keep and state.record != known.get(name):
+        if keep and state.record is not None and state.record != known.get(name):
             self._put(name, state.record)
         return state
 
@@ -94,18 +94,25 @@ class Records:
             self.hashes.fresh = {}
 
     def put_in_force(
-        self, split: str, branches: Mapping[str, Mapping[str, str]], command: str
+        self, split: str, branches: Mapping[str, Sequence[tuple[str, str]]], command: str
     ) -> None:
-        """Records the split in force, and the fingerprint that each of its branches must have."""
-        planned = {arm: dict(names) for arm, names in branches.items()}
+        """Records the split in force, and each arm's branches with their fingerprints."""
+        planned = {arm: tuple(pairs) for arm, pairs in branches.items()}
         update_ledger(
             self.root,
             lambda ledger: replace(ledger, split=split, branches=planned, command=command),
         )
 
-    def _put(self, name: str, record: OutputRecord | None) -> None:
-        change = with_old if name.startswith(OLD_BRANCHES) else with_output
-        update_ledger(self.root, lambda ledger: change(ledger, name, record))
+    def _put(self, name: str, record: OutputRecord) -> None:
+        put = with_old if name.startswith(OLD_BRANCHES) else with_output
+
+        def change(ledger: Ledger) -> Ledger:
+            known = [*ledger.outputs.values(), *ledger.old.values()]
+            times = [r.seconds for r in known if r.fingerprint == record.fingerprint]
+            seconds = record.seconds or next((time for time in times if time is not None), None)
+            return put(ledger, name, replace(record, seconds=seconds))
+
+        update_ledger(self.root, change)
 
     def problem_note(self) -> str:
         """Why run.json is written again; "" if it is not."""

@@ -12,7 +12,14 @@ from merit_fast.manifests.directories import (
     recover_directory,
 )
 from merit_fast.manifests.io import StageManifest
-from merit_fast.manifests.locks import LOCKS_FOLDER, LockedError, claim, exclusive, this_process
+from merit_fast.manifests.locks import (
+    LOCKS_FOLDER,
+    LockedError,
+    claim,
+    exclusive,
+    stage_lock,
+    this_process,
+)
 from merit_fast.manifests.stages import SKETCH, TRAIN
 from merit_fast.manifests.state import AGAIN, OutputState, check_output, differences
 from merit_fast.pipeline.outputs import Outputs
@@ -48,10 +55,7 @@ class Upkeep:
             yield
             return
         with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(claim(root / LOCKS_FOLDER, self.owner, root))
-            except OSError as error:
-                raise InputError(f"{root}: cannot be written: {error.strerror}") from None
+            stack.enter_context(claim(root / LOCKS_FOLDER, self.owner, root))
             self._claims += 1
             stack.callback(self._unclaim)
             if note := self.records.problem_note():
@@ -107,14 +111,14 @@ class Upkeep:
                 path, manifest, keep_old=keep_old, keep_work=keep_work
             ) as directory:
                 work(directory)
-            self.records.add(path, time.perf_counter() - started)
             self._record_old(keep_old)
+            self.records.add(path, time.perf_counter() - started)
         return True
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         """Locks one output; waits for another process, or raises LockedError in any order."""
-        lock = self.outputs.root / LOCKS_FOLDER / f"stage-{name.replace('/', '+')}"
+        lock = stage_lock(self.outputs.root, name)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(exclusive(lock, self.owner, wait=False))
@@ -140,20 +144,22 @@ class Upkeep:
         """Brings back a branch that was replaced earlier, if all its bytes are there."""
         root = self.outputs.root
         name = self.records.name(path)
-        old = old_place(root, name, manifest.fingerprint)
-        if manifest.stage != TRAIN.name or not old.exists():
+        ledger = self.records.ledger()
+        known = [n for n, old in ledger.old.items() if old.fingerprint == manifest.fingerprint]
+        places = [*(root / n for n in known), old_place(root, name, manifest.fingerprint)]
+        old = next((place for place in places if place.exists()), None)
+        if manifest.stage != TRAIN.name or old is None:
             return False
         old_name = self.records.name(old)
-        ledger = self.records.ledger()
         earlier = check_output(root, old_name, manifest.fingerprint, ledger, whole=True)
         if not earlier.is_current:
             self.progress.note(f"{earlier.detail or old_name}: not taken up again")
             return False
         keep_old = self._keep(name, state)
         commit_directory(old, path, keep_old=keep_old)
-        self.records.remove(old_name)
+        self._record_old(keep_old)  # before its record at the old place is overwritten
         self.records.check(path, manifest.fingerprint, keep=True)
-        self._record_old(keep_old)
+        self.records.remove(old_name)
         self.progress.note(f"{name}: taken up again from {old_name}")
         return True
 

@@ -75,6 +75,7 @@ INSIDE = {
         "summed",
         "gradients",
         "sampling",
+        "reuse",
         "stage",
     ),
     "split": (
