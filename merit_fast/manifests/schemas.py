@@ -28,8 +28,8 @@ class SplitDataset:
 class GroupCount:
     """Separation of a split into ``groups`` groups.
 
-    Values are shares of the weighted sum of squares that lie between groups. None: not resolved,
-    because nothing varies beyond noise or noise moved the estimate out of [0, 1].
+    Values are shares of the weighted sum of squares that lie between groups, in [0, 1]. None: not
+    resolved, because nothing varies beyond noise or noise took the estimate far out of [0, 1].
     """
 
     groups: int

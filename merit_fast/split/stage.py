@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from merit_fast.split.moments import BlockProducts, block_products
 from merit_fast.split.search.methods import METHODS
 from merit_fast.split.separation import Separation, conflicting_pairs, pair_means
 from merit_fast.split.text_cluster import dataset_similarity
+
+_BEYOND = 0.1
 
 
 def split_mixture(  # noqa: PLR0913
@@ -59,9 +62,6 @@ def split_mixture(  # noqa: PLR0913
         states[0].require_same(state)
     mixture = _mixture(datasets, config, steps, texts)
     decision = decide_split(_products(states), mixture, config, num_controls)
-    conflict = decision.conflict
-    within, across = pair_means(conflict.cosine, decision.partition.labels)
-    conflicts = conflicting_pairs(conflict.surely_negative, decision.partition.labels)
     choices = config.filled()
     return SplitManifest(
         groups=decision.num_groups,
@@ -71,12 +71,7 @@ def split_mixture(  # noqa: PLR0913
         reason=decision.reason,
         note=decision.partition.note,
         sketched_at=sketched_at,
-        similarity=_json_matrix(conflict.cosine),
-        similarity_errors=_json_matrix(conflict.error),
-        negative_pair_fraction=conflict.negative_pair_fraction,
-        certain_negative_fraction=conflict.certain_negative_fraction,
-        within_cosine=_known(within),
-        across_cosine=_known(across),
+        **_pairs(decision),
         explained_variance=tuple(float(v) for v in decision.explained_variance),
         scores=tuple(tuple(map(float, row)) for row in decision.scores),
         score_errors=tuple(tuple(map(float, row)) for row in decision.score_errors),
@@ -90,11 +85,27 @@ def split_mixture(  # noqa: PLR0913
         base_fingerprint=base_fingerprint,
         start_fingerprint=states[0].identity.model_fingerprint,
         mixture_fingerprint=mixture_fingerprint,
-        sure_conflicts=sum(conflicts),
-        sure_conflicts_across=conflicts[1],
         unbalanced=decision.unbalanced,
         unbalanced_eta_squared=_share(decision.unbalanced_eta),
     )
+
+
+def _pairs(decision: Decision) -> dict[str, Any]:
+    """Fields of split.json on the pairs of datasets."""
+    conflict = decision.conflict
+    labels = decision.partition.labels
+    within, across = pair_means(conflict.cosine, labels)
+    conflicts = conflicting_pairs(conflict.surely_negative, labels)
+    return {
+        "similarity": _json_matrix(conflict.cosine),
+        "similarity_errors": _json_matrix(conflict.error),
+        "negative_pair_fraction": conflict.negative_pair_fraction,
+        "certain_negative_fraction": conflict.certain_negative_fraction,
+        "within_cosine": _known(within),
+        "across_cosine": _known(across),
+        "sure_conflicts": sum(conflicts),
+        "sure_conflicts_across": conflicts[1],
+    }
 
 
 def _products(states: Sequence[SketchState]) -> BlockProducts:
@@ -163,5 +174,8 @@ def _known(value: float) -> float | None:
 
 
 def _share(value: float) -> float | None:
-    """A share of one whole; None where an estimate is unknown or, by noise, outside [0, 1]."""
-    return value if 0 <= value <= 1 else None
+    """A share of one whole, moved into [0, 1] where its error took it a little beyond.
+
+    None where it is unknown or so far beyond that it is noise.
+    """
+    return min(max(value, 0.0), 1.0) if -_BEYOND <= value <= 1 + _BEYOND else None
