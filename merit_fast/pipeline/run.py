@@ -195,12 +195,17 @@ class Run:
 
         outputs = self.outputs
         options = report_options(self.config)
-        outputs.require(outputs.folder(EVALUATE), outputs.evaluate)
-        evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
+        reported = outputs.reported
+        evaluation = None
         audit = None
-        if options.audit:
-            outputs.require(outputs.folder(AUDIT), outputs.audit)
+        if EVALUATE in reported:
+            evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
+        else:
+            self.progress.note("report: of the split only; no evaluation of this config is there")
+        if AUDIT in reported:
             audit = read_manifest(AuditManifest, outputs.file(AUDIT))
+        elif options.audit and evaluation is not None:
+            self.progress.note("report: without an audit; no audit of this config is there")
         write_report(
             outputs.split_manifest,
             evaluation,
@@ -208,7 +213,7 @@ class Run:
             title=options.title,
             notes=options.notes,
             audit=audit,
-            tuned=read_tuned(outputs.root, evaluation),
+            tuned={} if evaluation is None else read_tuned(outputs.root, evaluation),
         )
 
     def _bring_up_to_date(

@@ -3,41 +3,108 @@
 A table is (columns, rows). The first column names the row, the others are right-aligned figures.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import mean, stdev
 
 from merit_fast.manifests.schemas import (
     ArmResult,
     AuditManifest,
+    Comparison,
     EvaluateManifest,
     SplitManifest,
     TuneManifest,
 )
+from merit_fast.report.measured import is_certain
 
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 ABSENT = "–"  # the figure was not measured, or the arm is not trained
 
-_RESULT_COLUMNS: tuple[tuple[str, Callable[[ArmResult], str]], ...] = (
-    ("loss", lambda result: f"{result.loss:z.3f}"),
-    ("exact match %", lambda result: f"{100 * result.exact_match:.1f}"),
-    ("text loss", lambda result: f"{result.text_loss:z.3f}"),
-    ("chat NLL", lambda result: f"{result.chat_nll:z.3f}"),
-    ("answer length", lambda result: f"{result.answer_length_tokens:.1f}"),
-    ("displacement", lambda result: f"{result.displacement:.2f}"),
-    ("trained tokens", lambda result: f"{result.num_tokens:,}" if result.num_tokens else ABSENT),
-    ("train s", lambda result: f"{result.train_s:,.1f}" if result.train_s else ABSENT),
-    (
+
+@dataclass(frozen=True)
+class _Column:
+    """One column of the results: a field of ArmResult and its text."""
+
+    heading: str
+    measure: str
+    show: Callable[[float], str]
+    spread: bool = True  # whether its mean over the random controls tells anything
+
+
+_RESULT_COLUMNS = (
+    _Column("loss", "loss", lambda value: f"{value:z.3f}"),
+    _Column("exact match %", "exact_match", lambda value: f"{100 * value:z.1f}"),
+    _Column("text loss", "text_loss", lambda value: f"{value:z.3f}"),
+    _Column("chat NLL", "chat_nll", lambda value: f"{value:z.3f}"),
+    _Column("answer length", "answer_length_tokens", lambda value: f"{value:.1f}"),
+    _Column("displacement", "displacement", lambda value: f"{value:.2f}"),
+    _Column("trained tokens", "num_tokens", lambda n: f"{n:,}" if n else ABSENT, False),
+    _Column("train s", "train_s", lambda value: f"{value:,.1f}" if value else ABSENT, False),
+    _Column(
         "peak GiB",
-        lambda result: (
-            f"{result.peak_memory_bytes / 2**30:.2f}" if result.peak_memory_bytes else ABSENT
-        ),
+        "peak_memory_bytes",
+        lambda value: f"{value / 2**30:.2f}" if value else ABSENT,
+        False,
     ),
 )
+_COMPARED = {column.measure: column for column in _RESULT_COLUMNS}
+_HIGHER_IS_BETTER = ("exact_match",)
 
 
 def results_rows(evaluation: EvaluateManifest) -> Table:
-    """One row per arm, in the manifest's order."""
-    return _result_table("arm", evaluation.arms)
+    """One row per arm, in the manifest's order, and the spread of several random controls.
+
+    A measure of an arm with several seeds is mean ± standard error.
+    """
+    columns, rows = _result_table("arm", evaluation.arms)
+    controls = [arm for arm in evaluation.arms if re.fullmatch(r"random\d*", arm)]
+    if len(controls) < 2:
+        return columns, rows
+    last = list(evaluation.arms).index(controls[-1]) + 1
+    return columns, (*rows[:last], _spread_row(evaluation, controls), *rows[last:])
+
+
+def _spread_row(evaluation: EvaluateManifest, controls: list[str]) -> tuple[str, ...]:
+    """Mean and standard deviation of each measure between the random controls."""
+    cells = [f"{len(controls)} random controls, mean ± deviation"]
+    for column in _RESULT_COLUMNS:
+        values = [float(getattr(evaluation.arms[arm], column.measure)) for arm in controls]
+        cells.append(
+            f"{column.show(mean(values))} ± {column.show(stdev(values))}"
+            if column.spread
+            else ABSENT
+        )
+    seeds = any(result.num_seeds > 1 for result in evaluation.arms.values())
+    return (*cells, *([ABSENT] if seeds else []))
+
+
+def comparison_rows(evaluation: EvaluateManifest) -> Table:
+    """One row per paired comparison, with its errors by row and by seed."""
+    columns = ("comparison", "measure", "difference", "± by row", "± by seed", "rows", "better")
+    rows = []
+    for row in evaluation.comparisons:
+        column = _COMPARED[row.measure]
+        errors = (row.item_error, row.seed_error)
+        rows.append(
+            (
+                f"{row.first} − {row.second}",
+                column.heading,
+                f"{'+' if row.difference > 0 else ''}{column.show(row.difference)}",
+                *(ABSENT if error is None else column.show(error) for error in errors),
+                f"{row.num_items:,}",
+                _better(row),
+            )
+        )
+    return columns, tuple(rows)
+
+
+def _better(row: Comparison) -> str:
+    if not is_certain(row):
+        return "not told apart"
+    higher = row.measure in _HIGHER_IS_BETTER
+    return row.first if (row.difference > 0) == higher else row.second
 
 
 def branch_rows(evaluation: EvaluateManifest) -> Table:
@@ -174,8 +241,20 @@ def percent(share: float) -> str:
 
 
 def _result_table(first_column: str, results: Mapping[str, ArmResult]) -> Table:
-    columns = (first_column, *(heading for heading, _ in _RESULT_COLUMNS))
+    seeds = any(result.num_seeds > 1 for result in results.values())
+    columns = (first_column, *(column.heading for column in _RESULT_COLUMNS))
     rows = tuple(
-        (name, *(show(result) for _, show in _RESULT_COLUMNS)) for name, result in results.items()
+        (
+            name,
+            *(_result_cell(result, column) for column in _RESULT_COLUMNS),
+            *([str(result.num_seeds)] if seeds else []),
+        )
+        for name, result in results.items()
     )
-    return columns, rows
+    return (*columns, "seeds") if seeds else columns, rows
+
+
+def _result_cell(result: ArmResult, column: _Column) -> str:
+    text = column.show(getattr(result, column.measure))
+    error = result.errors.get(column.measure)
+    return text if error is None else f"{text} ± {column.show(error)}"
