@@ -83,7 +83,7 @@ def _best(
     if row is None:
         return [f"{lowest}; {second} follows with {other:.3f}, a difference without an error bar."]
     if is_certain(row):
-        return [f"{lowest}: {_margin(row)} less than {second}."]
+        return [f"{lowest}: {_margin(row)} below {second}."]
     return [
         f"{lowest}, but {second} ({other:.3f}) cannot be told from it: "
         f"the difference is {_margin(row)}."

@@ -142,7 +142,7 @@ def balance_map(split: SplitManifest, steps: Sequence[int] | None = None) -> go.
 
 
 def dataset_map(split: SplitManifest) -> go.Figure:
-    """One line per dataset, in the order of ``group_order``: signal with error, stability, margin."""
+    """One line per dataset, in the order of ``group_order``: signal, stability, margin."""
     order = group_order(split)
     rows = [split.datasets[i] for i in order]
     panels: list[tuple[str, list[float], list[float | None] | None]] = [

@@ -176,21 +176,20 @@ def control_note(split: SplitManifest) -> str:
     return f"{controls} {drawn} of {others}: only {others} other {splits}."
 
 
-def pair_rows(split: SplitManifest) -> Table:
-    """The pairs with the lowest and the highest cosines, lowest first; all pairs of a few datasets.
+def pair_rows(split: SplitManifest) -> tuple[tuple[str, str, str, str], ...]:
+    """(name, name, groups, cosine) of the pairs with the lowest and the highest cosines.
 
-    A cosine is shown with its error, and at most 1 in size.
+    The lowest comes first; a few datasets show every pair. A cosine is shown with its error, and at
+    most 1 in size.
     """
-    columns = ("dataset", "group", "other dataset", "group", "cosine")
     pairs = sorted(known_pairs(split), key=lambda pair: (pair[2], pair[:2]))
     if len(pairs) > 2 * _LISTED_PAIRS:
         pairs = [*pairs[:_LISTED_PAIRS], *pairs[-_LISTED_PAIRS:]]
-    return columns, tuple(
+    return tuple(
         (
             split.datasets[i].name,
-            _short_group(split.datasets[i].group),
             split.datasets[j].name,
-            _short_group(split.datasets[j].group),
+            ", ".join(_short_group(split.datasets[k].group) for k in (i, j)),
             with_error(max(-1.0, min(1.0, cosine)), split.similarity_errors[i][j]),
         )
         for i, j, cosine in pairs

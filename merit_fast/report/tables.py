@@ -50,7 +50,6 @@ _RESULT_COLUMNS = (
     ),
 )
 _COMPARED = {column.measure: column for column in _RESULT_COLUMNS}
-_HIGHER_IS_BETTER = ("exact_match",)
 
 
 def results_rows(evaluation: EvaluateManifest) -> Table:
@@ -76,35 +75,33 @@ def _spread_row(evaluation: EvaluateManifest, controls: list[str]) -> tuple[str,
             if column.spread
             else ABSENT
         )
-    seeds = any(result.num_seeds > 1 for result in evaluation.arms.values())
-    return (*cells, *([ABSENT] if seeds else []))
+    return (*cells, *([ABSENT] if _seeds_differ(evaluation.arms) else []))
 
 
 def comparison_rows(evaluation: EvaluateManifest) -> Table:
-    """One row per paired comparison, with its errors by row and by seed."""
-    columns = ("comparison", "measure", "difference", "± by row", "± by seed", "rows", "better")
-    rows = []
-    for row in evaluation.comparisons:
-        column = _COMPARED[row.measure]
-        errors = (row.item_error, row.seed_error)
-        rows.append(
-            (
-                f"{row.first} − {row.second}",
-                column.heading,
-                f"{'+' if row.difference > 0 else ''}{column.show(row.difference)}",
-                *(ABSENT if error is None else column.show(error) for error in errors),
-                f"{row.num_items:,}",
-                _better(row),
-            )
-        )
-    return columns, tuple(rows)
+    """One row per two arms: first - second on each measure ± error by row ± error by seed.
+
+    A difference within two standard errors is in brackets.
+    """
+    measures = [key for key in _COMPARED if any(key == c.measure for c in evaluation.comparisons)]
+    found = {(row.first, row.second, row.measure): row for row in evaluation.comparisons}
+    pairs = list(dict.fromkeys((row.first, row.second) for row in evaluation.comparisons))
+    rows = tuple(
+        (f"{first} − {second}", *(_difference(found.get((first, second, m))) for m in measures))
+        for first, second in pairs
+    )
+    return ("comparison", *(_COMPARED[key].heading for key in measures)), rows
 
 
-def _better(row: Comparison) -> str:
-    if not is_certain(row):
-        return "not told apart"
-    higher = row.measure in _HIGHER_IS_BETTER
-    return row.first if (row.difference > 0) == higher else row.second
+def _difference(row: Comparison | None) -> str:
+    if row is None:
+        return ABSENT
+    show = _COMPARED[row.measure].show
+    errors = [
+        f" ± {show(error)}" for error in (row.item_error, row.seed_error) if error is not None
+    ]
+    text = f"{'+' if row.difference > 0 else ''}{show(row.difference)}{''.join(errors)}"
+    return text if is_certain(row) else f"({text})"
 
 
 def branch_rows(evaluation: EvaluateManifest) -> Table:
@@ -241,7 +238,7 @@ def percent(share: float) -> str:
 
 
 def _result_table(first_column: str, results: Mapping[str, ArmResult]) -> Table:
-    seeds = any(result.num_seeds > 1 for result in results.values())
+    seeds = _seeds_differ(results)
     columns = (first_column, *(column.heading for column in _RESULT_COLUMNS))
     rows = tuple(
         (
@@ -252,6 +249,10 @@ def _result_table(first_column: str, results: Mapping[str, ArmResult]) -> Table:
         for name, result in results.items()
     )
     return (*columns, "seeds") if seeds else columns, rows
+
+
+def _seeds_differ(results: Mapping[str, ArmResult]) -> bool:
+    return len({result.num_seeds for arm, result in results.items() if arm != "base"}) > 1
 
 
 def _result_cell(result: ArmResult, column: _Column) -> str:
