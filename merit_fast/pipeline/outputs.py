@@ -260,10 +260,22 @@ class Outputs:
 
     @property
     def report(self) -> StageManifest:
-        inputs = {"split": self.split.fingerprint, "evaluate": self.evaluate.fingerprint}
-        if self.config.evaluate.audit:
-            inputs["audit"] = self.audit.fingerprint
+        """The report of everything that is there: the split, and later results if up to date."""
+        inputs = {"split": self.split.fingerprint}
+        inputs |= {stage.name: manifest.fingerprint for stage, manifest in self.reported.items()}
         return stage_manifest(REPORT.name, report_options(self.config, self.plan.notes), inputs)
+
+    @property
+    def reported(self) -> dict[Stage, StageManifest]:
+        """The results after the split that are up to date, for the report."""
+        results = {EVALUATE: self.evaluate}
+        if self.config.evaluate.audit:
+            results[AUDIT] = self.audit
+        return {
+            stage: manifest
+            for stage, manifest in results.items()
+            if self.records.check(self.folder(stage), manifest.fingerprint).is_current
+        }
 
     def _merges_of(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.merge(name).fingerprint for name in names}
