@@ -36,11 +36,9 @@ def _recorded(folder: Path) -> dict[str, str] | None:
     """File -> hash of a run or an output of ours; None for any other directory."""
     if (folder / LEDGER_FILE).exists():
         ledger = read_ledger(folder)
-        sums = {}
+        sums: dict[str, str] = {}
         for name in ledger.outputs:
-            if (
-                folder / name
-            ).exists():  # a replaced output may be gone; what is there must be whole
+            if (folder / name).exists():  # a replaced output may be gone
                 checked = _check(folder, name, ledger)
                 sums |= {f"{name}/{file}": digest for file, digest in checked.items()}
         return sums

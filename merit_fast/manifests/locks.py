@@ -152,11 +152,13 @@ def exclusive(lock: Path, owner: Owner | None = None, wait: bool = True) -> Iter
 
 def _open_lock(lock: Path) -> int:
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # another process removed the empty folder in between
-            continue
+        except (FileNotFoundError, FileExistsError):
+            if lock.parent.exists() and not lock.parent.is_dir():
+                raise
+            continue  # another process removed the empty folder in between
         _held.add(descriptor)
         return descriptor
 

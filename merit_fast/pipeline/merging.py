@@ -80,7 +80,8 @@ def finished_merges(outputs: Outputs, names: Iterable[str]) -> "dict[str, Merged
             weights = read_manifest(TuneManifest, path / TUNE_FILE).weights
         else:
             weights = tuple(resolve_weights(outputs.merge_inputs(name), config))
-        merges[name] = MergedArm(path, outputs.plan.merges[name], weights)
+        branches = tuple(outputs.plan.owners[branch] for branch in outputs.plan.merges[name])
+        merges[name] = MergedArm(path, branches, weights)
     return merges
 
 
@@ -90,7 +91,7 @@ def audit_arms(directory: Path, outputs: Outputs, data: RunData, progress: Progr
 
     audits = audit_merges(
         finished_merges(outputs, outputs.plan.first_merges),
-        {name: outputs.branch_path(name) for name in outputs.branches},
+        {branch.name: outputs.branch_path(branch.name) for branch in outputs.plan.trained},
         outputs.start,
         data.reporting,
         data.pad_token_id,

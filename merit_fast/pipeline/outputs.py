@@ -81,8 +81,7 @@ class Outputs:
         """Every output by its path; those after the split only if the split is up to date."""
         expected = {self.folder(SKETCH): self.sketch, self.folder(SPLIT): self.split}
         if self.config.split.warmup:
-            warmup = self.branch(self.warmup)
-            expected = {self.branch_path(WARMUP): warmup, **expected}
+            expected = {self.branch_path(WARMUP): self.branch(self.warmup), **expected}
         if not self.records.check(self.folder(SPLIT), self.split.fingerprint).is_current:
             return expected
         for branch in self.plan.trained:
@@ -104,13 +103,12 @@ class Outputs:
             plan = self.plan
             members = plan.merges | {name: (name,) for name in plan.single}
             branches = {
-                model: [
-                    (plan.owners[name], self.branch(self.branches[name]).fingerprint)
-                    for name in names
-                ]
-                for model, names in members.items()
+                model: [self._in_force(name) for name in names] for model, names in members.items()
             }
             self.records.put_in_force(self.split.fingerprint, branches, self.command)
+
+    def _in_force(self, branch: str) -> tuple[str, str]:
+        return self.branch_path(branch).name, self.branch(self.branches[branch]).fingerprint
 
     # ---- the branches and their starts
     @functools.cached_property
@@ -262,10 +260,22 @@ class Outputs:
 
     @property
     def report(self) -> StageManifest:
-        inputs = {"split": self.split.fingerprint, "evaluate": self.evaluate.fingerprint}
-        if self.config.evaluate.audit:
-            inputs["audit"] = self.audit.fingerprint
+        """The report of everything that is there: the split, and later results if up to date."""
+        inputs = {"split": self.split.fingerprint}
+        inputs |= {stage.name: manifest.fingerprint for stage, manifest in self.reported.items()}
         return stage_manifest(REPORT.name, report_options(self.config, self.plan.notes), inputs)
+
+    @property
+    def reported(self) -> dict[Stage, StageManifest]:
+        """The results after the split that are up to date, for the report."""
+        results = {EVALUATE: self.evaluate}
+        if self.config.evaluate.audit:
+            results[AUDIT] = self.audit
+        return {
+            stage: manifest
+            for stage, manifest in results.items()
+            if self.records.check(self.folder(stage), manifest.fingerprint).is_current
+        }
 
     def _merges_of(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.merge(name).fingerprint for name in names}

@@ -42,6 +42,14 @@ class Plan:
         return [name for name in models if name not in self.merges]
 
     @property
+    def measured_arms(self) -> dict[str, tuple[str, ...]]:
+        """Arm -> its models, a branch by the name of its directory."""
+        return {
+            arm: tuple(self.owners.get(name, name) for name in names)
+            for arm, names in self.arms.items()
+        }
+
+    @property
     def first_merges(self) -> list[str]:
         """The merges of the first seed: each has the name of its arm."""
         return [name for name in self.merges if name in self.arms]
@@ -63,6 +71,9 @@ def make_plan(
     """
     members = _members(branches, config.train.seeds)
     same_as = _equal_arms(config, split, members, fingerprints)
+    notes = (*_control_notes(config, split), *_equal_notes(same_as, config))
+    if config.evaluate.interpolate:  # between the base and joint: joint has rows of its own
+        same_as.pop("joint", None)
     kept = {branch.name: branch for branch in branches if branch.arm not in same_as}
     owners: dict[str, str] = {}
     first: dict[str, str] = {}
@@ -78,7 +89,7 @@ def make_plan(
         arms={
             arm: tuple(seeded(arm, seed) for seed in seeds) for arm in arms if arm not in same_as
         },
-        notes=(*_control_notes(config, split), *_equal_notes(same_as)),
+        notes=notes,
     )
 
 
@@ -140,7 +151,10 @@ def _control_notes(config: RunConfig, split: SplitManifest) -> Iterator[str]:
         yield f"random: {count} of {wanted}: only {count} other balanced {splits}"
 
 
-def _equal_notes(same_as: Mapping[str, str]) -> Iterator[str]:
+def _equal_notes(same_as: Mapping[str, str], config: RunConfig) -> Iterator[str]:
     for owner in dict.fromkeys(same_as.values()):
         equal = [arm for arm, other in same_as.items() if other == owner]
-        yield f"{', '.join(equal)}: the same model as {owner}, trained and shown once"
+        once = "trained and shown once"
+        if "joint" in equal and config.evaluate.interpolate:
+            once = "trained once; joint is shown for its interpolations"
+        yield f"{', '.join(equal)}: the same model as {owner}, {once}"

@@ -14,7 +14,7 @@ from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
 from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES, Stage
 from merit_fast.options.parser import to_plain
 from merit_fast.pipeline.adopt import adopt_branches
-from merit_fast.pipeline.arms import WARMUP, Branch, merit_steps
+from merit_fast.pipeline.arms import WARMUP, Branch
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.merging import audit_arms, finished_merges, merge_model
@@ -176,7 +176,7 @@ class Run:
             num_controls=outputs.num_controls,
         )
         write_manifest(manifest, directory / SPLIT.file)
-        for line in split_lines(manifest, merit_steps(self.config, manifest, outputs.contents)):
+        for line in split_lines(manifest, self.data.branch_steps(manifest)):
             self.progress.note(line)
 
     def _train(self, branch: Branch) -> bool:
@@ -230,12 +230,13 @@ class Run:
 
         outputs = self.outputs
         plan = outputs.plan
-        branches = {name: outputs.branch_path(name) for name in plan.branches}
+        branches = {}
         for branch in plan.trained:
+            branches[branch.name] = outputs.branch_path(branch.name)
             outputs.require(branches[branch.name], outputs.branch(branch))
         merges = finished_merges(outputs, plan.merges)
         evaluate_arms(
-            EvaluatedModels(outputs.base, branches, merges, plan.arms),
+            EvaluatedModels(outputs.base, branches, merges, plan.measured_arms),
             self.data.reporting,
             self.data.tokenizer,
             self.data.pad_token_id,
@@ -252,15 +253,17 @@ class Run:
 
         outputs = self.outputs
         options = report_options(self.config, outputs.plan.notes)
-        outputs.require(outputs.folder(EVALUATE), outputs.evaluate)
-        evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
-        _ = finished_merges(
-            outputs, outputs.plan.first_merges
-        )  # their tune.json files are read below
+        reported = outputs.reported
+        evaluation = None
         audit = None
-        if options.audit:
-            outputs.require(outputs.folder(AUDIT), outputs.audit)
+        if EVALUATE in reported:
+            evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
+        else:
+            self.progress.note("report: of the split only; no evaluation of this config is there")
+        if AUDIT in reported:
             audit = read_manifest(AuditManifest, outputs.file(AUDIT))
+        elif options.audit and evaluation is not None:
+            self.progress.note("report: without an audit; no audit of this config is there")
         write_report(
             outputs.split_manifest,
             evaluation,
@@ -268,7 +271,7 @@ class Run:
             title=options.title,
             notes=options.notes,
             audit=audit,
-            tuned=read_tuned(outputs.root, evaluation),
+            tuned={} if evaluation is None else read_tuned(outputs.root, evaluation),
         )
 
     def _bring_up_to_date(

@@ -86,9 +86,9 @@ def gain_by_hand(summary):
 KILLS = [
     ("sketch.tmp/plurals.safetensors", 1),
     ("/split", 3),  # split.json and stage.json of split.tmp are written, the rename is missing
-    ("joint.tmp/resume.safetensors", 2),
     ("branches/merit-1", 2),
     ("branches/merit-1$", 1),  # everything is written, the rename is missing
+    ("joint.tmp/resume.safetensors", 2),
     ("merit.tmp/model-00002", 1),
     ("evaluate.tmp/joint.json", 1),
     ("report.tmp/report.html", 1),
