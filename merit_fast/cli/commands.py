@@ -92,6 +92,23 @@ def _options_of(stage: Stage) -> type[Any]:
     return options
 
 
+# ---- advise
+def _add_advise(parser: Parser) -> Work:
+    add_inputs(parser)
+
+    def work(arguments: Arguments) -> None:
+        from merit_fast.cli.advise import advise_command
+        from merit_fast.pipeline.config import read_run_config
+
+        file, assignments = split_inputs(arguments.inputs)
+        if file is None:
+            raise InputError("command line: advise: needs a CONFIG.yml")
+        config = read_run_config(file, assignments)
+        advise_command(config, progress_of(arguments), str(file), arguments.as_json)
+
+    return work
+
+
 # ---- merge, which also takes checkpoints without a run
 def _add_merge(parser: Parser) -> Work:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy multiplies no matrices here
@@ -229,6 +246,10 @@ def _add_doctor(parser: Parser) -> Work:
 COMMANDS: dict[str, Command] = {
     "run": Command(
         "Run every stage of CONFIG.yml. Skips finished stages, resumes interrupted ones.", _add_run
+    ),
+    "advise": Command(
+        "Sketch and split the mixture of CONFIG.yml, then advise for or against the split.",
+        _add_advise,
     ),
     **{stage.name: _stage_command(stage) for stage in STAGES},
     MERGE.name: Command(MERGE.purpose, _add_merge),  # keeps its place between train and evaluate

@@ -79,6 +79,7 @@ INSIDE = {
     ),
     "split": (
         "moments",
+        "student",
         "conflict",
         "search",
         "config",
