@@ -16,10 +16,12 @@ from merit_fast.manifests.schemas import (
 )
 from merit_fast.report import figures, split_figures, split_tables, style, tables
 from merit_fast.report.downloads import branch_steps, data_files, json_text
+from merit_fast.report.reasons import COSINE_NOTE, exceeds_one, shown_cosine
 from merit_fast.report.split_tables import group_name
 from merit_fast.report.summary import method_sentence, verdict
 
 TEMPLATE = "page.html.j2"
+_LISTED_PAIRS = 10  # at each end
 
 
 def render_page(
@@ -42,6 +44,7 @@ def render_page(
     """
     steps = branch_steps(split, evaluation)
     drawn = _figures(split, steps)
+    said = {data["advice"]["sentence"], *data["advice"]["reasons"]}
     environment = Environment(
         loader=PackageLoader("merit_fast.report", ""),
         autoescape=True,
@@ -57,7 +60,7 @@ def render_page(
         summary=_summary(split, evaluation),
         advice=data["advice"],
         measured=data["measured"],
-        verdict=[text for text in verdict(split) if text != data["advice"]["sentence"]],
+        verdict=[text for text in verdict(split, steps) if text not in said],
         control_note=data["split"]["control_note"],
         groups=split_tables.group_rows(split, steps),
         group_colors=[style.group_color(group) for group in range(split.groups)],
@@ -67,9 +70,11 @@ def render_page(
         ],
         separations=split_tables.separation_rows(split),
         datasets=split_tables.split_rows(split),
-        pairs=split_tables.pair_rows(split),
+        pairs=_pairs(split),
         known_pairs=len(split_tables.known_pairs(split)),
-        beyond_one=any(abs(cosine) > 1 for _, _, cosine in split_tables.known_pairs(split)),
+        within=split_tables.signed(split.within_cosine),
+        across=split_tables.signed(split.across_cosine),
+        cosine_note=COSINE_NOTE if exceeds_one(split) else "",
         unresolved=any(cosine is None for row in split.similarity for cosine in row),
         evaluation=None if evaluation is None else _evaluation(split, evaluation),
         audit=None if audit is None else tables.audit_rows(audit),
@@ -96,6 +101,25 @@ def _figures(split: SplitManifest, steps: list[int] | None) -> dict[str, Any]:
         "datasets": split_figures.dataset_map(split),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _pairs(split: SplitManifest) -> list[tuple[str, str, str, str]]:
+    """(name, name, groups, cosine) of the pairs with the lowest and the highest cosines.
+
+    The lowest comes first; a few datasets show every pair.
+    """
+    pairs = sorted(split_tables.known_pairs(split), key=lambda pair: (pair[2], pair[:2]))
+    if len(pairs) > 2 * _LISTED_PAIRS:
+        pairs = [*pairs[:_LISTED_PAIRS], *pairs[-_LISTED_PAIRS:]]
+    return [
+        (
+            split.datasets[i].name,
+            split.datasets[j].name,
+            ", ".join(split_tables.short_group(split.datasets[k].group) for k in (i, j)),
+            shown_cosine(cosine, split.similarity_errors[i][j]),
+        )
+        for i, j, cosine in pairs
+    ]
 
 
 def _evaluation(split: SplitManifest, evaluation: EvaluateManifest) -> dict[str, Any]:

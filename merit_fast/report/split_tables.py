@@ -8,7 +8,6 @@ from merit_fast.report.tables import ABSENT, Table, percent
 
 _SMALL = 0.1  # share of the median margin
 _MANY_SPLITS = 20  # from so many on, a random control is like any other
-_LISTED_PAIRS = 10  # at each end
 
 
 def group_name(group: int) -> str:
@@ -136,8 +135,8 @@ def split_rows(split: SplitManifest) -> Table:
     rows = tuple(
         (
             row.name,
-            _short_group(row.group),
-            *(_short_group(control[i]) for control in split.controls),
+            short_group(row.group),
+            *(short_group(control[i]) for control in split.controls),
             *(
                 f"{count:,}"
                 for count in (row.num_examples, row.num_target_tokens, row.num_sketched_examples)
@@ -157,7 +156,7 @@ def split_rows(split: SplitManifest) -> Table:
     return ("dataset", *counts, *figures, *axes), rows
 
 
-def _short_group(group: int) -> str:
+def short_group(group: int) -> str:
     return "all" if group < 0 else str(group)
 
 
@@ -174,26 +173,6 @@ def control_note(split: SplitManifest) -> str:
     controls = "The random control is" if drawn == 1 else f"The {drawn} random controls are"
     splits = "balanced split exists" if others == 1 else "balanced splits exist"
     return f"{controls} {drawn} of {others}: only {others} other {splits}."
-
-
-def pair_rows(split: SplitManifest) -> tuple[tuple[str, str, str, str], ...]:
-    """(name, name, groups, cosine) of the pairs with the lowest and the highest cosines.
-
-    The lowest comes first; a few datasets show every pair. A cosine is shown with its error, and at
-    most 1 in size.
-    """
-    pairs = sorted(known_pairs(split), key=lambda pair: (pair[2], pair[:2]))
-    if len(pairs) > 2 * _LISTED_PAIRS:
-        pairs = [*pairs[:_LISTED_PAIRS], *pairs[-_LISTED_PAIRS:]]
-    return tuple(
-        (
-            split.datasets[i].name,
-            split.datasets[j].name,
-            ", ".join(_short_group(split.datasets[k].group) for k in (i, j)),
-            with_error(max(-1.0, min(1.0, cosine)), split.similarity_errors[i][j]),
-        )
-        for i, j, cosine in pairs
-    )
 
 
 def with_error(value: float, error: float | None) -> str:
@@ -243,7 +222,8 @@ def known_pairs(split: SplitManifest) -> list[tuple[int, int, float]]:
 
 
 def signed(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:+z.3f}"
+    """A mean cosine; noise can carry the estimate beyond 1, which is shown as 1."""
+    return ABSENT if value is None else f"{max(-1.0, min(1.0, value)):+z.3f}"
 
 
 def _group_cosines(split: SplitManifest, group: int) -> tuple[float | None, float | None]:
