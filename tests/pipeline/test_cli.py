@@ -30,7 +30,11 @@ def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
         (["run", "run.yml", "other.yml"], "must be one CONFIG.yml"),
         (
             ["run", "run.yml", "model=/nowhere"],
-            "'/nowhere' is neither a directory nor an available hub id",
+            "model: /nowhere: must be a model's folder or a hub id; it is not there",
+        ),
+        (
+            ["run", "run.yml", "model=org/name"],
+            "model: org/name: not a folder, and the hub is switched off (HF_HUB_OFFLINE)",
         ),
         (["run", "run.yml", "output=run.yml"], "output: must be a directory, got the file run.yml"),
         (
