@@ -17,10 +17,12 @@ from merit_fast.cli.flags import (
     Parser,
     add_fields,
     add_inputs,
+    add_run_flags,
     assignments_of,
     rows_of,
 )
-from merit_fast.cli.stages import progress_of, run_all, run_stage, split_inputs
+from merit_fast.cli.keys import help_of_keys
+from merit_fast.cli.stages import progress_of, read_config, run_all, run_stage
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE, STAGES, Stage
 from merit_fast.progress import Progress
@@ -43,15 +45,12 @@ class Command:
 # ---- run and its stages
 def _add_run(parser: Parser) -> Work:
     add_inputs(parser)
+    add_run_flags(parser)
+    parser.ending = help_of_keys
 
     def work(arguments: Arguments) -> None:
-        from merit_fast.pipeline.config import read_run_config
-
-        file, assignments = split_inputs(arguments.inputs)
-        if file is None:
-            raise InputError("command line: run: needs a CONFIG.yml")
-        config = read_run_config(file, assignments)
-        run_all(config, progress_of(arguments), str(file), arguments.as_json)
+        file, config = read_config("run", arguments)
+        run_all(config, progress_of(arguments), str(file or "..."), arguments.as_json)
 
     return work
 
@@ -64,18 +63,7 @@ def _stage_command(stage: Stage) -> Command:
         if not stage.options:
             return lambda arguments: run_stage(stage, arguments, [])
         options = _options_of(stage)
-        parser.add_argument(
-            "--model", metavar="MODEL", help="base model: directory or hub id (key `model`)"
-        )
-        parser.add_argument(
-            "--dataset",
-            action="append",
-            metavar="NAME=PATH[,EVAL_PATH]",
-            help="one dataset and its held-out rows; repeat for each dataset (key `mixture`)",
-        )
-        parser.add_argument(
-            "--output", metavar="FOLDER", help="directory of all outputs (key `output`)"
-        )
+        add_run_flags(parser)
         add_fields(parser, options)
 
         def work(arguments: Arguments) -> None:

@@ -10,6 +10,7 @@ import sys
 from merit_fast import __version__
 from merit_fast.cli.commands import COMMANDS
 from merit_fast.cli.flags import Parser
+from merit_fast.cli.overview import EXAMPLES, nearest_command, overview
 from merit_fast.errors import InputError, MeritFastError, one_line
 
 
@@ -38,10 +39,9 @@ def _run_command(words: list[str]) -> None:
         _answer_without_command(words)
         return
     if name not in COMMANDS:
-        names = ", ".join(COMMANDS)
-        raise InputError(f"command line: no such command: {name!r}; commands: {names}")
+        raise InputError(f"command line: no such command: {name!r}{nearest_command(name)}")
     command = COMMANDS[name]
-    parser = Parser(name, command.purpose)
+    parser = Parser(name, command.purpose, EXAMPLES.get(name, ""))
     work = command.add_arguments(parser)
     parser.add_argument(
         "--json",
@@ -63,23 +63,6 @@ def _answer_without_command(words: list[str]) -> None:
         print(f"merit-fast {__version__}")
     else:
         print(overview())
-
-
-def overview() -> str:
-    """The help text of ``merit-fast`` itself: every command with its purpose."""
-    commands = [f"  {name:<10} {command.purpose}" for name, command in COMMANDS.items()]
-    lines = [
-        "usage: merit-fast COMMAND ...",
-        "",
-        "Splits an instruction mixture along the conflicts of its gradients, trains a branch for",
-        "each group, and merges the branches once.",
-        "",
-        *commands,
-        "",
-        "merit-fast COMMAND --help shows the options of a command, merit-fast --version the",
-        "version. Exit codes: 0 done, 1 failed, 2 bad input.",
-    ]
-    return "\n".join(lines)
 
 
 def _fail(error: Exception, code: int, debug: bool) -> int:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from merit_fast.options.fields import option, require
+from merit_fast.options.fields import REQUIRED, option, require
 
 Part = Literal["train", "eval"]
 
@@ -13,8 +13,10 @@ Part = Literal["train", "eval"]
 class DatasetConfig:
     """One entry of `mixture:`. ``path`` is a file, a directory or a Hugging Face dataset id."""
 
-    name: str
-    path: str  # JSONL or Parquet file, a directory of such files, or a Hugging Face dataset id
+    name: str = option(REQUIRED, "letters, digits, '.', '_' and '-'")
+    path: str = option(
+        REQUIRED, "JSONL or Parquet file, a directory of such files, or a Hugging Face dataset id"
+    )
     eval_path: str | None = option(
         None, "held-out rows: file, directory or Hugging Face dataset id"
     )
@@ -49,8 +51,8 @@ class DataConfig:
     too_long: Literal["truncate", "drop", "error"] = option("truncate", "treatment of longer rows")
     chat_template: str | None = option(
         None,
-        "None: the tokenizer's own; plain: prompt, newline, answer, end token; "
-        "else the path of a Jinja file",
+        "plain: prompt, newline, answer, end token; or the path of a Jinja file; "
+        "absent: the tokenizer's own",
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.stages import STAGES
 from merit_fast.merge.config import MergeConfig
-from merit_fast.options.fields import option, require
+from merit_fast.options.fields import REQUIRED, option, require
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.options.yaml import read_yaml
 from merit_fast.split.config import SplitConfig
@@ -28,8 +28,10 @@ DEFAULT_OUTPUT = "runs/merit"
 class RunConfig:
     """Everything a run needs. ``model`` and ``mixture`` are required."""
 
-    model: str
-    mixture: tuple[DatasetConfig, ...]
+    model: str = option(REQUIRED, "base model: a folder or a hub id")
+    mixture: tuple[DatasetConfig, ...] = option(
+        REQUIRED, "the datasets", form="[{name: NAME, path: PATH, ...}, ...]"
+    )
     data: DataConfig = field(default=DataConfig())
     split: SplitConfig = field(default=SplitConfig())
     train: TrainConfig = field(default=TrainConfig())

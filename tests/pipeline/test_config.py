@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from merit_fast.data.config import DataConfig
+from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.merge.config import MergeConfig
@@ -180,6 +180,6 @@ def test_the_resolved_config_replays_from_any_directory(tmp_path, monkeypatch):
 
 def test_every_option_has_a_help_text():
     sections = (SketchConfig, SplitConfig, TrainConfig, MergeConfig, EvaluateConfig)
-    for section in (*sections, DataConfig):
+    for section in (*sections, DataConfig, DatasetConfig):
         for field in dataclasses.fields(section):
             assert len(field.metadata["help"]) > 5, field.name
