@@ -73,7 +73,8 @@ def _source_content(config: DatasetConfig, part: Part) -> Any:
     path, split = selected
     files = local_files(path)
     content = [path, split] if files is None else [_sha256(file) for file in files]
-    return [content, config.max_examples if part == "train" else None]
+    share = [] if config.eval_fraction is None else [part, config.eval_fraction]
+    return [content, config.max_examples if part == "train" else None, *share]
 
 
 def _tokenizer_content(model: str) -> Any:
