@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merit_fast.cli.data import add_data
 from merit_fast.cli.flags import (
     Parser,
     add_fields,
@@ -21,6 +22,7 @@ from merit_fast.cli.flags import (
     assignments_of,
     rows_of,
 )
+from merit_fast.cli.init import add_init
 from merit_fast.cli.keys import help_of_keys
 from merit_fast.cli.stages import progress_of, read_config, run_all, run_stage
 from merit_fast.errors import InputError
@@ -215,6 +217,10 @@ def _add_doctor(parser: Parser) -> Work:
 
 
 COMMANDS: dict[str, Command] = {
+    "init": Command("Write a commented YAML for the files of rows in a folder.", add_init),
+    "data": Command(
+        "Show the datasets of CONFIG.yml: rows, tokens, and what is trained on.", add_data
+    ),
     "run": Command(
         "Run every stage of CONFIG.yml. Skips finished stages, resumes interrupted ones.", _add_run
     ),

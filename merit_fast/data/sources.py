@@ -11,6 +11,7 @@ from merit_fast.errors import InputError, one_line
 SUFFIXES = (".jsonl", ".parquet")
 PlacedRow = tuple[str, dict[str, Any]]  # place ("file:line") for error messages, columns
 
+_NO_ARRAY = "; one object per line is needed, not an array"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -81,7 +82,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         byte = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
         raise InputError(f"{where}: must be UTF-8 text, got {byte}") from None
     except json.JSONDecodeError as error:
-        hint = "; one object per line is needed, not an array" if line.lstrip()[:1] == b"[" else ""
+        hint = _NO_ARRAY if line.lstrip()[:1] == b"[" else ""
         raise InputError(
             f"{where}: must be one JSON object: {error.msg} at column {error.colno}{hint}"
         ) from None
@@ -89,7 +90,8 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: must be one JSON object: {one_line(error)}") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: must be a JSON object {{...}}, got {type(row).__name__}")
+        hint = _NO_ARRAY if isinstance(row, list) else ""
+        raise InputError(f"{where}: must be a JSON object {{...}}, got {type(row).__name__}{hint}")
     return row
 
 

@@ -22,7 +22,7 @@ def form_of(field: "dataclasses.Field[Any]", hint: Any) -> tuple[str, Sequence[s
     """The value's form, such as N or {fast,slow}, and words that the help text must list."""
     if field.metadata.get("form"):
         return field.metadata["form"], field.metadata.get("choices", ())
-    words = field.metadata.get("choices") or _words(hint)
+    words = field.metadata.get("choices") or words_of(hint)
     alternatives = list(words) if field.metadata.get("choices") else _alternatives(hint)
     form = "|".join(alternatives)
     if words and alternatives == list(words):
@@ -34,11 +34,15 @@ def form_of(field: "dataclasses.Field[Any]", hint: Any) -> tuple[str, Sequence[s
 
 def help_of(field: "dataclasses.Field[Any]", words: Sequence[str]) -> str:
     """The help text with the words that it must list, and the default."""
-    help: str = field.metadata["help"]
-    if not all(word in help for word in words):
-        help += f"; one of {', '.join(words)}"
+    help = help_text(field, words)
     default = shown(field.default)
     return f"{help} [default: {default}]" if default else help
+
+
+def help_text(field: "dataclasses.Field[Any]", words: Sequence[str]) -> str:
+    """The help text with the words that it must list."""
+    help: str = field.metadata["help"]
+    return help if all(word in help for word in words) else f"{help}; one of {', '.join(words)}"
 
 
 def shown(default: Any) -> str:
@@ -77,11 +81,11 @@ def _alternatives(hint: Any) -> list[str]:
     return [_SCALARS.get(hint, "YAML")]
 
 
-def _words(hint: Any) -> list[str]:
+def words_of(hint: Any) -> list[str]:
     """Words of every Literal in an annotation."""
     if typing.get_origin(hint) is Literal:
         return [str(word) for word in typing.get_args(hint)]
-    return [word for inner in typing.get_args(hint) for word in _words(inner)]
+    return [word for inner in typing.get_args(hint) for word in words_of(inner)]
 
 
 def is_list_of_mappings(hint: Any) -> bool:

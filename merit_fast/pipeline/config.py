@@ -72,7 +72,10 @@ def read_run_config(
     where = str(file) if file else "command line"
     if file and (assignments or flags):
         where += " with command line"
-    return parse(RunConfig, override(chosen, assignments), where)
+    values = override(chosen, assignments)
+    if "model" in values and values["model"] is None:
+        raise InputError(f"{where}: model: is empty; it must be a model's folder or a hub id")
+    return parse(RunConfig, values, where)
 
 
 def write_run_config(config: RunConfig, path: Path) -> None:
