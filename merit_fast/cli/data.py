@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def _show_data(arguments: argparse.Namespace) -> None:
 
 
 def _describe(
-    dataset: "Dataset", num_rows: int, decode: Callable[[Sequence[int]], Any]
+    dataset: "Dataset", num_rows: int, decode: Callable[[list[int]], Any]
 ) -> dict[str, Any]:
     return {
         "examples": dataset.num_examples,
@@ -60,7 +60,7 @@ def _describe(
 
 
 def _segments(
-    example: "Example", decode: Callable[[Sequence[int]], Any]
+    example: "Example", decode: Callable[[list[int]], Any]
 ) -> list[dict[str, str | bool]]:
     """The row's text, cut where the loss begins and ends."""
     from merit_fast.data import IGNORED_LABEL

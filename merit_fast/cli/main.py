@@ -10,6 +10,7 @@ import sys
 from merit_fast import __version__
 from merit_fast.cli.commands import COMMANDS
 from merit_fast.cli.flags import Parser
+from merit_fast.cli.native import tell_missing_native
 from merit_fast.cli.overview import EXAMPLES, nearest_command, overview
 from merit_fast.errors import InputError, MeritFastError, one_line
 
@@ -52,7 +53,9 @@ def _run_command(words: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     others = list(words)
     others.remove(name)
-    work(parser.parse_intermixed_args(others))
+    arguments = parser.parse_intermixed_args(others)
+    tell_missing_native(name)
+    work(arguments)
 
 
 def _answer_without_command(words: list[str]) -> None:
