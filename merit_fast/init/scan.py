@@ -156,6 +156,7 @@ def _add(result: Scan, name: str, by_role: dict[str, list[Path]]) -> None:
 
 def _one_place(result: Scan, files: list[Path]) -> list[Path]:
     """The file, or the directory that holds these files and no other rows."""
+    files = _without_copies(result, files)
     if len(files) == 1:
         return files
     folder = files[0].parent
@@ -165,3 +166,14 @@ def _one_place(result: Scan, files: list[Path]) -> list[Path]:
     rule = "one of several files of one name: put them into a folder of their own"
     result.unused += [f"{file}: {rule}" for file in files]
     return []
+
+
+def _without_copies(result: Scan, files: list[Path]) -> list[Path]:
+    """One file of each name: JSONL before Parquet, as a person can read it."""
+    order = {suffix: place for place, suffix in enumerate(SUFFIXES)}
+    kept: dict[Path, Path] = {}
+    for file in sorted(files, key=lambda file: order.get(file.suffix, len(order))):
+        first = kept.setdefault(file.with_suffix(""), file)
+        if first is not file:
+            result.unused.append(f"{file}: not read: {first.name} has the same name")
+    return sorted(kept.values())

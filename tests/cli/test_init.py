@@ -170,6 +170,7 @@ def test_a_tokenizer_without_a_template_gets_the_plain_one(call, tmp_path):
         (["test_a.jsonl", "train_a.jsonl"], {"a": ("train_a.jsonl", "test_a.jsonl")}),
         (["train.jsonl", "dev.jsonl"], {"root": ("train.jsonl", "dev.jsonl")}),
         (["x/a.jsonl", "y/a.jsonl"], {"x-a": ("x/a.jsonl", None), "y-a": ("y/a.jsonl", None)}),
+        (["a.parquet", "a.jsonl"], {"a": ("a.jsonl", None)}),
         (["contest.jsonl"], {"contest": ("contest.jsonl", None)}),
         (["a b.jsonl", "val/a b.jsonl"], {"a-b": ("a b.jsonl", "val/a b.jsonl")}),
         (
