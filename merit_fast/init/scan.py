@@ -49,7 +49,7 @@ def scan(places: Sequence[Path]) -> Scan:
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: does not exist")
-    root = Path(os.path.commonpath([_folder(place).absolute() for place in places]))
+    root = Path(os.path.commonpath([os.path.abspath(_folder(place)) for place in places]))
     result = Scan()
     parts: dict[tuple[str, ...], dict[str, list[Path]]] = {}
     for file in sorted(file for place in places for file in _files(place)):
@@ -57,7 +57,7 @@ def scan(places: Sequence[Path]) -> Scan:
             rule = "not read: convert it to JSONL or Parquet"
             result.unused.append(f"{file}: {rule}")
         else:
-            key, role = _key_and_role(file.absolute().relative_to(root))
+            key, role = _key_and_role(Path(os.path.abspath(file)).relative_to(root))
             parts.setdefault(key or (root.name,), {}).setdefault(role, []).append(file)
     lasts = Counter(_clean(key[-1]) for key in parts)
     for key, by_role in sorted(parts.items()):

@@ -132,6 +132,17 @@ def test_files_are_named_and_nothing_is_overwritten(call, folder, tmp_path, monk
     assert read_run_config(tmp_path / "merit.yml", ["model=m"]).mixture[0].name == "capitals"
 
 
+def test_files_in_folders_above_the_current_one(call, folder, monkeypatch):
+    monkeypatch.chdir(folder / "echo")
+    files = ["../train/sums.jsonl", "../held-out/sums.jsonl", "train.jsonl"]
+    assert call("init", *files, "--file", "../new.yml")[0] == 0
+    mixture = read_run_config(folder / "new.yml", ["model=m"]).mixture
+    assert {entry.name: entry.path for entry in mixture} == {
+        "sums": f"{folder}/train/sums.jsonl",
+        "echo": f"{folder}/echo/train.jsonl",
+    }
+
+
 def test_a_share_is_held_out_where_no_file_is(call, folder, tiny_model):
     assert call("init", folder, "--model", tiny_model)[0] == 0
     config = read_run_config(folder / "merit.yml")

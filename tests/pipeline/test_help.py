@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -15,6 +16,7 @@ import merit_fast
 from merit_fast.cli.commands import COMMANDS, _options_of
 from merit_fast.cli.flags import Parser, add_fields, assignments_of
 from merit_fast.cli.keys import sections
+from merit_fast.cli.overview import EXAMPLES
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import STAGES
 from merit_fast.options.fields import option
@@ -56,6 +58,16 @@ def test_help_is_readable_and_has_an_example(help_of, command):
     assert not re.search(r"\b[A-Z]\w+\([\w=]*", text), "the repr of a dataclass"
     assert not re.search(r"default:\s+(None|True|False|\(|\[|\{)", text), "a Python value"
     assert "--json" in text and "--debug" in text
+
+
+@pytest.mark.parametrize("command", [name for name in EXAMPLES if name in COMMANDS])
+def test_the_example_of_a_command_is_one_that_it_reads(command):
+    program, name, *words = shlex.split(EXAMPLES[command])
+    assert (program, name) == ("merit-fast", command)
+    parser = Parser(command, "")
+    assert callable(COMMANDS[command].add_arguments(parser))
+    parser.add_argument("--json", action="store_true")
+    parser.parse_intermixed_args(words)
 
 
 def words_of(hint):
