@@ -4,6 +4,7 @@
 """
 
 import importlib
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,6 @@ __all__ = [
     "sketch_sums",
 ]
 
-
 _MODULES = {  # public names that are imported when they are first used
     "load_merged": "merit_fast.merge",
     "merge_models": "merit_fast.merge",
@@ -37,12 +37,20 @@ _MODULES = {  # public names that are imported when they are first used
     "sketch_gradients": "merit_fast.sketch.gradients",
     "sketch_sums": "merit_fast.sketch.summed",
 }
+_PUBLIC_MODULES = ("integrations", "kernels", "merge")  # documented, next to the names above
 
 
 def __getattr__(name: str) -> Any:
+    """Imports a public name, or a module of the package, when it is first used."""
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
+    if name[0] != "_" and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_PUBLIC_MODULES])
 
 
 def run(config: str | os.PathLike[str], *overrides: str) -> dict[str, Any]:

@@ -8,8 +8,13 @@ class MeritFastError(Exception):
 class InputError(MeritFastError, ValueError):
     """The user's input breaks a rule.
 
-    The message names the file, the key or tensor, the rule and the value.
+    The message names the file, the key or tensor, the rule and the value. A notebook shows this
+    line without a traceback.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """The lines that IPython shows instead of a traceback."""
+        return [f"InputError: {self}"]
 
 
 class BackendUnavailableError(MeritFastError, RuntimeError):

@@ -178,20 +178,23 @@ def resolve_model(path: str) -> Path:
     Raises:
         InputError: the path is neither, or a directory without config.json.
     """
+    from merit_fast.data.paths import hub_trouble, is_hub_id
+
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise InputError(f"{folder}: is not a model directory: it has no config.json")
         return folder
+    if not is_hub_id(path):
+        state = "a file" if folder.exists() else "not there"
+        raise InputError(f"model: {path}: must be a model's folder or a hub id; it is {state}")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds, for an unavailable model
-        raise InputError(
-            f"model: {path!r} is neither a directory nor an available hub id: {one_line(error)}"
-        ) from None
+        raise InputError(f"model: {path}: not a folder, and {hub_trouble(error)}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:

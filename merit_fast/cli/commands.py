@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merit_fast.cli.data import add_data
 from merit_fast.cli.flags import (
     Parser,
     add_fields,
     add_inputs,
+    add_run_flags,
     add_upkeep,
     assignments_of,
     rows_of,
 )
-from merit_fast.cli.stages import progress_of, run_all, run_stage, show_forecast, split_inputs
+from merit_fast.cli.init import add_init
+from merit_fast.cli.keys import help_of_keys
+from merit_fast.cli.stages import progress_of, read_config, run_all, run_stage, show_forecast
 from merit_fast.cli.status import add_clean, add_status
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE, STAGES, Stage
@@ -53,21 +57,20 @@ def _add_run(parser: Parser) -> Work:
         "write nothing",
     )
 
-    def work(arguments: Arguments) -> None:
-        from merit_fast.pipeline.config import read_run_config
+    add_run_flags(parser)
+    parser.ending = help_of_keys
 
-        file, assignments = split_inputs(arguments.inputs)
-        if file is None:
-            raise InputError("command line: run: needs a CONFIG.yml")
-        config = read_run_config(file, assignments)
+    def work(arguments: Arguments) -> None:
+        file, config = read_config("run", arguments)
         progress = progress_of(arguments)
+        name = str(file or "...")
         if arguments.dry_run:
-            show_forecast(config, progress, str(file), arguments.as_json)
+            show_forecast(config, progress, name, arguments.as_json)
             return
         run_all(
             config,
             progress,
-            str(file),
+            name,
             arguments.as_json,
             verify=arguments.verify,
             overwrite=arguments.overwrite,
@@ -85,18 +88,7 @@ def _stage_command(stage: Stage) -> Command:
         if not stage.options:
             return lambda arguments: run_stage(stage, arguments, [])
         options = _options_of(stage)
-        parser.add_argument(
-            "--model", metavar="MODEL", help="base model: directory or hub id (key `model`)"
-        )
-        parser.add_argument(
-            "--dataset",
-            action="append",
-            metavar="NAME=PATH[,EVAL_PATH]",
-            help="one dataset and its held-out rows; repeat for each dataset (key `mixture`)",
-        )
-        parser.add_argument(
-            "--output", metavar="FOLDER", help="directory of all outputs (key `output`)"
-        )
+        add_run_flags(parser)
         add_fields(parser, options)
 
         def work(arguments: Arguments) -> None:
@@ -116,16 +108,13 @@ def _options_of(stage: Stage) -> type[Any]:
 # ---- advise
 def _add_advise(parser: Parser) -> Work:
     add_inputs(parser)
+    add_run_flags(parser)
 
     def work(arguments: Arguments) -> None:
         from merit_fast.cli.advise import advise_command
-        from merit_fast.pipeline.config import read_run_config
 
-        file, assignments = split_inputs(arguments.inputs)
-        if file is None:
-            raise InputError("command line: advise: needs a CONFIG.yml")
-        config = read_run_config(file, assignments)
-        advise_command(config, progress_of(arguments), str(file), arguments.as_json)
+        file, config = read_config("advise", arguments)
+        advise_command(config, progress_of(arguments), str(file or "..."), arguments.as_json)
 
     return work
 
@@ -278,6 +267,10 @@ def _add_doctor(parser: Parser) -> Work:
 
 
 COMMANDS: dict[str, Command] = {
+    "init": Command("Write a commented YAML for the files of rows in a folder.", add_init),
+    "data": Command(
+        "Show the datasets of CONFIG.yml: rows, tokens, and what is trained on.", add_data
+    ),
     "run": Command(
         "Run every stage of CONFIG.yml. Skips finished stages, resumes interrupted ones.", _add_run
     ),

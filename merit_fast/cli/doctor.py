@@ -4,6 +4,7 @@ import os
 import platform
 from typing import Any
 
+from merit_fast.cli.native import FIX
 from merit_fast.kernels import dispatch
 from merit_fast.manifests.io import tool_versions
 
@@ -52,11 +53,7 @@ def print_diagnosis(diagnosis: dict[str, Any]) -> None:
         f"{machine['processor']}, {machine['cores']} cores, "
         f"torch uses {machine['torch_threads']} threads"
     )
-    state = (
-        f"built, ISA level {native['simd_level']}"
-        if native["built"]
-        else "not built: install g++ and reinstall"
-    )
+    state = f"built, ISA level {native['simd_level']}" if native["built"] else f"not built; {FIX}"
     console.print(f"native kernels: {state}; device: {diagnosis['device']}")
     for key, value in diagnosis["environment"].items():
         console.print(f"{key}={value}")

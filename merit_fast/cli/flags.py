@@ -2,28 +2,37 @@
 
 import argparse
 import dataclasses
-import types
+import shutil
 import typing
-from collections.abc import Sequence
-from typing import Any, Literal, NoReturn, Union
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from merit_fast.errors import InputError
-
-_LONGEST_FORM = 60  # columns of a value's form in --help; longer lists of words go into the text
-_SCALARS: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", bool: "true|false"}
+from merit_fast.options.forms import flag_of, form_of, help_of
 
 
 class Parser(argparse.ArgumentParser):
     """A command's parser: takes no abbreviations and raises InputError instead of exiting."""
 
-    def __init__(self, command: str, purpose: str) -> None:
+    def __init__(self, command: str, purpose: str, example: str = "") -> None:
         super().__init__(f"merit-fast {command}", description=purpose, allow_abbrev=False)
         self.usage = "%(prog)s [options]"
+        self.example = example  # one command line
+        self.ending: Callable[[int], str] | None = None  # a longer text, of at most so many columns
 
     def add_positional(self, name: str, form: str, help: str, nargs: str | None = None) -> None:
         """Adds a positional argument and shows its form in the usage line."""
         self.usage = f"%(prog)s {form} [options]"
         self.add_argument(name, metavar=form, help=help, nargs=nargs)
+
+    def format_help(self) -> str:
+        """The help text, with an example and the command's longer text at its end."""
+        text = super().format_help()
+        if self.example:
+            text += f"\nexample:\n  {self.example}\n"
+        if self.ending:
+            text += "\n" + self.ending(shutil.get_terminal_size().columns - 2)
+        return text
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"command line: {message}")
@@ -44,6 +53,29 @@ def add_upkeep(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help=help)
 
 
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds flags of the top-level keys that every run needs."""
+    add = parser.add_argument
+    add("--model", metavar="MODEL", help="base model: directory or hub id (key `model`)")
+    add(
+        "--dataset",
+        action="append",
+        metavar="NAME=PATH[,EVAL_PATH]",
+        help="one dataset and its held-out rows; repeat for each dataset (key `mixture`)",
+    )
+    add("--output", metavar="FOLDER", help="directory of all outputs (key `output`)")
+
+
+def run_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The top-level keys that the flags of ``add_run_flags`` set."""
+    flags = {
+        "model": arguments.model,
+        "output": arguments.output,
+        "mixture": mixture_of(arguments.dataset),
+    }
+    return {key: value for key, value in flags.items() if value is not None}
+
+
 def add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """Adds a flag for every field: ``--max-shard-size TEXT``, ``--fsync/--no-fsync`` for a bool.
 
@@ -52,14 +84,14 @@ def add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        flag = _flag(field, hints[field.name])
+        flag = flag_of(field, hints[field.name])
         if not flag:
             continue
-        form, words = _form(field, hints[field.name])
+        form, words = form_of(field, hints[field.name])
         kind: dict[str, Any] = {"metavar": form}
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        help = _help(field, words).replace("%", "%%")
+        help = help_of(field, words).replace("%", "%%")
         parser.add_argument(flag, dest=field.name, default=None, help=help, **kind)
 
 
@@ -100,81 +132,3 @@ def _named(text: str, flag: str, form: str) -> tuple[str, str]:
     if not equals or not path.strip(","):
         raise InputError(f"command line: {flag}: must be {form}, got {text!r}")
     return name, path
-
-
-# ---- the help of one field
-def _flag(field: "dataclasses.Field[Any]", hint: Any) -> str:
-    named: str | None = field.metadata.get("flag")
-    if named is not None:
-        return named
-    return "" if _is_list_of_mappings(hint) else "--" + field.name.replace("_", "-")
-
-
-def _form(field: "dataclasses.Field[Any]", hint: Any) -> tuple[str, Sequence[str]]:
-    """The value's form in ``--help``, and words that the help text must list instead."""
-    if field.metadata.get("form"):
-        return field.metadata["form"], field.metadata.get("choices", ())
-    words = field.metadata.get("choices") or _words(hint)
-    alternatives = list(words) if field.metadata.get("choices") else _alternatives(hint)
-    form = "|".join(alternatives)
-    if words and alternatives == list(words):
-        form = "{" + ",".join(words) + "}"
-    if len(form) <= _LONGEST_FORM:
-        return form, ()
-    return field.name.upper().replace("_", "-"), words
-
-
-def _help(field: "dataclasses.Field[Any]", words: Sequence[str]) -> str:
-    help: str = field.metadata["help"]
-    if not all(word in help for word in words):
-        help += f"; one of {', '.join(words)}"
-    default = _shown(field.default)
-    return f"{help} [default: {default}]" if default else help
-
-
-def _shown(default: Any) -> str:
-    """A default for people; "" for None and for fields without a default."""
-    if default is None or default is dataclasses.MISSING:
-        return ""
-    if isinstance(default, bool):
-        return "yes" if default else "no"
-    if isinstance(default, float):
-        return f"{default:g}"
-    if isinstance(default, (tuple, list)):
-        return ", ".join(_shown(value) for value in default) or "none"
-    if dataclasses.is_dataclass(default):
-        values = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-        shown = [f"{name}: {_shown(value)}" for name, value in values.items() if value]
-        return ", ".join(shown) or "none"
-    return str(default)
-
-
-def _alternatives(hint: Any) -> list[str]:
-    """The forms that an annotation accepts, without None."""
-    origin = typing.get_origin(hint)
-    arguments = typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        forms = [form for choice in arguments for form in _alternatives(choice)]
-        return list(dict.fromkeys(forms))
-    if origin is Literal:
-        return [str(word) for word in arguments]
-    if hint is type(None):
-        return []
-    if origin is tuple:
-        inner = _alternatives(arguments[0])
-        if inner == ["YAML"] or inner[0].startswith("["):
-            return ["YAML"]
-        return [f"[{'|'.join(inner)},...]"]
-    return [_SCALARS.get(hint, "YAML")]
-
-
-def _words(hint: Any) -> list[str]:
-    """Words of every Literal in an annotation."""
-    if typing.get_origin(hint) is Literal:
-        return [str(word) for word in typing.get_args(hint)]
-    return [word for inner in typing.get_args(hint) for word in _words(inner)]
-
-
-def _is_list_of_mappings(hint: Any) -> bool:
-    arguments = typing.get_args(hint)
-    return typing.get_origin(hint) is tuple and dataclasses.is_dataclass(arguments[0])

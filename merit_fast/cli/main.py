@@ -70,6 +70,8 @@ def _end_interrupted(interrupt: KeyboardInterrupt, debug: bool) -> int:
 def _run_command(words: list[str]) -> None:
     from merit_fast.cli.commands import COMMANDS
     from merit_fast.cli.flags import Parser
+    from merit_fast.cli.native import tell_missing_native
+    from merit_fast.cli.overview import EXAMPLES, nearest_command
     from merit_fast.errors import InputError
 
     name = next((word for word in words if not word.startswith("-")), None)
@@ -77,10 +79,9 @@ def _run_command(words: list[str]) -> None:
         _answer_without_command(words)
         return
     if name not in COMMANDS:
-        names = ", ".join(COMMANDS)
-        raise InputError(f"command line: no such command: {name!r}; commands: {names}")
+        raise InputError(f"command line: no such command: {name!r}{nearest_command(name)}")
     command = COMMANDS[name]
-    parser = Parser(name, command.purpose)
+    parser = Parser(name, command.purpose, EXAMPLES.get(name, ""))
     work = command.add_arguments(parser)
     parser.add_argument(
         "--json",
@@ -91,11 +92,14 @@ def _run_command(words: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     others = list(words)
     others.remove(name)
-    work(parser.parse_intermixed_args(others))
+    arguments = parser.parse_intermixed_args(others)
+    tell_missing_native(name)
+    work(arguments)
 
 
 def _answer_without_command(words: list[str]) -> None:
     from merit_fast import __version__
+    from merit_fast.cli.overview import overview
     from merit_fast.errors import InputError
 
     for word in words:
@@ -105,26 +109,6 @@ def _answer_without_command(words: list[str]) -> None:
         print(f"merit-fast {__version__}")
     else:
         print(overview())
-
-
-def overview() -> str:
-    """The help text of ``merit-fast`` itself: every command with its purpose."""
-    from merit_fast.cli.commands import COMMANDS
-
-    commands = [f"  {name:<10} {command.purpose}" for name, command in COMMANDS.items()]
-    lines = [
-        "usage: merit-fast COMMAND ...",
-        "",
-        "Splits an instruction mixture along the conflicts of its gradients, trains a branch for",
-        "each group, and merges the branches once.",
-        "",
-        *commands,
-        "",
-        "merit-fast COMMAND --help shows the options of a command, merit-fast --version the",
-        "version. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (the same command",
-        "resumes the work).",
-    ]
-    return "\n".join(lines)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -3,10 +3,11 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from merit_fast.cli.flags import mixture_of
+from merit_fast.cli.flags import run_flags
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE, Stage
 from merit_fast.options.parser import to_plain
@@ -19,23 +20,10 @@ if TYPE_CHECKING:
 def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str]) -> None:
     """Brings one stage up to date and prints where its output is."""
     from merit_fast.model import keep_freed_memory
-    from merit_fast.pipeline.config import read_run_config
     from merit_fast.pipeline.run import Run, check_output
 
-    file, overrides = split_inputs(arguments.inputs)
-    flags: dict[str, Any] = {}
-    if stage.options and stage is not MERGE:
-        flags = {
-            "model": arguments.model,
-            "output": arguments.output,
-            "mixture": mixture_of(arguments.dataset),
-        }
-        flags = {key: value for key, value in flags.items() if value is not None}
-    if file is None and not flags:
-        raise InputError(
-            f"command line: {stage.name}: needs a CONFIG.yml, or --model and --dataset"
-        )
-    config = read_run_config(file, [*overrides, *assignments], flags)
+    has_flags = bool(stage.options) and stage is not MERGE
+    file, config = read_config(stage.name, arguments, assignments, has_flags=has_flags)
     check_output(config)
     if stage is not MERGE:  # a merge bounds its memory itself
         keep_freed_memory()
@@ -53,6 +41,34 @@ def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str
         print(json.dumps({"stage": stage.name, "output": output, "up_to_date": not worked}))
     else:
         print(f"{stage.name}: {'done' if worked else 'up to date'}: {output}")
+
+
+def read_config(
+    command: str,
+    arguments: argparse.Namespace,
+    assignments: Sequence[str] = (),
+    *,
+    has_flags: bool = True,
+) -> tuple[Path | None, "RunConfig"]:
+    """The YAML's path, if there is one, and the run's config of a command line.
+
+    Args:
+        command: the command's name, for the error message.
+        arguments: the parsed command line.
+        assignments: flags of the command as ``section.key=value``.
+        has_flags: whether the command has the flags of ``add_run_flags``.
+
+    Raises:
+        InputError: neither a file nor flags are given, or a key breaks a rule.
+    """
+    from merit_fast.pipeline.config import read_run_config
+
+    file, overrides = split_inputs(arguments.inputs)
+    flags = run_flags(arguments) if has_flags else {}
+    if file is None and not flags:
+        other = ", or --model and --dataset" if has_flags else ""
+        raise InputError(f"command line: {command}: needs a CONFIG.yml{other}")
+    return file, read_run_config(file, [*overrides, *assignments], flags)
 
 
 def run_all(

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from merit_fast.options.fields import option, require
+from merit_fast.options.fields import REQUIRED, option, require
 
 Part = Literal["train", "eval"]
 
@@ -13,14 +13,22 @@ Part = Literal["train", "eval"]
 class DatasetConfig:
     """One entry of `mixture:`. ``path`` is a file, a directory or a Hugging Face dataset id."""
 
-    name: str
-    path: str  # JSONL or Parquet file, a directory of such files, or a Hugging Face dataset id
+    name: str = option(REQUIRED, "letters, digits, '.', '_' and '-'")
+    path: str = option(
+        REQUIRED, "JSONL or Parquet file, a directory of such files, or a Hugging Face dataset id"
+    )
     eval_path: str | None = option(
         None, "held-out rows: file, directory or Hugging Face dataset id"
     )
     split: str = option("train", "split of a Hugging Face dataset")
     eval_split: str | None = option(
         None, "held-out split of the same Hugging Face dataset, or of eval_path if that is set"
+    )
+    eval_fraction: float | None = option(
+        None,
+        "share of path's rows that is held out, chosen by their content; "
+        "in place of eval_path and eval_split",
+        omit_default=True,
     )
     max_examples: int | None = option(
         None, "train on the first N rows only; held-out rows stay whole"
@@ -37,6 +45,11 @@ class DatasetConfig:
         require(
             not one_source, "eval_split", "another split than the training split", self.eval_split
         )
+        fraction = self.eval_fraction
+        if fraction is not None:
+            require(0 < fraction < 1, "eval_fraction", "between 0 and 1", fraction)
+            is_only = self.eval_path is None and self.eval_split is None
+            require(is_only, "eval_fraction", "absent next to eval_path or eval_split", fraction)
         rows = self.max_examples
         require(rows is None or rows >= 1, "max_examples", "at least 1", rows)
 
@@ -49,8 +62,8 @@ class DataConfig:
     too_long: Literal["truncate", "drop", "error"] = option("truncate", "treatment of longer rows")
     chat_template: str | None = option(
         None,
-        "None: the tokenizer's own; plain: prompt, newline, answer, end token; "
-        "else the path of a Jinja file",
+        "plain: prompt, newline, answer, end token; or the path of a Jinja file; "
+        "absent: the tokenizer's own",
     )
 
     def __post_init__(self) -> None:
@@ -66,9 +79,10 @@ class DataConfig:
 def source(config: DatasetConfig, part: Part) -> tuple[str, str] | None:
     """(path, split) of the training or held-out rows; None for a dataset without held-out rows.
 
-    Local files ignore the split.
+    Local files ignore the split. With ``eval_fraction`` both parts lie in one source, and
+    ``held_out.rows_of_part`` divides its rows.
     """
-    if part == "train":
+    if part == "train" or config.eval_fraction is not None:
         return config.path, config.split
     if config.eval_path is None and config.eval_split is None:
         return None

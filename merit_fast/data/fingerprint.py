@@ -109,7 +109,8 @@ def _source_content(config: DatasetConfig, part: Part, file_hash: Callable[[Path
     path, split = selected
     files = local_files(path)
     content = [path, split] if files is None else [_hashed(file, file_hash) for file in files]
-    return [content, config.max_examples if part == "train" else None]
+    share = [] if config.eval_fraction is None else [part, config.eval_fraction]
+    return [content, config.max_examples if part == "train" else None, *share]
 
 
 def _tokenizer_content(model: str, file_hash: Callable[[Path], str]) -> Any:

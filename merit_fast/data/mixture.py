@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
 from merit_fast.data.dataset import IGNORED_LABEL, Dataset, Example, count_target_tokens
 from merit_fast.data.formats import Format, find_format
+from merit_fast.data.held_out import rows_of_part
 from merit_fast.data.sources import PlacedRow, local_files, read_rows
 from merit_fast.data.template import ChatEncoder, Rendered
 from merit_fast.errors import InputError
@@ -42,8 +43,8 @@ def load_mixture(
         part: "train", or "eval" for the held-out rows.
 
     Returns:
-        One Dataset per entry. For "eval", entries with neither eval_path nor eval_split are left
-        out; the caller decides whether that matters.
+        One Dataset per entry. For "eval", entries without held-out rows are left out;
+        the caller decides whether that matters.
 
     Raises:
         InputError: two entries share a name, training files hold held-out rows, or a file or row
@@ -54,8 +55,10 @@ def load_mixture(
     datasets = []
     for config in configs:
         if selected := source(config, part):
-            limit = config.max_examples if part == "train" else None
-            datasets.append(_Loader(config.name, data_config, encoder).load(*selected, limit))
+            rows = rows_of_part(read_rows(*selected), config, part)
+            if part == "train":
+                rows = itertools.islice(rows, config.max_examples)
+            datasets.append(_Loader(config.name, data_config, encoder).load(selected[0], rows))
     return datasets
 
 
@@ -107,8 +110,7 @@ class _Loader:
     num_rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
-    def load(self, path: str, split: str, max_examples: int | None) -> Dataset:
-        rows = itertools.islice(read_rows(path, split), max_examples)
+    def load(self, path: str, rows: Iterator[PlacedRow]) -> Dataset:
         examples: list[Example] = []
         while rendered := [
             text for row in itertools.islice(rows, _ROWS_AT_ONCE) for text in self._render(row)

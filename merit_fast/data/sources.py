@@ -1,18 +1,18 @@
 """Reads rows from files, directories and Hugging Face datasets; each row knows its place."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from merit_fast.data.paths import hub_trouble, is_hub_id
 from merit_fast.errors import InputError, one_line
 
 SUFFIXES = (".jsonl", ".parquet")
 PlacedRow = tuple[str, dict[str, Any]]  # place ("file:line") for error messages, columns
 
+_NO_ARRAY = "; one object per line is needed, not an array"
 _BOM = b"\xef\xbb\xbf"
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
 def local_files(path: str) -> list[Path] | None:
@@ -37,7 +37,7 @@ def local_files(path: str) -> list[Path] | None:
         return files
     if local.exists():
         return [local]
-    if _HUB_ID.fullmatch(path) and local.suffix not in (*SUFFIXES, ".json"):
+    if is_hub_id(path):
         return None
     raise InputError(f"{path}: is neither a file, nor a directory, nor a Hugging Face dataset id")
 
@@ -82,7 +82,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         byte = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
         raise InputError(f"{where}: must be UTF-8 text, got {byte}") from None
     except json.JSONDecodeError as error:
-        hint = "; one object per line is needed, not an array" if line.lstrip()[:1] == b"[" else ""
+        hint = _NO_ARRAY if line.lstrip()[:1] == b"[" else ""
         raise InputError(
             f"{where}: must be one JSON object: {error.msg} at column {error.colno}{hint}"
         ) from None
@@ -90,7 +90,8 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: must be one JSON object: {one_line(error)}") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: must be a JSON object {{...}}, got {type(row).__name__}")
+        hint = _NO_ARRAY if isinstance(row, list) else ""
+        raise InputError(f"{where}: must be a JSON object {{...}}, got {type(row).__name__}{hint}")
     return row
 
 
@@ -117,14 +118,9 @@ def _hub_rows(dataset_id: str, split: str) -> Iterator[PlacedRow]:
     try:
         rows = datasets.load_dataset(dataset_id, split=split)
     except Exception as error:  # the library has no common base for its errors
-        reason = (
-            "offline (HF_HUB_OFFLINE) and not in the cache"
-            if datasets.config.HF_HUB_OFFLINE
-            else one_line(error)
-        )
         raise InputError(
-            f"{dataset_id}: is neither a file nor a directory, and split {split!r} of a "
-            f"Hugging Face dataset of this name could not be loaded: {reason}"
+            f"{dataset_id}: neither a file nor a folder, and {hub_trouble(error)} "
+            f"(Hugging Face dataset, split {split!r})"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{dataset_id} ({split}): row {number}", row

@@ -36,7 +36,7 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
         "evaluate": {"interpolate": [0.5], "max_new_tokens": 24}
         if quick
         else {"interpolate": [0.25, 0.5, 0.75]},
-        "output": str(output),
+        "output": ".",  # the folder of the YAML
     }
     file = output / "demo.yml"
     write_text(file, yaml.safe_dump(config, sort_keys=False))

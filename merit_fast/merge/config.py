@@ -60,7 +60,9 @@ class MergeConfig:
     tune_rows: int = option(
         256, "with scale auto or weights fit: held-out rows that choose, at most half of them"
     )
-    density: Setting | None = option(None, f"{DENSITY.help} (ties, dare, breadcrumbs, della)")
+    density: Setting | None = option(
+        None, f"{DENSITY.help}, usually 0.2 to 0.5 (ties, dare, breadcrumbs, della)"
+    )
     gamma: Setting = option(GAMMA.default, f"breadcrumbs: {GAMMA.help}")
     epsilon: Setting = option(EPSILON.default, EPSILON.help)
     select_topk: Setting = option(SELECT_TOPK.default, SELECT_TOPK.help)
@@ -89,7 +91,7 @@ class MergeConfig:
         spellings=SPELLINGS,
     )
     shard_size: str | None = option(
-        None, "most bytes of an output file, as 5G or 400M; None: the first model's files"
+        None, "most bytes of an output file, as 5G or 400M; absent: the first model's files"
     )
     stats: bool = option(
         False, "also write geometry.json: the models' deltas from the base, in the same pass"

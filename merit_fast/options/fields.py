@@ -11,6 +11,8 @@ from typing import Any
 
 from merit_fast.errors import InputError, show
 
+REQUIRED = dataclasses.MISSING  # as the default of an option that has none
+
 
 def option(
     default: Any,
@@ -25,7 +27,7 @@ def option(
     """Declares a dataclass field with its help text.
 
     Args:
-        default: may be a list or tuple (stored as a tuple).
+        default: may be a list or tuple (stored as a tuple); REQUIRED: there is none.
         help: one line for ``--help`` and the docs.
         flag: name of the command-line flag; None: ``--field-name``; "": only YAML sets this field.
         form: the value as ``--help`` shows it, such as ``I/N``; None: made from the annotation.

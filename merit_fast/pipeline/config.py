@@ -1,6 +1,6 @@
 """The run's YAML: a section for each stage, declared as a frozen dataclass in its folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,30 +8,37 @@ from typing import Any
 import yaml
 
 from merit_fast.data.config import DataConfig, DatasetConfig
-from merit_fast.errors import InputError, show
+from merit_fast.data.paths import is_hub_id
+from merit_fast.data.template import PLAIN
+from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.atomic import write_text
+from merit_fast.manifests.stages import STAGES
 from merit_fast.merge.config import MergeConfig
-from merit_fast.options.fields import option, require
+from merit_fast.options.fields import REQUIRED, option, require
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.options.yaml import read_yaml
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
+
+DEFAULT_OUTPUT = "runs/merit"
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a run needs. ``model`` and ``mixture`` are required."""
 
-    model: str
-    mixture: tuple[DatasetConfig, ...]
+    model: str = option(REQUIRED, "base model: a folder or a hub id")
+    mixture: tuple[DatasetConfig, ...] = option(
+        REQUIRED, "the datasets", form="[{name: NAME, path: PATH, ...}, ...]"
+    )
     data: DataConfig = field(default=DataConfig())
     split: SplitConfig = field(default=SplitConfig())
     train: TrainConfig = field(default=TrainConfig())
     merge: MergeConfig = field(default=MergeConfig())
     evaluate: EvaluateConfig = field(default=EvaluateConfig())
-    output: str = option("runs/merit", "directory of all outputs")
-    threads: int | None = option(None, "CPU threads of torch; None: as many as torch takes")
+    output: str = option(DEFAULT_OUTPUT, "directory of all outputs")
+    threads: int | None = option(None, "CPU threads of torch; absent: as many as torch takes")
 
     def __post_init__(self) -> None:
         require(len(self.mixture) > 0, "mixture", "a list of at least one dataset", [])
@@ -43,13 +50,13 @@ def read_run_config(
 ) -> RunConfig:
     """Reads the YAML; the command line overrides its values.
 
+    Relative paths in the YAML count from its folder, those on the command line from the current
+    directory.
+
     Args:
         file: the YAML; None: all values come from the command line.
         assignments: ``section.key=value`` strings.
         flags: values of top-level keys (model, mixture, output).
-
-    Relative paths of the model and the mixture are tried first from the YAML's folder, then from
-    the current directory.
 
     Raises:
         InputError: the file is missing or no YAML, or a key or value breaks a rule.
@@ -57,19 +64,19 @@ def read_run_config(
     values = (read_yaml(file) or {}) if file else {}
     if not isinstance(values, dict):
         raise InputError(f"{file}: must be a mapping of keys, got {type(values).__name__}")
-    values = override({**values, **(flags or {})}, assignments)
+    chosen = {**values, **(flags or {})}
+    if file:
+        given = override({}, assignments)
+        own = {key for key in chosen if key not in (flags or {}) and key not in given}
+        _resolve_paths(chosen, own, file)
     where = str(file) if file else "command line"
     if file and (assignments or flags):
         where += " with command line"
+    values = override(chosen, assignments)
     _refuse_old_keys(values, where)
-    if file:
-        _resolve_paths(values, file.parent)
+    if "model" in values and values["model"] is None:
+        raise InputError(f"{where}: model: is empty; it must be a model's folder or a hub id")
     return parse(RunConfig, values, where)
-
-
-def write_run_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved config with every default, so that running it repeats the run."""
-    write_text(path, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
 
 
 def _refuse_old_keys(values: dict[str, Any], where: str) -> None:
@@ -81,19 +88,79 @@ def _refuse_old_keys(values: dict[str, Any], where: str) -> None:
         )
 
 
-def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    def resolve(path: Any) -> Any:
-        return str(folder / path) if isinstance(path, str) and (folder / path).exists() else path
+def write_run_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved config with every default, so that running it repeats the run.
 
-    if "model" in values:
-        values["model"] = resolve(values["model"])
+    Its paths are absolute: the file replays from any directory.
+    """
+    plain = to_plain(config)
+    for mapping, key, _ in _paths_in(plain):
+        local = Path(mapping[key]).expanduser()
+        if local.exists() or not is_hub_id(mapping[key]):
+            mapping[key] = str(local.absolute())
+    plain["output"] = str(Path(config.output).expanduser().absolute())
+    write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """The places of paths to inputs: the mapping, its key, and the key from the top of the file."""
+    if isinstance(values.get("model"), str):
+        yield values, "model", "model"
     mixture = values.get("mixture")
-    for entry in mixture if isinstance(mixture, list) else []:
-        if isinstance(entry, dict):
-            for key in ("path", "eval_path"):
-                if entry.get(key):
-                    entry[key] = resolve(entry[key])
+    for i, entry in enumerate(mixture if isinstance(mixture, list) else []):
+        for key in ("path", "eval_path"):
+            if isinstance(entry, dict) and isinstance(entry.get(key), str):
+                yield entry, key, f"mixture[{i}].{key}"
     data = values.get("data")
     template = data.get("chat_template") if isinstance(data, dict) else None
-    if template and template != "plain":
-        values["data"]["chat_template"] = resolve(template)
+    if isinstance(data, dict) and isinstance(template, str) and template != PLAIN:
+        yield data, "chat_template", "data.chat_template"
+
+
+def _resolve_paths(values: dict[str, Any], own: Set[str], file: Path) -> None:
+    """Makes the paths that stand in the YAML itself count from the current directory."""
+    for mapping, key, name in _paths_in(values):
+        if name.split("[")[0].split(".")[0] in own and mapping[key]:
+            mapping[key] = _input_path(mapping[key], name, file)
+    if "output" not in values:
+        values["output"] = DEFAULT_OUTPUT
+        own = own | {"output"}
+    if "output" in own and isinstance(values["output"], str):
+        values["output"] = _output_path(values["output"], file)
+
+
+def _input_path(text: str, name: str, file: Path) -> str:
+    """A path of the YAML; an id of the hub stays as it is.
+
+    Raises:
+        InputError: the path is there from the current directory, but not from the YAML's folder.
+    """
+    path = Path(text).expanduser()
+    from_yaml = file.parent / path
+    if from_yaml.exists():
+        return str(from_yaml)
+    if path.exists():
+        raise InputError(
+            f"{file}: {name}: {text} is not in {file.parent.absolute()} but in {Path.cwd()}; "
+            "paths in a YAML count from its folder"
+        )
+    if name != "data.chat_template" and is_hub_id(text, file.parent):
+        return text
+    return str(from_yaml.absolute())
+
+
+def _output_path(text: str, file: Path) -> str:
+    """The output of the YAML.
+
+    Raises:
+        InputError: only the current directory holds an output of this name.
+    """
+    path = Path(text).expanduser()
+    from_yaml = file.parent / path
+    stages = (stage.folder for stage in STAGES)
+    if not from_yaml.exists() and any((path / folder).is_dir() for folder in stages):
+        raise InputError(
+            f"{file}: output: {text} is not in {file.parent.absolute()} but in {Path.cwd()}; "
+            f"paths in a YAML count from its folder: move it there, or give output={text}"
+        )
+    return str(from_yaml)

@@ -122,13 +122,15 @@ def test_paths_that_hold_nothing(tmp_path, tokenizer, monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    assert message("owner/name") == (
-        "owner/name: is neither a file nor a directory, and split 'train' of a Hugging Face "
-        "dataset of this name could not be loaded: offline (HF_HUB_OFFLINE) and not in the cache"
-    )
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    assert message("owner/name").endswith("could not be loaded: no route")
+    told = "owner/name: neither a file nor a folder, and the hub is {} (Hugging Face dataset, {})"
+    split = "split 'train'"
+    assert message("owner/name") == told.format("switched off (HF_HUB_OFFLINE)", split)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert message("owner/name") == told.format("unreachable", split)
+    for path in ("./owner/name", "~/owner/name", "a/b/c", "../name", "rows.jsonl", "rows.json"):
+        assert message(path).startswith(f"{path}: is neither"), path
+    Path("owner").mkdir()
+    assert message("owner/name").startswith("owner/name: is neither")
 
 
 def test_unused_columns_are_noted(tmp_path, tokenizer):

@@ -44,8 +44,9 @@ ARROWS = {
     "integrations": BASE | {"data", "kernels", "merge", "model", "sketch", "split"},
     "pipeline": BASE
     | {"data", "model", "sketch", "split", "train", "merge", "evaluate", "report", "tune"},
+    "init": BASE | {"data", "pipeline"},
     "cli": BASE
-    | {"data", "demo", "evaluate", "integrations", "kernels", "merge", "model", "pipeline"}
+    | {"data", "demo", "evaluate", "init", "integrations", "kernels", "merge", "model", "pipeline"}
     | {"report", "sketch", "split", "train", "tune"},
     "__init__": {"errors", "merge", "patch", "pipeline", "sketch"},
     "__main__": {"cli"},

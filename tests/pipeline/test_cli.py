@@ -22,7 +22,8 @@ def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
     "arguments,message",
     [
         (["run", "nowhere.yml"], "error: nowhere.yml: does not exist"),
-        (["run"], "needs a CONFIG.yml"),
+        (["run"], "run: needs a CONFIG.yml, or --model and --dataset"),
+        (["report"], "report: needs a CONFIG.yml"),
         (
             ["run", "run.yml", "split.grops=2"],
             "run.yml with command line: split.grops: unknown key; did you mean groups?",
@@ -30,7 +31,11 @@ def config_file(tmp_path, tiny_model, tiny_mixture, monkeypatch):
         (["run", "run.yml", "other.yml"], "must be one CONFIG.yml"),
         (
             ["run", "run.yml", "model=/nowhere"],
-            "'/nowhere' is neither a directory nor an available hub id",
+            "model: /nowhere: must be a model's folder or a hub id; it is not there",
+        ),
+        (
+            ["run", "run.yml", "model=org/name"],
+            "model: org/name: not a folder, and the hub is switched off (HF_HUB_OFFLINE)",
         ),
         (["run", "run.yml", "output=run.yml"], "output: must be a directory, got the file run.yml"),
         (
@@ -112,6 +117,23 @@ def test_stages_from_flags_alone(call, tmp_path, monkeypatch, tiny_model, tiny_m
     assert code == 0, err
     split = json.loads(Path("flags/split/split.json").read_text())
     assert {row["name"] for row in split["datasets"]} == {entry["name"] for entry in tiny_mixture}
+
+
+def test_run_takes_model_datasets_and_output_without_a_yaml(
+    call, tmp_path, monkeypatch, tiny_model, tiny_mixture
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", tiny_model, "--output", "flags", "--json", "split.groups=1"]
+    words += ["split.examples=4", "split.proj_dim=4096", "evaluate.interpolate=[]"]
+    words += ["evaluate.max_new_tokens=1", "train.batch_size=8"]
+    entry = tiny_mixture[0]
+    words += ["--dataset", f"{entry['name']}={entry['path']},{entry['eval_path']}"]
+    code, out, err = call("run", *words)
+    assert code == 0, err
+    assert Path(json.loads(out)["report"]) == Path("flags/report/report.html")
+    (tmp_path / "my.yml").write_text("output: elsewhere\n")
+    code, out, err = call("run", "my.yml", *words)  # flags override the YAML
+    assert code == 0 and not Path("elsewhere").exists(), err
 
 
 def test_merge_of_given_models(call, config_file, tmp_path, tiny_model):

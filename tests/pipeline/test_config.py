@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from merit_fast.data.config import DataConfig
+from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.errors import InputError
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.merge.config import MergeConfig
@@ -118,33 +118,86 @@ def test_overrides_win_and_are_checked(tmp_path):
         override({"split": {"groups": 1}}, ["split.groups.x=1"])
 
 
-def test_paths_next_to_the_yaml_are_tried_first(tmp_path, monkeypatch):
+def test_paths_of_a_yaml_count_from_its_folder(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("{}")
     (tmp_path / "m").mkdir()
+    (tmp_path / "t.jinja").write_text("")
+    values = {**GOOD, "data": {"chat_template": "t.jinja"}, "output": "runs/x"}
+    values["mixture"] = [{"name": "a", "path": "a.jsonl", "eval_path": "no/b.jsonl"}]
+    file = write(tmp_path, values)
     monkeypatch.chdir("/")
-    config = read_run_config(write(tmp_path, GOOD))
-    assert config.mixture[0].path == str(tmp_path / "a.jsonl") and config.model == str(
-        tmp_path / "m"
-    )
+    config = read_run_config(file)
+    (entry,) = config.mixture
+    assert entry.path == str(tmp_path / "a.jsonl") and config.model == str(tmp_path / "m")
+    assert entry.eval_path == str(tmp_path / "no/b.jsonl")  # where it was looked for
+    assert config.data.chat_template == str(tmp_path / "t.jinja")
+    assert config.output == str(tmp_path / "runs/x")
+    assert read_run_config(write(tmp_path, GOOD)).output == str(tmp_path / "runs/merit")
     hub = {"model": "org/m", "mixture": [{"name": "a", "path": "org/a"}]}
     assert read_run_config(write(tmp_path, hub)).mixture[0].path == "org/a"
+    (tmp_path / "org").mkdir()
+    assert read_run_config(write(tmp_path, hub)).model == str(tmp_path / "org/m")
 
 
-def test_the_resolved_config_replays(tmp_path):
+def test_paths_on_the_command_line_count_from_the_current_directory(tmp_path, monkeypatch):
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    file = write(folder, GOOD)
+    monkeypatch.chdir(tmp_path)
+    flags = {"model": "n", "mixture": [{"name": "b", "path": "b.jsonl"}]}
+    config = read_run_config(file, ["output=out", "data.chat_template=c.jinja"], flags)
+    assert (config.model, config.mixture[0].path) == ("n", "b.jsonl")
+    assert (config.output, config.data.chat_template) == ("out", "c.jinja")
+    assert read_run_config(file, ["model=other"]).mixture[0].path == str(folder / "a.jsonl")
+
+
+def test_a_path_that_is_only_in_the_current_directory_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "out" / "sketch").mkdir(parents=True)
+    file = write(folder, GOOD)
+    monkeypatch.chdir(tmp_path)
+    rule = (
+        r"mixture\[0\].path: a.jsonl is not in {} but in {}; paths in a YAML count from its folder"
+    )
+    with pytest.raises(InputError, match=rule.format(folder, tmp_path) + "$"):
+        read_run_config(file)
+    (folder / "a.jsonl").write_text("{}")
+    file = write(folder, {**GOOD, "output": "out"})
+    with pytest.raises(InputError, match=f"output: out is not in {folder} but in {tmp_path}; "):
+        read_run_config(file)
+    assert read_run_config(file, ["output=out"]).output == "out"
+    (folder / "out").mkdir()
+    assert read_run_config(file).output == str(folder / "out")
+
+
+def test_the_resolved_config_replays_from_any_directory(tmp_path, monkeypatch):
     values = {
         **GOOD,
         "merge": {"weights": [1, 2.5]},
         "train": {"controls": {"random": 2}, "seeds": 2},
         "split": {"groups": 8},
+        "data": {"chat_template": "t.jinja"},
+        "output": "out",
     }
-    config = read_run_config(write(tmp_path, values))
-    write_run_config(config, tmp_path / "resolved.yml")
-    assert read_run_config(tmp_path / "resolved.yml") == config
+    for name in ("a.jsonl", "t.jinja"):
+        (tmp_path / name).write_text("{}")
+    file = write(tmp_path, values)
+    monkeypatch.chdir(tmp_path)
+    config = read_run_config(file.relative_to(tmp_path))
+    assert (config.mixture[0].path, config.output, config.model) == ("a.jsonl", "out", "m")
+    resolved = tmp_path / "out" / "sketch" / "config.yml"
+    resolved.parent.mkdir(parents=True)
+    write_run_config(config, resolved)
+    monkeypatch.chdir("/")
+    assert read_run_config(resolved) == read_run_config(file)
+    assert read_run_config(resolved).output == str(tmp_path / "out")
     assert parse(RunConfig, to_plain(config), "again") == config
 
 
 def test_every_option_has_a_help_text():
     sections = (SketchConfig, SplitConfig, TrainConfig, MergeConfig, EvaluateConfig)
-    for section in (*sections, DataConfig):
+    for section in (*sections, DataConfig, DatasetConfig):
         for field in dataclasses.fields(section):
             assert len(field.metadata["help"]) > 5, field.name

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -14,10 +15,13 @@ import pytest
 import merit_fast
 from merit_fast.cli.commands import COMMANDS, _options_of
 from merit_fast.cli.flags import Parser, add_fields, assignments_of
+from merit_fast.cli.keys import sections
+from merit_fast.cli.overview import EXAMPLES
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import STAGES
 from merit_fast.options.fields import option
 from merit_fast.options.parser import override, parse
+from merit_fast.pipeline.config import RunConfig, read_run_config
 
 
 @pytest.fixture
@@ -40,14 +44,30 @@ def test_the_overview_lists_every_command_with_its_purpose(help_of):
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_an_unknown_command_names_the_nearest(call):
+    assert "no such command: 'merg'; did you mean merge?" in call("merg")[2]
+    assert f"commands: {', '.join(COMMANDS)}" in call("xyzzy")[2]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_readable(help_of, command):
+def test_help_is_readable_and_has_an_example(help_of, command):
     text = help_of(command)
+    assert f"\nexample:\n  merit-fast {command}" in text
     assert max(map(len, text.splitlines())) <= 100
     assert " ".join(COMMANDS[command].purpose.split()) in " ".join(text.split())
     assert not re.search(r"\b[A-Z]\w+\([\w=]*", text), "the repr of a dataclass"
     assert not re.search(r"default:\s+(None|True|False|\(|\[|\{)", text), "a Python value"
     assert "--json" in text and "--debug" in text
+
+
+@pytest.mark.parametrize("command", [name for name in EXAMPLES if name in COMMANDS])
+def test_the_example_of_a_command_is_one_that_it_reads(command):
+    program, name, *words = shlex.split(EXAMPLES[command])
+    assert (program, name) == ("merit-fast", command)
+    parser = Parser(command, "")
+    assert callable(COMMANDS[command].add_arguments(parser))
+    parser.add_argument("--json", action="store_true")
+    parser.parse_intermixed_args(words)
 
 
 def words_of(hint):
@@ -70,6 +90,26 @@ def test_help_shows_every_choice_and_flag_of_a_stage(help_of, stage):
         shown = re.split(r"^  --", section[1], maxsplit=1, flags=re.MULTILINE)[0]
         for word in words_of(hints[field.name]):
             assert re.search(rf"(?<![\w-]){word}(?![\w-])", shown), (flag, word)
+
+
+def test_the_help_of_run_lists_every_key_and_ends_with_a_yaml_that_run_reads(help_of, tmp_path):
+    text = help_of("run")
+    keys, _, example = text.partition("an example of CONFIG.yml")
+    for section, entries in sections(RunConfig):
+        assert f"\n  {section or 'top level'}:\n" in keys
+        for name, form, help in entries:
+            shown = re.search(rf"^    {re.escape(f'{name} {form}')}(.*)", keys, re.MULTILINE)
+            assert shown, name
+            assert " ".join(help.split()) in " ".join(keys.split()), name
+    for section in ("split", "train", "merge", "evaluate"):
+        for field in dataclasses.fields(getattr(RunConfig, section)):
+            assert re.search(rf"^    {field.name}[ .]", keys, re.MULTILINE), field.name
+    assert "usually 0.2 to 0.5" in keys
+    lines = [line[2:] for line in example.splitlines()[1:]]
+    (tmp_path / "my.yml").write_text("\n".join(lines))
+    config = read_run_config(tmp_path / "my.yml")
+    assert [entry.name for entry in config.mixture] == ["facts", "code"]
+    assert config.output == str(tmp_path / "runs/mine")
 
 
 def test_the_settings_of_each_model_have_a_flag_of_their_own(help_of):

@@ -1,0 +1,73 @@
+"""The help of every key of a run's YAML, and an example of one; made when ``--help`` asks."""
+
+import dataclasses
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from merit_fast.options.forms import form_of, help_of
+
+EXAMPLE = """\
+# my.yml; paths count from its folder
+model: BASE
+mixture:
+  - {name: facts, path: facts.jsonl, eval_path: facts.eval.jsonl}
+  - {name: code, path: code.parquet, eval_path: code.eval.parquet}
+split: {groups: 2}
+train: {epochs: 1, learning_rate: 2.0e-4}
+output: runs/mine
+"""
+_COLUMN = 30  # where the help texts begin
+
+
+def help_of_keys(width: int) -> str:
+    """Every key by section, in at most ``width`` columns, and an example of a YAML at the end."""
+    from merit_fast.pipeline.config import RunConfig
+
+    lines = ["keys of CONFIG.yml:"]
+    for section, keys in sections(RunConfig):
+        lines.append(f"  {section}:" if section else "  top level:")
+        for name, form, help in keys:
+            lines += _entry(f"    {name} {form}", help, max(width, _COLUMN + 30))
+    lines += ["", "an example of CONFIG.yml (merit-fast init writes one for your files):"]
+    lines += ["  " + line for line in EXAMPLE.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def sections(config: type[Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Sections of a config with (key, form, help) of their keys; "" names the top."""
+    hints = typing.get_type_hints(config)
+    fields = dataclasses.fields(config)
+    yield "", [_key(field, hints[field.name]) for field in fields if "help" in field.metadata]
+    for field in fields:
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield field.name, list(_keys(hint, ""))
+        elif typing.get_origin(hint) is tuple and dataclasses.is_dataclass(hint.__args__[0]):
+            yield f"{field.name}, each entry", list(_keys(hint.__args__[0], ""))
+
+
+def _keys(config: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        hint = hints[field.name]
+        inner = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+        if inner and all("help" in item.metadata for item in inner):
+            yield from _keys(hint, f"{prefix}{field.name}.")
+        else:
+            name, form, help = _key(field, hint)
+            yield prefix + name, form, help
+
+
+def _key(field: "dataclasses.Field[Any]", hint: Any) -> tuple[str, str, str]:
+    form, words = form_of(field, hint)
+    missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return field.name, form, help_of(field, words) + (" [required]" if missing else "")
+
+
+def _entry(start: str, help: str, width: int) -> list[str]:
+    lines = textwrap.wrap(help, width - _COLUMN, break_long_words=False)
+    if len(start) + 2 > _COLUMN:
+        return [start, *(" " * _COLUMN + line for line in lines)]
+    return [start.ljust(_COLUMN) + lines[0], *(" " * _COLUMN + line for line in lines[1:])]

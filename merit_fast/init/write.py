@@ -1,0 +1,176 @@
+"""Makes the text of a commented YAML from the files that ``scan`` found."""
+
+import dataclasses
+import os
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
+from merit_fast.errors import InputError
+from merit_fast.init.rows import Source, read_source
+from merit_fast.init.scan import Candidate, scan
+from merit_fast.options.document import commented, flow, option_lines
+from merit_fast.options.parser import parse
+from merit_fast.pipeline.config import DEFAULT_OUTPUT, RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZED_ROWS = 200  # of each dataset, from which its tokens are estimated
+_MANY_DATASETS = 12  # from which four groups are written instead of two
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The text of a YAML, the datasets in it, and the files that it cannot use."""
+
+    text: str
+    datasets: tuple[str, ...]
+    unused: tuple[str, ...]  # "PATH: reason"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One dataset of the mixture."""
+
+    candidate: Candidate
+    source: Source
+    keys: dict[str, Any]
+    comment: str
+
+
+def draft_config(places: Sequence[Path], model: str | None, file: Path) -> Draft:
+    """Reads the files of rows at ``places`` and makes a YAML that ``run`` accepts.
+
+    Args:
+        places: files and directories.
+        model: directory, from the current one, or hub id; None: the YAML leaves it to fill in.
+        file: where the YAML will lie; its paths count from that folder.
+
+    Raises:
+        InputError: a place does not exist, no row can be used, or the model has no tokenizer.
+    """
+    found = scan(places)
+    unused = list(found.unused)
+    is_local = model is not None and Path(model).expanduser().is_dir()
+    tokenizer = load_tokenizer(str(Path(str(model)).expanduser())) if is_local else None
+    data = _data_keys(tokenizer)
+    entries = []
+    for candidate in found.candidates:
+        try:
+            entries.append(_entry(candidate, file.parent, tokenizer, data))
+        except InputError as error:
+            unused.append(str(error))
+    if not entries:
+        reasons = unused[0] if unused else "found no .jsonl, .parquet or .json file"
+        shown = " ".join(map(str, places))
+        raise InputError(f"{shown}: no rows that a run can use: {reasons}")
+    own = _from_folder(Path(str(model)).expanduser(), file.parent) if is_local else model
+    text = "\n".join(_lines(own, entries, data, unused, file.name)) + "\n"
+    values = yaml.safe_load(text)
+    parse(RunConfig, {**values, "model": own or "MODEL"}, str(file))
+    names = tuple(entry.candidate.name for entry in entries)
+    return Draft(text, names, tuple(unused))
+
+
+def _data_keys(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
+    if tokenizer is None or tokenizer.chat_template:
+        return {}
+    return {"chat_template": "plain"}  # the tokenizer brings no template of its own
+
+
+def _entry(
+    candidate: Candidate,
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    data: dict[str, Any],
+) -> _Entry:
+    source = read_source(candidate.path)
+    keys: dict[str, Any] = {
+        "name": candidate.name,
+        "path": _from_folder(candidate.path, folder),
+    }
+    comment = (
+        f"{source.num_rows:,} rows ({source.format}), {_size(candidate, source, tokenizer, data)}"
+    )
+    if candidate.eval_path is not None:
+        held_out = read_source(candidate.eval_path)
+        keys["eval_path"] = _from_folder(candidate.eval_path, folder)
+        comment += f"; held out: {held_out.num_rows:,} rows"
+    elif source.held_out is not None:
+        keys["eval_fraction"], count = source.held_out
+        comment += f"; {count:,} of them held out, as no file of held-out rows is there"
+    else:
+        comment += "; too few rows to hold some out: no arm is measured on it"
+    for other in candidate.others:
+        comment += f"; not used: {other.name}"
+    return _Entry(candidate, source, keys, comment)
+
+
+def _size(
+    candidate: Candidate,
+    source: Source,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    data: dict[str, Any],
+) -> str:
+    """The tokens of the answers where a tokenizer is there, else their characters."""
+    if tokenizer is None:
+        return f"{source.num_characters:,} characters of answers"
+    rows = DatasetConfig(candidate.name, str(candidate.path), max_examples=_TOKENIZED_ROWS)
+    (dataset,) = load_mixture([rows], tokenizer, parse(DataConfig, data, "data"), part="train")
+    read = min(_TOKENIZED_ROWS, source.num_rows)
+    tokens = round(dataset.num_target_tokens / read * source.num_rows)
+    about = "about " if read < source.num_rows else ""
+    return "; ".join([f"{about}{tokens:,} tokens of answers", *dataset.notes])
+
+
+def _from_folder(path: Path, folder: Path) -> str:
+    return os.path.relpath(path.absolute(), folder.absolute())
+
+
+def _lines(
+    model: str | None,
+    entries: Sequence[_Entry],
+    data: dict[str, Any],
+    unused: Sequence[str],
+    name: str,
+) -> list[str]:
+    lines = [
+        f"# merit-fast run {name}",
+        "# Paths count from this file's folder. Every option is here: a line that begins with",
+        "# '# key: value' shows a default; remove its '# ' to set it.",
+        "",
+    ]
+    if model is None:
+        lines += commented("model:", "FILL IN: the base model: a folder, or a hub id as owner/name")
+    else:
+        lines += commented(f"model: {flow(model)}", "base model")
+    lines += ["", "mixture:"]
+    for entry in entries:
+        lines += [f"  # {entry.keys['name']}: {entry.comment}", f"  - {_flow_entry(entry.keys)}"]
+    lines += [f"  # not used: {reason}" for reason in unused]
+    groups = _groups(len(entries))
+    chosen = {"data": data, "split": {"groups": groups}}
+    hints = typing.get_type_hints(RunConfig)
+    for field in dataclasses.fields(RunConfig):
+        if dataclasses.is_dataclass(hints[field.name]):
+            lines += ["", f"{field.name}:"]
+            lines += option_lines(typing.cast(type, hints[field.name]), chosen.get(field.name, {}))
+    return [*lines, "", *option_lines(RunConfig, {"output": DEFAULT_OUTPUT}, "")]
+
+
+def _flow_entry(keys: dict[str, Any]) -> str:
+    """An entry of the mixture in one line, its keys in their order."""
+    return "{" + ", ".join(f"{key}: {flow(value)}" for key, value in keys.items()) + "}"
+
+
+def _groups(num_datasets: int) -> int:
+    """Groups with enough datasets each that random splits differ from the chosen one."""
+    if num_datasets < 2:
+        return 1
+    return 2 if num_datasets < _MANY_DATASETS else 4
