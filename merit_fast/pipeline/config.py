@@ -10,7 +10,7 @@ import yaml
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.paths import is_hub_id
 from merit_fast.data.template import PLAIN
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, show
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.stages import STAGES
