@@ -20,10 +20,10 @@ from merit_fast.cli.flags import (
     add_inputs,
     add_run_flags,
     assignments_of,
+    help_of_keys,
     rows_of,
 )
 from merit_fast.cli.init import add_init
-from merit_fast.cli.keys import help_of_keys
 from merit_fast.cli.stages import progress_of, read_config, run_all, run_stage
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE, STAGES, Stage

@@ -9,8 +9,8 @@ import sys
 
 from merit_fast import __version__
 from merit_fast.cli.commands import COMMANDS
+from merit_fast.cli.doctor import tell_missing_native
 from merit_fast.cli.flags import Parser
-from merit_fast.cli.native import tell_missing_native
 from merit_fast.cli.overview import EXAMPLES, nearest_command, overview
 from merit_fast.errors import InputError, MeritFastError, one_line
 

@@ -17,6 +17,7 @@ from merit_fast.init.scan import Candidate, scan
 from merit_fast.options.document import commented, flow, option_lines
 from merit_fast.options.parser import parse
 from merit_fast.pipeline.config import DEFAULT_OUTPUT, RunConfig
+from merit_fast.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,13 +45,16 @@ class _Entry:
     comment: str
 
 
-def draft_config(places: Sequence[Path], model: str | None, file: Path) -> Draft:
+def draft_config(
+    places: Sequence[Path], model: str | None, file: Path, progress: Progress
+) -> Draft:
     """Reads the files of rows at ``places`` and makes a YAML that ``run`` accepts.
 
     Args:
         places: files and directories.
         model: directory, from the current one, or hub id; None: the YAML leaves it to fill in.
         file: where the YAML will lie; its paths count from that folder.
+        progress: display of what is read.
 
     Raises:
         InputError: a place does not exist, no row can be used, or the model has no tokenizer.
@@ -62,6 +66,7 @@ def draft_config(places: Sequence[Path], model: str | None, file: Path) -> Draft
     data = _data_keys(tokenizer)
     entries = []
     for candidate in found.candidates:
+        progress.note(f"reads {candidate.path}")
         try:
             entries.append(_entry(candidate, file.parent, tokenizer, data))
         except InputError as error:

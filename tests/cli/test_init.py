@@ -156,7 +156,8 @@ def test_nothing_that_a_run_can_use_is_an_error(call, tmp_path):
     assert f"empty: {rule}" in call("init", tmp_path / "empty")[2]
     write(tmp_path / "bad" / "a.jsonl", [{"text": "a"}])
     code, _, err = call("init", tmp_path / "bad")
-    assert code == 2 and "a.jsonl:1: unknown columns" in err and len(err.splitlines()) == 1
+    note, line = err.splitlines()
+    assert code == 2 and note.startswith("reads ") and "a.jsonl:1: unknown columns" in line
     assert "nowhere: does not exist" in call("init", tmp_path / "nowhere")[2]
     assert not (tmp_path / "bad" / "merit.yml").exists()
 

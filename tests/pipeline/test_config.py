@@ -61,7 +61,7 @@ def write(tmp_path, values):
             {"evaluate": {"interpolate": [2]}},
             "evaluate.interpolate: must be between 0 and 1, got 2",
         ),
-        ({"model": None}, "model: must be a string, got None"),
+        ({"model": None}, "model: is empty; it must be a model's folder or a hub id"),
         ({"threads": 0}, "threads: must be at least 1, got 0"),
     ],
 )
