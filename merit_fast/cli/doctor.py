@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 from merit_fast.kernels import dispatch
-from merit_fast.manifests.io import tool_versions
 
 FIX = "install g++ 11 or newer, then in the clone: pip install --force-reinstall --no-deps ."
 _WITHOUT_KERNELS = ("init", "data", "status", "clean", "advise", "report", "verify", "doctor")
@@ -36,6 +35,8 @@ def _is_another_reason(record: logging.LogRecord) -> bool:
 def diagnose() -> dict[str, Any]:
     """JSON-ready facts. Imports torch (to see a GPU) but no transformers."""
     import torch
+
+    from merit_fast.manifests.io import tool_versions
 
     native = dispatch.native_module()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
+from merit_fast.data.paths import is_hub_id
 from merit_fast.errors import InputError
 from merit_fast.init.rows import Source, read_source
 from merit_fast.init.scan import Candidate, scan
+from merit_fast.model import resolve_model
 from merit_fast.options.document import commented, flow, option_lines
 from merit_fast.options.parser import parse
 from merit_fast.pipeline.config import DEFAULT_OUTPUT, RunConfig
@@ -57,16 +59,18 @@ def draft_config(
         progress: display of what is read.
 
     Raises:
-        InputError: a place does not exist, no row can be used, or the model has no tokenizer.
+        InputError: a place does not exist, no row can be used, or the model is neither a hub id
+            nor a folder with a tokenizer.
     """
     found = scan(places)
     unused = list(found.unused)
-    is_local = model is not None and Path(model).expanduser().is_dir()
-    tokenizer = load_tokenizer(str(Path(str(model)).expanduser())) if is_local else None
+    is_local = model is not None and (Path(model).is_dir() or not is_hub_id(model))
+    base = resolve_model(str(model)) if is_local else None
+    tokenizer = None if base is None else load_tokenizer(str(base))
     data = _data_keys(tokenizer)
     entries = []
     for candidate in found.candidates:
-        progress.note(f"reads {candidate.path}")
+        progress.note(f"{candidate.path}: reading its rows")
         try:
             entries.append(_entry(candidate, file.parent, tokenizer, data))
         except InputError as error:
@@ -75,7 +79,7 @@ def draft_config(
         reasons = unused[0] if unused else "found no .jsonl, .parquet or .json file"
         shown = " ".join(map(str, places))
         raise InputError(f"{shown}: no rows that a run can use: {reasons}")
-    own = _from_folder(Path(str(model)).expanduser(), file.parent) if is_local else model
+    own = model if base is None else _from_folder(base, file.parent)
     text = "\n".join(_lines(own, entries, data, unused, file.name)) + "\n"
     values = yaml.safe_load(text)
     parse(RunConfig, {**values, "model": own or "MODEL"}, str(file))
@@ -157,8 +161,8 @@ def _lines(
         lines += commented(f"model: {flow(model)}", "base model")
     lines += ["", "mixture:"]
     for entry in entries:
-        lines += [f"  # {entry.keys['name']}: {entry.comment}", f"  - {_flow_entry(entry.keys)}"]
-    lines += [f"  # not used: {reason}" for reason in unused]
+        lines += [f"  # {entry.keys['name']}: {entry.comment}", f"  - {flow(entry.keys)}"]
+    lines += [f"  # not used: {' '.join(reason.split())}" for reason in unused]
     groups = _groups(len(entries))
     chosen = {"data": data, "split": {"groups": groups}}
     hints = typing.get_type_hints(RunConfig)
@@ -167,11 +171,6 @@ def _lines(
             lines += ["", f"{field.name}:"]
             lines += option_lines(typing.cast(type, hints[field.name]), chosen.get(field.name, {}))
     return [*lines, "", *option_lines(RunConfig, {"output": DEFAULT_OUTPUT}, "")]
-
-
-def _flow_entry(keys: dict[str, Any]) -> str:
-    """An entry of the mixture in one line, its keys in their order."""
-    return "{" + ", ".join(f"{key}: {flow(value)}" for key, value in keys.items()) + "}"
 
 
 def _groups(num_datasets: int) -> int:

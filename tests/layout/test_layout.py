@@ -42,7 +42,7 @@ ARROWS = {
     "integrations": BASE | {"kernels", "merge", "model", "sketch"},
     "pipeline": BASE
     | {"data", "model", "sketch", "split", "train", "merge", "evaluate", "report", "tune"},
-    "init": BASE | {"data", "pipeline"},
+    "init": BASE | {"data", "model", "pipeline"},
     "cli": BASE
     | {"data", "demo", "evaluate", "init", "integrations", "kernels", "merge", "model", "pipeline"}
     | {"report", "sketch", "split", "train", "tune"},

@@ -1,6 +1,7 @@
 """Options: errors name the file, the key and the rule; a resolved config replays."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -114,6 +115,9 @@ def test_paths_of_a_yaml_count_from_its_folder(tmp_path, monkeypatch):
     assert entry.path == str(tmp_path / "a.jsonl") and config.model == str(tmp_path / "m")
     assert entry.eval_path == str(tmp_path / "no/b.jsonl")  # where it was looked for
     assert config.data.chat_template == str(tmp_path / "t.jinja")
+    assert read_run_config(file, ["data.max_length=9", "train.seed=1"]).data == replace(
+        config.data, max_length=9
+    )
     assert config.output == str(tmp_path / "runs/x")
     assert read_run_config(write(tmp_path, GOOD)).output == str(tmp_path / "runs/merit")
     hub = {"model": "org/m", "mixture": [{"name": "a", "path": "org/a"}]}
