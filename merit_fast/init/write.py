@@ -41,8 +41,6 @@ class Draft:
 class _Entry:
     """One dataset of the mixture."""
 
-    candidate: Candidate
-    source: Source
     keys: dict[str, Any]
     comment: str
 
@@ -83,7 +81,7 @@ def draft_config(
     text = "\n".join(_lines(own, entries, data, unused, file.name)) + "\n"
     values = yaml.safe_load(text)
     parse(RunConfig, {**values, "model": own or "MODEL"}, str(file))
-    names = tuple(entry.candidate.name for entry in entries)
+    names = tuple(entry.keys["name"] for entry in entries)
     return Draft(text, names, tuple(unused))
 
 
@@ -118,7 +116,7 @@ def _entry(
         comment += "; too few rows to hold some out: no arm is measured on it"
     for other in candidate.others:
         comment += f"; not used: {other.name}"
-    return _Entry(candidate, source, keys, comment)
+    return _Entry(keys, comment)
 
 
 def _size(
