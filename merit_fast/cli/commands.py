@@ -21,10 +21,10 @@ from merit_fast.cli.flags import (
     add_run_flags,
     add_upkeep,
     assignments_of,
+    help_of_keys,
     rows_of,
 )
 from merit_fast.cli.init import add_init
-from merit_fast.cli.keys import help_of_keys
 from merit_fast.cli.stages import progress_of, read_config, run_all, run_stage, show_forecast
 from merit_fast.cli.status import add_clean, add_status
 from merit_fast.errors import InputError

@@ -86,7 +86,7 @@ def _lines(name: str, parts: dict[str, Any]) -> list[str]:
                 f"{OPEN}{segment['text']}{CLOSE}" if segment["in_loss"] else segment["text"]
                 for segment in segments
             ]
-            lines += ["  | " + line for line in "".join(marked).splitlines()]
+            lines += ["  | " + line for line in "".join(marked).rstrip("\n").split("\n")]
     if "eval" not in parts:
         lines.append(f"{name} (eval): no held-out rows")
     return lines

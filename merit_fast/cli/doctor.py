@@ -1,12 +1,35 @@
-"""Diagnoses this machine: versions, ISA level, the backend of every op and why not another."""
+"""Diagnoses this machine: versions, ISA level, the backend of every op and why not another.
 
+A command that would run on compiled kernels tells in one line that they are not there: pip hides
+the build's message.
+"""
+
+import logging
 import os
 import platform
+import sys
 from typing import Any
 
-from merit_fast.cli.native import FIX
 from merit_fast.kernels import dispatch
-from merit_fast.manifests.io import tool_versions
+
+FIX = "install g++ 11 or newer, then in the clone: pip install --force-reinstall --no-deps ."
+_WITHOUT_KERNELS = ("init", "data", "status", "clean", "advise", "report", "verify", "doctor")
+
+
+def tell_missing_native(command: str) -> None:
+    """Prints a line to standard error if the command would run on the compiled kernels.
+
+    The line takes the place of one warning for every op.
+    """
+    if command in _WITHOUT_KERNELS or dispatch.native_module() is not None:
+        return
+    text = "the compiled CPU kernels are not part of this install; everything runs, but slower"
+    print(f"note: {text}. To have them, {FIX}", file=sys.stderr)
+    dispatch.logger.addFilter(_is_another_reason)
+
+
+def _is_another_reason(record: logging.LogRecord) -> bool:
+    return dispatch.NOT_BUILT not in record.getMessage()
 
 # The variables that change what runs or how fast.
 _VARIABLES = ("MERIT_FAST_", "OMP_", "KMP_", "GOMP_", "MKL_NUM", "OPENBLAS_NUM")
@@ -15,6 +38,8 @@ _VARIABLES = ("MERIT_FAST_", "OMP_", "KMP_", "GOMP_", "MKL_NUM", "OPENBLAS_NUM")
 def diagnose() -> dict[str, Any]:
     """JSON-ready facts. Imports torch (to see a GPU) but no transformers."""
     import torch
+
+    from merit_fast.manifests.io import tool_versions
 
     native = dispatch.native_module()
     device = "cuda" if torch.cuda.is_available() else "cpu"

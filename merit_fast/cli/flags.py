@@ -9,6 +9,18 @@ from typing import Any, NoReturn
 
 from merit_fast.errors import InputError
 from merit_fast.options.forms import flag_of, form_of, help_of
+from merit_fast.options.keys import key_lines
+
+EXAMPLE_YAML = """\
+# my.yml; paths count from its folder
+model: BASE
+mixture:
+  - {name: facts, path: facts.jsonl, eval_path: facts.eval.jsonl}
+  - {name: code, path: code.parquet, eval_path: code.eval.parquet}
+split: {groups: 2}
+train: {epochs: 1, learning_rate: 2.0e-4}
+output: runs/mine
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +86,16 @@ def run_flags(arguments: argparse.Namespace) -> dict[str, Any]:
         "mixture": mixture_of(arguments.dataset),
     }
     return {key: value for key, value in flags.items() if value is not None}
+
+
+def help_of_keys(width: int) -> str:
+    """Every key of a run's YAML in at most ``width`` columns, and an example at the end."""
+    from merit_fast.pipeline.config import RunConfig
+
+    lines = ["keys of CONFIG.yml:", *key_lines(RunConfig, width), ""]
+    lines.append("an example of CONFIG.yml (merit-fast init writes one for your files):")
+    lines += ["  " + line for line in EXAMPLE_YAML.splitlines()]
+    return "\n".join(lines) + "\n"
 
 
 def add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from merit_fast.cli.flags import Parser
+from merit_fast.cli.stages import progress_of
 from merit_fast.errors import InputError
 
 _NAME = "merit.yml"
@@ -32,7 +33,8 @@ def _init(arguments: argparse.Namespace) -> None:
     from merit_fast.init import draft_config
     from merit_fast.manifests.atomic import write_text
 
-    draft = draft_config(places, arguments.model, file)
+    progress = progress_of(arguments)
+    draft = draft_config(places, arguments.model, file, progress)
     write_text(file, draft.text)
     if arguments.as_json:
         result = {"file": str(file), "datasets": draft.datasets, "unused": draft.unused}

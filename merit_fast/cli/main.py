@@ -69,8 +69,8 @@ def _end_interrupted(interrupt: KeyboardInterrupt, debug: bool) -> int:
 
 def _run_command(words: list[str]) -> None:
     from merit_fast.cli.commands import COMMANDS
+    from merit_fast.cli.doctor import tell_missing_native
     from merit_fast.cli.flags import Parser
-    from merit_fast.cli.native import tell_missing_native
     from merit_fast.cli.overview import EXAMPLES, nearest_command
     from merit_fast.errors import InputError
 

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
+from merit_fast.data.paths import is_hub_id
 from merit_fast.errors import InputError
 from merit_fast.init.rows import Source, read_source
 from merit_fast.init.scan import Candidate, scan
+from merit_fast.model import resolve_model
 from merit_fast.options.document import commented, flow, option_lines
 from merit_fast.options.parser import parse
 from merit_fast.pipeline.config import DEFAULT_OUTPUT, RunConfig
+from merit_fast.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,30 +41,34 @@ class Draft:
 class _Entry:
     """One dataset of the mixture."""
 
-    candidate: Candidate
-    source: Source
     keys: dict[str, Any]
     comment: str
 
 
-def draft_config(places: Sequence[Path], model: str | None, file: Path) -> Draft:
+def draft_config(
+    places: Sequence[Path], model: str | None, file: Path, progress: Progress
+) -> Draft:
     """Reads the files of rows at ``places`` and makes a YAML that ``run`` accepts.
 
     Args:
         places: files and directories.
         model: directory, from the current one, or hub id; None: the YAML leaves it to fill in.
         file: where the YAML will lie; its paths count from that folder.
+        progress: display of what is read.
 
     Raises:
-        InputError: a place does not exist, no row can be used, or the model has no tokenizer.
+        InputError: a place does not exist, no row can be used, or the model is neither a hub id
+            nor a folder with a tokenizer.
     """
     found = scan(places)
     unused = list(found.unused)
-    is_local = model is not None and Path(model).expanduser().is_dir()
-    tokenizer = load_tokenizer(str(Path(str(model)).expanduser())) if is_local else None
+    is_local = model is not None and (Path(model).is_dir() or not is_hub_id(model))
+    base = resolve_model(str(model)) if is_local else None
+    tokenizer = None if base is None else load_tokenizer(str(base))
     data = _data_keys(tokenizer)
     entries = []
     for candidate in found.candidates:
+        progress.note(f"{candidate.path}: reading its rows")
         try:
             entries.append(_entry(candidate, file.parent, tokenizer, data))
         except InputError as error:
@@ -70,11 +77,11 @@ def draft_config(places: Sequence[Path], model: str | None, file: Path) -> Draft
         reasons = unused[0] if unused else "found no .jsonl, .parquet or .json file"
         shown = " ".join(map(str, places))
         raise InputError(f"{shown}: no rows that a run can use: {reasons}")
-    own = _from_folder(Path(str(model)).expanduser(), file.parent) if is_local else model
+    own = model if base is None else _from_folder(base, file.parent)
     text = "\n".join(_lines(own, entries, data, unused, file.name)) + "\n"
     values = yaml.safe_load(text)
     parse(RunConfig, {**values, "model": own or "MODEL"}, str(file))
-    names = tuple(entry.candidate.name for entry in entries)
+    names = tuple(entry.keys["name"] for entry in entries)
     return Draft(text, names, tuple(unused))
 
 
@@ -109,7 +116,7 @@ def _entry(
         comment += "; too few rows to hold some out: no arm is measured on it"
     for other in candidate.others:
         comment += f"; not used: {other.name}"
-    return _Entry(candidate, source, keys, comment)
+    return _Entry(keys, comment)
 
 
 def _size(
@@ -152,8 +159,8 @@ def _lines(
         lines += commented(f"model: {flow(model)}", "base model")
     lines += ["", "mixture:"]
     for entry in entries:
-        lines += [f"  # {entry.keys['name']}: {entry.comment}", f"  - {_flow_entry(entry.keys)}"]
-    lines += [f"  # not used: {reason}" for reason in unused]
+        lines += [f"  # {entry.keys['name']}: {entry.comment}", f"  - {flow(entry.keys)}"]
+    lines += [f"  # not used: {' '.join(reason.split())}" for reason in unused]
     groups = _groups(len(entries))
     chosen = {"data": data, "split": {"groups": groups}}
     hints = typing.get_type_hints(RunConfig)
@@ -162,11 +169,6 @@ def _lines(
             lines += ["", f"{field.name}:"]
             lines += option_lines(typing.cast(type, hints[field.name]), chosen.get(field.name, {}))
     return [*lines, "", *option_lines(RunConfig, {"output": DEFAULT_OUTPUT}, "")]
-
-
-def _flow_entry(keys: dict[str, Any]) -> str:
-    """An entry of the mixture in one line, its keys in their order."""
-    return "{" + ", ".join(f"{key}: {flow(value)}" for key, value in keys.items()) + "}"
 
 
 def _groups(num_datasets: int) -> int:

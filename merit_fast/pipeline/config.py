@@ -64,15 +64,13 @@ def read_run_config(
     values = (read_yaml(file) or {}) if file else {}
     if not isinstance(values, dict):
         raise InputError(f"{file}: must be a mapping of keys, got {type(values).__name__}")
-    chosen = {**values, **(flags or {})}
     if file:
-        given = override({}, assignments)
-        own = {key for key in chosen if key not in (flags or {}) and key not in given}
-        _resolve_paths(chosen, own, file)
+        overridden = {*(flags or {}), *(text.partition("=")[0] for text in assignments)}
+        _resolve_paths(values, overridden, file)
     where = str(file) if file else "command line"
     if file and (assignments or flags):
         where += " with command line"
-    values = override(chosen, assignments)
+    values = override({**values, **(flags or {})}, assignments)
     _refuse_old_keys(values, where)
     if "model" in values and values["model"] is None:
         raise InputError(f"{where}: model: is empty; it must be a model's folder or a hub id")
@@ -117,16 +115,15 @@ def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str
         yield data, "chat_template", "data.chat_template"
 
 
-def _resolve_paths(values: dict[str, Any], own: Set[str], file: Path) -> None:
-    """Makes the paths that stand in the YAML itself count from the current directory."""
+def _resolve_paths(values: dict[str, Any], overridden: Set[str], file: Path) -> None:
+    """Makes the YAML's own paths, which the command line does not override, count from here."""
     for mapping, key, name in _paths_in(values):
-        if name.split("[")[0].split(".")[0] in own and mapping[key]:
+        top = name.partition("[")[0].partition(".")[0]
+        if mapping[key] and overridden.isdisjoint({name, top}):
             mapping[key] = _input_path(mapping[key], name, file)
-    if "output" not in values:
-        values["output"] = DEFAULT_OUTPUT
-        own = own | {"output"}
-    if "output" in own and isinstance(values["output"], str):
-        values["output"] = _output_path(values["output"], file)
+    output = values.setdefault("output", DEFAULT_OUTPUT)
+    if isinstance(output, str) and "output" not in overridden:
+        values["output"] = _output_path(output, file)
 
 
 def _input_path(text: str, name: str, file: Path) -> str:

@@ -143,6 +143,28 @@ def test_files_in_folders_above_the_current_one(call, folder, monkeypatch):
     }
 
 
+def test_names_that_yaml_reads_otherwise(call, tmp_path, tiny_model):
+    for name in ("a, b: {c}.jsonl", "#d.jsonl", "e\nf.jsonl", "no.jsonl"):
+        write(tmp_path / name, PAIRS)
+    write(tmp_path / "g\nh.jsonl", [{"text": "no known row"}])
+    assert call("init", tmp_path, "--model", tiny_model)[0] == 0
+    config = read_run_config(tmp_path / "merit.yml")
+    paths = {entry.name: entry.path for entry in config.mixture}
+    assert paths == {
+        "a-b-c": f"{tmp_path}/a, b: {{c}}.jsonl",
+        "d": f"{tmp_path}/#d.jsonl",
+        "e-f": f"{tmp_path}/e\nf.jsonl",
+        "no": f"{tmp_path}/no.jsonl",
+    }
+
+
+def test_a_model_that_is_not_there_is_refused(call, folder):
+    for model in ("./nowhere", "a/b/c", folder / "nowhere"):
+        code, _, err = call("init", folder, "--model", model)
+        assert code == 2 and f"model: {model}: must be a model's folder or a hub id" in err
+    assert not (folder / "merit.yml").exists()
+
+
 def test_a_share_is_held_out_where_no_file_is(call, folder, tiny_model):
     assert call("init", folder, "--model", tiny_model)[0] == 0
     config = read_run_config(folder / "merit.yml")
@@ -156,7 +178,12 @@ def test_nothing_that_a_run_can_use_is_an_error(call, tmp_path):
     assert f"empty: {rule}" in call("init", tmp_path / "empty")[2]
     write(tmp_path / "bad" / "a.jsonl", [{"text": "a"}])
     code, _, err = call("init", tmp_path / "bad")
-    assert code == 2 and "a.jsonl:1: unknown columns" in err and len(err.splitlines()) == 1
+    note, line = err.splitlines()
+    assert (
+        code == 2
+        and note.endswith("a.jsonl: reading its rows")
+        and "a.jsonl:1: unknown columns" in line
+    )
     assert "nowhere: does not exist" in call("init", tmp_path / "nowhere")[2]
     assert not (tmp_path / "bad" / "merit.yml").exists()
 

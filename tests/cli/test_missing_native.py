@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from merit_fast.cli.native import FIX
+from merit_fast.cli.doctor import FIX
 from merit_fast.kernels import dispatch
 
 

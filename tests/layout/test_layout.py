@@ -44,7 +44,7 @@ ARROWS = {
     "integrations": BASE | {"data", "kernels", "merge", "model", "sketch", "split"},
     "pipeline": BASE
     | {"data", "model", "sketch", "split", "train", "merge", "evaluate", "report", "tune"},
-    "init": BASE | {"data", "pipeline"},
+    "init": BASE | {"data", "model", "pipeline"},
     "cli": BASE
     | {"data", "demo", "evaluate", "init", "integrations", "kernels", "merge", "model", "pipeline"}
     | {"report", "sketch", "split", "train", "tune"},

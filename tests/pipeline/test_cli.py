@@ -90,7 +90,7 @@ def test_failure_is_exit_code_1_and_debug_shows_the_traceback(call, config_file)
     assert code == 1 and "Traceback" in err
 
 
-def test_stages_one_by_one_equal_run(call, config_file, tmp_path):
+def test_stages_one_by_one_equal_run(call, config_file, tmp_path, monkeypatch):
     for stage in ("sketch", "split", "train", "merge", "evaluate", "report"):
         code, out, err = call(stage, config_file, "--json")
         assert code == 0, err
@@ -105,6 +105,10 @@ def test_stages_one_by_one_equal_run(call, config_file, tmp_path):
     assert json.loads(out)["up_to_date"] is True
     code, out, _ = call("run", config_file)
     assert code == 0 and "merging gain" in out and "report.html" in out
+    monkeypatch.chdir("/")  # the config next to an output replays it from any directory
+    for stage in ("sketch", "train", "report"):
+        code, out, err = call(stage, tmp_path / "out" / "split" / "config.yml", "--json")
+        assert (code, json.loads(out)["up_to_date"]) == (0, True), err
 
 
 def test_stages_from_flags_alone(call, tmp_path, monkeypatch, tiny_model, tiny_mixture):

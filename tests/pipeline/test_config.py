@@ -1,6 +1,7 @@
 """Options: errors name the file, the key and the rule; a resolved config replays."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -78,7 +79,7 @@ def write(tmp_path, values):
             {"evaluate": {"interpolate": [2]}},
             "evaluate.interpolate: must be between 0 and 1, got 2",
         ),
-        ({"model": None}, "model: is empty"),
+        ({"model": None}, "model: is empty; it must be a model's folder or a hub id"),
         ({"threads": 0}, "threads: must be at least 1, got 0"),
     ],
 )
@@ -131,6 +132,9 @@ def test_paths_of_a_yaml_count_from_its_folder(tmp_path, monkeypatch):
     assert entry.path == str(tmp_path / "a.jsonl") and config.model == str(tmp_path / "m")
     assert entry.eval_path == str(tmp_path / "no/b.jsonl")  # where it was looked for
     assert config.data.chat_template == str(tmp_path / "t.jinja")
+    assert read_run_config(file, ["data.max_length=9", "train.seed=1"]).data == replace(
+        config.data, max_length=9
+    )
     assert config.output == str(tmp_path / "runs/x")
     assert read_run_config(write(tmp_path, GOOD)).output == str(tmp_path / "runs/merit")
     hub = {"model": "org/m", "mixture": [{"name": "a", "path": "org/a"}]}

@@ -15,11 +15,11 @@ import pytest
 import merit_fast
 from merit_fast.cli.commands import COMMANDS, _options_of
 from merit_fast.cli.flags import Parser, add_fields, assignments_of
-from merit_fast.cli.keys import sections
 from merit_fast.cli.overview import EXAMPLES
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import STAGES
 from merit_fast.options.fields import option
+from merit_fast.options.keys import sections
 from merit_fast.options.parser import override, parse
 from merit_fast.pipeline.config import RunConfig, read_run_config
 

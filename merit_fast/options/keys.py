@@ -1,4 +1,4 @@
-"""The help of every key of a run's YAML, and an example of one; made when ``--help`` asks."""
+"""Lists the keys of a config for people, section by section."""
 
 import dataclasses
 import textwrap
@@ -8,31 +8,17 @@ from typing import Any
 
 from merit_fast.options.forms import form_of, help_of
 
-EXAMPLE = """\
-# my.yml; paths count from its folder
-model: BASE
-mixture:
-  - {name: facts, path: facts.jsonl, eval_path: facts.eval.jsonl}
-  - {name: code, path: code.parquet, eval_path: code.eval.parquet}
-split: {groups: 2}
-train: {epochs: 1, learning_rate: 2.0e-4}
-output: runs/mine
-"""
 _COLUMN = 30  # where the help texts begin
 
 
-def help_of_keys(width: int) -> str:
-    """Every key by section, in at most ``width`` columns, and an example of a YAML at the end."""
-    from merit_fast.pipeline.config import RunConfig
-
-    lines = ["keys of CONFIG.yml:"]
-    for section, keys in sections(RunConfig):
-        lines.append(f"  {section}:" if section else "  top level:")
+def key_lines(config: type[Any], width: int) -> list[str]:
+    """Every key of a config by section, with form, help text and default, in ``width`` columns."""
+    lines = []
+    for section, keys in sections(config):
+        lines.append(f"  {section or 'top level'}:")
         for name, form, help in keys:
             lines += _entry(f"    {name} {form}", help, max(width, _COLUMN + 30))
-    lines += ["", "an example of CONFIG.yml (merit-fast init writes one for your files):"]
-    lines += ["  " + line for line in EXAMPLE.splitlines()]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def sections(config: type[Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
