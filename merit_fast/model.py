@@ -73,20 +73,33 @@ def target_losses(
     an argument for it. ``plain_attention`` chooses attention whose gradient has a gradient.
     """
     import torch
-    from torch.nn import functional as F
 
     from merit_fast.data import PackedBatch
 
     inputs, targets = model_inputs(model, batch, plain_attention)
-    mask = targets != -100
-    logits = model(**inputs).logits[:, -targets.shape[1] - 1 : -1][mask].float()  # [M, V]
-    row, column = torch.nonzero(mask, as_tuple=True)
+    loss, correct, row, column = score_targets(model(**inputs).logits, targets)
     if isinstance(batch, PackedBatch):
         first = batch.input_ids.shape[1] - targets.shape[1] - 1
         row = torch.bucketize(column + first, batch.cu_seqlens[1:].to(row.device), right=True)
+    return TargetLosses(loss, correct, row)
+
+
+def score_targets(logits: "Tensor", targets: "Tensor") -> "tuple[Tensor, Tensor, Tensor, Tensor]":
+    """Scores the M targets (not -100) among ``targets`` [B, n] of the last n + 1 positions.
+
+    Returns:
+        Losses [M] in float32, whether each target is the greedy choice [M], and the rows and the
+        columns [M] of ``targets`` at which they stand.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    mask = targets != -100
+    chosen = logits[:, -targets.shape[1] - 1 : -1][mask].float()  # [M, V]
+    row, column = torch.nonzero(mask, as_tuple=True)
     targets = targets[mask]
-    loss = F.cross_entropy(logits, targets, reduction="none")
-    return TargetLosses(loss, logits.detach().argmax(-1) == targets, row)
+    loss = F.cross_entropy(chosen, targets, reduction="none")
+    return loss, chosen.detach().argmax(-1) == targets, row, column
 
 
 def model_inputs(

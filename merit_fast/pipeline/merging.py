@@ -96,7 +96,7 @@ def evaluated_models(outputs: Outputs) -> "EvaluatedModels":
         branches[branch.name] = outputs.branch_path(branch.name)
         outputs.require(branches[branch.name], outputs.branch(branch))
     merges = finished_merges(outputs, plan.merges)
-    return EvaluatedModels(outputs.base, branches, merges, plan.measured_arms)
+    return EvaluatedModels(outputs.base, branches, merges, plan.measured_arms, plan.joint)
 
 
 def audit_arms(directory: Path, outputs: Outputs, data: RunData, progress: Progress) -> None:

@@ -162,7 +162,7 @@ def _sketch_dataset(
             rows = indices[start : min(start + config.batch_size, stop)]
             _sketch_batch(model, sketcher, dataset, rows, pad_token_id)
             task.advance(len(rows), dataset.name)
-    task.advance(len(indices) - state.num_examples, dataset.name)  # examples that were not needed
+    task.skip(len(indices) - state.num_examples)  # examples that were not needed
     return sketcher.state.pop(dataset.name)
 
 

@@ -19,11 +19,13 @@ FILES = sorted(
 )
 
 # Which rooms a room may import, next to itself. A room is a folder or a file of merit_fast/.
-BASE = {"errors", "options", "manifests", "progress"}
+BASE = {"errors", "options", "manifests", "progress", "units"}
 TORCH_STAGE = BASE | {"data", "model", "kernels"}
 ARROWS = {
     "errors": set(),
-    "progress": set(),
+    "progress": {"progress_lines"},
+    "progress_lines": {"units"},
+    "units": set(),
     "block_estimates": set(),
     "kernels": {"errors"},
     "options": {"errors"},

@@ -62,7 +62,7 @@ def write_shards(
     with progress.task(
         f"merge {directory.stem}", sum(s.num_elements for s in mine), "parameters"
     ) as task:
-        task.advance(sum(shard.num_elements for shard in mine if shard not in todo))
+        task.skip(sum(shard.num_elements for shard in mine if shard not in todo))
         with ThreadPoolExecutor(1) as background:
             pending: list[Future[None]] = []
             for shard in todo:
