@@ -27,13 +27,15 @@ class EvaluatedModels:
 
     ``branches`` holds every trained branch and joint run, ``merges`` every merged model. ``arms``
     names an arm's models, one for each seed, by their keys in these two; without it ``joint`` and
-    every merge are arms of one seed.
+    every merge are arms of one seed. ``joint`` names the branches that are joint runs where the
+    tables have no arm of them, because another arm has the same model.
     """
 
     base: Path
     branches: Mapping[str, Path]
     merges: Mapping[str, MergedArm]
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joint: tuple[str, ...] = ()
 
     @property
     def models_of_arms(self) -> dict[str, tuple[str, ...]]:
@@ -43,6 +45,11 @@ class EvaluatedModels:
         joint = [JOINT] if JOINT in self.branches else []
         merges = sorted(self.merges, key=lambda arm: (arm == "merit", arm))  # merit last
         return {arm: (arm,) for arm in (*joint, *merges)}
+
+    @property
+    def interpolated(self) -> tuple[str, ...]:
+        """The joint runs that are measured on their way from the base, one for each seed."""
+        return self.models_of_arms.get(JOINT, self.joint)
 
     def path(self, name: str) -> Path:
         """Directory of a branch, a joint run or a merge."""

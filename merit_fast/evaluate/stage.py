@@ -64,7 +64,7 @@ def evaluate_arms(
             "give one an eval_path or eval_split"
         )
     arms = models.models_of_arms
-    joints = arms.get(JOINT, ())
+    joints = models.interpolated
     names = [*models.branches, *models.merges]
     measurer = Measurer(datasets, tokenizer, pad_token_id, config, directory)
     count = 1 + len(names) + len(joints) * len(config.interpolate)
@@ -90,7 +90,7 @@ def evaluate_arms(
         comparisons=compare_arms(
             {
                 arm: [evaluator.items(name) for name in members]
-                for arm, members in _members(arms, config.interpolate).items()
+                for arm, members in _members(models, config.interpolate).items()
             },
             tuple(dataset.num_examples for dataset in datasets),
         ),
@@ -159,19 +159,16 @@ def _interpolated(name: str, share: float) -> str:
     return f"{name}@{share:g}"
 
 
-def _members(
-    arms: Mapping[str, Sequence[str]], shares: Sequence[float]
-) -> dict[str, tuple[str, ...]]:
+def _members(models: EvaluatedModels, shares: Sequence[float]) -> dict[str, tuple[str, ...]]:
     """Every arm with the names of its models: the base first, interpolations after joint."""
-    members: dict[str, tuple[str, ...]] = {BASE: (BASE,)}
-    for arm, names in arms.items():
-        members[arm] = tuple(names)
-        if arm == JOINT:
-            for share in shares:
-                members[_interpolated(arm, share)] = tuple(
-                    _interpolated(name, share) for name in names
-                )
-    return members
+    arms = models.models_of_arms
+    joint = {JOINT: arms[JOINT]} if JOINT in arms else {}
+    names = models.interpolated
+    between = {
+        _interpolated(JOINT, share): tuple(_interpolated(name, share) for name in names)
+        for share in (shares if names else ())
+    }
+    return {BASE: (BASE,), **joint, **between, **arms}
 
 
 def _arms(
@@ -182,7 +179,7 @@ def _arms(
 ) -> dict[str, ArmResult]:
     """Every arm's result: the mean over its models, with the cost of one seed's training."""
     arms = {}
-    for arm, names in _members(models.models_of_arms, shares).items():
+    for arm, names in _members(models, shares).items():
         of_models = []
         for name in names:
             trained = name.split("@")[0]

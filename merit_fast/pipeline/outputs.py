@@ -247,7 +247,9 @@ class Outputs:
 
     @property
     def evaluate(self) -> StageManifest:
-        inputs = self._merges_of(self.plan.merges)
+        plan = self.plan
+        inputs = self._merges_of(plan.merges)
+        inputs["arms"] = fingerprint([plan.measured_arms, plan.joint])
         inputs |= {name: self.branch(branch).fingerprint for name, branch in self.branches.items()}
         config = self.config.evaluate.without_audit()
         return stage_manifest(EVALUATE.name, config, inputs | self._reporting_rows)

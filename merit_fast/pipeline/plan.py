@@ -28,6 +28,7 @@ class Plan:
     owners: dict[str, str]  # branch -> the branch whose directory holds the same content
     merges: dict[str, tuple[str, ...]]  # merge -> its branches, [K]
     arms: dict[str, tuple[str, ...]]  # arm -> its models, one for each seed: branches or merges
+    joint: tuple[str, ...]  # directories of the joint runs, one for each seed
     notes: tuple[str, ...]  # why an arm is absent
 
     @property
@@ -71,9 +72,6 @@ def make_plan(
     """
     members = _members(branches, config.train.seeds)
     same_as = _equal_arms(config, split, members, fingerprints)
-    notes = (*_control_notes(config, split), *_equal_notes(same_as, config))
-    if config.evaluate.interpolate:  # between the base and joint: joint has rows of its own
-        same_as.pop("joint", None)
     kept = {branch.name: branch for branch in branches if branch.arm not in same_as}
     owners: dict[str, str] = {}
     first: dict[str, str] = {}
@@ -89,7 +87,8 @@ def make_plan(
         arms={
             arm: tuple(seeded(arm, seed) for seed in seeds) for arm in arms if arm not in same_as
         },
-        notes=notes,
+        joint=tuple(first[fingerprints[b.name]] for b in branches if b.arm == "joint"),
+        notes=(*_control_notes(config, split), *_equal_notes(same_as)),
     )
 
 
@@ -151,10 +150,7 @@ def _control_notes(config: RunConfig, split: SplitManifest) -> Iterator[str]:
         yield f"random: {count} of {wanted}: only {count} other balanced {splits}"
 
 
-def _equal_notes(same_as: Mapping[str, str], config: RunConfig) -> Iterator[str]:
+def _equal_notes(same_as: Mapping[str, str]) -> Iterator[str]:
     for owner in dict.fromkeys(same_as.values()):
         equal = [arm for arm, other in same_as.items() if other == owner]
-        once = "trained and shown once"
-        if "joint" in equal and config.evaluate.interpolate:
-            once = "trained once; joint is shown for its interpolations"
-        yield f"{', '.join(equal)}: the same model as {owner}, {once}"
+        yield f"{', '.join(equal)}: the same model as {owner}, trained and shown once"

@@ -13,18 +13,16 @@ from merit_fast.manifests.io import StageManifest, read_manifest, write_manifest
 from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
 from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES, Stage
 from merit_fast.options.parser import to_plain
-from merit_fast.pipeline.adopt import adopt_branches
-from merit_fast.pipeline.arms import WARMUP, Branch
+from merit_fast.pipeline.arms import Branch
+from merit_fast.pipeline.branches import adopt_branches, train_planned
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.data import RunData
-from merit_fast.pipeline.merging import audit_arms, finished_merges, merge_model
+from merit_fast.pipeline.merging import audit_arms, evaluated_models, merge_model
 from merit_fast.pipeline.outputs import Outputs
-from merit_fast.pipeline.plan import shortest_branch
 from merit_fast.pipeline.reporting import report_options, sketch_position
 from merit_fast.pipeline.upkeep import Upkeep
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import split_lines
-from merit_fast.train.schedule import FEW_STEPS
 
 
 class Run:
@@ -180,42 +178,11 @@ class Run:
             self.progress.note(line)
 
     def _train(self, branch: Branch) -> bool:
+        def work(directory: Path) -> None:
+            train_planned(branch, directory, self.outputs, self.data, self.progress, self._noted)
+
         path = self.outputs.branch_path(branch.name)
-        work = functools.partial(self._train_branch, branch)
         return self._bring_up_to_date(path, self.outputs.branch(branch), work)
-
-    def _train_branch(self, branch: Branch, directory: Path) -> None:
-        from merit_fast.train import train_branch
-        from merit_fast.train.stage import BranchJob
-
-        if branch.name != WARMUP:
-            self._warn_of_few_steps()
-        if self.config.merge.is_tuned:
-            _ = self.data.held_out  # too few rows fail now, not after the training
-        start, start_fingerprint = self.outputs.start_of(branch)
-        job = BranchJob(
-            branch=branch.name,
-            arm=branch.arm,
-            group=branch.group,
-            datasets=branch.choose(self.data.train, self.config.split),
-            start_path=str(start),
-            base_fingerprint=self.outputs.base_fingerprint,
-            start_fingerprint=start_fingerprint,
-            steps=branch.steps,
-        )
-        train_branch(job, self.outputs.recipe(branch), directory, self.progress, self._noted)
-
-    def _warn_of_few_steps(self) -> None:
-        """Names the shortest branch, once in a run, if it is far from converged."""
-        outputs = self.outputs
-        steps, name = shortest_branch(outputs.plan, self.config, outputs.split_manifest)
-        text = (
-            f"train: the shortest branch, {name}, takes {steps} steps; "
-            f"below about {FEW_STEPS} a branch is far from converged"
-        )
-        if steps < FEW_STEPS and text not in self._noted:
-            self._noted.add(text)
-            self.progress.note(text)
 
     def _merge(self, name: str) -> bool:
         def work(directory: Path) -> None:
@@ -226,17 +193,9 @@ class Run:
 
     def _evaluate(self, directory: Path) -> None:
         from merit_fast.evaluate import evaluate_arms
-        from merit_fast.evaluate.stage import EvaluatedModels
 
-        outputs = self.outputs
-        plan = outputs.plan
-        branches = {}
-        for branch in plan.trained:
-            branches[branch.name] = outputs.branch_path(branch.name)
-            outputs.require(branches[branch.name], outputs.branch(branch))
-        merges = finished_merges(outputs, plan.merges)
         evaluate_arms(
-            EvaluatedModels(outputs.base, branches, merges, plan.measured_arms),
+            evaluated_models(self.outputs),
             self.data.reporting,
             self.data.tokenizer,
             self.data.pad_token_id,

@@ -26,7 +26,7 @@ def finished_run(tmp_path_factory, tiny_model, tiny_mixture) -> FinishedRun:
     """The merit arm only: two branches, one merge, one epoch."""
     folder = tmp_path_factory.mktemp("finished")
     values = run_values(tiny_model, tiny_mixture)
-    values["train"] |= {"epochs": 1, "arms": []}
+    values["train"] |= {"epochs": 1, "controls": {}}
     values["evaluate"] |= {"interpolate": [], "max_new_tokens": 1}
     config = folder / "run.yml"
     config.write_text(yaml.safe_dump(values))

@@ -20,10 +20,9 @@ NAMES = ("capitals", "codes", "plurals", "opposites")
 def planned(tiny_model, tiny_mixture, tmp_path):
     """Plans a run: groups, options of train, merge and mixture, the controls that exist."""
 
-    def plan(labels, train, *controls, num_splits=None, merge=None, mixture=None, interpolate=()):
+    def plan(labels, train, *controls, num_splits=None, merge=None, mixture=None):
         values = run_values(tiny_model, mixture or tiny_mixture)
         values |= {"output": str(tmp_path / "out"), "merge": merge or {}}
-        values["evaluate"]["interpolate"] = interpolate
         values["train"] = {"batch_size": 4, "dtype": "fp32", **train}
         config = parse(RunConfig, values, "test")
         groups = max(labels) + 1
@@ -123,7 +122,7 @@ def test_a_group_that_two_arms_share_is_one_branch(planned):
 
 def test_one_group_makes_one_model_of_every_arm(planned):
     train = {"controls": {"joint": True, "joint_short": True, "random": 1}, "seeds": 2}
-    plan = planned((0, 0, 0, 0), train, interpolate=()).plan
+    plan = planned((0, 0, 0, 0), train).plan
     assert [branch.name for branch in plan.trained] == ["merit-0", "merit-0.seed1"]
     assert list(plan.arms) == ["merit"]
     assert plan.notes[1:] == (
@@ -132,14 +131,10 @@ def test_one_group_makes_one_model_of_every_arm(planned):
     assert plan.notes[0].startswith("random: no other balanced split exists")
 
 
-def test_joint_of_one_group_is_shown_only_for_its_interpolations(planned):
-    outputs = planned((0, 0, 0, 0), {"controls": {"joint": True}}, interpolate=(0.5,))
-    plan = outputs.plan
-    assert [branch.name for branch in plan.trained] == ["merit-0"]
-    assert plan.measured_arms == {"joint": ("merit-0",), "merit": ("merit",)}
-    assert plan.notes == (
-        "joint: the same model as merit, trained once; joint is shown for its interpolations",
-    )
+def test_joint_of_one_group_is_interpolated_from_the_branch_that_holds_it(planned):
+    plan = planned((0, 0, 0, 0), {"controls": {"joint": True}, "seeds": 2}).plan
+    assert plan.measured_arms == {"merit": ("merit", "merit.seed1")}
+    assert plan.joint == ("merit-0", "merit-0.seed1")
 
 
 def test_a_merge_that_changes_a_single_branch_is_shown_next_to_joint(planned):

@@ -9,7 +9,14 @@ from merit_fast.pipeline.run import Run
 from merit_fast.progress import SilentProgress
 
 # These hold seconds, memory, times of files, or hashes of files that do: no result.
-MEASURED = ("timing.json", "report.html", "run.json", "stage.json")
+MEASURED = (
+    "timing.json",
+    "report.html",
+    "report.json",
+    "arms.csv",
+    "run.json",
+    "stage.json",
+)
 
 
 def run_values(model: Path, mixture: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from support.runs import MEASURED, Notes, run_values
 from support.warm import run_python
 
 from merit_fast.manifests.io import read_manifest
-from merit_fast.manifests.schemas import BranchManifest
+from merit_fast.manifests.schemas import BranchManifest, EvaluateManifest
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 
@@ -41,7 +41,6 @@ def train(tmp_path, tiny_model, tiny_mixture, monkeypatch):
         values = run_values(tiny_model, mixture or tiny_mixture)
         values["split"] |= {"groups": len(manual), "method": "manual", "manual": manual}
         values["train"] |= {"epochs": 1, "controls": {}, **options}
-        values["evaluate"]["interpolate"] = []
         (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
         progress = Trained()
         run = Run(read_run_config(tmp_path / "run.yml"), progress)
@@ -110,6 +109,9 @@ def test_joint_of_one_group_is_trained_and_measured_once(train, tmp_path):
     assert trained == ["merit-0"]
     assert "iid, joint, joint-short: the same model as merit, trained and shown once" in notes
     assert sorted(path.name for path in (tmp_path / "out" / "merged").iterdir()) == ["merit"]
+    evaluation = read_manifest(EvaluateManifest, tmp_path / "out" / "evaluate" / "evaluate.json")
+    assert list(evaluation.arms) == ["base", "joint@0.5", "merit"]
+    assert evaluation.merging_gain["merit"].gain == 0.0
     assert train([sum(HALVES, [])])[0] == []  # without controls it is the same branch
 
 

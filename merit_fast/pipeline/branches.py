@@ -1,7 +1,7 @@
-"""Finished branches of the planned contents that have the names of other branches or datasets.
+"""The work on the branches of a run: training, and the adoption of those that are trained already.
 
 Names may change while the content stays: groups of a new split are numbered otherwise, a control
-has a group that merit had before, a dataset is renamed.
+has a group that merit had before, a dataset is renamed. Then a finished branch is adopted.
 """
 
 import shutil
@@ -16,10 +16,13 @@ from merit_fast.manifests.locks import LOCKS_FOLDER, exclusive
 from merit_fast.manifests.relocate import copy_output
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.manifests.stages import TRAIN
-from merit_fast.pipeline.arms import Branch
+from merit_fast.pipeline.arms import WARMUP, Branch
+from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
+from merit_fast.pipeline.plan import shortest_branch
 from merit_fast.pipeline.records import old_place
 from merit_fast.progress import Progress
+from merit_fast.train.schedule import FEW_STEPS
 
 _BRANCH_FILE = "branch.json"
 
@@ -53,6 +56,57 @@ def adopt_branches(branches: Sequence[Branch], outputs: Outputs, progress: Progr
             if move.source not in targets:
                 shutil.rmtree(move.source)
                 outputs.records.remove(outputs.records.name(move.source))
+
+
+def train_planned(
+    branch: Branch,
+    directory: Path,
+    outputs: Outputs,
+    data: RunData,
+    progress: Progress,
+    noted: set[str],
+) -> None:
+    """Trains one branch of the plan, or the warm-up, in ``directory``.
+
+    Args:
+        branch: the branch.
+        directory: its output directory under its temporary name.
+        outputs: paths and fingerprints of the run.
+        data: rows of the run.
+        progress: display of the run.
+        noted: notes that the run has shown.
+    """
+    from merit_fast.train import train_branch
+    from merit_fast.train.stage import BranchJob
+
+    if branch.name != WARMUP:
+        _warn_of_few_steps(outputs, progress, noted)
+    if outputs.config.merge.is_tuned:
+        _ = data.held_out  # too few rows fail now, not after the training
+    start, start_fingerprint = outputs.start_of(branch)
+    job = BranchJob(
+        branch=branch.name,
+        arm=branch.arm,
+        group=branch.group,
+        datasets=branch.choose(data.train, outputs.config.split),
+        start_path=str(start),
+        base_fingerprint=outputs.base_fingerprint,
+        start_fingerprint=start_fingerprint,
+        steps=branch.steps,
+    )
+    train_branch(job, outputs.recipe(branch), directory, progress, noted)
+
+
+def _warn_of_few_steps(outputs: Outputs, progress: Progress, noted: set[str]) -> None:
+    """Names the shortest branch, once in a run, if it is far from converged."""
+    steps, name = shortest_branch(outputs.plan, outputs.config, outputs.split_manifest)
+    text = (
+        f"train: the shortest branch, {name}, takes {steps} steps; "
+        f"below about {FEW_STEPS} a branch is far from converged"
+    )
+    if steps < FEW_STEPS and text not in noted:
+        noted.add(text)
+        progress.note(text)
 
 
 def relabel(path: Path, branch: Branch) -> BranchManifest | None:
