@@ -11,7 +11,7 @@ from merit_fast.options.fields import option, require
 class EvaluateConfig:
     """Options for the measurements of every arm."""
 
-    batch_size: int = option(32, "held-out rows per forward pass")
+    batch_size: int = option(32, "most held-out rows per forward pass")
     interpolate: tuple[float, ...] = option(
         [0.25, 0.5, 0.75], "controls base + a * (joint - base) for these a (WiSE-FT); no training"
     )
