@@ -19,8 +19,8 @@ def run_of(tmp_path, tiny_model, tiny_mixture, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "run.yml"
     values = run_values(tiny_model, tiny_mixture)
-    values["train"] = {key: values["train"][key] for key in ("epochs", "learning_rate")}
-    values["train"] |= NO_CONTROL
+    for key in ("arms", "controls"):  # few datasets: there may be no split to draw a control from
+        values["train"].pop(key, None)
     file.write_text(yaml.safe_dump(values))
 
     def make(*assignments):
