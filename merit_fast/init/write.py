@@ -162,7 +162,8 @@ def _lines(
         lines += [f"  # {entry.keys['name']}: {entry.comment}", f"  - {flow(entry.keys)}"]
     lines += [f"  # not used: {' '.join(reason.split())}" for reason in unused]
     groups = _groups(len(entries))
-    chosen = {"data": data, "split": {"groups": groups}}
+    controls = {"joint": True, "random": 1}
+    chosen = {"data": data, "split": {"groups": groups}, "train": {"controls": controls}}
     hints = typing.get_type_hints(RunConfig)
     for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(hints[field.name]):

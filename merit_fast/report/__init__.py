@@ -1,8 +1,8 @@
 """Writes a run's report: one self-contained HTML page, and the same tables for a terminal.
 
-split.json, evaluate.json, audit.json and tune.json come in; report.html goes out. The pipeline and
-the command line call it. Tables and sentences are pure Python; plotly and jinja2 are imported only
-by ``write_report``.
+split.json comes in, and evaluate.json, audit.json and tune.json if they are there; report.html, its
+figures as report.json and CSV files go out. The pipeline and the command line call it. Tables and
+sentences are pure Python; plotly and jinja2 are imported only by ``write_report``.
 """
 
 from merit_fast.report.advice import Advice, advise

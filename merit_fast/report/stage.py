@@ -14,7 +14,7 @@ from merit_fast.manifests.schemas import (
     SplitManifest,
     TuneManifest,
 )
-from merit_fast.report.downloads import check_lengths, data_files, report_data
+from merit_fast.report.downloads import branch_steps, check_lengths, data_files, report_data
 from merit_fast.report.measured import measured_sentences
 from merit_fast.report.split_tables import control_note
 from merit_fast.report.summary import verdict
@@ -89,7 +89,9 @@ def print_summary(output: Path) -> None:
     for table in tables:
         for block in stacked(table, console.width):
             _print_table(console, block)
-    sentences = [*measured_sentences(evaluation), control_note(split), *verdict(split)]
+    advice, *grounds = verdict(split, branch_steps(split, evaluation))
+    before = f"Before training, from the split only: {advice}"
+    sentences = [*measured_sentences(evaluation), control_note(split), before, *grounds]
     for text in (
         " ".join(filter(None, sentences)),
         f"report: {output / 'report' / 'report.html'}",

@@ -21,6 +21,7 @@ from support.report.pages import (
 
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import SplitManifest
+from merit_fast.report.linkage import group_order
 
 SCREENSHOTS = ROOT / "artefacts" / "report"
 
@@ -70,9 +71,7 @@ def test_hovering_a_cell_shows_the_numbers_of_split_json(browser, pages, name):
     split = read_manifest(SplitManifest, pages[name].with_suffix(".json"))
     browser.open(pages[name])
     rows = split.datasets
-    order = sorted(
-        range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][0])
-    )
+    order = group_order(split)
     draw = random.Random(0)
     number = len(rows)
     cells = [(draw.randrange(number), draw.randrange(number)) for _ in range(12)] + [
@@ -89,7 +88,7 @@ def test_hovering_a_cell_shows_the_numbers_of_split_json(browser, pages, name):
         assert hover(browser, "conflicts", x, y) == [
             f"{rows[i].name} ({group[0]})",
             f"{rows[j].name} ({group[1]})",
-            "cosine not resolved" if cosine is None else f"cosine {cosine:z.3f} ± {error:.3f}",
+            "cosine not resolved" if cosine is None else f"cosine {cosine:+z.3f} ± {error:.3f}",
         ]
 
 

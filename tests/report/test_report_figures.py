@@ -21,77 +21,62 @@ def page_of(folder, split, evaluation=None):
     return Page(write(folder / "r.html", split, evaluation))
 
 
-def order_of(split):
-    rows = split.datasets
-    return sorted(
-        range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][0])
-    )
-
-
-def with_error(value, error):
-    return f"{value:z.3f} ± {error:.3f}"
-
-
-def hover_row(split, i):
-    row = split.datasets[i]
-    group = "all groups" if row.group < 0 else f"group {row.group}"
-    about = "about" if row.signal_fraction > row.signal_error else "at least"
-    unknown = (
-        f"<br>not resolvable: needs {about} {row.more_examples:,} more examples"
-        if row.more_examples
-        else ""
-    )
-    norm = "not resolved" if row.gradient_norm is None else f"{row.gradient_norm:.3g}"
-    return [
-        *(row.name, group, split.controls[0][i]),
-        *(row.num_examples, row.num_target_tokens, row.num_sketched_examples),
-        *(with_error(row.signal_fraction, row.signal_error), unknown),
-        *(row.margin, row.stability, row.mean_loss, norm),
-        *(with_error(s, e) for s, e in zip(split.scores[i], split.score_errors[i], strict=True)),
-    ]
+def short(value):
+    return None if value is None else pytest.approx(value, rel=1e-5)
 
 
 @CASES
-def test_every_cosine_is_in_the_conflict_map_with_its_error(tmp_path, split, evaluated):
-    (heat,) = page_of(tmp_path, split).json("conflicts")["data"]
-    order = order_of(split)
-    rows = split.datasets
-    titles = [
-        f"{row.name} ({'all groups' if row.group < 0 else f'group {row.group}'})" for row in rows
-    ]
-    for y, i in enumerate(order):
-        for x, j in enumerate(order):
-            cosine = split.similarity[i][j]
-            error = split.similarity_errors[i][j]
-            first, second, text = heat["customdata"][y][x]
-            assert heat["z"][y][x] == cosine
-            assert text == ("not resolved" if cosine is None else with_error(cosine, error))
-            assert (first, second) == (titles[i], titles[j])
-    has_room = len(rows) <= 12  # such cells show their figures without hovering
-    assert ("text" in heat) == has_room
+def test_every_cosine_is_in_the_page_once_with_its_error(tmp_path, split, evaluated):
+    cosines = page_of(tmp_path, split).json("report")["cosines"]
+    for key, square in (("values", split.similarity), ("errors", split.similarity_errors)):
+        assert cosines[key] == [
+            [short(value) for value in row[: i + 1]] for i, row in enumerate(square)
+        ]
+
+
+@CASES
+def test_rows_keep_groups_together_or_follow_the_tree(tmp_path, split, evaluated):
+    page = page_of(tmp_path, split)
+    orders = page.json("conflicts")["layout"]["meta"]["orders"]
+    tree = page.json("tree")["data"][2]["meta"]["datasets"]
+    assert orders["tree"] == tree and sorted(tree) == list(range(len(split.datasets)))
+    groups = [split.datasets[i].group for i in orders["group"]]
+    assert groups == sorted(groups, key=lambda group: (group < 0, group))
+    for group in set(groups):
+        assert [i for i in orders["group"] if split.datasets[i].group == group] == [
+            i for i in tree if split.datasets[i].group == group
+        ]
+    colors = page.json("conflicts")["layout"]["meta"]["colors"]
+    assert colors == [group_color(row.group) for row in split.datasets]
 
 
 @CASES
 def test_every_dataset_is_in_the_maps_with_its_numbers(tmp_path, split, evaluated):
     page = page_of(tmp_path, split)
-    order = order_of(split)
     everyone = range(len(split.datasets))
+    table = page.json("report")["datasets"]
+    for i, cells in enumerate(table["rows"]):
+        cell = dict(zip(table["columns"], cells, strict=True))
+        row = split.datasets[i]
+        assert (cell["dataset"], cell["group"]) == (row.name, row.group)
+        assert cell["random"] == split.controls[0][i]
+        for key in ("num_examples", "mean_loss", "gradient_norm", "signal_error", "margin"):
+            assert cell[key] == short(getattr(row, key))
+        assert cell["axis_2"] == short(split.scores[i][1])
+        assert cell["axis_2_error"] == short(split.score_errors[i][1])
 
-    points = [trace for trace in page.json("axes")["data"] if "customdata" in trace]
+    points = [trace for trace in page.json("axes")["data"] if "meta" in trace]
     shown = {}
     for trace in points:
-        for x, y, hover in zip(trace["x"], trace["y"], trace["customdata"], strict=True):
-            shown[hover[0]] = (x, y, hover)
-            assert hover[1] == trace["name"]
-    assert shown == {
-        split.datasets[i].name: (split.scores[i][0], split.scores[i][1], hover_row(split, i))
-        for i in everyone
-    }
+        for x, y, i in zip(trace["x"], trace["y"], trace["meta"]["datasets"], strict=True):
+            shown[i] = (x, y)
+            assert split.datasets[i].group == int(trace["name"].split()[-1].replace("groups", "-1"))
+    assert shown == {i: (split.scores[i][0], split.scores[i][1]) for i in everyone}
 
     panels = page.json("datasets")["data"]
+    order = page.json("datasets")["layout"]["meta"]["rows"]
     for trace in panels:
-        assert trace["customdata"] == [hover_row(split, i) for i in order]
-        assert trace["y"] == list(everyone)
+        assert trace["meta"]["datasets"] == order and trace["y"] == list(everyone)
     rows = [split.datasets[i] for i in order]
     assert panels[0]["x"] == [row.signal_fraction for row in rows]
     assert panels[0]["error_x"]["array"] == [row.signal_error for row in rows]
@@ -99,13 +84,10 @@ def test_every_dataset_is_in_the_maps_with_its_numbers(tmp_path, split, evaluate
         [row.stability for row in rows],
         [row.margin for row in rows],
     ]
-    assert page.json("datasets")["layout"]["yaxis"]["ticktext"] == [row.name for row in rows]
-
-    leaves = page.json("tree")["data"][2]
-    assert sorted(hover[0] for hover in leaves["customdata"]) == sorted(row.name for row in rows)
-    assert page.json("tree")["layout"]["yaxis"]["ticktext"] == [
-        hover[0] for hover in leaves["customdata"]
-    ]
+    assert (
+        page.json("tree")["layout"]["meta"]["rows"]
+        == (page.json("tree")["data"][2]["meta"]["datasets"])
+    )
 
 
 def test_ellipses_are_one_standard_error_wide(tmp_path):
@@ -118,10 +100,9 @@ def test_ellipses_are_one_standard_error_wide(tmp_path):
         y = outline["y"]
         gaps = [i for i, value in enumerate(x) if value is None]
         assert len(gaps) == len(points["x"])
-        for begin, end, hover in zip(
-            [0, *[gap + 1 for gap in gaps]], gaps, points["customdata"], strict=False
+        for begin, end, i in zip(
+            [0, *[gap + 1 for gap in gaps]], gaps, points["meta"]["datasets"], strict=False
         ):
-            i = next(i for i, row in enumerate(split.datasets) if row.name == hover[0])
             score = split.scores[i]
             error = split.score_errors[i]
             for px, py in zip(x[begin:end], y[begin:end], strict=True):
@@ -187,12 +168,7 @@ def test_a_tree_joins_what_agrees_first(tmp_path):
     # 0 and 2 join at 0.1, then 1 at the mean of 0.9 and 0.8, then 3 at the mean of 1, 1.4 and 1
     assert joints["x"] == pytest.approx([0.1, 0.85, 3.4 / 3])
     assert [size for (size,) in joints["customdata"]] == [2, 3, 4]
-    assert [hover[0] for hover in leaves["customdata"]] == [
-        "task_000",
-        "task_002",
-        "task_001",
-        "task_003",
-    ]
+    assert leaves["meta"]["datasets"] == [0, 2, 1, 3]
     assert joints["y"] == [0.5, 1.25, 2.125]
     assert lines["x"].count(None) == 3
 
@@ -219,15 +195,9 @@ def test_cuts_bound_the_halves_they_cut(tmp_path):
     ]
 
 
-def test_conflict_map_scale_and_boundaries(tmp_path):
-    split = make_split(136, 8)
-    layout = Page(write(tmp_path / "r.html", split)).json("conflicts")["layout"]
+def test_conflict_map_scale(tmp_path):
+    layout = Page(write(tmp_path / "r.html", make_split(136, 8))).json("conflicts")["layout"]
     assert (layout["coloraxis"]["cmin"], layout["coloraxis"]["cmax"]) == (-1, 1)
-    counts = [sum(row.group == group for row in split.datasets) for group in range(8)]
-    borders = [sum(counts[: group + 1]) - 0.5 for group in range(7)]
-    vertical = [line["x0"] for line in layout["shapes"] if line["x0"] == line["x1"]]
-    horizontal = [line["y0"] for line in layout["shapes"] if line["y0"] == line["y1"]]
-    assert vertical == horizontal == borders
 
 
 def test_themes_cover_the_same_keys():

@@ -115,7 +115,7 @@ def dataset_lines(split: SplitManifest, i: int) -> list[str]:
     )
     return [
         row.name,
-        f"{group} (random control: {split.controls[0][i]})",
+        f"{group} (random: {split.controls[0][i]})",
         f"{row.num_examples:,} examples, {row.num_target_tokens:,} target tokens",
         f"signal fraction {row.signal_fraction:z.3f} ± {row.signal_error:.3f} "
         f"over {row.num_sketched_examples} examples",
