@@ -42,7 +42,8 @@ ARROWS = {
     "demo": {"errors", "manifests"},
     "integrations": BASE | {"kernels", "merge", "model", "sketch"},
     "pipeline": BASE
-    | {"data", "model", "sketch", "split", "train", "merge", "evaluate", "report", "tune"},
+    | {"data", "kernels", "model", "patch"}
+    | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
     "cli": BASE
     | {"data", "demo", "evaluate", "integrations", "kernels", "merge", "model", "pipeline"}
     | {"report", "sketch", "split", "train", "tune"},
