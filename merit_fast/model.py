@@ -7,12 +7,13 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from merit_fast.errors import InputError, one_line
+from merit_fast.manifests.hashes import checksum
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "bf16", "fp32"]
 SettledDtype = Literal["bf16", "fp32"]
 DTYPES: dict[SettledDtype, str] = {"bf16": "bfloat16", "fp32": "float32"}  # names in torch
-_PROBES = 64
-_PROBE_BYTES = 4096
 _SHORT_TOKENS = 512
 
 
@@ -74,20 +73,33 @@ def target_losses(
     an argument for it. ``plain_attention`` chooses attention whose gradient has a gradient.
     """
     import torch
-    from torch.nn import functional as F
 
     from merit_fast.data import PackedBatch
 
     inputs, targets = model_inputs(model, batch, plain_attention)
-    mask = targets != -100
-    logits = model(**inputs).logits[:, -targets.shape[1] - 1 : -1][mask].float()  # [M, V]
-    row, column = torch.nonzero(mask, as_tuple=True)
+    loss, correct, row, column = score_targets(model(**inputs).logits, targets)
     if isinstance(batch, PackedBatch):
         first = batch.input_ids.shape[1] - targets.shape[1] - 1
         row = torch.bucketize(column + first, batch.cu_seqlens[1:].to(row.device), right=True)
+    return TargetLosses(loss, correct, row)
+
+
+def score_targets(logits: "Tensor", targets: "Tensor") -> "tuple[Tensor, Tensor, Tensor, Tensor]":
+    """Scores the M targets (not -100) among ``targets`` [B, n] of the last n + 1 positions.
+
+    Returns:
+        Losses [M] in float32, whether each target is the greedy choice [M], and the rows and the
+        columns [M] of ``targets`` at which they stand.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    mask = targets != -100
+    chosen = logits[:, -targets.shape[1] - 1 : -1][mask].float()  # [M, V]
+    row, column = torch.nonzero(mask, as_tuple=True)
     targets = targets[mask]
-    loss = F.cross_entropy(logits, targets, reduction="none")
-    return TargetLosses(loss, logits.detach().argmax(-1) == targets, row)
+    loss = F.cross_entropy(chosen, targets, reduction="none")
+    return loss, chosen.detach().argmax(-1) == targets, row, column
 
 
 def model_inputs(
@@ -182,10 +194,30 @@ def resolve_model(path: str) -> Path:
         ) from None
 
 
-def model_fingerprint(folder: Path) -> str:
-    """32 hex digits of a checkpoint.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a checkpoint's index names, or its only one.
 
-    They cover its config and every weight file's name, size, header and 64 spread blocks of 4 KiB.
+    Raises:
+        InputError: it has neither, or its index is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if (folder / "model.safetensors").exists():
+            return [folder / "model.safetensors"]
+        raise InputError(f"{folder}: has neither {index.name} nor model.safetensors")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: weight_map: must map tensors to files") from None
+    return [folder / Path(str(name)).name for name in sorted(names)]
+
+
+def model_fingerprint(folder: Path, file_hash: Callable[[Path], str] = checksum) -> str:
+    """32 hex digits of a checkpoint: of its config, and of the whole of every weight file.
+
+    Args:
+        folder: the checkpoint.
+        file_hash: the hash of a file's whole content.
     """
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):  # a pipe would block
@@ -194,8 +226,7 @@ def model_fingerprint(folder: Path) -> str:
             config.pop("_name_or_path", None)
             digest.update(json.dumps(config, sort_keys=True).encode())
         elif file.suffix in (".safetensors", ".bin"):
-            digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
-            _hash_probes(file, digest)
+            digest.update(f"{file.name}\n{file.stat().st_size}\n{file_hash(file)}\n".encode())
     return digest.hexdigest()[:32]
 
 
@@ -215,19 +246,6 @@ def reset_peak_memory() -> None:
     clear = Path("/proc/self/clear_refs")
     if os.access(clear, os.W_OK):
         clear.write_text("5")
-
-
-def _hash_probes(file: Path, digest: "hashlib._Hash") -> None:
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        header_bytes = 0
-        if file.suffix == ".safetensors":
-            header_bytes = min(size, 8 + int.from_bytes(opened.read(8), "little"))
-        opened.seek(0)
-        digest.update(opened.read(min(header_bytes, 100 << 20)))
-        for probe in range(_PROBES):
-            opened.seek(header_bytes + (size - header_bytes) * probe // _PROBES)
-            digest.update(opened.read(_PROBE_BYTES))
 
 
 def keep_freed_memory() -> None:

@@ -44,7 +44,8 @@ from bench.split.planted import (
 )
 from merit_fast.split.conflict import Conflict, conflict_of, cosine_matrix, double_center
 from merit_fast.split.search.methods import METHODS as SPLIT_METHODS
-from merit_fast.split.search.partition import Partition, partition_datasets, random_labels
+from merit_fast.split.search.partition import Partition, partition_datasets
+from merit_fast.split.search.space import other_splits
 from merit_fast.split.separation import measure_separation
 from merit_fast.split.text_cluster import dataset_similarity
 
@@ -162,10 +163,8 @@ def judge(
             names = mixture.names
             split_matrix = functools.partial(search_labels, mixture, num_groups=groups)
             chosen = split_matrix(conflict_of(products, debias="blocks").similarity)
-            chance = iter(random_labels(weights, names, groups, 400, seed=instance))
-            separation = measure_separation(
-                products, weights, chosen, split_matrix, chance.__next__
-            )
+            others = other_splits(chosen, weights, names, groups, 200, seed=instance).labels
+            separation = measure_separation(products, weights, chosen, split_matrix, others)
             right[kind] += separation.better_than_random == (kind == 0)
     return right[0], right[1]
 

@@ -17,10 +17,12 @@ from merit_fast.cli.flags import (
     Parser,
     add_fields,
     add_inputs,
+    add_upkeep,
     assignments_of,
     rows_of,
 )
 from merit_fast.cli.stages import progress_of, run_all, run_stage, show_forecast, split_inputs
+from merit_fast.cli.status import add_clean, add_status
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE, STAGES, Stage
 from merit_fast.progress import Progress
@@ -49,6 +51,7 @@ def _add_run(parser: Parser) -> Work:
         help="check everything, then show each stage's rows, tokens, steps, disk and minutes; "
         "write nothing",
     )
+    add_upkeep(parser)
 
     def work(arguments: Arguments) -> None:
         from merit_fast.pipeline.config import read_run_config
@@ -57,8 +60,17 @@ def _add_run(parser: Parser) -> Work:
         if file is None:
             raise InputError("command line: run: needs a CONFIG.yml")
         config = read_run_config(file, assignments)
-        work = show_forecast if arguments.dry_run else run_all
-        work(config, progress_of(arguments), str(file), arguments.as_json)
+        if arguments.dry_run:
+            show_forecast(config, progress_of(arguments), str(file), arguments.as_json)
+            return
+        run_all(
+            config,
+            progress_of(arguments),
+            str(file),
+            arguments.as_json,
+            verify=arguments.verify,
+            overwrite=arguments.overwrite,
+        )
 
     return work
 
@@ -68,6 +80,7 @@ def _stage_command(stage: Stage) -> Command:
 
     def add_arguments(parser: Parser) -> Work:
         add_inputs(parser)
+        add_upkeep(parser)
         if not stage.options:
             return lambda arguments: run_stage(stage, arguments, [])
         options = _options_of(stage)
@@ -99,6 +112,23 @@ def _options_of(stage: Stage) -> type[Any]:
     return options
 
 
+# ---- advise
+def _add_advise(parser: Parser) -> Work:
+    add_inputs(parser)
+
+    def work(arguments: Arguments) -> None:
+        from merit_fast.cli.advise import advise_command
+        from merit_fast.pipeline.config import read_run_config
+
+        file, assignments = split_inputs(arguments.inputs)
+        if file is None:
+            raise InputError("command line: advise: needs a CONFIG.yml")
+        config = read_run_config(file, assignments)
+        advise_command(config, progress_of(arguments), str(file), arguments.as_json)
+
+    return work
+
+
 # ---- merge, which also takes checkpoints without a run
 def _add_merge(parser: Parser) -> Work:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy multiplies no matrices here
@@ -114,7 +144,9 @@ def _add_merge(parser: Parser) -> Work:
         help="a checkpoint or adapter to merge, as directory or URL; repeat for each",
     )
     add("--base", metavar="DIR", help="the checkpoint from which the models were trained")
-    add("--run", metavar="DIR", help="output of `run`: merge its MERIT branches into OUT")
+    add("--run", metavar="DIR", help="output of `run`: merge the split in force into OUT")
+    add("--arm", metavar="ARM", help="with --run: the arm to merge [default: merit]")
+    add("--seed-index", metavar="N", type=int, help="with --run: number of the seed, from 0")
     add("--mergekit", metavar="RECIPE.yml", help="a mergekit recipe to merge into OUT")
     add(
         "--validation",
@@ -137,6 +169,7 @@ def _add_merge(parser: Parser) -> Work:
         help="write the I-th of N shares of the output files; the last process finishes",
     )
     add("--dry-run", action="store_true", help="check and plan from the headers, write nothing")
+    add_upkeep(parser)
     add_fields(parser, options)
     return lambda arguments: _merge(arguments, options)
 
@@ -152,8 +185,9 @@ def _merge(arguments: Arguments, options: type[Any]) -> None:
     parameters = param_assignments(arguments.param or [], arguments.method)
     assignments = [*parameters, *assignments_of(arguments, options)]
     if not (arguments.model or arguments.run or arguments.mergekit):
-        if arguments.dry_run or arguments.base or arguments.share or arguments.validation:
-            flags = "--dry-run, --base, --share and --validation"
+        given = (arguments.dry_run, arguments.base, arguments.share, arguments.validation)
+        if any(given) or arguments.arm or arguments.seed_index is not None:
+            flags = "--dry-run, --base, --share, --validation, --arm and --seed-index"
             raise InputError(f"command line: merge: {flags} go with --model, --run or --mergekit")
         require_merge_inputs(arguments.inputs)
         run_stage(MERGE, arguments, [f"{MERGE.section}.{text}" for text in assignments])
@@ -173,6 +207,8 @@ def _merge(arguments: Arguments, options: type[Any]) -> None:
         progress,
         dry_run=arguments.dry_run,
         share=arguments.share,
+        arm=arguments.arm,
+        seed_index=arguments.seed_index,
         tune=_tune(arguments.validation, progress),
     )
     print(json.dumps(summary) if arguments.as_json else describe(summary, arguments.dry_run))
@@ -194,10 +230,11 @@ def _tune(validation: list[str] | None, progress: Progress) -> "Tune | None":
 
 # ---- verify, demo, doctor
 def _add_verify(parser: Parser) -> Work:
-    parser.add_positional("directory", "DIRECTORY", "a model merged with --checksum")
+    help = "a run, an output of a run or of `merge`, or a model merged with --checksum"
+    parser.add_positional("directory", "DIRECTORY", help)
 
     def work(arguments: Arguments) -> None:
-        from merit_fast.cli.merge import verify_command
+        from merit_fast.cli.verify import verify_command
 
         verify_command(arguments.directory, arguments.as_json)
 
@@ -243,9 +280,15 @@ COMMANDS: dict[str, Command] = {
     "run": Command(
         "Run every stage of CONFIG.yml. Skips finished stages, resumes interrupted ones.", _add_run
     ),
+    "advise": Command(
+        "Sketch and split the mixture of CONFIG.yml, then advise for or against the split.",
+        _add_advise,
+    ),
     **{stage.name: _stage_command(stage) for stage in STAGES},
     MERGE.name: Command(MERGE.purpose, _add_merge),  # keeps its place between train and evaluate
-    "verify": Command("Compare a model's files with the checksums in its index.", _add_verify),
+    "verify": Command("Compare the files of a run or a model with their checksums.", _add_verify),
+    "status": Command("Show the state, time and size of every output of a run.", add_status),
+    "clean": Command("Remove what no command needs any more from a run's output.", add_clean),
     "demo": Command(
         "Prepare a real small model and real tasks, then run all stages. Works offline.", _add_demo
     ),

@@ -7,6 +7,9 @@ from typing import Any
 from merit_fast.kernels import dispatch
 from merit_fast.manifests.io import tool_versions
 
+# The variables that change what runs or how fast.
+_VARIABLES = ("MERIT_FAST_", "OMP_", "KMP_", "GOMP_", "MKL_NUM", "OPENBLAS_NUM")
+
 
 def diagnose() -> dict[str, Any]:
     """JSON-ready facts. Imports torch (to see a GPU) but no transformers."""
@@ -26,7 +29,9 @@ def diagnose() -> dict[str, Any]:
             "simd_level": native.simd_level() if native else None,
         },
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MERIT_FAST_")},
+        "environment": {
+            key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)
+        },
         "ops": dispatch.backend_table("cpu"),
     }
 

@@ -35,6 +35,15 @@ def add_inputs(parser: Parser) -> None:
     parser.add_positional("inputs", "[CONFIG.yml] [SECTION.KEY=VALUE ...]", help, nargs="*")
 
 
+def add_upkeep(parser: Parser) -> None:
+    """Adds the flags on finished outputs that ``run`` and the stages share."""
+    parser.add_argument(
+        "--verify", action="store_true", help="hash every file of the outputs and inputs"
+    )
+    help = "do not keep a trained branch that another one replaces in old/"
+    parser.add_argument("--overwrite", action="store_true", help=help)
+
+
 def add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """Adds a flag for every field: ``--max-shard-size TEXT``, ``--fsync/--no-fsync`` for a bool.
 

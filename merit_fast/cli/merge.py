@@ -1,11 +1,11 @@
 """The command `merge`, of checkpoints, a run's branches, or a mergekit recipe. Imports no torch."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from merit_fast.cli.in_force import branches_in_force
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import manifest_text
 from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
@@ -38,17 +38,22 @@ def merge_command(  # noqa: PLR0913
     dry_run: bool = False,
     share: str | None = None,
     tune: Tune | None = None,
+    arm: str | None = None,
+    seed_index: int | None = None,
 ) -> dict[str, Any]:
     """Merges the models that ``models``, ``run`` or ``mergekit`` name into the directory ``out``.
 
     Args:
         models: DIR or DIR:WEIGHT each.
-        run: the output of `merit-fast run`: its MERIT branches by their token counts.
+        run: the output of `merit-fast run`: the branches of its split in force, by their token
+            counts.
         mergekit: a YAML recipe of mergekit.
         assignments: ``key=value`` of MergeConfig.
         dry_run: check and plan only.
         share: "i/n", this process's part of the output files.
         tune: chooses the scale or weights on held-out rows; None: there are none.
+        arm: the arm of ``run``; None: merit.
+        seed_index: the number of the seed in ``run``; None: the first.
 
     Returns:
         the summary of ``merge_models``, with "tuned" if rows chose a number.
@@ -59,6 +64,8 @@ def merge_command(  # noqa: PLR0913
     """
     if sum(source is not None for source in (models or None, run, mergekit)) != 1:
         raise InputError("command line: merge: give one of --model, --run and --mergekit")
+    if run is None and not (arm is None and seed_index is None):
+        raise InputError("command line: merge: --arm and --seed-index go with --run")
     number_and_count = _share(share)
     if mergekit is not None:
         from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit
@@ -76,9 +83,11 @@ def merge_command(  # noqa: PLR0913
     pairs = (
         [_split_weight(text) for text in models]
         if models
-        else [(p, None) for p in _branches(Path(run or ""))]
+        else [
+            (p, None) for p in branches_in_force(Path(run or ""), arm or "merit", seed_index or 0)
+        ]
     )
-    facts = _run_facts(Path(run)) if run else None
+    facts = _run_facts(Path(run), arm or "merit") if run else None
     paths = [path for path, _ in pairs]
     weights = _weights(pairs)
     if tune is None:
@@ -208,37 +217,7 @@ def _coefficient(coefficient: float | None, weight: float | None) -> str:
     return f" (coefficient {coefficient:+.6f})"
 
 
-def verify_command(directory: str, as_json: bool) -> None:
-    """Compares a model's files with the checksums of its index."""
-    from merit_fast.merge.write.shards import verify_checksums
-
-    sums = verify_checksums(Path(directory))
-    if as_json:
-        print(json.dumps({"verified": directory, "files": sums}))
-    else:
-        print(f"{directory}: {len(sums)} files agree with their checksums")
-
-
-def _branches(run: Path) -> list[Path]:
-    from merit_fast.manifests.io import read_manifest
-    from merit_fast.manifests.schemas import BranchManifest
-
-    manifests = [
-        (read_manifest(BranchManifest, file), file.parent)
-        for file in sorted(run.glob("branches/*/branch.json"))
-    ]
-    branches = sorted(
-        ((branch.group, path) for branch, path in manifests if branch.arm == "merit"),
-        key=lambda pair: pair[0],
-    )
-    if not branches:
-        raise InputError(
-            f"{run}: holds no branches/*/branch.json of the arm merit; run first: merit-fast train"
-        )
-    return [path for _, path in branches]
-
-
-def _run_facts(run: Path) -> RunFacts | None:
+def _run_facts(run: Path, arm: str) -> RunFacts | None:
     """The run's base and split for the model card; None where its split is gone."""
     from merit_fast.manifests.io import read_manifest
     from merit_fast.manifests.schemas import SplitManifest
@@ -250,7 +229,7 @@ def _run_facts(run: Path) -> RunFacts | None:
         return None
     values = read_yaml(config) or {}
     split = read_manifest(SplitManifest, folder / SPLIT.file)
-    return RunFacts(str(values.get("model", "")), split, "merit", is_stage=False)
+    return RunFacts(str(values.get("model", "")), split, arm, is_stage=False)
 
 
 def _split_weight(text: str) -> tuple[Location, float | None]:

@@ -39,7 +39,13 @@ def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str
     check_output(config)
     if stage is not MERGE:  # a merge bounds its memory itself
         keep_freed_memory()
-    run = Run(config, progress_of(arguments), f"merit-fast {{stage}} {file or '...'}")
+    run = Run(
+        config,
+        progress_of(arguments),
+        f"merit-fast {{stage}} {file or '...'}",
+        verify=arguments.verify,
+        overwrite=arguments.overwrite,
+    )
     run.preflight([stage])
     worked = getattr(run, stage.name)()
     output = str(Path(config.output) / stage.folder)
@@ -49,14 +55,23 @@ def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str
         print(f"{stage.name}: {'done' if worked else 'up to date'}: {output}")
 
 
-def run_all(config: "RunConfig", progress: Progress, file: str, as_json: bool) -> None:
+def run_all(
+    config: "RunConfig",
+    progress: Progress,
+    file: str,
+    as_json: bool,
+    *,
+    verify: bool = False,
+    overwrite: bool = False,
+) -> None:
     """Brings every stage up to date and prints the run's summary."""
     from merit_fast.model import keep_freed_memory
     from merit_fast.pipeline.run import Run, check_output
 
     check_output(config)
     keep_freed_memory()
-    summary = Run(config, progress, f"merit-fast {{stage}} {file}").all()
+    command = f"merit-fast {{stage}} {file}"
+    summary = Run(config, progress, command, verify=verify, overwrite=overwrite).all()
     if as_json:
         print(json.dumps(summary))
         return

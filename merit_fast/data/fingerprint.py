@@ -1,7 +1,7 @@
 """The fingerprint of a mixture: 32 hex digits of its files, found without tokenizing."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from merit_fast.data.mixture import check_mixture
 from merit_fast.data.sources import local_files
 from merit_fast.data.template import PLAIN, read_template
 from merit_fast.errors import InputError
+from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import fingerprint
 
 ENCODING_VERSION = 1  # raise it when the same rows give other tokens or labels
@@ -32,6 +33,7 @@ def mixture_fingerprint(
     model: str,
     *,
     part: Part | None = None,
+    file_hash: Callable[[Path], str] = checksum,
 ) -> str:
     """A fingerprint that changes when the examples, their order or their names may change.
 
@@ -44,6 +46,7 @@ def mixture_fingerprint(
         data_config: the `data:` section.
         model: folder or Hugging Face id of the model whose tokenizer is used.
         part: "train" or "eval" for these rows only; None for both.
+        file_hash: the hash of a file's whole content.
 
     Raises:
         InputError: a file is missing or unreadable, or two datasets share a name.
@@ -51,13 +54,19 @@ def mixture_fingerprint(
     check_mixture(configs)
     parts: tuple[Part, ...] = ("train", "eval") if part is None else (part,)
     mixture = [
-        [config.name, [_source_content(config, part) for part in parts]] for config in configs
+        [config.name, [_source_content(config, part, file_hash) for part in parts]]
+        for config in configs
     ]
-    return fingerprint({**_encoding(data_config, model), "mixture": mixture})
+    return fingerprint({**_encoding(data_config, model, file_hash), "mixture": mixture})
 
 
 def dataset_fingerprints(
-    configs: Sequence[DatasetConfig], data_config: DataConfig, model: str, part: Part
+    configs: Sequence[DatasetConfig],
+    data_config: DataConfig,
+    model: str,
+    *,
+    part: Part,
+    file_hash: Callable[[Path], str] = checksum,
 ) -> dict[str, str]:
     """Name -> fingerprint of each dataset's examples in order; it does not cover the name.
 
@@ -66,19 +75,22 @@ def dataset_fingerprints(
         data_config: the `data:` section.
         model: folder or Hugging Face id of the model whose tokenizer is used.
         part: "train" or "eval" rows.
+        file_hash: the hash of a file's whole content.
 
     Raises:
         InputError: a file is missing or unreadable, or two datasets share a name.
     """
     check_mixture(configs)
-    encoding = _encoding(data_config, model)
+    encoding = _encoding(data_config, model, file_hash)
     return {
-        config.name: fingerprint({**encoding, "rows": _source_content(config, part)})
+        config.name: fingerprint({**encoding, "rows": _source_content(config, part, file_hash)})
         for config in configs
     }
 
 
-def _encoding(data_config: DataConfig, model: str) -> dict[str, Any]:
+def _encoding(
+    data_config: DataConfig, model: str, file_hash: Callable[[Path], str]
+) -> dict[str, Any]:
     """Everything that decides how rows become tokens."""
     template = data_config.chat_template
     if template not in (None, PLAIN):
@@ -86,33 +98,32 @@ def _encoding(data_config: DataConfig, model: str) -> dict[str, Any]:
     return {
         "version": ENCODING_VERSION,
         "data": [data_config.max_length, data_config.too_long, template],
-        "tokenizer": _tokenizer_content(model),
+        "tokenizer": _tokenizer_content(model, file_hash),
     }
 
 
-def _source_content(config: DatasetConfig, part: Part) -> Any:
+def _source_content(config: DatasetConfig, part: Part, file_hash: Callable[[Path], str]) -> Any:
     selected = source(config, part)
     if selected is None:
         return None
     path, split = selected
     files = local_files(path)
-    content = [path, split] if files is None else [_sha256(file) for file in files]
+    content = [path, split] if files is None else [_hashed(file, file_hash) for file in files]
     return [content, config.max_examples if part == "train" else None]
 
 
-def _tokenizer_content(model: str) -> Any:
+def _tokenizer_content(model: str, file_hash: Callable[[Path], str]) -> Any:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return model
     files = {
         file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()
     }
-    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+    return {str(file.relative_to(folder)): _hashed(file, file_hash) for file in files}
 
 
-def _sha256(file: Path) -> str:
+def _hashed(file: Path, file_hash: Callable[[Path], str]) -> str:
     try:
-        with open(file, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        return file_hash(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None

@@ -25,7 +25,7 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
     config: dict[str, Any] = {
         "model": str(model),
         "mixture": mixture,
-        "split": {"groups": 2 if quick else 4, "preset": "paper", "examples": 12 if quick else 24},
+        "split": {"groups": 2 if quick else 4, "preset": "paper", "examples": 8 if quick else 12},
         "train": {
             "epochs": 1,
             "learning_rate": 1.0e-4,
@@ -33,9 +33,9 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
             "controls": {"joint": True, "random": 1, "iid": 0},
         },
         "merge": {"weights": "tokens"},
-        "evaluate": {"interpolate": [0.5], "max_new_tokens": 24}
+        "evaluate": {"interpolate": [], "max_new_tokens": 12}
         if quick
-        else {"interpolate": [0.25, 0.5, 0.75]},
+        else {"interpolate": [0.5], "max_new_tokens": 32},
         "output": str(output),
     }
     file = output / "demo.yml"

@@ -14,10 +14,10 @@ from merit_fast.demo.sources import FAMILIES, SOURCES, Facts
 from merit_fast.errors import MeritFastError
 from merit_fast.manifests.atomic import write_text
 
-NUM_TRAIN = 40
-NUM_HELD_OUT = 16
-QUICK_NUM_TRAIN = 20
-QUICK_NUM_HELD_OUT = 10
+NUM_TRAIN = 18
+NUM_HELD_OUT = 10
+QUICK_NUM_TRAIN = 12
+QUICK_NUM_HELD_OUT = 8
 QUICK_TASKS = (
     "country_capital",
     "country_iso3",
@@ -51,7 +51,7 @@ def prepare_mixture(
 
     Args:
         directory: created if necessary; replaces files of the same names and keeps others.
-        quick: 8 datasets of 20 + 10 rows instead of 28 of 40 + 16.
+        quick: 8 datasets of 12 + 8 rows instead of 28 of 18 + 10.
         seed: decides the inputs and which of them are held out.
         include_copyleft: adds two datasets made with num2words (LGPL).
 

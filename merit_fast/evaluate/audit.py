@@ -24,7 +24,7 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.evaluate.stage import MergedArm
 from merit_fast.manifests.schemas import Barrier, MergeAudit
-from merit_fast.model import load_model, target_losses
+from merit_fast.model import load_model, target_losses, weight_files
 from merit_fast.progress import Progress, Task
 
 # standard deviations of a perturbation, as shares of each tensor's root mean square
@@ -199,7 +199,7 @@ class _Auditor:
 def _read(directory: Path, like: Weights) -> Weights:
     """The checkpoint's tensors with the names of ``like``, as float32 on the same devices."""
     weights: Weights = {}
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         with safe_open(file, framework="pt") as opened:
             for name in set(opened.keys()) & like.keys():
                 weights[name] = opened.get_tensor(name).to(like[name].device, torch.float32)

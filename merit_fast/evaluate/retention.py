@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merit_fast.data import IGNORED_LABEL, Example, collate
-from merit_fast.evaluate.losses import mean_loss
+from merit_fast.evaluate.losses import Advance
+from merit_fast.evaluate.prefixes import fill_prefixes, shared_length, without_prefix
 
 _WINDOW_TOKENS = 512
 
@@ -37,8 +38,8 @@ PROMPTS = (
 )
 
 
-def text_loss(model: nn.Module, tokenizer: Any, pad_token_id: int) -> float:
-    """Nats per token of the packaged English text, in windows of 512 tokens."""
+def text_windows(tokenizer: Any) -> list[Example]:
+    """The packaged English text in windows of 512 tokens, every token but the first a target."""
     text = (
         resources.files("merit_fast.evaluate")
         .joinpath("general_text.txt")
@@ -46,26 +47,67 @@ def text_loss(model: nn.Module, tokenizer: Any, pad_token_id: int) -> float:
     )
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
     windows = [ids[at : at + _WINDOW_TOKENS] for at in range(0, len(ids), _WINDOW_TOKENS)]
-    examples = [_all_targets(window, first=1) for window in windows if len(window) > 1]
-    return mean_loss(model, examples, pad_token_id, batch_size=1)
+    return [all_targets(window, first=1) for window in windows if len(window) > 1]
+
+
+def prompt_ids(tokenizer: Any) -> list[list[int]]:
+    """Token ids of ``PROMPTS``, in the tokenizer's chat template if it has one."""
+    return [_prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
+
+
+def answer_rows(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[Example]:
+    """Prompts with the base's answers as rows whose targets are the answers."""
+    return [
+        all_targets(np.array([*prompt, *answer], np.int32), first=len(prompt))
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if answer
+    ]
 
 
 def greedy_answers(
-    model: nn.Module, tokenizer: Any, pad_token_id: int, max_new_tokens: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of ``PROMPTS`` and of the model's greedy answers, with the end token if reached."""
-    prompts = [_prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
-    examples = [
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    pad_token_id: int,
+    max_new_tokens: int,
+    share: bool = False,
+    advance: Advance = lambda tokens: None,
+) -> list[list[int]]:
+    """Token ids of the model's greedy answers to ``prompts``, with the end token if reached.
+
+    One batch holds all prompts; it ends when every answer has.
+
+    Args:
+        model: a causal language model.
+        tokenizer: names the end token.
+        prompts: token ids.
+        pad_token_id: the id that fills the batch.
+        max_new_tokens: the length at which an answer is cut.
+        share: computes the prompts' common beginning once; see ``losses.can_share``.
+        advance: gets the number of tokens of every step.
+
+    Raises:
+        ValueError: ``share`` with a model that cannot.
+    """
+    rows = [
         Example(np.array(ids, np.int32), np.full(len(ids), IGNORED_LABEL, np.int32))
         for ids in prompts
     ]
-    batch = collate(examples, [0] * len(examples), pad_token_id)
+    inputs = _generation_inputs(model, rows, shared_length(rows) if share else 0, pad_token_id)
     ends = _end_token_ids(model, tokenizer)
-    device = next(model.parameters()).device
+    steps = 0
+
+    def count(ids: Tensor, scores: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        advance(len(ids))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # ends no answer
+
     with torch.inference_mode():
         sequences = model.generate(  # type: ignore[operator]
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
+            **inputs,
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -73,24 +115,39 @@ def greedy_answers(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_token_id,
             eos_token_id=ends,
+            stopping_criteria=[count],
         )
-    answers = [_until_end(row, ends) for row in sequences[:, batch.input_ids.shape[1] :].tolist()]
-    return prompts, answers
+    advance((max_new_tokens - steps) * len(rows))
+    written = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_until_end(row, ends) for row in written]
 
 
-def answers_nll(
-    model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_token_id: int
-) -> float:
-    """Nats per token of ``answers`` under ``model``; the base model wrote them."""
-    examples = [
-        _all_targets(np.array(prompt + answer, np.int32), first=len(prompt))
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if answer
-    ]
-    return mean_loss(model, examples, pad_token_id, batch_size=8)
+def _generation_inputs(
+    model: nn.Module, rows: Sequence[Example], length: int, pad_token_id: int
+) -> dict[str, Any]:
+    """Arguments of ``generate``: the shared beginning, then padding, then the rest of each row."""
+    device = next(model.parameters()).device
+    rest = [without_prefix(row, length) for row in rows]
+    batch = collate(rest, [0] * len(rest), pad_token_id)
+    ids = batch.input_ids.to(device)
+    mask = batch.attention_mask.to(device)
+    if not length:
+        return {"input_ids": ids, "attention_mask": mask}
+    beginning = rows[0].input_ids[:length]
+    prefixes = fill_prefixes(model, [beginning], pad_token_id)
+    if prefixes is None:
+        raise ValueError("greedy_answers: this model's cache is not keys and values only")
+    groups = torch.zeros(len(rows), dtype=torch.long, device=device)
+    first = torch.as_tensor(beginning, device=device).long().expand(len(rows), -1)
+    return {
+        "input_ids": torch.cat([first, ids], dim=1),
+        "attention_mask": torch.cat([prefixes.mask[groups], mask], dim=1),
+        "past_key_values": prefixes.cache(groups),
+    }
 
 
-def _all_targets(ids: np.ndarray, first: int) -> Example:
+def all_targets(ids: np.ndarray, first: int) -> Example:
+    """A row whose tokens from position ``first`` on are targets."""
     labels = ids.copy()
     labels[:first] = IGNORED_LABEL
     return Example(ids, labels)

@@ -1,52 +1,43 @@
 """The evaluate stage: measures every arm and branch on the same held-out rows and prompts."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from merit_fast.data import Dataset
 from merit_fast.errors import InputError
+from merit_fast.evaluate.compare import compare_arms, standard_error
 from merit_fast.evaluate.config import EvaluateConfig
-from merit_fast.evaluate.losses import dataset_results
-from merit_fast.evaluate.retention import answers_nll, greedy_answers, text_loss
-from merit_fast.evaluate.weights import displacement, interpolate_towards
-from merit_fast.manifests.atomic import write_text
+from merit_fast.evaluate.items import ItemScores, read_items, write_items
+from merit_fast.evaluate.measure import Measurer
+from merit_fast.evaluate.models import BASE, JOINT, EvaluatedModels, MergedArm, with_training
+from merit_fast.evaluate.weights import Interpolation, displacement
 from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import (
     SCHEMA_VERSION,
     ArmResult,
-    BranchManifest,
+    DatasetResult,
     EvaluateManifest,
     MergingGain,
 )
 from merit_fast.model import load_model
-from merit_fast.progress import Progress
+from merit_fast.progress import Progress, Task
 
+__all__ = ["EvaluatedModels", "MergedArm", "evaluate_arms", "mean_result"]
 
-@dataclass(frozen=True)
-class MergedArm:
-    """One merged arm: its directory, its branches and their weights."""
-
-    path: Path
-    branches: tuple[str, ...]
-    weights: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class EvaluatedModels:
-    """The models to evaluate.
-
-    ``branches`` holds every trained branch, ``joint`` among them if it was trained.
-    """
-
-    base: Path
-    branches: Mapping[str, Path]
-    merges: Mapping[str, MergedArm]
-    arms: Mapping[str, tuple[str, ...]]  # arm -> its models, one for each seed
+_MEASURES = (
+    "loss",
+    "token_loss",
+    "exact_match",
+    "text_loss",
+    "chat_nll",
+    "answer_length_tokens",
+    "displacement",
+)
 
 
 def evaluate_arms(
@@ -60,8 +51,9 @@ def evaluate_arms(
 ) -> EvaluateManifest:
     """Evaluates base, joint, joint interpolated towards the base, every branch and every merge.
 
-    Each model's result is written as ``NAME.json`` when it is complete, so that an interrupted run
-    resumes with the next model.
+    Every model is loaded and measured once, whatever the number of arms it belongs to. Its result
+    is written as ``NAME.json`` and its items' scores as ``NAME.items.safetensors``, so that an
+    interrupted run resumes with the next model.
 
     Raises:
         InputError: no dataset has held-out rows.
@@ -71,93 +63,90 @@ def evaluate_arms(
             "evaluate: no dataset of the mixture has held-out rows; "
             "give one an eval_path or eval_split"
         )
-    evaluator = _Evaluator(models.base, datasets, tokenizer, pad_token_id, config, directory)
-    shares = config.interpolate if "joint" in models.branches else ()
-    with progress.task(
-        "evaluate", 1 + len(models.branches) + len(shares) + len(models.merges), "models"
-    ) as task:
-        arms = {"base": evaluator.result("base", models.base)}
-        task.advance(1)
-        branches: dict[str, ArmResult] = {}
-        for name, path in models.branches.items():
-            branches[name] = _with_training(evaluator.result(name, path), [path])
-            task.advance(1, name)
-        if "joint" in branches:
-            arms["joint"] = branches.pop("joint")
-            for share in shares:
-                interpolated = evaluator.result(f"joint@{share:g}", models.branches["joint"], share)
-                arms[f"joint@{share:g}"] = _with_training(interpolated, [models.branches["joint"]])
-                task.advance(1)
-        for arm in sorted(models.merges, key=lambda arm: (arm == "merit", arm)):  # merit last
-            merge = models.merges[arm]
-            paths = [models.branches[name] for name in merge.branches]
-            arms[arm] = _with_training(evaluator.result(arm, merge.path), paths)
-            task.advance(1, arm)
-    gains = {arm: _gain(merge, branches, arms[arm]) for arm, merge in models.merges.items()}
-    manifest = EvaluateManifest(arms, branches, gains)
+    arms = models.models_of_arms
+    joints = models.interpolated
+    names = [*models.branches, *models.merges]
+    measurer = Measurer(datasets, tokenizer, pad_token_id, config, directory)
+    count = 1 + len(names) + len(joints) * len(config.interpolate)
+    with progress.task("evaluate", count * measurer.num_tokens, "tokens") as task:
+        evaluator = _Evaluator(models.base, measurer, config, directory, task)
+        evaluator.measure(BASE, models.base)
+        for name in names:
+            shares = config.interpolate if name in joints else ()
+            evaluator.measure(name, models.path(name), shares)
+    results = {name: with_training(evaluator.result(name), models, name) for name in names}
+    manifest = EvaluateManifest(
+        arms=_arms(evaluator, models, config.interpolate, results),
+        branches={
+            name: results[name]
+            for name in models.branches
+            if not any(name in members for members in arms.values())
+        },
+        merging_gain={
+            arm: _gain([models.merges[name] for name in members], members, results)
+            for arm, members in arms.items()
+            if all(name in models.merges for name in members)
+        },
+        comparisons=compare_arms(
+            {
+                arm: [evaluator.items(name) for name in members]
+                for arm, members in _members(models, config.interpolate).items()
+            },
+            tuple(dataset.num_examples for dataset in datasets),
+        ),
+    )
     write_manifest(manifest, directory / "evaluate.json")
     return manifest
 
 
 class _Evaluator:
-    """Measures one model after another on the same rows and keeps each result in a file."""
+    """Measures models and keeps each one's result and items in files."""
 
     def __init__(
         self,
         base: Path,
-        datasets: Sequence[Dataset],
-        tokenizer: Any,
-        pad_token_id: int,
+        measurer: Measurer,
         config: EvaluateConfig,
         directory: Path,
+        task: Task,
     ) -> None:
         self.base = base
-        self.datasets = datasets
-        self.tokenizer = tokenizer
-        self.pad_token_id = pad_token_id
+        self.measurer = measurer
         self.config = config
         self.directory = directory
+        self.task = task
 
-    def result(self, name: str, path: Path, share: float | None = None) -> ArmResult:
-        """Measures the model at ``path``, or (1 - share) base + share model if there is a share."""
-        file = self.directory / f"{name}.json"
-        if file.exists():
-            return replace(read_manifest(_Stored, file).result)
+    def measure(self, name: str, path: Path, shares: Sequence[float] = ()) -> None:
+        """Measures the model at ``path`` and (1 - share) base + share model for every share."""
+        wanted = {name: 1.0, **{_interpolated(name, share): share for share in shares}}
+        missing = {key: share for key, share in wanted.items() if not self._file(key).exists()}
+        self.task.skip((len(wanted) - len(missing)) * self.measurer.num_tokens)
+        if not missing:
+            return
         model = load_model(str(path), self.config.dtype)
-        if share is not None:
-            interpolate_towards(model, self.base, share)
-        moved = displacement(path, self.base) * (1.0 if share is None else share)
-        result = replace(self._measure(model), displacement=moved)
-        write_manifest(_Stored(result), file)
-        return result
+        moved = displacement(path, self.base)
+        line = Interpolation(model, self.base) if missing.keys() - {name} else None
+        for key, share in missing.items():
+            if line is not None and key != name:
+                line.set(share)
+            self._measure(key, model, share * moved)
 
-    def _measure(self, model: nn.Module) -> ArmResult:
-        config = self.config
-        pad = self.pad_token_id
-        rows = dataset_results(model, self.datasets, pad, config.batch_size)
-        tokens = sum(row.num_target_tokens for row in rows.values())
-        own_prompts, own_answers = greedy_answers(model, self.tokenizer, pad, config.max_new_tokens)
-        prompts, answers = self._base_answers(own_prompts, own_answers)
-        return ArmResult(
-            loss=sum(row.loss for row in rows.values()) / len(rows),
-            token_loss=sum(row.loss * row.num_target_tokens for row in rows.values()) / tokens,
-            exact_match=sum(row.exact_match for row in rows.values()) / len(rows),
-            text_loss=text_loss(model, self.tokenizer, pad),
-            chat_nll=answers_nll(model, prompts, answers, pad),
-            answer_length_tokens=sum(map(len, own_answers)) / len(own_answers),
-            displacement=0.0,
-            datasets=rows,
-        )
+    def _measure(self, name: str, model: nn.Module, displacement: float) -> None:
+        result, items = self.measurer.measure(name, model, displacement, self.task)
+        write_items(items, self._items_file(name))
+        write_manifest(_Stored(result), self._file(name))
 
-    def _base_answers(
-        self, own_prompts: list[list[int]], own_answers: list[list[int]]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Prompts and answers of the base, which is the first model that is measured."""
-        file = self.directory / "base_answers.json"
-        if not file.exists():
-            write_text(file, json.dumps({"prompts": own_prompts, "answers": own_answers}) + "\n")
-        stored = json.loads(file.read_text())
-        return stored["prompts"], stored["answers"]
+    def result(self, name: str) -> ArmResult:
+        return read_manifest(_Stored, self._file(name)).result
+
+    def items(self, name: str) -> ItemScores:
+        return read_items(self._items_file(name))
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{name}.json"
+
+    def _items_file(self, name: str) -> Path:
+        return self.directory / f"{name}.items.safetensors"
 
 
 @dataclass(frozen=True)
@@ -166,22 +155,86 @@ class _Stored:
     schema_version: int = SCHEMA_VERSION
 
 
-def _with_training(result: ArmResult, branches: Sequence[Path]) -> ArmResult:
-    """Adds the cost of the arm's training, read from its branches' manifests and timings."""
-    manifests = [read_manifest(BranchManifest, path / "branch.json") for path in branches]
-    timings = [json.loads((path / "timing.json").read_text()) for path in branches]
+def _interpolated(name: str, share: float) -> str:
+    return f"{name}@{share:g}"
+
+
+def _members(models: EvaluatedModels, shares: Sequence[float]) -> dict[str, tuple[str, ...]]:
+    """Every arm with the names of its models: the base first, interpolations after joint."""
+    arms = models.models_of_arms
+    joint = {JOINT: arms[JOINT]} if JOINT in arms else {}
+    names = models.interpolated
+    between = {
+        _interpolated(JOINT, share): tuple(_interpolated(name, share) for name in names)
+        for share in (shares if names else ())
+    }
+    return {BASE: (BASE,), **joint, **between, **arms}
+
+
+def _arms(
+    evaluator: _Evaluator,
+    models: EvaluatedModels,
+    shares: Sequence[float],
+    results: Mapping[str, ArmResult],
+) -> dict[str, ArmResult]:
+    """Every arm's result: the mean over its models, with the cost of one seed's training."""
+    arms = {}
+    for arm, names in _members(models, shares).items():
+        of_models = []
+        for name in names:
+            trained = name.split("@")[0]
+            result = results.get(name)
+            if result is None:
+                result = evaluator.result(name)
+                if trained != BASE:
+                    result = with_training(result, models, trained)
+            of_models.append(result)
+        arms[arm] = mean_result(of_models)
+    return arms
+
+
+def mean_result(results: Sequence[ArmResult]) -> ArmResult:
+    """The mean over the models of one arm, one for each seed, with its standard errors."""
+    if len(results) == 1:
+        return results[0]
+
+    def mean(key: str) -> float:
+        return float(np.mean([getattr(result, key) for result in results]))
+
+    errors = {key: standard_error([getattr(r, key) for r in results]) for key in _MEASURES}
+    datasets = {
+        name: DatasetResult(
+            float(np.mean([result.datasets[name].loss for result in results])),
+            float(np.mean([result.datasets[name].exact_match for result in results])),
+            first.num_target_tokens,
+            first.num_examples,
+        )
+        for name, first in results[0].datasets.items()
+    }
     return replace(
-        result,
-        num_tokens=sum(m.num_tokens for m in manifests),
-        num_target_tokens=sum(m.num_target_tokens for m in manifests),
-        steps=max(m.steps for m in manifests),
-        train_s=sum(t["train_s"] for t in timings),
-        peak_memory_bytes=max(t["peak_memory_bytes"] for t in timings),
+        results[0],
+        **{key: mean(key) for key in (*_MEASURES, "train_s")},
+        num_tokens=round(mean("num_tokens")),
+        num_target_tokens=round(mean("num_target_tokens")),
+        steps=max(result.steps for result in results),
+        peak_memory_bytes=max(result.peak_memory_bytes for result in results),
+        datasets=datasets,
+        num_seeds=len(results),
+        errors={key: error for key, error in errors.items() if error is not None},
     )
 
 
-def _gain(arm: MergedArm, branches: Mapping[str, ArmResult], merged: ArmResult) -> MergingGain:
-    mean = sum(
-        w * branches[name].token_loss for name, w in zip(arm.branches, arm.weights, strict=True)
-    )
-    return MergingGain(mean - merged.token_loss, mean, merged.token_loss, arm.weights)
+def _gain(
+    merges: Sequence[MergedArm], names: Sequence[str], results: Mapping[str, ArmResult]
+) -> MergingGain:
+    """The mean gain over the models of an arm, with the weights of the first."""
+    branch_losses = [
+        sum(
+            w * results[branch].token_loss
+            for branch, w in zip(merge.branches, merge.weights, strict=True)
+        )
+        for merge in merges
+    ]
+    branch_loss = float(np.mean(branch_losses))
+    merged_loss = float(np.mean([results[name].token_loss for name in names]))
+    return MergingGain(branch_loss - merged_loss, branch_loss, merged_loss, merges[0].weights)

@@ -8,30 +8,44 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from merit_fast.kernels.average import average_arrays
+from merit_fast.model import weight_files
 
+_PIECE = 1 << 17  # entries; a piece in float64 stays in a core's cache
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 def displacement(checkpoint: Path, base: Path) -> float:
     """|theta - theta_0| between two checkpoints of the same tensors, summed in float64."""
-    file_of = {
-        name: file for file in sorted(checkpoint.glob("*.safetensors")) for name in _names(file)
-    }
+    file_of = {name: file for file in weight_files(checkpoint) for name in _names(file)}
     total = 0.0
     for name, tensor in _tensors(base):
         with safe_open(file_of[name], framework="pt") as opened:
-            difference = opened.get_tensor(name).double() - tensor.double()
-        total += float(difference.square().sum())
+            pieces = torch.split(opened.get_tensor(name).flatten(), _PIECE)
+        for mine, theirs in zip(pieces, torch.split(tensor.flatten(), _PIECE), strict=True):
+            difference = mine.double() - theirs.double()
+            total += float(difference.dot(difference))
     return float(total**0.5)
 
 
-def interpolate_towards(model: nn.Module, base: Path, share: float) -> None:
-    """Sets theta to (1 - share) theta_0 + share theta in place: WiSE-FT (Wortsman et al. 2022)."""
-    state = model.state_dict()
-    for name, tensor in _tensors(base):
-        mine = state[name]
-        if mine.is_floating_point():
-            mine.copy_(_average(tensor.to(mine.dtype), mine.detach().cpu(), share))
+class Interpolation:
+    """A model whose weights move on the line from a base: WiSE-FT (Wortsman et al. 2022)."""
+
+    def __init__(self, model: nn.Module, base: Path) -> None:
+        self.model = model
+        self.base = base
+        self.ends = {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in model.state_dict().items()
+            if tensor.is_floating_point()
+        }
+
+    def set(self, share: float) -> None:
+        """Sets the model's weights to (1 - share) theta_0 + share theta."""
+        state = self.model.state_dict()
+        for name, tensor in _tensors(self.base):
+            if name in self.ends:
+                end = self.ends[name]
+                state[name].copy_(_average(tensor.to(end.dtype), end, share))
 
 
 def _average(base: Tensor, mine: Tensor, share: float) -> Tensor:
@@ -48,7 +62,7 @@ def _bits(tensor: Tensor):  # type: ignore[no-untyped-def]
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)

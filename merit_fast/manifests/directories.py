@@ -6,85 +6,121 @@ resumes.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import fsync_path, write_text
+from merit_fast.manifests.hashes import compare_files, record_files
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, write_manifest
+from merit_fast.manifests.ledger import adopt
+from merit_fast.manifests.locks import exclusive
 
 _MARKER = "fingerprint"  # file in NAME.tmp: only a run of this fingerprint resumes it
 
 
 @contextlib.contextmanager
-def output_directory(path: Path, manifest: StageManifest, fsync: bool = True) -> Iterator[Path]:
+def output_directory(
+    path: Path,
+    manifest: StageManifest,
+    fsync: bool = True,
+    *,
+    keep_old: Path | None = None,
+    keep_work: bool = False,
+) -> Iterator[Path]:
     """Yields ``path.tmp`` to fill; on success adds stage.json, fsyncs and renames it to ``path``.
 
     Keeps the files that an interrupted run of the same fingerprint left in ``path.tmp``, and
     removes those of any other run. An exception leaves ``path.tmp`` for the next run and ``path``
     untouched.
+
+    Args:
+        path: the output.
+        manifest: stage.json of the output, without its files.
+        fsync: whether all files reach the disk before the rename.
+        keep_old: place to which the replaced output moves; None: it is removed.
+        keep_work: keep the files that a run of another fingerprint left; the stage checks them.
     """
-    temporary = begin_directory(path, manifest.fingerprint)
+    temporary = begin_directory(path, manifest.fingerprint, keep_work)
     yield temporary
-    finish_directory(temporary, path, manifest, fsync)
+    finish_directory(temporary, path, manifest, fsync, keep_old)
 
 
-def begin_directory(path: Path, fingerprint: str) -> Path:
+def begin_directory(path: Path, fingerprint: str, keep_work: bool = False) -> Path:
     """Makes ``path.tmp`` and returns it; several processes may call this at once.
 
-    Empties the directory unless a run of the same fingerprint left it.
+    Empties the directory unless a run of the same fingerprint left it, or ``keep_work``.
 
     Raises:
-        InputError: the directory cannot be written.
+        InputError: the directory cannot be written, or is none of ours.
     """
     temporary = path.with_name(path.name + ".tmp")
     marker = temporary / _MARKER
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(path.name + ".begin.lock")):
-            if temporary.exists() and (not marker.exists() or marker.read_text() != fingerprint):
+        with exclusive(path.with_name(path.name + ".begin.lock")):
+            _require_own(temporary)
+            same = marker.exists() and marker.read_text() == fingerprint
+            if temporary.exists() and not same and not keep_work:
                 shutil.rmtree(temporary)
             temporary.mkdir(exist_ok=True)
-            if not marker.exists():
+            if not same:
                 write_text(marker, fingerprint)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     return temporary
 
 
-@contextlib.contextmanager
-def _locked(lock: Path) -> Iterator[None]:
-    """Lets one process at a time through, by a lock file that is removed afterwards."""
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
-                break
-        os.close(descriptor)  # the previous holder has removed this file: try the next one
-    try:
-        yield
-    finally:
-        lock.unlink()
-        os.close(descriptor)
+def is_own_work(temporary: Path) -> bool:
+    """Whether merit-fast made this ``NAME.tmp``: it has our marker, or a stage.json, or nothing."""
+    if not temporary.is_dir():
+        return False
+    names = [name for name in os.listdir(temporary) if not name.startswith(f"{_MARKER}.")]
+    return not names or _MARKER in names or STAGE_FILE in names
+
+
+def _require_own(temporary: Path) -> None:
+    if temporary.exists() and not is_own_work(temporary):
+        raise InputError(f"{temporary}: is not unfinished work of merit-fast; move it away")
 
 
 def finish_directory(
-    temporary: Path, path: Path, manifest: StageManifest, fsync: bool = True
+    temporary: Path,
+    path: Path,
+    manifest: StageManifest,
+    fsync: bool = True,
+    keep_old: Path | None = None,
 ) -> None:
-    """Adds stage.json and renames the directory to ``path``."""
-    for leftover in temporary.glob("*.tmp"):  # from a writer that was killed
-        leftover.unlink()
-    write_manifest(manifest, temporary / STAGE_FILE)
+    """Adds stage.json with the hashes of all files and renames the directory to ``path``.
+
+    The files are hashed while they are still in the page cache, right before the fsync.
+    """
+    for name in os.listdir(temporary):  # from a writer that was killed
+        if name.endswith(".tmp"):
+            (temporary / name).unlink()
+    records = record_files(temporary)
+    for name in (_MARKER, STAGE_FILE):
+        records.pop(name, None)
+    files = {name: (size, digest) for name, (size, _, digest) in records.items()}
+    write_manifest(replace(manifest, files=files), temporary / STAGE_FILE)
     (temporary / _MARKER).unlink()
-    commit_directory(temporary, path, fsync)
+    commit_directory(temporary, path, fsync, keep_old)
 
 
-def commit_directory(temporary: Path, path: Path, fsync: bool = True) -> None:
-    """Fsyncs every file of ``temporary`` and renames it to ``path``, which it replaces."""
+def commit_directory(
+    temporary: Path, path: Path, fsync: bool = True, keep_old: Path | None = None
+) -> None:
+    """Fsyncs every file of ``temporary`` and renames it to ``path``, which it replaces.
+
+    Args:
+        temporary: the complete directory.
+        path: its final name.
+        fsync: whether all files reach the disk before the rename.
+        keep_old: place to which the replaced directory moves; None: it is removed.
+    """
     mask = os.umask(0)
     os.umask(mask)
     for file in sorted(temporary.rglob("*")):
@@ -96,23 +132,35 @@ def commit_directory(temporary: Path, path: Path, fsync: bool = True) -> None:
         fsync_path(temporary)
     old = path.with_name(path.name + ".old")
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
+        shutil.rmtree(keep_old or old, ignore_errors=True)
+        (keep_old or old).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, keep_old or old)
     os.rename(temporary, path)
     if fsync:
         fsync_path(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def recover_directory(path: Path, expected_fingerprint: str) -> None:
-    """Renames ``path.tmp`` to ``path`` if a crash came between its stage.json and the rename."""
+def recover_directory(path: Path, expected_fingerprint: str, keep_old: Path | None = None) -> None:
+    """Renames ``path.tmp`` to ``path`` if a crash came between its stage.json and the rename.
+
+    After a power cut its files may lack content: then all of it is removed.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    if is_complete(temporary, expected_fingerprint):
-        (temporary / _MARKER).unlink(missing_ok=True)
-        commit_directory(temporary, path)
+    if not is_complete(temporary, expected_fingerprint):
+        return
+    (temporary / _MARKER).unlink(missing_ok=True)
+    damage, _ = compare_files(temporary, adopt(temporary).files)
+    if damage is None:
+        commit_directory(temporary, path, keep_old=keep_old)
+    else:
+        shutil.rmtree(temporary)
 
 
 def is_complete(path: Path, expected_fingerprint: str) -> bool:
-    """Whether ``path`` holds the finished output of exactly this stage, config and inputs."""
-    file = path / STAGE_FILE
-    return file.exists() and read_manifest(StageManifest, file).fingerprint == expected_fingerprint
+    """Whether the stage.json of ``path`` is that of exactly this stage, config and inputs."""
+    try:
+        manifest = read_manifest(StageManifest, path / STAGE_FILE)
+    except InputError:  # absent, damaged or of another version
+        return False
+    return manifest.fingerprint == expected_fingerprint

@@ -6,7 +6,7 @@ expected fingerprint is up to date.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +32,7 @@ class StageManifest:
     config: dict[str, Any]
     inputs: dict[str, str]  # name -> fingerprint
     tool_versions: dict[str, str]
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes, xxh3_128; all others
     schema_version: int = SCHEMA_VERSION
 
 

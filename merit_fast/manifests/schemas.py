@@ -28,15 +28,18 @@ class SplitDataset:
 class GroupCount:
     """Separation of a split into ``groups`` groups.
 
-    Values are shares of the weighted sum of squares that lie between groups.
+    Values are shares of the weighted sum of squares that lie between groups, in [0, 1]. None: not
+    resolved, because nothing varies beyond noise or noise took the estimate far out of [0, 1].
     """
 
     groups: int
-    eta_squared: float | None  # of the split itself, debiased; None: nothing varies beyond noise
+    eta_squared: float | None  # of the split itself, debiased
     cross_validated: float | None  # splits made on one half of the examples, measured on the other
-    null_mean: float | None  # the same of random balanced splits
-    null_std: float | None
+    null_mean: float | None  # the same of other balanced splits
+    null_std: float | None  # None with fewer than 20 of them
     null_splits: int = 0  # distinct random splits behind the null, this split not among them
+    null_beaten: int | None = None  # how many of them have a lower share; None: not measured
+    num_splits: int | None = None  # balanced splits, this one included; None: too many to count
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class SplitManifest:
     base_fingerprint: str
     start_fingerprint: str  # of the model whose gradients were sketched: the base, or the warm-up's
     mixture_fingerprint: str
+    sure_conflicts: int = 0  # pairs whose cosine is below 0 though so many were tested
+    sure_conflicts_across: int = 0  # those of them whose datasets are in different groups
+    unbalanced: tuple[int, ...] = ()  # [N] groups found without a balance; empty: none was sought
+    unbalanced_eta_squared: float | None = None  # of these groups, debiased
     schema_version: int = SCHEMA_VERSION
 
     def group_of(self, arm: str) -> dict[str, int]:

@@ -15,6 +15,8 @@ from merit_fast.manifests.io import (
     stage_manifest,
     write_manifest,
 )
+from merit_fast.manifests.locks import LOCKS_FOLDER, claim, this_process
+from merit_fast.manifests.state import replaced_keys
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.layout import header_bytes
 from merit_fast.merge.engine.plan import Plan, plan_merge
@@ -109,17 +111,24 @@ class PreparedMerge:
 
         Returns:
             False while other processes' shards are missing.
+
+        Raises:
+            LockedError: another merge of other inputs or options works on ``out``.
         """
         manifest = self._manifest(records or {})
-        directory = begin_directory(out, manifest.fingerprint)
-        plan = self._plan(progress)
-        write_shards(plan, self.config, directory, progress, share)
-        if not all_written(plan, directory):
-            return False
-        with only_finisher(directory, out) as is_finisher:
-            if is_finisher:
-                self._finish(plan, directory, records or {})
-                finish_directory(directory, out, manifest, self.config.fsync)
+        locks = out.with_name(f".{out.name}{LOCKS_FOLDER}")
+        with claim(locks, this_process(manifest.fingerprint), out):
+            if changed := replaced_keys(out, manifest):
+                progress.note(f"{out}: {changed}; merging again")
+            directory = begin_directory(out, manifest.fingerprint)
+            plan = self._plan(progress)
+            write_shards(plan, self.config, directory, progress, share)
+            if not all_written(plan, directory):
+                return False
+            with only_finisher(directory, out) as is_finisher:
+                if is_finisher:
+                    self._finish(plan, directory, records or {})
+                    finish_directory(directory, out, manifest, self.config.fsync)
         return True
 
     def upload(

@@ -6,7 +6,8 @@ from typing import Any
 
 from merit_fast.data import Dataset, load_mixture, load_tokenizer, pad_token_id
 from merit_fast.data.config import Part
-from merit_fast.pipeline.arms import Branch, branches_part, whole_mixture
+from merit_fast.manifests.schemas import SplitManifest
+from merit_fast.pipeline.arms import Branch, branches_part, merit_steps, whole_mixture
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress
 from merit_fast.train.schedule import num_steps
@@ -71,6 +72,10 @@ class RunData:
         """Optimizer steps of a run on these datasets."""
         rows = sum(dataset.num_examples for dataset in datasets)
         return num_steps(rows, self.config.train)
+
+    def branch_steps(self, split: SplitManifest) -> list[int]:
+        """Optimizer steps of each of merit's branches, [K]; no row is read for it."""
+        return merit_steps(self.config, split, self.outputs.contents)
 
     def _load(self, part: Part) -> list[Dataset]:
         mixture = self.config.mixture

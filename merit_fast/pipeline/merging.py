@@ -14,7 +14,7 @@ from merit_fast.progress import Progress
 from merit_fast.report import audit_sentence
 
 if TYPE_CHECKING:
-    from merit_fast.evaluate.stage import MergedArm
+    from merit_fast.evaluate.stage import EvaluatedModels, MergedArm
 
 
 def merge_model(
@@ -80,8 +80,26 @@ def finished_merges(outputs: Outputs, names: Iterable[str]) -> "dict[str, Merged
             weights = read_manifest(TuneManifest, path / TUNE_FILE).weights
         else:
             weights = tuple(resolve_weights(outputs.merge_inputs(name), config))
-        merges[name] = MergedArm(path, outputs.plan.merges[name], weights)
+        branches = tuple(outputs.plan.owners[branch] for branch in outputs.plan.merges[name])
+        merges[name] = MergedArm(path, branches, weights)
     return merges
+
+
+def evaluated_models(outputs: Outputs) -> "EvaluatedModels":
+    """Every finished branch and merge of the run, and the arms that they make.
+
+    Raises:
+        MeritFastError: one is absent, damaged or was made from another config.
+    """
+    from merit_fast.evaluate.stage import EvaluatedModels
+
+    plan = outputs.plan
+    branches = {}
+    for branch in plan.trained:
+        branches[branch.name] = outputs.branch_path(branch.name)
+        outputs.require(branches[branch.name], outputs.branch(branch))
+    merges = finished_merges(outputs, plan.merges)
+    return EvaluatedModels(outputs.base, branches, merges, plan.measured_arms, plan.joint)
 
 
 def audit_arms(directory: Path, outputs: Outputs, data: RunData, progress: Progress) -> None:
@@ -90,7 +108,7 @@ def audit_arms(directory: Path, outputs: Outputs, data: RunData, progress: Progr
 
     audits = audit_merges(
         finished_merges(outputs, outputs.plan.first_merges),
-        {name: outputs.branch_path(name) for name in outputs.branches},
+        {branch.name: outputs.branch_path(branch.name) for branch in outputs.plan.trained},
         outputs.start,
         data.reporting,
         data.pad_token_id,

@@ -10,14 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.data import dataset_fingerprints, mixture_fingerprint
+from merit_fast.data.config import Part
 from merit_fast.errors import MeritFastError
-from merit_fast.manifests.directories import is_complete
-from merit_fast.manifests.io import (
-    StageManifest,
-    fingerprint,
-    read_manifest,
-    stage_manifest,
-)
+from merit_fast.manifests.io import StageManifest, fingerprint, read_manifest, stage_manifest
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.manifests.stages import (
     AUDIT,
@@ -35,6 +30,7 @@ from merit_fast.model import model_fingerprint, resolve_model, settle_dtype
 from merit_fast.pipeline.arms import WARMUP, Branch, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.pipeline.plan import Plan, make_plan
+from merit_fast.pipeline.records import Records
 from merit_fast.pipeline.reporting import audit_options, report_options
 from merit_fast.train.config import ControlsConfig, TrainConfig
 
@@ -44,14 +40,16 @@ _RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
 class Outputs:
     """The outputs of one configured run.
 
-    ``command`` with {stage} is the command line that error messages name.
+    ``command`` with {stage} is the command line that error messages name. ``verify``: hash every
+    file of every output and input.
     """
 
-    def __init__(self, config: RunConfig, command: str) -> None:
+    def __init__(self, config: RunConfig, command: str, verify: bool = False) -> None:
         self.config = _settle_dtypes(config)
         self.command = command
         self.root = Path(config.output)
         self.base = resolve_model(config.model)
+        self.records = Records(self.root, verify)
 
     def folder(self, stage: Stage) -> Path:
         """The folder of a stage's output."""
@@ -62,15 +60,55 @@ class Outputs:
         return self.folder(stage) / stage.file
 
     def require(self, path: Path, manifest: StageManifest) -> None:
-        """Checks that ``path`` holds the output of exactly this stage, config and inputs.
+        """Checks that ``path`` holds the undamaged output of this stage, config and inputs.
 
         Raises:
-            MeritFastError: it does not; names the command that makes it.
+            MeritFastError: it does not; names the damage and the command that makes it.
         """
-        if not is_complete(path, manifest.fingerprint):
-            state = "was made from another config or input" if path.exists() else "is not there"
-            command = self.command.format(stage=_RUN_BY[manifest.stage])
-            raise MeritFastError(f"{path}: {state}; run first: {command}")
+        state = self.records.check(path, manifest.fingerprint)
+        if state.is_current:
+            return
+        found = {
+            "absent": f"{path}: is not there",
+            "other config": f"{path}: was made from another config or input",
+            "damaged": f"{self.root}/{state.detail}",
+            "foreign": state.detail,
+        }[state.state]
+        command = self.command.format(stage=_RUN_BY[manifest.stage])
+        raise MeritFastError(f"{found}; run first: {command}")
+
+    def expected(self) -> dict[Path, StageManifest]:
+        """Every output by its path; those after the split only if the split is up to date."""
+        expected = {self.folder(SKETCH): self.sketch, self.folder(SPLIT): self.split}
+        if self.config.split.warmup:
+            expected = {self.branch_path(WARMUP): self.branch(self.warmup), **expected}
+        if not self.records.check(self.folder(SPLIT), self.split.fingerprint).is_current:
+            return expected
+        for branch in self.plan.trained:
+            expected[self.branch_path(branch.name)] = self.branch(branch)
+        for name in self.plan.merges:
+            expected[self.merge_path(name)] = self.merge(name)
+        expected[self.folder(EVALUATE)] = self.evaluate
+        if self.config.evaluate.audit:
+            expected[self.folder(AUDIT)] = self.audit
+        expected[self.folder(REPORT)] = self.report
+        return expected
+
+    def put_in_force(self, again: bool) -> None:
+        """Writes the split in force and its branches into the ledger.
+
+        ``again``: also where the ledger has this split already, perhaps with another recipe.
+        """
+        if again or self.records.ledger().split != self.split.fingerprint:
+            plan = self.plan
+            members = plan.merges | {name: (name,) for name in plan.single}
+            branches = {
+                model: [self._in_force(name) for name in names] for model, names in members.items()
+            }
+            self.records.put_in_force(self.split.fingerprint, branches, self.command)
+
+    def _in_force(self, branch: str) -> tuple[str, str]:
+        return self.branch_path(branch).name, self.branch(self.branches[branch]).fingerprint
 
     # ---- the branches and their starts
     @functools.cached_property
@@ -130,23 +168,33 @@ class Outputs:
     # ---- fingerprints of the inputs
     @functools.cached_property
     def base_fingerprint(self) -> str:
-        return model_fingerprint(self.base)
+        return model_fingerprint(self.base, self.records.hashes)
 
     @functools.cached_property
     def train_fingerprint(self) -> str:
-        config = self.config
-        return mixture_fingerprint(config.mixture, config.data, str(self.base), part="train")
+        return self._rows_fingerprint("train")
 
     @functools.cached_property
     def contents(self) -> dict[str, str]:
         """Name -> fingerprint of each dataset's training examples, in the mixture's order."""
         config = self.config
-        return dataset_fingerprints(config.mixture, config.data, str(self.base), "train")
+        return dataset_fingerprints(
+            config.mixture,
+            config.data,
+            str(self.base),
+            part="train",
+            file_hash=self.records.hashes,
+        )
 
     @functools.cached_property
     def held_out_fingerprint(self) -> str:
+        return self._rows_fingerprint("eval")
+
+    def _rows_fingerprint(self, part: Part) -> str:
         config = self.config
-        return mixture_fingerprint(config.mixture, config.data, str(self.base), part="eval")
+        base = str(self.base)
+        hashes = self.records.hashes
+        return mixture_fingerprint(config.mixture, config.data, base, part=part, file_hash=hashes)
 
     # ---- manifests of the stages
     @property
@@ -199,7 +247,9 @@ class Outputs:
 
     @property
     def evaluate(self) -> StageManifest:
-        inputs = self._merges_of(self.plan.merges)
+        plan = self.plan
+        inputs = self._merges_of(plan.merges)
+        inputs["arms"] = fingerprint([plan.measured_arms, plan.joint])
         inputs |= {name: self.branch(branch).fingerprint for name, branch in self.branches.items()}
         config = self.config.evaluate.without_audit()
         return stage_manifest(EVALUATE.name, config, inputs | self._reporting_rows)
@@ -212,10 +262,22 @@ class Outputs:
 
     @property
     def report(self) -> StageManifest:
-        inputs = {"split": self.split.fingerprint, "evaluate": self.evaluate.fingerprint}
-        if self.config.evaluate.audit:
-            inputs["audit"] = self.audit.fingerprint
+        """The report of everything that is there: the split, and later results if up to date."""
+        inputs = {"split": self.split.fingerprint}
+        inputs |= {stage.name: manifest.fingerprint for stage, manifest in self.reported.items()}
         return stage_manifest(REPORT.name, report_options(self.config, self.plan.notes), inputs)
+
+    @property
+    def reported(self) -> dict[Stage, StageManifest]:
+        """The results after the split that are up to date, for the report."""
+        results = {EVALUATE: self.evaluate}
+        if self.config.evaluate.audit:
+            results[AUDIT] = self.audit
+        return {
+            stage: manifest
+            for stage, manifest in results.items()
+            if self.records.check(self.folder(stage), manifest.fingerprint).is_current
+        }
 
     def _merges_of(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.merge(name).fingerprint for name in names}

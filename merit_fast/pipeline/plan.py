@@ -28,12 +28,27 @@ class Plan:
     owners: dict[str, str]  # branch -> the branch whose directory holds the same content
     merges: dict[str, tuple[str, ...]]  # merge -> its branches, [K]
     arms: dict[str, tuple[str, ...]]  # arm -> its models, one for each seed: branches or merges
+    joint: tuple[str, ...]  # directories of the joint runs, one for each seed
     notes: tuple[str, ...]  # why an arm is absent
 
     @property
     def trained(self) -> list[Branch]:
         """The branches that have a directory."""
         return [branch for name, branch in self.branches.items() if self.owners[name] == name]
+
+    @property
+    def single(self) -> list[str]:
+        """The branches that are the model of an arm: joint and its variants."""
+        models = (name for names in self.arms.values() for name in names)
+        return [name for name in models if name not in self.merges]
+
+    @property
+    def measured_arms(self) -> dict[str, tuple[str, ...]]:
+        """Arm -> its models, a branch by the name of its directory."""
+        return {
+            arm: tuple(self.owners.get(name, name) for name in names)
+            for arm, names in self.arms.items()
+        }
 
     @property
     def first_merges(self) -> list[str]:
@@ -72,6 +87,7 @@ def make_plan(
         arms={
             arm: tuple(seeded(arm, seed) for seed in seeds) for arm in arms if arm not in same_as
         },
+        joint=tuple(first[fingerprints[b.name]] for b in branches if b.arm == "joint"),
         notes=(*_control_notes(config, split), *_equal_notes(same_as)),
     )
 

@@ -9,37 +9,45 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.directories import is_complete, output_directory, recover_directory
 from merit_fast.manifests.io import StageManifest, read_manifest, write_manifest
 from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
 from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES, Stage
 from merit_fast.options.parser import to_plain
-from merit_fast.pipeline.adopt import adopt_branches, relabel
-from merit_fast.pipeline.arms import WARMUP, Branch, merit_steps
+from merit_fast.pipeline.arms import Branch
+from merit_fast.pipeline.branches import adopt_branches, train_planned
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.data import RunData
-from merit_fast.pipeline.merging import audit_arms, finished_merges, merge_model
+from merit_fast.pipeline.merging import audit_arms, evaluated_models, merge_model
 from merit_fast.pipeline.outputs import Outputs
-from merit_fast.pipeline.plan import shortest_branch
 from merit_fast.pipeline.reporting import report_options, sketch_position
+from merit_fast.pipeline.upkeep import Upkeep
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import split_lines
-from merit_fast.train.schedule import FEW_STEPS
 
 
 class Run:
     """One configured run.
 
     Each stage method brings its output up to date and returns whether it had work to do. It raises
-    MeritFastError if an earlier stage's output is absent or was made from another config.
+    MeritFastError if an earlier stage's output is absent, damaged or was made from another config.
+
+    ``verify``: hash every file of the outputs and inputs. ``overwrite``: do not keep a trained
+    branch that is replaced.
     """
 
     def __init__(
-        self, config: RunConfig, progress: Progress | None = None, command: str = "merit-fast run"
+        self,
+        config: RunConfig,
+        progress: Progress | None = None,
+        command: str = "merit-fast run",
+        *,
+        verify: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.progress = progress or SilentProgress()
         self._noted: set[str] = set()  # notes of train that this run has shown
-        self.outputs = Outputs(config, command)
+        self.outputs = Outputs(config, command, verify)
+        self._upkeep = Upkeep(self.outputs, self.progress, keep_replaced=not overwrite)
         self.config = self.outputs.config
         self.data = RunData(self.outputs, self.progress)
         if config.threads is not None:
@@ -50,23 +58,33 @@ class Run:
     # ---- stages
     def sketch(self) -> bool:
         if self.config.split.warmup:
-            self._train(self.outputs.warmup)
+            with self._upkeep.claim():
+                adopt_branches([self.outputs.warmup], self.outputs, self.progress)
+                self._train(self.outputs.warmup)
         folder = self.outputs.folder(SKETCH)
         return self._bring_up_to_date(folder, self.outputs.sketch, self._sketch)
 
     def split(self) -> bool:
         folder = self.outputs.folder(SPLIT)
-        return self._bring_up_to_date(folder, self.outputs.split, self._split)
+        with self._upkeep.claim():
+            worked = self._bring_up_to_date(folder, self.outputs.split, self._split)
+            self.outputs.put_in_force(again=False)
+        return worked
 
     def train(self) -> bool:
         plan = self.outputs.plan
-        for note in plan.notes:
-            self.progress.note(note)
-        adopt_branches(self.outputs, self.progress)
-        return any([self._train(branch) for branch in plan.trained])
+        with self._upkeep.claim():
+            self.outputs.put_in_force(again=True)
+            for note in plan.notes:
+                self.progress.note(note)
+            adopt_branches(plan.trained, self.outputs, self.progress)
+            jobs = [functools.partial(self._train, branch) for branch in plan.trained]
+            return self._upkeep.in_any_order(jobs)
 
     def merge(self) -> bool:
-        return any([self._merge(name) for name in self.outputs.plan.merges])
+        with self._upkeep.claim():
+            jobs = [functools.partial(self._merge, name) for name in self.outputs.plan.merges]
+            return self._upkeep.in_any_order(jobs)
 
     def evaluate(self) -> bool:
         outputs = self.outputs
@@ -93,16 +111,21 @@ class Run:
     def all(self) -> dict[str, Any]:
         """Checks the whole run, runs all stages in order and returns ``summary()``."""
         self.preflight()
-        for stage in STAGES:
-            method: Callable[[], bool] = getattr(self, stage.name)
-            method()
-        return self.summary()
+        with self._upkeep.claim():
+            for stage in STAGES:
+                method: Callable[[], bool] = getattr(self, stage.name)
+                method()
+            return self.summary()
 
     def summary(self) -> dict[str, Any]:
         """Results of a finished run, JSON-ready: arms, comparisons, split, gains, paths."""
         from merit_fast.report import read_tuned
 
         outputs = self.outputs
+        outputs.require(outputs.folder(EVALUATE), outputs.evaluate)
+        outputs.require(outputs.folder(REPORT), outputs.report)
+        for name in outputs.plan.merges:
+            outputs.require(outputs.merge_path(name), outputs.merge(name))
         evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
         tuned = read_tuned(outputs.root, evaluation)
         return {
@@ -151,48 +174,15 @@ class Run:
             num_controls=outputs.num_controls,
         )
         write_manifest(manifest, directory / SPLIT.file)
-        for line in split_lines(manifest, merit_steps(self.config, manifest, outputs.contents)):
+        for line in split_lines(manifest, self.data.branch_steps(manifest)):
             self.progress.note(line)
 
     def _train(self, branch: Branch) -> bool:
+        def work(directory: Path) -> None:
+            train_planned(branch, directory, self.outputs, self.data, self.progress, self._noted)
+
         path = self.outputs.branch_path(branch.name)
-        work = functools.partial(self._train_branch, branch)
-        worked = self._bring_up_to_date(path, self.outputs.branch(branch), work)
-        relabel(path, branch)
-        return worked
-
-    def _train_branch(self, branch: Branch, directory: Path) -> None:
-        from merit_fast.train import train_branch
-        from merit_fast.train.stage import BranchJob
-
-        if branch.name != WARMUP:
-            self._warn_of_few_steps()
-        if self.config.merge.is_tuned:
-            _ = self.data.held_out  # too few rows fail now, not after the training
-        start, start_fingerprint = self.outputs.start_of(branch)
-        job = BranchJob(
-            branch=branch.name,
-            arm=branch.arm,
-            group=branch.group,
-            datasets=branch.choose(self.data.train, self.config.split),
-            start_path=str(start),
-            base_fingerprint=self.outputs.base_fingerprint,
-            start_fingerprint=start_fingerprint,
-            steps=branch.steps,
-        )
-        train_branch(job, self.outputs.recipe(branch), directory, self.progress, self._noted)
-
-    def _warn_of_few_steps(self) -> None:
-        """Names the shortest branch, once in a run, if it is far from converged."""
-        outputs = self.outputs
-        steps, name = shortest_branch(outputs.plan, self.config, outputs.split_manifest)
-        text = (
-            f"train: the shortest branch, {name}, takes {steps} steps; "
-            f"below about {FEW_STEPS} a branch is far from converged"
-        )
-        if steps < FEW_STEPS and text not in self._noted:
-            self._noted.add(text)
-            self.progress.note(text)
+        return self._bring_up_to_date(path, self.outputs.branch(branch), work)
 
     def _merge(self, name: str) -> bool:
         def work(directory: Path) -> None:
@@ -203,14 +193,9 @@ class Run:
 
     def _evaluate(self, directory: Path) -> None:
         from merit_fast.evaluate import evaluate_arms
-        from merit_fast.evaluate.stage import EvaluatedModels
 
-        outputs = self.outputs
-        plan = outputs.plan
-        branches = {name: outputs.branch_path(name) for name in plan.branches}
-        merges = finished_merges(outputs, plan.merges)
         evaluate_arms(
-            EvaluatedModels(outputs.base, branches, merges, plan.arms),
+            evaluated_models(self.outputs),
             self.data.reporting,
             self.data.tokenizer,
             self.data.pad_token_id,
@@ -227,12 +212,17 @@ class Run:
 
         outputs = self.outputs
         options = report_options(self.config, outputs.plan.notes)
-        outputs.require(outputs.folder(EVALUATE), outputs.evaluate)
-        evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
+        reported = outputs.reported
+        evaluation = None
         audit = None
-        if options.audit:
-            outputs.require(outputs.folder(AUDIT), outputs.audit)
+        if EVALUATE in reported:
+            evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
+        else:
+            self.progress.note("report: of the split only; no evaluation of this config is there")
+        if AUDIT in reported:
             audit = read_manifest(AuditManifest, outputs.file(AUDIT))
+        elif options.audit and evaluation is not None:
+            self.progress.note("report: without an audit; no audit of this config is there")
         write_report(
             outputs.split_manifest,
             evaluation,
@@ -240,22 +230,20 @@ class Run:
             title=options.title,
             notes=options.notes,
             audit=audit,
-            tuned=read_tuned(outputs.root, evaluation),
+            tuned={} if evaluation is None else read_tuned(outputs.root, evaluation),
         )
 
     def _bring_up_to_date(
         self, path: Path, manifest: StageManifest, work: Callable[[Path], None]
     ) -> bool:
         """Fills ``path`` by ``work`` unless it is up to date; the rule of every stage."""
-        name = str(path.relative_to(self.outputs.root))
-        recover_directory(path, manifest.fingerprint)
-        if is_complete(path, manifest.fingerprint):
-            self.progress.note(f"{name}: up to date")
-            return False
-        with output_directory(path, manifest) as directory:
+
+        def work_and_config(directory: Path) -> None:
             work(directory)
             write_run_config(self.config, directory / "config.yml")
-        return True
+
+        with self._upkeep.claim():
+            return self._upkeep.bring(path, manifest, work_and_config)
 
 
 def check_output(config: RunConfig) -> None:

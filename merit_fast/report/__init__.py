@@ -5,11 +5,14 @@ the command line call it. Tables and sentences are pure Python; plotly and jinja
 by ``write_report``.
 """
 
+from merit_fast.report.advice import Advice, advise
 from merit_fast.report.stage import print_summary, read_tuned, write_report
 from merit_fast.report.summary import audit_sentence, split_lines, verdict
 from merit_fast.report.tables import gain_rows, results_rows
 
 __all__ = [
+    "Advice",
+    "advise",
     "audit_sentence",
     "gain_rows",
     "print_summary",

@@ -1,7 +1,8 @@
 """The two maps of the conflict geometry: cosines of all pairs, datasets on the conflict axes.
 
 All values are plain lists, so that plotly writes numbers instead of base64 and the page's JSON can
-be read back.
+be read back. A trace with ``meta.datasets`` shows these rows of report.json: the page's script adds
+their names and hover texts.
 """
 
 import math
@@ -10,99 +11,54 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from merit_fast.manifests.schemas import SplitManifest
-from merit_fast.report.split_tables import group_name, with_error
+from merit_fast.report.linkage import group_order, tree_order
+from merit_fast.report.split_tables import group_name
 from merit_fast.report.style import (
+    HOVER,
     LEGEND,
     NEUTRAL,
-    dataset_hover,
     group_color,
     group_symbol,
-    label,
-    ordered,
-    plain,
 )
 
-_NAMED_ROWS = 40  # above this number, rows are labelled by group only
 _NAMED_POINTS = 16
-_TEXT_ROWS = 12  # up to this number, cells have room for their figures
+_WIDE_ROWS = 12  # up to this number, cells have room for their figures
 _CORNERS = 24  # points of an ellipse's outline
 
 
 def conflict_map(split: SplitManifest) -> go.Figure:
-    """Heat map of the cosines, rows and columns in the order of ``ordered``.
+    """Heat map of the cosines; the page's script adds the numbers of report.json.
 
-    The hover text has names, groups, cosine and error. A cell that is not resolved is transparent,
-    so that the grey background shows.
+    ``layout.meta`` has the two orders of the rows, and the colour of each group. A cell that is not
+    resolved is transparent, so that the grey background shows.
     """
-    order = ordered(split)
-    rows = [split.datasets[i] for i in order]
-    names = [plain(row.name) for row in rows]
-    groups = [row.group for row in rows]
-    texts = [
-        [_cosine_text(split.similarity[i][j], split.similarity_errors[i][j]) for j in order]
-        for i in order
-    ]
-    titles = [f"{name} ({group_name(group)})" for name, group in zip(names, groups, strict=True)]
-    heat = go.Heatmap(
-        z=[[split.similarity[i][j] for j in order] for i in order],
-        customdata=[
-            [[titles[y], titles[x], texts[y][x]] for x in range(len(rows))]
-            for y in range(len(rows))
-        ],
-        coloraxis="coloraxis",
-        hoverongaps=True,
-        hovertemplate=(
-            "%{customdata[0]}<br>%{customdata[1]}<br>cosine %{customdata[2]}<extra></extra>"
-        ),
-    )
-    if len(rows) <= _TEXT_ROWS:
-        heat.text = [
-            [_cell_text(split.similarity[i][j], split.similarity_errors[i][j]) for j in order]
-            for i in order
-        ]
-        heat.texttemplate = "%{text}"
-        heat.textfont = {"size": 11}
+    tree = tree_order(split)
+    heat = go.Heatmap(coloraxis="coloraxis", hoverongaps=True, hovertemplate=HOVER)
     figure = go.Figure(heat)
-    _lay_out_conflicts(figure, [label(row.name) for row in rows], groups)
-    return figure
-
-
-def _lay_out_conflicts(figure: go.Figure, labels: list[str], groups: list[int]) -> None:
-    """Draws the borders between groups, the colour scale and the axes of the heat map."""
-    count = len(labels)
-    borders = [i - 0.5 for i in range(1, count) if groups[i] != groups[i - 1]]
-    shapes = [{"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "y domain"} for at in borders]
-    shapes += [{"x0": 0, "x1": 1, "y0": at, "y1": at, "xref": "x domain"} for at in borders]
-    centers, group_labels = _group_ticks(groups)
+    count = len(tree)
     figure.update_layout(
         template="none",
-        height=min(900, max(420, 150 + (46 if count <= _TEXT_ROWS else 32) * count)),
+        height=min(900, max(420, 150 + (46 if count <= _WIDE_ROWS else 32) * count)),
         margin={"l": 10, "r": 10, "t": 50, "b": 10},
         plot_bgcolor=NEUTRAL,
-        shapes=[{"type": "line", **shape} for shape in shapes],
-        coloraxis={
-            "cmin": -1,
-            "cmax": 1,
-            "colorbar": {
-                "title": {"text": "cosine", "side": "right"},
-                "tickvals": [-1, -0.5, 0, 0.5, 1],
-            },
+        coloraxis={"cmin": -1, "cmax": 1, "colorbar": {"tickvals": [-1, -0.5, 0, 0.5, 1]}},
+        meta={
+            "orders": {"group": group_order(split), "tree": tree},
+            "colors": [group_color(row.group) for row in split.datasets],
         },
     )
-    bare = {"constrain": "domain", "showgrid": False, "zeroline": False, "ticks": ""}
-    figure.update_xaxes(
-        bare,
-        side="top",
-        title={"text": "group", "standoff": 4},
-        tickvals=centers,
-        ticktext=group_labels,
-    )
-    figure.update_xaxes(range=[-0.5, count - 0.5])
-    figure.update_yaxes(bare, scaleanchor="x", range=[count - 0.5, -0.5], automargin=True)
-    if count <= _NAMED_ROWS:
-        figure.update_yaxes(tickvals=list(range(count)), ticktext=labels)
-    else:
-        figure.update_yaxes(title={"text": "group"}, tickvals=centers, ticktext=group_labels)
+    # labels stand off by the length of invisible ticks: the groups' colours are between
+    bare = {
+        "constrain": "domain",
+        "showgrid": False,
+        "zeroline": False,
+        "ticks": "outside",
+        "ticklen": 12,
+        "tickcolor": "rgba(0,0,0,0)",
+    }
+    figure.update_xaxes(bare, side="top", automargin=True)
+    figure.update_yaxes(bare, scaleanchor="x", automargin=True)
+    return figure
 
 
 def axes_map(split: SplitManifest) -> go.Figure:
@@ -130,9 +86,7 @@ def axes_map(split: SplitManifest) -> go.Figure:
 
 def _add_groups(figure: go.Figure, split: SplitManifest) -> None:
     """Adds the ellipses and the points of every group."""
-    hover, template = dataset_hover(split)
     positions = _label_positions(split)
-    names = [label(row.name) for row in split.datasets]
     groups = {row.group for row in split.datasets}
     for group in sorted(groups, key=lambda group: (group < 0, group)):
         members = [i for i, row in enumerate(split.datasets) if row.group == group]
@@ -146,8 +100,7 @@ def _add_groups(figure: go.Figure, split: SplitManifest) -> None:
             legendgroup=group_name(group),
             x=[split.scores[i][0] for i in members],
             y=[split.scores[i][1] for i in members],
-            customdata=[hover[i] for i in members],
-            text=[names[i] for i in members],
+            meta={"datasets": members},
             mode="markers+text" if len(split.datasets) <= _NAMED_POINTS else "markers",
             textposition=[positions[i] for i in members],
             cliponaxis=False,
@@ -157,19 +110,8 @@ def _add_groups(figure: go.Figure, split: SplitManifest) -> None:
                 "color": group_color(group),
                 "symbol": group_symbol(group),
             },
-            hovertemplate=template,
+            hovertemplate=HOVER,
         )
-
-
-def _cosine_text(cosine: float | None, error: float | None) -> str:
-    return "not resolved" if cosine is None else with_error(cosine, error)
-
-
-def _cell_text(cosine: float | None, error: float | None) -> str:
-    """Cosine and error on two short lines; empty for a cell that is not resolved."""
-    if cosine is None:
-        return ""
-    return f"{cosine:z.2f}" + (f"<br>±{error:.2f}" if error else "")
 
 
 def _ellipses(
@@ -215,14 +157,6 @@ def _cut_lines(
         for cut, (low, high) in zip(second, sides, strict=True)
     ]
     return lines
-
-
-def _group_ticks(groups: list[int]) -> tuple[list[float], list[str]]:
-    """Centre and label of each group's block on an axis of sorted groups."""
-    present = list(dict.fromkeys(groups))
-    blocks = [[i for i, g in enumerate(groups) if g == group] for group in present]
-    centers = [sum(block) / len(block) for block in blocks]
-    return centers, ["all" if group < 0 else str(group) for group in present]
 
 
 def _bounds(split: SplitManifest, axis: int) -> tuple[float, float]:

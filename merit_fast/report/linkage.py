@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from merit_fast.manifests.schemas import SplitManifest
+
 
 @dataclass(frozen=True)
 class Join:
@@ -57,3 +59,21 @@ def leaf_order(joins: Sequence[Join]) -> list[int]:
             join = joins[node - number]
             waiting += [join.second, join.first]
     return order
+
+
+def dataset_tree(split: SplitManifest) -> tuple[Join, ...]:
+    """Joins the datasets on max(0, 1 - cosine); a cosine that is not resolved counts as 0."""
+    return average_linkage(
+        [[max(0.0, 1.0 - (cosine or 0.0)) for cosine in row] for row in split.similarity]
+    )
+
+
+def tree_order(split: SplitManifest) -> list[int]:
+    """The datasets in the order of the tree's leaves."""
+    return leaf_order(dataset_tree(split))
+
+
+def group_order(split: SplitManifest) -> list[int]:
+    """The datasets by group, those of all groups last, and inside a group in the tree's order."""
+    rows = split.datasets
+    return sorted(tree_order(split), key=lambda i: (rows[i].group < 0, rows[i].group))

@@ -8,7 +8,6 @@ from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
-from merit_fast.errors import InputError
 from merit_fast.manifests.schemas import (
     AuditManifest,
     EvaluateManifest,
@@ -16,6 +15,7 @@ from merit_fast.manifests.schemas import (
     TuneManifest,
 )
 from merit_fast.report import figures, split_figures, split_tables, style, tables
+from merit_fast.report.downloads import branch_steps, data_files, json_text
 from merit_fast.report.split_tables import group_name
 from merit_fast.report.summary import method_sentence, verdict
 
@@ -25,18 +25,22 @@ TEMPLATE = "page.html.j2"
 def render_page(
     split: SplitManifest,
     evaluation: EvaluateManifest | None,
-    title: str,
+    data: dict[str, Any],
     notes: Sequence[str],
     audit: AuditManifest | None = None,
     tuned: Mapping[str, TuneManifest] | None = None,
 ) -> str:
     """Returns the whole page.
 
-    Raises:
-        InputError: a field of ``split`` has the wrong length.
+    Args:
+        split: the split and its figures.
+        evaluation: None for a page before training.
+        data: the content of report.json, which the page embeds and draws from.
+        notes: lines for "How this was made".
+        audit: None if the merges were not audited.
+        tuned: merged arm -> the numbers that held-out rows chose for it.
     """
-    _check_lengths(split)
-    steps = _branch_steps(split, evaluation)
+    steps = branch_steps(split, evaluation)
     drawn = _figures(split, steps)
     environment = Environment(
         loader=PackageLoader("merit_fast.report", ""),
@@ -47,11 +51,14 @@ def render_page(
         keep_trailing_newline=True,
     )
     return environment.get_template(TEMPLATE).render(
-        title=title,
+        title=data["title"],
         notes=list(notes),
         split=split,
         summary=_summary(split, evaluation),
-        verdict=verdict(split),
+        advice=data["advice"],
+        measured=data["measured"],
+        verdict=[text for text in verdict(split) if text != data["advice"]["sentence"]],
+        control_note=data["split"]["control_note"],
         groups=split_tables.group_rows(split, steps),
         group_colors=[style.group_color(group) for group in range(split.groups)],
         members=[
@@ -60,6 +67,9 @@ def render_page(
         ],
         separations=split_tables.separation_rows(split),
         datasets=split_tables.split_rows(split),
+        pairs=split_tables.pair_rows(split),
+        known_pairs=len(split_tables.known_pairs(split)),
+        beyond_one=any(abs(cosine) > 1 for _, _, cosine in split_tables.known_pairs(split)),
         unresolved=any(cosine is None for row in split.similarity for cosine in row),
         evaluation=None if evaluation is None else _evaluation(split, evaluation),
         audit=None if audit is None else tables.audit_rows(audit),
@@ -68,6 +78,8 @@ def render_page(
         specs={name: _json(figure) for name, figure in drawn.items()},
         # a square, its row labels and its colour bar
         conflict_width=drawn["conflicts"].layout.height + 200,
+        data=Markup(json_text(data)),
+        files=list(data_files(data)),
         themes=_json(style.THEMES),
         plotly_js=Markup(get_plotlyjs()),
     )
@@ -86,21 +98,14 @@ def _figures(split: SplitManifest, steps: list[int] | None) -> dict[str, Any]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _branch_steps(split: SplitManifest, evaluation: EvaluateManifest | None) -> list[int] | None:
-    """Optimizer steps [K] of each group's branch; None before all are trained."""
-    branches = {} if evaluation is None else evaluation.branches
-    steps = [
-        branches[name].steps for k in range(split.groups) if (name := f"merit-{k}") in branches
-    ]
-    return steps if len(steps) == split.groups and all(steps) else None
-
-
 def _evaluation(split: SplitManifest, evaluation: EvaluateManifest) -> dict[str, Any]:
     return {
         "arms": list(evaluation.arms),
         "results": tables.results_rows(evaluation),
         "branches": tables.branch_rows(evaluation),
         "gains": tables.gain_rows(evaluation),
+        "comparisons": tables.comparison_rows(evaluation),
+        "seeds": max(result.num_seeds for result in evaluation.arms.values()),
         "datasets": tables.dataset_result_rows(split, evaluation),
     }
 
@@ -119,30 +124,3 @@ def _summary(split: SplitManifest, evaluation: EvaluateManifest | None) -> str:
 def _json(data: Any) -> Markup:
     """JSON for a script element; plotly escapes <, > and /, so that no name can close it."""
     return Markup(to_json_plotly(data, engine="json"))
-
-
-def _check_lengths(split: SplitManifest) -> None:
-    number = len(split.datasets)
-    axes = len(split.explained_variance)
-    for key, rows, width in (
-        ("similarity", split.similarity, number),
-        ("similarity_errors", split.similarity_errors, number),
-        ("scores", split.scores, axes),
-        ("score_errors", split.score_errors, axes),
-    ):
-        widths = {len(row) for row in rows}
-        if len(rows) != number or widths != {width}:
-            raise InputError(
-                f"split.json: {key}: must be [{number}, {width}], "
-                f"got {len(rows)} rows of {sorted(widths)}"
-            )
-    for control in split.controls:
-        if len(control) != number:
-            raise InputError(f"split.json: controls: must have length {number}, got {len(control)}")
-    if axes < 2:
-        raise InputError(f"split.json: explained_variance: must have at least two axes, got {axes}")
-    for row in split.datasets:
-        if not -1 <= row.group < split.groups:
-            raise InputError(
-                f"split.json: {row.name}: group must be -1 or below {split.groups}, got {row.group}"
-            )

@@ -6,28 +6,24 @@ from typing import Any
 import plotly.graph_objects as go
 
 from merit_fast.manifests.schemas import SplitManifest
-from merit_fast.report.linkage import Join, average_linkage, leaf_order
+from merit_fast.report.linkage import Join, dataset_tree, group_order, leaf_order
 from merit_fast.report.split_tables import group_totals
 from merit_fast.report.style import (
     GROUP_COLORS,
+    HOVER,
     LEGEND,
     NEUTRAL,
     ROW,
-    dataset_hover,
     group_color,
     group_symbol,
-    label,
-    ordered,
 )
 
 
 def dendrogram(split: SplitManifest) -> go.Figure:
     """Average linkage of the datasets on max(0, 1 - cosine); an unresolved cosine counts as 0."""
-    distance = [[max(0.0, 1.0 - (cosine or 0.0)) for cosine in row] for row in split.similarity]
-    joins = average_linkage(distance)
+    joins = dataset_tree(split)
     order = leaf_order(joins)
     x, y, joints = _tree(joins, order)
-    hover, template = dataset_hover(split)
     figure = go.Figure()
     figure.add_scatter(
         x=x, y=y, mode="lines", line={"width": 1.5, "color": NEUTRAL}, hoverinfo="skip"
@@ -45,13 +41,13 @@ def dendrogram(split: SplitManifest) -> go.Figure:
     figure.add_scatter(
         x=[0.0] * len(order),
         y=list(range(len(order))),
-        customdata=[hover[i] for i in order],
+        meta={"datasets": order},
         mode="markers",
         marker=_marks(split, order),
         cliponaxis=False,
-        hovertemplate=template,
+        hovertemplate=HOVER,
     )
-    _name_rows(figure, split, order)
+    _lay_out_rows(figure, order)
     figure.update_layout(showlegend=False)
     figure.update_xaxes(
         side="top", title={"text": "1 − cosine, mean over pairs", "standoff": 4}, zeroline=False
@@ -146,9 +142,8 @@ def balance_map(split: SplitManifest, steps: Sequence[int] | None = None) -> go.
 
 
 def dataset_map(split: SplitManifest) -> go.Figure:
-    """One line per dataset, in the order of ``ordered``: signal with error, stability, margin."""
-    order = ordered(split)
-    hover, template = dataset_hover(split)
+    """One line per dataset, in the order of ``group_order``: signal, stability, margin."""
+    order = group_order(split)
     rows = [split.datasets[i] for i in order]
     panels: list[tuple[str, list[float], list[float | None] | None]] = [
         ("signal", [row.signal_fraction for row in rows], [row.signal_error for row in rows]),
@@ -162,13 +157,13 @@ def dataset_map(split: SplitManifest) -> go.Figure:
             x=values,
             y=list(range(len(order))),
             xaxis=axis,
-            customdata=[hover[i] for i in order],
+            meta={"datasets": order},
             mode="markers",
             marker=_marks(split, order),
             error_x=None
             if errors is None
             else {"type": "data", "array": errors, "color": NEUTRAL, "width": 3},
-            hovertemplate=template,
+            hovertemplate=HOVER,
         )
         figure.update_layout(
             {
@@ -182,7 +177,7 @@ def dataset_map(split: SplitManifest) -> go.Figure:
                 }
             }
         )
-    _name_rows(figure, split, order)
+    _lay_out_rows(figure, order)
     figure.update_layout(showlegend=False)
     return figure
 
@@ -216,14 +211,19 @@ def _marks(split: SplitManifest, order: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _name_rows(figure: go.Figure, split: SplitManifest, order: Sequence[int]) -> None:
-    """Labels one line per dataset from the top down; the figure grows with their number."""
+def _lay_out_rows(figure: go.Figure, order: Sequence[int]) -> None:
+    """Gives each dataset one line from the top down; the figure grows with their number.
+
+    The page's script names the lines by ``layout.meta.rows``, shortened to the figure's width.
+    """
     figure.update_layout(
-        template="none", height=110 + ROW * len(order), margin={"l": 10, "r": 20, "t": 90, "b": 10}
+        template="none",
+        height=110 + ROW * len(order),
+        margin={"l": 10, "r": 20, "t": 90, "b": 10},
+        meta={"rows": list(order)},
     )
     figure.update_yaxes(
         tickvals=list(range(len(order))),
-        ticktext=[label(split.datasets[i].name) for i in order],
         tickfont={"size": 11},
         range=[len(order) - 0.5, -0.5],
         automargin=True,

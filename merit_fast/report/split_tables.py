@@ -7,6 +7,8 @@ from merit_fast.manifests.schemas import SplitDataset, SplitManifest
 from merit_fast.report.tables import ABSENT, Table, percent
 
 _SMALL = 0.1  # share of the median margin
+_MANY_SPLITS = 20  # from so many on, a random control is like any other
+_LISTED_PAIRS = 10  # at each end
 
 
 def group_name(group: int) -> str:
@@ -85,8 +87,10 @@ def separation_rows(split: SplitManifest) -> Table:
     rows = []
     for row in split.separations:
         chance = ABSENT
-        if row.null_mean is not None and row.null_std is not None:
-            chance = f"{row.null_mean:z.4f} ± {row.null_std:.4f}"
+        if row.null_mean is not None:
+            spread = f" ± {row.null_std:.4f}" if row.null_std is not None else ""
+            few = f" of {row.null_splits}" if row.null_splits and not spread else ""
+            chance = f"{row.null_mean:z.4f}{spread}{few}"
         above = deviations_above(row.cross_validated, row.null_mean, row.null_std)
         rows.append(
             (
@@ -114,7 +118,13 @@ def deviations_above(
 def split_rows(split: SplitManifest) -> Table:
     """One row per dataset of the split: groups, counts, gradient figures and scores."""
     axes = tuple(f"axis {axis + 1}" for axis in range(len(split.explained_variance)))
-    counts = ("group", "random control", "examples", "target tokens", "examples sketched")
+    counts = (
+        "group",
+        *split.control_arms,
+        "examples",
+        "target tokens",
+        "examples sketched",
+    )
     figures = (
         "loss",
         "gradient norm",
@@ -126,8 +136,8 @@ def split_rows(split: SplitManifest) -> Table:
     rows = tuple(
         (
             row.name,
-            "all" if row.group < 0 else str(row.group),
-            str(random),
+            _short_group(row.group),
+            *(_short_group(control[i]) for control in split.controls),
             *(
                 f"{count:,}"
                 for count in (row.num_examples, row.num_target_tokens, row.num_sketched_examples)
@@ -140,11 +150,50 @@ def split_rows(split: SplitManifest) -> Table:
             f"{row.stability:.3f}",
             *(with_error(score, error) for score, error in zip(scores, errors, strict=True)),
         )
-        for row, random, scores, errors in zip(
-            split.datasets, split.controls[0], split.scores, split.score_errors, strict=True
+        for i, (row, scores, errors) in enumerate(
+            zip(split.datasets, split.scores, split.score_errors, strict=True)
         )
     )
     return ("dataset", *counts, *figures, *axes), rows
+
+
+def _short_group(group: int) -> str:
+    return "all" if group < 0 else str(group)
+
+
+def control_note(split: SplitManifest) -> str:
+    """The number of splits the random controls were drawn from, if it is small; else ""."""
+    drawn = len(split.controls)
+    if split.groups == 1 or split.num_splits is None:
+        return ""
+    others = split.num_splits - 1
+    if not others:
+        return "No random control: no other balanced split of these datasets exists."
+    if others > _MANY_SPLITS or not drawn:
+        return ""
+    controls = "The random control is" if drawn == 1 else f"The {drawn} random controls are"
+    splits = "balanced split exists" if others == 1 else "balanced splits exist"
+    return f"{controls} {drawn} of {others}: only {others} other {splits}."
+
+
+def pair_rows(split: SplitManifest) -> tuple[tuple[str, str, str, str], ...]:
+    """(name, name, groups, cosine) of the pairs with the lowest and the highest cosines.
+
+    The lowest comes first; a few datasets show every pair. A cosine is shown with its error, and at
+    most 1 in size.
+    """
+    pairs = sorted(known_pairs(split), key=lambda pair: (pair[2], pair[:2]))
+    if len(pairs) > 2 * _LISTED_PAIRS:
+        pairs = [*pairs[:_LISTED_PAIRS], *pairs[-_LISTED_PAIRS:]]
+    return tuple(
+        (
+            split.datasets[i].name,
+            split.datasets[j].name,
+            ", ".join(_short_group(split.datasets[k].group) for k in (i, j)),
+            with_error(max(-1.0, min(1.0, cosine)), split.similarity_errors[i][j]),
+        )
+        for i, j, cosine in pairs
+    )
 
 
 def with_error(value: float, error: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
@@ -13,8 +14,16 @@ from merit_fast.manifests.schemas import (
     SplitManifest,
     TuneManifest,
 )
+from merit_fast.report.downloads import check_lengths, data_files, report_data
+from merit_fast.report.measured import measured_sentences
+from merit_fast.report.split_tables import control_note
 from merit_fast.report.summary import verdict
-from merit_fast.report.tables import gain_rows, results_rows, tuning_rows
+from merit_fast.report.tables import Table, gain_rows, results_rows, tuning_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_GAP = 2  # spaces between the columns of a table
 
 
 def write_report(
@@ -27,7 +36,7 @@ def write_report(
     audit: AuditManifest | None = None,
     tuned: Mapping[str, TuneManifest] | None = None,
 ) -> None:
-    """Writes the page atomically.
+    """Writes the page, and next to it its figures as report.json and CSV files, each atomically.
 
     The same arguments give the same bytes. The page loads nothing from the network.
 
@@ -45,8 +54,12 @@ def write_report(
     """
     from merit_fast.report.page import render_page
 
-    page = render_page(split, evaluation, title, notes, audit, tuned or {})
+    check_lengths(split)
+    data = report_data(split, evaluation, title)
+    page = render_page(split, evaluation, data, notes, audit, tuned or {})
     try:
+        for name, text in data_files(data).items():
+            write_text(path.parent / name, text)
         write_text(path, page)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
@@ -59,9 +72,8 @@ def read_tuned(output: Path, evaluation: EvaluateManifest) -> dict[str, TuneMani
 
 
 def print_summary(output: Path) -> None:
-    """Prints a finished run's results table, merging gains and the path of its report."""
+    """Prints a finished run's answer, results tables, merging gains and the path of its report."""
     from rich.console import Console
-    from rich.table import Table
 
     evaluation = read_manifest(EvaluateManifest, output / "evaluate" / "evaluate.json")
     split = read_manifest(SplitManifest, output / "split" / "split.json")
@@ -74,19 +86,60 @@ def print_summary(output: Path) -> None:
         gain_rows(evaluation),
         *([tuning_rows(tuned)] if tuned else []),
     ]
-    for columns, rows in tables:
-        table = Table(box=None, pad_edge=False)
-        table.add_column(columns[0], no_wrap=True)
-        for column in columns[1:]:
-            table.add_column(column, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-    console.print(" ".join(verdict(split)), soft_wrap=True, markup=False, highlight=False)
-    console.print(
+    for table in tables:
+        for block in stacked(table, console.width):
+            _print_table(console, block)
+    sentences = [*measured_sentences(evaluation), control_note(split), *verdict(split)]
+    for text in (
+        " ".join(filter(None, sentences)),
         f"report: {output / 'report' / 'report.html'}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
+    ):
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def stacked(table: Table, width: int) -> tuple[Table, ...]:
+    """Cuts a table into tables that fit ``width`` columns; each repeats the first column.
+
+    So a narrow terminal shows every figure. Headings may break at their spaces.
+    """
+    columns, rows = table
+    widths = _widths(table)
+    blocks: list[list[int]] = [[]]
+    used = widths[0]
+    for i in range(1, len(columns)):
+        if blocks[-1] and used + _GAP + widths[i] > width:
+            blocks.append([])
+            used = widths[0]
+        blocks[-1].append(i)
+        used += _GAP + widths[i]
+    return tuple(
+        (
+            (columns[0], *(columns[i] for i in block)),
+            tuple((row[0], *(row[i] for i in block)) for row in rows),
+        )
+        for block in blocks
     )
+
+
+def _widths(table: Table) -> list[int]:
+    """Width of each column: its longest cell, or the longest word of its heading."""
+    columns, rows = table
+    widths = [max(map(len, column.split())) for column in columns]
+    return [max([width, *(len(row[i]) for row in rows)]) for i, width in enumerate(widths)]
+
+
+def _print_table(console: "Console", table: Table) -> None:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    columns, rows = table
+    widths = _widths(table)
+    shown = RichTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        # only a cell wider than the terminal is broken into lines
+        width = min(width, console.width - (widths[0] + _GAP if i else 0))
+        shown.add_column(column, justify="right" if i else "left", width=max(1, width))
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
+    console.print()

@@ -1,14 +1,10 @@
-"""The common style of the figures: colours, symbols, labels, hover texts, light and dark themes.
+"""The common style of the figures: colours, symbols, light and dark themes.
 
 Colours that depend on light and dark are in ``THEMES``, which the page applies. All others are
 readable on both.
 """
 
-import html
 from typing import Any
-
-from merit_fast.manifests.schemas import SplitManifest
-from merit_fast.report.split_tables import group_name, norm_text, signal_text, with_error
 
 # Okabe and Ito's colour-blind-safe palette without black and yellow; symbols show the group too.
 GROUP_COLORS = (
@@ -22,8 +18,8 @@ GROUP_COLORS = (
     "#A0A020",
 )
 NEUTRAL = "#8C8C8C"  # for marks outside every group
+HOVER = "%{customdata}<extra></extra>"  # the page's script writes the text into customdata
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
-_LONGEST = 28  # characters of a name in a label; the hover text shows it whole
 ROW = 16  # pixels of a line of text
 # at the foot of the figure, since its tools are on top
 LEGEND = {
@@ -42,54 +38,6 @@ def group_color(group: int) -> str:
 def group_symbol(group: int) -> str:
     """A symbol that changes when the colours repeat, so that 64 groups look different."""
     return "circle-open" if group < 0 else _SYMBOLS[(group + group // 8) % 8]
-
-
-def ordered(split: SplitManifest) -> list[int]:
-    """The datasets sorted by group, those of all groups last, then by score on axis 1."""
-    rows = split.datasets
-    return sorted(
-        range(len(rows)), key=lambda i: (rows[i].group < 0, rows[i].group, split.scores[i][:1], i)
-    )
-
-
-def plain(text: str) -> str:
-    """Escapes a text, since plotly reads a few HTML tags in labels."""
-    return html.escape(text, quote=False)
-
-
-def label(text: str) -> str:
-    """Shortens a name to fit an axis."""
-    return plain(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
-
-
-def dataset_hover(split: SplitManifest) -> tuple[list[list[Any]], str]:
-    """One row of customdata per dataset, and the hover template that reads it."""
-    rows = []
-    for i, row in enumerate(split.datasets):
-        names = [plain(row.name), group_name(row.group), split.controls[0][i]]
-        counts = [row.num_examples, row.num_target_tokens, row.num_sketched_examples]
-        signal = [
-            with_error(row.signal_fraction, row.signal_error),
-            f"<br>{signal_text(row)}".removesuffix("<br>"),
-        ]
-        measures = [row.margin, row.stability, row.mean_loss, norm_text(row)]
-        scores = [
-            with_error(*pair) for pair in zip(split.scores[i], split.score_errors[i], strict=True)
-        ]
-        rows.append([*names, *counts, *signal, *measures, *scores])
-    axes = range(len(split.explained_variance))
-    scores_text = "".join(
-        f"<br>score on axis {axis + 1}: %{{customdata[{12 + axis}]}}" for axis in axes
-    )
-    template = (
-        "<b>%{customdata[0]}</b><br>%{customdata[1]} (random control: %{customdata[2]})"
-        "<br>%{customdata[3]:,} examples, %{customdata[4]:,} target tokens"
-        "<br>signal fraction %{customdata[6]} over %{customdata[5]:,} examples%{customdata[7]}"
-        "<br>margin %{customdata[8]:.3g}, stability %{customdata[9]:.3f}"
-        "<br>loss %{customdata[10]:.3f}, gradient norm %{customdata[11]}"
-        f"{scores_text}<extra></extra>"
-    )
-    return rows, template
 
 
 def _theme(text: str, faint: str, surface: str, scale: list[str]) -> dict[str, Any]:

@@ -3,41 +3,105 @@
 A table is (columns, rows). The first column names the row, the others are right-aligned figures.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import mean, stdev
 
 from merit_fast.manifests.schemas import (
     ArmResult,
     AuditManifest,
+    Comparison,
     EvaluateManifest,
     SplitManifest,
     TuneManifest,
 )
+from merit_fast.report.measured import is_certain
 
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 ABSENT = "–"  # the figure was not measured, or the arm is not trained
 
-_RESULT_COLUMNS: tuple[tuple[str, Callable[[ArmResult], str]], ...] = (
-    ("loss", lambda result: f"{result.loss:z.3f}"),
-    ("exact match %", lambda result: f"{100 * result.exact_match:.1f}"),
-    ("text loss", lambda result: f"{result.text_loss:z.3f}"),
-    ("chat NLL", lambda result: f"{result.chat_nll:z.3f}"),
-    ("answer length", lambda result: f"{result.answer_length_tokens:.1f}"),
-    ("displacement", lambda result: f"{result.displacement:.2f}"),
-    ("trained tokens", lambda result: f"{result.num_tokens:,}" if result.num_tokens else ABSENT),
-    ("train s", lambda result: f"{result.train_s:,.1f}" if result.train_s else ABSENT),
-    (
+
+@dataclass(frozen=True)
+class _Column:
+    """One column of the results: a field of ArmResult and its text."""
+
+    heading: str
+    measure: str
+    show: Callable[[float], str]
+    spread: bool = True  # whether its mean over the random controls tells anything
+
+
+_RESULT_COLUMNS = (
+    _Column("loss", "loss", lambda value: f"{value:z.3f}"),
+    _Column("exact match %", "exact_match", lambda value: f"{100 * value:z.1f}"),
+    _Column("text loss", "text_loss", lambda value: f"{value:z.3f}"),
+    _Column("chat NLL", "chat_nll", lambda value: f"{value:z.3f}"),
+    _Column("answer length", "answer_length_tokens", lambda value: f"{value:.1f}"),
+    _Column("displacement", "displacement", lambda value: f"{value:.2f}"),
+    _Column("trained tokens", "num_tokens", lambda n: f"{n:,}" if n else ABSENT, False),
+    _Column("train s", "train_s", lambda value: f"{value:,.1f}" if value else ABSENT, False),
+    _Column(
         "peak GiB",
-        lambda result: (
-            f"{result.peak_memory_bytes / 2**30:.2f}" if result.peak_memory_bytes else ABSENT
-        ),
+        "peak_memory_bytes",
+        lambda value: f"{value / 2**30:.2f}" if value else ABSENT,
+        False,
     ),
 )
+_COMPARED = {column.measure: column for column in _RESULT_COLUMNS}
 
 
 def results_rows(evaluation: EvaluateManifest) -> Table:
-    """One row per arm, in the manifest's order."""
-    return _result_table("arm", evaluation.arms)
+    """One row per arm, in the manifest's order, and the spread of several random controls.
+
+    A measure of an arm with several seeds is mean ± standard error.
+    """
+    columns, rows = _result_table("arm", evaluation.arms)
+    controls = [arm for arm in evaluation.arms if re.fullmatch(r"random\d*", arm)]
+    if len(controls) < 2:
+        return columns, rows
+    last = list(evaluation.arms).index(controls[-1]) + 1
+    return columns, (*rows[:last], _spread_row(evaluation, controls), *rows[last:])
+
+
+def _spread_row(evaluation: EvaluateManifest, controls: list[str]) -> tuple[str, ...]:
+    """Mean and standard deviation of each measure between the random controls."""
+    cells = [f"{len(controls)} random controls, mean ± deviation"]
+    for column in _RESULT_COLUMNS:
+        values = [float(getattr(evaluation.arms[arm], column.measure)) for arm in controls]
+        cells.append(
+            f"{column.show(mean(values))} ± {column.show(stdev(values))}"
+            if column.spread
+            else ABSENT
+        )
+    return (*cells, *([ABSENT] if _seeds_differ(evaluation.arms) else []))
+
+
+def comparison_rows(evaluation: EvaluateManifest) -> Table:
+    """One row per two arms: first - second on each measure ± error by row ± error by seed.
+
+    A difference within two standard errors is in brackets.
+    """
+    measures = [key for key in _COMPARED if any(key == c.measure for c in evaluation.comparisons)]
+    found = {(row.first, row.second, row.measure): row for row in evaluation.comparisons}
+    pairs = list(dict.fromkeys((row.first, row.second) for row in evaluation.comparisons))
+    rows = tuple(
+        (f"{first} − {second}", *(_difference(found.get((first, second, m))) for m in measures))
+        for first, second in pairs
+    )
+    return ("comparison", *(_COMPARED[key].heading for key in measures)), rows
+
+
+def _difference(row: Comparison | None) -> str:
+    if row is None:
+        return ABSENT
+    show = _COMPARED[row.measure].show
+    errors = [
+        f" ± {show(error)}" for error in (row.item_error, row.seed_error) if error is not None
+    ]
+    text = f"{'+' if row.difference > 0 else ''}{show(row.difference)}{''.join(errors)}"
+    return text if is_certain(row) else f"({text})"
 
 
 def branch_rows(evaluation: EvaluateManifest) -> Table:
@@ -174,8 +238,24 @@ def percent(share: float) -> str:
 
 
 def _result_table(first_column: str, results: Mapping[str, ArmResult]) -> Table:
-    columns = (first_column, *(heading for heading, _ in _RESULT_COLUMNS))
+    seeds = _seeds_differ(results)
+    columns = (first_column, *(column.heading for column in _RESULT_COLUMNS))
     rows = tuple(
-        (name, *(show(result) for _, show in _RESULT_COLUMNS)) for name, result in results.items()
+        (
+            name,
+            *(_result_cell(result, column) for column in _RESULT_COLUMNS),
+            *([str(result.num_seeds)] if seeds else []),
+        )
+        for name, result in results.items()
     )
-    return columns, rows
+    return (*columns, "seeds") if seeds else columns, rows
+
+
+def _seeds_differ(results: Mapping[str, ArmResult]) -> bool:
+    return len({result.num_seeds for arm, result in results.items() if arm != "base"}) > 1
+
+
+def _result_cell(result: ArmResult, column: _Column) -> str:
+    text = column.show(getattr(result, column.measure))
+    error = result.errors.get(column.measure)
+    return text if error is None else f"{text} ± {column.show(error)}"

@@ -37,10 +37,10 @@ def choose_num_groups(
 ) -> Choice:
     """Returns the largest K that qualifies, or 1.
 
-    K qualifies if its cross-validated eta squared beats its null by two standard deviations; if,
-    over the next smaller K that qualifies, it grew by more than random splits do, by two standard
-    deviations (two groups cut in half are no four groups); and if its shortest branch takes
-    ``min_steps`` optimizer steps.
+    K qualifies if its cross-validated eta squared beats its null, 20 other splits or more, by two
+    standard deviations; if, over the next smaller K that qualifies, it grew by more than random
+    splits do, by two standard deviations (two groups cut in half are no four groups); and if its
+    shortest branch takes ``min_steps`` optimizer steps.
 
     Args:
         candidates: K, each 2 or more.
@@ -100,17 +100,26 @@ def _why_not(measured: Measured, fewest: int, steps: float, min_steps: int) -> s
             "the gradients differ by no more than their noise, "
             "so nothing is left to measure a split by"
         )
-    excess = {
-        number: separation.cross_validated - separation.null_mean
-        for number, (separation, _) in measured.items()
-    }
+    judged = {number: found for number, (found, _) in measured.items() if found.judged}
+    if not judged:
+        number, (separation, _) = next(iter(measured.items()))
+        others = len(separation.null)
+        return (
+            f"a split into {number} groups cannot be told from chance: "
+            f"{others} other balanced splits exist, so p >= {1 / (others + 1):.2g}"
+        )
+    excess = {number: found.cross_validated - found.null_mean for number, found in judged.items()}
     best = max((k for k in excess if not math.isnan(excess[k])), key=lambda k: excess[k])
-    comparison = _comparison(measured[best][0])
-    return f"no split stands out of random ones; for {best} groups {comparison}"
+    return f"no split stands out of random ones; for {best} groups {_comparison(judged[best])}"
 
 
 def _comparison(separation: Separation) -> str:
     return (
-        f"cross-validated eta squared is {separation.cross_validated:.3f}, "
-        f"of random splits {separation.null_mean:.3f} ± {separation.null_std:.3f}"
+        f"cross-validated eta squared is {_shown(separation.cross_validated)}, "
+        f"of random splits {_shown(separation.null_mean)} ± {separation.null_std:.3f}"
     )
+
+
+def _shown(share: float) -> str:
+    """A share of one whole; an estimate outside [0, 1] is noise."""
+    return f"{share:.3f}" if 0 <= share <= 1 else "not resolved"

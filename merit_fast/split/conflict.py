@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from merit_fast.block_estimates import jackknife_error, signal_fractions, unbiased_square
 from merit_fast.split.moments import BlockProducts
+from merit_fast.split.student import one_sided_t, surely_negative
 
 Array = npt.NDArray[np.float64]
 Labels = Sequence[int] | npt.NDArray[np.intp]
@@ -28,7 +29,6 @@ Debias = Literal["blocks", "none"]
 
 _FLOOR = 0.1  # of R: U may be as low as noise makes it, below zero too
 _CLIP = 1.2  # estimates of a cosine scatter around it; a clip at 1 would bias those near 1
-_CONFIDENCE = NormalDist().inv_cdf(0.95)
 _POWER = NormalDist().inv_cdf(0.8)
 _FEWEST = 32
 
@@ -45,6 +45,8 @@ class Conflict:
         cosine: [N, N], diagonal 1. Debiased ones lie within +-1.2; NaN with a dataset whose signal
             is not resolved.
         error: [N, N] of ``cosine``, diagonal 0.
+        surely_negative: [N, N] whether a cosine is below zero beyond doubt, though many pairs were
+            tested.
         similarity: [N, N] input of a partition, always finite: ``gram``, or the cosines with norms
             of at least 0.1 of R, so that those of unresolved datasets stay small.
         norm: [N] length of each mean gradient, debiased or not; NaN where its signal is not
@@ -59,6 +61,7 @@ class Conflict:
     gram: Array
     cosine: Array
     error: Array
+    surely_negative: npt.NDArray[np.bool_]
     similarity: Array
     norm: Array
     signal_fraction: Array
@@ -96,7 +99,7 @@ def conflict_of(
     1958): datasets are independent, so this holds for pairs too.
     """
     whole = mean_gram(products, debias)
-    folds = _left_out_grams(products, debias)
+    folds = left_out_grams(products, debias)
     fraction, signal_error = signal_fractions(products.within, products.counts)
     more = _more_examples(fraction, signal_error, products.counts)
     error = jackknife_error(np.stack([fold.cosine() for fold in folds]))
@@ -108,12 +111,23 @@ def conflict_of(
         gram=whole.gram,
         cosine=np.where(hidden, np.nan, cosine),
         error=np.where(hidden, np.nan, error),
+        surely_negative=_conflicts(cosine, error, hidden, len(folds) - 1),
         similarity=similarity_matrix(whole, similarity, debias),
         norm=np.where(unknown, np.nan, np.sqrt(whole.square)),
         signal_fraction=fraction,
         signal_error=signal_error,
         more_examples=more,
     )
+
+
+def _conflicts(
+    cosine: Array, error: Array, hidden: npt.NDArray[np.bool_], freedom: int
+) -> npt.NDArray[np.bool_]:
+    """[N, N] pairs of known cosine that surely conflict."""
+    sure = np.zeros(cosine.shape, bool)
+    known = np.triu(~hidden & np.isfinite(error), 1)
+    sure[known] = surely_negative(cosine[known], error[known], freedom)
+    return np.asarray(sure | sure.T)
 
 
 @dataclass(frozen=True)
@@ -167,7 +181,7 @@ def left_out_similarities(
 ) -> list[Array]:
     """``Conflict.similarity`` with block g of every dataset left out, g = 1..G."""
     return [
-        similarity_matrix(fold, similarity, debias) for fold in _left_out_grams(products, debias)
+        similarity_matrix(fold, similarity, debias) for fold in left_out_grams(products, debias)
     ]
 
 
@@ -241,7 +255,7 @@ def _mean_gram(
     return MeanGram(gram, np.maximum(unbiased, _FLOOR * naive))
 
 
-def _left_out_grams(products: BlockProducts, debias: Debias) -> list[MeanGram]:
+def left_out_grams(products: BlockProducts, debias: Debias) -> list[MeanGram]:
     blocks = np.arange(products.counts.shape[1])
     return [
         _mean_gram(products.left_out[g], products, np.delete(blocks, g), debias) for g in blocks
@@ -252,7 +266,7 @@ def _more_examples(fraction: Array, error: Array, counts: Array) -> npt.NDArray[
     """[N] examples to add. While noise prevails the fraction grows as n, its error hardly."""
     number = counts.sum(1)
     blocks = (counts > 0).sum(1)
-    bound = np.array([_student(int(count) - 1) if count > 1 else np.inf for count in blocks])
+    bound = np.array([one_sided_t(int(count) - 1) if count > 1 else np.inf for count in blocks])
     larger = np.maximum(fraction, error)
     wanted = number * (bound + _POWER) * error / np.where(larger > 0, larger, np.nan)
     known = np.isfinite(wanted)
@@ -261,16 +275,3 @@ def _more_examples(fraction: Array, error: Array, counts: Array) -> npt.NDArray[
     )
     resolved = fraction - np.where(error > 0, bound, 0.0) * error > 0
     return np.where(resolved, 0, np.maximum(more, 1)).astype(np.int64)
-
-
-def _student(freedom: int) -> float:
-    """The 95 % point of Student's t (Abramowitz & Stegun 26.7.5).
-
-    Within 1 % from 3 degrees of freedom on.
-    """
-    z = _CONFIDENCE
-    f = float(freedom)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / f + second / f**2 + third / f**3

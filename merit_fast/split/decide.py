@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,9 @@ from merit_fast.split.conflict import (
 from merit_fast.split.moments import BlockProducts
 from merit_fast.split.search.medians import Axes, conflict_axes, weighted_axes
 from merit_fast.split.search.methods import METHODS
-from merit_fast.split.search.partition import Partition, partition_datasets, random_labels
-from merit_fast.split.search.problem import Pins
-from merit_fast.split.separation import Separation, measure_separation
+from merit_fast.split.search.partition import Partition, partition_datasets
+from merit_fast.split.search.space import OtherSplits, other_splits
+from merit_fast.split.separation import Separation, measure_separation, share_between
 
 Array = npt.NDArray[np.float64]
 
@@ -62,7 +62,12 @@ class Decision:
         explained_variance: [R].
         stability: [N] share of a dataset's company that it keeps when a block of examples is left
             out, in [0, 1].
-        random: [N] labels of a balanced random split: the control.
+        controls: [C, N] labels of distinct random splits as balanced as this one, none of them
+            this one.
+        num_splits: how many such splits exist, this one included; None: too many to count.
+        unbalanced: [N] labels of the split that the same search finds without a balance; empty
+            where the balance does not take part in the search.
+        unbalanced_eta: eta squared of that split; NaN where unknown.
     """
 
     num_groups: int
@@ -74,7 +79,10 @@ class Decision:
     score_errors: Array
     explained_variance: Array
     stability: Array
-    random: tuple[int, ...]
+    controls: tuple[tuple[int, ...], ...]
+    num_splits: int | None
+    unbalanced: tuple[int, ...]
+    unbalanced_eta: float
 
 
 class Splitter:
@@ -93,8 +101,13 @@ class Splitter:
             products, similarity=config.similarity, debias=self.choices.debias
         )
 
-    def split(self, similarity: Array, num_groups: int) -> Partition:
-        """Splits by the config's method, on a similarity matrix [N, N] that is not centred."""
+    def split(
+        self, similarity: Array, num_groups: int, tolerance: float | None = None
+    ) -> Partition:
+        """Splits by the config's method, on a similarity matrix [N, N] that is not centred.
+
+        A ``tolerance`` replaces the config's.
+        """
         config = self.config
         return partition_datasets(
             self.centered(similarity),
@@ -102,7 +115,7 @@ class Splitter:
             self.mixture.names,
             num_groups,
             self.method.name,
-            tolerance=self.tolerance,
+            tolerance=self.tolerance if tolerance is None else tolerance,
             pins=config.pins,
             spread=config.spread,
             manual=config.manual or None,
@@ -110,6 +123,11 @@ class Splitter:
             text_similarity=self.mixture.text_similarity,
             seed=config.seed,
         )
+
+    @functools.cache  # noqa: B019 - one splitter lives as long as its decision
+    def partition(self, num_groups: int) -> Partition:
+        """The split of all examples."""
+        return self.split(self.conflict.similarity, num_groups)
 
     def centered(self, similarity: Array) -> Array:
         """Gram of the points to split: token-weighted deviations, or column-centred rows."""
@@ -119,34 +137,45 @@ class Splitter:
         return np.asarray(rows @ rows.T)
 
     def separation(self, num_groups: int) -> Separation:
-        """Measures the split in ``num_groups``, cross-validated, against random splits."""
-        drawn = iter(self.random(num_groups, 2 * _NULL_SPLITS, self.config.pins))
-        return measure_separation(
+        """Measures the split in ``num_groups``, cross-validated, against other splits."""
+        others = self.others(num_groups)
+        measured = measure_separation(
             self.products,
             self.weights,
-            self.split(self.conflict.similarity, num_groups).labels,
+            self.partition(num_groups).labels,
             lambda matrix: self.split(matrix, num_groups).labels,
-            lambda: next(drawn),
+            others.labels,
             similarity=self.config.similarity,
             debias=self.choices.debias,
-            draws=_NULL_SPLITS,
         )
+        return replace(measured, num_splits=_with_this(others.number))
 
-    def random(self, num_groups: int, count: int, pins: Pins | None = None) -> npt.NDArray[np.intp]:
-        """[count, N] labels of random splits of the same balance."""
-        return random_labels(
+    @functools.cache  # noqa: B019
+    def others(self, num_groups: int) -> OtherSplits:
+        """Up to 200 admissible splits other than the method's own, under the config's pins."""
+        return other_splits(
+            self.partition(num_groups).labels,
             self.weights,
             self.mixture.names,
             num_groups,
-            count,
+            _NULL_SPLITS,
             tolerance=self.tolerance,
-            pins=pins,
+            pins=self.config.pins,
+            spread=self.config.spread,
             seed=self.config.seed,
         )
 
+    def unbalanced(self, num_groups: int) -> tuple[tuple[int, ...], float]:
+        """Labels and eta squared of the split found without a balance; empty if that is none."""
+        if num_groups == 1 or math.isinf(self.tolerance or 0.0) or not self.method.seeks_balance:
+            return (), math.nan
+        labels = self.split(self.conflict.similarity, num_groups, math.inf).labels
+        eta = share_between(self.products, self.weights, labels, self.config.similarity)
+        return labels, eta
+
     def smallest_share(self, num_groups: int) -> float:
         """Share of all tokens in the smallest group of the split in ``num_groups``."""
-        labels = np.asarray(self.split(self.conflict.similarity, num_groups).labels)
+        labels = np.asarray(self.partition(num_groups).labels)
         share = self.mixture.tokens / self.mixture.tokens.sum()
         spread = share[labels < 0].sum() / num_groups
         return float(min(share[labels == label].sum() + spread for label in range(num_groups)))
@@ -162,8 +191,17 @@ class Splitter:
         return np.asarray(1 - changed / len(folds))
 
 
-def decide_split(products: BlockProducts, mixture: Mixture, config: SplitConfig) -> Decision:
+def decide_split(
+    products: BlockProducts, mixture: Mixture, config: SplitConfig, num_controls: int = 1
+) -> Decision:
     """Splits a mixture as ``config`` asks.
+
+    Args:
+        products: products of the datasets' block sums.
+        mixture: the datasets.
+        config: options.
+        num_controls: number of random splits to compare with, at most 200; fewer are drawn where
+            fewer exist.
 
     Raises:
         InputError: an option contradicts another one or cannot hold for so many datasets.
@@ -171,8 +209,9 @@ def decide_split(products: BlockProducts, mixture: Mixture, config: SplitConfig)
     splitter = Splitter(products, mixture, config)
     choice = _choose(splitter)
     num_groups = choice.num_groups
-    partition = splitter.split(splitter.conflict.similarity, num_groups)
-    control = splitter.random(num_groups, 1)  # without pins, as chance would split
+    partition = splitter.partition(num_groups)
+    others = splitter.others(num_groups)
+    unbalanced, unbalanced_eta = splitter.unbalanced(num_groups)
     scores, errors, variance = _scores(splitter, max(2, math.ceil(math.log2(num_groups))))
     return Decision(
         num_groups=num_groups,
@@ -184,8 +223,15 @@ def decide_split(products: BlockProducts, mixture: Mixture, config: SplitConfig)
         score_errors=errors,
         explained_variance=variance,
         stability=splitter.stability(num_groups, partition.labels),
-        random=tuple(int(label) for label in control[0]),
+        controls=tuple(tuple(map(int, row)) for row in others.labels[:num_controls]),
+        num_splits=_with_this(others.number),
+        unbalanced=unbalanced,
+        unbalanced_eta=unbalanced_eta,
     )
+
+
+def _with_this(others: int | None) -> int | None:
+    return None if others is None else others + 1
 
 
 def _choose(splitter: Splitter) -> Choice:

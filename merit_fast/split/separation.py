@@ -1,32 +1,40 @@
 """Separation of a split: eta squared free of noise and of the choice made on it. Pure NumPy."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from merit_fast.block_estimates import jackknife_error
 from merit_fast.split.conflict import (
     Debias,
     Labels,
+    MeanGram,
     Similarity,
     between_sum,
     double_center,
     half_grams,
+    left_out_grams,
     mean_gram,
     similarity_matrix,
     total_sum,
 )
 from merit_fast.split.moments import BlockProducts
+from merit_fast.split.student import one_sided_t
 
 Array = npt.NDArray[np.float64]
+
+
+FEWEST_SPLITS = 20  # distinct other splits that a standard deviation needs
 
 
 @dataclass(frozen=True)
 class Separation:
     """Between-group shares of the weighted sum of squares.
 
-    They are estimates, so below 0 or above 1 now and then.
+    They are estimates, so below 0 or above 1 now and then. All are NaN where the whole sum does not
+    stand out of its noise: nothing is there to be shared out.
 
     Attributes:
         eta_squared: share of the split itself, debiased. The split was chosen to make it large, so
@@ -34,25 +42,44 @@ class Separation:
         cross_validated: mean of two shares: splits chosen on the blocks of even number, measured on
             those of odd number, and the reverse. NaN: too few blocks with examples, or no spread
             beyond noise.
-        null: [R] cross-validated shares of random splits, a fresh one for each half.
+        null: [R] the same of R other splits, each measured on both halves.
+        num_splits: how many admissible splits exist, this one included; None: too many to count.
     """
 
     eta_squared: float
     cross_validated: float
     null: Array
+    num_splits: int | None = None
 
     @property
     def null_mean(self) -> float:
-        return float(self.null.mean())
+        """NaN without another split."""
+        return float(self.null.mean()) if len(self.null) else float("nan")
 
     @property
     def null_std(self) -> float:
-        return float(self.null.std(ddof=1))
+        """NaN with too few other splits for a deviation."""
+        return float(self.null.std(ddof=1)) if self.judged else float("nan")
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are enough other splits to tell this one from chance."""
+        return len(self.null) >= FEWEST_SPLITS
+
+    @property
+    def beaten(self) -> int:
+        """Number of other splits whose share is below the cross-validated one."""
+        return int((self.null < self.cross_validated).sum())
+
+    @property
+    def p_value(self) -> float:
+        """Chance that one of these splits, picked blindly, does as well."""
+        return (len(self.null) - self.beaten + 1) / (len(self.null) + 1)
 
     @property
     def better_than_random(self) -> bool:
         """Whether the cross-validated share beats the null's mean by two standard deviations."""
-        return self.cross_validated > self.null_mean + 2 * self.null_std
+        return self.judged and self.cross_validated > self.null_mean + 2 * self.null_std
 
 
 def measure_separation(
@@ -60,13 +87,12 @@ def measure_separation(
     weights: Array,
     labels: Labels,
     partition: Callable[[Array], Labels],
-    random_labels: Callable[[], Labels],
+    others: npt.NDArray[np.intp],
     *,
     similarity: Similarity = "cosine",
     debias: Debias = "blocks",
-    draws: int = 200,
 ) -> Separation:
-    """Judges a split by splits of half the examples and by random ones.
+    """Judges a split by splits of half the examples and by other splits.
 
     Sums of squares are always debiased (U on the diagonal). The vectors are divided by the lengths
     that all blocks give (similarity "cosine") or left as they are ("gram"); the sums are divided by
@@ -77,21 +103,20 @@ def measure_separation(
         weights: [N] token shares, sum 1.
         labels: [N] the split made on ``conflict_of(products, ...).similarity``.
         partition: makes a split [N] from such a matrix [N, N], here of half the examples.
-        random_labels: a random balanced split [N], another one at each call.
+        others: [R, N] labels of R distinct balanced splits, ``labels`` not among them.
         similarity: as in ``conflict_of``.
         debias: of the matrices that ``partition`` gets.
-        draws: R, random splits for each half.
     """
-    whole = mean_gram(products, "blocks")
-    square = whole.square if similarity == "cosine" else np.ones(len(weights))
-    centered = double_center(whole.cosine(square), weights)
-    total = total_sum(centered, weights)
+    unknown = Separation(float("nan"), float("nan"), np.full(len(others), np.nan))
+    total = resolved_spread(products, weights, similarity)
     if not total > 0:
-        return Separation(float("nan"), float("nan"), np.full(draws, np.nan))
-    eta = between_sum(centered, weights, labels) / total
+        return unknown
+    whole = mean_gram(products, "blocks")
+    square = _squares(whole, similarity)
+    eta = between_sum(double_center(whole.cosine(square), weights), weights, labels) / total
     halves = half_grams(products, "blocks")
     if not all(np.isfinite(half.gram).all() for half in halves):
-        return Separation(eta, float("nan"), np.full(draws, np.nan))
+        return replace(unknown, eta_squared=eta)
     judges = [double_center(half.cosine(square), weights) for half in halves]
     lengths = mean_gram(products, debias).square if similarity == "cosine" else square
     matrices = [
@@ -107,8 +132,43 @@ def measure_separation(
     return Separation(
         eta_squared=eta,
         cross_validated=crossed(partition(matrices[0]), partition(matrices[1])),
-        null=np.array([crossed(random_labels(), random_labels()) for _ in range(draws)]),
+        null=np.array([crossed(other, other) for other in others]),
     )
+
+
+def share_between(
+    products: BlockProducts, weights: Array, labels: Labels, similarity: Similarity = "cosine"
+) -> float:
+    """Debiased eta squared of any split; NaN where the sum does not stand out of its noise."""
+    total = resolved_spread(products, weights, similarity)
+    whole = mean_gram(products, "blocks")
+    centered = double_center(whole.cosine(_squares(whole, similarity)), weights)
+    return between_sum(centered, weights, labels) / total
+
+
+def resolved_spread(
+    products: BlockProducts, weights: Array, similarity: Similarity = "cosine"
+) -> float:
+    """Weighted sum of squares of all datasets around their mean.
+
+    NaN where its lower bound (95 %, one-sided, by block jackknife) is not above zero.
+    """
+
+    def spread(gram: MeanGram) -> float:
+        square = _squares(gram, similarity)
+        return total_sum(double_center(gram.cosine(square), weights), weights)
+
+    total = spread(mean_gram(products, "blocks"))
+    folds = np.array([spread(fold) for fold in left_out_grams(products, "blocks")])
+    folds = folds[np.isfinite(folds)]  # a dataset with examples in two blocks loses some
+    if len(folds) < 2:
+        return float("nan")
+    bound = one_sided_t(len(folds) - 1) * float(jackknife_error(folds))
+    return total if total > max(bound, 0.0) else float("nan")
+
+
+def _squares(gram: MeanGram, similarity: Similarity) -> Array:
+    return gram.square if similarity == "cosine" else np.ones(len(gram.square))
 
 
 def pair_means(cosine: Array, labels: Labels) -> tuple[float, float]:
@@ -123,6 +183,18 @@ def pair_means(cosine: Array, labels: Labels) -> tuple[float, float]:
     apart = (labels[:, None] != labels)[upper]
     known = ~np.isnan(pairs) & ((labels[:, None] >= 0) & (labels >= 0))[upper]
     return _mean(pairs[known & ~apart]), _mean(pairs[known & apart])
+
+
+def conflicting_pairs(surely_negative: npt.NDArray[np.bool_], labels: Labels) -> tuple[int, int]:
+    """Number of pairs that surely conflict, within groups and across groups.
+
+    Datasets whose rows are spread over the groups (-1) meet all others within each group.
+    """
+    labels = np.asarray(labels)
+    apart = (labels[:, None] != labels) & (labels[:, None] >= 0) & (labels >= 0)
+    pairs = np.triu(surely_negative, 1)
+    across = int((pairs & apart).sum())
+    return int(pairs.sum()) - across, across
 
 
 def _mean(values: Array) -> float:

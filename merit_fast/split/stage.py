@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,12 @@ from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.split.config import SplitConfig
 from merit_fast.split.decide import Decision, Mixture, decide_split
-from merit_fast.split.moments import block_products
+from merit_fast.split.moments import BlockProducts, block_products
 from merit_fast.split.search.methods import METHODS
-from merit_fast.split.separation import Separation, pair_means
+from merit_fast.split.separation import Separation, conflicting_pairs, pair_means
 from merit_fast.split.text_cluster import dataset_similarity
+
+_BEYOND = 0.1
 
 
 def split_mixture(  # noqa: PLR0913
@@ -43,7 +46,7 @@ def split_mixture(  # noqa: PLR0913
         steps: optimizer steps of a joint run on these datasets.
         sketched_at: where the gradients were taken, in words.
         texts: returns every dataset's rows as text; called by methods that need texts only.
-        num_controls: most random splits to draw, distinct from the split and from each other.
+        num_controls: random splits to draw as controls; fewer are drawn where fewer exist.
 
     Raises:
         InputError: a sketch file is missing, broken or does not match the others; so many groups
@@ -57,9 +60,8 @@ def split_mixture(  # noqa: PLR0913
     states = [SketchState.read(sketches / f"{d.name}.safetensors") for d in datasets]
     for state in states[1:]:
         states[0].require_same(state)
-    decision = _decide(states, datasets, config, steps, texts)
-    conflict = decision.conflict
-    within, across = pair_means(conflict.cosine, decision.partition.labels)
+    mixture = _mixture(datasets, config, steps, texts)
+    decision = decide_split(_products(states), mixture, config, num_controls)
     choices = config.filled()
     return SplitManifest(
         groups=decision.num_groups,
@@ -69,12 +71,7 @@ def split_mixture(  # noqa: PLR0913
         reason=decision.reason,
         note=decision.partition.note,
         sketched_at=sketched_at,
-        similarity=_json_matrix(conflict.cosine),
-        similarity_errors=_json_matrix(conflict.error),
-        negative_pair_fraction=conflict.negative_pair_fraction,
-        certain_negative_fraction=conflict.certain_negative_fraction,
-        within_cosine=_known(within),
-        across_cosine=_known(across),
+        **_pairs(decision),
         explained_variance=tuple(float(v) for v in decision.explained_variance),
         scores=tuple(tuple(map(float, row)) for row in decision.scores),
         score_errors=tuple(tuple(map(float, row)) for row in decision.score_errors),
@@ -83,25 +80,47 @@ def split_mixture(  # noqa: PLR0913
             _group_count(number, separation)
             for number, separation in sorted(decision.separations.items())
         ),
-        controls=(decision.random,)[:num_controls],
-        num_splits=None,
+        controls=decision.controls,
+        num_splits=decision.num_splits,
         base_fingerprint=base_fingerprint,
         start_fingerprint=states[0].identity.model_fingerprint,
         mixture_fingerprint=mixture_fingerprint,
+        unbalanced=decision.unbalanced,
+        unbalanced_eta_squared=_share(decision.unbalanced_eta),
     )
 
 
-def _decide(
-    states: Sequence[SketchState],
+def _pairs(decision: Decision) -> dict[str, Any]:
+    """Fields of split.json on the pairs of datasets."""
+    conflict = decision.conflict
+    labels = decision.partition.labels
+    within, across = pair_means(conflict.cosine, labels)
+    conflicts = conflicting_pairs(conflict.surely_negative, labels)
+    return {
+        "similarity": _json_matrix(conflict.cosine),
+        "similarity_errors": _json_matrix(conflict.error),
+        "negative_pair_fraction": conflict.negative_pair_fraction,
+        "certain_negative_fraction": conflict.certain_negative_fraction,
+        "within_cosine": _known(within),
+        "across_cosine": _known(across),
+        "sure_conflicts": sum(conflicts),
+        "sure_conflicts_across": conflicts[1],
+    }
+
+
+def _products(states: Sequence[SketchState]) -> BlockProducts:
+    return block_products(
+        [state.block_sums.numpy() for state in states],
+        torch.stack([s.block_counts for s in states]).numpy(),
+    )
+
+
+def _mixture(
     datasets: Sequence[Dataset],
     config: SplitConfig,
     steps: int,
     texts: Callable[[], Mapping[str, Sequence[str]]],
-) -> Decision:
-    products = block_products(
-        [state.block_sums.numpy() for state in states],
-        torch.stack([s.block_counts for s in states]).numpy(),
-    )
+) -> Mixture:
     names = [dataset.name for dataset in datasets]
     text_similarity = None
     if METHODS[config.filled().method].needs_texts:
@@ -110,8 +129,7 @@ def _decide(
         text_similarity = matrix[np.ix_(order, order)]
     tokens = np.array([d.num_target_tokens for d in datasets], np.float64)
     samples = np.array([d.num_examples for d in datasets], np.float64)
-    mixture = Mixture(names, tokens, samples, steps, text_similarity)
-    return decide_split(products, mixture, config)
+    return Mixture(names, tokens, samples, steps, text_similarity)
 
 
 def _dataset(dataset: Dataset, state: SketchState, decision: Decision, i: int) -> SplitDataset:
@@ -133,12 +151,16 @@ def _dataset(dataset: Dataset, state: SketchState, decision: Decision, i: int) -
 
 
 def _group_count(num_groups: int, separation: Separation) -> GroupCount:
+    measured = not math.isnan(separation.cross_validated)
     return GroupCount(
         num_groups,
-        _known(separation.eta_squared),
-        _known(separation.cross_validated),
-        _known(separation.null_mean),
+        _share(separation.eta_squared),
+        _share(separation.cross_validated),
+        _share(separation.null_mean),
         _known(separation.null_std),
+        null_splits=len(separation.null),
+        null_beaten=separation.beaten if measured else None,
+        num_splits=separation.num_splits,
     )
 
 
@@ -149,3 +171,11 @@ def _json_matrix(matrix: np.ndarray) -> tuple[tuple[float | None, ...], ...]:
 def _known(value: float) -> float | None:
     """The value, or None for NaN, which JSON lacks."""
     return None if math.isnan(value) else value
+
+
+def _share(value: float) -> float | None:
+    """A share of one whole, moved into [0, 1] where its error took it a little beyond.
+
+    None where it is unknown or so far beyond that it is noise.
+    """
+    return min(max(value, 0.0), 1.0) if -_BEYOND <= value <= 1 + _BEYOND else None

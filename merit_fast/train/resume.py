@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from merit_fast.errors import InputError, one_line
 from merit_fast.manifests.atomic import replace_file
 
 _FILE = "resume.safetensors"
@@ -38,14 +39,25 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], position: P
 
 
 def read_checkpoint(directory: Path) -> tuple[dict[str, Tensor], Position] | None:
-    """The directory's checkpoint, or None if there is none."""
-    if not (directory / _FILE).exists():
+    """The directory's checkpoint, or None if there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = directory / _FILE
+    if not path.exists():
         return None
-    with safe_open(directory / _FILE, framework="pt") as file:
-        run = json.loads((file.metadata() or {})["run"])
-        run["losses"] = tuple(run["losses"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, Position(**run)
+    try:
+        with safe_open(path, framework="pt") as file:
+            run = json.loads((file.metadata() or {})["run"])
+            run["losses"] = tuple(run["losses"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, Position(**run)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: is not a readable checkpoint ({one_line(error)}); remove it to train the "
+            "branch from its start"
+        ) from None
 
 
 def remove_checkpoint(directory: Path) -> None:

@@ -83,7 +83,7 @@ def train_branch(
     steps = job.steps or num_steps(len(examples), config)
     num_tokens = count_tokens([len(example.input_ids) for example in examples], steps, config)
     with progress.task(f"train {job.branch}", num_tokens, "tokens") as task:
-        task.advance(position.num_tokens)
+        task.skip(position.num_tokens)
         while position.step < steps:
             chosen = [examples[i] for i in step_examples(position.step, len(examples), config)]
             position = _train_step(model, optimizer, chosen, padding, steps, config, position)

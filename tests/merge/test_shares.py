@@ -14,8 +14,9 @@ from support.merge.merges import load, write
 
 from merit_fast.cli.main import main
 from merit_fast.errors import InputError
+from merit_fast.manifests.hashes import checksum
 from merit_fast.merge import MergeConfig, merge_models
-from merit_fast.merge.write.shards import checksum, verify_checksums
+from merit_fast.merge.write.shards import verify_checksums
 
 OPTIONS = dict(
     method="ties", density=0.5, weights="uniform", shard_size="20K", checksum=True, stats=True

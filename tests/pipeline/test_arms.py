@@ -25,7 +25,9 @@ def test_warmup_rows_and_the_rest_are_the_whole_in_order():
     again, _ = warmup_rows(dataset(), 0.25, seed=3)
     assert again.examples == first.examples
     assert warmup_rows(dataset(), 0.25, seed=4)[0].examples != first.examples
-    assert warmup_rows(dataset("other"), 0.25, seed=3)[0].examples != first.examples
+    other = dataset("other")
+    assert warmup_rows(other, 0.25, seed=3)[0].examples != first.examples
+    assert warmup_rows(other, 0.25, seed=3, key="d")[0].examples == first.examples
 
 
 def test_a_warmup_that_leaves_nothing_is_refused_by_name():
@@ -43,7 +45,7 @@ def test_a_run_with_warmup_and_iid_control(tmp_path, tiny_model, tiny_mixture, m
     monkeypatch.chdir(tmp_path)
     values = run_values(tiny_model, tiny_mixture)
     values["split"] |= {"warmup": 0.25}
-    values["train"] |= {"arms": ["joint", "iid"], "epochs": 1}
+    values["train"] |= {"controls": {"joint": True, "iid": 1}, "epochs": 1}
     file = tmp_path / "run.yml"
     file.write_text(yaml.safe_dump(values))
     progress = Notes()

@@ -40,7 +40,7 @@ def run(directory, start=from_the_shell):
 def test_arms_learn_and_the_summary_is_whole(demo):
     _, summary = demo
     arms = summary["arms"]
-    assert {"base", "joint", "joint@0.5", "random", "merit"} == set(arms)
+    assert {"base", "joint", "random", "merit"} == set(arms)
     for arm in arms.values():
         assert {"loss", "exact_match", "text_loss", "chat_nll", "answer_length_tokens"} <= set(arm)
     assert arms["joint"]["loss"] < 0.6 * arms["base"]["loss"]

@@ -6,12 +6,15 @@ import pytest
 from merit_fast.split.auto import candidate_numbers, choose_num_groups
 from merit_fast.split.conflict import conflict_of, double_center
 from merit_fast.split.moments import block_products
-from merit_fast.split.search.partition import partition_datasets, random_labels
+from merit_fast.split.search.partition import partition_datasets
+from merit_fast.split.search.space import other_splits
 from merit_fast.split.separation import Separation, measure_separation
+
+SPREAD = np.linspace(-1.0, 1.0, 20) / np.linspace(-1.0, 1.0, 20).std(ddof=1)
 
 
 def found(value, mean=0.05, deviation=0.02):
-    return Separation(value, value, mean + deviation * np.array([-1.0, 0, 1]))
+    return Separation(value, value, mean + deviation * SPREAD)
 
 
 def choose(table, steps=2000.0, shares=None, **options):
@@ -64,6 +67,18 @@ def test_halving_two_groups_at_random_makes_no_four():
             "0.050 ± 0.020",
         ),
         (
+            {2: Separation(0.9, 0.9, np.linspace(0.0, 0.1, 9), num_splits=10)},
+            {},
+            "a split into 2 groups cannot be told from chance: 9 other balanced splits exist, so "
+            "p >= 0.1",
+        ),
+        (
+            {2: Separation(0.2, -0.03, SPREAD - 0.5)},
+            {},
+            "no split stands out of random ones; for 2 groups cross-validated eta squared is "
+            "not resolved, of random splits not resolved ± 1.000",
+        ),
+        (
             {2: Separation(float("nan"), float("nan"), np.full(3, np.nan))},
             {},
             "the gradients differ by no more than their noise, so nothing is left to measure a "
@@ -113,11 +128,9 @@ def test_planted_conflicts_are_counted(planted, expected):
         def maker(matrix):
             return partition_datasets(double_center(matrix, weights), weights, names, groups).labels
 
-        chance = iter(random_labels(weights, names, groups, 200))
         chosen = maker(conflict_of(products, debias="blocks").similarity)
-        return measure_separation(
-            products, weights, chosen, maker, chance.__next__, draws=100
-        ), 1 / groups
+        others = other_splits(chosen, weights, names, groups, 100).labels
+        return measure_separation(products, weights, chosen, maker, others), 1 / groups
 
     choice = choose_num_groups(candidate_numbers(24), measure, steps=1000)
     assert choice.num_groups == expected, choice.reason

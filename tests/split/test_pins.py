@@ -6,8 +6,8 @@ from support.split.partitions import NAMES, mixture, split
 
 from merit_fast.errors import InputError
 from merit_fast.options.parser import parse
-from merit_fast.split.search.partition import random_labels
 from merit_fast.split.search.problem import Pins
+from merit_fast.split.search.space import other_splits
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def test_apart_is_kept_where_it_leaves_a_single_way():
         assert groups[0] == groups[5] == 0
 
 
-def test_random_labels_obey_the_splits_pins():
+def test_random_splits_obey_the_splits_pins():
     weights = mixture(12, 20)[1]
     pins = Pins(together=(("d00", "d01"),), apart=(("d02", "d03"),), group={"d04": 3})
-    draws = random_labels(weights, NAMES[:20], 4, 50, pins=pins, tolerance=0.05)
+    draws = other_splits(None, weights, NAMES[:20], 4, 50, pins=pins, tolerance=0.05).labels
     assert (
         (draws[:, 0] == draws[:, 1]).all()
         and (draws[:, 2] != draws[:, 3]).all()
@@ -53,7 +53,9 @@ def test_random_labels_obey_the_splits_pins():
     shares = np.stack([(draws == k) @ weights for k in range(4)])
     assert np.abs(shares - 0.25).max() <= 0.05 + 1e-9
     assert len({tuple(row) for row in draws.tolist()}) == 50
-    again = random_labels(weights[::-1], NAMES[:20][::-1], 4, 50, pins=pins, tolerance=0.05)
+    again = other_splits(
+        None, weights[::-1], NAMES[:20][::-1], 4, 50, pins=pins, tolerance=0.05
+    ).labels
     assert (again[:, ::-1] == draws).all()
 
 

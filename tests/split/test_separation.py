@@ -10,7 +10,7 @@ from merit_fast.split.conflict import (
 )
 from merit_fast.split.moments import block_products
 from merit_fast.split.search.medians import median_partition, weighted_axes
-from merit_fast.split.search.partition import random_labels
+from merit_fast.split.search.space import other_splits
 from merit_fast.split.separation import measure_separation, pair_means
 
 
@@ -25,21 +25,11 @@ def judge(sums, counts, seed=0, **options):
         shares = double_center(matrix, weights) * np.outer(weights, weights)
         return median_partition(weighted_axes(shares, weights, 2).scores, weights, names).labels
 
-    drawn = iter(
-        random_labels(
-            weights, names, 4, 2 * 60, tolerance=np.inf, seed=int(generator.integers(1 << 30))
-        )
-    )
-
-    def random():
-        return next(drawn)
-
     groups = split(conflict_of(products, debias="blocks").similarity)
-    return (
-        measure_separation(products, weights, groups, split, random, draws=60, **options),
-        groups,
-        weights,
-    )
+    others = other_splits(
+        groups, weights, names, 4, 60, tolerance=np.inf, seed=int(generator.integers(1 << 30))
+    ).labels
+    return measure_separation(products, weights, groups, split, others, **options), groups, weights
 
 
 def test_eta_squared_of_a_found_split_is_honest():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from merit_fast.errors import InputError, MeritFastError, one_line
+from merit_fast.manifests.hashes import SMALL_BYTES, checksum
 from merit_fast.model import model_fingerprint
 
 _FIRST_READ = 1 << 20  # bytes; holds most headers, so one request gets length and header
@@ -199,18 +200,26 @@ def as_location(text: str | Location) -> Location:
 
 
 def input_fingerprint(path: Location) -> str:
-    """``model_fingerprint``; in a store, of the names, sizes and ETags of weights and configs.
+    """32 hex digits that change when a checkpoint's weights or config may have changed.
+
+    They cover names and sizes of its weight files, with the content of small ones and the times of
+    large ones, so that a merge does not read its inputs twice; in a store names, sizes and ETags.
 
     Raises:
         InputError, MeritFastError: see ``RemotePath.entries``.
     """
     if not isinstance(path, RemotePath):
-        return model_fingerprint(path)
+        return model_fingerprint(path, _small_or_dated)
     digest = hashlib.sha256()
     for name, entry in sorted(path.entries(fresh=True).items()):
         if name in _CONFIGS or name.endswith(_WEIGHED):
             digest.update(f"{name}\n{_version(entry)}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def _small_or_dated(file: Path) -> str:
+    status = file.stat()
+    return checksum(file) if status.st_size < SMALL_BYTES else str(status.st_mtime_ns)
 
 
 @contextmanager

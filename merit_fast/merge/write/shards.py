@@ -11,6 +11,7 @@ from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import replace_file, write_text
+from merit_fast.manifests.hashes import checksum
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import write_shard
 from merit_fast.merge.engine.geometry import write_geometry, write_shard_grams
@@ -61,7 +62,7 @@ def write_shards(
     with progress.task(
         f"merge {directory.stem}", sum(s.num_elements for s in mine), "parameters"
     ) as task:
-        task.advance(sum(shard.num_elements for shard in mine if shard not in todo))
+        task.skip(sum(shard.num_elements for shard in mine if shard not in todo))
         with ThreadPoolExecutor(1) as background:
             pending: list[Future[None]] = []
             for shard in todo:
@@ -170,17 +171,6 @@ def verify_checksums(directory: Path) -> dict[str, str]:
                 f"{file}: {CHECKSUM_KEY} must be {wanted} as in the index, got {actual}"
             )
     return sums
-
-
-def checksum(file: Path) -> str:
-    """XXH3, 128 bits, of a whole file in hex."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with open(file, "rb", buffering=0) as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return str(digest.hexdigest())
 
 
 def _settle(temporary: Path, final: Path, config: MergeConfig, upload: Upload | None) -> None:

@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 
 from merit_fast.manifests.io import read_manifest
-from merit_fast.manifests.relocate import finished_outputs
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.manifests.stages import TRAIN
 from merit_fast.pipeline.outputs import Outputs
@@ -39,10 +38,12 @@ def rate_of(outputs: Outputs, num_parameters: int) -> Rate:
     """The rate that finished branches of this base measured, else an estimate."""
     seconds = 0.0
     tokens = 0
-    for path in finished_outputs(outputs.folder(TRAIN), TRAIN.name).values():
-        timing = path / "timing.json"
-        branch = read_manifest(BranchManifest, path / "branch.json")
-        if branch.base_fingerprint == outputs.base_fingerprint and timing.is_file():
+    for name, record in outputs.records.ledger().outputs.items():
+        timing = outputs.root / name / "timing.json"
+        if record.stage != TRAIN.name or not timing.is_file():
+            continue
+        branch = read_manifest(BranchManifest, timing.with_name("branch.json"))
+        if branch.base_fingerprint == outputs.base_fingerprint:
             seconds += json.loads(timing.read_text())["train_s"]
             tokens += branch.num_tokens
     if seconds and tokens:

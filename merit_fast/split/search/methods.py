@@ -74,6 +74,8 @@ class SplitMethod:
         power_of_two: K must be a power of two.
         spreads_all: every dataset's rows go to all groups.
         chooses_groups: whether ``groups: auto`` may choose K.
+        seeks_balance: it looks for the best groups within the tolerance, so a looser one changes
+            them.
         column_axes: scores are those of the published, column-centred PCA.
         numbers_groups: its labels number the groups; else the first name in a group does.
     """
@@ -88,6 +90,7 @@ class SplitMethod:
     power_of_two: bool = False
     spreads_all: bool = False
     chooses_groups: bool = True
+    seeks_balance: bool = False
     column_axes: bool = False
     numbers_groups: bool = False
 
@@ -158,6 +161,7 @@ _TABLE = (
         "Starts from PCA and PDDP median cuts, k-means and random deals, takes the best moves and "
         "swaps within the tolerance, disturbs the best split and improves it again.",
         _pca_swap,
+        seeks_balance=True,
     ),
     SplitMethod(
         "pca-median",
@@ -175,7 +179,12 @@ _TABLE = (
         _pddp,
         paper="Boley 1998",
     ),
-    SplitMethod("kmeans", "Runs weighted kernel k-means within the tolerance.", _kmeans),
+    SplitMethod(
+        "kmeans",
+        "Runs weighted kernel k-means within the tolerance.",
+        _kmeans,
+        seeks_balance=True,
+    ),
     SplitMethod("random", "Deals the datasets to balanced groups at random.", _random),
     SplitMethod(
         "iid",

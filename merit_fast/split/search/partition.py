@@ -18,8 +18,8 @@ from merit_fast.split.conflict import double_center
 from merit_fast.split.search.arguments import check_arguments, manual_pins, sorted_matrix
 from merit_fast.split.search.methods import Assignment, Method, Search
 from merit_fast.split.search.problem import FREE, Array, Labels, Pins, Problem, pose_problem
-from merit_fast.split.search.starts import item_names, random_deal
-from merit_fast.split.search.swap import balance, between_groups, imbalance, move_losses, obey
+from merit_fast.split.search.starts import item_names
+from merit_fast.split.search.swap import between_groups, imbalance, move_losses
 
 
 @dataclass(frozen=True)
@@ -121,32 +121,6 @@ def partition_datasets(  # noqa: PLR0913
     if not entry.numbers_groups:
         assignment = Assignment(_by_first_name(problem, assignment.labels), assignment.cuts)
     return _result(problem, assignment, order, sorted_names, tolerance)
-
-
-def random_labels(
-    weights: Array,
-    names: Sequence[str],
-    num_groups: int,
-    count: int,
-    *,
-    tolerance: float | None = None,
-    pins: Pins | None = None,
-    seed: int = 0,
-) -> Labels:
-    """[count, N] labels of random splits, balanced and pinned like a split, for its null."""
-    order = _alphabetical(names)
-    sorted_names = [names[i] for i in order]
-    weights = np.asarray(weights, np.float64)[order] / np.sum(weights)
-    nothing = np.zeros((len(names), len(names)))
-    problem = pose_problem(nothing, weights, sorted_names, num_groups, pins or Pins(), ())
-    tolerance = 0.05 / num_groups if tolerance is None else tolerance
-    generator = np.random.default_rng(seed)
-    labels = np.empty((count, len(names)), np.intp)
-    for row in labels:
-        dealt = obey(problem, random_deal(problem, generator))
-        balanced = balance(problem, dealt, tolerance, sign=0.0)
-        row[order] = balanced[problem.share.argmax(1)]
-    return labels
 
 
 def _alphabetical(names: Sequence[str]) -> Labels:

@@ -1,0 +1,132 @@
+"""The commands `status` and `clean`: the outputs of a run, and the removal of those not needed."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merit_fast.cli.flags import Parser
+from merit_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from merit_fast.pipeline.status import OutputStatus
+
+Work = Callable[[argparse.Namespace], None]
+
+
+def add_status(parser: Parser) -> Work:
+    """Adds the arguments of `status`."""
+    _add_inputs(parser)
+    parser.add_argument("--verify", action="store_true", help="hash every file of the outputs")
+    return _status
+
+
+def add_clean(parser: Parser) -> Work:
+    """Adds the arguments of `clean`."""
+    _add_inputs(parser)
+    parser.add_argument("--dry-run", action="store_true", help="list the folders, remove nothing")
+    parser.add_argument("--yes", action="store_true", help="remove without asking")
+    return _clean
+
+
+def _add_inputs(parser: Parser) -> None:
+    form = "RUN | CONFIG.yml [SECTION.KEY=VALUE ...]"
+    help = "the output of a run; or its YAML file and values that override its keys"
+    parser.add_positional("inputs", form, help, nargs="+")
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    root, rows = _read(arguments.inputs, arguments.verify)
+    if arguments.as_json:
+        print(json.dumps({"output": str(root), "outputs": [asdict(row) for row in rows]}))
+        return
+    for line in _table(rows):
+        print(line)
+
+
+def _clean(arguments: argparse.Namespace) -> None:
+    from merit_fast.pipeline.clean import removable, remove
+
+    root, rows = _read(arguments.inputs, verify=False)
+    rows = removable(rows)
+    total = sum(row.num_bytes for row in rows)
+    if not arguments.as_json:
+        for line in _table(rows):
+            print(line)
+    if not rows or arguments.dry_run:
+        _report(arguments, root, [], f"{_size(total)} can be freed", rows)
+        return
+    if not arguments.yes and not _agreed(root, total):
+        print(f"{root}: nothing was removed")
+        return
+    gone = remove(root, rows)
+    freed = sum(row.num_bytes for row in gone)
+    kept = [row for row in rows if row not in gone]
+    _report(arguments, root, gone, f"freed {_size(freed)}", kept)
+
+
+def _agreed(root: Path, total: int) -> bool:
+    if not sys.stdin.isatty():
+        raise InputError(
+            "command line: clean: asks on a terminal only; --yes removes these folders"
+        )
+    return input(f"{root}: remove these, {_size(total)}? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _report(
+    arguments: argparse.Namespace,
+    root: Path,
+    gone: "list[OutputStatus]",
+    sentence: str,
+    kept: "list[OutputStatus]",
+) -> None:
+    if arguments.as_json:
+        names = {"removed": [row.name for row in gone], "kept": [row.name for row in kept]}
+        freed = sum(row.num_bytes for row in gone)
+        print(json.dumps({"output": str(root), **names, "freed_bytes": freed}))
+        return
+    print(f"{root}: {sentence}")
+    if gone and kept:
+        names = ", ".join(row.name for row in kept)
+        print(f"{root}: another process works here, so these stay: {names}")
+
+
+def _read(inputs: list[str], verify: bool) -> "tuple[Path, list[OutputStatus]]":
+    from merit_fast.cli.stages import split_inputs
+    from merit_fast.pipeline.config import read_run_config
+    from merit_fast.pipeline.run import check_output
+    from merit_fast.pipeline.status import config_status, run_status
+
+    file, assignments = split_inputs(inputs)
+    if file is None:
+        raise InputError("command line: needs a RUN directory or a CONFIG.yml")
+    if file.is_dir():
+        if assignments:
+            raise InputError(f"command line: {assignments[0]}: must go with a CONFIG.yml")
+        return file, run_status(file, verify)
+    config = read_run_config(file, assignments)
+    check_output(config)
+    return Path(config.output), config_status(config, f"merit-fast {{stage}} {file}", verify)
+
+
+def _table(rows: "list[OutputStatus]") -> list[str]:
+    width = max((len(row.name) for row in rows), default=0)
+    lines = []
+    for row in rows:
+        time = "" if row.seconds is None else f"{row.seconds:,.1f} s"
+        size = _size(row.num_bytes) if row.num_bytes else ""
+        line = f"{row.name:<{width}}  {row.state:<24}  {time:>11}  {size:>9}  {row.detail}"
+        lines.append(line.rstrip())
+    return lines
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

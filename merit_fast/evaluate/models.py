@@ -1,0 +1,75 @@
+"""The models of a run as evaluate gets them: which arm has which models, and what they cost."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from merit_fast.manifests.io import read_manifest
+from merit_fast.manifests.schemas import ArmResult, BranchManifest
+
+BASE = "base"
+JOINT = "joint"
+
+
+@dataclass(frozen=True)
+class MergedArm:
+    """One merged model: its directory, its branches and their weights."""
+
+    path: Path
+    branches: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EvaluatedModels:
+    """The models to evaluate.
+
+    ``branches`` holds every trained branch and joint run, ``merges`` every merged model. ``arms``
+    names an arm's models, one for each seed, by their keys in these two; without it ``joint`` and
+    every merge are arms of one seed. ``joint`` names the branches that are joint runs where the
+    tables have no arm of them, because another arm has the same model.
+    """
+
+    base: Path
+    branches: Mapping[str, Path]
+    merges: Mapping[str, MergedArm]
+    arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joint: tuple[str, ...] = ()
+
+    @property
+    def models_of_arms(self) -> dict[str, tuple[str, ...]]:
+        """arm -> names of its models, in the order of the tables; the base is not among them."""
+        if self.arms:
+            return dict(self.arms)
+        joint = [JOINT] if JOINT in self.branches else []
+        merges = sorted(self.merges, key=lambda arm: (arm == "merit", arm))  # merit last
+        return {arm: (arm,) for arm in (*joint, *merges)}
+
+    @property
+    def interpolated(self) -> tuple[str, ...]:
+        """The joint runs that are measured on their way from the base, one for each seed."""
+        return self.models_of_arms.get(JOINT, self.joint)
+
+    def path(self, name: str) -> Path:
+        """Directory of a branch, a joint run or a merge."""
+        return self.merges[name].path if name in self.merges else self.branches[name]
+
+    def branches_of(self, name: str) -> tuple[str, ...]:
+        """The trainings behind a model."""
+        return self.merges[name].branches if name in self.merges else (name,)
+
+
+def with_training(result: ArmResult, models: EvaluatedModels, name: str) -> ArmResult:
+    """Adds the cost of a model's training, read from its branches' manifests and timings."""
+    paths = [models.branches[branch] for branch in models.branches_of(name)]
+    manifests = [read_manifest(BranchManifest, path / "branch.json") for path in paths]
+    timings = [json.loads((path / "timing.json").read_text()) for path in paths]
+    return replace(
+        result,
+        num_tokens=sum(m.num_tokens for m in manifests),
+        num_target_tokens=sum(m.num_target_tokens for m in manifests),
+        steps=max(m.steps for m in manifests),
+        train_s=sum(t["train_s"] for t in timings),
+        peak_memory_bytes=max(t["peak_memory_bytes"] for t in timings),
+    )

@@ -1,0 +1,122 @@
+"""Content hashes of files, and the comparison of a folder with the files it must hold."""
+
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+FileRecord = tuple[int, int, str]  # bytes, mtime_ns, xxh3_128
+UNKNOWN_TIME = -1  # a mtime_ns that no file has: the next check hashes the file
+SMALL_BYTES = 1 << 20  # files below this size are hashed in every check
+_RECENT_NS = 2_000_000_000  # a file this young may change again without another mtime
+_THREADS = 4
+_BLOCK_BYTES = 1 << 20
+
+
+def checksum(file: Path) -> str:
+    """XXH3, 128 bits, of a whole file in hex."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with open(file, "rb", buffering=0) as opened:
+        while block := opened.read(_BLOCK_BYTES):
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
+def file_record(file: Path) -> FileRecord:
+    """Size, time and hash of a file."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, checksum(file)
+
+
+def list_files(directory: Path) -> list[str]:
+    """Relative paths of all files below; hidden ones (names with a leading dot) do not count."""
+    found = []
+    for folder, folders, files in os.walk(directory):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(folder).relative_to(directory)
+        found += [(inside / name).as_posix() for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def record_files(directory: Path) -> dict[str, FileRecord]:
+    """Hashes every file below, by relative path."""
+    names = list_files(directory)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        records = pool.map(lambda name: file_record(directory / name), names)
+        return dict(zip(names, records, strict=True))
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not as it was written."""
+
+    file: str  # relative to the output
+    found: str  # words that follow the file's name and a colon
+    is_surplus: bool = False  # the output has no such file
+
+
+def compare_files(
+    directory: Path, recorded: Mapping[str, FileRecord], whole: bool = False
+) -> tuple[Damage | None, dict[str, FileRecord]]:
+    """Compares the files below ``directory`` with their records.
+
+    A file of equal size and mtime is believed, unless it is small. A file of another mtime is
+    hashed.
+
+    Args:
+        directory: the output.
+        recorded: its files.
+        whole: hash every file.
+
+    Returns:
+        The first difference, and the records with the mtimes of files whose content is as before.
+    """
+    present = list_files(directory)
+    for name in recorded:
+        if name not in present:
+            return Damage(name, "is absent"), {}
+    for name in present:
+        if name not in recorded:
+            return Damage(name, "is not a file of this output", is_surplus=True), {}
+    refreshed = dict(recorded)
+    for name, record in recorded.items():
+        file = directory / name
+        status = file.stat()
+        if status.st_size != record[0]:
+            return Damage(name, f"{status.st_size:,} bytes instead of {record[0]:,}"), {}
+        if whole or record[0] < SMALL_BYTES or status.st_mtime_ns != record[1]:
+            if checksum(file) != record[2]:
+                return Damage(name, "has the same size and other content"), {}
+            refreshed[name] = (record[0], status.st_mtime_ns, record[2])
+    return None, refreshed
+
+
+class HashCache:
+    """Hashes whole input files, each large one once: later calls believe size and mtime."""
+
+    def __init__(self, known: Mapping[str, FileRecord], whole: bool = False) -> None:
+        self.known = {} if whole else dict(known)
+        self.fresh: dict[str, FileRecord] = {}  # computed by this object, worth keeping
+
+    def __call__(self, file: Path) -> str:
+        """The file's hash.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        before = file.stat()
+        key = str(file.resolve())
+        cached = self.known.get(key)
+        if cached and cached[:2] == (before.st_size, before.st_mtime_ns):
+            return cached[2]
+        digest = checksum(file)
+        after = file.stat()
+        unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+        settled = time.time_ns() - after.st_mtime_ns > _RECENT_NS
+        if unchanged and settled and after.st_size >= SMALL_BYTES:
+            self.known[key] = self.fresh[key] = (after.st_size, after.st_mtime_ns, digest)
+        return digest

@@ -1,0 +1,219 @@
+"""Locks that name their owner and end with it, on this machine and on a shared file system.
+
+A lock is a ``flock`` on a small file that holds its owner. The kernel frees it when the owner dies,
+and a forked child does not keep it.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from merit_fast.errors import InputError
+
+LOCKS_FOLDER = ".locks"
+_GUARD = "guard"
+_OWNER = "owner-"
+_held: set[int] = set()  # descriptors of this process's locks
+_numbers = itertools.count()
+
+
+class LockedError(InputError):
+    """Another process works here."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that works on an output."""
+
+    pid: int
+    host: str
+    command: str
+    started: str  # local time, ISO 8601 to the second
+    config: str  # fingerprint of its config
+
+    def __str__(self) -> str:
+        started = datetime.fromisoformat(self.started)
+        form = "%H:%M" if started.date() == datetime.now().date() else "%Y-%m-%d %H:%M"
+        place = "" if self.host == socket.gethostname() else f" on {self.host}"
+        return f"process {self.pid}{place} ({self.command}, since {started.strftime(form)})"
+
+
+def this_process(config: str) -> Owner:
+    """The owner that this process is, with its command line."""
+    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    if program == "__main__.py":
+        program = "merit-fast"
+    command = " ".join([program, *sys.argv[1:]])
+    started = datetime.now().isoformat(timespec="seconds")
+    return Owner(os.getpid(), socket.gethostname(), command, started, config)
+
+
+@contextlib.contextmanager
+def claim(folder: Path, owner: Owner, what: Path | str) -> Iterator[None]:
+    """Shares ``folder`` with owners of the same config, and refuses an owner of another one.
+
+    Args:
+        folder: the folder of locks; made and removed as needed.
+        owner: this process.
+        what: the output that the error names.
+
+    Raises:
+        LockedError: a live process works here with another config.
+        InputError: the folder cannot be written.
+    """
+    mine = folder / f"{_OWNER}{owner.host}-{owner.pid}-{next(_numbers)}"
+    try:
+        descriptor = _claim(folder, mine, owner, what)
+    except OSError as error:
+        raise InputError(f"{what}: cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        _release(mine, descriptor)
+
+
+def _claim(folder: Path, mine: Path, owner: Owner, what: Path | str) -> int:
+    with exclusive(folder / _GUARD):
+        for other in owners(folder):
+            if other.config != owner.config:
+                raise LockedError(f"{what}: {other} works here with another config")
+        descriptor = _open_lock(mine)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _write_owner(descriptor, owner)
+    return descriptor
+
+
+def owners(folder: Path) -> list[Owner]:
+    """Live processes that have claimed a folder; removes the lock files of dead ones."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.startswith(_OWNER))
+    except FileNotFoundError:
+        return []
+    live = []
+    for name in names:
+        holder = _live_owner(folder / name)
+        if holder is not None:
+            live.append(holder)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    return live
+
+
+def owner_of(lock: Path) -> Owner | None:
+    """The live process that holds a lock of ``exclusive``; None if nobody does."""
+    return _live_owner(lock)
+
+
+def stage_lock(root: Path, name: str) -> Path:
+    """The lock of one output of a run: only its holder writes the output."""
+    return root / LOCKS_FOLDER / f"stage-{name.replace('/', '+')}"
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path, owner: Owner | None = None, wait: bool = True) -> Iterator[None]:
+    """Lets one process at a time through, by a lock file that is removed afterwards.
+
+    Args:
+        lock: the file; its folder is made and removed as needed.
+        owner: written into the file, for others to name.
+        wait: False: do not wait for another process.
+
+    Raises:
+        LockedError: another process holds the lock and ``wait`` is False.
+    """
+    while True:
+        descriptor = _open_lock(lock)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            _close(descriptor)
+            raise LockedError(str(_live_owner(lock) or "another process")) from None
+        except BaseException:
+            _close(descriptor)
+            raise
+        if _is_same(lock, descriptor):
+            break
+        _close(descriptor)  # the previous holder has removed this file: try the next one
+    try:
+        if owner is not None:
+            _write_owner(descriptor, owner)
+        yield
+    finally:
+        _release(lock, descriptor)
+
+
+def _open_lock(lock: Path) -> int:
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except (FileNotFoundError, FileExistsError):
+            if lock.parent.exists() and not lock.parent.is_dir():
+                raise
+            continue  # another process removed the empty folder in between
+        _held.add(descriptor)
+        return descriptor
+
+
+def _is_same(lock: Path, descriptor: int) -> bool:
+    try:
+        return os.stat(lock).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _live_owner(lock: Path) -> Owner | None:
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_owner(descriptor)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _read_owner(descriptor: int) -> Owner:
+    try:
+        return Owner(**json.loads(os.pread(descriptor, 1 << 16, 0)))
+    except (ValueError, TypeError):  # it has the lock and has not written its name yet
+        now = datetime.now().isoformat(timespec="seconds")
+        return Owner(0, socket.gethostname(), "not known", now, "")
+
+
+def _write_owner(descriptor: int, owner: Owner) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(asdict(owner)).encode(), 0)
+
+
+def _release(lock: Path, descriptor: int) -> None:
+    lock.unlink(missing_ok=True)
+    _close(descriptor)
+    if lock.parent.name.endswith(LOCKS_FOLDER):
+        with contextlib.suppress(OSError):  # other processes have locks in it
+            lock.parent.rmdir()
+
+
+def _close(descriptor: int) -> None:
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _close_in_child() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,0 +1,103 @@
+"""Takes over the sums of datasets that have not changed, from a killed run or an earlier output.
+
+datasets.json lies next to the files of sums. For each dataset it holds the fingerprint of all that
+its sums depend on, and the hash of its file.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merit_fast.manifests.atomic import replace_file, write_text
+from merit_fast.manifests.hashes import checksum
+
+_RECORDS = "datasets.json"
+_SUFFIX = ".safetensors"
+_TAKEN = ".taken"  # ends the name of a file that replaces the one before
+_FINGERPRINT = "fingerprint"
+_HASH = "xxh3_128"
+
+
+def reuse_states(
+    directory: Path, earlier: Path | None, fingerprints: Mapping[str, str]
+) -> tuple[set[str], set[str]]:
+    """Gives every state that is known by its fingerprint the name of its dataset.
+
+    Removes other files of sums from ``directory``, and writes datasets.json of those kept.
+
+    Args:
+        directory: the output under its temporary name, perhaps with the work of a killed run.
+        earlier: an earlier output; None: there is none.
+        fingerprints: dataset -> fingerprint that its sums must have.
+
+    Returns:
+        Datasets whose file a killed run left in ``directory``, and those taken from ``earlier``.
+    """
+    own = _intact_states(directory)
+    before = {} if earlier is None else _intact_states(earlier)
+    kept = {name for name, digest in fingerprints.items() if digest in own}
+    taken = {name for name in fingerprints.keys() - kept if fingerprints[name] in before}
+    _remove(directory, _TAKEN)
+    for name in kept | taken:
+        digest = fingerprints[name]
+        _link(own.get(digest) or before[digest], directory / f"{name}{_SUFFIX}{_TAKEN}")
+    _remove(directory, _SUFFIX)
+    for name in kept | taken:
+        file = directory / f"{name}{_SUFFIX}"
+        replace_file(file.with_name(f"{file.name}{_TAKEN}"), file)
+    records = {name: _record(directory, name, fingerprints[name]) for name in kept | taken}
+    _write(directory, records)
+    return kept, taken
+
+
+def record_state(directory: Path, name: str, fingerprint: str) -> None:
+    """Adds a dataset whose file of sums is complete to datasets.json."""
+    _write(directory, _read(directory) | {name: _record(directory, name, fingerprint)})
+
+
+def _intact_states(directory: Path) -> dict[str, Path]:
+    """Fingerprint -> file of every dataset in datasets.json whose file has the recorded hash."""
+    states = {}
+    for name, record in _read(directory).items():
+        file = directory / f"{name}{_SUFFIX}"
+        if file.is_file() and checksum(file) == record[_HASH]:
+            states[record[_FINGERPRINT]] = file
+    return states
+
+
+def _record(directory: Path, name: str, fingerprint: str) -> dict[str, str]:
+    return {_FINGERPRINT: fingerprint, _HASH: checksum(directory / f"{name}{_SUFFIX}")}
+
+
+def _read(directory: Path) -> dict[str, dict[str, str]]:
+    try:
+        records: Any = json.loads((directory / _RECORDS).read_text(encoding="utf-8"))
+        return {
+            str(name): {key: str(record[key]) for key in (_FINGERPRINT, _HASH)}
+            for name, record in records.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # nothing was sketched there, or nothing can be known about it: sketch again
+
+
+def _write(directory: Path, records: Mapping[str, dict[str, str]]) -> None:
+    text = json.dumps(records, indent=1, sort_keys=True) + "\n"
+    write_text(directory / _RECORDS, text)
+
+
+def _remove(directory: Path, suffix: str) -> None:
+    for file in os.listdir(directory):
+        if file.endswith(suffix):
+            (directory / file).unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name of a file, or a copy of it where the file system has no hard links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
