@@ -101,6 +101,10 @@ def test_the_summary_speaks_of_models_weights_and_units(models, tmp_path, call):
     assert lines[4] == "  weights: token counts of each branch.json"
     assert "MiB read" in out and "KiB written" in out and "free on disk" in out
     assert "per tensor" not in out
+    same = [f"{branches[0]}:{weight}" for weight in (1, 3)]
+    twice = ("--model", same[0], "--model", same[1], "--dry-run")
+    code, out, err = call("merge", tmp_path / "twice", *twice)
+    assert code == 0 and "coefficient" not in out and "weight 0.750000" in out, err
     code, out, err = call("merge", tmp_path / "slerp", *flags, "--method", "slerp")
     assert code == 0 and f"  model {branches[0]}" in out, err
     assert "weights: none: method slerp takes no weights" in out

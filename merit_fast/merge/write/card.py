@@ -104,8 +104,10 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _base_label(facts: CardFacts) -> str:
     if facts.run:
-        named = Path(facts.run.base).expanduser()
-        return labels_of([named])[0] if named.is_dir() else facts.run.base
+        base = facts.run.base
+        named = Path(base).expanduser()
+        is_path = named.is_dir() or base.startswith(("/", ".", "~")) or base.count("/") > 1
+        return labels_of([named])[0] if is_path else base
     return labels_of([facts.base])[0] if facts.base else ""
 
 
