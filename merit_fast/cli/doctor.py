@@ -31,6 +31,7 @@ def tell_missing_native(command: str) -> None:
 def _is_another_reason(record: logging.LogRecord) -> bool:
     return dispatch.NOT_BUILT not in record.getMessage()
 
+
 # The variables that change what runs or how fast.
 _VARIABLES = ("MERIT_FAST_", "OMP_", "KMP_", "GOMP_", "MKL_NUM", "OPENBLAS_NUM")
 

@@ -189,14 +189,14 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
         f"{summary['merged']}: {state}: {summary['method']} of {count} model{'s' * (count != 1)}"
     ]
     has_weights = any(weight is not None for _, weight in summary["models"])
-    coefficients = dict(summary["coefficients"])
-    for path, weight in summary["models"]:
+    coefficients = _aligned(summary)
+    for number, (path, weight) in enumerate(summary["models"]):
         shown = "by tensor" if weight is None else f"{weight:.6f}"
         line = f"  weight {shown:<9}  {path}" if has_weights else f"  model {path}"
-        lines.append(line + _coefficient(coefficients.get(path), weight))
+        lines.append(line + _coefficient(coefficients[number], weight))
     if base := summary["base"]:
         line = f"  base {' ' * 13 * has_weights}{base}"
-        lines.append(line + _coefficient(coefficients.get(base), None))
+        lines.append(line + _coefficient(coefficients[count], None))
     lines.append(f"  weights: {summary['weights_reason']}")
     lines.append(f"  dtype: {summary['dtype']}, {summary['dtype_reason']}")
     sizes = {name: human_bytes(summary[f"{name}_bytes"]) for name in ("buffer", "free")}
@@ -208,6 +208,16 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
         f"{sizes['free']} free on disk"
     )
     return "\n".join(lines)
+
+
+def _aligned(summary: dict[str, Any]) -> list[float | None]:
+    """[K + 1] coefficients of the models and the base; all None where layers are stacked."""
+    models = [path for path, _ in summary["models"]]
+    paths = [path for path, _ in summary["coefficients"]]
+    coefficients = [coefficient for _, coefficient in summary["coefficients"]]
+    if paths[: len(models)] != models:
+        return [None] * (len(models) + 1)
+    return [*coefficients, None][: len(models) + 1]
 
 
 def _coefficient(coefficient: float | None, weight: float | None) -> str:

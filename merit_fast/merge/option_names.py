@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from merit_fast.errors import InputError
 
@@ -25,6 +25,10 @@ class OptionError(InputError):
     ) -> None:
         super().__init__(f"{rule}; {remedy.format(_name(option, value, form))}")
         self._parts = (rule, option, remedy, value)
+        self._form = form
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptionError, (*self._parts, self._form)
 
     def named(self, form: Form) -> "OptionError":
         """The same error with the option's name in another form."""

@@ -189,7 +189,7 @@ class PreparedMerge:
             self.models,
             [weight for _, weight in self._weighed()],
             self.base,
-            same_bytes(self.config),
+            self.config,
             f"{self.inputs.dtypes} ({reason})",
             self.slices,
             self.run,

@@ -43,7 +43,8 @@ ARROWS = {
     "demo": {"errors", "manifests"},
     "integrations": BASE | {"data", "kernels", "merge", "model", "sketch", "split"},
     "pipeline": BASE
-    | {"data", "model", "sketch", "split", "train", "merge", "evaluate", "report", "tune"},
+    | {"data", "kernels", "model", "patch"}
+    | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
     "init": BASE | {"data", "model", "pipeline"},
     "cli": BASE
     | {"data", "demo", "evaluate", "init", "integrations", "kernels", "merge", "model", "pipeline"}

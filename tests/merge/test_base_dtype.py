@@ -8,6 +8,7 @@ from support.merge.merges import METHODS, config_of, load, merge, write
 from support.tiny import make_model
 
 from merit_fast.errors import InputError
+from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.merge import load_merged, merge_models
 from merit_fast.options.parser import parse
 from merit_fast.sketch.config import SketchConfig
@@ -103,7 +104,7 @@ def test_models_that_differ_need_a_dtype_named_as_the_caller_types_it(models, tm
     assert code == 0 and "dtype: bf16, as asked for" in out, err
 
 
-@pytest.mark.parametrize("cls", [SketchConfig, TrainConfig])
+@pytest.mark.parametrize("cls", [SketchConfig, TrainConfig, EvaluateConfig])
 def test_every_dtype_key_takes_torchs_names(cls):
     assert parse(cls, {"dtype": "bfloat16"}, "f.yml").dtype == "bf16"
     assert parse(cls, {"dtype": "float32"}, "f.yml").dtype == "fp32"

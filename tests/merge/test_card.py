@@ -1,5 +1,7 @@
 """README.md of a merged model, and the summary that the command prints."""
 
+import re
+import shlex
 import shutil
 
 import pytest
@@ -47,9 +49,23 @@ def test_a_card_names_base_models_weights_method_and_data(models, tmp_path):
     assert "- `density`: 0.25" in body and "- `scale`: 0.5" in body and "Yadav" in body
     assert "- dtype: bf16 (the models' own)" in body
     command = "merit-fast merge OUT --model left --model right --base start --weights tokens"
-    assert f"{command} --method ties --scale 0.5 --density 0.25" in body
+    assert f"{command} --method ties --scale 0.5 --density 0.25\n" in body
     assert str(tmp_path) not in body and "another model" not in body
     assert "merit_fast 0" in body
+
+
+def test_the_command_of_a_card_makes_the_same_model(models, tmp_path, call, monkeypatch):
+    _, *branches = models
+    settings = [{"weight": 1.0}, {"weight": [0.5, 2.0]}]
+    merge_models(branches, out=tmp_path / "out", dtype="float32", normalize=False, models=settings)
+    body = (tmp_path / "out/README.md").read_text()
+    monkeypatch.chdir(models[0].parent)
+    (command,) = re.findall(r"^merit-fast (.*)$", body, flags=re.M)
+    words = [str(tmp_path / "again") if word == "OUT" else word for word in shlex.split(command)]
+    code, _, err = call(*words)
+    assert code == 0, err
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
 def test_a_card_without_base_or_counts_names_the_models(models, tmp_path):
@@ -85,6 +101,10 @@ def test_the_summary_speaks_of_models_weights_and_units(models, tmp_path, call):
     assert lines[4] == "  weights: token counts of each branch.json"
     assert "MiB read" in out and "KiB written" in out and "free on disk" in out
     assert "per tensor" not in out
+    same = [f"{branches[0]}:{weight}" for weight in (1, 3)]
+    twice = ("--model", same[0], "--model", same[1], "--dry-run")
+    code, out, err = call("merge", tmp_path / "twice", *twice)
+    assert code == 0 and "coefficient" not in out and "weight 0.750000" in out, err
     code, out, err = call("merge", tmp_path / "slerp", *flags, "--method", "slerp")
     assert code == 0 and f"  model {branches[0]}" in out, err
     assert "weights: none: method slerp takes no weights" in out

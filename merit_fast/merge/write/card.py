@@ -20,7 +20,16 @@ from merit_fast.options.parser import to_plain
 CARD_FILE = "README.md"
 _TAGS = ["merge", "merit"]
 _LIBRARY = "transformers"
-_OF_FILES = ("stats", "checksum")  # change no tensor
+# Options that change no tensor; the weights stand by the models.
+_NOT_OF_TENSORS = (
+    "weights",
+    "threads",
+    "chunk_kib",
+    "max_memory",
+    "fsync",
+    "stats",
+    "checksum",
+)
 _ELSEWHERE = ("weights", "method", "models", "dtype")
 
 
@@ -36,7 +45,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The merge that a card describes. ``config`` holds defaults for options that change no byte.
+    """The merge that a card describes.
 
     ``weights`` has None where the method takes no weights, or weighs each tensor by itself.
     """
@@ -95,8 +104,10 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _base_label(facts: CardFacts) -> str:
     if facts.run:
-        named = Path(facts.run.base).expanduser()
-        return labels_of([named])[0] if named.is_dir() else facts.run.base
+        base = facts.run.base
+        named = Path(base).expanduser()
+        is_path = named.is_dir() or base.startswith(("/", ".", "~")) or base.count("/") > 1
+        return labels_of([named])[0] if is_path else base
     return labels_of([facts.base])[0] if facts.base else ""
 
 
@@ -173,12 +184,12 @@ def _split_text(run: RunFacts) -> str:
     is_merit = run.arm == "merit"
     known = (*split.control_arms, "merit")
     if is_merit:
-        lines[0] += f", by the method `{split.method}`; gradients taken at {split.sketched_at}"
+        lines[0] += f", by the method `{split.method}`; gradients taken {split.sketched_at}"
     separation = split.separation
-    if is_merit and separation and separation.eta_squared is not None:
+    if is_merit and separation and separation.cross_validated is not None:
         null = separation.null_mean
         chance = "" if null is None else f", of random splits {null:.3f}"
-        lines[0] += f"; η² {separation.eta_squared:.3f}{chance}"
+        lines[0] += f"; cross-validated η² {separation.cross_validated:.3f}{chance}"
     lines[0] += ".\n"
     if run.arm in known:
         groups = split.group_of(run.arm)
@@ -236,7 +247,7 @@ def _changed(config: MergeConfig) -> dict[str, Any]:
     return {
         name: plain[name]
         for name in plain
-        if name not in ("weights", *_OF_FILES) and getattr(config, name) != defaults[name]
+        if name not in _NOT_OF_TENSORS and getattr(config, name) != defaults[name]
     }
 
 

@@ -173,6 +173,8 @@ def _row(stage: StageForecast) -> tuple[str, ...]:
 def _notes(outputs: Outputs, pending: Sequence[Stage], disk: Disk) -> list[str]:
     config = outputs.config
     notes = []
+    if TRAIN in pending and SPLIT in pending:
+        notes.append("the split is not made yet: at most so many branches, equal ones are one")
     if config.split.groups == "auto" and SPLIT in pending:
         notes.append("split.groups is auto: the forecast assumes the largest K that is tried")
     if config.merge.is_tuned and MERGE in pending:
