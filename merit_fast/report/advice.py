@@ -192,7 +192,7 @@ def _conflict(split: SplitManifest) -> _Finding | None:
 
 
 def _parted(split: SplitManifest) -> _Finding | None:
-    """Groups that keep the conflicts inside do worse than a blind choice of pairs."""
+    """Objects to groups that hold more of the conflicts than of the other pairs."""
     group = [row.group for row in split.datasets]
     pairs = known_pairs(split)
     across = sum(group[i] != group[j] and min(group[i], group[j]) >= 0 for i, j, _ in pairs)

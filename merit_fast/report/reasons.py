@@ -69,7 +69,7 @@ def exceeds_one(split: SplitManifest) -> bool:
 
 # ---- sentences
 def signal_sentence(split: SplitManifest) -> str:
-    """Which datasets' gradients are resolved, and what the others need."""
+    """Names the datasets whose gradients are not resolved, and the rows that they need."""
     rows = unresolved(split)
     signal = median(row.signal_fraction for row in split.datasets)
     which = "every dataset's signal is resolved"
@@ -135,7 +135,7 @@ def _few_splits(split: SplitManifest, measured: GroupCount) -> str:
 
 
 def conflict_sentence(split: SplitManifest) -> str:
-    """How many pairs of datasets conflict, and how many of them surely."""
+    """Counts the pairs of datasets that conflict, and those that surely do."""
     number = len(split.datasets)
     known = len(known_pairs(split))
     where = split.sketched_at
@@ -165,7 +165,7 @@ def conflict_sentence(split: SplitManifest) -> str:
 
 
 def structure_sentence(split: SplitManifest) -> str:
-    """Why groups beyond chance are no reason to split; "" where pairs conflict or chance rules."""
+    """Explains that groups above chance are no conflict; "" where some pairs conflict."""
     if split.sure_conflicts or not beats_null(split.separation):
         return ""
     return (
@@ -187,14 +187,14 @@ def steps_sentence(steps: Sequence[int]) -> str:
 
 
 def balance_sentences(split: SplitManifest) -> tuple[str, ...]:
-    """What of the balance is not kept, and what keeping it costs; nothing if all is well."""
+    """Names the tolerance that is not kept and the price of balance; empty if all is well."""
     note = (f"Balance: {split.note}.",) if split.note else ()
     price = balance_price(split)
     return (*note, price) if price else note
 
 
 def balance_price(split: SplitManifest) -> str:
-    """What balance costs in separation, as a sentence; "" where it costs nothing to speak of."""
+    """States the price of balance in separation; "" where it is nothing to speak of."""
     measured = split.separation
     eta = None if measured is None else measured.eta_squared
     if not split.unbalanced or measured is None or _same_groups(split):
