@@ -22,10 +22,15 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
     mixture = prepare_mixture(
         output.resolve() / "mixture", quick=quick, include_copyleft=include_copyleft
     )
+    split: dict[str, Any] = {"groups": 4, "preset": "paper", "examples": 12}
+    evaluate: dict[str, Any] = {"interpolate": [0.5], "max_new_tokens": 32}
+    if quick:
+        split |= {"groups": 2, "examples": 8, "proj_dim": 16384}
+        evaluate = {"interpolate": [], "max_new_tokens": 12}
     config: dict[str, Any] = {
         "model": str(model),
         "mixture": mixture,
-        "split": {"groups": 2 if quick else 4, "preset": "paper", "examples": 8 if quick else 12},
+        "split": split,
         "train": {
             "epochs": 1,
             "learning_rate": 1.0e-4,
@@ -33,9 +38,7 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
             "controls": {"joint": True, "random": 1, "iid": 0},
         },
         "merge": {"weights": "tokens"},
-        "evaluate": {"interpolate": [], "max_new_tokens": 12}
-        if quick
-        else {"interpolate": [0.5], "max_new_tokens": 32},
+        "evaluate": evaluate,
         "output": ".",  # the folder of the YAML
     }
     file = output / "demo.yml"
