@@ -177,6 +177,8 @@ def _merge(arguments: Arguments, options: type[Any]) -> None:
             raise InputError(f"command line: merge: {flags} go with --model, --run or --mergekit")
         run_stage(MERGE, arguments, [f"{MERGE.section}.{text}" for text in assignments])
         return
+    if arguments.verify or arguments.overwrite:
+        raise InputError("command line: merge: --verify and --overwrite go with a CONFIG.yml")
     if len(arguments.inputs) != 1 or "=" in arguments.inputs[0]:
         raise InputError(
             "command line: merge: with --model, --run or --mergekit needs exactly one OUT directory"

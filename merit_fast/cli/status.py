@@ -84,9 +84,9 @@ def _report(
     kept: "list[OutputStatus]",
 ) -> None:
     if arguments.as_json:
-        names = {"removed": [row.name for row in gone], "kept": [row.name for row in kept]}
+        lists = {"removed": [row.name for row in gone], "kept": [row.name for row in kept]}
         freed = sum(row.num_bytes for row in gone)
-        print(json.dumps({"output": str(root), **names, "freed_bytes": freed}))
+        print(json.dumps({"output": str(root), **lists, "freed_bytes": freed}))
         return
     print(f"{root}: {sentence}")
     if gone and kept:

@@ -36,7 +36,7 @@ def _recorded(folder: Path) -> dict[str, str] | None:
     """File -> hash of a run or an output of ours; None for any other directory."""
     if (folder / LEDGER_FILE).exists():
         ledger = read_ledger(folder)
-        sums = {}
+        sums: dict[str, str] = {}
         for name in ledger.outputs:
             if (
                 folder / name

@@ -142,7 +142,9 @@ def rewrite_file(root: Path, name: str, file: str, write: Callable[[], None]) ->
     stage_record = file_record(directory / STAGE_FILE)
 
     def change(ledger: Ledger) -> Ledger:
-        record = ledger.outputs.get(name) or adopt(directory)
+        record = ledger.outputs.get(name)
+        if record is None or record.fingerprint != manifest.fingerprint:
+            record = adopt(directory)
         known = record.files | {file: (size, time, digest), STAGE_FILE: stage_record}
         return with_output(ledger, name, replace(record, files=known))
 

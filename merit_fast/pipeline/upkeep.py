@@ -91,7 +91,7 @@ class Upkeep:
             InputError: the output holds a file or is a folder that is not ours.
         """
         name = self.records.name(path)
-        with self._alone(name):
+        with self._locked(name):
             self.records.keep_hashes()
             state = self._recovered(path, manifest)
             if state.is_current:
@@ -116,7 +116,7 @@ class Upkeep:
         return True
 
     @contextlib.contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
+    def _locked(self, name: str) -> Iterator[None]:
         """Locks one output; waits for another process, or raises LockedError in any order."""
         lock = stage_lock(self.outputs.root, name)
         with contextlib.ExitStack() as stack:

@@ -36,6 +36,7 @@ def reuse_states(
     Returns:
         Datasets whose file a killed run left in ``directory``, and those taken from ``earlier``.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     own = _intact_states(directory)
     before = {} if earlier is None else _intact_states(earlier)
     kept = {name for name, digest in fingerprints.items() if digest in own}

@@ -11,6 +11,7 @@ from support.runs import MEASURED, Notes
 
 from merit_fast.errors import InputError
 from merit_fast.manifests import hashes
+from merit_fast.manifests.ledger import rewrite_file
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 
@@ -207,6 +208,16 @@ def test_a_change_says_its_keys_and_the_old_branches_come_back(finished_run, tmp
     Run(changed, notes, overwrite=True).train()
     assert any(n.endswith("not taken up again") and old[0].name in n for n in notes.notes)
     assert not old[1].exists()
+
+
+def test_a_file_that_the_ledger_lets_change_is_no_damage(finished_run, tmp_path, monkeypatch):
+    out = finished_run.copy_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    file = out / "branches/merit-0/losses.json"
+    rewrite_file(out, "branches/merit-0", file.name, lambda: file.write_text("[]"))
+    _, notes = run_again(finished_run.config, verify=True)
+    assert all(note.endswith("up to date") for note in notes)
+    assert file.read_text() == "[]"
 
 
 def test_an_edited_base_or_dataset_is_seen(finished_run, tmp_path, monkeypatch, tiny_model):

@@ -30,22 +30,21 @@ from merit_fast.pipeline.run import Run
 FORK = multiprocessing.get_context("fork")
 
 
-def hold(folder: Path, config: str, held, release) -> None:
+def hold(folder: Path, config: str, held) -> None:
     with claim(folder, this_process(config), "OUT"):
-        held.set()
-        release.wait(30)
+        held.send_bytes(b"held")
+        time.sleep(60)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds ``tmp_path/.locks`` for the config ``a``."""
-    held = FORK.Event()
-    release = FORK.Event()
-    process = FORK.Process(target=hold, args=(tmp_path / LOCKS_FOLDER, "a", held, release))
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=hold, args=(tmp_path / LOCKS_FOLDER, "a", sender))
     process.start()
-    assert held.wait(30)
+    assert receiver.poll(30)
     yield process
-    release.set()
+    process.kill()
     process.join()
 
 
@@ -70,15 +69,14 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, holder):
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
-    release = FORK.Event()
     with claim(tmp_path / LOCKS_FOLDER, this_process("a"), "OUT"):
-        child = FORK.Process(target=release.wait, args=(30,))
+        child = FORK.Process(target=time.sleep, args=(60,))
         child.start()
     try:
         with claim(tmp_path / LOCKS_FOLDER, this_process("b"), "OUT"):
             assert child.is_alive()
     finally:
-        release.set()
+        child.kill()
         child.join()
 
 
