@@ -70,7 +70,7 @@ def make_plan(
         branches: every arm's branches, merit's first.
         fingerprints: branch -> fingerprint of its content.
     """
-    members = _members(branches, config.train.seeds)
+    members = _members(branches)
     same_as = _equal_arms(config, split, members, fingerprints)
     kept = {branch.name: branch for branch in branches if branch.arm not in same_as}
     owners: dict[str, str] = {}
@@ -100,14 +100,10 @@ def shortest_branch(plan: Plan, config: RunConfig, split: SplitManifest) -> tupl
     return steps[shortest], shortest
 
 
-def _members(branches: Sequence[Branch], seeds: int) -> dict[tuple[str, int], tuple[str, ...]]:
+def _members(branches: Sequence[Branch]) -> dict[tuple[str, int], tuple[str, ...]]:
     """(arm, seed) -> names of its branches."""
     keys = dict.fromkeys((branch.arm, branch.seed) for branch in branches)
-    return {
-        key: tuple(b.name for b in branches if (b.arm, b.seed) == key)
-        for key in keys
-        if key[1] < seeds
-    }
+    return {key: tuple(b.name for b in branches if (b.arm, b.seed) == key) for key in keys}
 
 
 def _equal_arms(

@@ -16,7 +16,7 @@ from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig, train_branch
 from merit_fast.train.optimizer import MasterAdamW
-from merit_fast.train.schedule import learning_rate, num_steps, step_examples
+from merit_fast.train.schedule import count_tokens, learning_rate, num_steps, step_examples
 
 
 def test_every_example_once_per_epoch_in_another_order():
@@ -28,6 +28,14 @@ def test_every_example_once_per_epoch_in_another_order():
     for order in epochs:
         assert sorted(order) == list(range(10))
     assert not np.array_equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3, 7, 9])
+def test_tokens_of_so_many_steps_are_those_of_their_examples(steps):
+    config = TrainConfig(epochs=3, batch_size=4, seed=5)
+    lengths = [3 * i + 1 for i in range(10)]
+    by_step = [sum(lengths[i] for i in step_examples(s, 10, config)) for s in range(9)]
+    assert count_tokens(lengths, steps, config) == sum(by_step[:steps])
 
 
 def test_learning_rate_rises_then_falls_to_its_final_share():
