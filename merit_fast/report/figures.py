@@ -39,7 +39,7 @@ def conflict_map(split: SplitManifest) -> go.Figure:
     figure.update_layout(
         template="none",
         height=min(900, max(420, 150 + (46 if count <= _WIDE_ROWS else 32) * count)),
-        margin={"l": 10, "r": 10, "t": 50, "b": 10},
+        margin={"l": 10, "r": 10, "t": 70, "b": 10},
         plot_bgcolor=NEUTRAL,
         coloraxis={"cmin": -1, "cmax": 1, "colorbar": {"tickvals": [-1, -0.5, 0, 0.5, 1]}},
         meta={

@@ -123,12 +123,14 @@ def _pairs(split: SplitManifest) -> list[tuple[str, str, str, str]]:
 
 
 def _evaluation(split: SplitManifest, evaluation: EvaluateManifest) -> dict[str, Any]:
+    results = tables.results_rows(evaluation)
     return {
         "arms": list(evaluation.arms),
-        "results": tables.results_rows(evaluation),
+        "results": results,
         "branches": tables.branch_rows(evaluation),
         "gains": tables.gain_rows(evaluation),
         "comparisons": tables.comparison_rows(evaluation),
+        "spread": len(results[1]) > len(evaluation.arms),
         "seeds": max(result.num_seeds for result in evaluation.arms.values()),
         "datasets": tables.dataset_result_rows(split, evaluation),
     }

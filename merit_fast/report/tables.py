@@ -66,8 +66,8 @@ def results_rows(evaluation: EvaluateManifest) -> Table:
 
 
 def _spread_row(evaluation: EvaluateManifest, controls: list[str]) -> tuple[str, ...]:
-    """Mean and standard deviation of each measure between the random controls."""
-    cells = [f"{len(controls)} random controls, mean ± deviation"]
+    """Mean ± standard deviation of each measure between the random controls."""
+    cells = [f"random ×{len(controls)} ± sd"]
     for column in _RESULT_COLUMNS:
         values = [float(getattr(evaluation.arms[arm], column.measure)) for arm in controls]
         cells.append(

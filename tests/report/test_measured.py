@@ -119,13 +119,13 @@ def test_errors_over_seeds_and_the_spread_of_controls_are_in_the_table():
         "random",
         "random2",
         "random3",
-        "3 random controls, mean ± deviation",
+        "random ×3 ± sd",
         "merit",
     ]
     assert cells["merit"]["loss"] == "1.500 ± 0.012"
     assert cells["merit"]["exact match %"].endswith(" ± 2.0")
     assert cells["joint"]["loss"] == "1.000"
-    spread = cells["3 random controls, mean ± deviation"]
+    spread = cells["random ×3 ± sd"]
     assert spread["loss"] == "1.400 ± 0.200" and spread["train s"] == "–"
     assert "seeds" not in columns  # the same for every arm: in the caption
     found.arms["joint"] = replace(found.arms["joint"], num_seeds=1)
