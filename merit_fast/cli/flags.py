@@ -2,15 +2,18 @@
 
 import argparse
 import dataclasses
+import importlib
 import shutil
 import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from merit_fast.errors import InputError
+from merit_fast.manifests.stages import Stage
 from merit_fast.options.forms import flag_of, form_of, help_of
 from merit_fast.options.keys import key_lines
 
+Work = Callable[[argparse.Namespace], None]
 EXAMPLE_YAML = """\
 # my.yml; paths count from its folder
 model: BASE
@@ -154,3 +157,10 @@ def _named(text: str, flag: str, form: str) -> tuple[str, str]:
     if not equals or not path.strip(","):
         raise InputError(f"command line: {flag}: must be {form}, got {text!r}")
     return name, path
+
+
+def options_of(stage: Stage) -> type[Any]:
+    """The class of a stage's options."""
+    module, _, name = stage.options.partition(":")
+    options: type[Any] = getattr(importlib.import_module(module), name)
+    return options

@@ -226,7 +226,7 @@ def test_kernels_is_a_link_without_a_package_of_its_own():
     [
         ("import merit_fast", ["torch", "transformers", "triton", "numpy"]),
         ("import merit_fast.merge", ["torch", "transformers", "triton"]),
-        ("import merit_fast.cli.merge", ["torch", "transformers", "triton"]),
+        ("import merit_fast.cli.merge.command", ["torch", "transformers", "triton"]),
         ("import merit_fast.kernels.average", ["torch", "transformers"]),
         ("import merit_fast.cli.main", ["torch", "transformers", "triton"]),
         ("import merit_fast.pipeline.run", ["torch", "transformers"]),

@@ -13,8 +13,8 @@ from support.paths import KILL_AT
 from support.runs import Notes
 from support.warm import run_python
 
-from merit_fast.cli.in_force import branches_in_force
-from merit_fast.cli.merge import merge_command
+from merit_fast.cli.merge.command import merge_command
+from merit_fast.cli.merge.in_force import branches_in_force
 from merit_fast.cli.verify import verify_command
 from merit_fast.errors import InputError
 from merit_fast.pipeline.config import read_run_config

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from merit_fast.cli.in_force import branches_in_force
+from merit_fast.cli.merge.in_force import branches_in_force
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import manifest_text
 from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest

@@ -1,0 +1,124 @@
+"""The arguments of the command `merge`, and its two ways: a stage of a run, or checkpoints."""
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from merit_fast.cli.flags import (
+    Parser,
+    Work,
+    add_fields,
+    add_upkeep,
+    assignments_of,
+    options_of,
+    rows_of,
+)
+from merit_fast.cli.stages import progress_of, run_stage
+from merit_fast.errors import InputError
+from merit_fast.manifests.stages import MERGE
+from merit_fast.progress import Progress
+
+if TYPE_CHECKING:
+    from merit_fast.cli.merge.command import Tune
+
+
+def add_merge(parser: Parser) -> Work:
+    """Adds the arguments of `merge`, which also takes checkpoints without a run."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy multiplies no matrices here
+    options = options_of(MERGE)
+    help = "output directory; or the run's YAML file and values that override its keys"
+    form = "OUT | CONFIG.yml [SECTION.KEY=VALUE ...]"
+    parser.add_positional("inputs", form, help, nargs="*")
+    add = parser.add_argument
+    add(
+        "--model",
+        action="append",
+        metavar="DIR[:WEIGHT]",
+        help="a checkpoint or adapter to merge, as directory or URL; repeat for each",
+    )
+    add("--base", metavar="DIR", help="the checkpoint from which the models were trained")
+    add("--run", metavar="DIR", help="output of `run`: merge the split in force into OUT")
+    add("--arm", metavar="ARM", help="with --run: the arm to merge [default: merit]")
+    add("--seed-index", metavar="N", type=int, help="with --run: number of the seed, from 0")
+    add("--mergekit", metavar="RECIPE.yml", help="a mergekit recipe to merge into OUT")
+    add(
+        "--validation",
+        action="append",
+        metavar="NAME=PATH",
+        help="rows for --scale auto and --weights fit, with --model or --run; "
+        "repeat for each dataset",
+    )
+    add(
+        "--param",
+        action="append",
+        metavar="KEY=VALUE",
+        help="sets any key of the `merge` section, or a number of a registered method; repeatable",
+    )
+    add(
+        "--share",
+        "--shard",
+        dest="share",
+        metavar="I/N",
+        help="write the I-th of N shares of the output files; the last process finishes",
+    )
+    add("--dry-run", action="store_true", help="check and plan from the headers, write nothing")
+    add_upkeep(parser)
+    add_fields(parser, options)
+    return lambda arguments: _merge(arguments, options)
+
+
+def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
+    from merit_fast.cli.merge.command import (
+        describe,
+        merge_command,
+        param_assignments,
+        require_merge_inputs,
+    )
+
+    parameters = param_assignments(arguments.param or [], arguments.method)
+    assignments = [*parameters, *assignments_of(arguments, options)]
+    if not (arguments.model or arguments.run or arguments.mergekit):
+        given = (arguments.dry_run, arguments.base, arguments.share, arguments.validation)
+        if any(given) or arguments.arm or arguments.seed_index is not None:
+            flags = "--dry-run, --base, --share, --validation, --arm and --seed-index"
+            raise InputError(f"command line: merge: {flags} go with --model, --run or --mergekit")
+        require_merge_inputs(arguments.inputs)
+        run_stage(MERGE, arguments, [f"{MERGE.section}.{text}" for text in assignments])
+        return
+    if arguments.verify or arguments.overwrite:
+        raise InputError("command line: merge: --verify and --overwrite go with a CONFIG.yml")
+    if len(arguments.inputs) != 1 or "=" in arguments.inputs[0]:
+        raise InputError(
+            "command line: merge: with --model, --run or --mergekit needs exactly one OUT directory"
+        )
+    progress = progress_of(arguments)
+    summary = merge_command(
+        arguments.inputs[0],
+        arguments.model,
+        arguments.base,
+        arguments.run,
+        arguments.mergekit,
+        assignments,
+        progress,
+        dry_run=arguments.dry_run,
+        share=arguments.share,
+        arm=arguments.arm,
+        seed_index=arguments.seed_index,
+        tune=_tune(arguments.validation, progress),
+    )
+    print(json.dumps(summary) if arguments.as_json else describe(summary, arguments.dry_run))
+
+
+def _tune(validation: list[str] | None, progress: Progress) -> "Tune | None":
+    """A function that chooses a merge's numbers on these rows; it imports torch when called."""
+    if not validation:
+        return None
+    rows = rows_of(validation)
+
+    def tune(models: Any, base: Any, config: Any) -> Any:
+        from merit_fast.cli.merge.tune import tune_checkpoints
+
+        return tune_checkpoints(models, base, rows, config, progress)
+
+    return tune
