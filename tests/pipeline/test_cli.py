@@ -154,7 +154,10 @@ def test_merge_of_given_models(call, config_file, tmp_path, tiny_model):
     code, _, err = call("merge", "merged", *scaled)
     assert code == 2 and "needs a base model" in err
     code, _, err = call("merge", config_file, "--dry-run")
-    assert code == 2 and "--dry-run, --base, --share and --validation go with --model" in err
+    flags = "--dry-run, --base, --share, --validation, --arm and --seed-index go with --model"
+    assert code == 2 and flags in err
+    code, _, err = call("merge", "merged", *scaled, "--verify")
+    assert code == 2 and "--verify and --overwrite go with a CONFIG.yml" in err
     same = ("merge", "again", "--model", tiny_model, "--model", tiny_model)
     code, _, err = call(*same, "--weights", "tokens")
     assert code == 2 and "no branch.json" in err and "give --weights as" in err
