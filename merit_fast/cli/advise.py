@@ -24,6 +24,7 @@ def advise_command(config: "RunConfig", progress: Progress, file: str, as_json: 
     check_output(config)
     keep_freed_memory()
     run = Run(config, progress, f"merit-fast {{stage}} {file}")
+    run.preflight((SKETCH, SPLIT))
     advice, cost = advise_run(run, file)
     if as_json:
         print(json.dumps(_as_json(run, advice, cost)))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from merit_fast.cli.flags import Parser, add_inputs, add_run_flags
+from merit_fast.cli.flags import Parser, Work, add_inputs, add_run_flags
 from merit_fast.cli.stages import read_config
 from merit_fast.errors import InputError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "⟦", "⟧"  # around the text whose tokens enter the loss
 
 
-def add_data(parser: Parser) -> Callable[[argparse.Namespace], None]:
+def add_data(parser: Parser) -> Work:
     """Adds the arguments of `data`; returns the function that does its work."""
     add_inputs(parser)
     add_run_flags(parser)

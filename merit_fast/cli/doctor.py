@@ -13,7 +13,7 @@ from typing import Any
 from merit_fast.kernels import dispatch
 
 FIX = "install g++ 11 or newer, then in the clone: pip install --force-reinstall --no-deps ."
-_WITHOUT_KERNELS = ("init", "data", "status", "clean", "advise", "report", "verify", "doctor")
+_WITHOUT_KERNELS = ("init", "data", "status", "clean", "report", "verify", "doctor")
 
 
 def tell_missing_native(command: str) -> None:

@@ -3,18 +3,16 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merit_fast.cli.flags import Parser
+from merit_fast.cli.flags import Parser, Work
 from merit_fast.errors import InputError
+from merit_fast.units import human_bytes, human_time
 
 if TYPE_CHECKING:
     from merit_fast.pipeline.status import OutputStatus
-
-Work = Callable[[argparse.Namespace], None]
 
 
 def add_status(parser: Parser) -> Work:
@@ -57,7 +55,7 @@ def _clean(arguments: argparse.Namespace) -> None:
         for line in _table(rows):
             print(line)
     if not rows or arguments.dry_run:
-        _report(arguments, root, [], f"{_size(total)} can be freed", rows)
+        _report(arguments, root, [], f"{human_bytes(total)} can be freed", rows)
         return
     if not arguments.yes and not _agreed(root, total):
         print(f"{root}: nothing was removed")
@@ -65,7 +63,7 @@ def _clean(arguments: argparse.Namespace) -> None:
     gone = remove(root, rows)
     freed = sum(row.num_bytes for row in gone)
     kept = [row for row in rows if row not in gone]
-    _report(arguments, root, gone, f"freed {_size(freed)}", kept)
+    _report(arguments, root, gone, f"freed {human_bytes(freed)}", kept)
 
 
 def _agreed(root: Path, total: int) -> bool:
@@ -73,7 +71,10 @@ def _agreed(root: Path, total: int) -> bool:
         raise InputError(
             "command line: clean: asks on a terminal only; --yes removes these folders"
         )
-    return input(f"{root}: remove these, {_size(total)}? [y/N] ").strip().lower() in ("y", "yes")
+    return input(f"{root}: remove these, {human_bytes(total)}? [y/N] ").strip().lower() in (
+        "y",
+        "yes",
+    )
 
 
 def _report(
@@ -116,17 +117,8 @@ def _table(rows: "list[OutputStatus]") -> list[str]:
     width = max((len(row.name) for row in rows), default=0)
     lines = []
     for row in rows:
-        time = "" if row.seconds is None else f"{row.seconds:,.1f} s"
-        size = _size(row.num_bytes) if row.num_bytes else ""
+        time = "" if row.seconds is None else human_time(row.seconds)
+        size = human_bytes(row.num_bytes) if row.num_bytes else ""
         line = f"{row.name:<{width}}  {row.state:<24}  {time:>11}  {size:>9}  {row.detail}"
         lines.append(line.rstrip())
     return lines
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
