@@ -2,17 +2,16 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from merit_fast.cli.flags import Parser
+from merit_fast.cli.flags import Parser, Work
 from merit_fast.cli.stages import progress_of
 from merit_fast.errors import InputError
 
 _NAME = "merit.yml"
 
 
-def add_init(parser: Parser) -> Callable[[argparse.Namespace], None]:
+def add_init(parser: Parser) -> Work:
     """Adds the arguments of `init`; returns the function that does its work."""
     help = "a folder of datasets, or files of rows [default: the current folder]"
     parser.add_positional("places", "[FOLDER | FILE ...]", help, nargs="*")

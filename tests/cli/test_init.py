@@ -93,6 +93,7 @@ def test_every_default_stands_as_a_comment(call, folder):
     assert set(values) == {field.name for field in dataclasses.fields(RunConfig)} - {"threads"}
     values = yaml.safe_load(re.sub(r"^( {0,2})# (\w+: )", r"\1\2", after_mixture(text), flags=re.M))
     hints = typing.get_type_hints(RunConfig)
+    values["train"]["controls"] = to_plain(hints["train"]().controls)  # written, not a default
     for section in ("data", "train", "merge", "evaluate"):
         default = hints[section]()
         assert set(values[section]) == {field.name for field in dataclasses.fields(default)}

@@ -11,13 +11,14 @@ from support.runs import run_all, run_values
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run; ``config`` names its output ``out`` in the current folder."""
+    """A finished run; ``config`` is the copy of its YAML in the current folder."""
 
-    config: Path
     out: Path
+    config = Path("run.yml")
 
     def copy_to(self, folder: Path) -> Path:
-        """Copies the output, with its times, to ``folder/out``."""
+        """Copies YAML and output, with their times, to ``folder``; returns ``folder/out``."""
+        shutil.copy2(self.out.with_name("run.yml"), folder)
         return Path(shutil.copytree(self.out, folder / "out"))
 
 
@@ -30,7 +31,5 @@ def finished_run(tmp_path_factory, tiny_model, tiny_mixture) -> FinishedRun:
     values["evaluate"] |= {"interpolate": [], "max_new_tokens": 1}
     config = folder / "run.yml"
     config.write_text(yaml.safe_dump(values))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run_all(config)
-    return FinishedRun(config, folder / "out")
+    run_all(config)
+    return FinishedRun(folder / "out")

@@ -13,8 +13,8 @@ from typing import Literal
 import pytest
 
 import merit_fast
-from merit_fast.cli.commands import COMMANDS, _options_of
-from merit_fast.cli.flags import Parser, add_fields, assignments_of
+from merit_fast.cli.commands import COMMANDS
+from merit_fast.cli.flags import Parser, add_fields, assignments_of, options_of
 from merit_fast.cli.overview import EXAMPLES
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import STAGES
@@ -80,7 +80,7 @@ def words_of(hint):
     "stage", [stage for stage in STAGES if stage.options], ids=lambda s: s.name
 )
 def test_help_shows_every_choice_and_flag_of_a_stage(help_of, stage):
-    options = _options_of(stage)
+    options = options_of(stage)
     text = help_of(stage.name)
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):

@@ -148,11 +148,11 @@ def test_checkpoints_are_merged_at_the_scale_and_weights_that_rows_choose(
             assert np.array_equal(tensor.numpy(), expected[name].numpy()), name
 
 
-def test_a_run_directory_can_be_merged_with_rows(tmp_path, tiny_model, checkpoints):
+def test_a_run_directory_can_be_merged_with_rows(tmp_path, tiny_model, checkpoints, finished_run):
     _, rows = checkpoints
     options = [
         "--run",
-        ".",
+        finished_run.copy_to(tmp_path),
         "--base",
         tiny_model,
         "--validation",
@@ -160,7 +160,7 @@ def test_a_run_directory_can_be_merged_with_rows(tmp_path, tiny_model, checkpoin
         "--param",
         "scale=auto",
     ]
-    result = merit("merge", "out", *options, cwd=tmp_path)
+    result = merit("merge", "merged", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "at scale 1 (nats per target token of 3 held-out rows)" in result.stderr
 
@@ -229,18 +229,18 @@ KILLS = [
 def test_kill_9_while_choosing_then_resume_gives_the_same_bytes(tmp_path, tiny_model, tiny_mixture):
     values = run_values(tiny_model, tiny_mixture) | {"merge": {"scale": "auto", "weights": "fit"}}
     values["train"] |= {"controls": {}, "epochs": 1}
-    (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     whole.mkdir()
+    (whole / "run.yml").write_text(yaml.safe_dump(values))
     for stage in ("sketch", "split", "train"):
-        assert merit(stage, "../run.yml", cwd=whole).returncode == 0
+        assert merit(stage, "run.yml", cwd=whole).returncode == 0
     shutil.copytree(whole, broken)
-    assert merit("merge", "../run.yml", cwd=whole).returncode == 0
+    assert merit("merge", "run.yml", cwd=whole).returncode == 0
     script = str(KILL_AT)
     for pattern, count in KILLS:
-        result = run_python([script, pattern, str(count), "merge", "../run.yml"], cwd=broken)
+        result = run_python([script, pattern, str(count), "merge", "run.yml"], cwd=broken)
         assert result.returncode == -signal.SIGKILL, (pattern, result.stderr)
-    assert merit("merge", "../run.yml", cwd=broken).returncode == 0
+    assert merit("merge", "run.yml", cwd=broken).returncode == 0
     assert not list(broken.rglob("*.tmp")) and not list(broken.rglob("tried.json"))
     assert tree_bytes(whole / "out", MEASURED) == tree_bytes(broken / "out", MEASURED)
