@@ -1,5 +1,6 @@
 """The run's YAML: a section for each stage, declared as a frozen dataclass in its folder."""
 
+import os
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,14 +90,16 @@ def _refuse_old_keys(values: dict[str, Any], where: str) -> None:
 def write_run_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved config with every default, so that running it repeats the run.
 
-    Its paths are absolute: the file replays from any directory.
+    The paths of model, rows and template are absolute; ``output`` counts from the file's folder.
+    So the file replays from any directory, also after the run has moved.
     """
     plain = to_plain(config)
     for mapping, key, _ in _paths_in(plain):
         local = Path(mapping[key]).expanduser()
         if local.exists() or not is_hub_id(mapping[key]):
             mapping[key] = str(local.absolute())
-    plain["output"] = str(Path(config.output).expanduser().absolute())
+    output = Path(config.output).expanduser().absolute()
+    plain["output"] = os.path.relpath(output, path.parent.absolute())
     write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
@@ -135,7 +138,7 @@ def _input_path(text: str, name: str, file: Path) -> str:
     path = Path(text).expanduser()
     from_yaml = file.parent / path
     if from_yaml.exists():
-        return str(from_yaml)
+        return os.path.normpath(from_yaml)
     if path.exists():
         raise InputError(
             f"{file}: {name}: {text} is not in {file.parent.absolute()} but in {Path.cwd()}; "
@@ -160,4 +163,4 @@ def _output_path(text: str, file: Path) -> str:
             f"{file}: output: {text} is not in {file.parent.absolute()} but in {Path.cwd()}; "
             f"paths in a YAML count from its folder: move it there, or give output={text}"
         )
-    return str(from_yaml)
+    return os.path.normpath(from_yaml)

@@ -16,9 +16,13 @@ class FinishedRun:
     out: Path
     config = Path("run.yml")
 
+    def copy_config(self, folder: Path) -> Path:
+        """Copies the YAML: a run of it makes ``folder/out``."""
+        return Path(shutil.copy2(self.out.with_name("run.yml"), folder))
+
     def copy_to(self, folder: Path) -> Path:
         """Copies YAML and output, with their times, to ``folder``; returns ``folder/out``."""
-        shutil.copy2(self.out.with_name("run.yml"), folder)
+        self.copy_config(folder)
         return Path(shutil.copytree(self.out, folder / "out"))
 
 

@@ -222,6 +222,7 @@ def test_a_file_that_the_ledger_lets_change_is_no_damage(finished_run, tmp_path,
 
 def test_an_edited_base_or_dataset_is_seen(finished_run, tmp_path, monkeypatch, tiny_model):
     monkeypatch.chdir(tmp_path)
+    finished_run.copy_config(tmp_path)
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     before = Run(read_run_config(finished_run.config, [f"model={model}"])).outputs
     first = before.base_fingerprint

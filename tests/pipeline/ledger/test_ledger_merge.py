@@ -143,6 +143,7 @@ def test_a_killed_sketch_keeps_the_datasets_that_were_not_edited(
     finished_run, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    finished_run.copy_config(tmp_path)
     command = [str(KILL_AT), "sketch.tmp/opposites.safetensors", "1", "sketch"]
     result = run_python([*command, str(finished_run.config)], cwd=tmp_path)
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -166,7 +167,7 @@ def test_a_killed_sketch_keeps_the_datasets_that_were_not_edited(
     clean = tmp_path / "clean"
     clean.mkdir()
     monkeypatch.chdir(clean)
-    stage(file, "sketch")
+    stage(Path(shutil.copy(file, clean)), "sketch")
     assert tree_bytes(clean / "out/sketch") == tree_bytes(tmp_path / "out/sketch")
 
 

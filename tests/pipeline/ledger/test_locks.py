@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from support.paths import KILL_AT
 from support.runs import Notes
 from support.warm import run_together
@@ -151,9 +150,7 @@ def test_a_merge_holds_its_output(tiny_model, tmp_path):
 @pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_of_one_config_share_the_training(finished_run, tmp_path):
-    config = tmp_path / "run.yml"
-    values = yaml.safe_load(finished_run.config.read_text())
-    config.write_text(yaml.safe_dump(values))
+    config = finished_run.copy_config(tmp_path)
     nothing = "no file has this name"
     command = [str(KILL_AT), nothing, "1", "run", str(config), "--json"]
     results = run_together([command, command], tmp_path)
