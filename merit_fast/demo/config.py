@@ -24,7 +24,9 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
     )
     split: dict[str, Any] = {"groups": 4, "preset": "paper", "examples": 12}
     evaluate: dict[str, Any] = {"interpolate": [0.5], "max_new_tokens": 32}
+    controls: dict[str, Any] = {"joint": True, "random": 1, "iid": 0}
     if quick:
+        controls = {"joint": True}
         split |= {"groups": 2, "examples": 8, "proj_dim": 16384}
         evaluate = {"interpolate": [], "max_new_tokens": 12}
     config: dict[str, Any] = {
@@ -35,7 +37,7 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
             "epochs": 1,
             "learning_rate": 1.0e-4,
             "batch_size": 8,
-            "controls": {"joint": True, "random": 1, "iid": 0},
+            "controls": controls,
         },
         "merge": {"weights": "tokens"},
         "evaluate": evaluate,

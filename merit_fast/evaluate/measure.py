@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from merit_fast.data import Dataset, Example
 from merit_fast.evaluate.config import EvaluateConfig
-from merit_fast.evaluate.items import ItemScores, measured
+from merit_fast.evaluate.items import ItemScores
 from merit_fast.evaluate.losses import Advance, RowScores, can_share, dataset_results, score_rows
 from merit_fast.evaluate.retention import (
     all_targets,
@@ -58,10 +58,9 @@ class Measurer:
         self.windows = text_windows(tokenizer)
         self.prompts = prompt_ids(tokenizer)
 
-    @property
-    def num_tokens(self) -> int:
+    def num_tokens(self, retention: bool) -> int:
         """Tokens through one model, if every answer is as long as it may be."""
-        return sum(self._planned.values())
+        return sum(self._planned.values()) if retention else self._planned["rows"]
 
     @property
     def _planned(self) -> dict[str, int]:
@@ -73,10 +72,18 @@ class Measurer:
             "text": sum(len(window.input_ids) for window in self.windows),
         }
 
+    def measure_rows(
+        self, name: str, model: nn.Module, displacement: float, task: Task
+    ) -> ArmResult:
+        """Measures one model on the held-out rows only. The base must have been measured."""
+        with self._part("rows", name, task) as advance:
+            rows = self._score(model, self.rows, self._read().share_rows, advance)
+        return self._result(rows, displacement)
+
     def measure(
         self, name: str, model: nn.Module, displacement: float, task: Task
     ) -> tuple[ArmResult, ItemScores]:
-        """Measures one model. The base must be the first."""
+        """Measures one model on rows, text and prompts. The base must be the first."""
         known = self._read() if self.file.exists() else None
         share_rows = known.share_rows if known else self._can_share(model, self.rows)
         share_prompts = known.share_prompts if known else self._can_share(model, [self._trial])
@@ -102,8 +109,13 @@ class Measurer:
         with self._part("text", name, task) as advance:
             # one at a time: every token is a target, and its logits fill the memory
             text = score_rows(model, [self.windows], self.pad_token_id, 1, advance=advance)
-        scores = _items(rows, text, chat)
-        return self._result(rows, scores, own, displacement), scores
+        result = replace(
+            self._result(rows, displacement),
+            text_loss=float(text.loss.sum() / text.tokens.sum()),
+            chat_nll=float(chat.loss.sum() / chat.tokens.sum()),
+            answer_length_tokens=sum(map(len, own)) / len(own),
+        )
+        return result, _items(rows, text, chat)
 
     def _score(
         self,
@@ -115,23 +127,17 @@ class Measurer:
         size = self.config.batch_size
         return score_rows(model, groups, self.pad_token_id, size, share, advance)
 
-    def _result(
-        self, rows: RowScores, scores: ItemScores, own: list[list[int]], displacement: float
-    ) -> ArmResult:
-        strata = tuple(dataset.num_examples for dataset in self.datasets)
-
-        def mean(measure: str) -> float:
-            return measured(scores, measure, strata).mean
-
+    def _result(self, rows: RowScores, displacement: float) -> ArmResult:
+        datasets = dataset_results(rows, self.datasets)
         return ArmResult(
-            loss=mean("loss"),
-            token_loss=float(scores.row_loss.sum() / scores.row_tokens.sum()),
-            exact_match=mean("exact_match"),
-            text_loss=mean("text_loss"),
-            chat_nll=mean("chat_nll"),
-            answer_length_tokens=sum(map(len, own)) / len(own),
+            loss=float(np.mean([dataset.loss for dataset in datasets.values()])),
+            token_loss=float(rows.loss.sum() / rows.tokens.sum()),
+            exact_match=float(np.mean([dataset.exact_match for dataset in datasets.values()])),
+            text_loss=None,
+            chat_nll=None,
+            answer_length_tokens=None,
             displacement=displacement,
-            datasets=dataset_results(rows, self.datasets),
+            datasets=datasets,
         )
 
     def _can_share(self, model: nn.Module, groups: Sequence[Sequence[Example]]) -> bool:

@@ -1,6 +1,6 @@
 """The evaluate stage: measures every arm and branch on the same held-out rows and prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,9 @@ def evaluate_arms(
 ) -> EvaluateManifest:
     """Evaluates base, joint, joint interpolated towards the base, every branch and every merge.
 
-    Every model is loaded and measured once, whatever the number of arms it belongs to. Its result
-    is written as ``NAME.json`` and its items' scores as ``NAME.items.safetensors``, so that an
+    Branches of a merge are measured on the held-out rows only, arms on retention too. Every model
+    is loaded and measured once, whatever the number of arms it belongs to. Its result is written as
+    ``NAME.json`` and the items' scores of an arm's model as ``NAME.items.safetensors``, so that an
     interrupted run resumes with the next model.
 
     Raises:
@@ -67,9 +68,12 @@ def evaluate_arms(
     joints = models.interpolated
     names = [*models.branches, *models.merges]
     measurer = Measurer(datasets, tokenizer, pad_token_id, config, directory)
-    count = 1 + len(names) + len(joints) * len(config.interpolate)
-    with progress.task("evaluate", count * measurer.num_tokens, "tokens") as task:
-        evaluator = _Evaluator(models.base, measurer, config, directory, task)
+    members = _members(models, config.interpolate)
+    of_arms = {name for names_of_arm in members.values() for name in names_of_arm}
+    every = of_arms.union(names)
+    tokens = sum(measurer.num_tokens(retention=name in of_arms) for name in every)
+    with progress.task("evaluate", tokens, "tokens") as task:
+        evaluator = _Evaluator(models.base, measurer, config, directory, task, of_arms)
         evaluator.measure(BASE, models.base)
         for name in names:
             shares = config.interpolate if name in joints else ()
@@ -77,20 +81,16 @@ def evaluate_arms(
     results = {name: with_training(evaluator.result(name), models, name) for name in names}
     manifest = EvaluateManifest(
         arms=_arms(evaluator, models, config.interpolate, results),
-        branches={
-            name: results[name]
-            for name in models.branches
-            if not any(name in members for members in arms.values())
-        },
+        branches={name: results[name] for name in models.branches if name not in of_arms},
         merging_gain={
-            arm: _gain([models.merges[name] for name in members], members, results)
-            for arm, members in arms.items()
-            if all(name in models.merges for name in members)
+            arm: _gain([models.merges[name] for name in merges], merges, results)
+            for arm, merges in arms.items()
+            if all(name in models.merges for name in merges)
         },
         comparisons=compare_arms(
             {
-                arm: [evaluator.items(name) for name in members]
-                for arm, members in _members(models, config.interpolate).items()
+                arm: [evaluator.items(name) for name in names_of_arm]
+                for arm, names_of_arm in members.items()
             },
             tuple(dataset.num_examples for dataset in datasets),
         ),
@@ -109,18 +109,21 @@ class _Evaluator:
         config: EvaluateConfig,
         directory: Path,
         task: Task,
+        of_arms: Set[str],
     ) -> None:
         self.base = base
         self.measurer = measurer
         self.config = config
         self.directory = directory
         self.task = task
+        self.of_arms = of_arms  # models whose retention is measured
 
     def measure(self, name: str, path: Path, shares: Sequence[float] = ()) -> None:
         """Measures the model at ``path`` and (1 - share) base + share model for every share."""
         wanted = {name: 1.0, **{_interpolated(name, share): share for share in shares}}
         missing = {key: share for key, share in wanted.items() if not self._file(key).exists()}
-        self.task.skip((len(wanted) - len(missing)) * self.measurer.num_tokens)
+        for key in wanted.keys() - missing.keys():
+            self.task.skip(self.measurer.num_tokens(retention=key in self.of_arms))
         if not missing:
             return
         model = load_model(str(path), self.config.dtype)
@@ -132,8 +135,11 @@ class _Evaluator:
             self._measure(key, model, share * moved)
 
     def _measure(self, name: str, model: nn.Module, displacement: float) -> None:
-        result, items = self.measurer.measure(name, model, displacement, self.task)
-        write_items(items, self._items_file(name))
+        if name in self.of_arms:
+            result, items = self.measurer.measure(name, model, displacement, self.task)
+            write_items(items, self._items_file(name))
+        else:
+            result = self.measurer.measure_rows(name, model, displacement, self.task)
         write_manifest(_Stored(result), self._file(name))
 
     def result(self, name: str) -> ArmResult:

@@ -167,14 +167,17 @@ class DatasetResult:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One model on the held-out rows, with the columns that show what it forgot (retention)."""
+    """One model on the held-out rows, with the columns that show what it forgot (retention).
+
+    Retention is measured for arms, and None for the branches of a merge.
+    """
 
     loss: float  # nats per target token, mean over datasets
     token_loss: float  # nats per target token, mean over tokens
     exact_match: float  # mean over datasets, 0..1
-    text_loss: float  # nats per token of a fixed general English text
-    chat_nll: float  # nats per token of the base model's own greedy answers to fixed prompts
-    answer_length_tokens: float  # mean length of this model's greedy answers to those prompts
+    text_loss: float | None  # nats per token of a fixed general English text
+    chat_nll: float | None  # nats per token of the base's own greedy answers to fixed prompts
+    answer_length_tokens: float | None  # mean length of this model's greedy answers to the prompts
     displacement: float  # |theta - theta_0|
     num_tokens: int = 0  # trained on, over all branches of the arm
     num_target_tokens: int = 0

@@ -105,7 +105,7 @@ def _difference(row: Comparison | None) -> str:
 
 
 def branch_rows(evaluation: EvaluateManifest) -> Table:
-    """One row per branch, with the columns of ``results_rows``."""
+    """One row per branch, with the columns of ``results_rows`` that are measured for branches."""
     return _result_table("branch", evaluation.branches)
 
 
@@ -238,12 +238,18 @@ def percent(share: float) -> str:
 
 
 def _result_table(first_column: str, results: Mapping[str, ArmResult]) -> Table:
+    """One row per result; a column that no result has is left out."""
     seeds = _seeds_differ(results)
-    columns = (first_column, *(column.heading for column in _RESULT_COLUMNS))
+    shown = [
+        column
+        for column in _RESULT_COLUMNS
+        if not results or any(getattr(r, column.measure) is not None for r in results.values())
+    ]
+    columns = (first_column, *(column.heading for column in shown))
     rows = tuple(
         (
             name,
-            *(_result_cell(result, column) for column in _RESULT_COLUMNS),
+            *(_result_cell(result, column) for column in shown),
             *([str(result.num_seeds)] if seeds else []),
         )
         for name, result in results.items()
@@ -256,6 +262,9 @@ def _seeds_differ(results: Mapping[str, ArmResult]) -> bool:
 
 
 def _result_cell(result: ArmResult, column: _Column) -> str:
-    text = column.show(getattr(result, column.measure))
+    value = getattr(result, column.measure)
+    if value is None:
+        return ABSENT
+    text = column.show(value)
     error = result.errors.get(column.measure)
     return text if error is None else f"{text} ± {column.show(error)}"

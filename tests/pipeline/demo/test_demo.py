@@ -40,16 +40,12 @@ def run(directory, start=from_the_shell):
 def test_arms_learn_and_the_summary_is_whole(demo):
     _, summary = demo
     arms = summary["arms"]
-    assert {"base", "joint", "random", "merit"} == set(arms)
+    assert {"base", "joint", "merit"} == set(arms)
     for arm in arms.values():
         assert {"loss", "exact_match", "text_loss", "chat_nll", "answer_length_tokens"} <= set(arm)
     assert arms["joint"]["loss"] < 0.6 * arms["base"]["loss"]
     assert arms["merit"]["loss"] < 0.6 * arms["base"]["loss"]
-    assert (
-        arms["joint"]["num_target_tokens"]
-        == arms["merit"]["num_target_tokens"]
-        == arms["random"]["num_target_tokens"]
-    )
+    assert arms["joint"]["num_target_tokens"] == arms["merit"]["num_target_tokens"]
     assert set(summary["split"].values()) == {0, 1} and len(summary["split"]) == 8
     assert isinstance(summary["merging_gain"], float)
 
