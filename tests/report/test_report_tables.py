@@ -25,7 +25,7 @@ from merit_fast.manifests.schemas import (
 )
 from merit_fast.report import audit_sentence, gain_rows, results_rows
 from merit_fast.report.split_tables import group_rows, separation_rows, small_margins, split_rows
-from merit_fast.report.tables import audit_rows, dataset_result_rows, tuning_rows
+from merit_fast.report.tables import audit_rows, branch_rows, dataset_result_rows, tuning_rows
 
 
 def test_results_rows_are_the_manifest():
@@ -59,6 +59,15 @@ def test_results_rows_are_the_manifest():
             assert abs(float(cell["train s"].replace(",", "")) - arm.train_s) <= 0.0501
             assert cell["peak GiB"] == "1.50"
         assert set(cell) == set(counted)
+
+
+def test_branches_are_shown_without_the_retention_that_is_not_measured():
+    evaluation = make_evaluation(make_split(6, 2))
+    columns, rows = branch_rows(evaluation)
+    assert columns[:3] == ("branch", "loss", "exact match %")
+    assert not {"text loss", "chat NLL", "answer length"} & set(columns)
+    assert [row[0] for row in rows] == list(evaluation.branches)
+    assert all(len(row) == len(columns) for row in rows)
 
 
 def test_results_formats():

@@ -185,6 +185,7 @@ def make_evaluation(split: SplitManifest, arm: str = "merit") -> EvaluateManifes
             },
         )
 
+    no_retention = dict.fromkeys(("text_loss", "chat_nll", "answer_length_tokens"))
     return EvaluateManifest(
         arms={
             "base": result(False),
@@ -192,7 +193,7 @@ def make_evaluation(split: SplitManifest, arm: str = "merit") -> EvaluateManifes
             arm: result(True),
             "random": result(True),
         },
-        branches={f"{arm}-{k}": result(True) for k in range(split.groups)},
+        branches={f"{arm}-{k}": replace(result(True), **no_retention) for k in range(split.groups)},
         merging_gain={
             name: MergingGain(
                 draw.random(),
