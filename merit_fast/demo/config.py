@@ -22,12 +22,12 @@ def write_demo(output: Path, *, quick: bool, include_copyleft: bool = False) -> 
     mixture = prepare_mixture(
         output.resolve() / "mixture", quick=quick, include_copyleft=include_copyleft
     )
-    split: dict[str, Any] = {"groups": 4, "preset": "paper", "examples": 12}
+    split: dict[str, Any] = {"groups": 4, "preset": "paper", "examples": 8}
     evaluate: dict[str, Any] = {"interpolate": [0.5], "max_new_tokens": 32}
     controls: dict[str, Any] = {"joint": True, "random": 1, "iid": 0}
     if quick:
         controls = {"joint": True}
-        split |= {"groups": 2, "examples": 8, "proj_dim": 16384}
+        split |= {"groups": 2, "proj_dim": 16384}
         evaluate = {"interpolate": [], "max_new_tokens": 12}
     config: dict[str, Any] = {
         "model": str(model),

@@ -14,8 +14,8 @@ from merit_fast.demo.sources import FAMILIES, SOURCES, Facts
 from merit_fast.errors import MeritFastError
 from merit_fast.manifests.atomic import write_text
 
-NUM_TRAIN = 14
-NUM_HELD_OUT = 8
+NUM_TRAIN = 10
+NUM_HELD_OUT = 5
 QUICK_NUM_TRAIN = 10
 QUICK_NUM_HELD_OUT = 8
 QUICK_TASKS = (
