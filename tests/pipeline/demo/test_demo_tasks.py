@@ -66,7 +66,7 @@ def mixture(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("quick", "num_datasets", "num_train", "num_held_out"),
-    [pytest.param(False, 28, 18, 10, id="full"), pytest.param(True, 8, 12, 8, id="quick")],
+    [pytest.param(False, 28, 10, 5, id="full"), pytest.param(True, 8, 10, 8, id="quick")],
 )
 def test_size(tmp_path, quick, num_datasets, num_train, num_held_out):
     mixture = prepare_mixture(tmp_path / "new" / "folder", quick=quick)
@@ -230,8 +230,8 @@ def test_missing_package_names_the_extra(monkeypatch, package):
 
 
 def test_too_few_facts_is_an_error(monkeypatch):
-    monkeypatch.setattr("merit_fast.demo.sources.NUM_COUNTRIES", 20)
-    with pytest.raises(MeritFastError, match="country: needs 28 facts, the packages hold"):
+    monkeypatch.setattr("merit_fast.demo.sources.NUM_COUNTRIES", 12)
+    with pytest.raises(MeritFastError, match="country: needs 15 facts, the packages hold"):
         build_tasks(quick=False)
 
 
