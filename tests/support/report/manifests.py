@@ -185,7 +185,9 @@ def make_evaluation(split: SplitManifest, arm: str = "merit") -> EvaluateManifes
             },
         )
 
-    no_retention = dict.fromkeys(("text_loss", "chat_nll", "answer_length_tokens"))
+    def of_branch() -> ArmResult:
+        return replace(result(True), text_loss=None, chat_nll=None, answer_length_tokens=None)
+
     return EvaluateManifest(
         arms={
             "base": result(False),
@@ -193,7 +195,7 @@ def make_evaluation(split: SplitManifest, arm: str = "merit") -> EvaluateManifes
             arm: result(True),
             "random": result(True),
         },
-        branches={f"{arm}-{k}": replace(result(True), **no_retention) for k in range(split.groups)},
+        branches={f"{arm}-{k}": of_branch() for k in range(split.groups)},
         merging_gain={
             name: MergingGain(
                 draw.random(),
