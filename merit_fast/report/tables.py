@@ -16,7 +16,7 @@ from merit_fast.manifests.schemas import (
     SplitManifest,
     TuneManifest,
 )
-from merit_fast.report.measured import is_certain
+from merit_fast.report.measured import comparison_of, is_certain
 
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
@@ -84,11 +84,15 @@ def comparison_rows(evaluation: EvaluateManifest) -> Table:
     A difference within two standard errors is in brackets.
     """
     measures = [key for key in _COMPARED if any(key == c.measure for c in evaluation.comparisons)]
-    found = {(row.first, row.second, row.measure): row for row in evaluation.comparisons}
-    pairs = list(dict.fromkeys((row.first, row.second) for row in evaluation.comparisons))
+    pairs: dict[frozenset[str], tuple[str, str]] = {}
+    for row in evaluation.comparisons:
+        pairs.setdefault(frozenset((row.first, row.second)), (row.first, row.second))
     rows = tuple(
-        (f"{first} − {second}", *(_difference(found.get((first, second, m))) for m in measures))
-        for first, second in pairs
+        (
+            f"{first} − {second}",
+            *(_difference(comparison_of(evaluation, first, second, m)) for m in measures),
+        )
+        for first, second in pairs.values()
     )
     return ("comparison", *(_COMPARED[key].heading for key in measures)), rows
 

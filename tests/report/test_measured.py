@@ -147,6 +147,14 @@ def test_comparisons_bracket_what_is_not_told_apart():
     )
 
 
+def test_two_arms_have_one_row_of_comparisons_whichever_came_first():
+    found = evaluation(base=4.5, joint=1.0, merit=1.01)
+    found = compared(found, "merit", "joint", 0.001)
+    found = compared(found, "joint", "merit", 0.02, measure="chat_nll")
+    (row,) = comparison_rows(found)[1]
+    assert row == ("merit − joint", "+0.010 ± 0.001", "+0.100 ± 0.020")
+
+
 @pytest.mark.parametrize("measure", ["loss", "exact_match", "text_loss", "chat_nll"])
 def test_comparisons_name_every_measure(measure):
     found = compared(
