@@ -13,7 +13,7 @@ _SHARES = (0.1, 0.25, 0.5)  # of a dataset without held-out rows: the first that
 
 @dataclass(frozen=True)
 class Source:
-    """What a file or directory of rows holds."""
+    """The content of a file or directory of rows."""
 
     format: str
     num_rows: int

@@ -97,7 +97,7 @@ def _is_left_out(folder: Path) -> bool:
 def _holds_rows(file: Path) -> bool:
     """Whether a .json file begins with an object on a line by itself, as JSONL, or with an array.
 
-    An array is no format of rows; reading it says so.
+    An array is no format of rows; reading it names the rule.
     """
     with open(file, "rb") as lines:
         first = lines.readline(1 << 20).strip()
@@ -105,7 +105,7 @@ def _holds_rows(file: Path) -> bool:
 
 
 def _key_and_role(path: Path) -> tuple[tuple[str, ...], str]:
-    """What names the dataset, and the role of its rows, from a path relative to the root."""
+    """Parts of the dataset's name, and the role of its rows, from a path relative to the root."""
     role = ""
     key = []
     for folder in path.parts[:-1]:

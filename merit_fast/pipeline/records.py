@@ -27,7 +27,7 @@ _NO_RESULT = ("output", "threads")  # keys of a config that change no result
 
 
 class Records:
-    """What the ledger of the run at ``root`` knows.
+    """The outputs of the run at ``root`` as its ledger knows them.
 
     ``whole``: hash every file of an output the first time that it is checked.
     """

@@ -66,7 +66,7 @@ def settle_weights(models: Sequence[Location], config: MergeConfig) -> MergeConf
 
 
 def weights_reason(models: Sequence[Location], config: MergeConfig) -> str:
-    """Where the weights come from, in one clause; see ``settle_weights`` for errors."""
+    """The origin of the weights, in one clause; see ``settle_weights`` for errors."""
     settled = settle_weights(models, config).weights
     if not config.takes_weights:
         return f"none: method {config.method} takes no weights"
