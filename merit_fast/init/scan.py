@@ -34,7 +34,7 @@ class Candidate:
 
 @dataclass
 class Scan:
-    """Candidates in the order of their names, and what was found and cannot be used."""
+    """Candidates in the order of their names, and the files that no run can use."""
 
     candidates: list[Candidate] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)  # "PATH: reason"

@@ -113,8 +113,8 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         Args:
             trainer: transformers' Trainer or a subclass, such as TRL's SFTTrainer.
             sampler: "one dataset" regroups the rows into batches of one dataset and so changes the
-                order of training. "as given" keeps the Trainer's batches, each of which must be of
-                one dataset then. A stream of rows keeps its batches in any case.
+                order of training. "as given" keeps the Trainer's batches; each must then be of one
+                dataset. A stream of rows keeps its batches in any case.
         """
         if self._attached:
             raise MeritFastError("SketchCallback: is attached already; take one for each Trainer")

@@ -27,7 +27,7 @@ _SECTIONS = {stage.name: stage.section or stage.name for stage in (*STAGES, AUDI
 
 @dataclass(frozen=True)
 class OutputState:
-    """The state of an output; ``detail`` names the file and what was found."""
+    """The state of an output; ``detail`` names a file and its damage."""
 
     state: State
     detail: str = ""

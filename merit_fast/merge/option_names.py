@@ -31,7 +31,7 @@ class OptionError(InputError):
         return OptionError, (*self._parts, self._form)
 
     def named(self, form: Form) -> "OptionError":
-        """The same error with the option's name in another form."""
+        """This error with the option's name in another form."""
         return OptionError(*self._parts, form)
 
 

@@ -1,4 +1,4 @@
-"""The branches of every arm: which rows each one is trained on, from where and by which recipe.
+"""The branches of every arm: rows, start, seed and recipe of each.
 
 Arms: ``merit``; the controls ``joint`` (one run on everything from the base), ``joint-short`` (as
 many steps as merit's longest branch), ``joint-low`` (a lower learning rate), ``random``,

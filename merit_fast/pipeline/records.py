@@ -1,4 +1,4 @@
-"""The ledger of one configured run: reads and writes run.json, and answers what is up to date."""
+"""The ledger of one configured run: reads and writes run.json, and tells each output's state."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
