@@ -8,7 +8,7 @@ from merit_fast.data.batch import Batch, PackedBatch, collate, pack, pad_token_i
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.dataset import IGNORED_LABEL, Dataset, Example, count_target_tokens
 from merit_fast.data.fingerprint import dataset_fingerprints, mixture_fingerprint
-from merit_fast.data.mixture import load_mixture
+from merit_fast.data.load import load_mixture
 from merit_fast.data.template import load_tokenizer
 
 __all__ = [

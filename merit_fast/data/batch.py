@@ -5,12 +5,13 @@ Left padding lines up the ends of the answers, so the head can skip the position
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from merit_fast.data.dataset import IGNORED_LABEL, Example, count_target_tokens
+from merit_fast.data.media import join_media
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,11 @@ class Batch:
     """B examples as LongTensors [B, T]; ``dataset_ids`` is [B].
 
     Only ``attention_mask`` tells padding from text.
+
+    Attributes:
+        visible: [B, 1, T, T] bool, the keys that each query sees, where an example is a tree; None:
+            a query sees the text before it.
+        media: pixel inputs and token types by the names of the model's forward; empty for text.
     """
 
     input_ids: torch.Tensor
@@ -28,6 +34,8 @@ class Batch:
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     dataset_ids: torch.Tensor
+    visible: torch.Tensor | None = field(default=None, kw_only=True)
+    media: Mapping[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
 
     @cached_property
     def num_target_tokens(self) -> int:
@@ -94,7 +102,12 @@ def collate(
         attention_mask[row, start:] = 1
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     return Batch(
-        input_ids, labels, attention_mask, position_ids, torch.tensor(dataset_ids, dtype=torch.long)
+        input_ids,
+        labels,
+        attention_mask,
+        position_ids,
+        torch.tensor(dataset_ids, dtype=torch.long),
+        media=join_media(examples, [width - len(example.input_ids) for example in examples], width),
     )
 
 

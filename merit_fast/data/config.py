@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from datetime import date
+from typing import Any, Literal
 
 from merit_fast.options.fields import REQUIRED, option, require
 
 Part = Literal["train", "eval"]
+TrainOn = Literal["all", "last"] | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class DatasetConfig:
     eval_split: str | None = option(
         None, "held-out split of the same Hugging Face dataset, or of eval_path if that is set"
     )
-    eval_fraction: float | None = option(
+    eval_share: float | None = option(
         None,
         "share of path's rows that is held out, chosen by their content; "
         "in place of eval_path and eval_split",
@@ -32,6 +34,36 @@ class DatasetConfig:
     )
     max_examples: int | None = option(
         None, "train on the first N rows only; held-out rows stay whole"
+    )
+    sample: int | None = option(
+        None, "train on N random rows, chosen by data.seed", omit_default=True
+    )
+    weight: float = option(
+        1.0,
+        "times that each training row is seen in an epoch; 0.5: half of them",
+        omit_default=True,
+    )
+    config: str | None = option(None, "configuration of a Hugging Face dataset", omit_default=True)
+    revision: str | None = option(
+        None, "branch, tag or commit of a Hugging Face dataset", omit_default=True
+    )
+    data_files: tuple[str, ...] = option(
+        (), "files of a Hugging Face dataset or of a directory, as globs", omit_default=True
+    )
+    columns: dict[str, str] | None = option(
+        None,
+        "what a format reads -> the column that holds it here",
+        omit_default=True,
+        form="{A: B}",
+    )
+    roles: dict[str, tuple[str, ...]] | None = option(
+        None, "role -> the words for it in these rows", omit_default=True, form="{A: [B, ...]}"
+    )
+    media: str | None = option(
+        None, "folder from which the paths of images count", omit_default=True
+    )
+    train_on: TrainOn | None = option(
+        None, "in place of data.train_on, for this dataset", omit_default=True
     )
 
     def __post_init__(self) -> None:
@@ -45,13 +77,16 @@ class DatasetConfig:
         require(
             not one_source, "eval_split", "another split than the training split", self.eval_split
         )
-        fraction = self.eval_fraction
+        fraction = self.eval_share
         if fraction is not None:
-            require(0 < fraction < 1, "eval_fraction", "between 0 and 1", fraction)
+            require(0 < fraction < 1, "eval_share", "between 0 and 1", fraction)
             is_only = self.eval_path is None and self.eval_split is None
-            require(is_only, "eval_fraction", "absent next to eval_path or eval_split", fraction)
+            require(is_only, "eval_share", "absent next to eval_path or eval_split", fraction)
         rows = self.max_examples
         require(rows is None or rows >= 1, "max_examples", "at least 1", rows)
+        require(self.sample is None or self.sample >= 1, "sample", "at least 1", self.sample)
+        is_finite = 0 < self.weight < float("inf")
+        require(is_finite, "weight", "above 0", self.weight)
 
 
 @dataclass(frozen=True)
@@ -66,6 +101,38 @@ class DataConfig:
         "absent: the tokenizer's own",
     )
 
+    train_on: TrainOn = option(
+        "all",
+        "turns in the loss: all answers, the last one, or a list of roles; a row's own train or "
+        "weight wins",
+        omit_default=True,
+    )
+    special_tokens_in_text: Literal["error", "split", "keep"] = option(
+        "split",
+        "text that spells a control token: refused, tokenized as plain text, or kept as the token",
+        omit_default=True,
+    )
+    date: str = option("2024-07-26", "the day that a template sees as today", omit_default=True)
+    template_arguments: dict[str, Any] | None = option(
+        None,
+        "further arguments of the chat template, such as {enable_thinking: false}",
+        omit_default=True,
+        form="{NAME: VALUE}",
+    )
+    ignore_columns: tuple[str, ...] = option(
+        (), "columns that rows may have and nothing reads", omit_default=True
+    )
+    bad_rows: int = option(
+        0, "rows of a dataset that may be skipped because they are wrong", omit_default=True
+    )
+    leaks: Literal["error", "drop", "keep"] = option(
+        "error", "training rows that are held out too, anywhere in the mixture", omit_default=True
+    )
+    duplicates: Literal["keep", "drop"] = option(
+        "keep", "rows that a dataset holds more than once", omit_default=True
+    )
+    seed: int = option(0, "seed of sample and weight", omit_default=True)
+
     def __post_init__(self) -> None:
         require(self.max_length >= 2, "max_length", "at least 2", self.max_length)
         require(
@@ -74,15 +141,24 @@ class DataConfig:
             "plain or the path of a Jinja file",
             self.chat_template,
         )
+        require(_is_date(self.date), "date", "a day such as 2024-07-26", self.date)
+        require(self.bad_rows >= 0, "bad_rows", "at least 0", self.bad_rows)
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def source(config: DatasetConfig, part: Part) -> tuple[str, str] | None:
     """(path, split) of the training or held-out rows; None for a dataset without held-out rows.
 
-    Local files ignore the split. With ``eval_fraction`` both parts lie in one source, and
+    Local files ignore the split. With ``eval_share`` both parts lie in one source, and
     ``held_out.rows_of_part`` divides its rows.
     """
-    if part == "train" or config.eval_fraction is not None:
+    if part == "train" or config.eval_share is not None:
         return config.path, config.split
     if config.eval_path is None and config.eval_split is None:
         return None

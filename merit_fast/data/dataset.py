@@ -1,15 +1,49 @@
 """Tokenized examples, gathered by dataset: the form in which every stage takes the data."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merit_fast.kernels.labels import IGNORED_LABEL
 
-__all__ = ["IGNORED_LABEL", "Dataset", "Example", "count_target_tokens"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["IGNORED_LABEL", "Dataset", "Example", "Media", "Tree", "count_target_tokens"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """Texts that share their beginnings, laid out as the runs of tokens of a trie.
+
+    Run k holds tokens ``starts[k]`` up to ``starts[k + 1]`` (up to T for the last) and follows
+    run ``parents[k]``, -1 at the root; a parent stands before its children. A token sees its own
+    run up to itself and the whole of its ancestors. Its position is its depth:
+
+        depth(first token of k) = depth(last token of parents[k]) + 1
+
+    The first token of a run is never a target, so the usual shift by one position holds.
+    """
+
+    starts: NDArray[np.int32]  # [R], starts[0] == 0
+    parents: NDArray[np.int32]  # [R], parents[0] == -1
+
+
+class Media(Protocol):
+    """The images of one example. They are read when a batch is made."""
+
+    @property
+    def token_types(self) -> NDArray[np.int8]:
+        """[T] 0 for text, 1 for an image, 2 for a video."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Pixel inputs by the names of the model's forward; examples are joined along dim 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +52,8 @@ class Example:
 
     input_ids: NDArray[np.int32]  # [T]
     labels: NDArray[np.int32]  # [T] input_ids, but IGNORED_LABEL outside the loss and at 0
+    tree: Tree | None = None  # None: one text
+    media: Media | None = None  # None: text only
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +61,7 @@ class Dataset:
     """The examples of one dataset in the order of its rows, and notes about changed rows."""
 
     name: str
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     notes: tuple[str, ...] = ()  # "3 rows longer than 2048 tokens were truncated"
 
     @property
@@ -40,7 +76,16 @@ class Dataset:
     @cached_property
     def num_tokens(self) -> int:
         """Tokens that pass through the model, without padding."""
-        return sum(len(example.input_ids) for example in self.examples)
+        return int(self.lengths.sum())
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N] tokens of each example."""
+        return np.array([len(example.input_ids) for example in self.examples], np.int64)
+
+    def select(self, indices: Sequence[int] | NDArray[np.integer]) -> Dataset:
+        """The dataset with these examples only, in this order; without notes."""
+        return Dataset(self.name, tuple(self.examples[int(i)] for i in indices))
 
 
 def count_target_tokens(labels: Any) -> int:

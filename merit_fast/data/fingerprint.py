@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
-from merit_fast.data.mixture import check_mixture
+from merit_fast.data.mixture.checks import check_mixture
 from merit_fast.data.sources import local_files
 from merit_fast.data.template import PLAIN, read_template
 from merit_fast.errors import InputError
@@ -109,7 +109,7 @@ def _source_content(config: DatasetConfig, part: Part, file_hash: Callable[[Path
     path, split = selected
     files = local_files(path)
     content = [path, split] if files is None else [_hashed(file, file_hash) for file in files]
-    share = [] if config.eval_fraction is None else [part, config.eval_fraction]
+    share = [] if config.eval_share is None else [part, config.eval_share]
     return [content, config.max_examples if part == "train" else None, *share]
 
 

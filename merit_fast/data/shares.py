@@ -37,7 +37,7 @@ def warmup_rows(
             f"{dataset.name}: a warm-up on {share:g} of {len(order)} rows leaves none "
             "for the sketch and the branches"
         )
-    return _selected(dataset, order[:cut]), _selected(dataset, order[cut:])
+    return dataset.select(np.sort(order[:cut])), dataset.select(np.sort(order[cut:]))
 
 
 def dealt_rows(
@@ -56,7 +56,7 @@ def dealt_rows(
         key: text that the order depends on, next to the seed; None: the dataset's name.
     """
     chosen = _dealt(dataset.num_examples, part, parts, seed, dataset.name if key is None else key)
-    return _selected(dataset, chosen)
+    return dataset.select(np.sort(chosen))
 
 
 def num_dealt_rows(num_examples: int, part: int, parts: int, seed: int, key: str) -> int:
@@ -73,7 +73,3 @@ def _dealt(num_examples: int, part: int, parts: int, seed: int, key: str) -> NDA
 def _order(num_examples: int, seed: int, key: str) -> NDArray[np.int64]:
     digest = hashlib.blake2b(f"rows\n{seed}\n{key}".encode(), digest_size=8).digest()
     return np.random.default_rng(int.from_bytes(digest, "little")).permutation(num_examples)
-
-
-def _selected(dataset: Dataset, indices: NDArray[np.int64]) -> Dataset:
-    return Dataset(dataset.name, tuple(dataset.examples[int(i)] for i in np.sort(indices)))

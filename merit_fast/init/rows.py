@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from merit_fast.data.formats import find_format
-from merit_fast.data.held_out import holds_out
+from merit_fast.data.mixture.held_out import holds_out
+from merit_fast.data.rows.formats import find_format
 from merit_fast.data.sources import read_rows
 from merit_fast.errors import InputError
 

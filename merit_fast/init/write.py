@@ -110,7 +110,7 @@ def _entry(
         keys["eval_path"] = _from_folder(candidate.eval_path, folder)
         comment += f"; held out: {held_out.num_rows:,} rows"
     elif source.held_out is not None:
-        keys["eval_fraction"], count = source.held_out
+        keys["eval_share"], count = source.held_out
         comment += f"; {count:,} of them held out, as no file of held-out rows is there"
     else:
         comment += "; too few rows to hold some out: no arm is measured on it"

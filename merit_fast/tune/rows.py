@@ -37,7 +37,6 @@ def _halves(dataset: Dataset) -> tuple[Dataset, Dataset]:
     digest = hashlib.blake2b(f"held-out\n{dataset.name}".encode(), digest_size=8).digest()
     order = np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)
     first, second = (
-        Dataset(dataset.name, tuple(dataset.examples[int(i)] for i in np.sort(half)))
-        for half in (order[: count // 2], order[count // 2 :])
+        dataset.select(np.sort(half)) for half in (order[: count // 2], order[count // 2 :])
     )
     return first, second

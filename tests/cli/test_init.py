@@ -169,7 +169,7 @@ def test_a_model_that_is_not_there_is_refused(call, folder):
 def test_a_share_is_held_out_where_no_file_is(call, folder, tiny_model):
     assert call("init", folder, "--model", tiny_model)[0] == 0
     config = read_run_config(folder / "merit.yml")
-    shares = {entry.name: entry.eval_fraction for entry in config.mixture}
+    shares = {entry.name: entry.eval_share for entry in config.mixture}
     assert shares == {"capitals": None, "echo": None, "parts": 0.1, "sums": None}
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from merit_fast.data.formats import FORMATS, find_format, row_formats_markdown
-from merit_fast.data.messages import ROLES
+from merit_fast.data.rows.formats import FORMATS, find_format, row_formats_markdown
+from merit_fast.data.rows.messages import ROLES
 
 NAMES = [row_format.name for row_format in FORMATS]
 

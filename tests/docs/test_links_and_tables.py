@@ -8,7 +8,7 @@ import re
 import pytest
 from support.docs.pages import PAGES, ROOT, anchors_of, inline_code, links_of, name_of
 
-from merit_fast.data.formats import row_formats_markdown
+from merit_fast.data.rows.formats import row_formats_markdown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

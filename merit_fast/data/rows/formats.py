@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merit_fast.data.messages import (
+from merit_fast.data.rows.messages import (
     Message,
     read_field,
     read_list,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merit_fast.data.dataset import IGNORED_LABEL, Example
-from merit_fast.data.messages import Message
+from merit_fast.data.rows.messages import Message
 from merit_fast.errors import InputError, one_line
 
 if TYPE_CHECKING:

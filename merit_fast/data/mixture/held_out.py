@@ -15,15 +15,15 @@ _BITS = 64
 def rows_of_part(
     rows: Iterator[PlacedRow], config: DatasetConfig, part: Part
 ) -> Iterator[PlacedRow]:
-    """Yields the rows of one part: all of them, unless ``eval_fraction`` divides them.
+    """Yields the rows of one part: all of them, unless ``eval_share`` divides them.
 
     Raises:
         InputError: the division leaves this part without a row.
     """
-    if config.eval_fraction is None:
+    if config.eval_share is None:
         yield from rows
         return
-    is_held_out = holds_out(config.eval_fraction)
+    is_held_out = holds_out(config.eval_share)
     seen = kept = 0
     for row in rows:
         seen += 1
@@ -32,8 +32,8 @@ def rows_of_part(
             yield row
     if seen and not kept:
         raise InputError(
-            f"mixture: {config.name}: eval_fraction: must leave rows on both sides, "
-            f"got {config.eval_fraction:g}, which leaves none of {seen} rows to {part}"
+            f"mixture: {config.name}: eval_share: must leave rows on both sides, "
+            f"got {config.eval_share:g}, which leaves none of {seen} rows to {part}"
         )
 
 

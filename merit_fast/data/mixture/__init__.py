@@ -1,0 +1,1 @@
+"""Decides which rows of which files are the parts of each dataset."""

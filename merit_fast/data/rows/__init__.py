@@ -1,0 +1,1 @@
+"""Turns a row of any known format into a conversation."""
