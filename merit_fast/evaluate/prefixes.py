@@ -63,14 +63,19 @@ def shared_length(rows: Sequence[Example]) -> int:
 
 
 def is_worthwhile(groups: Sequence[Sequence[Example]]) -> bool:
-    """Whether the rows of the groups share enough of their tokens."""
+    """Whether the rows of the groups share enough of their tokens, and none holds images.
+
+    The positions of text behind images depend on the images, so a cache of text does not fit.
+    """
+    if any(row.media is not None for rows in groups for row in rows):
+        return False
     saved = sum((len(rows) - 1) * shared_length(rows) for rows in groups)
     return saved >= _WORTHWHILE * sum(len(row.input_ids) for rows in groups for row in rows)
 
 
 def without_prefix(row: Example, length: int) -> Example:
     """The row from its position ``length`` on."""
-    return Example(row.input_ids[length:], row.labels[length:])
+    return Example(row.input_ids[length:], row.labels[length:]) if length else row
 
 
 def fill_prefixes(model: nn.Module, prefixes: Sequence[Any], pad_token_id: int) -> Prefixes | None:

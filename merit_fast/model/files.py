@@ -27,7 +27,7 @@ def resolve_model(path: str) -> Path:
         raise InputError(f"model: {path}: must be a model's folder or a hub id; it is {state}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # *.json: the processor's files too
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds, for an unavailable model

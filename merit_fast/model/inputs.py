@@ -3,6 +3,8 @@
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from merit_fast.model.vision import computes_positions, forget_positions, media_inputs
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ def model_inputs(
     """Arguments of the model's forward, and targets [B, n] of its positions ``[-n - 1 : -1]``.
 
     A packed row has no mask: transformers makes a block-diagonal one from restarting positions.
+    Images come with the batch; a model with M-RoPE computes their positions itself.
     """
     from merit_fast.data import PackedBatch
 
@@ -25,17 +28,17 @@ def model_inputs(
     _choose_attention(model, device.type, 0 if plain_attention else width)
     keep = min(-(-batch.logits_to_keep // 8) * 8, width)  # few shapes: each costs a kernel's set-up
     accepted = inspect.signature(model.forward).parameters
-    optional: dict[str, Any] = {
-        "logits_to_keep": keep,
-        "position_ids": batch.position_ids.to(device),
-        "use_cache": False,
-    }
+    optional: dict[str, Any] = {"logits_to_keep": keep, "use_cache": False}
+    if not computes_positions(batch.media, accepted):
+        optional["position_ids"] = batch.position_ids.to(device)
+    forget_positions(model)
     inputs = {
         "input_ids": batch.input_ids.to(device),
         "attention_mask": None
         if isinstance(batch, PackedBatch)
         else batch.attention_mask.to(device),
         **{name: value for name, value in optional.items() if name in accepted},
+        **media_inputs(batch.media, accepted, device),
     }
     return inputs, batch.labels[:, -keep + 1 :].to(device)
 

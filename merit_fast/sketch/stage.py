@@ -17,7 +17,7 @@ from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.sketch_state import SketchState
-from merit_fast.model import load_model, target_losses
+from merit_fast.model import freeze_parameters, load_model, target_losses
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, Task
 from merit_fast.sketch.config import SketchConfig
@@ -40,6 +40,7 @@ def sketch_mixture(
     directory: Path,
     progress: Progress,
     earlier: Path | None = None,
+    freeze: Sequence[str] | None = None,
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
@@ -49,6 +50,8 @@ def sketch_mixture(
     Args:
         earlier: a finished output of any mixture and options. Its undamaged files with equal
             fingerprints are reused; they have the bytes that sketching would give.
+        freeze: parameters that training leaves as they are, as ``freeze_parameters`` takes them;
+            they are not sketched.
 
     Raises:
         InputError: a dataset of one example; parameters that select nothing; blocks too few for
@@ -58,7 +61,8 @@ def sketch_mixture(
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, max(map(len, chosen.values())), ERROR_RATE)
     fingerprints = {
-        d.name: _fingerprint(d, chosen[d.name], model_fingerprint, config) for d in datasets
+        d.name: _fingerprint(d, chosen[d.name], model_fingerprint, config, freeze)
+        for d in datasets
     }
     kept, reused = reuse_states(directory, earlier, fingerprints)
     if reused:
@@ -78,6 +82,7 @@ def sketch_mixture(
             config,
             directory,
             progress,
+            freeze,
         )
 
 
@@ -91,8 +96,10 @@ def _sketch_datasets(  # noqa: PLR0913
     config: SketchConfig,
     directory: Path,
     progress: Progress,
+    freeze: Sequence[str] | None,
 ) -> None:
     model = load_model(model_path, config.dtype)
+    freeze_parameters(model, freeze)
     parameters = select_parameters(model, config.parameters)
     sketch = CountSketch(config.proj_dim, config.seed)
     with (
@@ -128,11 +135,16 @@ def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
 
 
 def _fingerprint(
-    dataset: Dataset, indices: list[int], model_fingerprint: str, config: SketchConfig
+    dataset: Dataset,
+    indices: list[int],
+    model_fingerprint: str,
+    config: SketchConfig,
+    freeze: Sequence[str] | None,
 ) -> str:
     """Fingerprint of everything that a dataset's file of sums depends on."""
     rows = _content(dataset, indices)
-    return fingerprint([HASH_VERSION, model_fingerprint, to_plain(config), rows])
+    frozen = [] if freeze is None else [list(freeze)]
+    return fingerprint([HASH_VERSION, model_fingerprint, to_plain(config), rows, *frozen])
 
 
 def _content(dataset: Dataset, indices: Sequence[int]) -> str:

@@ -33,7 +33,10 @@ def check_architecture(base: Path) -> str:
         InputError: the installed transformers cannot load it as one.
     """
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     file = base / "config.json"
     values = read_json(file)
@@ -43,7 +46,10 @@ def check_architecture(base: Path) -> str:
             f"{file}: model_type: must be one that the installed transformers knows, "
             f"got {show(model_type)}"
         )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    if values.get("vision_config") is not None:
+        known.update(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    if model_type not in known:
         architectures = values.get("architectures")
         raise InputError(
             f"{file}: model_type: must be a causal language model, got {show(model_type)} "
