@@ -4,7 +4,12 @@ Every stage that runs a model uses it.
 """
 
 from merit_fast.model.dtype import DTYPES, Dtype, SettledDtype, settle_dtype
-from merit_fast.model.files import model_fingerprint, resolve_model, weight_files
+from merit_fast.model.files import (
+    copy_processor_files,
+    model_fingerprint,
+    resolve_model,
+    weight_files,
+)
 from merit_fast.model.freeze import freeze_parameters
 from merit_fast.model.inputs import model_inputs
 from merit_fast.model.load import auto_class, load_model, no_loading_bar
@@ -18,6 +23,7 @@ __all__ = [
     "SettledDtype",
     "TargetLosses",
     "auto_class",
+    "copy_processor_files",
     "forget_positions",
     "freeze_parameters",
     "keep_freed_memory",

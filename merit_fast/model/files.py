@@ -2,11 +2,19 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.hashes import checksum
+
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 
 
 def resolve_model(path: str) -> Path:
@@ -27,11 +35,29 @@ def resolve_model(path: str) -> Path:
         raise InputError(f"model: {path}: must be a model's folder or a hub id; it is {state}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # *.json: the processor's files too
+    patterns = [
+        "*.json",
+        "*.safetensors",
+        "*.model",
+        "*.txt",
+        "*.jinja",
+    ]
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds, for an unavailable model
         raise InputError(f"model: {path}: not a folder, and {hub_trouble(error)}") from None
+
+
+def copy_processor_files(start: Path, directory: Path) -> None:
+    """Copies the files of a model's processor, byte for byte, into a model made from it.
+
+    Args:
+        start: the model's folder; one that reads no images has none of them.
+        directory: an output directory; a file that it has already stays.
+    """
+    for name in PROCESSOR_FILES:
+        if (start / name).is_file() and not (directory / name).exists():
+            shutil.copyfile(start / name, directory / name)
 
 
 def weight_files(folder: Path) -> list[Path]:

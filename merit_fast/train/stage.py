@@ -16,6 +16,7 @@ from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.model import (
+    copy_processor_files,
     freeze_parameters,
     load_model,
     no_loading_bar,
@@ -161,6 +162,7 @@ def _write_branch(
         save: Any = model.eval().save_pretrained
         save(directory, max_shard_size=config.max_shard_size)
     load_tokenizer(job.start_path).save_pretrained(directory)
+    copy_processor_files(Path(job.start_path), directory)
     manifest = BranchManifest(
         branch=job.branch,
         arm=job.arm,
