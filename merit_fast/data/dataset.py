@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -36,14 +37,30 @@ class Tree:
 
 
 class Media(Protocol):
-    """The images of one example. They are read when a batch is made."""
+    """The images of one example, possibly none. They are read when a batch is made.
+
+    Every example of a model that reads images has media, and no other example has.
+    """
 
     @property
     def token_types(self) -> NDArray[np.int8]:
         """[T] 0 for text, 1 for an image, 2 for a video."""
 
+    @property
+    def token_types_name(self) -> str | None:
+        """Name of the token types in the model's forward; None if it takes none."""
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Pixel inputs by the names of the model's forward; examples are joined along dim 0."""
+
+    def fingerprint(self) -> str:
+        """Hex digits of the contents of the images, in their order."""
+
+    def cut(self, length: int) -> Media:
+        """The media of the example's first ``length`` tokens."""
+
+    def reference(self, folder: Path | None = None) -> dict[str, Any]:
+        """A JSON object that stands for the media; bytes of images go into ``folder``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.data.config import DataConfig, DatasetConfig
+from merit_fast.data.conversation import Conversation
 from merit_fast.data.dataset import IGNORED_LABEL, Example, count_target_tokens
+from merit_fast.data.images import ImageEncoder, ImageFile, is_processor
 from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import PlacedRow
-from merit_fast.data.template import ChatEncoder
+from merit_fast.data.template import ChatEncoder, Rendered
 from merit_fast.errors import InputError
 
 
@@ -42,6 +44,9 @@ class RowEncoder:
         self.reader = RowReader(config, data_config)
         self._data_config = data_config
         self._encoder = ChatEncoder(tokenizer, data_config.chat_template)
+        self._images: ImageEncoder | None = None
+        if is_processor(tokenizer):
+            self._images = ImageEncoder(tokenizer, data_config, config.media)
 
     def encode(self, rows: Sequence[PlacedRow]) -> list[EncodedRow]:
         """Encodes rows in their order, in one call of the tokenizer; a bad row raises nothing."""
@@ -54,18 +59,48 @@ class RowEncoder:
         return encoded
 
     def _encode(self, place: str, row: dict[str, Any]) -> EncodedRow:
-        conversation = self.reader.read(row, place)
+        return self.encode_conversation(self.reader.read(row, place))
+
+    def encode_conversation(self, conversation: Conversation) -> EncodedRow:
+        """Encodes one row that was read.
+
+        Raises:
+            InputError: the row is bad.
+        """
+        place = conversation.place
+        files = self._find_images(conversation)
         messages = [message.for_template() for message in conversation.messages]
         rendered = self._encoder.render(messages, place)
         if not rendered:
             raise InputError(f"{place}: must have an answer of the assistant, found none")
         examples = []
         outcomes = ["rewritten"] if len(rendered) > 1 else []
-        for example in self._encoder.encode(rendered):
+        for example in self._encode_texts(rendered, files):
             fitted, outcome = self._fit(example, place)
             examples += [fitted] if fitted else []
             outcomes += [outcome] if outcome else []
         return EncodedRow(place, tuple(examples), tuple(outcomes))
+
+    def _find_images(self, conversation: Conversation) -> tuple[ImageFile, ...]:
+        if self._images is not None:
+            return self._images.find(conversation)
+        if conversation.images:
+            raise InputError(
+                f"{conversation.place}: must be text: the row has images, and the model reads none"
+            )
+        return ()
+
+    def _encode_texts(
+        self, rendered: Sequence[Rendered], files: Sequence[ImageFile]
+    ) -> list[Example]:
+        if self._images is None:
+            return self._encoder.encode(rendered)
+        texts = self._images.expand(rendered, files)
+        examples = self._encoder.encode([text.rendered for text in texts])
+        return [
+            self._images.attach(example, text)
+            for example, text in zip(examples, texts, strict=True)
+        ]
 
     def _fit(self, example: Example, place: str) -> tuple[Example | None, str | None]:
         """Applies `data.too_long`: the example, None if dropped; and the outcome."""
@@ -82,4 +117,6 @@ class RowEncoder:
         if not count_target_tokens(labels):
             return None, "unanswered"
         end = int((labels != IGNORED_LABEL).nonzero()[0][-1]) + 1
-        return Example(example.input_ids[:end].copy(), labels[:end].copy()), "truncated"
+        media = example.media.cut(end) if example.media else None
+        cut = Example(example.input_ids[:end].copy(), labels[:end].copy(), media=media)
+        return cut, "truncated"

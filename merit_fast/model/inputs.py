@@ -3,7 +3,12 @@
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from merit_fast.model.vision import computes_positions, forget_positions, media_inputs
+from merit_fast.model.vision import (
+    TOKEN_TYPES,
+    computes_positions,
+    forget_positions,
+    media_inputs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,7 +35,10 @@ def model_inputs(
     accepted = inspect.signature(model.forward).parameters
     optional: dict[str, Any] = {"logits_to_keep": keep, "use_cache": False}
     if not computes_positions(batch.media, accepted):
-        optional["position_ids"] = batch.position_ids.to(device)
+        positions = batch.position_ids.to(device)
+        if isinstance(batch, PackedBatch) and TOKEN_TYPES in accepted:
+            positions = positions.expand(4, -1, -1)  # of the text, then the three of M-RoPE
+        optional["position_ids"] = positions
     forget_positions(model)
     inputs = {
         "input_ids": batch.input_ids.to(device),

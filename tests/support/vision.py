@@ -58,9 +58,12 @@ CHATML_IMAGES = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_QWEN_IMAGES = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}}
-_CLIP_IMAGES = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-_LLAVA_OPTIONS = {
+_QWEN_IMAGES: dict[str, Any] = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}}
+_CLIP_IMAGES: dict[str, Any] = {
+    "size": {"shortest_edge": 28},
+    "crop_size": {"height": 28, "width": 28},
+}
+_LLAVA_OPTIONS: dict[str, Any] = {
     "patch_size": 14,
     "num_additional_image_tokens": 1,
     "vision_feature_select_strategy": "default",
@@ -72,7 +75,7 @@ def _qwen2(kind: str) -> Callable[[int, dict[str, int]], Any]:
     def make(vocabulary: int, ids: dict[str, int]) -> Any:
         import transformers
 
-        tower = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2}
+        tower: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 14}
         if kind == "Qwen2VL":
             tower |= {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
         else:
@@ -90,7 +93,8 @@ def _qwen3(vocabulary: int, ids: dict[str, int]) -> Any:
 
     rope = _ROPE | {"mrope_interleaved": True}
     text = _TEXT | {"vocab_size": vocabulary, "head_dim": 8, "rope_parameters": rope}
-    tower = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    tower: dict[str, Any] = {"depth": 2, "hidden_size": 16, "intermediate_size": 24}
+    tower |= {"num_heads": 2}
     tower |= {"patch_size": 14, "out_hidden_size": 32, "num_position_embeddings": 16}
     tower |= {"deepstack_visual_indexes": [0]}
     return Qwen3VLConfig(text_config=text, vision_config=tower, **_qwen_ids(ids))
@@ -128,7 +132,6 @@ def _smolvlm(vocabulary: int, ids: dict[str, int]) -> Any:
         vision_config=_TOWER | {"image_size": 28, "patch_size": 7},
         image_token_id=ids["<image>"],
         scale_factor=2,
-        pad_token_id=0,
         tie_word_embeddings=False,
     )
 
@@ -291,7 +294,9 @@ def make_vision_model(directory: Path, name: str, *, seed: int = 0) -> Any:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.get_vocab()}
     config = layout.config(len(tokenizer), ids)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32
+    )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     with torch.no_grad():
         for parameter in model.parameters():  # large enough that every pixel moves the loss

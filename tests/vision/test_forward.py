@@ -3,9 +3,10 @@
 import pytest
 import torch
 from support.vision import LAYOUTS
-from support.vision_rows import ROWS, as_example, load_processor, processed_rows
+from support.vision_rows import ROWS, as_example, processed_rows
 
-from merit_fast.data import collate
+from merit_fast.data import Example, collate, pack
+from merit_fast.data.images import load_processor
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.model import load_model, target_losses
 from merit_fast.patch.model import patch_model
@@ -23,7 +24,7 @@ def case(vision_folders):
     def make(name):
         if name not in made:
             folder = vision_folders(name)
-            rows = processed_rows(load_processor(folder, LAYOUTS[name]))
+            rows = processed_rows(load_processor(str(folder)))
             model = load_model(str(folder), "fp32")
             with torch.no_grad():
                 own = torch.stack([model(**row).loss for row in rows])
@@ -82,7 +83,16 @@ def test_packed_rows_with_images_are_refused(case):
     model, examples, _ = case("qwen2_5_vl")
     with pytest.raises(InputError, match="train.packing: must be false where rows hold images"):
         require_packing(model, examples)
-    require_packing(model, [examples[1], examples[1]])
+
+
+def test_text_is_packed_in_a_model_that_reads_images(case):
+    """With M-RoPE too, an example in a packed row has the loss that it has by itself."""
+    model, examples, own = case("qwen2_5_vl")
+    text = Example(examples[1].input_ids, examples[1].labels)
+    require_packing(model, [text, text])
+    with torch.no_grad():
+        losses = target_losses(model, pack([text, text], [0, 0]))
+    torch.testing.assert_close(mean_losses(losses, 2), own[[1, 1]], **TOLERANCE)
 
 
 def test_pixel_inputs_of_another_model_are_refused_by_name(case):

@@ -84,7 +84,8 @@ class ChatEncoder:
     """A tokenizer with the chat template in force.
 
     Args:
-        tokenizer: a fast tokenizer; its settings for padding and truncation are not used.
+        tokenizer: a fast tokenizer, or a processor that holds one; its settings for padding and
+            truncation are not used.
         chat_template: the value of `data.chat_template`.
 
     Raises:
@@ -93,9 +94,15 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+        processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
+        tokenizer = tokenizer if processor is None else processor.tokenizer
         _require_offsets(tokenizer)
         self._tokenizer = tokenizer
-        self._template = _resolve_template(tokenizer, chat_template)
+        if processor is not None and chat_template is None:
+            self._template = str(processor.chat_template or _resolve_template(tokenizer, None))
+        else:
+            self._template = _resolve_template(tokenizer, chat_template)
+        self._needs_parts = processor is not None and _needs_parts(tokenizer, self._template)
 
     def render(self, messages: Sequence[Message], where: str) -> list[Rendered]:
         """Applies the template; messages after the last answer are left out.
@@ -181,6 +188,12 @@ class ChatEncoder:
             )
         return Rendered(where, text, ((len(prompt), max(len(prompt), len(text.rstrip()))),))
 
+    def _for_template(self, message: Message) -> dict[str, Any]:
+        content: Any = message["content"]
+        if self._needs_parts and isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        return {**message, "content": content}
+
     def _apply(
         self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool
     ) -> str:
@@ -188,7 +201,7 @@ class ChatEncoder:
 
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                [self._for_template(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 chat_template=self._template,
@@ -202,6 +215,20 @@ class ChatEncoder:
                 f"{where}: the chat template refuses this row: {one_line(error)}"
             ) from None
         return str(text)
+
+
+def _needs_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template loses text that is no list of parts, as templates for images may."""
+    word = "probe7"
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": word}], tokenize=False, chat_template=template
+        )
+    except (jinja2.TemplateError, *_TEMPLATE_FAILURES):
+        return False  # the first row shows why
+    return word not in str(text)
 
 
 def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:

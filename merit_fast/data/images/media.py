@@ -1,0 +1,172 @@
+"""The images of one example: kept as files, read when a batch is made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merit_fast.data.images.files import ImageFile, image_fingerprint
+from merit_fast.data.images.layout import ImageLayout
+from merit_fast.errors import InputError
+from merit_fast.manifests.atomic import write_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class PlacedImage:
+    """An image and the ranges of tokens that stand for its parts.
+
+    A layout with rows and columns of tiles has several ranges.
+    """
+
+    file: ImageFile
+    ranges: tuple[tuple[int, int], ...]  # half-open
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(past - first for first, past in self.ranges)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageMedia:
+    """The images of one example, possibly none, for a model that reads images.
+
+    Attributes:
+        length: T, tokens of the example.
+        images: in their order in the text.
+        layout: the layout of the model's processor.
+    """
+
+    length: int
+    images: tuple[PlacedImage, ...]
+    layout: ImageLayout
+
+    @property
+    def token_types(self) -> NDArray[np.int8]:
+        """[T] 0 for text, 1 for an image."""
+        types = np.zeros(self.length, np.int8)
+        for image in self.images:
+            for first, past in image.ranges:
+                types[first:past] = 1
+        return types
+
+    @property
+    def token_types_name(self) -> str | None:
+        """Name of the token types in the model's forward; None if it takes none."""
+        return self.layout.token_types_name
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Reads the images. Pixel inputs by the names of the model's forward; empty without images.
+
+        Raises:
+            InputError: a file is missing, damaged, or not the one that the rows were read with.
+        """
+        if not self.images:
+            return {}
+        pixels = [image.file.pixels() for image in self.images]
+        try:
+            return self.layout.pixel_inputs(pixels, [image.num_tokens for image in self.images])
+        except InputError as error:
+            raise InputError(f"{self.images[0].file.name}: {error}") from None
+
+    def fingerprint(self) -> str:
+        """32 hex digits of the contents of the images, in their order; reads the files.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        return image_fingerprint(image.file for image in self.images)
+
+    def cut(self, length: int) -> ImageMedia:
+        """The media of the example's first ``length`` tokens.
+
+        Raises:
+            ValueError: the cut is inside an image.
+        """
+        kept = tuple(image for image in self.images if image.ranges[0][0] < length)
+        if any(image.ranges[-1][1] > length for image in kept):
+            raise ValueError(f"an example cannot be cut at token {length}, inside an image")
+        return ImageMedia(length, kept, self.layout)
+
+    def reference(self, folder: Path | None = None) -> dict[str, Any]:
+        """A JSON object from which ``from_reference`` makes the media again.
+
+        Args:
+            folder: where the bytes of images that are no files go, each under its hash.
+
+        Raises:
+            ValueError: an image is no file, and there is no folder.
+        """
+        images = [
+            {
+                "path": image.file.path or _keep(image.file, folder),
+                "num_bytes": image.file.num_bytes,
+                "size": list(image.file.size),
+                "ranges": [list(borders) for borders in image.ranges],
+            }
+            for image in self.images
+        ]
+        return {"length": self.length, "images": images}
+
+    @classmethod
+    def from_reference(cls, reference: Mapping[str, Any], layout: ImageLayout) -> ImageMedia:
+        """The media of a reference. No file is read until ``tensors`` is called."""
+        images = []
+        for item in reference["images"]:
+            width, height = item["size"]
+            file = ImageFile(item["path"], None, item["num_bytes"], (width, height))
+            ranges = tuple((first, past) for first, past in item["ranges"])
+            images.append(PlacedImage(file, ranges))
+        return cls(reference["length"], tuple(images), layout)
+
+
+def place_images(
+    files: tuple[ImageFile, ...], input_ids: NDArray[np.int32], layout: ImageLayout
+) -> ImageMedia:
+    """Finds the tokens of each image.
+
+    Args:
+        files: the images in their order in the text.
+        input_ids: [T] tokens with every placeholder replaced.
+        layout: the layout of the model's processor.
+
+    Raises:
+        InputError: the tokens hold more or fewer image tokens than the images demand.
+    """
+    positions = np.flatnonzero(layout.is_image(input_ids))
+    counts = [layout.num_tokens(file.size) for file in files]
+    if sum(counts) != len(positions):
+        rule = f"must hold {sum(counts)} image tokens for {len(files)} images"
+        raise InputError(f"the tokens {rule}, got {len(positions)}")
+    images = []
+    past = 0
+    for file, count in zip(files, counts, strict=True):
+        own = positions[past : past + count]
+        past += count
+        images.append(PlacedImage(file, _ranges(own)))
+    return ImageMedia(len(input_ids), tuple(images), layout)
+
+
+def _ranges(positions: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    runs = np.split(positions, breaks)
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
+
+
+def _keep(file: ImageFile, folder: Path | None) -> str:
+    """Writes the bytes of an image under their hash and returns the path."""
+    if folder is None or file.content is None:
+        raise ValueError("an image that is no file needs a folder for its bytes")
+    path = folder / hashlib.sha256(file.content).hexdigest()
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, file.content)
+    return str(path.resolve())
