@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import io
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,14 +84,14 @@ def find_image(image: Image, where: str, folder: Path) -> ImageFile:
         InputError: the image is missing, broken, too large, or at a URL.
     """
     if image.content is not None:
-        return _checked(None, image.content, f"{where}: its bytes", image.content)
+        return _checked(None, image.content, f"{where}: its bytes")
     if not image.path:
         raise InputError(f"{where}: must be a path or the bytes of an image, got neither")
     if image.path.startswith("data:"):
         content = _data_url(image.path, where)
-        return _checked(None, content, f"{where}: its bytes", content)
+        return _checked(None, content, f"{where}: its bytes")
     path = _locate(image.path, where, folder)
-    return _checked(str(path), None, f"{where}: {path}", None)
+    return _checked(str(path), None, f"{where}: {path}")
 
 
 def image_fingerprint(
@@ -140,11 +141,14 @@ def _data_url(url: str, where: str) -> bytes:
         raise InputError(f"{where}: a data URL must hold base64: {one_line(error)}") from None
 
 
-def _checked(path: str | None, content: bytes | None, name: str, data: Any) -> ImageFile:
+def _checked(path: str | None, content: bytes | None, name: str) -> ImageFile:
     from PIL import Image as pillow
 
     try:
-        with pillow.open(_source(path, content)) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # refused below
+            opened = pillow.open(_source(path, content))
+        with opened as image:
             _refuse_too_large(image.size, name, pillow.MAX_IMAGE_PIXELS)
             size = _shown_size(image)
             if not _ends_well(image.format, path, content):

@@ -87,7 +87,9 @@ def load_processor(model: str) -> ProcessorMixin:
 def _assemble(model: str, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     from transformers import AutoImageProcessor
 
-    image_processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+    image_processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        model, backend="pil"
+    )
     processor_class = _processor_class(model)
 
     class WithoutVideo(processor_class):  # type: ignore[misc, valid-type]
