@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from merit_fast.data.dataset import IGNORED_LABEL, Example, count_target_tokens
-from merit_fast.data.media import join_media
+from merit_fast.data.media import has_images, join_media
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch
         dataset_ids: [B] the dataset of each example.
 
     Raises:
-        ValueError: no example, not one dataset id per example, or an example has media.
+        ValueError: no example, not one dataset id per example, or an example has images.
     """
     import torch
 
@@ -130,8 +130,8 @@ def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch
             f"pack: needs one dataset id per example, "
             f"got {len(dataset_ids)} for {len(examples)} examples"
         )
-    if any(example.media is not None for example in examples):
-        raise ValueError("pack: examples of a model that reads images cannot be packed")
+    if any(has_images(example) for example in examples):
+        raise ValueError("pack: examples with images cannot be packed")
     lengths = torch.tensor([len(example.input_ids) for example in examples])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     input_ids = torch.cat([torch.as_tensor(example.input_ids) for example in examples]).long()

@@ -4,7 +4,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from merit_fast.data import Dataset, load_mixture, load_tokenizer, pad_token_id
+from merit_fast.data import (
+    Dataset,
+    load_mixture,
+    load_tokenizer_or_processor,
+    pad_token_id,
+    tokenizer_of,
+)
 from merit_fast.data.config import Part
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.pipeline.arms import Branch, branches_part, merit_steps, whole_mixture
@@ -22,8 +28,13 @@ class RunData:
         self.progress = progress
 
     @functools.cached_property
+    def processor(self) -> Any:
+        """The base's tokenizer; of a base that reads images its processor."""
+        return load_tokenizer_or_processor(str(self.outputs.base))
+
+    @property
     def tokenizer(self) -> Any:
-        return load_tokenizer(str(self.outputs.base))
+        return tokenizer_of(self.processor)
 
     @functools.cached_property
     def pad_token_id(self) -> int:
@@ -79,7 +90,7 @@ class RunData:
 
     def _load(self, part: Part) -> list[Dataset]:
         mixture = self.config.mixture
-        datasets = load_mixture(mixture, self.tokenizer, self.config.data, part=part)
+        datasets = load_mixture(mixture, self.processor, self.config.data, part=part)
         for dataset in datasets:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")
