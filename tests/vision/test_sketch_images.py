@@ -1,8 +1,11 @@
 """Sketches of rows with images equal those of exact gradients, with the tower and without."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.checks import assert_close
+from support.runs import Notes
 from support.sketch.exact_gradients import SKETCH, sketch_of_loss
 from support.vision import LAYOUTS
 from support.vision_rows import as_example, processed_rows
@@ -57,3 +60,26 @@ def test_the_stage_with_the_tower(vision_folders, tmp_path, name):
     for example in examples:
         exact += sketch_of_loss(model, lambda e=example: mean_loss(model, e))[0].double()
     assert_close(state.block_sums.sum(0).float(), exact.float())
+
+
+def test_other_images_under_the_same_text_are_sketched_again(vision_folders, tmp_path):
+    """An earlier sketch is reused for the same images only."""
+    folder = vision_folders("qwen2_5_vl")
+    _, examples = load_case(folder, "qwen2_5_vl", None)
+    pixels = examples[0].media.pixels
+    darker = replace(
+        examples[0].media, pixels={**pixels, "pixel_values": pixels["pixel_values"] - 1}
+    )
+    others = [replace(examples[0], media=replace(examples[0].media, pixels=darker)), *examples[1:]]
+    config = SketchConfig(examples=4, proj_dim=4096, blocks=4, dtype="fp32")
+    bytes_of = []
+    for number, rows in enumerate((examples, examples, others)):
+        out = tmp_path / str(number)
+        out.mkdir()
+        earlier = tmp_path / str(number - 1) if number else None
+        notes = Notes()
+        arguments = (str(folder), "print", [Dataset("digits", rows)], 0, config, out, notes)
+        sketch_mixture(*arguments, earlier)
+        assert any("reused" in note for note in notes.notes) == (number == 1)
+        bytes_of.append((out / "digits.safetensors").read_bytes())
+    assert bytes_of[0] == bytes_of[1] != bytes_of[2]

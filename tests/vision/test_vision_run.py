@@ -127,7 +127,7 @@ def test_interpolation_reaches_the_base_under_the_names_in_memory(run):
 def test_a_second_run_has_nothing_to_do(run):
     _, file, _, summary = run
     again, fresh = run_all(file)
-    assert {"sketch", "split", "train", "merge", "evaluate"} & fresh or again == summary
+    assert {"sketch", "split", "evaluate"} <= fresh
     assert again == summary
 
 
@@ -142,9 +142,7 @@ def test_thawing_the_tower_outdates_sketch_and_branches(run, tmp_path):
     assert frozen.branch(branch).fingerprint != thawed.branch(branch).fingerprint
 
 
-def test_text_only_rows_train_a_model_that_reads_images(
-    run, vision_folders, tiny_mixture, tmp_path
-):
+def test_text_only_rows_train_a_model_that_reads_images(vision_folders, tiny_mixture, tmp_path):
     base = vision_folders("qwen2_5_vl")
     values = {
         "model": str(base),
