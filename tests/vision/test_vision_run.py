@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from support.digits import TASKS, write_digit_tasks
 from support.runs import run_all
 
+from bench.vision.digits import TASKS, write_digit_tasks
 from merit_fast.data import collate, load_mixture, load_tokenizer_or_processor
 from merit_fast.evaluate.weights import Interpolation, displacement
 from merit_fast.manifests.io import read_manifest
