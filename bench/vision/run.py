@@ -3,8 +3,8 @@
     python -m bench.vision.run [--json] [--out DIR] [--rows 150] [--epochs 4]
 
 The base is a small Qwen2.5-VL, made from its config and trained to name the digit of a picture,
-with its tower. The run then sketches the tasks, splits them into four groups, trains the branches and
-the controls with the tower frozen, merges and evaluates. Prints the arms as a Markdown table, or
+with its tower. The run then sketches the tasks, splits them into four groups, trains the branches
+and controls with the tower frozen, merges and evaluates. Prints the arms as a Markdown table, or
 one JSON object: seconds, and the measures of every arm.
 
 Pictures of the base's training and of the tasks come from the same part of scikit-learn's digits;
