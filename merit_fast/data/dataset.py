@@ -57,7 +57,7 @@ class Media(Protocol):
         """The media of the example's first ``length`` tokens."""
 
     def reference(self, folder: Path | None = None) -> dict[str, Any]:
-        """A JSON object that stands for the media; bytes of images go into ``folder``."""
+        """A JSON object that stands for the media; with ``folder``, bytes of images go there."""
 
 
 @dataclass(frozen=True, eq=False)
