@@ -44,7 +44,13 @@ def make_encoder(processor, media=None, **options):
 
 
 def encode(processor, conversation, **options):
-    row = make_encoder(processor, **options).encode_conversation(conversation)
+    return encode_with(make_encoder(processor, **options), conversation)
+
+
+def encode_with(encoder, conversation):
+    (row,) = encoder.encode_conversations([conversation])
+    if row.error:
+        raise row.error
     return row.examples, row.outcomes
 
 
@@ -68,16 +74,15 @@ def test_an_image_takes_a_token_per_merged_patch(folder, processor):
 def test_images_lie_below_the_folder_of_the_entry(folder, processor, tmp_path):
     conversation = make_conversation(tmp_path, Turn("which?", "seven", ("a.png",)))
     with pytest.raises(InputError, match="a.png is not there"):
-        make_encoder(processor).encode_conversation(conversation)
-    found = make_encoder(processor, media=str(folder)).encode_conversation(conversation)
-    assert found.examples[0].media.images[0].file.path == str(folder / "a.png")
+        encode(processor, conversation)
+    (example,), _ = encode_with(make_encoder(processor, media=str(folder)), conversation)
+    assert example.media.images[0].file.path == str(folder / "a.png")
 
 
 def bad_rows(folder):
     row = make_conversation(folder, Turn("which?", "seven", ("a.png",)))
     question, answer = row.messages
     parts = {"type": "image"}, {"type": "text", "text": "seven"}
-    spelled = {"type": "text", "text": "see <|image_pad|>"}
     return {
         "more images than places": (
             replace(row, images=row.images * 2),
@@ -87,14 +92,6 @@ def bad_rows(folder):
         "image in an answer": (
             replace(row, messages=(Message("user", "draw"), Message("assistant", parts))),
             "messages[1]: an answer must not hold an image",
-        ),
-        "token spelled in a question": (
-            replace(row, messages=(Message("user", (parts[0], spelled)), answer)),
-            "messages[0]: text must not spell <|image_pad|>",
-        ),
-        "token spelled in an answer": (
-            replace(row, messages=(question, Message("assistant", "<|image_pad|>"))),
-            "messages[1]: text must not spell <|image_pad|>",
         ),
         "missing": (replace(row, images=(Image(path="no.png"),)), "images[0]: must be an image"),
         "broken": (replace(row, images=(Image(content=b"GIF89a"),)), "images[0]: its bytes: is no"),
@@ -114,6 +111,35 @@ def test_a_bad_row_is_one_line_with_its_place(folder, processor, kind):
     message = str(caught.value)
     assert message.startswith(f"{folder}/rows.jsonl:1: ") and words in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("spelled", ["question", "answer"])
+def test_text_that_spells_an_image_token_is_text_or_refused(folder, processor, spelled):
+    row = make_conversation(folder, Turn("is it <|image_pad|>?", "seven", ("a.png",), last=True))
+    if spelled == "answer":
+        row = make_conversation(folder, Turn("which?", "a <|image_pad|>", ("a.png",)))
+    (example,), outcomes = encode(processor, row)
+    assert image_tokens(example) == [4] and "split" in outcomes
+    assert image_layout(processor).count(example.input_ids) == 4
+    text = processor.tokenizer.decode(example.input_ids)
+    assert text.count("<|image_pad|>") == 5 and "<|image_pad|>" in text.replace(
+        "<|image_pad|>" * 4, ""
+    )
+    for choice, words in (("error", "special_tokens_in_text"), ("keep", "must not spell")):
+        with pytest.raises(InputError, match=rf"rows.jsonl:1: .*{words}"):
+            encode(processor, row, special_tokens_in_text=choice)
+
+
+def test_only_the_images_before_a_trained_turn_are_read(folder, processor):
+    turns = Turn("which?", "seven", ("a.png",)), Turn("and?", "two", ("b.png", "c.png"))
+    row = make_conversation(folder, *turns, Turn("now?", None, ("missing.png",)))
+    (example,), _ = encode(processor, row, train_on="last")
+    assert image_tokens(example) == [4, 6, 3]
+    untrained = replace(row.messages[3], in_loss=False)
+    (example,), _ = encode(
+        processor, replace(row, messages=(*row.messages[:3], untrained), images=row.images[:3])
+    )
+    assert image_tokens(example) == [4]
 
 
 def test_images_behind_the_last_answer_are_not_read(folder, processor):
