@@ -52,16 +52,20 @@ class RowEncoder:
 
     def encode(self, rows: Sequence[PlacedRow]) -> list[EncodedRow]:
         """Encodes rows in their order, in one call of the tokenizer; a bad row raises nothing."""
+        return self.encode_read(self.read(rows))
+
+    def read(self, rows: Sequence[PlacedRow]) -> list[Conversation | EncodedRow]:
+        """Reads rows in their order; a bad row gives an EncodedRow with its error."""
         read: list[Conversation | EncodedRow] = []
         for place, row in rows:
             try:
                 read.append(self.reader.read(row, place))
             except InputError as error:
                 read.append(EncodedRow(place, error=error))
-        return self.encode_conversations(read)
+        return read
 
-    def encode_conversations(self, read: Sequence[Conversation | EncodedRow]) -> list[EncodedRow]:
-        """Encodes rows that were read; those that could not be read stay as they are."""
+    def encode_read(self, read: Sequence[Conversation | EncodedRow]) -> list[EncodedRow]:
+        """Encodes the results of ``read``, of this encoder or of one in another process."""
         if isinstance(self._encoder, ChatEncoder):
             read = [_without_images(item) for item in read]
         conversations = [item for item in read if isinstance(item, Conversation)]

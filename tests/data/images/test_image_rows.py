@@ -48,7 +48,7 @@ def encode(processor, conversation, **options):
 
 
 def encode_with(encoder, conversation):
-    (row,) = encoder.encode_conversations([conversation])
+    (row,) = encoder.encode_read([conversation])
     if row.error:
         raise row.error
     return row.examples, row.outcomes
