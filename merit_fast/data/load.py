@@ -13,13 +13,9 @@ from merit_fast.data.encode import RowEncoder
 from merit_fast.data.mixture.checks import check_mixture
 from merit_fast.data.mixture.held_out import rows_of_part
 from merit_fast.data.sources import PlacedRow, read_rows
+from merit_fast.data.template import outcome_notes
 from merit_fast.errors import InputError
 
-_LENGTH_NOTES = {
-    "truncated": "truncated",
-    "dropped": "dropped",
-    "unanswered": "dropped because truncation would leave no answer",
-}
 _ROWS_AT_ONCE = 64  # tokenized in one call, which runs on all cores
 
 
@@ -81,20 +77,5 @@ def _load(
     if not examples:
         rule = f"an answer within data.max_length = {data_config.max_length} tokens"
         raise InputError(f"{where}: must have a row with {rule}, found none in {num_rows} rows")
-    notes = (*_outcome_notes(outcomes, data_config.max_length), *encoder.reader.notes())
+    notes = (*outcome_notes(outcomes, data_config.max_length), *encoder.notes())
     return Dataset(config.name, tuple(examples), notes)
-
-
-def _outcome_notes(outcomes: Counter[str], limit: int) -> Iterator[str]:
-    noun = "example" if outcomes["rewritten"] else "row"
-    for key, outcome in _LENGTH_NOTES.items():
-        if count := outcomes[key]:
-            subject = f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-            verb = "was" if count == 1 else "were"
-            yield f"{subject} longer than {limit} tokens {verb} {outcome}"
-    if count := outcomes["rewritten"]:
-        rows = "row" if count == 1 else "rows"
-        yield (
-            f"{count} {rows} became one example per answer "
-            "because the chat template rewrites earlier turns"
-        )

@@ -21,30 +21,29 @@ def join_media(
     A model that takes no token types gets none.
 
     Args:
-        examples: B examples, all with media or all without.
+        examples: B examples; one without media is text.
         starts: [B] the column at which each example begins in its row.
         width: T, columns of a row.
 
     Raises:
-        ValueError: some examples have media and others do not, or pixel inputs differ in shape.
+        ValueError: pixel inputs differ in shape, and padding would change what the model sees.
     """
-    media = [example.media for example in examples if example.media is not None]
-    if not media:
+    types_names = [example.media.token_types_name for example in examples if example.media]
+    if not types_names:
         return {}
-    if len(media) != len(examples):
-        raise ValueError("a batch must hold examples of one model: all with media or all without")
     import torch
 
     parts: dict[str, list[torch.Tensor]] = {}
     token_types = torch.zeros((len(examples), width), dtype=torch.long)
-    for row, (item, start) in enumerate(zip(media, starts, strict=True)):
-        types = torch.as_tensor(item.token_types).long()
-        token_types[row, start : start + len(types)] = types
-        for name, tensor in item.tensors().items():
-            parts.setdefault(name, []).append(tensor)
+    for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+        if example.media is not None:
+            types = torch.as_tensor(example.media.token_types).long()
+            token_types[row, start : start + len(types)] = types
+            for name, tensor in example.media.tensors().items():
+                parts.setdefault(name, []).append(tensor)
     may_pad = any(name in parts for name in _SIZED)
     joined = {name: _join(name, tensors, may_pad) for name, tensors in parts.items()}
-    types_name = media[0].token_types_name
+    types_name = types_names[0]
     return joined if types_name is None else {**joined, types_name: token_types}
 
 

@@ -35,7 +35,7 @@ class ImageLayout:
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
-        self._replacements: dict[tuple[int, int], str] = {}
+        self._replacements: dict[Any, tuple[str, int]] = {}
         try:
             self.placeholder = str(processor.image_token)  # type: ignore[attr-defined]
             self.token_ids = frozenset(int(i) for i in processor.image_token_ids if i is not None)
@@ -70,16 +70,42 @@ class ImageLayout:
         Raises:
             InputError: the processor refuses the size.
         """
-        if size not in self._replacements:
-            if len(self._replacements) >= _CACHED_SIZES:
-                self._replacements.clear()
-            self._replacements[size] = self._replacements_of([_blank(size)])[0]
-        return self._replacements[size]
+        return self._replaced(size)[0]
 
     def num_tokens(self, size: tuple[int, int]) -> int:
         """Tokens of an image of this size (width, height) that take part of its pixels."""
-        ids = self.processor.tokenizer(self.replacement(size), add_special_tokens=False)
-        return self.count(ids["input_ids"])
+        return self._replaced(size)[1]
+
+    def _replaced(self, size: tuple[int, int]) -> tuple[str, int]:
+        try:
+            key = self._key(size)
+            if key not in self._replacements:
+                made = self._call([_blank(size)], return_text_replacement_offsets=True)
+                if len(self._replacements) >= _CACHED_SIZES:
+                    self._replacements.clear()
+                text = _only_replacement(made)
+                self._replacements[key] = text, self.count(np.asarray(made["input_ids"][0]))
+        except Exception as error:  # such as: a side is 200 times as long as the other
+            raise InputError(f"the processor refuses the image: {one_line(error)}") from None
+        return self._replacements[key]
+
+    def _key(self, size: tuple[int, int]) -> Any:
+        """A key that sizes with equal replacements share: the number of patches where it decides.
+
+        It decides where the replacement only repeats the placeholder. ``pixel_inputs`` checks it.
+        """
+        if not self._counts_patches:
+            return size
+        width, height = size
+        counter = self.processor.image_processor.get_number_of_image_patches
+        return int(counter(height, width, {}))
+
+    @cached_property
+    def _counts_patches(self) -> bool:
+        text = _only_replacement(self._probe)
+        repeats = text == self.placeholder * (len(text) // len(self.placeholder))
+        has_counter = hasattr(self.processor.image_processor, "get_number_of_image_patches")
+        return repeats and has_counter and "image_grid_thw" in self._probe
 
     def is_image(self, input_ids: Any) -> Any:
         """[T] bool: the tokens that stand for parts of an image."""
@@ -108,13 +134,6 @@ class ImageLayout:
             raise InputError(f"images: {rule}, got {found}")
         return {name: value for name, value in made.items() if name not in _TEXT_INPUTS}
 
-    def _replacements_of(self, images: Sequence[Pixels]) -> list[str]:
-        try:
-            made = self._call(images, return_text_replacement_offsets=True)
-        except Exception as error:  # such as: a side is 200 times as long as the other
-            raise InputError(f"the processor refuses the image: {one_line(error)}") from None
-        return [str(one["replacement"]) for one in made["text_replacement_offsets"][0]]
-
     def _call(self, images: Sequence[Pixels], **options: Any) -> Any:
         return self.processor(
             text=[self.placeholder * len(images)],
@@ -128,6 +147,11 @@ class ImageLayout:
 def image_layout(processor: ProcessorMixin) -> ImageLayout:
     """The layout of a processor, made once per process."""
     return ImageLayout(processor)
+
+
+def _only_replacement(made: Any) -> str:
+    ((one,),) = made["text_replacement_offsets"]
+    return str(one["replacement"])
 
 
 def _blank(size: tuple[int, int]) -> Pixels:

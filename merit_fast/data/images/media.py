@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,31 +101,16 @@ class ImageMedia:
         """A JSON object from which ``from_reference`` makes the media again.
 
         Args:
-            folder: where the bytes of images that are no files go, each under its hash.
-
-        Raises:
-            ValueError: an image is no file, and there is no folder.
+            folder: where the bytes of images that are no files go, each under its hash; None: the
+                object holds them in base64.
         """
-        images = [
-            {
-                "path": image.file.path or _keep(image.file, folder),
-                "num_bytes": image.file.num_bytes,
-                "size": list(image.file.size),
-                "ranges": [list(borders) for borders in image.ranges],
-            }
-            for image in self.images
-        ]
+        images = [_image_reference(image, folder) for image in self.images]
         return {"length": self.length, "images": images}
 
     @classmethod
     def from_reference(cls, reference: Mapping[str, Any], layout: ImageLayout) -> ImageMedia:
         """The media of a reference. No file is read until ``tensors`` is called."""
-        images = []
-        for item in reference["images"]:
-            width, height = item["size"]
-            file = ImageFile(item["path"], None, item["num_bytes"], (width, height))
-            ranges = tuple((first, past) for first, past in item["ranges"])
-            images.append(PlacedImage(file, ranges))
+        images = [_from_image_reference(item) for item in reference["images"]]
         return cls(reference["length"], tuple(images), layout)
 
 
@@ -161,12 +147,36 @@ def _ranges(positions: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
     return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
 
 
-def _keep(file: ImageFile, folder: Path | None) -> str:
+def _image_reference(image: PlacedImage, folder: Path | None) -> dict[str, Any]:
+    file = image.file
+    reference: dict[str, Any] = {
+        "num_bytes": file.num_bytes,
+        "size": list(file.size),
+        "ranges": [list(borders) for borders in image.ranges],
+    }
+    if file.content is None:
+        return {**reference, "path": file.path}
+    if folder is None:
+        return {**reference, "content": base64.b64encode(file.content).decode()}
+    return {**reference, "path": _keep(file.content, folder)}
+
+
+def _from_image_reference(reference: Mapping[str, Any]) -> PlacedImage:
+    content = reference.get("content")
+    width, height = reference["size"]
+    file = ImageFile(
+        reference.get("path"),
+        None if content is None else base64.b64decode(content),
+        reference["num_bytes"],
+        (width, height),
+    )
+    return PlacedImage(file, tuple((first, past) for first, past in reference["ranges"]))
+
+
+def _keep(content: bytes, folder: Path) -> str:
     """Writes the bytes of an image under their hash and returns the path."""
-    if folder is None or file.content is None:
-        raise ValueError("an image that is no file needs a folder for its bytes")
-    path = folder / hashlib.sha256(file.content).hexdigest()
+    path = folder / hashlib.sha256(content).hexdigest()
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, file.content)
+        write_bytes(path, content)
     return str(path.resolve())

@@ -103,8 +103,9 @@ def _assemble(model: str, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     arguments = [parts.get(name) for name in processor_class.get_attributes()]
     processor: ProcessorMixin = WithoutVideo.from_args_and_dict(arguments, settings)
     processor.__class__ = processor_class  # can be pickled, which a class made here cannot
-    if not processor.chat_template:
-        processor.chat_template = tokenizer.chat_template
+    # one template for both, since branches and merged models save that of the tokenizer
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    tokenizer.chat_template = processor.chat_template
     return processor
 
 

@@ -39,7 +39,8 @@ def vision(request, tmp_path_factory):
 
 def encode(processor, conversations, **options):
     encoder = RowEncoder(DatasetConfig(name="a", path="a"), DataConfig(**options), processor)
-    rows = [encoder.encode_conversation(conversation) for conversation in conversations]
+    rows = encoder.encode_read(conversations)
+    assert [row.error for row in rows] == [None] * len(rows)
     assert [len(row.examples) for row in rows] == [1] * len(rows)
     return [row.examples[0] for row in rows]
 
