@@ -106,9 +106,12 @@ def _source_content(config: DatasetConfig, part: Part, file_hash: Callable[[Path
     selected = source(config, part)
     if selected is None:
         return None
-    path, split = selected
-    files = local_files(path)
-    content = [path, split] if files is None else [_hashed(file, file_hash) for file in files]
+    files = local_files(selected)
+    content = (
+        [selected.path, selected.split]
+        if files is None
+        else [_hashed(file, file_hash) for file in files]
+    )
     share = [] if config.eval_share is None else [part, config.eval_share]
     return [content, config.max_examples if part == "train" else None, *share]
 

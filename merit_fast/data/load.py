@@ -50,11 +50,11 @@ def load_mixture(
     datasets = []
     for config in configs:
         if selected := source(config, part):
-            rows = rows_of_part(read_rows(*selected), config, part)
+            rows = rows_of_part(read_rows(selected), config, part)
             if part == "train":
                 rows = itertools.islice(rows, config.max_examples)
             encoder = RowEncoder(config, data_config, tokenizer)
-            datasets.append(_load(config, data_config, encoder, rows, selected[0]))
+            datasets.append(_load(config, data_config, encoder, rows, selected.path))
     return datasets
 
 

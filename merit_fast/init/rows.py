@@ -5,6 +5,7 @@ from pathlib import Path
 
 from merit_fast.data.mixture.held_out import holds_out
 from merit_fast.data.rows.formats import find_format
+from merit_fast.data.sources import Source as RowSource
 from merit_fast.data.sources import read_rows
 from merit_fast.errors import InputError
 
@@ -32,7 +33,7 @@ def read_source(path: Path) -> Source:
     counts = dict.fromkeys(_SHARES, 0)
     name = ""
     num_rows = num_characters = 0
-    for where, row in read_rows(str(path), "train"):
+    for where, row in read_rows(RowSource(str(path))):
         row_format = find_format(row, where)
         name = name or row_format.name
         if row_format.name != name:

@@ -24,7 +24,7 @@ from merit_fast.data import (
     DatasetConfig,
     load_mixture,
 )
-from merit_fast.data.sources import read_rows
+from merit_fast.data.sources import Source, read_rows
 from merit_fast.errors import InputError
 from merit_fast.options.parser import parse
 
@@ -37,7 +37,7 @@ def tokenizer():
 def test_bom_empty_lines_and_crlf_are_tolerated(tmp_path, tokenizer):
     line = json.dumps(GOOD).encode()
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)
-    assert [where for where, _ in read_rows(str(tmp_path / "a.jsonl"), "train")] == [
+    assert [where for where, _ in read_rows(Source(str(tmp_path / "a.jsonl")))] == [
         f"{tmp_path}/a.jsonl:1",
         f"{tmp_path}/a.jsonl:4",
     ]

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from merit_fast.data.config import DatasetConfig
-from merit_fast.data.sources import local_files
+from merit_fast.data.sources import Source, local_files
 from merit_fast.errors import InputError
 
 
@@ -21,8 +21,8 @@ def check_mixture(configs: Sequence[DatasetConfig]) -> None:
                 f"mixture: name: must differ between datasets, got {name!r} {count} times"
             )
     for config in configs:
-        files = local_files(config.path)
-        held_out = local_files(config.eval_path) if config.eval_path else None
+        files = local_files(Source(config.path))
+        held_out = local_files(Source(config.eval_path)) if config.eval_path else None
         eval_is_local = files is not None if config.eval_path is None else held_out is not None
         if config.eval_split is not None and eval_is_local:
             raise _misplaced_split(config, "eval_split", config.eval_split)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.data.paths import hub_trouble, is_hub_id
+from merit_fast.data.sources.source import Source
 from merit_fast.errors import InputError, one_line
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -15,7 +16,7 @@ _NO_ARRAY = "; one object per line is needed, not an array"
 _BOM = b"\xef\xbb\xbf"
 
 
-def local_files(path: str) -> list[Path] | None:
+def local_files(source: Source) -> list[Path] | None:
     """The files behind a local path, in reading order; None for a Hugging Face dataset id.
 
     A directory stands for the .jsonl and .parquet files directly in it, sorted by name. A local
@@ -25,6 +26,7 @@ def local_files(path: str) -> list[Path] | None:
         InputError: the path does not exist and cannot be a dataset id, or a directory holds no
             such file.
     """
+    path = source.path
     local = Path(path).expanduser()
     if local.is_dir():
         files = sorted(
@@ -42,20 +44,19 @@ def local_files(path: str) -> list[Path] | None:
     raise InputError(f"{path}: is neither a file, nor a directory, nor a Hugging Face dataset id")
 
 
-def read_rows(path: str, split: str) -> Iterator[PlacedRow]:
+def read_rows(source: Source) -> Iterator[PlacedRow]:
     """Yields the rows of a file, a directory or a Hugging Face dataset, one at a time.
 
     Args:
-        path: as in `mixture:`; relative to the current directory.
-        split: the split of a Hugging Face dataset; local files have none.
+        source: where the rows lie; local files have no split.
 
     Raises:
         InputError: the source is missing, unreadable or broken; the message names file and line,
             for Parquet file and row.
     """
-    files = local_files(path)
+    files = local_files(source)
     if files is None:
-        yield from _hub_rows(path, split)
+        yield from _hub_rows(source.path, source.split)
         return
     for file in files:
         yield from _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
