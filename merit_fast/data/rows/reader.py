@@ -17,6 +17,11 @@ class RowReader:
         self._format: Format | None = None
         self._unused: set[str] = set()
 
+    @property
+    def format_name(self) -> str:
+        """The name of the rows' format; "" before the first row."""
+        return self._format.name if self._format else ""
+
     def read(self, row: dict[str, Any], place: str) -> Conversation:
         """Converts one row.
 
