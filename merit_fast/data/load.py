@@ -10,7 +10,7 @@ from typing import Any
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
 from merit_fast.data.dataset import Dataset, Example
 from merit_fast.data.encode import RowEncoder
-from merit_fast.data.mixture.scan import check_bad_rows, error_notes, selected_rows
+from merit_fast.data.mixture.scan import check_bad_rows, error_notes
 from merit_fast.data.mixture.select import MixtureRows, Selection
 from merit_fast.data.sources import Source, read_rows
 from merit_fast.errors import InputError
@@ -68,7 +68,7 @@ def _load(
     of_rows: list[tuple[Example, ...]] = []
     outcomes: Counter[str] = Counter()
     errors = list(selection.errors)
-    rows = selected_rows(read_rows(place), selection.rows)
+    rows = read_rows(place, selection.rows.tolist())
     while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
         for encoded in encoder.encode(chunk):
             if encoded.error:
