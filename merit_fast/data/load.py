@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
 from merit_fast.data.dataset import Dataset, Example
 from merit_fast.data.encode import RowEncoder
-from merit_fast.data.mixture.checks import check_mixture
-from merit_fast.data.mixture.held_out import rows_of_part
-from merit_fast.data.sources import PlacedRow, read_rows
+from merit_fast.data.mixture.scan import check_bad_rows, error_notes
+from merit_fast.data.mixture.select import MixtureRows, Selection
+from merit_fast.data.sources import Source, read_rows
 from merit_fast.data.template import outcome_notes
 from merit_fast.errors import InputError
 
@@ -25,6 +25,7 @@ def load_mixture(
     data_config: DataConfig,
     *,
     part: Part,
+    rows: MixtureRows | None = None,
 ) -> list[Dataset]:
     """Reads and tokenizes the datasets of a mixture, in its order.
 
@@ -33,6 +34,7 @@ def load_mixture(
         tokenizer: a fast tokenizer, or a processor that holds one.
         data_config: the `data:` section.
         part: "train", or "eval" for the held-out rows.
+        rows: the same mixture's rows, where they are known already.
 
     Returns:
         One Dataset per entry. For "eval", entries without held-out rows are left out;
@@ -42,15 +44,13 @@ def load_mixture(
         InputError: two entries share a name, training files hold held-out rows, or a file or row
             is wrong; the message names file and line.
     """
-    check_mixture(configs)
+    selections = (rows or MixtureRows(configs, data_config)).select(part)
     datasets = []
     for config in configs:
-        if selected := source(config, part):
-            rows = rows_of_part(read_rows(*selected), config, part)
-            if part == "train":
-                rows = itertools.islice(rows, config.max_examples)
+        if place := source(config, part):
             encoder = RowEncoder(config, data_config, tokenizer)
-            datasets.append(_load(config, data_config, encoder, rows, selected[0]))
+            selection = selections[config.name]
+            datasets.append(_load(config, data_config, encoder, place, selection))
     return datasets
 
 
@@ -58,24 +58,29 @@ def _load(
     config: DatasetConfig,
     data_config: DataConfig,
     encoder: RowEncoder,
-    rows: Iterator[PlacedRow],
-    path: str,
+    place: Source,
+    selection: Selection,
 ) -> Dataset:
-    examples: list[Example] = []
+    of_rows: list[tuple[Example, ...]] = []
     outcomes: Counter[str] = Counter()
-    num_rows = 0
+    errors = list(selection.errors)
+    rows = read_rows(place, selection.rows.tolist())
     while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
         for encoded in encoder.encode(chunk):
             if encoded.error:
-                raise encoded.error
-            num_rows += 1
-            examples.extend(encoded.examples)
+                errors.append(str(encoded.error))
+                check_bad_rows(errors, config, data_config)
+            of_rows.append(encoded.examples)
             outcomes.update(encoded.outcomes)
-    where = f"{path}: dataset {config.name}"
-    if not num_rows:
-        raise InputError(f"{where}: must have at least one row, found none")
+    examples = tuple(example for position in selection.order for example in of_rows[position])
     if not examples:
         rule = f"an answer within data.max_length = {data_config.max_length} tokens"
-        raise InputError(f"{where}: must have a row with {rule}, found none in {num_rows} rows")
-    notes = (*outcome_notes(outcomes, data_config.max_length), *encoder.notes())
-    return Dataset(config.name, tuple(examples), notes)
+        where = f"{place.path}: dataset {config.name}"
+        raise InputError(f"{where}: must have a row with {rule}, found none in {len(of_rows)} rows")
+    notes = (
+        *outcome_notes(outcomes, data_config.max_length),
+        *encoder.notes(),
+        *selection.notes,
+        *error_notes(errors),
+    )
+    return Dataset(config.name, examples, notes)
