@@ -67,10 +67,9 @@ def test_other_images_under_the_same_text_are_sketched_again(vision_folders, tmp
     folder = vision_folders("qwen2_5_vl")
     _, examples = load_case(folder, "qwen2_5_vl", None)
     pixels = examples[0].media.pixels
-    darker = replace(
-        examples[0].media, pixels={**pixels, "pixel_values": pixels["pixel_values"] - 1}
-    )
-    others = [replace(examples[0], media=replace(examples[0].media, pixels=darker)), *examples[1:]]
+    darker = pixels | {"pixel_values": pixels["pixel_values"] - 1}
+    media = replace(examples[0].media, pixels=darker)
+    others = [replace(examples[0], media=media), *examples[1:]]
     config = SketchConfig(examples=4, proj_dim=4096, blocks=4, dtype="fp32")
     bytes_of = []
     for number, rows in enumerate((examples, examples, others)):
