@@ -119,7 +119,7 @@ class MixtureRows:
 
     def _select(self, config: DatasetConfig, part: Part) -> Selection:
         scan = self._scan(config, part)
-        notes: list[str] = []
+        notes = [config.note] if config.note and part == "train" else []
         chosen = self._of_part(config, scan, part)
         chosen = self._without_duplicates(scan, chosen, notes)
         num_leaks = 0
