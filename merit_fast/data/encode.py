@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.data.config import DataConfig, DatasetConfig
+from merit_fast.data.conversation import Conversation
 from merit_fast.data.dataset import IGNORED_LABEL, Example, count_target_tokens
 from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import PlacedRow
@@ -45,16 +46,32 @@ class RowEncoder:
 
     def encode(self, rows: Sequence[PlacedRow]) -> list[EncodedRow]:
         """Encodes rows in their order, in one call of the tokenizer; a bad row raises nothing."""
-        encoded = []
+        return self.encode_read(self.read(rows))
+
+    def read(self, rows: Sequence[PlacedRow]) -> list[Conversation | EncodedRow]:
+        """Reads rows in their order; a bad row gives an EncodedRow with its error."""
+        read: list[Conversation | EncodedRow] = []
         for place, row in rows:
             try:
-                encoded.append(self._encode(place, row))
+                read.append(self.reader.read(row, place))
             except InputError as error:
-                encoded.append(EncodedRow(place, error=error))
+                read.append(EncodedRow(place, error=error))
+        return read
+
+    def encode_read(self, read: Sequence[Conversation | EncodedRow]) -> list[EncodedRow]:
+        """Encodes the results of ``read``, of this encoder or of one in another process."""
+        encoded = []
+        for item in read:
+            if isinstance(item, EncodedRow):
+                encoded.append(item)
+                continue
+            try:
+                encoded.append(self._encode(item.place, item))
+            except InputError as error:
+                encoded.append(EncodedRow(item.place, error=error))
         return encoded
 
-    def _encode(self, place: str, row: dict[str, Any]) -> EncodedRow:
-        conversation = self.reader.read(row, place)
+    def _encode(self, place: str, conversation: Conversation) -> EncodedRow:
         messages = [message.for_template() for message in conversation.messages]
         rendered = self._encoder.render(messages, place)
         if not rendered:
