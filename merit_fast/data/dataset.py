@@ -155,6 +155,11 @@ class ChainedExamples(Sequence[Example]):
         """[N] tokens of each example."""
         return np.concatenate([np.zeros(0, np.int64), *(d.lengths for d in self._datasets)])
 
+    def shortest(self, count: int) -> list[Example]:
+        """The ``count`` examples of the fewest tokens, the shortest first."""
+        order = np.argsort(self.lengths, kind="stable")
+        return [self[int(index)] for index in order[:count]]
+
 
 def _is_counted(examples: Any) -> TypeGuard[CountedExamples]:
     return hasattr(examples, "target_counts")

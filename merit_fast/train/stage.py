@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from merit_fast.data import Batch, Dataset, Example, collate, load_tokenizer, pack, pad_token_id
+from merit_fast.data.dataset import ChainedExamples
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
@@ -66,8 +67,8 @@ def train_branch(
         InputError: the job has no example, or the model cannot take packed rows.
         MeritFastError: the loss is not finite.
     """
-    examples = [example for dataset in job.datasets for example in dataset.examples]
-    if not examples:
+    examples = ChainedExamples(job.datasets)
+    if not len(examples):
         raise InputError(f"{job.branch}: has no example to train on")
     reset_peak_memory()
     start = time.perf_counter()
@@ -76,7 +77,7 @@ def train_branch(
     _note_once(progress, str(patch), set() if noted is None else noted)
     choose_attention(model)
     if config.packing:
-        require_packing(model, examples)
+        require_packing(model, examples.shortest(8))
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     position, earlier_s = _resume(directory, optimizer)
     padding = pad_token_id(load_tokenizer(job.start_path))

@@ -107,13 +107,18 @@ def _open(
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Any:
+    folder = place.parent
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = exclusive(place.parent / LOCKS_FOLDER / place.name, this_process(""))
-        with lock:
+        new = [path for path in (folder, folder.parent) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / LOCKS_FOLDER / place.name, this_process("")):
             yield
     except OSError as error:
         raise InputError(f"{place}: cannot be written: {error.strerror or error}") from None
+    finally:
+        for path in new:  # what stays empty because a row is wrong
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _write(make: MakeChunks, place: Path, token_dtype: str) -> None:

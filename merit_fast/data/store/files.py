@@ -1,22 +1,28 @@
-"""The files of one dataset's examples: one of flat numbers per column, and meta.json, last."""
+"""The files of one dataset's examples: tokens, an index of all other columns, meta.json, last."""
 
 import json
+import os
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merit_fast.data.store.chunk import DTYPES, PER_EXAMPLE, WIDTHS, Chunk
-from merit_fast.manifests.atomic import fsync_path, write_text
+from merit_fast.data.store.chunk import DTYPES, WIDTHS, Chunk
+from merit_fast.manifests.atomic import write_text
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
-_BYTES_AT_ONCE = 1 << 24
+TOKENS_FILE = "tokens.bin"
+INDEX_FILE = "index.bin"
+# Widest numbers first: each column then starts at a multiple of its width.
+_INDEX = sorted(
+    (name for name in DTYPES if name != "tokens"), key=lambda name: -np.dtype(DTYPES[name]).itemsize
+)
 
 
 @dataclass
@@ -39,40 +45,35 @@ class MemoryColumns:
     """Collects chunks in memory."""
 
     def __init__(self) -> None:
-        self._chunks: list[Chunk] = []
+        self._arrays: dict[str, list[NDArray[Any]]] = {name: [] for name in DTYPES}
 
     def append(self, chunk: Chunk) -> None:
         """Adds a chunk at the end."""
-        self._chunks.append(chunk)
+        for name, array in chunk.columns.items():
+            self._arrays[name].append(array)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The columns as a whole."""
-        return {
-            name: np.concatenate(
-                [chunk.columns[name] for chunk in self._chunks]
-                or [np.zeros(_shape(name, 0), dtype)]
-            )
-            for name, dtype in DTYPES.items()
-        }
+        return {name: self._whole(name) for name in DTYPES}
+
+    def _whole(self, name: str) -> NDArray[Any]:
+        empty = np.zeros(_shape(name, 0), DTYPES[name])
+        return np.concatenate([empty, *self._arrays[name]])
 
 
-class FileColumns:
-    """Appends chunks to the files of a folder.
+class FileColumns(MemoryColumns):
+    """Appends the tokens to a file at once, and writes the other columns at the end.
 
     Args:
         folder: an empty folder.
-        token_dtype: dtype of tokens.bin, such as "<u2".
+        token_dtype: dtype of the tokens, such as "<u2".
     """
 
     def __init__(self, folder: Path, token_dtype: str) -> None:
+        super().__init__()
         self.folder = folder
-        self.dtypes = {**DTYPES, "tokens": token_dtype}
-        self._files: dict[str, BinaryIO] = {
-            name: open(folder / f"{name}.bin", "wb")  # noqa: SIM115
-            for name in self.dtypes
-        }
-        self._sizes = dict.fromkeys(self.dtypes, 0)
-        self._checks = dict.fromkeys(self.dtypes, 0)
+        self.token_dtype = token_dtype
+        self._tokens = _CheckedFile(folder / TOKENS_FILE)
 
     def __enter__(self) -> Self:
         return self
@@ -83,28 +84,33 @@ class FileColumns:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in self._files.values():
-            file.close()
+        self._tokens.close()
 
     def append(self, chunk: Chunk) -> None:
-        """Adds a chunk at the end of every file."""
-        for name, array in chunk.columns.items():
-            data = np.ascontiguousarray(array, self.dtypes[name]).tobytes()
-            self._files[name].write(data)
-            self._sizes[name] += len(data)
-            self._checks[name] = zlib.crc32(data, self._checks[name])
+        """Adds a chunk at the end."""
+        super().append(chunk)
+        (tokens,) = self._arrays["tokens"]
+        self._arrays["tokens"].clear()
+        self._tokens.write(tokens.astype(self.token_dtype))
 
     def finish(self, summary: Summary) -> None:
-        """Writes meta.json; every file is on the disk then."""
-        for name, file in self._files.items():
-            file.close()
-            fsync_path(self.folder / f"{name}.bin")
+        """Writes the other files; every file is on the disk then."""
+        self._tokens.close()
+        index = _CheckedFile(self.folder / INDEX_FILE)
+        counts = {}
+        try:
+            for name in _INDEX:
+                array = self._whole(name)
+                counts[name] = len(array)
+                index.write(array)
+        finally:
+            index.close()
         meta = {
             "version": FORMAT_VERSION,
-            "columns": {
-                name: [dtype, self._sizes[name], self._checks[name]]
-                for name, dtype in self.dtypes.items()
-            },
+            "token_dtype": self.token_dtype,
+            "tokens": [self._tokens.size, self._tokens.check],
+            "index": [index.size, index.check],
+            "counts": counts,
             "num_rows": summary.num_rows,
             "outcomes": dict(sorted(summary.outcomes.items())),
             "errors": summary.errors,
@@ -113,17 +119,40 @@ class FileColumns:
         write_text(self.folder / META_FILE, json.dumps(meta, ensure_ascii=False) + "\n")
 
 
+class _CheckedFile:
+    """A file that is written from its start, with its size and checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self.check = 0
+        self._file = open(path, "wb")  # noqa: SIM115
+
+    def write(self, array: NDArray[Any]) -> None:
+        data = array.tobytes()
+        self._file.write(data)
+        self.size += len(data)
+        self.check = zlib.crc32(data, self.check)
+
+    def close(self) -> None:
+        """Closes the file; its bytes are on the disk then."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
 class DamagedError(Exception):
     """A folder is not a store of this version; the text says why."""
 
 
-def open_columns(folder: Path, *, verify: bool = False) -> tuple[dict[str, NDArray[Any]], Summary]:
-    """Maps a store's files into memory; reads the columns of one value an example.
+def open_columns(
+    folder: Path, *, verify: bool = False
+) -> tuple[dict[str, NDArray[Any]], Summary]:
+    """Maps a store's files into memory.
 
     Args:
         folder: a finished store.
-        verify: read every byte and compare checksums; else sizes, and the checksums of the
-            columns that are read anyway.
+        verify: compare the checksum of the tokens too; else their size and the index's checksum.
 
     Raises:
         DamagedError: a file is absent, unreadable, cut or changed.
@@ -132,37 +161,35 @@ def open_columns(folder: Path, *, verify: bool = False) -> tuple[dict[str, NDArr
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         if meta["version"] != FORMAT_VERSION:
             raise DamagedError(f"{folder / META_FILE}: is of version {meta['version']}")
-        columns = {
-            name: _open_column(folder / f"{name}.bin", name, meta["columns"][name], verify)
-            for name in DTYPES
-        }
+        tokens = _open_file(folder / TOKENS_FILE, *meta["tokens"], verify)
+        index = _open_file(folder / INDEX_FILE, *meta["index"], True)
+        columns = {"tokens": tokens.view(meta["token_dtype"]), **_views(index, meta["counts"])}
         counts = Counter(meta["outcomes"])
         return columns, Summary(meta["num_rows"], counts, meta["errors"], meta["notes"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _open_column(file: Path, name: str, entry: tuple[str, int, int], verify: bool) -> NDArray[Any]:
-    dtype, size, check = entry
+def _views(index: NDArray[np.uint8], counts: dict[str, int]) -> dict[str, NDArray[Any]]:
+    """The columns of the index, none of them copied."""
+    views = {}
+    start = 0
+    for name in _INDEX:
+        width = WIDTHS.get(name, 1)
+        end = start + counts[name] * width * np.dtype(DTYPES[name]).itemsize
+        views[name] = index[start:end].view(DTYPES[name]).reshape(_shape(name, counts[name]))
+        start = end
+    return views
+
+
+def _open_file(file: Path, size: int, check: int, verify: bool) -> NDArray[np.uint8]:
     if file.stat().st_size != size:
         raise DamagedError(f"{file}: must have {size} bytes, has {file.stat().st_size}")
-    if (verify or name in PER_EXAMPLE) and _checksum(file) != check:
+    data = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
+    if verify and zlib.crc32(data) != check:
         raise DamagedError(f"{file}: its checksum is another one")
-    if not size:
-        return np.zeros(_shape(name, 0), dtype)
-    count = size // (np.dtype(dtype).itemsize * WIDTHS.get(name, 1))
-    if name in PER_EXAMPLE:
-        return np.fromfile(file, dtype)
-    return np.memmap(file, dtype, "r", shape=_shape(name, count))
+    return data
 
 
-def _checksum(file: Path) -> int:
-    value = 0
-    with open(file, "rb") as stream:
-        while data := stream.read(_BYTES_AT_ONCE):
-            value = zlib.crc32(data, value)
-    return value
-
-
-def _shape(name: str, count: int) -> Any:
-    return (count, WIDTHS[name]) if name in WIDTHS else count
+def _shape(name: str, count: int) -> tuple[int, ...]:
+    return (count, WIDTHS[name]) if name in WIDTHS else (count,)

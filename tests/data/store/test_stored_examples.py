@@ -162,8 +162,8 @@ def _flip(file):
     "name,damage,verify",
     [
         ("tokens.bin", _cut, False),
-        ("spans.bin", lambda file: file.unlink(), False),
-        ("lengths.bin", _flip, False),
+        ("index.bin", lambda file: file.unlink(), False),
+        ("index.bin", _flip, False),
         ("tokens.bin", _flip, True),
         ("meta.json", _cut, False),
         ("meta.json", lambda file: file.write_text('{"version": 0}'), False),
