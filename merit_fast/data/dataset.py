@@ -78,17 +78,30 @@ class CountedExamples(Protocol):
     def target_counts(self) -> NDArray[np.int64]:
         """[N] tokens in the loss of each example, after the shift by one position."""
 
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[N] number of each example's row in its source, from 0."""
+
     def select(self, indices: NDArray[np.int64]) -> Sequence[Example]:
         """A view of these examples, in this order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The examples of one dataset in the order of its rows, and notes about changed rows."""
+    """The examples of one dataset in the order of its rows, and notes about changed rows.
+
+    Attributes:
+        examples: a sequence, perhaps CountedExamples too.
+        notes: sentences such as "3 rows longer than 2048 tokens were truncated".
+        content: fingerprint of the source's rows; None: not known without the tokens.
+        num_rows: rows of the source, with those that gave no example; None: not known.
+    """
 
     name: str
-    examples: Sequence[Example]  # perhaps also CountedExamples
-    notes: tuple[str, ...] = ()  # "3 rows longer than 2048 tokens were truncated"
+    examples: Sequence[Example]
+    notes: tuple[str, ...] = ()
+    content: str | None = None
+    num_rows: int | None = None
 
     @property
     def num_examples(self) -> int:
@@ -119,11 +132,19 @@ class Dataset:
         counts = [count_target_tokens(example.labels) for example in self.examples]
         return np.array(counts, np.int64)
 
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[N] number of each example's row in its source; of each example where that is unknown."""
+        if _is_counted(self.examples):
+            return self.examples.rows
+        return np.arange(len(self.examples))
+
     def select(self, indices: Sequence[int] | NDArray[np.integer]) -> Dataset:
         """The dataset with these examples only, in this order; without notes."""
         chosen = np.asarray(indices, np.int64)
         if _is_counted(self.examples):
-            return Dataset(self.name, self.examples.select(chosen))
+            examples = self.examples.select(chosen)
+            return Dataset(self.name, examples, (), self.content, self.num_rows)
         return Dataset(self.name, tuple(self.examples[int(i)] for i in chosen))
 
 

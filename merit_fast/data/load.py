@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
@@ -89,19 +90,26 @@ class _Loader:
 
     def load(self, config: DatasetConfig) -> Dataset:
         """The dataset of one entry."""
-        place = self.store.place(config.name) if self.store else None
-        verify = self.store is not None and self.store.verify
+        store = self.store or TokenStore(Path(), {})
+        place = store.place(config.name) if self.store else None
 
         def make(summary: Summary) -> Iterator[Chunk]:
             return self._make(config, summary)
 
         columns, summary = build_examples(
-            make, place, self.token_dtype, self.progress, verify=verify
+            make,
+            place,
+            self.token_dtype,
+            self.progress,
+            verify=store.verify,
+            writes=store.writes,
         )
         return Dataset(
             config.name,
             StoredExamples(columns, _read_media),
             tuple(self._notes(summary)),
+            store.fingerprints.get(config.name),
+            summary.num_rows + len(summary.errors),
         )
 
     def _make(self, config: DatasetConfig, summary: Summary) -> Iterator[Chunk]:

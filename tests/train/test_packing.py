@@ -1,21 +1,17 @@
 """Packed rows: examples end to end train as they do row by row, dataset by dataset."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from support.architectures import CASES, VOCABULARY, make
 from support.checks import assert_close
 from support.patched import assert_same_gradients
-from support.training import CONFIG, dataset, train
 
 from merit_fast import patch_model
 from merit_fast.data import Example, collate, pack
 from merit_fast.errors import InputError
 from merit_fast.kernels.cross_entropy import linear_cross_entropy
 from merit_fast.model import target_losses
-from merit_fast.train import TrainConfig
 from merit_fast.train.loss import batch_loss, require_packing
 
 LENGTHS = (9, 1, 14, 2, 6)
@@ -96,18 +92,6 @@ def test_sums_and_counts_per_dataset_are_those_of_single_rows():
         tokens[dataset_id] += len(single.loss)
     assert_close(found.dataset_loss.detach(), losses)
     assert torch.equal(found.dataset_tokens, tokens)
-
-
-@pytest.mark.parametrize("kernels", ["auto", "eager"])
-def test_packing_changes_only_the_rounding_of_a_run(tiny_model, tmp_path, kernels):
-    rows = dataset("a", 0), dataset("b", 1, rows=3)
-    found = {}
-    for packing in (False, True):
-        config = TrainConfig(**{**vars(CONFIG), "packing": packing, "kernels": kernels})
-        manifest = train(tiny_model, tmp_path / str(packing), config, *rows)
-        found[packing] = manifest, json.loads((tmp_path / str(packing) / "losses.json").read_text())
-    assert found[True][0] == found[False][0]  # the same counts of tokens and examples
-    assert found[True][1] == pytest.approx(found[False][1], rel=1e-4)
 
 
 def test_a_model_that_sees_over_borders_is_refused():

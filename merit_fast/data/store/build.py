@@ -38,11 +38,13 @@ class TokenStore:
         folder: its subfolders have the fingerprints as names.
         fingerprints: dataset name -> fingerprint of its examples (``dataset_fingerprints``).
         verify: compare every byte with its checksum before it is used.
+        writes: False: uses the datasets that are there, and keeps others in memory.
     """
 
     folder: Path
     fingerprints: Mapping[str, str]
     verify: bool = False
+    writes: bool = True
 
     def place(self, name: str) -> Path:
         """The folder of a dataset's examples."""
@@ -56,6 +58,7 @@ def build_examples(
     progress: Progress,
     *,
     verify: bool = False,
+    writes: bool = True,
 ) -> tuple[Columns, Summary]:
     """Opens the examples in ``place``, or makes them.
 
@@ -68,17 +71,18 @@ def build_examples(
         token_dtype: dtype of the tokens, such as "<u2".
         progress: display of the note.
         verify: compare every byte of ``place`` with its checksum.
+        writes: False: make no folder.
     """
-    if place is None:
+    found = None if place is None else _open(place, verify)
+    if found is not None:
+        return found
+    if place is None or not writes:
         columns = MemoryColumns()
         summary = Summary()
         for chunk in make(summary):
             summary.add(chunk)
             columns.append(chunk)
         return columns.arrays(), summary
-    found = _open(place, verify)
-    if found is not None:
-        return found
     with _locked(place):
         found = _open(place, verify, progress)  # another process may have made it meanwhile
         if found is None:

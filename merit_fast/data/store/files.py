@@ -145,9 +145,7 @@ class DamagedError(Exception):
     """A folder is not a store of this version; the text says why."""
 
 
-def open_columns(
-    folder: Path, *, verify: bool = False
-) -> tuple[dict[str, NDArray[Any]], Summary]:
+def open_columns(folder: Path, *, verify: bool = False) -> tuple[dict[str, NDArray[Any]], Summary]:
     """Maps a store's files into memory.
 
     Args:
@@ -161,8 +159,8 @@ def open_columns(
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         if meta["version"] != FORMAT_VERSION:
             raise DamagedError(f"{folder / META_FILE}: is of version {meta['version']}")
-        tokens = _open_file(folder / TOKENS_FILE, *meta["tokens"], verify)
-        index = _open_file(folder / INDEX_FILE, *meta["index"], True)
+        tokens = _open_file(folder / TOKENS_FILE, meta["tokens"], verify)
+        index = _open_file(folder / INDEX_FILE, meta["index"], True)
         columns = {"tokens": tokens.view(meta["token_dtype"]), **_views(index, meta["counts"])}
         counts = Counter(meta["outcomes"])
         return columns, Summary(meta["num_rows"], counts, meta["errors"], meta["notes"])
@@ -182,11 +180,12 @@ def _views(index: NDArray[np.uint8], counts: dict[str, int]) -> dict[str, NDArra
     return views
 
 
-def _open_file(file: Path, size: int, check: int, verify: bool) -> NDArray[np.uint8]:
+def _open_file(file: Path, entry: tuple[int, int], verify: bool) -> NDArray[np.uint8]:
+    size, check = entry
     if file.stat().st_size != size:
         raise DamagedError(f"{file}: must have {size} bytes, has {file.stat().st_size}")
     data = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    if verify and zlib.crc32(data) != check:
+    if verify and zlib.crc32(data.data) != check:
         raise DamagedError(f"{file}: its checksum is another one")
     return data
 
