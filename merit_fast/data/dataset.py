@@ -31,12 +31,13 @@ class Tree:
     """Texts that share their beginnings, laid out as the runs of tokens of a trie.
 
     Run k holds tokens ``starts[k]`` up to ``starts[k + 1]`` (up to T for the last) and follows
-    run ``parents[k]``, -1 at the root; a parent stands before its children. A token sees its own
+    run ``parents[k]``, -1 at a root; a parent stands before its children. A token sees its own
     run up to itself and the whole of its ancestors. Its position is its depth:
 
         depth(first token of k) = depth(last token of parents[k]) + 1
 
-    The first token of a run is never a target, so the usual shift by one position holds.
+    The first token of a run is a target only where the run stands right behind its parent, so the
+    usual shift by one position holds. Runs at the root begin texts that share nothing.
     """
 
     starts: NDArray[np.int32]  # [R], starts[0] == 0

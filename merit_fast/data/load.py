@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,9 @@ from merit_fast.data.store.chunk import Chunk
 from merit_fast.data.store.examples import StoredExamples
 from merit_fast.data.store.files import Summary
 from merit_fast.data.store.workers import ChunkEncoder
+from merit_fast.data.template import outcome_notes
 from merit_fast.errors import InputError
 from merit_fast.progress import Progress, SilentProgress, Task
-
-_LENGTH_NOTES = {
-    "truncated": "truncated",
-    "dropped": "dropped",
-    "unanswered": "dropped because truncation would leave no answer",
-}
 
 
 def load_mixture(
@@ -122,7 +116,7 @@ class _Loader:
                 num_examples += len(chunk.columns["lengths"])
                 yield chunk
                 task.advance(count)
-        summary.notes += row_encoder.reader.notes()
+        summary.notes += row_encoder.notes()
         where = f"{self._path(config)}: dataset {config.name}"
         if not summary.num_rows:
             raise InputError(f"{where}: must have at least one row, found none")
@@ -165,7 +159,7 @@ class _Loader:
         )
 
     def _notes(self, summary: Summary) -> Iterator[str]:
-        yield from _outcome_notes(summary.outcomes, self.data_config.max_length)
+        yield from outcome_notes(summary.outcomes, self.data_config.max_length)
         yield from summary.notes
         if count := len(summary.errors):
             rows = "row was" if count == 1 else "rows were"
@@ -174,18 +168,3 @@ class _Loader:
 
 def _read_media(reference: Mapping[str, Any]) -> Media:
     raise ValueError(f"data: media of unknown kind: {sorted(reference)}")
-
-
-def _outcome_notes(outcomes: Counter[str], limit: int) -> Iterator[str]:
-    noun = "example" if outcomes["rewritten"] else "row"
-    for key, outcome in _LENGTH_NOTES.items():
-        if count := outcomes[key]:
-            subject = f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-            verb = "was" if count == 1 else "were"
-            yield f"{subject} longer than {limit} tokens {verb} {outcome}"
-    if count := outcomes["rewritten"]:
-        rows = "row" if count == 1 else "rows"
-        yield (
-            f"{count} {rows} became one example per answer "
-            "because the chat template rewrites earlier turns"
-        )

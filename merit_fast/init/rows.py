@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from merit_fast.data.config import DataConfig, DatasetConfig
+from merit_fast.data.conversation import Message
 from merit_fast.data.mixture.held_out import holds_out
-from merit_fast.data.rows.formats import find_format
+from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import read_rows
 from merit_fast.errors import InputError
 
@@ -25,27 +27,28 @@ def read_source(path: Path) -> Source:
     """Converts every row of a file or directory.
 
     Raises:
-        InputError: no row, a row of no known format, rows of two formats, or a row without an
-            answer; names file and line.
+        InputError: no row, a row of no known format, rows of two formats, a row without an
+            answer, or a column that nothing reads; names file and line.
     """
     tests = {share: holds_out(share) for share in _SHARES}
     counts = dict.fromkeys(_SHARES, 0)
-    name = ""
+    reader = RowReader(DatasetConfig("rows", str(path)), DataConfig())
     num_rows = num_characters = 0
     for where, row in read_rows(str(path), "train"):
-        row_format = find_format(row, where)
-        name = name or row_format.name
-        if row_format.name != name:
-            raise InputError(f"{where}: {row_format.name}, but the rows before it are {name}")
-        messages = row_format.convert(row, where)
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        if not answers:
-            raise InputError(f"{where}: must have an answer of the assistant, found none")
+        messages = reader.read(row, where).messages
+        answers = [message for message in messages if message.role == "assistant"]
         num_rows += 1
-        num_characters += sum(map(len, answers))
+        num_characters += sum(_count_characters(answer) for answer in answers)
         for share, is_held_out in tests.items():
             counts[share] += is_held_out(row)
     if not num_rows:
         raise InputError(f"{path}: must have at least one row, found none")
     divided = ((share, count) for share, count in counts.items() if 0 < count < num_rows)
-    return Source(name, num_rows, num_characters, next(divided, None))
+    return Source(reader.format_name, num_rows, num_characters, next(divided, None))
+
+
+def _count_characters(message: Message) -> int:
+    content = message.content or ""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part.get("text", "")) for part in content)

@@ -133,11 +133,19 @@ def test_paths_that_hold_nothing(tmp_path, tokenizer, monkeypatch):
     assert message("owner/name").startswith("owner/name: is neither")
 
 
-def test_unused_columns_are_noted(tmp_path, tokenizer):
-    rows = [{**GOOD, "id": 1, "label": None}, {**GOOD, "category": "x"}]
+def test_unused_columns_are_noted_or_refused(tmp_path, tokenizer):
+    rows = [{**GOOD, "id": 1, "label": None}, {**GOOD, "source": "x"}]
     assert load(write(tmp_path / "a.jsonl", rows), tokenizer).notes == (
-        "columns not used: category, id",
+        "columns not used: id, source",
     )
+    message = fails(tmp_path, tokenizer, [GOOD, {**GOOD, "category": "x"}])
+    assert message == (
+        "bad.jsonl:2: column category of dataset d: must be named under columns or listed in "
+        "data.ignore_columns, as nothing reads it, got 'x'"
+    )
+    data = DataConfig(ignore_columns=("category",))
+    rows = [GOOD, {**GOOD, "category": "x"}]
+    assert load(write(tmp_path / "b.jsonl", rows), tokenizer, data=data).notes == ()
 
 
 def test_mixture_order_eval_part_and_rules(tmp_path, tokenizer):

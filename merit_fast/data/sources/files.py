@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.data.paths import hub_trouble, is_hub_id
+from merit_fast.data.sources.nulls import without_filled_nulls
 from merit_fast.errors import InputError, one_line
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -105,7 +106,7 @@ def _parquet_rows(file: Path) -> Iterator[PlacedRow]:
             for batch in parquet.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}: row {number}", row
+                    yield f"{file}: row {number}", without_filled_nulls(row)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(
             f"{file}: is not readable Parquet after row {number}: {one_line(error)}"
@@ -123,4 +124,4 @@ def _hub_rows(dataset_id: str, split: str) -> Iterator[PlacedRow]:
             f"(Hugging Face dataset, split {split!r})"
         ) from error
     for number, row in enumerate(rows, 1):
-        yield f"{dataset_id} ({split}): row {number}", row
+        yield f"{dataset_id} ({split}): row {number}", without_filled_nulls(row)
