@@ -10,7 +10,7 @@ from support.rows import assistant, user, write
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.rows.reader import RowReader
-from merit_fast.data.sources import read_rows
+from merit_fast.data.sources import Source, read_rows
 from merit_fast.errors import InputError
 
 
@@ -221,7 +221,7 @@ def test_arrow_rows_are_the_json_rows(tmp_path):
     ]
     of = {
         suffix: [
-            read(row) for _, row in read_rows(write(tmp_path / f"rows{suffix}", rows), "train")
+            read(row) for _, row in read_rows(Source(write(tmp_path / f"rows{suffix}", rows)))
         ]
         for suffix in (".jsonl", ".parquet")
     }
