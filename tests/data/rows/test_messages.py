@@ -220,9 +220,7 @@ def test_arrow_rows_are_the_json_rows(tmp_path):
         {"messages": [user("q"), assistant("z")], "tools": None, "system": "s"},
     ]
     of = {
-        suffix: [
-            read(row) for _, row in read_rows(Source(write(tmp_path / f"rows{suffix}", rows)))
-        ]
+        suffix: [read(row) for _, row in read_rows(Source(write(tmp_path / f"rows{suffix}", rows)))]
         for suffix in (".jsonl", ".parquet")
     }
     for json_row, arrow_row in zip(of[".jsonl"], of[".parquet"], strict=True):
