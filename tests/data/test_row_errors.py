@@ -107,7 +107,7 @@ ROW_ERRORS = {
     ),
     "answer_first": (
         [{"messages": [assistant("a")]}],
-        "bad.jsonl:1: messages[0]: must be a system or user message",
+        "bad.jsonl:1: must have an answer of the assistant behind a turn of the user, found none",
     ),
 }
 
@@ -116,12 +116,3 @@ ROW_ERRORS = {
 def test_row_errors_name_file_and_line(tmp_path, tokenizer, name):
     rows, message = ROW_ERRORS[name]
     assert message in fails(tmp_path, tokenizer, rows)
-
-
-def test_answer_without_tokens(tmp_path):
-    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")
-    message = fails(tmp_path, tokenizer, [GOOD, {"prompt": "a", "completion": " "}])
-    assert (
-        message
-        == "bad.jsonl:2: must have an answer of the assistant with at least one token, found none"
-    )
