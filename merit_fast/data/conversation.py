@@ -68,5 +68,14 @@ class Conversation:
                 for image in self.images
             ],
         }
-        text = json.dumps(read, sort_keys=True, ensure_ascii=False, default=dict)
+        text = json.dumps(_without_nulls(read), sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that are null: some containers fill them in, others leave them out."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -10,9 +10,9 @@ from typing import Any
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
 from merit_fast.data.dataset import Dataset, Example
 from merit_fast.data.encode import RowEncoder
-from merit_fast.data.mixture.checks import check_mixture
-from merit_fast.data.mixture.held_out import rows_of_part
-from merit_fast.data.sources import PlacedRow, Source, read_rows, unread_files
+from merit_fast.data.mixture.scan import check_bad_rows, error_notes, selected_rows
+from merit_fast.data.mixture.select import MixtureRows, Selection
+from merit_fast.data.sources import Source, read_rows, unread_files
 from merit_fast.errors import InputError
 
 _LENGTH_NOTES = {
@@ -29,6 +29,7 @@ def load_mixture(
     data_config: DataConfig,
     *,
     part: Part,
+    rows: MixtureRows | None = None,
 ) -> list[Dataset]:
     """Reads and tokenizes the datasets of a mixture, in its order.
 
@@ -37,6 +38,7 @@ def load_mixture(
         tokenizer: a fast tokenizer, or a processor that holds one.
         data_config: the `data:` section.
         part: "train", or "eval" for the held-out rows.
+        rows: the same mixture's rows, where they are known already.
 
     Returns:
         One Dataset per entry. For "eval", entries without held-out rows are left out;
@@ -46,15 +48,13 @@ def load_mixture(
         InputError: two entries share a name, training files hold held-out rows, or a file or row
             is wrong; the message names file and line.
     """
-    check_mixture(configs)
+    selections = (rows or MixtureRows(configs, data_config)).select(part)
     datasets = []
     for config in configs:
-        if selected := source(config, part):
-            rows = rows_of_part(read_rows(selected), config, part)
-            if part == "train":
-                rows = itertools.islice(rows, config.max_examples)
+        if place := source(config, part):
             encoder = RowEncoder(config, data_config, tokenizer)
-            datasets.append(_load(config, data_config, encoder, rows, selected))
+            selection = selections[config.name]
+            datasets.append(_load(config, data_config, encoder, place, selection))
     return datasets
 
 
@@ -62,36 +62,38 @@ def _load(
     config: DatasetConfig,
     data_config: DataConfig,
     encoder: RowEncoder,
-    rows: Iterator[PlacedRow],
-    origin: Source,
+    place: Source,
+    selection: Selection,
 ) -> Dataset:
-    examples: list[Example] = []
+    of_rows: list[tuple[Example, ...]] = []
     outcomes: Counter[str] = Counter()
-    num_rows = 0
+    errors = list(selection.errors)
+    rows = selected_rows(read_rows(place), selection.rows)
     while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
         for encoded in encoder.encode(chunk):
             if encoded.error:
-                raise encoded.error
-            num_rows += 1
-            examples.extend(encoded.examples)
+                errors.append(str(encoded.error))
+                check_bad_rows(errors, config, data_config)
+            of_rows.append(encoded.examples)
             outcomes.update(encoded.outcomes)
-    where = f"{origin.path}: dataset {config.name}"
-    if not num_rows:
-        raise InputError(f"{where}: must have at least one row, found none")
+    examples = tuple(example for position in selection.order for example in of_rows[position])
     if not examples:
         rule = f"an answer within data.max_length = {data_config.max_length} tokens"
-        raise InputError(f"{where}: must have a row with {rule}, found none in {num_rows} rows")
+        where = f"{place.path}: dataset {config.name}"
+        raise InputError(f"{where}: must have a row with {rule}, found none in {len(of_rows)} rows")
     notes = (
-        *_source_notes(origin),
+        *_source_notes(place),
         *_outcome_notes(outcomes, data_config.max_length),
         *encoder.reader.notes(),
+        *selection.notes,
+        *error_notes(errors),
     )
-    return Dataset(config.name, tuple(examples), notes)
+    return Dataset(config.name, examples, notes)
 
 
-def _source_notes(origin: Source) -> Iterator[str]:
+def _source_notes(place: Source) -> Iterator[str]:
     """A sentence on the files of a folder of which nothing is read."""
-    if unread := unread_files(origin):
+    if unread := unread_files(place):
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         yield f"files not read: {', '.join(unread[:3])}{more}"
 

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.mixture.held_out import holds_out
-from merit_fast.data.rows.formats import find_format
+from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import Source as RowSource
 from merit_fast.data.sources import read_rows
 from merit_fast.errors import InputError
@@ -29,24 +32,20 @@ def read_source(path: Path) -> Source:
         InputError: no row, a row of no known format, rows of two formats, or a row without an
             answer; names file and line.
     """
-    tests = {share: holds_out(share) for share in _SHARES}
-    counts = dict.fromkeys(_SHARES, 0)
-    name = ""
+    reader = RowReader(DatasetConfig("rows", str(path)), DataConfig())
+    keys = bytearray()
     num_rows = num_characters = 0
     for where, row in read_rows(RowSource(str(path))):
-        row_format = find_format(row, where)
-        name = name or row_format.name
-        if row_format.name != name:
-            raise InputError(f"{where}: {row_format.name}, but the rows before it are {name}")
-        messages = row_format.convert(row, where)
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        conversation = reader.read(row, where)
+        answers = [turn.content for turn in conversation.messages if turn.role == "assistant"]
         if not answers:
             raise InputError(f"{where}: must have an answer of the assistant, found none")
         num_rows += 1
-        num_characters += sum(map(len, answers))
-        for share, is_held_out in tests.items():
-            counts[share] += is_held_out(row)
+        num_characters += sum(len(answer or "") for answer in answers)
+        keys += conversation.key()
     if not num_rows:
         raise InputError(f"{path}: must have at least one row, found none")
-    divided = ((share, count) for share, count in counts.items() if 0 < count < num_rows)
-    return Source(name, num_rows, num_characters, next(divided, None))
+    hashes = np.frombuffer(bytes(keys), "S16")
+    counts = ((share, int(holds_out(hashes, share).sum())) for share in _SHARES)
+    divided = ((share, count) for share, count in counts if 0 < count < num_rows)
+    return Source(reader.format_name, num_rows, num_characters, next(divided, None))

@@ -90,7 +90,7 @@ def test_jsonl_parquet_directory_and_hub_agree(tmp_path, tokenizer, monkeypatch)
         load("owner/name", tokenizer, part="eval", eval_split="test", max_examples=1).num_examples
         == 3
     )
-    assert asked == [("owner/name", "train"), ("owner/name", "test")]
+    assert set(asked) == {("owner/name", "train"), ("owner/name", "test")}
 
 
 def test_paths_that_hold_nothing(tmp_path, tokenizer, monkeypatch):
@@ -133,20 +133,29 @@ def test_paths_that_hold_nothing(tmp_path, tokenizer, monkeypatch):
     assert message("owner/name").startswith("owner/name: is neither")
 
 
-def test_unused_columns_are_noted(tmp_path, tokenizer):
-    rows = [{**GOOD, "id": 1, "label": None}, {**GOOD, "category": "x"}]
+def test_unused_columns_are_noted_or_refused(tmp_path, tokenizer):
+    rows = [{**GOOD, "id": 1, "label": None}, {**GOOD, "source": "x"}]
     assert load(write(tmp_path / "a.jsonl", rows), tokenizer).notes == (
-        "columns not used: category, id",
+        "columns not used: id, source",
     )
+    message = fails(tmp_path, tokenizer, [GOOD, {**GOOD, "category": "x"}])
+    assert message == (
+        "bad.jsonl:2: column category of dataset d: must be named under columns or listed in "
+        "data.ignore_columns, as nothing reads it, got 'x'"
+    )
+    data = DataConfig(ignore_columns=("category",))
+    rows = [GOOD, {**GOOD, "category": "x"}]
+    assert load(write(tmp_path / "b.jsonl", rows), tokenizer, data=data).notes == ()
 
 
 def test_mixture_order_eval_part_and_rules(tmp_path, tokenizer):
     a = write(tmp_path / "a.jsonl", [GOOD, GOOD])
     b = write(tmp_path / "b.jsonl", [GOOD])
+    data = DataConfig(leaks="keep")
     configs = [DatasetConfig("z", b), DatasetConfig("a", a, eval_path=b, max_examples=1)]
-    train = load_mixture(configs, tokenizer, DataConfig(), part="train")
+    train = load_mixture(configs, tokenizer, data, part="train")
     assert [(dataset.name, dataset.num_examples) for dataset in train] == [("z", 1), ("a", 1)]
-    held_out = load_mixture(configs, tokenizer, DataConfig(), part="eval")
+    held_out = load_mixture(configs, tokenizer, data, part="eval")
     assert [(dataset.name, dataset.num_examples) for dataset in held_out] == [("a", 1)]
 
     def rule(*configs):

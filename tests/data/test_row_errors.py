@@ -44,10 +44,10 @@ ROW_ERRORS = {
     "surrogate": (json.dumps({**GOOD, "prompt": "\ud800"}), "bad.jsonl:1: must be valid Unicode"),
     "empty": ("\n \n", "bad.jsonl: dataset d: must have at least one row, found none"),
     "columns": (
-        [{"question": "a", "answer": "b"}],
+        [{"frage": "a", "answer": "b"}],
         "bad.jsonl:1: unknown columns: must have one of "
-        "(messages; conversations; prompt, completion; instruction, output), "
-        "got question, answer",
+        "(messages; conversations; instruction, output; prompt, completion), "
+        "got frage, answer",
     ),
     "no_columns": ([{}], "bad.jsonl:1: unknown columns: "),
     "other_kind": (
@@ -57,12 +57,13 @@ ROW_ERRORS = {
     ),
     "role": (
         [{"messages": [{"role": "bot", "content": "a"}]}],
-        "bad.jsonl:1: messages[0].role: must be one of system, user, assistant, tool, got 'bot'",
+        "bad.jsonl:1: messages[0].role: must be one of system, developer, user, human, assistant, "
+        "gpt, tool, function, observation, function_call, or listed under the entry's roles, "
+        "got 'bot'",
     ),
     "from": (
         [{"conversations": [{"from": "bing", "value": "a"}]}],
-        "bad.jsonl:1: conversations[0].from: must be one of human, gpt, system, user, assistant, "
-        "got 'bing'",
+        "bad.jsonl:1: conversations[0].from: must be one of system, developer, user, human, ",
     ),
     "no_messages": ([{"messages": []}], "bad.jsonl:1: messages: must be a non-empty list, got []"),
     "no_content": (
@@ -74,8 +75,8 @@ ROW_ERRORS = {
         "bad.jsonl:1: messages[0]: must be an object with the key role, got 'Hi'",
     ),
     "image": (
-        [{"messages": [user([{"type": "image", "url": "x"}])]}],
-        "bad.jsonl:1: messages[0].content[0].type: must be text, got 'image'",
+        [{"messages": [user([{"type": "video", "url": "x"}])]}],
+        "bad.jsonl:1: messages[0].content[0].type: must be text, image or image_url, got 'video'",
     ),
     "calls": (
         [
@@ -86,7 +87,7 @@ ROW_ERRORS = {
                 ]
             }
         ],
-        "bad.jsonl:1: messages[1].tool_calls: must be absent",
+        "bad.jsonl:1: messages[1].tool_calls[0].function: must have the key name, got no keys",
     ),
     "null": (
         [{"prompt": "a", "completion": None}],

@@ -8,7 +8,7 @@ import re
 import pytest
 from support.docs.pages import PAGES, ROOT, anchors_of, inline_code, links_of, name_of
 
-from merit_fast.data.rows.formats import row_formats_markdown
+from merit_fast.data.rows.formats import common_columns_markdown, row_formats_markdown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -26,8 +26,9 @@ def test_readme_is_short():
     assert len(text.splitlines()) < 100 and len(text.split()) <= 1300
 
 
-def test_the_quick_start_lists_every_row_format():
-    assert row_formats_markdown() in (ROOT / "docs" / "quickstart.md").read_text()
+def test_the_page_on_rows_lists_every_format_and_column():
+    text = (ROOT / "docs" / "data" / "rows.md").read_text()
+    assert row_formats_markdown() in text and common_columns_markdown() in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merit_fast.data.dataset import IGNORED_LABEL, Example
-from merit_fast.data.rows.messages import Message
 from merit_fast.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]  # as apply_chat_template takes it
 
 PLAIN = "plain"
 _PLAIN_TEMPLATE = (
