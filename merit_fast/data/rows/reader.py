@@ -63,11 +63,6 @@ class RowReader:
         """The name of the rows' format; "" before the first row."""
         return self._format.name if self._format else ""
 
-    @property
-    def format_name(self) -> str:
-        """The name of the rows' format; "" before the first row."""
-        return self._format.name if self._format else ""
-
     def read(self, row: dict[str, Any], place: str) -> Conversation:
         """Converts one row. Nothing of it is dropped, but for what the entry says.
 
