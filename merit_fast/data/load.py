@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
-from merit_fast.data.dataset import Dataset, Media
+from merit_fast.data.dataset import Dataset
 from merit_fast.data.encode import RowEncoder
+from merit_fast.data.images import media_reader
 from merit_fast.data.mixture.scan import check_bad_rows, error_notes
 from merit_fast.data.mixture.select import MixtureRows, Selection
 from merit_fast.data.sources import read_rows
@@ -105,7 +106,7 @@ class _Loader:
             verify=store.verify,
             writes=store.writes,
         )
-        examples = StoredExamples(columns, _read_media)
+        examples = StoredExamples(columns, media_reader(self.tokenizer))
         indices = _in_order(examples.rows, selection)
         return Dataset(
             config.name,
@@ -169,7 +170,3 @@ def _in_order(rows: NDArray[np.int64], selection: Selection) -> NDArray[np.int64
     counts = np.searchsorted(rows, order, side="right") - first
     starts = np.repeat(first - (np.cumsum(counts) - counts), counts)
     return starts + np.arange(int(counts.sum()))
-
-
-def _read_media(reference: Mapping[str, Any]) -> Media:
-    raise ValueError(f"data: media of unknown kind: {sorted(reference)}")
