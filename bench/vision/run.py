@@ -95,7 +95,7 @@ def _make_tokenizer() -> Any:
 def train_base(start: Path, folder: Path, data: Path, epochs: int) -> Path:
     """Trains ``start`` with its tower to name the digit of a picture; returns the base's folder."""
     entry = write_named_digits(data)
-    configs = [DatasetConfig(**entry)]
+    configs = [DatasetConfig(name="naming", path=entry["path"], media=entry["media"])]
     datasets = load_mixture(configs, load_processor(str(start)), DataConfig(), part="train")
     fingerprint = model_fingerprint(start)
     job = BranchJob("base", "base", 0, tuple(datasets), str(start), fingerprint, fingerprint)
