@@ -121,17 +121,17 @@ def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch
         dataset_ids: [B] the dataset of each example.
 
     Raises:
-        ValueError: no example, not one dataset id per example, or an example has images.
+        ValueError: no example, not one dataset id per example, or an example with tree or images.
     """
     import torch
 
+    if any(example.tree is not None or has_images(example) for example in examples):
+        raise ValueError("pack: examples must be plain text, without tree or images")
     if not examples or len(examples) != len(dataset_ids):
         raise ValueError(
             f"pack: needs one dataset id per example, "
             f"got {len(dataset_ids)} for {len(examples)} examples"
         )
-    if any(has_images(example) for example in examples):
-        raise ValueError("pack: examples with images cannot be packed")
     lengths = torch.tensor([len(example.input_ids) for example in examples])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     input_ids = torch.cat([torch.as_tensor(example.input_ids) for example in examples]).long()

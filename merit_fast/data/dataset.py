@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,15 @@ from merit_fast.kernels.labels import IGNORED_LABEL
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IGNORED_LABEL", "Dataset", "Example", "Media", "Tree", "count_target_tokens"]
+__all__ = [
+    "IGNORED_LABEL",
+    "ChainedExamples",
+    "Dataset",
+    "Example",
+    "Media",
+    "Tree",
+    "count_target_tokens",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +69,11 @@ class Media(Protocol):
         """The media of the example's first ``length`` tokens."""
 
     def reference(self, folder: Path | None = None) -> dict[str, Any]:
-        """A JSON object that stands for the media; with ``folder``, bytes of images go there."""
+        """JSON-ready values from which a token store makes the media again; no pixels.
+
+        Args:
+            folder: where the bytes of images that are no files go; None: the values hold them.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +86,41 @@ class Example:
     media: Media | None = None  # None: text only
 
 
+class CountedExamples(Protocol):
+    """A sequence that knows its examples' sizes without making them."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N] tokens of each example."""
+
+    @property
+    def target_counts(self) -> NDArray[np.int64]:
+        """[N] tokens in the loss of each example, after the shift by one position."""
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[N] number of each example's row in its source, from 0."""
+
+    def select(self, indices: NDArray[np.int64]) -> Sequence[Example]:
+        """A view of these examples, in this order."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The examples of one dataset in the order of its rows, and notes about changed rows."""
+    """The examples of one dataset in the order of its rows, and notes about changed rows.
+
+    Attributes:
+        examples: a sequence, perhaps CountedExamples too.
+        notes: sentences such as "3 rows longer than 2048 tokens were truncated".
+        content: fingerprint of the source's rows; None: not known without the tokens.
+        num_rows: rows of the source, with those that gave no example; None: not known.
+    """
 
     name: str
     examples: Sequence[Example]
-    notes: tuple[str, ...] = ()  # "3 rows longer than 2048 tokens were truncated"
+    notes: tuple[str, ...] = ()
+    content: str | None = None
+    num_rows: int | None = None
 
     @property
     def num_examples(self) -> int:
@@ -89,7 +129,7 @@ class Dataset:
     @cached_property
     def num_target_tokens(self) -> int:
         """Tokens in the loss, after the shift by one position."""
-        return sum(count_target_tokens(example.labels) for example in self.examples)
+        return int(self.target_counts.sum())
 
     @cached_property
     def num_tokens(self) -> int:
@@ -99,11 +139,70 @@ class Dataset:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """[N] tokens of each example."""
+        if _is_counted(self.examples):
+            return self.examples.lengths
         return np.array([len(example.input_ids) for example in self.examples], np.int64)
+
+    @cached_property
+    def target_counts(self) -> NDArray[np.int64]:
+        """[N] tokens in the loss of each example, after the shift by one position."""
+        if _is_counted(self.examples):
+            return self.examples.target_counts
+        counts = [count_target_tokens(example.labels) for example in self.examples]
+        return np.array(counts, np.int64)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[N] number of each example's row in its source; of each example where that is unknown."""
+        if _is_counted(self.examples):
+            return self.examples.rows
+        return np.arange(len(self.examples))
 
     def select(self, indices: Sequence[int] | NDArray[np.integer]) -> Dataset:
         """The dataset with these examples only, in this order; without notes."""
-        return Dataset(self.name, tuple(self.examples[int(i)] for i in indices))
+        chosen = np.asarray(indices, np.int64)
+        if _is_counted(self.examples):
+            examples = self.examples.select(chosen)
+            return Dataset(self.name, examples, (), self.content, self.num_rows)
+        return Dataset(self.name, tuple(self.examples[int(i)] for i in chosen))
+
+
+class ChainedExamples(Sequence[Example]):
+    """The examples of several datasets, one after another; none is copied."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self._datasets = datasets
+        counts = [dataset.num_examples for dataset in datasets]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        number = range(len(self))[index]  # negative indices, and IndexError
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        examples = self._datasets[part].examples
+        return examples[number - int(self._ends[part]) + len(examples)]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N] tokens of each example."""
+        return np.concatenate([np.zeros(0, np.int64), *(d.lengths for d in self._datasets)])
+
+    def shortest(self, count: int) -> list[Example]:
+        """The ``count`` examples of the fewest tokens, the shortest first."""
+        order = np.argsort(self.lengths, kind="stable")
+        return [self[int(index)] for index in order[:count]]
+
+
+def _is_counted(examples: Any) -> TypeGuard[CountedExamples]:
+    return hasattr(examples, "target_counts")
 
 
 def count_target_tokens(labels: Any) -> int:

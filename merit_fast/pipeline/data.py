@@ -6,24 +6,40 @@ from typing import Any
 
 from merit_fast.data import (
     Dataset,
+    dataset_fingerprints,
     load_mixture,
     load_tokenizer_or_processor,
     pad_token_id,
     tokenizer_of,
 )
 from merit_fast.data.config import Part
+from merit_fast.data.store import TokenStore
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.pipeline.arms import Branch, branches_part, merit_steps, whole_mixture
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress
 from merit_fast.train.schedule import num_steps
 
+TOKENS_FOLDER = "tokens"  # of a run's output: a cache, and no result
+
+
+def held_out_contents(outputs: Outputs) -> dict[str, str]:
+    """Name -> fingerprint of each dataset's held-out examples."""
+    config = outputs.config
+    base = str(outputs.base)
+    hashes = outputs.records.hashes
+    return dataset_fingerprints(config.mixture, config.data, base, part="eval", file_hash=hashes)
+
 
 class RunData:
-    """Tokenizer and datasets of one configured run."""
+    """Tokenizer and datasets of one configured run.
 
-    def __init__(self, outputs: Outputs, progress: Progress) -> None:
+    ``writes``: whether rows that are tokenized may be kept in the run's output.
+    """
+
+    def __init__(self, outputs: Outputs, progress: Progress, writes: bool = True) -> None:
         self.outputs = outputs
+        self.writes = writes
         self.config = outputs.config
         self.progress = progress
 
@@ -88,9 +104,22 @@ class RunData:
         """Optimizer steps of each of merit's branches, [K]; no row is read for it."""
         return merit_steps(self.config, split, self.outputs.contents)
 
+    def _store(self, part: Part) -> TokenStore:
+        """The place of the tokenized rows of this part."""
+        records = self.outputs.records
+        prints = self.outputs.contents if part == "train" else held_out_contents(self.outputs)
+        return TokenStore(records.root / TOKENS_FOLDER, prints, records.whole, self.writes)
+
     def _load(self, part: Part) -> list[Dataset]:
         mixture = self.config.mixture
-        datasets = load_mixture(mixture, self.processor, self.config.data, part=part)
+        datasets = load_mixture(
+            mixture,
+            self.processor,
+            self.config.data,
+            part=part,
+            store=self._store(part),
+            progress=self.progress,
+        )
         for dataset in datasets:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")

@@ -6,7 +6,7 @@ Importing this package loads neither Pillow nor transformers.
 from merit_fast.data.images.encoder import ImageEncoder
 from merit_fast.data.images.files import ImageFile, find_image, image_fingerprint
 from merit_fast.data.images.layout import ImageLayout, image_layout
-from merit_fast.data.images.media import ImageMedia
+from merit_fast.data.images.media import ImageMedia, media_reader
 from merit_fast.data.images.processor import (
     PROCESSOR_FILES,
     is_processor,
@@ -28,6 +28,7 @@ __all__ = [
     "is_processor",
     "load_processor",
     "load_tokenizer_or_processor",
+    "media_reader",
     "reads_images",
     "tokenizer_of",
 ]

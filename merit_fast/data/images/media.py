@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merit_fast.data.images.files import ImageFile, image_fingerprint
-from merit_fast.data.images.layout import ImageLayout
+from merit_fast.data.images.layout import ImageLayout, image_layout
+from merit_fast.data.images.processor import is_processor
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_bytes
 
@@ -112,6 +113,14 @@ class ImageMedia:
         """The media of a reference. No file is read until ``tensors`` is called."""
         images = [_from_image_reference(item) for item in reference["images"]]
         return cls(reference["length"], tuple(images), layout)
+
+
+def media_reader(tokenizer_or_processor: Any) -> Callable[[Mapping[str, Any]], ImageMedia] | None:
+    """Makes the media of references for a processor; None for a tokenizer."""
+    if not is_processor(tokenizer_or_processor):
+        return None
+    layout = image_layout(tokenizer_or_processor)
+    return lambda reference: ImageMedia.from_reference(reference, layout)
 
 
 def place_images(

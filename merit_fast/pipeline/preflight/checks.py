@@ -27,7 +27,7 @@ def check_stages(
 ) -> None:
     """Checks all that these stages need and that config, headers and rows tell.
 
-    Stages that are up to date are not checked. Nothing is written.
+    Stages that are up to date are not checked. Nothing but tokenized rows is written.
 
     Raises:
         InputError: a rule is broken that a later step would meet.

@@ -9,6 +9,7 @@ from support.vision import make_vision_model, write_image
 
 from merit_fast.data import DataConfig, DatasetConfig, collate, load_mixture
 from merit_fast.data.images import load_processor
+from merit_fast.data.store.build import TokenStore
 from merit_fast.errors import InputError
 
 
@@ -138,3 +139,69 @@ def test_notes_count_rows_with_images_that_were_cut(folder, processor):
     dataset = load(folder, processor, [row], max_length=len(whole.input_ids) - 2)
     assert [len(example.media.images) for example in dataset.examples] == [1]
     assert any("truncated" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_token_store_gives_the_same_batch(folder, processor, tmp_path, num_workers):
+    content = base64.b64encode((folder / "images" / "b.png").read_bytes()).decode()
+    url = f"data:image/png;base64,{content}"
+    rows = [
+        same_rows(folder)["LLaVA"],
+        {"conversations": turns("two and two?", "four")},
+        {"images": [url, "a.png"], "conversations": turns("<image> or <image>?", "both")},
+    ]
+    expected = collate(load(folder, processor, rows).examples, [0, 0, 0], 0)
+    entry = DatasetConfig(name="a", path=str(folder / "rows.jsonl"), media=str(folder / "images"))
+    for _ in range(2):  # built, then opened
+        store = TokenStore(tmp_path, {"a": "fingerprint"})
+        (dataset,) = load_mixture(
+            [entry], processor, DataConfig(), part="train", store=store, num_workers=num_workers
+        )
+        batch = collate(dataset.examples, [0, 0, 0], 0)
+        assert (batch.input_ids == expected.input_ids).all()
+        assert (batch.labels == expected.labels).all()
+        assert batch.media.keys() == expected.media.keys()
+        assert all((batch.media[name] == value).all() for name, value in expected.media.items())
+
+
+def test_a_template_that_rewrites_history_shows_each_answer_its_images(folder, processor, tmp_path):
+    template = tmp_path / "rewrites.jinja"
+    template.write_text(
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% if message.content is string %}"
+        "{% if message.role == 'assistant' and not loop.last %}"
+        "{{ message.content.split('</think>')[-1] }}{% else %}{{ message.content }}{% endif %}"
+        "{% else %}{% for part in message.content %}"
+        "{% if part.type == 'image' %}<|image_pad|>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = {
+        "images": ["a.png", "b.png", "a.png"],
+        "conversations": [
+            *turns("<image>q", "<think>hm</think>one"),
+            *turns("q", "<think>so</think>two"),
+            *turns("<image><image>q", "<think>ah</think>three"),
+        ],
+    }
+    examples = load(folder, processor, [row], chat_template=str(template)).examples
+    assert [len(example.media.images) for example in examples] == [1, 1, 3]
+    assert [example.tree for example in examples] == [None] * 3
+    batch = collate(examples, [0, 0, 0], 0)
+    assert batch.media["image_grid_thw"].tolist() == [[1, 4, n] for n in (4, 4, 4, 6, 4)]
+    answers = [processor.tokenizer.decode(row[row >= 0]) for row in batch.labels]
+    words = ["<think>hm</think>one", "<think>so</think>two", "<think>ah</think>three"]
+    assert answers == [f"{answer}<|im_end|>" for answer in words]
+
+
+def test_a_template_that_leaves_out_images_is_refused(folder, processor, tmp_path):
+    template = tmp_path / "blind.jinja"
+    template.write_text(
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% if message.content is string %}{{ message.content }}{% else %}"
+        "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rule = r"rows.jsonl:1: the chat template must write <\|image_pad\|> for each of 1 images, got 0"
+    with pytest.raises(InputError, match=rule):
+        load(folder, processor, [same_rows(folder)["LLaVA"]], chat_template=str(template))
