@@ -9,6 +9,7 @@ from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.dataset import IGNORED_LABEL, Dataset, Example, count_target_tokens
 from merit_fast.data.fingerprint import dataset_fingerprints, mixture_fingerprint
 from merit_fast.data.load import load_mixture
+from merit_fast.data.media import has_images
 from merit_fast.data.template import load_tokenizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "collate",
     "count_target_tokens",
     "dataset_fingerprints",
+    "has_images",
     "load_mixture",
     "load_tokenizer",
     "mixture_fingerprint",

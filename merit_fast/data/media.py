@@ -38,3 +38,8 @@ def join_media(
     return {name: torch.cat(tensors) for name, tensors in parts.items()} | {
         TOKEN_TYPES: token_types
     }
+
+
+def has_images(example: Example) -> bool:
+    """Whether an example holds images. For a model that reads images, text may have media too."""
+    return example.media is not None and bool(example.media.token_types.any())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merit_fast.data import IGNORED_LABEL, Example, collate
+from merit_fast.data import IGNORED_LABEL, Example, collate, has_images
 from merit_fast.model import model_inputs
 
 _WORTHWHILE = 0.2  # share of all tokens that must be saved
@@ -63,14 +63,19 @@ def shared_length(rows: Sequence[Example]) -> int:
 
 
 def is_worthwhile(groups: Sequence[Sequence[Example]]) -> bool:
-    """Whether the rows of the groups share enough of their tokens."""
+    """Whether the rows of the groups share enough of their tokens, and none holds images.
+
+    The positions of text behind images depend on the images, so a cache of text does not fit.
+    """
+    if any(has_images(row) for rows in groups for row in rows):
+        return False
     saved = sum((len(rows) - 1) * shared_length(rows) for rows in groups)
     return saved >= _WORTHWHILE * sum(len(row.input_ids) for rows in groups for row in rows)
 
 
 def without_prefix(row: Example, length: int) -> Example:
     """The row from its position ``length`` on."""
-    return Example(row.input_ids[length:], row.labels[length:])
+    return Example(row.input_ids[length:], row.labels[length:]) if length else row
 
 
 def fill_prefixes(model: nn.Module, prefixes: Sequence[Any], pad_token_id: int) -> Prefixes | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from merit_fast.data import IGNORED_LABEL, Example, collate
 from merit_fast.evaluate.losses import Advance
 from merit_fast.evaluate.prefixes import fill_prefixes, shared_length, without_prefix
+from merit_fast.model import forget_positions
 
 _WINDOW_TOKENS = 512
 
@@ -95,6 +96,7 @@ def greedy_answers(
         Example(np.array(ids, np.int32), np.full(len(ids), IGNORED_LABEL, np.int32))
         for ids in prompts
     ]
+    forget_positions(model)
     inputs = _generation_inputs(model, rows, shared_length(rows) if share else 0, pad_token_id)
     ends = _end_token_ids(model, tokenizer)
     steps = 0

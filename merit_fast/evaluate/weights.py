@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from merit_fast.kernels.average import average_arrays
-from merit_fast.model import weight_files
+from merit_fast.model import load_model, weight_files
 
 _PIECE = 1 << 17  # entries; a piece in float64 stays in a core's cache
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
@@ -42,10 +42,18 @@ class Interpolation:
     def set(self, share: float) -> None:
         """Sets the model's weights to (1 - share) theta_0 + share theta."""
         state = self.model.state_dict()
-        for name, tensor in _tensors(self.base):
+        for name, tensor in self._base_tensors():
             if name in self.ends:
                 end = self.ends[name]
                 state[name].copy_(_average(tensor.to(end.dtype), end, share))
+
+    def _base_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The base's tensors by the names in memory; files of some models have other names."""
+        if all(name in self.ends for file in weight_files(self.base) for name in _names(file)):
+            return _tensors(self.base)
+        dtype = next(iter(self.ends.values())).dtype
+        base = load_model(str(self.base), "fp32" if dtype == torch.float32 else "bf16")
+        return iter(base.cpu().state_dict().items())
 
 
 def _average(base: Tensor, mine: Tensor, share: float) -> Tensor:

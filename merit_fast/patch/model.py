@@ -23,6 +23,8 @@ ARCHITECTURES = frozenset(
         "gemma3_text",
         "granite",
         "llama",
+        "llava",
+        "llava_next",
         "mistral",
         "mixtral",
         "phi3",
@@ -30,11 +32,13 @@ ARCHITECTURES = frozenset(
         "qwen2_5_vl",
         "qwen2_5_vl_text",
         "qwen2_moe",
+        "qwen2_vl",
         "qwen3",
         "qwen3_moe",
         "qwen3_vl",
         "qwen3_vl_text",
         "smollm3",
+        "smolvlm",
     ]
 )
 

@@ -1,7 +1,7 @@
 """Paths of a run's outputs, and the fingerprints that show whether they are current.
 
-A stage's fingerprint covers its options and its inputs' fingerprints. So the config and the files
-decide which stages have work to do, before anything heavy is imported.
+A stage's fingerprint covers its options and its inputs. So config and files decide which stages
+have work to do, before anything heavy is imported.
 """
 
 import functools
@@ -200,6 +200,8 @@ class Outputs:
     @property
     def sketch(self) -> StageManifest:
         inputs = {"start": self.start_fingerprint, "mixture": self.train_fingerprint}
+        if self.config.train.freeze is not None:
+            inputs["freeze"] = fingerprint(self.config.train.freeze)
         return stage_manifest(SKETCH.name, self.config.split.sketch_config(), inputs)
 
     @property

@@ -156,6 +156,7 @@ class Run:
             directory,
             self.progress,
             outputs.folder(SKETCH),  # an earlier output: datasets that did not change keep theirs
+            outputs.config.train.freeze,
         )
 
     def _split(self, directory: Path) -> None:

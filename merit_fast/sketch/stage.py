@@ -18,9 +18,10 @@ from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.sketch_state import SketchState
-from merit_fast.model import load_model, target_losses
+from merit_fast.model import freeze_parameters, load_model, target_losses, tower_parameters
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, Task
+from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.reuse import record_state, reuse_states
@@ -32,7 +33,7 @@ FIRST_LOOK = 32
 ERROR_RATE = 0.05
 
 
-def sketch_mixture(
+def sketch_mixture(  # noqa: PLR0913
     model_path: str,
     model_fingerprint: str,
     datasets: Sequence[Dataset],
@@ -41,6 +42,7 @@ def sketch_mixture(
     directory: Path,
     progress: Progress,
     earlier: Path | None = None,
+    freeze: Sequence[str] | None = None,
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
@@ -50,6 +52,8 @@ def sketch_mixture(
     Args:
         earlier: a finished output of any mixture and options. Its undamaged files with equal
             fingerprints are reused; they have the bytes that sketching would give.
+        freeze: parameters that training leaves as they are, as ``freeze_parameters`` takes them;
+            they are not sketched.
 
     Raises:
         InputError: a dataset of one example; parameters that select nothing; blocks too few for
@@ -59,7 +63,7 @@ def sketch_mixture(
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, max(map(len, chosen.values())), ERROR_RATE)
     fingerprints = {
-        d.name: _fingerprint(d, chosen[d.name], model_fingerprint, config) for d in datasets
+        d.name: _fingerprint(d, chosen[d.name], model_fingerprint, config, freeze) for d in datasets
     }
     kept, reused = reuse_states(directory, earlier, fingerprints)
     if reused:
@@ -79,6 +83,7 @@ def sketch_mixture(
             config,
             directory,
             progress,
+            freeze,
         )
 
 
@@ -92,8 +97,10 @@ def _sketch_datasets(  # noqa: PLR0913
     config: SketchConfig,
     directory: Path,
     progress: Progress,
+    freeze: Sequence[str] | None,
 ) -> None:
     model = load_model(model_path, config.dtype)
+    freeze_parameters(model, freeze)
     parameters = select_parameters(model, config.parameters)
     sketch = CountSketch(config.proj_dim, config.seed)
     with (
@@ -139,11 +146,16 @@ def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
 
 
 def _fingerprint(
-    dataset: Dataset, indices: list[int], model_fingerprint: str, config: SketchConfig
+    dataset: Dataset,
+    indices: list[int],
+    model_fingerprint: str,
+    config: SketchConfig,
+    freeze: Sequence[str] | None,
 ) -> str:
     """Fingerprint of everything that a dataset's file of sums depends on."""
     rows = _content(dataset, indices)
-    return fingerprint([HASH_VERSION, model_fingerprint, to_plain(config), rows])
+    frozen = [] if freeze is None else [list(freeze)]
+    return fingerprint([HASH_VERSION, model_fingerprint, to_plain(config), rows, *frozen])
 
 
 def _content(dataset: Dataset, indices: Sequence[int]) -> str:
@@ -165,16 +177,27 @@ def _sketch_dataset(
 ) -> SketchState:
     """Sketches ``indices`` in their order, all or, with ``config.precision``, as many as needed."""
     state = sketcher.state[dataset.name] = SketchState.zeros(sketcher.identity, config.blocks)
+    size = _rows_of_pass(model, sketcher, config)
     while more := next_examples(
         state, len(indices), config.precision, first=FIRST_LOOK, error_rate=ERROR_RATE
     ):
         stop = state.num_examples + more
-        for start in range(state.num_examples, stop, config.batch_size):
-            rows = indices[start : min(start + config.batch_size, stop)]
+        for start in range(state.num_examples, stop, size):
+            rows = indices[start : min(start + size, stop)]
             _sketch_batch(model, sketcher, dataset, rows, pad_token_id)
             task.advance(len(rows), dataset.name)
     task.skip(len(indices) - state.num_examples)  # examples that were not needed
     return sketcher.state.pop(dataset.name)
+
+
+def _rows_of_pass(model: torch.nn.Module, sketcher: GradientSketcher, config: SketchConfig) -> int:
+    """Rows of a backward pass.
+
+    A tower whose images all have one size sees [images, ...], and rows have unlike numbers of
+    images: where such a tower is sketched, each row takes a pass of its own.
+    """
+    sketched = tower_parameters(model).keys() & set(sketcher.parameter_names)
+    return 1 if sketched and not find_towers(model) else config.batch_size
 
 
 def _sketch_batch(

@@ -1,5 +1,6 @@
 """Options of the train stage."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,14 +72,29 @@ class TrainConfig:
         ControlsConfig(),
         "control arms: {joint: true, joint_short: true, joint_low: FACTOR, random: N, iid: N}",
     )
+    freeze: tuple[str, ...] | None = option(
+        None,
+        "regular expressions of parameters that stay as they are; null: the vision tower and the "
+        "projector of a model that reads images (the paper), []: none",
+    )
     checkpoint_steps: int = option(200, "optimizer steps between checkpoints to resume from")
     max_shard_size: str = option("2GB", "largest weight file of a branch")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "seeds", "checkpoint_steps"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for pattern in self.freeze or ():
+            require(_is_expression(pattern), "freeze", "regular expressions", pattern)
         require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
         for name in ("warmup_fraction", "final_fraction", "beta1", "beta2"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)
+
+
+def _is_expression(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

@@ -1,13 +1,20 @@
 """The training loss of a batch, without logits where the head is patched; packed rows checked."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from merit_fast.data import IGNORED_LABEL, Batch, Example, count_target_tokens, pack
+from merit_fast.data import (
+    IGNORED_LABEL,
+    Batch,
+    Example,
+    count_target_tokens,
+    has_images,
+    pack,
+)
 from merit_fast.errors import InputError
 from merit_fast.model import model_inputs, target_losses
 from merit_fast.patch.deferred import DeferredLogits, deferred_cross_entropy
@@ -46,6 +53,16 @@ def choose_attention(model: nn.Module) -> None:
         model.set_attn_implementation("flash_attention_2")  # type: ignore[operator]
 
 
+def require_text(examples: Iterable[Example]) -> None:
+    """Checks that no example to pack holds images.
+
+    Raises:
+        InputError: one does.
+    """
+    if any(has_images(example) for example in examples):
+        raise InputError("train.packing: must be false where rows hold images, got true")
+
+
 def require_packing(model: nn.Module, examples: Sequence[Example]) -> None:
     """Checks that an example's losses do not depend on its neighbour in a packed row.
 
@@ -61,8 +78,10 @@ def require_packing(model: nn.Module, examples: Sequence[Example]) -> None:
         examples: some examples; two short ones of them are tried.
 
     Raises:
-        InputError: they do: the model's attention crosses the borders of examples.
+        InputError: they do: the model's attention crosses the borders of examples; or an example
+            holds images, whose positions and grids a packed row does not carry.
     """
+    require_text(examples)
     usable = [example for example in examples if count_target_tokens(example.labels)]
     if not usable:
         return

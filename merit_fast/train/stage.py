@@ -16,7 +16,14 @@ from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
-from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, reset_peak_memory
+from merit_fast.model import (
+    copy_processor_files,
+    freeze_parameters,
+    load_model,
+    no_loading_bar,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from merit_fast.patch.model import Patch, patch_model
 from merit_fast.progress import Progress
 from merit_fast.train.config import TrainConfig
@@ -66,7 +73,8 @@ def train_branch(
         of the result.
 
     Raises:
-        InputError: the job has no example, or the model cannot take packed rows.
+        InputError: the job has no example, the model cannot take packed rows, or
+            ``config.freeze`` does not fit its parameters.
         MeritFastError: the loss is not finite.
     """
     examples = ChainedExamples(job.datasets)
@@ -75,6 +83,7 @@ def train_branch(
     reset_peak_memory()
     start = time.perf_counter()
     model = load_model(job.start_path, config.dtype).train()
+    freeze_parameters(model, config.freeze)
     patch = patch_model(model, config.kernels)
     _note_once(progress, str(patch), set() if noted is None else noted)
     choose_attention(model)
@@ -193,6 +202,7 @@ def _write_branch(
         save: Any = model.eval().save_pretrained
         save(directory, max_shard_size=config.max_shard_size)
     load_tokenizer(job.start_path).save_pretrained(directory)
+    copy_processor_files(Path(job.start_path), directory)
     manifest = BranchManifest(
         branch=job.branch,
         arm=job.arm,

@@ -6,8 +6,8 @@ import yaml
 from support.merge.merges import load
 from support.runs import run_values
 
-from merit_fast import model
 from merit_fast.merge import load_merged
+from merit_fast.model import dtype as model
 from merit_fast.model import load_model, settle_dtype
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run

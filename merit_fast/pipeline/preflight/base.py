@@ -1,8 +1,9 @@
 """The base model before it is loaded: its kind, its size, and the kernels that it gets."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from merit_fast.data import Dataset
 from merit_fast.errors import InputError, show
 from merit_fast.kernels import dispatch
 from merit_fast.manifests.stages import MERGE, SKETCH, TRAIN, Stage
@@ -33,7 +34,10 @@ def check_architecture(base: Path) -> str:
         InputError: the installed transformers cannot load it as one.
     """
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     file = base / "config.json"
     values = read_json(file)
@@ -43,7 +47,10 @@ def check_architecture(base: Path) -> str:
             f"{file}: model_type: must be one that the installed transformers knows, "
             f"got {show(model_type)}"
         )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    if values.get("vision_config") is not None:
+        known.update(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    if model_type not in known:
         architectures = values.get("architectures")
         raise InputError(
             f"{file}: model_type: must be a causal language model, got {show(model_type)} "
@@ -79,15 +86,16 @@ def check_kernels(
         )
 
 
-def check_packing(base: Path, config: RunConfig, examples: Any) -> None:
+def check_packing(base: Path, config: RunConfig, datasets: Sequence[Dataset]) -> None:
     """Checks that packed rows do not see each other in this model; loads it once.
 
     Raises:
-        InputError: they do.
+        InputError: they do, or a row holds images.
     """
     from merit_fast.model import load_model
-    from merit_fast.train.loss import choose_attention, require_packing
+    from merit_fast.train.loss import choose_attention, require_packing, require_text
 
+    require_text(example for dataset in datasets for example in dataset.examples)
     model = load_model(str(base), config.train.dtype)
     choose_attention(model)
-    require_packing(model, examples)
+    require_packing(model, datasets[0].examples[:2])

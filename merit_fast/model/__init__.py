@@ -1,0 +1,43 @@
+"""Loads models, takes their fingerprints and measures their losses on target tokens.
+
+Every stage that runs a model uses it.
+"""
+
+from merit_fast.model.dtype import DTYPES, Dtype, SettledDtype, settle_dtype
+from merit_fast.model.files import (
+    copy_processor_files,
+    model_fingerprint,
+    resolve_model,
+    weight_files,
+)
+from merit_fast.model.freeze import freeze_parameters
+from merit_fast.model.inputs import model_inputs
+from merit_fast.model.load import auto_class, load_model, no_loading_bar
+from merit_fast.model.losses import TargetLosses, score_targets, target_losses
+from merit_fast.model.memory import keep_freed_memory, peak_memory_bytes, reset_peak_memory
+from merit_fast.model.vision import forget_positions, reads_images, tower_parameters
+
+__all__ = [
+    "DTYPES",
+    "Dtype",
+    "SettledDtype",
+    "TargetLosses",
+    "auto_class",
+    "copy_processor_files",
+    "forget_positions",
+    "freeze_parameters",
+    "keep_freed_memory",
+    "load_model",
+    "model_fingerprint",
+    "model_inputs",
+    "no_loading_bar",
+    "peak_memory_bytes",
+    "reads_images",
+    "reset_peak_memory",
+    "resolve_model",
+    "score_targets",
+    "settle_dtype",
+    "target_losses",
+    "tower_parameters",
+    "weight_files",
+]

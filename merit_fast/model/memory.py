@@ -1,0 +1,36 @@
+"""Resident memory of this process, and glibc's way to keep freed memory."""
+
+import os
+from pathlib import Path
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process since ``reset_peak_memory`` (or its start)."""
+    import resource
+
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """Resets the peak where the system allows it (Linux)."""
+    clear = Path("/proc/self/clear_refs")
+    if os.access(clear, os.W_OK):
+        clear.write_text("5")
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep 256 MiB that torch frees, which saves training a page fault per 4 KiB."""
+    import ctypes
+
+    trim_threshold = -1  # M_TRIM_THRESHOLD of malloc.h
+    mmap_threshold = -3  # M_MMAP_THRESHOLD
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library: nothing to tune
+    mallopt(mmap_threshold, 128 << 20)
+    mallopt(trim_threshold, 256 << 20)
