@@ -7,9 +7,9 @@ from typing import Any
 
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
 from merit_fast.data.mixture.checks import check_mixture
-from merit_fast.data.sources import local_files
+from merit_fast.data.sources import source_content
+from merit_fast.data.sources.content import hashed
 from merit_fast.data.template import PLAIN, read_template
-from merit_fast.errors import InputError
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import fingerprint
 
@@ -106,9 +106,7 @@ def _source_content(config: DatasetConfig, part: Part, file_hash: Callable[[Path
     selected = source(config, part)
     if selected is None:
         return None
-    path, split = selected
-    files = local_files(path)
-    content = [path, split] if files is None else [_hashed(file, file_hash) for file in files]
+    content = source_content(selected, file_hash)
     share = [] if config.eval_share is None else [part, config.eval_share]
     return [content, config.max_examples if part == "train" else None, *share]
 
@@ -120,11 +118,4 @@ def _tokenizer_content(model: str, file_hash: Callable[[Path], str]) -> Any:
     files = {
         file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()
     }
-    return {str(file.relative_to(folder)): _hashed(file, file_hash) for file in files}
-
-
-def _hashed(file: Path, file_hash: Callable[[Path], str]) -> str:
-    try:
-        return file_hash(file)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    return {str(file.relative_to(folder)): hashed(file, file_hash) for file in files}

@@ -12,7 +12,7 @@ from merit_fast.data.dataset import Dataset, Example
 from merit_fast.data.encode import RowEncoder
 from merit_fast.data.mixture.checks import check_mixture
 from merit_fast.data.mixture.held_out import rows_of_part
-from merit_fast.data.sources import PlacedRow, read_rows
+from merit_fast.data.sources import PlacedRow, Source, read_rows, unread_files
 from merit_fast.errors import InputError
 
 _LENGTH_NOTES = {
@@ -50,11 +50,11 @@ def load_mixture(
     datasets = []
     for config in configs:
         if selected := source(config, part):
-            rows = rows_of_part(read_rows(*selected), config, part)
+            rows = rows_of_part(read_rows(selected), config, part)
             if part == "train":
                 rows = itertools.islice(rows, config.max_examples)
             encoder = RowEncoder(config, data_config, tokenizer)
-            datasets.append(_load(config, data_config, encoder, rows, selected[0]))
+            datasets.append(_load(config, data_config, encoder, rows, selected))
     return datasets
 
 
@@ -63,7 +63,7 @@ def _load(
     data_config: DataConfig,
     encoder: RowEncoder,
     rows: Iterator[PlacedRow],
-    path: str,
+    origin: Source,
 ) -> Dataset:
     examples: list[Example] = []
     outcomes: Counter[str] = Counter()
@@ -75,14 +75,25 @@ def _load(
             num_rows += 1
             examples.extend(encoded.examples)
             outcomes.update(encoded.outcomes)
-    where = f"{path}: dataset {config.name}"
+    where = f"{origin.path}: dataset {config.name}"
     if not num_rows:
         raise InputError(f"{where}: must have at least one row, found none")
     if not examples:
         rule = f"an answer within data.max_length = {data_config.max_length} tokens"
         raise InputError(f"{where}: must have a row with {rule}, found none in {num_rows} rows")
-    notes = (*_outcome_notes(outcomes, data_config.max_length), *encoder.reader.notes())
+    notes = (
+        *_source_notes(origin),
+        *_outcome_notes(outcomes, data_config.max_length),
+        *encoder.reader.notes(),
+    )
     return Dataset(config.name, tuple(examples), notes)
+
+
+def _source_notes(origin: Source) -> Iterator[str]:
+    """A sentence on the files of a folder of which nothing is read."""
+    if unread := unread_files(origin):
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        yield f"files not read: {', '.join(unread[:3])}{more}"
 
 
 def _outcome_notes(outcomes: Counter[str], limit: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.conversation import Message
 from merit_fast.data.mixture.held_out import holds_out
 from merit_fast.data.rows.reader import RowReader
+from merit_fast.data.sources import Source as RowSource
 from merit_fast.data.sources import read_rows
 from merit_fast.errors import InputError
 
@@ -34,7 +35,7 @@ def read_source(path: Path) -> Source:
     counts = dict.fromkeys(_SHARES, 0)
     reader = RowReader(DatasetConfig("rows", str(path)), DataConfig())
     num_rows = num_characters = 0
-    for where, row in read_rows(str(path), "train"):
+    for where, row in read_rows(RowSource(str(path))):
         messages = reader.read(row, where).messages
         answers = [message for message in messages if message.role == "assistant"]
         num_rows += 1

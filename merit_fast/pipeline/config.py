@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from merit_fast.data.config import DataConfig, DatasetConfig
-from merit_fast.data.paths import is_hub_id
+from merit_fast.data.paths import is_hub_id, is_url
 from merit_fast.data.template import PLAIN
 from merit_fast.errors import InputError, show
 from merit_fast.evaluate.config import EvaluateConfig
@@ -96,7 +96,7 @@ def write_run_config(config: RunConfig, path: Path) -> None:
     plain = to_plain(config)
     for mapping, key, _ in _paths_in(plain):
         local = Path(mapping[key]).expanduser()
-        if local.exists() or not is_hub_id(mapping[key]):
+        if local.exists() or not (is_url(mapping[key]) or is_hub_id(mapping[key])):
             mapping[key] = str(local.absolute())
     output = Path(config.output).expanduser().absolute()
     plain["output"] = os.path.relpath(output, path.parent.absolute())
@@ -135,6 +135,8 @@ def _input_path(text: str, name: str, file: Path) -> str:
     Raises:
         InputError: the path is there from the current directory, but not from the YAML's folder.
     """
+    if is_url(text):
+        return text
     path = Path(text).expanduser()
     from_yaml = file.parent / path
     if from_yaml.exists():
