@@ -177,6 +177,10 @@ MAPPED = {
         {"dialog": [{"who": "user", "says": "q"}, {"who": "assistant", "says": "a"}]},
         {"messages": "dialog", "role": "who", "content": "says"},
     ),
+    "a column and a key of one name": (
+        {"text": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]},
+        {"messages": "text", "content": "text"},
+    ),
     "keys of a turn that only some have": (
         {"messages": [user("q"), {**assistant("a"), "thoughts": None, "loss": True}]},
         {"reasoning_content": "thoughts", "train": "loss"},
