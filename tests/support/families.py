@@ -52,7 +52,7 @@ def tokenizer(name: str) -> "PreTrainedTokenizerFast":
 
     source = template(name)
     end = _ENDS.get(name, "<|im_end|>")
-    fast = make_tokenizer(source, eos="<|im_end|>", bos="<s>")
+    fast = make_tokenizer(source, eos="<|im_end|>", bos="<s>", trim_offsets=False)
     fast.backend_tokenizer.no_truncation()
     plain = _NOT_SPECIAL.get(name, ())
     spelled = sorted({end, *_TOKEN.findall(source)} - set(plain))

@@ -200,7 +200,7 @@ class Answers:
             reasoning = content.partition("</think>")[0].lstrip().removeprefix("<think>")
             return f"{prompt}{reasoning.removeprefix(opened[0][len('<think>') :])}</think>{own}"
         reasoning = reasoning_of(message).strip("\n")
-        return f"{prompt}{reasoning}\n</think>\n\n{own.lstrip()}"
+        return f"{prompt}{reasoning}\n</think>\n\n{own.lstrip(chr(10))}"
 
     def _require_answer(self, index: int, prompt: str, answer: str) -> None:
         message = self._messages[index]

@@ -23,14 +23,16 @@ def require_contents(messages: Messages, tools: Tools, text: str, render: Render
         text: the rendered turns.
         render: renders changed turns.
     """
+    unchanged = ""  # the text may hold remedies
     for i, message in enumerate(messages):
         content = text_of(message.get("content"))
         if content.strip() in text:
             continue
+        unchanged = unchanged or render(messages, tools)
         changed = {**message, "content": "merit"}
         if not isinstance(message["content"], str):
             changed["content"] = [{"type": "text", "text": "merit"}]
-        if _same(render, [*messages[:i], changed, *messages[i + 1 :]], tools, text):
+        if _same(render, [*messages[:i], changed, *messages[i + 1 :]], tools, unchanged):
             rule = f"must render the content of messages[{i}] ({message['role']})"
             raise LeftOut(f"the chat template {rule}, which it leaves out")
 
