@@ -28,6 +28,8 @@ def model_inputs(
     batch with trees has the masks of ``tree_masks``.
     Images come with the batch; a model with M-RoPE computes their positions itself.
     """
+    from merit_fast.data import PackedBatch
+
     device = next(model.parameters()).device
     width = batch.input_ids.shape[1]
     _choose_attention(model, device.type, 0 if plain_attention else width)
