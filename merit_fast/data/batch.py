@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from merit_fast.data import tree
 from merit_fast.data.dataset import IGNORED_LABEL, Example, count_target_tokens
 from merit_fast.data.media import has_images, join_media
 
@@ -25,7 +26,7 @@ class Batch:
 
     Attributes:
         visible: [B, 1, T, T] bool, the keys that each query sees, where an example is a tree; None:
-            a query sees the text before it.
+            a query sees the text before it. Padding sees itself only.
         media: pixel inputs and token types by the names of the model's forward; empty for text.
     """
 
@@ -70,8 +71,8 @@ def collate(
     """Left-pads examples into one batch.
 
     Padding has labels IGNORED_LABEL, attention_mask 0 and position_ids 0; text has positions
-    0, 1, ... The pad token may also occur in the text, as the end token often does: nothing here
-    compares ids with it.
+    0, 1, ..., and a tree those of its texts. The pad token may also occur in the text, as the end
+    token often does: nothing here compares ids with it.
 
     Args:
         examples: B >= 1 examples.
@@ -80,10 +81,11 @@ def collate(
         pad_to_multiple_of: T is the longest length rounded up to this.
 
     Raises:
-        ValueError: no example, or not one dataset id per example.
+        ValueError: no example, not one dataset id per example, or a tree with media.
     """
     import torch
 
+    _require_one_kind(examples)
     if not examples or len(examples) != len(dataset_ids):
         raise ValueError(
             f"collate: needs one dataset id per example, "
@@ -101,32 +103,44 @@ def collate(
         labels[row, start] = IGNORED_LABEL  # padding must not predict the first token
         attention_mask[row, start:] = 1
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    starts = [width - len(example.input_ids) for example in examples]
+    visible = None
+    if _have_tree(examples):
+        blocks = [
+            _visible([example], start, width)
+            for example, start in zip(examples, starts, strict=True)
+        ]
+        visible = torch.cat(blocks)
+        for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+            position_ids[row, start:] = _positions(example)
     return Batch(
         input_ids,
         labels,
         attention_mask,
         position_ids,
         torch.tensor(dataset_ids, dtype=torch.long),
-        media=join_media(examples, [width - len(example.input_ids) for example in examples], width),
+        visible=visible,
+        media=join_media(examples, starts, width),
     )
 
 
 def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch:
     """Lays examples end to end in one row, without padding.
 
-    Each example begins at position 0 and is predicted from its own tokens only.
+    Each example begins at position 0 and is predicted from its own tokens only. With a tree among
+    them, ``visible`` tells which these are.
 
     Args:
         examples: B >= 1 examples.
         dataset_ids: [B] the dataset of each example.
 
     Raises:
-        ValueError: no example, not one dataset id per example, or an example with tree or images.
+        ValueError: no example, not one dataset id per example, or an example with images.
     """
     import torch
 
-    if any(example.tree is not None or has_images(example) for example in examples):
-        raise ValueError("pack: examples must be plain text, without tree or images")
+    if any(has_images(example) for example in examples):
+        raise ValueError("pack: examples must be text, without images")
     if not examples or len(examples) != len(dataset_ids):
         raise ValueError(
             f"pack: needs one dataset id per example, "
@@ -139,12 +153,53 @@ def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch
     labels[cu_seqlens[:-1]] = (
         IGNORED_LABEL  # an example must not predict the next one's first token
     )
-    position_ids = torch.arange(len(input_ids)) - cu_seqlens[:-1].repeat_interleave(lengths)
+    position_ids = torch.cat([_positions(example) for example in examples])
     ids = torch.tensor(dataset_ids, dtype=torch.long)
     mask = torch.ones_like(input_ids)
+    visible = _visible(examples, 0, len(input_ids)) if _have_tree(examples) else None
     return PackedBatch(
-        input_ids[None], labels[None], mask[None], position_ids[None], ids, cu_seqlens
+        input_ids[None],
+        labels[None],
+        mask[None],
+        position_ids[None],
+        ids,
+        cu_seqlens,
+        visible=visible,
     )
+
+
+def _have_tree(examples: Sequence[Example]) -> bool:
+    return any(example.tree is not None for example in examples)
+
+
+def _require_one_kind(examples: Sequence[Example]) -> None:
+    if any(example.tree is not None and example.media is not None for example in examples):
+        raise ValueError("collate: a tree must be text, without media")
+
+
+def _positions(example: Example) -> torch.Tensor:
+    """[T] the position of each token in its text."""
+    import torch
+
+    length = len(example.input_ids)
+    if example.tree is None:
+        return torch.arange(length)
+    return torch.as_tensor(tree.positions(example.tree, length)).long()
+
+
+def _visible(examples: Sequence[Example], start: int, width: int) -> torch.Tensor:
+    """[1, 1, width, width] keys that each query sees: examples end to end from ``start`` on."""
+    import torch
+
+    seen = torch.eye(width, dtype=torch.bool)
+    for example in examples:
+        stop = start + len(example.input_ids)
+        block = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+        if example.tree is not None:
+            block = torch.as_tensor(tree.visible(example.tree, stop - start))
+        seen[start:stop, start:stop] = block
+        start = stop
+    return seen[None, None]
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -15,6 +15,7 @@ from merit_fast.model.inputs import model_inputs
 from merit_fast.model.load import auto_class, load_model, make_empty_model, no_loading_bar
 from merit_fast.model.losses import TargetLosses, score_targets, target_losses
 from merit_fast.model.memory import keep_freed_memory, peak_memory_bytes, reset_peak_memory
+from merit_fast.model.trees import fit_trees, reads_trees
 from merit_fast.model.vision import forget_positions, reads_images, tower_parameters
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "TargetLosses",
     "auto_class",
     "copy_processor_files",
+    "fit_trees",
     "forget_positions",
     "freeze_parameters",
     "keep_freed_memory",
@@ -34,6 +36,7 @@ __all__ = [
     "no_loading_bar",
     "peak_memory_bytes",
     "reads_images",
+    "reads_trees",
     "reset_peak_memory",
     "resolve_model",
     "score_targets",

@@ -3,6 +3,7 @@
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from merit_fast.model.trees import tree_masks
 from merit_fast.model.vision import (
     TOKEN_TYPES,
     computes_positions,
@@ -23,7 +24,8 @@ def model_inputs(
 ) -> "tuple[dict[str, Any], Tensor]":
     """Arguments of the model's forward, and targets [B, n] of its positions ``[-n - 1 : -1]``.
 
-    A packed row has no mask: transformers makes a block-diagonal one from restarting positions.
+    A packed row has no mask: transformers makes a block-diagonal one from restarting positions. A
+    batch with trees has the masks of ``tree_masks``.
     Images come with the batch; a model with M-RoPE computes their positions itself.
     """
     from merit_fast.data import PackedBatch
@@ -39,16 +41,26 @@ def model_inputs(
         if isinstance(batch, PackedBatch) and TOKEN_TYPES in accepted:
             positions = positions.expand(4, -1, -1)  # of the text, then the three of M-RoPE
         optional["position_ids"] = positions
+    if batch.visible is not None:
+        optional["output_router_logits"] = False  # the routers' loss, unused here, wants a 2-D mask
     forget_positions(model)
     inputs = {
         "input_ids": batch.input_ids.to(device),
-        "attention_mask": None
-        if isinstance(batch, PackedBatch)
-        else batch.attention_mask.to(device),
+        "attention_mask": _attention_mask(model, batch, device),
         **{name: value for name, value in optional.items() if name in accepted},
         **media_inputs(batch.media, accepted, device),
     }
     return inputs, batch.labels[:, -keep + 1 :].to(device)
+
+
+def _attention_mask(
+    model: "nn.Module", batch: "Batch", device: Any
+) -> "Tensor | dict[str, Tensor] | None":
+    from merit_fast.data import PackedBatch
+
+    if batch.visible is not None:
+        return tree_masks(model, batch.visible.to(device), batch.position_ids.to(device))
+    return None if isinstance(batch, PackedBatch) else batch.attention_mask.to(device)
 
 
 def _choose_attention(model: "nn.Module", device_type: str, width: int) -> None:
