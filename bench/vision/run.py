@@ -1,10 +1,10 @@
 """A whole run on images: sixteen tasks of handwritten digits with conflicting answer formats.
 
-    python -m bench.vision.run [--json] [--out DIR] [--rows 150] [--epochs 4]
+    python -m bench.vision.run [--json] [--out DIR] [--rows 150] [--epochs 4] [--random 0]
 
 The base is a small Qwen2.5-VL, made from its config and trained to name the digit of a picture,
 with its tower. The run then sketches the tasks, splits them into four groups, trains the branches
-and controls with the tower frozen, merges and evaluates. Prints the arms as a Markdown table, or
+and a joint run with the tower frozen, merges and evaluates. Prints the arms as a Markdown table, or
 one JSON object: seconds, and the measures of every arm.
 
 Pictures of the base's training and of the tasks come from the same part of scikit-learn's digits;
@@ -106,7 +106,7 @@ def train_base(start: Path, folder: Path, data: Path, epochs: int) -> Path:
     return folder
 
 
-def run(out: Path, rows: int, epochs: int) -> dict[str, Any]:
+def run(out: Path, rows: int, epochs: int, random: int) -> dict[str, Any]:
     """Makes the base and runs all stages; the measures of every arm."""
     begin = time.perf_counter()
     make_start(out / "start")
@@ -121,7 +121,7 @@ def run(out: Path, rows: int, epochs: int) -> dict[str, Any]:
             "epochs": epochs,
             "learning_rate": 1e-3,
             "dtype": "fp32",
-            "controls": {"joint": True, "random": 1},
+            "controls": {"joint": True, "random": random},
         },
         "evaluate": {"dtype": "fp32", "max_new_tokens": 8},
     }
@@ -161,10 +161,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a new folder that keeps everything")
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--random", type=int, default=0, help="random splits, as controls")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         out = arguments.out or Path(folder) / "out"
-        result = run(out, arguments.rows, arguments.epochs)
+        result = run(out, arguments.rows, arguments.epochs, arguments.random)
     print(json.dumps(result) if arguments.json else table(result))
 
 

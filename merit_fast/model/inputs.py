@@ -3,6 +3,7 @@
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from merit_fast.errors import MeritFastError
 from merit_fast.model.trees import tree_masks
 from merit_fast.model.vision import (
     TOKEN_TYPES,
@@ -27,6 +28,9 @@ def model_inputs(
     A packed row has no mask: transformers makes a block-diagonal one from restarting positions. A
     batch with trees has the masks of ``tree_masks``.
     Images come with the batch; a model with M-RoPE computes their positions itself.
+
+    Raises:
+        MeritFastError: the model's forward does not take the images of the batch.
     """
     from merit_fast.data import PackedBatch
 
@@ -36,7 +40,10 @@ def model_inputs(
     keep = min(-(-batch.logits_to_keep // 8) * 8, width)  # few shapes: each costs a kernel's set-up
     accepted = inspect.signature(model.forward).parameters
     optional: dict[str, Any] = {"logits_to_keep": keep, "use_cache": False}
-    if not computes_positions(batch.media, accepted):
+    images_place_tokens = computes_positions(batch.media, accepted)
+    if batch.visible is not None and images_place_tokens:
+        raise MeritFastError("a tree of texts cannot hold images for a model with M-RoPE")
+    if not images_place_tokens:
         positions = batch.position_ids.to(device)
         if isinstance(batch, PackedBatch) and TOKEN_TYPES in accepted:
             positions = positions.expand(4, -1, -1)  # of the text, then the three of M-RoPE
