@@ -197,12 +197,18 @@ class _Auditor:
 
 
 def _read(directory: Path, like: Weights) -> Weights:
-    """The checkpoint's tensors with the names of ``like``, as float32 on the same devices."""
+    """The checkpoint's tensors with the names of ``like``, as float32 on the same devices.
+
+    Files that name tensors otherwise are loaded as a model.
+    """
     weights: Weights = {}
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as opened:
             for name in set(opened.keys()) & like.keys():
                 weights[name] = opened.get_tensor(name).to(like[name].device, torch.float32)
+    if weights.keys() != like.keys():
+        model = load_model(str(directory), "fp32")
+        weights = {name: p.detach() for name, p in model.named_parameters() if name in like}
     return weights
 
 

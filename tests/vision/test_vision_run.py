@@ -36,7 +36,7 @@ def run(vision_folders, tmp_path_factory):
             "dtype": "fp32",
             "controls": {"joint": True},
         },
-        "evaluate": {"max_new_tokens": 2, "interpolate": [0.5], "dtype": "fp32"},
+        "evaluate": {"max_new_tokens": 2, "interpolate": [0.5], "audit": True, "dtype": "fp32"},
     }
     file = folder / "run.yml"
     file.write_text(json.dumps(values))
@@ -99,6 +99,16 @@ def test_evaluation_is_the_merged_model_s_own_loss(run):
         mean = float(torch.cat(losses).mean())
         assert result.arms["merit"].datasets[dataset.name].loss == pytest.approx(mean, abs=1e-4)
     assert result.arms["merit"].text_loss > 0 and result.arms["base"].chat_nll > 0
+
+
+def test_the_audit_stands_on_the_same_models(run):
+    """Its weights are read under the names in memory, which are not those of the files."""
+    out, _, _, _ = run
+    result = read_manifest(EvaluateManifest, out / "evaluate/evaluate.json").arms["merit"]
+    audit = json.loads((out / "audit/audit.json").read_text())["arms"]["merit"]
+    assert audit["displacement"] == pytest.approx(result.displacement, rel=1e-4)
+    assert audit["merged_loss"] == pytest.approx(result.token_loss, abs=1e-3)
+    assert 0 < audit["contraction"] <= 1
 
 
 def test_merging_in_memory_gives_the_merged_model(run):
