@@ -69,6 +69,7 @@ UNREAD = {
     "id": {"a": 1},
     "source": "two\nlines",
     "source_id": "x" * 201,
+    "image_id": 7,
     "videos": ["a.mp4"],
     "audio": "a.wav",
     "chosen": "a",
