@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
+from merit_fast.data.images import images_hash, reads_images
 from merit_fast.data.mixture.checks import check_mixture
-from merit_fast.data.sources import source_content
+from merit_fast.data.sources import local_files, source_content
 from merit_fast.data.sources.content import hashed
 from merit_fast.data.template import PLAIN, read_template
 from merit_fast.manifests.hashes import checksum
@@ -24,6 +25,8 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template*",
     "additional_chat_templates/*",
+    "processor_config.json",
+    "preprocessor_config.json",
 )
 
 
@@ -38,7 +41,9 @@ def mixture_fingerprint(
     """A fingerprint that changes when the examples, their order or their names may change.
 
     It covers each dataset's name, file contents and max_examples, the `data:` section with the
-    content of a template file, and the tokenizer's files. Paths and times are not covered. A
+    content of a template file, and the files of the tokenizer or the processor. For a model that
+    reads images it covers the files below ``media``, or the images below the folder of the rows.
+    Paths and times are not covered. A
     Hugging Face id stands for itself, with its split: the content on the hub is not read.
 
     Args:
@@ -53,8 +58,9 @@ def mixture_fingerprint(
     """
     check_mixture(configs)
     parts: tuple[Part, ...] = ("train", "eval") if part is None else (part,)
+    with_images = reads_images(model)
     mixture = [
-        [config.name, [_source_content(config, part, file_hash) for part in parts]]
+        [config.name, [_rows_content(config, part, file_hash, with_images) for part in parts]]
         for config in configs
     ]
     return fingerprint({**_encoding(data_config, model, file_hash), "mixture": mixture})
@@ -82,8 +88,11 @@ def dataset_fingerprints(
     """
     check_mixture(configs)
     encoding = _encoding(data_config, model, file_hash)
+    with_images = reads_images(model)
     return {
-        config.name: fingerprint({**encoding, "rows": _source_content(config, part, file_hash)})
+        config.name: fingerprint(
+            {**encoding, "rows": _rows_content(config, part, file_hash, with_images)}
+        )
         for config in configs
     }
 
@@ -100,6 +109,20 @@ def _encoding(
         "data": [data_config.max_length, data_config.too_long, template],
         "tokenizer": _tokenizer_content(model, file_hash),
     }
+
+
+def _rows_content(
+    config: DatasetConfig, part: Part, file_hash: Callable[[Path], str], with_images: bool
+) -> Any:
+    """The rows of a part, and for a model that reads images the images that they may name."""
+    content = _source_content(config, part, file_hash)
+    selected = source(config, part)
+    if selected is None or not with_images:
+        return content
+    if config.media is not None:
+        return [content, images_hash(Path(config.media).expanduser(), file_hash)]
+    folders = sorted({file.parent for file in local_files(selected) or ()})
+    return [content, [images_hash(path, file_hash, only_images=True) for path in folders]]
 
 
 def _source_content(config: DatasetConfig, part: Part, file_hash: Callable[[Path], str]) -> Any:
