@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
+from merit_fast.data.images.files import images_hash
 from merit_fast.data.mixture.checks import check_mixture
 from merit_fast.data.sources import Source, local_files, source_content
 from merit_fast.data.sources.content import hashed
 from merit_fast.data.template import PLAIN, read_template
-from merit_fast.manifests.hashes import checksum, list_files
+from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import fingerprint
 from merit_fast.options.parser import to_plain
 
@@ -19,7 +20,6 @@ ENCODING_VERSION = 1  # raise it when the same rows give other tokens or labels
 _ENCODING_KEYS = ("train_on", "special_tokens_in_text", "date", "template_arguments")
 _READING_KEYS = ("columns", "roles", "train_on")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -30,6 +30,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template*",
     "additional_chat_templates/*",
+    *_PROCESSOR_FILES,
 )
 
 
@@ -44,8 +45,8 @@ def mixture_fingerprint(
     """A fingerprint that changes when the examples, their order or their names may change.
 
     It covers each dataset's name, the contents of its files and images, the keys that choose and
-    read its rows, the `data:` section with the content of a template file, and the tokenizer's
-    files. Paths and times are not covered. A Hugging Face id stands for itself, with its split and
+    read its rows, the `data:` section with the content of a template file, and the files of the
+    tokenizer or the processor. Paths and times are not covered. A Hugging Face id stands for itself, with its split and
     revision: the content on the hub is not read.
 
     Args:
@@ -172,15 +173,9 @@ class _Contents:
         if not self._reads_images:
             return []
         if config.media is not None:
-            folders = [Path(config.media).expanduser()]
-        else:
-            folders = sorted({file.parent for file in local_files(place) or ()})
-        return [self._folder(folder) for folder in folders]
-
-    def _folder(self, folder: Path) -> str:
-        """A hash of the names and contents of the images below a folder."""
-        names = [name for name in list_files(folder) if name.lower().endswith(_IMAGE_SUFFIXES)]
-        return fingerprint({name: hashed(folder / name, self._hash) for name in names})
+            return [images_hash(Path(config.media).expanduser(), self._hash)]
+        folders = sorted({file.parent for file in local_files(place) or ()})
+        return [images_hash(folder, self._hash, only_images=True) for folder in folders]
 
 
 def _tokenizer_content(model: str, file_hash: Callable[[Path], str]) -> Any:
