@@ -100,7 +100,7 @@ class _Loader:
 
         columns, summary = build_examples(
             make,
-            store.place(config.name) if self.store else None,
+            store.place(config.name, selection.rows) if self.store else None,
             self.token_dtype,
             self.progress,
             verify=store.verify,

@@ -24,7 +24,10 @@ ROW_ERRORS = {
         "bad.jsonl:1: must be one JSON object: Expecting ',' delimiter at column 15",
     ),
     "json_later": (json.dumps(GOOD) + "\n\n{]", "bad.jsonl:3: must be one JSON object: "),
-    "array_item": ("[\n{},\n3]", "bad.jsonl: row 2: must be a JSON object {...}, got int"),
+    "array_item": (
+        f"[\n{json.dumps(GOOD)},\n3]",
+        "bad.jsonl: row 2: must be a JSON object {...}, got int",
+    ),
     "array_cut": ("[\n", "bad.jsonl: row 1: must be valid JSON: Expecting value in line 2"),
     "not_object": ("[1, 2]", "bad.jsonl: row 1: must be a JSON object {...}, got int"),
     "not_object_later": (
