@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as pillow
-from support.vision import write_image
+from support.image_rows import write_image
 from transformers.image_utils import load_image
 
 from merit_fast.data.conversation import Image
