@@ -42,7 +42,6 @@ class Template:
         import jinja2.meta
 
         self.source = source
-        self.reads_clock = False
         self._today = datetime.fromisoformat(date)
         self._environment = _environment(self._clock)
         self._constants = {**special_tokens, "date_string": self._today.strftime("%d %b %Y")}
@@ -84,13 +83,14 @@ class Template:
             Refusal: the template fails on these messages.
         """
         try:
-            return self._template.render(
+            text: str = self._template.render(
                 messages=messages,
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **{**self._constants, **arguments},
             )
+            return text
         except self._failures as error:
             raise Refusal(f"the chat template refuses this row: {one_line(error)}") from None
 
