@@ -46,8 +46,8 @@ def mixture_fingerprint(
 
     It covers each dataset's name, the contents of its files and images, the keys that choose and
     read its rows, the `data:` section with the content of a template file, and the files of the
-    tokenizer or the processor. Paths and times are not covered. A Hugging Face id stands for itself, with its split and
-    revision: the content on the hub is not read.
+    tokenizer or the processor. Paths and times are not covered. A Hugging Face id stands for
+    itself, with its split and revision: the content on the hub is not read.
 
     Args:
         configs: the entries of `mixture:`, in order.
