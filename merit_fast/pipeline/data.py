@@ -129,10 +129,10 @@ class RunData:
     def _tokens(self) -> Path:
         return self.outputs.root / TOKENS_FOLDER
 
-    def _load(self, part: Part) -> list[Dataset]:
-        mixture = self.config.mixture
-        datasets = load_mixture(
-            mixture,
+    def load(self, part: Part) -> list[Dataset]:
+        """The datasets of one part, loaded once more on every call; shows no notes."""
+        return load_mixture(
+            self.config.mixture,
             self.processor,
             self.config.data,
             part=part,
@@ -140,6 +140,10 @@ class RunData:
             store=self._store(part),
             progress=self.progress,
         )
+
+    def _load(self, part: Part) -> list[Dataset]:
+        mixture = self.config.mixture
+        datasets = self.load(part)
         for dataset in datasets:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")
