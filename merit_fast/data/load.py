@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from merit_fast.data.dataset import Dataset, Media
 from merit_fast.data.encode import RowEncoder
 from merit_fast.data.mixture.scan import check_bad_rows, error_notes
 from merit_fast.data.mixture.select import MixtureRows, Selection
+from merit_fast.data.shares import draw_rows
 from merit_fast.data.sources import read_rows
-from merit_fast.data.store.build import TokenStore, build_examples, token_dtype
+from merit_fast.data.store.build import Draw, TokenStore, build_examples, token_dtype
 from merit_fast.data.store.chunk import Chunk
 from merit_fast.data.store.examples import StoredExamples
-from merit_fast.data.store.files import Summary
+from merit_fast.data.store.files import MemoryColumns, Summary
 from merit_fast.data.store.workers import ChunkEncoder
 from merit_fast.data.template import outcome_notes
 from merit_fast.errors import InputError
@@ -93,6 +95,8 @@ class _Loader:
     def load(self, config: DatasetConfig, selection: Selection) -> Dataset:
         """The dataset of one entry: each selected row once in the store, then in its order."""
         store = self.store or TokenStore(Path(), {})
+        if store.draw is not None and not store.place(config.name, selection.rows).exists():
+            return self._load_drawn(config, selection, store.draw, store.fingerprints[config.name])
 
         def make(summary: Summary) -> Iterator[Chunk]:
             return self._make(config, selection, summary)
@@ -114,6 +118,31 @@ class _Loader:
             store.fingerprints.get(config.name),
             len(selection.rows),
         )
+
+    def _load_drawn(
+        self, config: DatasetConfig, selection: Selection, draw: Draw, content: str
+    ) -> Dataset:
+        """The dataset of one entry, with at least the examples that a sketch draws of it."""
+        order = draw_rows(content, draw.seed, len(selection.rows))
+        taken = 0
+        count = draw.count
+        while True:
+            taken = min(taken + count, len(order))
+            positions = np.sort(order[:taken])
+            drawn = replace(selection, rows=selection.rows[positions])
+            columns = MemoryColumns()
+            summary = Summary()
+            for chunk in self._make(config, drawn, summary):
+                summary.add(chunk)
+                columns.append(chunk)
+            arrays = columns.arrays()
+            if len(arrays["lengths"]) >= draw.count or taken == len(order):
+                break
+            count = taken  # some rows gave no example
+        arrays["rows"] = positions[arrays["rows"]]
+        examples = StoredExamples(arrays, _read_media)
+        notes = tuple(self._notes(summary, selection))
+        return Dataset(config.name, examples, notes, content, len(order))
 
     def _make(
         self, config: DatasetConfig, selection: Selection, summary: Summary

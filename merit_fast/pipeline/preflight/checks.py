@@ -116,9 +116,11 @@ def _check_merge(outputs: Outputs) -> None:
 
 
 def _check_rows(data: RunData, pending: Sequence[Stage]) -> None:
-    """Reads every row that the stages will read; the files stay in memory for them."""
+    """Tokenizes every row that the stages will use; they stay with ``data`` for them."""
     if SKETCH in pending or TRAIN in pending:
-        short = [dataset.name for dataset in data.branch if dataset.num_examples < 2]
+        needs_all = SPLIT in pending or TRAIN in pending
+        datasets = data.branch if needs_all else data.sketched
+        short = [dataset.name for dataset in datasets if dataset.num_examples < 2]
         if SKETCH in pending and short:
             raise InputError(
                 f"mixture: {short[0]}: split needs at least 2 examples per dataset, got 1"
