@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
-from merit_fast.data.dataset import Dataset, Media
+from merit_fast.data.dataset import Dataset
 from merit_fast.data.encode import RowEncoder
+from merit_fast.data.images import media_reader
 from merit_fast.data.mixture.scan import check_bad_rows, error_notes
 from merit_fast.data.mixture.select import MixtureRows, Selection
 from merit_fast.data.shares import draw_rows
@@ -109,15 +110,7 @@ class _Loader:
             verify=store.verify,
             writes=store.writes,
         )
-        examples = StoredExamples(columns, _read_media)
-        indices = _in_order(examples.rows, selection)
-        return Dataset(
-            config.name,
-            examples if indices is None else examples.select(indices),
-            tuple(self._notes(summary, selection)),
-            store.fingerprints.get(config.name),
-            len(selection.rows),
-        )
+        return self._dataset(config, selection, columns, summary)
 
     def _load_drawn(
         self, config: DatasetConfig, selection: Selection, draw: Draw, content: str
@@ -125,24 +118,39 @@ class _Loader:
         """The dataset of one entry, with at least the examples that a sketch draws of it."""
         order = draw_rows(content, draw.seed, len(selection.rows))
         taken = 0
-        count = draw.count
+        more = draw.count
         while True:
-            taken = min(taken + count, len(order))
+            taken = min(taken + more, len(order))
             positions = np.sort(order[:taken])
-            drawn = replace(selection, rows=selection.rows[positions])
             columns = MemoryColumns()
             summary = Summary()
+            drawn = replace(selection, rows=selection.rows[positions])
             for chunk in self._make(config, drawn, summary):
                 summary.add(chunk)
                 columns.append(chunk)
             arrays = columns.arrays()
-            if len(arrays["lengths"]) >= draw.count or taken == len(order):
-                break
-            count = taken  # some rows gave no example
-        arrays["rows"] = positions[arrays["rows"]]
-        examples = StoredExamples(arrays, _read_media)
-        notes = tuple(self._notes(summary, selection))
-        return Dataset(config.name, examples, notes, content, len(order))
+            arrays["rows"] = positions[arrays["rows"]]
+            dataset = self._dataset(config, selection, arrays, summary)
+            if len(np.unique(dataset.places)) >= draw.count or taken == len(order):
+                return dataset
+            more = taken  # some rows gave no example
+
+    def _dataset(
+        self,
+        config: DatasetConfig,
+        selection: Selection,
+        columns: dict[str, NDArray[Any]],
+        summary: Summary,
+    ) -> Dataset:
+        examples = StoredExamples(columns, media_reader(self.tokenizer))
+        indices = _in_order(examples.rows, selection)
+        return Dataset(
+            config.name,
+            examples if indices is None else examples.select(indices),
+            tuple(self._notes(summary, selection)),
+            self.store.fingerprints.get(config.name) if self.store else None,
+            len(selection.rows),
+        )
 
     def _make(
         self, config: DatasetConfig, selection: Selection, summary: Summary
@@ -198,7 +206,3 @@ def _in_order(rows: NDArray[np.int64], selection: Selection) -> NDArray[np.int64
     counts = np.searchsorted(rows, order, side="right") - first
     starts = np.repeat(first - (np.cumsum(counts) - counts), counts)
     return starts + np.arange(int(counts.sum()))
-
-
-def _read_media(reference: Mapping[str, Any]) -> Media:
-    raise ValueError(f"data: media of unknown kind: {sorted(reference)}")

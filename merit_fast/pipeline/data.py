@@ -134,10 +134,15 @@ class RunData:
     def _tokens(self) -> Path:
         return self.outputs.root / TOKENS_FOLDER
 
-    def _load(self, part: Part, draw: Draw | None = None) -> list[Dataset]:
-        mixture = self.config.mixture
-        datasets = load_mixture(
-            mixture,
+    def load(self, part: Part, draw: Draw | None = None) -> list[Dataset]:
+        """The datasets of one part, loaded once more on every call; shows no notes.
+
+        Args:
+            part: "train" or "eval".
+            draw: what a sketch draws, to tokenize no other rows; None: all rows.
+        """
+        return load_mixture(
+            self.config.mixture,
             self.tokenizer,
             self.config.data,
             part=part,
@@ -145,6 +150,10 @@ class RunData:
             store=self._store(part, draw),
             progress=self.progress,
         )
+
+    def _load(self, part: Part, draw: Draw | None = None) -> list[Dataset]:
+        mixture = self.config.mixture
+        datasets = self.load(part, draw)
         for dataset in datasets:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")

@@ -1,17 +1,12 @@
 """Reads which files are which split from the dataset card, the README.md of a clone of the hub."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from merit_fast.data.sources.source import Source
+from merit_fast.data.sources.source import Folder, Source
 from merit_fast.errors import InputError, one_line
-
-if TYPE_CHECKING:
-    from merit_fast.data.sources.folder import Folder
 
 _CARD = "README.md"
 _READ = ("config_name", "data_files", "data_dir", "default", "description", "drop_labels")

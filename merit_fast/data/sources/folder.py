@@ -5,11 +5,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from merit_fast.data.paths import ROW_SUFFIXES, container_of
 from merit_fast.data.sources.card import card_patterns
-from merit_fast.data.sources.source import Source
+from merit_fast.data.sources.source import Folder, Source
 from merit_fast.data.sources.split_names import divide
 from merit_fast.errors import InputError, one_line
 
@@ -17,23 +17,6 @@ _NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_d
 _DOCUMENTS = (".md", ".py", ".yml", ".yaml", ".cff", ".bib", ".ipynb", ".lock")
 _MEDIA = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg")
 _DOCUMENT_NAMES = ("readme", "license", "licence", "copying", "notice", "makefile", "changelog")
-
-
-class Folder(Protocol):
-    """A folder of this machine or of a store."""
-
-    @property
-    def name(self) -> str:
-        """Path or URL."""
-
-    def names(self) -> list[str]:
-        """Paths of all files in it, relative, with ``/``, sorted; none is hidden."""
-
-    def text(self, name: str) -> str:
-        """The content of a text file."""
-
-    def join(self, name: str) -> str:
-        """The name by which a file is opened."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""The place of a dataset's rows, as an entry of `mixture:` names it."""
+"""The place of a dataset's rows, as an entry of `mixture:` names it, and a folder of files."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,20 @@ class Source:
     revision: str | None = None
     data_files: tuple[str, ...] = ()
     any_split: bool = False
+
+
+class Folder(Protocol):
+    """A folder of this machine or of a store."""
+
+    @property
+    def name(self) -> str:
+        """Path or URL."""
+
+    def names(self) -> list[str]:
+        """Paths of all files in it, relative, with ``/``, sorted; none is hidden."""
+
+    def text(self, name: str) -> str:
+        """The content of a text file."""
+
+    def join(self, name: str) -> str:
+        """The name by which a file is opened."""

@@ -6,18 +6,25 @@ from typing import Any
 
 from merit_fast.data.paths import is_glob
 from merit_fast.data.sources.readers.opening import open_file, reading
+from merit_fast.errors import InputError
 
 _MARKS = ("ETag", "etag", "md5", "checksum", "oid", "LastModified", "last_modified", "mtime")
 
 
 class StoreFolder:
-    """A folder in a store."""
+    """A folder in a store.
+
+    Raises:
+        InputError: the store has no such folder, or cannot be asked.
+    """
 
     def __init__(self, url: str) -> None:
         self.name = url.rstrip("/")
         store, path = _store(url)
         with reading(url):
             found = [str(file).strip("/") for file in store.find(path)]
+        if not found:
+            raise InputError(f"{url}: is neither a file nor a folder in its store")
         self._names = sorted(file[len(path.strip("/")) + 1 :] for file in found)
 
     def names(self) -> list[str]:
@@ -57,11 +64,13 @@ def matching_urls(url: str) -> list[str]:
     Raises:
         InputError: the store cannot be asked.
     """
-    assert is_glob(url)
+    parts = url.split("/")
+    fixed = "/".join(parts[: next(i for i, part in enumerate(parts) if is_glob(part))])
     with reading(url):
         store, path = _store(url)
-        found = [name for name in store.glob(path) if store.isfile(name)]
-        return sorted(str(store.unstrip_protocol(name)) for name in found)
+        root = _store(fixed)[1].strip("/")
+        found = [str(name).strip("/") for name in store.glob(path) if store.isfile(name)]
+    return sorted(f"{fixed}/{name[len(root) :].lstrip('/')}" for name in found)
 
 
 def content_mark(url: str) -> list[str]:

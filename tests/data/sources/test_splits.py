@@ -8,8 +8,9 @@ import datasets
 import fsspec
 import pytest
 from datasets.data_files import get_data_patterns, resolve_pattern
+from support.rows import GOOD, make_tokenizer
 
-from merit_fast.data import DataConfig, DatasetConfig, mixture_fingerprint
+from merit_fast.data import DataConfig, DatasetConfig, load_mixture, mixture_fingerprint
 from merit_fast.data.sources import (
     Source,
     files_of,
@@ -20,6 +21,7 @@ from merit_fast.data.sources import (
 )
 from merit_fast.errors import InputError
 from merit_fast.manifests.hashes import checksum
+from merit_fast.pipeline.config import read_run_config, write_run_config
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -184,7 +186,9 @@ def test_stores_are_read_as_folders_are(tmp_path):
         assert source_content(Source(url), checksum) != before
     finally:
         store.rm("/rows", recursive=True)
-    assert "cannot be read" in fails(Source("memory://rows/train.jsonl"))
+    assert "is neither a file nor a folder in its store" in fails(
+        Source("memory://rows/train.jsonl")
+    )
     make(tmp_path, "a.jsonl")
     assert texts(Source(f"file://{tmp_path}/a.jsonl")) == ["a.jsonl"]
 
@@ -226,3 +230,22 @@ def test_the_parts_of_an_entry_are_splits_of_one_folder(tmp_path):
     assert mark(sliced) != before
     (tmp_path / "test.jsonl").write_text(json.dumps({"text": "other"}) + "\n")
     assert mark(entry) != before
+
+
+def test_the_plan_names_files_that_are_not_read(tmp_path):
+    make(tmp_path, "train.jsonl", "test.jsonl", "extra.jsonl", "images.zip", "README.md", "a.png")
+    (tmp_path / "train.jsonl").write_text(json.dumps(GOOD))
+    [dataset] = load_mixture(
+        [DatasetConfig("d", str(tmp_path))], make_tokenizer(), DataConfig(), part="train"
+    )
+    assert dataset.notes == ("files not read: extra.jsonl, images.zip",)
+
+
+def test_a_run_leaves_urls_as_they_are(tmp_path):
+    url = "s3://bucket/rows/*.jsonl"
+    path = tmp_path / "m.yml"
+    path.write_text(f"model: o/n\nmixture: [{{name: d, path: '{url}'}}]\n")
+    config = read_run_config(path)
+    assert config.mixture[0].path == url
+    write_run_config(config, tmp_path / "again.yml")
+    assert read_run_config(tmp_path / "again.yml").mixture[0].path == url
