@@ -58,7 +58,7 @@ class Template:
     @property
     def reads_date(self) -> bool:
         """Whether the text may depend on the day."""
-        return bool({"strftime_now", "date_string"} & self._variables)
+        return "strftime_now" in self.source or "date_string" in self._variables
 
     def require_reads(self, arguments: Mapping[str, Any], where: str) -> None:
         """Raises InputError for an argument that the template does not read."""

@@ -116,7 +116,15 @@ class Renderer:
             tools = marks.mark(tools)
             arguments = marks.mark(arguments)
             outcomes.append(SPLIT)
-        answers = Answers(self.template, self.control, self._facts, messages, tools, arguments)
+        answers = Answers(
+            self.template,
+            self.control,
+            self._facts,
+            messages,
+            tools,
+            arguments,
+            self._config.ignore_columns,
+        )
         turns = [answers.turn(index) for index in trained]
         self._require_traces(answers, messages, tools, turns, trained)
         whole = turns[-1].text
