@@ -97,7 +97,7 @@ def _is_left_out(folder: Path) -> bool:
 def _holds_rows(file: Path) -> bool:
     """Whether a .json file begins with an object on a line by itself, as JSONL, or with an array.
 
-    An array is no format of rows; reading it names the rule.
+    Reading it names the rule where the array holds no rows.
     """
     with open(file, "rb") as lines:
         first = lines.readline(1 << 20).strip()

@@ -42,7 +42,7 @@ def folder(tmp_path, tiny_model):
         write(folder / "parts" / f"train-0000{i}-of-00002.jsonl", ALPACA[i::2])
     write(folder / "unknown.jsonl", [{"text": "no row of a known format"}])
     write(folder / "alone_test.jsonl", PAIRS)
-    (folder / "array.json").write_text(json.dumps(PAIRS))
+    (folder / "array.json").write_text("[1, 2]")
     (folder / "table.csv").write_text("a,b\n")
     (folder / "notes.json").write_text('{\n  "no": "rows"\n}\n')
     shutil.copytree(tiny_model, folder / "BASE")
@@ -61,7 +61,7 @@ def test_a_folder_becomes_a_yaml_that_run_accepts(call, folder, tmp_path, monkey
     for line in (
         "unknown.jsonl:1: unknown columns",
         "alone_test.jsonl: has the name of held-out rows",
-        "array.json:1: must be a JSON object {...}, got list; one object per line is needed",
+        "array.json: row 1: must be a JSON object {...}, got int",
         "table.csv: not read: convert it to JSONL or Parquet",
     ):
         assert line in reasons

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import yaml
 from support.runs import run_values
@@ -14,90 +12,6 @@ from trl.scripts.utils import DatasetMixtureConfig
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
 from merit_fast.data.sources import Source, read_rows
 from merit_fast.pipeline.config import read_run_config
-from merit_fast.pipeline.run import Run
-from merit_fast.progress import SilentProgress
-
-FACTS = [("capital of France", "Paris"), ("two plus two", "four"), ("colour of snow", "white")]
-PAIRS = [(f"{question} {i}?", f"{answer} {i}") for i in range(4) for question, answer in FACTS]
-
-
-def turn(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
-def chat(question, answer, **more):
-    return {"messages": [turn("user", question), turn("assistant", answer, **more)]}
-
-
-def sharegpt(i, question, answer):
-    turns = [("human", question), ("gpt", answer), ("human", "sure?"), ("gpt", "yes")]
-    conversations = [{"from": role, "value": text} for role, text in turns]
-    return {"id": f"own-{i}", "system": "Be brief.", "conversations": conversations}
-
-
-def marked(question, answer):
-    answers = [("yes", True), ("unsure", False), (answer, True)]
-    turns = [[turn("user", question), turn("assistant", a, train=mark)] for a, mark in answers]
-    return {"messages": [message for pair in turns for message in pair]}
-
-
-def write_mixture(folder: Path, with_marks: bool) -> list[dict]:
-    """Datasets of every format; lines are written with odd spaces, to see whether they stay."""
-    folder.mkdir()
-    lines = [json.dumps(chat(*pair), separators=(" , ", ":  ")) + "  \r\n" for pair in PAIRS]
-    (folder / "chat.jsonl").write_text("\n".join(lines), newline="")
-    rows = [sharegpt(i, *pair) for i, pair in enumerate(PAIRS)]
-    (folder / "shared.json").write_text(json.dumps(rows, indent=1))
-    table = "instruction,output\n" + "".join(f'"{a}","{b}"\n' for a, b in PAIRS)
-    (folder / "alpaca.csv").write_text(table)
-    sides = pyarrow.Table.from_pylist([{"question": a, "answer": b} for a, b in PAIRS])
-    pyarrow.parquet.write_table(sides, folder / "sides.parquet")
-    names = ["chat.jsonl", "shared.json", "alpaca.csv", "sides.parquet"]
-    if with_marks:
-        text = "".join(json.dumps(marked(*pair)) + "\n" for pair in PAIRS)
-        (folder / "marked.jsonl").write_text(text)
-        names.append("marked.jsonl")
-    return [
-        {"name": name.partition(".")[0], "path": str(folder / name), "eval_share": 0.3}
-        for name in names
-    ]
-
-
-def split_run(folder: Path, model: Path, mixture: list[dict], **train) -> Path:
-    values = run_values(model, mixture) | {"output": "out"}
-    values["split"]["tolerance"] = 1.0
-    values["train"] |= {"controls": {}, **train}
-    config = folder / "run.yml"
-    config.write_text(yaml.safe_dump(values))
-    run = Run(read_run_config(config), SilentProgress())
-    run.sketch()
-    run.split()
-    return config
-
-
-@pytest.fixture(scope="module")
-def plain_run(tmp_path_factory, tiny_model):
-    folder = tmp_path_factory.mktemp("plain")
-    return split_run(folder, tiny_model, write_mixture(folder / "data", False))
-
-
-@pytest.fixture(scope="module")
-def marked_run(tmp_path_factory, tiny_model):
-    folder = tmp_path_factory.mktemp("marked")
-    return split_run(folder, tiny_model, write_mixture(folder / "data", True))
-
-
-@pytest.fixture
-def export(call, tmp_path):
-    def run(config, stack, *flags):
-        out = tmp_path / "groups"
-        code, output, error = call(
-            "export", str(config), "--format", stack, "--out", str(out), "--json", *flags
-        )
-        assert code == 0, error
-        return out, json.loads(output)
-
-    return run
 
 
 def rows_of(out: Path, names: list[str]) -> list[dict]:
@@ -127,7 +41,7 @@ def same_examples(entries: list[dict], config: Path, part: str, names: list[str]
 
 
 @pytest.mark.parametrize("stack", ["axolotl", "llamafactory", "trl"])
-def test_rows_are_there_once_and_byte_for_byte(export, plain_run, stack):
+def test_rows_are_there_once_and_byte_for_byte(export, plain_run, pairs, stack):
     out, report = export(plain_run, stack)
     lines = [
         line
@@ -136,7 +50,7 @@ def test_rows_are_there_once_and_byte_for_byte(export, plain_run, stack):
         for line in (out / name).read_bytes().split(b"\n")
         if line
     ]
-    assert len(lines) == 4 * len(PAIRS)
+    assert len(lines) == 4 * len(pairs)
     data = Path(read_run_config(plain_run).mixture[0].path).parent
     for line in (data / "chat.jsonl").read_bytes().split(b"\n"):
         if text := line.strip():
@@ -147,7 +61,7 @@ def test_rows_are_there_once_and_byte_for_byte(export, plain_run, stack):
         originals = [row for _, row in read_rows(Source(str(data / name)))]
         exported = [json.loads(line) for line in lines]
         exported = [row for row in exported if row["dataset"] == name.partition(".")[0]]
-        assert len({row["merit_id"] for row in exported}) == len(PAIRS)
+        assert len({row["merit_id"] for row in exported}) == len(pairs)
         for row in exported:
             number = int(row["merit_id"].rpartition("-")[2])
             assert originals[number].items() <= row.items()
@@ -212,7 +126,7 @@ def alpaca_and_sharegpt(info: dict, row: dict) -> list[tuple[str, str]]:
     return [("system", system), *turns] if system else turns
 
 
-def test_llamafactory_reads_the_same_turns(export, plain_run):
+def test_llamafactory_reads_the_same_turns(export, plain_run, pairs):
     out, report = export(plain_run, "llamafactory")
     info = json.loads((out / "dataset_info.json").read_text())
     seen = set()
@@ -224,12 +138,12 @@ def test_llamafactory_reads_the_same_turns(export, plain_run):
             for row in rows_of(out, [info[name]["file_name"]]):
                 turns = alpaca_and_sharegpt(info[name], row)
                 seen.add((row["dataset"], *turns))
-    plain = {("user", a, "assistant", b) for a, b in PAIRS}
+    plain = {("user", a, "assistant", b) for a, b in pairs}
     for name in ("chat", "alpaca", "sides"):
         found = {row[1:] for row in seen if row[0] == name}
         assert found == {((a, b), (c, d)) for a, b, c, d in plain}
     shared = [row[1:] for row in seen if row[0] == "shared"]
-    assert len(shared) == len(PAIRS)
+    assert len(shared) == len(pairs)
     assert all(row[0] == ("system", "Be brief.") and len(row) == 5 for row in shared)
 
 
