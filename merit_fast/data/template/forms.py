@@ -26,11 +26,13 @@ class Form:
         messages: one mapping per turn.
         in_loss: whether each turn is trained.
         outcomes: words counted in the notes of the dataset.
+        refits_calls: the form differs from the one before it in the calls of tools only.
     """
 
     messages: tuple[dict[str, Any], ...]
     in_loss: tuple[bool, ...]
     outcomes: tuple[str, ...] = ()
+    refits_calls: bool = False
 
 
 def forms(conversation: Conversation, in_loss: Sequence[bool], as_parts: bool) -> Iterator[Form]:
@@ -111,7 +113,7 @@ def _with_other_calls(form: Form) -> Iterator[Form]:
             {"content": content, **(_text_arguments(message) if as_text else message)}
             for message in form.messages
         )
-        yield replace(form, messages=messages)
+        yield replace(form, messages=messages, refits_calls=True)
 
 
 def _text_arguments(message: dict[str, Any]) -> dict[str, Any]:
