@@ -75,6 +75,11 @@ class StoredExamples(Sequence[Example]):
         """[N] number of each example's row in its source, from 0."""
         return self._per_example("rows")
 
+    @property
+    def tree_indices(self) -> NDArray[np.int64]:
+        """[M] the examples that are trees."""
+        return np.flatnonzero(self._per_example(COUNT_OF["runs"]))
+
     def _per_example(self, name: str) -> NDArray[np.int64]:
         values = self._columns[name].astype(np.int64)
         return values if self._indices is None else values[self._indices]
