@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merit_fast.cli.data import add_data
+from merit_fast.cli.export import add_export
 from merit_fast.cli.flags import (
     Parser,
     Work,
@@ -169,6 +170,7 @@ COMMANDS: dict[str, Command] = {
     ),
     **{stage.name: _stage_command(stage) for stage in STAGES},
     MERGE.name: Command(MERGE.purpose, add_merge),  # keeps its place between train and evaluate
+    "export": Command("Write the groups of a split for axolotl, LLaMA-Factory or TRL.", add_export),
     "verify": Command("Compare the files of a run or a model with their checksums.", _add_verify),
     "status": Command("Show the state, time and size of every output of a run.", add_status),
     "clean": Command("Remove what no command needs any more from a run's output.", add_clean),

@@ -7,7 +7,7 @@ from merit_fast.cli.commands import COMMANDS, Command
 
 EXAMPLES = {
     "init": "merit-fast init data/ --model BASE",
-    "data": "merit-fast data my.yml --rows 2",
+    "data": "merit-fast data my.yml --show 2",
     "run": "merit-fast run my.yml train.epochs=2",
     "status": "merit-fast status my.yml",
     "clean": "merit-fast clean my.yml --dry-run",
@@ -18,6 +18,7 @@ EXAMPLES = {
     "merge": "merit-fast merge OUT --model A:0.3 --model B:0.7",
     "evaluate": "merit-fast evaluate my.yml --max-new-tokens 16",
     "report": "merit-fast report my.yml",
+    "export": "merit-fast export my.yml --format axolotl --out groups",
     "verify": "merit-fast verify OUT",
     "demo": "merit-fast demo --quick",
     "doctor": "merit-fast doctor --json",
@@ -26,6 +27,7 @@ _GROUPS = {
     "your data": ("init", "data"),
     "a run": ("run", "status", "clean"),
     "one stage of a run": ("sketch", "split", "advise", "train", "merge", "evaluate", "report"),
+    "other stacks": ("export",),
     "models and this machine": ("verify", "demo", "doctor"),
 }
 _FIRST_STEPS = """\

@@ -1,10 +1,11 @@
 """The keys of `mixture:` and `data:`, with their help texts and rules."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
 
+from merit_fast.data.sources.source import Source
 from merit_fast.options.fields import REQUIRED, option, require
 
 Part = Literal["train", "eval"]
@@ -64,6 +65,9 @@ class DatasetConfig:
     )
     train_on: TrainOn | None = option(
         None, "in place of data.train_on, for this dataset", omit_default=True
+    )
+    note: str | None = option(
+        None, "a sentence about this dataset that the plan shows", omit_default=True
     )
 
     def __post_init__(self) -> None:
@@ -152,14 +156,22 @@ def _is_date(text: str) -> bool:
         return False
 
 
-def source(config: DatasetConfig, part: Part) -> tuple[str, str] | None:
-    """(path, split) of the training or held-out rows; None for a dataset without held-out rows.
+def source(config: DatasetConfig, part: Part) -> Source | None:
+    """The source of the training or held-out rows; None for a dataset without held-out rows.
 
-    Local files ignore the split. With ``eval_share`` both parts lie in one source, and
-    ``held_out.rows_of_part`` divides its rows.
+    Configuration, revision and data files belong to ``path``. With ``eval_share`` both parts lie
+    in one source, and ``mixture.select`` divides its rows.
     """
+    whole = Source(
+        config.path,
+        config.split,
+        config=config.config,
+        revision=config.revision,
+        data_files=config.data_files,
+    )
     if part == "train" or config.eval_share is not None:
-        return config.path, config.split
-    if config.eval_path is None and config.eval_split is None:
-        return None
-    return config.eval_path or config.path, config.eval_split or config.split
+        return whole
+    if config.eval_path is not None:
+        split = config.eval_split or config.split
+        return Source(config.eval_path, split, any_split=config.eval_split is None)
+    return None if config.eval_split is None else replace(whole, split=config.eval_split)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, overload
 
 import numpy as np
@@ -45,17 +46,31 @@ class Tree:
 
 
 class Media(Protocol):
-    """The images of one example. They are read when a batch is made."""
+    """The images of one example, possibly none. They are read when a batch is made.
+
+    Every example of a model that reads images has media, and no other example has.
+    """
 
     @property
     def token_types(self) -> NDArray[np.int8]:
         """[T] 0 for text, 1 for an image, 2 for a video."""
 
+    @property
+    def token_types_name(self) -> str | None:
+        """Name of the token types in the model's forward; None if it takes none."""
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Pixel inputs by the names of the model's forward; examples are joined along dim 0."""
 
-    def reference(self) -> dict[str, Any]:
-        """JSON-ready values from which a token store makes the media again; no pixels."""
+    def cut(self, length: int) -> Media:
+        """The media of the example's first ``length`` tokens."""
+
+    def reference(self, folder: Path | None = None) -> dict[str, Any]:
+        """JSON-ready values from which a token store makes the media again; no pixels.
+
+        Args:
+            folder: where the bytes of images that are no files go; None: the values hold them.
+        """
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Any
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.conversation import Conversation
 from merit_fast.data.dataset import Example
+from merit_fast.data.images import ImageEncoder, is_processor
 from merit_fast.data.rows.loss import train_on_of
 from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import PlacedRow
@@ -43,7 +44,11 @@ class RowEncoder:
     def __init__(self, config: DatasetConfig, data_config: DataConfig, tokenizer: Any) -> None:
         self.reader = RowReader(config, data_config)
         self._train_on = train_on_of(config, data_config)
-        self._encoder = ChatEncoder(tokenizer, data_config)
+        self._encoder: ChatEncoder | ImageEncoder
+        if is_processor(tokenizer):
+            self._encoder = ImageEncoder(tokenizer, data_config, config.media)
+        else:
+            self._encoder = ChatEncoder(tokenizer, data_config)
 
     def encode(self, rows: Sequence[PlacedRow]) -> list[EncodedRow]:
         """Encodes rows in their order, in one call of the tokenizer; a bad row raises nothing."""
@@ -61,6 +66,8 @@ class RowEncoder:
 
     def encode_read(self, read: Sequence[Conversation | EncodedRow]) -> list[EncodedRow]:
         """Encodes the results of ``read``, of this encoder or of one in another process."""
+        if isinstance(self._encoder, ChatEncoder):
+            read = [_without_images(item) for item in read]
         conversations = [item for item in read if isinstance(item, Conversation)]
         encoded = iter(self._encoder.encode(conversations, self._train_on))
         return [
@@ -71,6 +78,14 @@ class RowEncoder:
     def notes(self) -> list[str]:
         """One sentence on each thing that a user should know about the rows encoded so far."""
         return [*self.reader.notes(), *self._encoder.notes()]
+
+
+def _without_images(item: Conversation | EncodedRow) -> Conversation | EncodedRow:
+    """The item, or the error that a model of text cannot read its images."""
+    if isinstance(item, EncodedRow) or not item.images:
+        return item
+    rule = f"{item.place}: must be text: the row has images, and the model reads none"
+    return EncodedRow(item.place, error=InputError(rule))
 
 
 def _encoded_row(place: str, encoded: Encoded) -> EncodedRow:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
-from merit_fast.data.dataset import Dataset, Media
+from merit_fast.data.dataset import Dataset
 from merit_fast.data.encode import RowEncoder
-from merit_fast.data.mixture.checks import check_mixture
-from merit_fast.data.mixture.held_out import rows_of_part
-from merit_fast.data.sources import PlacedRow, read_rows
+from merit_fast.data.images import media_reader
+from merit_fast.data.mixture.scan import check_bad_rows, error_notes
+from merit_fast.data.mixture.select import MixtureRows, Selection
+from merit_fast.data.sources import read_rows
 from merit_fast.data.store.build import TokenStore, build_examples, token_dtype
 from merit_fast.data.store.chunk import Chunk
 from merit_fast.data.store.examples import StoredExamples
@@ -30,6 +33,7 @@ def load_mixture(
     data_config: DataConfig,
     *,
     part: Part,
+    rows: MixtureRows | None = None,
     store: TokenStore | None = None,
     progress: Progress | None = None,
     num_workers: int | None = None,
@@ -41,6 +45,7 @@ def load_mixture(
         tokenizer: a fast tokenizer, or a processor that holds one.
         data_config: the `data:` section.
         part: "train", or "eval" for the held-out rows.
+        rows: the same mixture's rows, where they are known already.
         store: keeps the tokens for other processes; None: they stay in memory.
         progress: display of the rows as they are tokenized; None: none.
         num_workers: processes that tokenize, 0: this one. None: one per core for a mixture of
@@ -54,11 +59,15 @@ def load_mixture(
         InputError: two entries share a name, training files hold held-out rows, or a file or row
             is wrong; the message names file and line.
     """
-    check_mixture(configs)
+    selections = (rows or MixtureRows(configs, data_config)).select(part)
     shown = SilentProgress() if progress is None else progress
     with ChunkEncoder(tokenizer, data_config, num_workers) as encoder:
         loader = _Loader(encoder, tokenizer, data_config, part, store, shown)
-        return [loader.load(config) for config in configs if source(config, part)]
+        return [
+            loader.load(config, selections[config.name])
+            for config in configs
+            if source(config, part)
+        ]
 
 
 class _Loader:
@@ -82,89 +91,82 @@ class _Loader:
         vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
         self.token_dtype = token_dtype(vocabulary.values())
 
-    def load(self, config: DatasetConfig) -> Dataset:
-        """The dataset of one entry."""
+    def load(self, config: DatasetConfig, selection: Selection) -> Dataset:
+        """The dataset of one entry: each selected row once in the store, then in its order."""
         store = self.store or TokenStore(Path(), {})
-        place = store.place(config.name) if self.store else None
 
         def make(summary: Summary) -> Iterator[Chunk]:
-            return self._make(config, summary)
+            return self._make(config, selection, summary)
 
         columns, summary = build_examples(
             make,
-            place,
+            store.place(config.name, selection.rows) if self.store else None,
             self.token_dtype,
             self.progress,
             verify=store.verify,
             writes=store.writes,
         )
+        examples = StoredExamples(columns, media_reader(self.tokenizer))
+        indices = _in_order(examples.rows, selection)
         return Dataset(
             config.name,
-            StoredExamples(columns, _read_media),
-            tuple(self._notes(summary)),
+            examples if indices is None else examples.select(indices),
+            tuple(self._notes(summary, selection)),
             store.fingerprints.get(config.name),
-            summary.num_rows + len(summary.errors),
+            len(selection.rows),
         )
 
-    def _make(self, config: DatasetConfig, summary: Summary) -> Iterator[Chunk]:
-        """Encodes the rows; checks them at the end, so that no store holds a bad dataset."""
+    def _make(
+        self, config: DatasetConfig, selection: Selection, summary: Summary
+    ) -> Iterator[Chunk]:
+        """Encodes the selected rows. A row's number is its position in ``selection.rows``."""
+        place = source(config, self.part)
+        assert place is not None
         row_encoder = RowEncoder(config, self.data_config, self.tokenizer)
+        rows = read_rows(place, selection.rows.tolist())
         num_examples = 0
-        with self._task(config) as task:
-            for chunk, count in self.encoder.chunks(config, row_encoder, self._rows(config)):
-                self._check_errors(config, [*summary.errors, *chunk.errors])
+        with self._task(config, len(selection.rows)) as task:
+            for chunk, count in self.encoder.chunks(config, row_encoder, rows):
+                errors = [*selection.errors, *summary.errors, *chunk.errors]
+                check_bad_rows(errors, config, self.data_config)
                 num_examples += len(chunk.columns["lengths"])
                 yield chunk
                 task.advance(count)
         summary.notes += row_encoder.notes()
-        where = f"{self._path(config)}: dataset {config.name}"
-        if not summary.num_rows:
-            raise InputError(f"{where}: must have at least one row, found none")
         if not num_examples:
             rule = f"an answer within data.max_length = {self.data_config.max_length} tokens"
+            where = f"{place.path}: dataset {config.name}"
             raise InputError(
-                f"{where}: must have a row with {rule}, found none in {summary.num_rows} rows"
+                f"{where}: must have a row with {rule}, found none in {len(selection.rows)} rows"
             )
 
-    def _rows(self, config: DatasetConfig) -> Iterator[PlacedRow]:
-        selected = source(config, self.part)
-        assert selected is not None
-        rows = rows_of_part(read_rows(*selected), config, self.part)
-        return itertools.islice(rows, config.max_examples) if self.part == "train" else rows
-
-    def _path(self, config: DatasetConfig) -> str:
-        selected = source(config, self.part)
-        assert selected is not None
-        return selected[0]
-
     @contextlib.contextmanager
-    def _task(self, config: DatasetConfig) -> Iterator[Task]:
-        """The display of a dataset's rows. Counting them reads each once more, without tokens."""
+    def _task(self, config: DatasetConfig, num_rows: int) -> Iterator[Task]:
+        """The display of a dataset's rows."""
         if isinstance(self.progress, SilentProgress):
             yield self.progress
             return
-        num_rows = sum(1 for _ in self._rows(config))
         with self.progress.task(f"tokenize {config.name}", num_rows, "rows") as task:
             yield task
 
-    def _check_errors(self, config: DatasetConfig, errors: Sequence[str]) -> None:
-        limit = self.data_config.bad_rows
-        if len(errors) <= limit:
-            return
-        if not limit:
-            raise InputError(errors[0])
-        raise InputError(
-            f"{self._path(config)}: dataset {config.name}: must have at most data.bad_rows = "
-            f"{limit} wrong rows, got {len(errors)} or more; the last: {errors[-1]}"
-        )
-
-    def _notes(self, summary: Summary) -> Iterator[str]:
+    def _notes(self, summary: Summary, selection: Selection) -> Iterator[str]:
         yield from outcome_notes(summary.outcomes, self.data_config.max_length)
         yield from summary.notes
-        if count := len(summary.errors):
-            rows = "row was" if count == 1 else "rows were"
-            yield f"{count} wrong {rows} skipped; the first: {summary.errors[0]}"
+        yield from selection.notes
+        yield from error_notes([*selection.errors, *summary.errors])
 
 
-def _read_media(reference: Mapping[str, Any]) -> Media:
-    raise ValueError(f"data: media of unknown kind: {sorted(reference)}")
+def _in_order(rows: NDArray[np.int64], selection: Selection) -> NDArray[np.int64] | None:
+    """[N] the examples of the rows of ``selection.order``; None: all of them, as they come.
+
+    Args:
+        rows: the row of every stored example, as a position in ``selection.rows``, ascending.
+        selection: the dataset's rows.
+    """
+    order = selection.order
+    if np.array_equal(order, np.arange(len(selection.rows))):
+        return None
+    first = np.searchsorted(rows, order, side="left")
+    counts = np.searchsorted(rows, order, side="right") - first
+    starts = np.repeat(first - (np.cumsum(counts) - counts), counts)
+    return starts + np.arange(int(counts.sum()))

@@ -5,7 +5,10 @@ from pathlib import Path
 
 from merit_fast.errors import one_line
 
-ROW_SUFFIXES = (".jsonl", ".parquet", ".json")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # may be compressed too
+ROW_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _REASONS = (  # class names, which need no import of the libraries that raise them; first match
     (("OfflineModeIsEnabled",), "the hub is switched off (HF_HUB_OFFLINE)"),
@@ -25,17 +28,39 @@ _REASONS = (  # class names, which need no import of the libraries that raise th
 )
 
 
+def container_of(name: str) -> str:
+    """The suffix that tells how the rows of a file are written, without its compression's.
+
+    It is one of ROW_SUFFIXES, or empty for a file that is no file of rows.
+    """
+    for compression in COMPRESSIONS:
+        if name.endswith(compression):
+            plain = name.removesuffix(compression)
+            return next((suffix for suffix in TEXT_SUFFIXES if plain.endswith(suffix)), "")
+    return next((suffix for suffix in ROW_SUFFIXES if name.endswith(suffix)), "")
+
+
+def is_url(text: str) -> bool:
+    """Whether ``text`` names a file or a folder in a store, such as s3://bucket/rows.jsonl."""
+    return _URL.match(text) is not None
+
+
+def is_glob(text: str) -> bool:
+    """Whether ``text`` holds a wildcard."""
+    return any(character in text for character in "*?[")
+
+
 def is_hub_id(text: str, folder: Path | None = None) -> bool:
     """Whether ``text`` can be NAME or OWNER/NAME on the hub, and not a path.
 
-    A leading ``.``, ``/`` or ``~``, a second ``/``, the suffix of a file of rows and an owner that
+    A leading ``.``, ``/`` or ``~``, a second ``/``, the suffix of a file of rows, and an owner that
     is a directory in ``folder`` make it a path.
 
     Args:
         text: a model or a dataset as the user wrote it.
         folder: the folder from which relative paths count; None: the current directory.
     """
-    if not _HUB_ID.fullmatch(text) or text.endswith(ROW_SUFFIXES):
+    if not _HUB_ID.fullmatch(text) or container_of(text):
         return False
     owner, slash, _ = text.partition("/")
     return not slash or not (folder or Path()).joinpath(owner).is_dir()

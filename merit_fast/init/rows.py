@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.conversation import Message
 from merit_fast.data.mixture.held_out import holds_out
 from merit_fast.data.rows.reader import RowReader
+from merit_fast.data.sources import Source as RowSource
 from merit_fast.data.sources import read_rows
 from merit_fast.errors import InputError
 
@@ -30,20 +33,20 @@ def read_source(path: Path) -> Source:
         InputError: no row, a row of no known format, rows of two formats, a row without an
             answer, or a column that nothing reads; names file and line.
     """
-    tests = {share: holds_out(share) for share in _SHARES}
-    counts = dict.fromkeys(_SHARES, 0)
     reader = RowReader(DatasetConfig("rows", str(path)), DataConfig())
+    keys = bytearray()
     num_rows = num_characters = 0
-    for where, row in read_rows(str(path), "train"):
-        messages = reader.read(row, where).messages
-        answers = [message for message in messages if message.role == "assistant"]
+    for where, row in read_rows(RowSource(str(path))):
+        conversation = reader.read(row, where)
+        answers = [turn for turn in conversation.messages if turn.role == "assistant"]
         num_rows += 1
         num_characters += sum(_count_characters(answer) for answer in answers)
-        for share, is_held_out in tests.items():
-            counts[share] += is_held_out(row)
+        keys += conversation.key()
     if not num_rows:
         raise InputError(f"{path}: must have at least one row, found none")
-    divided = ((share, count) for share, count in counts.items() if 0 < count < num_rows)
+    hashes = np.frombuffer(bytes(keys), "S16")
+    counts = ((share, int(holds_out(hashes, share).sum())) for share in _SHARES)
+    divided = ((share, count) for share, count in counts if 0 < count < num_rows)
     return Source(reader.format_name, num_rows, num_characters, next(divided, None))
 
 

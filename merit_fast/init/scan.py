@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merit_fast.data.sources import SUFFIXES
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import STAGES
 
 _TRAIN = ("train", "training")
 # The first that is there is taken: rows that report come before rows that tune.
 _HELD_OUT = ("eval", "evaluation", "test", "heldout", "validation", "val", "valid", "dev")
+_SUFFIXES = (".jsonl", ".parquet")
 _UNREAD = (".csv", ".tsv", ".arrow", ".gz", ".zst", ".zip", ".xlsx")
 _SHARD = re.compile(r"[-_.]\d{5}-of-\d{5}$")
 
@@ -84,7 +84,7 @@ def _files(place: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not _is_left_out(here / name))
         for name in names:
             suffix = Path(name).suffix
-            is_read = suffix in (*SUFFIXES, *_UNREAD)
+            is_read = suffix in (*_SUFFIXES, *_UNREAD)
             if name[0] != "." and (is_read or (suffix == ".json" and _holds_rows(here / name))):
                 yield here / name
 
@@ -160,7 +160,7 @@ def _one_place(result: Scan, files: list[Path]) -> list[Path]:
     if len(files) == 1:
         return files
     folder = files[0].parent
-    inside = {file for file in folder.iterdir() if file.suffix in SUFFIXES and file.name[0] != "."}
+    inside = {file for file in folder.iterdir() if file.suffix in _SUFFIXES and file.name[0] != "."}
     if inside == set(files):
         return [folder]
     rule = "one of several files of one name: put them into a folder of their own"
@@ -170,7 +170,7 @@ def _one_place(result: Scan, files: list[Path]) -> list[Path]:
 
 def _without_copies(result: Scan, files: list[Path]) -> list[Path]:
     """One file of each name: JSONL before Parquet, as a person can read it."""
-    order = {suffix: place for place, suffix in enumerate(SUFFIXES)}
+    order = {suffix: place for place, suffix in enumerate(_SUFFIXES)}
     kept: dict[Path, Path] = {}
     for file in sorted(files, key=lambda file: order.get(file.suffix, len(order))):
         first = kept.setdefault(file.with_suffix(""), file)

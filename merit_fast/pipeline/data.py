@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from merit_fast.data import (
@@ -12,7 +13,10 @@ from merit_fast.data import (
     pad_token_id,
 )
 from merit_fast.data.config import Part
+from merit_fast.data.mixture.select import MixtureRows, ScanCache
+from merit_fast.data.sources import Source, source_content
 from merit_fast.data.store import TokenStore
+from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.pipeline.arms import Branch, branches_part, merit_steps, whole_mixture
 from merit_fast.pipeline.outputs import Outputs
@@ -49,6 +53,18 @@ class RunData:
     @functools.cached_property
     def pad_token_id(self) -> int:
         return pad_token_id(self.tokenizer)
+
+    @functools.cached_property
+    def rows(self) -> MixtureRows:
+        """The rows of every part, from one scan of each source."""
+        config = self.config
+        hashes = self.outputs.records.hashes
+
+        def content(place: Source) -> str:
+            return fingerprint(source_content(place, hashes))
+
+        cache = ScanCache(self._tokens, content) if self.writes else None
+        return MixtureRows(config.mixture, config.data, cache)
 
     @functools.cached_property
     def train(self) -> list[Dataset]:
@@ -100,20 +116,28 @@ class RunData:
 
     def _store(self, part: Part) -> TokenStore:
         """The place of the tokenized rows of this part."""
-        records = self.outputs.records
         prints = self.outputs.contents if part == "train" else held_out_contents(self.outputs)
-        return TokenStore(records.root / TOKENS_FOLDER, prints, records.whole, self.writes)
+        return TokenStore(self._tokens, prints, self.outputs.records.whole, self.writes)
 
-    def _load(self, part: Part) -> list[Dataset]:
-        mixture = self.config.mixture
-        datasets = load_mixture(
-            mixture,
+    @property
+    def _tokens(self) -> Path:
+        return self.outputs.root / TOKENS_FOLDER
+
+    def load(self, part: Part) -> list[Dataset]:
+        """The datasets of one part, loaded once more on every call; shows no notes."""
+        return load_mixture(
+            self.config.mixture,
             self.tokenizer,
             self.config.data,
             part=part,
+            rows=self.rows,
             store=self._store(part),
             progress=self.progress,
         )
+
+    def _load(self, part: Part) -> list[Dataset]:
+        mixture = self.config.mixture
+        datasets = self.load(part)
         for dataset in datasets:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")

@@ -24,10 +24,18 @@ ROW_ERRORS = {
         "bad.jsonl:1: must be one JSON object: Expecting ',' delimiter at column 15",
     ),
     "json_later": (json.dumps(GOOD) + "\n\n{]", "bad.jsonl:3: must be one JSON object: "),
-    "array": ("[\n{}\n]", "bad.jsonl:1: must be one JSON object: "),
-    "array_hint": ("[\n", "one object per line is needed, not an array"),
-    "not_object": ("[1, 2]", "bad.jsonl:1: must be a JSON object {...}, got list"),
-    "nesting": ("[" * 100_000, "bad.jsonl:1: must be one JSON object: "),
+    "array_item": (
+        f"[\n{json.dumps(GOOD)},\n3]",
+        "bad.jsonl: row 2: must be a JSON object {...}, got int",
+    ),
+    "array_cut": ("[\n", "bad.jsonl: row 1: must be valid JSON: Expecting value in line 2"),
+    "not_object": ("[1, 2]", "bad.jsonl: row 1: must be a JSON object {...}, got int"),
+    "not_object_later": (
+        json.dumps(GOOD) + "\n[1, 2]",
+        "bad.jsonl:2: must be a JSON object {...}, got list",
+    ),
+    "nesting": ("[" * 100_000, "bad.jsonl: row 1: must be valid JSON: "),
+    "nesting_in_row": ('{"a":' + "[" * 100_000, "bad.jsonl:1: must be one JSON object: "),
     "utf8": (
         b'{"prompt": "\xff"}',
         "bad.jsonl:1: must be UTF-8 text, got byte 0xff at byte 13 of the line",

@@ -46,8 +46,20 @@ ARROWS = {
     | {"data", "kernels", "model", "patch"}
     | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
     "init": BASE | {"data", "model", "pipeline"},
+    "export": BASE | {"data", "pipeline"},
     "cli": BASE
-    | {"data", "demo", "evaluate", "init", "integrations", "kernels", "merge", "model", "pipeline"}
+    | {
+        "data",
+        "demo",
+        "evaluate",
+        "export",
+        "init",
+        "integrations",
+        "kernels",
+        "merge",
+        "model",
+        "pipeline",
+    }
     | {"report", "sketch", "split", "train", "tune"},
     "__init__": {"errors", "merge", "patch", "pipeline", "sketch"},
     "__main__": {"cli"},

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from merit_fast.data.conversation import Conversation, Image, Message
 
 _ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
 _TEXT: dict[str, Any] = dict(
@@ -58,9 +61,12 @@ CHATML_IMAGES = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_QWEN_IMAGES = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}}
-_CLIP_IMAGES = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-_LLAVA_OPTIONS = {
+_QWEN_IMAGES: dict[str, Any] = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}}
+_CLIP_IMAGES: dict[str, Any] = {
+    "size": {"shortest_edge": 28},
+    "crop_size": {"height": 28, "width": 28},
+}
+_LLAVA_OPTIONS: dict[str, Any] = {
     "patch_size": 14,
     "num_additional_image_tokens": 1,
     "vision_feature_select_strategy": "default",
@@ -72,7 +78,7 @@ def _qwen2(kind: str) -> Callable[[int, dict[str, int]], Any]:
     def make(vocabulary: int, ids: dict[str, int]) -> Any:
         import transformers
 
-        tower = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2}
+        tower: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 14}
         if kind == "Qwen2VL":
             tower |= {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
         else:
@@ -90,7 +96,8 @@ def _qwen3(vocabulary: int, ids: dict[str, int]) -> Any:
 
     rope = _ROPE | {"mrope_interleaved": True}
     text = _TEXT | {"vocab_size": vocabulary, "head_dim": 8, "rope_parameters": rope}
-    tower = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    tower: dict[str, Any] = {"depth": 2, "hidden_size": 16, "intermediate_size": 24}
+    tower |= {"num_heads": 2}
     tower |= {"patch_size": 14, "out_hidden_size": 32, "num_position_embeddings": 16}
     tower |= {"deepstack_visual_indexes": [0]}
     return Qwen3VLConfig(text_config=text, vision_config=tower, **_qwen_ids(ids))
@@ -128,7 +135,6 @@ def _smolvlm(vocabulary: int, ids: dict[str, int]) -> Any:
         vision_config=_TOWER | {"image_size": 28, "patch_size": 7},
         image_token_id=ids["<image>"],
         scale_factor=2,
-        pad_token_id=0,
         tie_word_embeddings=False,
     )
 
@@ -237,6 +243,41 @@ LAYOUTS = {
 }
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A question with images before its text, and its answer; None: no answer."""
+
+    question: str
+    answer: str | None
+    images: tuple[str, ...] = ()
+    last: bool = False  # the images stand behind the text
+
+
+def make_conversation(folder: Path, *turns: Turn) -> Conversation:
+    """A row of ``folder``/rows.jsonl with the images of its turns."""
+    messages = []
+    for turn in turns:
+        parts = [{"type": "image"} for _ in turn.images]
+        text = {"type": "text", "text": turn.question}
+        content = (*parts, text) if not turn.last else (text, *parts)
+        messages.append(Message("user", content if parts else turn.question))
+        if turn.answer is not None:
+            messages.append(Message("assistant", turn.answer))
+    images = tuple(Image(path=path) for turn in turns for path in turn.images)
+    return Conversation(f"{folder}/rows.jsonl:1", tuple(messages), images=images)
+
+
+def write_image(path: Path, width: int, height: int, *, mode: str = "RGB", seed: int = 0) -> Path:
+    """Writes an image of random pixels, in the format of the path's suffix."""
+    from PIL import Image as pillow
+
+    random = np.random.default_rng((seed, width, height))
+    pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pillow.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
 def make_vision_tokenizer(directory: Path, layout: Layout) -> Any:
     """Trains a byte-level tokenizer with the layout's special tokens and saves it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -291,7 +332,9 @@ def make_vision_model(directory: Path, name: str, *, seed: int = 0) -> Any:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.get_vocab()}
     config = layout.config(len(tokenizer), ids)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32
+    )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     with torch.no_grad():
         for parameter in model.parameters():  # large enough that every pixel moves the loss

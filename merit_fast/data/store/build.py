@@ -1,6 +1,7 @@
 """Builds or opens the examples of one dataset; a finished folder is complete and never changes."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ from merit_fast.data.store.files import (
 )
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import fsync_path
+from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.locks import LOCKS_FOLDER, exclusive, this_process
 from merit_fast.progress import Progress
 
@@ -35,7 +37,7 @@ class TokenStore:
     """The folder in which tokenized datasets are kept.
 
     Attributes:
-        folder: its subfolders have the fingerprints as names.
+        folder: has a subfolder for each dataset and choice of its rows.
         fingerprints: dataset name -> fingerprint of its examples (``dataset_fingerprints``).
         verify: compare every byte with its checksum before it is used.
         writes: False: uses the datasets that are there, and keeps others in memory.
@@ -46,9 +48,16 @@ class TokenStore:
     verify: bool = False
     writes: bool = True
 
-    def place(self, name: str) -> Path:
-        """The folder of a dataset's examples."""
-        return self.folder / self.fingerprints[name]
+    def place(self, name: str, rows: NDArray[np.int64]) -> Path:
+        """The folder of a dataset's examples.
+
+        Args:
+            name: the dataset's name.
+            rows: numbers of the rows of its source that are encoded: the choice may depend on the
+                other datasets.
+        """
+        chosen = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+        return self.folder / fingerprint([self.fingerprints[name], chosen])
 
 
 def build_examples(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from merit_fast.data.mixture.checks import check_held_out
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import EVALUATE, MERGE, SKETCH, SPLIT, TRAIN, Stage
 from merit_fast.merge import combine, prepare_merge, resolve_weights
@@ -35,6 +36,8 @@ def check_stages(
     config = outputs.config
     _check_writable(outputs.root)
     pending = pending_stages(outputs, stages)
+    if EVALUATE in pending:
+        check_held_out(config.mixture)
     if SPLIT in pending:
         _check_split(config)
     if MERGE in pending:
@@ -125,9 +128,4 @@ def _check_rows(data: RunData, pending: Sequence[Stage]) -> None:
             )
     is_tuned = data.config.merge.is_tuned
     if EVALUATE in pending or (MERGE in pending and is_tuned):
-        _, reporting = data.held_out
-        if EVALUATE in pending and not reporting:
-            raise InputError(
-                "evaluate: no dataset of the mixture has held-out rows; "
-                "give one an eval_path or eval_split"
-            )
+        _ = data.held_out

@@ -50,7 +50,7 @@ def test_every_name_of_every_column_is_read(row_format):
         assert fresh.read(row, "here").key() == key
         for column in columns:
             for other in {column.name, *column.aliases} - set(names):
-                with pytest.raises(InputError, match=f"column .* of dataset d: must be"):
+                with pytest.raises(InputError, match="column .* of dataset d: must be"):
                     fresh.read({**row, other: "x"}, "here")
 
 

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from support.rows import make_tokenizer, write
 
@@ -51,7 +53,7 @@ def store_at(folder, **keys):
 
 
 def load(mixture, tokenizer, data=None, **keys):
-    data = data or DataConfig(max_length=60)
+    data = data or DataConfig(max_length=60, ignore_columns=("more",))
     return load_mixture(mixture, tokenizer, data, part="train", **keys)
 
 
@@ -74,10 +76,7 @@ def test_a_store_holds_the_examples_of_memory_and_reads_no_row_again(
     tmp_path, tokenizer, mixture, monkeypatch
 ):
     expected = content(load(mixture, tokenizer))
-    assert expected[1][1] == (
-        "1 row longer than 60 tokens was truncated",
-        "columns not used: more",
-    )
+    assert expected[1][1][0] == "1 row longer than 60 tokens was truncated"
     assert content(load(mixture, tokenizer, store=store_at(tmp_path / "s"))) == expected
     monkeypatch.setattr(loading, "read_rows", lambda *a: pytest.fail("a row was read again"))
     assert content(load(mixture, tokenizer, store=store_at(tmp_path / "s"))) == expected
@@ -97,19 +96,39 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, tokenizer, m
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_rows_are_refused_or_counted(tmp_path, tokenizer, workers):
     rows = [{"prompt": "x", "completion": str(i)} for i in range(5)]
-    rows[1:1] = [BAD]
-    rows.append(BAD)
+    rows[1:1] = [LONG]  # found by the encoder
+    rows.append(BAD)  # found by the reader
     mixture = [DatasetConfig("a", write(tmp_path / "a.jsonl", rows))]
     store = store_at(tmp_path / "s")
-    with pytest.raises(InputError, match=r"a.jsonl:2: .*completion"):
-        load(mixture, tokenizer, store=store, num_workers=workers)
-    with pytest.raises(InputError, match=r"dataset a: must have at most data.bad_rows = 1 wrong"):
-        load(mixture, tokenizer, DataConfig(bad_rows=1), store=store, num_workers=workers)
-    assert not files_of(tmp_path / "s")
-    (dataset,) = load(mixture, tokenizer, DataConfig(bad_rows=2), store=store, num_workers=workers)
-    assert dataset.num_examples == 5 and dataset.examples.rows.tolist() == [0, 2, 3, 4, 5]
-    assert dataset.notes[0].startswith("2 wrong rows were skipped; the first: ")
-    assert "a.jsonl:2" in dataset.notes[0]
+
+    def load_rows(bad_rows):
+        data = DataConfig(max_length=60, too_long="error", bad_rows=bad_rows)
+        return load(mixture, tokenizer, data, store=store, num_workers=workers)
+
+    with pytest.raises(InputError, match=r"a.jsonl:7: .*completion"):
+        load_rows(0)
+    with pytest.raises(InputError, match=r"a: must have at most data.bad_rows = 1 wrong"):
+        load_rows(1)
+    assert not (tmp_path / "s").exists()
+    (dataset,) = load_rows(2)
+    assert dataset.num_examples == 5 and dataset.num_rows == 6
+    assert dataset.examples.rows.tolist() == [0, 2, 3, 4, 5]
+    assert "a.jsonl:7" in dataset.notes[-2] and "a.jsonl:2" in dataset.notes[-1]
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.7, 3])
+def test_a_weight_repeats_examples_without_storing_them_twice(tmp_path, tokenizer, mixture, weight):
+    (plain,) = load(mixture[:1], tokenizer, store=store_at(tmp_path / "plain"))
+    weighted = [replace(mixture[0], weight=weight)]
+    (found,) = load(weighted, tokenizer, store=store_at(tmp_path / "weighted"))
+    assert found.num_examples == round(300 * weight)
+    assert files_of(tmp_path / "plain") == files_of(tmp_path / "weighted")
+    counts = np.bincount(found.examples.rows, minlength=300)
+    assert set(counts) <= {int(weight), int(weight) + 1}
+    assert (np.diff(found.examples.rows) >= 0).all()
+    expected = content([plain])[0][2]
+    assert content([found])[0][2] == [expected[row] for row in found.examples.rows]
+    assert found.num_tokens == sum(len(e.input_ids) for e in found.examples)
 
 
 def test_a_damaged_folder_is_made_again_with_a_note(tmp_path, tokenizer, mixture):
@@ -147,7 +166,8 @@ def die(self, chunk):
 files.FileColumns.append = die
 mixture = [DatasetConfig("a", sys.argv[1]), DatasetConfig("b", sys.argv[2])]
 store = TokenStore(__import__("pathlib").Path(sys.argv[3]), {"a": "f1", "b": "f2"})
-load_mixture(mixture, make_tokenizer(), DataConfig(max_length=60), part="train", store=store)
+data = DataConfig(max_length=60, ignore_columns=("more",))
+load_mixture(mixture, make_tokenizer(), data, part="train", store=store)
 """
     paths = [mixture[0].path, mixture[1].path, str(tmp_path / "s")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,0 +1,129 @@
+"""Writes entries and configurations of TRL's script ``trl sft``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from merit_fast.errors import InputError
+from merit_fast.export.form import Form, tools_of
+from merit_fast.export.messages import ImageFiles, template_messages
+from merit_fast.export.rows import ExportRow
+from merit_fast.export.settings import Settings
+from merit_fast.export.survey import Survey
+
+_REPLACED = ("datasets", "dataset_name", "dataset_config", "test_split_size", "dataset_train_split")
+_ROLES = {"system": {"system"}, "user": {"user"}, "assistant": {"assistant"}, "tool": {"tool"}}
+
+
+def trl_forms(surveys: Sequence[Survey]) -> dict[str, Form]:
+    """Dataset -> form of its rows, all in one file: TRL joins datasets of equal columns only.
+
+    Rows stay as they came where they hold messages that TRL reads. Others get messages, where every
+    answer is trained, or a prompt and a completion, where only last answers are.
+
+    Raises:
+        InputError: rows hold images, mark single turns, or have columns of the added names.
+    """
+    for found in surveys:
+        if found.has_images:
+            raise InputError(
+                f"mixture: {found.name}: trl reads images from columns of that type, which JSONL "
+                "cannot hold; export to axolotl or llamafactory"
+            )
+    columns = {column for found in surveys for column in found.columns}
+    further = [
+        *(["tools"] if any(found.has_tools for found in surveys) else []),
+        *(["chat_template_kwargs"] if any(found.template_arguments for found in surveys) else []),
+    ]
+    sides = ["prompt", "completion"]
+    if all(found.last_only for found in surveys) and columns.isdisjoint([*sides, *further]):
+        return {found.name: _form(sides, further) for found in surveys}
+    return {found.name: _messages_form(found, further) for found in surveys}
+
+
+def _messages_form(found: Survey, further: Sequence[str]) -> Form:
+    """Messages of which every answer is trained.
+
+    Raises:
+        InputError: other turns are trained, or a column of an added name holds something else.
+    """
+    if not found.answers_only:
+        raise InputError(
+            f"mixture: {found.name}: trl trains every answer of messages, and these rows mark "
+            "others for the loss; axolotl reads such marks"
+        )
+    if _is_native(found):
+        return Form({"columns": ["messages", *further]}, is_joined=True)
+    for column in ("messages", *further):
+        if column in found.columns:
+            raise InputError(
+                f"mixture: {found.name}: trl reads the column {column}, which these rows fill "
+                "in another form; export to axolotl or llamafactory"
+            )
+    return _form(["messages"], further)
+
+
+def trl_config(
+    train: Sequence[tuple[str, Form]],
+    settings: Settings,
+    user: Mapping[str, Any] | None,
+    group: int,
+) -> dict[str, Any]:
+    """The configuration of one group: the user's keys, or a minimal one, with its rows."""
+    if user is not None:
+        config = {key: value for key, value in user.items() if key not in _REPLACED}
+        output = str(user.get("output_dir", settings.output))
+    else:
+        config = _minimal(settings)
+        output = settings.output
+    config["datasets"] = [
+        {"path": "json", "data_files": path, "split": "train", **form.entry} for path, form in train
+    ]
+    is_messages = any("messages" in form.entry["columns"] for _, form in train)
+    config["assistant_only_loss"] = is_messages
+    return config | {"output_dir": f"{output}/group_{group}"}
+
+
+def _is_native(found: Survey) -> bool:
+    own_tools = not found.has_tools or found.column("tools") == "tools"
+    return (
+        found.turns_column == "messages"
+        and found.turn_keys == ("role", "content")
+        and all(words <= _ROLES.get(role, set()) for role, words in found.words.items())
+        and own_tools
+        and found.answers_only
+        and found.is_plain
+        and found.other_keys <= {"tool_calls", "tool_call_id", "name", "reasoning_content"}
+        and "system" not in found.sources
+        and not found.template_arguments
+    )
+
+
+def _form(wanted: Sequence[str], further: Sequence[str]) -> Form:
+    """The form of rows that get the columns ``wanted``, and ``further`` next to them."""
+
+    def extra(row: ExportRow, _: ImageFiles) -> dict[str, Any]:
+        messages = template_messages(row.conversation)
+        columns: dict[str, Any] = {"messages": messages}
+        if "prompt" in wanted:
+            columns = {"prompt": messages[:-1], "completion": messages[-1:]}
+        if "tools" in further:
+            columns["tools"] = tools_of(row)
+        if "chat_template_kwargs" in further:
+            columns["chat_template_kwargs"] = dict(row.conversation.template_arguments)
+        return columns
+
+    return Form({"columns": [*wanted, *further]}, extra, is_joined=True)
+
+
+def _minimal(settings: Settings) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "model_name_or_path": settings.model,
+        "max_length": settings.max_length,
+        "packing": settings.packing,
+        **settings.trainer_keys,
+    }
+    if settings.chat_template is not None:
+        config["chat_template_path"] = settings.chat_template
+    return config
