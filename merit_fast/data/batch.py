@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from merit_fast.data import tree
 from merit_fast.data.dataset import IGNORED_LABEL, Example, count_target_tokens
-from merit_fast.data.media import join_media
+from merit_fast.data.media import has_images, join_media
 
 if TYPE_CHECKING:
     import torch
@@ -135,12 +135,12 @@ def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch
         dataset_ids: [B] the dataset of each example.
 
     Raises:
-        ValueError: no example, not one dataset id per example, or an example with media.
+        ValueError: no example, not one dataset id per example, or an example with images.
     """
     import torch
 
-    if any(example.media is not None for example in examples):
-        raise ValueError("pack: examples must be text, without media")
+    if any(has_images(example) for example in examples):
+        raise ValueError("pack: examples must be text, without images")
     if not examples or len(examples) != len(dataset_ids):
         raise ValueError(
             f"pack: needs one dataset id per example, "

@@ -66,5 +66,5 @@ def _join(name: str, tensors: Sequence[torch.Tensor], may_pad: bool) -> torch.Te
 
 
 def has_images(example: Example) -> bool:
-    """Whether an example holds images. For a model that reads images, text may have media too."""
+    """Whether an example holds images. For a model that reads images, text has media too."""
     return example.media is not None and bool(example.media.token_types.any())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merit_fast.data import IGNORED_LABEL, Example, collate, has_images
+from merit_fast.data import IGNORED_LABEL, Example, collate
 from merit_fast.model import model_inputs
 
 _WORTHWHILE = 0.2  # share of all tokens that must be saved
@@ -68,7 +68,7 @@ def is_worthwhile(groups: Sequence[Sequence[Example]]) -> bool:
     The positions of text behind images depend on the images, so a cache of text does not fit. A
     tree holds its texts' common beginning once already.
     """
-    if any(has_images(row) or row.tree is not None for rows in groups for row in rows):
+    if any(row.media is not None or row.tree is not None for rows in groups for row in rows):
         return False
     saved = sum((len(rows) - 1) * shared_length(rows) for rows in groups)
     return saved >= _WORTHWHILE * sum(len(row.input_ids) for rows in groups for row in rows)

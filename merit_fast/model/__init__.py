@@ -12,7 +12,7 @@ from merit_fast.model.files import (
 )
 from merit_fast.model.freeze import freeze_parameters
 from merit_fast.model.inputs import model_inputs
-from merit_fast.model.load import auto_class, load_model, no_loading_bar
+from merit_fast.model.load import auto_class, load_model, make_empty_model, no_loading_bar
 from merit_fast.model.losses import TargetLosses, score_targets, target_losses
 from merit_fast.model.memory import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 from merit_fast.model.trees import fit_trees, reads_trees
@@ -30,6 +30,7 @@ __all__ = [
     "freeze_parameters",
     "keep_freed_memory",
     "load_model",
+    "make_empty_model",
     "model_fingerprint",
     "model_inputs",
     "no_loading_bar",

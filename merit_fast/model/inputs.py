@@ -4,7 +4,12 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from merit_fast.model.trees import tree_masks
-from merit_fast.model.vision import computes_positions, forget_positions, media_inputs
+from merit_fast.model.vision import (
+    TOKEN_TYPES,
+    computes_positions,
+    forget_positions,
+    media_inputs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +28,8 @@ def model_inputs(
     batch with trees has the masks of ``tree_masks``.
     Images come with the batch; a model with M-RoPE computes their positions itself.
     """
+    from merit_fast.data import PackedBatch
+
     device = next(model.parameters()).device
     width = batch.input_ids.shape[1]
     _choose_attention(model, device.type, 0 if plain_attention else width)
@@ -30,7 +37,10 @@ def model_inputs(
     accepted = inspect.signature(model.forward).parameters
     optional: dict[str, Any] = {"logits_to_keep": keep, "use_cache": False}
     if not computes_positions(batch.media, accepted):
-        optional["position_ids"] = batch.position_ids.to(device)
+        positions = batch.position_ids.to(device)
+        if isinstance(batch, PackedBatch) and TOKEN_TYPES in accepted:
+            positions = positions.expand(4, -1, -1)  # of the text, then the three of M-RoPE
+        optional["position_ids"] = positions
     if batch.visible is not None:
         optional["output_router_logits"] = False  # the routers' loss, unused here, wants a 2-D mask
     forget_positions(model)

@@ -42,6 +42,21 @@ def load_model(path: str, dtype: Dtype) -> "nn.Module":
     return loaded
 
 
+def make_empty_model(path: str) -> "nn.Module":
+    """A model by its config, without weights: its parameters have names and shapes only.
+
+    Args:
+        path: directory with a config.json that transformers can read.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model: nn.Module = auto_class(config).from_config(config)
+    return model
+
+
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model of this config with all its parts."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

@@ -8,9 +8,9 @@ from merit_fast.errors import MeritFastError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_TOKEN_TYPES = "mm_token_type_ids"  # name in a batch
+TOKEN_TYPES = "mm_token_type_ids"  # forwards that take them compute positions from them
 # Names that forwards give to the token types; the others mark images by their token ids only.
-_TOKEN_TYPE_ARGUMENTS = (_TOKEN_TYPES, "token_type_ids")
+_TOKEN_TYPE_NAMES = (TOKEN_TYPES, "token_type_ids")
 
 
 def reads_images(config: Any) -> bool:
@@ -48,8 +48,8 @@ def media_inputs(
     """
     inputs = {}
     for name, tensor in media.items():
-        if name in _TOKEN_TYPE_ARGUMENTS:
-            name = next((known for known in _TOKEN_TYPE_ARGUMENTS if known in accepted), "")
+        if name in _TOKEN_TYPE_NAMES:
+            name = next((known for known in _TOKEN_TYPE_NAMES if known in accepted), "")
         elif name not in accepted:
             raise MeritFastError(
                 f"the model's forward takes no {name}, which the images of this batch need: "
@@ -73,5 +73,5 @@ def computes_positions(media: Mapping[str, "Tensor"], accepted: Mapping[str, Any
     Images have positions in three dimensions (M-RoPE), which the forward computes from the token
     types and the grid of the images, if it gets no positions.
     """
-    has_images = any(name not in _TOKEN_TYPE_ARGUMENTS for name in media)
-    return has_images and _TOKEN_TYPES in accepted
+    has_images = any(name not in _TOKEN_TYPE_NAMES for name in media)
+    return has_images and TOKEN_TYPES in accepted

@@ -9,8 +9,9 @@ from merit_fast.data import (
     Dataset,
     dataset_fingerprints,
     load_mixture,
-    load_tokenizer,
+    load_tokenizer_or_processor,
     pad_token_id,
+    tokenizer_of,
 )
 from merit_fast.data.config import Part
 from merit_fast.data.mixture.select import MixtureRows, ScanCache
@@ -47,8 +48,13 @@ class RunData:
         self.progress = progress
 
     @functools.cached_property
+    def processor(self) -> Any:
+        """The base's tokenizer; of a base that reads images its processor."""
+        return load_tokenizer_or_processor(str(self.outputs.base))
+
+    @property
     def tokenizer(self) -> Any:
-        return load_tokenizer(str(self.outputs.base))
+        return tokenizer_of(self.processor)
 
     @functools.cached_property
     def pad_token_id(self) -> int:
@@ -127,7 +133,7 @@ class RunData:
         """The datasets of one part, loaded once more on every call; shows no notes."""
         return load_mixture(
             self.config.mixture,
-            self.tokenizer,
+            self.processor,
             self.config.data,
             part=part,
             rows=self.rows,

@@ -40,8 +40,7 @@ _RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
 class Outputs:
     """The outputs of one configured run.
 
-    ``command`` with {stage} is the command line that error messages name. ``verify``: hash every
-    file of every output and input.
+    ``command`` with {stage} is the command line that error messages name. ``verify``: hash all.
     """
 
     def __init__(self, config: RunConfig, command: str, verify: bool = False) -> None:

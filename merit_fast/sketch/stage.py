@@ -160,8 +160,11 @@ def _fingerprint(
 ) -> str:
     """Fingerprint of everything that a dataset's file of sums depends on."""
     rows = _content(dataset, indices)
-    frozen = [] if freeze is None else [list(freeze)]
-    return fingerprint([HASH_VERSION, model_fingerprint, to_plain(config), rows, *frozen])
+    media = [dataset.examples[index].media for index in indices]
+    images = [item.fingerprint() for item in media if item is not None]
+    more: list[object] = [] if freeze is None else [{"freeze": list(freeze)}]
+    more += [{"images": images}] if images else []
+    return fingerprint([HASH_VERSION, model_fingerprint, to_plain(config), rows, *more])
 
 
 def _content(dataset: Dataset, indices: Sequence[int]) -> str:

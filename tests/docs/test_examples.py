@@ -24,6 +24,7 @@ def test_every_example_is_tested():
         "trl_sft.py",
         "merge_branches.py",
         "first_steps.ipynb",
+        "paper",  # test_paper_examples.py
     }
 
 

@@ -1,5 +1,6 @@
 """Examples with images, made by a layout's own processor, independently of the data room."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,26 +25,26 @@ class PixelMedia:
     """Pixel inputs that stay in memory."""
 
     token_types: np.ndarray
+    token_types_name: str | None
     pixels: dict[str, torch.Tensor]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.pixels
 
+    def cut(self, length: int) -> "PixelMedia":
+        """No test cuts these examples."""
+        raise NotImplementedError
 
-def load_processor(folder: Path, layout: Any) -> Any:
-    """The layout's processor from its parts, without its video processor, which needs more."""
-    import transformers
+    def reference(self, folder: Path | None = None) -> dict[str, Any]:
+        """No test stores these examples."""
+        raise NotImplementedError
 
-    image_processor = getattr(transformers, layout.image_processor).from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    processor_class = getattr(transformers, layout.processor)
-    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    parts = {"image_processor": image_processor, "tokenizer": tokenizer}
-    options = {**layout.processor_options, "chat_template": template}
-    kept = [a for a in processor_class.get_attributes() if a != "video_processor"]
-    bare = type(layout.processor, (processor_class,), {})
-    bare.get_attributes = classmethod(lambda cls: kept)  # type: ignore[attr-defined]
-    return bare(**parts, **options)
+    def fingerprint(self) -> str:
+        """Hex digits of the pixels."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.pixels.items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def make_image(width: int, height: int, seed: int) -> Any:
@@ -58,13 +59,18 @@ def processed_rows(processor: Any, rows: Sequence[Any] = ROWS) -> list[dict[str,
     """The processor's own output for each row, with labels on the row's last tokens."""
     made = []
     for number, (sizes, targets) in enumerate(rows):
-        images = [make_image(*size, seed=10 * number + i) for i, size in enumerate(sizes)]
+        images = [make_image(size[0], size[1], 10 * number + i) for i, size in enumerate(sizes)]
         parts = [{"type": "image"} for _ in images]
         parts.append({"type": "text", "text": f"which digit is it? row {number}"})
         messages = [{"role": "user", "content": parts}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True) + "it is 7"
+        text = processor.tokenizer.apply_chat_template(
+            messages,
+            chat_template=processor.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
         options = {"images": [images]} if images else {}
-        inputs = dict(processor(text=[text], return_tensors="pt", **options))
+        inputs = dict(processor(text=[f"{text}it is 7"], return_tensors="pt", **options))
         labels = inputs["input_ids"].clone()
         labels[:, :-targets] = IGNORED_LABEL
         made.append(inputs | {"labels": labels})
@@ -77,7 +83,6 @@ def as_example(row: dict[str, Any]) -> Example:
     labels = tensors.pop("labels")[0].numpy().astype(np.int32)
     ids = tensors.pop("input_ids")[0].numpy().astype(np.int32)
     tensors.pop("attention_mask")
-    types = tensors.pop("mm_token_type_ids", tensors.pop("token_type_ids", None))
-    token_types = np.zeros(len(ids), np.int8) if types is None else types[0].numpy()
-    media = PixelMedia(token_types.astype(np.int8), tensors) if tensors else None
-    return Example(ids, labels, media=media)
+    name = next((n for n in ("mm_token_type_ids", "token_type_ids") if n in tensors), None)
+    types = np.zeros(len(ids), np.int8) if name is None else tensors.pop(name)[0].numpy()
+    return Example(ids, labels, media=PixelMedia(types.astype(np.int8), name, tensors))

@@ -1,13 +1,19 @@
 """The loss of batches with images equals the unbatched model's own, patched or not."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from support.vision import LAYOUTS
-from support.vision_rows import ROWS, as_example, load_processor, processed_rows
+from support.vision_rows import ROWS, as_example, processed_rows
 
-from merit_fast.data import collate
+from merit_fast.data import Example, collate, load_tokenizer_or_processor, pack
+from merit_fast.data.images import load_processor
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.model import load_model, target_losses
+from merit_fast.evaluate.losses import score_rows
+from merit_fast.evaluate.retention import greedy_answers
+from merit_fast.model import load_model, model_inputs, target_losses
 from merit_fast.patch.model import patch_model
 from merit_fast.train.loss import batch_loss, require_packing
 
@@ -23,7 +29,7 @@ def case(vision_folders):
     def make(name):
         if name not in made:
             folder = vision_folders(name)
-            rows = processed_rows(load_processor(folder, LAYOUTS[name]))
+            rows = processed_rows(load_processor(str(folder)))
             model = load_model(str(folder), "fp32")
             with torch.no_grad():
                 own = torch.stack([model(**row).loss for row in rows])
@@ -82,7 +88,16 @@ def test_packed_rows_with_images_are_refused(case):
     model, examples, _ = case("qwen2_5_vl")
     with pytest.raises(InputError, match="train.packing: must be false where rows hold images"):
         require_packing(model, examples)
-    require_packing(model, [examples[1], examples[1]])
+
+
+def test_text_is_packed_in_a_model_that_reads_images(case):
+    """With M-RoPE too, an example in a packed row has the loss that it has by itself."""
+    model, examples, own = case("qwen2_5_vl")
+    text = Example(examples[1].input_ids, examples[1].labels)
+    require_packing(model, [text, text])
+    with torch.no_grad():
+        losses = target_losses(model, pack([text, text], [0, 0]))
+    torch.testing.assert_close(mean_losses(losses, 2), own[[1, 1]], **TOLERANCE)
 
 
 def test_pixel_inputs_of_another_model_are_refused_by_name(case):
@@ -90,3 +105,43 @@ def test_pixel_inputs_of_another_model_are_refused_by_name(case):
     _, examples, _ = case("qwen2_5_vl")
     with pytest.raises(MeritFastError, match="takes no image_grid_thw"):
         target_losses(model, collate(examples[:1], [0], 0))
+
+
+def test_teacher_forced_exact_match_is_what_generation_writes(case):
+    """Behind images too, a row is exact if and only if greedy decoding writes its answer."""
+    model, examples, _ = case("qwen2_5_vl")
+    rows = []
+    for number, example in enumerate(examples):
+        prompt = Example(example.input_ids, example.labels, media=example.media)
+        inputs, _ = model_inputs(model, collate([prompt], [0], 0, pad_to_multiple_of=1))
+        inputs |= {"logits_to_keep": 0, "use_cache": True}
+        written = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        answer = written[0, len(example.input_ids) :].numpy().astype(np.int32)
+        answer[-1] += number == 3  # the last row's answer is another one
+        rows.append(answered(example, answer))
+    scores = score_rows(model, [rows], 0, batch_size=4)
+    assert scores.exact.tolist() == [1, 1, 1, 0]
+
+
+def answered(example, answer):
+    """The example's text as prompt, with other tokens as the answer."""
+    labels = np.concatenate([np.full_like(example.input_ids, -100), answer])
+    ids = np.concatenate([example.input_ids, answer])
+    types = np.concatenate([example.media.token_types, np.zeros(len(answer), np.int8)])
+    return Example(ids, labels, media=replace(example.media, token_types=types))
+
+
+def test_answers_to_prompts_of_text_do_not_depend_on_earlier_images(case, vision_folders):
+    """A cached beginning would otherwise take the offset of the last images' positions."""
+    model, examples, _ = case("qwen2_5_vl")
+    tokenizer = load_tokenizer_or_processor(str(vision_folders("qwen2_5_vl"))).tokenizer
+    prompts = [[5, 6, 7, 8, 9, 10, last] for last in (11, 12, 13, 14)]
+    fresh = load_model(str(vision_folders("qwen2_5_vl")), "fp32")
+    expected = greedy_answers(fresh, tokenizer, prompts, 0, 6, share=True)
+    with torch.no_grad():
+        target_losses(model, collate(examples, [0] * 4, 0))
+        model(**model_inputs(model, collate(examples, [0] * 4, 0))[0])
+    assert model.model.rope_deltas is not None
+    assert greedy_answers(model, tokenizer, prompts, 0, 6, share=True) == expected

@@ -1,11 +1,15 @@
 """train.freeze: what stays as it is, and what is refused."""
 
+import json
+
 import pytest
 import torch
+from support.runs import run_all, run_values
 from support.vision import LAYOUTS
 
 from merit_fast.errors import InputError
 from merit_fast.model import freeze_parameters, load_model, tower_parameters
+from merit_fast.pipeline.preflight.base import num_trained_parameters
 from merit_fast.train.config import TrainConfig
 
 
@@ -79,3 +83,22 @@ def test_frozen_parameters_need_no_state(tiny_model):
     optimizer.step(0.1)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("layers.0" in name)
+
+
+@pytest.mark.parametrize("freeze", [None, [], ["layers.0", "visual"]])
+def test_the_forecast_counts_what_is_trained(vision_folders, freeze):
+    folder = vision_folders("qwen2_5_vl")
+    model = load_model(str(folder), "fp32")
+    freeze_parameters(model, freeze)
+    expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert num_trained_parameters(folder, freeze) == expected
+
+
+def test_a_wrong_expression_is_refused_before_anything_runs(tiny_model, tiny_mixture, tmp_path):
+    values = run_values(tiny_model, tiny_mixture) | {"output": str(tmp_path / "out")}
+    values["train"] = values["train"] | {"freeze": ["visual"]}
+    file = tmp_path / "run.yml"
+    file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="train.freeze: 'visual' must match a parameter"):
+        run_all(file)
+    assert not list((tmp_path / "out").glob("sketch/*.safetensors"))

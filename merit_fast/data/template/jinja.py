@@ -21,6 +21,10 @@ class Refusal(InputError):
     """The template fails on these messages. The message of the error has no place in front."""
 
 
+class LeftOut(Refusal):
+    """The template renders these messages, but not everything that they carry."""
+
+
 class Template:
     """A compiled chat template.
 

@@ -27,6 +27,21 @@ def num_parameters(base: Path) -> int:
     return sum(entry.num_elements for entry in tensors if is_float(entry))
 
 
+def num_trained_parameters(base: Path, freeze: Sequence[str] | None) -> int:
+    """Number of the base's parameters that training changes.
+
+    Raises:
+        InputError: an expression of ``train.freeze`` matches no parameter, or all are frozen.
+    """
+    from merit_fast.model import freeze_parameters, make_empty_model
+
+    if freeze is None and read_json(base / "config.json").get("vision_config") is None:
+        return num_parameters(base)
+    model = make_empty_model(str(base))
+    freeze_parameters(model, freeze)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def check_architecture(base: Path) -> str:
     """The base's ``model_type``, checked to be a causal language model of transformers.
 

@@ -9,12 +9,14 @@ from merit_fast.manifests.stages import MERGE, SKETCH, TRAIN, Stage
 from merit_fast.merge.write.shards import free_bytes
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
-from merit_fast.pipeline.preflight.base import num_parameters
+from merit_fast.pipeline.preflight.base import num_parameters, num_trained_parameters
 from merit_fast.pipeline.preflight.load import Load, merges_of, train_load, warmup_load
 from merit_fast.pipeline.preflight.pending import warmup_is_pending
 from merit_fast.units import human_bytes
 
-_STATE_BYTES = 12  # of a parameter in a checkpoint to resume from: fp32 master and two moments
+_STATE_BYTES = (
+    12  # of a trained parameter in a checkpoint to resume from: fp32 master and two moments
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ def disk_of(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Disk:
         load += warmup_load(outputs, data)
     if TRAIN in pending:
         load += train_load(outputs, data)
+    trained = num_trained_parameters(outputs.base, config.train.freeze) if makes_branches else 0
     checkpointed = load.longest > config.train.checkpoint_steps
     merged = config.merge.dtype or config.train.dtype
     return Disk(
         branches=load.models * parameters * _item_bytes(config.train.dtype),
-        checkpoint=2 * _STATE_BYTES * parameters * checkpointed,
+        checkpoint=2 * _STATE_BYTES * trained * checkpointed,
         merges=merges_of(outputs) * parameters * _item_bytes(merged) * (MERGE in pending),
     )
 
