@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from merit_fast.data import Batch, Dataset, load_tokenizer, pad_token_id
+from merit_fast.data import Batch, DataConfig, Dataset
 from merit_fast.data.dataset import ChainedExamples
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.model import (
-    copy_processor_files,
     freeze_parameters,
     load_model,
     no_loading_bar,
@@ -27,6 +26,7 @@ from merit_fast.model import (
 )
 from merit_fast.patch.model import Patch, patch_model
 from merit_fast.progress import Progress
+from merit_fast.train.companions import Companions
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss, choose_attention, require_packing
 from merit_fast.train.optimizer import MasterAdamW
@@ -53,6 +53,7 @@ class BranchJob:
     start_fingerprint: str
     steps: int | None = None  # optimizer steps; None: those of the recipe's epochs
     row_length: int | None = None  # tokens of the longest packed row; None: no limit
+    data: DataConfig = DataConfig()  # how the rows became tokens
 
 
 def train_branch(
@@ -79,13 +80,14 @@ def train_branch(
         of the result.
 
     Raises:
-        InputError: the job has no example, the model cannot take packed rows, or
-            ``config.freeze`` does not fit its parameters.
+        InputError: the job has no example, the start has no chat template, the model cannot take
+            packed rows, or ``config.freeze`` does not fit its parameters.
         MeritFastError: the loss is not finite.
     """
     examples = ChainedExamples(job.datasets)
     if not len(examples):
         raise InputError(f"{job.branch}: has no example to train on")
+    companions = Companions(job.start_path, job.data)
     reset_peak_memory()
     start = time.perf_counter()
     model = load_model(job.start_path, config.dtype).train()
@@ -102,9 +104,8 @@ def train_branch(
         require_packing(model, examples.shortest(8))
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     position, earlier_s = _resume(directory, optimizer)
-    padding = pad_token_id(load_tokenizer(job.start_path))
     steps = job.steps or num_steps(len(examples), config)
-    schedule = Schedule(examples, config, job.row_length, padding, expands)
+    schedule = Schedule(examples, config, job.row_length, companions.pad_token_id, expands)
     num_tokens = schedule.count_tokens(steps)
     with progress.task(f"train {job.branch}", num_tokens, "tokens") as task:
         task.skip(position.num_tokens)
@@ -118,7 +119,7 @@ def train_branch(
             if position.step % config.checkpoint_steps == 0 and position.step < steps:
                 write_checkpoint(directory, optimizer.state(), position)
                 _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
-    manifest = _write_branch(job, model, config, position, directory)
+    manifest = _write_branch(job, model, config, position, directory, companions)
     _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
     remove_checkpoint(directory)
     return manifest
@@ -176,13 +177,18 @@ def _resume(directory: Path, optimizer: MasterAdamW) -> tuple[Position, float]:
 
 
 def _write_branch(
-    job: BranchJob, model: nn.Module, config: TrainConfig, position: Position, directory: Path
+    job: BranchJob,
+    model: nn.Module,
+    config: TrainConfig,
+    position: Position,
+    directory: Path,
+    companions: Companions,
 ) -> BranchManifest:
+    companions.complete(model)
     with no_loading_bar():
         save: Any = model.eval().save_pretrained
         save(directory, max_shard_size=config.max_shard_size)
-    load_tokenizer(job.start_path).save_pretrained(directory)
-    copy_processor_files(Path(job.start_path), directory)
+    companions.write(directory)
     manifest = BranchManifest(
         branch=job.branch,
         arm=job.arm,
