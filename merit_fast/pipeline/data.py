@@ -16,6 +16,7 @@ from merit_fast.data import (
 from merit_fast.data.config import Part
 from merit_fast.data.mixture.select import MixtureRows, ScanCache
 from merit_fast.data.sources import Source, source_content
+from merit_fast.data.stops import require_stops
 from merit_fast.data.store import Draw, TokenStore
 from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.schemas import SplitManifest
@@ -160,6 +161,8 @@ class RunData:
     def _load(self, part: Part, draw: Draw | None = None) -> list[Dataset]:
         mixture = self.config.mixture
         datasets = self.load(part, draw)
+        if part == "train":
+            require_stops(datasets, mixture, self.config.data, self.processor)
         for dataset in datasets:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")

@@ -204,6 +204,7 @@ class Run:
             self.config.evaluate,
             directory,
             self.progress,
+            self.config.data,
         )
 
     def _audit(self, directory: Path) -> None:

@@ -97,6 +97,16 @@ class Renderer:
                 last = last if form.refits_calls else refusal
         raise InputError(f"{conversation.place}: {left_out[0] if left_out else last}")
 
+    def prompt(self, text: str) -> str:
+        """The text that the model sees before its answer to one question.
+
+        Raises:
+            InputError: the template refuses the question.
+        """
+        content = [{"type": "text", "text": text}] if self._facts.as_parts else text
+        message = {"role": "user", "content": content}
+        return self.template.render([message], None, self._arguments, add_generation_prompt=True)
+
     def _render_form(self, conversation: Conversation, form: Form) -> list[Rendered]:
         place = conversation.place
         trained = _trainable(form)
