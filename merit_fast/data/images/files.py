@@ -8,7 +8,6 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _ORIENTATION = 0x0112  # Exif: how a camera was held
 _TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 _TAIL_BYTES = 16
-_THREADS = 4
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -141,31 +139,6 @@ def images_hash(
         return hash_folder(folder, names)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
-
-
-def image_fingerprint(
-    images: Iterable[ImageFile], file_hash: Callable[[Path], str] = checksum
-) -> str:
-    """32 hex digits of the contents of images, in their order; paths do not count.
-
-    Args:
-        images: as ``find_image`` returns them.
-        file_hash: the hash of a file's whole content.
-    """
-    digest = hashlib.sha256()
-
-    def hashed(image: ImageFile) -> str:
-        if image.path is None:
-            return hashlib.sha256(image.content or b"").hexdigest()
-        try:
-            return file_hash(Path(image.path))
-        except OSError as error:
-            raise InputError(f"{image.path}: cannot be read: {error.strerror}") from None
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for value in pool.map(hashed, images):
-            digest.update(f"{value}\n".encode())
-    return digest.hexdigest()[:32]
 
 
 def _locate(path: str, where: str, folder: Path) -> Path:
