@@ -59,10 +59,8 @@ CHATML_IMAGES = (
 )
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _QWEN_IMAGES: dict[str, Any] = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}}
-_CLIP_IMAGES: dict[str, Any] = {
-    "size": {"shortest_edge": 28},
-    "crop_size": {"height": 28, "width": 28},
-}
+_CROP = {"height": 28, "width": 28}
+_CLIP_IMAGES: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": _CROP}
 _LLAVA_OPTIONS: dict[str, Any] = {
     "patch_size": 14,
     "num_additional_image_tokens": 1,
