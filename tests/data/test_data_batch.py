@@ -77,7 +77,8 @@ def test_collate_pads_left_and_masks_by_position(tokenizer):
     assert batch.attention_mask.tolist() == [[0] * 5 + [1] * 3, [0] * 3 + [1] * 5]
     assert batch.position_ids.tolist() == [[0] * 5 + [0, 1, 2], [0] * 3 + [0, 1, 2, 3, 4]]
     assert batch.dataset_ids.tolist() == [3, 1]
-    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert {tensor.dtype for tensor in tensors} == {torch.int64}
     assert batch.num_target_tokens == 3
     assert batch.logits_to_keep == 4  # label at column 5 of 8, predicted by column 4
     assert collate([short], [0], end, pad_to_multiple_of=1).input_ids.shape == (1, 3)

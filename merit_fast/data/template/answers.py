@@ -1,4 +1,4 @@
-"""Finds the answers in what a template renders.
+"""Finds the answers in the text that a template renders.
 
 An answer is what follows the prompt, as the model sees it before it answers, up to the token at
 which it stops. The text before an answer may differ from turn to turn: a template may show earlier
@@ -38,7 +38,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a template does to every conversation, found by rendering one.
+    """Properties of a template, found by rendering a conversation.
 
     Attributes:
         as_parts: it takes content as a list of parts only.
@@ -100,7 +100,7 @@ def _very_end(
 def _end_before(
     template: Template, control: ControlTokens, arguments: Mapping[str, Any], messages: Messages
 ) -> str:
-    """What the template writes between an answer and the next turn, if only that marks the end."""
+    """Text from an answer to the next turn's marker, if that is all that ends the answer."""
     try:
         text = template.render(messages[:2], None, arguments, add_generation_prompt=False)
         followed = template.render(messages, None, arguments, add_generation_prompt=False)
@@ -117,12 +117,12 @@ def _end_before(
 
 
 class Answers:
-    """Renders the turns of one conversation and finds what is trained in them.
+    """Renders the turns of one conversation and finds the trained ones.
 
     Args:
         template: the template in force.
         control: its control tokens.
-        facts: what it does to every conversation.
+        facts: its properties.
         messages: the turns.
         tools: the tools of the row.
         arguments: further arguments of the template.

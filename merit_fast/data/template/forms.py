@@ -36,7 +36,7 @@ class Form:
 
 
 def forms(conversation: Conversation, in_loss: Sequence[bool], as_parts: bool) -> Iterator[Form]:
-    """The row as it came, then what remedies make of it, as far as they apply.
+    """Yields the row as it came, then the results of the remedies that apply to it.
 
     Args:
         conversation: the row.

@@ -1,4 +1,4 @@
-"""Sentences on what happened to the rows of a dataset on their way to tokens."""
+"""Sentences on the rows of a dataset that were changed on their way to tokens."""
 
 from collections.abc import Iterator, Mapping
 

@@ -108,23 +108,19 @@ class Renderer:
         return self.template.render([message], None, self._arguments, add_generation_prompt=True)
 
     def _render_form(self, conversation: Conversation, form: Form) -> list[Rendered]:
-        place = conversation.place
         trained = _trainable(form)
         outcomes = list(form.outcomes)
         if len(trained) < sum(form.in_loss):
             outcomes.append(OPENED)
         if not trained:
-            rule = "must have an answer of the assistant behind a turn of the user, found none"
-            raise Refusal(rule if any(form.in_loss) else _no_answer())
+            behind = " behind a turn of the user" if any(form.in_loss) else ""
+            raise Refusal(f"must have an answer of the assistant{behind}, found none")
         messages: list[Mapping[str, Any]] = list(form.messages[: trained[-1] + 1])
         tools: Tools = conversation.tools
         arguments = self._arguments_of(conversation)
         marks = self._marks(messages, tools, arguments)
         if marks:
-            messages = [
-                {**marks.mark(message, is_answer=message["role"] == "assistant"), "role": role}
-                for message, role in zip(messages, [m["role"] for m in messages], strict=True)
-            ]
+            messages = [_marked(marks, message) for message in messages]
             tools = marks.mark(tools)
             arguments = marks.mark(arguments)
             outcomes.append(SPLIT)
@@ -141,17 +137,15 @@ class Renderer:
         self._require_traces(answers, messages, tools, turns, trained)
         whole = turns[-1].text
         if all(whole.startswith(turn.text[: turn.span[1]]) for turn in turns):
-            texts = [(whole, [turn.span for turn in turns])]
+            texts = [(whole, tuple(turn.span for turn in turns))]
         else:
             outcomes.append(REWRITTEN)
-            texts = [(turn.text, [turn.span]) for turn in turns]
-        rendered = []
-        for text, spans in texts:
-            plain: Ranges = ()
-            if marks:
-                text, spans, plain = marks.unmark(text, spans)  # type: ignore[assignment]
-            rendered.append(Rendered(place, text, tuple(spans), plain, tuple(outcomes)))
-        return rendered
+            texts = [(turn.text, (turn.span,)) for turn in turns]
+        unmarked = [marks.unmark(*text) if marks else (*text, ()) for text in texts]
+        return [
+            Rendered(conversation.place, text, spans, plain, tuple(outcomes))
+            for text, spans, plain in unmarked
+        ]
 
     def _arguments_of(self, conversation: Conversation) -> dict[str, Any]:
         own = {
@@ -218,5 +212,7 @@ def _trainable(form: Form) -> list[int]:
     return trained
 
 
-def _no_answer() -> str:
-    return "must have an answer of the assistant, found none"
+def _marked(marks: Marks, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with marks; its role spells no control token."""
+    role = message["role"]
+    return {**marks.mark(message, is_answer=role == "assistant"), "role": role}
