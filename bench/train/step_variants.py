@@ -111,7 +111,8 @@ def ours(work: Work, **changes: Any) -> Run:
     from merit_fast.model import load_model
     from merit_fast.train.optimizer import MasterAdamW
     from merit_fast.train.resume import Position
-    from merit_fast.train.stage import _train_step, micro_batches
+    from merit_fast.train.stage import _train_step
+    from merit_fast.train.steps import micro_batches
 
     config = recipe(work, **changes)
     model = load_model(work.model, "fp32").train()
@@ -122,7 +123,7 @@ def ours(work: Work, **changes: Any) -> Run:
     for step in range(work.steps):
         wall = time.perf_counter()
         cpu = time.process_time()
-        batches = micro_batches(work.batch(step), config, work.padding)
+        batches = micro_batches([[e] for e in work.batch(step)], config, work.padding)
         position = _train_step(model, optimizer, batches, work.steps, config, position)
         run.wall_s.append(time.perf_counter() - wall)
         run.cpu_s.append(time.process_time() - cpu)

@@ -101,6 +101,14 @@ class CountedExamples(Protocol):
     def rows(self) -> NDArray[np.int64]:
         """[N] number of each example's row in its source, from 0."""
 
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[N] numbers that are equal for an example that comes twice."""
+
+    @property
+    def tree_indices(self) -> NDArray[np.int64]:
+        """[M] the examples that are trees."""
+
     def select(self, indices: NDArray[np.int64]) -> Sequence[Example]:
         """A view of these examples, in this order."""
 
@@ -152,11 +160,23 @@ class Dataset:
         return np.array(counts, np.int64)
 
     @property
+    def tree_indices(self) -> NDArray[np.int64]:
+        """[M] the examples that are trees."""
+        if _is_counted(self.examples):
+            return self.examples.tree_indices
+        return np.flatnonzero([example.tree is not None for example in self.examples])
+
+    @property
     def rows(self) -> NDArray[np.int64]:
         """[N] number of each example's row in its source; of each example where that is unknown."""
         if _is_counted(self.examples):
             return self.examples.rows
         return np.arange(len(self.examples))
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[N] numbers that are equal for an example that comes twice, where that is known."""
+        return self.examples.places if _is_counted(self.examples) else np.arange(len(self.examples))
 
     def select(self, indices: Sequence[int] | NDArray[np.integer]) -> Dataset:
         """The dataset with these examples only, in this order; without notes."""
@@ -194,6 +214,13 @@ class ChainedExamples(Sequence[Example]):
     def lengths(self) -> NDArray[np.int64]:
         """[N] tokens of each example."""
         return np.concatenate([np.zeros(0, np.int64), *(d.lengths for d in self._datasets)])
+
+    @cached_property
+    def tree_indices(self) -> NDArray[np.int64]:
+        """[M] the examples that are trees."""
+        firsts = [0, *self._ends[:-1].tolist()]
+        pairs = zip(firsts, self._datasets, strict=True)
+        return np.concatenate([np.zeros(0, np.int64), *(at + d.tree_indices for at, d in pairs)])
 
     def shortest(self, count: int) -> list[Example]:
         """The ``count`` examples of the fewest tokens, the shortest first."""

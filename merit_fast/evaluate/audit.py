@@ -24,7 +24,7 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.evaluate.stage import MergedArm
 from merit_fast.manifests.schemas import Barrier, MergeAudit
-from merit_fast.model import load_model, target_losses, weight_files
+from merit_fast.model import fit_trees, load_model, target_losses, weight_files
 from merit_fast.progress import Progress, Task
 
 # standard deviations of a perturbation, as shares of each tensor's root mean square
@@ -160,14 +160,13 @@ class _Auditor:
         parameters = dict(self.model.named_parameters())
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        total = sum(count_target_tokens(example.labels) for example in self.examples)
+        examples, _ = fit_trees(self.model, self.examples)
+        total = sum(count_target_tokens(example.labels) for example in examples)
         slopes = [0.0] * len(deltas)
         bends = [0.0] * len(deltas)
-        order = sorted(
-            range(len(self.examples)), key=lambda i: (len(self.examples[i].input_ids), i)
-        )
+        order = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
         for at in range(0, len(order), self.batch_size):
-            rows = [self.examples[i] for i in order[at : at + self.batch_size]]
+            rows = [examples[i] for i in order[at : at + self.batch_size]]
             batch = collate(rows, [0] * len(rows), self.pad_token_id)
             loss = target_losses(self.model, batch, plain_attention=True).loss.sum() / total
             gradients = self._gradients(loss, parameters)

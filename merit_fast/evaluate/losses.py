@@ -17,7 +17,7 @@ from merit_fast.evaluate.prefixes import (
     without_prefix,
 )
 from merit_fast.manifests.schemas import DatasetResult
-from merit_fast.model import model_inputs, score_targets
+from merit_fast.model import fit_trees, model_inputs, score_targets
 
 _BATCH_TOKENS = 8192  # padded tokens of one pass, unless one row has more
 _FULL_TOKENS = 256  # a batch of so many tokens may end early to save padding
@@ -73,7 +73,8 @@ def score_rows(
 ) -> RowScores:
     """Scores the rows of all groups, in their order.
 
-    Batches join rows of similar length from all groups.
+    Batches join rows of similar length from all groups. A tree counts as one row, also for a model
+    that reads its texts one by one.
 
     Args:
         model: a causal language model.
@@ -85,20 +86,29 @@ def score_rows(
         advance: gets the number of tokens of every finished batch.
 
     Raises:
-        ValueError: ``share`` with a model that cannot.
+        ValueError: ``share`` with a model that cannot, or with trees.
     """
     every = [row for rows in groups for row in rows]
     sums = torch.zeros(3, len(every), dtype=torch.float64)
     sums[2] = torch.tensor([count_target_tokens(row.labels) for row in every])
     wrong = torch.zeros(len(every), dtype=torch.float64)
+    texts, row_of_text = fit_trees(model, every)
+    if any(row.tree is not None for row in every):
+        if share:
+            raise ValueError("score_rows: trees share their beginnings already")
+        groups = [texts]
+    done: set[int] = set()
     for chunk in _chunks(groups, share):
         for batch, rows, inputs in _batches(model, chunk, pad_token_id, batch_size):
             with torch.inference_mode():
                 loss, correct, row, _ = score_targets(model(**inputs).logits, batch)
-            row_of_target = torch.tensor(rows)[row.cpu()]
+            numbers = [row_of_text[i] for i in rows]
+            row_of_target = torch.tensor(numbers)[row.cpu()]
             sums[0].index_add_(0, row_of_target, loss.double().cpu())
             wrong.index_add_(0, row_of_target, (~correct).double().cpu())
-            advance(sum(len(every[i].input_ids) for i in rows))
+            new = set(numbers) - done
+            done |= new
+            advance(sum(len(every[i].input_ids) for i in new))
     return RowScores(sums[0], (wrong == 0).double(), sums[2])
 
 

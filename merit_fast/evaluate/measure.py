@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from merit_fast.data import Dataset, Example
+from merit_fast.data import DataConfig, Dataset, Example
+from merit_fast.data.template import end_token_ids, prompt_ids, with_template
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.items import ItemScores
 from merit_fast.evaluate.losses import Advance, RowScores, can_share, dataset_results, score_rows
 from merit_fast.evaluate.retention import (
+    PROMPTS,
     all_targets,
     answer_rows,
     greedy_answers,
-    prompt_ids,
     text_windows,
 )
 from merit_fast.manifests.atomic import write_text
@@ -48,15 +49,17 @@ class Measurer:
         pad_token_id: int,
         config: EvaluateConfig,
         directory: Path,
+        data_config: DataConfig,
     ) -> None:
+        tokenizer = with_template(tokenizer, data_config)
         self.datasets = datasets
-        self.tokenizer = tokenizer
+        self.end_ids = (*end_token_ids(tokenizer, data_config), tokenizer.eos_token_id)
         self.pad_token_id = pad_token_id
         self.config = config
         self.file = directory / _ANSWERS_FILE
         self.rows = [dataset.examples for dataset in datasets]
         self.windows = text_windows(tokenizer)
-        self.prompts = prompt_ids(tokenizer)
+        self.prompts = prompt_ids(tokenizer, data_config, PROMPTS)
 
     def num_tokens(self, retention: bool) -> int:
         """Tokens through one model, if every answer is as long as it may be."""
@@ -92,7 +95,7 @@ class Measurer:
         with self._part("answers", name, task) as advance:
             own = greedy_answers(
                 model,
-                self.tokenizer,
+                self.end_ids,
                 self.prompts,
                 self.pad_token_id,
                 self.config.max_new_tokens,

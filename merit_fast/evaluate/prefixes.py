@@ -63,11 +63,12 @@ def shared_length(rows: Sequence[Example]) -> int:
 
 
 def is_worthwhile(groups: Sequence[Sequence[Example]]) -> bool:
-    """Whether the rows of the groups share enough of their tokens, and none has media.
+    """Whether the rows of the groups share enough of their tokens, and all are plain text.
 
-    The positions of text behind images depend on the images, so a cache of text does not fit.
+    The positions of text behind images depend on the images, so a cache of text does not fit. A
+    tree holds its texts' common beginning once already.
     """
-    if any(row.media is not None for rows in groups for row in rows):
+    if any(row.media is not None or row.tree is not None for rows in groups for row in rows):
         return False
     saved = sum((len(rows) - 1) * shared_length(rows) for rows in groups)
     return saved >= _WORTHWHILE * sum(len(row.input_ids) for rows in groups for row in rows)

@@ -51,11 +51,6 @@ def text_windows(tokenizer: Any) -> list[Example]:
     return [all_targets(window, first=1) for window in windows if len(window) > 1]
 
 
-def prompt_ids(tokenizer: Any) -> list[list[int]]:
-    """Token ids of ``PROMPTS``, in the tokenizer's chat template if it has one."""
-    return [_prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
-
-
 def answer_rows(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> list[Example]:
@@ -69,7 +64,7 @@ def answer_rows(
 
 def greedy_answers(
     model: nn.Module,
-    tokenizer: Any,
+    end_ids: Sequence[int],
     prompts: Sequence[Sequence[int]],
     pad_token_id: int,
     max_new_tokens: int,
@@ -82,7 +77,7 @@ def greedy_answers(
 
     Args:
         model: a causal language model.
-        tokenizer: names the end token.
+        end_ids: tokens that end an answer; those of the model's generation config do too.
         prompts: token ids.
         pad_token_id: the id that fills the batch.
         max_new_tokens: the length at which an answer is cut.
@@ -98,7 +93,7 @@ def greedy_answers(
     ]
     forget_positions(model)
     inputs = _generation_inputs(model, rows, shared_length(rows) if share else 0, pad_token_id)
-    ends = _end_token_ids(model, tokenizer)
+    ends = _end_token_ids(model, end_ids)
     steps = 0
 
     def count(ids: Tensor, scores: Any) -> Tensor:
@@ -155,18 +150,10 @@ def all_targets(ids: np.ndarray, first: int) -> Example:
     return Example(ids, labels)
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(f"{prompt}\n")["input_ids"])
-
-
-def _end_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+def _end_token_ids(model: nn.Module, end_ids: Sequence[int]) -> list[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
+    return sorted({int(i) for i in (*ids, *end_ids) if i is not None})
 
 
 def _until_end(row: list[int], ends: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from merit_fast.data import Dataset
+from merit_fast.data import DataConfig, Dataset
 from merit_fast.errors import InputError
 from merit_fast.evaluate.compare import compare_arms, standard_error
 from merit_fast.evaluate.config import EvaluateConfig
@@ -48,13 +48,15 @@ def evaluate_arms(
     config: EvaluateConfig,
     directory: Path,
     progress: Progress,
+    data_config: DataConfig | None = None,
 ) -> EvaluateManifest:
     """Evaluates base, joint, joint interpolated towards the base, every branch and every merge.
 
     Branches of a merge are measured on the held-out rows only, arms on retention too. Every model
     is loaded and measured once, whatever the number of arms it belongs to. Its result is written as
     ``NAME.json`` and the items' scores of an arm's model as ``NAME.items.safetensors``, so that an
-    interrupted run resumes with the next model.
+    interrupted run resumes with the next model. ``data_config`` decides how prompts become tokens,
+    as it does for rows; None: with the tokenizer's own template.
 
     Raises:
         InputError: no dataset has held-out rows.
@@ -67,7 +69,9 @@ def evaluate_arms(
     arms = models.models_of_arms
     joints = models.interpolated
     names = [*models.branches, *models.merges]
-    measurer = Measurer(datasets, tokenizer, pad_token_id, config, directory)
+    measurer = Measurer(
+        datasets, tokenizer, pad_token_id, config, directory, data_config or DataConfig()
+    )
     members = _members(models, config.interpolate)
     of_arms = {name for names_of_arm in members.values() for name in names_of_arm}
     every = of_arms.union(names)

@@ -125,7 +125,8 @@ def _is_exact(model: "nn.Module", tree: "Example") -> bool:
         joined = _losses(model, tree)
     except _REFUSALS:
         return False
-    if model.config._attn_implementation not in _MASKED:  # type: ignore[union-attr]
+    config: Any = model.config
+    if config._attn_implementation not in _MASKED:
         return False
     linear = _losses(model, Example(tree.input_ids, tree.labels))
     difference = float((joined - apart).abs().mean())

@@ -94,6 +94,7 @@ def train_planned(
         start_fingerprint=start_fingerprint,
         steps=branch.steps,
         row_length=outputs.config.data.max_length,
+        data=outputs.config.data,
     )
     train_branch(job, outputs.recipe(branch), directory, progress, noted)
 

@@ -150,7 +150,7 @@ class Run:
         sketch_mixture(
             str(outputs.start),
             outputs.start_fingerprint,
-            self.data.branch,
+            self.data.sketched,
             self.data.pad_token_id,
             self.config.split.sketch_config(),
             directory,
@@ -204,6 +204,7 @@ class Run:
             self.config.evaluate,
             directory,
             self.progress,
+            self.config.data,
         )
 
     def _audit(self, directory: Path) -> None:

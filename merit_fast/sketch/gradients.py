@@ -203,6 +203,8 @@ class GradientSketcher:
         dataset_ids: Sequence[DatasetId] | Tensor,
         loss_sums: Sequence[float] | Tensor | None = None,
         num_target_tokens: Sequence[int] | Tensor | None = None,
+        *,
+        row_examples: Sequence[int] | None = None,
     ) -> Tensor:
         """Adds the examples of the last backward pass to their datasets' states.
 
@@ -211,6 +213,8 @@ class GradientSketcher:
             loss_sums: [B] each example's summed loss over its target tokens, nats, for the states'
                 means.
             num_target_tokens: [B] number of those tokens.
+            row_examples: [rows of the pass] number of the example, from 0 to B - 1, to which each
+                row belongs; None: row b is example b.
 
         Returns:
             [B, D] float32, the sketches.
@@ -218,7 +222,10 @@ class GradientSketcher:
         ids, losses, tokens = (
             _listed(values) for values in (dataset_ids, loss_sums, num_target_tokens)
         )
-        size = len(ids) if self._hooks.run is None else self._hooks.run.size
+        num_rows = len(ids) if self._hooks.run is None else self._hooks.run.size
+        size = num_rows if row_examples is None else len(set(row_examples))
+        if row_examples is not None and len(row_examples) != num_rows:
+            raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
         for key, values in (
             ("dataset_ids", ids),
             ("loss_sums", losses),
@@ -227,6 +234,9 @@ class GradientSketcher:
             if (values or key == "dataset_ids") and len(values) != size:
                 raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
         sketches = self.take()
+        if row_examples is not None:
+            rows_of = torch.tensor(row_examples, device=sketches.device)
+            sketches = sketches.new_zeros(size, sketches.shape[1]).index_add(0, rows_of, sketches)
         for dataset in dict.fromkeys(ids):
             rows = [row for row, other in enumerate(ids) if other == dataset]
             state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))

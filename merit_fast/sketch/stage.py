@@ -18,7 +18,13 @@ from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.sketch_state import SketchState
-from merit_fast.model import freeze_parameters, load_model, target_losses, tower_parameters
+from merit_fast.model import (
+    fit_trees,
+    freeze_parameters,
+    load_model,
+    target_losses,
+    tower_parameters,
+)
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, Task
 from merit_fast.sketch.capture.towers import find_towers
@@ -142,6 +148,8 @@ def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
     else:
         rank = np.argsort(draw_rows(dataset.content, config.seed, dataset.num_rows))
         order = np.argsort(rank[dataset.rows], kind="stable")
+        _, first = np.unique(dataset.places[order], return_index=True)
+        order = order[np.sort(first)]  # an example that a weight repeats is drawn once
     return [int(index) for index in order[: config.examples]]
 
 
@@ -164,7 +172,9 @@ def _fingerprint(
 def _content(dataset: Dataset, indices: Sequence[int]) -> str:
     rows = hashlib.sha256()
     for index in indices:
-        for array in (dataset.examples[index].input_ids, dataset.examples[index].labels):
+        example = dataset.examples[index]
+        tree = () if example.tree is None else (example.tree.starts, example.tree.parents)
+        for array in (example.input_ids, example.labels, *tree):
             rows.update(len(array).to_bytes(8, "little") + array.astype("<i4").tobytes())
     return rows.hexdigest()
 
@@ -210,11 +220,13 @@ def _sketch_batch(
     rows: list[int],
     pad_token_id: int,
 ) -> None:
-    examples = [dataset.examples[row] for row in rows]
-    losses = target_losses(model, collate(examples, [0] * len(examples), pad_token_id))
-    zeros = losses.loss.new_zeros(len(examples))
-    per_example = zeros.index_add(0, losses.example, losses.loss)
-    counts = zeros.index_add(0, losses.example, torch.ones_like(losses.loss))
+    with torch.no_grad():
+        texts, numbers = fit_trees(model, [dataset.examples[row] for row in rows])
+    losses = target_losses(model, collate(texts, [0] * len(texts), pad_token_id))
+    example = torch.tensor(numbers, device=losses.example.device)[losses.example]
+    zeros = losses.loss.new_zeros(len(rows))
+    per_example = zeros.index_add(0, example, losses.loss)
+    counts = zeros.index_add(0, example, torch.ones_like(losses.loss))
     (per_example / counts).sum().backward()  # type: ignore[no-untyped-call]
-    sums = zeros.double().index_add(0, losses.example, losses.loss.detach().double())
-    sketcher.update([dataset.name] * len(examples), sums, counts.long())
+    sums = zeros.double().index_add(0, example, losses.loss.detach().double())
+    sketcher.update([dataset.name] * len(rows), sums, counts.long(), row_examples=numbers)

@@ -15,6 +15,7 @@ from merit_fast.data import (
     has_images,
     pack,
 )
+from merit_fast.data.tree import expand
 from merit_fast.errors import InputError
 from merit_fast.model import model_inputs, target_losses
 from merit_fast.patch.deferred import DeferredLogits, deferred_cross_entropy
@@ -82,7 +83,8 @@ def require_packing(model: nn.Module, examples: Sequence[Example]) -> None:
             holds images, whose positions and grids a packed row does not carry.
     """
     require_text(examples)
-    usable = [example for example in examples if count_target_tokens(example.labels)]
+    texts = [text for example in examples for text in expand(example)]
+    usable = [text for text in texts if count_target_tokens(text.labels)]
     if not usable:
         return
     first, second = sorted([*usable, *usable], key=lambda example: len(example.input_ids))[:2]

@@ -10,28 +10,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from merit_fast.data import Batch, Dataset, Example, collate, load_tokenizer, pack, pad_token_id
+from merit_fast.data import Batch, DataConfig, Dataset
 from merit_fast.data.dataset import ChainedExamples
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.model import (
-    copy_processor_files,
     freeze_parameters,
     load_model,
     no_loading_bar,
     peak_memory_bytes,
+    reads_trees,
     reset_peak_memory,
 )
 from merit_fast.patch.model import Patch, patch_model
 from merit_fast.progress import Progress
+from merit_fast.train.companions import Companions
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss, choose_attention, require_packing
 from merit_fast.train.optimizer import MasterAdamW
-from merit_fast.train.packing import PackedSchedule
 from merit_fast.train.resume import Position, read_checkpoint, remove_checkpoint, write_checkpoint
-from merit_fast.train.schedule import count_tokens, learning_rate, num_steps, step_examples
+from merit_fast.train.schedule import learning_rate, num_steps
+from merit_fast.train.steps import Schedule
+
+_EXPANDED = (
+    "train: this model cannot read the answers of a rewritten conversation as branches of one "
+    "text; each answer is a text of its own, with more tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class BranchJob:
     start_fingerprint: str
     steps: int | None = None  # optimizer steps; None: those of the recipe's epochs
     row_length: int | None = None  # tokens of the longest packed row; None: no limit
+    data: DataConfig = DataConfig()  # how the rows became tokens
 
 
 def train_branch(
@@ -73,27 +80,32 @@ def train_branch(
         of the result.
 
     Raises:
-        InputError: the job has no example, the model cannot take packed rows, or
-            ``config.freeze`` does not fit its parameters.
+        InputError: the job has no example, the start has no chat template, the model cannot take
+            packed rows, or ``config.freeze`` does not fit its parameters.
         MeritFastError: the loss is not finite.
     """
     examples = ChainedExamples(job.datasets)
     if not len(examples):
         raise InputError(f"{job.branch}: has no example to train on")
+    companions = Companions(job.start_path, job.data)
     reset_peak_memory()
     start = time.perf_counter()
     model = load_model(job.start_path, config.dtype).train()
     freeze_parameters(model, config.freeze)
     patch = patch_model(model, config.kernels)
-    _note_once(progress, str(patch), set() if noted is None else noted)
-    choose_attention(model)
+    noted = set() if noted is None else noted
+    _note_once(progress, str(patch), noted)
+    expands = _expands_trees(model, examples)
+    if expands:
+        _note_once(progress, _EXPANDED, noted)
+    if expands or not len(examples.tree_indices):
+        choose_attention(model)
     if config.packing:
         require_packing(model, examples.shortest(8))
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     position, earlier_s = _resume(directory, optimizer)
-    padding = pad_token_id(load_tokenizer(job.start_path))
     steps = job.steps or num_steps(len(examples), config)
-    schedule = _Schedule(examples, config, job.row_length, padding)
+    schedule = Schedule(examples, config, job.row_length, companions.pad_token_id, expands)
     num_tokens = schedule.count_tokens(steps)
     with progress.task(f"train {job.branch}", num_tokens, "tokens") as task:
         task.skip(position.num_tokens)
@@ -101,56 +113,26 @@ def train_branch(
             before = position.num_tokens
             batches = schedule.batches(position.step)
             position = _train_step(model, optimizer, batches, steps, config, position)
+            seen = position.num_examples + schedule.num_examples(position.step - 1)
+            position = replace(position, num_examples=seen)
             task.advance(position.num_tokens - before, f"loss {position.losses[-1]:.3f}")
             if position.step % config.checkpoint_steps == 0 and position.step < steps:
                 write_checkpoint(directory, optimizer.state(), position)
                 _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
-    manifest = _write_branch(job, model, config, position, directory)
+    manifest = _write_branch(job, model, config, position, directory, companions)
     _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
     remove_checkpoint(directory)
     return manifest
 
 
-class _Schedule:
-    """The micro-batches of every step."""
-
-    def __init__(
-        self,
-        examples: ChainedExamples,
-        config: TrainConfig,
-        row_length: int | None,
-        padding: int,
-    ) -> None:
-        self.examples = examples
-        self.config = config
-        self.padding = padding
-        self.packed = (
-            PackedSchedule(examples.lengths, config, row_length) if config.packing else None
-        )
-
-    def count_tokens(self, steps: int) -> int:
-        """Tokens that pass through the model in ``steps`` steps."""
-        if self.packed is not None:
-            return self.packed.count_tokens(steps)
-        return count_tokens(self.examples.lengths, steps, self.config)
-
-    def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of one step."""
-        if self.packed is not None:
-            rows = [[self.examples[int(i)] for i in row] for row in self.packed.rows(step)]
-            return [pack(row, [0] * len(row)) for row in rows]
-        chosen = step_examples(step, len(self.examples), self.config)
-        return micro_batches([self.examples[int(i)] for i in chosen], self.config, self.padding)
-
-
-def micro_batches(examples: Sequence[Example], config: TrainConfig, padding: int) -> list[Batch]:
-    """The examples of one step in ``config.accumulation`` padded batches, or fewer."""
-    size = -(-len(examples) // config.accumulation)
-    batches = []
-    for first in range(0, len(examples), size):
-        rows = examples[first : first + size]
-        batches.append(collate(rows, [0] * len(rows), padding))
-    return batches
+def _expands_trees(model: nn.Module, examples: ChainedExamples) -> bool:
+    """Whether the model reads the texts of trees one by one."""
+    trees = examples.tree_indices
+    if not len(trees):
+        return False
+    lengths = examples.lengths[trees]
+    tried = {int(trees[lengths.argmin()]), int(trees[lengths.argmax()])}
+    return not reads_trees(model, [examples[index] for index in sorted(tried)])
 
 
 def _train_step(
@@ -177,7 +159,6 @@ def _train_step(
     return replace(
         position,
         step=position.step + 1,
-        num_examples=position.num_examples + sum(len(batch.dataset_ids) for batch in batches),
         num_tokens=position.num_tokens + sum(int(batch.attention_mask.sum()) for batch in batches),
         num_target_tokens=position.num_target_tokens + targets,
         losses=(*position.losses, loss_sum / targets),
@@ -196,13 +177,18 @@ def _resume(directory: Path, optimizer: MasterAdamW) -> tuple[Position, float]:
 
 
 def _write_branch(
-    job: BranchJob, model: nn.Module, config: TrainConfig, position: Position, directory: Path
+    job: BranchJob,
+    model: nn.Module,
+    config: TrainConfig,
+    position: Position,
+    directory: Path,
+    companions: Companions,
 ) -> BranchManifest:
+    companions.complete(model)
     with no_loading_bar():
         save: Any = model.eval().save_pretrained
         save(directory, max_shard_size=config.max_shard_size)
-    load_tokenizer(job.start_path).save_pretrained(directory)
-    copy_processor_files(Path(job.start_path), directory)
+    companions.write(directory)
     manifest = BranchManifest(
         branch=job.branch,
         arm=job.arm,

@@ -15,6 +15,7 @@ from merit_fast.data import (
     load_mixture,
     load_tokenizer,
 )
+from merit_fast.data.template import prompt_ids
 from merit_fast.errors import InputError
 from merit_fast.evaluate import EvaluateConfig, evaluate_arms
 from merit_fast.evaluate.losses import can_share, dataset_results, mean_loss, score_rows
@@ -23,7 +24,6 @@ from merit_fast.evaluate.retention import (
     PROMPTS,
     answer_rows,
     greedy_answers,
-    prompt_ids,
     text_windows,
 )
 from merit_fast.evaluate.stage import EvaluatedModels
@@ -129,13 +129,13 @@ def one_by_one(model, prompt, tokens):
 
 @pytest.mark.parametrize("share", [False, True])
 def test_answers_of_the_batch_are_those_of_each_prompt(model, tokenizer, share):
-    prompts = prompt_ids(tokenizer)
+    prompts = prompt_ids(tokenizer, DataConfig(), PROMPTS)
     assert len(prompts) == len(PROMPTS)
     if share:
         system = [7, 300, 12, 45, 9]
         prompts = [[*system, *ids] for ids in prompts]
     counts = []
-    answers = greedy_answers(model, tokenizer, prompts, 1, 6, share, counts.append)
+    answers = greedy_answers(model, [tokenizer.eos_token_id], prompts, 1, 6, share, counts.append)
     assert answers == [one_by_one(model, prompt, 6) for prompt in prompts]
     assert sum(counts) == 6 * len(PROMPTS)
 
@@ -150,7 +150,9 @@ def test_answers_end_when_all_have_ended(model, tokenizer):
         model.lm_head.weight.data[1] = 0.0
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(400))
         model.lm_head.bias.data[1] = 1.0
-        answers = greedy_answers(model, tokenizer, [[5, 6], [7]], 1, 40, False, steps.append)
+        answers = greedy_answers(
+            model, [tokenizer.eos_token_id], [[5, 6], [7]], 1, 40, False, steps.append
+        )
     finally:
         model.lm_head.weight = embedding
         model.lm_head.bias = None
@@ -159,8 +161,8 @@ def test_answers_end_when_all_have_ended(model, tokenizer):
 
 
 def test_answers_are_the_least_surprising_to_their_own_model(model, tokenizer):
-    prompts = prompt_ids(tokenizer)
-    answers = greedy_answers(model, tokenizer, prompts, 1, max_new_tokens=6)
+    prompts = prompt_ids(tokenizer, DataConfig(), PROMPTS)
+    answers = greedy_answers(model, [tokenizer.eos_token_id], prompts, 1, max_new_tokens=6)
     others = [[(token + 7) % 400 for token in answer] for answer in answers]
     own, other = (
         mean_loss(model, answer_rows(prompts, of), 1, batch_size=8) for of in (answers, others)

@@ -137,5 +137,5 @@ def test_packed_training_sees_as_many_examples_tokens_and_steps(tiny_model, tmp_
 
 def test_packed_rows_hold_plain_text_only():
     example = Example(np.array([1, 2]), np.array([1, 2]), media=object())
-    with pytest.raises(ValueError, match="pack: examples must be plain text"):
+    with pytest.raises(ValueError, match="pack: examples must be text"):
         pack([example], [0])

@@ -137,11 +137,12 @@ def test_answers_to_prompts_of_text_do_not_depend_on_earlier_images(case, vision
     """A cached beginning would otherwise take the offset of the last images' positions."""
     model, examples, _ = case("qwen2_5_vl")
     tokenizer = load_tokenizer_or_processor(str(vision_folders("qwen2_5_vl"))).tokenizer
+    ends = [tokenizer.eos_token_id]
     prompts = [[5, 6, 7, 8, 9, 10, last] for last in (11, 12, 13, 14)]
     fresh = load_model(str(vision_folders("qwen2_5_vl")), "fp32")
-    expected = greedy_answers(fresh, tokenizer, prompts, 0, 6, share=True)
+    expected = greedy_answers(fresh, ends, prompts, 0, 6, share=True)
     with torch.no_grad():
         target_losses(model, collate(examples, [0] * 4, 0))
         model(**model_inputs(model, collate(examples, [0] * 4, 0))[0])
     assert model.model.rope_deltas is not None
-    assert greedy_answers(model, tokenizer, prompts, 0, 6, share=True) == expected
+    assert greedy_answers(model, ends, prompts, 0, 6, share=True) == expected

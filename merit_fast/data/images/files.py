@@ -8,14 +8,13 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from merit_fast.data.conversation import Image
 from merit_fast.errors import InputError, one_line, show
-from merit_fast.manifests.hashes import checksum
+from merit_fast.manifests.hashes import HashCache, checksum, folder_checksum, list_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Pixels
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 _ORIENTATION = 0x0112  # Exif: how a camera was held
 _TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 _TAIL_BYTES = 16
-_THREADS = 4
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -102,21 +101,44 @@ def image_fingerprint(
     Args:
         images: as ``find_image`` returns them.
         file_hash: the hash of a file's whole content.
+
+    Raises:
+        InputError: a file cannot be read.
     """
     digest = hashlib.sha256()
-
-    def hashed(image: ImageFile) -> str:
+    for image in images:
         if image.path is None:
-            return hashlib.sha256(image.content or b"").hexdigest()
-        try:
-            return file_hash(Path(image.path))
-        except OSError as error:
-            raise InputError(f"{image.path}: cannot be read: {error.strerror}") from None
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for value in pool.map(hashed, images):
-            digest.update(f"{value}\n".encode())
+            value = hashlib.sha256(image.content or b"").hexdigest()
+        else:
+            try:
+                value = file_hash(Path(image.path))
+            except OSError as error:
+                raise InputError(f"{image.path}: cannot be read: {error.strerror}") from None
+        digest.update(f"{value}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def images_hash(
+    folder: Path, file_hash: Callable[[Path], str] = checksum, *, only_images: bool = False
+) -> str:
+    """A hash of the names and contents of all files below a folder of images.
+
+    Args:
+        folder: the folder; hidden files and folders do not count.
+        file_hash: the hash of a file's whole content. A ``HashCache`` keeps the folder's too.
+        only_images: leaves out files whose names end as no image's.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    names = list_files(folder)
+    if only_images:
+        names = [name for name in names if name.lower().endswith(_SUFFIXES)]
+    hash_folder = file_hash.folder if isinstance(file_hash, HashCache) else folder_checksum
+    try:
+        return hash_folder(folder, names)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def _locate(path: str, where: str, folder: Path) -> Path:

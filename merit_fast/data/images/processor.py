@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit_fast.data.template import load_tokenizer
@@ -32,11 +33,14 @@ def tokenizer_of(tokenizer_or_processor: Any) -> PreTrainedTokenizerBase:
 
 
 def reads_images(model: str) -> bool:
-    """Whether a model's config.json is of a type that transformers loads as image-text-to-text.
+    """Whether a model's config.json describes a language model with a vision tower.
 
     Args:
         model: folder or hub id. Without a config.json the answer is no.
     """
+    file = Path(model).expanduser() / "config.json"
+    if file.parent.is_dir() and not _names_tower(file):
+        return False  # without an import of transformers
     from transformers import PretrainedConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -46,7 +50,15 @@ def reads_images(model: str) -> bool:
         config, _ = PretrainedConfig.get_config_dict(model)
     except (OSError, ValueError):
         return False
-    return config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    has_tower = config.get("vision_config") is not None
+    return has_tower and config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def _names_tower(file: Path) -> bool:
+    try:
+        return '"vision_config"' in file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def load_tokenizer_or_processor(model: str) -> Any:

@@ -16,7 +16,8 @@ from merit_fast.errors import InputError
 _HELD_OUT = ("test", "validation")  # the first that is there reports
 _SPLITS = ("train", *_HELD_OUT)
 _SHARD = re.compile(r"[-_.]\d{5}-of-\d{5}$")
-_ENDS = re.compile(r"^([^-._ ]+)[-._ ]+|[-._ ]+([^-._ ]+)$")
+_LAST_WORD = re.compile(r"[-._ ]+([^-._ ]+)$")
+_FIRST_WORD = re.compile(r"^([^-._ ]+)[-._ ]+")
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def _piece_of_file(path: Path) -> _Piece:
     for suffix in (*COMPRESSIONS, container_of(path.name)):
         stem = stem.removesuffix(suffix)
     stem = _SHARD.sub("", stem)
-    for match in _ENDS.finditer(stem):
-        split = canonical(match[1] or match[2])
-        if split in _SPLITS:
-            return _Piece(dataset_name(stem.replace(match[0], "", 1)), split, path)
+    for word in (_LAST_WORD, _FIRST_WORD):
+        match = word.search(stem)
+        if match and canonical(match[1]) in _SPLITS:
+            return _Piece(dataset_name(word.sub("", stem)), canonical(match[1]), path)
     return _Piece(dataset_name(stem), "train", path)

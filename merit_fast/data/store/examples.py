@@ -75,6 +75,30 @@ class StoredExamples(Sequence[Example]):
         """[N] number of each example's row in its source, from 0."""
         return self._per_example("rows")
 
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[N] place of each example in the store: equal for an example that comes twice."""
+        return np.arange(len(self)) if self._indices is None else self._indices
+
+    @property
+    def tree_indices(self) -> NDArray[np.int64]:
+        """[M] the examples that are trees."""
+        return np.flatnonzero(self._per_example(COUNT_OF["runs"]))
+
+    def last_answer_ids(self, max_length: int) -> NDArray[np.int64]:
+        """[U] distinct ids with which answers end before position ``max_length``, ascending."""
+        spans = np.asarray(self._columns["spans"], np.int64)
+        counts = self._columns[COUNT_OF["spans"]].astype(np.int64)
+        example = np.repeat(np.arange(len(counts)), counts)
+        ends = spans[:, 0] + spans[:, 1]
+        chosen = ends < max_length
+        if self._indices is not None:
+            in_view = np.zeros(len(counts), bool)
+            in_view[self._indices] = True
+            chosen &= in_view[example]
+        last = self._bounds["tokens"][example[chosen]] + ends[chosen] - 1
+        return np.unique(self._columns["tokens"][last]).astype(np.int64)
+
     def _per_example(self, name: str) -> NDArray[np.int64]:
         values = self._columns[name].astype(np.int64)
         return values if self._indices is None else values[self._indices]

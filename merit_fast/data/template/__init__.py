@@ -1,6 +1,7 @@
 """Turns conversations into token ids and labels, with the chat template in force."""
 
 from merit_fast.data.template.encoder import ChatEncoder, Encoded, fit
+from merit_fast.data.template.in_force import prompt_ids, with_template
 from merit_fast.data.template.notes import outcome_notes
 from merit_fast.data.template.render import Rendered, Renderer
 from merit_fast.data.template.stops import check_stops, end_token_ids
@@ -26,6 +27,8 @@ __all__ = [
     "label",
     "load_tokenizer",
     "outcome_notes",
+    "prompt_ids",
     "read_template",
     "resolve_template",
+    "with_template",
 ]

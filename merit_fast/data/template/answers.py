@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,7 @@ class Answers:
         messages: the turns.
         tools: the tools of the row.
         arguments: further arguments of the template.
+        ignored: keys of messages that may be left out.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Answers:
         messages: Messages,
         tools: Tools,
         arguments: Mapping[str, Any],
+        ignored: Collection[str] = (),
     ) -> None:
         self._template = template
         self._control = control
@@ -143,6 +145,7 @@ class Answers:
         self._messages = messages
         self._tools = tools
         self._arguments = arguments
+        self._ignored = ignored
 
     def render(self, messages: Messages, tools: Tools) -> str:
         """The text of whole turns, without what the template writes at the very end."""
@@ -166,7 +169,7 @@ class Answers:
             text = self._behind_prompt(index, prompt, text)
         answer = text[len(prompt) :]
         self._require_answer(index, prompt, answer)
-        require_reasoning(index, message, answer)
+        require_reasoning(index, message, answer, self._ignored)
         text = self._closed(index, text)
         return Turn(text, (len(prompt), max(len(prompt), len(text.rstrip()))))
 
@@ -212,7 +215,9 @@ class Answers:
                 f"the chat template must render the content of messages[{index}], "
                 f"got {answer!r:.60}"
             )
-        is_plain = len(message) == 2 and not answer.lstrip().startswith(content.strip())
+        is_plain = message.keys() <= {"role", "content"} and not answer.lstrip().startswith(
+            content.strip()
+        )
         if is_plain and prompt == self._template.render(
             self._messages[:index], self._tools, self._arguments, add_generation_prompt=False
         ):

@@ -67,8 +67,12 @@ def require_fields(
                     raise LeftOut(f"messages[{i}].{key}: {rule}{remedy}")
 
 
-def require_reasoning(index: int, message: Mapping[str, Any], answer: str) -> None:
-    """Raises LeftOut if a trained answer lost its reasoning."""
+def require_reasoning(
+    index: int, message: Mapping[str, Any], answer: str, ignored: Collection[str]
+) -> None:
+    """Raises LeftOut if a trained answer lost its reasoning, unless its key is ignored."""
+    if set(reasoning_keys(message)) & set(ignored):
+        return
     word = _last_word(reasoning_of(message))
     if word not in answer:
         key = next(iter(reasoning_keys(message)), "content")
@@ -78,7 +82,7 @@ def require_reasoning(index: int, message: Mapping[str, Any], answer: str) -> No
 
 def has_fields(messages: Messages, tools: Tools) -> bool:
     """Whether messages hold more than a role and a content."""
-    return bool(tools) or any(len(message) > 2 for message in messages)
+    return bool(tools) or any(message.keys() - {"role", "content"} for message in messages)
 
 
 def _without(message: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Image files of rows: found, checked before they are used, and decoded as transformers does."""
 
 import base64
+import os
 import re
 import warnings
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as pillow
-from support.vision import write_image
+from support.image_rows import write_image
 from transformers.image_utils import load_image
 
 from merit_fast.data.conversation import Image
-from merit_fast.data.images import find_image, image_fingerprint
+from merit_fast.data.images import find_image, image_fingerprint, images_hash
 from merit_fast.errors import InputError
+from merit_fast.manifests.hashes import HashCache
 
 WHERE = "rows.jsonl:3: images[0]"
 
@@ -143,16 +145,46 @@ def test_a_file_that_changed_since_the_rows_were_read_is_refused(tmp_path, chang
         image.pixels()
 
 
-def test_the_fingerprint_covers_bytes_and_order_but_no_paths(tmp_path):
+def test_the_fingerprint_of_images_covers_bytes_and_order_but_no_paths(tmp_path):
     for folder in ("one", "two"):
         for seed in (0, 1):
             write_image(tmp_path / folder / f"{seed}.png", 8, 8, seed=seed)
-    one, two = (
-        [find(f"{seed}.png", tmp_path / name) for seed in (0, 1)] for name in ("one", "two")
-    )
+    one, two = ([find(f"{i}.png", tmp_path / name) for i in (0, 1)] for name in ("one", "two"))
     assert image_fingerprint(one) == image_fingerprint(two)
     assert image_fingerprint(one) != image_fingerprint(one[::-1])
     content = [find_image(Image(content=Path(i.path).read_bytes()), WHERE, tmp_path) for i in one]
-    assert image_fingerprint(content) == image_fingerprint(content)
+    assert image_fingerprint(content) != image_fingerprint(content[::-1])
     write_image(tmp_path / "two" / "1.png", 8, 8, seed=2)
     assert image_fingerprint(one) != image_fingerprint(two)
+
+
+def test_the_hash_of_a_folder_covers_names_and_bytes_but_not_its_place(tmp_path):
+    for folder in ("one", "two"):
+        for seed in (0, 1):
+            write_image(tmp_path / folder / "deep" / f"{seed}.png", 8, 8, seed=seed)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert images_hash(one) == images_hash(two)
+    (two / "rows.jsonl").write_text("{}")
+    assert images_hash(one) != images_hash(two)
+    assert images_hash(one, only_images=True) == images_hash(two, only_images=True)
+    write_image(two / "deep" / "1.png", 8, 8, seed=2)
+    assert images_hash(one) != images_hash(two)
+    os.replace(one / "deep" / "0.png", one / "0.png")
+    assert images_hash(one) != images_hash(two, only_images=True)
+
+
+def test_a_cache_hashes_a_folder_of_images_once(tmp_path, monkeypatch):
+    files = [write_image(tmp_path / f"{seed}.png", 8, 8, seed=seed) for seed in range(3)]
+    for file in files:
+        os.utime(file, ns=(10**18, 10**18))
+    first = HashCache({})
+    expected = images_hash(tmp_path, first)
+    assert expected == images_hash(tmp_path)
+    later = HashCache(first.fresh)
+    monkeypatch.setattr("merit_fast.manifests.hashes.checksum", lambda file: pytest.fail(str(file)))
+    assert images_hash(tmp_path, later) == expected
+    monkeypatch.undo()
+    write_image(files[0], 8, 8, seed=7)
+    os.utime(files[0], ns=(10**18, 2 * 10**18))
+    assert images_hash(tmp_path, later) == images_hash(tmp_path) != expected
+    assert images_hash(tmp_path, HashCache(first.fresh, whole=True)) == images_hash(tmp_path)

@@ -4,10 +4,18 @@ import base64
 import json
 
 import pytest
+from support.image_rows import write_image
 from support.tiny import make_tokenizer
-from support.vision import make_vision_model, write_image
+from support.vision import make_vision_model
 
-from merit_fast.data import DataConfig, DatasetConfig, collate, load_mixture
+from merit_fast.data import (
+    DataConfig,
+    DatasetConfig,
+    collate,
+    dataset_fingerprints,
+    load_mixture,
+    mixture_fingerprint,
+)
 from merit_fast.data.images import load_processor
 from merit_fast.data.store.build import TokenStore
 from merit_fast.errors import InputError
@@ -205,3 +213,26 @@ def test_a_template_that_leaves_out_images_is_refused(folder, processor, tmp_pat
     rule = r"rows.jsonl:1: the chat template must write <\|image_pad\|> for each of 1 images, got 0"
     with pytest.raises(InputError, match=rule):
         load(folder, processor, [same_rows(folder)["LLaVA"]], chat_template=str(template))
+
+
+@pytest.mark.parametrize("media", ["images", None])
+def test_the_fingerprint_of_a_mixture_covers_its_images(folder, processor, tmp_path, media):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(same_rows(folder)["LLaVA"]) + "\n")
+    model = folder / "model"
+    text_model = tmp_path / "text"
+    make_tokenizer(text_model)
+    write_image(tmp_path / "images" / "a.png", 56, 56)
+    entry = DatasetConfig(name="a", path=str(rows), media=media and str(tmp_path / media))
+
+    def fingerprints(model):
+        data = DataConfig()
+        whole = mixture_fingerprint([entry], data, str(model))
+        return whole, dataset_fingerprints([entry], data, str(model), part="train")["a"]
+
+    before, text_before = fingerprints(model), fingerprints(text_model)
+    assert fingerprints(model) == before
+    write_image(tmp_path / "images" / "a.png", 56, 56, seed=1)
+    after = fingerprints(model)
+    assert after[0] != before[0] and after[1] != before[1]
+    assert fingerprints(text_model) == text_before

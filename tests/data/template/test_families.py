@@ -230,7 +230,8 @@ def _without_known_differences(family, run):
     run = run.removeprefix(headers.get(family, ""))
     if family in REASONS_FIRST or family in OPENS_REASONING:
         run = run.removeprefix("<think></think>").removeprefix("<think>\n")
-    return run.removeprefix("\n</think>\n\n") if family in OPENS_REASONING else run
+        run = run.removeprefix("\n</think>\n\n")
+    return run.lstrip("\n") if family in OPENS_REASONING else run
 
 
 @pytest.mark.parametrize(
