@@ -1,6 +1,6 @@
 """A whole run on images: sixteen tasks of handwritten digits with conflicting answer formats.
 
-    python -m bench.vision.run [--json] [--out DIR] [--rows 150] [--epochs 4] [--random 0]
+    python -m bench.vision.run [--json] [--out DIR] [--rows 150] [--epochs 4] [--no-joint]
 
 The base is a small Qwen2.5-VL, made from its config and trained to name the digit of a picture,
 with its tower. The run then sketches the tasks, splits them into four groups, trains the branches
@@ -106,7 +106,7 @@ def train_base(start: Path, folder: Path, data: Path, epochs: int) -> Path:
     return folder
 
 
-def run(out: Path, rows: int, epochs: int, random: int) -> dict[str, Any]:
+def run(out: Path, rows: int, epochs: int, joint: bool, random: int) -> dict[str, Any]:
     """Makes the base and runs all stages; the measures of every arm."""
     begin = time.perf_counter()
     make_start(out / "start")
@@ -121,7 +121,7 @@ def run(out: Path, rows: int, epochs: int, random: int) -> dict[str, Any]:
             "epochs": epochs,
             "learning_rate": 1e-3,
             "dtype": "fp32",
-            "controls": {"joint": True, "random": random},
+            "controls": {"joint": joint, "random": random},
         },
         "evaluate": {"dtype": "fp32", "max_new_tokens": 8},
     }
@@ -161,11 +161,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a new folder that keeps everything")
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--no-joint", action="store_true", help="leave out the joint run")
     parser.add_argument("--random", type=int, default=0, help="random splits, as controls")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         out = arguments.out or Path(folder) / "out"
-        result = run(out, arguments.rows, arguments.epochs, arguments.random)
+        result = run(
+            out, arguments.rows, arguments.epochs, not arguments.no_joint, arguments.random
+        )
     print(json.dumps(result) if arguments.json else table(result))
 
 

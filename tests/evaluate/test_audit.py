@@ -147,10 +147,9 @@ def test_a_barrier_is_the_height_above_the_line(tiny_model, datasets, monkeypatc
 
 def test_rows_are_taken_in_turn_and_none_is_refused(datasets):
     rows = audit_rows(datasets, len(datasets) + 1)
-    assert [row is dataset.examples[0] for row, dataset in zip(rows, datasets, strict=False)] == [
-        True
-    ] * len(datasets)
-    assert rows[-1] is datasets[0].examples[1]
+    expected = [dataset.examples[0] for dataset in datasets] + [datasets[0].examples[1]]
+    for row, example in zip(rows, expected, strict=True):
+        assert row.input_ids.tolist() == example.input_ids.tolist()
     assert len(audit_rows(datasets, 10_000)) == sum(d.num_examples for d in datasets)
     with pytest.raises(InputError, match="evaluate.audit: no dataset"):
         audit_merges({}, {}, None, [], 1, EvaluateConfig(), SilentProgress())
