@@ -15,7 +15,7 @@ from merit_fast.model.inputs import model_inputs
 from merit_fast.model.load import auto_class, load_model, make_empty_model, no_loading_bar
 from merit_fast.model.losses import TargetLosses, score_targets, target_losses
 from merit_fast.model.memory import keep_freed_memory, peak_memory_bytes, reset_peak_memory
-from merit_fast.model.trees import fit_trees, reads_trees
+from merit_fast.model.tree_check import fit_trees, reads_trees
 from merit_fast.model.vision import forget_positions, reads_images, tower_parameters
 
 __all__ = [

@@ -141,7 +141,7 @@ def test_rows_of_trees_count_as_one_and_share_no_cache():
 @pytest.mark.parametrize("is_read", [True, False])
 def test_the_gradient_of_a_tree_is_one_sketch(tiny_model, tmp_path, monkeypatch, is_read):
     examples = trees(384)
-    monkeypatch.setattr("merit_fast.model.trees.reads_trees", lambda model, found: is_read)
+    monkeypatch.setattr("merit_fast.model.tree_check.reads_trees", lambda model, found: is_read)
     config = SketchConfig(proj_dim=4096, dtype="fp32", examples=3, batch_size=3, blocks=2)
     sketch_mixture(
         str(tiny_model),
