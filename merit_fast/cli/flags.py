@@ -146,10 +146,14 @@ def mixture_of(datasets: list[str] | None) -> list[dict[str, str]] | None:
     return mixture
 
 
-def rows_of(datasets: list[str]) -> list[dict[str, str]]:
-    """Entries of ``mixture:`` from ``--validation NAME=PATH``."""
+def rows_of(words: list[str]) -> tuple[list[dict[str, str]], list[str]]:
+    """Entries of ``mixture:`` from ``--validation NAME=PATH``; KEY=VALUE of ``data.KEY=VALUE``."""
+    options = [text.removeprefix("data.") for text in words if text.startswith("data.")]
+    datasets = [text for text in words if not text.startswith("data.")]
+    if not datasets:
+        raise InputError("command line: --validation: must be NAME=PATH too, got data options only")
     named = (_named(text, "--validation", "NAME=PATH") for text in datasets)
-    return [{"name": name, "path": path} for name, path in named]
+    return [{"name": name, "path": path} for name, path in named], options
 
 
 def _named(text: str, flag: str, form: str) -> tuple[str, str]:

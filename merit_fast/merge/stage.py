@@ -16,6 +16,7 @@ from merit_fast.merge.config import MergeConfig, config_of
 from merit_fast.merge.in_memory.loading import checked_device
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
+from merit_fast.merge.read.answers import answer_notes
 from merit_fast.merge.read.files import is_directory
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
 from merit_fast.merge.read.slices import Slice
@@ -95,6 +96,8 @@ def merge_models(  # noqa: PLR0913
     config = settle_weights(paths, config)
     numbers = resolve_weights(paths, config)
     merge = prepare_merge(paths, numbers, start, config, slices, companions, run)
+    for note in answer_notes(paths, merge.inputs.companions):
+        progress.note(note)
     summary = merge.summary(out) | {"weights_reason": reason}
     if dry_run:
         return summary

@@ -5,6 +5,7 @@ from typing import Any
 
 from merit_fast.data import DataConfig, pad_token_id
 from merit_fast.data.images import load_tokenizer_or_processor
+from merit_fast.data.saved import write_data_options
 from merit_fast.data.template import end_token_ids, with_template
 from merit_fast.model import copy_processor_files
 
@@ -24,6 +25,7 @@ class Companions:
 
     def __init__(self, start_path: str, data_config: DataConfig) -> None:
         self.start = Path(start_path)
+        self.data_config = data_config
         self.replaces_template = data_config.chat_template is not None
         self.tokenizer = with_template(load_tokenizer_or_processor(start_path), data_config)
         self.pad_token_id = pad_token_id(self.tokenizer)
@@ -43,7 +45,7 @@ class Companions:
             model.generation_config.eos_token_id = joined if len(joined) > 1 else joined[0]
 
     def write(self, directory: Path) -> None:
-        """Writes the tokenizer with the template in force, and copies the processor's files.
+        """Writes the tokenizer with the template in force, data.json and the processor's files.
 
         The tokenizer's end token becomes the one that ends answers, unless the template reads it.
         """
@@ -52,6 +54,7 @@ class Companions:
         if tokenizer.eos_token_id not in self.end_ids and not reads_eos:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.end_ids[0])
         tokenizer.save_pretrained(directory)
+        write_data_options(self.data_config, directory)
         copy_processor_files(self.start, directory)
         if self.replaces_template:
             (directory / _TEMPLATE_OF_PROCESSOR).unlink(missing_ok=True)

@@ -46,8 +46,8 @@ def add_merge(parser: Parser) -> Work:
         "--validation",
         action="append",
         metavar="NAME=PATH",
-        help="rows for --scale auto and --weights fit, with --model or --run; "
-        "repeat for each dataset",
+        help="rows for --scale auto and --weights fit, with --model or --run; repeat for each "
+        "dataset; data.KEY=VALUE sets an option of `data:` in place of the models' own",
     )
     add(
         "--param",
@@ -114,11 +114,11 @@ def _tune(validation: list[str] | None, progress: Progress) -> "Tune | None":
     """A function that chooses a merge's numbers on these rows; it imports torch when called."""
     if not validation:
         return None
-    rows = rows_of(validation)
+    rows, options = rows_of(validation)
 
     def tune(models: Any, base: Any, config: Any) -> Any:
         from merit_fast.cli.merge.tune import tune_checkpoints
 
-        return tune_checkpoints(models, base, rows, config, progress)
+        return tune_checkpoints(models, base, rows, config, progress, options)
 
     return tune

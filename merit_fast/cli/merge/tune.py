@@ -1,13 +1,17 @@
 """Tunes a merge of checkpoints without a run, on rows that the command line names."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer, pad_token_id
+from merit_fast.data import DatasetConfig, load_mixture, pad_token_id
+from merit_fast.data.images import load_tokenizer_or_processor, tokenizer_of
+from merit_fast.data.saved import read_data_options
 from merit_fast.errors import InputError
 from merit_fast.evaluate.audit import audit_rows
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.schemas import TuneManifest
 from merit_fast.merge import MergeConfig
+from merit_fast.merge.read.decoded import is_adapter
 from merit_fast.merge.read.remote import Location
 from merit_fast.options.parser import parse
 from merit_fast.progress import Progress
@@ -20,6 +24,7 @@ def tune_checkpoints(
     validation: Sequence[Mapping[str, str]],
     config: MergeConfig,
     progress: Progress,
+    data_options: Sequence[str] = (),
 ) -> TuneManifest:
     """Chooses the numbers that ``config`` leaves open, on up to ``config.tune_rows`` rows.
 
@@ -31,9 +36,12 @@ def tune_checkpoints(
             the merge.
         config: the merge's options.
         progress: display of the search.
+        data_options: ``KEY=VALUE`` of `data:`, in place of those with which the models were
+            trained.
 
     Raises:
-        InputError: rows or tokenizer are unavailable; see ``starting_weights``, ``tune_merge``.
+        InputError: rows or tokenizer are unavailable; the models were trained on rows encoded in
+            different ways; see ``starting_weights``, ``tune_merge``.
     """
     paths = [path for path, _ in models]
     weights = tuple(weight for _, weight in models if weight is not None)
@@ -43,14 +51,32 @@ def tune_checkpoints(
             f"got {len(weights)} for {len(models)} models"
         )
     start = starting_weights(paths, config, weights)
-    tokenizer = load_tokenizer(str(base or paths[0]))
+    folders = [path for path in paths if isinstance(path, Path)]
+    data_config, is_known = read_data_options(folders, data_options)
+    tokenizer = load_tokenizer_or_processor(str(_tokenizer_source(paths, base)))
+    if not (is_known or data_options):
+        progress.note(
+            "merge: no model tells how its rows became tokens (data.json); the rows of "
+            "--validation are encoded by the tokenizer's own template and the defaults of `data:`"
+        )
     configs = [parse(DatasetConfig, entry, "command line", "--validation") for entry in validation]
-    datasets = load_mixture(configs, tokenizer, DataConfig(), part="train")
+    datasets = load_mixture(configs, tokenizer, data_config, part="train")
     examples = audit_rows(datasets, config.tune_rows)
     candidates = TuneInputs(paths, tuple(map(str, paths)), start, base)
     batch_size = EvaluateConfig().batch_size
     tuned = tune_merge(
-        candidates, examples, pad_token_id(tokenizer), batch_size, config, None, progress
+        candidates,
+        examples,
+        pad_token_id(tokenizer_of(tokenizer)),
+        batch_size,
+        config,
+        None,
+        progress,
     )
     progress.note(tuning_sentence(tuned))
     return tuned
+
+
+def _tokenizer_source(paths: Sequence[Location], base: Location | None) -> Location:
+    """The checkpoint that gives the merge its tokenizer: the first that is no adapter."""
+    return next((p for p in (*paths, base) if p is not None and not is_adapter(p)), paths[0])

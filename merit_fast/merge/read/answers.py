@@ -1,0 +1,61 @@
+"""Files that decide how a merged model is asked and where it stops, compared between models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from merit_fast.merge.read.decoded import is_adapter
+from merit_fast.merge.read.files import list_directory, open_regular, read_json
+from merit_fast.merge.read.remote import Location
+
+_TEMPLATE = "chat_template.jinja"
+_TOKENIZER = "tokenizer_config.json"
+_GENERATION = "generation_config.json"
+
+
+def answer_notes(models: Sequence[Location], companions: Location) -> list[str]:
+    """One sentence for each file in which a model differs from the one that gives it.
+
+    A model without the file does not count, nor does an adapter.
+
+    Args:
+        models: of the merge.
+        companions: the directory whose files the output gets.
+
+    Raises:
+        InputError: a file cannot be read, or should be JSON and is not.
+    """
+    notes = []
+    for name, read, effect in (
+        ("chat template", _template, "answers best when it is asked so"),
+        ("end tokens", _end_tokens, "may stop elsewhere"),
+    ):
+        kept = read(companions)
+        others = [
+            str(path)
+            for path in models
+            if path != companions and not is_adapter(path) and read(path) not in (None, kept)
+        ]
+        if others:
+            whose = ", ".join(others)
+            notes.append(
+                f"merge: the output has the {name} of {companions}; {whose} has others and {effect}"
+            )
+    return notes
+
+
+def _template(folder: Location) -> Any:
+    present = list_directory(folder)
+    if _TEMPLATE in present:
+        with open_regular(folder / _TEMPLATE) as file:
+            return file.read()
+    if _TOKENIZER not in present:
+        return None
+    template = read_json(folder / _TOKENIZER).get("chat_template")
+    return template.encode() if isinstance(template, str) else template
+
+
+def _end_tokens(folder: Location) -> Any:
+    if _GENERATION not in list_directory(folder):
+        return None
+    ids = read_json(folder / _GENERATION).get("eos_token_id")
+    return {ids} if isinstance(ids, int) else set(ids or ()) or None
