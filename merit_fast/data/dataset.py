@@ -102,6 +102,10 @@ class CountedExamples(Protocol):
     def places(self) -> NDArray[np.int64]:
         """[N] numbers that are equal for an example that comes twice."""
 
+    @property
+    def are_plain(self) -> bool:
+        """Whether no example has a tree or media."""
+
     def select(self, indices: NDArray[np.int64]) -> Sequence[Example]:
         """A view of these examples, in this order."""
 
@@ -151,6 +155,13 @@ class Dataset:
             return self.examples.target_counts
         counts = [count_target_tokens(example.labels) for example in self.examples]
         return np.array(counts, np.int64)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no example has a tree or media."""
+        if _is_counted(self.examples):
+            return self.examples.are_plain
+        return all(example.tree is None and example.media is None for example in self.examples)
 
     @property
     def rows(self) -> NDArray[np.int64]:

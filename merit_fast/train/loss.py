@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from merit_fast.data import IGNORED_LABEL, Batch, Example, count_target_tokens, pack
+from merit_fast.data import IGNORED_LABEL, Batch, Dataset, Example, count_target_tokens, pack
 from merit_fast.errors import InputError
 from merit_fast.model import model_inputs, target_losses
 from merit_fast.patch.deferred import DeferredLogits, deferred_cross_entropy
@@ -44,6 +44,20 @@ def choose_attention(model: nn.Module) -> None:
         and getattr(model, "_supports_flash_attn", False)
     ):
         model.set_attn_implementation("flash_attention_2")  # type: ignore[operator]
+
+
+def require_plain(datasets: Sequence[Dataset]) -> None:
+    """Checks that all examples may stand in packed rows.
+
+    Raises:
+        InputError: some have images, or a tree of a template that rewrites earlier turns.
+    """
+    for dataset in datasets:
+        if not dataset.is_plain:
+            raise InputError(
+                f"train.packing: must be false for dataset {dataset.name}: it has images, or turns "
+                "that the chat template rewrites"
+            )
 
 
 def require_packing(model: nn.Module, examples: Sequence[Example]) -> None:

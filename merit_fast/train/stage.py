@@ -20,7 +20,7 @@ from merit_fast.model import load_model, no_loading_bar, peak_memory_bytes, rese
 from merit_fast.patch.model import Patch, patch_model
 from merit_fast.progress import Progress
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.loss import batch_loss, choose_attention, require_packing
+from merit_fast.train.loss import batch_loss, choose_attention, require_packing, require_plain
 from merit_fast.train.optimizer import MasterAdamW
 from merit_fast.train.packing import PackedSchedule
 from merit_fast.train.resume import Position, read_checkpoint, remove_checkpoint, write_checkpoint
@@ -79,6 +79,7 @@ def train_branch(
     _note_once(progress, str(patch), set() if noted is None else noted)
     choose_attention(model)
     if config.packing:
+        require_plain(job.datasets)
         require_packing(model, examples.shortest(8))
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     position, earlier_s = _resume(directory, optimizer)

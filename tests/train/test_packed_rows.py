@@ -9,7 +9,9 @@ import torch
 from support.architectures import make
 from support.training import CONFIG, dataset, job, train
 
-from merit_fast.data import Example, collate, pack
+from merit_fast.data import Dataset, Example, collate, pack
+from merit_fast.data.dataset import Tree
+from merit_fast.errors import InputError
 from merit_fast.model import target_losses
 from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig
@@ -133,6 +135,16 @@ def test_packed_training_sees_as_many_examples_tokens_and_steps(tiny_model, tmp_
         found[packing] = manifest, np.mean(losses)
     assert found[True][0] == found[False][0]
     assert found[True][1] == pytest.approx(found[False][1], rel=0.05)
+
+
+@pytest.mark.parametrize("what", ["tree", "media"])
+def test_examples_that_cannot_be_packed_are_refused(tiny_model, tmp_path, what):
+    ids = np.arange(5, 10, dtype=np.int32)
+    tree = Tree(np.array([0, 2], np.int32), np.array([-1, 0], np.int32))
+    odd = Example(ids, ids, **{what: tree if what == "tree" else object()})
+    rows = dataset("a", 0), Dataset("b", (odd, odd))
+    with pytest.raises(InputError, match="train.packing: must be false for dataset b: it has im"):
+        train(tiny_model, tmp_path / "out", replace(CONFIG, packing=True), *rows)
 
 
 def test_packed_rows_hold_plain_text_only():

@@ -1,8 +1,9 @@
 """The base model before it is loaded: its kind, its size, and the kernels that it gets."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from merit_fast.data import Dataset
 from merit_fast.errors import InputError, show
 from merit_fast.kernels import dispatch
 from merit_fast.manifests.stages import MERGE, SKETCH, TRAIN, Stage
@@ -79,15 +80,16 @@ def check_kernels(
         )
 
 
-def check_packing(base: Path, config: RunConfig, examples: Any) -> None:
-    """Checks that packed rows do not see each other in this model; loads it once.
+def check_packing(base: Path, config: RunConfig, datasets: Sequence[Dataset]) -> None:
+    """Checks that examples may be packed, and do not see each other in this model; loads it once.
 
     Raises:
         InputError: they do.
     """
     from merit_fast.model import load_model
-    from merit_fast.train.loss import choose_attention, require_packing
+    from merit_fast.train.loss import choose_attention, require_packing, require_plain
 
+    require_plain(datasets)
     model = load_model(str(base), config.train.dtype)
     choose_attention(model)
-    require_packing(model, examples)
+    require_packing(model, datasets[0].examples[:2])

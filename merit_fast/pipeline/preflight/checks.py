@@ -48,7 +48,7 @@ def check_stages(
         check_kernels(config, model_type, pending, progress)
     _check_rows(data, pending)
     if TRAIN in pending and config.train.packing and pending_branches(outputs) != ():
-        check_packing(outputs.base, config, data.branch[0].examples[:2])
+        check_packing(outputs.base, config, data.branch)
     check_disk(outputs, data, pending)
 
 
