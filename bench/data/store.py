@@ -5,6 +5,10 @@
 Every measurement is a process. plain: one process without workers, the examples in memory (on some
 thousand rows). build: as many workers as cores, into files. open: the second command. Memory is
 that of the building process: anonymous pages, and all with the mapped files; sampled.
+
+    python -m bench.data.store --large 1600000 [--work FOLDER]
+
+Opens a store of so many random examples of 300 tokens and reads some of them.
 """
 
 import argparse
@@ -82,6 +86,64 @@ def measure(mode: str, model: str, rows: Path, folder: Path, max_rows: int) -> d
     }
 
 
+def write_large(folder: Path, count: int, tokens: int) -> None:
+    """Writes a store of random examples without a tokenizer: half of each is a target."""
+    import numpy as np
+
+    from merit_fast.data.store.chunk import DTYPES, Chunk
+    from merit_fast.data.store.files import FileColumns, Summary
+
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    with FileColumns(folder, "<u2") as columns:
+        for first in range(0, count, 10_000):
+            rows = min(10_000, count - first)
+            values = {
+                "lengths": np.full(rows, tokens),
+                "targets": np.full(rows, tokens // 2),
+                "rows": np.arange(first, first + rows),
+                "span_counts": np.ones(rows),
+                "run_counts": np.zeros(rows),
+                "media_counts": np.zeros(rows),
+                "tokens": generator.integers(0, 50_000, rows * tokens),
+                "spans": np.tile([tokens - tokens // 2, tokens // 2], (rows, 1)),
+                "runs": np.zeros((0, 2)),
+                "media": np.zeros(0),
+            }
+            columns.append(Chunk({name: values[name].astype(DTYPES[name]) for name in values}))
+        columns.finish(Summary(num_rows=count))
+
+
+def measure_large(folder: Path) -> dict[str, Any]:
+    """Opens that store, counts, and reads examples in a random order."""
+    import numpy as np
+
+    from merit_fast.data.dataset import Dataset
+    from merit_fast.data.store.examples import StoredExamples
+    from merit_fast.data.store.files import open_columns
+
+    memory = _Memory()
+    with memory:
+        start = time.perf_counter()
+        columns, _ = open_columns(folder)
+        dataset = Dataset("a", StoredExamples(columns))
+        counts = dataset.num_examples, dataset.num_tokens, dataset.num_target_tokens
+        open_s = time.perf_counter() - start
+        order = np.random.default_rng(0).permutation(len(dataset.examples))[:100_000]
+        start = time.process_time()
+        read = sum(len(dataset.examples[int(i)].input_ids) for i in order)
+        read_s = time.process_time() - start
+    return {
+        "mode": "large",
+        "counts": counts,
+        "open_s": round(open_s, 2),
+        "us_per_example": round(1e6 * read_s / len(order), 1),
+        "tokens_read": read,
+        "anonymous_mib": round(memory.anonymous / 1024),
+        "resident_mib": round(memory.resident / 1024),
+    }
+
+
 class _Memory:
     """Peaks of this process's memory in KiB, sampled by a thread."""
 
@@ -112,13 +174,23 @@ class _Memory:
 def main() -> None:
     """Runs the modes, each in a process, and prints one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="")
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--words", type=int, default=240)
     parser.add_argument("--plain-rows", type=int, default=4000)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--mode")
+    parser.add_argument("--large", type=int, help="examples of 300 tokens, without a tokenizer")
     arguments = parser.parse_args()
+    if arguments.mode == "large":
+        print(json.dumps(measure_large(arguments.work)))
+        return
+    if arguments.large:
+        with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+            write_large(Path(folder, "s"), arguments.large, 300)
+            command = [sys.executable, "-m", "bench.data.store", "--mode", "large"]
+            subprocess.run([*command, "--work", str(Path(folder, "s"))], check=True)
+        return
     if arguments.mode:
         work = arguments.work
         found = measure(

@@ -109,6 +109,10 @@ class CountedExamples(Protocol):
     def tree_indices(self) -> NDArray[np.int64]:
         """[M] the examples that are trees."""
 
+    @property
+    def are_plain(self) -> bool:
+        """Whether no example has a tree or media."""
+
     def select(self, indices: NDArray[np.int64]) -> Sequence[Example]:
         """A view of these examples, in this order."""
 
@@ -165,6 +169,13 @@ class Dataset:
         if _is_counted(self.examples):
             return self.examples.tree_indices
         return np.flatnonzero([example.tree is not None for example in self.examples])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no example has a tree or media."""
+        if _is_counted(self.examples):
+            return self.examples.are_plain
+        return all(example.tree is None and example.media is None for example in self.examples)
 
     @property
     def rows(self) -> NDArray[np.int64]:

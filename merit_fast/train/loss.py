@@ -1,7 +1,7 @@
 """The training loss of a batch, without logits where the head is patched; packed rows checked."""
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from merit_fast.data import (
     IGNORED_LABEL,
     Batch,
+    Dataset,
     Example,
     count_target_tokens,
     has_images,
@@ -54,14 +55,17 @@ def choose_attention(model: nn.Module) -> None:
         model.set_attn_implementation("flash_attention_2")  # type: ignore[operator]
 
 
-def require_text(examples: Iterable[Example]) -> None:
+def require_text(datasets: Sequence[Dataset]) -> None:
     """Checks that no example to pack holds images.
 
     Raises:
         InputError: one does.
     """
-    if any(has_images(example) for example in examples):
-        raise InputError("train.packing: must be false where rows hold images, got true")
+    for dataset in datasets:
+        if not dataset.is_plain and any(has_images(example) for example in dataset.examples):
+            raise InputError(
+                f"train.packing: must be false for dataset {dataset.name}: its rows hold images"
+            )
 
 
 def require_packing(model: nn.Module, examples: Sequence[Example]) -> None:
@@ -79,10 +83,8 @@ def require_packing(model: nn.Module, examples: Sequence[Example]) -> None:
         examples: some examples; two short ones of them are tried.
 
     Raises:
-        InputError: they do: the model's attention crosses the borders of examples; or an example
-            holds images, whose positions and grids a packed row does not carry.
+        InputError: they do: the model's attention crosses the borders of examples.
     """
-    require_text(examples)
     texts = [text for example in examples for text in expand(example)]
     usable = [text for text in texts if count_target_tokens(text.labels)]
     if not usable:

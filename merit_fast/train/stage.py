@@ -28,7 +28,7 @@ from merit_fast.patch.model import Patch, patch_model
 from merit_fast.progress import Progress
 from merit_fast.train.companions import Companions
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.loss import batch_loss, choose_attention, require_packing
+from merit_fast.train.loss import batch_loss, choose_attention, require_packing, require_text
 from merit_fast.train.optimizer import MasterAdamW
 from merit_fast.train.resume import Position, read_checkpoint, remove_checkpoint, write_checkpoint
 from merit_fast.train.schedule import learning_rate, num_steps
@@ -101,6 +101,7 @@ def train_branch(
     if expands or not len(examples.tree_indices):
         choose_attention(model)
     if config.packing:
+        require_text(job.datasets)
         require_packing(model, examples.shortest(8))
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     position, earlier_s = _resume(directory, optimizer)

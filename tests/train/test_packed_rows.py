@@ -10,7 +10,8 @@ import torch
 from support.architectures import make
 from support.training import CONFIG, dataset, job, train
 
-from merit_fast.data import Example, collate, pack
+from merit_fast.data import Dataset, Example, collate, pack
+from merit_fast.errors import InputError
 from merit_fast.model import target_losses
 from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig
@@ -134,6 +135,15 @@ def test_packed_training_sees_as_many_examples_tokens_and_steps(tiny_model, tmp_
         found[packing] = manifest, np.mean(losses)
     assert found[True][0] == found[False][0]
     assert found[True][1] == pytest.approx(found[False][1], rel=0.05)
+
+
+def test_rows_with_images_are_refused_before_training(tiny_model, tmp_path):
+    ids = np.arange(5, 10, dtype=np.int32)
+    image = SimpleNamespace(token_types=np.array([0, 1, 0, 0, 0], np.int8))
+    odd = Example(ids, ids, media=image)
+    rows = dataset("a", 0), Dataset("b", (odd, odd))
+    with pytest.raises(InputError, match="train.packing: must be false for dataset b: its rows ho"):
+        train(tiny_model, tmp_path / "out", replace(CONFIG, packing=True), *rows)
 
 
 def test_packed_rows_hold_no_images():

@@ -76,6 +76,11 @@ class StoredExamples(Sequence[Example]):
         return self._per_example("rows")
 
     @property
+    def are_plain(self) -> bool:
+        """Whether no example has a tree or media."""
+        return not any(self._per_example(name).any() for name in ("run_counts", "media_counts"))
+
+    @property
     def places(self) -> NDArray[np.int64]:
         """[N] place of each example in the store: equal for an example that comes twice."""
         return np.arange(len(self)) if self._indices is None else self._indices

@@ -102,7 +102,7 @@ def check_kernels(
 
 
 def check_packing(base: Path, config: RunConfig, datasets: Sequence[Dataset]) -> None:
-    """Checks that packed rows do not see each other in this model; loads it once.
+    """Checks that examples may be packed, and do not see each other in this model; loads it once.
 
     Raises:
         InputError: they do, or a row holds images.
@@ -110,7 +110,7 @@ def check_packing(base: Path, config: RunConfig, datasets: Sequence[Dataset]) ->
     from merit_fast.model import load_model
     from merit_fast.train.loss import choose_attention, require_packing, require_text
 
-    require_text(example for dataset in datasets for example in dataset.examples)
+    require_text(datasets)
     model = load_model(str(base), config.train.dtype)
     choose_attention(model)
     require_packing(model, datasets[0].examples[:2])

@@ -118,12 +118,15 @@ def test_examples_come_back_as_they_were(tmp_path, dtype, vocabulary, at_once):
     for one, other in zip(twice, (expected[5], expected[1]), strict=True):
         assert_same(one, other)
     stored, plain = Dataset("d", found), Dataset("d", tuple(expected))
+    text = [i for i, e in enumerate(expected) if e.tree is None and e.media is None]
+    assert stored.select(text).is_plain and plain.select(text).is_plain and not stored.is_plain
     chosen = np.random.default_rng(0).permutation(len(expected))[:11]
     for one, other in ((stored, plain), (stored.select(chosen), plain.select(chosen))):
         assert one.lengths.tolist() == other.lengths.tolist()
         assert one.num_tokens == other.num_tokens == sum(len(e.input_ids) for e in other.examples)
         assert one.num_target_tokens == other.num_target_tokens
         counts = [count_target_tokens(example.labels) for example in other.examples]
+        assert one.is_plain == other.is_plain
         assert one.target_counts.tolist() == other.target_counts.tolist() == counts
 
 
