@@ -111,7 +111,7 @@ def ours(work: Work, **changes: Any) -> Run:
     from merit_fast.model import load_model
     from merit_fast.train.optimizer import MasterAdamW
     from merit_fast.train.resume import Position
-    from merit_fast.train.stage import _train_step
+    from merit_fast.train.stage import _train_step, micro_batches
 
     config = recipe(work, **changes)
     model = load_model(work.model, "fp32").train()
@@ -122,9 +122,8 @@ def ours(work: Work, **changes: Any) -> Run:
     for step in range(work.steps):
         wall = time.perf_counter()
         cpu = time.process_time()
-        position = _train_step(
-            model, optimizer, work.batch(step), work.padding, work.steps, config, position
-        )
+        batches = micro_batches(work.batch(step), config, work.padding)
+        position = _train_step(model, optimizer, batches, work.steps, config, position)
         run.wall_s.append(time.perf_counter() - wall)
         run.cpu_s.append(time.process_time() - cpu)
     run.losses = list(position.losses)

@@ -7,7 +7,7 @@ from merit_fast.cli.commands import COMMANDS, Command
 
 EXAMPLES = {
     "init": "merit-fast init data/ --model BASE",
-    "data": "merit-fast data my.yml --rows 2",
+    "data": "merit-fast data my.yml --show 2",
     "run": "merit-fast run my.yml train.epochs=2",
     "status": "merit-fast status my.yml",
     "clean": "merit-fast clean my.yml --dry-run",

@@ -102,7 +102,7 @@ def show_forecast(config: "RunConfig", progress: Progress, file: str, as_json: b
     from merit_fast.pipeline.run import Run, check_output
 
     check_output(config)
-    run = Run(config, progress, f"merit-fast {{stage}} {file}")
+    run = Run(config, progress, f"merit-fast {{stage}} {file}", dry_run=True)
     run.preflight()
     forecast = forecast_run(run.outputs, run.data)
     print(json.dumps(to_plain(forecast)) if as_json else describe_forecast(forecast))

@@ -121,10 +121,12 @@ def pack(examples: Sequence[Example], dataset_ids: Sequence[int]) -> PackedBatch
         dataset_ids: [B] the dataset of each example.
 
     Raises:
-        ValueError: no example, or not one dataset id per example.
+        ValueError: no example, not one dataset id per example, or an example with tree or media.
     """
     import torch
 
+    if any(example.tree is not None or example.media is not None for example in examples):
+        raise ValueError("pack: examples must be plain text, without tree or media")
     if not examples or len(examples) != len(dataset_ids):
         raise ValueError(
             f"pack: needs one dataset id per example, "

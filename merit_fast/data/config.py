@@ -66,6 +66,9 @@ class DatasetConfig:
     train_on: TrainOn | None = option(
         None, "in place of data.train_on, for this dataset", omit_default=True
     )
+    note: str | None = option(
+        None, "a sentence about this dataset that the plan shows", omit_default=True
+    )
 
     def __post_init__(self) -> None:
         named = re.fullmatch(r"[A-Za-z0-9._-]+", self.name) and self.name not in (".", "..")
@@ -157,7 +160,7 @@ def source(config: DatasetConfig, part: Part) -> Source | None:
     """The source of the training or held-out rows; None for a dataset without held-out rows.
 
     Configuration, revision and data files belong to ``path``. With ``eval_share`` both parts lie
-    in one source, and ``held_out.rows_of_part`` divides its rows.
+    in one source, and ``mixture.select`` divides its rows.
     """
     whole = Source(
         config.path,

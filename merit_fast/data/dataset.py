@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,15 @@ from merit_fast.kernels.labels import IGNORED_LABEL
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IGNORED_LABEL", "Dataset", "Example", "Media", "Tree", "count_target_tokens"]
+__all__ = [
+    "IGNORED_LABEL",
+    "ChainedExamples",
+    "Dataset",
+    "Example",
+    "Media",
+    "Tree",
+    "count_target_tokens",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +32,13 @@ class Tree:
     """Texts that share their beginnings, laid out as the runs of tokens of a trie.
 
     Run k holds tokens ``starts[k]`` up to ``starts[k + 1]`` (up to T for the last) and follows
-    run ``parents[k]``, -1 at the root; a parent stands before its children. A token sees its own
+    run ``parents[k]``, -1 at a root; a parent stands before its children. A token sees its own
     run up to itself and the whole of its ancestors. Its position is its depth:
 
         depth(first token of k) = depth(last token of parents[k]) + 1
 
-    The first token of a run is never a target, so the usual shift by one position holds.
+    The first token of a run is a target only where the run stands right behind its parent, so the
+    usual shift by one position holds. Runs at the root begin texts that share nothing.
     """
 
     starts: NDArray[np.int32]  # [R], starts[0] == 0
@@ -36,14 +46,31 @@ class Tree:
 
 
 class Media(Protocol):
-    """The images of one example. They are read when a batch is made."""
+    """The images of one example, possibly none. They are read when a batch is made.
+
+    Every example of a model that reads images has media, and no other example has.
+    """
 
     @property
     def token_types(self) -> NDArray[np.int8]:
         """[T] 0 for text, 1 for an image, 2 for a video."""
 
+    @property
+    def token_types_name(self) -> str | None:
+        """Name of the token types in the model's forward; None if it takes none."""
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Pixel inputs by the names of the model's forward; examples are joined along dim 0."""
+
+    def cut(self, length: int) -> Media:
+        """The media of the example's first ``length`` tokens."""
+
+    def reference(self, folder: Path | None = None) -> dict[str, Any]:
+        """JSON-ready values from which a token store makes the media again; no pixels.
+
+        Args:
+            folder: where the bytes of images that are no files go; None: the values hold them.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +83,41 @@ class Example:
     media: Media | None = None  # None: text only
 
 
+class CountedExamples(Protocol):
+    """A sequence that knows its examples' sizes without making them."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N] tokens of each example."""
+
+    @property
+    def target_counts(self) -> NDArray[np.int64]:
+        """[N] tokens in the loss of each example, after the shift by one position."""
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[N] number of each example's row in its source, from 0."""
+
+    def select(self, indices: NDArray[np.int64]) -> Sequence[Example]:
+        """A view of these examples, in this order."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The examples of one dataset in the order of its rows, and notes about changed rows."""
+    """The examples of one dataset in the order of its rows, and notes about changed rows.
+
+    Attributes:
+        examples: a sequence, perhaps CountedExamples too.
+        notes: sentences such as "3 rows longer than 2048 tokens were truncated".
+        content: fingerprint of the source's rows; None: not known without the tokens.
+        num_rows: rows of the source, with those that gave no example; None: not known.
+    """
 
     name: str
     examples: Sequence[Example]
-    notes: tuple[str, ...] = ()  # "3 rows longer than 2048 tokens were truncated"
+    notes: tuple[str, ...] = ()
+    content: str | None = None
+    num_rows: int | None = None
 
     @property
     def num_examples(self) -> int:
@@ -71,7 +126,7 @@ class Dataset:
     @cached_property
     def num_target_tokens(self) -> int:
         """Tokens in the loss, after the shift by one position."""
-        return sum(count_target_tokens(example.labels) for example in self.examples)
+        return int(self.target_counts.sum())
 
     @cached_property
     def num_tokens(self) -> int:
@@ -81,11 +136,70 @@ class Dataset:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """[N] tokens of each example."""
+        if _is_counted(self.examples):
+            return self.examples.lengths
         return np.array([len(example.input_ids) for example in self.examples], np.int64)
+
+    @cached_property
+    def target_counts(self) -> NDArray[np.int64]:
+        """[N] tokens in the loss of each example, after the shift by one position."""
+        if _is_counted(self.examples):
+            return self.examples.target_counts
+        counts = [count_target_tokens(example.labels) for example in self.examples]
+        return np.array(counts, np.int64)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[N] number of each example's row in its source; of each example where that is unknown."""
+        if _is_counted(self.examples):
+            return self.examples.rows
+        return np.arange(len(self.examples))
 
     def select(self, indices: Sequence[int] | NDArray[np.integer]) -> Dataset:
         """The dataset with these examples only, in this order; without notes."""
-        return Dataset(self.name, tuple(self.examples[int(i)] for i in indices))
+        chosen = np.asarray(indices, np.int64)
+        if _is_counted(self.examples):
+            examples = self.examples.select(chosen)
+            return Dataset(self.name, examples, (), self.content, self.num_rows)
+        return Dataset(self.name, tuple(self.examples[int(i)] for i in chosen))
+
+
+class ChainedExamples(Sequence[Example]):
+    """The examples of several datasets, one after another; none is copied."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self._datasets = datasets
+        counts = [dataset.num_examples for dataset in datasets]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        number = range(len(self))[index]  # negative indices, and IndexError
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        examples = self._datasets[part].examples
+        return examples[number - int(self._ends[part]) + len(examples)]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N] tokens of each example."""
+        return np.concatenate([np.zeros(0, np.int64), *(d.lengths for d in self._datasets)])
+
+    def shortest(self, count: int) -> list[Example]:
+        """The ``count`` examples of the fewest tokens, the shortest first."""
+        order = np.argsort(self.lengths, kind="stable")
+        return [self[int(index)] for index in order[:count]]
+
+
+def _is_counted(examples: Any) -> TypeGuard[CountedExamples]:
+    return hasattr(examples, "target_counts")
 
 
 def count_target_tokens(labels: Any) -> int:

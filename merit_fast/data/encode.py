@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.data.config import DataConfig, DatasetConfig
-from merit_fast.data.dataset import IGNORED_LABEL, Example, count_target_tokens
+from merit_fast.data.conversation import Conversation
+from merit_fast.data.dataset import Example
+from merit_fast.data.images import ImageEncoder, is_processor
+from merit_fast.data.rows.loss import train_on_of
 from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import PlacedRow
-from merit_fast.data.template import ChatEncoder
+from merit_fast.data.template import ChatEncoder, Encoded
 from merit_fast.errors import InputError
 
 
@@ -40,46 +43,50 @@ class RowEncoder:
 
     def __init__(self, config: DatasetConfig, data_config: DataConfig, tokenizer: Any) -> None:
         self.reader = RowReader(config, data_config)
-        self._data_config = data_config
-        self._encoder = ChatEncoder(tokenizer, data_config.chat_template)
+        self._train_on = train_on_of(config, data_config)
+        self._encoder: ChatEncoder | ImageEncoder
+        if is_processor(tokenizer):
+            self._encoder = ImageEncoder(tokenizer, data_config, config.media)
+        else:
+            self._encoder = ChatEncoder(tokenizer, data_config)
 
     def encode(self, rows: Sequence[PlacedRow]) -> list[EncodedRow]:
         """Encodes rows in their order, in one call of the tokenizer; a bad row raises nothing."""
-        encoded = []
+        return self.encode_read(self.read(rows))
+
+    def read(self, rows: Sequence[PlacedRow]) -> list[Conversation | EncodedRow]:
+        """Reads rows in their order; a bad row gives an EncodedRow with its error."""
+        read: list[Conversation | EncodedRow] = []
         for place, row in rows:
             try:
-                encoded.append(self._encode(place, row))
+                read.append(self.reader.read(row, place))
             except InputError as error:
-                encoded.append(EncodedRow(place, error=error))
-        return encoded
+                read.append(EncodedRow(place, error=error))
+        return read
 
-    def _encode(self, place: str, row: dict[str, Any]) -> EncodedRow:
-        conversation = self.reader.read(row, place)
-        messages = [message.for_template() for message in conversation.messages]
-        rendered = self._encoder.render(messages, place)
-        if not rendered:
-            raise InputError(f"{place}: must have an answer of the assistant, found none")
-        examples = []
-        outcomes = ["rewritten"] if len(rendered) > 1 else []
-        for example in self._encoder.encode(rendered):
-            fitted, outcome = self._fit(example, place)
-            examples += [fitted] if fitted else []
-            outcomes += [outcome] if outcome else []
-        return EncodedRow(place, tuple(examples), tuple(outcomes))
+    def encode_read(self, read: Sequence[Conversation | EncodedRow]) -> list[EncodedRow]:
+        """Encodes the results of ``read``, of this encoder or of one in another process."""
+        if isinstance(self._encoder, ChatEncoder):
+            read = [_without_images(item) for item in read]
+        conversations = [item for item in read if isinstance(item, Conversation)]
+        encoded = iter(self._encoder.encode(conversations, self._train_on))
+        return [
+            item if isinstance(item, EncodedRow) else _encoded_row(item.place, next(encoded))
+            for item in read
+        ]
 
-    def _fit(self, example: Example, place: str) -> tuple[Example | None, str | None]:
-        """Applies `data.too_long`: the example, None if dropped; and the outcome."""
-        length = len(example.input_ids)
-        limit = self._data_config.max_length
-        if length <= limit:
-            return example, None
-        if self._data_config.too_long == "error":
-            rule = f"must have at most data.max_length = {limit} tokens"
-            raise InputError(f"{place}: {rule}, got {length}")
-        if self._data_config.too_long == "drop":
-            return None, "dropped"
-        labels = example.labels[:limit]
-        if not count_target_tokens(labels):
-            return None, "unanswered"
-        end = int((labels != IGNORED_LABEL).nonzero()[0][-1]) + 1
-        return Example(example.input_ids[:end].copy(), labels[:end].copy()), "truncated"
+    def notes(self) -> list[str]:
+        """One sentence on each thing that a user should know about the rows encoded so far."""
+        return [*self.reader.notes(), *self._encoder.notes()]
+
+
+def _without_images(item: Conversation | EncodedRow) -> Conversation | EncodedRow:
+    """The item, or the error that a model of text cannot read its images."""
+    if isinstance(item, EncodedRow) or not item.images:
+        return item
+    rule = f"{item.place}: must be text: the row has images, and the model reads none"
+    return EncodedRow(item.place, error=InputError(rule))
+
+
+def _encoded_row(place: str, encoded: Encoded) -> EncodedRow:
+    return EncodedRow(place, encoded.examples, encoded.outcomes, encoded.error)

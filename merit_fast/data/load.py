@@ -1,26 +1,30 @@
-"""Loads a whole mixture: the rows of each dataset's part, encoded."""
+"""Loads a whole mixture: the rows of each dataset, encoded, in memory or in a token store."""
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
+import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
-from merit_fast.data.dataset import Dataset, Example
-from merit_fast.data.encode import RowEncoder
-from merit_fast.data.mixture.scan import check_bad_rows, error_notes, selected_rows
-from merit_fast.data.mixture.select import MixtureRows, Selection
-from merit_fast.data.sources import Source, read_rows, unread_files
-from merit_fast.errors import InputError
+import numpy as np
+from numpy.typing import NDArray
 
-_LENGTH_NOTES = {
-    "truncated": "truncated",
-    "dropped": "dropped",
-    "unanswered": "dropped because truncation would leave no answer",
-}
-_ROWS_AT_ONCE = 64  # tokenized in one call, which runs on all cores
+from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
+from merit_fast.data.dataset import Dataset
+from merit_fast.data.encode import RowEncoder
+from merit_fast.data.images import media_reader
+from merit_fast.data.mixture.scan import check_bad_rows, error_notes
+from merit_fast.data.mixture.select import MixtureRows, Selection
+from merit_fast.data.sources import read_rows
+from merit_fast.data.store.build import TokenStore, build_examples, token_dtype
+from merit_fast.data.store.chunk import Chunk
+from merit_fast.data.store.examples import StoredExamples
+from merit_fast.data.store.files import Summary
+from merit_fast.data.store.workers import ChunkEncoder
+from merit_fast.data.template import outcome_notes
+from merit_fast.errors import InputError
+from merit_fast.progress import Progress, SilentProgress, Task
 
 
 def load_mixture(
@@ -30,6 +34,9 @@ def load_mixture(
     *,
     part: Part,
     rows: MixtureRows | None = None,
+    store: TokenStore | None = None,
+    progress: Progress | None = None,
+    num_workers: int | None = None,
 ) -> list[Dataset]:
     """Reads and tokenizes the datasets of a mixture, in its order.
 
@@ -39,6 +46,10 @@ def load_mixture(
         data_config: the `data:` section.
         part: "train", or "eval" for the held-out rows.
         rows: the same mixture's rows, where they are known already.
+        store: keeps the tokens for other processes; None: they stay in memory.
+        progress: display of the rows as they are tokenized; None: none.
+        num_workers: processes that tokenize, 0: this one. None: one per core for a mixture of
+            many rows. The examples do not depend on it.
 
     Returns:
         One Dataset per entry. For "eval", entries without held-out rows are left out;
@@ -49,65 +60,113 @@ def load_mixture(
             is wrong; the message names file and line.
     """
     selections = (rows or MixtureRows(configs, data_config)).select(part)
-    datasets = []
-    for config in configs:
-        if place := source(config, part):
-            encoder = RowEncoder(config, data_config, tokenizer)
-            selection = selections[config.name]
-            datasets.append(_load(config, data_config, encoder, place, selection))
-    return datasets
+    shown = SilentProgress() if progress is None else progress
+    with ChunkEncoder(tokenizer, data_config, num_workers) as encoder:
+        loader = _Loader(encoder, tokenizer, data_config, part, store, shown)
+        return [
+            loader.load(config, selections[config.name])
+            for config in configs
+            if source(config, part)
+        ]
 
 
-def _load(
-    config: DatasetConfig,
-    data_config: DataConfig,
-    encoder: RowEncoder,
-    place: Source,
-    selection: Selection,
-) -> Dataset:
-    of_rows: list[tuple[Example, ...]] = []
-    outcomes: Counter[str] = Counter()
-    errors = list(selection.errors)
-    rows = selected_rows(read_rows(place), selection.rows)
-    while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-        for encoded in encoder.encode(chunk):
-            if encoded.error:
-                errors.append(str(encoded.error))
-                check_bad_rows(errors, config, data_config)
-            of_rows.append(encoded.examples)
-            outcomes.update(encoded.outcomes)
-    examples = tuple(example for position in selection.order for example in of_rows[position])
-    if not examples:
-        rule = f"an answer within data.max_length = {data_config.max_length} tokens"
-        where = f"{place.path}: dataset {config.name}"
-        raise InputError(f"{where}: must have a row with {rule}, found none in {len(of_rows)} rows")
-    notes = (
-        *_source_notes(place),
-        *_outcome_notes(outcomes, data_config.max_length),
-        *encoder.reader.notes(),
-        *selection.notes,
-        *error_notes(errors),
-    )
-    return Dataset(config.name, examples, notes)
+class _Loader:
+    """Loads datasets with one pool of workers."""
 
+    def __init__(
+        self,
+        encoder: ChunkEncoder,
+        tokenizer: Any,
+        data_config: DataConfig,
+        part: Part,
+        store: TokenStore | None,
+        progress: Progress,
+    ) -> None:
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.data_config = data_config
+        self.part: Part = part
+        self.store = store
+        self.progress = progress
+        vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
+        self.token_dtype = token_dtype(vocabulary.values())
 
-def _source_notes(place: Source) -> Iterator[str]:
-    """A sentence on the files of a folder of which nothing is read."""
-    if unread := unread_files(place):
-        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-        yield f"files not read: {', '.join(unread[:3])}{more}"
+    def load(self, config: DatasetConfig, selection: Selection) -> Dataset:
+        """The dataset of one entry: each selected row once in the store, then in its order."""
+        store = self.store or TokenStore(Path(), {})
 
+        def make(summary: Summary) -> Iterator[Chunk]:
+            return self._make(config, selection, summary)
 
-def _outcome_notes(outcomes: Counter[str], limit: int) -> Iterator[str]:
-    noun = "example" if outcomes["rewritten"] else "row"
-    for key, outcome in _LENGTH_NOTES.items():
-        if count := outcomes[key]:
-            subject = f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-            verb = "was" if count == 1 else "were"
-            yield f"{subject} longer than {limit} tokens {verb} {outcome}"
-    if count := outcomes["rewritten"]:
-        rows = "row" if count == 1 else "rows"
-        yield (
-            f"{count} {rows} became one example per answer "
-            "because the chat template rewrites earlier turns"
+        columns, summary = build_examples(
+            make,
+            store.place(config.name, selection.rows) if self.store else None,
+            self.token_dtype,
+            self.progress,
+            verify=store.verify,
+            writes=store.writes,
         )
+        examples = StoredExamples(columns, media_reader(self.tokenizer))
+        indices = _in_order(examples.rows, selection)
+        return Dataset(
+            config.name,
+            examples if indices is None else examples.select(indices),
+            tuple(self._notes(summary, selection)),
+            store.fingerprints.get(config.name),
+            len(selection.rows),
+        )
+
+    def _make(
+        self, config: DatasetConfig, selection: Selection, summary: Summary
+    ) -> Iterator[Chunk]:
+        """Encodes the selected rows. A row's number is its position in ``selection.rows``."""
+        place = source(config, self.part)
+        assert place is not None
+        row_encoder = RowEncoder(config, self.data_config, self.tokenizer)
+        rows = read_rows(place, selection.rows.tolist())
+        num_examples = 0
+        with self._task(config, len(selection.rows)) as task:
+            for chunk, count in self.encoder.chunks(config, row_encoder, rows):
+                errors = [*selection.errors, *summary.errors, *chunk.errors]
+                check_bad_rows(errors, config, self.data_config)
+                num_examples += len(chunk.columns["lengths"])
+                yield chunk
+                task.advance(count)
+        summary.notes += row_encoder.notes()
+        if not num_examples:
+            rule = f"an answer within data.max_length = {self.data_config.max_length} tokens"
+            where = f"{place.path}: dataset {config.name}"
+            raise InputError(
+                f"{where}: must have a row with {rule}, found none in {len(selection.rows)} rows"
+            )
+
+    @contextlib.contextmanager
+    def _task(self, config: DatasetConfig, num_rows: int) -> Iterator[Task]:
+        """The display of a dataset's rows."""
+        if isinstance(self.progress, SilentProgress):
+            yield self.progress
+            return
+        with self.progress.task(f"tokenize {config.name}", num_rows, "rows") as task:
+            yield task
+
+    def _notes(self, summary: Summary, selection: Selection) -> Iterator[str]:
+        yield from outcome_notes(summary.outcomes, self.data_config.max_length)
+        yield from summary.notes
+        yield from selection.notes
+        yield from error_notes([*selection.errors, *summary.errors])
+
+
+def _in_order(rows: NDArray[np.int64], selection: Selection) -> NDArray[np.int64] | None:
+    """[N] the examples of the rows of ``selection.order``; None: all of them, as they come.
+
+    Args:
+        rows: the row of every stored example, as a position in ``selection.rows``, ascending.
+        selection: the dataset's rows.
+    """
+    order = selection.order
+    if np.array_equal(order, np.arange(len(selection.rows))):
+        return None
+    first = np.searchsorted(rows, order, side="left")
+    counts = np.searchsorted(rows, order, side="right") - first
+    starts = np.repeat(first - (np.cumsum(counts) - counts), counts)
+    return starts + np.arange(int(counts.sum()))

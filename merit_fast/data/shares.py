@@ -59,6 +59,18 @@ def dealt_rows(
     return dataset.select(np.sort(chosen))
 
 
+def draw_rows(content: str, seed: int, num_rows: int) -> NDArray[np.int64]:
+    """Numbers of all rows in the order in which a sketch draws them.
+
+    Args:
+        content: fingerprint of the rows.
+        seed: seed of the draw.
+        num_rows: number of rows.
+    """
+    digest = hashlib.blake2b(f"{seed}\n{content}".encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little")).permutation(num_rows)
+
+
 def num_dealt_rows(num_examples: int, part: int, parts: int, seed: int, key: str) -> int:
     """Number of rows in a share of ``dealt_rows``, found without the rows."""
     return len(_dealt(num_examples, part, parts, seed, key))

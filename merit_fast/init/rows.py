@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from merit_fast.data.config import DataConfig, DatasetConfig
+from merit_fast.data.conversation import Message
 from merit_fast.data.mixture.held_out import holds_out
 from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import Source as RowSource
@@ -29,19 +30,17 @@ def read_source(path: Path) -> Source:
     """Converts every row of a file or directory.
 
     Raises:
-        InputError: no row, a row of no known format, rows of two formats, or a row without an
-            answer; names file and line.
+        InputError: no row, a row of no known format, rows of two formats, a row without an
+            answer, or a column that nothing reads; names file and line.
     """
     reader = RowReader(DatasetConfig("rows", str(path)), DataConfig())
     keys = bytearray()
     num_rows = num_characters = 0
     for where, row in read_rows(RowSource(str(path))):
         conversation = reader.read(row, where)
-        answers = [turn.content for turn in conversation.messages if turn.role == "assistant"]
-        if not answers:
-            raise InputError(f"{where}: must have an answer of the assistant, found none")
+        answers = [turn for turn in conversation.messages if turn.role == "assistant"]
         num_rows += 1
-        num_characters += sum(len(answer or "") for answer in answers)
+        num_characters += sum(_count_characters(answer) for answer in answers)
         keys += conversation.key()
     if not num_rows:
         raise InputError(f"{path}: must have at least one row, found none")
@@ -49,3 +48,10 @@ def read_source(path: Path) -> Source:
     counts = ((share, int(holds_out(hashes, share).sum())) for share in _SHARES)
     divided = ((share, count) for share, count in counts if 0 < count < num_rows)
     return Source(reader.format_name, num_rows, num_characters, next(divided, None))
+
+
+def _count_characters(message: Message) -> int:
+    content = message.content or ""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part.get("text", "")) for part in content)

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from merit_fast.data.paths import COMPRESSIONS, ROW_SUFFIXES, container_of
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import STAGES
 
 _TRAIN = ("train", "training")
 # The first that is there is taken: rows that report come before rows that tune.
 _HELD_OUT = ("eval", "evaluation", "test", "heldout", "validation", "val", "valid", "dev")
-_SUFFIXES = (".jsonl", ".parquet")
-_UNREAD = (".csv", ".tsv", ".arrow", ".gz", ".zst", ".zip", ".xlsx")
+_UNREAD = (".zip", ".tar", ".xlsx", ".pkl")
 _SHARD = re.compile(r"[-_.]\d{5}-of-\d{5}$")
 
 
@@ -54,7 +54,7 @@ def scan(places: Sequence[Path]) -> Scan:
     parts: dict[tuple[str, ...], dict[str, list[Path]]] = {}
     for file in sorted(file for place in places for file in _files(place)):
         if file.suffix in _UNREAD:
-            rule = "not read: convert it to JSONL or Parquet"
+            rule = "not read: unpack it, or convert it to JSONL or Parquet"
             result.unused.append(f"{file}: {rule}")
         else:
             key, role = _key_and_role(Path(os.path.abspath(file)).relative_to(root))
@@ -83,9 +83,9 @@ def _files(place: Path) -> Iterator[Path]:
         here = Path(folder)
         folders[:] = sorted(name for name in folders if not _is_left_out(here / name))
         for name in names:
-            suffix = Path(name).suffix
-            is_read = suffix in (*_SUFFIXES, *_UNREAD)
-            if name[0] != "." and (is_read or (suffix == ".json" and _holds_rows(here / name))):
+            container = container_of(name)
+            is_read = Path(name).suffix in _UNREAD or container not in ("", ".json")
+            if name[0] != "." and (is_read or (container and _holds_rows(here / name))):
                 yield here / name
 
 
@@ -97,8 +97,10 @@ def _is_left_out(folder: Path) -> bool:
 def _holds_rows(file: Path) -> bool:
     """Whether a .json file begins with an object on a line by itself, as JSONL, or with an array.
 
-    Reading it names the rule where the array holds no rows.
+    A compressed one counts as rows.
     """
+    if file.suffix != ".json":
+        return True
     with open(file, "rb") as lines:
         first = lines.readline(1 << 20).strip()
     return first.startswith(b"[") or (first.startswith(b"{") and first.endswith(b"}"))
@@ -113,7 +115,7 @@ def _key_and_role(path: Path) -> tuple[tuple[str, ...], str]:
             role = _role(folder)
         else:
             key.append(folder)
-    stem = _SHARD.sub("", path.name.removesuffix(path.suffix))
+    stem = _SHARD.sub("", _stem(path))
     words = re.split(r"[._\-]+", re.sub(r"held[._-]?out", "heldout", stem, flags=re.IGNORECASE))
     for place in (-1, 0):
         if _role(words[place]):
@@ -121,6 +123,15 @@ def _key_and_role(path: Path) -> tuple[tuple[str, ...], str]:
             stem = _without(stem, place)
             break
     return (*key, *([stem] if stem else [])), role or "train"
+
+
+def _stem(path: Path) -> str:
+    """The file's name without the suffixes of its container and its compression."""
+    container = container_of(path.name)
+    name = path.name
+    for suffix in COMPRESSIONS if container else ():
+        name = name.removesuffix(suffix)
+    return name.removesuffix(container or path.suffix)
 
 
 def _role(word: str) -> str:
@@ -160,7 +171,7 @@ def _one_place(result: Scan, files: list[Path]) -> list[Path]:
     if len(files) == 1:
         return files
     folder = files[0].parent
-    inside = {file for file in folder.iterdir() if file.suffix in _SUFFIXES and file.name[0] != "."}
+    inside = {file for file in folder.iterdir() if container_of(file.name) and file.name[0] != "."}
     if inside == set(files):
         return [folder]
     rule = "one of several files of one name: put them into a folder of their own"
@@ -170,10 +181,10 @@ def _one_place(result: Scan, files: list[Path]) -> list[Path]:
 
 def _without_copies(result: Scan, files: list[Path]) -> list[Path]:
     """One file of each name: JSONL before Parquet, as a person can read it."""
-    order = {suffix: place for place, suffix in enumerate(_SUFFIXES)}
+    order = {suffix: place for place, suffix in enumerate(ROW_SUFFIXES)}
     kept: dict[Path, Path] = {}
-    for file in sorted(files, key=lambda file: order.get(file.suffix, len(order))):
-        first = kept.setdefault(file.with_suffix(""), file)
+    for file in sorted(files, key=lambda file: order.get(container_of(file.name), len(order))):
+        first = kept.setdefault(file.with_name(_stem(file)), file)
         if first is not file:
             result.unused.append(f"{file}: not read: {first.name} has the same name")
     return sorted(kept.values())

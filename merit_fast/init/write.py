@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
+from merit_fast.data.mixture.expand import expand_mixture
+from merit_fast.data.mixture.folder import folder_entries
+from merit_fast.data.mixture.select import MixtureRows
 from merit_fast.data.paths import is_hub_id
 from merit_fast.errors import InputError
 from merit_fast.init.rows import Source, read_source
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZED_ROWS = 200  # of each dataset, from which its tokens are estimated
-_MANY_DATASETS = 12  # from which four groups are written instead of two
+_MANY_DATASETS = 12  # from which four groups are written instead of two, and a folder at once
+_PATHS = ("path", "eval_path")
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,59 @@ def draft_config(
         except InputError as error:
             unused.append(str(error))
     if not entries:
-        reasons = unused[0] if unused else "found no .jsonl, .parquet or .json file"
+        reasons = unused[0] if unused else "found no file of rows"
         shown = " ".join(map(str, places))
         raise InputError(f"{shown}: no rows that a run can use: {reasons}")
     own = model if base is None else _from_folder(base, file.parent)
-    text = "\n".join(_lines(own, entries, data, unused, file.name)) + "\n"
+    if _has_leaks(entries, file.parent):
+        data["leaks"] = "drop"
+    text = "\n".join(_lines(own, entries, data, unused, file)) + "\n"
     values = yaml.safe_load(text)
+    values["mixture"] = expand_mixture(values["mixture"], file.parent, str(file))
     parse(RunConfig, {**values, "model": own or "MODEL"}, str(file))
     names = tuple(entry.keys["name"] for entry in entries)
     return Draft(text, names, tuple(unused))
+
+
+def _has_leaks(entries: Sequence[_Entry], folder: Path) -> bool:
+    """Whether a training row is held out too, by any of the datasets."""
+    configs = []
+    for entry in entries:
+        paths = {key: str(folder / entry.keys[key]) for key in _PATHS if key in entry.keys}
+        configs.append(parse(DatasetConfig, {**entry.keys, **paths}, "mixture"))
+    selections = MixtureRows(configs, DataConfig(leaks="keep")).select("train")
+    return any(selection.num_leaks for selection in selections.values())
+
+
+def _as_folder(entries: Sequence[_Entry], file: Path) -> dict[str, Any] | None:
+    """The item of a mixture that stands for all entries; None if they are no such folder."""
+    own = [
+        {key: value for key, value in entry.keys.items() if key != "eval_share"}
+        for entry in entries
+    ]
+    folder = (file.parent / own[0]["path"]).parent
+    shares = {entry.keys.get("eval_share") for entry in entries if "eval_path" not in entry.keys}
+    if len(entries) <= _MANY_DATASETS or len(shares) > 1 or not folder.is_dir():
+        return None
+    item: dict[str, Any] = {"folder": _from_folder(folder, file.parent)}
+    if shares != {None} and shares:
+        item["eval_share"] = shares.pop()
+    try:
+        expanded = folder_entries(folder, str(file))
+    except InputError:
+        return None  # files that a list of entries can leave out
+    located = [
+        {key: str((file.parent / value).absolute()) if key in _PATHS else value}
+        for entry in own
+        for key, value in entry.items()
+    ]
+    found = [{key: value} for entry in expanded for key, value in entry.items()]
+    return item if _normal(located) == _normal(found) else None
+
+
+def _normal(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Keys and values in one form, for comparison."""
+    return sorted((key, os.path.normpath(value)) for pair in pairs for key, value in pair.items())
 
 
 def _data_keys(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
@@ -145,10 +193,10 @@ def _lines(
     entries: Sequence[_Entry],
     data: dict[str, Any],
     unused: Sequence[str],
-    name: str,
+    file: Path,
 ) -> list[str]:
     lines = [
-        f"# merit-fast run {name}",
+        f"# merit-fast run {file.name}",
         "# Paths count from this file's folder. Every option is here: a line that begins with",
         "# '# key: value' shows a default; remove its '# ' to set it.",
         "",
@@ -158,8 +206,13 @@ def _lines(
     else:
         lines += commented(f"model: {flow(model)}", "base model")
     lines += ["", "mixture:"]
+    whole = _as_folder(entries, file)
     for entry in entries:
-        lines += [f"  # {entry.keys['name']}: {entry.comment}", f"  - {flow(entry.keys)}"]
+        lines.append(f"  # {entry.keys['name']}: {entry.comment}")
+        if whole is None:
+            lines.append(f"  - {flow(entry.keys)}")
+    if whole is not None:
+        lines.append(f"  - {flow(whole)}")
     lines += [f"  # not used: {' '.join(reason.split())}" for reason in unused]
     groups = _groups(len(entries))
     controls = {"joint": True, "random": 1}

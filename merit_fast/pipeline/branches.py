@@ -93,6 +93,7 @@ def train_planned(
         base_fingerprint=outputs.base_fingerprint,
         start_fingerprint=start_fingerprint,
         steps=branch.steps,
+        row_length=outputs.config.data.max_length,
     )
     train_branch(job, outputs.recipe(branch), directory, progress, noted)
 

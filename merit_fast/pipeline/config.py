@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from merit_fast.data.config import DataConfig, DatasetConfig
+from merit_fast.data.mixture.expand import expand_mixture
+from merit_fast.data.mixture.locate import locate
 from merit_fast.data.paths import is_hub_id, is_url
 from merit_fast.data.template import PLAIN
 from merit_fast.errors import InputError, show
@@ -31,7 +33,9 @@ class RunConfig:
 
     model: str = option(REQUIRED, "base model: a folder or a hub id")
     mixture: tuple[DatasetConfig, ...] = option(
-        REQUIRED, "the datasets", form="[{name: NAME, path: PATH, ...}, ...]"
+        REQUIRED,
+        "the datasets; in place of an entry {from: FILE} or {folder: DIR}, with only and except",
+        form="[{name: NAME, path: PATH, ...}, ...]",
     )
     data: DataConfig = field(default=DataConfig())
     split: SplitConfig = field(default=SplitConfig())
@@ -65,6 +69,8 @@ def read_run_config(
     values = (read_yaml(file) or {}) if file else {}
     if not isinstance(values, dict):
         raise InputError(f"{file}: must be a mapping of keys, got {type(values).__name__}")
+    if file and "mixture" in values and "mixture" not in (flags or {}):
+        values["mixture"] = expand_mixture(values["mixture"], file.parent, str(file))
     if file:
         overridden = {*(flags or {}), *(text.partition("=")[0] for text in assignments)}
         _resolve_paths(values, overridden, file)
@@ -72,6 +78,8 @@ def read_run_config(
     if file and (assignments or flags):
         where += " with command line"
     values = override({**values, **(flags or {})}, assignments)
+    if any(text.partition("=")[0] == "mixture" for text in assignments):
+        values["mixture"] = expand_mixture(values["mixture"], Path(), "command line")
     _refuse_old_keys(values, where)
     if "model" in values and values["model"] is None:
         raise InputError(f"{where}: model: is empty; it must be a model's folder or a hub id")
@@ -96,7 +104,7 @@ def write_run_config(config: RunConfig, path: Path) -> None:
     plain = to_plain(config)
     for mapping, key, _ in _paths_in(plain):
         local = Path(mapping[key]).expanduser()
-        if local.exists() or not (is_url(mapping[key]) or is_hub_id(mapping[key])):
+        if local.exists() or not (is_hub_id(mapping[key]) or is_url(mapping[key])):
             mapping[key] = str(local.absolute())
     output = Path(config.output).expanduser().absolute()
     plain["output"] = os.path.relpath(output, path.parent.absolute())
@@ -109,7 +117,7 @@ def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str
         yield values, "model", "model"
     mixture = values.get("mixture")
     for i, entry in enumerate(mixture if isinstance(mixture, list) else []):
-        for key in ("path", "eval_path"):
+        for key in ("path", "eval_path", "media"):
             if isinstance(entry, dict) and isinstance(entry.get(key), str):
                 yield entry, key, f"mixture[{i}].{key}"
     data = values.get("data")
@@ -135,20 +143,8 @@ def _input_path(text: str, name: str, file: Path) -> str:
     Raises:
         InputError: the path is there from the current directory, but not from the YAML's folder.
     """
-    if is_url(text):
-        return text
-    path = Path(text).expanduser()
-    from_yaml = file.parent / path
-    if from_yaml.exists():
-        return os.path.normpath(from_yaml)
-    if path.exists():
-        raise InputError(
-            f"{file}: {name}: {text} is not in {file.parent.absolute()} but in {Path.cwd()}; "
-            "paths in a YAML count from its folder"
-        )
-    if name != "data.chat_template" and is_hub_id(text, file.parent):
-        return text
-    return str(from_yaml.absolute())
+    may_be_id = name != "data.chat_template" and not name.endswith(".media")
+    return locate(text, file.parent, f"{file}: {name}", may_be_id=may_be_id)
 
 
 def _output_path(text: str, file: Path) -> str:

@@ -2,22 +2,47 @@
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from merit_fast.data import Dataset, load_mixture, load_tokenizer, pad_token_id
+from merit_fast.data import (
+    Dataset,
+    dataset_fingerprints,
+    load_mixture,
+    load_tokenizer,
+    pad_token_id,
+)
 from merit_fast.data.config import Part
+from merit_fast.data.mixture.select import MixtureRows, ScanCache
+from merit_fast.data.sources import Source, source_content
+from merit_fast.data.store import TokenStore
+from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.pipeline.arms import Branch, branches_part, merit_steps, whole_mixture
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress
 from merit_fast.train.schedule import num_steps
 
+TOKENS_FOLDER = "tokens"  # of a run's output: a cache, and no result
+
+
+def held_out_contents(outputs: Outputs) -> dict[str, str]:
+    """Name -> fingerprint of each dataset's held-out examples."""
+    config = outputs.config
+    base = str(outputs.base)
+    hashes = outputs.records.hashes
+    return dataset_fingerprints(config.mixture, config.data, base, part="eval", file_hash=hashes)
+
 
 class RunData:
-    """Tokenizer and datasets of one configured run."""
+    """Tokenizer and datasets of one configured run.
 
-    def __init__(self, outputs: Outputs, progress: Progress) -> None:
+    ``writes``: whether rows that are tokenized may be kept in the run's output.
+    """
+
+    def __init__(self, outputs: Outputs, progress: Progress, writes: bool = True) -> None:
         self.outputs = outputs
+        self.writes = writes
         self.config = outputs.config
         self.progress = progress
 
@@ -28,6 +53,18 @@ class RunData:
     @functools.cached_property
     def pad_token_id(self) -> int:
         return pad_token_id(self.tokenizer)
+
+    @functools.cached_property
+    def rows(self) -> MixtureRows:
+        """The rows of every part, from one scan of each source."""
+        config = self.config
+        hashes = self.outputs.records.hashes
+
+        def content(place: Source) -> str:
+            return fingerprint(source_content(place, hashes))
+
+        cache = ScanCache(self._tokens, content) if self.writes else None
+        return MixtureRows(config.mixture, config.data, cache)
 
     @functools.cached_property
     def train(self) -> list[Dataset]:
@@ -77,9 +114,30 @@ class RunData:
         """Optimizer steps of each of merit's branches, [K]; no row is read for it."""
         return merit_steps(self.config, split, self.outputs.contents)
 
+    def _store(self, part: Part) -> TokenStore:
+        """The place of the tokenized rows of this part."""
+        prints = self.outputs.contents if part == "train" else held_out_contents(self.outputs)
+        return TokenStore(self._tokens, prints, self.outputs.records.whole, self.writes)
+
+    @property
+    def _tokens(self) -> Path:
+        return self.outputs.root / TOKENS_FOLDER
+
+    def load(self, part: Part) -> list[Dataset]:
+        """The datasets of one part, loaded once more on every call; shows no notes."""
+        return load_mixture(
+            self.config.mixture,
+            self.tokenizer,
+            self.config.data,
+            part=part,
+            rows=self.rows,
+            store=self._store(part),
+            progress=self.progress,
+        )
+
     def _load(self, part: Part) -> list[Dataset]:
         mixture = self.config.mixture
-        datasets = load_mixture(mixture, self.tokenizer, self.config.data, part=part)
+        datasets = self.load(part)
         for dataset in datasets:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")

@@ -32,7 +32,7 @@ class Run:
     MeritFastError if an earlier stage's output is absent, damaged or was made from another config.
 
     ``verify``: hash every file of the outputs and inputs. ``overwrite``: do not keep a trained
-    branch that is replaced.
+    branch that is replaced. ``dry_run``: ``preflight`` only; tokenized rows are not kept.
     """
 
     def __init__(
@@ -43,13 +43,14 @@ class Run:
         *,
         verify: bool = False,
         overwrite: bool = False,
+        dry_run: bool = False,
     ) -> None:
         self.progress = progress or SilentProgress()
         self._noted: set[str] = set()  # notes of train that this run has shown
         self.outputs = Outputs(config, command, verify)
         self._upkeep = Upkeep(self.outputs, self.progress, keep_replaced=not overwrite)
         self.config = self.outputs.config
-        self.data = RunData(self.outputs, self.progress)
+        self.data = RunData(self.outputs, self.progress, writes=not dry_run)
         if config.threads is not None:
             import torch
 
@@ -99,7 +100,7 @@ class Run:
         return self._bring_up_to_date(folder, self.outputs.report, self._report)
 
     def preflight(self, stages: Sequence[Stage] = STAGES) -> None:
-        """Checks what config, headers and rows tell about these stages; writes nothing.
+        """Checks what config, headers and rows tell about these stages; keeps tokenized rows only.
 
         Raises:
             InputError: a later step would meet a broken rule.

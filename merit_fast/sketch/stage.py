@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from merit_fast.data import Dataset, collate
+from merit_fast.data.shares import draw_rows
 from merit_fast.errors import InputError
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
 from merit_fast.manifests.atomic import write_bytes
@@ -115,16 +116,26 @@ def _sketch_datasets(  # noqa: PLR0913
 
 
 def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
-    """Chooses up to ``config.examples`` rows, at random by the seed and the dataset's content."""
+    """Chooses up to ``config.examples`` examples, at random by the seed and the dataset's content.
+
+        rank = permutation(number of rows in the source) by (seed, content)
+        chosen = the first examples in the order of (rank of their row, place)
+
+    So the draw is known before a row is tokenized. A dataset that does not know its source's
+    content is drawn by the content of its examples.
+    """
     if dataset.num_examples < 2:
         raise InputError(
             f"{dataset.name}: split needs at least 2 examples per dataset, "
             f"got {dataset.num_examples}"
         )
-    rows = _content(dataset, range(dataset.num_examples))
-    digest = hashlib.blake2b(f"{config.seed}\n{rows}".encode(), digest_size=8).digest()
-    generator = np.random.default_rng(int.from_bytes(digest, "little"))
-    return [int(i) for i in generator.permutation(dataset.num_examples)[: config.examples]]
+    if dataset.content is None or dataset.num_rows is None:
+        content = _content(dataset, range(dataset.num_examples))
+        order = draw_rows(content, config.seed, dataset.num_examples)
+    else:
+        rank = np.argsort(draw_rows(dataset.content, config.seed, dataset.num_rows))
+        order = np.argsort(rank[dataset.rows], kind="stable")
+    return [int(index) for index in order[: config.examples]]
 
 
 def _fingerprint(

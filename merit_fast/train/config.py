@@ -42,7 +42,7 @@ class TrainConfig:
 
     epochs: int = option(1, "passes over each branch's examples")
     learning_rate: float = option(2.0e-4, "peak of the cosine schedule")
-    batch_size: int = option(16, "examples per optimizer step")
+    batch_size: int = option(16, "examples per optimizer step; with packing on average")
     accumulation: int = option(1, "micro-batches per step (same gradient, less memory)")
     warmup_fraction: float = option(
         0.05, "share of the steps in which the learning rate rises from zero"
@@ -61,7 +61,9 @@ class TrainConfig:
         "auto", "auto: norms, MLPs, positions and loss by our kernels; eager: none"
     )
     packing: bool = option(
-        False, "lay a micro-batch's examples end to end in one row, without padding"
+        False,
+        "lay examples end to end in rows of up to data.max_length tokens, by best fit, without "
+        "padding; each row is a micro-batch",
     )
     seed: int = option(0, "seed of the data order")
     seeds: int = option(1, "times that every arm is trained: with seed, seed + 1, ...")

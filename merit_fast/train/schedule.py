@@ -1,7 +1,6 @@
 """Examples and learning rate of a step depend only on the step: a resumed run repeats itself."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +25,13 @@ def step_examples(step: int, num_examples: int, config: TrainConfig) -> npt.NDAr
     return order[first : first + config.batch_size]
 
 
-def count_tokens(lengths: Sequence[int], steps: int, config: TrainConfig) -> int:
+def count_tokens(lengths: npt.ArrayLike, steps: int, config: TrainConfig) -> int:
     """Tokens that pass through the model in ``steps`` steps over examples of these lengths."""
-    per_epoch = num_steps(len(lengths), config) // config.epochs
+    sizes = np.asarray(lengths, np.int64)
+    per_epoch = num_steps(len(sizes), config) // config.epochs
     epochs, rest = divmod(steps, per_epoch)
-    last = (step_examples(epochs * per_epoch + step, len(lengths), config) for step in range(rest))
-    return epochs * sum(lengths) + sum(lengths[int(i)] for chosen in last for i in chosen)
+    last = (step_examples(epochs * per_epoch + step, len(sizes), config) for step in range(rest))
+    return epochs * int(sizes.sum()) + sum(int(sizes[chosen].sum()) for chosen in last)
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

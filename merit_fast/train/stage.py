@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from merit_fast.data import Batch, Dataset, Example, collate, load_tokenizer, pack, pad_token_id
+from merit_fast.data.dataset import ChainedExamples
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
@@ -21,6 +22,7 @@ from merit_fast.progress import Progress
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss, choose_attention, require_packing
 from merit_fast.train.optimizer import MasterAdamW
+from merit_fast.train.packing import PackedSchedule
 from merit_fast.train.resume import Position, read_checkpoint, remove_checkpoint, write_checkpoint
 from merit_fast.train.schedule import count_tokens, learning_rate, num_steps, step_examples
 
@@ -37,6 +39,7 @@ class BranchJob:
     base_fingerprint: str
     start_fingerprint: str
     steps: int | None = None  # optimizer steps; None: those of the recipe's epochs
+    row_length: int | None = None  # tokens of the longest packed row; None: no limit
 
 
 def train_branch(
@@ -66,8 +69,8 @@ def train_branch(
         InputError: the job has no example, or the model cannot take packed rows.
         MeritFastError: the loss is not finite.
     """
-    examples = [example for dataset in job.datasets for example in dataset.examples]
-    if not examples:
+    examples = ChainedExamples(job.datasets)
+    if not len(examples):
         raise InputError(f"{job.branch}: has no example to train on")
     reset_peak_memory()
     start = time.perf_counter()
@@ -76,18 +79,20 @@ def train_branch(
     _note_once(progress, str(patch), set() if noted is None else noted)
     choose_attention(model)
     if config.packing:
-        require_packing(model, examples)
+        require_packing(model, examples.shortest(8))
     optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
     position, earlier_s = _resume(directory, optimizer)
     padding = pad_token_id(load_tokenizer(job.start_path))
     steps = job.steps or num_steps(len(examples), config)
-    num_tokens = count_tokens([len(example.input_ids) for example in examples], steps, config)
+    schedule = _Schedule(examples, config, job.row_length, padding)
+    num_tokens = schedule.count_tokens(steps)
     with progress.task(f"train {job.branch}", num_tokens, "tokens") as task:
         task.skip(position.num_tokens)
         while position.step < steps:
-            chosen = [examples[i] for i in step_examples(position.step, len(examples), config)]
-            position = _train_step(model, optimizer, chosen, padding, steps, config, position)
-            task.advance(sum(len(e.input_ids) for e in chosen), f"loss {position.losses[-1]:.3f}")
+            before = position.num_tokens
+            batches = schedule.batches(position.step)
+            position = _train_step(model, optimizer, batches, steps, config, position)
+            task.advance(position.num_tokens - before, f"loss {position.losses[-1]:.3f}")
             if position.step % config.checkpoint_steps == 0 and position.step < steps:
                 write_checkpoint(directory, optimizer.state(), position)
                 _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
@@ -97,22 +102,57 @@ def train_branch(
     return manifest
 
 
+class _Schedule:
+    """The micro-batches of every step."""
+
+    def __init__(
+        self,
+        examples: ChainedExamples,
+        config: TrainConfig,
+        row_length: int | None,
+        padding: int,
+    ) -> None:
+        self.examples = examples
+        self.config = config
+        self.padding = padding
+        self.packed = (
+            PackedSchedule(examples.lengths, config, row_length) if config.packing else None
+        )
+
+    def count_tokens(self, steps: int) -> int:
+        """Tokens that pass through the model in ``steps`` steps."""
+        if self.packed is not None:
+            return self.packed.count_tokens(steps)
+        return count_tokens(self.examples.lengths, steps, self.config)
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of one step."""
+        if self.packed is not None:
+            rows = [[self.examples[int(i)] for i in row] for row in self.packed.rows(step)]
+            return [pack(row, [0] * len(row)) for row in rows]
+        chosen = step_examples(step, len(self.examples), self.config)
+        return micro_batches([self.examples[int(i)] for i in chosen], self.config, self.padding)
+
+
+def micro_batches(examples: Sequence[Example], config: TrainConfig, padding: int) -> list[Batch]:
+    """The examples of one step in ``config.accumulation`` padded batches, or fewer."""
+    size = -(-len(examples) // config.accumulation)
+    batches = []
+    for first in range(0, len(examples), size):
+        rows = examples[first : first + size]
+        batches.append(collate(rows, [0] * len(rows), padding))
+    return batches
+
+
 def _train_step(
     model: nn.Module,
     optimizer: MasterAdamW,
-    examples: Sequence[Example],
-    padding: int,
+    batches: Sequence[Batch],
     steps: int,
     config: TrainConfig,
     position: Position,
 ) -> Position:
     torch.manual_seed(config.seed * 1_000_003 + position.step)  # dropout, where a model has it
-    micro = -(-len(examples) // config.accumulation)
-    batches: list[Batch] = []
-    for first in range(0, len(examples), micro):
-        rows = examples[first : first + micro]
-        ids = [0] * len(rows)
-        batches.append(pack(rows, ids) if config.packing else collate(rows, ids, padding))
     targets = sum(batch.num_target_tokens for batch in batches)
     loss_sum = 0.0
     for batch in batches:
@@ -128,8 +168,8 @@ def _train_step(
     return replace(
         position,
         step=position.step + 1,
-        num_examples=position.num_examples + len(examples),
-        num_tokens=position.num_tokens + sum(len(e.input_ids) for e in examples),
+        num_examples=position.num_examples + sum(len(batch.dataset_ids) for batch in batches),
+        num_tokens=position.num_tokens + sum(int(batch.attention_mask.sum()) for batch in batches),
         num_target_tokens=position.num_target_tokens + targets,
         losses=(*position.losses, loss_sum / targets),
     )

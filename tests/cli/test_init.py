@@ -42,8 +42,9 @@ def folder(tmp_path, tiny_model):
         write(folder / "parts" / f"train-0000{i}-of-00002.jsonl", ALPACA[i::2])
     write(folder / "unknown.jsonl", [{"text": "no row of a known format"}])
     write(folder / "alone_test.jsonl", PAIRS)
-    (folder / "array.json").write_text("[1, 2]")
-    (folder / "table.csv").write_text("a,b\n")
+    array = [{"prompt": f"{i} + {i}", "completion": str(2 * i)} for i in range(20)]
+    (folder / "array.json").write_text(json.dumps(array))
+    (folder / "table.xlsx").write_text("a,b\n")
     (folder / "notes.json").write_text('{\n  "no": "rows"\n}\n')
     shutil.copytree(tiny_model, folder / "BASE")
     return folder
@@ -55,14 +56,13 @@ def test_a_folder_becomes_a_yaml_that_run_accepts(call, folder, tmp_path, monkey
     assert code == 0, err
     result = json.loads(out)
     assert result["file"] == "my data/merit.yml"
-    assert result["datasets"] == ["capitals", "echo", "parts", "sums"]
+    assert result["datasets"] == ["array", "capitals", "echo", "parts", "sums"]
     reasons = "\n".join(result["unused"])
-    assert len(result["unused"]) == 4 and "notes.json" not in reasons
+    assert len(result["unused"]) == 3 and "notes.json" not in reasons
     for line in (
         "unknown.jsonl:1: unknown columns",
         "alone_test.jsonl: has the name of held-out rows",
-        "array.json: row 1: must be a JSON object {...}, got int",
-        "table.csv: not read: convert it to JSONL or Parquet",
+        "table.xlsx: not read: unpack it, or convert it to JSONL or Parquet",
     ):
         assert line in reasons
     text = (folder / "merit.yml").read_text()
@@ -71,10 +71,12 @@ def test_a_folder_becomes_a_yaml_that_run_accepts(call, folder, tmp_path, monkey
     assert "tokens of answers" in text and "characters" not in text
     monkeypatch.chdir("/")
     config = read_run_config(folder / "merit.yml")
+    assert config.data.leaks == "drop", "parts and sums share rows that sums holds out"
     assert (config.model, config.split.groups) == (str(folder / "BASE"), 2)
     assert config.output == str(folder / "runs/merit")
     paths = {entry.name: (entry.path, entry.eval_path) for entry in config.mixture}
     assert paths == {
+        "array": (f"{folder}/array.json", None),
         "capitals": (f"{folder}/capitals.jsonl", f"{folder}/capitals.eval.jsonl"),
         "sums": (f"{folder}/train/sums.jsonl", f"{folder}/held-out/sums.jsonl"),
         "echo": (f"{folder}/echo/train.jsonl", f"{folder}/echo/test.jsonl"),
@@ -93,6 +95,8 @@ def test_every_default_stands_as_a_comment(call, folder):
     assert set(values) == {field.name for field in dataclasses.fields(RunConfig)} - {"threads"}
     values = yaml.safe_load(re.sub(r"^( {0,2})# (\w+: )", r"\1\2", after_mixture(text), flags=re.M))
     hints = typing.get_type_hints(RunConfig)
+    assert values["data"].pop("leaks") == "drop"  # written, not a default
+    values["data"]["leaks"] = "error"
     values["train"]["controls"] = to_plain(hints["train"]().controls)  # written, not a default
     for section in ("data", "train", "merge", "evaluate"):
         default = hints[section]()
@@ -115,7 +119,7 @@ def test_a_yaml_without_a_model_is_refused_in_one_line(call, folder, monkeypatch
     rule = "error: merit.yml: model: is empty; it must be a model's folder or a hub id\n"
     assert (code, err) == (2, rule)
     config = read_run_config(folder / "merit.yml", ["model=BASE"])
-    assert config.mixture[0].path == str(folder / "capitals.jsonl")
+    assert config.mixture[1].path == str(folder / "capitals.jsonl")
 
 
 def test_files_are_named_and_nothing_is_overwritten(call, folder, tmp_path, monkeypatch):
@@ -170,12 +174,12 @@ def test_a_share_is_held_out_where_no_file_is(call, folder, tiny_model):
     assert call("init", folder, "--model", tiny_model)[0] == 0
     config = read_run_config(folder / "merit.yml")
     shares = {entry.name: entry.eval_share for entry in config.mixture}
-    assert shares == {"capitals": None, "echo": None, "parts": 0.1, "sums": None}
+    assert shares == {"capitals": None, "echo": None, "parts": 0.1, "sums": None, "array": 0.1}
 
 
 def test_nothing_that_a_run_can_use_is_an_error(call, tmp_path):
     (tmp_path / "empty").mkdir()
-    rule = "no rows that a run can use: found no .jsonl, .parquet or .json file"
+    rule = "no rows that a run can use: found no file of rows"
     assert f"empty: {rule}" in call("init", tmp_path / "empty")[2]
     write(tmp_path / "bad" / "a.jsonl", [{"text": "a"}])
     code, _, err = call("init", tmp_path / "bad")
@@ -230,3 +234,16 @@ def test_names_and_pairs(tmp_path, files, datasets):
         for candidate in scan([root]).candidates
     }
     assert found == datasets
+
+
+def test_more_than_a_dozen_datasets_are_one_folder(call, tmp_path):
+    for i in range(14):
+        rows = [{"prompt": f"{i} {j}?", "completion": str(j)} for j in range(100)]
+        write(tmp_path / "tasks" / f"task{i:02}.jsonl", rows)
+    assert call("init", tmp_path)[0] == 0
+    text = (tmp_path / "merit.yml").read_text()
+    assert yaml.safe_load(text)["mixture"] == [{"folder": "tasks", "eval_share": 0.1}]
+    assert "# task03: 100 rows (prompt and completion)" in text
+    config = read_run_config(tmp_path / "merit.yml", ["model=BASE"])
+    assert [entry.name for entry in config.mixture] == [f"task{i:02}" for i in range(14)]
+    assert {entry.eval_share for entry in config.mixture} == {0.1}

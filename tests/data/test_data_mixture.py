@@ -134,7 +134,7 @@ def test_paths_that_hold_nothing(tmp_path, tokenizer, monkeypatch):
 
 
 def test_unused_columns_are_noted_or_refused(tmp_path, tokenizer):
-    rows = [{**GOOD, "id": 1, "label": None}, {**GOOD, "source": "x"}]
+    rows = [{**GOOD, "id": 1, "label": None}, {"prompt": "b?", "completion": "c", "source": "x"}]
     assert load(write(tmp_path / "a.jsonl", rows), tokenizer).notes == (
         "columns not used: id, source",
     )
@@ -218,6 +218,7 @@ def test_too_long(tmp_path, tokenizer):
     assert dataset.notes == (
         "2 rows longer than 60 tokens were truncated",
         "1 row longer than 60 tokens was dropped because truncation would leave no answer",
+        "1 row equal to an earlier row (data.duplicates: drop removes them)",
     )
     dropped = load(path, tokenizer, data=DataConfig(max_length=limit, too_long="drop"))
     assert dropped.num_examples == 1 and dropped.notes == (

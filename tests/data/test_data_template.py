@@ -18,6 +18,8 @@ from support.rows import (
     write,
 )
 
+from merit_fast.data.tree import expand
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -108,10 +110,13 @@ def test_token_ids_are_those_of_the_whole_text(tmp_path, tokenizer):
 
 
 def test_token_across_the_border_is_a_target(tmp_path):
-    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
     example = load_row(tmp_path, tokenizer, {"prompt": "of Fra", "completion": "nce?"})
-    assert text(tokenizer, example.input_ids) == "of France?"
-    assert targets(tokenizer, example) == [" France?"]  # " France" is one token
+    assert text(tokenizer, example.input_ids) == "of France?<|im_end|>"
+    assert targets(tokenizer, example) == [" France?<|im_end|>"]  # " France" is one token
 
 
 @pytest.mark.parametrize("bos", [None, "<s>"], ids=["no_bos", "bos"])
@@ -136,12 +141,14 @@ def test_plain_template(tmp_path, bos):
 def test_template_from_a_file(tmp_path, tokenizer):
     file = tmp_path / "chat.jinja"
     file.write_text(
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}\n"
     )
     example = load_row(tmp_path, tokenizer, GOOD, chat_template=str(file))
-    assert targets(tokenizer, example) == [" Paris"]  # one token, whose space the template wrote
-    assert text(tokenizer, example.input_ids) == "[user] capital of France?\n[assistant] Paris"
+    # " Paris" is one token, whose space the template wrote
+    assert targets(tokenizer, example) == [" Paris<|im_end|>"]
+    expected = "[user] capital of France?<|im_end|>\n[assistant] Paris<|im_end|>"
+    assert text(tokenizer, example.input_ids) == expected
 
 
 def test_template_that_trims(tmp_path):
@@ -151,7 +158,7 @@ def test_template_that_trims(tmp_path):
     assert targets(tokenizer, example) == ["Hello<|im_end|>", "3<|im_end|>"]
 
 
-def test_template_that_rewrites_earlier_turns_gives_one_example_per_answer(tmp_path):
+def test_template_that_rewrites_earlier_turns_shows_each_answer_its_own_history(tmp_path):
     tokenizer = make_tokenizer(THINKING)
     rows = [
         {"messages": [user("1"), assistant("one"), user("2"), assistant("two")]},
@@ -159,13 +166,16 @@ def test_template_that_rewrites_earlier_turns_gives_one_example_per_answer(tmp_p
     ]
     dataset = load(write(tmp_path / "rows.jsonl", rows), tokenizer)
     block = "<think>\n\n</think>\n\n"
-    expected = [[f"{block}one<|im_end|>"], [f"{block}two<|im_end|>"], [f"{block}x<|im_end|>"]]
-    assert [targets(tokenizer, example) for example in dataset.examples] == expected
-    assert "assistant\none<|im_end|>" in text(
-        tokenizer, dataset.examples[1].input_ids
-    )  # history as the template shows it
+    apart = [expand(example) for example in dataset.examples]
+    assert [[targets(tokenizer, one) for one in texts] for texts in apart] == [
+        [[f"{block}one<|im_end|>"], [f"{block}two<|im_end|>"]],
+        [[f"{block}x<|im_end|>"]],
+    ]
+    shown = text(tokenizer, apart[0][1].input_ids)
+    assert "assistant\none<|im_end|>" in shown  # history as the template shows it
     assert dataset.notes == (
-        "1 row became one example per answer because the chat template rewrites earlier turns",
+        "1 row shows each answer behind a history of its own "
+        "because the chat template rewrites earlier turns",
     )
     assert fails(tmp_path, tokenizer, rows, max_length=2, too_long="error").startswith(
         "bad.jsonl:1: "
@@ -174,10 +184,10 @@ def test_template_that_rewrites_earlier_turns_gives_one_example_per_answer(tmp_p
 
 TEMPLATE_ERRORS = {
     "not_a_prefix": (
-        CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"),
+        CHATML.replace("assistant\n{% endif", "assistant\n<plan>{% endif"),
         "bad.jsonl:1: the chat template must render messages[:1] "
         "with add_generation_prompt as a prefix of "
-        "messages[:2], got '<think>' against 'Paris<|im_end|>\\n'",
+        "messages[:2], got '<plan>' against 'Paris<|im_end|>\\n'",
     ),
     "ignores_the_flag": (
         CHATML.replace("add_generation_prompt", "false"),
@@ -196,6 +206,15 @@ TEMPLATE_ERRORS = {
     "fails": (
         "{{ 'a' + 1 }}",
         "bad.jsonl:1: the chat template refuses this row: can only concatenate str",
+    ),
+    "ends_no_answer": (
+        CHATML.replace("<|im_end|>", ""),
+        "bad.jsonl:1: the chat template must end an answer with a control token of the tokenizer, "
+        "such as eos_token, got ",
+    ),
+    "end_is_no_token": (
+        CHATML.replace("<|im_end|>", "<|eot_id|>"),
+        "bad.jsonl:1: the chat template must end an answer with a control token of the tokenizer",
     ),
     "writes_no_answer": ("{{ messages[0].content }}", "bad.jsonl:1: the chat template must render"),
     "not_jinja": ("{% for %}", "chat template, line 1: must be Jinja: "),

@@ -30,7 +30,7 @@ ARROWS = {
     "kernels": {"errors"},
     "options": {"errors"},
     "manifests": {"errors", "options", "kernels"},
-    "data": {"errors", "options", "manifests", "kernels"},
+    "data": {"errors", "options", "manifests", "kernels", "progress"},
     "model": {"errors", "data", "manifests"},
     "patch": {"errors", "kernels"},
     "sketch": TORCH_STAGE | {"block_estimates"},

@@ -31,8 +31,8 @@ def write(tmp_path, values):
         ({"splitt": {}}, r"run.yml: splitt: unknown key; did you mean split\?"),
         ({"split": {"group": 4}}, r"run.yml: split.group: unknown key; did you mean groups\?"),
         (
-            {"mixture": [{"name": "a", "path": "b", "weight": 2}]},
-            r"mixture\[0\].weight: unknown key",
+            {"mixture": [{"name": "a", "path": "b", "wait": 2}]},
+            r"mixture\[0\].wait: unknown key",
         ),
         ({"mixture": [{"name": "a"}]}, r"mixture\[0\].path: is required"),
         ({"mixture": []}, "mixture: must be a list of at least one dataset"),

@@ -1,21 +1,17 @@
 """Packed rows: examples end to end train as they do row by row, dataset by dataset."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from support.architectures import CASES, VOCABULARY, make
 from support.checks import assert_close
 from support.patched import assert_same_gradients
-from support.training import CONFIG, dataset, train
 
 from merit_fast import patch_model
 from merit_fast.data import Example, collate, pack
 from merit_fast.errors import InputError
 from merit_fast.kernels.cross_entropy import linear_cross_entropy
 from merit_fast.model import target_losses
-from merit_fast.train import TrainConfig
 from merit_fast.train.loss import batch_loss, require_packing
 
 LENGTHS = (9, 1, 14, 2, 6)
@@ -98,18 +94,6 @@ def test_sums_and_counts_per_dataset_are_those_of_single_rows():
     assert torch.equal(found.dataset_tokens, tokens)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "eager"])
-def test_packing_changes_only_the_rounding_of_a_run(tiny_model, tmp_path, kernels):
-    rows = dataset("a", 0), dataset("b", 1, rows=3)
-    found = {}
-    for packing in (False, True):
-        config = TrainConfig(**{**vars(CONFIG), "packing": packing, "kernels": kernels})
-        manifest = train(tiny_model, tmp_path / str(packing), config, *rows)
-        found[packing] = manifest, json.loads((tmp_path / str(packing) / "losses.json").read_text())
-    assert found[True][0] == found[False][0]  # the same counts of tokens and examples
-    assert found[True][1] == pytest.approx(found[False][1], rel=1e-4)
-
-
 def test_a_model_that_sees_over_borders_is_refused():
     model = make("llama")
     for layer in model.model.layers:
@@ -122,3 +106,47 @@ def test_a_model_that_sees_over_borders_is_refused():
     ):
         require_packing(model, examples((5, 4)))
     assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen2_moe"])
+def test_rounding_by_a_neighbour_is_no_leak(name, attention, dtype):
+    model = make(name, dtype)
+    model.set_attn_implementation(attention)
+    differ = False
+    for seed in range(6):
+        generator = np.random.default_rng(seed)
+        rows = [generator.integers(3, VOCABULARY, n).astype(np.int32) for n in (9, 14, 23)]
+        require_packing(model, [Example(ids, ids) for ids in rows])
+        changed = [Example(ids, ids) for ids in (rows[0], rows[0] * 0 + 5)]
+        losses = [
+            target_losses(model, pack([a, Example(rows[1], rows[1])], [0, 0])) for a in changed
+        ]
+        differ |= not torch.equal(*(found.loss[found.example == 1] for found in losses))
+    assert differ or dtype == torch.bfloat16 or name == "mixtral"  # the check meets rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_leak_in_one_layer_is_seen(layer, dtype):
+    model = make("llama", dtype)
+    attention = model.model.layers[layer].self_attn
+    plain = attention.forward
+
+    def leaks(*args, attention_mask=None, **kwargs):
+        width = kwargs["hidden_states"].shape[1]
+        mask = torch.ones(1, 1, width, width, dtype=torch.bool).tril()
+        return plain(*args, attention_mask=torch.where(mask, 0.0, -1e4).to(dtype), **kwargs)
+
+    require_packing(model, examples((9, 14)))
+    attention.forward = leaks
+    with pytest.raises(InputError, match="crosses the borders of examples"):
+        require_packing(model, examples((9, 14)))
+
+
+def test_examples_without_targets_tell_nothing_about_packing():
+    model = make("llama")
+    blank = Example(np.array([5], np.int32), np.array([-100], np.int32))
+    model.model.forward = None  # not called
+    require_packing(model, [blank, blank])

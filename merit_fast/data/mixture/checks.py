@@ -24,6 +24,19 @@ def check_mixture(configs: Sequence[DatasetConfig]) -> None:
         _check_parts(config)
 
 
+def check_held_out(configs: Sequence[DatasetConfig]) -> None:
+    """Checks that a run has rows to measure its models on; reads no row.
+
+    Raises:
+        InputError: no dataset has held-out rows.
+    """
+    if all(source(config, "eval") is None for config in configs):
+        raise InputError(
+            "evaluate: no dataset of the mixture has held-out rows; give one an eval_path or "
+            "eval_split, or eval_share: 0.05, which holds out a share of its rows"
+        )
+
+
 def _check_parts(config: DatasetConfig) -> None:
     """Checks that files and splits are there, and that the parts are of different files."""
     training = source(config, "train")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.conversation import Conversation
-from merit_fast.data.rows.reader import RowReader
-from merit_fast.data.sources import PlacedRow, Source, read_rows
+from merit_fast.data.rows.reader import LeftOutRow, RowReader
+from merit_fast.data.sources import Source, read_raw_rows, read_rows
+from merit_fast.data.sources.readers.lines import parse_line
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_bytes
 
@@ -70,9 +71,12 @@ def scan_source(source: Source, config: DatasetConfig, data_config: DataConfig) 
     reader = RowReader(config, data_config)
     columns = _Columns()
     number = -1
-    for number, (place, row) in enumerate(read_rows(source)):
+    for number, (place, raw) in enumerate(read_raw_rows(source)):
         try:
+            row = parse_line(raw, place) if isinstance(raw, bytes) else raw
             conversation = reader.read(row, place)
+        except LeftOutRow:
+            continue
         except InputError as error:
             columns.errors.append(str(error))
             check_bad_rows(columns.errors, config, data_config)
@@ -88,9 +92,8 @@ def scan_source(source: Source, config: DatasetConfig, data_config: DataConfig) 
 
 def place_of(source: Source, number: int) -> str:
     """The place of one row, as error messages name it; reads the source up to that row."""
-    for index, (place, _) in enumerate(read_rows(source)):
-        if index == number:
-            return place
+    for place, _ in read_rows(source, [number]):
+        return place
     raise InputError(f"{source.path}: has changed while it was read: row {number + 1} is gone")
 
 
@@ -109,18 +112,6 @@ def cached_scan(directory: Path, fingerprint: str, make: Callable[[], Scan]) -> 
         directory.mkdir(parents=True, exist_ok=True)
         write_bytes(file, _packed(found))
     return found
-
-
-def selected_rows(rows: Iterator[PlacedRow], numbers: NDArray[np.int64]) -> Iterator[PlacedRow]:
-    """Yields the rows of these ascending numbers, and reads none behind the last."""
-    wanted = iter(numbers.tolist())
-    number = next(wanted, None)
-    for index, row in enumerate(rows):
-        if index == number:
-            yield row
-            number = next(wanted, None)
-            if number is None:
-                return
 
 
 def check_bad_rows(errors: Sequence[str], config: DatasetConfig, data_config: DataConfig) -> None:

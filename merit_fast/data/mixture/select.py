@@ -23,7 +23,7 @@ from merit_fast.data.mixture.scan import (
     reading_keys,
     scan_source,
 )
-from merit_fast.data.sources import Source
+from merit_fast.data.sources import Source, unread_files
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import fingerprint
 
@@ -119,7 +119,7 @@ class MixtureRows:
 
     def _select(self, config: DatasetConfig, part: Part) -> Selection:
         scan = self._scan(config, part)
-        notes: list[str] = []
+        notes = _source_notes(config, part)
         chosen = self._of_part(config, scan, part)
         chosen = self._without_duplicates(scan, chosen, notes)
         num_leaks = 0
@@ -282,6 +282,16 @@ class MixtureRows:
         count = int((asks & ~self._held_out.holds(scan.keys[chosen])).sum())
         if count:
             notes.append(f"{_rows(count)} with the prompt of a held-out row and another answer")
+
+
+def _source_notes(config: DatasetConfig, part: Part) -> list[str]:
+    """The entry's own sentence, and one on the files of a folder of which nothing is read."""
+    notes = [config.note] if config.note and part == "train" else []
+    place = source(config, part)
+    if place and (unread := unread_files(place)):
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        notes.append(f"files not read: {', '.join(unread[:3])}{more}")
+    return notes
 
 
 def _rows(count: int) -> str:

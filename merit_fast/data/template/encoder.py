@@ -1,84 +1,41 @@
-"""Turns messages into token ids and label masks, for any template that a prefix check can follow.
-
-The text that a template adds between "messages[:i] and the opening of the answer" and
-"messages[:i+1]" is turn i's answer with its end token. The whole text is tokenized once, and
-offsets tell which tokens hold characters of an answer.
-"""
+"""Turns conversations into examples: rendered, tokenized, cut to length, joined to trees."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merit_fast.data.dataset import IGNORED_LABEL, Example
-from merit_fast.errors import InputError, one_line
+from merit_fast.data.config import DataConfig, TrainOn
+from merit_fast.data.conversation import Conversation
+from merit_fast.data.dataset import IGNORED_LABEL, Example, count_target_tokens
+from merit_fast.data.template.render import Rendered, Renderer
+from merit_fast.data.template.tokenizer import require_offsets
+from merit_fast.data.template.tokens import TextTokenizer, Tokens, label
+from merit_fast.data.tree import build_within
+from merit_fast.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]  # as apply_chat_template takes it
-
-PLAIN = "plain"
-_PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}"
-    "{% endfor %}"
-)
-# a template is a program: it may fail in any of these ways
-_TEMPLATE_FAILURES = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+Text = tuple[NDArray[np.int32], NDArray[np.int32]]  # input_ids, labels
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """One text and the half-open character ranges of its answers, in order."""
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """The examples of a conversation; none where it is left out.
 
-    where: str
-    text: str
-    spans: tuple[tuple[int, int], ...]
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Loads the fast tokenizer of a model folder or hub id. Runs no code from the model's files.
-
-    Raises:
-        InputError: the tokenizer is missing, broken, or slow (without character offsets).
+    Attributes:
+        outcomes: words counted in the dataset's notes, such as truncated, dropped, rewritten.
+        error: the conversation cannot be trained on as it stands.
     """
-    from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # the Rust library raises bare Exception for a broken tokenizer.json
-        raise InputError(f"{model}: no tokenizer could be loaded: {one_line(error)}") from error
-    _require_offsets(tokenizer)
-    return tokenizer  # type: ignore[no-any-return]
-
-
-def read_template(chat_template: str) -> str:
-    """Reads the Jinja file that `data.chat_template` names.
-
-    Raises:
-        InputError: the file does not exist, or is not UTF-8.
-    """
-    try:
-        return Path(chat_template).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        rule = f"must be {PLAIN} or the path of a Jinja file"
-        raise InputError(
-            f"data.chat_template: {rule}, got {chat_template!r} ({one_line(error)})"
-        ) from None
+    examples: tuple[Example, ...] = ()
+    outcomes: tuple[str, ...] = ()
+    error: InputError | None = None
 
 
 class ChatEncoder:
@@ -86,190 +43,98 @@ class ChatEncoder:
 
     Args:
         tokenizer: a fast tokenizer; its settings for padding and truncation are not used.
-        chat_template: the value of `data.chat_template`.
+        data_config: the `data:` section.
 
     Raises:
-        InputError: there is no template or template file, "plain" has no end token, or the
-            tokenizer gives no offsets.
+        InputError: there is no template or template file, "plain" has no end token, the template
+            does not read an argument of `data.template_arguments`, or the tokenizer gives no
+            offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-        _require_offsets(tokenizer)
-        self._tokenizer = tokenizer
-        self._template = _resolve_template(tokenizer, chat_template)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig) -> None:
+        require_offsets(tokenizer)
+        self._config = data_config
+        self.renderer = Renderer(tokenizer, data_config)
+        self._tokenizer = TextTokenizer(tokenizer)
 
-    def render(self, messages: Sequence[Message], where: str) -> list[Rendered]:
-        """Applies the template; messages after the last answer are left out.
+    def encode(self, conversations: Sequence[Conversation], train_on: TrainOn) -> list[Encoded]:
+        """Encodes conversations in one call of the tokenizer. A bad one raises nothing.
 
-        Some templates rewrite earlier turns once later ones follow (Qwen3 drops their thinking).
-        Then no single text shows every turn as the model would have written it. Such a row gives
-        one text per answer, each with the history that the template shows the model at that turn;
-        every answer is in exactly one span.
-
-        Returns:
-            One text with a span per answer, or one text per answer. Empty if the assistant says
-            nothing.
-
-        Raises:
-            InputError: the template fails, or no prefix relation tells where an answer begins.
+        Args:
+            conversations: rows of text.
+            train_on: the turns in the loss.
         """
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = [self._render_turn(messages[: i + 1], where) for i in answers]
-        if not turns:
-            return []
-        whole = turns[-1].text
-        if all(whole.startswith(turn.text[: turn.spans[0][1]]) for turn in turns):
-            return [Rendered(where, whole, tuple(turn.spans[0] for turn in turns))]
-        return turns
-
-    def encode(self, rendered: Sequence[Rendered]) -> list[Example]:
-        """Tokenizes each text once. A token that holds any character of an answer is a target.
-
-        Raises:
-            InputError: a text is not valid Unicode, or has no target token.
-        """
-        for item in rendered:
-            if not _is_encodable(item.text):
-                rule = "must be valid Unicode, got an unpaired surrogate (\\ud800-\\udfff)"
-                raise InputError(f"{item.where}: {rule}")
-        encoded = self._tokenizer(
-            [item.text for item in rendered],
-            add_special_tokens=False,  # the template wrote them
-            padding=False,
-            truncation=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
+        rendered: list[list[Rendered] | InputError] = []
+        for conversation in conversations:
+            try:
+                rendered.append(self.renderer.render(conversation, train_on))
+            except InputError as error:
+                rendered.append(error)
+        tokens = iter(self._tokenize([item for item in rendered if isinstance(item, list)]))
         return [
-            _label(ids, offsets, item)
-            for ids, offsets, item in zip(
-                encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True
-            )
+            Encoded(error=item)
+            if isinstance(item, InputError)
+            else self._finish(item, next(tokens))
+            for item in rendered
         ]
 
-    def _render_turn(self, messages: Sequence[Message], where: str) -> Rendered:
-        """Renders the messages up to an answer; the span leaves out whitespace at the end."""
-        last = len(messages) - 1
-        if last == 0:
-            raise InputError(
-                f"{where}: messages[0]: must be a system or user message, got the assistant's"
-            )
-        prompt = self._apply(messages[:last], where, add_generation_prompt=True)
-        text = self._apply(messages, where, add_generation_prompt=False)
-        rule = (
-            f"{where}: the chat template must render messages[:{last}] with add_generation_prompt"
-        )
-        if not text.startswith(prompt):
-            common = len(os.path.commonprefix([prompt, text]))
-            parting = f"{prompt[common : common + 30]!r} against {text[common : common + 30]!r}"
-            raise InputError(f"{rule} as a prefix of messages[:{last + 1}], got {parting}")
-        answer = text[len(prompt) :]
-        content = messages[last]["content"]
-        # only the last word is compared: a template may trim an answer or move its thinking block
-        if not all(word in answer for word in content.rpartition("</think>")[2].split()[-1:]):
-            raise InputError(
-                f"{where}: the chat template must render the content of messages[{last}], "
-                f"got {answer!r:.60}"
-            )
-        opens_with_answer = answer.lstrip().startswith(content.strip())
-        if not opens_with_answer and prompt == self._apply(
-            messages[:last], where, add_generation_prompt=False
-        ):
-            raise InputError(
-                f"{rule} up to where the answer begins, but it ignores that flag; "
-                f"got {answer[:30]!r}"
-            )
-        return Rendered(where, text, ((len(prompt), max(len(prompt), len(text.rstrip()))),))
+    def notes(self) -> list[str]:
+        """One sentence on each thing that a user should know about the template."""
+        if not self.renderer.template.reads_date:
+            return []
+        return [f"the chat template reads the date, which is {self._config.date} (data.date)"]
 
-    def _apply(
-        self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool
-    ) -> str:
-        import jinja2
-
+    def _tokenize(self, rows: Sequence[list[Rendered]]) -> list[list[Tokens] | InputError]:
+        """Tokens of each row's texts; a row with text that is not Unicode keeps the others."""
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                chat_template=self._template,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(
-                f"chat template, line {error.lineno}: must be Jinja: {one_line(error)}"
-            ) from None
-        except (jinja2.TemplateError, *_TEMPLATE_FAILURES) as error:
-            raise InputError(
-                f"{where}: the chat template refuses this row: {one_line(error)}"
-            ) from None
-        return str(text)
+            flat = iter(self._tokenizer.tokenize([text for row in rows for text in row]))
+            return [[next(flat) for _ in row] for row in rows]
+        except InputError as error:
+            if len(rows) == 1:
+                return [error]
+            return [tokens for row in rows for tokens in self._tokenize([row])]
 
-
-def _resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    if chat_template == PLAIN:
-        if not tokenizer.eos_token:
-            rule = f"{PLAIN} needs an end token, but the tokenizer has no eos_token"
-            raise InputError(f"data.chat_template: {rule}")
-        return ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + _PLAIN_TEMPLATE
-    if chat_template is None:
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"the tokenizer has no chat template; set data.chat_template: {PLAIN} "
-                "(prompt, newline, answer, end token) or the path of a Jinja file"
-            )
+    def _finish(self, row: list[Rendered], tokens: list[Tokens] | InputError) -> Encoded:
+        if isinstance(tokens, InputError):
+            return Encoded(error=tokens)
         try:
-            return str(tokenizer.get_chat_template())
-        except ValueError as error:  # several named templates, none of them the default
-            raise InputError(
-                f"data.chat_template: must be set for this tokenizer: {one_line(error)}"
-            ) from None
-    return read_template(chat_template)
+            texts = [label(found, item) for found, item in zip(tokens, row, strict=True)]
+            encoded = fit(texts, self._config, row[0].place)
+        except InputError as error:
+            return Encoded(error=error)
+        return replace(encoded, outcomes=(*row[0].outcomes, *encoded.outcomes))
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model expects its begin token before plain text: Llama does, GPT-2 does not."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+def fit(texts: Sequence[Text], config: DataConfig, place: str) -> Encoded:
+    """Applies `data.too_long` to the texts of a row, and joins those that are left.
+
+    Args:
+        texts: input_ids and labels of each.
+        config: the `data:` section.
+        place: "file:line" of the row.
+
+    Raises:
+        InputError: a text is longer than `data.max_length`, and `data.too_long` is error.
+    """
+    limit = config.max_length
+    longest = max(len(input_ids) for input_ids, _ in texts)
+    if longest <= limit:
+        return Encoded(tuple(build_within(texts, limit)))
+    if config.too_long == "error":
+        rule = f"must have at most data.max_length = {limit} tokens"
+        raise InputError(f"{place}: {rule}, got {longest}")
+    if config.too_long == "drop":
+        return Encoded(outcomes=("dropped",))
+    kept = [shortened for text in texts if (shortened := _shorten(text, limit))]
+    if not kept:
+        return Encoded(outcomes=("unanswered",))
+    return Encoded(tuple(build_within(kept, limit)), ("truncated",))
 
 
-def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not getattr(tokenizer, "is_fast", False):
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise InputError(
-            f"{name}: needs a fast tokenizer (tokenizer.json), whose character offsets tell "
-            f"which tokens are the answer's; got the slow {type(tokenizer).__name__}"
-        )
-
-
-def _label(ids: Sequence[int], offsets: Any, item: Rendered) -> Example:
-    ranges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    is_target = _in_spans(ranges[:, 0], ranges[:, 1], item.spans)
-    is_target[:1] = False  # nothing predicts the first token
-    targets = np.flatnonzero(is_target)
-    if not len(targets):
-        rule = "must have an answer of the assistant with at least one token"
-        raise InputError(f"{item.where}: {rule}, found none")
-    length = int(targets[-1]) + 1
-    input_ids = np.asarray(ids[:length], dtype=np.int32)
-    labels = np.where(is_target[:length], input_ids, np.int32(IGNORED_LABEL)).astype(np.int32)
-    return Example(input_ids, labels)
-
-
-def _in_spans(
-    starts: NDArray[np.int64], ends: NDArray[np.int64], spans: Sequence[tuple[int, int]]
-) -> NDArray[np.bool_]:
-    # Byte-level tokenizers trim spaces off offsets: a token of spaces has the empty range where it
-    # ends. It lies inside a span that reaches further, and spans do: none of them ends in
-    # whitespace.
-    inside = np.zeros(len(starts), dtype=bool)
-    for first, past in spans:
-        inside |= (starts < past) & (ends > first)
-    return inside
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _shorten(text: Text, limit: int) -> Text | None:
+    """The text up to its last target within the limit; None without one."""
+    input_ids, labels = text[0][:limit], text[1][:limit]
+    if not count_target_tokens(labels):
+        return None
+    end = int(np.flatnonzero(labels != IGNORED_LABEL)[-1]) + 1
+    return input_ids[:end].copy(), labels[:end].copy()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from merit_fast.data.mixture.checks import check_held_out
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import EVALUATE, MERGE, SKETCH, SPLIT, TRAIN, Stage
 from merit_fast.merge import combine, prepare_merge, resolve_weights
@@ -27,7 +28,7 @@ def check_stages(
 ) -> None:
     """Checks all that these stages need and that config, headers and rows tell.
 
-    Stages that are up to date are not checked. Nothing is written.
+    Stages that are up to date are not checked. Nothing but tokenized rows is written.
 
     Raises:
         InputError: a rule is broken that a later step would meet.
@@ -117,17 +118,14 @@ def _check_merge(outputs: Outputs) -> None:
 
 def _check_rows(data: RunData, pending: Sequence[Stage]) -> None:
     """Reads every row that the stages will read; the files stay in memory for them."""
+    is_tuned = data.config.merge.is_tuned
+    if EVALUATE in pending and not is_tuned:
+        check_held_out(data.config.mixture)
+    if EVALUATE in pending or (MERGE in pending and is_tuned):
+        _ = data.held_out
     if SKETCH in pending or TRAIN in pending:
         short = [dataset.name for dataset in data.branch if dataset.num_examples < 2]
         if SKETCH in pending and short:
             raise InputError(
                 f"mixture: {short[0]}: split needs at least 2 examples per dataset, got 1"
-            )
-    is_tuned = data.config.merge.is_tuned
-    if EVALUATE in pending or (MERGE in pending and is_tuned):
-        _, reporting = data.held_out
-        if EVALUATE in pending and not reporting:
-            raise InputError(
-                "evaluate: no dataset of the mixture has held-out rows; "
-                "give one an eval_path or eval_split"
             )

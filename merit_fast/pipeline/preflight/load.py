@@ -49,7 +49,7 @@ def num_groups(outputs: Outputs) -> int:
 
 def count_tokens(datasets: Iterable[Dataset]) -> int:
     """Tokens of all rows, padding not counted."""
-    return sum(len(example.input_ids) for dataset in datasets for example in dataset.examples)
+    return sum(dataset.num_tokens for dataset in datasets)
 
 
 def warmup_load(outputs: Outputs, data: RunData) -> Load:

@@ -10,7 +10,7 @@ from support.rows import assistant, user, write
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.rows.reader import RowReader
-from merit_fast.data.sources import read_rows
+from merit_fast.data.sources import Source, read_rows
 from merit_fast.errors import InputError
 
 
@@ -220,9 +220,7 @@ def test_arrow_rows_are_the_json_rows(tmp_path):
         {"messages": [user("q"), assistant("z")], "tools": None, "system": "s"},
     ]
     of = {
-        suffix: [
-            read(row) for _, row in read_rows(write(tmp_path / f"rows{suffix}", rows), "train")
-        ]
+        suffix: [read(row) for _, row in read_rows(Source(write(tmp_path / f"rows{suffix}", rows)))]
         for suffix in (".jsonl", ".parquet")
     }
     for json_row, arrow_row in zip(of[".jsonl"], of[".parquet"], strict=True):

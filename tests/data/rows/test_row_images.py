@@ -10,7 +10,7 @@ from support.rows import assistant, user, write
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.conversation import Image
 from merit_fast.data.rows.reader import RowReader
-from merit_fast.data.sources import read_rows
+from merit_fast.data.sources import Source, read_rows
 from merit_fast.errors import InputError
 
 IMAGE = {"type": "image"}
@@ -269,5 +269,5 @@ def test_image_structs_of_parquet_are_read(tmp_path):
         {"messages": [user("q"), assistant("a")], "images": None},
     ]
     path = write(tmp_path / "rows.parquet", rows)
-    found = [read(row).images for _, row in read_rows(path, "train")]
+    found = [read(row).images for _, row in read_rows(Source(path))]
     assert found == [(Image(content=CONTENT),), (Image("b"),), ()]

@@ -1,0 +1,194 @@
+"""The files of one dataset's examples: tokens, an index of all other columns, meta.json, last."""
+
+import json
+import os
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merit_fast.data.store.chunk import DTYPES, WIDTHS, Chunk
+from merit_fast.manifests.atomic import write_text
+
+FORMAT_VERSION = 1
+META_FILE = "meta.json"
+TOKENS_FILE = "tokens.bin"
+INDEX_FILE = "index.bin"
+# Widest numbers first: each column then starts at a multiple of its width.
+_INDEX = sorted(
+    (name for name in DTYPES if name != "tokens"), key=lambda name: -np.dtype(DTYPES[name]).itemsize
+)
+
+
+@dataclass
+class Summary:
+    """Counts of the rows behind a dataset's examples, and its notes."""
+
+    num_rows: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)  # of rows that were skipped
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, chunk: Chunk) -> None:
+        """Counts a chunk's rows."""
+        self.num_rows += chunk.num_rows
+        self.outcomes.update(chunk.outcomes)
+        self.errors += chunk.errors
+
+
+class MemoryColumns:
+    """Collects chunks in memory."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, list[NDArray[Any]]] = {name: [] for name in DTYPES}
+
+    def append(self, chunk: Chunk) -> None:
+        """Adds a chunk at the end."""
+        for name, array in chunk.columns.items():
+            self._arrays[name].append(array)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The columns as a whole."""
+        return {name: self._whole(name) for name in DTYPES}
+
+    def _whole(self, name: str) -> NDArray[Any]:
+        empty = np.zeros(_shape(name, 0), DTYPES[name])
+        return np.concatenate([empty, *self._arrays[name]])
+
+
+class FileColumns(MemoryColumns):
+    """Appends the tokens to a file at once, and writes the other columns at the end.
+
+    Args:
+        folder: an empty folder.
+        token_dtype: dtype of the tokens, such as "<u2".
+    """
+
+    def __init__(self, folder: Path, token_dtype: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self.token_dtype = token_dtype
+        self._tokens = _CheckedFile(folder / TOKENS_FILE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._tokens.close()
+
+    def append(self, chunk: Chunk) -> None:
+        """Adds a chunk at the end."""
+        super().append(chunk)
+        (tokens,) = self._arrays["tokens"]
+        self._arrays["tokens"].clear()
+        self._tokens.write(tokens.astype(self.token_dtype))
+
+    def finish(self, summary: Summary) -> None:
+        """Writes the other files; every file is on the disk then."""
+        self._tokens.close()
+        index = _CheckedFile(self.folder / INDEX_FILE)
+        counts = {}
+        try:
+            for name in _INDEX:
+                array = self._whole(name)
+                counts[name] = len(array)
+                index.write(array)
+        finally:
+            index.close()
+        meta = {
+            "version": FORMAT_VERSION,
+            "token_dtype": self.token_dtype,
+            "tokens": [self._tokens.size, self._tokens.check],
+            "index": [index.size, index.check],
+            "counts": counts,
+            "num_rows": summary.num_rows,
+            "outcomes": dict(sorted(summary.outcomes.items())),
+            "errors": summary.errors,
+            "notes": summary.notes,
+        }
+        write_text(self.folder / META_FILE, json.dumps(meta, ensure_ascii=False) + "\n")
+
+
+class _CheckedFile:
+    """A file that is written from its start, with its size and checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self.check = 0
+        self._file = open(path, "wb")  # noqa: SIM115
+
+    def write(self, array: NDArray[Any]) -> None:
+        data = array.tobytes()
+        self._file.write(data)
+        self.size += len(data)
+        self.check = zlib.crc32(data, self.check)
+
+    def close(self) -> None:
+        """Closes the file; its bytes are on the disk then."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+class DamagedError(Exception):
+    """A folder is not a store of this version; the text says why."""
+
+
+def open_columns(folder: Path, *, verify: bool = False) -> tuple[dict[str, NDArray[Any]], Summary]:
+    """Maps a store's files into memory.
+
+    Args:
+        folder: a finished store.
+        verify: compare the checksum of the tokens too; else their size and the index's checksum.
+
+    Raises:
+        DamagedError: a file is absent, unreadable, cut or changed.
+    """
+    try:
+        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+        if meta["version"] != FORMAT_VERSION:
+            raise DamagedError(f"{folder / META_FILE}: is of version {meta['version']}")
+        tokens = _open_file(folder / TOKENS_FILE, meta["tokens"], verify)
+        index = _open_file(folder / INDEX_FILE, meta["index"], True)
+        columns = {"tokens": tokens.view(meta["token_dtype"]), **_views(index, meta["counts"])}
+        counts = Counter(meta["outcomes"])
+        return columns, Summary(meta["num_rows"], counts, meta["errors"], meta["notes"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _views(index: NDArray[np.uint8], counts: dict[str, int]) -> dict[str, NDArray[Any]]:
+    """The columns of the index, none of them copied."""
+    views = {}
+    start = 0
+    for name in _INDEX:
+        width = WIDTHS.get(name, 1)
+        end = start + counts[name] * width * np.dtype(DTYPES[name]).itemsize
+        views[name] = index[start:end].view(DTYPES[name]).reshape(_shape(name, counts[name]))
+        start = end
+    return views
+
+
+def _open_file(file: Path, entry: tuple[int, int], verify: bool) -> NDArray[np.uint8]:
+    size, check = entry
+    if file.stat().st_size != size:
+        raise DamagedError(f"{file}: must have {size} bytes, has {file.stat().st_size}")
+    data = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
+    if verify and zlib.crc32(data.data) != check:
+        raise DamagedError(f"{file}: its checksum is another one")
+    return data
+
+
+def _shape(name: str, count: int) -> tuple[int, ...]:
+    return (count, WIDTHS[name]) if name in WIDTHS else (count,)

@@ -1,0 +1,221 @@
+"""Finds the answers in what a template renders.
+
+An answer is what follows the prompt, as the model sees it before it answers, up to the token at
+which it stops. The text before an answer may differ from turn to turn: a template may show earlier
+answers without their reasoning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merit_fast.data.template.control import ControlTokens
+from merit_fast.data.template.forms import reasoning_of, text_of
+from merit_fast.data.template.jinja import Messages, Refusal, Template, Tools
+from merit_fast.data.template.traces import require_reasoning
+
+_OPENED_REASONING = re.compile(r"<think>\s*\Z")
+_PROBE = [
+    {"role": "user", "content": "merit"},
+    {"role": "assistant", "content": "fast"},
+    {"role": "user", "content": "again"},
+]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A text up to the end of a trained turn, and the characters of the turn in it."""
+
+    text: str
+    span: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a template does to every conversation, found by rendering one.
+
+    Attributes:
+        as_parts: it takes content as a list of parts only.
+        very_end: what it writes at the end of the text, after the end of the last turn.
+    """
+
+    as_parts: bool
+    very_end: str
+
+
+def probe(template: Template, arguments: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether the template takes content as parts only, and a conversation as it renders it."""
+    texts = []
+    for as_parts in (False, True):
+        messages = _probe_messages(_PROBE[:2], as_parts)
+        try:
+            text = template.render(messages, None, arguments, add_generation_prompt=False)
+            prompt = template.render(messages[:1], None, arguments, add_generation_prompt=True)
+        except Refusal:
+            continue
+        texts.append((as_parts, f"{text}{prompt}"))
+        if "merit" in text and "fast" in text and "'text'" not in text:
+            return texts[-1]
+    return texts[0] if texts else (False, "")
+
+
+def find_facts(
+    template: Template, control: ControlTokens, arguments: Mapping[str, Any], as_parts: bool
+) -> Facts:
+    """Renders a conversation and its beginning, and compares."""
+    messages = _probe_messages(_PROBE, as_parts)
+    try:
+        text = template.render(messages[:2], None, arguments, add_generation_prompt=False)
+        followed = template.render(messages, None, arguments, add_generation_prompt=False)
+    except Refusal:
+        return Facts(as_parts, "")
+    common = control.cut(text, len(os.path.commonprefix([text, followed])))
+    head = text[:common]
+    ends_turn = "fast" in head and head.rstrip().endswith(control.texts)
+    return Facts(as_parts, text[common:] if ends_turn else "")
+
+
+class Answers:
+    """Renders the turns of one conversation and finds what is trained in them.
+
+    Args:
+        template: the template in force.
+        control: its control tokens.
+        facts: what it does to every conversation.
+        messages: the turns.
+        tools: the tools of the row.
+        arguments: further arguments of the template.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        control: ControlTokens,
+        facts: Facts,
+        messages: Messages,
+        tools: Tools,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        self._template = template
+        self._control = control
+        self._facts = facts
+        self._messages = messages
+        self._tools = tools
+        self._arguments = arguments
+
+    def render(self, messages: Messages, tools: Tools) -> str:
+        """The text of whole turns, without what the template writes at the very end."""
+        text = self._template.render(messages, tools, self._arguments, add_generation_prompt=False)
+        return text.removesuffix(self._facts.very_end)
+
+    def turn(self, index: int) -> Turn:
+        """The text up to the end of a trained turn.
+
+        Raises:
+            Refusal: the template fails, or nothing tells where the turn begins.
+        """
+        if self._messages[index]["role"] != "assistant":
+            return self._other_turn(index)
+        message = self._messages[index]
+        prompt = self._template.render(
+            self._messages[:index], self._tools, self._arguments, add_generation_prompt=True
+        )
+        text = self.render(self._messages[: index + 1], self._tools)
+        if not text.startswith(prompt):
+            text = self._behind_prompt(index, prompt, text)
+        answer = text[len(prompt) :]
+        self._require_answer(index, prompt, answer)
+        require_reasoning(index, message, answer)
+        text = self._closed(index, prompt, text)
+        return Turn(text, (len(prompt), max(len(prompt), len(text.rstrip()))))
+
+    def _other_turn(self, index: int) -> Turn:
+        """The content of a turn that is not the assistant's, up to the end of the turn."""
+        text = self.render(self._messages[: index + 1], self._tools)
+        before = self.render(self._messages[:index], self._tools) if index else ""
+        content = text_of(self._messages[index].get("content")).strip()
+        start = text.find(content, len(before)) if text.startswith(before) else -1
+        if start < 0:
+            rule = f"must render the content of messages[{index}] behind the turns before it"
+            raise Refusal(f"the chat template {rule}, got {text[-30:]!r}")
+        return Turn(text, (start, max(start, len(text.rstrip()))))
+
+    def _behind_prompt(self, index: int, prompt: str, text: str) -> str:
+        """The prompt with the answer behind it, where the template opens the reasoning itself.
+
+        The template shows the whole turn without its reasoning. The model sees a prompt that ends
+        with <think>, and answers with reasoning, </think> and the rest.
+        """
+        opened = _OPENED_REASONING.search(prompt)
+        if not opened or not text.startswith(prompt[: opened.start()]):
+            common = len(os.path.commonprefix([prompt, text]))
+            parting = f"{prompt[common : common + 30]!r} against {text[common : common + 30]!r}"
+            rule = f"must render messages[:{index}] with add_generation_prompt as a prefix"
+            raise Refusal(f"the chat template {rule} of messages[:{index + 1}], got {parting}")
+        message = self._messages[index]
+        own = text[opened.start() :]
+        content = text_of(message.get("content"))
+        if "</think>" in content and "reasoning_content" not in message:
+            reasoning = content.partition("</think>")[0].lstrip().removeprefix("<think>")
+            return f"{prompt}{reasoning.removeprefix(opened[0][len('<think>') :])}</think>{own}"
+        reasoning = reasoning_of(message).strip("\n")
+        return f"{prompt}{reasoning}\n</think>\n\n{own.lstrip()}"
+
+    def _require_answer(self, index: int, prompt: str, answer: str) -> None:
+        message = self._messages[index]
+        content = text_of(message.get("content"))
+        # only the last word is compared: a template may trim an answer or move its reasoning
+        words = content.rpartition("</think>")[2].split()
+        if words and words[-1] not in answer:
+            raise Refusal(
+                f"the chat template must render the content of messages[{index}], "
+                f"got {answer!r:.60}"
+            )
+        is_plain = len(message) == 2 and not answer.lstrip().startswith(content.strip())
+        if is_plain and prompt == self._template.render(
+            self._messages[:index], self._tools, self._arguments, add_generation_prompt=False
+        ):
+            raise Refusal(
+                f"the chat template must render messages[:{index}] with add_generation_prompt "
+                f"up to where the answer begins, but it ignores that flag; got {answer[:30]!r}"
+            )
+
+    def _closed(self, index: int, prompt: str, text: str) -> str:
+        """The text up to a token that ends the answer.
+
+        Where a template ends a turn with the marker of the user only, the model stops there.
+        """
+        if text.rstrip().endswith(self._control.texts):
+            return text
+        role = "tool" if "tool_calls" in self._messages[index] else "user"
+        content: Any = "merit"
+        if self._facts.as_parts:
+            content = [{"type": "text", "text": content}]
+        following = [*self._messages[: index + 1], {"role": role, "content": content}]
+        followed = self.render(following, self._tools)
+        end = text.rstrip()
+        marker = self._control.opens(followed[len(end) :]) if followed.startswith(end) else None
+        if marker is None or marker in self._opening(index, prompt):
+            rule = "must end an answer with a control token of the tokenizer, such as eos_token"
+            raise Refusal(f"the chat template {rule}, got {end[-20:]!r}")
+        return followed[: followed.index(marker, len(end)) + len(marker)]
+
+    def _opening(self, index: int, prompt: str) -> str:
+        """The end of a prompt that opens the answer."""
+        before = self._template.render(
+            self._messages[:index], self._tools, self._arguments, add_generation_prompt=False
+        )
+        return prompt[len(os.path.commonprefix([prompt, before])) :]
+
+
+def _probe_messages(messages: list[dict[str, str]], as_parts: bool) -> list[dict[str, Any]]:
+    if not as_parts:
+        return list(messages)
+    return [
+        {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
+    ]
