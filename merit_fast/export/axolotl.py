@@ -48,7 +48,8 @@ def axolotl_form(found: Survey, names: Names) -> Form:
     entry = _entry(names.messages, "role", "content")
     if found.has_tools and names.tools != "tools":
         entry["field_tools"] = names.tools
-    marks = {"message_field_training": MARK, "roles_to_train": [], "train_on_eos": "turn"}
+    entry["train_on_eos"] = "turn"
+    marks = {"message_field_training": MARK, "roles_to_train": ["assistant"]}
     return Form(entry | marks, extra)
 
 

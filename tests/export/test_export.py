@@ -105,9 +105,8 @@ def test_axolotl_trains_the_same_tokens(export, marked_run):
                 if "message_field_training" in entry:
                     assert entry["message_field_training"] == "train"
                     marks = [m["train"] for row in rows for m in row[entry["field_messages"]]]
-                    assert entry["roles_to_train"] == [] and any(marks) and not all(marks)
-                else:
-                    assert entry["roles_to_train"] == ["assistant"]
+                    assert any(marks) and not all(marks)
+                assert entry["roles_to_train"] == ["assistant"]
                 assert same_examples(reading, marked_run, part, names)
 
 
