@@ -19,9 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_WORDS = (
-    "the a model of rows and tokens gives every answer for one question in words that are"
-).split(" ")
+_WORDS = ["the", "a", "model", "of", "rows", "and", "tokens", "gives", "every", "answer", "for"]
 
 
 def write_rows(path: Path, count: int, words: int) -> None:

@@ -98,6 +98,10 @@ class CountedExamples(Protocol):
     def rows(self) -> NDArray[np.int64]:
         """[N] number of each example's row in its source, from 0."""
 
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[N] numbers that are equal for an example that comes twice."""
+
     def select(self, indices: NDArray[np.int64]) -> Sequence[Example]:
         """A view of these examples, in this order."""
 
@@ -154,6 +158,11 @@ class Dataset:
         if _is_counted(self.examples):
             return self.examples.rows
         return np.arange(len(self.examples))
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[N] numbers that are equal for an example that comes twice, where that is known."""
+        return self.examples.places if _is_counted(self.examples) else np.arange(len(self.examples))
 
     def select(self, indices: Sequence[int] | NDArray[np.integer]) -> Dataset:
         """The dataset with these examples only, in this order; without notes."""

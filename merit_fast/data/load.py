@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from merit_fast.data.encode import RowEncoder
 from merit_fast.data.images import media_reader
 from merit_fast.data.mixture.scan import check_bad_rows, error_notes
 from merit_fast.data.mixture.select import MixtureRows, Selection
+from merit_fast.data.shares import draw_rows
 from merit_fast.data.sources import read_rows
-from merit_fast.data.store.build import TokenStore, build_examples, token_dtype
+from merit_fast.data.store.build import Draw, TokenStore, build_examples, token_dtype
 from merit_fast.data.store.chunk import Chunk
 from merit_fast.data.store.examples import StoredExamples
-from merit_fast.data.store.files import Summary
+from merit_fast.data.store.files import MemoryColumns, Summary
 from merit_fast.data.store.workers import ChunkEncoder
 from merit_fast.data.template import outcome_notes
 from merit_fast.errors import InputError
@@ -94,6 +96,8 @@ class _Loader:
     def load(self, config: DatasetConfig, selection: Selection) -> Dataset:
         """The dataset of one entry: each selected row once in the store, then in its order."""
         store = self.store or TokenStore(Path(), {})
+        if store.draw is not None and not store.place(config.name, selection.rows).exists():
+            return self._load_drawn(config, selection, store.draw, store.fingerprints[config.name])
 
         def make(summary: Summary) -> Iterator[Chunk]:
             return self._make(config, selection, summary)
@@ -106,13 +110,45 @@ class _Loader:
             verify=store.verify,
             writes=store.writes,
         )
+        return self._dataset(config, selection, columns, summary)
+
+    def _load_drawn(
+        self, config: DatasetConfig, selection: Selection, draw: Draw, content: str
+    ) -> Dataset:
+        """The dataset of one entry, with at least the examples that a sketch draws of it."""
+        order = draw_rows(content, draw.seed, len(selection.rows))
+        taken = 0
+        more = draw.count
+        while True:
+            taken = min(taken + more, len(order))
+            positions = np.sort(order[:taken])
+            columns = MemoryColumns()
+            summary = Summary()
+            drawn = replace(selection, rows=selection.rows[positions])
+            for chunk in self._make(config, drawn, summary):
+                summary.add(chunk)
+                columns.append(chunk)
+            arrays = columns.arrays()
+            arrays["rows"] = positions[arrays["rows"]]
+            dataset = self._dataset(config, selection, arrays, summary)
+            if len(np.unique(dataset.places)) >= draw.count or taken == len(order):
+                return dataset
+            more = taken  # some rows gave no example
+
+    def _dataset(
+        self,
+        config: DatasetConfig,
+        selection: Selection,
+        columns: dict[str, NDArray[Any]],
+        summary: Summary,
+    ) -> Dataset:
         examples = StoredExamples(columns, media_reader(self.tokenizer))
         indices = _in_order(examples.rows, selection)
         return Dataset(
             config.name,
             examples if indices is None else examples.select(indices),
             tuple(self._notes(summary, selection)),
-            store.fingerprints.get(config.name),
+            self.store.fingerprints.get(config.name) if self.store else None,
             len(selection.rows),
         )
 

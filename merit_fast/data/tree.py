@@ -52,8 +52,10 @@ def build_within(texts: Sequence[tuple[Ints, Ints]], limit: int) -> list[Example
 
     A text longer than the limit is an example of its own.
     """
+    if len(texts) == 1:
+        return [Example(*texts[0])]
     whole = build(texts)
-    if len(texts) == 1 or len(whole.input_ids) <= limit:
+    if len(whole.input_ids) <= limit:
         return [whole]
     examples = [build(texts[:1])]
     first = 0  # text with which the last example begins

@@ -15,7 +15,7 @@ from merit_fast.data import (
 from merit_fast.data.config import Part
 from merit_fast.data.mixture.select import MixtureRows, ScanCache
 from merit_fast.data.sources import Source, source_content
-from merit_fast.data.store import TokenStore
+from merit_fast.data.store import Draw, TokenStore
 from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.pipeline.arms import Branch, branches_part, merit_steps, whole_mixture
@@ -78,6 +78,17 @@ class RunData:
         return list(Branch("", "", 0, rows).choose(self.train, self.config.split))
 
     @functools.cached_property
+    def sketched(self) -> list[Dataset]:
+        """Datasets with at least the examples that the sketch draws.
+
+        They are all of the branches' rows where these are loaded, or a warm-up takes some of them.
+        """
+        split = self.config.split
+        if "train" in self.__dict__ or split.warmup:
+            return self.branch
+        return self._load("train", Draw(split.examples, split.sketch_config().seed))
+
+    @functools.cached_property
     def held_out(self) -> tuple[list[Dataset], list[Dataset]]:
         """Held-out rows that tune a merge, and those that report: all of them without tuning."""
         from merit_fast.tune.rows import split_held_out
@@ -114,30 +125,35 @@ class RunData:
         """Optimizer steps of each of merit's branches, [K]; no row is read for it."""
         return merit_steps(self.config, split, self.outputs.contents)
 
-    def _store(self, part: Part) -> TokenStore:
+    def _store(self, part: Part, draw: Draw | None) -> TokenStore:
         """The place of the tokenized rows of this part."""
         prints = self.outputs.contents if part == "train" else held_out_contents(self.outputs)
-        return TokenStore(self._tokens, prints, self.outputs.records.whole, self.writes)
+        return TokenStore(self._tokens, prints, self.outputs.records.whole, self.writes, draw)
 
     @property
     def _tokens(self) -> Path:
         return self.outputs.root / TOKENS_FOLDER
 
-    def load(self, part: Part) -> list[Dataset]:
-        """The datasets of one part, loaded once more on every call; shows no notes."""
+    def load(self, part: Part, draw: Draw | None = None) -> list[Dataset]:
+        """The datasets of one part, loaded once more on every call; shows no notes.
+
+        Args:
+            part: "train" or "eval".
+            draw: what a sketch draws, to tokenize no other rows; None: all rows.
+        """
         return load_mixture(
             self.config.mixture,
             self.tokenizer,
             self.config.data,
             part=part,
             rows=self.rows,
-            store=self._store(part),
+            store=self._store(part, draw),
             progress=self.progress,
         )
 
-    def _load(self, part: Part) -> list[Dataset]:
+    def _load(self, part: Part, draw: Draw | None = None) -> list[Dataset]:
         mixture = self.config.mixture
-        datasets = self.load(part)
+        datasets = self.load(part, draw)
         for dataset in datasets:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")

@@ -150,7 +150,7 @@ class Run:
         sketch_mixture(
             str(outputs.start),
             outputs.start_fingerprint,
-            self.data.branch,
+            self.data.sketched,
             self.data.pad_token_id,
             self.config.split.sketch_config(),
             directory,

@@ -10,10 +10,11 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.directories import is_own_work
 from merit_fast.manifests.io import STAGE_FILE, StageManifest
 from merit_fast.manifests.ledger import OLD_BRANCHES, Ledger, OutputRecord, adopt, read_ledger
-from merit_fast.manifests.locks import owner_of, stage_lock
+from merit_fast.manifests.locks import LOCKS_FOLDER, owner_of, stage_lock
 from merit_fast.manifests.stages import AUDIT, EVALUATE, MERGE, REPORT, SKETCH, SPLIT, STAGES, TRAIN
 from merit_fast.manifests.state import OutputState, check_output, differences
 from merit_fast.pipeline.config import RunConfig
+from merit_fast.pipeline.data import TOKENS_FOLDER, held_out_contents
 from merit_fast.pipeline.outputs import Outputs
 
 Word = Literal[
@@ -47,7 +48,18 @@ def config_status(config: RunConfig, command: str, verify: bool) -> list[OutputS
     ledger = outputs.records.ledger()
     expected = {outputs.records.name(path): m for path, m in outputs.expected().items()}
     rows = [_of_config(root, name, m, ledger, verify) for name, m in expected.items()]
-    return rows + list(_others(root, set(expected), ledger))
+    return [*rows, *_others(root, set(expected), ledger), *_unused_tokens(outputs)]
+
+
+def _unused_tokens(outputs: Outputs) -> Iterator[OutputStatus]:
+    """Rows for tokenized datasets that this config does not use."""
+    folder = outputs.root / TOKENS_FOLDER
+    used = {*outputs.contents.values(), *held_out_contents(outputs).values()}
+    detail = "tokenized rows of another config"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir() and path.name not in used | {LOCKS_FOLDER}:
+            name = f"{TOKENS_FOLDER}/{path.name}"
+            yield OutputStatus(name, "not in force", detail, None, folder_bytes(path))
 
 
 def run_status(root: Path, verify: bool) -> list[OutputStatus]:

@@ -135,6 +135,8 @@ def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
     else:
         rank = np.argsort(draw_rows(dataset.content, config.seed, dataset.num_rows))
         order = np.argsort(rank[dataset.rows], kind="stable")
+        _, first = np.unique(dataset.places[order], return_index=True)
+        order = order[np.sort(first)]  # an example that a weight repeats is drawn once
     return [int(index) for index in order[: config.examples]]
 
 

@@ -23,7 +23,6 @@ from merit_fast.data.store.files import (
 )
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import fsync_path
-from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.locks import LOCKS_FOLDER, exclusive, this_process
 from merit_fast.progress import Progress
 
@@ -33,20 +32,36 @@ MakeChunks = Callable[[Summary], Iterable[Chunk]]
 
 
 @dataclass(frozen=True)
+class Draw:
+    """The rows that a sketch draws.
+
+    Attributes:
+        count: examples of each dataset; fewer where it has fewer.
+        seed: seed of the draw.
+    """
+
+    count: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class TokenStore:
     """The folder in which tokenized datasets are kept.
 
     Attributes:
-        folder: has a subfolder for each dataset and choice of its rows.
+        folder: has a subfolder for each fingerprint, with one for each choice of rows.
         fingerprints: dataset name -> fingerprint of its examples (``dataset_fingerprints``).
         verify: compare every byte with its checksum before it is used.
         writes: False: uses the datasets that are there, and keeps others in memory.
+        draw: tokenizes only the rows that a sketch draws of datasets that are not there, and keeps
+            these in memory; None: all rows.
     """
 
     folder: Path
     fingerprints: Mapping[str, str]
     verify: bool = False
     writes: bool = True
+    draw: Draw | None = None
 
     def place(self, name: str, rows: NDArray[np.int64]) -> Path:
         """The folder of a dataset's examples.
@@ -57,7 +72,7 @@ class TokenStore:
                 other datasets.
         """
         chosen = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
-        return self.folder / fingerprint([self.fingerprints[name], chosen])
+        return self.folder / self.fingerprints[name] / chosen[:16]
 
 
 def build_examples(
@@ -122,7 +137,8 @@ def _open(
 def _locked(place: Path) -> Any:
     folder = place.parent
     try:
-        new = [path for path in (folder, folder.parent) if not path.exists()]
+        parents = (folder, folder.parent, folder.parent.parent)
+        new = [path for path in parents if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / LOCKS_FOLDER / place.name, this_process("")):
             yield

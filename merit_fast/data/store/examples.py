@@ -75,6 +75,11 @@ class StoredExamples(Sequence[Example]):
         """[N] number of each example's row in its source, from 0."""
         return self._per_example("rows")
 
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[N] place of each example in the store: equal for an example that comes twice."""
+        return np.arange(len(self)) if self._indices is None else self._indices
+
     def _per_example(self, name: str) -> NDArray[np.int64]:
         values = self._columns[name].astype(np.int64)
         return values if self._indices is None else values[self._indices]

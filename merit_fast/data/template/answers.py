@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from merit_fast.data.template.control import ControlTokens
@@ -19,11 +19,13 @@ from merit_fast.data.template.jinja import Messages, Refusal, Template, Tools
 from merit_fast.data.template.traces import require_reasoning
 
 _OPENED_REASONING = re.compile(r"<think>\s*\Z")
-_PROBE = [
+_EMPTY_REASONING = re.compile(r"\A\s*<think>\s*</think>")
+_PROBE: Messages = [
     {"role": "user", "content": "merit"},
     {"role": "assistant", "content": "fast"},
     {"role": "user", "content": "again"},
 ]
+_CALL = {"type": "function", "function": {"name": "merit", "arguments": {"fast": "yes"}}}
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Facts:
     Attributes:
         as_parts: it takes content as a list of parts only.
         very_end: what it writes at the end of the text, after the end of the last turn.
+        ends: role -> the marker of its turn, where that is all that ends an answer before it.
     """
 
     as_parts: bool
-    very_end: str
+    very_end: str = ""
+    ends: Mapping[str, str] = field(default_factory=dict)
 
 
 def probe(template: Template, arguments: Mapping[str, Any]) -> tuple[bool, str]:
@@ -66,17 +70,50 @@ def probe(template: Template, arguments: Mapping[str, Any]) -> tuple[bool, str]:
 def find_facts(
     template: Template, control: ControlTokens, arguments: Mapping[str, Any], as_parts: bool
 ) -> Facts:
-    """Renders a conversation and its beginning, and compares."""
+    """Renders conversations and their beginnings, and compares."""
     messages = _probe_messages(_PROBE, as_parts)
+    call = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+    result = _probe_messages([{"role": "tool", "content": "again"}], as_parts)
+    calling = [messages[0], *_probe_messages([call], as_parts), *result]
+    very_end = _very_end(template, control, arguments, messages)
+    ends = {
+        "user": _end_before(template, control, arguments, messages),
+        "tool": _end_before(template, control, arguments, calling),
+    }
+    return Facts(as_parts, very_end, {role: end for role, end in ends.items() if end})
+
+
+def _very_end(
+    template: Template, control: ControlTokens, arguments: Mapping[str, Any], messages: Messages
+) -> str:
     try:
         text = template.render(messages[:2], None, arguments, add_generation_prompt=False)
         followed = template.render(messages, None, arguments, add_generation_prompt=False)
     except Refusal:
-        return Facts(as_parts, "")
+        return ""
     common = control.cut(text, len(os.path.commonprefix([text, followed])))
     head = text[:common]
     ends_turn = "fast" in head and head.rstrip().endswith(control.texts)
-    return Facts(as_parts, text[common:] if ends_turn else "")
+    return text[common:] if ends_turn else ""
+
+
+def _end_before(
+    template: Template, control: ControlTokens, arguments: Mapping[str, Any], messages: Messages
+) -> str:
+    """What the template writes between an answer and the next turn, if only that marks the end."""
+    try:
+        text = template.render(messages[:2], None, arguments, add_generation_prompt=False)
+        followed = template.render(messages, None, arguments, add_generation_prompt=False)
+        prompt = template.render(messages[:1], None, arguments, add_generation_prompt=True)
+        before = template.render(messages[:1], None, arguments, add_generation_prompt=False)
+    except Refusal:
+        return ""
+    end = text.rstrip()
+    opening = prompt[len(os.path.commonprefix([prompt, before])) :]
+    marker = control.opens(followed[len(end) :]) if followed.startswith(end) else None
+    if marker is None or marker in opening or end.endswith(control.texts):
+        return ""  # a marker that opens an answer too does not end one
+    return followed[len(end) : followed.index(marker, len(end)) + len(marker)]
 
 
 class Answers:
@@ -89,6 +126,7 @@ class Answers:
         messages: the turns.
         tools: the tools of the row.
         arguments: further arguments of the template.
+        ignored: keys of messages that may be left out.
     """
 
     def __init__(
@@ -99,6 +137,7 @@ class Answers:
         messages: Messages,
         tools: Tools,
         arguments: Mapping[str, Any],
+        ignored: Collection[str] = (),
     ) -> None:
         self._template = template
         self._control = control
@@ -106,6 +145,7 @@ class Answers:
         self._messages = messages
         self._tools = tools
         self._arguments = arguments
+        self._ignored = ignored
 
     def render(self, messages: Messages, tools: Tools) -> str:
         """The text of whole turns, without what the template writes at the very end."""
@@ -129,8 +169,8 @@ class Answers:
             text = self._behind_prompt(index, prompt, text)
         answer = text[len(prompt) :]
         self._require_answer(index, prompt, answer)
-        require_reasoning(index, message, answer)
-        text = self._closed(index, prompt, text)
+        require_reasoning(index, message, answer, self._ignored)
+        text = self._closed(index, text)
         return Turn(text, (len(prompt), max(len(prompt), len(text.rstrip()))))
 
     def _other_turn(self, index: int) -> Turn:
@@ -157,13 +197,13 @@ class Answers:
             rule = f"must render messages[:{index}] with add_generation_prompt as a prefix"
             raise Refusal(f"the chat template {rule} of messages[:{index + 1}], got {parting}")
         message = self._messages[index]
-        own = text[opened.start() :]
+        own = _EMPTY_REASONING.sub("", text[opened.start() :])
         content = text_of(message.get("content"))
         if "</think>" in content and "reasoning_content" not in message:
             reasoning = content.partition("</think>")[0].lstrip().removeprefix("<think>")
             return f"{prompt}{reasoning.removeprefix(opened[0][len('<think>') :])}</think>{own}"
         reasoning = reasoning_of(message).strip("\n")
-        return f"{prompt}{reasoning}\n</think>\n\n{own.lstrip()}"
+        return f"{prompt}{reasoning}\n</think>\n\n{own.lstrip(chr(10))}"
 
     def _require_answer(self, index: int, prompt: str, answer: str) -> None:
         message = self._messages[index]
@@ -175,7 +215,9 @@ class Answers:
                 f"the chat template must render the content of messages[{index}], "
                 f"got {answer!r:.60}"
             )
-        is_plain = len(message) == 2 and not answer.lstrip().startswith(content.strip())
+        is_plain = message.keys() <= {"role", "content"} and not answer.lstrip().startswith(
+            content.strip()
+        )
         if is_plain and prompt == self._template.render(
             self._messages[:index], self._tools, self._arguments, add_generation_prompt=False
         ):
@@ -184,38 +226,27 @@ class Answers:
                 f"up to where the answer begins, but it ignores that flag; got {answer[:30]!r}"
             )
 
-    def _closed(self, index: int, prompt: str, text: str) -> str:
+    def _closed(self, index: int, text: str) -> str:
         """The text up to a token that ends the answer.
 
-        Where a template ends a turn with the marker of the user only, the model stops there.
+        Where a template ends a turn with the marker of the next role only, the model stops there.
         """
-        if text.rstrip().endswith(self._control.texts):
+        message = self._messages[index]
+        whole = text.rstrip()
+        if whole.endswith(self._control.texts):
             return text
-        role = "tool" if "tool_calls" in self._messages[index] else "user"
-        content: Any = "merit"
-        if self._facts.as_parts:
-            content = [{"type": "text", "text": content}]
-        following = [*self._messages[: index + 1], {"role": role, "content": content}]
-        followed = self.render(following, self._tools)
-        end = text.rstrip()
-        marker = self._control.opens(followed[len(end) :]) if followed.startswith(end) else None
-        if marker is None or marker in self._opening(index, prompt):
+        words = text_of(message.get("content")).split()
+        end = self._facts.ends.get("tool" if "tool_calls" in message else "user")
+        if end is None or ("tool_calls" not in message and words and not whole.endswith(words[-1])):
             rule = "must end an answer with a control token of the tokenizer, such as eos_token"
-            raise Refusal(f"the chat template {rule}, got {end[-20:]!r}")
-        return followed[: followed.index(marker, len(end)) + len(marker)]
-
-    def _opening(self, index: int, prompt: str) -> str:
-        """The end of a prompt that opens the answer."""
-        before = self._template.render(
-            self._messages[:index], self._tools, self._arguments, add_generation_prompt=False
-        )
-        return prompt[len(os.path.commonprefix([prompt, before])) :]
+            raise Refusal(f"the chat template {rule}, got {whole[-20:]!r}")
+        return whole + end
 
 
-def _probe_messages(messages: list[dict[str, str]], as_parts: bool) -> list[dict[str, Any]]:
+def _probe_messages(messages: Messages, as_parts: bool) -> list[Mapping[str, Any]]:
     if not as_parts:
         return list(messages)
     return [
-        {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
         for message in messages
     ]

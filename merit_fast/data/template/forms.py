@@ -48,7 +48,7 @@ def forms(conversation: Conversation, in_loss: Sequence[bool], as_parts: bool) -
     yield form
     calls = any("tool_calls" in message for message in messages)
     if calls:
-        yield _with_text_arguments(form)
+        yield from _with_other_calls(form)
     roles = [message["role"] for message in messages]
     if "developer" in roles:
         form = replace(form, messages=tuple(_as_system(message) for message in messages))
@@ -61,7 +61,7 @@ def forms(conversation: Conversation, in_loss: Sequence[bool], as_parts: bool) -
     if folded := _fold(form, as_parts):
         yield folded
         if calls:
-            yield _with_text_arguments(folded)
+            yield from _with_other_calls(folded)
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str:
@@ -104,21 +104,25 @@ def _as_system(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
-def _with_text_arguments(form: Form) -> Form:
-    return replace(form, messages=tuple(_text_arguments(message) for message in form.messages))
+def _with_other_calls(form: Form) -> Iterator[Form]:
+    """Calls next to an empty content, then next to none and with their arguments as JSON text."""
+    for content, as_text in (("", False), (None, True)):
+        messages = tuple(
+            {"content": content, **(_text_arguments(message) if as_text else message)}
+            for message in form.messages
+        )
+        yield replace(form, messages=messages)
 
 
 def _text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    if "tool_calls" not in message:
-        return message
     calls = []
-    for call in message["tool_calls"]:
+    for call in message.get("tool_calls", ()):
         function = call.get("function", call)
         arguments = function.get("arguments")
         if not isinstance(arguments, str):
             function = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
         calls.append({**call, "function": function} if "function" in call else function)
-    return {**message, "tool_calls": calls}
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _join_leading(form: Form, as_parts: bool) -> Form:

@@ -21,6 +21,10 @@ class Refusal(InputError):
     """The template fails on these messages. The message of the error has no place in front."""
 
 
+class LeftOut(Refusal):
+    """The template renders these messages, but not everything that they carry."""
+
+
 class Template:
     """A compiled chat template.
 
@@ -38,7 +42,6 @@ class Template:
         import jinja2.meta
 
         self.source = source
-        self.reads_clock = False
         self._today = datetime.fromisoformat(date)
         self._environment = _environment(self._clock)
         self._constants = {**special_tokens, "date_string": self._today.strftime("%d %b %Y")}
@@ -55,7 +58,7 @@ class Template:
     @property
     def reads_date(self) -> bool:
         """Whether the text may depend on the day."""
-        return bool({"strftime_now", "date_string"} & self._variables)
+        return "strftime_now" in self.source or "date_string" in self._variables
 
     def require_reads(self, arguments: Mapping[str, Any], where: str) -> None:
         """Raises InputError for an argument that the template does not read."""
@@ -80,13 +83,14 @@ class Template:
             Refusal: the template fails on these messages.
         """
         try:
-            return self._template.render(
+            text: str = self._template.render(
                 messages=messages,
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **{**self._constants, **arguments},
             )
+            return text
         except self._failures as error:
             raise Refusal(f"the chat template refuses this row: {one_line(error)}") from None
 

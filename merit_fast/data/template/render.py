@@ -12,7 +12,7 @@ from merit_fast.data.rows.loss import messages_in_loss
 from merit_fast.data.template.answers import Answers, Turn, find_facts, probe
 from merit_fast.data.template.control import ControlTokens, Marks
 from merit_fast.data.template.forms import Form, forms
-from merit_fast.data.template.jinja import Refusal, Template, Tools
+from merit_fast.data.template.jinja import LeftOut, Refusal, Template, Tools
 from merit_fast.data.template.tokenizer import resolve_template
 from merit_fast.data.template.traces import has_fields, require_contents, require_fields
 from merit_fast.errors import InputError
@@ -86,13 +86,14 @@ class Renderer:
                 the row carries, or nothing tells where an answer begins.
         """
         in_loss = messages_in_loss(conversation, train_on)
-        first: Refusal | None = None
+        refusals: list[Refusal] = []
         for form in forms(conversation, in_loss, self._facts.as_parts):
             try:
                 return self._render_form(conversation, form)
             except Refusal as refusal:
-                first = first or refusal
-        raise InputError(f"{conversation.place}: {first}")
+                refusals.append(refusal)
+        left_out = [refusal for refusal in refusals if isinstance(refusal, LeftOut)]
+        raise InputError(f"{conversation.place}: {(left_out or refusals[::-1])[0]}")
 
     def _render_form(self, conversation: Conversation, form: Form) -> list[Rendered]:
         place = conversation.place
@@ -115,7 +116,15 @@ class Renderer:
             tools = marks.mark(tools)
             arguments = marks.mark(arguments)
             outcomes.append(SPLIT)
-        answers = Answers(self.template, self.control, self._facts, messages, tools, arguments)
+        answers = Answers(
+            self.template,
+            self.control,
+            self._facts,
+            messages,
+            tools,
+            arguments,
+            self._config.ignore_columns,
+        )
         turns = [answers.turn(index) for index in trained]
         self._require_traces(answers, messages, tools, turns, trained)
         whole = turns[-1].text

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from merit_fast.data.template.forms import reasoning_keys, reasoning_of, text_of
-from merit_fast.data.template.jinja import Messages, Refusal, Tools
+from merit_fast.data.template.jinja import LeftOut, Messages, Refusal, Tools
 
 Render = Callable[[Messages, Tools], str]
 
@@ -15,7 +15,7 @@ _OWN_CHECK = frozenset({"role", "content", "reasoning_content", "thinking", "rea
 
 
 def require_contents(messages: Messages, tools: Tools, text: str, render: Render) -> None:
-    """Raises Refusal if the content of a message leaves no trace in a text of all of them.
+    """Raises LeftOut if the content of a message leaves no trace in a text of all of them.
 
     Args:
         messages: the turns of the text.
@@ -23,22 +23,24 @@ def require_contents(messages: Messages, tools: Tools, text: str, render: Render
         text: the rendered turns.
         render: renders changed turns.
     """
+    unchanged = ""  # the text may hold remedies
     for i, message in enumerate(messages):
         content = text_of(message.get("content"))
         if content.strip() in text:
             continue
+        unchanged = unchanged or render(messages, tools)
         changed = {**message, "content": "merit"}
         if not isinstance(message["content"], str):
             changed["content"] = [{"type": "text", "text": "merit"}]
-        if _same(render, [*messages[:i], changed, *messages[i + 1 :]], tools, text):
+        if _same(render, [*messages[:i], changed, *messages[i + 1 :]], tools, unchanged):
             rule = f"must render the content of messages[{i}] ({message['role']})"
-            raise Refusal(f"the chat template {rule}, which it leaves out")
+            raise LeftOut(f"the chat template {rule}, which it leaves out")
 
 
 def require_fields(
     messages: Messages, tools: Tools, text: str, render: Render, ignored: Collection[str]
 ) -> None:
-    """Raises Refusal if a key of a message, a call or the tools leave no trace in the text.
+    """Raises LeftOut if a key of a message, a call or the tools leave no trace in the text.
 
     Names that link a result to its call need none, nor does reasoning: earlier turns may lose
     theirs by design.
@@ -53,7 +55,7 @@ def require_fields(
     for tool in tools or ():
         name = str(_function(tool).get("name", ""))
         if "tools" not in ignored and name not in text:
-            raise Refusal(f"tools: must be read by the chat template, which leaves out {name}")
+            raise LeftOut(f"tools: must be read by the chat template, which leaves out {name}")
     for i, message in enumerate(messages):
         for key in message.keys() - _OWN_CHECK - _LINKS - set(ignored):
             if key == "name" and message["role"] in ("tool", "function"):
@@ -62,21 +64,25 @@ def require_fields(
                 if _same(render, [*messages[:i], less, *messages[i + 1 :]], tools, text):
                     rule = "must be read by the chat template, which leaves it out; "
                     remedy = "data.ignore_columns names keys that may be left out"
-                    raise Refusal(f"messages[{i}].{key}: {rule}{remedy}")
+                    raise LeftOut(f"messages[{i}].{key}: {rule}{remedy}")
 
 
-def require_reasoning(index: int, message: Mapping[str, Any], answer: str) -> None:
-    """Raises Refusal if a trained answer lost its reasoning."""
+def require_reasoning(
+    index: int, message: Mapping[str, Any], answer: str, ignored: Collection[str]
+) -> None:
+    """Raises LeftOut if a trained answer lost its reasoning, unless its key is ignored."""
+    if set(reasoning_keys(message)) & set(ignored):
+        return
     word = _last_word(reasoning_of(message))
     if word not in answer:
         key = next(iter(reasoning_keys(message)), "content")
         rule = "must be read by the chat template, which leaves out the reasoning"
-        raise Refusal(f"messages[{index}].{key}: {rule}")
+        raise LeftOut(f"messages[{index}].{key}: {rule}")
 
 
 def has_fields(messages: Messages, tools: Tools) -> bool:
     """Whether messages hold more than a role and a content."""
-    return bool(tools) or any(len(message) > 2 for message in messages)
+    return bool(tools) or any(message.keys() - {"role", "content"} for message in messages)
 
 
 def _without(message: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

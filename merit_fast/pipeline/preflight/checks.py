@@ -117,14 +117,16 @@ def _check_merge(outputs: Outputs) -> None:
 
 
 def _check_rows(data: RunData, pending: Sequence[Stage]) -> None:
-    """Reads every row that the stages will read; the files stay in memory for them."""
+    """Tokenizes every row that the stages will use; they stay with ``data`` for them."""
     is_tuned = data.config.merge.is_tuned
     if EVALUATE in pending and not is_tuned:
         check_held_out(data.config.mixture)
     if EVALUATE in pending or (MERGE in pending and is_tuned):
         _ = data.held_out
     if SKETCH in pending or TRAIN in pending:
-        short = [dataset.name for dataset in data.branch if dataset.num_examples < 2]
+        needs_all = SPLIT in pending or TRAIN in pending
+        datasets = data.branch if needs_all else data.sketched
+        short = [dataset.name for dataset in datasets if dataset.num_examples < 2]
         if SKETCH in pending and short:
             raise InputError(
                 f"mixture: {short[0]}: split needs at least 2 examples per dataset, got 1"

@@ -41,10 +41,14 @@ def names_in_force(out: Path) -> list[str]:
 
 def test_only_the_branches_of_the_split_in_force_are_merged(finished_run, out):
     assert names_in_force(out) == ["merit-0", "merit-1"]
-    stage(finished_run.config, "split", "split.groups=3")
+    labels = json.loads((out / "split/split.json").read_text())["datasets"]
+    groups = {row["group"]: row["name"] for row in labels}
+    # one dataset of either group together: no group of the new split is one of the old
+    other = ["split.groups=3", f"split.pins={{together: [[{groups[0]}, {groups[1]}]]}}"]
+    stage(finished_run.config, "split", *other)
     with pytest.raises(InputError, match="merit-0: belongs to another split.*merit-fast train run"):
         branches_in_force(out)
-    stage(finished_run.config, "train", "split.groups=3")
+    stage(finished_run.config, "train", *other)
     assert names_in_force(out) == ["merit-0", "merit-1", "merit-2"]
     stage(finished_run.config, "split")
     stage(finished_run.config, "train")

@@ -1,0 +1,75 @@
+"""A sketch tokenizes the rows that it draws, and draws the rows that it draws of the whole."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.rows import make_tokenizer, write
+
+from merit_fast.data import DataConfig, DatasetConfig, load_mixture
+from merit_fast.data.encode import RowEncoder
+from merit_fast.data.store import Draw, TokenStore
+from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.stage import choose_examples
+
+LONG = "1 2 3 4 5 6 7 8 9 0 " * 30
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def mixture_of(tmp_path, every):
+    """300 rows; a row of each ``every`` is too long."""
+    rows = [{"prompt": f"{i}?", "completion": str(i) if i % every else LONG} for i in range(300)]
+    return [DatasetConfig("a", write(tmp_path / "a.jsonl", rows))]
+
+
+def drawn(dataset, config):
+    return [dataset.examples[i].input_ids.tolist() for i in choose_examples(dataset, config)]
+
+
+@pytest.mark.parametrize("weight", [0.4, 1, 1.6])
+@pytest.mark.parametrize("every", [2, 1000])
+@pytest.mark.parametrize("examples", [2, 40, 1000])
+def test_drawn_rows_are_those_of_the_whole(
+    tmp_path, tokenizer, monkeypatch, every, examples, weight
+):
+    mixture = [replace(mixture_of(tmp_path, every)[0], weight=weight)]
+    data = DataConfig(max_length=60, too_long="drop")
+    store = TokenStore(tmp_path / "s", {"a": "print"})
+    config = SketchConfig(examples=examples, seed=7)
+    seen = []
+    plain = RowEncoder.encode
+    monkeypatch.setattr(RowEncoder, "encode", lambda self, r: (seen.extend(r), plain(self, r))[1])
+    part = replace(store, draw=Draw(examples, 7))
+    (some,) = load_mixture(mixture, tokenizer, data, part="train", store=part)
+    assert len(seen) <= 16 * examples + 64 and not (tmp_path / "s").exists()
+    (whole,) = load_mixture(mixture, tokenizer, data, part="train", store=store)
+    found = drawn(some, config)
+    assert found == drawn(whole, config)
+    assert len(found) == min(examples, len({str(e.input_ids) for e in whole.examples}))
+    assert len({str(ids) for ids in found}) == len(found)
+    # what is kept is used
+    seen.clear()
+    (again,) = load_mixture(mixture, tokenizer, data, part="train", store=part)
+    assert not seen and again.num_examples == whole.num_examples
+
+
+def test_the_draw_follows_seed_and_content_and_no_name(tmp_path, tokenizer):
+    (mixture,) = mixture_of(tmp_path, 1000)
+    draws = {}
+    for name, content, seed in (("a", "x", 0), ("b", "x", 0), ("a", "y", 0), ("a", "x", 1)):
+        store = TokenStore(tmp_path / "s", {name: content})
+        (dataset,) = load_mixture(
+            [replace(mixture, name=name)], tokenizer, DataConfig(), part="train", store=store
+        )
+        draws[name, content, seed] = drawn(dataset, SketchConfig(examples=30, seed=seed))
+    assert draws["a", "x", 0] == draws["b", "x", 0]
+    assert len({str(draw) for draw in draws.values()}) == 3
+    # a part of the dataset is drawn in the order of the whole
+    half = dataset.select(np.arange(0, 300, 2))
+    order = drawn(dataset, SketchConfig(examples=300, seed=1))
+    kept = [ids for ids in order if ids in [e.input_ids.tolist() for e in half.examples]]
+    assert drawn(half, SketchConfig(examples=300, seed=1)) == kept
