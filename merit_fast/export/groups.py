@@ -6,38 +6,28 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import yaml
 
-from merit_fast.data import Dataset
-from merit_fast.data.mixture.select import MixtureRows
 from merit_fast.errors import InputError
 from merit_fast.export.axolotl import axolotl_config, axolotl_form
+from merit_fast.export.chosen import Group, groups_of
 from merit_fast.export.form import Form, Names, free_names
 from merit_fast.export.llamafactory import llamafactory_config, llamafactory_form, needs_mask
-from merit_fast.export.rows import PartRows, part_rows
+from merit_fast.export.rows import PartRows
 from merit_fast.export.settings import Settings, settings_of
 from merit_fast.export.survey import Survey, survey
 from merit_fast.export.trl import trl_config, trl_forms
 from merit_fast.export.write import write_rows
 from merit_fast.manifests.atomic import write_text
 from merit_fast.options.yaml import read_yaml
-from merit_fast.pipeline.arms import plan_branches
 from merit_fast.pipeline.outputs import Outputs
 
 FORMATS = ("axolotl", "llamafactory", "trl")
+_INFO = "dataset_info.json"
+_GROUPS = "groups.json"
 Stack = Literal["axolotl", "llamafactory", "trl"]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The rows of one group, and the share of its target tokens that each dataset gives."""
-
-    number: int
-    train: tuple[PartRows, ...]
-    held_out: tuple[PartRows, ...]
-    num_target_tokens: int
 
 
 @dataclass(frozen=True)
@@ -70,72 +60,59 @@ def export_groups(
     user = _read_user(extend)
     folder = out.expanduser().absolute()
     settings = settings_of(outputs.config, str(outputs.start), folder / "models")
-    groups = _groups(outputs)
+    groups = groups_of(outputs)
     surveys = {name: survey(parts) for name, parts in _by_dataset(groups).items()}
     names = free_names(surveys.values())
     planned = [_plan(stack, group, surveys, names) for group in groups]
-    folder.mkdir(parents=True, exist_ok=True)
-    info: dict[str, Any] = {}
+    _clear(folder)
     described = []
-    for group, (train, held_out) in zip(groups, planned, strict=True):
-        rows = [_write(files, folder, names) for files in (train, held_out)]
+    info: dict[str, Any] = {}
+    for group, files in zip(groups, planned, strict=True):
+        counts = [_write(part, folder, names) for part in files]
         found = [surveys[part.name] for part in group.train]
-        config, entries = _configs(
-            stack, folder, (train, held_out), settings, user, group.number, found
-        )
+        target = _Target(stack, folder, settings, user, group.number, counts[0])
+        config, entries = target.configure(files, found)
         info |= entries
-        file = f"{stack}_{group.number}.yml"
-        write_text(folder / file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        described.append(_described(group, train, held_out, rows, file))
+        write_text(
+            folder / target.config_file,
+            yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        )
+        described.append(
+            {
+                **_described(group, files, counts),
+                "config": target.config_file,
+                "model": config["output_dir"],
+            }
+        )
     if info:
-        write_text(folder / "dataset_info.json", _json(info))
-    report = _report(stack, described, str(outputs.start), config_outputs(folder, user, groups))
-    write_text(folder / "groups.json", _json(report))
+        write_text(folder / _INFO, _json(info))
+    report = _report(stack, described, str(outputs.start))
+    write_text(folder / _GROUPS, _json(report))
     return report
 
 
-def config_outputs(
-    folder: Path, user: Mapping[str, Any] | None, groups: Sequence[_Group]
-) -> list[str]:
-    """The folders into which the stack saves the groups' models."""
-    output = str((user or {}).get("output_dir", folder / "models"))
-    return [f"{output}/group_{group.number}" for group in groups]
+def _clear(folder: Path) -> None:
+    """Makes the folder, and removes the files of an earlier export.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        return
+    try:
+        groups = json.loads((folder / _GROUPS).read_text())["groups"]
+        old = [name for group in groups for name in (*group["train"], *group["val"])]
+        old += [group["config"] for group in groups]
+    except (OSError, ValueError, KeyError, TypeError):
+        rule = "must be empty or hold an earlier export"
+        raise InputError(f"{folder}: {rule}, found {min(folder.iterdir()).name}") from None
+    for name in (*old, _INFO, _GROUPS):
+        (folder / Path(name).name).unlink(missing_ok=True)
 
 
 # ---- the rows of each group
-def _groups(outputs: Outputs) -> list[_Group]:
-    config = outputs.config
-    split = outputs.split_manifest
-    rows = MixtureRows(config.mixture, config.data)
-    train = rows.select("train")
-    held_out = rows.select("eval")
-    entries = {entry.name: entry for entry in config.mixture}
-    tokens = {row.name: (row.num_target_tokens, row.num_examples) for row in split.datasets}
-    groups = []
-    for branch in plan_branches(config, split, outputs.contents):
-        if branch.arm != "merit" or branch.seed:
-            continue
-        parts = []
-        target_tokens = 0.0
-        for chosen in branch.rows:
-            selection = train[chosen.dataset]
-            # positions in place of examples: the cut depends on their number only
-            whole = Dataset(chosen.dataset, cast(Any, range(len(selection.order))))
-            positions = [int(cast(Any, i)) for i in chosen.choose(whole, config.split).examples]
-            entry = entries[chosen.dataset]
-            parts.append(part_rows(entry, config.data, "train", selection, positions))
-            count, _ = tokens[chosen.dataset]
-            target_tokens += count * len(positions) / max(1, len(selection.order))
-        kept = [
-            part_rows(entries[part.name], config.data, "eval", held_out[part.name])
-            for part in parts
-            if part.name in held_out
-        ]
-        groups.append(_Group(branch.group, tuple(parts), tuple(kept), round(target_tokens)))
-    return groups
-
-
-def _by_dataset(groups: Sequence[_Group]) -> dict[str, list[PartRows]]:
+def _by_dataset(groups: Sequence[Group]) -> dict[str, list[PartRows]]:
     parts: dict[str, list[PartRows]] = {}
     for group in groups:
         for part in (*group.train, *group.held_out):
@@ -145,7 +122,7 @@ def _by_dataset(groups: Sequence[_Group]) -> dict[str, list[PartRows]]:
 
 # ---- files
 def _plan(
-    stack: Stack, group: _Group, surveys: Mapping[str, Survey], names: Names
+    stack: Stack, group: Group, surveys: Mapping[str, Survey], names: Names
 ) -> tuple[_Files, _Files]:
     found = [surveys[part.name] for part in group.train]
     if stack == "trl":
@@ -178,43 +155,61 @@ def _write(files: _Files, folder: Path, names: Names) -> int:
 
 
 # ---- configurations
-def _configs(
-    stack: Stack,
-    folder: Path,
-    files: tuple[_Files, _Files],
-    settings: Settings,
-    user: Mapping[str, Any] | None,
-    group: int,
-    found: Sequence[Survey],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The group's configuration, and its entries of dataset_info.json."""
-    train, held_out = (
-        [(str(folder / name), form) for name, form in zip(part.names, part.forms, strict=True)]
-        for part in files
-    )
-    if stack == "axolotl":
-        return axolotl_config(train, held_out, settings, user, group), {}
-    if stack == "trl":
-        return trl_config(train, settings, user, group), {}
-    entries = {}
-    names = []
-    for suffix, part in zip(("", "_val"), files, strict=True):
-        of_part = []
-        for i, (name, form) in enumerate(zip(part.names, part.forms, strict=True), 1):
-            key = f"group_{group}{suffix}{f'_{i}' if i > 1 else ''}"
-            entries[key] = {"file_name": name, **form.entry}
-            of_part.append(key)
-        names.append(of_part)
-    config = llamafactory_config(
-        names[0],
-        names[1],
-        settings,
-        user,
-        group,
-        folder=folder,
-        mask_history=needs_mask(found),
-    )
-    return config, entries
+@dataclass(frozen=True)
+class _Target:
+    """The stack's configuration of one group."""
+
+    stack: Stack
+    folder: Path
+    settings: Settings
+    user: Mapping[str, Any] | None
+    group: int
+    num_rows: int
+
+    @property
+    def config_file(self) -> str:
+        """The configuration's name."""
+        return f"{self.stack}_{self.group}.yml"
+
+    def configure(
+        self, files: tuple[_Files, _Files], found: Sequence[Survey]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The configuration, and entries of dataset_info.json."""
+        if self.stack == "llamafactory":
+            return self._llamafactory(files, found)
+        train, held_out = (
+            [
+                (str(self.folder / name), form)
+                for name, form in zip(part.names, part.forms, strict=True)
+            ]
+            for part in files
+        )
+        if self.stack == "axolotl":
+            return axolotl_config(train, held_out, self.settings, self.user, self.group), {}
+        config = trl_config(train, self.settings, self.user, self.group, num_rows=self.num_rows)
+        return config, {}
+
+    def _llamafactory(
+        self, files: tuple[_Files, _Files], found: Sequence[Survey]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        entries = {}
+        names: list[list[str]] = []
+        for suffix, part in zip(("", "_val"), files, strict=True):
+            names.append([])
+            for i, (name, form) in enumerate(zip(part.names, part.forms, strict=True), 1):
+                key = f"group_{self.group}{suffix}{f'_{i}' if i > 1 else ''}"
+                entries[key] = {"file_name": name, **form.entry}
+                names[-1].append(key)
+        config = llamafactory_config(
+            names,
+            self.settings,
+            self.user,
+            self.group,
+            folder=self.folder,
+            mask_history=needs_mask(found),
+            num_rows=self.num_rows,
+        )
+        return config, entries
 
 
 def _read_user(extend: Path | None) -> dict[str, Any] | None:
@@ -227,35 +222,25 @@ def _read_user(extend: Path | None) -> dict[str, Any] | None:
 
 
 # ---- the report
-def _described(
-    group: _Group, train: _Files, held_out: _Files, rows: Sequence[int], config: str
-) -> dict[str, Any]:
+def _described(group: Group, files: tuple[_Files, _Files], counts: Sequence[int]) -> dict[str, Any]:
     return {
         "group": group.number,
         "datasets": [part.name for part in group.train],
-        "train": list(train.names),
-        "val": list(held_out.names),
-        "config": config,
-        "num_rows": rows[0],
-        "num_val_rows": rows[1],
+        "train": list(files[0].names),
+        "val": list(files[1].names),
+        "num_rows": counts[0],
+        "num_val_rows": counts[1],
         "num_target_tokens": group.num_target_tokens,
     }
 
 
-def _report(
-    stack: Stack, groups: list[dict[str, Any]], base: str, models: Sequence[str]
-) -> dict[str, Any]:
+def _report(stack: Stack, groups: list[dict[str, Any]], base: str) -> dict[str, Any]:
     total = sum(group["num_target_tokens"] for group in groups)
-    for group, model in zip(groups, models, strict=True):
+    for group in groups:
         group["weight"] = group["num_target_tokens"] / total
-        group["model"] = model
     flags = " ".join(f"--model {group['model']}:{group['weight']:.6f}" for group in groups)
-    return {
-        "format": stack,
-        "base": base,
-        "groups": groups,
-        "merge": f"merit-fast merge OUT {flags}",
-    }
+    merge = f"merit-fast merge OUT {flags}"
+    return {"format": stack, "base": base, "groups": groups, "merge": merge}
 
 
 def _json(value: Any) -> str:

@@ -99,16 +99,16 @@ def needs_mask(surveys: Sequence[Survey]) -> bool:
 
 
 def llamafactory_config(
-    train: Sequence[str],
-    held_out: Sequence[str],
+    datasets: Sequence[Sequence[str]],
     settings: Settings,
     user: Mapping[str, Any] | None,
     group: int,
     *,
     folder: Path,
     mask_history: bool,
+    num_rows: int,
 ) -> dict[str, Any]:
-    """The configuration of one group's run; ``train`` and ``held_out`` name datasets.
+    """The configuration of one group's run; ``datasets`` names training and held-out ones.
 
     Raises:
         InputError: the run has a template of its own, which LLaMA-Factory has no key for.
@@ -122,8 +122,9 @@ def llamafactory_config(
                 "data.chat_template: llamafactory reads no Jinja file; give your own "
                 "configuration, which names its template, by --extend"
             )
-        config = _minimal(settings)
+        config = _minimal(settings, num_rows)
         output = settings.output
+    train, held_out = datasets
     config |= {"dataset_dir": str(folder), "dataset": ",".join(train)}
     if held_out:
         config["eval_dataset"] = ",".join(held_out)
@@ -158,7 +159,7 @@ def _turns_entry(found: Survey, columns: dict[str, Any]) -> dict[str, Any] | Non
     }
 
 
-def _minimal(settings: Settings) -> dict[str, Any]:
+def _minimal(settings: Settings, num_rows: int) -> dict[str, Any]:
     return {
         "model_name_or_path": settings.model,
         "stage": "sft",
@@ -166,5 +167,5 @@ def _minimal(settings: Settings) -> dict[str, Any]:
         "finetuning_type": "full",
         "cutoff_len": settings.max_length,
         "packing": settings.packing,
-        **settings.trainer_keys,
+        **settings.trainer_keys(num_rows),
     }

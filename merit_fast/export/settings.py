@@ -29,9 +29,13 @@ class Settings:
     packing: bool
     seed: int
 
-    @property
-    def trainer_keys(self) -> dict[str, object]:
-        """The recipe under the names of transformers' TrainingArguments."""
+    def trainer_keys(self, num_rows: int) -> dict[str, object]:
+        """The recipe under the names of transformers' TrainingArguments.
+
+        Args:
+            num_rows: rows of the group, which decide the steps in which the rate rises.
+        """
+        steps = self.epochs * -(-num_rows // (self.micro_batch_size * self.accumulation))
         return {
             "num_train_epochs": self.epochs,
             "per_device_train_batch_size": self.micro_batch_size,
@@ -39,7 +43,7 @@ class Settings:
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": {"min_lr_rate": self.final_fraction},
-            "warmup_ratio": self.warmup_fraction,
+            "warmup_steps": round(self.warmup_fraction * steps),
             "weight_decay": self.weight_decay,
             "adam_beta1": self.beta1,
             "adam_beta2": self.beta2,

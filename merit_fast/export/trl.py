@@ -69,13 +69,15 @@ def trl_config(
     settings: Settings,
     user: Mapping[str, Any] | None,
     group: int,
+    *,
+    num_rows: int,
 ) -> dict[str, Any]:
     """The configuration of one group: the user's keys, or a minimal one, with its rows."""
     if user is not None:
         config = {key: value for key, value in user.items() if key not in _REPLACED}
         output = str(user.get("output_dir", settings.output))
     else:
-        config = _minimal(settings)
+        config = _minimal(settings, num_rows)
         output = settings.output
     config["datasets"] = [
         {"path": "json", "data_files": path, "split": "train", **form.entry} for path, form in train
@@ -117,12 +119,12 @@ def _form(wanted: Sequence[str], further: Sequence[str]) -> Form:
     return Form({"columns": [*wanted, *further]}, extra, is_joined=True)
 
 
-def _minimal(settings: Settings) -> dict[str, Any]:
+def _minimal(settings: Settings, num_rows: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model_name_or_path": settings.model,
         "max_length": settings.max_length,
         "packing": settings.packing,
-        **settings.trainer_keys,
+        **settings.trainer_keys(num_rows),
     }
     if settings.chat_template is not None:
         config["chat_template_path"] = settings.chat_template

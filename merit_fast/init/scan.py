@@ -97,7 +97,7 @@ def _is_left_out(folder: Path) -> bool:
 def _holds_rows(file: Path) -> bool:
     """Whether a .json file begins with an object on a line by itself, as JSONL, or with an array.
 
-    A compressed one counts as rows.
+    A compressed one counts as rows. Reading it names the rule where an array holds no rows.
     """
     if file.suffix != ".json":
         return True

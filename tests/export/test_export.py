@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import yaml
 from support.runs import run_values
@@ -14,94 +12,13 @@ from trl.scripts.utils import DatasetMixtureConfig
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
 from merit_fast.data.sources import Source, read_rows
 from merit_fast.pipeline.config import read_run_config
-from merit_fast.pipeline.run import Run
-from merit_fast.progress import SilentProgress
-
-FACTS = [("capital of France", "Paris"), ("two plus two", "four"), ("colour of snow", "white")]
-PAIRS = [(f"{question} {i}?", f"{answer} {i}") for i in range(4) for question, answer in FACTS]
-
-
-def turn(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
-def chat(question, answer, **more):
-    return {"messages": [turn("user", question), turn("assistant", answer, **more)]}
-
-
-def sharegpt(i, question, answer):
-    turns = [("human", question), ("gpt", answer), ("human", "sure?"), ("gpt", "yes")]
-    conversations = [{"from": role, "value": text} for role, text in turns]
-    return {"id": f"own-{i}", "system": "Be brief.", "conversations": conversations}
-
-
-def marked(question, answer):
-    first = [turn("user", question), turn("assistant", "unsure", train=False)]
-    return {"messages": [*first, turn("user", "again"), turn("assistant", answer)]}
-
-
-def write_mixture(folder: Path, with_marks: bool) -> list[dict]:
-    """Datasets of every format; lines are written with odd spaces, to see whether they stay."""
-    folder.mkdir()
-    lines = [json.dumps(chat(*pair), separators=(" , ", ":  ")) + "  \r\n" for pair in PAIRS]
-    (folder / "chat.jsonl").write_text("\n".join(lines), newline="")
-    rows = [sharegpt(i, *pair) for i, pair in enumerate(PAIRS)]
-    (folder / "shared.json").write_text(json.dumps(rows, indent=1))
-    table = "instruction,output\n" + "".join(f'"{a}","{b}"\n' for a, b in PAIRS)
-    (folder / "alpaca.csv").write_text(table)
-    sides = pyarrow.Table.from_pylist([{"question": a, "answer": b} for a, b in PAIRS])
-    pyarrow.parquet.write_table(sides, folder / "sides.parquet")
-    names = ["chat.jsonl", "shared.json", "alpaca.csv", "sides.parquet"]
-    if with_marks:
-        text = "".join(json.dumps(marked(*pair)) + "\n" for pair in PAIRS)
-        (folder / "marked.jsonl").write_text(text)
-        names.append("marked.jsonl")
-    return [
-        {"name": name.partition(".")[0], "path": str(folder / name), "eval_share": 0.3}
-        for name in names
-    ]
-
-
-def split_run(folder: Path, model: Path, mixture: list[dict], **train) -> Path:
-    values = run_values(model, mixture) | {"output": "out"}
-    values["split"]["tolerance"] = 1.0
-    values["train"] |= {"controls": {}, **train}
-    config = folder / "run.yml"
-    config.write_text(yaml.safe_dump(values))
-    Run(read_run_config(config), SilentProgress()).split()
-    return config
-
-
-@pytest.fixture(scope="module")
-def plain_run(tmp_path_factory, tiny_model):
-    folder = tmp_path_factory.mktemp("plain")
-    return split_run(folder, tiny_model, write_mixture(folder / "data", False))
-
-
-@pytest.fixture(scope="module")
-def marked_run(tmp_path_factory, tiny_model):
-    folder = tmp_path_factory.mktemp("marked")
-    return split_run(folder, tiny_model, write_mixture(folder / "data", True))
-
-
-@pytest.fixture
-def export(call, tmp_path):
-    def run(config, stack, *flags):
-        out = tmp_path / "groups"
-        code, output, error = call(
-            "export", str(config), "--format", stack, "--out", str(out), "--json", *flags
-        )
-        assert code == 0, error
-        return out, json.loads(output)
-
-    return run
 
 
 def rows_of(out: Path, names: list[str]) -> list[dict]:
     return [json.loads(line) for name in names for line in (out / name).read_bytes().splitlines()]
 
 
-def same_examples(entries: list[dict], config: Path, part: str, names: list[str], data=None):
+def same_examples(entries: list[dict], config: Path, part: str, names: list[str]) -> bool:
     """Whether exported rows, read by ``entries``, give the examples of the run's datasets."""
     run = read_run_config(config)
     tokenizer = load_tokenizer(run.model)
@@ -116,13 +33,15 @@ def same_examples(entries: list[dict], config: Path, part: str, names: list[str]
 
     own = [entry for entry in run.mixture if entry.name in names]
     exported = [DatasetConfig(**entry) for entry in entries]
-    ignore = ("dataset", "id", "merit_id", "conversations", "instruction", "output")
-    ignored = DataConfig(ignore_columns=(*ignore, "question", "answer", "system"))
-    return examples(exported, data or ignored, "train") == examples(own, run.data, part)
+    read = {entry["columns"]["messages"] for entry in entries}
+    others = {"messages", "conversations", "instruction", "output", "question", "answer", "system"}
+    ignored = ("dataset", "id", "merit_id", *sorted(others - read))
+    data = DataConfig(ignore_columns=ignored)
+    return examples(exported, data, "train") == examples(own, run.data, part)
 
 
 @pytest.mark.parametrize("stack", ["axolotl", "llamafactory", "trl"])
-def test_rows_are_there_once_and_byte_for_byte(export, plain_run, stack):
+def test_rows_are_there_once_and_byte_for_byte(export, plain_run, pairs, stack):
     out, report = export(plain_run, stack)
     lines = [
         line
@@ -131,7 +50,7 @@ def test_rows_are_there_once_and_byte_for_byte(export, plain_run, stack):
         for line in (out / name).read_bytes().split(b"\n")
         if line
     ]
-    assert len(lines) == 4 * len(PAIRS)
+    assert len(lines) == 4 * len(pairs)
     data = Path(read_run_config(plain_run).mixture[0].path).parent
     for line in (data / "chat.jsonl").read_bytes().split(b"\n"):
         if text := line.strip():
@@ -142,7 +61,7 @@ def test_rows_are_there_once_and_byte_for_byte(export, plain_run, stack):
         originals = [row for _, row in read_rows(Source(str(data / name)))]
         exported = [json.loads(line) for line in lines]
         exported = [row for row in exported if row["dataset"] == name.partition(".")[0]]
-        assert len({row["merit_id"] for row in exported}) == len(PAIRS)
+        assert len({row["merit_id"] for row in exported}) == len(pairs)
         for row in exported:
             number = int(row["merit_id"].rpartition("-")[2])
             assert originals[number].items() <= row.items()
@@ -168,11 +87,9 @@ def axolotl_entry(entry: dict, name: str) -> dict:
     """The same reading as an entry of a mixture: turns, words and marks."""
     assert entry["ds_type"] == "json" and entry["type"] == "chat_template"
     keys = entry["message_property_mappings"]
-    columns = {"messages": entry["field_messages"]}
-    columns |= {key: own for key, own in keys.items() if (key, own) != (key, key)}
-    if entry["field_messages"] == "conversations":
-        columns = {}
-    return {"name": name, "path": entry["path"], "columns": columns or None}
+    columns = {"messages": entry["field_messages"], **keys}
+    roles = {role: tuple(words) for role, words in entry.get("roles", {}).items()}
+    return {"name": name, "path": entry["path"], "columns": columns, "roles": roles or None}
 
 
 def test_axolotl_trains_the_same_tokens(export, marked_run):
@@ -186,10 +103,12 @@ def test_axolotl_trains_the_same_tokens(export, marked_run):
                 names = sorted({row["dataset"] for row in rows})
                 reading = [axolotl_entry(entry, f"d{i}")]
                 if "message_field_training" in entry:
+                    assert entry["message_field_training"] == "train"
                     marks = [m["train"] for row in rows for m in row[entry["field_messages"]]]
                     assert entry["roles_to_train"] == [] and any(marks) and not all(marks)
-                if entry["field_messages"] in ("messages", "merit_messages"):
-                    assert same_examples(reading, marked_run, part, names)
+                else:
+                    assert entry["roles_to_train"] == ["assistant"]
+                assert same_examples(reading, marked_run, part, names)
 
 
 def alpaca_and_sharegpt(info: dict, row: dict) -> list[tuple[str, str]]:
@@ -207,7 +126,7 @@ def alpaca_and_sharegpt(info: dict, row: dict) -> list[tuple[str, str]]:
     return [("system", system), *turns] if system else turns
 
 
-def test_llamafactory_reads_the_same_turns(export, plain_run):
+def test_llamafactory_reads_the_same_turns(export, plain_run, pairs):
     out, report = export(plain_run, "llamafactory")
     info = json.loads((out / "dataset_info.json").read_text())
     seen = set()
@@ -219,12 +138,12 @@ def test_llamafactory_reads_the_same_turns(export, plain_run):
             for row in rows_of(out, [info[name]["file_name"]]):
                 turns = alpaca_and_sharegpt(info[name], row)
                 seen.add((row["dataset"], *turns))
-    plain = {("user", a, "assistant", b) for a, b in PAIRS}
+    plain = {("user", a, "assistant", b) for a, b in pairs}
     for name in ("chat", "alpaca", "sides"):
         found = {row[1:] for row in seen if row[0] == name}
         assert found == {((a, b), (c, d)) for a, b, c, d in plain}
     shared = [row[1:] for row in seen if row[0] == "shared"]
-    assert len(shared) == len(PAIRS)
+    assert len(shared) == len(pairs)
     assert all(row[0] == ("system", "Be brief.") and len(row) == 5 for row in shared)
 
 
@@ -270,16 +189,18 @@ def test_the_users_own_keys_are_kept(export, plain_run, tmp_path, stack, values,
 @pytest.mark.parametrize(
     ("stack", "message"),
     [
-        ("llamafactory", "marked: every answer is in the loss"),
+        (
+            "llamafactory",
+            "marked: llamafactory trains every answer or the last one, and these",
+        ),
         ("trl", "marked: trl trains every answer of messages, and these rows mark"),
     ],
 )
 def test_marks_that_a_stack_cannot_follow_are_refused(call, marked_run, tmp_path, stack, message):
-    code, _, error = call(
-        "export", str(marked_run), "--format", stack, "--out", str(tmp_path / "x")
-    )
-    assert code == 2 and error.count("\n") == 1
-    assert "marked" in error or message in error
+    out = str(tmp_path / "x")
+    code, _, error = call("export", str(marked_run), "--format", stack, "--out", out)
+    assert code == 2 and message in error.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
 
 
 def test_export_needs_a_split(call, tmp_path, tiny_model, tiny_mixture):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 BATCH = 256  # rows; images may lie in them
+_FEW = 8  # one row in so many is read by itself
 _FILE_MAGIC = b"ARROW1"
 Converter = Callable[[Any], Any]
 
@@ -101,10 +102,11 @@ class _Counter:
     ) -> Iterator[RawRow]:
         num_rows = batch.num_rows
         wanted = [index for index in range(num_rows) if picker.take()]
-        if not wanted:
-            self.number += num_rows
-            return
-        rows = (batch.take(wanted) if len(wanted) < num_rows else batch).to_pylist()
+        if len(wanted) * _FEW < num_rows:
+            rows = [batch.slice(index, 1).to_pylist()[0] for index in wanted]
+        else:
+            every = batch.to_pylist()
+            rows = [every[index] for index in wanted]
         first = self.number + 1
         self.number += num_rows
         for index, row in zip(wanted, rows, strict=True):

@@ -11,6 +11,8 @@ from typing import IO, Any, cast
 from merit_fast.data.paths import COMPRESSIONS, is_url
 from merit_fast.errors import InputError, one_line
 
+_BUFFER = 1 << 18
+
 
 @contextmanager
 def open_stream(name: str) -> Iterator[IO[bytes]]:
@@ -63,8 +65,11 @@ def reading(name: str) -> Iterator[None]:
 @contextmanager
 def _decompressed(file: IO[bytes], name: str) -> Iterator[IO[bytes]]:
     suffix = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
-    if not suffix:
+    if not suffix and not is_url(name):
         yield file
+        return
+    if not suffix:  # the files of some stores cannot read a part of a line
+        yield io.BufferedReader(cast(Any, file), _BUFFER)
         return
     with cast(IO[bytes], _OPENERS[suffix](file)) as stream:
         yield stream
@@ -74,7 +79,7 @@ def _zstandard(file: IO[bytes]) -> io.BufferedReader:
     import pyarrow
 
     whole = pyarrow.PythonFile(file, mode="r")
-    return io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(whole, "zstd")), 1 << 18)
+    return io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(whole, "zstd")), _BUFFER)
 
 
 _OPENERS: dict[str, Any] = {
