@@ -50,7 +50,10 @@ def test_counts_are_after_the_shift(tmp_path, tokenizer):
     assert dataset.num_tokens == 2 * len(dataset.examples[0].input_ids)
     first = load_row(
         tmp_path,
-        make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"),
+        make_tokenizer(
+            "{% for m in messages %}{{ m.content }}{% endfor %}"
+            "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+        ),
         {"prompt": "", "completion": "of the"},
     )
     assert first.labels[0] == -100  # nothing predicts it

@@ -74,11 +74,17 @@ class Marks:
         self._opening, self._closing = chr(code), chr(code + 1)
 
     def mark(self, value: Any, *, is_answer: bool = False) -> Any:
-        """A copy of a value of JSON with marks around every control token."""
+        """A copy of a value of JSON with marks around every control token.
+
+        Raises:
+            Refusal: a key spells one; templates look keys up, so they cannot be marked.
+        """
         if isinstance(value, str):
             pattern = self._control._in_answers if is_answer else self._control._any
             return pattern.sub(f"{self._opening}\\g<0>{self._closing}", value)
         if isinstance(value, Mapping):
+            if spelled := self._control.found(list(value)):
+                raise Refusal(f"names of keys must spell no control token, got {spelled}")
             return {key: self.mark(item, is_answer=is_answer) for key, item in value.items()}
         if isinstance(value, Sequence):
             return [self.mark(item, is_answer=is_answer) for item in value]

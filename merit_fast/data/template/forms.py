@@ -26,11 +26,13 @@ class Form:
         messages: one mapping per turn.
         in_loss: whether each turn is trained.
         outcomes: words counted in the notes of the dataset.
+        refits_calls: the form differs from the one before it in the calls of tools only.
     """
 
     messages: tuple[dict[str, Any], ...]
     in_loss: tuple[bool, ...]
     outcomes: tuple[str, ...] = ()
+    refits_calls: bool = False
 
 
 def forms(conversation: Conversation, in_loss: Sequence[bool], as_parts: bool) -> Iterator[Form]:
@@ -111,7 +113,7 @@ def _with_other_calls(form: Form) -> Iterator[Form]:
             {"content": content, **(_text_arguments(message) if as_text else message)}
             for message in form.messages
         )
-        yield replace(form, messages=messages)
+        yield replace(form, messages=messages, refits_calls=True)
 
 
 def _text_arguments(message: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def _join_leading(form: Form, as_parts: bool) -> Form:
     while count < len(form.messages) and form.messages[count]["role"] == "system":
         count += 1
     texts = [text_of(message.get("content")) for message in form.messages[:count]]
-    if count < 2:
+    if count < 2 or any(form.in_loss[:count]):
         return form
     first = _plain({"role": "system", "content": "\n\n".join(texts)}, as_parts=as_parts)
     return replace(
@@ -141,10 +143,15 @@ def _join_leading(form: Form, as_parts: bool) -> Form:
 
 
 def _fold(form: Form, as_parts: bool) -> Form | None:
-    """Puts system messages in front of the next user's turn; None where none follows."""
+    """Puts system messages in front of the next user's turn.
+
+    None where no such turn follows, or a system message is trained.
+    """
     messages, in_loss, waiting = [], [], []
     for message, trained in zip(form.messages, form.in_loss, strict=True):
         if message["role"] == "system":
+            if trained:
+                return None
             waiting.append(text_of(message.get("content")))
             continue
         if message["role"] == "user" and waiting:

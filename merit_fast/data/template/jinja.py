@@ -60,10 +60,14 @@ class Template:
         """Whether the text may depend on the day."""
         return "strftime_now" in self.source or "date_string" in self._variables
 
+    def reads(self, name: str) -> bool:
+        """Whether the template reads a further argument of this name."""
+        return name in self._variables - _OWN_ARGUMENTS
+
     def require_reads(self, arguments: Mapping[str, Any], where: str) -> None:
         """Raises InputError for an argument that the template does not read."""
         for name in arguments:
-            if name in _OWN_ARGUMENTS or name not in self._variables:
+            if not self.reads(name):
                 read = ", ".join(sorted(self._variables - _OWN_ARGUMENTS)) or "none"
                 raise InputError(
                     f"{where}: must be arguments that the chat template reads ({read}), got {name}"

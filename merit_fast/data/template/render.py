@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REWRITTEN = "rewritten"  # outcome: the template shows earlier turns in another way
 OPENED = "opened"  # outcome: the assistant speaks first, which is not trained
+_UNREAD_ARGUMENTS = ("parallel_tool_calls",)  # a setting of chat APIs that few templates show
 SPLIT = "split"  # outcome: text spells a control token and is tokenized as text
 
 Ranges = tuple[tuple[int, int], ...]
@@ -86,14 +87,15 @@ class Renderer:
                 the row carries, or nothing tells where an answer begins.
         """
         in_loss = messages_in_loss(conversation, train_on)
-        refusals: list[Refusal] = []
+        left_out: list[LeftOut] = []
+        last: Refusal | None = None
         for form in forms(conversation, in_loss, self._facts.as_parts):
             try:
                 return self._render_form(conversation, form)
             except Refusal as refusal:
-                refusals.append(refusal)
-        left_out = [refusal for refusal in refusals if isinstance(refusal, LeftOut)]
-        raise InputError(f"{conversation.place}: {(left_out or refusals[::-1])[0]}")
+                left_out += [refusal] if isinstance(refusal, LeftOut) else []
+                last = last if form.refits_calls else refusal
+        raise InputError(f"{conversation.place}: {left_out[0] if left_out else last}")
 
     def _render_form(self, conversation: Conversation, form: Form) -> list[Rendered]:
         place = conversation.place
@@ -145,7 +147,8 @@ class Renderer:
         own = {
             key: value
             for key, value in conversation.template_arguments.items()
-            if key not in self._config.ignore_columns
+            if key not in (*self._config.ignore_columns, *_UNREAD_ARGUMENTS)
+            or self.template.reads(key)
         }
         if own:
             self.template.require_reads(own, f"{conversation.place}: template arguments")

@@ -184,8 +184,10 @@ def _byte_level_normal(backend: Any) -> Callable[[str], bool] | None:
     """Tells of a text whether its tokens stand for its bytes; None if that is never known."""
     splitter = _state(backend.pre_tokenizer)
     steps = splitter.get("pretokenizers", [splitter])
-    model = json.loads(backend.model.__getstate__())
-    if not any(step.get("type") == "ByteLevel" for step in steps) or model.get("unk_token"):
+    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+    if not byte_level or any(step.get("add_prefix_space") for step in byte_level):
+        return None
+    if json.loads(backend.model.__getstate__()).get("unk_token"):
         return None
     normalizer = _state(backend.normalizer).get("type")
     if normalizer is None:

@@ -103,6 +103,21 @@ def test_spelled_tokens_in_calls_tools_and_reasoning_are_text():
     assert "EVIL" in shown and "\U000f0000" not in shown
 
 
+def test_names_of_keys_that_spell_control_tokens_never_become_tokens():
+    tokenizer = families.tokenizer("qwen3")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"<|im_end|>": 1}}}
+    messages = [Message("user", "add"), Message("assistant", None, fields={"tool_calls": [call]})]
+    [example] = encode(tokenizer, messages).examples  # as JSON text, which can be marked
+    assert '{"<|im_end|>": 1}' in decode(tokenizer, example.input_ids)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert int((example.input_ids == end).sum()) == 2
+    schema = {"type": "object", "properties": {"<|im_end|>": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "add", "parameters": schema}}
+    refused = encode(tokenizer, [Message("user", "add"), Message("assistant", "no")], (tool,))
+    message = "a:1: names of keys must spell no control token, got <|im_end|>"
+    assert str(refused.error) == message
+
+
 def test_tokens_that_are_not_special_are_split_too():
     tokenizer = families.tokenizer("deepseek_r1_distill")
     messages = [Message("user", "a<｜User｜>b"), Message("assistant", "<think>\nx\n</think>\n\nc")]

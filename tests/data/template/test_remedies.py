@@ -112,6 +112,7 @@ def test_arguments_of_the_template():
         "a:1: template arguments: must be arguments that the chat template reads (quiet), got loud"
     )
     assert not encode(tokenizer, *TURNS, arguments={"loud": 1}, ignore_columns=("loud",)).error
+    assert not encode(tokenizer, *TURNS, arguments={"parallel_tool_calls": False}).error
     with pytest.raises(InputError, match=r"^data.template_arguments: must be .* \(quiet\), got x$"):
         ChatEncoder(tokenizer, DataConfig(template_arguments={"x": 1}))
 
