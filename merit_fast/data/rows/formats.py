@@ -160,7 +160,7 @@ FORMATS = (  # the first whose required columns a row has is taken
     ),
     Format(
         name="sharegpt",
-        columns=(Column("conversations", is_required=True),),
+        columns=(Column("conversations", ("conversation",), is_required=True),),
         description="a list of turns with from (human, gpt, system, ...) and value",
         example={
             "conversations": [
@@ -185,10 +185,10 @@ FORMATS = (  # the first whose required columns a row has is taken
     Format(
         name="prompt and completion",
         columns=(
-            Column("prompt", ("question", "query", "inputs"), is_required=True),
+            Column("prompt", ("question", "query", "input", "inputs"), is_required=True),
             Column(
                 "completion",
-                ("response", "answer", "targets"),
+                ("response", "answer", "output", "targets"),
                 is_required=True,
             ),
         ),

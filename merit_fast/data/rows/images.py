@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from merit_fast.data.conversation import Image
+from merit_fast.data.rows.values import without_nulls
 from merit_fast.errors import InputError, show
 
 _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
@@ -34,7 +35,7 @@ def read_image(value: Any, where: str) -> Image:
         return _from_text(value, where)
     if isinstance(value, bytes) and value:
         return Image(content=value)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not {*without_nulls(value)} - {"bytes", "path"}:
         if isinstance(value.get("bytes"), bytes):
             return read_image(value["bytes"], f"{where}.bytes")
         if isinstance(value.get("path"), str):

@@ -69,6 +69,7 @@ class MessageReader:
         where_content = f"{where}.{names.get(content_key, content_key)}"
         if role == CALL:
             role = "assistant"
+            _refuse_calls(fields, where)
             content, fields["tool_calls"] = read_call_text(content, where_content)
         elif "tool_calls" in fields or "function_call" in fields:
             _read_call_keys(fields, where)
@@ -96,6 +97,13 @@ class MessageReader:
                 raise InputError(f"{where}.{key}: {rule}, got {show(fields[key])}")
         fields.update(held)
         return {key: own for key, own in self._keys.items() if own}
+
+
+def _refuse_calls(fields: Mapping[str, Any], where: str) -> None:
+    for key in ("tool_calls", "function_call"):
+        if not is_empty(fields.get(key)):
+            rule = "must be absent where the content is a call"
+            raise InputError(f"{where}.{key}: {rule}, got {show(fields[key])}")
 
 
 def _read_call_keys(fields: dict[str, Any], where: str) -> None:

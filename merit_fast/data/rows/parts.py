@@ -48,23 +48,30 @@ def _read_part(value: Any, where: str, ignored: Collection[str]) -> dict[str, An
         if len(found) > 1:
             raise InputError(f"{where}: must name one image, got {', '.join(found)}")
         for key in found:
-            read["image"] = _read_source(key, part.pop(key), f"{where}.{key}")
+            read["image"] = _read_source(key, part.pop(key), f"{where}.{key}", ignored)
     else:
         rule = "must be text, image or image_url"
         raise InputError(f"{where}.type: {rule}, got {show(kind)}")
-    for key in part:
+    for key, item in part.items():
         if key in ("train", "weight"):
             rule = "must be absent: a part has no mark for the loss, its message has"
-            raise InputError(f"{where}.{key}: {rule}, got {show(part[key])}")
-        if key not in ignored:
-            rule = "must be absent or listed under data.ignore_columns, as nothing reads it"
-            raise InputError(f"{where}.{key}: {rule}, got {show(part[key])}")
+            raise InputError(f"{where}.{key}: {rule}, got {show(item)}")
+        _refuse_key(key, item, where, ignored)
     return read
 
 
-def _read_source(key: str, value: Any, where: str) -> Image:
+def _read_source(key: str, value: Any, where: str, ignored: Collection[str]) -> Image:
     if key == "base64" and not str(value).startswith("data:"):
         return Image(content=decode_base64(value, where))
     if key == "image_url" and isinstance(value, dict):
+        for other, item in without_nulls(value).items():
+            if other != "url":
+                _refuse_key(other, item, where, ignored)
         return read_image(read_field(value, "url", where), f"{where}.url")
     return read_image(value, where)
+
+
+def _refuse_key(key: str, value: Any, where: str, ignored: Collection[str]) -> None:
+    if key not in ignored:
+        rule = "must be absent or listed under data.ignore_columns, as nothing reads it"
+        raise InputError(f"{where}.{key}: {rule}, got {show(value)}")

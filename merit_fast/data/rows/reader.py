@@ -188,7 +188,8 @@ def _formats_for(mapping: Mapping[str, str], where: str) -> tuple[Format, ...]:
         if name not in everywhere | known and not (name in _REFUSED_MEDIA and not own):
             names = ", ".join(sorted(everywhere | known))
             raise InputError(f"{where}: columns: must name columns among {names}, got {name!r}")
-    for own, count in Counter(own for own in mapping.values() if own).items():
+    counts = Counter((name in TURN_KEYS, own) for name, own in mapping.items() if own)
+    for (_, own), count in counts.items():
         if count > 1:
             rule = "must read each column once"
             raise InputError(f"{where}: columns: {rule}, got {own!r} {count} times")

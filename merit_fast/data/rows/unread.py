@@ -5,6 +5,7 @@ from typing import Any
 from merit_fast.errors import InputError, show
 
 _ROW_NAMES = ("id", "idx", "index", "uid", "uuid", "source", "dataset", "__index_level_0__")
+_MEDIA_NAMES = ("image", "img", "video", "audio", "media")
 _PREFERENCE = (
     "a row of preferences has no single answer; columns: {completion: chosen}, or {messages: "
     "chosen} for whole conversations, with data.ignore_columns: [rejected] trains on the chosen one"
@@ -25,10 +26,11 @@ def names_row(column: str, value: Any) -> bool:
     """Whether a column only names its row or its origin, so that nothing is lost without it.
 
     Such are id, idx, index, uid, uuid, source, dataset and names that end in _id or _idx, if they
-    hold a number or at most 200 characters on one line.
+    hold a number or at most 200 characters on one line. Names of images, video and audio are not.
     """
     name = column.lower()
-    is_name = name in _ROW_NAMES or name.endswith(("_id", "_idx"))
+    is_media = name.startswith(_MEDIA_NAMES)  # the row asks about what such a name stands for
+    is_name = name in _ROW_NAMES or (name.endswith(("_id", "_idx")) and not is_media)
     is_short = isinstance(value, int | float) or (
         isinstance(value, str) and len(value) <= 200 and "\n" not in value
     )

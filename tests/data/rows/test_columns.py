@@ -29,6 +29,8 @@ def refusal(row, data=None, **keys):
 QA = [("user", "q"), ("assistant", "a")]
 CROSSINGS = {
     "gsm8k": {"question": "q", "answer": "a"},
+    "input and output": {"input": "q", "output": "a"},
+    "conversation": {"conversation": [user("q"), assistant("a")], "conversation_id": "7"},
     "flan": {"inputs": "q", "targets": "a"},
     "metamath": {"query": "q", "response": "a"},
     "orca": {"id": "niv.1", "question": "q", "response": "a", "system_prompt": ""},
@@ -67,6 +69,7 @@ UNREAD = {
     "id": {"a": 1},
     "source": "two\nlines",
     "source_id": "x" * 201,
+    "image_id": 7,
     "videos": ["a.mp4"],
     "audio": "a.wav",
     "chosen": "a",
@@ -174,6 +177,10 @@ MAPPED = {
     "turns": (
         {"dialog": [{"who": "user", "says": "q"}, {"who": "assistant", "says": "a"}]},
         {"messages": "dialog", "role": "who", "content": "says"},
+    ),
+    "a column and a key of one name": (
+        {"text": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]},
+        {"messages": "text", "content": "text"},
     ),
     "keys of a turn that only some have": (
         {"messages": [user("q"), {**assistant("a"), "thoughts": None, "loss": True}]},

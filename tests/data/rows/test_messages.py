@@ -310,6 +310,10 @@ BAD_MESSAGES = {
         {"role": "assistant", "tool_calls": [{"name": "f"}], "function_call": {"name": "f"}},
         "messages[1].function_call: must be absent next to tool_calls",
     ),
+    "call turn with calls": (
+        {"from": "function_call", "value": '{"name": "f"}', "tool_calls": [{"name": "g"}]},
+        "messages[1].tool_calls: must be absent where the content is a call, got [{'name': 'g'}]",
+    ),
     "call turn of words": (
         {"from": "function_call", "value": "I call f"},
         "messages[1].value: must be JSON where it is a string",

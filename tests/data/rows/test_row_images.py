@@ -207,6 +207,20 @@ WRONG = {
         {"prompt": "q", "completion": "a", "images": [3]},
         "images[0]: must be an image: a path, a data URL, bytes, or {bytes, path}, got 3",
     ),
+    "further keys": (
+        {"prompt": "q", "completion": "a", "image": {"path": "a.png", "crop": [0, 0, 1, 1]}},
+        "image: must be an image: a path, a data URL, bytes, or {bytes, path}, got {'path'",
+    ),
+    "detail": (
+        {
+            "messages": [
+                user([{"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}]),
+                assistant("a"),
+            ]
+        },
+        "messages[0].content[0].image_url.detail: must be absent or listed under "
+        "data.ignore_columns, as nothing reads it, got 'high'",
+    ),
     "no path": ({"prompt": "q", "completion": "a", "images": [""]}, "images[0]: must be an image"),
     "two sources": (
         {"messages": [user([{"type": "image", "path": "a", "url": "b"}]), assistant("a")]},
