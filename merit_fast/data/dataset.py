@@ -62,6 +62,9 @@ class Media(Protocol):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Pixel inputs by the names of the model's forward; examples are joined along dim 0."""
 
+    def fingerprint(self) -> str:
+        """Hex digits of the contents of the images, in their order."""
+
     def cut(self, length: int) -> Media:
         """The media of the example's first ``length`` tokens."""
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from merit_fast.data.dataset import Example
+from merit_fast.data.dataset import Example, Media
 
 if TYPE_CHECKING:
     import torch
 
+_MAX_THREADS = 8
 _SIZED = ("image_sizes", "pixel_attention_mask")  # with these, a model knows padding from pixels
 
 
@@ -39,12 +42,22 @@ def join_media(
         if example.media is not None:
             types = torch.as_tensor(example.media.token_types).long()
             token_types[row, start : start + len(types)] = types
-            for name, tensor in example.media.tensors().items():
-                parts.setdefault(name, []).append(tensor)
+    for tensors in _read_all([example.media for example in examples if example.media]):
+        for name, tensor in tensors.items():
+            parts.setdefault(name, []).append(tensor)
     may_pad = any(name in parts for name in _SIZED)
     joined = {name: _join(name, tensors, may_pad) for name, tensors in parts.items()}
     types_name = types_names[0]
     return joined if types_name is None else {**joined, types_name: token_types}
+
+
+def _read_all(media: Sequence[Media]) -> list[dict[str, torch.Tensor]]:
+    """The pixel inputs of examples in their order; decoding runs in threads, outside Python."""
+    threads = min(len(media), os.cpu_count() or 1, _MAX_THREADS)
+    if threads < 2:
+        return [item.tensors() for item in media]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda item: item.tensors(), media))
 
 
 def _join(name: str, tensors: Sequence[torch.Tensor], may_pad: bool) -> torch.Tensor:

@@ -2,14 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-
-from merit_fast.data.conversation import Conversation, Image, Message
 
 _ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
 _TEXT: dict[str, Any] = dict(
@@ -32,24 +29,24 @@ class Layout:
     """A layout of images in a model's inputs.
 
     Attributes:
-        template: file in TRL's folder of chat templates; None: ``CHATML_IMAGES``.
         processor: name of the processor's class in transformers.
         image_processor: name of the image processor's class (the Pillow form).
         tokens: special tokens of the vocabulary, next to the end token.
-        roles: attributes of the tokenizer that the processor reads, such as image_token.
         image_options: arguments of the image processor.
-        processor_options: arguments of the processor.
         config: makes the model's config from the vocabulary size and the ids of the tokens.
+        template: file in TRL's folder of chat templates; None: ``CHATML_IMAGES``.
+        roles: attributes of the tokenizer that the processor reads, such as image_token.
+        processor_options: arguments of the processor.
     """
 
-    template: str | None
     processor: str
     image_processor: str
     tokens: tuple[str, ...]
-    roles: dict[str, str]
     image_options: dict[str, Any]
-    processor_options: dict[str, Any]
     config: Callable[[int, dict[str, int]], Any]
+    template: str | None = None
+    roles: dict[str, str] = field(default_factory=dict)
+    processor_options: dict[str, Any] = field(default_factory=dict)
 
 
 CHATML_IMAGES = (
@@ -62,10 +59,8 @@ CHATML_IMAGES = (
 )
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _QWEN_IMAGES: dict[str, Any] = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}}
-_CLIP_IMAGES: dict[str, Any] = {
-    "size": {"shortest_edge": 28},
-    "crop_size": {"height": 28, "width": 28},
-}
+_CROP = {"height": 28, "width": 28}
+_CLIP_IMAGES: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": _CROP}
 _LLAVA_OPTIONS: dict[str, Any] = {
     "patch_size": 14,
     "num_additional_image_tokens": 1,
@@ -85,8 +80,9 @@ def _qwen2(kind: str) -> Callable[[int, dict[str, int]], Any]:
             tower |= {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
             tower |= {"window_size": 56, "fullatt_block_indexes": [1]}
         text = _TEXT | {"vocab_size": vocabulary, "rope_parameters": _ROPE}
-        name = {"Qwen2VL": "Qwen2VLConfig", "Qwen2_5_VL": "Qwen2_5_VLConfig"}[kind]
-        return getattr(transformers, name)(text_config=text, vision_config=tower, **_qwen_ids(ids))
+        return getattr(transformers, f"{kind}Config")(
+            text_config=text, vision_config=tower, **_qwen_ids(ids)
+        )
 
     return make
 
@@ -116,9 +112,8 @@ def _qwen_ids(ids: dict[str, int]) -> dict[str, Any]:
 def _gemma3(vocabulary: int, ids: dict[str, int]) -> Any:
     from transformers import Gemma3Config
 
-    text = _TEXT | {"vocab_size": vocabulary, "head_dim": 8, "sliding_window": 64}
     return Gemma3Config(
-        text_config=text,
+        text_config=_TEXT | {"vocab_size": vocabulary, "head_dim": 8, "sliding_window": 64},
         vision_config=_TOWER | {"image_size": 56, "patch_size": 14, "vision_use_head": False},
         mm_tokens_per_image=4,
         boi_token_index=ids["<start_of_image>"],
@@ -164,9 +159,7 @@ LAYOUTS = {
         processor="Qwen2VLProcessor",
         image_processor="Qwen2VLImageProcessorPil",
         tokens=_QWEN_TOKENS,
-        roles={},
         image_options=_QWEN_IMAGES,
-        processor_options={},
         config=_qwen2("Qwen2VL"),
     ),
     "qwen2_5_vl": Layout(
@@ -174,9 +167,7 @@ LAYOUTS = {
         processor="Qwen2_5_VLProcessor",
         image_processor="Qwen2VLImageProcessorPil",
         tokens=_QWEN_TOKENS,
-        roles={},
         image_options=_QWEN_IMAGES,
-        processor_options={},
         config=_qwen2("Qwen2_5_VL"),
     ),
     "qwen3_vl": Layout(
@@ -184,9 +175,7 @@ LAYOUTS = {
         processor="Qwen3VLProcessor",
         image_processor="Qwen2VLImageProcessorPil",
         tokens=_QWEN_TOKENS,
-        roles={},
         image_options=_QWEN_IMAGES | {"patch_size": 14},
-        processor_options={},
         config=_qwen3,
     ),
     "gemma3": Layout(
@@ -221,61 +210,22 @@ LAYOUTS = {
         config=_smolvlm,
     ),
     "llava": Layout(
-        template=None,
         processor="LlavaProcessor",
         image_processor="CLIPImageProcessorPil",
         tokens=("<image>",),
-        roles={},
         image_options=_CLIP_IMAGES,
         processor_options=_LLAVA_OPTIONS,
         config=_llava("LlavaConfig"),
     ),
     "llava_next": Layout(
-        template=None,
         processor="LlavaNextProcessor",
         image_processor="LlavaNextImageProcessorPil",
         tokens=("<image>",),
-        roles={},
         image_options=_CLIP_IMAGES | {"image_grid_pinpoints": _PINPOINTS},
         processor_options=_LLAVA_OPTIONS,
         config=_llava("LlavaNextConfig"),
     ),
 }
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question with images before its text, and its answer; None: no answer."""
-
-    question: str
-    answer: str | None
-    images: tuple[str, ...] = ()
-    last: bool = False  # the images stand behind the text
-
-
-def make_conversation(folder: Path, *turns: Turn) -> Conversation:
-    """A row of ``folder``/rows.jsonl with the images of its turns."""
-    messages = []
-    for turn in turns:
-        parts = [{"type": "image"} for _ in turn.images]
-        text = {"type": "text", "text": turn.question}
-        content = (*parts, text) if not turn.last else (text, *parts)
-        messages.append(Message("user", content if parts else turn.question))
-        if turn.answer is not None:
-            messages.append(Message("assistant", turn.answer))
-    images = tuple(Image(path=path) for turn in turns for path in turn.images)
-    return Conversation(f"{folder}/rows.jsonl:1", tuple(messages), images=images)
-
-
-def write_image(path: Path, width: int, height: int, *, mode: str = "RGB", seed: int = 0) -> Path:
-    """Writes an image of random pixels, in the format of the path's suffix."""
-    from PIL import Image as pillow
-
-    random = np.random.default_rng((seed, width, height))
-    pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pillow.fromarray(pixels).convert(mode).save(path)
-    return path
 
 
 def make_vision_tokenizer(directory: Path, layout: Layout) -> Any:
@@ -324,8 +274,7 @@ def make_vision_model(directory: Path, name: str, *, seed: int = 0) -> Any:
     layout = LAYOUTS[name]
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_vision_tokenizer(directory, layout)
-    image_class = getattr(transformers, layout.image_processor)
-    image_class(**layout.image_options).save_pretrained(directory)
+    getattr(transformers, layout.image_processor)(**layout.image_options).save_pretrained(directory)
     settings = {"processor_class": layout.processor, **layout.processor_options}
     (directory / "processor_config.json").write_text(json.dumps(settings))
     (directory / "chat_template.jinja").write_text(_read_template(layout.template))

@@ -4,7 +4,7 @@ Importing this package loads neither Pillow nor transformers.
 """
 
 from merit_fast.data.images.encoder import ImageEncoder
-from merit_fast.data.images.files import ImageFile, find_image, images_hash
+from merit_fast.data.images.files import ImageFile, find_image, image_fingerprint, images_hash
 from merit_fast.data.images.layout import ImageLayout, image_layout
 from merit_fast.data.images.media import ImageMedia, media_reader
 from merit_fast.data.images.processor import (
@@ -23,6 +23,7 @@ __all__ = [
     "ImageLayout",
     "ImageMedia",
     "find_image",
+    "image_fingerprint",
     "image_layout",
     "images_hash",
     "is_processor",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -90,6 +91,31 @@ def find_image(image: Image, where: str, folder: Path) -> ImageFile:
         return _checked(None, content, f"{where}: its bytes")
     path = _locate(image.path, where, folder)
     return _checked(str(path), None, f"{where}: {path}")
+
+
+def image_fingerprint(
+    images: Iterable[ImageFile], file_hash: Callable[[Path], str] = checksum
+) -> str:
+    """32 hex digits of the contents of images, in their order; paths do not count.
+
+    Args:
+        images: as ``find_image`` returns them.
+        file_hash: the hash of a file's whole content.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for image in images:
+        if image.path is None:
+            value = hashlib.sha256(image.content or b"").hexdigest()
+        else:
+            try:
+                value = file_hash(Path(image.path))
+            except OSError as error:
+                raise InputError(f"{image.path}: cannot be read: {error.strerror}") from None
+        digest.update(f"{value}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def images_hash(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # names in forwards that tell images apart
 _TEXT_INPUTS = ("input_ids", "attention_mask", *_TOKEN_TYPES)
-_CACHED_SIZES = 1 << 14
+_CACHED_SIZES = 1 << 12
 
 
 class ImageLayout:
@@ -35,7 +35,7 @@ class ImageLayout:
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
-        self._replacements: dict[Any, tuple[str, int]] = {}
+        self._replacements: dict[Any, tuple[str, int]] = {}  # "": the placeholder, repeated
         try:
             self.placeholder = str(processor.image_token)  # type: ignore[attr-defined]
             self.token_ids = frozenset(int(i) for i in processor.image_token_ids if i is not None)
@@ -83,11 +83,12 @@ class ImageLayout:
                 made = self._call([_blank(size)], return_text_replacement_offsets=True)
                 if len(self._replacements) >= _CACHED_SIZES:
                     self._replacements.clear()
-                text = _only_replacement(made)
+                text = "" if self._counts_patches else _only_replacement(made)
                 self._replacements[key] = text, self.count(np.asarray(made["input_ids"][0]))
         except Exception as error:  # such as: a side is 200 times as long as the other
             raise InputError(f"the processor refuses the image: {one_line(error)}") from None
-        return self._replacements[key]
+        text, count = self._replacements[key]
+        return text or self.placeholder * count, count
 
     def _key(self, size: tuple[int, int]) -> Any:
         """A key that sizes with equal replacements share: the number of patches where it decides.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merit_fast.data.images.files import ImageFile
+from merit_fast.data.images.files import ImageFile, image_fingerprint
 from merit_fast.data.images.layout import ImageLayout, image_layout
 from merit_fast.data.images.processor import is_processor
 from merit_fast.errors import InputError
@@ -78,6 +78,14 @@ class ImageMedia:
             return self.layout.pixel_inputs(pixels, [image.num_tokens for image in self.images])
         except InputError as error:
             raise InputError(f"{self.images[0].file.name}: {error}") from None
+
+    def fingerprint(self) -> str:
+        """32 hex digits of the contents of the images, in their order; reads the files.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        return image_fingerprint(image.file for image in self.images)
 
     def cut(self, length: int) -> ImageMedia:
         """The media of the example's first ``length`` tokens.

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as pillow
-from support.vision import write_image
+from support.image_rows import write_image
 from transformers.image_utils import load_image
 
 from merit_fast.data.conversation import Image
-from merit_fast.data.images import find_image, images_hash
+from merit_fast.data.images import find_image, image_fingerprint, images_hash
 from merit_fast.errors import InputError
 from merit_fast.manifests.hashes import HashCache
 
@@ -143,6 +143,19 @@ def test_a_file_that_changed_since_the_rows_were_read_is_refused(tmp_path, chang
         file.write_bytes(file.read_bytes()[: image.num_bytes].ljust(image.num_bytes, b"\0"))
     with pytest.raises(InputError, match=re.escape(str(file))):
         image.pixels()
+
+
+def test_the_fingerprint_of_images_covers_bytes_and_order_but_no_paths(tmp_path):
+    for folder in ("one", "two"):
+        for seed in (0, 1):
+            write_image(tmp_path / folder / f"{seed}.png", 8, 8, seed=seed)
+    one, two = ([find(f"{i}.png", tmp_path / name) for i in (0, 1)] for name in ("one", "two"))
+    assert image_fingerprint(one) == image_fingerprint(two)
+    assert image_fingerprint(one) != image_fingerprint(one[::-1])
+    content = [find_image(Image(content=Path(i.path).read_bytes()), WHERE, tmp_path) for i in one]
+    assert image_fingerprint(content) != image_fingerprint(content[::-1])
+    write_image(tmp_path / "two" / "1.png", 8, 8, seed=2)
+    assert image_fingerprint(one) != image_fingerprint(two)
 
 
 def test_the_hash_of_a_folder_covers_names_and_bytes_but_not_its_place(tmp_path):
