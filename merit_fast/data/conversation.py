@@ -74,6 +74,8 @@ class Conversation:
 
 def _without_nulls(value: Any) -> Any:
     """The value without keys that are null: some containers fill them in, others leave them out."""
+    if isinstance(value, str):  # most values; a test for a mapping is slow
+        return value
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):

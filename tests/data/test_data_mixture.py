@@ -144,7 +144,7 @@ def test_unused_columns_are_noted_or_refused(tmp_path, tokenizer):
         "data.ignore_columns, as nothing reads it, got 'x'"
     )
     data = DataConfig(ignore_columns=("category",))
-    rows = [GOOD, {**GOOD, "category": "x"}]
+    rows = [GOOD, {"prompt": "b?", "completion": "c", "category": "x"}]
     assert load(write(tmp_path / "b.jsonl", rows), tokenizer, data=data).notes == ()
 
 
@@ -223,6 +223,7 @@ def test_too_long(tmp_path, tokenizer):
     dropped = load(path, tokenizer, data=DataConfig(max_length=limit, too_long="drop"))
     assert dropped.num_examples == 1 and dropped.notes == (
         "3 rows longer than 60 tokens were dropped",
+        "1 row equal to an earlier row (data.duplicates: drop removes them)",
     )
     error = fails(tmp_path, tokenizer, [good, long], max_length=limit, too_long="error")
     length = len(whole.examples[0].input_ids)

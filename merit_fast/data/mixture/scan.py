@@ -7,7 +7,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +162,14 @@ def reading_keys(config: DatasetConfig, data_config: DataConfig) -> dict[str, An
 
 
 def _prompt_key(conversation: Conversation) -> bytes:
-    """8 bytes of the conversation without its last answer and what follows it."""
+    """8 bytes of the turns before the last answer. It only serves a note, so it is made fast."""
     messages = conversation.messages
-    for i in reversed(range(len(messages))):
-        if messages[i].role == "assistant":
-            return replace(conversation, messages=messages[:i]).key()[:PROMPT_BYTES]
-    return conversation.key()[:PROMPT_BYTES]
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    asked = messages[: answers[-1]] if answers else messages
+    turns = [(turn.role, turn.content, dict(turn.fields)) for turn in asked]
+    images = [(image.path, image.content) for image in conversation.images]
+    text = repr((turns, images)).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=PROMPT_BYTES).digest()
 
 
 def _packed(scan: Scan) -> bytes:
