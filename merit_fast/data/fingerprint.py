@@ -15,7 +15,7 @@ from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import fingerprint
 from merit_fast.options.parser import to_plain
 
-ENCODING_VERSION = 1  # raise it when the same rows give other tokens or labels
+ENCODING_VERSION = 2  # raise it when the same rows give other tokens or labels
 # Keys that change examples; they are covered where they have no default.
 _ENCODING_KEYS = ("train_on", "special_tokens_in_text", "date", "template_arguments")
 _READING_KEYS = ("columns", "roles", "train_on")
