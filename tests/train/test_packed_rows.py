@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +137,8 @@ def test_packed_training_sees_as_many_examples_tokens_and_steps(tiny_model, tmp_
 
 
 def test_packed_rows_hold_plain_text_only():
-    example = Example(np.array([1, 2]), np.array([1, 2]), media=object())
+    example = Example(
+        np.array([1, 2]), np.array([1, 2]), media=SimpleNamespace(token_types=np.array([0, 1]))
+    )
     with pytest.raises(ValueError, match="pack: examples must be text"):
         pack([example], [0])
