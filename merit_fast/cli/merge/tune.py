@@ -54,11 +54,6 @@ def tune_checkpoints(
     folders = [path for path in paths if isinstance(path, Path)]
     data_config, is_known = read_data_options(folders, data_options)
     tokenizer = load_tokenizer_or_processor(str(_tokenizer_source(paths, base)))
-    if not (is_known or data_options):
-        progress.note(
-            "merge: no model tells how its rows became tokens (data.json); the rows of "
-            "--validation are encoded by the tokenizer's own template and the defaults of `data:`"
-        )
     configs = [parse(DatasetConfig, entry, "command line", "--validation") for entry in validation]
     datasets = load_mixture(configs, tokenizer, data_config, part="train")
     examples = audit_rows(datasets, config.tune_rows)
@@ -73,6 +68,11 @@ def tune_checkpoints(
         None,
         progress,
     )
+    if not (is_known or data_options):
+        progress.note(
+            "merge: no model tells how its rows became tokens (data.json); the rows of "
+            "--validation are encoded by the tokenizer's own template and the defaults of `data:`"
+        )
     progress.note(tuning_sentence(tuned))
     return tuned
 
