@@ -124,7 +124,7 @@ class Dataset:
     Attributes:
         examples: a sequence, perhaps CountedExamples too.
         notes: sentences such as "3 rows longer than 2048 tokens were truncated".
-        content: fingerprint of the source's rows; None: not known without the tokens.
+        content: fingerprint of the rows' conversations; None: not known without the tokens.
         num_rows: rows of the source, with those that gave no example; None: not known.
     """
 

@@ -97,7 +97,7 @@ class _Loader:
         """The dataset of one entry: each selected row once in the store, then in its order."""
         store = self.store or TokenStore(Path(), {})
         if store.draw is not None and not store.place(config.name, selection.rows).exists():
-            return self._load_drawn(config, selection, store.draw, store.fingerprints[config.name])
+            return self._load_drawn(config, selection, store.draw)
 
         def make(summary: Summary) -> Iterator[Chunk]:
             return self._make(config, selection, summary)
@@ -112,11 +112,9 @@ class _Loader:
         )
         return self._dataset(config, selection, columns, summary)
 
-    def _load_drawn(
-        self, config: DatasetConfig, selection: Selection, draw: Draw, content: str
-    ) -> Dataset:
+    def _load_drawn(self, config: DatasetConfig, selection: Selection, draw: Draw) -> Dataset:
         """The dataset of one entry, with at least the examples that a sketch draws of it."""
-        order = draw_rows(content, draw.seed, len(selection.rows))
+        order = draw_rows(selection.content, draw.seed, len(selection.rows))
         taken = 0
         more = draw.count
         while True:
@@ -148,7 +146,7 @@ class _Loader:
             config.name,
             examples if indices is None else examples.select(indices),
             tuple(self._notes(summary, selection)),
-            self.store.fingerprints.get(config.name) if self.store else None,
+            selection.content,
             len(selection.rows),
         )
 

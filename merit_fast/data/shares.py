@@ -63,7 +63,7 @@ def draw_rows(content: str, seed: int, num_rows: int) -> NDArray[np.int64]:
     """Numbers of all rows in the order in which a sketch draws them.
 
     Args:
-        content: fingerprint of the rows.
+        content: fingerprint of the rows' conversations.
         seed: seed of the draw.
         num_rows: number of rows.
     """

@@ -51,6 +51,11 @@ class Selection:
     errors: tuple[str, ...] = ()
     num_leaks: int = 0
 
+    @functools.cached_property
+    def content(self) -> str:
+        """32 hex digits of the rows' conversations in their order, whatever files they are from."""
+        return hashlib.blake2b(self.keys.tobytes(), digest_size=16).hexdigest()
+
 
 @dataclass(frozen=True)
 class ScanCache:
