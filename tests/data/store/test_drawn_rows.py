@@ -57,16 +57,20 @@ def test_drawn_rows_are_those_of_the_whole(
     assert not seen and again.num_examples == whole.num_examples
 
 
-def test_the_draw_follows_seed_and_content_and_no_name(tmp_path, tokenizer):
+def test_the_draw_follows_seed_and_rows_and_no_name_or_length(tmp_path, tokenizer):
     (mixture,) = mixture_of(tmp_path, 1000)
+    cases = {
+        "first": (mixture, DataConfig(), 0),
+        "renamed": (replace(mixture, name="b"), DataConfig(), 0),
+        "shorter": (mixture, DataConfig(max_length=1500), 0),
+        "fewer": (replace(mixture, max_examples=299), DataConfig(), 0),
+        "seed": (mixture, DataConfig(), 1),
+    }
     draws = {}
-    for name, content, seed in (("a", "x", 0), ("b", "x", 0), ("a", "y", 0), ("a", "x", 1)):
-        store = TokenStore(tmp_path / "s", {name: content})
-        (dataset,) = load_mixture(
-            [replace(mixture, name=name)], tokenizer, DataConfig(), part="train", store=store
-        )
-        draws[name, content, seed] = drawn(dataset, SketchConfig(examples=30, seed=seed))
-    assert draws["a", "x", 0] == draws["b", "x", 0]
+    for case, (config, data, seed) in cases.items():
+        (dataset,) = load_mixture([config], tokenizer, data, part="train")
+        draws[case] = drawn(dataset, SketchConfig(examples=30, seed=seed))
+    assert draws["first"] == draws["renamed"] == draws["shorter"]
     assert len({str(draw) for draw in draws.values()}) == 3
     # a part of the dataset is drawn in the order of the whole
     half = dataset.select(np.arange(0, 300, 2))
