@@ -57,7 +57,8 @@ class Conversation:
     def key(self) -> bytes:
         """16 bytes that are equal for equal conversations, whatever file and format they are from.
 
-        The place and the loss marks are not covered, the images by path or by content.
+        The place and the loss marks are not covered, the images by path or by content; see
+        ``images.marks`` for keys that do not depend on paths.
         """
         read = {
             "messages": [message.for_template() for message in self.messages],

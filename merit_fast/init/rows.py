@@ -7,6 +7,7 @@ import numpy as np
 
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.conversation import Message
+from merit_fast.data.images.marks import with_marks
 from merit_fast.data.mixture.held_out import holds_out
 from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import Source as RowSource
@@ -41,7 +42,7 @@ def read_source(path: Path) -> Source:
         answers = [turn for turn in conversation.messages if turn.role == "assistant"]
         num_rows += 1
         num_characters += sum(_count_characters(answer) for answer in answers)
-        keys += conversation.key()
+        keys += with_marks(conversation, None).key()
     if not num_rows:
         raise InputError(f"{path}: must have at least one row, found none")
     hashes = np.frombuffer(bytes(keys), "S16")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
+from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer_or_processor
 from merit_fast.data.mixture.expand import expand_mixture
 from merit_fast.data.mixture.folder import folder_entries
 from merit_fast.data.mixture.select import MixtureRows
@@ -68,7 +68,7 @@ def draft_config(
     unused = list(found.unused)
     is_local = model is not None and (Path(model).is_dir() or not is_hub_id(model))
     base = resolve_model(str(model)) if is_local else None
-    tokenizer = None if base is None else load_tokenizer(str(base))
+    tokenizer = None if base is None else load_tokenizer_or_processor(str(base))
     data = _data_keys(tokenizer)
     entries = []
     for candidate in found.candidates:

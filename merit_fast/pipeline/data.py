@@ -148,7 +148,7 @@ class RunData:
             part: "train" or "eval".
             draw: what a sketch draws, to tokenize no other rows; None: all rows.
         """
-        return load_mixture(
+        datasets = load_mixture(
             self.config.mixture,
             self.processor,
             self.config.data,
@@ -157,12 +157,13 @@ class RunData:
             store=self._store(part, draw),
             progress=self.progress,
         )
+        if part == "train":
+            require_stops(datasets, self.config.mixture, self.config.data, self.processor)
+        return datasets
 
     def _load(self, part: Part, draw: Draw | None = None) -> list[Dataset]:
         mixture = self.config.mixture
         datasets = self.load(part, draw)
-        if part == "train":
-            require_stops(datasets, mixture, self.config.data, self.processor)
         for dataset in datasets:
             for note in dataset.notes:
                 self.progress.note(f"{dataset.name} ({part}): {note}")

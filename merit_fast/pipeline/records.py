@@ -131,8 +131,9 @@ def config_fingerprint(config: RunConfig) -> str:
     plain = {key: value for key, value in to_plain(config).items() if key not in _NO_RESULT}
     plain["model"] = _absolute(plain["model"])
     for dataset in plain["mixture"]:
-        for key in ("path", "eval_path"):
-            dataset[key] = _absolute(dataset.get(key))
+        for key in ("path", "eval_path", "media"):
+            if key in dataset:
+                dataset[key] = _absolute(dataset[key])
     return fingerprint(plain)
 
 

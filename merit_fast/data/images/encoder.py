@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from merit_fast.data.config import DataConfig, TrainOn
@@ -14,6 +13,7 @@ from merit_fast.data.conversation import Conversation, Message
 from merit_fast.data.dataset import Example
 from merit_fast.data.images.files import ImageFile, find_image
 from merit_fast.data.images.layout import image_layout
+from merit_fast.data.images.marks import rows_folder
 from merit_fast.data.images.media import place_images
 from merit_fast.data.rows.loss import messages_in_loss
 from merit_fast.data.template import (
@@ -101,7 +101,7 @@ class ImageEncoder:
         for i, message in enumerate(conversation.messages):
             self._check_message(message, f"{place}: messages[{i}]")
         counts = _trained_counts(conversation, train_on)
-        folder = self._folder(place)
+        folder = rows_folder(self._media, place)
         files = []
         for i, image in enumerate(conversation.images[: max(counts, default=0)]):
             where = f"{place}: images[{i}]"
@@ -109,11 +109,6 @@ class ImageEncoder:
             self._refuse_too_long(file, where)
             files.append(file)
         return Shown(tuple(files), counts)
-
-    def _folder(self, place: str) -> Path:
-        if self._media is not None:
-            return Path(self._media).expanduser()
-        return Path(place.rpartition(":")[0]).parent
 
     def _check_message(self, message: Message, where: str) -> None:
         if message.role == "assistant" and _num_images(message):

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from merit_fast.data.config import DataConfig, DatasetConfig
 from merit_fast.data.conversation import Conversation
+from merit_fast.data.images.marks import with_marks
 from merit_fast.data.rows.reader import LeftOutRow, RowReader
 from merit_fast.data.sources import Source, read_raw_rows, read_rows
 from merit_fast.data.sources.readers.lines import parse_line
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_bytes
 
-SCAN_VERSION = 1  # raise it when the same rows give other keys
+SCAN_VERSION = 2  # raise it when the same rows give other keys
 KEY_BYTES = 16
 PROMPT_BYTES = 8
 _VALUE = re.compile(r", (got|found) .*|\[\d+\]")  # what differs between errors of one kind
@@ -38,6 +39,11 @@ class Scan:
     prompts: Keys  # [n] S8, equal for conversations that are equal up to the last answer
     num_rows: int  # the wrong ones too
     errors: tuple[str, ...] = ()  # one line for each wrong row, in their order
+
+    @property
+    def num_left_out(self) -> int:
+        """Rows that ``keep_if`` leaves out."""
+        return self.num_rows - len(self.rows) - len(self.errors)
 
 
 @dataclass
@@ -74,7 +80,7 @@ def scan_source(source: Source, config: DatasetConfig, data_config: DataConfig) 
     for number, (place, raw) in enumerate(read_raw_rows(source)):
         try:
             row = parse_line(raw, place) if isinstance(raw, bytes) else raw
-            conversation = reader.read(row, place)
+            conversation = with_marks(reader.read(row, place), config.media)
         except LeftOutRow:
             continue
         except InputError as error:
@@ -158,6 +164,7 @@ def reading_keys(config: DatasetConfig, data_config: DataConfig) -> dict[str, An
         "train_on": config.train_on or data_config.train_on,
         "ignore_columns": data_config.ignore_columns,
         "bad_rows": data_config.bad_rows,
+        "media": config.media,
     }
 
 

@@ -15,6 +15,7 @@ from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
 from merit_fast.data.mixture.checks import check_mixture
 from merit_fast.data.mixture.held_out import holds_out
 from merit_fast.data.mixture.leaks import HeldOut, HeldOutRows
+from merit_fast.data.mixture.notes import count_of_rows, source_notes
 from merit_fast.data.mixture.scan import (
     Keys,
     Scan,
@@ -23,7 +24,7 @@ from merit_fast.data.mixture.scan import (
     reading_keys,
     scan_source,
 )
-from merit_fast.data.sources import Source, unread_files
+from merit_fast.data.sources import Source
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import fingerprint
 
@@ -124,7 +125,9 @@ class MixtureRows:
 
     def _select(self, config: DatasetConfig, part: Part) -> Selection:
         scan = self._scan(config, part)
-        notes = _source_notes(config, part)
+        notes = source_notes(config, part)
+        if scan.num_left_out:
+            notes.append(f"{count_of_rows(scan.num_left_out)} left out by keep_if")
         chosen = self._of_part(config, scan, part)
         chosen = self._without_duplicates(scan, chosen, notes)
         num_leaks = 0
@@ -190,9 +193,11 @@ class MixtureRows:
         if not count:
             return chosen
         if self.data_config.duplicates == "drop":
-            notes.append(f"{_rows(count)} dropped: the dataset holds an equal row before")
+            notes.append(f"{count_of_rows(count)} dropped: the dataset holds an equal row before")
             return chosen[np.sort(first)]
-        notes.append(f"{_rows(count)} equal to an earlier row (data.duplicates: drop removes them)")
+        notes.append(
+            f"{count_of_rows(count)} equal to an earlier row (data.duplicates: drop removes them)"
+        )
         return chosen
 
     def _sampled(
@@ -248,7 +253,7 @@ class MixtureRows:
         leaks = self._held_out.holds(scan.keys[chosen])
         count = int(leaks.sum())
         if count:
-            notes.append(f"{_rows(count)} dropped: held out too, in this mixture")
+            notes.append(f"{count_of_rows(count)} dropped: held out too, in this mixture")
         if len(chosen) and count == len(chosen):
             raise InputError(
                 f"mixture: {config.name}: data.leaks: must leave training rows, "
@@ -264,7 +269,7 @@ class MixtureRows:
         if count and self.data_config.leaks == "error":
             raise self._leak_error(config, scan, chosen[leaks])
         if count:
-            notes.append(f"{_rows(count)} held out too, and trained (data.leaks: keep)")
+            notes.append(f"{count_of_rows(count)} held out too, and trained (data.leaks: keep)")
         return count
 
     def _leak_error(
@@ -286,18 +291,6 @@ class MixtureRows:
         asks = self._held_out.asks(scan.prompts[chosen])
         count = int((asks & ~self._held_out.holds(scan.keys[chosen])).sum())
         if count:
-            notes.append(f"{_rows(count)} with the prompt of a held-out row and another answer")
-
-
-def _source_notes(config: DatasetConfig, part: Part) -> list[str]:
-    """The entry's own sentence, and one on the files of a folder of which nothing is read."""
-    notes = [config.note] if config.note and part == "train" else []
-    place = source(config, part)
-    if place and (unread := unread_files(place)):
-        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-        notes.append(f"files not read: {', '.join(unread[:3])}{more}")
-    return notes
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} {'row' if count == 1 else 'rows'}"
+            notes.append(
+                f"{count_of_rows(count)} with the prompt of a held-out row and another answer"
+            )

@@ -134,6 +134,38 @@ def test_a_prompt_with_another_answer_is_noted(tmp_path):
     assert selection.num_leaks == 0
 
 
+def write_images(folder, contents):
+    folder.mkdir()
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def test_images_are_known_by_their_content_not_by_their_path(tmp_path):
+    big = bytes(range(256)) * 64
+    first = write_images(tmp_path / "first", {"0.png": big + b"a", "1.png": big + b"b"})
+    second = write_images(tmp_path / "second", {"0.png": big + b"c", "other.png": big + b"a"})
+
+    def rows(*names):
+        return [{"prompt": "<image>?", "completion": "a cat", "image": name} for name in names]
+
+    a = DatasetConfig("a", write(tmp_path / "a.jsonl", rows("0.png", "1.png")), media=first)
+    path = write(tmp_path / "b.jsonl", rows("0.png"))
+    b = DatasetConfig("b", write(tmp_path / "c.jsonl", rows("1.png")), path, media=second)
+    assert select(a, b)["a"].num_leaks == 0, "equal names in two folders are two images"
+    path = write(tmp_path / "d.jsonl", rows("other.png"))
+    b = DatasetConfig("b", write(tmp_path / "e.jsonl", rows("0.png")), path, media=second)
+    with pytest.raises(InputError, match="a.jsonl:1; b holds out"):
+        select(a, b)
+
+
+def test_rows_that_a_column_leaves_out_are_counted(tmp_path):
+    rows = [{**row, "label": i % 4 == 0} for i, row in enumerate(ROWS[:20])]
+    selection = one(write(tmp_path / "a.jsonl", rows), columns={"keep_if": "label"})
+    assert trained(selection) == [0, 4, 8, 12, 16]
+    assert selection.notes == ("15 rows left out by keep_if",)
+
+
 def test_wrong_rows_are_skipped_up_to_a_number(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(row) for row in ROWS[:4]]
