@@ -28,9 +28,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from merit_fast.pipeline.outputs import Outputs
 
     outputs = Outputs(config, f"merit-fast {{stage}} {file or '...'}")
-    progress_of(arguments).note(f"export: reads the rows and writes {arguments.out}")
+    progress = progress_of(arguments)
+    progress.note(f"export: reads the rows and writes {arguments.out}")
     out = Path(arguments.out)
-    report = export_groups(outputs, arguments.format, out, arguments.extend)
+    report = export_groups(outputs, arguments.format, out, arguments.extend, progress)
     if arguments.as_json:
         print(json.dumps(report))
         return

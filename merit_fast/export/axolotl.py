@@ -9,11 +9,18 @@ from merit_fast.errors import InputError
 from merit_fast.export.form import Form, Names, tools_of
 from merit_fast.export.messages import MARK, ImageFiles, chat_messages
 from merit_fast.export.rows import ExportRow
-from merit_fast.export.settings import Settings
+from merit_fast.export.settings import EVAL_KEYS, Settings, of_group, started_from
 from merit_fast.export.survey import Survey
 
 _READ_KEYS = {"tool_calls", "tool_call_id", "name", "reasoning_content", "train", "weight"}
-_REPLACED = ("datasets", "test_datasets", "val_set_size", "dataset_prepared_path")
+_REPLACED = (
+    "datasets",
+    "test_datasets",
+    "val_set_size",
+    "dataset_prepared_path",
+    "pretraining_dataset",
+    "train_on_inputs",
+)
 
 
 def axolotl_form(found: Survey, names: Names) -> Form:
@@ -61,18 +68,16 @@ def axolotl_config(
     group: int,
 ) -> dict[str, Any]:
     """The configuration of one group: the user's keys, or a minimal one, with its rows."""
-    if user is not None:
-        config = {key: value for key, value in user.items() if key not in _REPLACED}
-        output = str(user.get("output_dir", settings.output))
-    else:
-        config = _minimal(settings)
-        output = settings.output
+    replaced = (*_REPLACED, *(() if held_out else EVAL_KEYS))
+    config = started_from(
+        user, lambda: _minimal(settings), settings, model_key="base_model", replaced=replaced
+    )
     config["datasets"] = [{"path": path, **form.entry} for path, form in train]
     if held_out:
         config["test_datasets"] = [{"path": path, **form.entry} for path, form in held_out]
     else:
         config["val_set_size"] = 0
-    return config | {"output_dir": f"{output}/group_{group}"}
+    return of_group(config, settings, group)
 
 
 def _is_native(found: Survey) -> bool:

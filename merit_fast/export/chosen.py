@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+
+import numpy as np
 
 from merit_fast.data import Dataset
-from merit_fast.data.mixture.select import MixtureRows
-from merit_fast.export.rows import PartRows, part_rows
+from merit_fast.data.config import DatasetConfig, Part
+from merit_fast.data.mixture.select import Selection
+from merit_fast.data.store.examples import StoredExamples
+from merit_fast.export.rows import PartRows
 from merit_fast.pipeline.arms import plan_branches
+from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
+from merit_fast.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,10 @@ class Group:
     num_target_tokens: int
 
 
-def groups_of(outputs: Outputs) -> list[Group]:
+def groups_of(outputs: Outputs, progress: Progress) -> list[Group]:
     """The groups of the split, with the rows on which a run trains their branches.
+
+    A row that gives no example, such as one that ``data.too_long`` drops, is in no group.
 
     Raises:
         InputError: a source is unreadable or breaks a rule of the mixture.
@@ -31,30 +39,46 @@ def groups_of(outputs: Outputs) -> list[Group]:
     """
     config = outputs.config
     split = outputs.split_manifest
-    rows = MixtureRows(config.mixture, config.data)
-    train = rows.select("train")
-    held_out = rows.select("eval")
+    data = RunData(outputs, progress)
     entries = {entry.name: entry for entry in config.mixture}
-    tokens = {row.name: (row.num_target_tokens, row.num_examples) for row in split.datasets}
+    held_out = _part_rows(data, "eval", entries)
+    train = data.rows.select("train")
     groups = []
     for branch in plan_branches(config, split, outputs.contents):
         if branch.arm != "merit" or branch.seed:
             continue
-        parts = []
-        target_tokens = 0.0
-        for chosen in branch.rows:
-            selection = train[chosen.dataset]
-            # positions in place of examples: the cut depends on their number only
-            whole = Dataset(chosen.dataset, cast(Any, range(len(selection.order))))
-            positions = [int(cast(Any, i)) for i in chosen.choose(whole, config.split).examples]
-            entry = entries[chosen.dataset]
-            parts.append(part_rows(entry, config.data, "train", selection, positions))
-            count, _ = tokens[chosen.dataset]
-            target_tokens += count * len(positions) / max(1, len(selection.order))
-        kept = [
-            part_rows(entries[part.name], config.data, "eval", held_out[part.name])
-            for part in parts
-            if part.name in held_out
-        ]
-        groups.append(Group(branch.group, tuple(parts), tuple(kept), round(target_tokens)))
+        chosen = branch.choose(data.train, config.split)
+        parts = tuple(
+            PartRows(entries[one.name], config.data, "train", _numbers(one, train[one.name]))
+            for one in chosen
+            if one.num_examples
+        )
+        kept = tuple(held_out[part.name] for part in parts if part.name in held_out)
+        tokens = sum(one.num_target_tokens for one in chosen)
+        groups.append(Group(branch.group, parts, kept, tokens))
     return groups
+
+
+def _part_rows(
+    data: RunData, part: Part, entries: Mapping[str, DatasetConfig]
+) -> dict[str, PartRows]:
+    """Dataset -> its rows of one part, those that give an example."""
+    selections = data.rows.select(part)
+    found = {}
+    for dataset in data.load(part) if selections else ():
+        numbers = _numbers(dataset, selections[dataset.name])
+        found[dataset.name] = PartRows(entries[dataset.name], data.config.data, part, numbers)
+    return found
+
+
+def _numbers(dataset: Dataset, selection: Selection) -> tuple[int, ...]:
+    """Ascending numbers of the examples' rows in the source; a repeated row is there again.
+
+    A row may give several examples, and ``weight`` may repeat each of them.
+    """
+    examples = dataset.examples
+    assert isinstance(examples, StoredExamples)
+    _, first, times = np.unique(examples.places, return_index=True, return_counts=True)
+    repeats = np.zeros(len(selection.rows), np.int64)
+    np.maximum.at(repeats, examples.rows[first], times)
+    return tuple(np.repeat(selection.rows, repeats).tolist())

@@ -32,17 +32,21 @@ class Form:
     Attributes:
         entry: the stack's own description of the rows, without the file's name.
         extra: columns that are added to each row; None: the stack reads the rows as they came.
-        is_joined: rows with and without ``extra`` share a file.
+        is_joined: all rows share a file, whatever their columns are.
     """
 
     entry: dict[str, Any]
     extra: Extra | None = None
     is_joined: bool = False
 
-    @property
-    def key(self) -> str:
-        """Equal for forms that may share a file."""
-        return json.dumps([self.entry, self.is_joined or self.extra is None], sort_keys=True)
+    def key(self, found: Survey) -> str:
+        """Equal for datasets that may share a file: columns of one name have one type in it.
+
+        Readers of JSON lines take the columns from a file's first block, and refuse others.
+        """
+        if self.is_joined:
+            return json.dumps(self.entry, sort_keys=True)
+        return json.dumps([self.entry, self.extra is None, sorted(found.shape)], sort_keys=True)
 
 
 def free_names(surveys: Iterable[Survey]) -> Names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from merit_fast.errors import InputError
 from merit_fast.export.axolotl import axolotl_config, axolotl_form
 from merit_fast.export.chosen import Group, groups_of
+from merit_fast.export.folder import GROUPS, IMAGES, INFO, check_folder, export_folder
 from merit_fast.export.form import Form, Names, free_names
 from merit_fast.export.llamafactory import llamafactory_config, llamafactory_form, needs_mask
 from merit_fast.export.rows import PartRows
@@ -23,24 +25,28 @@ from merit_fast.export.write import write_rows
 from merit_fast.manifests.atomic import write_text
 from merit_fast.options.yaml import read_yaml
 from merit_fast.pipeline.outputs import Outputs
+from merit_fast.progress import Progress, SilentProgress
 
 FORMATS = ("axolotl", "llamafactory", "trl")
-_INFO = "dataset_info.json"
-_GROUPS = "groups.json"
 Stack = Literal["axolotl", "llamafactory", "trl"]
 
 
 @dataclass(frozen=True)
-class _Files:
-    """Files of one part of one group: name, form, rows."""
+class _File:
+    """A file of one part of one group: its name, number, description and rows."""
 
-    names: tuple[str, ...]
-    forms: tuple[Form, ...]
-    members: tuple[tuple[tuple[PartRows, Form], ...], ...]
+    name: str
+    number: int  # from 1; equal for the training and held-out rows of the same datasets
+    form: Form
+    members: tuple[tuple[PartRows, Form], ...]
 
 
 def export_groups(
-    outputs: Outputs, stack: Stack, out: Path, extend: Path | None = None
+    outputs: Outputs,
+    stack: Stack,
+    out: Path,
+    extend: Path | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Writes every group of the split into ``out``.
 
@@ -49,66 +55,42 @@ def export_groups(
         stack: axolotl, llamafactory or trl.
         out: the folder; files of an earlier export are replaced.
         extend: the user's own YAML of that stack, whose keys are kept; None: a minimal one.
+        progress: display of the rows as they are tokenized; None: none.
 
     Returns:
         The content of ``groups.json``.
 
     Raises:
-        InputError: the stack cannot train on a row as the run does, or ``extend`` is no mapping.
+        InputError: the stack cannot train on a row as the run does, ``extend`` is no mapping, or
+            ``out`` holds something else.
         MeritFastError: the split is not there.
     """
     user = _read_user(extend)
     folder = out.expanduser().absolute()
+    check_folder(folder)
     settings = settings_of(outputs.config, str(outputs.start), folder / "models")
-    groups = groups_of(outputs)
+    groups = groups_of(outputs, progress or SilentProgress())
     surveys = {name: survey(parts) for name, parts in _by_dataset(groups).items()}
     names = free_names(surveys.values())
     planned = [_plan(stack, group, surveys, names) for group in groups]
-    _clear(folder)
-    described = []
-    info: dict[str, Any] = {}
-    for group, files in zip(groups, planned, strict=True):
-        counts = [_write(part, folder, names) for part in files]
-        found = [surveys[part.name] for part in group.train]
-        target = _Target(stack, folder, settings, user, group.number, counts[0])
-        config, entries = target.configure(files, found)
-        info |= entries
-        write_text(
-            folder / target.config_file,
-            yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        )
-        described.append(
-            {
-                **_described(group, files, counts),
-                "config": target.config_file,
-                "model": config["output_dir"],
-            }
-        )
-    if info:
-        write_text(folder / _INFO, _json(info))
-    report = _report(stack, described, str(outputs.start))
-    write_text(folder / _GROUPS, _json(report))
+    with export_folder(folder) as unfinished:
+        described = []
+        info: dict[str, Any] = {}
+        for group, files in zip(groups, planned, strict=True):
+            counts = [_write(part, unfinished, folder, names) for part in files]
+            found = [surveys[part.name] for part in group.train]
+            target = _Target(stack, folder, settings, user, group.number, counts[0])
+            config, entries = target.configure(files, found)
+            info |= entries
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            write_text(unfinished / target.config_file, text)
+            own = {"config": target.config_file, "model": config["output_dir"]}
+            described.append({**_described(group, files, counts), **own})
+        if info:
+            write_text(unfinished / INFO, _json(info))
+        report = _report(stack, described, str(outputs.start))
+        write_text(unfinished / GROUPS, _json(report))
     return report
-
-
-def _clear(folder: Path) -> None:
-    """Makes the folder, and removes the files of an earlier export.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        return
-    try:
-        groups = json.loads((folder / _GROUPS).read_text())["groups"]
-        old = [name for group in groups for name in (*group["train"], *group["val"])]
-        old += [group["config"] for group in groups]
-    except (OSError, ValueError, KeyError, TypeError):
-        rule = "must be empty or hold an earlier export"
-        raise InputError(f"{folder}: {rule}, found {min(folder.iterdir()).name}") from None
-    for name in (*old, _INFO, _GROUPS):
-        (folder / Path(name).name).unlink(missing_ok=True)
 
 
 # ---- the rows of each group
@@ -123,34 +105,43 @@ def _by_dataset(groups: Sequence[Group]) -> dict[str, list[PartRows]]:
 # ---- files
 def _plan(
     stack: Stack, group: Group, surveys: Mapping[str, Survey], names: Names
-) -> tuple[_Files, _Files]:
+) -> tuple[list[_File], list[_File]]:
     found = [surveys[part.name] for part in group.train]
     if stack == "trl":
         forms = trl_forms(found)
     else:
         form_of = axolotl_form if stack == "axolotl" else llamafactory_form
         forms = {one.name: form_of(one, names) for one in found}
+    keys = {one.name: forms[one.name].key(one) for one in found}
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys.values()), 1)}
+    by_name = {name: (forms[name], numbers[key]) for name, key in keys.items()}
     return (
-        _files(f"train_{group.number}", group.train, forms),
-        _files(f"val_{group.number}", group.held_out, forms),
+        _files(f"train_{group.number}", group.train, by_name),
+        _files(f"val_{group.number}", group.held_out, by_name),
     )
 
 
-def _files(stem: str, rows: Sequence[PartRows], forms: Mapping[str, Form]) -> _Files:
-    """One file for each form: STEM.jsonl, STEM.2.jsonl and so on."""
-    by_key: dict[str, list[tuple[PartRows, Form]]] = {}
+def _files(
+    stem: str, rows: Sequence[PartRows], by_name: Mapping[str, tuple[Form, int]]
+) -> list[_File]:
+    """The files of one part: STEM.jsonl, STEM.2.jsonl and so on."""
+    members: dict[int, list[tuple[PartRows, Form]]] = {}
     for part in rows:
-        form = forms[part.name]
-        by_key.setdefault(form.key, []).append((part, form))
-    names = [f"{stem}{f'.{i}' if i > 1 else ''}.jsonl" for i in range(1, len(by_key) + 1)]
-    members = tuple(tuple(group) for group in by_key.values())
-    return _Files(tuple(names), tuple(group[0][1] for group in members), members)
+        form, number = by_name[part.name]
+        members.setdefault(number, []).append((part, form))
+    return [
+        _File(f"{stem}{_suffix('.', number)}.jsonl", number, own[0][1], tuple(own))
+        for number, own in sorted(members.items())
+    ]
 
 
-def _write(files: _Files, folder: Path, names: Names) -> int:
+def _suffix(separator: str, number: int) -> str:
+    return f"{separator}{number}" if number > 1 else ""
+
+
+def _write(files: Sequence[_File], unfinished: Path, folder: Path, names: Names) -> int:
     return sum(
-        write_rows(folder / name, members, names, folder / "images")
-        for name, members in zip(files.names, files.members, strict=True)
+        write_rows(unfinished / file.name, file.members, names, folder / IMAGES) for file in files
     )
 
 
@@ -172,17 +163,13 @@ class _Target:
         return f"{self.stack}_{self.group}.yml"
 
     def configure(
-        self, files: tuple[_Files, _Files], found: Sequence[Survey]
+        self, files: tuple[list[_File], list[_File]], found: Sequence[Survey]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The configuration, and entries of dataset_info.json."""
         if self.stack == "llamafactory":
             return self._llamafactory(files, found)
         train, held_out = (
-            [
-                (str(self.folder / name), form)
-                for name, form in zip(part.names, part.forms, strict=True)
-            ]
-            for part in files
+            [(str(self.folder / file.name), file.form) for file in part] for part in files
         )
         if self.stack == "axolotl":
             return axolotl_config(train, held_out, self.settings, self.user, self.group), {}
@@ -190,15 +177,15 @@ class _Target:
         return config, {}
 
     def _llamafactory(
-        self, files: tuple[_Files, _Files], found: Sequence[Survey]
+        self, files: tuple[list[_File], list[_File]], found: Sequence[Survey]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         entries = {}
         names: list[list[str]] = []
-        for suffix, part in zip(("", "_val"), files, strict=True):
+        for word, part in zip(("", "_val"), files, strict=True):
             names.append([])
-            for i, (name, form) in enumerate(zip(part.names, part.forms, strict=True), 1):
-                key = f"group_{self.group}{suffix}{f'_{i}' if i > 1 else ''}"
-                entries[key] = {"file_name": name, **form.entry}
+            for file in part:
+                key = f"group_{self.group}{word}{_suffix('_', file.number)}"
+                entries[key] = {"file_name": file.name, **file.form.entry}
                 names[-1].append(key)
         config = llamafactory_config(
             names,
@@ -222,12 +209,14 @@ def _read_user(extend: Path | None) -> dict[str, Any] | None:
 
 
 # ---- the report
-def _described(group: Group, files: tuple[_Files, _Files], counts: Sequence[int]) -> dict[str, Any]:
+def _described(
+    group: Group, files: tuple[list[_File], list[_File]], counts: Sequence[int]
+) -> dict[str, Any]:
     return {
         "group": group.number,
         "datasets": [part.name for part in group.train],
-        "train": list(files[0].names),
-        "val": list(files[1].names),
+        "train": [file.name for file in files[0]],
+        "val": [file.name for file in files[1]],
         "num_rows": counts[0],
         "num_val_rows": counts[1],
         "num_target_tokens": group.num_target_tokens,
@@ -238,7 +227,8 @@ def _report(stack: Stack, groups: list[dict[str, Any]], base: str) -> dict[str, 
     total = sum(group["num_target_tokens"] for group in groups)
     for group in groups:
         group["weight"] = group["num_target_tokens"] / total
-    flags = " ".join(f"--model {group['model']}:{group['weight']:.6f}" for group in groups)
+    models = [shlex.quote(f"{group['model']}:{group['weight']:.6f}") for group in groups]
+    flags = " ".join(f"--model {model}" for model in models)
     merge = f"merit-fast merge OUT {flags}"
     return {"format": stack, "base": base, "groups": groups, "merge": merge}
 

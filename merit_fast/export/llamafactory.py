@@ -10,7 +10,7 @@ from merit_fast.errors import InputError
 from merit_fast.export.form import Form, Names, tools_of
 from merit_fast.export.messages import ImageFiles, tagged_messages
 from merit_fast.export.rows import ExportRow
-from merit_fast.export.settings import Settings
+from merit_fast.export.settings import EVAL_KEYS, Settings, of_group, started_from
 from merit_fast.export.survey import Survey
 
 _REPLACED = (
@@ -21,6 +21,10 @@ _REPLACED = (
     "val_size",
     "tokenized_path",
     "max_samples",
+    "mix_strategy",
+    "interleave_probs",
+    "train_on_prompt",
+    "mask_history",
 )
 _TAGS = {
     "role_tag": "role",
@@ -113,24 +117,25 @@ def llamafactory_config(
     Raises:
         InputError: the run has a template of its own, which LLaMA-Factory has no key for.
     """
-    if user is not None:
-        config = {key: value for key, value in user.items() if key not in _REPLACED}
-        output = str(user.get("output_dir", settings.output))
-    else:
-        if settings.chat_template is not None:
-            raise InputError(
-                "data.chat_template: llamafactory reads no Jinja file; give your own "
-                "configuration, which names its template, by --extend"
-            )
-        config = _minimal(settings, num_rows)
-        output = settings.output
+    if user is None and settings.chat_template is not None:
+        raise InputError(
+            "data.chat_template: llamafactory reads no Jinja file; give your own "
+            "configuration, which names its template, by --extend"
+        )
     train, held_out = datasets
+    config = started_from(
+        user,
+        lambda: _minimal(settings, num_rows),
+        settings,
+        model_key="model_name_or_path",
+        replaced=(*_REPLACED, *(() if held_out else EVAL_KEYS)),
+    )
     config |= {"dataset_dir": str(folder), "dataset": ",".join(train)}
     if held_out:
         config["eval_dataset"] = ",".join(held_out)
     if mask_history:
         config["mask_history"] = True
-    return config | {"output_dir": f"{output}/group_{group}"}
+    return of_group(config, settings, group)
 
 
 def _alpaca_entry(found: Survey, columns: dict[str, Any]) -> dict[str, Any] | None:

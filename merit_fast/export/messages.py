@@ -23,12 +23,14 @@ class ImageFiles:
 
     Args:
         media: the folder from which a dataset's paths count.
-        out: the folder for images that rows hold as bytes.
+        out: the folder for images that rows hold as bytes, while it is filled.
+        final: its path when the export is complete.
     """
 
-    def __init__(self, media: str | None, out: Path) -> None:
+    def __init__(self, media: str | None, out: Path, final: Path) -> None:
         self._media = Path(media or ".").expanduser()
         self._out = out
+        self._final = final
 
     def __call__(self, image: Image) -> str:
         """The absolute path of an image."""
@@ -40,7 +42,7 @@ class ImageFiles:
         if not file.exists():
             self._out.mkdir(parents=True, exist_ok=True)
             file.write_bytes(image.content)
-        return os.path.abspath(file)
+        return os.path.abspath(self._final / name)
 
 
 def chat_messages(row: ExportRow, images: Images) -> list[dict[str, Any]]:
@@ -56,12 +58,17 @@ def chat_messages(row: ExportRow, images: Images) -> list[dict[str, Any]]:
     ]
 
 
-def template_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """Messages as a chat template reads them."""
-    return [
-        {**message.fields, "role": message.role, "content": _content(message, None)}
-        for message in conversation.messages
-    ]
+def template_messages(
+    conversation: Conversation, *, as_parts: bool = False
+) -> list[dict[str, Any]]:
+    """Messages as a chat template reads them; ``as_parts``: every content is a list of parts."""
+    messages = []
+    for message in conversation.messages:
+        content = _content(message, None)
+        if as_parts and isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        messages.append({**message.fields, "role": message.role, "content": content})
+    return messages
 
 
 def tagged_messages(row: ExportRow) -> list[dict[str, str]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from merit_fast.data.config import DataConfig, DatasetConfig, Part, source
 from merit_fast.data.conversation import Conversation
-from merit_fast.data.mixture.select import Selection
 from merit_fast.data.rows.loss import messages_in_loss, train_on_of
 from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import read_raw_rows
@@ -65,24 +64,3 @@ class PartRows:
             row = ExportRow(self.name, number, raw, columns, conversation, mask)
             for _ in range(count):
                 yield row
-
-
-def part_rows(
-    config: DatasetConfig,
-    data_config: DataConfig,
-    part: Part,
-    selection: Selection,
-    chosen: Sequence[int] | None = None,
-) -> PartRows:
-    """The rows of a selection.
-
-    Args:
-        config: the dataset's entry.
-        data_config: the `data:` section.
-        part: "train" or "eval".
-        selection: the rows of that part.
-        chosen: ascending positions among the part's examples; None: all of them.
-    """
-    order = selection.order if chosen is None else selection.order[list(chosen)]
-    numbers = tuple(int(number) for number in selection.rows[order])
-    return PartRows(config, data_config, part, numbers)

@@ -1,18 +1,37 @@
 """The settings of a run that a minimal configuration of another stack takes over."""
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from merit_fast.data.template import PLAIN
 from merit_fast.errors import InputError
 from merit_fast.pipeline.config import RunConfig
 
+# keys of transformers and axolotl that ask for held-out rows
+EVAL_KEYS = (
+    "do_eval",
+    "eval_strategy",
+    "evaluation_strategy",
+    "eval_steps",
+    "evals_per_epoch",
+    "load_best_model_at_end",
+)
+
 
 @dataclass(frozen=True)
 class Settings:
-    """The recipe of a branch, and the model that it starts from."""
+    """The recipe of a branch, and the model that it starts from.
+
+    Attributes:
+        model: path or name of the start.
+        is_warm: whether a warm-up made it, which the user's own configuration does not know.
+        output: folder for the trained models.
+    """
 
     model: str
+    is_warm: bool
     output: str
     chat_template: str | None  # path of a Jinja file; None: the tokenizer's own
     max_length: int
@@ -53,6 +72,32 @@ class Settings:
         }
 
 
+def started_from(
+    user: Mapping[str, Any] | None,
+    minimal: Callable[[], dict[str, Any]],
+    settings: Settings,
+    *,
+    model_key: str,
+    replaced: Collection[str],
+) -> dict[str, Any]:
+    """The user's keys without the replaced ones, or a minimal configuration, with the model."""
+    if user is None:
+        return minimal()
+    config = {key: value for key, value in user.items() if key not in replaced}
+    if settings.is_warm or not config.get(model_key):
+        config[model_key] = settings.model
+    return config
+
+
+def of_group(config: dict[str, Any], settings: Settings, group: int) -> dict[str, Any]:
+    """The configuration with names of its own for what it saves, so that groups stay apart."""
+    output = str(config.get("output_dir") or settings.output).rstrip("/")
+    named = {"output_dir": f"{output}/group_{group}"}
+    if config.get("hub_model_id"):
+        named["hub_model_id"] = f"{config['hub_model_id']}-group_{group}"
+    return config | named
+
+
 def settings_of(config: RunConfig, model: str, output: Path) -> Settings:
     """Takes the settings of a run.
 
@@ -70,6 +115,7 @@ def settings_of(config: RunConfig, model: str, output: Path) -> Settings:
     train = config.train
     return Settings(
         model=model,
+        is_warm=config.split.warmup > 0,
         output=str(output),
         chat_template=None if template is None else str(Path(template).expanduser().absolute()),
         max_length=config.data.max_length,

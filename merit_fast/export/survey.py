@@ -27,6 +27,7 @@ class Survey:
         other_keys: further keys of the turns.
         answers_only: the loss covers the assistant's messages, all of them and no others.
         last_only: the loss covers the last message and no other.
+        shape: (place of a value in a row, its type) of all values but null.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Survey:
     has_images: bool = False
     has_fields: bool = False
     template_arguments: set[str] = field(default_factory=set)
+    shape: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def turns_column(self) -> str | None:
@@ -80,6 +82,7 @@ def survey(parts: Iterable[PartRows]) -> Survey:
         for row in part:
             found.columns |= dict.fromkeys(row.columns)
             _add(found, row)
+            _add_shape(found.shape, "", row.columns)
             for turn in _turns(row):
                 _add_turn(found, turn, words, (own, *_TURN_KEYS))
         _find_sources(found, mapping)
@@ -116,6 +119,17 @@ def _add(found: Survey, row: ExportRow) -> None:
     found.has_fields |= any(message.fields for message in messages)
     found.is_plain &= all(not isinstance(message.content, tuple) for message in messages)
     found.template_arguments |= set(row.conversation.template_arguments)
+
+
+def _add_shape(shape: set[tuple[str, str]], place: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _add_shape(shape, f"{place}.{key}", item)
+    elif isinstance(value, list):
+        for item in value:
+            _add_shape(shape, f"{place}[]", item)
+    elif value is not None:
+        shape.add((place, type(value).__name__))
 
 
 def _turns(row: ExportRow) -> Iterator[Any]:

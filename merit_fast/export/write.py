@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import json
+import math
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from merit_fast.data.conversation import Image
 from merit_fast.errors import InputError, show
 from merit_fast.export.form import Form, Names
 from merit_fast.export.messages import ImageFiles
@@ -25,15 +29,17 @@ def write_rows(
         file: the JSONL file.
         members: the rows, and how the stack reads them.
         names: names of the added columns.
-        image_folder: images that rows hold as bytes become files in it.
+        image_folder: path under which rows name the images that they held as bytes; the files
+            are written to the folder of that name next to ``file``.
 
     Raises:
         InputError: a row cannot be read, or holds a value that JSON cannot.
     """
     count = 0
+    written = file.parent / image_folder.name
     with open(file, "wb") as stream:
         for rows, form in members:
-            images = ImageFiles(rows.config.media, image_folder)
+            images = ImageFiles(rows.config.media, written, image_folder)
             for row in rows:
                 added = {names.dataset: row.dataset, names.id: f"{row.dataset}-{row.number}"}
                 if form.extra is not None:
@@ -46,21 +52,28 @@ def write_rows(
 def joined(text: bytes, added: dict[str, Any]) -> bytes:
     """The JSON text of an object, byte for byte, with further keys before its closing brace."""
     assert text.endswith(b"}") and added
-    further = json.dumps(added, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return text[:-1] + b", " + further[1:]
+    return text[:-1] + b", " + _encoded(added)[1:]
+
+
+def _encoded(value: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 does not have
+        return json.dumps(value).encode("ascii")
 
 
 def _text(row: ExportRow, images: ImageFiles) -> bytes:
     if isinstance(row.raw, bytes):
         return row.raw
-    plain = {column: _plain(value, row, images) for column, value in row.raw.items()}
-    return json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return _encoded({column: _plain(value, row, images) for column, value in row.raw.items()})
 
 
 def _plain(value: Any, row: ExportRow, images: ImageFiles) -> Any:
-    """The value as JSON has it: images become paths of files, times become texts."""
-    from merit_fast.data.conversation import Image
+    """The value as JSON has it.
 
+    Images become paths of files; times and decimal numbers become texts; NaN and infinities, which
+    JSON does not have, become null.
+    """
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
             return images(Image(content=value["bytes"]))
@@ -71,6 +84,10 @@ def _plain(value: Any, row: ExportRow, images: ImageFiles) -> Any:
         return images(Image(content=value))
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
+    if isinstance(value, decimal.Decimal | uuid.UUID):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if value is None or isinstance(value, str | int | float):
         return value
     place = row.conversation.place

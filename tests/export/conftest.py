@@ -59,10 +59,10 @@ def write_mixture(folder: Path, with_marks: bool) -> list[dict]:
     ]
 
 
-def split_run(folder: Path, model: Path, mixture: list[dict], **train) -> Path:
-    values = run_values(model, mixture) | {"output": "out"}
+def split_run(folder: Path, model: Path, mixture: list[dict], **sections) -> Path:
+    values = run_values(model, mixture) | {"output": "out", **sections}
     values["split"]["tolerance"] = 1.0
-    values["train"] |= {"controls": {}, **train}
+    values["train"] |= {"controls": {}}
     config = folder / "run.yml"
     config.write_text(yaml.safe_dump(values))
     run = Run(read_run_config(config), SilentProgress())

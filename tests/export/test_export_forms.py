@@ -87,8 +87,9 @@ def test_images_become_absolute_paths(tmp_path):
         {"type": "image", "path": picture}
     ]
     assert row["image"] == "a.png"
-    with pytest.raises(InputError, match="d: trl reads images from columns of that type"):
-        exported(tmp_path, rows, trl_form)
+    [row], form = exported(tmp_path, rows, trl_form)
+    assert row["images"] == [picture] and form.entry["columns"] == [*row][4:]
+    assert row["prompt"][0]["content"][0] == {"type": "image"}
 
 
 def test_last_answers_only_become_a_key_or_a_completion(tmp_path):

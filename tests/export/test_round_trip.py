@@ -21,20 +21,20 @@ def examples(run, names, part):
     )
 
 
-@pytest.mark.parametrize("stack", ["axolotl", "llamafactory"])
-def test_a_group_read_back_gives_its_examples(export, plain_run, marked_run, tmp_path, stack):
+@pytest.mark.parametrize(
+    ("stack", "file_name"),
+    [("axolotl", None), ("llamafactory", None), ("llamafactory", "dataset_info.json")],
+)
+def test_a_group_read_back_gives_its_examples(
+    export, plain_run, marked_run, tmp_path, stack, file_name
+):
     config = marked_run if stack == "axolotl" else plain_run
     out, report = export(config, stack)
     run = read_run_config(config)
     for group in report["groups"]:
         number = group["group"]
-        source = {"from": str(out / "dataset_info.json")}
-        if stack == "axolotl":
-            exported = yaml.safe_load((out / group["config"]).read_text())
-            del exported["test_datasets"]  # held-out files of their own, which no entry names
-            (out / group["config"]).write_text(yaml.safe_dump(exported))
-            source = {"from": str(out / group["config"])}
-        else:
+        source = {"from": str(out / (file_name or group["config"]))}
+        if file_name:
             wanted = yaml.safe_load((out / group["config"]).read_text())["dataset"].split(",")
             source["only"] = wanted
         values = {
@@ -47,3 +47,5 @@ def test_a_group_read_back_gives_its_examples(export, plain_run, marked_run, tmp
         back = read_run_config(file)
         names = {entry.name for entry in back.mixture}
         assert examples(back, names, "train") == examples(run, set(group["datasets"]), "train")
+        if not file_name:
+            assert examples(back, names, "eval") == examples(run, set(group["datasets"]), "eval")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.data.mixture.locate import absolute, dataset_name
+from merit_fast.data.mixture.pairs import training_entry
 from merit_fast.data.paths import container_of
 from merit_fast.errors import InputError, show
 
@@ -210,19 +211,16 @@ def _check_container(dataset: Entry, where: str) -> None:
 
 
 def _add_tests(entries: list[Entry], tests: list[Entry], file: Path) -> None:
-    """Gives each held-out dataset to the training dataset of its path, or to the only one."""
+    """Gives each held-out dataset to its training dataset."""
     for i, test in enumerate(tests):
         where = f"{file}: test_datasets[{i}]"
         held_out = _entry(test, file.parent, where)
-        same = [entry for entry in entries if entry["path"] == held_out["path"]]
-        if not same and len(entries) == 1:
-            same = entries
-        if len(same) != 1 or {"eval_path", "eval_split"} & set(same[0]):
+        entry = training_entry(entries, held_out)
+        if entry is None or {"eval_path", "eval_split"} & set(entry):
             raise InputError(
-                f"{where}.path: must be the path of one of datasets, which it holds rows out of, "
-                f"got {test['path']}"
+                f"{where}.path: must be the path of one of datasets, or its name but for the word "
+                f"of the split, and one for each, got {test['path']}"
             )
-        (entry,) = same
         for key in ("columns", "roles", "train_on", "config", "revision", "data_files"):
             if key in held_out and held_out[key] != entry.get(key):
                 raise InputError(f"{where}: must be read as its training rows are, got {key}")

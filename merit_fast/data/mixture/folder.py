@@ -92,6 +92,11 @@ def _pieces(folder: Path) -> Iterator[_Piece]:
             yield _piece_of_file(path)
 
 
+def dataset_of_file(path: Path) -> str:
+    """The name of the dataset whose rows a file holds: the file's name without its split."""
+    return _piece_of_file(path).name
+
+
 def _piece_of_file(path: Path) -> _Piece:
     """The dataset and the split that a file's name carries at its beginning or end."""
     stem = path.name

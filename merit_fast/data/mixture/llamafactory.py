@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.data.mixture.locate import absolute, absolute_folder, dataset_name
+from merit_fast.data.mixture.pairs import training_entry
 from merit_fast.errors import InputError, show
 
 Entry = dict[str, Any]
@@ -103,13 +104,8 @@ def run_entries(values: Mapping[str, Any], file: Path, read: Callable[[Path], An
     held_out = values.get("eval_dataset")
     share = values.get("val_size")
     if held_out:
-        (*others,) = _named(
-            info,
-            [name.strip() for name in held_out.split(",")],
-            directory,
-            media_folder,
-            f"{file}: eval_dataset",
-        )
+        held_out_names = [name.strip() for name in held_out.split(",")]
+        others = _named(info, held_out_names, directory, media_folder, f"{file}: eval_dataset")
         _add_held_out(entries, others, f"{file}: eval_dataset")
     elif share:
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
@@ -129,18 +125,22 @@ def _named(
 
 
 def _add_held_out(entries: list[Entry], others: list[Entry], where: str) -> None:
-    if len(entries) != 1 or len(others) != 1:
-        rule = "must be one dataset that is held out of one dataset; write entries with eval_path"
-        raise InputError(f"{where}: {rule}, got {', '.join(entry['name'] for entry in others)}")
-    (entry,), (other,) = entries, others
-    reads = ("columns", "roles", "config", "revision", "data_files", "media")
-    for key in reads:
-        if entry.get(key) != other.get(key):
-            raise InputError(f"{where}: must be read as the training rows are, got another {key}")
-    if entry["path"] != other["path"]:
-        entry["eval_path"] = other["path"]
-    if "split" in other:
-        entry["eval_split"] = other["split"]
+    for other in others:
+        entry = training_entry(entries, other)
+        if entry is None or {"eval_path", "eval_split"} & set(entry):
+            rule = (
+                "must be held out of one dataset, whose file has its name but for the word of the "
+                "split, and one for each; write entries with eval_path"
+            )
+            raise InputError(f"{where}: {rule}, got {other['name']}")
+        for key in ("columns", "roles", "config", "revision", "data_files", "media"):
+            if entry.get(key) != other.get(key):
+                rule = "must be read as its training rows are"
+                raise InputError(f"{where}: {other['name']}: {rule}, got another {key}")
+        if entry["path"] != other["path"]:
+            entry["eval_path"] = other["path"]
+        if "split" in other:
+            entry["eval_split"] = other["split"]
 
 
 def _entry(values: Any, folder: Path, media: Path, where: str) -> Entry:
