@@ -4,7 +4,9 @@
 
 ROWS is a JSON array, a JSONL file, or a folder of JSONL files. The task of a row is the text in
 COLUMN; with --pattern it is what the first group of the expression matches there, for ids such as
-`coco_caption_17`: --by id --pattern '(.*)_[0-9]+$'. Rows stay as they are.
+`coco_caption_17`: --by id --pattern '(.*)_[0-9]+$'. Rows stay as they are. A name that begins or
+ends with the word of a split, such as `digits_test`, gets the word task there, so that no task is
+held out because of its name.
 """
 
 import argparse
@@ -14,6 +16,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+_SPLIT = "train|training|validation|valid|dev|val|test|testing|eval|evaluation"
+_FIRST = re.compile(rf"({_SPLIT})(?=[-._]|$)", re.IGNORECASE)
+_LAST = re.compile(rf"(^|[-._])({_SPLIT})$", re.IGNORECASE)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -31,7 +37,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def task_of(row: dict[str, Any], place: str, column: str, pattern: str | None) -> str:
-    """A file name for the row's task."""
+    """The row's task."""
     if not isinstance(row.get(column), str):
         names = ", ".join(sorted(row))
         sys.exit(f"{place}: must have text in the column {column}; its columns are {names}")
@@ -41,21 +47,33 @@ def task_of(row: dict[str, Any], place: str, column: str, pattern: str | None) -
         if match is None or not match.groups():
             sys.exit(f"{place}: {column}: must match {pattern} with a group, got {task!r}")
         task = match.group(1)
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", task).strip("._") or "unnamed"
+    return task
+
+
+def file_name(task: str) -> str:
+    """A task's file name without its suffix: letters, digits and no word of a split at its ends."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", task).strip("._-") or "unnamed"
+    if _FIRST.match(name):
+        name = f"task_{name}"
+    return f"{name}_task" if _LAST.search(name) else name
 
 
 def split_tasks(rows: Path, out: Path, column: str, pattern: str | None) -> dict[str, int]:
     """Writes ``out/TASK.jsonl`` for every task; returns the number of rows of each."""
     out.mkdir(parents=True)
     files: dict[str, TextIO] = {}
+    tasks: dict[str, str] = {}
     counts: dict[str, int] = {}
     try:
         for place, row in read_rows(rows):
             task = task_of(row, place, column, pattern)
-            if task not in files:
-                files[task] = (out / f"{task}.jsonl").open("w", encoding="utf-8")
-            files[task].write(json.dumps(row, ensure_ascii=False) + "\n")
-            counts[task] = counts.get(task, 0) + 1
+            name = file_name(task)
+            if tasks.setdefault(name, task) != task:
+                sys.exit(f"{place}: {column}: {task!r} and {tasks[name]!r} give one file, {name}")
+            if name not in files:
+                files[name] = (out / f"{name}.jsonl").open("w", encoding="utf-8")
+            files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+            counts[name] = counts.get(name, 0) + 1
     finally:
         for file in files.values():
             file.close()

@@ -12,6 +12,7 @@ from support.tiny import chat_row, make_model, make_tokenizer
 from support.vision import make_vision_model
 
 from bench.vision.digits import TASKS, write_digit_tasks
+from merit_fast.data.mixture.folder import folder_entries
 
 PAPER = ROOT / "examples" / "paper"
 
@@ -25,11 +26,19 @@ def stand_ins(tmp_path_factory):
         text = re.sub(r"eval_share: [0-9.]+", "eval_share: 0.25", file.read_text())
         file.write_text(text.replace("sample: 10000", "sample: 30"))
     write_digit_tasks(folder / "made", num_train=24, num_eval=0)
-    for tasks, images in (("vision_flan/tasks", "vision_flan/images"), ("sources", "images")):
+    for tasks, images in (
+        ("vision_flan/tasks", "vision_flan/images_191task_1k"),
+        ("sources", "images"),
+    ):
         (folder / tasks).mkdir(parents=True)
         (folder / images).symlink_to(folder / "made/images")
         for name in TASKS:
-            shutil.copy(folder / f"made/{name}.path.jsonl", folder / tasks / f"{name}.jsonl")
+            lines = (folder / f"made/{name}.path.jsonl").read_text().splitlines()
+            own = [json.loads(line) for line in lines]
+            if tasks == "vision_flan/tasks":  # as the annotations of Vision-FLAN have it
+                own = [row | {"task_name": f"digits+{name}"} for row in own]
+            text = "".join(json.dumps(row) + "\n" for row in own)
+            (folder / tasks / f"{name}.jsonl").write_text(text)
     (folder / "flan/train").mkdir(parents=True)
     rows = [
         {"inputs": f"{task} {i}?", "targets": str(i), "task": task}
@@ -89,6 +98,19 @@ def test_rows_without_the_column_or_the_pattern_are_named(stand_ins, run_script,
     run_script("split_tasks.py", file, tmp_path / "c", "--by", "id", "--pattern", "(.*)_[0-9]+$")
     row = json.loads((tmp_path / "c/coco_caption.jsonl").read_text())
     assert row == json.loads(file.read_text())[0]
+
+
+def test_no_task_is_held_out_or_mixed_with_another_because_of_its_name(run_script, tmp_path):
+    names = ["VisDA+photos_train", "VisDA+photos_validation", "digits_test", "dev-set", "tests"]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"task": name, **chat_row("a", "b", name)} for name in names]))
+    run_script("split_tasks.py", file, tmp_path / "tasks", "--by", "task")
+    entries = folder_entries(tmp_path / "tasks", "mixture")
+    assert len(entries) == len(names) and not any("eval_path" in entry for entry in entries)
+    rows = [{"task": name, **chat_row("a", "b", name)} for name in ("a+b", "a b")]
+    file.write_text(json.dumps(rows))
+    with pytest.raises(SystemExit, match=r"rows.json\[1\]: task: 'a b' and 'a\+b' give one file"):
+        run_script("split_tasks.py", file, tmp_path / "other", "--by", "task")
 
 
 def test_the_table_is_what_the_formula_gives(run_script):

@@ -10,9 +10,12 @@ from merit_fast.data import DataConfig, DatasetConfig, load_tokenizer_or_process
 from merit_fast.errors import InputError
 from merit_fast.export.form import free_names
 from merit_fast.export.rows import PartRows
+from merit_fast.export.settings import settings_of
 from merit_fast.export.survey import survey
 from merit_fast.export.trl import trl_config, trl_forms
 from merit_fast.export.write import write_rows
+from merit_fast.pipeline.config import RunConfig
+from merit_fast.split.config import SplitConfig
 
 
 def llava(question, *more):
@@ -81,14 +84,23 @@ def test_trl_collates_images_and_texts(tmp_path, processor, more):
 
 
 def test_packing_is_off_where_trl_cannot_pack(tmp_path):
-    from merit_fast.export.settings import Settings
-
     found = survey([part_of(tmp_path, "seen", [llava("which digit?")])])
     form = trl_forms([found])["seen"]
-    settings = Settings.__new__(Settings)
-    object.__setattr__(settings, "is_warm", False)
+    mixture = (DatasetConfig("seen", "seen.jsonl"),)
+    settings = settings_of(RunConfig("m", mixture), "m", tmp_path)
     user = {"packing": True, "model_name_or_path": "m", "output_dir": "o"}
     assert trl_config([("f", form)], settings, user, 0, num_rows=1)["packing"] is False
+
+
+def test_a_warm_start_replaces_the_users_model(tmp_path):
+    found = survey([part_of(tmp_path, "read", [{"prompt": "2+2?", "completion": "four"}])])
+    forms = [("f", trl_forms([found])["read"])]
+    user = {"model_name_or_path": "theirs"}
+    mixture = (DatasetConfig("read", "read.jsonl"),)
+    for warmup, model in ((0.0, "theirs"), (0.1, "warm")):
+        run = RunConfig("m", mixture, split=SplitConfig(warmup=warmup))
+        config = trl_config(forms, settings_of(run, "warm", tmp_path), user, 0, num_rows=1)
+        assert config["model_name_or_path"] == model
 
 
 def test_tools_next_to_images_are_refused_as_trl_leaves_them_out(tmp_path):
