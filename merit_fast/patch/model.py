@@ -25,6 +25,7 @@ ARCHITECTURES = frozenset(
         "llama",
         "llava",
         "llava_next",
+        "llava_onevision",
         "mistral",
         "mixtral",
         "phi3",

@@ -153,6 +153,20 @@ def _llava(name: str) -> Callable[[int, dict[str, int]], Any]:
     return make
 
 
+def _llava_onevision(vocabulary: int, ids: dict[str, int]) -> Any:
+    from transformers import LlavaOnevisionConfig
+
+    tower = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
+    return LlavaOnevisionConfig(
+        text_config=_TEXT | {"vocab_size": vocabulary, "model_type": "qwen2"},
+        vision_config=_TOWER | tower | {"vision_use_head": False},
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_grid_pinpoints=_PINPOINTS,
+        tie_word_embeddings=False,
+    )
+
+
 LAYOUTS = {
     "qwen2_vl": Layout(
         template="qwen2_5_vl.jinja",
@@ -224,6 +238,18 @@ LAYOUTS = {
         image_options=_CLIP_IMAGES | {"image_grid_pinpoints": _PINPOINTS},
         processor_options=_LLAVA_OPTIONS,
         config=_llava("LlavaNextConfig"),
+    ),
+    "llava_onevision": Layout(
+        processor="LlavaOnevisionProcessor",
+        image_processor="LlavaOnevisionImageProcessorPil",
+        tokens=("<image>", "<video>"),
+        roles={"image_token": "<image>", "video_token": "<video>"},
+        image_options={
+            "size": {"height": 28, "width": 28},
+            "image_grid_pinpoints": _PINPOINTS,
+        },
+        processor_options={"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
+        config=_llava_onevision,
     ),
 }
 

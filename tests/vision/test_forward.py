@@ -8,14 +8,14 @@ import torch
 from support.vision import LAYOUTS
 from support.vision_rows import ROWS, as_example, processed_rows
 
-from merit_fast.data import Example, collate, load_tokenizer_or_processor, pack
+from merit_fast.data import Dataset, Example, collate, load_tokenizer_or_processor, pack
 from merit_fast.data.images import load_processor
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.evaluate.losses import score_rows
 from merit_fast.evaluate.retention import greedy_answers
 from merit_fast.model import load_model, model_inputs, target_losses
 from merit_fast.patch.model import patch_model
-from merit_fast.train.loss import batch_loss, require_packing
+from merit_fast.train.loss import batch_loss, require_packing, require_text
 
 EVERY_LAYOUT = pytest.mark.parametrize("name", LAYOUTS)
 TOLERANCE = {"rtol": 0, "atol": 5e-6}
@@ -85,9 +85,11 @@ def test_our_kernels_in_the_language_tower(case, name):
 
 
 def test_packed_rows_with_images_are_refused(case):
-    model, examples, _ = case("qwen2_5_vl")
-    with pytest.raises(InputError, match="train.packing: must be false where rows hold images"):
-        require_packing(model, examples)
+    _, examples, _ = case("qwen2_5_vl")
+    text = Dataset("text", examples[1:2])
+    require_text([text])
+    with pytest.raises(InputError, match="must be false for dataset digits: its rows hold images"):
+        require_text([text, Dataset("digits", examples)])
 
 
 def test_text_is_packed_in_a_model_that_reads_images(case):

@@ -18,8 +18,8 @@ from merit_fast.progress import SilentProgress
 from merit_fast.sketch import SketchConfig, sketch_mixture
 from merit_fast.sketch.gradients import GradientSketcher
 
-# LLaVA-NeXT's image_newline is a parameter outside any module that maps tensors
-TOWERS = [name for name in LAYOUTS if name != "llava_next"]
+# The image_newline of these is a parameter outside any module that maps tensors.
+TOWERS = [name for name in LAYOUTS if name not in ("llava_next", "llava_onevision")]
 
 
 def load_case(folder, name, freeze):

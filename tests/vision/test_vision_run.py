@@ -1,6 +1,7 @@
 """A run on images from end to end: sketch, split, train, merge, evaluate, report."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +20,27 @@ from merit_fast.pipeline.config import read_run_config
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 
 
+def join_rows(entry):
+    """Writes training rows as LLaVA does: one array, with a row of two turns and one of text."""
+    rows = [json.loads(line) for line in Path(entry["path"]).read_text().splitlines()]
+    further = [{"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]
+    rows[0]["conversations"] += further
+    rows.append({"id": "text", "conversations": further})
+    file = Path(entry["path"]).with_suffix(".json")
+    file.write_text(json.dumps(rows))
+    entry["path"] = str(file)
+
+
 @pytest.fixture(scope="module")
 def run(vision_folders, tmp_path_factory):
     """Folder of a finished run on every task, its config file and the base."""
     folder = tmp_path_factory.mktemp("run")
     base = vision_folders("qwen2_5_vl")
+    mixture = write_digit_tasks(folder / "data", num_train=4, num_eval=2)
+    join_rows(mixture[0])
     values = {
         "model": str(base),
-        "mixture": write_digit_tasks(folder / "data", num_train=4, num_eval=2),
+        "mixture": mixture,
         "output": str(folder / "out"),
         "data": {"max_length": 128},
         "split": {"groups": 2, "examples": 4, "proj_dim": 4096, "blocks": 4, "dtype": "fp32"},
@@ -60,6 +74,7 @@ def held_out(config_file):
 
 def test_every_task_is_in_a_group(run):
     split = read_manifest(SplitManifest, run[0] / "split/split.json")
+    assert split.datasets[0].num_examples == 5 and split.datasets[1].num_examples == 4
     assert {row.name for row in split.datasets} == set(TASKS)
     assert {row.group for row in split.datasets} == {0, 1}
 

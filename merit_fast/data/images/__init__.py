@@ -8,7 +8,6 @@ from merit_fast.data.images.files import ImageFile, find_image, image_fingerprin
 from merit_fast.data.images.layout import ImageLayout, image_layout
 from merit_fast.data.images.media import ImageMedia, media_reader
 from merit_fast.data.images.processor import (
-    PROCESSOR_FILES,
     is_processor,
     load_processor,
     load_tokenizer_or_processor,
@@ -17,7 +16,6 @@ from merit_fast.data.images.processor import (
 )
 
 __all__ = [
-    "PROCESSOR_FILES",
     "ImageEncoder",
     "ImageFile",
     "ImageLayout",

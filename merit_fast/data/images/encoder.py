@@ -14,7 +14,7 @@ from merit_fast.data.dataset import Example
 from merit_fast.data.images.files import ImageFile, find_image
 from merit_fast.data.images.layout import image_layout
 from merit_fast.data.images.marks import rows_folder
-from merit_fast.data.images.media import place_images
+from merit_fast.data.images.media import ImageMedia, place_images
 from merit_fast.data.rows.loss import messages_in_loss
 from merit_fast.data.template import (
     ChatEncoder,
@@ -103,10 +103,11 @@ class ImageEncoder:
         counts = _trained_counts(conversation, train_on)
         folder = rows_folder(self._media, place)
         files = []
-        for i, image in enumerate(conversation.images[: max(counts, default=0)]):
+        shown = conversation.images[: max(counts, default=0)]
+        for i, image in enumerate(shown):
             where = f"{place}: images[{i}]"
             file = find_image(image, where, folder)
-            self._refuse_too_long(file, where)
+            self._refuse_too_long(file, len(shown), where)
             files.append(file)
         return Shown(tuple(files), counts)
 
@@ -119,9 +120,9 @@ class ImageEncoder:
             if any(token in text for text in _texts(message)):
                 raise InputError(f"{where}: text must not spell {token}, which stands for an image")
 
-    def _refuse_too_long(self, file: ImageFile, where: str) -> None:
+    def _refuse_too_long(self, file: ImageFile, num_images: int, where: str) -> None:
         try:
-            num_tokens = self.layout.num_tokens(file.size)
+            num_tokens = self.layout.num_tokens(file.size, num_images)
         except InputError as error:
             raise InputError(f"{where}: {file.name}: {error}") from None
         limit = self._config.max_length
@@ -143,8 +144,13 @@ class ImageEncoder:
             raise InputError(f"{text.place}: {error}") from None
         return replace(encoded, examples=(self._with_media(example, media, text.place),))
 
-    def _with_media(self, example: Example, media: Any, place: str) -> Example:
+    def _with_media(self, example: Example, media: ImageMedia, place: str) -> Example:
+        whole = len(media.images)
         media = media.cut(len(example.input_ids))
+        kept = len(media.images)
+        if kept == 1 < whole and self.layout.shrinks_several:
+            rule = f"must keep two or none of its {whole} images within data.max_length"
+            raise InputError(f"{place}: {rule}, as one by itself has other tokens, got 1")
         if (example.labels[media.token_types > 0] >= 0).any():
             raise InputError(f"{place}: a trained turn must not hold an image")
         return replace(example, media=media)
@@ -164,7 +170,7 @@ class ImageEncoder:
         moves = []  # ends of placeholders in the old text, and the characters that each gained
         past = 0
         for start, file in zip(starts, shown.files, strict=False):
-            replacement = self.layout.replacement(file.size)
+            replacement = self.layout.replacement(file.size, count)
             pieces += [rendered.text[past:start], replacement]
             past = start + len(token)
             moves.append((past, len(replacement) - len(token)))

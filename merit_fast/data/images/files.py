@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
+import errno
 import hashlib
 import io
 import warnings
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 _ORIENTATION = 0x0112  # Exif: how a camera was held
 _TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
+_DEEP_MODES = ("I", "F")  # more than 8 bits: I, I;16, I;16B, F
 _TAIL_BYTES = 16
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -47,7 +47,7 @@ class ImageFile:
         return self.path or f"image of {self.num_bytes} bytes in a row"
 
     def pixels(self) -> Pixels:
-        """Decodes the image: turned as it is shown, in RGB.
+        """Decodes the image: turned as it is shown, in RGB, on white where it is transparent.
 
         Raises:
             InputError: the file is missing or damaged, or not the one that was checked.
@@ -60,7 +60,7 @@ class ImageFile:
             raise InputError(f"{name}: is no longer the file that the rows were read with")
         try:
             with pillow.open(_source(self.path, self.content)) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
+                image = _in_rgb(ImageOps.exif_transpose(opened))
         except Exception as error:  # each format's decoder raises its own kinds
             raise InputError(f"{name}: cannot be decoded: {one_line(error)}") from None
         if image.size != self.size:
@@ -80,15 +80,12 @@ def find_image(image: Image, where: str, folder: Path) -> ImageFile:
         folder: relative paths count from here.
 
     Raises:
-        InputError: the image is missing, broken, too large, or at a URL.
+        InputError: the image is missing, broken, too large, or of more than 8 bits per channel.
     """
     if image.content is not None:
         return _checked(None, image.content, f"{where}: its bytes")
     if not image.path:
         raise InputError(f"{where}: must be a path or the bytes of an image, got neither")
-    if image.path.startswith("data:"):
-        content = _data_url(image.path, where)
-        return _checked(None, content, f"{where}: its bytes")
     path = _locate(image.path, where, folder)
     return _checked(str(path), None, f"{where}: {path}")
 
@@ -142,25 +139,18 @@ def images_hash(
 
 
 def _locate(path: str, where: str, folder: Path) -> Path:
-    if "://" in path:
-        rule = "must be a file; images at URLs have to be downloaded first"
-        raise InputError(f"{where}: {rule}, got {show(path)}")
     file = folder / path
-    if file.is_file():
-        return file
-    state = "is a folder" if file.is_dir() else "is not there"
     rule = "must be an image file below the entry's media, or next to the rows without that key"
-    raise InputError(f"{where}: {rule}, but {file} {state}")
-
-
-def _data_url(url: str, where: str) -> bytes:
-    header, comma, text = url.partition(",")
-    if not comma or not header.endswith(";base64"):
-        raise InputError(f"{where}: a data URL must hold base64, got {show(url[:60])}")
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InputError(f"{where}: a data URL must hold base64: {one_line(error)}") from None
+        if file.is_file():
+            return file
+        state = "is a folder" if file.is_dir() else "is not there"
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            rule = "must be a path, or a data URL where it is base64 (data:image/png;base64,...)"
+            raise InputError(f"{where}: {rule}, got {show(path)}") from None
+        state = f"cannot be read: {error.strerror}"
+    raise InputError(f"{where}: {rule}, but {file} {state}")
 
 
 def _checked(path: str | None, content: bytes | None, name: str) -> ImageFile:
@@ -172,6 +162,7 @@ def _checked(path: str | None, content: bytes | None, name: str) -> ImageFile:
             opened = pillow.open(_source(path, content))
         with opened as image:
             _refuse_too_large(image.size, name, pillow.MAX_IMAGE_PIXELS)
+            _refuse_deep(image.mode, name)
             size = _shown_size(image)
             if not _ends_well(image.format, path, content):
                 image.load()
@@ -190,10 +181,28 @@ def _refuse_too_large(size: tuple[int, int], name: str, limit: int | None) -> No
         raise InputError(f"{name}: must have at most {limit} pixels, got {_shape(size)}")
 
 
+def _refuse_deep(mode: str, name: str) -> None:
+    if mode.startswith(_DEEP_MODES):
+        rule = "must have 8 bits per channel, as a model would see all values above 255 as white"
+        raise InputError(f"{name}: {rule}, got Pillow's mode {mode}")
+
+
+def _in_rgb(image: Pixels) -> Pixels:
+    """The image in RGB. What is transparent shows white, as in transformers' image processors."""
+    from PIL import Image as pillow
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = pillow.new("RGBA", image.size, "white")
+    return pillow.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
 def _shown_size(image: Pixels) -> tuple[int, int]:
     width, height = image.size
     is_turned = image.getexif().get(_ORIENTATION) in _TURNED
-    return (height, width) if is_turned else (width, height)
+    if is_turned and image.format != "TIFF":  # Pillow has exchanged those of a TIFF already
+        return height, width
+    return width, height
 
 
 def _ends_well(kind: str | None, path: str | None, content: bytes | None) -> bool:

@@ -59,32 +59,42 @@ class ImageLayout:
         """Name in the model's forward of the types of tokens; None if it takes none."""
         return next((name for name in _TOKEN_TYPES if name in self._probe), None)
 
-    def replacement(self, size: tuple[int, int]) -> str:
+    def replacement(self, size: tuple[int, int], num_images: int = 1) -> str:
         """The text that replaces the placeholder of an image.
 
-        It depends on the image's size only: a blank image of that size stands in.
+        It depends on the image's size only: a blank image of that size stands in. In some layouts
+        it also depends on whether the text holds further images.
 
         Args:
             size: (width, height) in pixels.
+            num_images: images of the text.
 
         Raises:
             InputError: the processor refuses the size.
         """
-        return self._replaced(size)[0]
+        return self._replaced(size, num_images)[0]
 
-    def num_tokens(self, size: tuple[int, int]) -> int:
+    def num_tokens(self, size: tuple[int, int], num_images: int = 1) -> int:
         """Tokens of an image of this size (width, height) that take part of its pixels."""
-        return self._replaced(size)[1]
+        return self._replaced(size, num_images)[1]
 
-    def _replaced(self, size: tuple[int, int]) -> tuple[str, int]:
+    @cached_property
+    def shrinks_several(self) -> bool:
+        """Whether an image takes other tokens in a text with further images (LLaVA-OneVision)."""
+        made = self._call([_blank((64, 64))] * 2, return_text_replacement_offsets=True)
+        return _first_replacement(made) != _first_replacement(self._probe)
+
+    def _replaced(self, size: tuple[int, int], num_images: int) -> tuple[str, int]:
         try:
-            key = self._key(size)
+            images = 2 if num_images > 1 and self.shrinks_several else 1
+            key = (images, self._key(size))
             if key not in self._replacements:
-                made = self._call([_blank(size)], return_text_replacement_offsets=True)
+                made = self._call([_blank(size)] * images, return_text_replacement_offsets=True)
                 if len(self._replacements) >= _CACHED_SIZES:
                     self._replacements.clear()
-                text = "" if self._counts_patches else _only_replacement(made)
-                self._replacements[key] = text, self.count(np.asarray(made["input_ids"][0]))
+                text = "" if self._counts_patches else _first_replacement(made)
+                count = self.count(np.asarray(made["input_ids"][0])) // images
+                self._replacements[key] = text, count
         except Exception as error:  # such as: a side is 200 times as long as the other
             raise InputError(f"the processor refuses the image: {one_line(error)}") from None
         text, count = self._replacements[key]
@@ -103,7 +113,7 @@ class ImageLayout:
 
     @cached_property
     def _counts_patches(self) -> bool:
-        text = _only_replacement(self._probe)
+        text = _first_replacement(self._probe)
         repeats = text == self.placeholder * (len(text) // len(self.placeholder))
         has_counter = hasattr(self.processor.image_processor, "get_number_of_image_patches")
         return repeats and has_counter and "image_grid_thw" in self._probe
@@ -150,9 +160,8 @@ def image_layout(processor: ProcessorMixin) -> ImageLayout:
     return ImageLayout(processor)
 
 
-def _only_replacement(made: Any) -> str:
-    ((one,),) = made["text_replacement_offsets"]
-    return str(one["replacement"])
+def _first_replacement(made: Any) -> str:
+    return str(made["text_replacement_offsets"][0][0]["replacement"])
 
 
 def _blank(size: tuple[int, int]) -> Pixels:

@@ -137,7 +137,7 @@ def place_images(
         InputError: the tokens hold more or fewer image tokens than the images demand.
     """
     positions = np.flatnonzero(layout.is_image(input_ids))
-    counts = [layout.num_tokens(file.size) for file in files]
+    counts = [layout.num_tokens(file.size, len(files)) for file in files]
     if sum(counts) != len(positions):
         rule = f"must hold {sum(counts)} image tokens for {len(files)} images"
         raise InputError(f"the tokens {rule}, got {len(positions)}")

@@ -12,14 +12,6 @@ from merit_fast.errors import InputError, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-PROCESSOR_FILES = (  # a branch or a merged model needs those of its base
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-
 
 def is_processor(tokenizer_or_processor: Any) -> bool:
     """Whether the object holds an image processor next to a tokenizer."""

@@ -55,9 +55,9 @@ def decode_base64(text: Any, where: str) -> bytes:
 
 
 def _from_text(text: str, where: str) -> Image:
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         header, comma, content = text.partition(",")
-        if not comma or not header.endswith(";base64"):
+        if not comma or not header.lower().endswith(";base64"):
             rule = "must be data:TYPE;base64,CONTENT where it is a data URL"
             raise InputError(f"{where}: {rule}, got {show(text)}")
         return Image(content=decode_base64(content, where))

@@ -105,6 +105,23 @@ def test_targets_are_the_answers_and_their_ends(vision):
         assert not image_layout(processor).is_image(example.labels).any()
 
 
+def test_a_cut_row_has_the_tokens_of_the_images_that_are_left(vision):
+    """LLaVA-OneVision writes more tokens for an image without others; such a cut is refused."""
+    model, processor, _, folder = vision
+    turns = Turn("which?", "seven", ("even.png",)), Turn("and?", "one", ("wide.png",))
+    conversation = make_conversation(folder, *turns)
+    (whole,) = encode(processor, [conversation])
+    options = DataConfig(max_length=whole.media.images[1].ranges[0][0])
+    encoder = RowEncoder(DatasetConfig(name="a", path="a"), options, processor)
+    (row,) = encoder.encode_read([conversation])
+    if image_layout(processor).shrinks_several:
+        assert "must keep two or none of its 2 images within data.max_length" in str(row.error)
+        return
+    (example,) = row.examples
+    assert len(example.media.images) == 1
+    assert np.isfinite(losses(model, make_batch(processor, [example]))).all()
+
+
 def test_every_pixel_matters(vision, tmp_path):
     model, processor, _, _ = vision
     conversation = make_conversation(tmp_path, Turn("which?", "seven", ("a.png",)))

@@ -61,6 +61,13 @@ PUBLISHED = {
         "<image>",
         (336 // 14) ** 2,
     ),
+    "llava_onevision": (  # 2 x 2 tiles of 27 x 27 without the padded rows, line ends, the whole
+        {"size": {"height": 384, "width": 384}, "image_grid_pinpoints": [[384, 384], [768, 768]]}
+        | {"image_processor_type": "LlavaOnevisionImageProcessor", **HALF},
+        {"num_image_tokens": 729, "vision_feature_select_strategy": "full"},
+        "<image>",
+        40 * 54 + 40 + 729,
+    ),
 }
 
 
@@ -82,7 +89,9 @@ def test_an_image_takes_the_tokens_that_the_published_settings_give(tmp_path, na
     write_image(tmp_path / "a.png", 640, 480)
     row = make_conversation(tmp_path, Turn("which?", "seven", ("a.png",)))
     entry = DatasetConfig(name="a", path="a")
-    (encoded,) = RowEncoder(entry, DataConfig(), load_processor(str(tmp_path))).encode_read([row])
+    (encoded,) = RowEncoder(
+        entry, DataConfig(max_length=4096), load_processor(str(tmp_path))
+    ).encode_read([row])
     assert encoded.error is None
     (example,) = encoded.examples
     assert [image.num_tokens for image in example.media.images] == [num_tokens]

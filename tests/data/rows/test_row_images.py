@@ -136,6 +136,7 @@ SOURCES = {
     "struct of bytes": ({"bytes": CONTENT, "path": "b.png"}, Image(content=CONTENT)),
     "bytes": (CONTENT, Image(content=CONTENT)),
     "data url": (f"data:image/png;base64,{ENCODED}", Image(content=CONTENT)),
+    "data url in capitals": (f"DATA:IMAGE/PNG;BASE64,{ENCODED}", Image(content=CONTENT)),
 }
 
 
