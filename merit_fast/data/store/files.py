@@ -44,23 +44,28 @@ class Summary:
 
 
 class MemoryColumns:
-    """Collects chunks in memory."""
+    """Collects chunks in memory.
 
-    def __init__(self) -> None:
+    Args:
+        token_dtype: dtype of the tokens, such as "<u2".
+    """
+
+    def __init__(self, token_dtype: str) -> None:
+        self.token_dtype = token_dtype
         self._arrays: dict[str, list[NDArray[Any]]] = {name: [] for name in DTYPES}
 
     def append(self, chunk: Chunk) -> None:
         """Adds a chunk at the end."""
         for name, array in chunk.columns.items():
-            self._arrays[name].append(array)
+            self._arrays[name].append(array.astype(_stored_dtype(name, self.token_dtype)))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The columns as a whole."""
+        """The columns as a whole; called once, since the chunks are given up one by one."""
         return {name: self._whole(name) for name in DTYPES}
 
     def _whole(self, name: str) -> NDArray[Any]:
-        empty = np.zeros(_shape(name, 0), DTYPES[name])
-        return np.concatenate([empty, *self._arrays[name]])
+        empty = np.zeros(_shape(name, 0), _stored_dtype(name, self.token_dtype))
+        return np.concatenate([empty, *self._arrays.pop(name)])
 
 
 class FileColumns(MemoryColumns):
@@ -72,9 +77,8 @@ class FileColumns(MemoryColumns):
     """
 
     def __init__(self, folder: Path, token_dtype: str) -> None:
-        super().__init__()
+        super().__init__(token_dtype)
         self.folder = folder
-        self.token_dtype = token_dtype
         self._files = {name: _CheckedFile(folder / file) for name, file in STREAMED.items()}
 
     def __enter__(self) -> Self:

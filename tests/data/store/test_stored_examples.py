@@ -80,7 +80,7 @@ def assert_same(found, expected):
 def write(rows, folder, dtype, at_once):
     summary = Summary()
     if folder is None:
-        sink = MemoryColumns()
+        sink = MemoryColumns("<u4")
         for first in range(0, len(rows), at_once):
             sink.append(pack_rows(rows[first : first + at_once], first))
         return sink.arrays()
