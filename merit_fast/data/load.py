@@ -120,7 +120,7 @@ class _Loader:
         while True:
             taken = min(taken + more, len(order))
             positions = np.sort(order[:taken])
-            columns = MemoryColumns()
+            columns = MemoryColumns(self.token_dtype)
             summary = Summary()
             drawn = replace(selection, rows=selection.rows[positions])
             for chunk in self._make(config, drawn, summary):

@@ -3,10 +3,11 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from merit_fast.data import (
     Dataset,
+    Example,
     dataset_fingerprints,
     load_mixture,
     load_tokenizer_or_processor,
@@ -34,6 +35,32 @@ def held_out_contents(outputs: Outputs) -> dict[str, str]:
     base = str(outputs.base)
     hashes = outputs.records.hashes
     return dataset_fingerprints(config.mixture, config.data, base, part="eval", file_hash=hashes)
+
+
+class DecodedTexts(Sequence[str]):
+    """The texts of examples, without special tokens; none is kept.
+
+    Args:
+        examples: the examples, such as those of a dataset.
+        tokenizer: the tokenizer that made their tokens.
+    """
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Any) -> None:
+        self._examples = examples
+        self._tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        ids = self._examples[index].input_ids
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 class RunData:
@@ -113,14 +140,10 @@ class RunData:
         """Held-out rows on which every arm is measured."""
         return self.held_out[1]
 
-    def texts(self) -> dict[str, list[str]]:
-        """The branches' rows as text, by dataset."""
-        decode = self.tokenizer.batch_decode
+    def texts(self) -> dict[str, DecodedTexts]:
+        """The branches' rows as text, by dataset; decoded one at a time."""
         return {
-            dataset.name: decode(
-                [example.input_ids for example in dataset.examples], skip_special_tokens=True
-            )
-            for dataset in self.branch
+            dataset.name: DecodedTexts(dataset.examples, self.tokenizer) for dataset in self.branch
         }
 
     def num_steps(self, datasets: Sequence[Dataset]) -> int:

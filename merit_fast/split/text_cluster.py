@@ -7,8 +7,9 @@ compares them.
 """
 
 import re
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,34 +30,50 @@ what when where which while who whom why will with would you your yours
 _STOP = frozenset(_STOP_WORDS.split())
 
 
-def text_vectors(texts: Sequence[str], directions: int = DIRECTIONS) -> Array:
+def text_vectors(texts: Iterable[str], directions: int = DIRECTIONS) -> Array:
     """[n, R] unit vectors of the texts, R <= directions; a text without any word has zeros.
 
     tf-idf = count * (log((1 + n) / (1 + texts with the word)) + 1), rows scaled to unit length
     vectors = rows of tfidf @ v[:, :R], scaled to unit length       (u, s, v: its singular value
     decomposition)
     """
-    counts = [Counter(_words(text)) for text in texts]
-    vocabulary = {word: i for i, word in enumerate(sorted(set().union(*counts)))} if counts else {}
-    row = np.repeat(np.arange(len(texts)), [len(count) for count in counts])
-    column = np.array([vocabulary[word] for count in counts for word in count], np.intp)
-    value = np.array([number for count in counts for number in count.values()], np.float64)
-    frequency = np.bincount(column, minlength=len(vocabulary))
-    value *= np.log((1 + len(texts)) / (1 + frequency))[column] + 1
-    value /= np.sqrt(np.bincount(row, value**2, minlength=len(texts)))[row]
-    rank = min(directions, len(texts), len(vocabulary))
-    return _unit(_leading(row, column, value, (len(texts), len(vocabulary)), rank))
+    row, column, value, shape = _word_counts(texts)
+    frequency = np.bincount(column, minlength=shape[1])
+    value *= np.log((1 + shape[0]) / (1 + frequency))[column] + 1
+    value /= np.sqrt(np.bincount(row, value**2, minlength=shape[0]))[row]
+    return _unit(_leading(row, column, value, shape, min(directions, *shape)))
 
 
 def dataset_similarity(texts: Mapping[str, Sequence[str]]) -> tuple[list[str], Array]:
     """Names, sorted, and [N, N] inner products of the datasets' mean text vectors (not centred)."""
     names = sorted(texts)
-    vectors = text_vectors([text for name in names for text in texts[name]])
+    vectors = text_vectors(text for name in names for text in texts[name])
     ends = np.cumsum([len(texts[name]) for name in names])
     of_datasets = np.split(vectors, ends[:-1])
     nothing = np.zeros(vectors.shape[1])
     means = np.stack([rows.mean(0) if len(rows) else nothing for rows in of_datasets])
     return names, means @ means.T
+
+
+def _word_counts(texts: Iterable[str]) -> tuple[Labels, Labels, Array, tuple[int, int]]:
+    """Row, column and value of every entry of the table [texts, words], and the table's shape.
+
+    Takes one text at a time; words are in the order of their letters.
+    """
+    numbers: dict[str, int] = {}
+    sizes = array("q")
+    column = array("q")
+    value = array("d")
+    for text in texts:
+        count = Counter(_words(text))
+        sizes.append(len(count))
+        column.extend(numbers.setdefault(word, len(numbers)) for word in count)
+        value.extend(count.values())
+    place = {word: i for i, word in enumerate(sorted(numbers))}
+    places = np.array([place[word] for word in numbers], np.intp)
+    row = np.repeat(np.arange(len(sizes)), np.array(sizes, np.intp))
+    columns = places[np.array(column, np.intp)]
+    return row, columns, np.array(value), (len(sizes), len(numbers))
 
 
 def _words(text: str) -> list[str]:

@@ -27,15 +27,23 @@ class Position:
 
 
 def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], position: Position) -> None:
-    """Replaces the directory's checkpoint; a crash leaves either the old or the new one."""
+    """Replaces the directory's checkpoint; a crash leaves either the old or the new one.
+
+    Raises:
+        InputError: the disk is full or cannot be written.
+    """
     temporary = directory / f"{_FILE}.tmp"
     # Tied weights may share memory, which the format forbids.
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        temporary,
-        {"run": _dump(position)},
-    )
-    replace_file(temporary, directory / _FILE)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, temporary, {"run": _dump(position)})
+        replace_file(temporary, directory / _FILE)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"{directory / _FILE}: cannot be written ({one_line(error)}); the branch resumes from "
+            "its last checkpoint"
+        ) from None
 
 
 def read_checkpoint(directory: Path) -> tuple[dict[str, Tensor], Position] | None:

@@ -1,11 +1,13 @@
 """Text similarity: the vectors are those of TF-IDF, averaged over datasets."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from merit_fast.split.text_cluster import (
+    _word_counts,
     dataset_similarity,
     text_vectors,
 )
@@ -37,6 +39,19 @@ def test_inner_products_are_cosines_of_tf_idf():
     table /= np.linalg.norm(table, axis=1, keepdims=True)
     vectors = text_vectors(texts)
     assert vectors @ vectors.T == pytest.approx(table @ table.T, abs=1e-9)
+
+
+def test_words_of_many_texts_are_counted_without_keeping_the_texts():
+    row, column, value, shape = _word_counts(f"zebra word{i % 7} ape zebra" for i in range(100_000))
+    assert shape == (100_000, 9)
+    words = ["ape", "word0", "word1", "word2", "word3", "word4", "word5", "word6", "zebra"]
+    entries = {(int(r), words[c]): v for r, c, v in zip(row, column, value, strict=True) if r == 12}
+    assert entries == {(12, "zebra"): 2, (12, "word5"): 1, (12, "ape"): 1}
+    tracemalloc.start()
+    _word_counts(f"{'zebra ' * 500} word{i % 7}" for i in range(2000))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6  # of 6 MB
 
 
 def test_few_directions_are_those_of_the_singular_value_decomposition():

@@ -5,17 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from support.checks import assert_close, tree_bytes
 from support.tiny import make_model, make_tokenizer
 from support.training import CONFIG, dataset, job, train, weights
 from torch.nn import functional as F
 
+import merit_fast.train.resume as resume
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig, train_branch
 from merit_fast.train.optimizer import MasterAdamW
+from merit_fast.train.resume import Position, read_checkpoint, write_checkpoint
 from merit_fast.train.schedule import count_tokens, learning_rate, num_steps, step_examples
 
 
@@ -62,6 +65,21 @@ def test_branch_is_complete_and_loads(tiny_model, tmp_path):
     assert len(losses) == 8 and losses[-1] < losses[0]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_a_checkpoint_that_does_not_fit_keeps_the_last_one(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, {"a": torch.zeros(5)}, Position(step=3))
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(resume, "save_file", full)
+    with pytest.raises(InputError, match=r"resume.safetensors: cannot be written .*No space left"):
+        write_checkpoint(tmp_path, {"a": torch.ones(5)}, Position(step=6))
+    assert [path.name for path in tmp_path.iterdir()] == ["resume.safetensors"]
+    tensors, position = read_checkpoint(tmp_path)
+    assert position.step == 3 and not tensors["a"].any()
 
 
 def test_first_step_equals_torch_by_hand(tiny_model, tmp_path):

@@ -101,7 +101,7 @@ def build_examples(
     if found is not None:
         return found
     if place is None or not writes:
-        columns = MemoryColumns()
+        columns = MemoryColumns(token_dtype)
         summary = Summary()
         for chunk in make(summary):
             summary.add(chunk)

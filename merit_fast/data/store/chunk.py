@@ -1,6 +1,7 @@
 """Some rows' examples as flat arrays: the form in which they are written and cross processes."""
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ PER_EXAMPLE = {
     "span_counts": "<u4",
     "run_counts": "<u4",
     "media_counts": "<u4",
+    "checks": "<u4",  # checksum of the tokens and the media
 }
 RAGGED = {
     "tokens": "<u4",
@@ -90,6 +92,10 @@ def pack_rows(rows: Sequence[EncodedRow], first_row: int) -> Chunk:
         "span_counts": [len(pairs) for pairs in spans],
         "run_counts": [len(pairs) for pairs in runs],
         "media_counts": [len(reference) for reference in media],
+        "checks": [
+            content_check(example.input_ids, reference)
+            for example, reference in zip(examples, media, strict=True)
+        ],
         "tokens": _joined([example.input_ids for example in examples], 1),
         "spans": _joined(spans, 2),
         "runs": _joined(runs, 2),
@@ -97,6 +103,11 @@ def pack_rows(rows: Sequence[EncodedRow], first_row: int) -> Chunk:
     }
     arrays = {name: np.asarray(columns[name], dtype) for name, dtype in DTYPES.items()}
     return Chunk(arrays, len(rows) - len(errors), outcomes, tuple(errors))
+
+
+def content_check(tokens: NDArray[Any], media: NDArray[np.uint8]) -> int:
+    """CRC-32 of an example's tokens and of the reference of its media."""
+    return zlib.crc32(media.tobytes(), zlib.crc32(tokens.astype("<u4").tobytes()))
 
 
 def _target_spans(example: Example) -> NDArray[Any]:

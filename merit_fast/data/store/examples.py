@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merit_fast.data.dataset import IGNORED_LABEL, Example, Media, Tree
-from merit_fast.data.store.chunk import COUNT_OF
+from merit_fast.data.store.chunk import COUNT_OF, content_check
+from merit_fast.errors import InputError
 
 ReadMedia = Callable[[Mapping[str, Any]], Media]
 
@@ -110,15 +111,24 @@ class StoredExamples(Sequence[Example]):
 
     def _example(self, number: int) -> Example:
         input_ids = self._entries("tokens", number).astype(np.int32)
+        reference = self._entries("media", number)
+        if content_check(input_ids, reference) != self._columns["checks"][number]:
+            raise InputError(self._damage(number))
         labels = np.full(len(input_ids), IGNORED_LABEL, np.int32)
         for start, count in self._entries("spans", number).tolist():
             labels[start : start + count] = input_ids[start : start + count]
         runs = np.array(self._entries("runs", number), np.int32)
         tree = Tree(runs[:, 0].copy(), runs[:, 1].copy()) if len(runs) else None
-        return Example(input_ids, labels, tree, self._media(number))
+        return Example(input_ids, labels, tree, self._media(reference))
 
-    def _media(self, number: int) -> Media | None:
-        reference = self._entries("media", number)
+    def _damage(self, number: int) -> str:
+        """The error of an example that has changed since it was stored."""
+        file = getattr(self._columns["tokens"], "filename", None)
+        place = "memory" if file is None else file.parent
+        rule = "must have the checksum of its index, has another one"
+        return f"{place}: example {number}: {rule}; remove the folder, and its rows are read again"
+
+    def _media(self, reference: NDArray[np.uint8]) -> Media | None:
         if not len(reference):
             return None
         if self._read_media is None:

@@ -1,5 +1,6 @@
-"""The files of one dataset's examples: tokens, an index of all other columns, meta.json, last."""
+"""The files of one dataset's examples: tokens, media, an index of the rest, and meta.json, last."""
 
+import contextlib
 import json
 import os
 import zlib
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 from merit_fast.data.store.chunk import DTYPES, WIDTHS, Chunk
 from merit_fast.manifests.atomic import write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META_FILE = "meta.json"
-TOKENS_FILE = "tokens.bin"
 INDEX_FILE = "index.bin"
+STREAMED = {"tokens": "tokens.bin", "media": "media.bin"}  # too large to be kept in memory
 # Widest numbers first: each column then starts at a multiple of its width.
 _INDEX = sorted(
-    (name for name in DTYPES if name != "tokens"), key=lambda name: -np.dtype(DTYPES[name]).itemsize
+    (name for name in DTYPES if name not in STREAMED),
+    key=lambda name: -np.dtype(DTYPES[name]).itemsize,
 )
 
 
@@ -42,27 +44,32 @@ class Summary:
 
 
 class MemoryColumns:
-    """Collects chunks in memory."""
+    """Collects chunks in memory.
 
-    def __init__(self) -> None:
+    Args:
+        token_dtype: dtype of the tokens, such as "<u2".
+    """
+
+    def __init__(self, token_dtype: str) -> None:
+        self.token_dtype = token_dtype
         self._arrays: dict[str, list[NDArray[Any]]] = {name: [] for name in DTYPES}
 
     def append(self, chunk: Chunk) -> None:
         """Adds a chunk at the end."""
         for name, array in chunk.columns.items():
-            self._arrays[name].append(array)
+            self._arrays[name].append(array.astype(_stored_dtype(name, self.token_dtype)))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The columns as a whole."""
+        """The columns as a whole; called once, since the chunks are given up one by one."""
         return {name: self._whole(name) for name in DTYPES}
 
     def _whole(self, name: str) -> NDArray[Any]:
-        empty = np.zeros(_shape(name, 0), DTYPES[name])
-        return np.concatenate([empty, *self._arrays[name]])
+        empty = np.zeros(_shape(name, 0), _stored_dtype(name, self.token_dtype))
+        return np.concatenate([empty, *self._arrays.pop(name)])
 
 
 class FileColumns(MemoryColumns):
-    """Appends the tokens to a file at once, and writes the other columns at the end.
+    """Appends tokens and media to their files at once, and writes the other columns at the end.
 
     Args:
         folder: an empty folder.
@@ -70,10 +77,9 @@ class FileColumns(MemoryColumns):
     """
 
     def __init__(self, folder: Path, token_dtype: str) -> None:
-        super().__init__()
+        super().__init__(token_dtype)
         self.folder = folder
-        self.token_dtype = token_dtype
-        self._tokens = _CheckedFile(folder / TOKENS_FILE)
+        self._files = {name: _CheckedFile(folder / file) for name, file in STREAMED.items()}
 
     def __enter__(self) -> Self:
         return self
@@ -84,18 +90,21 @@ class FileColumns(MemoryColumns):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._tokens.close()
+        for file in self._files.values():
+            file.abandon()
 
     def append(self, chunk: Chunk) -> None:
         """Adds a chunk at the end."""
-        super().append(chunk)
-        (tokens,) = self._arrays["tokens"]
-        self._arrays["tokens"].clear()
-        self._tokens.write(tokens.astype(self.token_dtype))
+        for name, array in chunk.columns.items():
+            if name in self._files:
+                self._files[name].write(array.astype(_stored_dtype(name, self.token_dtype)))
+            else:
+                self._arrays[name].append(array)
 
     def finish(self, summary: Summary) -> None:
         """Writes the other files; every file is on the disk then."""
-        self._tokens.close()
+        for file in self._files.values():
+            file.close()
         index = _CheckedFile(self.folder / INDEX_FILE)
         counts = {}
         try:
@@ -103,20 +112,23 @@ class FileColumns(MemoryColumns):
                 array = self._whole(name)
                 counts[name] = len(array)
                 index.write(array)
-        finally:
             index.close()
+        finally:
+            index.abandon()
+        written = {STREAMED[name]: file for name, file in self._files.items()}
+        written[INDEX_FILE] = index
         meta = {
             "version": FORMAT_VERSION,
             "token_dtype": self.token_dtype,
-            "tokens": [self._tokens.size, self._tokens.check],
-            "index": [index.size, index.check],
+            "files": {name: [file.size, file.check] for name, file in written.items()},
             "counts": counts,
             "num_rows": summary.num_rows,
             "outcomes": dict(sorted(summary.outcomes.items())),
             "errors": summary.errors,
             "notes": summary.notes,
         }
-        write_text(self.folder / META_FILE, json.dumps(meta, ensure_ascii=False) + "\n")
+        text = json.dumps({"check": _meta_check(meta), **meta})  # ASCII: names may be no Unicode
+        write_text(self.folder / META_FILE, text + "\n")
 
 
 class _CheckedFile:
@@ -140,6 +152,11 @@ class _CheckedFile:
             os.fsync(self._file.fileno())
             self._file.close()
 
+    def abandon(self) -> None:
+        """Closes the file, if it is open; the disk may be full, and its bytes are not wanted."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
 
 class DamagedError(Exception):
     """A folder is not a store of this version; the text says why."""
@@ -150,7 +167,8 @@ def open_columns(folder: Path, *, verify: bool = False) -> tuple[dict[str, NDArr
 
     Args:
         folder: a finished store.
-        verify: compare the checksum of the tokens too; else their size and the index's checksum.
+        verify: compare the checksums of tokens and media too; else their sizes and the index's
+            checksum. StoredExamples compares those of each example that it makes.
 
     Raises:
         DamagedError: a file is absent, unreadable, cut or changed.
@@ -159,13 +177,27 @@ def open_columns(folder: Path, *, verify: bool = False) -> tuple[dict[str, NDArr
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         if meta["version"] != FORMAT_VERSION:
             raise DamagedError(f"{folder / META_FILE}: is of version {meta['version']}")
-        tokens = _open_file(folder / TOKENS_FILE, meta["tokens"], verify)
-        index = _open_file(folder / INDEX_FILE, meta["index"], True)
-        columns = {"tokens": tokens.view(meta["token_dtype"]), **_views(index, meta["counts"])}
+        if meta.pop("check") != _meta_check(meta):
+            raise DamagedError(f"{folder / META_FILE}: its checksum is another one")
+        files = meta["files"]
+        index = _open_file(folder / INDEX_FILE, files[INDEX_FILE], True)
+        columns = _views(index, meta["counts"])
+        for name, file in STREAMED.items():
+            dtype = _stored_dtype(name, meta["token_dtype"])
+            columns[name] = _open_file(folder / file, files[file], verify).view(dtype)
         counts = Counter(meta["outcomes"])
         return columns, Summary(meta["num_rows"], counts, meta["errors"], meta["notes"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _stored_dtype(name: str, token_dtype: str) -> str:
+    return token_dtype if name == "tokens" else DTYPES[name]
+
+
+def _meta_check(meta: dict[str, Any]) -> int:
+    """Checksum of everything in meta.json but itself."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def _views(index: NDArray[np.uint8], counts: dict[str, int]) -> dict[str, NDArray[Any]]:

@@ -109,7 +109,8 @@ class _Workers:
         command = [sys.executable, "-m", "merit_fast.data.store.worker"]
         pipe = subprocess.PIPE
         self._processes = [
-            subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
+            # its own process group: Ctrl-C interrupts this process, which ends the workers
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, process_group=0)
             for _ in range(count)
         ]
         self._new: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()

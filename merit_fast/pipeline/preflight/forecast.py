@@ -16,7 +16,7 @@ from merit_fast.merge.write.shards import free_bytes
 from merit_fast.pipeline.arms import WARMUP
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
-from merit_fast.pipeline.preflight.base import num_parameters
+from merit_fast.pipeline.preflight.base import num_parameters, num_trained_parameters
 from merit_fast.pipeline.preflight.disk import Disk, disk_of
 from merit_fast.pipeline.preflight.load import (
     Load,
@@ -79,7 +79,8 @@ def forecast_run(outputs: Outputs, data: RunData) -> Forecast:
     source = "nothing is left to do"
     if pending:
         disk = disk_of(outputs, data, pending)
-        rate = rate_of(outputs, num_parameters(outputs.base))
+        trained = num_trained_parameters(outputs.base, outputs.config.train.freeze)
+        rate = rate_of(outputs, num_parameters(outputs.base), trained)
         source = rate.source
         stages = _stage_forecasts(outputs, data, pending, disk, rate)
     else:

@@ -10,7 +10,8 @@ from merit_fast.manifests.stages import TRAIN
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.units import human_count
 
-_TRAIN_FLOPS = 6  # per parameter and token: forward and backward
+_FORWARD_FLOPS = 2  # per parameter and token
+_BACKWARD_FLOPS = 4  # per trained parameter and token
 _EFFICIENCY = 0.4  # share of the rate of plain products that training reaches
 _MATMUL_SIZE = 1024
 _MATMUL_S = 0.5
@@ -18,10 +19,14 @@ _MATMUL_S = 0.5
 
 @dataclass(frozen=True)
 class Rate:
-    """Seconds for a token in training, and where they come from."""
+    """Seconds for a token in training, and where they come from.
+
+    ``forward_share``: part of ``train_s`` that a token takes without its gradient.
+    """
 
     train_s: float
     source: str
+    forward_share: float
 
     @property
     def sketch_s(self) -> float:
@@ -30,12 +35,23 @@ class Rate:
 
     @property
     def forward_s(self) -> float:
-        """Seconds for a token without its gradient: a third of those of training."""
-        return self.train_s / 3
+        """Seconds for a token without its gradient."""
+        return self.train_s * self.forward_share
 
 
-def rate_of(outputs: Outputs, num_parameters: int) -> Rate:
-    """The rate that finished branches of this base measured, else an estimate."""
+def rate_of(outputs: Outputs, num_parameters: int, num_trained: int) -> Rate:
+    """The rate that finished branches of this base measured, else an estimate.
+
+        operations of a token = 2 * parameters (forward) + 4 * trained parameters (backward)
+
+    Args:
+        outputs: the run's outputs.
+        num_parameters: parameters of the base.
+        num_trained: those of them that training changes.
+    """
+    forward = _FORWARD_FLOPS * num_parameters
+    operations = forward + _BACKWARD_FLOPS * num_trained
+    forward_share = forward / operations
     seconds = 0.0
     tokens = 0
     for name, record in outputs.records.ledger().outputs.items():
@@ -50,13 +66,15 @@ def rate_of(outputs: Outputs, num_parameters: int) -> Rate:
             seconds += json.loads(timing.read_text())["train_s"]
             tokens += branch.num_tokens
     if seconds and tokens:
-        return Rate(seconds / tokens, f"measured: this run trained {human_count(tokens)} tokens")
+        source = f"measured: this run trained {human_count(tokens)} tokens"
+        return Rate(seconds / tokens, source, forward_share)
     flops = _matmul_flops(outputs.config.train.dtype)
-    train_s = _TRAIN_FLOPS * num_parameters / (_EFFICIENCY * flops)
+    frozen = "" if num_trained == num_parameters else f" ({human_count(num_trained)} trained)"
     return Rate(
-        train_s,
-        f"estimated from {human_count(num_parameters)} parameters and products at "
+        operations / (_EFFICIENCY * flops),
+        f"estimated from {human_count(num_parameters)} parameters{frozen} and products at "
         f"{human_count(flops)}FLOP/s here",
+        forward_share,
     )
 
 

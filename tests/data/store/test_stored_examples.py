@@ -1,5 +1,6 @@
 """Stored examples are the examples that were written: whole, sliced, selected, chained."""
 
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +80,7 @@ def assert_same(found, expected):
 def write(rows, folder, dtype, at_once):
     summary = Summary()
     if folder is None:
-        sink = MemoryColumns()
+        sink = MemoryColumns("<u4")
         for first in range(0, len(rows), at_once):
             sink.append(pack_rows(rows[first : first + at_once], first))
         return sink.arrays()
@@ -128,6 +129,42 @@ def test_examples_come_back_as_they_were(tmp_path, dtype, vocabulary, at_once):
         counts = [count_target_tokens(example.labels) for example in other.examples]
         assert one.is_plain == other.is_plain
         assert one.target_counts.tolist() == other.target_counts.tolist() == counts
+
+
+def test_a_store_is_written_without_its_tokens_and_images_in_memory(tmp_path):
+    ids = np.arange(50_000, dtype=np.int32)
+    example = Example(ids, ids, media=Picture("x" * 500_000))
+    chunk = pack_rows([EncodedRow("f:1", (example,))], 0)
+    tracemalloc.start()
+    with FileColumns(tmp_path, "<u4") as sink:
+        for _ in range(40):
+            sink.append(chunk)
+        sink.finish(Summary(num_rows=40))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3e6  # of 28 MB
+    columns, _ = open_columns(tmp_path, verify=True)
+    found = StoredExamples(columns, lambda reference: Picture(reference["path"]))
+    assert_same(found[39], example)
+
+
+def test_names_that_are_no_unicode_are_kept(tmp_path):
+    with FileColumns(tmp_path, "<u2") as sink:
+        sink.finish(Summary(errors=["b\udce4d.jsonl:3: is bad"], notes=["ä"]))
+    _, summary = open_columns(tmp_path)
+    assert summary.errors == ["b\udce4d.jsonl:3: is bad"] and summary.notes == ["ä"]
+
+
+def test_a_changed_image_is_refused(tmp_path):
+    ids = np.arange(5, dtype=np.int32)
+    write([EncodedRow("f:1", (Example(ids, ids, media=Picture("a")),))], tmp_path / "s", "<u2", 1)
+    file = tmp_path / "s" / "media.bin"
+    file.write_bytes(file.read_bytes().replace(b"a", b"b", 1))
+    columns, _ = open_columns(tmp_path / "s")
+    with pytest.raises(InputError, match="example 0: must have the checksum of its index"):
+        StoredExamples(columns, lambda reference: Picture(reference["path"]))[0]
+    with pytest.raises(DamagedError, match="media.bin: its checksum is another one"):
+        open_columns(tmp_path / "s", verify=True)
 
 
 def test_chained_examples_are_those_of_the_datasets_in_turn():

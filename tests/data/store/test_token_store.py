@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, tokenizer, m
         store = store_at(tmp_path / str(workers))
         load(mixture, tokenizer, store=store, num_workers=workers)
     expected = files_of(tmp_path / "0")
-    assert len(expected) == 6
+    assert len(expected) == 8
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2") == expected
     in_memory = load(mixture, tokenizer, num_workers=2)
     assert content(in_memory) == content(load(mixture, tokenizer))
@@ -151,6 +152,52 @@ def test_a_damaged_folder_is_made_again_with_a_note(tmp_path, tokenizer, mixture
         assert notes.notes[0].endswith("its rows are tokenized again")
 
 
+@pytest.mark.parametrize("name", ["meta.json", "index.bin", "tokens.bin"])
+def test_a_changed_byte_is_found_in_any_file(tmp_path, tokenizer, mixture, name):
+    expected = content(load(mixture, tokenizer, store=store_at(tmp_path / "s")))
+    (file,) = (tmp_path / "s" / "f1").glob(f"*/{name}")
+    whole = file.read_bytes()
+    for place in range(0, len(whole), max(len(whole) // 10, 1)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 + place % 2
+        file.write_bytes(changed)
+        found = load(mixture, tokenizer, store=store_at(tmp_path / "s"))
+        if name == "tokens.bin":
+            rule = r"example \d+: must have the checksum of its index, has another one; remove"
+            with pytest.raises(InputError, match=f"{re.escape(str(file.parent))}: {rule}"):
+                content(found)
+        else:
+            assert content(found) == expected and file.read_bytes() == whole
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, mixture):
+    code = """
+import pathlib, resource, signal, sys
+from support.rows import make_tokenizer
+from merit_fast.data import DataConfig, DatasetConfig, load_mixture
+from merit_fast.data.store import TokenStore
+from merit_fast.errors import InputError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+store = TokenStore(pathlib.Path(sys.argv[2]), {"a": "f1"})
+try:
+    load_mixture(
+        [DatasetConfig("a", sys.argv[1])], make_tokenizer(), DataConfig(), part="train", store=store
+    )
+except InputError as error:
+    print(error)
+"""
+    paths = [mixture[0].path, str(tmp_path / "s")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-X", "dev", "-W", "ignore::DeprecationWarning", "-c", code, *paths]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+    line = done.stdout.strip()
+    assert line.startswith(f"{tmp_path}/s/f1/") and "\n" not in line
+    assert line.endswith(": cannot be written: File too large")
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_killed_build_leaves_no_store_and_the_next_one_makes_it(tmp_path, tokenizer, mixture):
     code = """
 import os, signal, sys
@@ -207,6 +254,40 @@ def test_a_worker_that_dies_ends_the_work_with_one_line(tokenizer, mixture):
         encoder._workers._processes[0].kill()
         with pytest.raises(MeritFastError, match="process that tokenizes rows ended with code -9"):
             list(chunks)
+
+
+def test_ctrl_c_ends_the_workers_without_a_word(tmp_path, tokenizer, mixture):
+    code = """
+import sys
+from support.rows import make_tokenizer
+import merit_fast.data.store.workers as workers
+from merit_fast.data import DataConfig, DatasetConfig, load_mixture
+started = workers._Workers._take
+def take(self):
+    process = started(self)
+    print("pid", process.pid, flush=True)
+    return process
+workers._Workers._take = take
+mixture = [DatasetConfig("a", sys.argv[1])]
+try:
+    load_mixture(mixture, make_tokenizer(), DataConfig(), part="train", num_workers=1)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    rows = [{"prompt": "a", "completion": "b"}] * 200_000
+    path = write(tmp_path / "many.jsonl", rows)
+    pipe = subprocess.PIPE
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, path]
+    with subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        pid = next(int(line.split()[1]) for line in process.stdout if line.startswith("pid"))
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (out.splitlines()[-1], err) == ("interrupted", "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_an_error_in_a_worker_is_raised_here(mixture):

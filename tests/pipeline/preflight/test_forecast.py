@@ -6,9 +6,11 @@ import pytest
 import yaml
 from support.runs import Notes, run_values
 
+import merit_fast.pipeline.preflight.rates as rates
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.pipeline.config import read_run_config
+from merit_fast.pipeline.preflight.base import num_parameters, num_trained_parameters
 from merit_fast.pipeline.preflight.forecast import describe_forecast, forecast_run
 from merit_fast.pipeline.run import Run
 
@@ -79,3 +81,18 @@ def test_warmup_seeds_and_automatic_groups_are_in_the_forecast(config_file):
     assert two["train"].models == 2 * one["train"].models
     forecast, _ = forecast_of(config_file, "split.groups=auto")
     assert any("split.groups is auto" in note for note in forecast.notes)
+
+
+def test_frozen_parameters_cost_no_backward(config_file, monkeypatch):
+    monkeypatch.setattr(rates, "_matmul_flops", lambda dtype: 1e6)
+    whole, stages = forecast_of(config_file)
+    freeze = 'train.freeze=["layers"]'
+    frozen, fewer = forecast_of(config_file, freeze)
+    base = Run(read_run_config(config_file, [freeze]), Notes()).outputs.base
+    parameters = num_parameters(base)
+    trained = num_trained_parameters(base, ["layers"])
+    share = (2 * parameters + 4 * trained) / (6 * parameters)
+    assert 0 < trained < parameters
+    assert fewer["train"].seconds == pytest.approx(share * stages["train"].seconds, rel=0.01)
+    assert fewer["evaluate"].seconds == stages["evaluate"].seconds
+    assert "trained) and products" in frozen.rate and "trained)" not in whole.rate
