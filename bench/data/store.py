@@ -51,7 +51,7 @@ def measure(mode: str, model: str, rows: Path, folder: Path, max_rows: int) -> d
     limit = max_rows if mode == "plain" else None
     configs = [DatasetConfig("a", str(rows), max_examples=limit)]
     data = DataConfig()
-    cache = None if mode == "plain" else ScanCache(folder, lambda place: str(place))
+    cache = None if mode == "plain" else ScanCache(folder, lambda config, place: str(place))
     store = None if mode == "plain" else TokenStore(folder, {"a": "f"})
     memory = _Memory()
     start = time.perf_counter()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_WRITER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
 Part = Mapping[str, Any]  # {"type": "text", "text": ...}, or {"type": "image"}: the next image
 
 
@@ -69,16 +70,20 @@ class Conversation:
                 for image in self.images
             ],
         }
-        text = json.dumps(_without_nulls(read), sort_keys=True, ensure_ascii=False, default=str)
+        text = _WRITER.encode(_without_nulls(read))
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _without_nulls(value: Any) -> Any:
     """The value without keys that are null: some containers fill them in, others leave them out."""
-    if isinstance(value, str):  # most values; a test for a mapping is slow
+    if isinstance(value, str):
         return value
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if type(value) is dict or isinstance(value, Mapping):  # the test for a mapping is slow
+        return {
+            key: item if isinstance(item, str) else _without_nulls(item)  # most are text
+            for key, item in value.items()
+            if item is not None
+        }
     if isinstance(value, list | tuple):
         return [_without_nulls(item) for item in value]
     return value

@@ -113,6 +113,28 @@ def _encoding(
     }
 
 
+def image_hashes(
+    config: DatasetConfig, place: Source, model: str, file_hash: Callable[[Path], str]
+) -> list[str]:
+    """Hashes of the files below the folders in which rows may name images.
+
+    Args:
+        config: the dataset's entry.
+        place: the rows of one of its parts.
+        model: folder or Hugging Face id of the model; one that reads no images has no hashes.
+        file_hash: the hash of a file's whole content.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    if not any((Path(model) / name).is_file() for name in _PROCESSOR_FILES):
+        return []
+    if config.media is not None:
+        return [images_hash(Path(config.media).expanduser(), file_hash)]
+    folders = sorted({file.parent for file in local_files(place) or ()})
+    return [images_hash(folder, file_hash, only_images=True) for folder in folders]
+
+
 class _Contents:
     """Everything that decides which rows the parts of a mixture's datasets hold."""
 
@@ -125,7 +147,7 @@ class _Contents:
     ) -> None:
         self._configs = configs
         self._data_config = data_config
-        self._reads_images = any((Path(model) / name).is_file() for name in _PROCESSOR_FILES)
+        self._model = model
         self._hash = file_hash
 
     def of(self, config: DatasetConfig, part: Part) -> Any:
@@ -149,7 +171,7 @@ class _Contents:
             return None
         plain = to_plain(config)
         reading = {key: plain[key] for key in _READING_KEYS if key in plain}
-        images = self._images(config, place)
+        images = image_hashes(config, place, self._model, self._hash)
         if images:
             reading["images"] = images
         share = [] if config.eval_share is None else [part, config.eval_share, "conversations"]
@@ -167,15 +189,6 @@ class _Contents:
             if any(held_out):
                 chosen["held_out"] = fingerprint({"rows": held_out})
         return chosen
-
-    def _images(self, config: DatasetConfig, place: Source) -> list[str]:
-        """Hashes of the files below the folders in which rows may name images."""
-        if not self._reads_images:
-            return []
-        if config.media is not None:
-            return [images_hash(Path(config.media).expanduser(), self._hash)]
-        folders = sorted({file.parent for file in local_files(place) or ()})
-        return [images_hash(folder, self._hash, only_images=True) for folder in folders]
 
 
 def _tokenizer_content(model: str, file_hash: Callable[[Path], str]) -> Any:

@@ -14,7 +14,8 @@ from merit_fast.data import (
     pad_token_id,
     tokenizer_of,
 )
-from merit_fast.data.config import Part
+from merit_fast.data.config import DatasetConfig, Part
+from merit_fast.data.fingerprint import image_hashes
 from merit_fast.data.mixture.select import MixtureRows, ScanCache
 from merit_fast.data.sources import Source, source_content
 from merit_fast.data.stops import require_stops
@@ -94,8 +95,9 @@ class RunData:
         config = self.config
         hashes = self.outputs.records.hashes
 
-        def content(place: Source) -> str:
-            return fingerprint(source_content(place, hashes))
+        def content(config: DatasetConfig, place: Source) -> str:
+            images = image_hashes(config, place, str(self.outputs.base), hashes)
+            return fingerprint({"rows": source_content(place, hashes), "images": images})
 
         cache = ScanCache(self._tokens, content) if self.writes else None
         return MixtureRows(config.mixture, config.data, cache)

@@ -3,13 +3,15 @@
 Keys of the training are not read. Keys that decide what a row becomes are honoured, or refused.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from merit_fast.data.mixture.locate import absolute, dataset_name
+from merit_fast.data.mixture.locate import absolute, absolute_path, dataset_name
 from merit_fast.data.mixture.pairs import training_entry
 from merit_fast.data.paths import container_of
+from merit_fast.data.sources.places import READERS
 from merit_fast.errors import InputError, show
 
 Entry = dict[str, Any]
@@ -46,8 +48,17 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {  # key -> values that ask for what hap
 }
 _REFUSED_OF_RUN: dict[str, tuple[Any, ...]] = {
     "train_on_inputs": (False, None),
-    "pretraining_dataset": (None,),
+    "pretraining_dataset": (None, []),
     "rl": (None,),
+    "reward_model": (False, None),
+    "process_reward_model": (False, None),
+    "default_system_message": (None,),
+    "dataset_exact_deduplication": (False, None),
+}
+_NOTED_OF_RUN: dict[str, tuple[Any, ...]] = {
+    "chat_template": ("tokenizer_default", None),
+    "chat_template_jinja": (None,),
+    "eot_tokens": (None, []),
 }
 _DS_TYPES = {"json": (".json", ".jsonl", ".ndjson"), "csv": (".csv", ".tsv")}
 
@@ -65,7 +76,10 @@ def axolotl_entries(values: Mapping[str, Any], file: Path) -> list[Entry]:
     for key, allowed in _REFUSED_OF_RUN.items():
         if values.get(key) not in allowed:
             raise _refused(f"{file}: {key}", values[key])
-    datasets = _listed(values.get("datasets"), f"{file}: datasets")
+    datasets = [
+        _without_reader(dataset, file.parent, f"{file}: datasets[{i}]")
+        for i, dataset in enumerate(_listed(values.get("datasets"), f"{file}: datasets"))
+    ]
     entries: list[Entry] = []
     for i, dataset in enumerate(datasets):
         entry = _entry(dataset, file.parent, f"{file}: datasets[{i}]")
@@ -74,13 +88,44 @@ def axolotl_entries(values: Mapping[str, Any], file: Path) -> list[Entry]:
     held_out = values.get("test_datasets")
     share = values.get("val_set_size")
     if held_out:
-        tests = _listed(held_out, f"{file}: test_datasets")
+        tests = [
+            _without_reader(test, file.parent, f"{file}: test_datasets[{i}]")
+            for i, test in enumerate(_listed(held_out, f"{file}: test_datasets"))
+        ]
         _add_tests(entries, tests, file)
     elif share:
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
             raise InputError(f"{file}: val_set_size: must be a share below 1, got {show(share)}")
         entries = [{**entry, "eval_share": float(share)} for entry in entries]
-    return entries
+    return _noted(entries, values)
+
+
+def _noted(entries: list[Entry], values: Mapping[str, Any]) -> list[Entry]:
+    """The entries, each with a note on the template that axolotl would write them with."""
+    keys = [key for key, plain in _NOTED_OF_RUN.items() if values.get(key) not in plain]
+    if not keys:
+        return entries
+    note = f"axolotl's {', '.join(keys)}: here data.chat_template decides"
+    return [{**entry, "note": "; ".join([*_own_note(entry), note])} for entry in entries]
+
+
+def _own_note(entry: Entry) -> list[str]:
+    return [entry["note"]] if "note" in entry else []
+
+
+def _without_reader(dataset: Entry, folder: Path, where: str) -> Entry:
+    """The dataset with its files as path where ``path: json`` names a reader of ``datasets``."""
+    if dataset["path"] not in READERS or (folder / dataset["path"]).exists():
+        return dataset
+    files = dataset.get("data_files")
+    listed = [files] if isinstance(files, str) else files
+    if not isinstance(listed, list) or not listed or not all(isinstance(f, str) for f in listed):
+        raise InputError(f"{where}.data_files: must be a file or a list of them, got {show(files)}")
+    paths = [absolute_path(text, folder, f"{where}.data_files") for text in listed]
+    if len(paths) == 1:
+        return {**dataset, "path": paths[0], "data_files": None}
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return {**dataset, "path": common, "data_files": [os.path.relpath(p, common) for p in paths]}
 
 
 def _listed(value: Any, where: str) -> list[dict[str, Any]]:
@@ -170,8 +215,8 @@ def _train_on(trained: Any, roles: Mapping[str, list[str]], where: str) -> str |
     common = {"gpt": "assistant", "human": "user"}
     own = {word: role for role, listed in roles.items() for word in listed}
     names = list(dict.fromkeys(own.get(word, common.get(word, word)) for word in words))
-    if not names:
-        raise InputError(f"{where}.roles_to_train: must name at least one role, got []")
+    if not names or "all" in words:
+        raise InputError(f"{where}.roles_to_train: must be a list of roles, got {show(trained)}")
     return "all" if names == ["assistant"] else names
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.data.mixture.axolotl import axolotl_entries
-from merit_fast.data.mixture.folder import folder_entries
+from merit_fast.data.mixture.folder import (
+    check_training,
+    files_of_no_dataset,
+    folder_entries,
+)
 from merit_fast.data.mixture.llamafactory import info_entries, run_entries
-from merit_fast.data.mixture.locate import absolute, absolute_folder, locate
+from merit_fast.data.mixture.locate import absolute, absolute_path, locate
 from merit_fast.errors import InputError, show
 from merit_fast.options.yaml import read_yaml
 
@@ -65,12 +69,15 @@ def _expand_item(item: Entry, folder: Path, where: str, seen: tuple[Path, ...]) 
     only = _patterns(item, "only", where)
     excluded = _patterns(item, "except", where)
     if isinstance(item.get("media"), str):
-        item["media"] = absolute_folder(item["media"], folder, f"{where}.media")
-    if kind == "folder":
-        entries = folder_entries(path, f"{where}.folder")
+        item["media"] = absolute_path(item["media"], folder, f"{where}.media")
+    if kind == "from":
+        entries = _picked(_imported(path, f"{where}.from", seen), only, excluded, where)
     else:
-        entries = _imported(path, f"{where}.from", seen)
-    return [_with_defaults(entry, item) for entry in _picked(entries, only, excluded, where)]
+        entries = _picked(folder_entries(path, f"{where}.folder"), only, excluded, where)
+        check_training(entries, f"{where}.folder")
+        if note := files_of_no_dataset(path):
+            entries[0]["note"] = note
+    return [_with_defaults(entry, item) for entry in entries]
 
 
 def _imported(path: Path, where: str, seen: tuple[Path, ...]) -> list[Entry]:
@@ -85,7 +92,7 @@ def _imported(path: Path, where: str, seen: tuple[Path, ...]) -> list[Entry]:
         return [_located(entry, folder, f"{path}: mixture[{i}]") for i, entry in enumerate(entries)]
     if isinstance(content, dict) and ("datasets" in content or "test_datasets" in content):
         return axolotl_entries(content, path)
-    if isinstance(content, dict) and isinstance(content.get("dataset"), str):
+    if isinstance(content, dict) and isinstance(content.get("dataset"), str | list):
         return run_entries(content, path, _read)
     if isinstance(content, dict) and all(isinstance(value, dict) for value in content.values()):
         return info_entries(content, path)
@@ -103,7 +110,7 @@ def _located(entry: Any, folder: Path, where: str) -> Entry:
         if isinstance(entry.get(key), str):
             entry[key] = absolute(entry[key], folder, f"{where}.{key}")
     if isinstance(entry.get("media"), str):
-        entry["media"] = absolute_folder(entry["media"], folder, f"{where}.media")
+        entry["media"] = absolute_path(entry["media"], folder, f"{where}.media")
     return entry
 
 

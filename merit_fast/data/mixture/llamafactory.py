@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from merit_fast.data.mixture.locate import absolute, absolute_folder, dataset_name
+from merit_fast.data.mixture.locate import absolute_path, dataset_name
 from merit_fast.data.mixture.pairs import training_entry
 from merit_fast.errors import InputError, show
 
@@ -52,6 +52,10 @@ _REFUSED_OF_RUN: dict[str, tuple[Any, ...]] = {
     "mix_strategy": ("concat", None),
     "interleave_probs": (None,),
     "tokenized_path": (None,),
+    "stage": ("sft", None),
+    "default_system": (None, ""),
+    "tool_format": (None,),
+    "enable_thinking": (True, None),
 }
 
 
@@ -89,14 +93,15 @@ def run_entries(values: Mapping[str, Any], file: Path, read: Callable[[Path], An
         if values.get(key) not in allowed:
             raise _refused(f"{file}: {key}", values[key])
     where = f"{file}: dataset_dir"
-    directory = Path(absolute_folder(values.get("dataset_dir") or "data", file.parent, where))
+    directory = Path(absolute_path(values.get("dataset_dir") or "data", file.parent, where))
     media = values.get("media_dir")
-    media_folder = (
-        Path(absolute_folder(media, file.parent, f"{file}: media_dir")) if media else None
-    )
+    media_folder = Path(absolute_path(media, file.parent, f"{file}: media_dir")) if media else None
     info = read(directory / _INFO)
-    names = [name.strip() for name in values["dataset"].split(",")]
+    names = _listed(values["dataset"])
     entries = _named(info, names, directory, media_folder, f"{file}: dataset")
+    if values.get("template"):
+        note = f"LLaMA-Factory's template {values['template']}: here data.chat_template decides"
+        entries = [{**entry, "note": note} for entry in entries]
     if values.get("max_samples") is not None:
         entries = [{**entry, "max_examples": values["max_samples"]} for entry in entries]
     if values.get("mask_history"):
@@ -104,7 +109,7 @@ def run_entries(values: Mapping[str, Any], file: Path, read: Callable[[Path], An
     held_out = values.get("eval_dataset")
     share = values.get("val_size")
     if held_out:
-        held_out_names = [name.strip() for name in held_out.split(",")]
+        held_out_names = _listed(held_out)
         others = _named(info, held_out_names, directory, media_folder, f"{file}: eval_dataset")
         _add_held_out(entries, others, f"{file}: eval_dataset")
     elif share:
@@ -112,6 +117,12 @@ def run_entries(values: Mapping[str, Any], file: Path, read: Callable[[Path], An
             raise InputError(f"{file}: val_size: must be a share below 1, got {show(share)}")
         entries = [{**entry, "eval_share": float(share)} for entry in entries]
     return entries
+
+
+def _listed(names: str | list[str]) -> list[str]:
+    """Names with commas between them, or a list of names."""
+    parts = names.split(",") if isinstance(names, str) else names
+    return [str(name).strip() for name in parts]
 
 
 def _named(
@@ -177,7 +188,7 @@ def _source(values: Entry, folder: Path, where: str) -> Entry:
     if not hub and not file_name:
         raise InputError(f"{where}: must have file_name or hf_hub_url, got {', '.join(values)}")
     entry: Entry = {
-        "path": hub or absolute(str(file_name), folder, f"{where}.file_name"),
+        "path": hub or absolute_path(str(file_name), folder, f"{where}.file_name"),
     }
     for key, own in (("config", "subset"), ("split", "split"), ("sample", "num_samples")):
         if values.get(own):

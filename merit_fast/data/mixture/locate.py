@@ -44,8 +44,8 @@ def absolute(text: str, folder: Path, where: str) -> str:
     return os.path.abspath(located) if is_local else located
 
 
-def absolute_folder(text: str, folder: Path, where: str) -> str:
-    """The absolute path of a local folder that ``locate`` finds."""
+def absolute_path(text: str, folder: Path, where: str) -> str:
+    """The absolute path of a local file or folder that ``locate`` finds."""
     return os.path.abspath(locate(text, folder, where, may_be_id=False))
 
 

@@ -64,11 +64,12 @@ class ScanCache:
 
     Attributes:
         directory: holds one file for each scan.
-        content: the fingerprint of a source's content; None: it has none and is not kept.
+        content: the fingerprint of a source's rows and their images, for an entry; None: it has
+            none and is not kept.
     """
 
     directory: Path
-    content: Callable[[Source], str | None]
+    content: Callable[[DatasetConfig, Source], str | None]
 
 
 class MixtureRows:
@@ -139,9 +140,10 @@ class MixtureRows:
                 num_leaks = self._count_leaks(config, scan, chosen, notes)
             self._note_prompts(scan, chosen, notes)
         if not len(chosen):
+            first = f"; the first wrong row: {scan.errors[0]}" if scan.errors else ""
             raise InputError(
                 f"mixture: {config.name}: must have at least one row of {part}, found none in "
-                f"{scan.num_rows} rows"
+                f"{scan.num_rows} rows{first}"
             )
         order = self._order(config, scan.keys[chosen], part)
         return Selection(
@@ -160,7 +162,7 @@ class MixtureRows:
         reading = fingerprint(reading_keys(config, self.data_config))
         name = f"{place}{reading}"
         if name not in self._scans:
-            content = self._cache.content(place) if self._cache else None
+            content = self._cache.content(config, place) if self._cache else None
 
             def make() -> Scan:
                 return scan_source(place, config, self.data_config)

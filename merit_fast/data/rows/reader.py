@@ -1,5 +1,6 @@
 """Reads the rows of one dataset, all of one format, as conversations."""
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -169,6 +170,7 @@ class RowReader:
         raise InputError(f"{conversation.place}: {rule}, found none")
 
 
+@functools.cache
 def _names_of(name: str) -> tuple[str, ...]:
     """A column's name and its aliases in every format."""
     known = [column for row_format in FORMATS for column in row_format.columns]

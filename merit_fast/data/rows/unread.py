@@ -4,7 +4,8 @@ from typing import Any
 
 from merit_fast.errors import InputError, show
 
-_ROW_NAMES = ("id", "idx", "index", "uid", "uuid", "source", "dataset", "__index_level_0__")
+_ROW_NAMES = ("id", "idx", "index", "uid", "uuid", "source", "dataset")
+_PANDAS_NAMES = ("__index_level_0__", "unnamed: 0")  # of an index in Parquet and in CSV
 _MEDIA_NAMES = ("image", "img", "video", "audio", "media")
 _PREFERENCE = (
     "a row of preferences has no single answer; columns: {completion: chosen}, or {messages: "
@@ -30,7 +31,9 @@ def names_row(column: str, value: Any) -> bool:
     """
     name = column.lower()
     is_media = name.startswith(_MEDIA_NAMES)  # the row asks about what such a name stands for
-    is_name = name in _ROW_NAMES or (name.endswith(("_id", "_idx")) and not is_media)
+    is_name = name in (*_ROW_NAMES, *_PANDAS_NAMES) or (
+        name.endswith(("_id", "_idx")) and not is_media
+    )
     is_short = isinstance(value, int | float) or (
         isinstance(value, str) and len(value) <= 200 and "\n" not in value
     )

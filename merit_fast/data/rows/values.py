@@ -57,7 +57,7 @@ def read_json(value: Any, where: str) -> Any:
 
 def is_empty(value: Any) -> bool:
     """Whether a value holds nothing that could be lost: null, or an empty string or collection."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    return value is None or (not value and isinstance(value, str | list | dict))
 
 
 def without_nulls(values: dict[str, Any]) -> dict[str, Any]:

@@ -44,17 +44,17 @@ def list_folder(folder: Folder, source: Source) -> Listing:
     rows = [name for name in names if is_row_file(name)]
     divided = _divide(folder, source, rows)
     if not any(divided.values()):
-        others = _unread(names)
+        others = not_rows(names)
         hint = f"; not read: {shorten(others)}" if others else ""
         wanted = ", ".join(ROW_SUFFIXES)
         raise InputError(
             f"{source.path}: the directory must hold files of rows ({wanted}), found none{hint}"
         )
     taken = {name for files in divided.values() for name in files}
-    left = [name for name in names if name in _unread(names) or (name in rows)]
+    left = {*rows, *not_rows(names)} - taken
     return Listing(
         {split: [folder.join(name) for name in files] for split, files in divided.items()},
-        tuple(name for name in left if name not in taken),
+        tuple(sorted(left)),
     )
 
 
@@ -113,7 +113,7 @@ def _resolve(folder: Folder, patterns: Sequence[str], rows: Sequence[str], key: 
     return files
 
 
-def _unread(names: Sequence[str]) -> list[str]:
+def not_rows(names: Iterable[str]) -> list[str]:
     """Files of a folder that hold neither rows, nor text about them, nor images."""
     return [name for name in names if not is_row_file(name) and not _is_document(name)]
 

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from merit_fast.data.sources.store import (
 )
 from merit_fast.errors import InputError
 
+READERS = ("json", "csv", "parquet", "arrow", "text")  # load_dataset takes them for a dataset
 _PLAIN = re.compile(r"[^\[\]+]+")
 
 
@@ -29,12 +31,7 @@ class LocalFolder:
 
     def names(self) -> list[str]:
         """Paths of all files in it."""
-        found = []
-        for folder, folders, files in os.walk(self.name, followlinks=True):
-            folders[:] = [name for name in folders if name[0] != "." and name[:2] != "__"]
-            at = os.path.relpath(folder, self.name)
-            found += [name if at == "." else f"{at}/{name}".replace(os.sep, "/") for name in files]
-        return sorted(name for name in found if not is_hidden(name))
+        return sorted(_files_below(self.name, "", ()))
 
     def text(self, name: str) -> str:
         """The content of a text file."""
@@ -43,6 +40,28 @@ class LocalFolder:
     def join(self, name: str) -> str:
         """The path of a file."""
         return str(Path(self.name, name))
+
+
+def _files_below(folder: str, at: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Paths of the files below a folder; a link back to a folder above it is not followed.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as scanned:
+            entries = list(scanned)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from None
+    for entry in entries:
+        name = f"{at}{entry.name}"
+        if entry.is_dir() and not is_hidden(f"{entry.name}/"):
+            yield from _files_below(entry.path, f"{name}/", (*above, real))
+        elif not entry.is_dir() and not is_hidden(entry.name):
+            yield name
 
 
 def files_of(source: Source) -> list[str] | None:
@@ -103,6 +122,11 @@ def list_source(source: Source) -> Listing | None:
     elif is_glob(path):
         found = sorted(glob.glob(path, recursive=True))
         listing = _matches(path, [file for file in found if os.path.isfile(file)])
+    elif source.path in READERS:
+        raise InputError(
+            f"{source.path}: path: must be a dataset, and this is a reader of datasets; give the "
+            "file of rows as path"
+        )
     elif is_hub_id(source.path):
         return None
     else:

@@ -19,6 +19,10 @@ from merit_fast.data import (
 from merit_fast.data.images import load_processor
 from merit_fast.data.store.build import TokenStore
 from merit_fast.errors import InputError
+from merit_fast.pipeline.config import read_run_config
+from merit_fast.pipeline.data import RunData
+from merit_fast.pipeline.outputs import Outputs
+from merit_fast.progress import SilentProgress
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +240,25 @@ def test_the_fingerprint_of_a_mixture_covers_its_images(folder, processor, tmp_p
     after = fingerprints(model)
     assert after[0] != before[0] and after[1] != before[1]
     assert fingerprints(text_model) == text_before
+
+
+def test_a_kept_scan_sees_that_an_image_has_changed(folder, tmp_path):
+    for name in ("one.png", "two.png"):
+        write_image(tmp_path / "media" / name, 56, 56)
+    rows = [
+        {"image": name, "conversations": turns("<image>what?", "a dot")}
+        for name in ("one.png", "two.png")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"name": "a", "path": str(tmp_path / "rows.jsonl"), "media": str(tmp_path / "media")}
+    file = tmp_path / "run.yml"
+    run = {"model": str(folder / "model"), "mixture": [entry], "output": str(tmp_path / "out")}
+    file.write_text(json.dumps(run))
+
+    def notes():
+        outputs = Outputs(read_run_config(file), "")
+        return RunData(outputs, SilentProgress()).rows.select("train")["a"].notes
+
+    assert notes() == ("1 row equal to an earlier row (data.duplicates: drop removes them)",)
+    write_image(tmp_path / "media" / "two.png", 84, 56)
+    assert notes() == ()

@@ -1,7 +1,9 @@
 """Folders, files of axolotl and LLaMA-Factory, and other mixtures become entries of a mixture."""
 
 import json
+from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from support.rows import assistant, user, write
@@ -107,6 +109,58 @@ def test_held_out_rows_without_training_rows_are_refused(folder):
     write(folder / "sets" / "g.test.jsonl", [PAIR])
     told = message(folder, [{"folder": "sets"}])
     assert "g.test.jsonl: has the name of held-out rows, and there are no training rows" in told
+
+
+def test_datasets_that_are_left_out_need_no_training_rows(folder):
+    write(folder / "sets" / "g.test.jsonl", [PAIR])
+    assert "g" not in entries(folder, [{"folder": "sets", "except": ["g"]}])
+    assert list(entries(folder, [{"folder": "sets", "only": ["b"]}])) == ["b"]
+
+
+@pytest.mark.parametrize("names", [("train.jsonl", "test.jsonl"), ("train-00000-of-00001.jsonl",)])
+def test_files_that_are_named_by_their_split_are_one_dataset(tmp_path, names):
+    (tmp_path / "facts").mkdir()
+    for name, row in zip(names, (PAIR, OTHER), strict=False):
+        write(tmp_path / "facts" / name, [row])
+    (entry,) = entries(tmp_path, {"folder": "facts"}).values()
+    assert (entry.name, entry.path) == ("facts", str(tmp_path / "facts" / names[0]))
+    assert entry.eval_path == (str(tmp_path / "facts" / names[1]) if names[1:] else None)
+
+
+def test_a_saved_dataset_is_one_dataset_of_a_folder(tmp_path):
+    rows = datasets.Dataset.from_list([PAIR])
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "saved"))
+    (entry,) = entries(tmp_path, {"folder": "saved"}).values()
+    assert (entry.name, entry.path) == ("saved", str(tmp_path / "saved"))
+    assert entry.eval_split == "test"
+
+
+def test_names_of_any_alphabet_stay_apart(tmp_path):
+    (tmp_path / "sets").mkdir()
+    for name in ("a b", "a-b", "\u65e5", "\u672c"):
+        write(tmp_path / "sets" / f"{name}.jsonl", [PAIR])
+    found = entries(tmp_path, {"folder": "sets"})
+    assert {name: Path(entry.path).stem for name, entry in found.items()} == {
+        "a-b": "a-b",
+        "a-b-2": "a b",
+        "rows": "\u65e5",
+        "rows-2": "\u672c",
+    }
+
+
+def test_a_folder_names_the_files_that_are_no_dataset(folder):
+    sets = folder / "sets"
+    for name in ("x.zip", "Y.JSONL", ".hidden", "picture.png"):
+        (sets / name).touch()
+    for name in ("weights", "linked"):
+        (sets / name).mkdir()
+    (sets / "weights" / "config.json").write_text("{}")
+    (sets / "weights" / "model.bin").touch()
+    (sets / "linked" / "rows").symlink_to(sets / "train")
+    found = entries(folder, [{"folder": "sets"}])
+    assert list(found) == ["a", "b", "c", "d-e", "f", "linked"], "linked rows are rows"
+    assert found["a"].note == "files of sets not read: Y.JSONL, weights/model.bin, x.zip"
+    assert found["b"].note is None
 
 
 def test_the_expanded_mixture_replays(folder, monkeypatch):
@@ -231,6 +285,45 @@ def test_an_axolotl_run_of_another_kind_is_refused(tmp_path, key):
     assert told.startswith(f"axolotl.yml: {key}: cannot be honoured")
 
 
+@pytest.mark.parametrize("keys", [{"reward_model": True}, {"dataset_exact_deduplication": True}])
+def test_an_axolotl_key_that_changes_rows_is_refused(tmp_path, keys):
+    told = message(tmp_path, axolotl(tmp_path, datasets=[{"path": "a", "type": "alpaca"}], **keys))
+    assert told.startswith(f"axolotl.yml: {next(iter(keys))}: cannot be honoured")
+
+
+def test_the_plan_names_the_template_that_axolotl_would_take(tmp_path):
+    data = [{"path": "org/a", "type": "alpaca"}, {"path": "org/b", "type": "chat_template"}]
+    run = axolotl(tmp_path, datasets=data, chat_template="chatml", eot_tokens=["<|im_end|>"])
+    found = entries(tmp_path, run)
+    expected = "axolotl's chat_template, eot_tokens: here data.chat_template decides"
+    assert found["a"].note.endswith(f"; {expected}") and "prose" in found["a"].note
+    assert found["b"].note == expected
+    plain = axolotl(tmp_path, datasets=data[1:], chat_template="tokenizer_default")
+    assert entries(tmp_path, plain)["b"].note is None
+
+
+def test_files_that_axolotl_gives_to_a_reader_are_the_path(tmp_path):
+    (tmp_path / "parts").mkdir()
+    for name in ("parts/a.jsonl", "parts/b.jsonl", "c.jsonl"):
+        write(tmp_path / name, [CHAT])
+    kind = {"type": "chat_template", "field_messages": "dialog"}
+    data = [
+        {"path": "json", "data_files": "parts/a.jsonl", **kind},
+        {"path": "json", "data_files": ["parts/b.jsonl", "c.jsonl"], "ds_type": "json", **kind},
+    ]
+    one, two = entries(tmp_path, axolotl(tmp_path, datasets=data)).values()
+    assert (one.name, one.path) == ("a", str(tmp_path / "parts" / "a.jsonl"))
+    assert (two.path, two.data_files) == (str(tmp_path), ("parts/b.jsonl", "c.jsonl"))
+    told = message(tmp_path, axolotl(tmp_path, datasets=[{"path": "json", "type": "alpaca"}]))
+    assert "datasets[0].data_files: must be a file or a list of them, got None" in told
+
+
+def test_all_is_no_role_of_axolotl(tmp_path):
+    data = [{"path": "org/a", "type": "chat_template", "roles_to_train": ["all"]}]
+    told = message(tmp_path, axolotl(tmp_path, datasets=data))
+    assert "datasets[0].roles_to_train: must be a list of roles, got ['all']" in told
+
+
 # ---- LLaMA-Factory
 def info(folder, **datasets):
     (folder / "dataset_info.json").write_text(json.dumps(datasets))
@@ -301,6 +394,34 @@ def test_a_run_of_llamafactory_picks_its_datasets(tmp_path):
     (tmp_path / "train.yml").write_text(yaml.safe_dump(held_out))
     (a,) = entries(tmp_path, [{"from": "train.yml"}]).values()
     assert a.eval_path == str(tmp_path / "data" / "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage", "dpo"),
+        ("default_system", "be brief"),
+        ("tool_format", "glm4"),
+        ("enable_thinking", False),
+    ],
+)
+def test_a_run_of_llamafactory_that_changes_rows_is_refused(tmp_path, key, value):
+    info(tmp_path, a={"file_name": "a.jsonl"})
+    run = {"dataset": "a", "dataset_dir": ".", key: value}
+    (tmp_path / "train.yml").write_text(yaml.safe_dump(run))
+    told = message(tmp_path, [{"from": "train.yml"}])
+    assert told.startswith(f"train.yml: {key}: cannot be honoured")
+
+
+def test_a_run_of_llamafactory_may_list_its_datasets(tmp_path):
+    info(tmp_path, a={"file_name": "a.jsonl"}, b={"hf_hub_url": "org/b"})
+    run = {"stage": "sft", "dataset": ["a", "b"], "dataset_dir": ".", "template": "qwen"}
+    (tmp_path / "train.yml").write_text(yaml.safe_dump(run))
+    found = entries(tmp_path, [{"from": "train.yml"}])
+    assert found["a"].path == str(tmp_path / "a.jsonl"), "a file_name is never an id of the hub"
+    assert found["b"].path == "org/b"
+    note = "LLaMA-Factory's template qwen: here data.chat_template decides"
+    assert {entry.note for entry in found.values()} == {note}
 
 
 @pytest.mark.parametrize(

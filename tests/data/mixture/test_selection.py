@@ -199,7 +199,7 @@ def test_a_scan_is_kept_and_made_again_where_it_is_damaged(tmp_path, path):
 
 
 def test_the_rows_of_a_cache_are_those_of_the_files(tmp_path, path):
-    cache = ScanCache(tmp_path / "scans", lambda place: place.path)
+    cache = ScanCache(tmp_path / "scans", lambda config, place: place.path)
     config = DatasetConfig("d", path, sample=20, eval_share=0.1)
     selections = [MixtureRows([config], DataConfig(), cache).select("train")["d"] for _ in "ab"]
     assert (
@@ -239,3 +239,11 @@ def test_the_fingerprint_covers_what_changes_examples(path, keys, data):
 def fingerprint_of(path, keys, data):
     configs = [DatasetConfig("d", path, **keys)]
     return dataset_fingerprints(configs, DataConfig(**data), "m", part="train")["d"]
+
+
+def test_a_dataset_of_wrong_rows_only_names_the_first(path):
+    with pytest.raises(InputError) as caught:
+        one(path, columns={"prompt": "question"}, data={"bad_rows": 300})
+    told = str(caught.value)
+    assert "d: must have at least one row of train, found none in 200 rows; the first wrong" in told
+    assert f"{path}:1: unknown columns" in told

@@ -11,6 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from merit_fast.data import DataConfig, DatasetConfig
+from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import (
     Source,
     count_rows,
@@ -158,6 +160,7 @@ BROKEN = {
     "half.jsonl": (b'{"a": 1}\n{"a": ', "half.jsonl:2: must be one JSON object: "),
     "nul.jsonl": (b'{"a": 1}\n\0\0\0', "nul.jsonl:2: must be one JSON object: "),
     "pretty_object.json": (b'{\n  "data": []\n}', "one object per line, or one array of objects"),
+    "concatenated.json": (b'{"a": 1}{"a": 2}', "one object per line, or one array of objects"),
     "two.json": (b"[{}] [{}]", "two.json:1: must be part of one JSON array: expected the end"),
     "comma.json": (b"[{}\n{}]", "comma.json:2: must be part of one JSON array: expected ,"),
     "cut.json": (b'[{"a": 1}, {"a": "x', "cut.json: row 2: must be valid JSON: Unterminated"),
@@ -173,7 +176,6 @@ BROKEN = {
     "cut.jsonl.xz": (lzma.compress(lines().encode())[:-30], "must be whole compressed data"),
     "cells.csv": (b"a,b\n1,2\n3\n", "cells.csv:3: must have 2 cells as the header has, got 1"),
     "twice.csv": (b"a,a\n", "twice.csv:1: the header must name a column once, got 'a' 2 times"),
-    "unnamed.csv": (b"a,\n", "unnamed.csv:1: the header must name every column"),
     "quote.csv": (b'a\n"b\n', "quote.csv:2: must be a CSV record: unexpected end of data"),
     "latin.csv": (b"a\nb\n\xe9\n", "latin.csv: must be UTF-8 text, got byte 0xe9"),
     "no.parquet": (b"PAR1", "no.parquet: is not readable Parquet after row 0: "),
@@ -192,3 +194,13 @@ def test_broken_files_give_one_line(tmp_path, name):
         list(read_rows(Source(str(tmp_path / name))))
     assert message in str(caught.value) and name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_csv_with_the_index_of_pandas_is_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(",prompt,completion\n0,a?,b\n1,c?,d\n")
+    rows = [row for _, row in read_rows(Source(str(path)))]
+    assert rows[1] == {"Unnamed: 0": "1", "prompt": "c?", "completion": "d"}
+    reader = RowReader(DatasetConfig("d", str(path)), DataConfig())
+    assert [turn.content for turn in reader.read(rows[0], "a.csv:2").messages] == ["a?", "b"]
+    assert reader.notes() == ["columns not used: Unnamed: 0"]

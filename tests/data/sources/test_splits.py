@@ -8,7 +8,7 @@ import datasets
 import fsspec
 import pytest
 from datasets.data_files import get_data_patterns, resolve_pattern
-from support.rows import GOOD, make_tokenizer
+from support.rows import GOOD, make_tokenizer, write
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, mixture_fingerprint
 from merit_fast.data.sources import (
@@ -249,3 +249,27 @@ def test_a_run_leaves_urls_as_they_are(tmp_path):
     assert config.mixture[0].path == url
     write_run_config(config, tmp_path / "again.yml")
     assert read_run_config(tmp_path / "again.yml").mixture[0].path == url
+
+
+def test_links_are_followed_and_never_back_into_a_folder_above(tmp_path):
+    (tmp_path / "rows" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "rows" / "a.jsonl", [{"prompt": "a?", "completion": "b"}])
+    write(tmp_path / "other" / "c.jsonl", [{"prompt": "c?", "completion": "d"}])
+    (tmp_path / "rows" / "sub" / "loop").symlink_to(tmp_path / "rows")
+    (tmp_path / "rows" / "sub" / "out").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "rows" / "sub")
+    files = files_of(Source(str(tmp_path / "rows")))
+    assert [file.removeprefix(f"{tmp_path}/") for file in files] == [
+        "rows/a.jsonl",
+        "rows/sub/out/c.jsonl",
+    ]
+
+
+def test_a_reader_of_datasets_is_no_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="^json: path: must be a dataset, and this is a reader"):
+        files_of(Source("json", data_files=("a.jsonl",)))
+    (tmp_path / "json").mkdir()
+    write(tmp_path / "json" / "a.jsonl", [{"prompt": "a?", "completion": "b"}])
+    assert files_of(Source("json")) == ["json/a.jsonl"]

@@ -70,7 +70,7 @@ def parse_line(line: bytes, place: str) -> dict[str, Any]:
         raise InputError(f"{place}: must be UTF-8 text, got {byte}") from None
     except json.JSONDecodeError as error:
         hint = "; one object per line, or one array of objects, is needed"
-        is_spread = line.strip() in (b"{", b"[") or line.rstrip().endswith((b"[", b"{", b","))
+        is_spread = line.rstrip().endswith((b"[", b"{", b",")) or error.msg == "Extra data"
         raise InputError(
             f"{place}: must be one JSON object: {error.msg} at column {error.colno}"
             f"{hint if is_spread else ''}"

@@ -17,8 +17,8 @@ def table_rows(name: str, delimiter: str, picker: Picker) -> Iterator[RawRow]:
     """Yields one row per record; every value is text, and an empty cell is None.
 
     Raises:
-        InputError: no header, a column without a name or twice, a record with another number of
-            cells, a quote that is not closed, or text that is no UTF-8; names file and line.
+        InputError: a column twice, a record with another number of cells, a quote that is not
+            closed, or text that is no UTF-8; names file and line.
     """
     csv.field_size_limit(_LONGEST_CELL)
     with (
@@ -46,14 +46,13 @@ def table_rows(name: str, delimiter: str, picker: Picker) -> Iterator[RawRow]:
 
 
 def _checked_header(cells: list[str], place: str) -> list[str]:
-    if "" in cells:
-        raise InputError(f"{place}: the header must name every column, got {cells}")
-    column, count = Counter(cells).most_common(1)[0]
+    names = [cell or f"Unnamed: {index}" for index, cell in enumerate(cells)]  # as datasets does
+    column, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise InputError(
             f"{place}: the header must name a column once, got {column!r} {count} times"
         )
-    return cells
+    return names
 
 
 def _row(header: list[str], cells: list[str], place: str) -> dict[str, str | None]:
