@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merit_fast.data.template.control import ControlTokens
-from merit_fast.data.template.forms import reasoning_of, text_of
+from merit_fast.data.template.forms import reasoning_keys, reasoning_of, text_of
 from merit_fast.data.template.jinja import Messages, Refusal, Template, Tools
 from merit_fast.data.template.traces import require_reasoning
 
@@ -192,6 +192,8 @@ class Answers:
         """
         opened = _OPENED_REASONING.search(prompt)
         if not opened or not text.startswith(prompt[: opened.start()]):
+            if answer := self._behind_dropped_reasoning(index, prompt, text):
+                return prompt + answer
             common = len(os.path.commonprefix([prompt, text]))
             parting = f"{prompt[common : common + 30]!r} against {text[common : common + 30]!r}"
             rule = f"must render messages[:{index}] with add_generation_prompt as a prefix"
@@ -204,6 +206,28 @@ class Answers:
             return f"{prompt}{reasoning.removeprefix(opened[0][len('<think>') :])}</think>{own}"
         reasoning = reasoning_of(message).strip("\n")
         return f"{prompt}{reasoning}\n</think>\n\n{own.lstrip(chr(10))}"
+
+    def _behind_dropped_reasoning(self, index: int, prompt: str, text: str) -> str:
+        """The answer, where the template drops the reasoning of earlier calls as it shows it.
+
+        The model sees that reasoning when it answers (gpt-oss). "" where this is not the case.
+        """
+        earlier = self._messages[:index]
+        if not any(m.get("tool_calls") and (m.get("content") or reasoning_of(m)) for m in earlier):
+            return ""
+        before = self._template.render(
+            earlier, self._tools, self._arguments, add_generation_prompt=False
+        )
+        message = self._messages[index]
+        other = {**message, **dict.fromkeys(reasoning_keys(message), "merit")}
+        if message.get("content"):
+            is_text = isinstance(message["content"], str)
+            other["content"] = "merit" if is_text else [{"type": "text", "text": "merit"}]
+        changed = self.render([*earlier, other], self._tools)
+        opening = prompt.removeprefix(before)
+        common = len(os.path.commonprefix([text, changed]))
+        at = text.rfind(opening, 0, common) if prompt.startswith(before) and opening else -1
+        return "" if at < 0 else text[at + len(opening) :]
 
     def _require_answer(self, index: int, prompt: str, answer: str) -> None:
         message = self._messages[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from merit_fast.data.rows.values import is_empty
 from merit_fast.data.template.forms import reasoning_keys, reasoning_of, text_of
 from merit_fast.data.template.jinja import LeftOut, Messages, Refusal, Tools
 
@@ -58,6 +59,8 @@ def require_fields(
             raise LeftOut(f"tools: must be read by the chat template, which leaves out {name}")
     for i, message in enumerate(messages):
         for key in message.keys() - _OWN_CHECK - _LINKS - set(ignored):
+            if is_empty(message[key]):
+                continue  # holds nothing that could be lost
             if key == "name" and message["role"] in ("tool", "function"):
                 continue  # the call before it has the name
             for less in _without(message, key):

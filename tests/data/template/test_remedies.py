@@ -234,3 +234,41 @@ def test_rows_of_one_call_do_not_touch_each_other():
         [example] = encode(tokenizer, *rows[i]).examples
         assert np.array_equal(example.input_ids, encoded[i].examples[0].input_ids)
         assert np.array_equal(example.labels, encoded[i].examples[0].labels)
+
+
+@pytest.mark.parametrize("reasoning", [{}, {"reasoning_content": "So."}], ids=["bare", "reasoned"])
+def test_an_answer_stands_behind_the_reasoning_of_the_calls_before_it(reasoning):
+    """gpt-oss drops that reasoning once the answer is there; the model sees it as it answers."""
+    tokenizer = families.tokenizer("gptoss")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        user("1?"),
+        answer(None, tool_calls=[call], reasoning_content="I add."),
+        Message("tool", "2"),
+        answer("Two.", **reasoning),
+    ]
+    tools = ({"type": "function", "function": {"name": "add", "description": "Adds."}},)
+    encoded = encode(tokenizer, *messages, tools=tools)
+    asked = [message.for_template() for message in messages[:3]]
+    asked[1]["thinking"] = "I add."
+    prompt = tokenizer.apply_chat_template(
+        asked, tools=list(tools), add_generation_prompt=True, tokenize=False
+    )
+    prompt = re.sub(r"Current date: [\d-]+", "Current date: 2024-07-26", prompt)
+    assert "I add." in prompt
+    thought = "<|channel|>analysis<|message|>So.<|end|><|start|>assistant" if reasoning else ""
+    last = f"{thought}<|channel|>final<|message|>Two.<|return|>"
+    assert shown(tokenizer, encoded) == prompt + last
+    called, answered = targets(tokenizer, encoded.examples[0])
+    assert called.startswith("<|channel|>analysis<|message|>I add.") and called.endswith("<|call|>")
+    assert answered == last
+
+
+def test_empty_keys_of_messages_hold_nothing_that_could_be_lost():
+    asked = Message("user", "1", fields={"name": "", "annotations": []})
+    answered = answer("one", refusal="", tool_calls=[])
+    empty = encode(make_tokenizer(), asked, answered)
+    plain = encode(make_tokenizer(), user("1"), answer("one"))
+    assert np.array_equal(empty.examples[0].labels, plain.examples[0].labels)
+    lost = encode(make_tokenizer(), Message("user", "1", fields={"name": "bob"}), answer("one"))
+    assert "messages[0].name: must be read by the chat template" in str(lost.error)
