@@ -119,6 +119,8 @@ def _check_merge(outputs: Outputs) -> None:
 def _check_rows(data: RunData, pending: Sequence[Stage]) -> None:
     """Tokenizes every row that the stages will use; they stay with ``data`` for them."""
     is_tuned = data.config.merge.is_tuned
+    if SKETCH in pending or TRAIN in pending:
+        data.rows.select("train")  # a wrong row ends the run before any row is tokenized
     if EVALUATE in pending and not is_tuned:
         check_held_out(data.config.mixture)
     if EVALUATE in pending or (MERGE in pending and is_tuned):
