@@ -90,7 +90,7 @@ def write_large(folder: Path, count: int, tokens: int) -> None:
     """Writes a store of random examples without a tokenizer: half of each is a target."""
     import numpy as np
 
-    from merit_fast.data.store.chunk import DTYPES, Chunk
+    from merit_fast.data.store.chunk import DTYPES, Chunk, content_check
     from merit_fast.data.store.files import FileColumns, Summary
 
     generator = np.random.default_rng(0)
@@ -98,6 +98,8 @@ def write_large(folder: Path, count: int, tokens: int) -> None:
     with FileColumns(folder, "<u2") as columns:
         for first in range(0, count, 10_000):
             rows = min(10_000, count - first)
+            texts = generator.integers(0, 50_000, (rows, tokens))
+            no_media = np.zeros(0, np.uint8)
             values = {
                 "lengths": np.full(rows, tokens),
                 "targets": np.full(rows, tokens // 2),
@@ -105,12 +107,13 @@ def write_large(folder: Path, count: int, tokens: int) -> None:
                 "span_counts": np.ones(rows),
                 "run_counts": np.zeros(rows),
                 "media_counts": np.zeros(rows),
-                "tokens": generator.integers(0, 50_000, rows * tokens),
+                "checks": [content_check(text, no_media) for text in texts],
+                "tokens": texts.ravel(),
                 "spans": np.tile([tokens - tokens // 2, tokens // 2], (rows, 1)),
                 "runs": np.zeros((0, 2)),
-                "media": np.zeros(0),
+                "media": no_media,
             }
-            columns.append(Chunk({name: values[name].astype(DTYPES[name]) for name in values}))
+            columns.append(Chunk({name: np.asarray(values[name], DTYPES[name]) for name in values}))
         columns.finish(Summary(num_rows=count))
 
 
