@@ -7,9 +7,9 @@ import pickle
 import queue
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +22,8 @@ from merit_fast.errors import MeritFastError
 ROWS_AT_ONCE = 64  # tokenized in one call, which runs on all cores
 _ROWS_PER_MESSAGE = 256
 _ROWS_ALONE = 1024  # workers take a second to start
+
+_Answer = queue.SimpleQueue[Chunk | Exception]
 
 
 class ChunkEncoder:
@@ -82,7 +84,7 @@ class ChunkEncoder:
     def _by_workers(
         self, config: DatasetConfig, encoder: RowEncoder, rows: Iterator[PlacedRow], first: int
     ) -> Iterator[tuple[Chunk, int]]:
-        waiting: deque[tuple[Future[Chunk], int]] = deque()
+        waiting: deque[tuple[_Answer, int]] = deque()
         while batch := list(itertools.islice(rows, _ROWS_PER_MESSAGE)):
             if self._workers is None:
                 self._workers = _Workers(self._num_workers, (self._data_config, self._tokenizer))
@@ -90,14 +92,18 @@ class ChunkEncoder:
             waiting.append((self._workers.submit(message), len(batch)))
             first += len(batch)
             if len(waiting) > 2 * self._num_workers:
-                future, count = waiting.popleft()
-                yield future.result(), count
-        for future, count in waiting:
-            yield future.result(), count
+                answer, count = waiting.popleft()
+                yield _chunk(answer), count
+        for answer, count in waiting:
+            yield _chunk(answer), count
 
 
 class _Workers:
-    """Processes that run ``worker.main``, with a thread for each that waits for its answers."""
+    """Processes that run ``worker.main``, with a thread for each that waits for its answers.
+
+    Only queues join the threads: Ctrl-C may leave a lock that Python code takes, such as a
+    Future's, locked for good.
+    """
 
     def __init__(self, count: int, first_message: Any) -> None:
         environment = {
@@ -108,27 +114,37 @@ class _Workers:
         }
         command = [sys.executable, "-m", "merit_fast.data.store.worker"]
         pipe = subprocess.PIPE
+        self._first_message = pickle.dumps(first_message, pickle.HIGHEST_PROTOCOL)
+        self._messages: queue.SimpleQueue[tuple[bytes, _Answer] | None] = queue.SimpleQueue()
         self._processes = [
             # its own process group: Ctrl-C interrupts this process, which ends the workers
             subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, process_group=0)
             for _ in range(count)
         ]
-        self._new: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        for process in self._processes:
-            self._new.put(process)
-        self._first_message = pickle.dumps(first_message, pickle.HIGHEST_PROTOCOL)
-        self._threads = ThreadPoolExecutor(count)
+        self._threads = [
+            threading.Thread(target=self._serve, args=(process,), daemon=True)
+            for process in self._processes
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def submit(self, message: Any) -> "Future[Chunk]":
-        """Sends a message to a worker that is free; its answer comes in the future."""
-        return self._threads.submit(self._call, message)
+    def submit(self, message: Any) -> "_Answer":
+        """Sends a message to a worker that is free, and returns the queue that gets its answer."""
+        answer: _Answer = queue.SimpleQueue()
+        self._messages.put((pickle.dumps(message, pickle.HIGHEST_PROTOCOL), answer))
+        return answer
 
     def close(self) -> None:
         """Ends the processes; answers that nobody took are lost."""
         for process in self._processes:
             process.kill()
-        self._threads.shutdown(cancel_futures=True)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._messages.get_nowait()
+        for _ in self._threads:
+            self._messages.put(None)
+        for thread in self._threads:
+            thread.join()
         for process in self._processes:
             for stream in (process.stdin, process.stdout):
                 assert stream is not None
@@ -136,30 +152,32 @@ class _Workers:
                     stream.close()
             process.wait()
 
-    def _call(self, message: Any) -> Chunk:
-        process = self._take()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            pickle.dump(message, process.stdin, pickle.HIGHEST_PROTOCOL)
-            process.stdin.flush()
-            answer = pickle.load(process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
-            code = process.wait()
-            raise MeritFastError(
-                f"data: a process that tokenizes rows ended with code {code}"
-            ) from None
-        finally:
-            self._free.put(process)
-        if isinstance(answer, Exception):
-            raise answer
-        assert isinstance(answer, Chunk)
-        return answer
+    def _serve(self, process: "subprocess.Popen[bytes]") -> None:
+        """Hands messages to one process and its answers to those who wait, until None comes."""
+        opening = self._first_message
+        while (item := self._messages.get()) is not None:
+            message, answer = item
+            answer.put(_ask(process, opening + message))
+            opening = b""
 
-    def _take(self) -> "subprocess.Popen[bytes]":
-        """A free worker; a new one gets the first message."""
-        with contextlib.suppress(queue.Empty):
-            process = self._new.get_nowait()
-            assert process.stdin is not None
-            process.stdin.write(self._first_message)
-            return process
-        return self._free.get()
+
+def _ask(process: "subprocess.Popen[bytes]", message: bytes) -> Chunk | Exception:
+    """The answer of a worker; an error if it has ended."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(message)
+        process.stdin.flush()
+        answer = pickle.load(process.stdout)
+    except (EOFError, OSError, pickle.UnpicklingError):
+        code = process.wait()
+        return MeritFastError(f"data: a process that tokenizes rows ended with code {code}")
+    assert isinstance(answer, Chunk | Exception)
+    return answer
+
+
+def _chunk(answer: "_Answer") -> Chunk:
+    """Waits for an answer; raises the error that it may be."""
+    found = answer.get()
+    if isinstance(found, Exception):
+        raise found
+    return found

@@ -262,12 +262,11 @@ import sys
 from support.rows import make_tokenizer
 import merit_fast.data.store.workers as workers
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture
-started = workers._Workers._take
-def take(self):
-    process = started(self)
+asked = workers._ask
+def ask(process, message):
     print("pid", process.pid, flush=True)
-    return process
-workers._Workers._take = take
+    return asked(process, message)
+workers._ask = ask
 mixture = [DatasetConfig("a", sys.argv[1])]
 try:
     load_mixture(mixture, make_tokenizer(), DataConfig(), part="train", num_workers=1)
@@ -282,9 +281,12 @@ except KeyboardInterrupt:
     with subprocess.Popen(
         command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     ) as process:
-        pid = next(int(line.split()[1]) for line in process.stdout if line.startswith("pid"))
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            pid = next(int(line.split()[1]) for line in process.stdout if line.startswith("pid"))
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (out.splitlines()[-1], err) == ("interrupted", "")
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
