@@ -1,7 +1,7 @@
-// CountSketch of dY^T X, hash version 2 (kernels/sketch/__init__.py), on tensor cores of sm_80 and up.
+// CountSketch of dY^T X, hash version 3 (kernels/sketch/__init__.py), on tensor cores, sm_80 and up.
 //
-// A block owns bucket r of one example, 64 x 64 floats in shared memory, and a split of the tiles
-// that go there: of every M = proj_dim / 4096 tiles in a row one does, number (r - deal) mod M. It
+// A block owns one bucket of one example, 64 x 64 floats in shared memory, and a split of the tiles
+// that go there: one of every group of group_rows x group_columns tiles. It
 // multiplies tile after tile over the tokens of the example, loads the next stage of tokens
 // meanwhile, and adds the signed sums at their permuted places. No other block writes there: no
 // atomics, one order of sums. No header is included, since NVRTC compiles this file by itself.
@@ -27,10 +27,12 @@ struct Job {
   float* out;          // [examples, buckets, 64, 64], added to
   float* partial;      // with more than one split: [examples, splits, buckets, 64, 64]
   i64 dy_stride, x_stride, scale_stride;
-  i64 rows, columns;            // of the shard
-  i64 first_row, first_column;  // of the shard in the parameter
-  i64 tiles_across;             // of the parameter
-  i64 first_group, last_group;  // of M tiles each, that touch the shard; the last excluded
+  i64 rows, columns;                        // of the shard
+  i64 first_row, first_column;              // of the shard in the parameter
+  i64 tiles_across;                         // of the parameter
+  i64 group_rows, group_columns;            // tiles of a group: one for each bucket
+  i64 first_group_row, first_group_column;  // of the groups that touch the shard
+  i64 groups_across, groups;                // of those: in a row, and all
   u64 key;
   i64 examples, buckets, splits;
   i64 dy_wide, x_wide;  // whether every 16 bytes are aligned
@@ -94,9 +96,8 @@ using Sums = float[2][4][4];
 
 // A stage of a block's work: kDepth tokens of a tile.
 struct Step {
-  i64 group;
-  i64 token;  // among the tokens of all examples
-  u32 tile;
+  i64 group;        // among those that touch the shard
+  i64 token;        // among the tokens of all examples
   int row, column;  // of the shard, where the tile begins; negative if that is outside of it
 };
 
@@ -110,15 +111,24 @@ __device__ __forceinline__ u64 splitmix64(u64 key, u64 counter) {
 
 __device__ __forceinline__ float flip(float value, u32 minus) { return minus & 1 ? -value : value; }
 
+// Returns the place in a group, of `count`, that is dealt to `place`.
+__device__ __forceinline__ u32 dealt(u32 place, u64 draw, u32 count) {
+  const u32 turn = u32(draw * count >> 32);
+  return place >= turn ? place - turn : place + count - turn;
+}
+
 // Advances to the first group, from step.group on, whose tile for this bucket touches the shard.
 __device__ __forceinline__ void find_tile(const Job& job, u32 bucket, i64 last_group, Step& step) {
-  const u32 buckets = u32(job.buckets), across = u32(job.tiles_across);
+  const u32 p = u32(job.group_rows), q = u32(job.group_columns), wide = u32(job.groups_across);
+  const u32 all = (u32(job.tiles_across) + q - 1) / q;
   for (; step.group < last_group; step.group++) {
-    const u32 deal = u32((splitmix64(job.key, 4 * u64(step.group) + 3) >> 32) * buckets >> 32);
-    step.tile =
-        u32(step.group) * buckets + (bucket >= deal ? bucket - deal : bucket + buckets - deal);
-    const i64 row = i64(step.tile / across) * kTile - job.first_row;
-    const i64 column = i64(step.tile % across) * kTile - job.first_column;
+    const u32 group_row = u32(job.first_group_row) + u32(step.group) / wide;
+    const u32 group_column = u32(job.first_group_column) + u32(step.group) % wide;
+    const u64 deal = splitmix64(job.key, 8 * u64(group_row * all + group_column) + 3);
+    const u32 strip = group_row * p + dealt(bucket / q, deal >> 32, p);
+    const u32 left = group_column * q + dealt(bucket % q, deal & 0xFFFFFFFFu, q);
+    const i64 row = i64(strip) * kTile - job.first_row;
+    const i64 column = i64(left) * kTile - job.first_column;
     step.row = int(row);
     step.column = int(column);
     if (row > -kTile && row < job.rows && column > -kTile && column < job.columns) return;
@@ -205,8 +215,15 @@ __device__ __forceinline__ int place(int row, int column) {
 __device__ __forceinline__ void add_tile(const Job& job, const Step& step, Sums& sums, float* to) {
   const int lane = int(threadIdx.x) % 32;
   const int top = int(threadIdx.x) / 64 * 32, left = int(threadIdx.x) / 32 % 2 * 32;
-  const u64 counter = 4 * u64(step.tile), masks = splitmix64(job.key, counter);
-  const int row_mask = int(masks & 63), column_mask = int(masks >> 8 & 63);
+  const u32 p = u32(job.group_rows), q = u32(job.group_columns), across = u32(job.tiles_across);
+  const u32 strip = u32((job.first_row + step.row) / kTile);
+  const u32 strip_of_columns = u32((job.first_column + step.column) / kTile);
+  const u64 counter = 8 * u64(strip * across + strip_of_columns);
+  const u64 masks = splitmix64(job.key, counter);
+  const u64 of_rows = 8 * u64(strip * ((across + q - 1) / q) + strip_of_columns / q) + 4;
+  const u64 of_columns = 8 * u64(strip / p * across + strip_of_columns) + 5;
+  const int row_mask = int((splitmix64(job.key, of_rows) & 56) | (masks & 7));
+  const int column_mask = int((splitmix64(job.key, of_columns) & 56) | (masks >> 8 & 7));
   const u32 row_signs = u32(splitmix64(job.key, counter + 1) >> top);
   const u32 column_signs = u32(splitmix64(job.key, counter + 2) >> left);
 #pragma unroll
@@ -241,9 +258,8 @@ __device__ __forceinline__ void sketch_bucket(const Job& job, Shared<T>& shared)
   const u32 bucket = blockIdx.x % buckets, split = blockIdx.x / buckets % splits;
   const u32 example = blockIdx.x / buckets / splits;
   const i64 begin = job.offsets[example], end = job.offsets[example + 1];
-  const i64 groups = job.last_group - job.first_group;
-  const i64 last_group = begin < end ? job.first_group + groups * (split + 1) / splits : 0;
-  Step step = {job.first_group + groups * split / splits, begin, 0, 0, 0};
+  const i64 last_group = begin < end ? job.groups * (split + 1) / splits : 0;
+  Step step = {job.groups * split / splits, begin, 0, 0};
   find_tile(job, bucket, last_group, step);
   if (splits == 1 && step.group >= last_group) return;
 
