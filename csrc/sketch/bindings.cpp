@@ -56,6 +56,7 @@ void define_structs(nb::module_& m) {
             if (buckets < 1 || proj_dim % kBucket || threads < 1 || group_rows < 1 ||
                 buckets % group_rows)
               throw std::invalid_argument("sketch: bad proj_dim, group_rows or threads");
+            const int64_t group_cols = buckets / group_rows, tiles = (all_cols + 63) / 64;
             new (self) SketchTarget{.offsets = pointer<const int64_t>(offsets),
                                     .examples = examples,
                                     .first_row = first_row,
@@ -64,6 +65,8 @@ void define_structs(nb::module_& m) {
                                     .key = key,
                                     .proj_dim = proj_dim,
                                     .group_rows = group_rows,
+                                    .group_cols = group_cols,
+                                    .groups = (tiles + group_cols - 1) / group_cols,
                                     .scale = pointer<const float>(scale),
                                     .scale_stride = scale_stride,
                                     .out = pointer<float>(out),

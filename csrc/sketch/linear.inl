@@ -219,7 +219,7 @@ static void sketch_panel(const LinearSketch& job, int64_t token, int64_t tokens,
 // the part strips of dY.
 static inline int64_t panel_end(const LinearSketch& job, int64_t from, int64_t to, int64_t right) {
   if (to >= right) return right;
-  const int64_t q = job.proj_dim / (kTile * kTile) / job.group_rows;
+  const int64_t q = job.group_cols;
   return job.parts > 1 && owns_rows(job) && to / q * q > from ? to / q * q : to;
 }
 

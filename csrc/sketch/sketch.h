@@ -15,9 +15,10 @@ struct SketchTarget {
   const int64_t* offsets;  // [examples + 1]
   int64_t examples;
   int64_t first_row, first_col, all_cols;
-  uint64_t key;        // of (hash version, seed, parameter name)
-  int64_t proj_dim;    // multiple of 64 * 64
-  int64_t group_rows;  // tiles down a group, which has one tile for each bucket
+  uint64_t key;                    // of (hash version, seed, parameter name)
+  int64_t proj_dim;                // multiple of 64 * 64
+  int64_t group_rows, group_cols;  // tiles of a group, which has one for each bucket
+  int64_t groups;                  // across the parameter
   const float*
       scale;  // [rows, cols] of the shard, multiplies the gradient before it is hashed; or null
   int64_t scale_stride;  // elements

@@ -103,15 +103,16 @@ static inline bool owns_rows(const SketchRows&) { return false; }
 // strips or columns too. Without a branch: which tiles are owned cannot be predicted.
 template <class Job>
 static inline void find_places(const Job& job, uint64_t strip, uint64_t from, uint64_t to,
-                               uint32_t part, uint64_t groups, Places& found) {
+                               uint32_t part, Places& found) {
   const uint32_t p = uint32_t(job.group_rows), parts = uint32_t(job.parts);
-  const uint32_t q = uint32_t(job.proj_dim / (kTile * kTile)) / p;
+  const uint32_t q = uint32_t(job.group_cols), row_in_group = uint32_t(strip) % p;
+  const uint64_t group_row = uint32_t(strip) / p, groups = uint64_t(job.groups);
   const bool by_row = owns_rows(job);
   found.count = 0;
-  for (uint64_t group = from / q, c = from; c < to; group++) {
-    const uint64_t deal = splitmix64(job.key, 8 * (strip / p * groups + group) + 3);
+  for (uint64_t group = from ? from / q : 0, c = from; c < to; group++) {
+    const uint64_t deal = splitmix64(job.key, 8 * (group_row * groups + group) + 3);
     const uint64_t row_high = splitmix64(job.key, 8 * (strip * groups + group) + 4);
-    const uint32_t turned = uint32_t(strip % p) + uint32_t((deal >> 32) * p >> 32);
+    const uint32_t turned = row_in_group + uint32_t((deal >> 32) * p >> 32);
     const uint32_t row = turned < p ? turned : turned - p;
     uint32_t col = uint32_t(c - group * q) + uint32_t((deal & 0xFFFFFFFF) * q >> 32);
     if (col >= q) col -= q;
@@ -131,14 +132,13 @@ static inline void find_places(const Job& job, uint64_t strip, uint64_t from, ui
 template <class Job>
 static inline void draw_strip(const Job& job, int64_t strip_number, int64_t from, int64_t to,
                               int part, float* out, Strip& drawn) {
-  const uint64_t p = uint64_t(job.group_rows), strip = uint64_t(strip_number);
-  const uint64_t q = uint64_t(job.proj_dim / (kTile * kTile)) / p;
+  const uint64_t strip = uint64_t(strip_number);
   const uint64_t across = uint64_t(job.all_cols + kTile - 1) / kTile;
   Places found;
-  find_places(job, strip, uint64_t(from), uint64_t(to), uint32_t(part), (across + q - 1) / q,
-              found);
+  find_places(job, strip, uint64_t(from), uint64_t(to), uint32_t(part), found);
   drawn.count = found.count;
-  const uint64_t first = strip * across, first_high = strip / p * across;
+  const uint64_t first = strip * across,
+                 first_high = uint32_t(strip) / uint32_t(job.group_rows) * across;
   for (int k = 0; k < found.count; k++) {
     const uint64_t counter = 8 * (first + found.column[k]);
     const uint64_t masks = splitmix64(job.key, counter);
