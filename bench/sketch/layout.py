@@ -92,14 +92,13 @@ def some_columns(ids: Sequence[int], columns: Tensor) -> Block:
 
 
 def real_families(model_path: Path) -> Iterator[Family]:
-    """Gradients of the mean loss of two texts: rows of the embedding, a norm, linear weights."""
+    """Gradients of the mean loss of two texts: rows of the embedding, linear weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     layer = model.model.layers[min(3, len(model.model.layers) - 1)]
     weights = {
-        "norm": layer.input_layernorm.weight,
         "k_proj": layer.self_attn.k_proj.weight,
         "o_proj": layer.self_attn.o_proj.weight,
     }
@@ -118,9 +117,8 @@ def real_families(model_path: Path) -> Iterator[Family]:
     yield Family("SmolLM2: rows of the embedding", lookups[0].shape[1], [looked])
     for name, first, second in zip(weights, *gradients, strict=True):
         pair = torch.stack([first, second])
-        block = some_rows([0], pair.unsqueeze(1)) if pair.dim() == 2 else dense(pair)
         shape = " x ".join(map(str, first.shape))
-        yield Family(f"SmolLM2: {name} [{shape}]", first.shape[-1], [block])
+        yield Family(f"SmolLM2: {name} [{shape}]", first.shape[-1], [dense(pair)])
 
 
 def looked_up(ids: list[Tensor], lookups: list[Tensor]) -> Block:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels.sketch._checks import check_scale, checked_out, checked_place, end_to_end
-from merit_fast.kernels.sketch._eager import HASH_VERSION, hash_key
+from merit_fast.kernels.sketch._eager import HASH_VERSION, TILE, hash_key
 from merit_fast.kernels.sketch._ops import sketch_linear, sketch_rows, token_sums
 from merit_fast.kernels.sketch._target import BUCKET
 
@@ -71,11 +71,14 @@ class CountSketch:
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of the matrix as which a parameter of ``shape`` is hashed.
 
-    [C] is one row; [E, O, I], a stack of matrices (experts), has E O rows; the weights of Conv2d
-    and Conv3d, [O, ...], have O rows. A scalar is one entry.
+    [C], a vector, has as many columns as divide C evenly, at most 64: most vectors then lie in one
+    group of tiles, where no entries meet. [E, O, I], a stack of matrices (experts), has E O rows;
+    the weights of Conv2d and Conv3d, [O, ...], have O rows. A scalar is one entry.
     """
     if len(shape) < 2:
-        return 1, math.prod(shape)
+        entries = math.prod(shape)
+        columns = max(n for n in range(1, TILE + 1) if entries % n == 0)
+        return entries // columns, columns
     if len(shape) == 3:
         return shape[0] * shape[1], shape[2]
     return shape[0], math.prod(shape[1:])
@@ -99,7 +102,7 @@ def flat_sketch(
         out[b] += sketch(scale * gradient[b])               # as the module's docstring defines it
 
     Args:
-        gradient: [B, R, C] or [B, C] (one row). float32 and bfloat16 are read where they lie; other
+        gradient: [B, R, C] or [B, C] (one row); that of a vector in its ``matrix_shape``. float32 and bfloat16 are read where they lie; other
             dtypes are converted to float32 first.
         name: the parameter's name, which selects its hash.
         sketch: width D and seed.
@@ -161,7 +164,8 @@ def vector_grad_sketch(
 ) -> Tensor:
     """Sketch the gradient of a bias, or of a scale that multiplies ``x``, per example.
 
-        out[b] += flat_sketch((dy[b] * x[b]).float().sum(0)[None], name, sketch)    # a bias: no x
+        vector = (dy[b] * x[b]).float().sum(0)              # a bias: no x
+        out[b] += flat_sketch(vector.view(1, *matrix_shape([C])), name, sketch)[0]
 
     Args:
         dy: [B, T, C] gradient of the output; [N, C] with ``cu_seqlens``.
@@ -171,7 +175,7 @@ def vector_grad_sketch(
         cu_seqlens: as in ``linear_grad_sketch``.
         name: as in ``flat_sketch``; the parameter's shape is [C].
         sketch: as in ``flat_sketch``.
-        scale: [1, C], as in ``flat_sketch``.
+        scale: in the ``matrix_shape`` of [C], as in ``flat_sketch``.
         out: as in ``flat_sketch``.
         backend: as in ``flat_sketch``.
 
@@ -190,7 +194,8 @@ def vector_grad_sketch(
     if x is not None:
         x, _ = end_to_end("vector_grad_sketch", x, cu_seqlens)
     sums = token_sums(dy, x, offsets, epsilon, backend)
-    return flat_sketch(sums, name, sketch, scale=scale, out=out, backend=backend)
+    matrices = sums.view(len(sums), *matrix_shape(sums.shape[1:]))
+    return flat_sketch(matrices, name, sketch, scale=scale, out=out, backend=backend)
 
 
 def linear_grad_sketch(

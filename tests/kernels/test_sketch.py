@@ -8,6 +8,7 @@ from merit_fast.kernels.sketch import (
     embedding_grad_sketch,
     flat_sketch,
     linear_grad_sketch,
+    matrix_shape,
     vector_grad_sketch,
 )
 from merit_fast.kernels.sketch._eager import hash_counters
@@ -85,7 +86,7 @@ def test_every_kind_of_parameter_is_the_definition(kind, buckets, backend):
     dy = torch.randint(-4, 5, (1, 6, 70)).float()
     if kind == "vector":
         result = vector_grad_sketch(dy, "w", sketch, backend=backend)
-        gradient = dy.sum(1, keepdim=True)
+        gradient = dy.sum(1).view(1, *matrix_shape([70]))
     elif kind == "wide row":
         gradient = torch.randint(-4, 5, (1, 1, 1000)).float()
         result = flat_sketch(gradient[:, 0], "w", sketch, backend=backend)
@@ -272,15 +273,20 @@ def test_vector_grad_sketch_sums_over_tokens(tokens, columns, dtypes, backend):
         (dy.double() * normal, {"x": x, "epsilon": 1e-3}),
     ]
     for products, options in cases:
-        truth = flat_sketch(products.sum(1), "w", SKETCH, backend="eager")
+        folded = products.sum(1).view(3, *matrix_shape([columns]))
+        truth = flat_sketch(folded, "w", SKETCH, backend="eager")
         result = vector_grad_sketch(dy, "w", SKETCH, **options, backend=backend)
-        size = (
-            flat_sketch(products.abs().sum(1), "w", SKETCH, backend="eager").abs().max()
-            if tokens
-            else 0
-        )
+        terms = products.abs().sum(1).view_as(folded)
+        size = flat_sketch(terms, "w", SKETCH, backend="eager").abs().max() if tokens else 0
         # Relative to the terms: their sum may be much smaller.
         assert (result - truth).abs().max() <= 3e-7 * size
+
+
+def test_a_vector_of_one_group_is_kept_without_loss():
+    dy = torch.randint(-9, 10, (2, 3, 576)).float()
+    sketches = vector_grad_sketch(dy, "norm.weight", CountSketch(65536))
+    sums = dy.sum(1)
+    assert torch.equal(sketches @ sketches.mT, sums @ sums.mT)
 
 
 def test_a_strided_dy_is_summed_where_it_lies():
