@@ -28,17 +28,26 @@ def tables(
 ) -> tuple[Tensor, Tensor]:
     """Position (int64) and sign (float32) of every entry of "w" [R, C], by definition."""
     buckets = sketch.proj_dim // 4096
+    p = max(n for n in range(1, buckets + 1) if n * n <= buckets and buckets % n == 0)
+    q = buckets // p
     key = sketch.key("w")
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)
-    tile = row // 64 * -(-columns // 64) + column // 64
-    deal = (hash_counters(4 * (tile // buckets) + 3, key) >> 32 & 0xFFFFFFFF) * buckets >> 32
-    masks = hash_counters(4 * tile, key)
-    row_sign = hash_counters(4 * tile + 1, key) >> row % 64
-    column_sign = hash_counters(4 * tile + 2, key) >> column % 64
-    at = ((tile + deal) % buckets * 64 + (row % 64 ^ masks & 63)) * 64 + (
-        column % 64 ^ masks >> 8 & 63
-    )
+    across = -(-columns // 64)
+    strip = row // 64
+    left = column // 64
+    group = strip // p * -(-across // q) + left // q
+    deal = hash_counters(8 * group + 3, key)
+    row_turn = (deal >> 32 & 0xFFFFFFFF) * p >> 32
+    column_turn = (deal & 0xFFFFFFFF) * q >> 32
+    tile = strip * across + left
+    masks = hash_counters(8 * tile, key)
+    x = hash_counters(8 * (strip * -(-across // q) + left // q) + 4, key) & 56 | masks & 7
+    y = hash_counters(8 * (strip // p * across + left) + 5, key) & 56 | masks >> 8 & 7
+    row_sign = hash_counters(8 * tile + 1, key) >> row % 64
+    column_sign = hash_counters(8 * tile + 2, key) >> column % 64
+    bucket = (strip + row_turn) % p * q + (left + column_turn) % q
+    at = (bucket * 64 + (row % 64 ^ x)) * 64 + (column % 64 ^ y)
     return at, 1.0 - 2.0 * ((row_sign ^ column_sign) & 1)
 
 

@@ -19,7 +19,7 @@ from merit_fast.kernels.sketch import (
     flat_sketch,
     linear_grad_sketch,
 )
-from merit_fast.kernels.sketch._eager import TILE, bucket_of, hash_counters
+from merit_fast.kernels.sketch._eager import TILE, draw_tiles
 
 ELEMENTS = 1 << 24
 WIDTH = 65536
@@ -34,22 +34,26 @@ def _threads_restored() -> Iterator[None]:
 
 def tables(rows: int, columns: int, sketch: CountSketch) -> tuple[torch.Tensor, torch.Tensor]:
     """Precomputes bucket and sign of every entry, which a table-driven sketch gets for free."""
-    key = sketch.key("w")
     lane = torch.arange(TILE)
+    across = -(-columns // TILE)
     buckets: list[torch.Tensor] = []
     signs: list[torch.Tensor] = []
-    for first in range(0, -(-rows // TILE)):
-        tile = first * -(-columns // TILE) + torch.arange(-(-columns // TILE))
-        masks = hash_counters(4 * tile, key).view(-1, 1, 1)
-        bucket = bucket_of(tile, key, sketch.proj_dim // TILE**2).view(-1, 1, 1)
-        row = lane[:, None] ^ masks & 63
-        column = lane ^ masks >> 8 & 63
-        row_bit = hash_counters(4 * tile + 1, key).view(-1, 1, 1) >> lane[:, None] & 1
-        column_bit = hash_counters(4 * tile + 2, key).view(-1, 1, 1) >> lane & 1
+    for strip in range(-(-rows // TILE)):
+        tile = draw_tiles(
+            torch.tensor([strip]),
+            torch.arange(across),
+            across,
+            sketch.key("w"),
+            sketch.proj_dim // TILE**2,
+        )
+        row = lane ^ tile.row_mask[:, None]  # [tiles, 64]
+        column = lane ^ tile.column_mask[:, None]
+        row_bit = tile.row_signs[:, None] >> lane & 1
+        column_bit = tile.column_signs[:, None] >> lane & 1
         # [tiles, 64, 64]
-        at = (bucket * TILE + row) * TILE + column
-        sign = 1.0 - 2.0 * (row_bit ^ column_bit)
-        kept = min(TILE, rows - TILE * first)
+        at = (tile.bucket[:, None] * TILE + row)[:, :, None] * TILE + column[:, None]
+        sign = 1.0 - 2.0 * (row_bit[:, :, None] ^ column_bit[:, None])
+        kept = min(TILE, rows - TILE * strip)
         for strips, values in ((buckets, at), (signs, sign)):
             strips.append(values.transpose(0, 1).reshape(TILE, -1)[:kept, :columns].flatten())
     return torch.cat(buckets), torch.cat(signs)

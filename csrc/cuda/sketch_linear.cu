@@ -1,10 +1,9 @@
-// CountSketch of dY^T X, hash version 2 (kernels/sketch/__init__.py), on tensor cores of sm_80 and up.
+// CountSketch of dY^T X, hash version 3 (kernels/sketch/__init__.py): tensor cores, sm_80 and up.
 //
-// A block owns bucket r of one example, 64 x 64 floats in shared memory, and a split of the tiles
-// that go there: of every M = proj_dim / 4096 tiles in a row one does, number (r - deal) mod M. It
-// multiplies tile after tile over the tokens of the example, loads the next stage of tokens
-// meanwhile, and adds the signed sums at their permuted places. No other block writes there: no
-// atomics, one order of sums. No header is included, since NVRTC compiles this file by itself.
+// A block owns one bucket of one example, 64 x 64 floats in shared memory, and a split of the tiles
+// that go there, one of every group of tiles. It multiplies tile after tile over the tokens of the
+// example, loads the next stage of tokens meanwhile, and adds the signed sums at their permuted
+// places. No other block writes there: no atomics, one order of sums. No header: NVRTC has none.
 #if !defined(__CUDACC__)
 #include "gpu_shim.h"  // tests/support/gpu/cuda_host runs this file on the CPU
 #endif
@@ -27,13 +26,11 @@ struct Job {
   float* out;          // [examples, buckets, 64, 64], added to
   float* partial;      // with more than one split: [examples, splits, buckets, 64, 64]
   i64 dy_stride, x_stride, scale_stride;
-  i64 rows, columns;            // of the shard
-  i64 first_row, first_column;  // of the shard in the parameter
-  i64 tiles_across;             // of the parameter
-  i64 first_group, last_group;  // of M tiles each, that touch the shard; the last excluded
+  i64 rows, columns, first_row, first_column;   // of the shard, which begins there
+  i64 tiles_across, group_rows, group_columns;  // tiles across the parameter, and of a group
+  i64 first_group_row, first_group_column, groups_across, groups;  // those that touch the shard
   u64 key;
-  i64 examples, buckets, splits;
-  i64 dy_wide, x_wide;  // whether every 16 bytes are aligned
+  i64 examples, buckets, splits, dy_wide, x_wide;  // wide: every 16 bytes are aligned
 };
 
 #if defined(__CUDACC__)
@@ -94,9 +91,8 @@ using Sums = float[2][4][4];
 
 // A stage of a block's work: kDepth tokens of a tile.
 struct Step {
-  i64 group;
-  i64 token;  // among the tokens of all examples
-  u32 tile;
+  i64 group;        // among those that touch the shard
+  i64 token;        // among the tokens of all examples
   int row, column;  // of the shard, where the tile begins; negative if that is outside of it
 };
 
@@ -112,16 +108,18 @@ __device__ __forceinline__ float flip(float value, u32 minus) { return minus & 1
 
 // Advances to the first group, from step.group on, whose tile for this bucket touches the shard.
 __device__ __forceinline__ void find_tile(const Job& job, u32 bucket, i64 last_group, Step& step) {
-  const u32 buckets = u32(job.buckets), across = u32(job.tiles_across);
+  const u32 p = u32(job.group_rows), q = u32(job.group_columns), wide = u32(job.groups_across);
+  const u32 all = (u32(job.tiles_across) + q - 1) / q;
   for (; step.group < last_group; step.group++) {
-    const u32 deal = u32((splitmix64(job.key, 4 * u64(step.group) + 3) >> 32) * buckets >> 32);
-    step.tile =
-        u32(step.group) * buckets + (bucket >= deal ? bucket - deal : bucket + buckets - deal);
-    const i64 row = i64(step.tile / across) * kTile - job.first_row;
-    const i64 column = i64(step.tile % across) * kTile - job.first_column;
-    step.row = int(row);
-    step.column = int(column);
-    if (row > -kTile && row < job.rows && column > -kTile && column < job.columns) return;
+    const u32 group_row = u32(job.first_group_row) + u32(step.group) / wide;
+    const u32 group_column = u32(job.first_group_column) + u32(step.group) % wide;
+    const u64 deal = splitmix64(job.key, 8 * u64(group_row * all + group_column) + 3);
+    const u32 strip = group_row * p + (bucket / q + p - u32((deal >> 32) * p >> 32)) % p;
+    const u32 left = group_column * q + (bucket % q + q - u32(u64(u32(deal)) * q >> 32)) % q;
+    step.row = int(i64(strip) * kTile - job.first_row);
+    step.column = int(i64(left) * kTile - job.first_column);
+    const bool in_rows = step.row > -kTile && step.row < job.rows;
+    if (in_rows && step.column > -kTile && step.column < job.columns) return;
   }
 }
 
@@ -205,8 +203,14 @@ __device__ __forceinline__ int place(int row, int column) {
 __device__ __forceinline__ void add_tile(const Job& job, const Step& step, Sums& sums, float* to) {
   const int lane = int(threadIdx.x) % 32;
   const int top = int(threadIdx.x) / 64 * 32, left = int(threadIdx.x) / 32 % 2 * 32;
-  const u64 counter = 4 * u64(step.tile), masks = splitmix64(job.key, counter);
-  const int row_mask = int(masks & 63), column_mask = int(masks >> 8 & 63);
+  const u32 p = u32(job.group_rows), q = u32(job.group_columns), across = u32(job.tiles_across);
+  const u32 strip = u32((job.first_row + step.row) / kTile);
+  const u32 left_strip = u32((job.first_column + step.column) / kTile);
+  const u64 counter = 8 * u64(strip * across + left_strip), masks = splitmix64(job.key, counter);
+  const u64 high_rows = 8 * u64(strip * ((across + q - 1) / q) + left_strip / q) + 4;
+  const u64 high_columns = 8 * u64(strip / p * across + left_strip) + 5;
+  const int row_mask = int((splitmix64(job.key, high_rows) & 56) | (masks & 7));
+  const int column_mask = int((splitmix64(job.key, high_columns) & 56) | (masks >> 8 & 7));
   const u32 row_signs = u32(splitmix64(job.key, counter + 1) >> top);
   const u32 column_signs = u32(splitmix64(job.key, counter + 2) >> left);
 #pragma unroll
@@ -241,9 +245,8 @@ __device__ __forceinline__ void sketch_bucket(const Job& job, Shared<T>& shared)
   const u32 bucket = blockIdx.x % buckets, split = blockIdx.x / buckets % splits;
   const u32 example = blockIdx.x / buckets / splits;
   const i64 begin = job.offsets[example], end = job.offsets[example + 1];
-  const i64 groups = job.last_group - job.first_group;
-  const i64 last_group = begin < end ? job.first_group + groups * (split + 1) / splits : 0;
-  Step step = {job.first_group + groups * split / splits, begin, 0, 0, 0};
+  const i64 last_group = begin < end ? job.groups * (split + 1) / splits : 0;
+  Step step = {job.groups * split / splits, begin, 0, 0};
   find_tile(job, bucket, last_group, step);
   if (splits == 1 && step.group >= last_group) return;
 
@@ -270,10 +273,8 @@ __device__ __forceinline__ void sketch_bucket(const Job& job, Shared<T>& shared)
   float* const target = splits == 1 ? job.out + (i64(example) * buckets + bucket) * kBucket
                                     : job.partial + i64(blockIdx.x) * kBucket;
 #pragma unroll 8
-  for (int e = int(threadIdx.x); e < kBucket; e += kThreads) {
-    const float value = shared.bucket[place(e / kTile, e % kTile)];
-    target[e] = splits == 1 ? target[e] + value : value;
-  }
+  for (int e = int(threadIdx.x); e < kBucket; e += kThreads)
+    target[e] = shared.bucket[place(e / kTile, e % kTile)] + (splits == 1 ? target[e] : 0.f);
 }
 
 // Grid: examples x splits x buckets, buckets first; 128 threads.
@@ -289,8 +290,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   sketch_bucket(job, shared);
 }
 
-// out += the sums of the splits, in order. Grid: examples x buckets x 32; 128 threads, one float
-// each.
+// out += the sums of the splits, in order. Grid: examples x buckets x 32; a float a thread.
 extern "C" __global__ void __launch_bounds__(kThreads) add_splits(const __grid_constant__ Job job) {
   const i64 e = i64(blockIdx.x) * kThreads + threadIdx.x, width = job.buckets * kBucket;
   const float* from = job.partial + e / width * job.splits * width + e % width;

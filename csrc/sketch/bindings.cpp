@@ -49,11 +49,14 @@ void define_structs(nb::module_& m) {
       .def(
           "__init__",
           [](SketchTarget* self, uintptr_t offsets, int64_t examples, int64_t first_row,
-             int64_t first_col, int64_t all_cols, uint64_t key, int64_t proj_dim, uintptr_t scale,
-             int64_t scale_stride, uintptr_t out, int threads) {
+             int64_t first_col, int64_t all_cols, uint64_t key, int64_t proj_dim,
+             int64_t group_rows, uintptr_t scale, int64_t scale_stride, uintptr_t out,
+             int threads) {
             const int64_t buckets = proj_dim / kBucket;
-            if (buckets < 1 || proj_dim % kBucket || threads < 1)
-              throw std::invalid_argument("sketch: bad proj_dim or threads");
+            if (buckets < 1 || proj_dim % kBucket || threads < 1 || group_rows < 1 ||
+                buckets % group_rows)
+              throw std::invalid_argument("sketch: bad proj_dim, group_rows or threads");
+            const int64_t group_cols = buckets / group_rows, tiles = (all_cols + 63) / 64;
             new (self) SketchTarget{.offsets = pointer<const int64_t>(offsets),
                                     .examples = examples,
                                     .first_row = first_row,
@@ -61,6 +64,9 @@ void define_structs(nb::module_& m) {
                                     .all_cols = all_cols,
                                     .key = key,
                                     .proj_dim = proj_dim,
+                                    .group_rows = group_rows,
+                                    .group_cols = group_cols,
+                                    .groups = (tiles + group_cols - 1) / group_cols,
                                     .scale = pointer<const float>(scale),
                                     .scale_stride = scale_stride,
                                     .out = pointer<float>(out),
@@ -68,7 +74,7 @@ void define_structs(nb::module_& m) {
                                     .threads = threads};
           },
           nb::kw_only(), "offsets"_a, "examples"_a, "first_row"_a, "first_col"_a, "all_cols"_a,
-          "key"_a, "proj_dim"_a, "scale"_a, "scale_stride"_a, "out"_a, "threads"_a);
+          "key"_a, "proj_dim"_a, "group_rows"_a, "scale"_a, "scale_stride"_a, "out"_a, "threads"_a);
 }
 
 }  // namespace

@@ -215,6 +215,14 @@ static void sketch_panel(const LinearSketch& job, int64_t token, int64_t tokens,
   }
 }
 
+// Returns where a panel ends that begins at column tile `from`: between groups where that spares
+// the part strips of dY.
+static inline int64_t panel_end(const LinearSketch& job, int64_t from, int64_t to, int64_t right) {
+  if (to >= right) return right;
+  const int64_t q = job.group_cols;
+  return job.parts > 1 && owns_rows(job) && to / q * q > from ? to / q * q : to;
+}
+
 template <bool PAIRS>
 static void sketch_example(const LinearSketch& job, int64_t b, int part, uint32_t* scratch) {
   float* out = job.out + b * job.proj_dim;
@@ -228,8 +236,8 @@ static void sketch_example(const LinearSketch& job, int64_t b, int part, uint32_
                   words = PAIRS ? (tokens + 1) / 2 : tokens;
     int64_t wide = kPanelWords / (words * kTile);
     if (wide > kStrip) wide = kStrip;
-    for (int64_t from = left; from < right; from += wide) {
-      const int64_t to = from + wide < right ? from + wide : right;
+    for (int64_t from = left, to; from < right; from = to) {
+      to = panel_end(job, from, from + wide, right);
       pack<kCols, PAIRS>(job.x, token, tokens, from * kTile - job.first_col, (to - from) * 2,
                          panel);
       sketch_panel<PAIRS>(job, token, tokens, from, to, part, out, panel, scratch);

@@ -1,4 +1,4 @@
-// CountSketch, hash version 2, which kernels/sketch/__init__.py defines.
+// CountSketch, hash version 3, which kernels/sketch/__init__.py defines.
 #pragma once
 #include <cstdint>
 
@@ -15,14 +15,15 @@ struct SketchTarget {
   const int64_t* offsets;  // [examples + 1]
   int64_t examples;
   int64_t first_row, first_col, all_cols;
-  uint64_t key;      // of (hash version, seed, parameter name)
-  int64_t proj_dim;  // multiple of 64 * 64
+  uint64_t key;                    // of (hash version, seed, parameter name)
+  int64_t proj_dim;                // multiple of 64 * 64
+  int64_t group_rows, group_cols;  // tiles of a group, which has one for each bucket
+  int64_t groups;                  // across the parameter
   const float*
       scale;  // [rows, cols] of the shard, multiplies the gradient before it is hashed; or null
   int64_t scale_stride;  // elements
   float* out;            // [examples, proj_dim], added to
-  int parts,
-      threads;  // parts <= proj_dim / (64 * 64); part p owns the buckets r with r % parts == p
+  int parts, threads;  // parts <= proj_dim / (64 * 64); find_places divides the buckets among them
 };
 
 // Gradients that exist: row n is row row_ids[n] of the parameter, or without ids first_row + its

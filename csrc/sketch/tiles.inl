@@ -10,18 +10,6 @@ struct Tile {
   uint64_t row_signs, col_signs;  // a set bit means minus
 };
 
-// Every `buckets` tiles in a row get one bucket each, in turn, from a random bucket on.
-static inline uint64_t bucket_of(uint64_t key, uint64_t tile, uint64_t buckets) {
-  const uint64_t deal = splitmix64(key, 4 * (tile / buckets) + 3);
-  return (tile + (((deal >> 32) * buckets) >> 32)) % buckets;
-}
-
-static inline Tile draw_tile(uint64_t key, uint64_t tile, uint64_t bucket, float* out) {
-  const uint64_t masks = splitmix64(key, 4 * tile);
-  return {out + bucket * kTile * kTile, uint32_t(masks & 63), uint32_t(masks >> 8 & 63),
-          splitmix64(key, 4 * tile + 1), splitmix64(key, 4 * tile + 2)};
-}
-
 // Returns the row of the tile's bucket to which row i goes, and the signs of its 64 columns.
 static inline float* bucket_row(const Tile& tile, int i, uint64_t& signs) {
   signs = tile.col_signs ^ (0 - (tile.row_signs >> i & 1));
@@ -94,19 +82,71 @@ struct Strip {
   int count;
 };
 
+// Where the tiles of a strip go: columns of tiles, buckets, and the row mask's draw of the group.
+struct Places {
+  uint64_t column[kStrip], row_high[kStrip];
+  uint32_t bucket[kStrip];
+  int count;
+};
+
+// Returns whether parts own whole rows of buckets, and so need no strip of dY that goes to another
+// row. Only where all rows get the same number of tiles.
+static inline bool owns_rows(const LinearSketch& job) {
+  const int64_t p = job.group_rows;
+  return p % job.parts == 0 && job.first_row % (p * kTile) == 0 && job.dy.cols % (p * kTile) == 0;
+}
+
+static inline bool owns_rows(const SketchRows&) { return false; }
+
+// Lists the strip's tiles in columns from .. to - 1 whose buckets belong to the part: whole rows of
+// them, or else neighbours across and down belong to different parts, so that work is even for few
+// strips or columns too. Without a branch: which tiles are owned cannot be predicted.
+template <class Job>
+static inline void find_places(const Job& job, uint64_t strip, uint64_t from, uint64_t to,
+                               uint32_t part, Places& found) {
+  const uint32_t p = uint32_t(job.group_rows), parts = uint32_t(job.parts);
+  const uint32_t q = uint32_t(job.group_cols), row_in_group = uint32_t(strip) % p;
+  const uint64_t group_row = uint32_t(strip) / p, groups = uint64_t(job.groups);
+  const bool by_row = owns_rows(job);
+  found.count = 0;
+  for (uint64_t group = from ? from / q : 0, c = from; c < to; group++) {
+    const uint64_t deal = splitmix64(job.key, 8 * (group_row * groups + group) + 3);
+    const uint64_t row_high = splitmix64(job.key, 8 * (strip * groups + group) + 4);
+    const uint32_t turned = row_in_group + uint32_t((deal >> 32) * p >> 32);
+    const uint32_t row = turned < p ? turned : turned - p;
+    uint32_t col = uint32_t(c - group * q) + uint32_t((deal & 0xFFFFFFFF) * q >> 32);
+    if (col >= q) col -= q;
+    const uint64_t end = (group + 1) * q < to ? (group + 1) * q : to;
+    for (; c < end; c++, col = col + 1 < q ? col + 1 : 0) {
+      const uint32_t diagonal = row + col < q ? row + col : row + col - q;
+      found.column[found.count] = c;
+      found.row_high[found.count] = row_high;
+      found.bucket[found.count] = row * q + col;
+      const uint32_t owner = by_row ? row / (p / parts) : (row * q + diagonal) % parts;
+      found.count += owner == part;
+    }
+  }
+}
+
 // Draws the tiles of the strip in column tiles from .. to - 1 whose buckets belong to the part.
 template <class Job>
-static inline void draw_strip(const Job& job, int64_t strip, int64_t from, int64_t to, int part,
-                              float* out, Strip& drawn) {
-  const uint64_t buckets = uint64_t(job.proj_dim / (kTile * kTile));
-  const int64_t tiles = (job.all_cols + kTile - 1) / kTile;
-  drawn.count = 0;
-  for (int64_t c = from; c < to; c++) {
-    const uint64_t tile = uint64_t(strip * tiles + c);
-    const uint64_t bucket = bucket_of(job.key, tile, buckets);
-    if (bucket % uint64_t(job.parts) != uint64_t(part)) continue;
-    drawn.tiles[drawn.count] = draw_tile(job.key, tile, bucket, out);
-    drawn.column[drawn.count] = c * kTile;
-    drawn.count++;
+static inline void draw_strip(const Job& job, int64_t strip_number, int64_t from, int64_t to,
+                              int part, float* out, Strip& drawn) {
+  const uint64_t strip = uint64_t(strip_number);
+  const uint64_t across = uint64_t(job.all_cols + kTile - 1) / kTile;
+  Places found;
+  find_places(job, strip, uint64_t(from), uint64_t(to), uint32_t(part), found);
+  drawn.count = found.count;
+  const uint64_t first = strip * across,
+                 first_high = uint32_t(strip) / uint32_t(job.group_rows) * across;
+  for (int k = 0; k < found.count; k++) {
+    const uint64_t counter = 8 * (first + found.column[k]);
+    const uint64_t masks = splitmix64(job.key, counter);
+    const uint64_t col_high = splitmix64(job.key, 8 * (first_high + found.column[k]) + 5);
+    drawn.tiles[k] = {out + found.bucket[k] * uint64_t(kTile * kTile),
+                      uint32_t((found.row_high[k] & 56) | (masks & 7)),
+                      uint32_t((col_high & 56) | (masks >> 8 & 7)),
+                      splitmix64(job.key, counter + 1), splitmix64(job.key, counter + 2)};
+    drawn.column[k] = int64_t(found.column[k]) * kTile;
   }
 }

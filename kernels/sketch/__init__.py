@@ -1,22 +1,26 @@
 """CountSketch of gradients: one definition of bucket and sign for every entry, without tables.
 
-Definition, hash version 2. Parameter ``name``, hashed as a matrix [R, C] (``matrix_shape``), is cut
-into tiles of 64 x 64; tile (I, J) has the number t = I * ceil(C / 64) + J. With
-key = BLAKE2b-64 of (version, seed, name), h(n) = SplitMix64(key, n), M = proj_dim / 4096 buckets
-and ``out`` viewed as [M, 64, 64], entry (i, j) of the tile is added to
+Definition, hash version 3. Parameter ``name``, hashed as a matrix [R, C] (``matrix_shape``), is cut
+into tiles of 64 x 64. With M = proj_dim / 4096 buckets, p is the largest divisor of M with
+p^2 <= M, and q = M / p; p x q tiles are a group. Tile (I, J), of A = ceil(C / 64) across, has the
+number t = I * A + J, lies in group (P, Q) = (I // p, J // q), of W = ceil(A / q) across, and
+g = P * W + Q. With key = BLAKE2b-64 of (version, seed, name), h(n) = SplitMix64(key, n) and
+``out`` viewed as [M, 64, 64], entry (i, j) of the tile is added to
 
     out[bucket, i ^ x, j ^ y] += row_sign * column_sign * g[64 I + i, 64 J + j]
-    bucket = (t + (h(4 (t // M) + 3) >> 32) * M >> 32) mod M
-    x = h(4 t) & 63
-    y = h(4 t) >> 8 & 63
-    row_sign = 1 - 2 * bit i of h(4 t + 1)
-    column_sign = 1 - 2 * bit j of h(4 t + 2)
+    bucket = (I + r) mod p * q + (J + c) mod q
+    r = (h(8 g + 3) >> 32) * p >> 32
+    c = (h(8 g + 3) & (2^32 - 1)) * q >> 32
+    x = h(8 (I * W + Q) + 4) & 56 | h(8 t) & 7
+    y = h(8 (P * A + J) + 5) & 56 | h(8 t) >> 8 & 7
+    row_sign = 1 - 2 * bit i of h(8 t + 1)
+    column_sign = 1 - 2 * bit j of h(8 t + 2)
 
-Two entries of one tile never collide; any others collide with probability at most 1 / proj_dim and
-with independent signs. So <sketch(g), sketch(h)> is an unbiased estimate of <g, h> with at most the
+Two entries of one group never collide; any others collide with probability 1 / proj_dim and with
+independent signs. So <sketch(g), sketch(h)> is an unbiased estimate of <g, h> with at most the
 variance of Charikar, Chen & Farach-Colton (2002), ICALP. Batching, order of layers, shards, threads
-and device change nothing but the rounding of sums. A bucket is a sum of signed, permuted tiles: for
-dY^T X one long matrix product.
+and device change nothing but the rounding of sums. A rectangle of buckets is a sum over groups of
+rectangles of dY^T X, whose rows and columns lie in runs of 8: ordinary matrix products.
 """
 
 import math
@@ -29,6 +33,7 @@ from torch import Tensor
 from merit_fast.kernels.sketch._checks import check_scale, checked_out, checked_place, end_to_end
 from merit_fast.kernels.sketch._eager import HASH_VERSION, TILE, hash_key
 from merit_fast.kernels.sketch._ops import sketch_linear, sketch_rows, token_sums
+from merit_fast.kernels.sketch._target import BUCKET
 
 __all__ = [
     "HASH_VERSION",
@@ -39,8 +44,6 @@ __all__ = [
     "matrix_shape",
     "vector_grad_sketch",
 ]
-
-BUCKET = TILE * TILE
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,14 @@ class CountSketch:
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of the matrix as which a parameter of ``shape`` is hashed.
 
-    [C] is one row; [E, O, I], a stack of matrices (experts), has E O rows; the weights of Conv2d
-    and Conv3d, [O, ...], have O rows. A scalar is one entry.
+    [C], a vector, has as many columns as divide C evenly, at most 64: most vectors then lie in one
+    group of tiles, where no entries meet. [E, O, I], a stack of matrices (experts), has E O rows;
+    the weights of Conv2d and Conv3d, [O, ...], have O rows. A scalar is one entry.
     """
     if len(shape) < 2:
-        return 1, math.prod(shape)
+        entries = math.prod(shape)
+        columns = max(n for n in range(1, TILE + 1) if entries % n == 0)
+        return entries // columns, columns
     if len(shape) == 3:
         return shape[0] * shape[1], shape[2]
     return shape[0], math.prod(shape[1:])
@@ -96,7 +102,7 @@ def flat_sketch(
         out[b] += sketch(scale * gradient[b])               # as the module's docstring defines it
 
     Args:
-        gradient: [B, R, C] or [B, C] (one row). float32 and bfloat16 are read where they lie; other
+        gradient: [B, R, C] or [B, C] (one row); that of a vector in its ``matrix_shape``. float32 and bfloat16 are read where they lie; other
             dtypes are converted to float32 first.
         name: the parameter's name, which selects its hash.
         sketch: width D and seed.
@@ -158,7 +164,8 @@ def vector_grad_sketch(
 ) -> Tensor:
     """Sketch the gradient of a bias, or of a scale that multiplies ``x``, per example.
 
-        out[b] += flat_sketch((dy[b] * x[b]).float().sum(0)[None], name, sketch)    # a bias: no x
+        vector = (dy[b] * x[b]).float().sum(0)              # a bias: no x
+        out[b] += flat_sketch(vector.view(1, *matrix_shape([C])), name, sketch)[0]
 
     Args:
         dy: [B, T, C] gradient of the output; [N, C] with ``cu_seqlens``.
@@ -168,7 +175,7 @@ def vector_grad_sketch(
         cu_seqlens: as in ``linear_grad_sketch``.
         name: as in ``flat_sketch``; the parameter's shape is [C].
         sketch: as in ``flat_sketch``.
-        scale: [1, C], as in ``flat_sketch``.
+        scale: in the ``matrix_shape`` of [C], as in ``flat_sketch``.
         out: as in ``flat_sketch``.
         backend: as in ``flat_sketch``.
 
@@ -187,7 +194,8 @@ def vector_grad_sketch(
     if x is not None:
         x, _ = end_to_end("vector_grad_sketch", x, cu_seqlens)
     sums = token_sums(dy, x, offsets, epsilon, backend)
-    return flat_sketch(sums, name, sketch, scale=scale, out=out, backend=backend)
+    matrices = sums.view(len(sums), *matrix_shape(sums.shape[1:]))
+    return flat_sketch(matrices, name, sketch, scale=scale, out=out, backend=backend)
 
 
 def linear_grad_sketch(

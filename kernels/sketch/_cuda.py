@@ -50,8 +50,12 @@ class Job:
     first_row: int
     first_column: int
     tiles_across: int
-    first_group: int
-    last_group: int
+    group_rows: int
+    group_columns: int
+    first_group_row: int
+    first_group_column: int
+    groups_across: int
+    groups: int
     key: int
     examples: int
     buckets: int
@@ -60,7 +64,7 @@ class Job:
     x_wide: int
 
     def pack(self) -> bytes:
-        return struct.pack("=6Q10qQ5q", *astuple(self))
+        return struct.pack("=6Q14qQ5q", *astuple(self))
 
 
 def sketch_linear(dy: Tensor, x: Tensor, target: SketchTarget) -> None:
@@ -103,7 +107,7 @@ def sketch_linear(dy: Tensor, x: Tensor, target: SketchTarget) -> None:
 
 def describe(dy: Tensor, x: Tensor, target: SketchTarget, partial: Tensor | None) -> Job:
     """The kernels' argument; ``partial`` [>= B, splits, D] takes the sums of the splits, if any."""
-    first_group, last_group = _groups(dy.shape[1], x.shape[1], target)
+    first_group_row, first_group_column, down, across = _groups(dy.shape[1], x.shape[1], target)
     return Job(
         dy=dy.data_ptr(),
         x=x.data_ptr(),
@@ -119,8 +123,12 @@ def describe(dy: Tensor, x: Tensor, target: SketchTarget, partial: Tensor | None
         first_row=target.first_row,
         first_column=target.first_column,
         tiles_across=-(-target.columns // TILE),
-        first_group=first_group,
-        last_group=last_group,
+        group_rows=target.group[0],
+        group_columns=target.group[1],
+        first_group_row=first_group_row,
+        first_group_column=first_group_column,
+        groups_across=across,
+        groups=down * across,
         key=target.key & 0xFFFFFFFFFFFFFFFF,
         examples=target.examples,
         buckets=target.proj_dim // TILE**2,
@@ -130,26 +138,26 @@ def describe(dy: Tensor, x: Tensor, target: SketchTarget, partial: Tensor | None
     )
 
 
-def _groups(rows: int, columns: int, target: SketchTarget) -> tuple[int, int]:
-    """First and last (excluded) group of one tile per bucket that holds a tile of the gradient."""
-    across = -(-target.columns // TILE)
-    buckets = target.proj_dim // TILE**2
-    first = target.first_row // TILE * across + target.first_column // TILE
-    last_row = target.first_row + rows - 1
-    last_column = target.first_column + columns - 1
-    last = last_row // TILE * across + last_column // TILE
-    if last + buckets > 1 << 32:
+def _groups(rows: int, columns: int, target: SketchTarget) -> tuple[int, int, int, int]:
+    """Row and column of the first group that the gradient touches, and how many down and across."""
+    p, q = target.group
+    top = target.first_row // TILE // p
+    left = target.first_column // TILE // q
+    below = (target.first_row + rows - 1) // TILE // p + 1
+    right = (target.first_column + columns - 1) // TILE // q + 1
+    tiles = below * p * (-(-target.columns // TILE) + q)
+    if tiles > 1 << 32:
         raise ValueError(
             f"{OP}: backend 'cuda' counts tiles in 32 bits, "
-            f"a parameter with tile {last} has too many"
+            f"a parameter with tile {tiles} has too many"
         )
-    return first // buckets, last // buckets + 1
+    return top, left, below - top, right - left
 
 
 def _splits(rows: int, columns: int, target: SketchTarget) -> int:
-    first, last = _groups(rows, columns, target)
+    _, _, down, across = _groups(rows, columns, target)
     most = SPLIT_BLOCKS // (target.proj_dim // TILE**2)
-    return max(1, min((last - first) // SPLIT_TILES, most))
+    return max(1, min(down * across // SPLIT_TILES, most))
 
 
 def _wide(matrix: Tensor, first: int) -> bool:

@@ -2,17 +2,19 @@
 
 import functools
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from merit_fast.kernels import _splitmix
-from merit_fast.kernels.sketch._target import SketchTarget
+from merit_fast.kernels.sketch._target import BUCKET, SketchTarget, group_shape
 
-HASH_VERSION = 2
+HASH_VERSION = 3
 TILE = 64
 _CHUNK_ELEMENTS = 1 << 22
+_LOW_HALF = (1 << 32) - 1
 
 
 def sketch_rows(gradient: Tensor, row_ids: Tensor | None, target: SketchTarget) -> None:
@@ -67,22 +69,18 @@ def _add_rows(
     values: Tensor, rows: Tensor, first_column: int, columns: int, key: int, out: Tensor
 ) -> None:
     """out += the sketch of ``values`` [R, C]: rows ``rows`` of the parameter from first_column."""
-    across = -(-columns // TILE)
-    buckets = len(out) // TILE**2
     left = first_column // TILE
     values = F.pad(values, (first_column % TILE, -(first_column + values.shape[1]) % TILE))
-    tiles = rows.div(TILE, rounding_mode="floor").unsqueeze(1) * across + left
-    tiles = tiles + torch.arange(values.shape[1] // TILE, device=out.device)  # [R, tiles]
+    strip = rows.div(TILE, rounding_mode="floor").unsqueeze(1)
+    tile_column = left + torch.arange(values.shape[1] // TILE, device=out.device)
+    across = -(-columns // TILE)
+    tile = draw_tiles(strip, tile_column, across, key, len(out) // BUCKET)  # [R, tiles]
     lane = torch.arange(TILE, device=out.device)
-    masks = hash_counters(4 * tiles, key)
-    row = (rows % TILE).unsqueeze(1) ^ masks & 63
-    column = lane ^ (masks >> 8 & 63).unsqueeze(-1)  # [R, tiles, 64]
-    row_sign = hash_counters(4 * tiles + 1, key) >> (rows % TILE).unsqueeze(1) & 1
-    column_sign = hash_counters(4 * tiles + 2, key).unsqueeze(-1) >> lane & 1
-    sign = 1.0 - 2.0 * (row_sign.unsqueeze(-1) ^ column_sign)
-    bucket = bucket_of(tiles, key, buckets)
-    at = (bucket * TILE + row).unsqueeze(-1) * TILE + column
-    out.index_add_(0, at.flatten(), (sign * values.view(at.shape)).flatten())
+    i = (rows % TILE).unsqueeze(1)
+    column = lane ^ tile.column_mask.unsqueeze(-1)  # [R, tiles, 64]
+    minus = (tile.row_signs >> i & 1).unsqueeze(-1) ^ tile.column_signs.unsqueeze(-1) >> lane & 1
+    at = (tile.bucket * TILE + (i ^ tile.row_mask)).unsqueeze(-1) * TILE + column
+    out.index_add_(0, at.flatten(), ((1.0 - 2.0 * minus) * values.view(at.shape)).flatten())
 
 
 @functools.cache
@@ -91,11 +89,39 @@ def hash_key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
-def bucket_of(tiles: Tensor, key: int, buckets: int) -> Tensor:
-    """Each tile's bucket: every ``buckets`` tiles in a row get one each, from a random one on."""
-    deal = hash_counters(4 * tiles.div(buckets, rounding_mode="floor") + 3, key)
-    high = deal >> 32 & (1 << 32) - 1
-    return (tiles + (high * buckets >> 32)) % buckets
+@dataclass(frozen=True)
+class TileDraws:
+    """The draws of some tiles, int64 tensors of one shape."""
+
+    bucket: Tensor
+    row_mask: Tensor
+    column_mask: Tensor
+    row_signs: Tensor
+    column_signs: Tensor
+
+
+def draw_tiles(
+    strip: Tensor, tile_column: Tensor, across: int, key: int, buckets: int
+) -> TileDraws:
+    """The definition's draws for tiles (strip, tile_column), broadcast, of ``across`` in a row."""
+    p, q = group_shape(buckets)
+    group_row = strip.div(p, rounding_mode="floor")
+    group_column = tile_column.div(q, rounding_mode="floor")
+    groups_across = -(-across // q)
+    deal = hash_counters(8 * (group_row * groups_across + group_column) + 3, key)
+    row = (strip + ((deal >> 32 & _LOW_HALF) * p >> 32)) % p
+    column = (tile_column + ((deal & _LOW_HALF) * q >> 32)) % q
+    tile = strip * across + tile_column
+    masks = hash_counters(8 * tile, key)
+    row_high = hash_counters(8 * (strip * groups_across + group_column) + 4, key)
+    column_high = hash_counters(8 * (group_row * across + tile_column) + 5, key)
+    return TileDraws(
+        bucket=row * q + column,
+        row_mask=row_high & 56 | masks & 7,
+        column_mask=column_high & 56 | masks >> 8 & 7,
+        row_signs=hash_counters(8 * tile + 1, key),
+        column_signs=hash_counters(8 * tile + 2, key),
+    )
 
 
 def hash_counters(counter: Tensor, key: int) -> Tensor:

@@ -62,6 +62,7 @@ def _target(native: Any, target: SketchTarget) -> Any:
         all_cols=target.columns,
         key=target.key & 0xFFFFFFFFFFFFFFFF,
         proj_dim=target.proj_dim,
+        group_rows=target.group[0],
         scale=0 if scale is None else scale.data_ptr(),
         scale_stride=0 if scale is None else scale.stride(0),
         out=target.out.data_ptr(),

@@ -1,8 +1,11 @@
 """The destination of a gradient's sketch, as every backend receives it."""
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
+
+BUCKET = 64 * 64
 
 
 @dataclass(frozen=True)
@@ -27,3 +30,16 @@ class SketchTarget:
     @property
     def proj_dim(self) -> int:
         return self.out.shape[1]
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """Tiles down and across in a group: one for each bucket."""
+        return group_shape(self.proj_dim // BUCKET)
+
+
+@functools.cache
+def group_shape(buckets: int) -> tuple[int, int]:
+    """p, the largest divisor of ``buckets`` with p^2 <= buckets, and buckets / p."""
+    divisors = (n for n in range(1, buckets + 1) if n * n <= buckets and buckets % n == 0)
+    p = max(divisors)
+    return p, buckets // p

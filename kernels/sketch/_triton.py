@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from merit_fast.kernels._devices import device_of
-from merit_fast.kernels.sketch._target import SketchTarget
+from merit_fast.kernels.sketch._target import BUCKET, SketchTarget
 from merit_fast.kernels.sketch._triton_kernels import (
     add_kernel,
     ids_kernel,
@@ -13,7 +13,6 @@ from merit_fast.kernels.sketch._triton_kernels import (
     rows_kernel,
 )
 
-BUCKET = 64 * 64
 # Most programs of a launch. They depend only on the shapes, and so does the order of sums.
 PROGRAMS = 1024
 ADD_BLOCK = 1024
@@ -45,9 +44,10 @@ def sketch_rows(gradient: Tensor, row_ids: Tensor | None, target: SketchTarget) 
         columns,
         *_place(target),
     )
-    kernel, warps = (rows_kernel, 4) if row_ids is None else (ids_kernel, 8)
+    kernel = rows_kernel if row_ids is None else ids_kernel
+    warps = 4 if row_ids is None and scale is None else 8
     inputs = (*tensors, out if scale is None else scale)
-    _run(kernel, inputs, numbers, out, work, (scale is not None,), warps)
+    _run(kernel, inputs, numbers, target, work, (scale is not None,), warps)
 
 
 def sketch_linear(dy: Tensor, x: Tensor, target: SketchTarget) -> None:
@@ -81,7 +81,7 @@ def sketch_linear(dy: Tensor, x: Tensor, target: SketchTarget) -> None:
     # Loads by element take the registers of 8 warps.
     by_element = not vectors or (scale is not None and dy.dtype == torch.float32)
     warps = 8 if by_element else 4
-    _run(linear_kernel, inputs, numbers, out, work, (scale is not None, vectors), warps)
+    _run(linear_kernel, inputs, numbers, target, work, (scale is not None, vectors), warps)
 
 
 def _place(target: SketchTarget) -> tuple[int, int, int]:
@@ -104,12 +104,13 @@ def _run(
     kernel: triton.JITFunction,
     inputs: tuple[Tensor, ...],
     numbers: tuple[int, ...],
-    out: Tensor,
+    target: SketchTarget,
     work: int,
     constants: tuple[bool, ...],
     warps: int,
 ) -> None:
     """Launches a kernel with as many splits as fill a GPU, but no more than ``work`` a bucket."""
+    out = target.out
     batch, proj_dim = out.shape
     buckets = proj_dim // BUCKET
     splits = max(1, min(PROGRAMS // (batch * buckets), work))
@@ -120,7 +121,7 @@ def _run(
             *inputs,
             sums,
             *numbers,
-            buckets,
+            *target.group,
             splits,
             *constants,
             num_warps=warps,

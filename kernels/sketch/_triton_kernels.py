@@ -14,7 +14,6 @@ from merit_fast.kernels.sketch._triton_tiles import (
     draw_tile,
     own_program,
     signs,
-    step_of_walk,
     tile_of,
     walk,
     write_bucket,
@@ -79,11 +78,11 @@ def _block(
     return product
 
 
-@triton.jit(do_not_specialize=["key", "across", "buckets", "splits"])
+@triton.jit(do_not_specialize=["key", "across", "group_rows", "group_columns", "splits"])
 def linear_kernel(
     dy, x, offsets, scale, out, key, dy_stride, x_stride, scale_stride,
-    scale_rows, scale_columns, rows, columns, first_row, first_column, across, buckets, splits,
-    HAS_SCALE: tl.constexpr, VECTORS: tl.constexpr,
+    scale_rows, scale_columns, rows, columns, first_row, first_column,
+    across, group_rows, group_columns, splits, HAS_SCALE: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """out[b] += sketch(dy[b].T @ x[b]).
 
@@ -92,27 +91,28 @@ def linear_kernel(
     loads are asynchronous and 128 bits wide. With all six bits there, elements would come one by
     one and registers spill.
     """
+    buckets = group_rows * group_columns
+    groups = (across + group_columns - 1) // group_columns
     bucket, split, start, tokens = own_program(offsets, buckets, splits)
+    bucket_row = bucket // group_columns
+    bucket_column = bucket % group_columns
     key = key.to(tl.uint64)
-    first, run, touched, steps = walk(rows, columns, first_row, first_column, across, buckets)
+    top, left, wide, steps = walk(rows, columns, first_row, first_column, group_rows, group_columns)
     lane = tl.arange(0, 64)
     total = tl.zeros((64, 64), tl.float32)
     for step in range(split, steps, splits):
-        tile, inside, row, column = step_of_walk(
-            step,
-            key,
-            bucket,
-            first,
-            run,
-            touched,
-            columns,
-            first_row,
-            first_column,
-            across,
-            buckets,
-        )
-        if inside:
-            x_mask, y_mask, row_signs, column_signs = draw_tile(key, tile)
+        group_row = top + step // wide
+        group_column = left + step % wide
+        strip, tile_column = tile_of(
+            key, group_row, group_column, groups, bucket_row, bucket_column,
+            group_rows, group_columns,
+        )  # fmt: skip
+        row = strip * 64 - first_row
+        column = tile_column * 64 - first_column
+        if (row > -64) & (row < rows) & (column > -64) & (column < columns):
+            x_mask, y_mask, row_signs, column_signs = draw_tile(
+                key, strip, tile_column, group_row, group_column, across, groups
+            )
             i = row + tl.max_contiguous(tl.multiple_of(lane ^ (x_mask & 56), 8), 8)
             j = column + tl.max_contiguous(tl.multiple_of(lane ^ (y_mask & 56), 8), 8)
             rows_in = (i >= 0) & (i < rows)
@@ -133,37 +133,39 @@ def linear_kernel(
     write_bucket(out, bucket, buckets, splits, total)
 
 
-@triton.jit(do_not_specialize=["key", "across", "buckets", "splits"])
+@triton.jit(do_not_specialize=["key", "across", "group_rows", "group_columns", "splits"])
 def rows_kernel(
     gradient, offsets, scale, out, key, stride, scale_stride,
-    columns, first_row, first_column, across, buckets, splits, HAS_SCALE: tl.constexpr,
+    columns, first_row, first_column, across, group_rows, group_columns, splits,
+    HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """out[b] += sketch of the rows of b. Reads each element once.
 
     The permutation is only in the addresses: a warp's load takes 32 neighbours, in any order, in
     whole sectors.
     """
+    buckets = group_rows * group_columns
+    groups = (across + group_columns - 1) // group_columns
     bucket, split, start, rows = own_program(offsets, buckets, splits)
+    bucket_row = bucket // group_columns
+    bucket_column = bucket % group_columns
     key = key.to(tl.uint64)
-    first, run, touched, steps = walk(rows, columns, first_row, first_column, across, buckets)
+    top, left, wide, steps = walk(rows, columns, first_row, first_column, group_rows, group_columns)
     lane = tl.arange(0, 64)
     total = tl.zeros((64, 64), tl.float32)
     for step in range(split, steps, splits):
-        tile, inside, row, column = step_of_walk(
-            step,
-            key,
-            bucket,
-            first,
-            run,
-            touched,
-            columns,
-            first_row,
-            first_column,
-            across,
-            buckets,
-        )
-        if inside:
-            x_mask, y_mask, row_signs, column_signs = draw_tile(key, tile)
+        group_row = top + step // wide
+        group_column = left + step % wide
+        strip, tile_column = tile_of(
+            key, group_row, group_column, groups, bucket_row, bucket_column,
+            group_rows, group_columns,
+        )  # fmt: skip
+        row = strip * 64 - first_row
+        column = tile_column * 64 - first_column
+        if (row > -64) & (row < rows) & (column > -64) & (column < columns):
+            x_mask, y_mask, row_signs, column_signs = draw_tile(
+                key, strip, tile_column, group_row, group_column, across, groups
+            )
             i = row + (lane ^ x_mask)
             j = column + (lane ^ y_mask)
             mask = ((i >= 0) & (i < rows))[:, None] & ((j >= 0) & (j < columns))[None, :]
@@ -180,45 +182,50 @@ def rows_kernel(
     write_bucket(out, bucket, buckets, splits, total)
 
 
-@triton.jit(do_not_specialize=["key", "across", "buckets", "splits"])
+@triton.jit(do_not_specialize=["key", "across", "group_rows", "group_columns", "splits"])
 def ids_kernel(
     gradient, offsets, row_ids, scale, out, key, stride, scale_stride,
-    columns, first_row, first_column, across, buckets, splits, HAS_SCALE: tl.constexpr,
+    columns, first_row, first_column, across, group_rows, group_columns, splits,
+    HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """out[b] += sketch of rows in any order. Reads each element once, the ids M times.
 
-    Every row has a run of 64 in the bucket for each group of tiles that it touches. 16 runs, each
-    from its own tile, are added at once by a product with the matrix of signs that assigns each a
-    row of the bucket: 4096 multiply-adds a run, on tensor cores in bf16, where it is exact. With
-    more buckets than tiles across, most runs are empty. A number that is not finite makes NaN of
-    its whole column of the bucket.
+    Of each group of tiles that it touches, a row has a run of 64 in the bucket if its strip is the
+    bucket's: one row in ``group_rows``. 16 runs, each from its own tile, are added at once by a
+    product with the matrix of signs that assigns each a row of the bucket: 4096 multiply-adds a
+    run, on tensor cores in bf16, where it is exact. A number that is not finite makes NaN of its
+    whole column of the bucket.
     """
     WIDE: tl.constexpr = HAS_SCALE or gradient.dtype.element_ty == tl.float32
     ROWS: tl.constexpr = 16
+    buckets = group_rows * group_columns
+    groups = (across + group_columns - 1) // group_columns
     bucket, split, start, count = own_program(offsets, buckets, splits)
+    bucket_row = bucket // group_columns
+    bucket_column = bucket % group_columns
     key = key.to(tl.uint64)
     lane = tl.arange(0, 64)
     near = tl.arange(0, ROWS)
-    left = first_column // 64
-    width = (first_column + columns + 63) // 64 - left
+    left = first_column // 64 // group_columns
+    right = (first_column + columns - 1) // 64 // group_columns + 1
     total = tl.zeros((64, 64), tl.float32)
     for chunk in range(split * ROWS, count, splits * ROWS):
         here = start + chunk + near
         live = chunk + near < count
         row = tl.load(row_ids + here, mask=live, other=0)
         strip = (row // 64).to(tl.int32)
-        first = strip * across + left
-        for k in tl.range(0, (width + buckets - 2) // buckets + 1, num_stages=1):
-            tile = tile_of(key, first // buckets + k, bucket, buckets)
-            x_mask, y_mask, row_signs, column_signs = draw_tile(key, tile)
-            i = (row % 64).to(tl.int32)
-            source = lane[None, :] ^ y_mask[:, None]
-            j = ((tile - strip * across) * 64 - first_column)[:, None] + source
-            inside = (
-                (live & (tile >= first) & (tile < first + width))[:, None]
-                & (j >= 0)
-                & (j < columns)
+        i = (row % 64).to(tl.int32)
+        group_row = strip // group_rows
+        for k in tl.range(left, right, num_stages=1):
+            taken, tile_column = tile_of(
+                key, group_row, k, groups, bucket_row, bucket_column, group_rows, group_columns
             )
+            x_mask, y_mask, row_signs, column_signs = draw_tile(
+                key, strip, tile_column, group_row, k, across, groups
+            )
+            source = lane[None, :] ^ y_mask[:, None]
+            j = (tile_column * 64 - first_column)[:, None] + source
+            inside = (live & (taken == strip))[:, None] & (j >= 0) & (j < columns)
             value = tl.load(gradient + here[:, None] * stride + j, mask=inside, other=0.0).to(
                 tl.float32
             )

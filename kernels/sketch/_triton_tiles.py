@@ -1,7 +1,7 @@
 """Tiles of the CountSketch in Triton: which tile a program takes, its hash, and its bucket.
 
-Of every M = proj_dim / 4096 consecutive tiles a bucket gets one: number (bucket - deal) mod M of
-its group. Tiles are numbered in 32 bits: a parameter has less than 2^43 entries.
+Of every group of tiles, ``group_rows`` x ``group_columns`` of them, a bucket gets one. Tiles are
+numbered in 32 bits: a parameter has less than 2^43 entries.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -19,19 +19,30 @@ def hash_bits(key, counter):
 
 
 @triton.jit
-def tile_of(key, group, bucket, buckets):
-    """The bucket's tile among those numbered group * buckets + 0, 1, ..., buckets - 1."""
-    deal = hash_bits(key, group.to(tl.uint64) * 4 + 3) >> 32
-    turn = bucket - ((deal * buckets.to(tl.uint64)) >> 32).to(tl.int32)
-    return group * buckets + tl.where(turn < 0, turn + buckets, turn)
+def tile_of(
+    key, group_row, group_column, groups, bucket_row, bucket_column, group_rows, group_columns
+):
+    """The bucket's tile in a group: its strips of rows and of columns in the parameter."""
+    deal = hash_bits(key, (group_row * groups + group_column).to(tl.uint64) * 8 + 3)
+    row_turn = ((deal >> 32) * group_rows.to(tl.uint64)) >> 32
+    column_turn = ((deal & 0xFFFFFFFF) * group_columns.to(tl.uint64)) >> 32
+    row = bucket_row - row_turn.to(tl.int32)
+    column = bucket_column - column_turn.to(tl.int32)
+    row += tl.where(row < 0, group_rows, 0)
+    column += tl.where(column < 0, group_columns, 0)
+    return group_row * group_rows + row, group_column * group_columns + column
 
 
 @triton.jit
-def draw_tile(key, tile):
-    """Row mask, column mask, row signs, column signs."""
-    counter = tile.to(tl.uint64) * 4
+def draw_tile(key, strip, left, group_row, group_column, across, groups):
+    """Row mask, column mask, row signs, column signs of a tile and its group."""
+    counter = (strip * across + left).to(tl.uint64) * 8
+    of_rows = (strip * groups + group_column).to(tl.uint64) * 8
+    of_columns = (group_row * across + left).to(tl.uint64) * 8
     masks = hash_bits(key, counter).to(tl.int32)
-    return masks & 63, (masks >> 8) & 63, hash_bits(key, counter + 1), hash_bits(key, counter + 2)
+    x = (hash_bits(key, of_rows + 4).to(tl.int32) & 56) | (masks & 7)
+    y = (hash_bits(key, of_columns + 5).to(tl.int32) & 56) | ((masks >> 8) & 7)
+    return x, y, hash_bits(key, counter + 1), hash_bits(key, counter + 2)
 
 
 @triton.jit
@@ -55,41 +66,13 @@ def own_program(offsets, buckets, splits):
 
 
 @triton.jit
-def walk(rows, columns, first_row, first_column, across, buckets):
-    """Runs of consecutive tiles: first tile, tiles and groups of a run, and steps over all runs.
-
-    A gradient is one run. Where it is much narrower than the parameter, each of its strips of tiles
-    is a run, ``across`` tiles after the one before.
-    """
-    top = first_row // 64
-    left = first_column // 64
-    strips = (first_row + rows + 63) // 64 - top
-    width = (first_column + columns + 63) // 64 - left
-    whole = (strips - 1) * across + width
-    touched = (width + buckets - 2) // buckets + 1
-    touched_whole = (whole + buckets - 2) // buckets + 1
-    by_strip = strips * touched < touched_whole
-    run = tl.where(by_strip, width, whole)
-    touched = tl.where(by_strip, touched, touched_whole)
-    return (
-        top * across + left,
-        run,
-        touched,
-        tl.where(rows > 0, tl.where(by_strip, strips, 1) * touched, 0),
-    )
-
-
-@triton.jit
-def step_of_walk(
-    step, key, bucket, first, run, touched, columns, first_row, first_column, across, buckets
-):
-    """The bucket's tile at a step, whether the gradient has it, and its first row and column."""
-    first += step // touched * across
-    tile = tile_of(key, first // buckets + step % touched, bucket, buckets)
-    strip = tile // across
-    column = (tile - strip * across) * 64 - first_column
-    inside = (tile >= first) & (tile < first + run) & (column > -64) & (column < columns)
-    return tile, inside, strip * 64 - first_row, column
+def walk(rows, columns, first_row, first_column, group_rows, group_columns):
+    """The groups that a gradient touches: the first's place, groups across, and their number."""
+    top = first_row // 64 // group_rows
+    left = first_column // 64 // group_columns
+    below = (first_row + rows - 1) // 64 // group_rows + 1
+    right = (first_column + columns - 1) // 64 // group_columns + 1
+    return top, left, right - left, tl.where(rows > 0, (below - top) * (right - left), 0)
 
 
 @triton.jit

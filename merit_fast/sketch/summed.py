@@ -215,6 +215,8 @@ class SummedSketcher:
         def hook(gradient: Tensor) -> None:
             gradient = gradient.detach()
             rows = None
+            if gradient.is_sparse and gradient.dim() < 2:
+                gradient = gradient.to_dense()
             if gradient.is_sparse:  # an embedding's rows, repeats not yet summed
                 if gradient.sparse_dim() != 1:
                     raise MeritFastError(

@@ -8,6 +8,8 @@ import pytest
 import torch
 from support.paths import ROOT
 
+from merit_fast.kernels.sketch import CountSketch, flat_sketch
+
 
 @pytest.fixture
 def bench(monkeypatch, capfd):
@@ -91,6 +93,35 @@ def files_of(kept, folder):
     return [
         folder / f"{record['gradient']['task']}.2.f32" for record in kept if "gradient" in record
     ]
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 7, 8, 16])
+def test_the_layout_of_this_version_is_that_of_the_kernels(module, buckets):
+    layouts = module("sketch.layouts")
+    layout = module("sketch.layout")
+    gradient = torch.randint(-8, 9, (2, 320, 448)).float()
+    sketch = CountSketch(buckets * 4096, 3)
+    draw = layouts.LAYOUTS["rectangles, high bits by strip (version 3)"]
+    dense = layouts.sketch(layout.dense(gradient), 448, 3, sketch.proj_dim, draw)
+    assert torch.equal(dense, flat_sketch(gradient, "w", sketch))
+    rows = layouts.sketch(layout.some_rows([7, 99], gradient[:, :2]), 448, 3, sketch.proj_dim, draw)
+    ids = torch.tensor([[7, 99]] * 2)
+    assert torch.equal(rows, flat_sketch(gradient[:, :2], "w", sketch, row_ids=ids))
+
+
+def test_layouts_are_tabled_for_made_and_real_gradients(bench, tiny_model):
+    text = bench("sketch.layout", "--draws", "2", "--model", tiny_model)
+    lines = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| ")]
+    draws = {name.strip(): draws.strip() for name, draws in lines}
+    assert draws["dense, 512 x 512"] == "2" and draws["one row of 4096"] == "8"
+    assert any(name.startswith("SmolLM2: rows of the embedding") for name in draws)
+
+
+def test_calls_are_timed_and_named_as_json_for_a_comparison(bench):
+    text = bench("sketch.calls", "--only", "8x128x576 bf16", "--seconds", "0", "--threads", "1")
+    figures = json.loads(text.splitlines()[-1])
+    assert list(figures) == ["embedding 8x128x576 bf16", "vector 8x128x576 bf16"]
+    assert all(value > 0 for value in figures.values())
 
 
 def test_a_missing_peer_is_reported_and_the_others_run(bench, tmp_path):

@@ -38,19 +38,19 @@ def test_the_hash_is_of_64_bits(key):
     assert_equal_to_eager("sketch_rows", (gradient, None), offsets, (0, 0, 70), 2, key=key)
 
 
-@pytest.mark.parametrize("buckets,steps", [(2, 3 * 2), (64, 4)])
-def test_a_narrow_shard_is_not_searched_for_among_all_tiles(buckets, steps):
-    """3 x 2 tiles of 3 x 64: two groups for each strip, or the four groups that 130 tiles touch."""
+@pytest.mark.parametrize("group_rows,group_columns,steps", [(1, 2, 3 * 2), (8, 8, 1)])
+def test_a_narrow_shard_is_not_searched_for_among_all_tiles(group_rows, group_columns, steps):
+    """Only the groups that its 3 x 2 tiles touch are visited; the first column is skipped."""
 
     @triton.jit
-    def kernel(out, rows, columns, first_row, first_column, across, buckets):
-        first, run, touched, steps = _triton_tiles.walk(
-            rows, columns, first_row, first_column, across, buckets
+    def kernel(out, rows, columns, first_row, first_column, group_rows, group_columns):
+        _, _, _, steps = _triton_tiles.walk(
+            rows, columns, first_row, first_column, group_rows, group_columns
         )
         tl.store(out, steps)
 
     out = torch.zeros(1, dtype=torch.int64)
-    kernel[(1,)](out, 150, 100, 0, 64, 64, buckets)
+    kernel[(1,)](out, 150, 100, 0, 64, group_rows, group_columns)
     assert out.item() == steps
 
 

@@ -28,6 +28,8 @@ CASES = {
     "shard, loads of 16 bytes": (72, 104, [5, 33], 16, (8, 136, 400)),
     "shard, unaligned": (37, 91, [33, 16], 5, (67, 5, 99)),
     "splits": (576, 200, [20, 0, 3], 2, (0, 0, 200)),
+    "groups of 2 x 2": (200, 210, [9], 4, (0, 0, 210)),
+    "groups of 2 x 4, cut at every edge": (200, 330, [5], 8, (70, 150, 700)),
 }
 
 
@@ -80,7 +82,7 @@ def test_splits_and_launches_of_few_examples_change_nothing(dtype, on_cpu, monke
     job = draw("ragged, packed, one example empty", dtype)
     truth = expected(*job)
     monkeypatch.setattr(_cuda, "SPLIT_TILES", 1)
-    monkeypatch.setattr(_cuda, "PARTIAL_BYTES", 2 * 4 * (3 * 4096) * 4)  # two examples, four splits
+    monkeypatch.setattr(_cuda, "PARTIAL_BYTES", 2 * 6 * (3 * 4096) * 4)  # two examples, six splits
     launches = []
     launch = _cuda.launch
     monkeypatch.setattr(
@@ -89,8 +91,8 @@ def test_splits_and_launches_of_few_examples_change_nothing(dtype, on_cpu, monke
     _cuda.sketch_linear(*job)
     assert torch.equal(job[-1].out, truth)
     kernel = "sketch_linear_bf16" if dtype == torch.bfloat16 else "sketch_linear_f32"
-    splits = 4
-    buckets = 3  # 3 x 4 tiles, of every three in a row one in a bucket
+    splits = 6
+    buckets = 3  # 3 x 4 tiles in groups of 1 x 3
     assert launches == [
         (kernel, 2 * splits * buckets), ("add_splits", 2 * buckets * 32),
         (kernel, splits * buckets), ("add_splits", buckets * 32),

@@ -8,12 +8,16 @@ from merit_fast.kernels.sketch import (
     embedding_grad_sketch,
     flat_sketch,
     linear_grad_sketch,
+    matrix_shape,
     vector_grad_sketch,
 )
 from merit_fast.kernels.sketch._eager import hash_counters
 
 BACKENDS = ["cpu", "eager"]
 SKETCH = CountSketch(proj_dim=3 * 4096, seed=3)  # three buckets: no power of two
+# Buckets -> rows and columns of a group of tiles
+GROUPS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 7: (1, 7), 8: (2, 4), 12: (3, 4)}
+GROUPS |= {16: (4, 4), 64: (8, 8)}
 SHAPES = [(3, 5, 64), (2, 70, 37), (1, 1, 5), (2, 13, 130), (2, 1, 1), (1, 129, 200)]
 
 
@@ -21,7 +25,8 @@ def slow_sketch(gradient, name, sketch, first_row=0, first_column=0, columns=Non
     """The definition, entry by entry, with draws in Python integers."""
     batch, rows, width = gradient.shape
     across = -(-(columns or width) // 64)
-    buckets = sketch.proj_dim // 4096
+    p, q = GROUPS[sketch.proj_dim // 4096]
+    groups = -(-across // q)
     mask = (1 << 64) - 1
     key = sketch.key(name) & (1 << 64) - 1
 
@@ -31,16 +36,19 @@ def slow_sketch(gradient, name, sketch, first_row=0, first_column=0, columns=Non
         z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
         return z ^ z >> 31
 
-    out = torch.zeros(batch, buckets, 64, 64, dtype=torch.float64)
+    out = torch.zeros(batch, p, q, 64, 64, dtype=torch.float64)
     for r in range(first_row, first_row + rows):
         for c in range(first_column, first_column + width):
-            tile = r // 64 * across + c // 64
-            bucket = (tile + ((h(4 * (tile // buckets) + 3) >> 32) * buckets >> 32)) % buckets
-            x = h(4 * tile) & 63
-            y = h(4 * tile) >> 8 & 63
-            minus = h(4 * tile + 1) >> r % 64 & 1 ^ h(4 * tile + 2) >> c % 64 & 1
+            strip, j = r // 64, c // 64
+            tile = strip * across + j
+            deal = h(8 * (strip // p * groups + j // q) + 3)
+            row = (strip + ((deal >> 32) * p >> 32)) % p
+            column = (j + ((deal & (1 << 32) - 1) * q >> 32)) % q
+            x = h(8 * (strip * groups + j // q) + 4) & 56 | h(8 * tile) & 7
+            y = h(8 * (strip // p * across + j) + 5) & 56 | h(8 * tile) >> 8 & 7
+            minus = h(8 * tile + 1) >> r % 64 & 1 ^ h(8 * tile + 2) >> c % 64 & 1
             value = gradient[:, r - first_row, c - first_column].double()
-            out[:, bucket, r % 64 ^ x, c % 64 ^ y] += (1 - 2 * minus) * value
+            out[:, row, column, r % 64 ^ x, c % 64 ^ y] += (1 - 2 * minus) * value
     return out.flatten(1)
 
 
@@ -55,6 +63,49 @@ def test_flat_sketch_is_the_definition(shape, dtype, backend):
     assert torch.equal(result.double(), slow_sketch(gradient, "layer.weight", SKETCH))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("buckets", GROUPS)
+def test_any_width_is_the_definition(buckets, backend):
+    """A part whose edges lie in tiles and groups, of a parameter with ragged groups."""
+    sketch = CountSketch(buckets * 4096, seed=5)
+    gradient = torch.randint(-8, 9, (1, 70, 150)).float()
+    place = dict(first_row=250, first_column=130, columns=420)
+    truth = slow_sketch(gradient, "w", sketch, **place)
+    assert torch.equal(flat_sketch(gradient, "w", sketch, **place, backend=backend).double(), truth)
+    dy = torch.randint(-4, 5, (1, 9, 70)).float()
+    x = torch.randint(-4, 5, (1, 9, 150)).float()
+    product = linear_grad_sketch(dy, x, "w", sketch, **place, backend=backend)
+    assert torch.equal(product, flat_sketch(dy.mT @ x, "w", sketch, **place, backend="eager"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("buckets", [1, 7, 8, 16])
+@pytest.mark.parametrize("kind", ["vector", "expert", "tied", "wide row"])
+def test_every_kind_of_parameter_is_the_definition(kind, buckets, backend):
+    sketch = CountSketch(buckets * 4096, seed=2)
+    dy = torch.randint(-4, 5, (1, 6, 70)).float()
+    if kind == "vector":
+        result = vector_grad_sketch(dy, "w", sketch, backend=backend)
+        gradient = dy.sum(1).view(1, *matrix_shape([70]))
+    elif kind == "wide row":
+        gradient = torch.randint(-4, 5, (1, 1, 1000)).float()
+        result = flat_sketch(gradient[:, 0], "w", sketch, backend=backend)
+    elif (
+        kind == "expert"
+    ):  # the second of three, [50, 70]: its first tile is the first expert's too
+        x = torch.randint(-4, 5, (1, 6, 50)).float()
+        result = linear_grad_sketch(x, dy, "w", sketch, first_row=50, backend=backend)
+        gradient = torch.zeros(1, 150, 70)
+        gradient[:, 50:100] = x.mT @ dy
+    else:  # a head and an embedding of one name
+        ids = torch.tensor([[3, 99, 3, 0, 64, 70]])
+        head = torch.randint(-4, 5, (1, 6, 100)).float()
+        result = linear_grad_sketch(head, dy, "w", sketch, backend=backend)
+        embedding_grad_sketch(dy, ids, "w", sketch, out=result, backend=backend)
+        gradient = (head.mT @ dy).index_add(1, ids[0], dy)
+    assert torch.equal(result.double(), slow_sketch(gradient, "w", sketch))
+
+
 def test_hash_is_pinned():
     """A change of any bit needs a new hash version, or old sketches would add to new ones."""
     assert CountSketch(4096, seed=0).key("w") == KEY
@@ -63,17 +114,17 @@ def test_hash_is_pinned():
     assert {int(i): float(sketch[0, i]) for i in sketch[0].nonzero()} == ENTRIES
 
 
-KEY = 1433922861218710169
+KEY = -3923965601825865643
 HASHES = [2454886589211414944, 3778200017661327597, 7128148681715144737]
 ENTRIES = {
-    7444: 3.0,
-    7445: 4.0,
-    7446: -1.0,
-    7447: 2.0,
-    7508: -7.0,
-    7509: -8.0,
-    7510: 5.0,
-    7511: -6.0,
+    5932: 1.0,
+    5933: 2.0,
+    5934: 3.0,
+    5935: 4.0,
+    5996: -5.0,
+    5997: -6.0,
+    5998: -7.0,
+    5999: -8.0,
 }
 
 
@@ -222,15 +273,20 @@ def test_vector_grad_sketch_sums_over_tokens(tokens, columns, dtypes, backend):
         (dy.double() * normal, {"x": x, "epsilon": 1e-3}),
     ]
     for products, options in cases:
-        truth = flat_sketch(products.sum(1), "w", SKETCH, backend="eager")
+        folded = products.sum(1).view(3, *matrix_shape([columns]))
+        truth = flat_sketch(folded, "w", SKETCH, backend="eager")
         result = vector_grad_sketch(dy, "w", SKETCH, **options, backend=backend)
-        size = (
-            flat_sketch(products.abs().sum(1), "w", SKETCH, backend="eager").abs().max()
-            if tokens
-            else 0
-        )
+        terms = products.abs().sum(1).view_as(folded)
+        size = flat_sketch(terms, "w", SKETCH, backend="eager").abs().max() if tokens else 0
         # Relative to the terms: their sum may be much smaller.
         assert (result - truth).abs().max() <= 3e-7 * size
+
+
+def test_a_vector_of_one_group_is_kept_without_loss():
+    dy = torch.randint(-9, 10, (2, 3, 576)).float()
+    sketches = vector_grad_sketch(dy, "norm.weight", CountSketch(65536))
+    sums = dy.sum(1)
+    assert torch.equal(sketches @ sketches.mT, sums @ sums.mT)
 
 
 def test_a_strided_dy_is_summed_where_it_lies():

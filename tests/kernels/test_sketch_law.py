@@ -5,6 +5,8 @@ Seeds are fixed lists, so that no test fails by chance; the bounds leave room fo
 sqrt(D).
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from merit_fast.kernels.sketch import (
     linear_grad_sketch,
 )
 
-# 24 tiles, 4 buckets
+# 24 tiles, 4 buckets, groups of 2 x 2 tiles
 ROWS = 256
 COLUMNS = 384
 PROJ_DIM = 16384
@@ -84,10 +86,10 @@ def inner_products(pairs):
     return (flat[::2] * flat[1::2]).sum(1)
 
 
-def tiles_in_deals(matrix):
-    """[deals, entries]: entries of every proj_dim / 4096 tiles in a row, which never collide."""
-    tiles = matrix.view(ROWS // 64, 64, COLUMNS // 64, 64).transpose(1, 2).reshape(-1, 4096)
-    return tiles.reshape(-1, PROJ_DIM).double()
+def tiles_in_groups(matrix):
+    """[groups, entries]: entries of the 2 x 2 tiles of a group, which never collide."""
+    groups = matrix.view(ROWS // 128, 128, COLUMNS // 128, 128).transpose(1, 2)
+    return groups.reshape(-1, PROJ_DIM).double()
 
 
 def theory(pair):
@@ -95,8 +97,8 @@ def theory(pair):
 
     Each pair of entries that may collide does so with probability 1/D.
     """
-    g = tiles_in_deals(pair[0])
-    h = tiles_in_deals(pair[1])
+    g = tiles_in_groups(pair[0])
+    h = tiles_in_groups(pair[1])
     squares = g.square().sum(1), h.square().sum(1)
     products = (g * h).sum(1)
     both = squares[0].sum() * squares[1].sum()
@@ -197,11 +199,14 @@ def test_entries_of_different_tiles_collide_with_probability_of_one_over_d(kind,
             for seed in range(seeds)
         ]
     )
-    expected = seeds * entries * (entries - 1) / 2 / proj_dim
+    p, q = {4096: (1, 1), 12288: (1, 3)}[proj_dim]
+    groups = [
+        (row // 64 // p, column // 64 // q) for row, column in zip(rows, columns, strict=True)
+    ]
+    pairs = sum(one != other for one, other in itertools.combinations(groups, 2))
+    expected = seeds * pairs / proj_dim
     collisions = seeds * entries - int((sketches != 0).sum())
-    assert (
-        expected * 0.6 < collisions < expected + 4 * expected**0.5
-    )  # tiles dealt together never collide
+    assert abs(collisions - expected) < 4 * expected**0.5
     largest = sketches[sketches.abs() >= 2.0 ** (entries - 1)].sign()
     assert abs(largest.mean()) < 4 / seeds**0.5
 

@@ -118,7 +118,16 @@ def test_the_public_functions_compile_whole():
 
 @pytest.mark.parametrize(
     "shape,expected",
-    [((), (1, 1)), ((5,), (1, 5)), ((4, 3), (4, 3)), ((2, 4, 3), (8, 3)), ((8, 3, 2, 2), (8, 12))],
+    [
+        ((), (1, 1)),
+        ((5,), (1, 5)),
+        ((67,), (67, 1)),
+        ((100,), (2, 50)),
+        ((576,), (9, 64)),
+        ((4, 3), (4, 3)),
+        ((2, 4, 3), (8, 3)),
+        ((8, 3, 2, 2), (8, 12)),
+    ],
 )
 def test_matrix_shape(shape, expected):
     assert matrix_shape(shape) == expected

@@ -8,7 +8,8 @@ import torch
 
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.kernels.sketch import CountSketch
+from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
+from merit_fast.manifests import sketch_state
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.options.parser import to_plain
 from merit_fast.split import SplitConfig, split_mixture
@@ -72,6 +73,17 @@ def test_state_file_round_trip_and_damage(tmp_path):
     file.write_bytes(state.to_bytes()[:-5])
     with pytest.raises(InputError, match="d.safetensors: is not a sketch state"):
         SketchState.read(file)
+
+
+def test_a_state_of_an_earlier_hash_is_refused_in_one_line(tmp_path, monkeypatch):
+    file = tmp_path / "d.safetensors"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(sketch_state, "HASH_VERSION", 2)
+        file.write_bytes(filled_state(1).to_bytes())
+    with pytest.raises(InputError) as caught:
+        SketchState.read(file)
+    line = f"{file}: hash_version: must be {HASH_VERSION}, got 2; remove it to sketch again"
+    assert str(caught.value) == line
 
 
 # ---- the stage

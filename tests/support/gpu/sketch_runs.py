@@ -16,16 +16,17 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 CASES = {
     "one tile": (1, 64, 64, (0, 0, 64), [64]),
     "one entry": (2, 1, 1, (0, 0, 1), [1, 3]),
-    "ragged": (3, 70, 37, (0, 0, 37), [33, 1, 100]),
+    "ragged": (4, 70, 37, (0, 0, 37), [33, 1, 100]),
     "tokens that fill no block": (1, 32, 16, (0, 0, 16), [15, 16, 17, 65]),
     "examples without tokens": (3, 40, 100, (0, 0, 100), [0, 5, 0]),
     "no tokens at all": (2, 40, 100, (0, 0, 100), [0, 0]),
     "more buckets than tiles": (11, 65, 130, (0, 0, 130), [9]),
-    "shard from a tile's border": (3, 64, 192, (128, 256, 1000), [5]),
-    "shard that begins in a tile": (3, 100, 80, (37, 91, 200), [5, 6]),
+    "shard from a tile's border": (8, 64, 192, (128, 256, 1000), [5]),
+    "shard that begins in a tile": (4, 100, 80, (37, 91, 200), [5, 6]),
     "shard that begins on the grid of vectors": (3, 101, 81, (16, 48, 200), [5, 6]),
-    "narrow shard, strip by strip": (2, 150, 100, (0, 64, 4096), [3]),
-    "narrow shard, few groups": (16, 150, 100, (0, 64, 2048), [3]),
+    "narrow shard of many groups": (2, 150, 100, (0, 64, 4096), [3]),
+    "narrow shard of few groups": (16, 150, 100, (0, 64, 2048), [3]),
+    "groups at every edge": (16, 340, 330, (200, 150, 500), [3]),
     "last columns of the parameter": (5, 64, 72, (64, 128, 200), [3]),
 }
 

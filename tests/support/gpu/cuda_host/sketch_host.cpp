@@ -10,8 +10,10 @@ extern "C" const char* job_layout() {
       std::string() + FIELD(dy) + FIELD(x) + FIELD(offsets) + FIELD(scale) + FIELD(out) +
       FIELD(partial) + FIELD(dy_stride) + FIELD(x_stride) + FIELD(scale_stride) + FIELD(rows) +
       FIELD(columns) + FIELD(first_row) + FIELD(first_column) + FIELD(tiles_across) +
-      FIELD(first_group) + FIELD(last_group) + FIELD(key) + FIELD(examples) + FIELD(buckets) +
-      FIELD(splits) + FIELD(dy_wide) + FIELD(x_wide) + "end " + std::to_string(sizeof(Job));
+      FIELD(group_rows) + FIELD(group_columns) + FIELD(first_group_row) +
+      FIELD(first_group_column) + FIELD(groups_across) + FIELD(groups) + FIELD(key) +
+      FIELD(examples) + FIELD(buckets) + FIELD(splits) + FIELD(dy_wide) + FIELD(x_wide) + "end " +
+      std::to_string(sizeof(Job));
   return layout.c_str();
 }
 
