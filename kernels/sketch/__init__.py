@@ -102,8 +102,8 @@ def flat_sketch(
         out[b] += sketch(scale * gradient[b])               # as the module's docstring defines it
 
     Args:
-        gradient: [B, R, C] or [B, C] (one row); that of a vector in its ``matrix_shape``. float32 and bfloat16 are read where they lie; other
-            dtypes are converted to float32 first.
+        gradient: [B, R, C] or [B, C] (one row); that of a vector in its ``matrix_shape``. float32
+            and bfloat16 are read where they lie; other dtypes are converted to float32 first.
         name: the parameter's name, which selects its hash.
         sketch: width D and seed.
         row_ids: [B, R] int64, the parameter's row of each gradient row; repeats add up. Overrides
