@@ -19,7 +19,8 @@ from merit_fast.kernels.sketch import (
     flat_sketch,
     linear_grad_sketch,
 )
-from merit_fast.kernels.sketch._eager import TILE, draw_tiles
+from merit_fast.kernels.sketch._eager import draw_tiles
+from merit_fast.kernels.sketch._target import TILE
 
 ELEMENTS = 1 << 24
 WIDTH = 65536

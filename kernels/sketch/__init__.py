@@ -23,17 +23,15 @@ and device change nothing but the rounding of sums. A rectangle of buckets is a 
 rectangles of dY^T X, whose rows and columns lie in runs of 8: ordinary matrix products.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from merit_fast.kernels.sketch._checks import check_scale, checked_out, checked_place, end_to_end
-from merit_fast.kernels.sketch._eager import HASH_VERSION, TILE, hash_key
+from merit_fast.kernels.sketch._eager import HASH_VERSION, hash_key
 from merit_fast.kernels.sketch._ops import sketch_linear, sketch_rows, token_sums
-from merit_fast.kernels.sketch._target import BUCKET
+from merit_fast.kernels.sketch._target import BUCKET, matrix_shape
 
 __all__ = [
     "HASH_VERSION",
@@ -66,22 +64,6 @@ class CountSketch:
     def key(self, name: str) -> int:
         """64 bits of hash version, seed and the parameter's name; signed, as torch takes them."""
         return hash_key(self.seed, name)
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the matrix as which a parameter of ``shape`` is hashed.
-
-    [C], a vector, has as many columns as divide C evenly, at most 64: most vectors then lie in one
-    group of tiles, where no entries meet. [E, O, I], a stack of matrices (experts), has E O rows;
-    the weights of Conv2d and Conv3d, [O, ...], have O rows. A scalar is one entry.
-    """
-    if len(shape) < 2:
-        entries = math.prod(shape)
-        columns = max(n for n in range(1, TILE + 1) if entries % n == 0)
-        return entries // columns, columns
-    if len(shape) == 3:
-        return shape[0] * shape[1], shape[2]
-    return shape[0], math.prod(shape[1:])
 
 
 def flat_sketch(

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from merit_fast.kernels import _splitmix
-from merit_fast.kernels.sketch._target import BUCKET, SketchTarget, group_shape
+from merit_fast.kernels.sketch._target import BUCKET, TILE, SketchTarget, group_shape
 
 HASH_VERSION = 3
-TILE = 64
 _CHUNK_ELEMENTS = 1 << 22
 _LOW_HALF = (1 << 32) - 1
 

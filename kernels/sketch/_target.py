@@ -1,11 +1,14 @@
 """The destination of a gradient's sketch, as every backend receives it."""
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-BUCKET = 64 * 64
+TILE = 64  # rows and columns
+BUCKET = TILE * TILE
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,19 @@ def group_shape(buckets: int) -> tuple[int, int]:
     divisors = (n for n in range(1, buckets + 1) if n * n <= buckets and buckets % n == 0)
     p = max(divisors)
     return p, buckets // p
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the matrix as which a parameter of ``shape`` is hashed.
+
+    [C], a vector, has as many columns as divide C evenly, at most 64: most vectors then lie in one
+    group of tiles, where no entries meet. [E, O, I], a stack of matrices (experts), has E O rows;
+    the weights of Conv2d and Conv3d, [O, ...], have O rows. A scalar is one entry.
+    """
+    if len(shape) < 2:
+        entries = math.prod(shape)
+        columns = max(n for n in range(1, TILE + 1) if entries % n == 0)
+        return entries // columns, columns
+    if len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    return shape[0], math.prod(shape[1:])
