@@ -14,7 +14,7 @@ from merit_fast.split.search.problem import Pins
 
 Labels = npt.NDArray[np.intp]
 
-CHANCE = 0.01  # of a split where nothing conflicts, all numbers of groups together
+CHANCE = 0.005  # of a split where nothing conflicts, all numbers of groups together
 _FEW_CONFLICTS = 0.05  # share of sure conflicts among the parted pairs that counts as conflict
 _MOST_KEPT = 0.5  # share of the kept pairs' agreement that pairs parted further may still have
 
@@ -102,7 +102,7 @@ def choose_num_groups(
     blocks,
 
     1. the pairs that it keeps in one group are more alike than those that it parts and the next
-       smaller K that qualifies does not (Student's t, 1 % for all candidates together), which agree
+       smaller K that qualifies does not (Student's t, .5 % for all candidates together), which agree
        at most half as much;
     2. the pairs that it parts conflict: their mean cosine is below zero (as sure as that), or at
        least 5 % of them surely conflict;
