@@ -102,7 +102,7 @@ def choose_num_groups(
     blocks,
 
     1. the pairs that it keeps in one group are more alike than those that it parts and the next
-       smaller K that qualifies does not (Student's t, .5 % for all candidates together), which agree
+       smaller K that qualifies does not (Student's t, 0.5 % for all together), which agree
        at most half as much;
     2. the pairs that it parts conflict: their mean cosine is below zero (as sure as that), or at
        least 5 % of them surely conflict;
