@@ -73,8 +73,23 @@ def write_manifest(manifest: Any, path: Path) -> None:
 
 
 def manifest_text(manifest: Any) -> str:
-    """The text that ``write_manifest`` writes."""
-    return json.dumps(to_plain(manifest), indent=1, ensure_ascii=False) + "\n"
+    """Returns the text that ``write_manifest`` writes: a list of numbers or names is one line."""
+    return _indented(to_plain(manifest), "\n") + "\n"
+
+
+def _indented(value: Any, line: str) -> str:
+    """JSON with one space per level; ``line`` begins each line of this level."""
+    inner = line + " "
+    if isinstance(value, dict) and value:
+        items = (f"{_json(key)}: {_indented(item, inner)}" for key, item in value.items())
+        return "{" + inner + f",{inner}".join(items) + line + "}"
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return "[" + inner + f",{inner}".join(_indented(item, inner) for item in value) + line + "]"
+    return _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def stage_manifest(stage: str, config: Any, inputs: dict[str, str]) -> StageManifest:

@@ -22,6 +22,10 @@ class SplitDataset:
     more_examples: int  # 0: the signal is resolved; else about how many more examples would do that
     margin: float  # by how much the objective falls if it moves to its best other group
     stability: float  # of its company when a block of examples is left out, 0..1
+    noise_scale: float | None = None  # tr(covariance) / |mean gradient|^2, examples
+    noise_scale_error: float | None = None
+    suggested_share: float | None = None  # of a batch, so that a step helps all datasets alike
+    suggested_share_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,24 @@ class GroupCount:
     null_splits: int = 0  # distinct random splits behind the null, this split not among them
     null_beaten: int | None = None  # how many of them have a lower share; None: not measured
     num_splits: int | None = None  # balanced splits, this one included; None: too many to count
+
+
+@dataclass(frozen=True)
+class TriedNumber:
+    """Contrast of the pairs of datasets that a split parts with those that it keeps.
+
+    Mean cosines over blocks of examples that did not choose the split. None: no such pair.
+    """
+
+    groups: int
+    kept_cosine: float | None
+    parted_cosine: float | None
+    parted_error: float | None
+    coarser: int  # groups of the split that the next figures compare with; 1: all in one group
+    further_cosine: float | None  # of the pairs that this split parts and that one keeps
+    difference: float | None  # kept_cosine - further_cosine
+    difference_error: float | None
+    taken: bool = False  # whether this number qualified for groups auto
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,7 @@ class SplitManifest:
     scores: tuple[tuple[float, ...], ...]  # [N, R]
     score_errors: tuple[tuple[float, ...], ...]  # [N, R]
     cuts: tuple[tuple[int, float], ...]  # (axis, score) of each median cut; method pca-median only
-    separations: tuple[GroupCount, ...]  # of every K tried, rising
+    separations: tuple[GroupCount, ...]  # of the split itself; older files: of every K tried
     controls: tuple[tuple[int, ...], ...]  # [C, N] distinct random splits, none of them this one
     num_splits: int | None  # balanced splits, this one included; None: too many to count
     base_fingerprint: str
@@ -73,6 +95,10 @@ class SplitManifest:
     sure_conflicts_across: int = 0  # those of them whose datasets are in different groups
     unbalanced: tuple[int, ...] = ()  # [N] groups found without a balance; empty: none was sought
     unbalanced_eta_squared: float | None = None  # of these groups, debiased
+    gram: tuple[tuple[float, ...], ...] = ()  # [N, N] <mean gradient, mean gradient>, debiased
+    noise_scale: float | None = None  # of the mixture by token shares, examples; None: not resolved
+    noise_scale_error: float | None = None
+    numbers_tried: tuple[TriedNumber, ...] = ()  # every K tried, rising
     schema_version: int = SCHEMA_VERSION
 
     def group_of(self, arm: str) -> dict[str, int]:
@@ -94,6 +120,11 @@ class SplitManifest:
         """Separation of the split itself; None for one group."""
         matches = (count for count in self.separations if count.groups == self.groups)
         return next(matches, None)
+
+    @property
+    def parting(self) -> TriedNumber | None:
+        """Contrast of the split itself; None for one group."""
+        return next((row for row in self.numbers_tried if row.groups == self.groups), None)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from merit_fast.errors import InputError, show
 
 T = TypeVar("T")
 
+_SCALARS = frozenset({int, float, str, bool, type(None)})
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -73,7 +74,11 @@ def _plain(value: Any) -> Any:
         }
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    if _SCALARS.issuperset(map(type, value)):  # a row of a matrix, of which there may be thousands
+        return list(value)
+    return [_plain(item) for item in value]
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

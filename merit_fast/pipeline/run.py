@@ -174,6 +174,7 @@ class Run:
             sketched_at=sketch_position(self.config),
             texts=self.data.texts,
             num_controls=outputs.num_controls,
+            progress=self.progress,
         )
         write_manifest(manifest, directory / SPLIT.file)
         for line in split_lines(manifest, self.data.branch_steps(manifest)):

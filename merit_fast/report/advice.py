@@ -22,7 +22,9 @@ from merit_fast.report.reasons import (
     conflict_sentence,
     conflict_share,
     needs,
+    parting_sentence,
     separation_sentence,
+    shown_cosine,
     signal_sentence,
     steps_sentence,
     structure_sentence,
@@ -105,10 +107,12 @@ def advise(split: SplitManifest, steps: Sequence[int] | None = None) -> Advice:
 
 def _reasons(split: SplitManifest, steps: Sequence[int] | None) -> tuple[str, ...]:
     judged = split.groups > 1
+    parting = parting_sentence(split)
     structure = structure_sentence(split) if judged else ""
     return (
         signal_sentence(split),
         *([separation_sentence(split)] if judged else []),
+        *([parting] if parting else []),
         conflict_sentence(split),
         *([structure] if structure else []),
         *([steps_sentence(steps)] if steps else []),
@@ -149,7 +153,7 @@ def _one_group(split: SplitManifest) -> _Finding | None:
 
 def _separation(split: SplitManifest) -> _Finding | None:
     measured = split.separation
-    if beats_null(measured) or beats_all(measured):
+    if beats_null(measured) or beats_all(measured) or _qualified(split):
         return None
     if measured is None or measured.eta_squared is None:
         reason = "the datasets differ by no more than the noise of their gradients"
@@ -168,7 +172,7 @@ def _separation(split: SplitManifest) -> _Finding | None:
 
 def _conflict(split: SplitManifest) -> _Finding | None:
     known = known_pairs(split)
-    if conflict_share(split) >= _FEW_CONFLICTS:
+    if conflict_share(split) >= _FEW_CONFLICTS or _qualified(split):
         return None
     errors = [
         error
@@ -189,6 +193,11 @@ def _conflict(split: SplitManifest) -> _Finding | None:
         share = percent(conflict_share(split))
         reason = f"only {split.sure_conflicts} of {len(known)} pairs surely conflict ({share})"
     return _Finding("do not split", reason, _alternatives(split))
+
+
+def _qualified(split: SplitManifest) -> bool:
+    """Whether ``groups: auto`` chose the split, by conflicts on held-out blocks."""
+    return split.parting is not None and split.parting.taken
 
 
 def _parted(split: SplitManifest) -> _Finding | None:
@@ -224,10 +233,16 @@ def _steps(split: SplitManifest, steps: Sequence[int] | None) -> _Finding | None
 
 def _go(split: SplitManifest) -> _Finding:
     known = len(known_pairs(split))
+    reason = (
+        f"{split.sure_conflicts} of {known} pairs of datasets surely conflict, and the groups part "
+        f"{split.sure_conflicts_across} of them"
+    )
+    if not split.sure_conflicts and split.parting is not None:
+        cosine = shown_cosine(split.parting.parted_cosine, split.parting.parted_error)
+        reason = f"the pairs of datasets that they part have a mean cosine of {cosine}"
     return _Finding(
         "split",
-        f"{split.groups} groups: {split.sure_conflicts} of {known} pairs of datasets surely "
-        f"conflict, and the groups part {split.sure_conflicts_across} of them",
+        f"{split.groups} groups: {reason}",
         (
             "train and compare with joint training and a random split: merit-fast run "
             f'{CONFIG} train.controls="{{joint: true, random: 1}}"',

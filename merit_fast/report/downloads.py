@@ -139,6 +139,10 @@ def _datasets(split: SplitManifest) -> dict[str, Any]:
         "more_examples",
         "margin",
         "stability",
+        "noise_scale",
+        "noise_scale_error",
+        "suggested_share",
+        "suggested_share_error",
     ]
     columns = ["dataset", "group", *split.control_arms, *keys]
     columns += [name for axis in axes for name in (axis, f"{axis}_error")]

@@ -69,6 +69,7 @@ def render_page(
             for g, names in split_tables.group_members(split).items()
         ],
         separations=split_tables.separation_rows(split),
+        tried=split_tables.tried_rows(split) if split.numbers_tried else None,
         datasets=split_tables.split_rows(split),
         pairs=_pairs(split),
         known_pairs=len(split_tables.known_pairs(split)),

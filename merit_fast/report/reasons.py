@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
-from merit_fast.report.split_tables import deviations_above, known_pairs
+from merit_fast.report.split_tables import deviations_above, known_pairs, same_as_random
 from merit_fast.report.tables import percent
 
 FEW_STEPS = 100  # as in training: below about so many steps a branch is far from converged
@@ -97,6 +97,11 @@ def _about(row: SplitDataset) -> str:
 def separation_sentence(split: SplitManifest) -> str:
     """Share of the spread between groups, against that of other balanced splits."""
     measured = split.separation
+    if measured is not None and measured.num_splits != 1 and same_as_random(measured):
+        return (
+            f"The split in {measured.groups} groups and random balanced ones are the same: "
+            "nothing tells them apart."
+        )
     if measured is None or measured.eta_squared is None:
         return (
             "The datasets differ by no more than the noise of their gradients: "
@@ -162,6 +167,41 @@ def conflict_sentence(split: SplitManifest) -> str:
         f"(their mean gradients have a cosine below 0), "
         f"{percent(split.certain_negative_fraction)} by more than two standard errors; {surely}."
     )
+
+
+def parting_sentence(split: SplitManifest) -> str:
+    """Tells whether the split parts conflicts, on blocks that did not choose it; "" if unknown."""
+    row = split.parting
+    if row is None or row.parted_cosine is None or row.kept_cosine is None:
+        return ""
+    return (
+        "On blocks of examples that did not choose the groups, the pairs that they part have a "
+        f"mean cosine of {shown_cosine(row.parted_cosine, row.parted_error)}, "
+        f"those that they keep {shown_cosine(row.kept_cosine)}."
+    )
+
+
+def mixture_sentence(split: SplitManifest) -> str:
+    """Tells the mixture's noise scale and how far the suggested weights are; "" if unknown."""
+    shares = [row.suggested_share for row in split.datasets]
+    total = sum(row.num_target_tokens for row in split.datasets) or 1
+    parts = []
+    if split.noise_scale is not None and split.noise_scale_error is not None:
+        parts.append(
+            f"The gradient noise scale of the mixture is {split.noise_scale:,.0f} ± "
+            f"{split.noise_scale_error:,.0f} examples: in a batch of that size noise and signal "
+            "are equally large."
+        )
+    if len(shares) > 1 and all(share is not None for share in shares):
+        moved = sum(
+            max(0.0, (row.suggested_share or 0.0) - row.num_target_tokens / total)
+            for row in split.datasets
+        )
+        parts.append(
+            f"Weights under which one step helps all datasets alike move {percent(moved)} of the "
+            "tokens (suggested_share in split.json)."
+        )
+    return " ".join(parts)
 
 
 def structure_sentence(split: SplitManifest) -> str:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from merit_fast.manifests.schemas import SplitDataset, SplitManifest
+from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
 from merit_fast.report.tables import ABSENT, Table, percent
 
 _SMALL = 0.1  # share of the median margin
+_ROUNDING = 1e-9  # of a share
 _MANY_SPLITS = 20  # from so many on, a random control is like any other
 
 
@@ -90,7 +91,6 @@ def separation_rows(split: SplitManifest) -> Table:
             spread = f" ± {row.null_std:.4f}" if row.null_std is not None else ""
             few = f" of {row.null_splits}" if row.null_splits and not spread else ""
             chance = f"{row.null_mean:z.4f}{spread}{few}"
-        above = deviations_above(row.cross_validated, row.null_mean, row.null_std)
         rows.append(
             (
                 f"{row.groups}{' (chosen)' if row.groups == split.groups else ''}",
@@ -99,7 +99,7 @@ def separation_rows(split: SplitManifest) -> Table:
                     for value in (row.eta_squared, row.cross_validated)
                 ),
                 chance,
-                ABSENT if above is None else f"{above:+z.1f}",
+                _above(row),
             )
         )
     return columns, tuple(rows)
@@ -108,10 +108,57 @@ def separation_rows(split: SplitManifest) -> Table:
 def deviations_above(
     value: float | None, mean: float | None, deviation: float | None
 ) -> float | None:
-    """Standard deviations by which ``value`` exceeds ``mean``; None if a number is unknown."""
-    if value is None or mean is None or not deviation:
+    """Standard deviations by which ``value`` exceeds ``mean``.
+
+    None if a number is unknown, or if the deviation is rounding: all splits are the same.
+    """
+    if value is None or mean is None or deviation is None or deviation <= _ROUNDING:
         return None
     return (value - mean) / deviation
+
+
+def same_as_random(row: GroupCount) -> bool:
+    """Whether no other balanced split exists, or all separate the datasets alike."""
+    if row.num_splits == 1:
+        return True
+    if row.null_mean is None or row.cross_validated is None or row.null_std is None:
+        return False
+    return row.null_std <= _ROUNDING and abs(row.cross_validated - row.null_mean) <= _ROUNDING
+
+
+def _above(row: GroupCount) -> str:
+    if same_as_random(row):
+        return "the same"
+    above = deviations_above(row.cross_validated, row.null_mean, row.null_std)
+    return ABSENT if above is None else f"{above:+z.1f}"
+
+
+def tried_rows(split: SplitManifest) -> Table:
+    """One row per K tried: mean cosines of the pairs kept and parted, on held-out blocks."""
+    columns = (
+        "groups",
+        "cosine of pairs kept",
+        "of pairs parted",
+        "compared with",
+        "of pairs parted further",
+        "less alike by",
+    )
+    rows = tuple(
+        (
+            f"{row.groups}{' (chosen)' if row.groups == split.groups else ''}",
+            signed(row.kept_cosine),
+            _or_absent(row.parted_cosine, row.parted_error),
+            f"{row.coarser} {'group' if row.coarser == 1 else 'groups'}",
+            signed(row.further_cosine),
+            _or_absent(row.difference, row.difference_error),
+        )
+        for row in split.numbers_tried
+    )
+    return columns, rows
+
+
+def _or_absent(value: float | None, error: float | None) -> str:
+    return ABSENT if value is None else with_error(value, error)
 
 
 def split_rows(split: SplitManifest) -> Table:
@@ -131,6 +178,8 @@ def split_rows(split: SplitManifest) -> Table:
         "more examples needed",
         "margin",
         "stability",
+        "noise scale",
+        "suggested share",
     )
     rows = tuple(
         (
@@ -147,6 +196,8 @@ def split_rows(split: SplitManifest) -> Table:
             f"{row.more_examples:,}" if row.more_examples else ABSENT,
             f"{row.margin:z.3g}",
             f"{row.stability:.3f}",
+            _figure(row.noise_scale, row.noise_scale_error, 0),
+            _figure(row.suggested_share, row.suggested_share_error, 4),
             *(with_error(score, error) for score, error in zip(scores, errors, strict=True)),
         )
         for i, (row, scores, errors) in enumerate(
@@ -154,6 +205,13 @@ def split_rows(split: SplitManifest) -> Table:
         )
     )
     return ("dataset", *counts, *figures, *axes), rows
+
+
+def _figure(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return ABSENT
+    text = f"{value:,.{digits}f}"
+    return text if error is None else f"{text} ± {error:,.{digits}f}"
 
 
 def short_group(group: int) -> str:

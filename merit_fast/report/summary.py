@@ -9,6 +9,8 @@ from merit_fast.report.reasons import (
     balance_sentences,
     conflict_sentence,
     exceeds_one,
+    mixture_sentence,
+    parting_sentence,
     separation_sentence,
     shown_cosine,
     signal_sentence,
@@ -35,6 +37,7 @@ def verdict(split: SplitManifest, steps: Sequence[int] | None = None) -> tuple[s
         steps: optimizer steps [K] of each group's branch, if they are known.
     """
     structure = structure_sentence(split)
+    mixture = mixture_sentence(split)
     return (
         advise(split, steps).sentence,
         conflict_sentence(split),
@@ -42,6 +45,7 @@ def verdict(split: SplitManifest, steps: Sequence[int] | None = None) -> tuple[s
         *([structure] if structure else []),
         *balance_sentences(split),
         signal_sentence(split),
+        *([mixture] if mixture else []),
     )
 
 
@@ -103,12 +107,13 @@ def _groups(split: SplitManifest) -> tuple[str, ...]:
     if split.groups == 1:
         reason = split.reason or "one group was asked for, so nothing is split"
         return (f"{reason[0].upper()}{reason[1:]}.",)
+    parting = parting_sentence(split)
     if split.reason:
         return (
             f"The number of groups was chosen automatically: {split.reason}.",
             separation_sentence(split),
         )
-    return (separation_sentence(split),)
+    return (separation_sentence(split), *([parting] if parting else []))
 
 
 def _listed(items: Sequence[str], separator: str) -> str:

@@ -39,7 +39,7 @@ class SplitConfig(SketchConfig):
     """
 
     groups: int | Literal["auto"] = option(
-        4, "number of groups K; auto: the largest whose split stands out of random ones, or 1"
+        4, "number of groups K; auto: the largest whose split parts conflicting datasets, or 1"
     )
     preset: Literal["debiased", "paper"] = option(
         "debiased",

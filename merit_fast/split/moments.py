@@ -12,7 +12,7 @@ product's rounding error is some 1e-7 |x| |y|, far below sampling noise. In retu
 extended and cut mixtures give the same bits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,11 @@ class BlockProducts:
     halves: Array
 
 
-def block_products(block_sums: Sequence[Any], block_counts: npt.NDArray[Any]) -> BlockProducts:
+def block_products(
+    block_sums: Sequence[Any],
+    block_counts: npt.NDArray[Any],
+    advance: Callable[[float], Any] = lambda _: None,
+) -> BlockProducts:
     """Computes G + 3 symmetric products of [N, D].
 
     Takes about (G + 3) N^2 D operations and 8 (G + 2) N 2048 bytes.
@@ -57,6 +61,7 @@ def block_products(block_sums: Sequence[Any], block_counts: npt.NDArray[Any]) ->
         block_sums: N arrays [G, D] float64, or one [N, G, D]. Columns are read once, 2048 at a
             time, so memory-mapped ones need not fit into memory.
         block_counts: [N, G] examples in each block.
+        advance: called with the number of columns read.
 
     Raises:
         MeritFastError: a block sum is infinite or not a number, or a dataset has fewer than two
@@ -80,6 +85,7 @@ def block_products(block_sums: Sequence[Any], block_counts: npt.NDArray[Any]) ->
             np.matmul(rows, rows.T, out=product)
             np.multiply(product, units, out=product)
             sums[i] += product
+        advance(integers.shape[2])
     return BlockProducts(counts, within, sums[0], sums[1 : blocks + 1], sums[blocks + 1 :])
 
 

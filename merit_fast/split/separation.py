@@ -13,6 +13,7 @@ from merit_fast.split.conflict import (
     MeanGram,
     Similarity,
     between_sum,
+    between_sums,
     double_center,
     half_grams,
     left_out_grams,
@@ -124,15 +125,16 @@ def measure_separation(
         for half in half_grams(products, debias)
     ]
 
-    def crossed(from_even: Labels, from_odd: Labels) -> float:
-        on_odd = between_sum(judges[1], weights, from_even)
-        on_even = between_sum(judges[0], weights, from_odd)
+    def crossed(from_even: npt.NDArray[np.intp], from_odd: npt.NDArray[np.intp]) -> Array:
+        on_odd = between_sums(judges[1], weights, from_even)
+        on_even = between_sums(judges[0], weights, from_odd)
         return (on_odd + on_even) / (2 * total)
 
+    found = [np.asarray(partition(matrix))[None] for matrix in matrices]
     return Separation(
         eta_squared=eta,
-        cross_validated=crossed(partition(matrices[0]), partition(matrices[1])),
-        null=np.array([crossed(other, other) for other in others]),
+        cross_validated=float(crossed(*found)[0]),
+        null=crossed(others, others),
     )
 
 

@@ -10,16 +10,20 @@ import torch
 
 from merit_fast.data import Dataset
 from merit_fast.errors import InputError
-from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
+from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest, TriedNumber
 from merit_fast.manifests.sketch_state import SketchState
+from merit_fast.progress import Progress, SilentProgress
+from merit_fast.split.auto import Tried
 from merit_fast.split.config import SplitConfig
-from merit_fast.split.decide import Decision, Mixture, decide_split
+from merit_fast.split.decide import Decision, decide_split
 from merit_fast.split.moments import BlockProducts, block_products
 from merit_fast.split.search.methods import METHODS
-from merit_fast.split.separation import Separation, conflicting_pairs, pair_means
+from merit_fast.split.separation import conflicting_pairs, pair_means
+from merit_fast.split.splitter import Mixture
 from merit_fast.split.text_cluster import dataset_similarity
 
 _BEYOND = 0.1
+_MANY = 50  # datasets; a split of fewer takes a few seconds
 
 
 def split_mixture(  # noqa: PLR0913
@@ -33,6 +37,7 @@ def split_mixture(  # noqa: PLR0913
     sketched_at: str,
     texts: Callable[[], Mapping[str, Sequence[str]]],
     num_controls: int = 1,
+    progress: Progress | None = None,
 ) -> SplitManifest:
     """Groups the datasets by the sketch stage's files.
 
@@ -47,6 +52,7 @@ def split_mixture(  # noqa: PLR0913
         sketched_at: where the gradients were taken, in words.
         texts: returns every dataset's rows as text; called by methods that need texts only.
         num_controls: random splits to draw as controls; fewer are drawn where fewer exist.
+        progress: display for splits of many datasets; None: nothing is shown.
 
     Raises:
         InputError: a sketch file is missing, broken or does not match the others; so many groups
@@ -60,8 +66,9 @@ def split_mixture(  # noqa: PLR0913
     states = [SketchState.read(sketches / f"{d.name}.safetensors") for d in datasets]
     for state in states[1:]:
         states[0].require_same(state)
-    mixture = _mixture(datasets, config, steps, texts)
-    decision = decide_split(_products(states), mixture, config, num_controls)
+    mixture = _mixture(datasets, states, config, steps, texts)
+    shown = progress if progress and len(datasets) >= _MANY else SilentProgress()
+    decision = decide_split(_products(states, shown), mixture, config, num_controls, shown)
     choices = config.filled()
     return SplitManifest(
         groups=decision.num_groups,
@@ -76,10 +83,8 @@ def split_mixture(  # noqa: PLR0913
         scores=tuple(tuple(map(float, row)) for row in decision.scores),
         score_errors=tuple(tuple(map(float, row)) for row in decision.score_errors),
         cuts=decision.partition.cuts,
-        separations=tuple(
-            _group_count(number, separation)
-            for number, separation in sorted(decision.separations.items())
-        ),
+        separations=_group_counts(decision),
+        numbers_tried=tuple(map(_tried_number, decision.tried)),
         controls=decision.controls,
         num_splits=decision.num_splits,
         base_fingerprint=base_fingerprint,
@@ -87,6 +92,8 @@ def split_mixture(  # noqa: PLR0913
         mixture_fingerprint=mixture_fingerprint,
         unbalanced=decision.unbalanced,
         unbalanced_eta_squared=_share(decision.unbalanced_eta),
+        noise_scale=_known(decision.noise.mixture) if decision.noise else None,
+        noise_scale_error=_known(decision.noise.mixture_error) if decision.noise else None,
     )
 
 
@@ -99,6 +106,7 @@ def _pairs(decision: Decision) -> dict[str, Any]:
     return {
         "similarity": _json_matrix(conflict.cosine),
         "similarity_errors": _json_matrix(conflict.error),
+        "gram": _json_matrix(conflict.gram),
         "negative_pair_fraction": conflict.negative_pair_fraction,
         "certain_negative_fraction": conflict.certain_negative_fraction,
         "within_cosine": _known(within),
@@ -108,15 +116,19 @@ def _pairs(decision: Decision) -> dict[str, Any]:
     }
 
 
-def _products(states: Sequence[SketchState]) -> BlockProducts:
-    return block_products(
-        [state.block_sums.numpy() for state in states],
-        torch.stack([s.block_counts for s in states]).numpy(),
-    )
+def _products(states: Sequence[SketchState], progress: Progress) -> BlockProducts:
+    width = states[0].identity.sketch.proj_dim
+    with progress.task("inner products", width, "columns") as task:
+        return block_products(
+            [state.block_sums.numpy() for state in states],
+            torch.stack([s.block_counts for s in states]).numpy(),
+            task.advance,
+        )
 
 
 def _mixture(
     datasets: Sequence[Dataset],
+    states: Sequence[SketchState],
     config: SplitConfig,
     steps: int,
     texts: Callable[[], Mapping[str, Sequence[str]]],
@@ -129,11 +141,13 @@ def _mixture(
         text_similarity = matrix[np.ix_(order, order)]
     tokens = np.array([d.num_target_tokens for d in datasets], np.float64)
     samples = np.array([d.num_examples for d in datasets], np.float64)
-    return Mixture(names, tokens, samples, steps, text_similarity)
+    square_norms = torch.stack([state.block_square_norms for state in states]).numpy()
+    return Mixture(names, tokens, samples, steps, text_similarity, square_norms)
 
 
 def _dataset(dataset: Dataset, state: SketchState, decision: Decision, i: int) -> SplitDataset:
     conflict = decision.conflict
+    noise = decision.noise
     return SplitDataset(
         name=dataset.name,
         group=decision.partition.labels[i],
@@ -147,13 +161,20 @@ def _dataset(dataset: Dataset, state: SketchState, decision: Decision, i: int) -
         more_examples=int(conflict.more_examples[i]),
         margin=decision.partition.margins[i],
         stability=float(decision.stability[i]),
+        noise_scale=_known(float(noise.datasets[i])) if noise else None,
+        noise_scale_error=_known(float(noise.errors[i])) if noise else None,
+        suggested_share=_known(float(decision.shares[i])),
+        suggested_share_error=_known(float(decision.share_errors[i])),
     )
 
 
-def _group_count(num_groups: int, separation: Separation) -> GroupCount:
+def _group_counts(decision: Decision) -> tuple[GroupCount, ...]:
+    separation = decision.separation
+    if separation is None:
+        return ()
     measured = not math.isnan(separation.cross_validated)
-    return GroupCount(
-        num_groups,
+    count = GroupCount(
+        decision.num_groups,
         _share(separation.eta_squared),
         _share(separation.cross_validated),
         _share(separation.null_mean),
@@ -162,10 +183,28 @@ def _group_count(num_groups: int, separation: Separation) -> GroupCount:
         null_beaten=separation.beaten if measured else None,
         num_splits=separation.num_splits,
     )
+    return (count,)
+
+
+def _tried_number(row: Tried) -> TriedNumber:
+    further = row.parting
+    return TriedNumber(
+        groups=row.num_groups,
+        kept_cosine=_known(row.whole.kept),
+        parted_cosine=_known(row.whole.parted),
+        parted_error=_known(row.whole.parted_error),
+        coarser=row.coarser,
+        further_cosine=_known(further.parted),
+        difference=_known(further.kept - further.parted),
+        difference_error=_known(further.difference_error),
+        taken=row.taken,
+    )
 
 
 def _json_matrix(matrix: np.ndarray) -> tuple[tuple[float | None, ...], ...]:
-    return tuple(tuple(_known(float(value)) for value in row) for row in matrix)
+    if not np.isnan(matrix).any():
+        return tuple(map(tuple, matrix.tolist()))
+    return tuple(tuple(map(_known, row)) for row in matrix.tolist())
 
 
 def _known(value: float) -> float | None:

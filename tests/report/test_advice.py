@@ -8,7 +8,7 @@ from support.report.manifests import make_split
 from support.split.block_sums import sample, unit
 from support.split.stages import split_sums
 
-from merit_fast.manifests.schemas import GroupCount
+from merit_fast.manifests.schemas import GroupCount, TriedNumber
 from merit_fast.report import reasons
 from merit_fast.report.advice import advise
 from merit_fast.split import SplitConfig
@@ -152,6 +152,17 @@ def test_the_checks_come_in_order():
         advice = advise(judged(**changes))
         assert advice.advice == "do not split" and reason in advice.sentence, advice.sentence
     assert advise(judged(separations=(GroupCount(2, 0.6, 0.5, 0.2, None, 9, 9),))).advice == "split"
+
+
+def test_a_number_that_conflicts_on_held_out_blocks_chose_is_advised():
+    """Pairs conflict surely together, none by itself, and there are too few splits for a null."""
+    row = TriedNumber(2, 0.5, -0.1, 0.01, 1, -0.1, 0.6, 0.02, taken=True)
+    few = (GroupCount(2, 0.6, 0.5, 0.2, None, 9, 7),)
+    split = judged(separations=few, sure_conflicts=0, sure_conflicts_across=0, numbers_tried=(row,))
+    advice = advise(split)
+    assert advice.advice == "split" and "mean cosine of -0.100 ± 0.010" in advice.sentence
+    asked = replace(split, numbers_tried=(replace(row, taken=False),))
+    assert advise(asked).advice == "do not split"
 
 
 def test_few_steps_are_an_objection():

@@ -22,9 +22,16 @@ from merit_fast.manifests.schemas import (
     EvaluateManifest,
     GroupCount,
     MergingGain,
+    TriedNumber,
 )
-from merit_fast.report import audit_sentence, gain_rows, results_rows
-from merit_fast.report.split_tables import group_rows, separation_rows, small_margins, split_rows
+from merit_fast.report import audit_sentence, gain_rows, results_rows, verdict
+from merit_fast.report.split_tables import (
+    group_rows,
+    separation_rows,
+    small_margins,
+    split_rows,
+    tried_rows,
+)
 from merit_fast.report.tables import audit_rows, branch_rows, dataset_result_rows, tuning_rows
 
 
@@ -223,6 +230,55 @@ def test_separation_rows_mark_the_chosen_number_and_what_is_not_known():
         ("2", "0.5000", "0.0400", "0.0200 ± 0.0100", "+2.0"),
         ("4 (chosen)", "0.6000", "–", "–", "–"),
     )
+
+
+def test_a_split_that_no_control_differs_from_is_called_the_same():
+    """Rounding over rounding is no deviation: 0.9262 against 0.9262 ± 0."""
+    rounded = GroupCount(4, 0.9262, 0.9262, 0.9262 - 1e-16, 1e-16, 200, 100)
+    only = GroupCount(4, 0.6, 0.9262, None, None, 0, 0, num_splits=1)
+    for count in (rounded, only):
+        split = replace(make_split(12, 4), separations=(count,))
+        assert separation_rows(split)[1][0][-1] == "the same"
+    apart = GroupCount(4, 0.6, 0.5, 0.3, 0.0, 200, 200)
+    assert separation_rows(replace(make_split(12, 4), separations=(apart,)))[1][0][-1] == "–"
+
+
+def test_tried_rows_show_both_contrasts():
+    tried = (
+        TriedNumber(2, 0.5, -0.3, 0.01, 1, -0.3, 0.8, 0.02, taken=True),
+        TriedNumber(4, None, 0.1, 0.02, 2, None, None, None),
+    )
+    split = replace(make_split(12, 2), numbers_tried=tried)
+    assert tried_rows(split)[1] == (
+        ("2 (chosen)", "+0.500", "-0.300 ± 0.010", "1 group", "-0.300", "0.800 ± 0.020"),
+        ("4", "–", "0.100 ± 0.020", "2 groups", "–", "–"),
+    )
+
+
+def test_the_page_shows_the_numbers_tried_noise_scales_and_suggested_shares(tmp_path):
+    split = make_split(6, 2)
+    rows = tuple(
+        replace(
+            row,
+            noise_scale=1234.0,
+            noise_scale_error=56.0,
+            suggested_share=0.25,
+            suggested_share_error=0.0125,
+        )
+        for row in split.datasets
+    )
+    tried = (TriedNumber(2, 0.5, -0.3, 0.01, 1, -0.3, 0.8, 0.02, taken=True),)
+    split = replace(
+        split, datasets=rows, numbers_tried=tried, noise_scale=99.0, noise_scale_error=9.0
+    )
+    page = Page(write(tmp_path / "r.html", split, None))
+    shown = {tuple(row) for row in page.rows}
+    assert tried_rows(split)[1][0] in shown
+    cells = [row for row in shown if row[0] == rows[0].name and "1,234 ± 56" in row]
+    assert any("0.2500 ± 0.0125" in row for row in cells)
+    text = " ".join(verdict(split))
+    assert "noise scale of the mixture is 99 ± 9 examples" in text
+    assert "the pairs that they part have a mean cosine of -0.300 ± 0.010" in text
 
 
 def test_small_margins_are_those_near_a_border():

@@ -1,10 +1,16 @@
 """Controls, counts and the null in split.json."""
 
+import json
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from support.split.block_sums import sample, unit
 from support.split.stages import split_sums
 
+from merit_fast.manifests.io import manifest_text
+from merit_fast.progress import SilentProgress
+from merit_fast.report.split_tables import separation_rows
 from merit_fast.split import SplitConfig
 from merit_fast.split.search.problem import Pins
 
@@ -115,3 +121,43 @@ def test_noise_gives_no_share_outside_of_one_whole():
     same = np.tile(unit(generator.standard_normal((1, 200))), (8, 1))
     split = split_sums(*sample(same, 64, 5.0, generator), SplitConfig(groups="auto"))
     assert split.groups == 1 and "no more than their noise" in split.reason
+
+
+def test_a_split_into_single_datasets_is_like_its_controls():
+    split = split_of(4, SplitConfig(groups=4))
+    assert split.num_splits == 1 and split.controls == ()
+    assert separation_rows(split)[1][0][-1] == "the same"
+
+
+def test_split_json_has_gram_noise_scales_and_suggested_shares():
+    split = split_of(6, SplitConfig(groups=2))
+    gram = np.array(split.gram)
+    norm = np.array([row.gradient_norm for row in split.datasets])
+    assert np.sqrt(np.diag(gram)) == pytest.approx(norm)
+    assert gram[0, 2] / (norm[0] * norm[2]) == pytest.approx(split.similarity[0][2])
+    assert sum(row.suggested_share for row in split.datasets) == pytest.approx(1)
+    assert all(row.suggested_share_error >= 0 for row in split.datasets)
+    plain = json.loads(manifest_text(split))
+    assert plain["numbers_tried"][0]["parted_cosine"] < 0 < plain["numbers_tried"][0]["kept_cosine"]
+
+
+class Recorded(SilentProgress):
+    def __init__(self):
+        self.tasks = {}
+
+    @contextmanager
+    def task(self, name, total, unit):
+        self.tasks[name] = [total, 0]
+        self.name = name
+        yield self
+
+    def advance(self, amount, detail=""):
+        self.tasks[self.name][1] += amount
+
+
+@pytest.mark.parametrize("number,shown", [(12, False), (60, True)])
+def test_a_split_of_many_datasets_shows_its_progress(number, shown):
+    progress = Recorded()
+    split_of(number, SplitConfig(groups=2), progress=progress)
+    expected = {"inner products": [4096, 4096], "split": [12, 12]} if shown else {}
+    assert progress.tasks == expected

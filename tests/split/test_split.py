@@ -144,7 +144,8 @@ def test_split_stage_finds_the_planted_axis_and_says_how_sure_it_is(planted, pre
     separation = manifest.separation
     least = separation.null_mean + 2 * separation.null_std
     assert separation.cross_validated > least
-    assert [count.groups for count in manifest.separations] == [2, 4]
+    assert [count.groups for count in manifest.separations] == [2]  # of no K that nobody asked for
+    assert [row.groups for row in manifest.numbers_tried] == [2]
     assert manifest.within_cosine > 0.3 > manifest.across_cosine
     assert manifest.base_fingerprint == "base"
     assert manifest.start_fingerprint == identity().model_fingerprint
@@ -171,7 +172,9 @@ def test_split_stage_in_any_order_of_the_mixture_is_the_same(planted):
 def test_split_stage_chooses_k_or_says_why_not(planted):
     folder, datasets = planted
     chosen = split(folder, datasets, SplitConfig(groups="auto"))
-    assert chosen.groups == 4 and "4 groups: cross-validated eta squared" in chosen.reason
+    assert chosen.groups == 4 and "4 groups: on held-out blocks the pairs" in chosen.reason
+    assert [row.groups for row in chosen.numbers_tried] == [2, 3, 4, 5, 6, 7, 8]
+    assert [row.groups for row in chosen.numbers_tried if row.taken][-1] == 4
     few = split(folder, datasets, SplitConfig(groups="auto"), steps=150)
     assert (
         few.groups == 1

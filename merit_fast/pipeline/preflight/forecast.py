@@ -87,7 +87,7 @@ def forecast_run(outputs: Outputs, data: RunData) -> Forecast:
         stages = [StageForecast(stage.name, True) for stage in STAGES]
     return Forecast(
         output=str(outputs.root),
-        groups=num_groups(outputs),
+        groups=num_groups(outputs, data),
         stages=tuple(stages),
         seconds=round(sum(stage.seconds for stage in stages), 1),
         rate=source,
@@ -149,7 +149,7 @@ def _of_load(name: str, load: Load, seconds: float, num_bytes: int = 0) -> Stage
 
 
 def _evaluation(outputs: Outputs, data: RunData, rate: Rate) -> StageForecast:
-    models = measured_models(outputs)
+    models = measured_models(outputs, data)
     rows = data.reporting
     generated = _PROMPTS * outputs.config.evaluate.max_new_tokens
     read = count_tokens(rows) + _RETENTION_TOKENS

@@ -37,14 +37,18 @@ class Load:
         return sum([self] * count, Load())
 
 
-def num_groups(outputs: Outputs) -> int:
+def num_groups(outputs: Outputs, data: RunData) -> int:
     """K: that of the split in force or of the config; with ``auto`` the largest that is tried."""
     if pending_branches(outputs) is not None:
         return outputs.split_manifest.groups
     groups = outputs.config.split.groups
     if groups != "auto":
         return groups
-    return max(candidate_numbers(len(outputs.config.mixture)), default=1)
+    split = outputs.config.split
+    names = [dataset.name for dataset in data.branch]
+    longest = data.num_steps(data.branch) // split.min_steps
+    numbers = candidate_numbers(names, split.pins, split.spread)
+    return max((number for number in numbers if number <= longest), default=1)
 
 
 def count_tokens(datasets: Iterable[Dataset]) -> int:
@@ -77,7 +81,7 @@ def train_load(outputs: Outputs, data: RunData) -> Load:
     if branches is not None:
         loads = [branch_load(branch, config, data.train) for branch in branches]
         return sum(loads, Load())
-    groups = num_groups(outputs)
+    groups = num_groups(outputs, data)
     controls = config.train.controls
     split_arms = 1 + controls.random + controls.num_iid
     total = sum((_split_arm_load(config, data.branch, groups) for _ in range(split_arms)), Load())
@@ -108,7 +112,7 @@ def merges_of(outputs: Outputs) -> int:
     return (1 + controls.random + controls.num_iid) * outputs.config.train.seeds
 
 
-def measured_models(outputs: Outputs) -> int:
+def measured_models(outputs: Outputs, data: RunData) -> int:
     """Number of models that evaluation loads."""
     config = outputs.config
     points = len(config.evaluate.interpolate) * config.train.seeds * config.train.controls.joint
@@ -116,7 +120,7 @@ def measured_models(outputs: Outputs) -> int:
         plan = outputs.plan
         return 1 + len(plan.trained) + len(plan.merges) + points
     split_arms = 1 + config.train.controls.random + config.train.controls.num_iid
-    each = split_arms * (num_groups(outputs) + 1) + len(joint_arms(config))
+    each = split_arms * (num_groups(outputs, data) + 1) + len(joint_arms(config))
     return 1 + each * config.train.seeds + points
 
 

@@ -1,6 +1,7 @@
 """Pins, and the partition problem that they leave. Pure NumPy."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,11 @@ class Problem:
     products: Array
     fixed: Labels
     apart: npt.NDArray[np.bool_]
+
+    @functools.cached_property
+    def keeps_apart(self) -> bool:
+        """Whether any two items may not share a group."""
+        return bool(self.apart.any())
 
 
 def pose_problem(

@@ -164,6 +164,8 @@ def _enumerate(atoms: _Atoms, num_groups: int, limit: float) -> Labels | None:
     """
     high = 1 / num_groups + limit + _ROUNDING - atoms.common
     low = 1 / num_groups - limit - _ROUNDING - atoms.common
+    if not atoms.apart.any() and _fewest_states(atoms.weights, num_groups, low) > _MOST_STATES:
+        return None
     groups = np.arange(num_groups)
     labels = np.empty((1, 0), np.int16)
     weight = np.zeros((1, num_groups))
@@ -189,6 +191,19 @@ def _enumerate(atoms: _Atoms, num_groups: int, limit: float) -> Labels | None:
         weight = weight[kept]
         used = used[kept]
     return labels.astype(np.intp)
+
+
+def _fewest_states(weights: Array, num_groups: int, low: float) -> int:
+    """Returns states that no weight rules out: those of the heaviest atoms that fit one group."""
+    free = int((np.cumsum(weights) <= low).sum())
+    ways = [1] + [0] * num_groups  # by the number of groups in use
+    states = 0
+    for _ in range(min(free, len(weights) - num_groups)):
+        ways = [0, *(ways[k - 1] + k * ways[k] for k in range(1, num_groups + 1))]
+        states += sum(ways)
+        if states > _MOST_STATES:
+            break
+    return states
 
 
 def _differ(listed: Labels, atoms: _Atoms, given: Labels) -> npt.NDArray[np.bool_]:

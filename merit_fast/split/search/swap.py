@@ -3,12 +3,9 @@
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
 from merit_fast.split.search.problem import FREE, Array, Labels, Problem, color_apart
-
-_NEVER = -np.inf
-_MARGIN = 1e-12  # relative: less is rounding, not an improvement
+from merit_fast.split.search.step import MARGIN, NEVER, Step, SwapBlock
 
 
 def between_groups(problem: Problem, labels: Labels) -> float:
@@ -26,26 +23,26 @@ def imbalance(problem: Problem, labels: Labels) -> float:
 
 def move_losses(problem: Problem, labels: Labels) -> Array:
     """[M, K] fall of the objective if an item moves; +inf in its own group. Ignores balance."""
-    return -_Step(problem, labels).move_gains()
+    return -Step(problem, labels).move_gains()
 
 
 def climb(problem: Problem, labels: Labels, limit: float, sign: float = 1.0) -> Labels:
     """Takes the best move or else the best swap, while one raises ``sign`` times the objective.
 
     A changed group lies at most ``limit`` from 1/K in weight. Pins hold and no group runs empty if
-    this is so at the start. O(M K) for a move, O(M^2) for a swap. Ties go to the lower item.
+    this is so at the start. O(M K) for a move, O(M^2) for a swap. Ties go to the first item.
     """
-    labels = labels.copy()
+    step = Step(problem, labels)
     while True:
-        step = _Step(problem, labels)
-        gains = np.where(step.movable(limit), sign * step.move_gains(), _NEVER)
-        if gains.max() > step.rounding:
-            _move(labels, gains)
+        gains = np.where(step.movable(limit), sign * step.move_gains(), NEVER)
+        gain, item, group = _best_move(gains)
+        if gain > step.rounding:
+            step.move(item, group)
             continue
-        gains = np.where(step.swappable(limit), sign * step.swap_gains(), _NEVER)
-        if gains.max() <= step.rounding:
-            return labels
-        _swap(labels, gains)
+        gain, first, second = _best_swap(step, limit, sign)
+        if gain <= step.rounding:
+            return step.labels
+        step.swap(first, second)
 
 
 def balance(problem: Problem, labels: Labels, tolerance: float, sign: float = 1.0) -> Labels:
@@ -54,25 +51,23 @@ def balance(problem: Problem, labels: Labels, tolerance: float, sign: float = 1.
     Takes the step that lowers the excess most; among several that end it, the best for ``sign``
     times the objective (0: the first).
     """
-    labels = labels.copy()
+    step = Step(problem, labels)
     while True:
-        step = _Step(problem, labels)
-        now = _excess(step.weight, problem.num_groups, tolerance).sum()
-        if now <= _MARGIN**2:
-            return labels
-        moves, swaps = step.excess_after(tolerance)
-        moves[~step.movable(np.inf)] = np.inf
-        swaps[~step.swappable(np.inf)] = np.inf
-        lowest = min(moves.min(), swaps.min())
+        now = step.excess(step.weight, tolerance).sum()
+        if now <= MARGIN**2:
+            return step.labels
+        moves = np.where(step.movable(np.inf), step.moved_excess(tolerance), np.inf)
+        lowest = min(float(moves.min()), _lowest_excess(step, tolerance))
         if lowest >= now * (1 - 1e-9):
-            return labels
-        level = max(lowest * (1 + 1e-9), _MARGIN**2)
-        move_gains = np.where(moves <= level, sign * step.move_gains() if sign else 0.0, _NEVER)
-        swap_gains = np.where(swaps <= level, sign * step.swap_gains() if sign else 0.0, _NEVER)
-        if move_gains.max() >= swap_gains.max():
-            _move(labels, move_gains)
+            return step.labels
+        level = max(lowest * (1 + 1e-9), MARGIN**2)
+        move_gains = np.where(moves <= level, sign * step.move_gains() if sign else 0.0, NEVER)
+        gain, item, group = _best_move(move_gains)
+        swap_gain, first, second = _best_balancing(step, tolerance, level, sign)
+        if gain >= swap_gain:
+            step.move(item, group)
         else:
-            _swap(labels, swap_gains)
+            step.swap(first, second)
 
 
 def obey(problem: Problem, labels: Labels) -> Labels:
@@ -122,7 +117,15 @@ def improve_starts(
         balanced += [first, balance(problem, loose, tolerance, sign)]
     limit = max(tolerance, min(imbalance(problem, labels) for labels in balanced))
     fitting = [labels for labels in balanced if fits(problem, labels, limit)]
-    climbed = [climb(problem, labels, limit + _MARGIN, sign) for labels in fitting]
+    reached: dict[bytes, Labels] = {}
+
+    def top(labels: Labels) -> Labels:
+        key = labels.tobytes()
+        if key not in reached:
+            reached[key] = climb(problem, labels, limit + MARGIN, sign)
+        return reached[key]
+
+    climbed = [top(labels) for labels in fitting]
     best = _best(problem, climbed, sign)
     free = np.flatnonzero(problem.fixed == FREE)
     for _ in range(kicks if len(free) > 2 and problem.num_groups > 1 else 0):
@@ -132,12 +135,12 @@ def improve_starts(
         kicked[chosen] = kicked[np.roll(chosen, 1)]
         kicked = balance(problem, obey(problem, kicked), limit, sign)
         if fits(problem, kicked, limit):
-            best = _best(problem, [best, climb(problem, kicked, limit + _MARGIN, sign)], sign)
+            best = _best(problem, [best, top(kicked)], sign)
     return best
 
 
 def fits(problem: Problem, labels: Labels, limit: float) -> bool:
-    return imbalance(problem, labels) <= limit + _MARGIN
+    return imbalance(problem, labels) <= limit + MARGIN
 
 
 def _best(problem: Problem, candidates: list[Labels], sign: float) -> Labels:
@@ -152,103 +155,51 @@ def _best(problem: Problem, candidates: list[Labels], sign: float) -> Labels:
     return best
 
 
-class _Step:
-    """Gains and limits of every move and swap from the current labels."""
-
-    def __init__(self, problem: Problem, labels: Labels) -> None:
-        self.problem = problem
-        self.labels = labels
-        self.members = _members(labels, problem.num_groups)
-        self.weight = self.members.T @ problem.weights  # [K]
-        self.size = self.members.sum(0)
-        # [M, K] sum over the group of w_i w_j <z_i, z_j>
-        self.to_group = problem.products @ self.members
-        self.to_own_group = self.to_group[np.arange(len(labels)), labels]
-        self.inner = np.einsum("ik,ik->k", self.members, self.to_group)  # |sum w z|^2
-        self.square = np.diag(problem.products)
-        self.score = self.inner / np.where(self.weight > 0, self.weight, 1.0)
-        magnitude = np.abs(self.score).sum() + np.abs(self.square / problem.weights).sum()
-        self.rounding = _MARGIN * float(magnitude)
-
-    def move_gains(self) -> Array:
-        weights = self.problem.weights
-        labels = self.labels
-        left_weight = self.weight[labels] - weights
-        left = self.inner[labels] - 2 * self.to_own_group + self.square
-        # A group that loses its last item leaves the sum.
-        last = self.size[labels] == 1
-        left = np.where(last, 0.0, left / np.where(last, 1.0, left_weight))
-        joined = (self.inner + 2 * self.to_group + self.square[:, None]) / (
-            self.weight + weights[:, None]
-        )
-        gains = left[:, None] + joined - self.score[labels][:, None] - self.score
-        gains[np.arange(len(labels)), labels] = _NEVER
-        return np.asarray(gains)
-
-    def swap_gains(self) -> Array:
-        labels = self.labels
-        square = self.square
-        other = self.to_group[:, labels]  # [M, M] sum_{l in group of j} of products i, l
-        # The group of i after j replaces i; the group of j is the transpose.
-        inner = (
-            (self.inner[labels] - 2 * self.to_own_group + square)[:, None]
-            + 2 * (other.T - self.problem.products)
-            + square
-        )
-        ratio = inner / self._swapped_weight()
-        score = self.score[labels]
-        return np.asarray(ratio + ratio.T - score[:, None] - score)
-
-    def movable(self, limit: float) -> npt.NDArray[np.bool_]:
-        weights = self.problem.weights
-        labels = self.labels
-        even = 1 / self.problem.num_groups
-        free = (self.problem.fixed == FREE) & (self.size[labels] > 1)
-        near = np.abs(self.weight[labels] - weights - even) <= limit
-        allowed = np.abs(self.weight + weights[:, None] - even) <= limit
-        allowed &= (free & near)[:, None]
-        if self.problem.apart.any():
-            allowed &= self.problem.apart @ self.members == 0
-        allowed[np.arange(len(labels)), labels] = False
-        return np.asarray(allowed)
-
-    def swappable(self, limit: float) -> npt.NDArray[np.bool_]:
-        labels = self.labels
-        free = self.problem.fixed == FREE
-        apart = self.problem.apart
-        near = np.abs(self._swapped_weight() - 1 / self.problem.num_groups) <= limit
-        if apart.any():
-            # No other item of that group must stay apart from the newcomer.
-            near &= (apart @ self.members)[:, labels] - apart == 0
-        allowed = near & near.T & (labels[:, None] != labels)
-        return np.asarray(allowed & free & free[:, None])
-
-    def excess_after(self, tolerance: float) -> tuple[Array, Array]:
-        """Excess after every move [M, K] and swap [M, M]."""
-        labels = self.labels
-        weights = self.problem.weights
-        num_groups = self.problem.num_groups
-        now = _excess(self.weight, num_groups, tolerance)
-        left = _excess(self.weight[labels] - weights, num_groups, tolerance)[:, None]
-        moves = left + _excess(self.weight + weights[:, None], num_groups, tolerance)
-        swapped = _excess(self._swapped_weight(), num_groups, tolerance)
-        rest = now.sum() - now[labels]
-        return moves + rest[:, None] - now, swapped + swapped.T + rest[:, None] - now[labels]
-
-    def _swapped_weight(self) -> Array:
-        """[M, M] weight of the group of i after j replaces i."""
-        left = self.weight[self.labels] - self.problem.weights
-        return np.asarray(left[:, None] + self.problem.weights)
-
-
-def _move(labels: Labels, gains: Array) -> None:
+def _best_move(gains: Array) -> tuple[float, int, int]:
     item, group = np.unravel_index(int(gains.argmax()), gains.shape)
-    labels[item] = group
+    return float(gains[item, group]), int(item), int(group)
 
 
-def _swap(labels: Labels, gains: Array) -> None:
-    first, second = np.unravel_index(int(gains.argmax()), gains.shape)
-    labels[first], labels[second] = labels[second], labels[first]
+def _best_swap(step: Step, limit: float, sign: float) -> tuple[float, int, int]:
+    """Returns the largest gain of a swap and its two items, the first ones on a tie."""
+    best = (NEVER, -1, -1)
+    for block in step.swap_blocks():
+        gains = sign * step.swap_gains(block)
+        gains[~step.swappable(block, limit)] = NEVER
+        best = _better(best, block, gains)
+    return best
+
+
+def _lowest_excess(step: Step, tolerance: float) -> float:
+    """Returns the lowest excess that a swap reaches; inf without a swap."""
+    lowest = np.inf
+    for block in step.swap_blocks():
+        excess = step.swapped_excess(block, tolerance)
+        lowest = min(lowest, excess[step.swappable(block, np.inf)].min(initial=np.inf))
+    return float(lowest)
+
+
+def _best_balancing(
+    step: Step, tolerance: float, level: float, sign: float
+) -> tuple[float, int, int]:
+    """Returns the best swap among those of an excess of at most ``level``; sign 0: the first."""
+    best = (NEVER, -1, -1)
+    for block in step.swap_blocks():
+        allowed = step.swapped_excess(block, tolerance) <= level
+        allowed &= step.swappable(block, np.inf)
+        if allowed.any():
+            gains = sign * step.swap_gains(block) if sign else np.zeros(allowed.shape)
+            gains[~allowed] = NEVER
+            best = _better(best, block, gains)
+    return best
+
+
+def _better(best: tuple[float, int, int], block: SwapBlock, gains: Array) -> tuple[float, int, int]:
+    row, column = np.unravel_index(int(gains.argmax()), gains.shape)
+    gain = float(gains[row, column])
+    if gain <= best[0]:
+        return best
+    return gain, int(block.rows[row]), int(block.columns[column])
 
 
 def _renumber(problem: Problem, labels: Labels) -> Labels:
@@ -273,7 +224,3 @@ def _members(labels: Labels, num_groups: int) -> Array:
 
 def _group_weights(problem: Problem, labels: Labels) -> Array:
     return np.asarray(_members(labels, problem.num_groups).T @ problem.weights)
-
-
-def _excess(weight: Array, num_groups: int, tolerance: float) -> Array:
-    return np.asarray(np.maximum(np.abs(weight - 1 / num_groups) - tolerance, 0.0) ** 2)

@@ -8,8 +8,9 @@ import pytest
 from support.split.partitions import NAMES, mixture, split
 
 from merit_fast.split.conflict import between_sum, double_center
-from merit_fast.split.search import swap
+from merit_fast.split.search import step, swap
 from merit_fast.split.search.problem import Pins, pose_problem
+from merit_fast.split.search.step import Step
 
 BALANCED = ("pca-swap", "pddp", "kmeans", "random", "anti")
 
@@ -112,7 +113,7 @@ def test_gains_of_moves_and_swaps_are_differences_of_the_objective():
     similarity, weights = mixture(4, 7)
     problem = pose_problem(similarity, weights, NAMES[:7], 3, Pins(), ())
     labels = np.array([0, 1, 2, 0, 1, 0, 1])  # the third is by itself in its group
-    step = swap._Step(problem, labels)
+    step = Step(problem, labels)
     now = swap.between_groups(problem, labels)
     for i, k in itertools.product(range(7), range(3)):
         if labels[i] != k:
@@ -120,13 +121,52 @@ def test_gains_of_moves_and_swaps_are_differences_of_the_objective():
             assert step.move_gains()[i, k] == pytest.approx(
                 swap.between_groups(problem, moved) - now, abs=1e-12
             )
+    (block,) = step.swap_blocks()
+    gains = step.swap_gains(block)
     for i, j in itertools.combinations(range(7), 2):
         if labels[i] != labels[j]:
             swapped = labels.copy()
             swapped[[i, j]] = labels[[j, i]]
-            assert step.swap_gains()[i, j] == pytest.approx(
-                swap.between_groups(problem, swapped) - now, abs=1e-12
-            )
+            expected = swap.between_groups(problem, swapped) - now
+            assert gains[i, j] == pytest.approx(expected, abs=1e-12)
+
+
+def test_swaps_of_many_items_in_blocks_are_those_of_one_table(monkeypatch):
+    similarity, weights = mixture(5, 40)
+    pins = Pins(apart=(("d00", "d07", "d12"),), group={"d03": 1})
+    problem = pose_problem(similarity, weights, NAMES[:40], 4, pins, ())
+    labels = swap.obey(problem, np.random.default_rng(0).permutation(np.arange(40) % 4))
+    taken = Step(problem, labels)
+    (whole,) = taken.swap_blocks()
+    table = np.where(taken.swappable(whole, 0.05), taken.swap_gains(whole), -np.inf)
+    monkeypatch.setattr(step, "_ONE_BLOCK", 4)
+    blocks = list(taken.swap_blocks())
+    assert len(blocks) == 3
+    found = {}
+    for block in blocks:
+        gains = np.where(taken.swappable(block, 0.05), taken.swap_gains(block), -np.inf)
+        for (i, j), gain in np.ndenumerate(gains):
+            found[frozenset((block.rows[i], block.columns[j]))] = gain
+    free = whole.rows
+    for (i, j), gain in np.ndenumerate(table):
+        if labels[free[i]] != labels[free[j]]:
+            assert found[frozenset((free[i], free[j]))] == pytest.approx(gain, abs=1e-12)
+
+
+def test_a_walk_of_moves_and_swaps_keeps_the_figures_of_a_fresh_step():
+    similarity, weights = mixture(6, 30)
+    problem = pose_problem(similarity, weights, NAMES[:30], 3, Pins(), ())
+    generator = np.random.default_rng(1)
+    walked = Step(problem, np.arange(30) % 3)
+    for _ in range(200):
+        first, second = generator.choice(30, 2, replace=False)
+        if walked.labels[first] != walked.labels[second]:
+            walked.swap(first, second)
+        elif walked.size[walked.labels[first]] > 1:
+            walked.move(first, (walked.labels[first] + 1) % 3)
+    fresh = Step(problem, walked.labels)
+    assert np.allclose(walked.move_gains(), fresh.move_gains(), rtol=0, atol=1e-13)
+    assert np.allclose(walked.weight, fresh.weight) and (walked.size == fresh.size).all()
 
 
 @pytest.mark.parametrize("groups", [2, 4, 5])

@@ -12,6 +12,7 @@ from merit_fast.data import Dataset, Example
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+from merit_fast.progress import Progress
 from merit_fast.split import SplitConfig, split_mixture
 
 WIDTH = 4096
@@ -26,6 +27,7 @@ def split_sums(
     rows: Sequence[int] | None = None,
     num_controls: int = 1,
     steps: int = 4000,
+    progress: Progress | None = None,
 ) -> SplitManifest:
     """split.json of datasets d00, d01, ... with these block sums [N, G, D], D up to 4096.
 
@@ -52,4 +54,5 @@ def split_sums(
             sketched_at="at the base model",
             texts=dict,
             num_controls=num_controls,
+            progress=progress,
         )
