@@ -6,6 +6,7 @@ gradient is stored.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -17,7 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from merit_fast.errors import InputError, MeritFastError, show
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
-from merit_fast.sketch.capture.hooks import ModelHooks
+from merit_fast.sketch.capture.check import CheckResult
+from merit_fast.sketch.capture.passes import SketchedPasses
+from merit_fast.sketch.capture.refusals import describe_slow
+from merit_fast.sketch.names import canonical_name
 from merit_fast.sketch.precondition import requested_scales, scales_fingerprint
 from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
 
@@ -36,6 +40,8 @@ def sketch_gradients(
     blocks: int = 8,
     *,
     mode: Literal["per_example"] = "per_example",
+    check: Literal["first", "always", "never"] = "first",
+    uncovered: Literal["autograd", "error"] = "error",
 ) -> "GradientSketcher":
     """Sketches the gradient of every example inside a with-block, in which the weights are frozen.
 
@@ -56,19 +62,32 @@ def sketch_gradients(
         blocks: blocks of each dataset's state, for standard errors.
         mode: "per_example", the only value. ``merit_fast.sketch_sums`` sketches sums while a model
             trains.
+        check: "first" compares the first pass of every kind of call with autograd, at the cost of
+            at most two more backward passes; "always" every pass; "never" none.
+        uncovered: "error" refuses parameters that no hook covers, all in one message; "autograd"
+            takes a backward pass per example for them (``GradientSketcher.slow_parameters``).
 
     Raises:
         InputError: an argument breaks its rule.
-        MeritFastError: a parameter cannot be covered; the message names it.
+        MeritFastError: a parameter cannot be covered, or differs from autograd; the message names
+            it.
     """
-    core = model.module if isinstance(model, DistributedDataParallel) else model
+    core = unwrapped(model)
     if mode != "per_example":
         raise InputError(
             f"mode: must be 'per_example', got {show(mode)}; merit_fast.sketch_sums sketches sums"
         )
     chosen = select_parameters(core, parameters, _trainable)
     scales = requested_scales(core, normalize, optimizer, chosen)
-    return GradientSketcher(model, CountSketch(proj_dim, seed), chosen, scales, blocks=blocks)
+    return GradientSketcher(
+        model,
+        CountSketch(proj_dim, seed),
+        chosen,
+        scales,
+        blocks=blocks,
+        check=check,
+        uncovered=uncovered,
+    )
 
 
 class GradientSketcher:
@@ -77,9 +96,15 @@ class GradientSketcher:
     The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding.
     Tied parameters count once. One forward pass of the model, one or more backward passes through
     it and one ``update`` go together; forward passes under ``torch.no_grad`` do not count. Linear,
-    Conv1D (GPT-2), Conv2d, Conv3d and Embedding layers, norms and routed experts use the kernels,
-    and so do raw calls of F.linear and F.embedding; any other module that maps one [B, ...] tensor
-    to another is run again per example. On exit the model is as before.
+    Conv1D (GPT-2), convolution and Embedding layers, norms and routed experts use the kernels, and
+    so do raw calls of F.linear and F.embedding. Any other module takes a backward pass per example
+    from its own outputs; a parameter that is used outside of its module, one from those of the
+    model. On exit the model is as before.
+
+    The check compares, on the first pass of every kind of call (its arguments, train or eval, which
+    sizes are equal), e = |s - S(g)| / |S(g)| for one example and for the sum over examples, where S
+    is ``flat_sketch`` and g autograd's gradient. It fails above 2e-5 in fp32 and 2e-2 in bf16, of
+    all parameters together, and names the parameter with the largest error.
 
     Args:
         model: called as usual inside the block. With DistributedDataParallel nothing is
@@ -89,8 +114,12 @@ class GradientSketcher:
         scales: factors of the gradients' entries by parameter name (``adam_scales``).
         blocks: blocks of each state; examples fill them in turn.
         fingerprint: the model's, for the states; None: that of its weights in memory.
+        check: "first", "always" or "never", as for ``sketch_gradients``.
+        uncovered: "autograd" or "error", as for ``sketch_gradients``.
+        notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
 
     Raises:
+        InputError: ``check`` or ``uncovered`` has another value.
         MeritFastError: a parameter cannot be covered; raised here, in the forward or in the
             backward pass. The message names it.
     """
@@ -104,25 +133,51 @@ class GradientSketcher:
         *,
         blocks: int = 8,
         fingerprint: str | None = None,
+        check: Literal["first", "always", "never"] = "first",
+        uncovered: Literal["autograd", "error"] = "error",
+        notify: Callable[[str], None] | None = None,
     ) -> None:
+        _require("check", check, ("first", "always", "never"))
+        _require("uncovered", uncovered, ("autograd", "error"))
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
-        self.model = model if self.ddp is None else self.ddp.module
+        self.model = unwrapped(model)
         self.sketch = sketch
-        self.scales = dict(scales or {})
+        self.scales = {canonical_name(name): scale for name, scale in (scales or {}).items()}
         self.blocks = blocks
         chosen = (
             select_parameters(self.model, "all", _trainable) if parameters is None else parameters
         )
+        chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
         self.names = {id(parameter): name for name, parameter in chosen.items()}
         self.state: dict[DatasetId, SketchState] = {}
         self._fingerprint = fingerprint
         self._identity: SketchIdentity | None = None
-        self._hooks = ModelHooks(self.model, self.names, sketch, self.scales)
+        self._notify = notify or functools.partial(warnings.warn, stacklevel=4)
+        self._told = 0  # number of slow parameters in the last line
+        self._chosen = chosen
+        self._passes = SketchedPasses(
+            self.model, chosen, sketch, self.scales, check=check, uncovered=uncovered
+        )
         self._restore: list[Callable[[], object]] = []
 
     @property
     def parameter_names(self) -> list[str]:
         return list(self.names.values())
+
+    @property
+    def slow_parameters(self) -> dict[str, str]:
+        """Parameters that take a backward pass per example -> reason."""
+        return dict(self._passes.slow)
+
+    @property
+    def checked(self) -> CheckResult | None:
+        """The largest errors that the check has found so far; None before it."""
+        return self._passes.result
+
+    @property
+    def is_checking(self) -> bool:
+        """Whether the last pass is checked; rounding may differ from that of other passes."""
+        return self._passes.is_checking
 
     @property
     def identity(self) -> SketchIdentity:
@@ -143,8 +198,8 @@ class GradientSketcher:
             parameter.requires_grad_(False)
         _entered.append(self)
         self._restore.append(functools.partial(_entered.remove, self))
-        self._hooks.attach()
-        self._restore.append(self._hooks.detach)
+        self._passes.attach()
+        self._restore.append(self._passes.detach)
         # As no_sync does. Buffers are not broadcast either: ranks may differ in their passes.
         if self.ddp is not None:
             for flag in ("require_backward_grad_sync", "require_forward_param_sync"):
@@ -173,15 +228,15 @@ class GradientSketcher:
         Args:
             cu_seqlens: [B + 1] int: example b has the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
         """
-        self._hooks.packed = cu_seqlens
+        self._passes.packed = cu_seqlens
 
     def discard(self) -> None:
         """Discards the forward pass since the last update; its backward pass is then an error."""
-        self._hooks.discard()
+        self._passes.discard()
 
     def take(self) -> Tensor:
         """Returns the last backward pass's sketches [B, D] float32; leaves ``state`` as it is."""
-        run = self._hooks.run
+        run = self._passes.run
         if run is None or not run.fired:
             raise MeritFastError(
                 "sketch_gradients: update() or take() before a forward and backward pass"
@@ -192,11 +247,11 @@ class GradientSketcher:
                 "and never again: with reentrant checkpointing give use_reentrant=False; "
                 "else leave it out"
             )
-        self.discard()
-        first, *others = run.outs.values()
-        for out in others:
-            first += out.to(first.device)
-        return first
+        sketches = self._passes.take()
+        if len(self._passes.slow) > self._told:
+            self._told = len(self._passes.slow)
+            self._notify(describe_slow(self._passes.slow, self._chosen))
+        return sketches
 
     def update(
         self,
@@ -222,7 +277,7 @@ class GradientSketcher:
         ids, losses, tokens = (
             _listed(values) for values in (dataset_ids, loss_sums, num_target_tokens)
         )
-        num_rows = len(ids) if self._hooks.run is None else self._hooks.run.size
+        num_rows = len(ids) if self._passes.run is None else self._passes.run.size
         size = num_rows if row_examples is None else len(set(row_examples))
         if row_examples is not None and len(row_examples) != num_rows:
             raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
@@ -249,6 +304,19 @@ class GradientSketcher:
 
 def _trainable(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad or any(id(parameter) in sketcher.names for sketcher in _entered)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel and torch.compile."""
+    core = model.module if isinstance(model, DistributedDataParallel) else model
+    inside: nn.Module = getattr(core, "_orig_mod", core)
+    return inside
+
+
+def _require(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        listed = ", ".join(map(repr, allowed))
+        raise InputError(f"{key}: must be one of {listed}, got {show(value)}")
 
 
 def _listed(values: Sequence[Any] | Tensor | None) -> list[Any]:

@@ -86,6 +86,7 @@ INSIDE = {
     ),
     "sketch": (
         "config",
+        "names",
         "selection",
         "precondition",
         "capture",

@@ -17,6 +17,8 @@ def unit_of_affine(module: nn.Module) -> nn.Module | None:
     if any(parameter.dim() != 1 for parameter in parameters.values()):
         return None
     weight = parameters["weight"]
+    if len(weight) == 1:  # it may multiply any number of channels
+        return None
     generator = torch.Generator().manual_seed(0)
     x, w = (
         torch.randn(shape, generator=generator, dtype=torch.float32).to(weight.device)

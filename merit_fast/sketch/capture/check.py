@@ -1,0 +1,171 @@
+"""The self-check: the sketches of one pass against autograd's gradients of the same losses."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.sketch.capture.layout import Pass, add_sketch
+
+# Width of the sketches that are compared parameter by parameter.
+_NARROW = 4096
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Errors that rounding explains.
+
+    Attributes:
+        whole: |s - S(g)| / |S(g)| over all parameters together.
+        share: of one parameter against its own gradient, where ``floor`` is exceeded too.
+        floor: of one parameter against the gradient of all.
+    """
+
+    whole: float
+    share: float
+    floor: float
+
+
+FP32 = Tolerance(2e-5, 5e-3, 2e-6)
+BF16 = Tolerance(2e-2, 0.25, 4e-3)  # autograd rounds every weight gradient to bf16
+
+
+def tolerance_of(dtypes: Iterable[torch.dtype], device_type: str) -> Tolerance:
+    half = {torch.bfloat16, torch.float16}
+    rounds = torch.is_autocast_enabled(device_type) or bool(half & set(dtypes))
+    return BF16 if rounds else FP32
+
+
+@dataclass
+class Comparison:
+    """Sketches of some examples by the taps, and those of autograd's gradients, by parameter.
+
+    Attributes:
+        whole: sketch width of the states, for the totals.
+        taps: what the taps give, apart by parameter.
+        exact: name -> [1, D'] sketch of the parameter's gradient.
+        total: [1, D] sketch of the gradient of all parameters.
+    """
+
+    whole: Pass
+    taps: Pass
+    exact: dict[str, Tensor] = field(default_factory=dict)
+    total: Tensor | None = None
+
+    @classmethod
+    def of(cls, run: Pass) -> "Comparison":
+        narrow = CountSketch(min(_NARROW, run.sketch.proj_dim), run.sketch.seed)
+        return cls(run, run.apart_at(narrow))
+
+    def clear(self) -> None:
+        self.taps.outs.clear()
+        self.exact.clear()
+        self.total = None
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        width = self.taps.sketch.proj_dim
+        if name not in self.exact:
+            self.exact[name] = torch.zeros(1, width, device=gradient.device)
+        add_sketch(self.taps, name, gradient, self.exact[name])
+        if self.total is None:
+            self.total = torch.zeros(1, self.whole.sketch.proj_dim, device=gradient.device)
+        if self.total.device == gradient.device:
+            add_sketch(self.whole, name, gradient, self.total)
+            return
+        out = torch.zeros(1, self.whole.sketch.proj_dim, device=gradient.device)
+        add_sketch(self.whole, name, gradient, out)
+        self.total += out.to(self.total.device)
+
+    def errors(self, example: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> difference from autograd [D'] or [B, D'], and autograd's sketch.
+
+        Args:
+            example: the one whose losses autograd had; the others' sketches must be 0. None: all
+                examples' losses were summed.
+        """
+        found: dict[str, Tensor] = {}
+        for (name, _), out in self.taps.outs.items():
+            value = out.cpu().double()
+            found[name] = found[name] + value if name in found else value
+        result = {}
+        for name in found.keys() | self.exact.keys():
+            zeros = torch.zeros(self.taps.size, self.taps.sketch.proj_dim, dtype=torch.float64)
+            sketches = found.get(name, zeros)
+            exact = self.exact.get(name, zeros[:1]).cpu().double()
+            if example is None:
+                difference = sketches.sum(0, keepdim=True) - exact
+            else:
+                difference = sketches.clone()
+                difference[example] -= exact[0]
+            result[name] = (difference, exact)
+        return result
+
+
+def wrong_parameters(
+    errors: Mapping[str, tuple[Tensor, Tensor]], tolerance: Tolerance
+) -> tuple[dict[str, float], float]:
+    """Parameters whose sketches are not autograd's, and the error of the others together.
+
+    Returns:
+        Name -> its difference as a share of its own gradient, largest first; and
+        |sum of the other differences| / |gradient of all|.
+    """
+    if not errors:
+        return {}, 0.0
+    norm = float(sum((exact for _, exact in errors.values()), torch.zeros(1)).norm())
+    sizes = {name: float(difference.norm()) for name, (difference, _) in errors.items()}
+    own = {name: float(exact.norm()) for name, (_, exact) in errors.items()}
+    scale = max(norm, max(own.values()))
+    wrong = {
+        name
+        for name, size in sizes.items()
+        if not size <= max(tolerance.share * own[name], tolerance.floor * scale)
+    }
+    while True:
+        rest = [difference for name, (difference, _) in errors.items() if name not in wrong]
+        error = float(torch.stack(rest).sum(0).norm()) / scale if rest and scale else 0.0
+        if error <= tolerance.whole or len(wrong) == len(errors):
+            break
+        wrong.add(max((name for name in sizes if name not in wrong), key=sizes.__getitem__))
+    ordered = sorted(wrong, key=sizes.__getitem__, reverse=True)
+    return {name: sizes[name] / own[name] if own[name] else torch.inf for name in ordered}, error
+
+
+def relative_error(sketch: Tensor, exact: Tensor | None) -> float:
+    """|sketch - exact| / |exact|; 0 where both are 0."""
+    truth = torch.zeros_like(sketch) if exact is None else exact.to(sketch.device)
+    distance = float((sketch.double() - truth.double()).norm())
+    return distance / float(truth.double().norm()) if distance else 0.0
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The largest errors that the self-check has found, over all kinds of calls.
+
+    Attributes:
+        row_error: |s_b - S(g_b)| / |S(g_b)| of one example; None if no row could be checked.
+        sum_error: |sum of s - S(sum of g)| / |S(sum of g)|.
+        kinds: kinds of calls that were checked.
+        note: why rows were not checked, where they were not.
+    """
+
+    row_error: float | None
+    sum_error: float
+    kinds: int
+    note: str = ""
+
+    def with_call(self, row_error: float | None, sum_error: float, note: str) -> "CheckResult":
+        rows = [error for error in (self.row_error, row_error) if error is not None]
+        return CheckResult(
+            max(rows, default=None),
+            max(self.sum_error, sum_error),
+            self.kinds + 1,
+            note or self.note,
+        )
+
+    def __str__(self) -> str:
+        worst = max(self.sum_error, self.row_error or 0.0)
+        rows = f" ({self.note})" if self.note else ""
+        return f"checked against autograd: {worst:.0e}{rows}"

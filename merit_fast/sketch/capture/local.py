@@ -1,0 +1,60 @@
+"""Gradients of any module's parameters: a backward pass per example, through that module only.
+
+The module runs once, with whatever arguments, random numbers and state it has. Its parameters stand
+in for the model's during the call, so a pass from its outputs ends at them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from merit_fast.sketch.capture.layout import Pass, Site
+from merit_fast.sketch.capture.taps import ExtraPass, entered, masked
+
+
+@contextmanager
+def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lets the module see other values as its own parameters."""
+    before = dict(module._parameters)
+    module._parameters.update(values)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        module._parameters.update(before)
+
+
+def local_backward(
+    site: Site,
+    run: Pass,
+    owner: Pass,
+    outputs: Sequence[Tensor],
+    stand_ins: Mapping[str, Tensor],
+    dys: Sequence[Tensor | None],
+) -> None:
+    """Adds the sketches of the gradients of ``stand_ins`` (local name -> parameter) to ``run``."""
+    wanted = {local: value for local, value in stand_ins.items() if local in site.owned}
+    pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if dy is not None]
+    pairs = [(y, dy) for y, dy in pairs if y.requires_grad]
+    if not wanted or not pairs:
+        return
+    parts = [run.parts(site, dy) for _, dy in pairs]
+    for example in range(run.size):
+        grads = [dy for _, dy in pairs]
+        if run.is_divided:
+            indices = [part[example] for part in parts]
+            if not any(bool(dy[i].any()) for dy, i in zip(grads, indices, strict=True)):
+                continue
+            grads = [masked(dy, i) for dy, i in zip(grads, indices, strict=True)]
+        with entered(ExtraPass(owner)):
+            found = torch.autograd.grad(
+                [y for y, _ in pairs],
+                list(wanted.values()),
+                grads,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        for local, gradient in zip(wanted, found, strict=True):
+            if gradient is not None:
+                run.add(site.owned[local], example, gradient)
