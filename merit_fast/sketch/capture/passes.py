@@ -1,6 +1,7 @@
 """One forward pass and its backward passes: what taps cover, what does not, and the self-check."""
 
 import functools
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,6 +110,9 @@ class SketchedPasses:
         return self.now is not None and self.now.sums is not None
 
     def attach(self) -> None:
+        if "torch._dynamo" in sys.modules:  # what was compiled runs as it is written
+            stance = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+            self._undo.append(functools.partial(stance.__exit__, None, None, None))
         self.taps.attach()
         self._undo.append(self.taps.detach)
         for name, tower in self.taps.towers.items():
