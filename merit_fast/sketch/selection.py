@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from merit_fast.errors import InputError, show
 from merit_fast.sketch.names import canonical_name, named_parameters
@@ -54,6 +55,20 @@ def model_weights_fingerprint(model: nn.Module) -> str:
         values = torch.cat([probe for probe in probes if str(probe.device) == device]).cpu()
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel and torch.compile."""
+    core = model.module if isinstance(model, DistributedDataParallel) else model
+    inside: nn.Module = getattr(core, "_orig_mod", core)
+    return inside
+
+
+def require_one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises InputError if an option has none of its values."""
+    if value not in allowed:
+        listed = ", ".join(map(repr, allowed))
+        raise InputError(f"{key}: must be one of {listed}, got {show(value)}")
 
 
 def _wanted(model: nn.Module, parameters: str) -> Callable[[str], bool]:

@@ -5,7 +5,6 @@ import torch
 from support.checks import assert_close
 from support.sketch.exact_gradients import (
     SIZES,
-    SKETCH,
     exact_sketches,
     hook_sketches,
     ragged_examples,

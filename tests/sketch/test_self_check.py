@@ -146,9 +146,7 @@ def test_a_wrong_formula_is_replaced_by_a_backward_pass_per_example(monkeypatch,
     x = torch.randn(3, 5, 6)
     truth = exact_rows(Wrong, x)
     lines = []
-    with GradientSketcher(
-        model, SKETCH, uncovered="autograd", notify=lines.append
-    ) as sketcher:
+    with GradientSketcher(model, SKETCH, uncovered="autograd", notify=lines.append) as sketcher:
         if fault == "sum":
             with pytest.raises(RepeatBatch, match="run this batch again"):
                 sketched(sketcher, model, x)
@@ -278,9 +276,11 @@ def test_extra_passes_are_at_most_two_and_only_once():
     examples = ragged_examples()
     passes = []
     model.model.embed_tokens.register_forward_hook(
-        lambda module, args, output: output.requires_grad_().register_hook(passes.append)
-        if not output.requires_grad
-        else output.register_hook(passes.append) and None
+        lambda module, args, output: (
+            output.requires_grad_().register_hook(passes.append)
+            if not output.requires_grad
+            else output.register_hook(passes.append) and None
+        )
     )
     with GradientSketcher(model, SKETCH) as sketcher:
         counts = []
@@ -297,7 +297,9 @@ def test_packed_rows_are_checked():
     positions = torch.tensor([[*range(5), *range(7)]])
     with GradientSketcher(model, SKETCH) as sketcher:
         sketcher.packed(torch.tensor([0, 5, 12]))
-        model(input_ids=ids, position_ids=positions, use_cache=False).logits.square().sum().backward()
+        model(
+            input_ids=ids, position_ids=positions, use_cache=False
+        ).logits.square().sum().backward()
         sketcher.take()
     assert sketcher.checked.row_error < 2e-6 and sketcher.slow_parameters == {}
 

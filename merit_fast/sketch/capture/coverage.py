@@ -62,7 +62,14 @@ def cover_of(site: Site) -> Cover | None:
         module.scale_grad_by_freq or module.max_norm is not None
     ):
         raise site.error("has scale_grad_by_freq or max_norm, which depend on the whole batch")
-    for choose in (_linear_cover, _embedding_cover, _conv_cover, _signal_cover, _experts_cover, _affine_cover):
+    for choose in (
+        _linear_cover,
+        _embedding_cover,
+        _conv_cover,
+        _signal_cover,
+        _experts_cover,
+        _affine_cover,
+    ):
         cover = choose(site)
         if cover is not None:
             return cover

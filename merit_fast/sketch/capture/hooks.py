@@ -24,13 +24,13 @@ from merit_fast.sketch.capture.taps import extra_pass, tap
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.capture.trees import map_tensors, tensors_of
 from merit_fast.sketch.capture.uses import RawUses
-from merit_fast.sketch.capture.wrapping import submodule, wrap_forward
+from merit_fast.sketch.capture.wrapping import contiguous_input, submodule, wrap_forward
 
 Backward = Callable[..., None]  # (site, target, dys, *inputs)
 
 
 class ModuleTaps:
-    """Taps of every module that owns sketched parameters; ``GradientSketcher`` puts them in.
+    """Taps of every module that owns sketched parameters.
 
     A module whose formula is known is tapped at its output. Elsewhere F.linear and F.embedding are
     tapped where they get the module's parameters; for all other uses a backward pass per example
@@ -74,14 +74,13 @@ class ModuleTaps:
         for site, cover in self._covers:
             around = functools.partial(self._forward_site, site, cover)
             self._restore.append(wrap_forward(site.module, around))
-        if isinstance(head := submodule(self.model, "get_output_embeddings"), nn.Linear):
-            self._restore.append(head.register_forward_pre_hook(_contiguous_input).remove)
+        head = submodule(self.model, "get_output_embeddings")
+        if isinstance(head, nn.Linear):
+            self._restore.append(head.register_forward_pre_hook(contiguous_input).remove)
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            for embedding in {
-                submodule(module, "get_input_embeddings") for module in self.model.modules()
-            }:
-                if embedding is not None:
-                    self._restore.append(embedding.register_forward_hook(self._begin_graph).remove)
+            inputs = {submodule(module, "get_input_embeddings") for module in self.model.modules()}
+            for embedding in filter(None, inputs):
+                self._restore.append(embedding.register_forward_hook(self._begin_graph).remove)
 
     def detach(self) -> None:
         while self._restore:
@@ -154,12 +153,12 @@ class ModuleTaps:
         run: Pass,
         original: Callable[..., Any],
         args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        kwargs: Any,
     ) -> Any:
         """Covers whatever a module does with its parameters, by stand-ins for them in this call."""
         module = site.module
         used = self._used.setdefault(module, set())
-        stand_ins = {}
+        stand_ins: dict[str, Tensor] = {}
         with self._covering(site):
             for local in site.owned:
                 parameter = module._parameters[local]
@@ -172,11 +171,15 @@ class ModuleTaps:
                     wanted = run.exploring or local in used
                     stand_ins[local] = nn.Parameter(parameter.detach(), wanted)
         ids = {id(value): local for local, value in stand_ins.items()}
-        with (
-            replaced(module, stand_ins),
-            RawUses(ids, functools.partial(self._tap_use, site, run, ids)) as uses,
-        ):
+        uses = RawUses(ids)
+        uses.tap_use = functools.partial(self._tap_use, site, run, uses)
+        with replaced(module, stand_ins), uses:
             output = original(*args, **kwargs)
+        returned = {uses.owned[id(v)] for v in tensors_of(output) if id(v) in uses.owned}
+        if returned:
+            kept = [n for local, n in site.owned.items() if local not in returned]
+            self.refuse(site.without(kept).refusal("is returned by its module"))
+            site = site.without(self.slow)
         others = site.without([n for local, n in site.owned.items() if local not in uses.other])
         if run.exploring:
             used.update(uses.other)
@@ -190,7 +193,7 @@ class ModuleTaps:
         if not outputs:
             return output
         inner = list(outputs.values())
-        refusals = [refusal for value in inner if (refusal := _refusal(site, run, value))]
+        refusals = [refusal for value in inner if (refusal := run.refusal(site, value))]
         if len(refusals) == len(inner):
             self.refuse(refusals[0])
             return output
@@ -203,23 +206,25 @@ class ModuleTaps:
         return map_tensors(output, lambda value: tapped.get(id(value), value))
 
     def _tap_use(
-        self,
-        site: Site,
-        run: Pass,
-        ids: Mapping[int, str],
-        function: Any,
-        result: Tensor,
-        given: Mapping[str, Any],
+        self, site: Site, run: Pass, uses: RawUses, function: Any, result: Tensor, given: Any
     ) -> Tensor:
         """Taps one F.linear or F.embedding that got stand-ins."""
-        keys = [key for key in ("weight", "bias") if id(given.get(key)) in ids]
-        part = Site(site.module, {key: site.owned[ids[id(given[key])]] for key in keys}, site.tower)
+        keys = [key for key in ("weight", "bias") if id(given.get(key)) in uses.owned]
+        locals_of = {key: uses.owned[id(given[key])] for key in keys}
+        part = Site(site.module, {k: site.owned[n] for k, n in locals_of.items()}, site.tower)
         if function is F.linear:
-            return self._tap_output(linear_backward, part, run, result, [given["input"]])
-        padding = given.get("padding_idx")
-        if padding is not None and padding < 0:
-            padding += len(given["weight"])
-        backward = functools.partial(embedding_backward, padding_idx=padding)
+            formula = linear_backward
+        else:
+            padding = given.get("padding_idx")
+            if padding is not None and padding < 0:
+                padding += len(given["weight"])
+            formula = functools.partial(embedding_backward, padding_idx=padding)
+
+        def backward(live: Site, target: Pass, dy: Tensor, *kept: Tensor) -> None:
+            # The pass through the module takes all uses of a parameter that has others too.
+            doubled = [part.owned[key] for key in keys if locals_of[key] in uses.other]
+            formula(live.without(doubled), target, dy, *kept)
+
         return self._tap_output(backward, part, run, result, [given["input"]])
 
     def _tap_output(
@@ -229,17 +234,18 @@ class ModuleTaps:
             backward(live, target, dys[0], *kept)
 
         sink = functools.partial(self._sink, formula, site, run)
-        refusal = _refusal(site, run, output)
+        refusal = run.refusal(site, output)
         if refusal is None:
             return tap(self.anchor, [output], sink, *inputs)[0]
-        is_lookup = not inputs[0].is_floating_point() and inputs[0].dim() == 2
-        if not is_lookup or len(output) != 1 or run.cu_seqlens is not None:
+        ids = inputs[0]
+        is_shared = ids.dim() == 1 or (ids.dim() == 2 and len(ids) == 1)
+        if ids.is_floating_point() or not is_shared or run.cu_seqlens is not None:
             self.refuse(refusal)
             return output
 
         def copies() -> Tensor:
-            rows = output.expand(run.size, -1, -1)
-            return tap(self.anchor, [rows], sink, inputs[0].expand(run.size, -1))[0]
+            rows = output.expand(run.size, *output.shape[-2:])
+            return tap(self.anchor, [rows], sink, ids.expand(run.size, ids.shape[-1]))[0]
 
         refuse = functools.partial(self.refuse, refusal)
         return SharedRows.of(output, copies, run.size, refuse)
@@ -292,21 +298,3 @@ class ModuleTaps:
         if not torch.is_grad_enabled() or not needs_tap:
             return output
         return tap(self.anchor, [output], lambda dys: None)[0]
-
-
-def _refusal(site: Site, run: Pass, value: Tensor) -> Refusal | None:
-    """The refusal of a module whose output cannot be divided among the examples."""
-    try:
-        run.offsets(site, value)
-    except Refusal as refusal:
-        return refusal
-    return None
-
-
-def _contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Makes the inputs contiguous.
-
-    With a frozen weight and strided input (a head after a slice) torch copies the weight once per
-    example.
-    """
-    return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)

@@ -83,7 +83,8 @@ class Pass:
         open: the model's forward is running.
         fired: some gradient has arrived.
         done: its sketches were taken or discarded.
-        exploring: the first of its kind, with all weights unfrozen: what no tap covers may be found.
+        exploring: the first of its kind, with all weights unfrozen: refusals may come.
+        trusts_check: the check will find rows that are taken for those of another example.
         also: other sketches to which the taps add in the user's backward pass.
         apart: sketches of every parameter are kept apart.
         ran_without_grad: parameters whose module ran under no_grad, as reentrant checkpointing
@@ -102,6 +103,7 @@ class Pass:
     fired: bool = False
     done: bool = False
     exploring: bool = False
+    trusts_check: bool = False
     also: list["Pass"] = field(default_factory=list)
     apart: bool = False
     ran_without_grad: set[str] = field(default_factory=set)
@@ -161,26 +163,44 @@ class Pass:
         """
         if not self.is_divided:
             return None
-        if value.dim() > 0:
-            length = self._length(value)
-            if site.tower is not None:
-                if site.tower not in self.patches:
-                    raise site.refusal("is in a tower whose images are not known by example")
-                offsets, merged = self.patches[site.tower]
-                total = int(offsets[-1])
-                if length == total:
-                    return offsets
-                if length * merged == total:
-                    return offsets.div(merged, rounding_mode="floor")
-            elif self.cu_seqlens is not None:
-                if length == self.tokens:
-                    return self.cu_seqlens
-            elif len(value) in (self.size, self.size * self.tokens):
-                return None
+        length = self._length(value) if value.dim() else 0
+        if site.tower is not None:
+            offsets = self._patches_of(site, length)
+            if offsets is not None:
+                return offsets
+        elif self.cu_seqlens is not None:
+            if length == self.tokens:
+                return self.cu_seqlens
+        elif value.dim() and self._is_even(len(value)):
+            return None
         raise site.refusal(
             f"sees values of shape {list(value.shape)}, whose rows cannot be told apart by example "
             f"({self.size} examples, {self.tokens} tokens)"
         )
+
+    def refusal(self, site: Site, value: Tensor) -> Refusal | None:
+        """The refusal of a value that cannot be divided among the examples."""
+        try:
+            self.offsets(site, value)
+        except Refusal as refusal:
+            return refusal
+        return None
+
+    def _is_even(self, rows: int) -> bool:
+        """Whether rows seem to be examples, tokens or, where a check follows, parts of tokens."""
+        tokens = self.size * self.tokens
+        return rows in (self.size, tokens) or (self.trusts_check and rows > 0 == rows % tokens)
+
+    def _patches_of(self, site: Site, length: int) -> Tensor | None:
+        if site.tower not in self.patches:
+            raise site.refusal("is in a tower whose images are not known by example")
+        offsets, merged = self.patches[site.tower]
+        total = int(offsets[-1])
+        if length == total:
+            return offsets
+        if length * merged == total:
+            return offsets.div(merged, rounding_mode="floor")
+        return None
 
     def example_of_rows(self, site: Site, value: Tensor) -> Tensor:
         """[N] int64: the example of each row of ``value`` [N, C]."""

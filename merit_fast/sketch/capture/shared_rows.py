@@ -1,4 +1,4 @@
-"""Rows looked up once for all examples, such as positions [1, T]: one copy per example when added.
+"""Rows looked up once for all examples, such as those of positions: copied where they are added.
 
 The gradient of such rows would arrive summed over the examples. The lookup keeps its shape; where
 it is added to values [B, T, C], each example gets rows of its own.
@@ -22,18 +22,18 @@ _CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.bfloat16, Tensor.half,
 
 
 class SharedRows(Tensor):
-    """Values [1, T, C] that know their copies [B, T, C].
+    """Values [1, T, C] or [T, C] that know their copies [B, T, C].
 
     Attributes:
         plain: the values as an ordinary tensor.
         copies: computes the copies, whose gradient is taken per example.
-        size: B.
+        examples: B.
         refuse: called before any other use, which the copies could change.
     """
 
     plain: Tensor
     copies: Callable[[], Tensor]
-    size: int
+    examples: int
     refuse: Callable[[], None]
 
     @classmethod
@@ -47,7 +47,7 @@ class SharedRows(Tensor):
         rows = plain.detach().as_subclass(cls)
         rows.plain = plain
         rows.copies = copies
-        rows.size = size
+        rows.examples = size
         rows.refuse = refuse
         return rows
 
@@ -61,13 +61,15 @@ class SharedRows(Tensor):
             others = [value for value in args if not isinstance(value, cls)]
             if len(others) == 1 and _is_batched(others[0], rows):
                 return func(*(rows.copies() if value is rows else value for value in args))
+        if func is Tensor.expand_as and args[0] is rows and _is_batched(args[1], rows):
+            return rows.copies()
         if func in _CASTS and args[0] is rows:
             result = func(rows.plain, *_plain(args[1:]), **kwargs)
             copies = rows.copies
             return cls.of(
                 result,
                 lambda: func(copies(), *_plain(args[1:]), **kwargs),
-                rows.size,
+                rows.examples,
                 rows.refuse,
             )
         result = func(*_plain(args), **{key: _plain([v])[0] for key, v in kwargs.items()})
@@ -77,8 +79,7 @@ class SharedRows(Tensor):
 
 
 def _is_batched(value: Any, rows: SharedRows) -> bool:
-    shape = rows.plain.shape
-    return isinstance(value, Tensor) and value.shape == (rows.size, *shape[1:])
+    return isinstance(value, Tensor) and value.shape == (rows.examples, *rows.plain.shape[-2:])
 
 
 def _plain(values: Any) -> list[Any]:

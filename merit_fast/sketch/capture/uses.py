@@ -1,4 +1,4 @@
-"""Uses of parameters that no module's formula knows: found, or tapped where they are known calls."""
+"""Uses of parameters that no module's formula knows: found, or tapped in known calls."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 _HARMLESS = {"detach", "requires_grad_", "view_as"}
 _HARMLESS |= {"zeros_like", "ones_like", "empty_like", "full_like"}
 _HARMLESS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
-_SAME = {"to", "type_as", "contiguous"}  # harmless where they return their argument
+# Harmless where they return their argument.
+_SAME = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"}
 
 # (function, result, arguments as F.linear or F.embedding name them) -> the result, tapped
 TapUse = Callable[[Any, Tensor, dict[str, Any]], Tensor]
@@ -49,13 +50,16 @@ class RawUses(TorchFunctionMode):
     Routers of experts do so.
 
     Attributes:
+        owned: id of every such parameter -> its local name.
+        tap_use: called with each such use; to be set.
         other: local names of parameters that another function got.
     """
 
-    def __init__(self, owned: Mapping[int, str], tap_use: TapUse) -> None:
+    tap_use: TapUse
+
+    def __init__(self, owned: Mapping[int, str]) -> None:
         super().__init__()
         self.owned = owned
-        self.tap_use = tap_use
         self.other: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

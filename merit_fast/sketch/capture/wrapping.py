@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _WRAPPED = "_merit_fast_wrapped"  # attribute of a forward that took the place of another
 
@@ -39,3 +39,12 @@ def submodule(module: nn.Module, getter: str) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return found
+
+
+def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Makes the inputs contiguous.
+
+    With a frozen weight and strided input (a head after a slice) torch copies the weight once per
+    example.
+    """
+    return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)

@@ -138,34 +138,3 @@ def relative_error(sketch: Tensor, exact: Tensor | None) -> float:
     truth = torch.zeros_like(sketch) if exact is None else exact.to(sketch.device)
     distance = float((sketch.double() - truth.double()).norm())
     return distance / float(truth.double().norm()) if distance else 0.0
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """The largest errors that the self-check has found, over all kinds of calls.
-
-    Attributes:
-        row_error: |s_b - S(g_b)| / |S(g_b)| of one example; None if no row could be checked.
-        sum_error: |sum of s - S(sum of g)| / |S(sum of g)|.
-        kinds: kinds of calls that were checked.
-        note: why rows were not checked, where they were not.
-    """
-
-    row_error: float | None
-    sum_error: float
-    kinds: int
-    note: str = ""
-
-    def with_call(self, row_error: float | None, sum_error: float, note: str) -> "CheckResult":
-        rows = [error for error in (self.row_error, row_error) if error is not None]
-        return CheckResult(
-            max(rows, default=None),
-            max(self.sum_error, sum_error),
-            self.kinds + 1,
-            note or self.note,
-        )
-
-    def __str__(self) -> str:
-        worst = max(self.sum_error, self.row_error or 0.0)
-        rows = f" ({self.note})" if self.note else ""
-        return f"checked against autograd: {worst:.0e}{rows}"

@@ -24,7 +24,8 @@ class UnfrozenWeights:
             parameter.requires_grad_(True)
             hook = functools.partial(_hand_on, receive, name)
             self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
-            self._handles.append(parameter.register_post_accumulate_grad_hook(_free))
+            freed = parameter.register_post_accumulate_grad_hook(_free)  # type: ignore[no-untyped-call]
+            self._handles.append(freed)
 
     def freeze(self) -> None:
         for handle in self._handles:

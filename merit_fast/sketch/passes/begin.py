@@ -46,7 +46,7 @@ def begin_pass(
 
 
 def sizes_of(model: nn.Module) -> frozenset[int]:
-    """Sizes that an axis of the model's values may have: those of weights, numbers of its config."""
+    """Sizes that other axes may have: those of the weights, and numbers of the config."""
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     config = getattr(model, "config", None)
     values = vars(config).values() if config is not None else ()
