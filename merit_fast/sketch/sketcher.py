@@ -109,6 +109,15 @@ class GradientSketcher:
         return dict(self._passes.uncovered.slow)
 
     @property
+    def prefers_single_rows(self) -> bool:
+        """Whether a batch of n costs more than n batches of one.
+
+        So it does where parameters take a backward pass per example through the model, or through a
+        module that contains others.
+        """
+        return bool(self._passes.uncovered.slow) or self._passes.taps.passes_through_blocks
+
+    @property
     def checked(self) -> SketchCheck | None:
         """The largest errors that the check has found so far; None before it."""
         result = self._passes.result
@@ -182,12 +191,6 @@ class GradientSketcher:
         if run is None or not run.fired:
             raise MeritFastError(
                 "sketch_gradients: update() or take() before a forward and backward pass"
-            )
-        if run.ran_without_grad:
-            raise MeritFastError(
-                f"sketch_gradients: parameter {min(run.ran_without_grad)} was used under no_grad "
-                "and never again: with reentrant checkpointing give use_reentrant=False; "
-                "else leave it out"
             )
         sketches = self._passes.take()
         uncovered = self._passes.uncovered

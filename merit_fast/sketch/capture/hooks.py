@@ -32,22 +32,17 @@ Backward = Callable[..., None]  # (site, target, dys, *inputs)
 class ModuleTaps:
     """Taps of every module that owns sketched parameters.
 
-    A module whose formula is known is tapped at its output. Elsewhere F.linear and F.embedding are
-    tapped where they get the module's parameters; for all other uses a backward pass per example
-    runs through the module.
+    A module of a known formula is tapped at its output. Elsewhere F.linear and F.embedding are; for
+    all other uses of a parameter a backward pass per example runs through its module.
 
     Args:
-        model: the model.
         names: id of every sketched parameter -> its name.
         refuse: called where no tap can cover the parameters of a site.
         slow: names of parameters that are not to be tapped.
 
     Attributes:
         run: the forward pass whose sketches are not taken yet.
-        covered: names of parameters -> how many modules that run now are known to use them.
-
-    Raises:
-        MeritFastError: per-example gradients of a parameter do not exist.
+        covered: name -> how many modules that run now are known to use the parameter.
     """
 
     def __init__(
@@ -69,6 +64,11 @@ class ModuleTaps:
         self._covers = [(site, self._cover(site)) for site in self.sites]
         self._used = dict[nn.Module, set[str]]()
         self._restore: list[Callable[[], object]] = []
+
+    @property
+    def passes_through_blocks(self) -> bool:
+        """Whether backward passes per example run through modules that contain others."""
+        return any(used and any(module.children()) for module, used in self._used.items())
 
     def attach(self) -> None:
         for site, cover in self._covers:
@@ -235,9 +235,9 @@ class ModuleTaps:
 
         sink = functools.partial(self._sink, formula, site, run)
         refusal = run.refusal(site, output)
+        ids = inputs[0]
         if refusal is None:
             return tap(self.anchor, [output], sink, *inputs)[0]
-        ids = inputs[0]
         is_shared = ids.dim() == 1 or (ids.dim() == 2 and len(ids) == 1)
         if ids.is_floating_point() or not is_shared or run.cu_seqlens is not None:
             self.refuse(refusal)
@@ -260,7 +260,6 @@ class ModuleTaps:
     ) -> None:
         """Gets the gradients of a tapped output, in the user's backward pass or one of ours."""
         extra = extra_pass()
-        live = site.without(self.slow)
         if extra is None:
             if run.done:
                 raise MeritFastError(
@@ -270,10 +269,10 @@ class ModuleTaps:
             run.fired = True
         elif extra.run is not run or extra.target is None:
             return
-        if not live.owned:
-            return
+        live = site.without(self.slow)
+        targets = [run, *run.also] if extra is None else [extra.target]
         try:
-            for target in [run, *run.also] if extra is None else [extra.target]:
+            for target in targets if live.owned else ():
                 backward(live, target, dys, *inputs)
         except Refusal as refusal:
             self.refuse(refusal)
@@ -284,7 +283,6 @@ class ModuleTaps:
 
     @contextmanager
     def _covering(self, site: Site) -> Iterator[None]:
-        """Names the parameters that the module which runs now is known to use."""
         names = list(site.owned.values())
         self.covered.update(names)
         try:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class CurrentPass:
         example: the one whose gradient was compared.
         note: why none was.
         gated: a gradient has arrived at the model's outputs.
+        received: parameters that have got a gradient from autograd.
         reentrant: modules ran without gradients first, as reentrant checkpointing lets them.
     """
 
@@ -76,6 +77,7 @@ class CurrentPass:
     example: int | None = None
     note: str = ""
     gated: bool = False
+    received: set[str] = field(default_factory=set)
     reentrant: bool = False
 
     def compare(self) -> None:
@@ -87,6 +89,12 @@ class CurrentPass:
     def unfreeze(self, parameters: Mapping[str, nn.Parameter]) -> None:
         if parameters:
             self.weights = UnfrozenWeights(parameters, self._receive)
+
+    def without_gradient(self) -> set[str]:
+        """Parameters to which autograd gave no gradient; none if it was not asked for all."""
+        if self.weights is None or len(self.weights.parameters) < len(self.parameters):
+            return set()
+        return set(self.parameters) - self.received
 
     def end(self) -> None:
         self.run.done = True
@@ -161,6 +169,7 @@ class CurrentPass:
             if extra.run is self.run and extra.receive is not None:
                 extra.receive(name, gradient)
         elif not self.run.done:
+            self.received.add(name)
             if self.sums is not None:
                 self.sums.receive(name, gradient)
             if not self.run.is_divided:

@@ -62,6 +62,7 @@ class SketchedPasses:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self.taps = ModuleTaps(model, self._names, self._refuse, self.uncovered.slow)
         self._kinds: set[Hashable] = set()
+        self._constant: set[str] = set()  # parameters that their modules use under no_grad only
         self._sizes = sizes_of(model)
         self._undo: list[Callable[[], object]] = []
         self.uncovered.require_allowed()
@@ -113,6 +114,14 @@ class SketchedPasses:
         self.discard()
         if run.is_divided and self.uncovered.slow and not now.gated:
             self.uncovered.need_rows("the model's outputs got no gradient")
+        unseen = run.ran_without_grad - self.uncovered.slow.keys()
+        self._constant |= unseen & now.without_gradient()
+        if unseen - self._constant:
+            raise MeritFastError(
+                f"sketch_gradients: parameter {min(unseen - self._constant)} was used under "
+                "no_grad and never again: with reentrant checkpointing give use_reentrant=False; "
+                "else leave it out"
+            )
         first, *others = run.outs.values() or [torch.zeros(run.size, self.sketch.proj_dim)]
         for out in others:
             first += out.to(first.device)

@@ -36,8 +36,9 @@ class UnfrozenWeights:
             parameter.grad = gradient
 
 
-def _hand_on(receive: Receive, name: str, gradient: Tensor) -> None:
-    receive(name, gradient)
+def _hand_on(receive: Receive, name: str, gradient: Tensor | None) -> None:
+    if gradient is not None:  # a part of the graph that nothing reached
+        receive(name, gradient)
 
 
 def _free(parameter: Tensor) -> None:
