@@ -109,15 +109,6 @@ class GradientSketcher:
         return dict(self._passes.uncovered.slow)
 
     @property
-    def prefers_single_rows(self) -> bool:
-        """Whether a batch of n costs more than n batches of one.
-
-        So it does where parameters take a backward pass per example through the model, or through a
-        module that contains others.
-        """
-        return bool(self._passes.uncovered.slow) or self._passes.taps.passes_through_blocks
-
-    @property
     def checked(self) -> SketchCheck | None:
         """The largest errors that the check has found so far; None before it."""
         result = self._passes.result

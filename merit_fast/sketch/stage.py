@@ -222,7 +222,7 @@ def _rows_of_pass(model: torch.nn.Module, sketcher: GradientSketcher, config: Sk
     images: where such a tower is sketched, each row takes a pass of its own.
     """
     sketched = tower_parameters(model).keys() & set(sketcher.parameter_names)
-    if sketcher.prefers_single_rows:
+    if sketcher.slow_parameters:
         return 1
     return 1 if sketched and not find_towers(model) else config.batch_size
 

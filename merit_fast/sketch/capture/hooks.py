@@ -26,7 +26,7 @@ from merit_fast.sketch.capture.trees import map_tensors, tensors_of
 from merit_fast.sketch.capture.uses import RawUses
 from merit_fast.sketch.capture.wrapping import contiguous_input, submodule, wrap_forward
 
-Backward = Callable[..., None]  # (site, target, dys, *inputs)
+Backward = Callable[..., None]  # (site, its target or targets, dy or dys, *inputs)
 
 
 class ModuleTaps:
@@ -64,11 +64,6 @@ class ModuleTaps:
         self._covers = [(site, self._cover(site)) for site in self.sites]
         self._used = dict[nn.Module, set[str]]()
         self._restore: list[Callable[[], object]] = []
-
-    @property
-    def passes_through_blocks(self) -> bool:
-        """Whether backward passes per example run through modules that contain others."""
-        return any(used and any(module.children()) for module, used in self._used.items())
 
     def attach(self) -> None:
         for site, cover in self._covers:
@@ -198,8 +193,8 @@ class ModuleTaps:
             self.refuse(refusals[0])
             return output
 
-        def backward(live: Site, target: Pass, dys: tuple[Tensor | None, ...]) -> None:
-            local_backward(live, target, run, inner, stand_ins, dys)
+        def backward(live: Site, targets: list[Pass], dys: tuple[Tensor | None, ...]) -> None:
+            local_backward(live, targets, run, inner, stand_ins, dys)
 
         sink = functools.partial(self._sink, backward, site, run)
         tapped = dict(zip(outputs, tap(self.anchor, inner, sink), strict=True))
@@ -230,8 +225,9 @@ class ModuleTaps:
     def _tap_output(
         self, backward: Backward, site: Site, run: Pass, output: Tensor, inputs: list[Tensor]
     ) -> Tensor:
-        def formula(live: Site, target: Pass, dys: tuple[Tensor], *kept: Tensor) -> None:
-            backward(live, target, dys[0], *kept)
+        def formula(live: Site, targets: list[Pass], dys: tuple[Tensor], *kept: Tensor) -> None:
+            for target in targets:
+                backward(live, target, dys[0], *kept)
 
         sink = functools.partial(self._sink, formula, site, run)
         refusal = run.refusal(site, output)
@@ -270,10 +266,10 @@ class ModuleTaps:
         elif extra.run is not run or extra.target is None:
             return
         live = site.without(self.slow)
-        targets = [run, *run.also] if extra is None else [extra.target]
+        if not live.owned:
+            return
         try:
-            for target in targets if live.owned else ():
-                backward(live, target, dys, *inputs)
+            backward(live, [run, *run.also] if extra is None else [extra.target], dys, *inputs)
         except Refusal as refusal:
             self.refuse(refusal)
         except Exception as error:

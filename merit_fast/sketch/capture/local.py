@@ -27,13 +27,13 @@ def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 
 def local_backward(
     site: Site,
+    targets: Sequence[Pass],
     run: Pass,
-    owner: Pass,
     outputs: Sequence[Tensor],
     stand_ins: Mapping[str, Tensor],
     dys: Sequence[Tensor | None],
 ) -> None:
-    """Adds the sketches of the gradients of ``stand_ins`` (local name -> parameter) to ``run``."""
+    """Adds sketches of the gradients of ``stand_ins`` (local name -> parameter) to ``targets``."""
     wanted = {local: value for local, value in stand_ins.items() if local in site.owned}
     pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if dy is not None]
     pairs = [(y, dy) for y, dy in pairs if y.requires_grad]
@@ -47,7 +47,7 @@ def local_backward(
             if not any(bool(dy[i].any()) for dy, i in zip(grads, indices, strict=True)):
                 continue
             grads = [masked(dy, i) for dy, i in zip(grads, indices, strict=True)]
-        with entered(ExtraPass(owner)):
+        with entered(ExtraPass(run)):
             found = torch.autograd.grad(
                 [y for y, _ in pairs],
                 list(wanted.values()),
@@ -56,5 +56,5 @@ def local_backward(
                 allow_unused=True,
             )
         for local, gradient in zip(wanted, found, strict=True):
-            if gradient is not None:
-                run.add(site.owned[local], example, gradient)
+            for target in targets if gradient is not None else ():
+                target.add(site.owned[local], example, gradient)
