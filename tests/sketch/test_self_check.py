@@ -247,6 +247,20 @@ def test_slow_parameters_of_a_scalar_need_batches_of_one():
         assert_close(sketcher.take(), exact)
 
 
+def test_a_gradient_that_is_not_finite_is_returned_as_it_is():
+    """The check cannot compare it, so it compares the next pass."""
+    model = made(Wrong)
+    x = torch.randn(3, 5, 6)
+    bad = x.clone()
+    bad[1] = torch.inf
+    with GradientSketcher(model, SKETCH) as sketcher:
+        result = sketched(sketcher, model, bad)
+        assert [bool(row.isfinite().all()) for row in result] == [True, False, True]
+        assert sketcher.checked is None
+        sketched(sketcher, model, x)
+        assert sketcher.checked.kinds == 1
+
+
 def test_a_loss_that_reaches_weights_past_the_models_outputs_is_named():
     model = Wrong()
     with (

@@ -182,12 +182,16 @@ class CurrentPass:
                 target.add(name, example, gradient)
 
     def check_sums(self, sketches: Tensor) -> SketchCheck | None:
-        """Compares the sketches [B, D] of the whole pass; None if the pass is not checked.
+        """Compares the sketches [B, D] of the whole pass.
+
+        Returns:
+            The errors; None if the pass is not checked, or its gradient is not finite.
 
         Raises:
             MeritFastError: they are not autograd's.
         """
-        if self.sums is None:
+        total = None if self.sums is None else self.sums.total
+        if self.sums is None or (total is not None and not bool(total.isfinite().all())):
             return None
         tolerance = self._tolerance(sketches)
         wrong, _ = wrong_parameters(self.sums.errors(None), tolerance)
@@ -201,7 +205,7 @@ class CurrentPass:
             self.uncovered.add_wrong(wrong, "the sum of the examples' sketches")
             self.uncovered.require_allowed()
             self.uncovered.repeat(next(iter(wrong)))
-        sum_error = relative_error(sketches.sum(0, keepdim=True), self.sums.total)
+        sum_error = relative_error(sketches.sum(0, keepdim=True), total)
         row_error = None
         if self.example is not None and self.row is not None:
             row_error = relative_error(sketches[self.example : self.example + 1], self.row.total)
@@ -213,5 +217,4 @@ class CurrentPass:
         return SketchCheck(row_error, sum_error, 1, self.note)
 
     def _tolerance(self, value: Tensor) -> Tolerance:
-        dtypes = {parameter.dtype for parameter in self.parameters.values()}
-        return tolerance_of(dtypes | {value.dtype}, value.device.type)
+        return tolerance_of(self.parameters.values(), value)

@@ -128,7 +128,8 @@ class SketchedPasses:
         found = now.check_sums(first)
         if found is not None:
             self.result = found if self.result is None else self.result.merged(found)
-        self._kinds.add(now.kind)
+        if found is not None or now.sums is None:
+            self._kinds.add(now.kind)
         return first
 
     def _forward_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
