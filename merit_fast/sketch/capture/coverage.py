@@ -5,17 +5,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from merit_fast.kernels.sketch import (
     embedding_grad_sketch,
-    flat_sketch,
-    linear_grad_sketch,
     vector_grad_sketch,
+)
+from merit_fast.sketch.capture.convolutions import (
+    conv_backward,
+    kernel_options,
+    signal_backward,
+    sketch_bias,
+    sketch_linear_weight,
 )
 from merit_fast.sketch.capture.experts import (
     experts_backward,
@@ -124,6 +126,20 @@ def _signal_cover(site: Site) -> Cover | None:
     return Cover(_WEIGHT_AND_BIAS, _batched_images, signal_backward)
 
 
+def filters_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of depthwise convolutions among a module's children, by local name.
+
+    Mixers read them, and call F.conv1d or a kernel themselves.
+    """
+    return [
+        (f"{name}.{local}", parameter)
+        for name, child in module.named_children()
+        if isinstance(child, nn.Conv1d) and child.groups == child.in_channels > 1
+        if _signal_cover(Site(child, {})) is not None
+        for local, parameter in child.named_parameters(recurse=False)
+    ]
+
+
 def _experts_cover(site: Site) -> Cover | None:
     module = site.module
     if own_forward(module) is not type(module).forward or not is_experts(module):
@@ -145,16 +161,16 @@ def _affine_cover(site: Site) -> Cover | None:
 def linear_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
-        _linear(run, name, dy, x, offsets)
-    _bias(site, run, dy, offsets)
+        sketch_linear_weight(run, name, dy, x, offsets)
+    sketch_bias(site, run, dy, offsets)
 
 
 def conv1d_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     """Sketches GPT-2's Conv1D, a linear layer whose weight is stored [I, O]."""
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
-        _linear(run, name, x, dy, offsets)
-    _bias(site, run, dy, offsets)
+        sketch_linear_weight(run, name, x, dy, offsets)
+    sketch_bias(site, run, dy, offsets)
 
 
 def embedding_backward(
@@ -165,53 +181,7 @@ def embedding_backward(
     if padding_idx is not None:  # torch gives this row no gradient
         dy = dy.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
     name = site.owned["weight"]
-    embedding_grad_sketch(dy, ids, name, run.sketch, **_options(run, name, dy, offsets))
-
-
-def conv_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
-    """Sketches Conv2d and Conv3d: the unfolded windows of x times dy.
-
-    Patch embeddings unfold without a copy.
-    """
-    module = site.module
-    assert isinstance(module, _ConvNd)
-    dims = len(module.kernel_size)
-    if any(module._reversed_padding_repeated_twice):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    for i in range(dims):
-        x = x.unfold(2 + i, module.kernel_size[i], module.stride[i])
-    positions = list(range(2, 2 + dims))
-    x = x.permute(0, *positions, 1, *range(2 + dims, 2 + 2 * dims))
-    windows = x.flatten(1, dims).flatten(2)  # [B, L, I k...]
-    (dy, windows), offsets = run.divide(site, dy.flatten(2).transpose(1, 2), windows)
-    if name := site.owned.get("weight"):
-        _linear(run, name, dy, windows, offsets)
-    _bias(site, run, dy, offsets)
-
-
-def signal_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
-    """Sketches Conv1d, dense or with one group per output: dW exists, small, for every example."""
-    module = site.module
-    assert isinstance(module, nn.Conv1d)
-    parts = run.parts(site, dy)
-    if len(parts) != len(dy):
-        raise site.refusal(f"sees {len(dy)} signals for {len(parts)} examples")
-    if any(module._reversed_padding_repeated_twice):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    span = module.dilation[0] * (module.kernel_size[0] - 1) + 1
-    windows = x.unfold(2, span, module.stride[0])[..., :: module.dilation[0]]  # [B, I, L, k]
-    if name := site.owned.get("weight"):
-        if module.groups == 1:
-            gradient = torch.einsum("bol,bilk->boik", dy.float(), windows.float())
-        else:
-            windows = windows.repeat_interleave(dy.shape[1] // x.shape[1], dim=1)
-            gradient = torch.einsum("bol,bolk->bok", dy.float(), windows.float())
-        rows = gradient.flatten(1, -2)
-        scale = run.scales.get(name)
-        flat_sketch(rows, name, run.sketch, scale=scale, out=run.out(name, dy.device))
-    _bias(site, run, dy.transpose(1, 2), None)
+    embedding_grad_sketch(dy, ids, name, run.sketch, **kernel_options(run, name, dy, offsets))
 
 
 def affine_backward(
@@ -226,22 +196,9 @@ def affine_backward(
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
         vector_grad_sketch(
-            dy, name, run.sketch, x=x, epsilon=epsilon, **_options(run, name, dy, offsets)
+            dy, name, run.sketch, x=x, epsilon=epsilon, **kernel_options(run, name, dy, offsets)
         )
-    _bias(site, run, dy, offsets)
-
-
-def _linear(run: Pass, name: str, dy: Tensor, x: Tensor, offsets: Tensor | None) -> None:
-    linear_grad_sketch(dy, x, name, run.sketch, **_options(run, name, dy, offsets))
-
-
-def _bias(site: Site, run: Pass, dy: Tensor, offsets: Tensor | None) -> None:
-    if name := site.owned.get("bias"):
-        vector_grad_sketch(dy, name, run.sketch, **_options(run, name, dy, offsets))
-
-
-def _options(run: Pass, name: str, dy: Tensor, offsets: Tensor | None) -> dict[str, Any]:
-    return {"cu_seqlens": offsets, "scale": run.scales.get(name), "out": run.out(name, dy.device)}
+    sketch_bias(site, run, dy, offsets)
 
 
 def one_tensor(

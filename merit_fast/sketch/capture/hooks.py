@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError, one_line
+from merit_fast.sketch.capture.convolutions import depthwise_call_backward
 from merit_fast.sketch.capture.coverage import (
     Cover,
     cover_of,
     embedding_backward,
+    filters_of,
     linear_backward,
 )
 from merit_fast.sketch.capture.layout import Pass, Refusal, Site
-from merit_fast.sketch.capture.local import local_backward, replaced
+from merit_fast.sketch.capture.local import local_backward, replaced, slot_of
 from merit_fast.sketch.capture.shared_rows import SharedRows
 from merit_fast.sketch.capture.taps import extra_pass, tap
 from merit_fast.sketch.capture.towers import find_towers
@@ -88,7 +90,7 @@ class ModuleTaps:
             parameters = module.named_parameters(recurse=False, remove_duplicate=False)
             owned = {
                 local: self.names[id(parameter)]
-                for local, parameter in parameters
+                for local, parameter in [*parameters, *filters_of(module)]
                 if id(parameter) in self.names
             }
             if owned:
@@ -156,7 +158,8 @@ class ModuleTaps:
         stand_ins: dict[str, Tensor] = {}
         with self._covering(site):
             for local in site.owned:
-                parameter = module._parameters[local]
+                parameters, key = slot_of(module, local)
+                parameter = parameters[key]
                 assert parameter is not None
                 if id(parameter) not in self.names:  # another sketcher's stand-in
                     stand_ins[local] = parameter
@@ -166,7 +169,7 @@ class ModuleTaps:
                     wanted = run.exploring or local in used
                     stand_ins[local] = nn.Parameter(parameter.detach(), wanted)
         ids = {id(value): local for local, value in stand_ins.items()}
-        uses = RawUses(ids)
+        uses = RawUses(ids, lambda local: self.covered[site.owned[local]] > 0)
         uses.tap_use = functools.partial(self._tap_use, site, run, uses)
         with replaced(module, stand_ins), uses:
             output = original(*args, **kwargs)
@@ -208,7 +211,9 @@ class ModuleTaps:
         locals_of = {key: uses.owned[id(given[key])] for key in keys}
         part = Site(site.module, {k: site.owned[n] for k, n in locals_of.items()}, site.tower)
         if function is F.linear:
-            formula = linear_backward
+            formula: Backward = linear_backward
+        elif function is F.conv1d:
+            formula = functools.partial(depthwise_call_backward, given)
         else:
             padding = given.get("padding_idx")
             if padding is not None and padding < 0:

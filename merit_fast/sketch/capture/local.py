@@ -14,15 +14,24 @@ from merit_fast.sketch.capture.layout import Pass, Site
 from merit_fast.sketch.capture.taps import ExtraPass, entered, masked
 
 
+def slot_of(module: nn.Module, local: str) -> tuple[dict[str, nn.Parameter | None], str]:
+    """The dictionary that holds a parameter of a module, or of its child ("conv1d.weight")."""
+    child, _, key = local.rpartition(".")
+    return module.get_submodule(child)._parameters, key
+
+
 @contextmanager
 def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Lets the module see other values as its own parameters."""
-    before = dict(module._parameters)
-    module._parameters.update(values)  # type: ignore[arg-type]
+    """Lets the module see other values as its parameters."""
+    slots = [(*slot_of(module, local), value) for local, value in values.items()]
+    before = [parameters[key] for parameters, key, _ in slots]
+    for parameters, key, value in slots:
+        parameters[key] = value  # type: ignore[assignment]
     try:
         yield
     finally:
-        module._parameters.update(before)
+        for (parameters, key, _), value in zip(slots, before, strict=True):
+            parameters[key] = value
 
 
 def local_backward(

@@ -45,26 +45,36 @@ class UseAudit(TorchFunctionMode):
 
 
 class RawUses(TorchFunctionMode):
-    """Taps F.linear and F.embedding where they get a module's own parameters; notes other uses.
+    """Taps known functions where they get a module's own parameters; notes other uses.
 
-    Routers of experts do so.
+    Routers of experts call F.linear so, and mixers F.conv1d with the weight of a convolution.
 
     Attributes:
-        owned: id of every such parameter -> its local name.
+        owned: id of every such parameter, or of a view of it -> its local name.
+        is_covered: whether a module that runs now is known to use the parameter.
         tap_use: called with each such use; to be set.
         other: local names of parameters that another function got.
     """
 
     tap_use: TapUse
 
-    def __init__(self, owned: Mapping[int, str]) -> None:
+    def __init__(self, owned: Mapping[int, str], is_covered: Callable[[str], bool]) -> None:
         super().__init__()
-        self.owned = owned
+        self.owned = dict(owned)
+        self.is_covered = is_covered
         self.other: set[str] = set()
+        self._views: list[Tensor] = []  # kept, for ids are used again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        given = [self.owned[id(v)] for v in _flat((*args, *kwargs.values())) if id(v) in self.owned]
+        if not given or any(self.is_covered(local) for local in given):
+            return result
+        if func.__name__ in _VIEWS and isinstance(result, Tensor):
+            self.owned[id(result)] = given[0]
+            self._views.append(result)
+            return result
         known = known_arguments(func, args, kwargs)
         if known is not None and any(id(known.get(key)) in self.owned for key in _TAPPED):
             return self.tap_use(func, result, known)
@@ -74,12 +84,14 @@ class RawUses(TorchFunctionMode):
         return result
 
 
+_VIEWS = {"squeeze", "unsqueeze"}
 _TAPPED = ("weight", "bias")
 _ARGUMENTS = {
     F.linear: ("input", "weight", "bias"),
     F.embedding: (
         "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse",
     ),
+    F.conv1d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
 }  # fmt: skip
 _WHOLE_BATCH = ("max_norm", "scale_grad_by_freq")
 
@@ -89,6 +101,10 @@ def known_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str
     if func not in _ARGUMENTS:
         return None
     given = dict(zip(_ARGUMENTS[func], args, strict=False)) | dict(kwargs)
+    if func is F.conv1d:
+        channels, each, _ = given["weight"].shape
+        is_depthwise = each == 1 and given.get("groups", 1) == channels
+        return given if is_depthwise and not isinstance(given.get("padding"), str) else None
     return None if any(given.get(key) for key in _WHOLE_BATCH) else given
 
 
