@@ -26,12 +26,12 @@ def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     slots = [(*slot_of(module, local), value) for local, value in values.items()]
     before = [parameters[key] for parameters, key, _ in slots]
     for parameters, key, value in slots:
-        parameters[key] = value  # type: ignore[assignment]
+        parameters[key] = value  # type: ignore[assignment]  # a view of the parameter
     try:
         yield
     finally:
-        for (parameters, key, _), value in zip(slots, before, strict=True):
-            parameters[key] = value
+        for (parameters, key, _), kept in zip(slots, before, strict=True):
+            parameters[key] = kept
 
 
 def local_backward(

@@ -1,5 +1,8 @@
 """Small runs of the sketch stage."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from support.runs import Notes
 
@@ -9,12 +12,12 @@ from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.stage import sketch_mixture
 
 
-def example(ids):
+def example(ids: Any) -> Example:
     ids = np.array(ids, np.int32)
     return Example(ids, np.where(np.arange(len(ids)) < 3, -100, ids).astype(np.int32))
 
 
-def datasets():
+def datasets() -> list[Dataset]:
     numbers = np.random.default_rng(0)
     clear = Dataset(
         "clear", (example([5, 9, 11, 20, 30, 40]),) * 80
@@ -23,7 +26,8 @@ def datasets():
     return [clear, mixed]
 
 
-def sketch(model, folder, **options):
+def sketch(model: Path, folder: Path, **options: Any) -> tuple[dict[str, SketchState], list[str]]:
+    """Runs the stage on ``datasets``; returns the states and the notes."""
     options = {"proj_dim": 4096, "dtype": "fp32", "batch_size": 16, "examples": 80, **options}
     progress = Notes()
     sketch_mixture(
