@@ -206,6 +206,15 @@ def test_sound_models_pass(architecture, lengths, dtype):
     assert sketcher.slow_parameters == {}
 
 
+def test_long_rows_in_bf16_pass_though_autograd_sums_badly():
+    model = tiny("qwen2", tied=True).bfloat16()
+    ids = 3 + torch.randint(0, 7, (8, 200))  # often repeated: long sums in the embedding
+    with GradientSketcher(model, SKETCH) as sketcher:
+        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        sketcher.take()
+    assert sketcher.slow_parameters == {} and sketcher.checked.kinds == 1
+
+
 def test_a_scalar_output_is_checked_by_its_sum_and_says_so():
     class Scalar(nn.Module):
         def __init__(self):

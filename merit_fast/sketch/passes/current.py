@@ -138,7 +138,7 @@ class CurrentPass:
         self._backward(extra, found, example, [*self.parameters.values(), self.anchor])
         slow = self.uncovered.slow
         errors = {n: error for n, error in row.errors(example).items() if n not in slow}
-        wrong, _ = wrong_parameters(errors, self._tolerance(found.dys[0]))
+        wrong, _ = wrong_parameters(errors, self._tolerance(found.dys[0], 1))
         self.uncovered.add_wrong(wrong, "the sketch of one example")
         self.uncovered.require_allowed()
         if kept is not None and row.total is not None:
@@ -193,7 +193,7 @@ class CurrentPass:
         total = None if self.sums is None else self.sums.total
         if self.sums is None or (total is not None and not bool(total.isfinite().all())):
             return None
-        tolerance = self._tolerance(sketches)
+        tolerance = self._tolerance(sketches, self.run.size)
         wrong, _ = wrong_parameters(self.sums.errors(None), tolerance)
         for name in wrong:
             if name in self.uncovered.slow:
@@ -216,5 +216,6 @@ class CurrentPass:
                 )
         return SketchCheck(row_error, sum_error, 1, self.note)
 
-    def _tolerance(self, value: Tensor) -> Tolerance:
-        return tolerance_of(self.parameters.values(), value)
+    def _tolerance(self, value: Tensor, examples: int) -> Tolerance:
+        tokens = self.run.tokens if self.run.cu_seqlens is not None else self.run.tokens * examples
+        return tolerance_of(self.parameters.values(), value, tokens)
