@@ -213,6 +213,7 @@ class Run:
 
     def _report(self, directory: Path) -> None:
         from merit_fast.report import read_tuned, write_report
+        from merit_fast.sketch.reuse import read_check
 
         outputs = self.outputs
         options = report_options(self.config, outputs.plan.notes)
@@ -227,12 +228,14 @@ class Run:
             audit = read_manifest(AuditManifest, outputs.file(AUDIT))
         elif options.audit and evaluation is not None:
             self.progress.note("report: without an audit; no audit of this config is there")
+        check = read_check(outputs.folder(SKETCH))
+        checked = () if check is None else (f"sketch: {check}",)
         write_report(
             outputs.split_manifest,
             evaluation,
             directory / REPORT.file,
             title=options.title,
-            notes=options.notes,
+            notes=(*options.notes, *checked),
             audit=audit,
             tuned={} if evaluation is None else read_tuned(outputs.root, evaluation),
         )

@@ -42,6 +42,15 @@ class SketchConfig:
         "multiplies it fast, else fp32",
         spellings=SPELLINGS,
     )
+    check: Literal["first", "always", "never"] = option(
+        "first",
+        "passes whose sketches are compared with autograd: the first of every kind of call, all, "
+        "or none (does not change the sketch)",
+    )
+    uncovered: Literal["autograd", "error"] = option(
+        "autograd",
+        "parameters that no hook covers: take a backward pass per example, or stop and name them",
+    )
 
     def __post_init__(self) -> None:
         require(self.examples >= 2, "examples", "at least 2", self.examples)

@@ -5,28 +5,23 @@ module's output, and where its gradient dy arrives the kernels sketch dy^T x per
 gradient is stored.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from merit_fast.errors import InputError, MeritFastError, show
+from merit_fast.errors import InputError, show
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
-from merit_fast.sketch.capture.hooks import ModelHooks
-from merit_fast.sketch.precondition import requested_scales, scales_fingerprint
-from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
+from merit_fast.sketch.precondition import requested_scales
+from merit_fast.sketch.selection import (
+    select_parameters,
+    unwrapped,
+)
+from merit_fast.sketch.sketcher import GradientSketcher, is_trainable
 
-DatasetId = str | int
-# Innermost last: parameters that these froze still count as trainable.
-_entered: list["GradientSketcher"] = []
+__all__ = ["GradientSketcher", "sketch_gradients"]
 
 
-def sketch_gradients(
+def sketch_gradients(  # noqa: PLR0913
     model: nn.Module,
     proj_dim: int = 65536,
     seed: int = 0,
@@ -36,6 +31,8 @@ def sketch_gradients(
     blocks: int = 8,
     *,
     mode: Literal["per_example"] = "per_example",
+    check: Literal["first", "always", "never"] = "first",
+    uncovered: Literal["autograd", "error"] = "error",
 ) -> "GradientSketcher":
     """Sketches the gradient of every example inside a with-block, in which the weights are frozen.
 
@@ -56,200 +53,29 @@ def sketch_gradients(
         blocks: blocks of each dataset's state, for standard errors.
         mode: "per_example", the only value. ``merit_fast.sketch_sums`` sketches sums while a model
             trains.
+        check: "first" compares the first pass of every kind of call with autograd, at the cost of
+            at most two more backward passes; "always" every pass; "never" none.
+        uncovered: "error" refuses parameters that no hook covers, all in one message; "autograd"
+            takes a backward pass per example for them (``GradientSketcher.slow_parameters``).
 
     Raises:
         InputError: an argument breaks its rule.
-        MeritFastError: a parameter cannot be covered; the message names it.
+        MeritFastError: a parameter cannot be covered, or differs from autograd; the message names
+            it.
     """
-    core = model.module if isinstance(model, DistributedDataParallel) else model
+    core = unwrapped(model)
     if mode != "per_example":
         raise InputError(
             f"mode: must be 'per_example', got {show(mode)}; merit_fast.sketch_sums sketches sums"
         )
-    chosen = select_parameters(core, parameters, _trainable)
+    chosen = select_parameters(core, parameters, is_trainable)
     scales = requested_scales(core, normalize, optimizer, chosen)
-    return GradientSketcher(model, CountSketch(proj_dim, seed), chosen, scales, blocks=blocks)
-
-
-class GradientSketcher:
-    """Sketches the gradient of every chosen parameter, per example.
-
-    The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding.
-    Tied parameters count once. One forward pass of the model, one or more backward passes through
-    it and one ``update`` go together; forward passes under ``torch.no_grad`` do not count. Linear,
-    Conv1D (GPT-2), Conv2d, Conv3d and Embedding layers, norms and routed experts use the kernels,
-    and so do raw calls of F.linear and F.embedding; any other module that maps one [B, ...] tensor
-    to another is run again per example. On exit the model is as before.
-
-    Args:
-        model: called as usual inside the block. With DistributedDataParallel nothing is
-            communicated: add the states of the ranks (``SketchState.merge``).
-        sketch: width and seed.
-        parameters: by name; None: all that require a gradient.
-        scales: factors of the gradients' entries by parameter name (``adam_scales``).
-        blocks: blocks of each state; examples fill them in turn.
-        fingerprint: the model's, for the states; None: that of its weights in memory.
-
-    Raises:
-        MeritFastError: a parameter cannot be covered; raised here, in the forward or in the
-            backward pass. The message names it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sketch: CountSketch,
-        parameters: Mapping[str, nn.Parameter] | None = None,
-        scales: Mapping[str, Tensor] | None = None,
-        *,
-        blocks: int = 8,
-        fingerprint: str | None = None,
-    ) -> None:
-        self.ddp = model if isinstance(model, DistributedDataParallel) else None
-        self.model = model if self.ddp is None else self.ddp.module
-        self.sketch = sketch
-        self.scales = dict(scales or {})
-        self.blocks = blocks
-        chosen = (
-            select_parameters(self.model, "all", _trainable) if parameters is None else parameters
-        )
-        self.names = {id(parameter): name for name, parameter in chosen.items()}
-        self.state: dict[DatasetId, SketchState] = {}
-        self._fingerprint = fingerprint
-        self._identity: SketchIdentity | None = None
-        self._hooks = ModelHooks(self.model, self.names, sketch, self.scales)
-        self._restore: list[Callable[[], object]] = []
-
-    @property
-    def parameter_names(self) -> list[str]:
-        return list(self.names.values())
-
-    @property
-    def identity(self) -> SketchIdentity:
-        """Sketch, model and parameters of the states. Reads the weights once."""
-        if self._identity is None:
-            fingerprint = self._fingerprint or model_weights_fingerprint(self.model)
-            adam = f"adam {scales_fingerprint(self.scales)}: " if self.scales else ""
-            self._identity = SketchIdentity(
-                self.sketch, adam + fingerprint, tuple(self.parameter_names)
-            )
-        return self._identity
-
-    def __enter__(self) -> "GradientSketcher":
-        for parameter in self.model.parameters():
-            self._restore.append(
-                functools.partial(parameter.requires_grad_, parameter.requires_grad)
-            )
-            parameter.requires_grad_(False)
-        _entered.append(self)
-        self._restore.append(functools.partial(_entered.remove, self))
-        self._hooks.attach()
-        self._restore.append(self._hooks.detach)
-        # As no_sync does. Buffers are not broadcast either: ranks may differ in their passes.
-        if self.ddp is not None:
-            for flag in ("require_backward_grad_sync", "require_forward_param_sync"):
-                self._restore.append(
-                    functools.partial(setattr, self.ddp, flag, getattr(self.ddp, flag))
-                )
-                setattr(self.ddp, flag, False)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        while self._restore:
-            self._restore.pop()()
-
-    def packed(self, cu_seqlens: Tensor) -> None:
-        """Announces one packed row [1, N] of examples end to end for the next forward pass.
-
-        Every example's position_ids begin at 0.
-
-        A model that gets ``cu_seq_lens_q`` needs no announcement.
-
-        Args:
-            cu_seqlens: [B + 1] int: example b has the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
-        """
-        self._hooks.packed = cu_seqlens
-
-    def discard(self) -> None:
-        """Discards the forward pass since the last update; its backward pass is then an error."""
-        self._hooks.discard()
-
-    def take(self) -> Tensor:
-        """Returns the last backward pass's sketches [B, D] float32; leaves ``state`` as it is."""
-        run = self._hooks.run
-        if run is None or not run.fired:
-            raise MeritFastError(
-                "sketch_gradients: update() or take() before a forward and backward pass"
-            )
-        if run.ran_without_grad:
-            raise MeritFastError(
-                f"sketch_gradients: parameter {min(run.ran_without_grad)} was used under no_grad "
-                "and never again: with reentrant checkpointing give use_reentrant=False; "
-                "else leave it out"
-            )
-        self.discard()
-        first, *others = run.outs.values()
-        for out in others:
-            first += out.to(first.device)
-        return first
-
-    def update(
-        self,
-        dataset_ids: Sequence[DatasetId] | Tensor,
-        loss_sums: Sequence[float] | Tensor | None = None,
-        num_target_tokens: Sequence[int] | Tensor | None = None,
-        *,
-        row_examples: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Adds the examples of the last backward pass to their datasets' states.
-
-        Args:
-            dataset_ids: [B] dataset of each example, by name or number.
-            loss_sums: [B] each example's summed loss over its target tokens, nats, for the states'
-                means.
-            num_target_tokens: [B] number of those tokens.
-            row_examples: [rows of the pass] number of the example, from 0 to B - 1, to which each
-                row belongs; None: row b is example b.
-
-        Returns:
-            [B, D] float32, the sketches.
-        """
-        ids, losses, tokens = (
-            _listed(values) for values in (dataset_ids, loss_sums, num_target_tokens)
-        )
-        num_rows = len(ids) if self._hooks.run is None else self._hooks.run.size
-        size = num_rows if row_examples is None else len(set(row_examples))
-        if row_examples is not None and len(row_examples) != num_rows:
-            raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
-        for key, values in (
-            ("dataset_ids", ids),
-            ("loss_sums", losses),
-            ("num_target_tokens", tokens),
-        ):
-            if (values or key == "dataset_ids") and len(values) != size:
-                raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
-        sketches = self.take()
-        if row_examples is not None:
-            rows_of = torch.tensor(row_examples, device=sketches.device)
-            sketches = sketches.new_zeros(size, sketches.shape[1]).index_add(0, rows_of, sketches)
-        for dataset in dict.fromkeys(ids):
-            rows = [row for row, other in enumerate(ids) if other == dataset]
-            state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
-            block = (state.num_examples + torch.arange(len(rows))) % self.blocks
-            loss = float(sum(losses[row] for row in rows)) if losses else 0.0
-            count = int(sum(tokens[row] for row in rows)) if tokens else 0
-            state.add_examples(sketches[rows], block, loss, count)
-        return sketches
-
-
-def _trainable(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad or any(id(parameter) in sketcher.names for sketcher in _entered)
-
-
-def _listed(values: Sequence[Any] | Tensor | None) -> list[Any]:
-    return [] if values is None else values.tolist() if isinstance(values, Tensor) else list(values)
+    return GradientSketcher(
+        model,
+        CountSketch(proj_dim, seed),
+        chosen,
+        scales,
+        blocks=blocks,
+        check=check,
+        uncovered=uncovered,
+    )

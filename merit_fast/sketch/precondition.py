@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from merit_fast.errors import InputError, MeritFastError, one_line, show
 from merit_fast.kernels.sketch import matrix_shape
+from merit_fast.sketch.names import canonical_name, named_parameters
 
 _PROBES = 64
 
@@ -60,7 +61,7 @@ def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[
         MeritFastError: the model or the optimizer lacks a parameter, or it has no second moments;
             the message names it.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     groups = {
         id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
     }
@@ -110,7 +111,7 @@ def adam_scales_of_checkpoint(
             f"{file}: must hold the model's {len(ordered)} trainable parameters, got {len(numbers)}"
         )
     by_name = {
-        name: (p, group, number)
+        canonical_name(name): (p, group, number)
         for (name, p), (number, group) in zip(ordered, numbers, strict=True)
     }
     scales = {}

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from merit_fast.errors import InputError, show
+from merit_fast.sketch.names import canonical_name, named_parameters
 
 _PROBES = 64
 
@@ -20,7 +22,8 @@ def select_parameters(
     """The parameters to sketch, by name in the model's order; a tied one goes by its first name.
 
     Args:
-        model: as given to ``sketch_gradients``; names are those of ``model.named_parameters()``.
+        model: as given to ``sketch_gradients``; names are those of ``model.named_parameters()``,
+            without what wrappers put into them (``canonical_name``).
         parameters: "all" that require a gradient; "blocks": those inside the transformer blocks;
             else a regular expression, searched for in the names. Parameters that require no
             gradient are never among them.
@@ -31,7 +34,7 @@ def select_parameters(
     """
     wanted = _wanted(model, parameters)
     trainable = trainable or (lambda parameter: parameter.requires_grad)
-    chosen = {name: p for name, p in model.named_parameters() if trainable(p) and wanted(name)}
+    chosen = {name: p for name, p in named_parameters(model) if trainable(p) and wanted(name)}
     if not chosen:
         raise InputError(
             "parameters: must select at least one parameter that requires a gradient, "
@@ -44,7 +47,7 @@ def model_weights_fingerprint(model: nn.Module) -> str:
     """32 hex digits of a model in memory: names, shapes, dtypes and 64 values per parameter."""
     digest = hashlib.sha256()
     probes = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         digest.update(f"{name}\n{list(parameter.shape)}\n{parameter.dtype}\n".encode())
         flat = parameter.detach().reshape(-1)
         probes.append(flat[:: max(1, len(flat) // _PROBES)].float())
@@ -54,11 +57,26 @@ def model_weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel and torch.compile."""
+    core = model.module if isinstance(model, DistributedDataParallel) else model
+    inside: nn.Module = getattr(core, "_orig_mod", core)
+    return inside
+
+
+def require_one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises InputError if an option has none of its values."""
+    if value not in allowed:
+        listed = ", ".join(map(repr, allowed))
+        raise InputError(f"{key}: must be one of {listed}, got {show(value)}")
+
+
 def _wanted(model: nn.Module, parameters: str) -> Callable[[str], bool]:
     if parameters == "all":
         return lambda name: True
     if parameters == "blocks":
         blocks = tuple(f"{name}." for name in _block_lists(model))
+        blocks = tuple(canonical_name(block) for block in blocks)
         return lambda name: name.startswith(blocks)
     try:
         pattern = re.compile(parameters)

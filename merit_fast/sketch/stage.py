@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from merit_fast.data import Dataset, collate
+from merit_fast.data import Batch, Dataset, collate
 from merit_fast.data.shares import draw_rows
 from merit_fast.errors import InputError
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
@@ -27,6 +27,7 @@ from merit_fast.model import (
 )
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, Task
+from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.gradients import GradientSketcher
@@ -111,7 +112,14 @@ def _sketch_datasets(  # noqa: PLR0913
     sketch = CountSketch(config.proj_dim, config.seed)
     with (
         GradientSketcher(
-            model, sketch, parameters, blocks=config.blocks, fingerprint=model_fingerprint
+            model,
+            sketch,
+            parameters,
+            blocks=config.blocks,
+            fingerprint=model_fingerprint,
+            check=config.check,
+            uncovered=config.uncovered,
+            notify=progress.note,
         ) as sketcher,
         progress.task(
             "sketch gradients", sum(len(chosen[d.name]) for d in missing), "examples"
@@ -122,7 +130,7 @@ def _sketch_datasets(  # noqa: PLR0913
                 model, sketcher, dataset, chosen[dataset.name], pad_token_id, config, task
             )
             write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
-            record_state(directory, dataset.name, fingerprints[dataset.name])
+            record_state(directory, dataset.name, fingerprints[dataset.name], sketcher.checked)
             if config.precision:
                 signal = describe_signal(state, len(chosen[dataset.name]), first=FIRST_LOOK)
                 progress.note(f"{dataset.name}: {signal}")
@@ -166,7 +174,11 @@ def _fingerprint(
     images = [item.fingerprint() for item in media if item is not None]
     more: list[object] = [] if freeze is None else [{"freeze": list(freeze)}]
     more += [{"images": images}] if images else []
-    return fingerprint([HASH_VERSION, model_fingerprint, to_plain(config), rows, *more])
+    # Neither option changes a sum.
+    options = {
+        key: value for key, value in to_plain(config).items() if key not in ("check", "uncovered")
+    }
+    return fingerprint([HASH_VERSION, model_fingerprint, options, rows, *more])
 
 
 def _content(dataset: Dataset, indices: Sequence[int]) -> str:
@@ -190,14 +202,14 @@ def _sketch_dataset(
 ) -> SketchState:
     """Sketches ``indices`` in their order, all or, with ``config.precision``, as many as needed."""
     state = sketcher.state[dataset.name] = SketchState.zeros(sketcher.identity, config.blocks)
-    size = _rows_of_pass(model, sketcher, config)
     while more := next_examples(
         state, len(indices), config.precision, first=FIRST_LOOK, error_rate=ERROR_RATE
     ):
         stop = state.num_examples + more
-        for start in range(state.num_examples, stop, size):
-            rows = indices[start : min(start + size, stop)]
-            _sketch_batch(model, sketcher, dataset, rows, pad_token_id)
+        while state.num_examples < stop:
+            start = state.num_examples
+            rows = indices[start : min(start + _rows_of_pass(model, sketcher, config), stop)]
+            _sketch_batch(model, sketcher, dataset, rows, pad_token_id, config)
             task.advance(len(rows), dataset.name)
     task.skip(len(indices) - state.num_examples)  # examples that were not needed
     return sketcher.state.pop(dataset.name)
@@ -210,6 +222,8 @@ def _rows_of_pass(model: torch.nn.Module, sketcher: GradientSketcher, config: Sk
     images: where such a tower is sketched, each row takes a pass of its own.
     """
     sketched = tower_parameters(model).keys() & set(sketcher.parameter_names)
+    if sketcher.slow_parameters:
+        return 1
     return 1 if sketched and not find_towers(model) else config.batch_size
 
 
@@ -219,14 +233,36 @@ def _sketch_batch(
     dataset: Dataset,
     rows: list[int],
     pad_token_id: int,
+    config: SketchConfig,
 ) -> None:
+    """Sketches some rows into the state.
+
+    The first pass of a kind is checked and then run again: its weights have gradients, which may
+    change how it rounds. So the check leaves every sum as it is.
+    """
     with torch.no_grad():
         texts, numbers = fit_trees(model, [dataset.examples[row] for row in rows])
-    losses = target_losses(model, collate(texts, [0] * len(texts), pad_token_id))
+    batch = collate(texts, [0] * len(texts), pad_token_id)
+    while True:
+        try:
+            losses = _backward(model, batch, numbers, len(rows))
+            if not (sketcher.is_checking and config.check == "first"):
+                sketcher.update([dataset.name] * len(rows), *losses, row_examples=numbers)
+                return
+            sketcher.take()
+        except RepeatBatch:  # more parameters take a backward pass per example
+            sketcher.discard()
+
+
+def _backward(
+    model: torch.nn.Module, batch: Batch, numbers: list[int], size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the backward pass of the examples' mean losses; returns their sums and token counts."""
+    losses = target_losses(model, batch)
     example = torch.tensor(numbers, device=losses.example.device)[losses.example]
-    zeros = losses.loss.new_zeros(len(rows))
+    zeros = losses.loss.new_zeros(size)
     per_example = zeros.index_add(0, example, losses.loss)
     counts = zeros.index_add(0, example, torch.ones_like(losses.loss))
     (per_example / counts).sum().backward()  # type: ignore[no-untyped-call]
     sums = zeros.double().index_add(0, example, losses.loss.detach().double())
-    sketcher.update([dataset.name] * len(rows), sums, counts.long(), row_examples=numbers)
+    return sums, counts.long()

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+from merit_fast.sketch.names import canonical_name
 from merit_fast.sketch.precondition import requested_scales, scales_fingerprint
 from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
 
@@ -107,7 +108,7 @@ class SummedSketcher:
         self.sketch = sketch
         self.blocks = blocks
         self.scales = scales
-        self.parameters = dict(parameters)
+        self.parameters = {canonical_name(name): p for name, p in parameters.items()}
         self.state: dict[DatasetId, SketchState] = {}
         if not self.parameters:
             raise MeritFastError(

@@ -86,10 +86,13 @@ INSIDE = {
     ),
     "sketch": (
         "config",
+        "names",
         "selection",
         "precondition",
         "capture",
+        "passes",
         "summed",
+        "sketcher",
         "gradients",
         "sampling",
         "reuse",

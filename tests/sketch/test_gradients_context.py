@@ -1,5 +1,6 @@
 """sketch_gradients: selected parameters, refusals, the state and the model afterwards."""
 
+import re
 import subprocess
 import sys
 
@@ -211,25 +212,36 @@ def test_sketch_sums_adds_one_sketch_per_backward_pass():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-class Gate(torch.nn.Module):
+class Gates(torch.nn.Module):
+    """Multiplies by scales that other modules own."""
+
     def __init__(self, inner):
         super().__init__()
         self.inner = inner
-        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.owners = torch.nn.ModuleList(torch.nn.ParameterList([torch.ones(1)]) for _ in "ab")
 
-    def forward(self, *args, **kwargs):
-        output = self.inner(*args, **kwargs)
-        return (output,) if isinstance(output, torch.Tensor) else output
+    def forward(self, x):
+        return self.inner(x * self.owners[0][0]) * self.owners[1][0]
 
 
-def test_a_parameter_that_cannot_be_covered_is_named():
+def test_parameters_that_cannot_be_covered_are_named_all_together_with_a_regex():
     model = tiny("llama", tied=True)
-    model.model.layers[1].mlp = Gate(model.model.layers[1].mlp)
+    model.model.layers[1].mlp = Gates(model.model.layers[1].mlp)
     with (
-        pytest.raises(MeritFastError, match="parameter model.layers.1.mlp.scale of Gate"),
+        pytest.raises(
+            MeritFastError,
+            match=r"parameter model.layers.1.mlp.owners.0.0 is used outside its module's forward, "
+            r"in mul \(and 1 more: model.layers.1.mlp.owners.1.0\)",
+        ) as caught,
         GradientSketcher(model, SKETCH),
     ):
         model(input_ids=torch.ones(2, 5, dtype=torch.long))
+    regex = re.search(r"parameters='(.*?)'", str(caught.value))[1].replace(r"\\", "\\")
+    rest = merit_fast.sketch_gradients(model, 4096, parameters=regex)
+    assert set(dict(model.named_parameters())) - set(rest.parameter_names) == {
+        "model.layers.1.mlp.owners.0.0",
+        "model.layers.1.mlp.owners.1.0",
+    }
 
 
 class FusedHead(torch.nn.Module):

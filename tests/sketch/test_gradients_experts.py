@@ -5,16 +5,13 @@ import torch
 from support.checks import assert_close
 from support.sketch.exact_gradients import (
     SIZES,
-    SKETCH,
     exact_sketches,
     hook_sketches,
     ragged_examples,
     tiny,
 )
 
-from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import matrix_shape
-from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.selection import select_parameters
 
 
@@ -90,25 +87,25 @@ def test_experts_stored_transposed_and_with_biases():
     )
 
 
-def test_attention_sinks_are_refused_by_name():
-    with pytest.raises(
-        MeritFastError, match=r"parameter model.layers.0.self_attn.sinks of GptOssAttention"
-    ):
-        hook_sketches(gpt_oss(), ragged_examples())
+def test_attention_sinks():
+    model = gpt_oss()
+    examples = ragged_examples()
+    assert_close(hook_sketches(model, examples), exact_sketches(model, examples))
+    chosen = select_parameters(model, "sinks")
+    assert_close(
+        hook_sketches(model, examples, parameters=chosen), exact_sketches(model, examples, chosen)
+    )
 
 
-def test_experts_of_another_formula_are_refused_by_name():
+def test_experts_of_another_formula():
     model = tiny("mixtral")
+    examples = ragged_examples()
     model.set_experts_implementation("eager")
     experts = model.model.layers[0].mlp.experts
     experts._apply_gate = lambda inner: (
         2 * type(experts)._apply_gate(experts, inner)
     )  # the eager forward has its own
-    with pytest.raises(
-        MeritFastError,
-        match="layers.0.mlp.experts.gate_up_proj of MixtralExperts is not a known mixture",
-    ):
-        GradientSketcher(model, SKETCH)
+    assert_close(hook_sketches(model, examples), exact_sketches(model, examples))
 
 
 def test_an_expert_without_tokens_has_no_gradient():

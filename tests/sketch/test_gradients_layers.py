@@ -80,8 +80,19 @@ class Patches(nn.Module):
         (nn.Conv3d(3, 12, (2, 4, 4), stride=(2, 4, 4)), (2, 3, 4, 8, 8)),
         (nn.Conv2d(6, 12, 3, groups=3, dilation=2), (2, 6, 9, 9)),
         (nn.Conv1d(3, 12, 3, padding=1), (3, 3, 9)),
+        (nn.Conv1d(6, 12, 4, padding=3, groups=6, dilation=2, stride=2), (3, 6, 14)),
+        (nn.Conv1d(6, 12, 3, groups=3), (3, 6, 14)),
     ],
-    ids=["patches", "overlapping", "reflected", "patches-3d", "grouped", "one-dimensional"],
+    ids=[
+        "patches",
+        "overlapping",
+        "reflected",
+        "patches-3d",
+        "grouped",
+        "one-dimensional",
+        "depthwise",
+        "grouped-1d",
+    ],
 )
 def test_convolutions(conv, shape):
     assert_equal_to_examples(Patches(conv), torch.randn(shape))

@@ -59,7 +59,7 @@ def test_checkpointing_frees_the_inputs_until_they_are_computed_again():
         lambda module, args: inputs.append(weakref.ref(args[0].untyped_storage()))
     )
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with GradientSketcher(model, SKETCH) as sketcher:
+    with GradientSketcher(model, SKETCH, check="never") as sketcher:
         loss = summed_loss(model, examples)
         gc.collect()
         assert [reference() for reference in inputs] == [None]
@@ -136,9 +136,8 @@ def test_a_packed_row_through_a_cut_head_is_refused():
     ids = torch.randint(1, 97, (1, 12))
     with GradientSketcher(model, SKETCH) as sketcher:
         sketcher.packed(torch.tensor([0, 5, 12]))
-        loss = model(input_ids=ids, logits_to_keep=4).logits.sum()
         with pytest.raises(MeritFastError, match="lm_head.weight of Linear sees values of shape"):
-            loss.backward()
+            model(input_ids=ids, logits_to_keep=4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2-moe"])

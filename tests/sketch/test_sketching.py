@@ -2,40 +2,15 @@
 
 import os
 
-import numpy as np
 import pytest
 from support.runs import Notes
+from support.sketch.staged import example, sketch
 
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError
-from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.sketch import stage as sketching
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.stage import sketch_mixture
-
-
-def example(ids):
-    ids = np.array(ids, np.int32)
-    return Example(ids, np.where(np.arange(len(ids)) < 3, -100, ids).astype(np.int32))
-
-
-def datasets():
-    numbers = np.random.default_rng(0)
-    clear = Dataset(
-        "clear", (example([5, 9, 11, 20, 30, 40]),) * 80
-    )  # one row again and again: no noise at all
-    mixed = Dataset("mixed", tuple(example(numbers.integers(5, 90, 7)) for _ in range(80)))
-    return [clear, mixed]
-
-
-def sketch(model, folder, **options):
-    options = {"proj_dim": 4096, "dtype": "fp32", "batch_size": 16, "examples": 80, **options}
-    progress = Notes()
-    sketch_mixture(
-        str(model), "fingerprint", datasets(), 1, SketchConfig(**options), folder, progress
-    )
-    states = {name: SketchState.read(folder / f"{name}.safetensors") for name in ("clear", "mixed")}
-    return states, progress.notes
 
 
 def test_a_dataset_that_is_known_well_enough_stops_early_and_says_so(tiny_model, tmp_path):

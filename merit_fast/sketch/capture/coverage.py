@@ -1,150 +1,187 @@
 """Sketches of a module's parameters from its input x and its output's gradient dy, kind by kind."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from merit_fast.kernels.sketch import (
     embedding_grad_sketch,
-    linear_grad_sketch,
     vector_grad_sketch,
 )
-from merit_fast.sketch.capture.experts import experts_backward, experts_inputs, is_experts
+from merit_fast.sketch.capture.convolutions import (
+    conv_backward,
+    kernel_options,
+    signal_backward,
+    sketch_bias,
+    sketch_linear_weight,
+)
+from merit_fast.sketch.capture.experts import (
+    experts_backward,
+    experts_inputs,
+    experts_names,
+    is_experts,
+)
 from merit_fast.sketch.capture.layout import Pass, Site
 from merit_fast.sketch.capture.norms import epsilon_of_rms_norm, unit_of_affine
-from merit_fast.sketch.capture.replay import replay_backward
+from merit_fast.sketch.capture.wrapping import own_forward
 
-Backward = Callable[..., None]  # (site, run, dy, *inputs)
+_WEIGHT_AND_BIAS = frozenset({"weight", "bias"})
+# (site, run, dy, *inputs) adds to ``run``.
+Backward = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Cover:
-    """Cover of one module: the inputs to keep, and the backward function that sketches."""
+    """Formula for some parameters of one module.
 
-    site: Site
-    inputs: Callable[[Site, list[Any]], list[Tensor]]
-    backward: Backward
-    lookup: bool = False  # an embedding: all examples share the rows for [1, T] indices
-
-
-class Tap(torch.autograd.Function):
-    """Identity on ``output`` whose backward pass calls ``sink(dy, *saved inputs)``.
-
-    Autograd itself keeps the inputs, so checkpointing and offloading treat them as its own. The
-    result is no view, so it may be modified in place, and autograd still notices such changes to
-    saved tensors. ``anchor`` requires a gradient, so that with frozen weights the graph begins
-    here.
+    Attributes:
+        names: local names of the parameters that the formula knows; no others.
+        inputs: the tensors to keep of a call's arguments; None for a call of another form.
+        backward: sketches from these and the output's gradient.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, output: Tensor, sink: Callable[..., None], *inputs: Tensor
-    ) -> Tensor:
-        ctx.sink = sink
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
-        return output.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        if dy is not None:
-            ctx.sink(dy, *inputs)
-        return (None, dy if ctx.needs_input_grad[1] else None, None, *(None for _ in inputs))
+    names: frozenset[str]
+    inputs: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], list[Tensor] | None]
+    backward: Backward
 
 
 def cover_of(site: Site) -> Cover | None:
-    """Chooses the cover of a module; None if only taps of raw uses, or a replay, can cover it.
+    """Chooses the formula for a module that is known to compute it; None for all others.
+
+    A class is known by its own ``forward``, which neither a subclass nor the object may replace.
 
     Raises:
-        MeritFastError: per-example gradients of such a module do not exist, or are not what a hook
-            sees.
+        MeritFastError: per-example gradients of such a module do not exist.
     """
     module = site.module
-    forward = type(site.module).forward
     if isinstance(module, _BatchNorm) and module.training:
-        raise site.refusal("mixes the examples of a batch; call model.eval()")
+        raise site.error("mixes the examples of a batch; call model.eval()")
     if isinstance(module, nn.Embedding) and (
         module.scale_grad_by_freq or module.max_norm is not None
     ):
-        raise site.refusal("has scale_grad_by_freq or max_norm, which depend on the whole batch")
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
-        return Cover(site, first_input, linear_backward)
-    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers"):
-        return Cover(site, first_input, conv1d_backward)
-    if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
-        return Cover(site, first_input, embedding_backward, lookup=True)
-    plain_conv = isinstance(module, nn.Conv2d | nn.Conv3d) and set(module.dilation) == {1}
-    if plain_conv and module.groups == 1:
-        return Cover(site, first_input, conv_backward)
-    if is_experts(site):
-        return Cover(site, experts_inputs, experts_backward)
-    unit = unit_of_affine(module)
-    if unit is not None:
-        epsilon = epsilon_of_rms_norm(unit)
-        return Cover(site, _only_input, functools.partial(affine_backward, unit, epsilon))
+        raise site.error("has scale_grad_by_freq or max_norm, which depend on the whole batch")
+    for choose in (
+        _linear_cover,
+        _embedding_cover,
+        _conv_cover,
+        _signal_cover,
+        _experts_cover,
+        _affine_cover,
+    ):
+        cover = choose(site)
+        if cover is not None:
+            return cover
     return None
+
+
+def _linear_cover(site: Site) -> Cover | None:
+    module = site.module
+    forward = own_forward(module)
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+        return Cover(_WEIGHT_AND_BIAS, one_tensor, linear_backward)
+    kind = type(module)
+    is_conv1d = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers")
+    if is_conv1d and forward is kind.forward:
+        return Cover(_WEIGHT_AND_BIAS, one_tensor, conv1d_backward)
+    return None
+
+
+def _embedding_cover(site: Site) -> Cover | None:
+    module = site.module
+    if not isinstance(module, nn.Embedding) or own_forward(module) is not nn.Embedding.forward:
+        return None
+    backward = functools.partial(embedding_backward, padding_idx=module.padding_idx)
+    return Cover(frozenset({"weight"}), one_tensor, backward)
+
+
+def _conv_cover(site: Site) -> Cover | None:
+    module = site.module
+    for kind in (nn.Conv2d, nn.Conv3d):
+        if (
+            isinstance(module, kind)
+            and own_forward(module) is kind.forward
+            and type(module)._conv_forward is kind._conv_forward
+            and "_conv_forward" not in module.__dict__
+            and set(module.dilation) == {1}
+            and module.groups == 1
+        ):
+            return Cover(_WEIGHT_AND_BIAS, _batched_images, conv_backward)
+    return None
+
+
+def _signal_cover(site: Site) -> Cover | None:
+    module = site.module
+    if (
+        not isinstance(module, nn.Conv1d)
+        or own_forward(module) is not nn.Conv1d.forward
+        or type(module)._conv_forward is not nn.Conv1d._conv_forward
+        or "_conv_forward" in module.__dict__
+        or module.groups not in (1, module.in_channels)
+    ):
+        return None
+    return Cover(_WEIGHT_AND_BIAS, _batched_images, signal_backward)
+
+
+def filters_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of depthwise convolutions among a module's children, by local name.
+
+    Mixers read them, and call F.conv1d or a kernel themselves.
+    """
+    return [
+        (f"{name}.{local}", parameter)
+        for name, child in module.named_children()
+        if isinstance(child, nn.Conv1d) and child.groups == child.in_channels > 1
+        if _signal_cover(Site(child, {})) is not None
+        for local, parameter in child.named_parameters(recurse=False)
+    ]
+
+
+def _experts_cover(site: Site) -> Cover | None:
+    module = site.module
+    if own_forward(module) is not type(module).forward or not is_experts(module):
+        return None
+    return Cover(experts_names(module), experts_inputs, experts_backward)
+
+
+def _affine_cover(site: Site) -> Cover | None:
+    if own_forward(site.module) is not type(site.module).forward:
+        return None
+    unit = unit_of_affine(site.module)
+    if unit is None:
+        return None
+    epsilon = epsilon_of_rms_norm(unit)
+    backward = functools.partial(affine_backward, unit, epsilon)
+    return Cover(_WEIGHT_AND_BIAS, _values_to_scale, backward)
 
 
 def linear_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
-        _linear(run, name, dy, x, offsets)
-    _bias(site, run, dy, offsets)
+        sketch_linear_weight(run, name, dy, x, offsets)
+    sketch_bias(site, run, dy, offsets)
 
 
 def conv1d_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     """Sketches GPT-2's Conv1D, a linear layer whose weight is stored [I, O]."""
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
-        _linear(run, name, x, dy, offsets)
-    _bias(site, run, dy, offsets)
+        sketch_linear_weight(run, name, x, dy, offsets)
+    sketch_bias(site, run, dy, offsets)
 
 
 def embedding_backward(
     site: Site, run: Pass, dy: Tensor, token_ids: Tensor, padding_idx: int | None = None
 ) -> None:
-    padding_idx = getattr(site.module, "padding_idx", padding_idx)
     (dy, ids), offsets = run.divide(site, dy, token_ids.unsqueeze(-1))
     ids = ids.squeeze(-1).long()
     if padding_idx is not None:  # torch gives this row no gradient
         dy = dy.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
-    name = site.name
-    out = run.out(dy.device)
-    scale = run.scales.get(name)
-    embedding_grad_sketch(dy, ids, name, run.sketch, cu_seqlens=offsets, scale=scale, out=out)
-
-
-def conv_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
-    """Sketches Conv2d and Conv3d: the unfolded windows of x times dy.
-
-    Patch embeddings unfold without a copy.
-    """
-    module = site.module
-    assert isinstance(module, _ConvNd)
-    dims = len(module.kernel_size)
-    if x.dim() != dims + 2:
-        raise site.refusal(f"sees an input without batch dimension, {list(x.shape)}")
-    if any(module._reversed_padding_repeated_twice):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    for i in range(dims):
-        x = x.unfold(2 + i, module.kernel_size[i], module.stride[i])
-    positions = list(range(2, 2 + dims))
-    x = x.permute(0, *positions, 1, *range(2 + dims, 2 + 2 * dims))
-    windows = x.flatten(1, dims).flatten(2)  # [B, L, I k...]
-    (dy, windows), offsets = run.divide(site, dy.flatten(2).transpose(1, 2), windows)
-    if name := site.owned.get("weight"):
-        _linear(run, name, dy, windows, offsets)
-    _bias(site, run, dy, offsets)
+    name = site.owned["weight"]
+    embedding_grad_sketch(dy, ids, name, run.sketch, **kernel_options(run, name, dy, offsets))
 
 
 def affine_backward(
@@ -159,36 +196,31 @@ def affine_backward(
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
         vector_grad_sketch(
-            dy, name, run.sketch, x=x, epsilon=epsilon, **_options(run, name, dy, offsets)
+            dy, name, run.sketch, x=x, epsilon=epsilon, **kernel_options(run, name, dy, offsets)
         )
-    _bias(site, run, dy, offsets)
+    sketch_bias(site, run, dy, offsets)
 
 
-def replay(site: Site) -> Cover:
-    return Cover(site, _only_input, replay_backward)
+def one_tensor(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor] | None:
+    """The tensor of a call that has no other arguments; None for other calls."""
+    values = [*args, *kwargs.values()]
+    return values if len(values) == 1 and isinstance(values[0], Tensor) else None
 
 
-def _linear(run: Pass, name: str, dy: Tensor, x: Tensor, offsets: Tensor | None) -> None:
-    linear_grad_sketch(dy, x, name, run.sketch, **_options(run, name, dy, offsets))
+def _batched_images(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor] | None:
+    values = one_tensor(module, args, kwargs)
+    dims = len(module.kernel_size)  # type: ignore[arg-type]
+    return values if values is not None and values[0].dim() == dims + 2 else None
 
 
-def _bias(site: Site, run: Pass, dy: Tensor, offsets: Tensor | None) -> None:
-    if name := site.owned.get("bias"):
-        vector_grad_sketch(dy, name, run.sketch, **_options(run, name, dy, offsets))
-
-
-def _options(run: Pass, name: str, dy: Tensor, offsets: Tensor | None) -> dict[str, Any]:
-    return {"cu_seqlens": offsets, "scale": run.scales.get(name), "out": run.out(dy.device)}
-
-
-def first_input(site: Site, values: list[Any]) -> list[Tensor]:
-    if not values or not isinstance(values[0], Tensor):
-        raise site.refusal("is not called with a tensor")
-    return [values[0]]
-
-
-def _only_input(site: Site, values: list[Any]) -> list[Tensor]:
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if len(tensors) != 1:
-        raise site.refusal(f"maps {len(tensors)} tensors, not one")
-    return tensors
+def _values_to_scale(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor] | None:
+    """The input [..., C] of a norm over C."""
+    values = one_tensor(module, args, kwargs)
+    channels = len(module.weight)  # type: ignore[arg-type]
+    return values if values is not None and values[0].shape[-1:] == (channels,) else None

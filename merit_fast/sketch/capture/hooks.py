@@ -1,87 +1,87 @@
-"""Hooks on a model, which divide a pass into examples and tap every sketched parameter's output."""
+"""Wrappers round a model's modules, which tap the outputs of all that own sketched parameters."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from merit_fast.errors import MeritFastError
-from merit_fast.kernels.sketch import CountSketch
-from merit_fast.sketch.capture.coverage import Cover, Tap, cover_of, replay
-from merit_fast.sketch.capture.layout import Pass, Site
-from merit_fast.sketch.capture.replay import is_replaying
-from merit_fast.sketch.capture.towers import check_images, find_towers, read_grid
-from merit_fast.sketch.capture.uses import RawUses, UseAudit
+from merit_fast.errors import MeritFastError, one_line
+from merit_fast.sketch.capture.convolutions import depthwise_call_backward
+from merit_fast.sketch.capture.coverage import (
+    Cover,
+    cover_of,
+    embedding_backward,
+    filters_of,
+    linear_backward,
+)
+from merit_fast.sketch.capture.layout import Pass, Refusal, Site
+from merit_fast.sketch.capture.local import local_backward, replaced, slot_of
+from merit_fast.sketch.capture.shared_rows import SharedRows
+from merit_fast.sketch.capture.taps import extra_pass, tap
+from merit_fast.sketch.capture.towers import find_towers
+from merit_fast.sketch.capture.trees import map_tensors, tensors_of
+from merit_fast.sketch.capture.uses import RawUses
+from merit_fast.sketch.capture.wrapping import contiguous_input, submodule, wrap_forward
+
+Backward = Callable[..., None]  # (site, its target or targets, dy or dys, *inputs)
 
 
-class ModelHooks:
-    """Hooks that ``GradientSketcher`` puts into a model and takes out again.
+class ModuleTaps:
+    """Taps of every module that owns sketched parameters.
+
+    A module of a known formula is tapped at its output. Elsewhere F.linear and F.embedding are; for
+    all other uses of a parameter a backward pass per example runs through its module.
+
+    Args:
+        names: id of every sketched parameter -> its name.
+        refuse: called where no tap can cover the parameters of a site.
+        slow: names of parameters that are not to be tapped.
 
     Attributes:
         run: the forward pass whose sketches are not taken yet.
-        packed: cu_seqlens of the next forward pass, if it is a packed row.
-
-    Raises:
-        MeritFastError: a parameter cannot be covered.
+        covered: name -> how many modules that run now are known to use the parameter.
     """
 
     def __init__(
         self,
         model: nn.Module,
         names: Mapping[int, str],
-        sketch: CountSketch,
-        scales: Mapping[str, Tensor],
+        refuse: Callable[[Refusal], None],
+        slow: Collection[str],
     ) -> None:
         self.model = model
         self.names = names
-        self.sketch = sketch
-        self.scales = scales
+        self.refuse = refuse
+        self.slow = slow
         self.run: Pass | None = None
-        self.packed: Tensor | None = None
-        self._towers = find_towers(model)
-        self._covers = [(site, cover_of(site)) for site in self._sites()]
-        self._anchor = torch.zeros(0, requires_grad=True)
-        self._audit: UseAudit | None = None
-        self._audited: set[frozenset[str]] = set()
+        self.covered = Counter[str]()
+        self.towers = find_towers(model)
+        self.anchor = torch.zeros(0, requires_grad=True)
+        self.sites = self._sites()
+        self._covers = [(site, self._cover(site)) for site in self.sites]
+        self._used = dict[nn.Module, set[str]]()
         self._restore: list[Callable[[], object]] = []
 
     def attach(self) -> None:
         for site, cover in self._covers:
-            if cover is None:
-                self._wrap_forward(site.module, functools.partial(self._forward_raw, site))
-            else:
-                hook = site.module.register_forward_hook(
-                    functools.partial(self._hook, cover), with_kwargs=True
-                )
-                self._restore.append(hook.remove)
-        for name, tower in self._towers.items():
-            first = next((site for site, _ in self._covers if site.tower == name), None)
-            if first is not None:
-                hook = tower.register_forward_pre_hook(
-                    functools.partial(self._enter_tower, first), with_kwargs=True
-                )
-                self._restore.append(hook.remove)
-        if isinstance(head := _submodule(self.model, "get_output_embeddings"), nn.Linear):
-            self._restore.append(head.register_forward_pre_hook(_contiguous_input).remove)
+            around = functools.partial(self._forward_site, site, cover)
+            self._restore.append(wrap_forward(site.module, around))
+        head = submodule(self.model, "get_output_embeddings")
+        if isinstance(head, nn.Linear):
+            self._restore.append(head.register_forward_pre_hook(contiguous_input).remove)
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            for embedding in {
-                _submodule(module, "get_input_embeddings") for module in self.model.modules()
-            }:
-                if embedding is not None:
-                    self._restore.append(embedding.register_forward_hook(self._begin_graph).remove)
-        self._wrap_forward(self.model, self._forward_model)
+            inputs = {submodule(module, "get_input_embeddings") for module in self.model.modules()}
+            for embedding in filter(None, inputs):
+                self._restore.append(embedding.register_forward_hook(self._begin_graph).remove)
 
     def detach(self) -> None:
         while self._restore:
             self._restore.pop()()
-        self.discard()
-
-    def discard(self) -> None:
-        if self.run is not None:
-            self.run.done = True
-        self.run = None
 
     def _sites(self) -> list[Site]:
         sites: list[Site] = []
@@ -90,11 +90,11 @@ class ModelHooks:
             parameters = module.named_parameters(recurse=False, remove_duplicate=False)
             owned = {
                 local: self.names[id(parameter)]
-                for local, parameter in parameters
+                for local, parameter in [*parameters, *filters_of(module)]
                 if id(parameter) in self.names
             }
             if owned:
-                tower = next((t for t in self._towers if f"{path}.".startswith(f"{t}.")), None)
+                tower = next((t for t in self.towers if f"{path}.".startswith(f"{t}.")), None)
                 sites.append(Site(module, owned, tower))
                 owned_names.update(owned.values())
         for name in self.names.values():
@@ -102,193 +102,198 @@ class ModelHooks:
                 raise MeritFastError(f"sketch_gradients: parameter {name} is not the model's")
         return sites
 
-    def _forward_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        graph_task = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
-        recomputing = self.run is not None and graph_task != -1
-        if not torch.is_grad_enabled() or recomputing:
-            return original(*args, **kwargs)
-        if self.run is not None:
-            raise MeritFastError(
-                "sketch_gradients: a second forward pass before update(): call update() or "
-                "discard() first, and run passes that are not sketched under torch.no_grad()"
-            )
-        self.run = run = self._begin(args, kwargs)
-        kinds = frozenset(key for key, value in kwargs.items() if value is not None)
-        try:
-            if kinds in self._audited:
-                output = original(*args, **kwargs)
-            else:
-                output = self._audited_call(original, *args, **kwargs)
-                self._audited.add(kinds)
-        except BaseException:
-            self.discard()
-            raise
-        run.open = False
-        return output
+    def _cover(self, site: Site) -> Cover | None:
+        cover = cover_of(site)
+        if cover is None or not cover.names & site.owned.keys():
+            return None
+        known = [name for local, name in site.owned.items() if local in cover.names]
+        if len(known) < len(site.owned):
+            left = site.without(known)
+            self.refuse(left.refusal("is no part of its layer's formula"))
+        return cover
 
-    def _audited_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Watches a pass with new arguments for uses of parameters that no hook sees."""
-        self._audit = UseAudit(self.names)
-        try:
-            with self._audit:
-                output = original(*args, **kwargs)
-            for name, function in self._audit.stray.items():
-                raise MeritFastError(
-                    f"sketch_gradients: parameter {name} is used outside its module's forward, "
-                    f"in {function}; leave it out (requires_grad_(False), or parameters=...)"
-                )
-        finally:
-            self._audit = None
-        return output
-
-    def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
-        values = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
-        source = next((value for value in values if isinstance(value, Tensor)), None)
-        if source is None or source.dim() < 1:
-            raise MeritFastError(
-                "sketch_gradients: the model must be called with a tensor that begins with the "
-                "batch"
-            )
-        cu_seqlens = kwargs.get("cu_seq_lens_q") if self.packed is None else self.packed
-        size = len(source)
-        tokens = source.shape[1] if source.dim() > 1 else 1
-        self.packed = None
-        if cu_seqlens is not None:
-            steps = cu_seqlens.diff()
-            if (
-                size != 1
-                or int(cu_seqlens[0]) != 0
-                or int(cu_seqlens[-1]) != tokens
-                or bool((steps < 1).any())
-            ):
-                raise MeritFastError(
-                    "sketch_gradients: cu_seqlens must rise from 0 to N of an input [1, N], "
-                    f"got {cu_seqlens.tolist()} for {list(source.shape)}"
-                )
-            size = len(steps)
-            cu_seqlens = cu_seqlens.to(source.device, torch.int64)
-        ids = source if not source.is_floating_point() else None
-        run = Pass(self.sketch, self.scales, size, tokens, cu_seqlens, ids)
-        pixels = kwargs.get("pixel_values")
-        several = size > 1 and not self._towers
-        if several and isinstance(pixels, Tensor) and pixels is not source and self._has_tower():
-            check_images(run, getattr(self.model, "config", None), pixels)
-        return run
-
-    def _has_tower(self) -> bool:
-        """Whether parameters outside decoder and head are sketched."""
-        known: set[int] = set()
-        for getter in ("get_decoder", "get_output_embeddings"):
-            submodule = _submodule(self.model, getter)
-            if submodule is not None:
-                known.update(id(parameter) for parameter in submodule.parameters())
-        return any(key not in known for key in self.names)
-
-    def _hook(
-        self, cover: Cover, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    def _forward_site(
+        self,
+        site: Site,
+        cover: Cover | None,
+        original: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        if is_replaying():
-            return output
-        if self._audit is not None:
-            self._audit.covered(cover.site.owned.values())
-        return self._tap(cover, output, [*args, *kwargs.values()])
-
-    def _forward_raw(
-        self, site: Site, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Covers a module without hook: taps F.linear and F.embedding, replays it for the rest."""
-        if is_replaying():
-            return original(*args, **kwargs)
-        with RawUses(site, self._tap) as uses:
-            output = original(*args, **kwargs)
-        if self._audit is not None:
-            self._audit.covered(site.owned.values())
-        left = {local: name for local, name in site.owned.items() if name not in uses.seen}
-        if left:
-            rest = replay(Site(site.module, left, site.tower))
-            return self._tap(rest, output, [*args, *kwargs.values()])
-        return output
-
-    def _tap(self, cover: Cover, output: Any, values: list[Any]) -> Any:
         run = self.run
-        site = cover.site
+        site = site.without(self.slow)
+        if not site.owned:
+            return original(*args, **kwargs)
         if not torch.is_grad_enabled():
             if run is not None and run.open:
                 run.ran_without_grad.update(site.owned.values())
-            return output
+            with self._covering(site):
+                return original(*args, **kwargs)
         if run is None:
-            raise site.refusal("ran outside the forward pass of the model that is sketched")
-        if run.ran_without_grad:
-            run.ran_without_grad.difference_update(site.owned.values())
-        if not isinstance(output, Tensor):
-            raise site.refusal(
-                f"cannot be covered: its module returns a {type(output).__name__}, not one tensor"
-            )
+            raise site.error("ran outside the forward pass of the model that is sketched")
+        run.ran_without_grad.difference_update(site.owned.values())
         if site.tower in run.twice and not run.open:
-            raise site.refusal(
+            raise site.error(
                 "is in a tower that ran twice, under reentrant checkpointing; give "
                 "use_reentrant=False"
             )
-        inputs = [value.detach() for value in cover.inputs(site, values)]
-        if (
-            cover.lookup
-            and len(output) == 1
-            and run.size > 1
-            and run.cu_seqlens is None
-            and output.dim() == 3
-        ):
-            # Positions: dy would arrive summed over the examples.
-            output = output.expand(run.size, -1, -1)
-            inputs = [inputs[0].expand(run.size, -1)]
-        sink = functools.partial(_sink, cover, run)
-        return Tap.apply(self._anchor, output, sink, *inputs)  # type: ignore[no-untyped-call]
+        inputs = cover.inputs(site.module, args, kwargs) if cover else None
+        if cover is None or inputs is None:
+            return self._forward_local(site, run, original, args, kwargs)
+        with self._covering(site):
+            output = original(*args, **kwargs)
+        return self._tap_output(cover.backward, site, run, output, inputs)
+
+    def _forward_local(
+        self,
+        site: Site,
+        run: Pass,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
+    ) -> Any:
+        """Covers whatever a module does with its parameters, by stand-ins for them in this call."""
+        module = site.module
+        used = self._used.setdefault(module, set())
+        stand_ins: dict[str, Tensor] = {}
+        with self._covering(site):
+            for local in site.owned:
+                parameters, key = slot_of(module, local)
+                parameter = parameters[key]
+                assert parameter is not None
+                if id(parameter) not in self.names:  # another sketcher's stand-in
+                    stand_ins[local] = parameter
+                elif parameter.requires_grad:  # its own gradient is wanted too
+                    stand_ins[local] = parameter.view_as(parameter)
+                else:
+                    wanted = run.exploring or local in used
+                    stand_ins[local] = nn.Parameter(parameter.detach(), wanted)
+        ids = {id(value): local for local, value in stand_ins.items()}
+        uses = RawUses(ids, lambda local: self.covered[site.owned[local]] > 0)
+        uses.tap_use = functools.partial(self._tap_use, site, run, uses)
+        with replaced(module, stand_ins), uses:
+            output = original(*args, **kwargs)
+        returned = {uses.owned[id(v)] for v in tensors_of(output) if id(v) in uses.owned}
+        if returned:
+            kept = [n for local, n in site.owned.items() if local not in returned]
+            self.refuse(site.without(kept).refusal("is returned by its module"))
+            site = site.without(self.slow)
+        others = site.without([n for local, n in site.owned.items() if local not in uses.other])
+        if run.exploring:
+            used.update(uses.other)
+        elif uses.other - used:
+            self.refuse(others.refusal("is used in another way than before"))
+            return output
+        return self._tap_all(others, run, output, stand_ins) if others.owned else output
+
+    def _tap_all(self, site: Site, run: Pass, output: Any, stand_ins: Mapping[str, Tensor]) -> Any:
+        outputs = {id(value): value for value in tensors_of(output) if value.requires_grad}
+        if not outputs:
+            return output
+        inner = list(outputs.values())
+        refusals = [refusal for value in inner if (refusal := run.refusal(site, value))]
+        if len(refusals) == len(inner):
+            self.refuse(refusals[0])
+            return output
+
+        def backward(live: Site, targets: list[Pass], dys: tuple[Tensor | None, ...]) -> None:
+            local_backward(live, targets, run, inner, stand_ins, dys)
+
+        sink = functools.partial(self._sink, backward, site, run)
+        tapped = dict(zip(outputs, tap(self.anchor, inner, sink), strict=True))
+        return map_tensors(output, lambda value: tapped.get(id(value), value))
+
+    def _tap_use(
+        self, site: Site, run: Pass, uses: RawUses, function: Any, result: Tensor, given: Any
+    ) -> Tensor:
+        """Taps one F.linear or F.embedding that got stand-ins."""
+        keys = [key for key in ("weight", "bias") if id(given.get(key)) in uses.owned]
+        locals_of = {key: uses.owned[id(given[key])] for key in keys}
+        part = Site(site.module, {k: site.owned[n] for k, n in locals_of.items()}, site.tower)
+        if function is F.linear:
+            formula: Backward = linear_backward
+        elif function is F.conv1d:
+            formula = functools.partial(depthwise_call_backward, given)
+        else:
+            padding = given.get("padding_idx")
+            if padding is not None and padding < 0:
+                padding += len(given["weight"])
+            formula = functools.partial(embedding_backward, padding_idx=padding)
+
+        def backward(live: Site, target: Pass, dy: Tensor, *kept: Tensor) -> None:
+            # The pass through the module takes all uses of a parameter that has others too.
+            doubled = [part.owned[key] for key in keys if locals_of[key] in uses.other]
+            formula(live.without(doubled), target, dy, *kept)
+
+        return self._tap_output(backward, part, run, result, [given["input"]])
+
+    def _tap_output(
+        self, backward: Backward, site: Site, run: Pass, output: Tensor, inputs: list[Tensor]
+    ) -> Tensor:
+        def formula(live: Site, targets: list[Pass], dys: tuple[Tensor], *kept: Tensor) -> None:
+            for target in targets:
+                backward(live, target, dys[0], *kept)
+
+        sink = functools.partial(self._sink, formula, site, run)
+        refusal = run.refusal(site, output)
+        ids = inputs[0]
+        if refusal is None:
+            return tap(self.anchor, [output], sink, *inputs)[0]
+        is_shared = ids.dim() == 1 or (ids.dim() == 2 and len(ids) == 1)
+        if ids.is_floating_point() or not is_shared or run.cu_seqlens is not None:
+            self.refuse(refusal)
+            return output
+
+        def copies() -> Tensor:
+            rows = output.expand(run.size, *output.shape[-2:])
+            return tap(self.anchor, [rows], sink, ids.expand(run.size, ids.shape[-1]))[0]
+
+        refuse = functools.partial(self.refuse, refusal)
+        return SharedRows.of(output, copies, run.size, refuse)
+
+    def _sink(
+        self,
+        backward: Backward,
+        site: Site,
+        run: Pass,
+        dys: tuple[Tensor | None, ...],
+        *inputs: Tensor,
+    ) -> None:
+        """Gets the gradients of a tapped output, in the user's backward pass or one of ours."""
+        extra = extra_pass()
+        if extra is None:
+            if run.done:
+                raise MeritFastError(
+                    "sketch_gradients: a backward pass through a forward pass that was updated "
+                    "or discarded"
+                )
+            run.fired = True
+        elif extra.run is not run or extra.target is None:
+            return
+        live = site.without(self.slow)
+        if not live.owned:
+            return
+        try:
+            backward(live, [run, *run.also] if extra is None else [extra.target], dys, *inputs)
+        except Refusal as refusal:
+            self.refuse(refusal)
+        except Exception as error:
+            if extra is None or isinstance(error, MeritFastError):
+                raise
+            self.refuse(live.refusal(f"fails where its gradient is taken ({one_line(error)})"))
+
+    @contextmanager
+    def _covering(self, site: Site) -> Iterator[None]:
+        names = list(site.owned.values())
+        self.covered.update(names)
+        try:
+            yield
+        finally:
+            self.covered.subtract(names)
 
     def _begin_graph(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Gives reentrant checkpointing an input that requires a gradient."""
         needs_tap = isinstance(output, Tensor) and not output.requires_grad
-        if not torch.is_grad_enabled() or not needs_tap or is_replaying():
+        if not torch.is_grad_enabled() or not needs_tap:
             return output
-        return Tap.apply(self._anchor, output, lambda dy: None)  # type: ignore[no-untyped-call]
-
-    def _enter_tower(
-        self, site: Site, tower: nn.Module, args: tuple[Any, ...], kwargs: Any
-    ) -> None:
-        if self.run is not None and self.run.open and self.run.size > 1:
-            read_grid(self.run, site, tower, getattr(self.model, "config", None), args, kwargs)
-
-    def _wrap_forward(self, module: nn.Module, around: Callable[..., Any]) -> None:
-        """Replaces ``module.forward(...)`` by ``around(module.forward, ...)`` until ``detach``."""
-        original = module.forward
-        before = module.__dict__.get("forward")
-        module.forward = functools.wraps(original)(functools.partial(around, original))
-        if before is None:
-            self._restore.append(functools.partial(module.__dict__.pop, "forward"))
-        else:
-            self._restore.append(functools.partial(module.__dict__.__setitem__, "forward", before))
-
-
-def _sink(cover: Cover, run: Pass, dy: Tensor, *inputs: Tensor) -> None:
-    if run.done:
-        raise MeritFastError(
-            "sketch_gradients: a backward pass through a forward pass that was updated or discarded"
-        )
-    run.fired = True
-    cover.backward(cover.site, run, dy, *inputs)
-
-
-def _submodule(module: nn.Module, getter: str) -> nn.Module | None:
-    """Calls get_input_embeddings(), get_output_embeddings() or get_decoder(); None without such."""
-    try:
-        submodule: nn.Module | None = getattr(module, getter)()
-    except (AttributeError, NotImplementedError):
-        return None
-    return submodule
-
-
-def _contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Makes the inputs contiguous.
-
-    With a frozen weight and strided input (a head after a slice) torch copies the weight once per
-    example.
-    """
-    return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
+        return tap(self.anchor, [output], lambda dys: None)[0]

@@ -1,13 +1,36 @@
 """Division of the values that a model's modules see among the examples of one forward pass."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from merit_fast.errors import MeritFastError
-from merit_fast.kernels.sketch import CountSketch
+from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
+
+
+class Refusal(MeritFastError):
+    """Parameters that no hook can cover: they need a backward pass per example.
+
+    Attributes:
+        site: their module.
+        reason: a verb phrase, such as "is used outside its module's forward".
+    """
+
+    def __init__(self, site: "Site", reason: str) -> None:
+        super().__init__(
+            f"sketch_gradients: parameter {site.name} of {type(site.module).__name__} {reason}; "
+            "leave it out (requires_grad_(False), or parameters=...)"
+        )
+        self.site = site
+        self.reason = reason
+
+
+class RepeatBatch(MeritFastError):
+    """A batch after which more parameters take a backward pass per example: run it again."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +52,19 @@ class Site:
         """Name used in error messages: the module's first parameter."""
         return next(iter(self.owned.values()))
 
-    def refusal(self, reason: str) -> MeritFastError:
-        return MeritFastError(
-            f"sketch_gradients: parameter {self.name} of {type(self.module).__name__} {reason}; "
-            "leave it out (requires_grad_(False), or parameters=...)"
-        )
+    def without(self, names: Collection[str]) -> "Site":
+        """The site of the other parameters."""
+        if not any(name in names for name in self.owned.values()):
+            return self
+        owned = {local: name for local, name in self.owned.items() if name not in names}
+        return dataclasses.replace(self, owned=owned)
+
+    def refusal(self, reason: str) -> Refusal:
+        return Refusal(self, reason)
+
+    def error(self, reason: str) -> MeritFastError:
+        """The error where per-example gradients do not exist, or no pass can find them."""
+        return MeritFastError(str(Refusal(self, reason)))
 
 
 @dataclass
@@ -52,6 +83,10 @@ class Pass:
         open: the model's forward is running.
         fired: some gradient has arrived.
         done: its sketches were taken or discarded.
+        exploring: the first of its kind, with all weights unfrozen: refusals may come.
+        trusts_check: the check will find rows that are taken for those of another example.
+        also: other sketches to which the taps add in the user's backward pass.
+        apart: sketches of every parameter are kept apart.
         ran_without_grad: parameters whose module ran under no_grad, as reentrant checkpointing
             does, and not again since.
     """
@@ -67,22 +102,40 @@ class Pass:
     open: bool = True
     fired: bool = False
     done: bool = False
+    exploring: bool = False
+    trusts_check: bool = False
+    also: list["Pass"] = field(default_factory=list)
+    apart: bool = False
     ran_without_grad: set[str] = field(default_factory=set)
-    outs: dict[torch.device, Tensor] = field(default_factory=dict)
+    outs: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
 
-    def out(self, device: torch.device) -> Tensor:
-        """[B, D] float32, to which modules on ``device`` add."""
-        if device not in self.outs:
-            self.outs[device] = torch.zeros(
+    @property
+    def is_divided(self) -> bool:
+        """Whether values have to be divided among examples."""
+        return self.size > 1 or self.cu_seqlens is not None
+
+    def apart_at(self, sketch: CountSketch) -> "Pass":
+        """The same examples with sketches of another width, apart by parameter, none yet."""
+        return dataclasses.replace(self, sketch=sketch, apart=True, outs={}, also=[])
+
+    def out(self, name: str, device: torch.device) -> Tensor:
+        """[B, D] float32, to which the gradients of ``name`` on ``device`` add."""
+        key = (name if self.apart else "", device)
+        if key not in self.outs:
+            self.outs[key] = torch.zeros(
                 self.size, self.sketch.proj_dim, dtype=torch.float32, device=device
             )
-        return self.outs[device]
+        return self.outs[key]
+
+    def add(self, name: str, example: int, gradient: Tensor) -> None:
+        """Adds the sketch of one example's gradient of a whole parameter."""
+        add_sketch(self, name, gradient, self.out(name, gradient.device)[example : example + 1])
 
     def divide(self, site: Site, *values: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Divides values [..., C] into [B, T', C], or [N, C] with the examples' offsets [B + 1].
 
         Raises:
-            MeritFastError: the rows cannot be told apart by example.
+            Refusal: the rows cannot be told apart by example.
         """
         offsets = self.offsets(site, values[0])
         if offsets is None:
@@ -91,38 +144,63 @@ class Pass:
         each = values[0].shape[:-1].numel() // self._length(values[0])
         return [value.reshape(-1, value.shape[-1]) for value in values], offsets * each
 
-    def examples(self, site: Site, value: Tensor) -> list[Tensor]:
-        """Splits a value into the examples' own, each with its leading dimensions."""
+    def parts(self, site: Site, value: Tensor) -> list[tuple[Any, ...]]:
+        """Index of every example's part of a value."""
+        if not self.is_divided:
+            return [(...,)]
         offsets = self.offsets(site, value)
         if offsets is None:
-            return list(value.tensor_split(self.size))
-        dim = 0 if len(value) == self._length(value) else 1
-        return list(value.tensor_split(offsets[1:-1].tolist(), dim=dim))
+            step = len(value) // self.size
+            return [(slice(b * step, b * step + step),) for b in range(self.size)]
+        bounds = offsets.tolist()
+        before = () if len(value) == self._length(value) else (slice(None),)
+        return [(*before, slice(*pair)) for pair in zip(bounds, bounds[1:], strict=False)]
 
     def offsets(self, site: Site, value: Tensor) -> Tensor | None:
         """[B + 1] int64 offsets into the tokens of a value [N, ...] or [1, N, ...].
 
         None: all examples have equally many.
         """
-        length = self._length(value)
-        if self.size == 1 and self.cu_seqlens is None:
+        if not self.is_divided:
             return None
+        length = self._length(value) if value.dim() else 0
         if site.tower is not None:
-            offsets, merged = self.patches[site.tower]
-            total = int(offsets[-1])
-            if length == total:
+            offsets = self._patches_of(site, length)
+            if offsets is not None:
                 return offsets
-            if length * merged == total:
-                return offsets.div(merged, rounding_mode="floor")
         elif self.cu_seqlens is not None:
             if length == self.tokens:
                 return self.cu_seqlens
-        elif len(value) in (self.size, self.size * self.tokens):
+        elif value.dim() and self._is_even(len(value)):
             return None
         raise site.refusal(
             f"sees values of shape {list(value.shape)}, whose rows cannot be told apart by example "
             f"({self.size} examples, {self.tokens} tokens)"
         )
+
+    def refusal(self, site: Site, value: Tensor) -> Refusal | None:
+        """The refusal of a value that cannot be divided among the examples."""
+        try:
+            self.offsets(site, value)
+        except Refusal as refusal:
+            return refusal
+        return None
+
+    def _is_even(self, rows: int) -> bool:
+        """Whether rows seem to be examples, tokens or, where a check follows, parts of tokens."""
+        tokens = self.size * self.tokens
+        return rows in (self.size, tokens) or (self.trusts_check and rows > 0 == rows % tokens)
+
+    def _patches_of(self, site: Site, length: int) -> Tensor | None:
+        if site.tower not in self.patches:
+            raise site.refusal("is in a tower whose images are not known by example")
+        offsets, merged = self.patches[site.tower]
+        total = int(offsets[-1])
+        if length == total:
+            return offsets
+        if length * merged == total:
+            return offsets.div(merged, rounding_mode="floor")
+        return None
 
     def example_of_rows(self, site: Site, value: Tensor) -> Tensor:
         """[N] int64: the example of each row of ``value`` [N, C]."""
@@ -137,3 +215,11 @@ class Pass:
     def _length(value: Tensor) -> int:
         """N of a value [N, ...] or [1, N, ...]."""
         return value.shape[1] if len(value) == 1 and value.dim() > 2 else len(value)
+
+
+@torch.no_grad()
+def add_sketch(run: Pass, name: str, gradient: Tensor, out: Tensor) -> None:
+    """Adds the sketch of a whole parameter's gradient to ``out`` [1, D]."""
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    rows = gradient.detach().reshape(1, *matrix_shape(gradient.shape))
+    flat_sketch(rows, name, run.sketch, scale=run.scales.get(name), out=out)

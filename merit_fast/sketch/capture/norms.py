@@ -1,9 +1,9 @@
 """Norms of any model, recognised by trying: y = a(w) n(x) + b."""
 
-import torch
-from torch import nn
+import copy
 
-from merit_fast.sketch.capture.twins import own_parameters, twin_of
+import torch
+from torch import Tensor, nn
 
 
 def unit_of_affine(module: nn.Module) -> nn.Module | None:
@@ -17,6 +17,8 @@ def unit_of_affine(module: nn.Module) -> nn.Module | None:
     if any(parameter.dim() != 1 for parameter in parameters.values()):
         return None
     weight = parameters["weight"]
+    if len(weight) == 1:  # it may multiply any number of channels
+        return None
     generator = torch.Generator().manual_seed(0)
     x, w = (
         torch.randn(shape, generator=generator, dtype=torch.float32).to(weight.device)
@@ -58,3 +60,18 @@ def epsilon_of_rms_norm(unit: nn.Module) -> float | None:
     values = {local: parameter.float() for local, parameter in own_parameters(unit).items()}
     result = twin_of(unit, values).forward(x)
     return epsilon if torch.allclose(result, expected, rtol=1e-4, atol=1e-6) else None
+
+
+def twin_of(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    """Returns a copy of the module with other values for its own parameters."""
+    twin = copy.copy(module)
+    twin._parameters = {
+        **module._parameters,
+        **{k: nn.Parameter(v, False) for k, v in values.items()},
+    }
+    twin.__dict__.pop("forward", None)
+    return twin
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))

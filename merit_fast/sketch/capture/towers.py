@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merit_fast.errors import MeritFastError
 from merit_fast.sketch.capture.layout import Pass, Site
 
 
@@ -26,7 +25,7 @@ def read_grid(
     """Notes in ``run`` the first patch of each example, by the tower's grid and the image tokens.
 
     Raises:
-        MeritFastError: the image tokens do not divide the images among the examples.
+        Refusal: the image tokens do not divide the images among the examples.
     """
     assert site.tower is not None
     grid = inspect.signature(type(tower).forward).bind(tower, *args, **kwargs).arguments["grid_thw"]
@@ -51,26 +50,22 @@ def read_grid(
     run.patches[site.tower] = (offsets, merge**2)
 
 
-def check_images(run: Pass, config: Any, pixel_values: Tensor) -> None:
-    """Checks, for towers that see [images, ...], that every example has equally many images.
+def uneven_images(run: Pass, config: Any, pixel_values: Tensor) -> str | None:
+    """Why images [images, ...] cannot be divided evenly among examples; None if they can.
 
-    Rows then divide evenly.
-
-    Raises:
-        MeritFastError: they have not, or their tokens are not marked.
+    A model whose config names no image token has no such token to count: one image per example.
     """
     token = getattr(config, "image_token_id", None)
-    counts = (
-        None
-        if token is None or run.input_ids is None
-        else _per_example(run, run.input_ids == token)
+    if len(pixel_values) == run.size:
+        if token is None or run.input_ids is None:
+            return None
+        counts = _per_example(run, run.input_ids == token)
+        if not bool((counts != counts[0]).any()):
+            return None
+    return (
+        f"sees pixel_values of {len(pixel_values)} images for {run.size} examples: parameters "
+        "outside the decoder need one image per example, or batches of one example"
     )
-    if len(pixel_values) != run.size or counts is None or bool((counts != counts[0]).any()):
-        raise MeritFastError(
-            f"sketch_gradients: pixel_values of {len(pixel_values)} images for {run.size} "
-            "examples: parameters outside "
-            "the decoder need one image per example, or batches of one example; else leave them out"
-        )
 
 
 def patch_offsets(grid: Tensor, merge: int, token_counts: Tensor) -> Tensor | None:

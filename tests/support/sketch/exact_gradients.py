@@ -15,6 +15,7 @@ from merit_fast.data import Example, collate
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 from merit_fast.model import target_losses
 from merit_fast.sketch.gradients import GradientSketcher
+from merit_fast.sketch.names import named_parameters
 
 SKETCH = CountSketch(4096, seed=7)
 SIZES: dict[str, Any] = dict(
@@ -118,7 +119,7 @@ def sketch_of_loss(
     model.zero_grad()
     loss().backward()  # type: ignore[no-untyped-call]
     out = torch.zeros(1, SKETCH.proj_dim)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         if parameter.grad is not None and (names is None or name in names):
             gradient = parameter.grad.float().view(1, *matrix_shape(parameter.shape))
             flat_sketch(gradient, name, SKETCH, out=out, backend="eager")

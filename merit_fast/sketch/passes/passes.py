@@ -1,0 +1,243 @@
+"""A model's forward passes between taps: which weights are unfrozen, and what happens after."""
+
+import functools
+import sys
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from merit_fast.errors import MeritFastError
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.manifests.sketch_check import SketchCheck
+from merit_fast.sketch.capture.hooks import ModuleTaps
+from merit_fast.sketch.capture.layout import Pass, Refusal, Site
+from merit_fast.sketch.capture.taps import tap
+from merit_fast.sketch.capture.towers import read_grid, uneven_images
+from merit_fast.sketch.capture.trees import map_tensors, tensors_of
+from merit_fast.sketch.capture.uses import UseAudit
+from merit_fast.sketch.capture.wrapping import submodule, wrap_forward
+from merit_fast.sketch.passes.begin import begin_pass, kind_of_call, sizes_of, source_of
+from merit_fast.sketch.passes.current import CurrentPass
+from merit_fast.sketch.passes.refusals import Uncovered
+
+
+class SketchedPasses:
+    """Runs a model's forward pass between taps; ``GradientSketcher`` attaches it.
+
+    On the first pass of every kind of call all chosen weights are unfrozen. Where the gradients of
+    the model's outputs arrive, one more backward pass takes those of one example and compares its
+    gradients with what the taps give; in the user's own pass follow the sums. A parameter that no
+    tap covers, or whose taps are wrong, stays unfrozen: its sketches come from a backward pass per
+    example, from the outputs to these parameters only.
+
+    Attributes:
+        packed: cu_seqlens of the next forward pass, if it is a packed row.
+        uncovered: parameters with a backward pass per example.
+        result: of the self-check; None: no pass was checked.
+
+    Raises:
+        MeritFastError: a parameter cannot be covered.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        sketch: CountSketch,
+        scales: Mapping[str, Tensor],
+        check: Literal["first", "always", "never"],
+        uncovered: Literal["autograd", "error"],
+    ) -> None:
+        self.model = model
+        self.parameters = dict(parameters)
+        self.sketch = sketch
+        self.scales = scales
+        self.check = check
+        self.uncovered = Uncovered(model, self.parameters, uncovered)
+        self.packed: Tensor | None = None
+        self.result: SketchCheck | None = None
+        self.now: CurrentPass | None = None
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self.taps = ModuleTaps(model, self._names, self._refuse, self.uncovered.slow)
+        self._kinds: set[Hashable] = set()
+        self._constant: set[str] = set()  # parameters that their modules use under no_grad only
+        self._sizes = sizes_of(model)
+        self._undo: list[Callable[[], object]] = []
+        self.uncovered.require_allowed()
+
+    @property
+    def run(self) -> Pass | None:
+        return None if self.now is None else self.now.run
+
+    @property
+    def is_checking(self) -> bool:
+        return self.now is not None and self.now.sums is not None
+
+    def attach(self) -> None:
+        if "torch._dynamo" in sys.modules:  # what was compiled runs as it is written
+            stance = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+            self._undo.append(functools.partial(stance.__exit__, None, None, None))
+        self.taps.attach()
+        self._undo.append(self.taps.detach)
+        for name, tower in self.taps.towers.items():
+            inside = [site for site in self.taps.sites if site.tower == name]
+            owned = {name: name for site in inside for name in site.owned.values()}
+            if owned:
+                enter = functools.partial(self._enter_tower, Site(tower, owned, name))
+                hook = tower.register_forward_pre_hook(enter, with_kwargs=True)
+                self._undo.append(hook.remove)
+        self._undo.append(wrap_forward(self.model, self._forward_model))
+
+    def detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self.discard()
+
+    def discard(self) -> None:
+        if self.now is not None:
+            self.now.end()
+        self.now = None
+        self.taps.run = None
+
+    def take(self) -> Tensor:
+        """Ends the pass; returns its sketches [B, D] float32.
+
+        Raises:
+            RepeatBatch: the check has found wrong parameters, which are uncovered from now on.
+            MeritFastError: the check has failed.
+        """
+        now = self.now
+        assert now is not None
+        run = now.run
+        self.discard()
+        if run.is_divided and self.uncovered.slow and not now.gated:
+            self.uncovered.need_rows("the model's outputs got no gradient")
+        unseen = run.ran_without_grad - self.uncovered.slow.keys()
+        self._constant |= unseen & now.without_gradient()
+        if unseen - self._constant:
+            raise MeritFastError(
+                f"sketch_gradients: parameter {min(unseen - self._constant)} was used under "
+                "no_grad and never again: with reentrant checkpointing give use_reentrant=False; "
+                "else leave it out"
+            )
+        first, *others = run.outs.values() or [torch.zeros(run.size, self.sketch.proj_dim)]
+        for out in others:
+            first += out.to(first.device)
+        found = now.check_sums(first)
+        if found is not None:
+            self.result = found if self.result is None else self.result.merged(found)
+        if found is not None or now.sums is None:
+            self._kinds.add(now.kind)
+        return first
+
+    def _forward_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        graph_task = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        recomputing = self.now is not None and graph_task != -1
+        if not torch.is_grad_enabled() or recomputing:
+            return original(*args, **kwargs)
+        if self.now is not None:
+            raise MeritFastError(
+                "sketch_gradients: a second forward pass before update(): call update() or "
+                "discard() first, and run passes that are not sketched under torch.no_grad()"
+            )
+        now = self.now = self._begin(args, kwargs)
+        try:
+            self.taps.run = now.run
+            self._check_images(now.run, args, kwargs)
+            now.unfreeze(self._wanted(now))
+            if now.run.exploring:
+                output = self._audited_call(original, *args, **kwargs)
+            else:
+                output = original(*args, **kwargs)
+            self.uncovered.require_allowed()
+        except BaseException:
+            self.discard()
+            raise
+        now.run.open = False
+        now.reentrant = bool(now.run.ran_without_grad)
+        return self._gate(now, output)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CurrentPass:
+        cu_seqlens = kwargs.get("cu_seq_lens_q") if self.packed is None else self.packed
+        self.packed = None
+        run = begin_pass(self.sketch, self.scales, source_of(args, kwargs), cu_seqlens)
+        kind = kind_of_call(self.model, run, self._sizes, args, kwargs)
+        run.exploring = kind not in self._kinds
+        run.trusts_check = self.check != "never"
+        now = CurrentPass(run, kind, self.parameters, self.uncovered, self.taps.anchor)
+        if self.check == "always" or (self.check == "first" and run.exploring):
+            now.compare()
+        return now
+
+    def _wanted(self, now: CurrentPass) -> dict[str, nn.Parameter]:
+        """Parameters that have to be unfrozen in this pass."""
+        may_refuse = now.run.exploring and self.uncovered.policy == "autograd"
+        if now.sums is not None or may_refuse:
+            return self.parameters
+        return {name: self.parameters[name] for name in self.uncovered.slow}
+
+    def _check_images(self, run: Pass, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuses the parameters outside the decoder where images have no rows of examples."""
+        pixels = kwargs.get("pixel_values")
+        is_source = pixels is source_of(args, kwargs)
+        if self.taps.towers or run.size == 1 or is_source or not isinstance(pixels, Tensor):
+            return
+        known: set[int] = set()
+        for getter in ("get_decoder", "get_output_embeddings"):
+            part = submodule(self.model, getter)
+            if part is not None:
+                known.update(id(parameter) for parameter in part.parameters())
+        outside = {n: n for n, p in self.parameters.items() if id(p) not in known}
+        reason = uneven_images(run, getattr(self.model, "config", None), pixels)
+        if reason is not None and not outside.keys() <= self.uncovered.slow.keys():
+            self.uncovered.add(Site(self.model, outside).refusal(reason))
+            self.uncovered.require_allowed()
+
+    def _audited_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Watches the first pass of a kind for uses of parameters that no module is known for."""
+        audit = UseAudit(self._names, self.taps.covered)
+        with audit:
+            output = original(*args, **kwargs)
+        for name, function in audit.stray.items():
+            self.uncovered.add_stray(name, function)
+        return output
+
+    def _gate(self, now: CurrentPass, output: Any) -> Any:
+        """Lets the pass see the gradients of the model's outputs."""
+        if now.weights is None:
+            return output
+        inner = {id(value): value for value in tensors_of(output) if value.requires_grad}
+        if not inner:
+            return output
+        values = list(inner.values())
+
+        def sink(dys: tuple[Tensor | None, ...]) -> None:
+            now.at_outputs(self.model, values, dys)
+
+        gated = dict(zip(inner, tap(self.taps.anchor, values, sink), strict=True))
+        return map_tensors(output, lambda value: gated.get(id(value), value))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Notes parameters that no tap covers.
+
+        Raises:
+            RepeatBatch: it is too late for a backward pass per example of this batch.
+        """
+        self.uncovered.add(refusal)
+        run = self.run
+        if run is not None and not run.exploring:
+            self.uncovered.require_allowed()
+            self.uncovered.repeat(refusal.site.name)
+
+    def _enter_tower(
+        self, site: Site, tower: nn.Module, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        run = self.run
+        live = site.without(self.uncovered.slow)
+        if run is not None and run.open and run.size > 1 and live.owned:
+            try:
+                read_grid(run, live, tower, getattr(self.model, "config", None), args, kwargs)
+            except Refusal as refusal:
+                self._refuse(refusal)

@@ -1,0 +1,248 @@
+"""The sketcher of per-example gradients: hooks on a model, and the states that they fill."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.manifests.sketch_check import SketchCheck
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+from merit_fast.sketch.names import canonical_name
+from merit_fast.sketch.passes.passes import SketchedPasses
+from merit_fast.sketch.precondition import scales_fingerprint
+from merit_fast.sketch.selection import (
+    model_weights_fingerprint,
+    require_one_of,
+    select_parameters,
+    unwrapped,
+)
+
+DatasetId = str | int
+# Innermost last: parameters that these froze still count as trainable.
+_entered: list["GradientSketcher"] = []
+
+
+class GradientSketcher:
+    """Sketches the gradient of every chosen parameter, per example.
+
+    The result equals ``sum over parameters of flat_sketch(d loss_b / d parameter)`` up to rounding.
+    Tied parameters count once. One forward pass of the model, one or more backward passes through
+    it and one ``update`` go together; forward passes under ``torch.no_grad`` do not count. Linear,
+    Conv1D (GPT-2), convolution and Embedding layers, norms and routed experts use the kernels, and
+    so do raw calls of F.linear and F.embedding. Any other module takes a backward pass per example
+    from its own outputs; a parameter that is used outside of its module, one from those of the
+    model. On exit the model is as before.
+
+    The check compares, on the first pass of every kind of call (its arguments, train or eval, which
+    sizes are equal), e = |s - S(g)| / |S(g)| for one example and for the sum over examples, where S
+    is ``flat_sketch`` and g autograd's gradient. It fails above 2e-5 in fp32 and 2e-2 in bf16, of
+    all parameters together, and names the parameter with the largest error.
+
+    Args:
+        model: called as usual inside the block. With DistributedDataParallel nothing is
+            communicated: add the states of the ranks (``SketchState.merge``).
+        sketch: width and seed.
+        parameters: by name; None: all that require a gradient.
+        scales: factors of the gradients' entries by parameter name (``adam_scales``).
+        blocks: blocks of each state; examples fill them in turn.
+        fingerprint: the model's, for the states; None: that of its weights in memory.
+        check: "first", "always" or "never", as for ``sketch_gradients``.
+        uncovered: "autograd" or "error", as for ``sketch_gradients``.
+        notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
+
+    Raises:
+        InputError: ``check`` or ``uncovered`` has another value.
+        MeritFastError: a parameter cannot be covered; raised here, in the forward or in the
+            backward pass. The message names it.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        model: nn.Module,
+        sketch: CountSketch,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+        *,
+        blocks: int = 8,
+        fingerprint: str | None = None,
+        check: Literal["first", "always", "never"] = "first",
+        uncovered: Literal["autograd", "error"] = "error",
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
+        require_one_of("check", check, ("first", "always", "never"))
+        require_one_of("uncovered", uncovered, ("autograd", "error"))
+        self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        self.model = unwrapped(model)
+        self.sketch = sketch
+        self.scales = {canonical_name(name): scale for name, scale in (scales or {}).items()}
+        self.blocks = blocks
+        chosen = (
+            select_parameters(self.model, "all", is_trainable) if parameters is None else parameters
+        )
+        chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
+        self.names = {id(parameter): name for name, parameter in chosen.items()}
+        self.state: dict[DatasetId, SketchState] = {}
+        self._fingerprint = fingerprint
+        self._identity: SketchIdentity | None = None
+        self._notify = notify or functools.partial(warnings.warn, stacklevel=4)
+        self._told = 0  # number of slow parameters in the last line
+        self._passes = SketchedPasses(
+            self.model, chosen, sketch, self.scales, check=check, uncovered=uncovered
+        )
+        self._restore: list[Callable[[], object]] = []
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return list(self.names.values())
+
+    @property
+    def slow_parameters(self) -> dict[str, str]:
+        """Parameters that take a backward pass per example -> reason."""
+        return dict(self._passes.uncovered.slow)
+
+    @property
+    def checked(self) -> SketchCheck | None:
+        """The largest errors that the check has found so far; None before it."""
+        result = self._passes.result
+        if result is None:
+            return None
+        return dataclasses.replace(result, slow_parameters=self.slow_parameters)
+
+    @property
+    def is_checking(self) -> bool:
+        """Whether the last pass is checked; rounding may differ from that of other passes."""
+        return self._passes.is_checking
+
+    @property
+    def identity(self) -> SketchIdentity:
+        """Sketch, model and parameters of the states. Reads the weights once."""
+        if self._identity is None:
+            fingerprint = self._fingerprint or model_weights_fingerprint(self.model)
+            adam = f"adam {scales_fingerprint(self.scales)}: " if self.scales else ""
+            self._identity = SketchIdentity(
+                self.sketch, adam + fingerprint, tuple(self.parameter_names)
+            )
+        return self._identity
+
+    def __enter__(self) -> "GradientSketcher":
+        for parameter in self.model.parameters():
+            self._restore.append(
+                functools.partial(parameter.requires_grad_, parameter.requires_grad)
+            )
+            parameter.requires_grad_(False)
+        _entered.append(self)
+        self._restore.append(functools.partial(_entered.remove, self))
+        self._passes.attach()
+        self._restore.append(self._passes.detach)
+        # As no_sync does. Buffers are not broadcast either: ranks may differ in their passes.
+        if self.ddp is not None:
+            for flag in ("require_backward_grad_sync", "require_forward_param_sync"):
+                self._restore.append(
+                    functools.partial(setattr, self.ddp, flag, getattr(self.ddp, flag))
+                )
+                setattr(self.ddp, flag, False)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        while self._restore:
+            self._restore.pop()()
+
+    def packed(self, cu_seqlens: Tensor) -> None:
+        """Announces one packed row [1, N] of examples end to end for the next forward pass.
+
+        Every example's position_ids begin at 0.
+
+        A model that gets ``cu_seq_lens_q`` needs no announcement.
+
+        Args:
+            cu_seqlens: [B + 1] int: example b has the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
+        """
+        self._passes.packed = cu_seqlens
+
+    def discard(self) -> None:
+        """Discards the forward pass since the last update; its backward pass is then an error."""
+        self._passes.discard()
+
+    def take(self) -> Tensor:
+        """Returns the last backward pass's sketches [B, D] float32; leaves ``state`` as it is."""
+        run = self._passes.run
+        if run is None or not run.fired:
+            raise MeritFastError(
+                "sketch_gradients: update() or take() before a forward and backward pass"
+            )
+        sketches = self._passes.take()
+        uncovered = self._passes.uncovered
+        if len(uncovered.slow) > self._told:
+            self._told = len(uncovered.slow)
+            self._notify(uncovered.describe())
+        return sketches
+
+    def update(
+        self,
+        dataset_ids: Sequence[DatasetId] | Tensor,
+        loss_sums: Sequence[float] | Tensor | None = None,
+        num_target_tokens: Sequence[int] | Tensor | None = None,
+        *,
+        row_examples: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Adds the examples of the last backward pass to their datasets' states.
+
+        Args:
+            dataset_ids: [B] dataset of each example, by name or number.
+            loss_sums: [B] each example's summed loss over its target tokens, nats, for the states'
+                means.
+            num_target_tokens: [B] number of those tokens.
+            row_examples: [rows of the pass] number of the example, from 0 to B - 1, to which each
+                row belongs; None: row b is example b.
+
+        Returns:
+            [B, D] float32, the sketches.
+        """
+        ids, losses, tokens = (
+            _listed(values) for values in (dataset_ids, loss_sums, num_target_tokens)
+        )
+        num_rows = len(ids) if self._passes.run is None else self._passes.run.size
+        size = num_rows if row_examples is None else len(set(row_examples))
+        if row_examples is not None and len(row_examples) != num_rows:
+            raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
+        for key, values in (
+            ("dataset_ids", ids),
+            ("loss_sums", losses),
+            ("num_target_tokens", tokens),
+        ):
+            if (values or key == "dataset_ids") and len(values) != size:
+                raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
+        sketches = self.take()
+        if row_examples is not None:
+            rows_of = torch.tensor(row_examples, device=sketches.device)
+            sketches = sketches.new_zeros(size, sketches.shape[1]).index_add(0, rows_of, sketches)
+        for dataset in dict.fromkeys(ids):
+            rows = [row for row, other in enumerate(ids) if other == dataset]
+            state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
+            block = (state.num_examples + torch.arange(len(rows))) % self.blocks
+            loss = float(sum(losses[row] for row in rows)) if losses else 0.0
+            count = int(sum(tokens[row] for row in rows)) if tokens else 0
+            state.add_examples(sketches[rows], block, loss, count)
+        return sketches
+
+
+def is_trainable(parameter: nn.Parameter) -> bool:
+    """Whether a parameter requires a gradient, or did before a sketcher froze it."""
+    return parameter.requires_grad or any(id(parameter) in sketcher.names for sketcher in _entered)
+
+
+def _listed(values: Sequence[Any] | Tensor | None) -> list[Any]:
+    return [] if values is None else values.tolist() if isinstance(values, Tensor) else list(values)
