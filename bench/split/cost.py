@@ -68,7 +68,7 @@ def split_states(directory: Path, groups: str, steps: int) -> None:
         directory,
         datasets,
         "mixture",
-        SplitConfig(groups=groups if groups == "auto" else int(groups)),
+        SplitConfig(groups="auto" if groups == "auto" else int(groups)),
         base_fingerprint="base",
         steps=steps,
         sketched_at="at the base model",

@@ -30,6 +30,21 @@ DatasetId = str | int
 _entered: list["GradientSketcher"] = []
 
 
+class NotFiniteError(MeritFastError):
+    """The gradient of one example holds NaN or infinity.
+
+    Attributes:
+        example: its number in the batch.
+    """
+
+    def __init__(self, dataset: DatasetId, example: int) -> None:
+        super().__init__(
+            f"sketch_gradients: example {example} of the batch, of dataset {dataset!r}: must have "
+            "a finite gradient, found NaN or infinity"
+        )
+        self.example = example
+
+
 class GradientSketcher:
     """Sketches the gradient of every chosen parameter, per example.
 
@@ -176,8 +191,12 @@ class GradientSketcher:
         """Discards the forward pass since the last update; its backward pass is then an error."""
         self._passes.discard()
 
-    def take(self) -> Tensor:
-        """Returns the last backward pass's sketches [B, D] float32; leaves ``state`` as it is."""
+    def take(self, *, row_examples: Sequence[int] | None = None) -> Tensor:
+        """Returns the last backward pass's sketches [B, D] float32; leaves ``state`` as it is.
+
+        Args:
+            row_examples: as for ``update``.
+        """
         run = self._passes.run
         if run is None or not run.fired:
             raise MeritFastError(
@@ -188,7 +207,11 @@ class GradientSketcher:
         if len(uncovered.slow) > self._told:
             self._told = len(uncovered.slow)
             self._notify(uncovered.describe())
-        return sketches
+        if row_examples is None:
+            return sketches
+        rows_of = torch.tensor(row_examples, device=sketches.device)
+        zeros = sketches.new_zeros(len(set(row_examples)), sketches.shape[1])
+        return zeros.index_add(0, rows_of, sketches)
 
     def update(
         self,
@@ -210,6 +233,9 @@ class GradientSketcher:
 
         Returns:
             [B, D] float32, the sketches.
+
+        Raises:
+            NotFiniteError: an example's gradient holds NaN or infinity. The states are as before.
         """
         ids, losses, tokens = (
             _listed(values) for values in (dataset_ids, loss_sums, num_target_tokens)
@@ -225,10 +251,8 @@ class GradientSketcher:
         ):
             if (values or key == "dataset_ids") and len(values) != size:
                 raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
-        sketches = self.take()
-        if row_examples is not None:
-            rows_of = torch.tensor(row_examples, device=sketches.device)
-            sketches = sketches.new_zeros(size, sketches.shape[1]).index_add(0, rows_of, sketches)
+        sketches = self.take(row_examples=row_examples)
+        require_finite(sketches, ids)
         for dataset in dict.fromkeys(ids):
             rows = [row for row, other in enumerate(ids) if other == dataset]
             state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
@@ -237,6 +261,14 @@ class GradientSketcher:
             count = int(sum(tokens[row] for row in rows)) if tokens else 0
             state.add_examples(sketches[rows], block, loss, count)
         return sketches
+
+
+def require_finite(sketches: Tensor, dataset_ids: Sequence[DatasetId]) -> None:
+    """Raises NotFiniteError at the first example [B, D] that holds NaN or infinity."""
+    wrong = (~sketches.isfinite().all(1)).nonzero()
+    if len(wrong):
+        example = int(wrong[0])
+        raise NotFiniteError(dataset_ids[example], example)
 
 
 def is_trainable(parameter: nn.Parameter) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from merit_fast.data import Batch, Dataset, collate
 from merit_fast.data.shares import draw_rows
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.manifests.io import fingerprint
@@ -30,10 +30,10 @@ from merit_fast.progress import Progress, Task
 from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.reuse import record_state, reuse_states
 from merit_fast.sketch.sampling import check_blocks, describe_signal, next_examples
 from merit_fast.sketch.selection import select_parameters
+from merit_fast.sketch.sketcher import GradientSketcher, NotFiniteError, require_finite
 
 # Of adaptive sampling.
 FIRST_LOOK = 32
@@ -243,15 +243,22 @@ def _sketch_batch(
     with torch.no_grad():
         texts, numbers = fit_trees(model, [dataset.examples[row] for row in rows])
     batch = collate(texts, [0] * len(texts), pad_token_id)
+    names = [dataset.name] * len(rows)
     while True:
         try:
             losses = _backward(model, batch, numbers, len(rows))
             if not (sketcher.is_checking and config.check == "first"):
-                sketcher.update([dataset.name] * len(rows), *losses, row_examples=numbers)
+                sketcher.update(names, *losses, row_examples=numbers)
                 return
-            sketcher.take()
+            require_finite(sketcher.take(row_examples=numbers), names)
         except RepeatBatch:  # more parameters take a backward pass per example
             sketcher.discard()
+        except NotFiniteError as error:
+            row = dataset.rows[rows[error.example]]
+            raise MeritFastError(
+                f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite gradient "
+                f"in {config.dtype}, found NaN or infinity"
+            ) from None
 
 
 def _backward(

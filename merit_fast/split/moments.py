@@ -49,7 +49,7 @@ class BlockProducts:
 
 
 def block_products(
-    block_sums: Sequence[Any],
+    block_sums: Sequence[Any] | npt.NDArray[Any],
     block_counts: npt.NDArray[Any],
     advance: Callable[[float], Any] = lambda _: None,
 ) -> BlockProducts:

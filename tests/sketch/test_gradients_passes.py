@@ -49,6 +49,24 @@ def test_gradient_checkpointing_gives_the_same(architecture, reentrant, paramete
             assert_close(sketcher.take(), plain)
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_an_example_without_a_finite_gradient_is_named_and_no_state_changes(broken):
+    model = torch.nn.Linear(5, 3)
+    x = torch.randn(4, 5)
+    with merit_fast.sketch_gradients(model, 4096) as sketcher:
+        model(x).square().sum().backward()
+        sketcher.update(["a", "b", "a", "b"])
+        before = {name: state.to_bytes() for name, state in sketcher.state.items()}
+        (model(x).square().sum(1) * torch.tensor([1.0, 1.0, broken, 1.0])).sum().backward()
+        told = "example 2 of the batch, of dataset 'a': must have a finite gradient"
+        with pytest.raises(MeritFastError, match=told):
+            sketcher.update(["a", "b", "a", "b"])
+        assert {name: state.to_bytes() for name, state in sketcher.state.items()} == before
+        model(x).square().sum().backward()
+        sketcher.update(["a", "b", "a", "b"])
+    assert sketcher.state["a"].num_examples == 4
+
+
 def test_checkpointing_frees_the_inputs_until_they_are_computed_again():
     """Autograd keeps the inputs, so checkpointing drops them; a hook's own reference would not."""
     model = tiny("llama").train()

@@ -7,7 +7,7 @@ import torch
 from support.checks import assert_close
 from support.sketch.staged import sketch
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, MeritFastError
 from merit_fast.sketch import stage as sketching
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.reuse import read_check
@@ -53,6 +53,23 @@ def test_parameters_that_no_hook_covers_are_exact_and_told_once(tiny_model, tmp_
     (note,) = [note for note in notes if "backward pass per example" in note]
     assert "2 of " in note and "down_proj.parametrizations.weight.original" in note
     assert len(read_check(tmp_path / "together").slow_parameters) == 2
+
+
+def test_a_row_without_a_finite_gradient_is_named_and_its_dataset_not_written(
+    tiny_model, tmp_path, monkeypatch
+):
+    real = sketching.load_model
+
+    def load(*arguments):
+        model = real(*arguments)
+        model.get_input_embeddings().weight.data[11] = torch.nan
+        return model
+
+    monkeypatch.setattr(sketching, "load_model", load)
+    told = r"sketch: clear: row \d+, counted from 0: must have a finite gradient in fp32, found NaN"
+    with pytest.raises(MeritFastError, match=told):
+        sketch(tiny_model, tmp_path, examples=8)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_uncovered_parameters_can_be_an_error(tiny_model, tmp_path, monkeypatch):
