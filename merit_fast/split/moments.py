@@ -102,7 +102,7 @@ def _sums_of_blocks(integers: Array) -> Iterator[Array]:
 
 
 def _integer_chunks(
-    block_sums: Sequence[Any], number: int, blocks: int
+    block_sums: Sequence[Any] | npt.NDArray[Any], number: int, blocks: int
 ) -> Iterator[tuple[Array, Array]]:
     """Yields, per chunk of columns, integers [G, N, C] and their unit [N], a power of two."""
     width = block_sums[0].shape[1] if number else 0
