@@ -258,7 +258,9 @@ def test_a_worker_that_dies_ends_the_work_with_one_line(tokenizer, mixture):
 
 def test_ctrl_c_ends_the_workers_without_a_word(tmp_path, tokenizer, mixture):
     code = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
 from support.rows import make_tokenizer
 import merit_fast.data.store.workers as workers
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture

@@ -21,6 +21,7 @@ from merit_fast.options.parser import parse
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.pipeline.reporting import AuditOptions, ReportOptions
 from merit_fast.report import write_report
+from merit_fast.sketch.reuse import read_check
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_the_report_replays_from_its_stage_json(run_folder, tmp_path):
         read_manifest(EvaluateManifest, out / "evaluate/evaluate.json"),
         tmp_path / "report.html",
         title=options.title,
-        notes=options.notes,
+        notes=(*options.notes, f"sketch: {read_check(out / 'sketch')}"),
         audit=read_manifest(AuditManifest, out / "audit/audit.json"),
     )
     assert (tmp_path / "report.html").read_bytes() == (out / "report/report.html").read_bytes()

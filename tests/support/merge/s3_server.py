@@ -57,6 +57,7 @@ def s3_server() -> Iterator[Recorder]:
     """Runs moto's server; inside, s3fs finds it by the environment and looks nowhere else."""
     import logging
 
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -73,6 +74,7 @@ def s3_server() -> Iterator[Recorder]:
             yield recorder
     finally:
         server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()  # those of this server would outlive it
 
 
 def put_tree(directory: Path, place: Any) -> None:
