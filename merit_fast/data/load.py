@@ -72,6 +72,9 @@ def load_mixture(
         ]
 
 
+_ROWS_SHOWN = 1000
+
+
 class _Loader:
     """Loads datasets with one pool of workers."""
 
@@ -176,9 +179,9 @@ class _Loader:
 
     @contextlib.contextmanager
     def _task(self, config: DatasetConfig, num_rows: int) -> Iterator[Task]:
-        """The display of a dataset's rows."""
-        if isinstance(self.progress, SilentProgress):
-            yield self.progress
+        """The display of a dataset's rows; none where they take no time."""
+        if num_rows < _ROWS_SHOWN:
+            yield SilentProgress()
             return
         with self.progress.task(f"tokenize {config.name}", num_rows, "rows") as task:
             yield task

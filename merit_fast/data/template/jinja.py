@@ -14,6 +14,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 # a template is a program: it may fail in any of these ways
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_PLAIN_TYPES = frozenset({str, dict, list, tuple, int, float, bool, type(None)})
 _OWN_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -118,7 +119,19 @@ def _environment(clock: Any) -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
-    environment = ImmutableSandboxedEnvironment(
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Remembers which attributes of plain values are safe: it depends on their type only."""
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            kind = type(obj)
+            if kind not in _PLAIN_TYPES:
+                return super().is_safe_attribute(obj, attr, value)
+            if (kind, attr) not in safe:
+                safe[kind, attr] = super().is_safe_attribute(obj, attr, value)
+            return safe[kind, attr]
+
+    safe: dict[tuple[type, str], bool] = {}
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json

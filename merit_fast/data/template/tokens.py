@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,10 @@ from merit_fast.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# Tokenizer -> size of its vocabulary, bytes of each token
+_KNOWN_SIZES: WeakKeyDictionary[Any, tuple[int, NDArray[np.int64]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +192,7 @@ def _byte_level_normal(backend: Any) -> Callable[[str], bool] | None:
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
     if not byte_level or any(step.get("add_prefix_space") for step in byte_level):
         return None
-    if json.loads(backend.model.__getstate__()).get("unk_token"):
+    if getattr(backend.model, "unk_token", None):
         return None
     normalizer = _state(backend.normalizer).get("type")
     if normalizer is None:
@@ -202,6 +207,16 @@ def _state(part: Any) -> dict[str, Any]:
 
 
 def _byte_sizes(tokenizer: Any) -> NDArray[np.int64]:
+    """[V] bytes of each token; kept, since every dataset of a mixture asks for them."""
+    size = tokenizer.backend_tokenizer.get_vocab_size()
+    known = _KNOWN_SIZES.get(tokenizer)
+    if known is None or known[0] != size:
+        known = (size, _count_bytes(tokenizer))
+        _KNOWN_SIZES[tokenizer] = known
+    return known[1]
+
+
+def _count_bytes(tokenizer: Any) -> NDArray[np.int64]:
     """[V] bytes of each token. A byte-level vocabulary writes each byte as one character."""
     vocabulary = tokenizer.get_vocab()
     sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
