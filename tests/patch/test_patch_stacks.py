@@ -101,6 +101,7 @@ def test_ddp_wraps_a_patched_model_and_is_patched_inside(tmp_path):
         patch_model(model)
         patched, _ = loss_and_gradients(model, batch)
         actual = {name: p.grad for name, p in inner.named_parameters()}
+        del model  # while the group exists: its threads may hang if DDP is the last to hold it
     finally:
         torch.distributed.destroy_process_group()
     assert_close(patched.loss.detach(), plain.loss.detach())
