@@ -27,7 +27,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Draws:
-    """What the hash draws for each tile."""
+    """Bucket and masks that the hash draws, one of each a tile."""
 
     bucket: Tensor
     row_mask: Tensor

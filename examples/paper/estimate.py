@@ -8,7 +8,8 @@
 D: trained parameters (bf16 weight and gradient, fp32 master and two moments: 16 bytes). F: frozen
 parameters. L, H: layers and width of the decoder; M: tokens of a micro-batch (34 bytes of kept
 activations for each layer, channel and token). T: tokens of the arm's rows; P: patches of their
-images. R: dense bf16 FLOP/s of the GPU (H100: 989e12), of which training is taken to reach 0.4.
+images. R: dense bf16 FLOP/s of the GPU (H100: 989e12); training is
+assumed to reach 0.4 of them.
 The sketch costs about as much for a token as training does. Groups of equal tokens are assumed.
 """
 

@@ -89,13 +89,13 @@ def shared_lines(rows: "MixtureRows", num_leaks: int) -> Iterator[str]:
 
 
 def _cells(item: Description) -> tuple[str, ...]:
-    numbers = [item[key] for key in ("num_rows", "num_examples", "num_tokens", "num_target_tokens")]
-    name = f"{item['name']} ({item['part']})"
-    return (name, *(f"{number:,}" for number in (*numbers, *item["_lengths"], item["skipped"])))
+    counts = [item[key] for key in ("num_rows", "num_examples", "num_tokens", "num_target_tokens")]
+    numbers = [*counts, *item["_lengths"], item["skipped"]]
+    return (f"{item['name']} ({item['part']})", *(f"{number:,}" for number in numbers))
 
 
 def _count_skipped(dataset: "Dataset", selection: "Selection") -> int:
-    """Rows that are wrong, and rows of which the length leaves no example."""
+    """Number of rows that are wrong, or too long to leave an example."""
     from merit_fast.data.store.examples import StoredExamples
 
     assert isinstance(dataset.examples, StoredExamples)
@@ -132,7 +132,9 @@ def _text(example: "Example", decode: Callable[[list[int]], Any]) -> dict[str, A
 
 def _marked(example: dict[str, Any]) -> str:
     """The text with its loss in colour on a terminal, else in brackets."""
-    before, after = (_GREEN, _PLAIN) if sys.stdout.isatty() else (OPEN, CLOSE)
+    in_colour = sys.stdout.isatty()
+    before = _GREEN if in_colour else OPEN
+    after = _PLAIN if in_colour else CLOSE
     text: str = example["text"]
     marked = ""
     past = 0

@@ -165,7 +165,7 @@ class _Contents:
         return [rows[0], max_examples, *rows[1:], *filter(None, [training])]
 
     def _rows(self, config: DatasetConfig, part: Part) -> list[Any] | None:
-        """Content of the part's files and images, and the keys by which they are read."""
+        """Content of the part's files and images, and the keys that decide how they are read."""
         place = source(config, part)
         if place is None:
             return None

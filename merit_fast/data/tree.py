@@ -76,7 +76,8 @@ def expand(example: Example) -> list[Example]:
     """
     if example.tree is None:
         return [example]
-    starts, parents = example.tree.starts, example.tree.parents
+    starts = example.tree.starts
+    parents = example.tree.parents
     ends = np.append(starts[1:], len(example.input_ids))
     seen: set[int] = set()
     texts = []
@@ -145,7 +146,8 @@ def _insert(root: _Run, ids: Ints, labels: Ints) -> None:
     is_whole = shared == sum(len(run.ids) for run in path)
     if shared < len(ids) and not (is_whole and path and not last.children):
         shared = _last_non_target(labels, shared)
-    run, depth = root, 0
+    run = root
+    depth = 0
     for child in path:
         if depth == shared:
             break

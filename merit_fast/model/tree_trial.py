@@ -62,7 +62,8 @@ def reads_trees(model: "nn.Module", trees: "Sequence[Example]") -> bool:
     import torch
 
     ordered = sorted(trees, key=lambda example: len(example.input_ids))
-    shortest, longest = ordered[0], ordered[-1]
+    shortest = ordered[0]
+    longest = ordered[-1]
     length = len(longest.input_ids)
     known = _tried.get(model)
     if known is not None and (not known[1] or known[0] >= length):

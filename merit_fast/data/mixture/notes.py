@@ -5,7 +5,7 @@ from merit_fast.data.sources import unread_files
 
 
 def source_notes(config: DatasetConfig, part: Part) -> list[str]:
-    """The entry's own sentence, and one on the files of a folder of which nothing is read."""
+    """The entry's own sentence, and one on the files of a folder that are not read."""
     notes = [config.note] if config.note and part == "train" else []
     place = source(config, part)
     if place and (unread := unread_files(place)):

@@ -21,7 +21,7 @@ _DOCUMENT_NAMES = ("readme", "license", "licence", "copying", "notice", "makefil
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of rows by split, and the files of which nothing is read."""
+    """Files of rows by split, and the files that are not read."""
 
     splits: dict[str, list[str]]
     unread: tuple[str, ...] = ()

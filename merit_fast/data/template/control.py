@@ -136,7 +136,8 @@ class Marks:
 
 def _is_paired(text: str, texts: set[str]) -> bool:
     """Whether a token opens or closes markup: <x> and </x>, [X] and [/X]."""
-    opening, rest = text[:1], text[1:]
+    opening = text[:1]
+    rest = text[1:]
     partner = opening + rest[1:] if rest.startswith("/") else f"{opening}/{rest}"
     return partner in texts
 

@@ -133,7 +133,7 @@ def fit(texts: Sequence[Text], config: DataConfig, place: str) -> Encoded:
 
 def _shorten(text: Text, limit: int) -> Text | None:
     """The text up to its last target within the limit; None without one."""
-    input_ids, labels = text[0][:limit], text[1][:limit]
+    input_ids, labels = (values[:limit] for values in text)
     if not count_target_tokens(labels):
         return None
     end = int(np.flatnonzero(labels != IGNORED_LABEL)[-1]) + 1

@@ -147,7 +147,9 @@ def _fold(form: Form, as_parts: bool) -> Form | None:
 
     None where no such turn follows, or a system message is trained.
     """
-    messages, in_loss, waiting = [], [], []
+    messages = []
+    in_loss = []
+    waiting: list[str] = []
     for message, trained in zip(form.messages, form.in_loss, strict=True):
         if message["role"] == "system":
             if trained:

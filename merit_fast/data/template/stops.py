@@ -39,7 +39,8 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, data_config: DataConfig) -
         InputError: there is no template, or it does not render a question and an answer.
     """
     encoder = ChatEncoder(tokenizer, data_config)
-    user, answer = Message("user", "merit"), Message("assistant", "fast")
+    user = Message("user", "merit")
+    answer = Message("assistant", "fast")
     call = Message("assistant", None, fields={"tool_calls": [_CALL]})
     plain = Conversation("chat template", (user, answer))
     calling = Conversation("chat template", (user, call), (_TOOL,))

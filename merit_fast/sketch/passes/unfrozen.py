@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,9 +24,9 @@ class UnfrozenWeights:
             parameter.grad = None
             parameter.requires_grad_(True)
             hook = functools.partial(_hand_on, receive, name)
-            self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
-            freed = parameter.register_post_accumulate_grad_hook(_free)  # type: ignore[no-untyped-call]
-            self._handles.append(freed)
+            weight: Any = parameter  # torch has no types for these two
+            self._handles.append(weight.register_hook(hook))
+            self._handles.append(weight.register_post_accumulate_grad_hook(_free))
 
     def freeze(self) -> None:
         for handle in self._handles:
