@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,17 +62,51 @@ def load_mixture(
             is wrong; the message names file and line.
     """
     selections = (rows or MixtureRows(configs, data_config)).select(part)
-    shown = SilentProgress() if progress is None else progress
-    with ChunkEncoder(tokenizer, data_config, num_workers) as encoder:
+    present = [config for config in configs if source(config, part)]
+    counts = [len(selections[config.name].rows) for config in present]
+    if store is not None and store.draw is not None:
+        counts = [min(count, store.draw.count) for count in counts]
+    with (
+        ChunkEncoder(tokenizer, data_config, num_workers) as encoder,
+        _RowsShown(progress or SilentProgress(), part, sum(counts)) as shown,
+    ):
         loader = _Loader(encoder, tokenizer, data_config, part, store, shown)
-        return [
-            loader.load(config, selections[config.name])
-            for config in configs
-            if source(config, part)
-        ]
+        return [loader.load(config, selections[config.name]) for config in present]
 
 
-_ROWS_SHOWN = 1000
+class _RowsShown:
+    """The display of a part's rows as they are tokenized; none for few rows."""
+
+    _FEW = 1000
+
+    def __init__(self, progress: Progress, part: Part, total: int) -> None:
+        self.progress = progress
+        self._name = f"tokenize ({part})"
+        self._total = total
+        self._stored = 0
+        self._task: Task | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def skip(self, count: int) -> None:
+        """Counts rows that the store holds already."""
+        if self._task is None:
+            self._stored += count
+        else:
+            self._task.skip(count)
+
+    def advance(self, count: int, dataset: str) -> None:
+        """Counts rows that are tokenized now; the first ones open the display."""
+        if self._task is None:
+            shown = self.progress if self._total >= self._FEW else SilentProgress()
+            self._task = self._stack.enter_context(shown.task(self._name, self._total, "rows"))
+            self._task.skip(self._stored)
+        self._task.advance(count, dataset)
 
 
 class _Loader:
@@ -85,14 +119,14 @@ class _Loader:
         data_config: DataConfig,
         part: Part,
         store: TokenStore | None,
-        progress: Progress,
+        shown: _RowsShown,
     ) -> None:
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.data_config = data_config
         self.part: Part = part
         self.store = store
-        self.progress = progress
+        self.shown = shown
         vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
         self.token_dtype = token_dtype(vocabulary.values())
 
@@ -102,17 +136,23 @@ class _Loader:
         if store.draw is not None and not store.place(config.name, selection.rows).exists():
             return self._load_drawn(config, selection, store.draw)
 
+        is_stored = True
+
         def make(summary: Summary) -> Iterator[Chunk]:
+            nonlocal is_stored
+            is_stored = False
             return self._make(config, selection, summary)
 
         columns, summary = build_examples(
             make,
             store.place(config.name, selection.rows) if self.store else None,
             self.token_dtype,
-            self.progress,
+            self.shown.progress,
             verify=store.verify,
             writes=store.writes,
         )
+        if is_stored:
+            self.shown.skip(len(selection.rows))
         return self._dataset(config, selection, columns, summary)
 
     def _load_drawn(self, config: DatasetConfig, selection: Selection, draw: Draw) -> Dataset:
@@ -162,13 +202,12 @@ class _Loader:
         row_encoder = RowEncoder(config, self.data_config, self.tokenizer)
         rows = read_rows(place, selection.rows.tolist())
         num_examples = 0
-        with self._task(config, len(selection.rows)) as task:
-            for chunk, count in self.encoder.chunks(config, row_encoder, rows):
-                errors = [*selection.errors, *summary.errors, *chunk.errors]
-                check_bad_rows(errors, config, self.data_config)
-                num_examples += len(chunk.columns["lengths"])
-                yield chunk
-                task.advance(count)
+        for chunk, count in self.encoder.chunks(config, row_encoder, rows):
+            errors = [*selection.errors, *summary.errors, *chunk.errors]
+            check_bad_rows(errors, config, self.data_config)
+            num_examples += len(chunk.columns["lengths"])
+            yield chunk
+            self.shown.advance(count, config.name)
         summary.notes += row_encoder.notes()
         if not num_examples:
             rule = f"an answer within data.max_length = {self.data_config.max_length} tokens"
@@ -176,15 +215,6 @@ class _Loader:
             raise InputError(
                 f"{where}: must have a row with {rule}, found none in {len(selection.rows)} rows"
             )
-
-    @contextlib.contextmanager
-    def _task(self, config: DatasetConfig, num_rows: int) -> Iterator[Task]:
-        """The display of a dataset's rows; none where they take no time."""
-        if num_rows < _ROWS_SHOWN:
-            yield SilentProgress()
-            return
-        with self.progress.task(f"tokenize {config.name}", num_rows, "rows") as task:
-            yield task
 
     def _notes(self, summary: Summary, selection: Selection) -> Iterator[str]:
         yield from outcome_notes(summary.outcomes, self.data_config.max_length)
