@@ -14,7 +14,6 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 # a template is a program: it may fail in any of these ways
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-_PLAIN_TYPES = frozenset({str, dict, list, tuple, int, float, bool, type(None)})
 _OWN_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -120,15 +119,13 @@ def _environment(clock: Any) -> Any:
             return nodes.Scope(body, lineno=line)
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        """Remembers which attributes of plain values are safe: it depends on their type only."""
+        """Remembers which attributes are safe: the sandbox decides by type and name only."""
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            kind = type(obj)
-            if kind not in _PLAIN_TYPES:
-                return super().is_safe_attribute(obj, attr, value)
-            if (kind, attr) not in safe:
-                safe[kind, attr] = super().is_safe_attribute(obj, attr, value)
-            return safe[kind, attr]
+            key = (type(obj), attr)
+            if key not in safe:
+                safe[key] = super().is_safe_attribute(obj, attr, value)
+            return safe[key]
 
     safe: dict[tuple[type, str], bool] = {}
     environment = Sandbox(
