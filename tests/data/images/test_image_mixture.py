@@ -4,9 +4,9 @@ import base64
 import json
 
 import pytest
-from support.image_rows import write_image
 from support.tiny import make_tokenizer
-from support.vision import make_vision_model
+from support.vision.image_rows import write_image
+from support.vision.layouts import make_vision_model
 
 from merit_fast.data import (
     DataConfig,

@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from support.rows import assistant, user, write
+from support.data.rows import assistant, user, write
 
 from merit_fast.data import DatasetConfig
 from merit_fast.data.mixture.select import MixtureRows

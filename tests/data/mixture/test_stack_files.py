@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from support.rows import write
+from support.data.rows import write
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.rows.reader import RowReader

@@ -5,7 +5,7 @@ import io
 
 import pytest
 from PIL import Image as Pillow
-from support.rows import assistant, user, write
+from support.data.rows import assistant, user, write
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.conversation import Image

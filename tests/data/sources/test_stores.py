@@ -3,8 +3,8 @@
 import sys
 
 import pytest
+from support.data.rows import write
 from support.merge.s3_server import s3_server
-from support.rows import write
 
 from merit_fast.data.sources import Source, files_of, read_rows, source_content
 from merit_fast.errors import InputError

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.rows import make_tokenizer, write
+from support.data.rows import make_tokenizer, write
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture
 from merit_fast.data.encode import RowEncoder

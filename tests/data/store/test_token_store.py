@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.rows import make_tokenizer, write
+from support.data.rows import make_tokenizer, write
 
 import merit_fast.data.load as loading
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture
@@ -173,7 +173,7 @@ def test_a_changed_byte_is_found_in_any_file(tmp_path, tokenizer, mixture, name)
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, mixture):
     code = """
 import pathlib, resource, signal, sys
-from support.rows import make_tokenizer
+from support.data.rows import make_tokenizer
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture
 from merit_fast.data.store import TokenStore
 from merit_fast.errors import InputError
@@ -201,7 +201,7 @@ except InputError as error:
 def test_a_killed_build_leaves_no_store_and_the_next_one_makes_it(tmp_path, tokenizer, mixture):
     code = """
 import os, signal, sys
-from support.rows import make_tokenizer
+from support.data.rows import make_tokenizer
 import merit_fast.data.store.files as files
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture
 from merit_fast.data.encode import RowEncoder
@@ -261,7 +261,7 @@ def test_ctrl_c_ends_the_workers_without_a_word(tmp_path, tokenizer, mixture):
 import signal
 import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
-from support.rows import make_tokenizer
+from support.data.rows import make_tokenizer
 import merit_fast.data.store.workers as workers
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture
 asked = workers._ask
