@@ -6,7 +6,7 @@ import json
 import pytest
 from support.tiny import make_tokenizer
 from support.vision.image_rows import write_image
-from support.vision.layouts import make_vision_model
+from support.vision.models import make_vision_model
 
 from merit_fast.data import (
     DataConfig,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.tiny import make_tokenizer
 from support.vision.image_rows import Turn, make_conversation, write_image
-from support.vision.layouts import make_vision_model
+from support.vision.models import make_vision_model
 
 from merit_fast.data import DataConfig, DatasetConfig, collate
 from merit_fast.data.conversation import Image, Message
