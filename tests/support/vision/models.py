@@ -1,10 +1,12 @@
 """Tiny models that read images, with their tokenizers and processors, all made from config."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from support.vision.image_rows import write_image
 from support.vision.layouts import CHATML_IMAGES, LAYOUTS, Layout
 
 
@@ -70,6 +72,14 @@ def make_vision_model(directory: Path, name: str, *, seed: int = 0) -> Any:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(directory)
     return model.eval()
+
+
+def make_qwen_folder(folder: Path, images: Mapping[str, tuple[int, int]]) -> Path:
+    """Saves a tiny Qwen2.5-VL as folder/model, and images by name and size (width, height)."""
+    make_vision_model(folder / "model", "qwen2_5_vl")
+    for name, size in images.items():
+        write_image(folder / name, *size)
+    return folder
 
 
 def _read_template(name: str | None) -> str:
