@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.rows import (
+from support.data.rows import (
     CHATML,
     FORMATS,
     GOOD,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.rows import (
+from support.data.rows import (
     FORMATS,
     GOOD,
     assistant,

@@ -1,7 +1,7 @@
 """Rows of every shape to tokens: formats, chat templates, and masks read back by decoding."""
 
 import pytest
-from support.rows import (
+from support.data.rows import (
     CHATML,
     FORMATS,
     GOOD,

@@ -1,7 +1,7 @@
 """Held-out rows by share: chosen by content, on one side each, part of the fingerprint."""
 
 import pytest
-from support.rows import load, make_tokenizer, targets, write
+from support.data.rows import load, make_tokenizer, targets, write
 
 from merit_fast.data import DataConfig, DatasetConfig, mixture_fingerprint
 from merit_fast.errors import InputError

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.rows import (
+from support.data.rows import (
     FORMATS,
     GOOD,
     assistant,

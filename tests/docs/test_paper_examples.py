@@ -9,7 +9,7 @@ import sys
 import pytest
 from support.docs.pages import ROOT
 from support.tiny import chat_row, make_model, make_tokenizer
-from support.vision import make_vision_model
+from support.vision.models import make_vision_model
 
 from bench.vision.digits import TASKS, write_digit_tasks
 from merit_fast.data.mixture.folder import folder_entries

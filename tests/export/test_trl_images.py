@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from support.image_rows import write_image
-from support.vision import make_vision_model
+from support.vision.image_rows import write_image
+from support.vision.models import make_vision_model
 
 from merit_fast.data import DataConfig, DatasetConfig, load_tokenizer_or_processor
 from merit_fast.errors import InputError

@@ -1,22 +1,15 @@
-"""The package's layout: import arrows, light imports, the kernels link, the wheel's files."""
+"""The package's layout: import arrows, light imports, the kernels link, sizes."""
 
 import ast
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
+from support.paths import PACKAGE, ROOT, package_files
 
-PACKAGE = ROOT / "merit_fast"
-FILES = sorted(
-    file
-    for folder in (PACKAGE, ROOT / "kernels")
-    for file in folder.rglob("*.py")
-    if "merit_fast/kernels/" not in file.as_posix()
-)
+FILES = package_files()
 
 # Which rooms a room may import, next to itself. A room is a folder or a file of merit_fast/.
 BASE = {"errors", "options", "manifests", "progress", "units"}
@@ -256,53 +249,6 @@ def test_light_imports_stay_light(statement, absent):
     script = f"import sys; {statement}; print([m for m in {absent!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
-
-
-@pytest.mark.process
-def test_a_wheel_carries_every_file_and_builds_without_a_compiler(tmp_path):
-    environment = {**os.environ, "MERIT_FAST_NO_NATIVE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        str(ROOT),
-        "-w",
-        tmp_path,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for file in FILES:
-        inside = file.relative_to(ROOT)
-        inside = Path("merit_fast") / inside if inside.parts[0] == "kernels" else inside
-        assert str(inside) in names, inside
-    assert {"merit_fast/report/page.html.j2", "merit_fast/evaluate/general_text.txt"} <= names
-    assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
-
-
-@pytest.mark.process
-def test_a_failing_compiler_is_said_and_does_not_fail_the_install(tmp_path):
-    environment = {**os.environ, "CC": "false", "CXX": "false"}
-    command = [
-        sys.executable,
-        str(ROOT / "setup.py"),
-        "build_ext",
-        "--build-lib",
-        tmp_path,
-        "--build-temp",
-        tmp_path,
-    ]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert (
-        "the native CPU kernels were NOT built" in result.stderr
-        and "merit-fast doctor" in result.stderr
-    )
-    assert not list(tmp_path.rglob("_C*.so"))
 
 
 def test_no_file_outgrows_its_room():

@@ -1,7 +1,8 @@
 """Tiny models that read images, saved once for all tests of this folder."""
 
 import pytest
-from support.vision import LAYOUTS, make_vision_model
+from support.vision.layouts import LAYOUTS
+from support.vision.models import make_vision_model
 
 
 @pytest.fixture(scope="session")

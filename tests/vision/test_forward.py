@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.vision import LAYOUTS
-from support.vision_rows import ROWS, as_example, processed_rows
+from support.vision.layouts import LAYOUTS
+from support.vision.rows import ROWS, as_example, processed_rows
 
 from merit_fast.data import Dataset, Example, collate, load_tokenizer_or_processor, pack
 from merit_fast.data.images import load_processor

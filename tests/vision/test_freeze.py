@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.runs import run_all, run_values
-from support.vision import LAYOUTS
+from support.vision.layouts import LAYOUTS
 
 from merit_fast.errors import InputError
 from merit_fast.model import freeze_parameters, load_model, tower_parameters

@@ -7,8 +7,8 @@ import torch
 from support.checks import assert_close
 from support.runs import Notes
 from support.sketch.exact_gradients import SKETCH, sketch_of_loss
-from support.vision import LAYOUTS
-from support.vision_rows import as_example, processed_rows
+from support.vision.layouts import LAYOUTS
+from support.vision.rows import as_example, processed_rows
 
 from merit_fast.data import Dataset, collate
 from merit_fast.data.images import load_processor

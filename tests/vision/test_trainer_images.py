@@ -3,7 +3,7 @@
 import pytest
 from support.checks import assert_close
 from support.sketch.exact_gradients import SKETCH, sketch_of_loss
-from support.vision_rows import as_example, processed_rows
+from support.vision.rows import as_example, processed_rows
 
 from merit_fast.data import collate
 from merit_fast.data.images import load_processor

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as pillow
-from support.image_rows import write_image
+from support.vision.image_rows import write_image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 

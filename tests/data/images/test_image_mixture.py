@@ -4,9 +4,9 @@ import base64
 import json
 
 import pytest
-from support.image_rows import write_image
 from support.tiny import make_tokenizer
-from support.vision import make_vision_model
+from support.vision.image_rows import write_image
+from support.vision.models import make_qwen_folder
 
 from merit_fast.data import (
     DataConfig,
@@ -27,11 +27,8 @@ from merit_fast.progress import SilentProgress
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mixture")
-    make_vision_model(folder / "model", "qwen2_5_vl")
-    write_image(folder / "images" / "a.png", 56, 56)
-    write_image(folder / "images" / "b.png", 84, 56)
-    return folder
+    images = {"images/a.png": (56, 56), "images/b.png": (84, 56)}
+    return make_qwen_folder(tmp_path_factory.mktemp("mixture"), images)
 
 
 @pytest.fixture(scope="module")

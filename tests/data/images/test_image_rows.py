@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.image_rows import Turn, make_conversation, write_image
 from support.tiny import make_tokenizer
-from support.vision import make_vision_model
+from support.vision.image_rows import Turn, make_conversation, write_image
+from support.vision.models import make_qwen_folder
 
 from merit_fast.data import DataConfig, DatasetConfig, collate
 from merit_fast.data.conversation import Image, Message
@@ -27,11 +27,8 @@ from merit_fast.errors import InputError
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with the model of Qwen2.5-VL's layout, and images a.png, b.png and c.png."""
-    folder = tmp_path_factory.mktemp("qwen")
-    make_vision_model(folder / "model", "qwen2_5_vl")
-    for name, size in (("a.png", (56, 56)), ("b.png", (84, 56)), ("c.png", (28, 84))):
-        write_image(folder / name, *size)
-    return folder
+    images = {"a.png": (56, 56), "b.png": (84, 56), "c.png": (28, 84)}
+    return make_qwen_folder(tmp_path_factory.mktemp("qwen"), images)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as pillow
-from support.image_rows import Turn, make_conversation, write_image
-from support.vision import LAYOUTS, make_vision_model
+from support.vision.image_rows import Turn, make_conversation, write_image
+from support.vision.layouts import LAYOUTS
+from support.vision.models import make_vision_model
 
 from merit_fast.data import DataConfig, DatasetConfig, collate, pack, pad_token_id
 from merit_fast.data.encode import RowEncoder

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from support.image_rows import Turn, make_conversation, write_image
-from support.vision import LAYOUTS, make_vision_tokenizer
+from support.vision.image_rows import Turn, make_conversation, write_image
+from support.vision.layouts import LAYOUTS
+from support.vision.models import make_vision_tokenizer
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.encode import RowEncoder

@@ -5,32 +5,15 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from support.rows import assistant, user, write
+from support.data.mixtures import config_of, entries, message
+from support.data.rows import assistant, user, write
 
 from merit_fast.data import DatasetConfig
 from merit_fast.data.mixture.select import MixtureRows
-from merit_fast.errors import InputError
 from merit_fast.pipeline.config import read_run_config, write_run_config
 
 PAIR = {"prompt": "a?", "completion": "b"}
 OTHER = {"prompt": "c?", "completion": "d"}
-
-
-def config_of(folder, mixture, *assignments):
-    file = folder / "run.yml"
-    file.write_text(yaml.safe_dump({"model": "org/m", "mixture": mixture}))
-    return read_run_config(file, assignments)
-
-
-def entries(folder, mixture):
-    return {entry.name: entry for entry in config_of(folder, mixture).mixture}
-
-
-def message(folder, mixture):
-    with pytest.raises(InputError) as caught:
-        config_of(folder, mixture)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).replace(f"{folder}/", "")
 
 
 @pytest.fixture

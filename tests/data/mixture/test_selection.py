@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from support.rows import write
+from support.data.rows import write
 
 from merit_fast.data import DataConfig, DatasetConfig, dataset_fingerprints
 from merit_fast.data.mixture.scan import cached_scan, scan_source

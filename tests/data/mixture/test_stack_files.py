@@ -4,30 +4,12 @@ import json
 
 import pytest
 import yaml
-from support.rows import write
+from support.data.mixtures import entries, message
+from support.data.rows import write
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import Source, read_rows
-from merit_fast.errors import InputError
-from merit_fast.pipeline.config import read_run_config
-
-
-def config_of(folder, mixture):
-    file = folder / "run.yml"
-    file.write_text(yaml.safe_dump({"model": "org/m", "mixture": mixture}))
-    return read_run_config(file)
-
-
-def entries(folder, mixture):
-    return {entry.name: entry for entry in config_of(folder, mixture).mixture}
-
-
-def message(folder, mixture):
-    with pytest.raises(InputError) as caught:
-        config_of(folder, mixture)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).replace(f"{folder}/", "")
 
 
 def messages(entry: DatasetConfig, **data):

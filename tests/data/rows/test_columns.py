@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from support.rows import assistant, user
+from support.data.one_row import read, refusal
+from support.data.rows import assistant, user
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.rows.reader import LeftOutRow, RowReader
@@ -15,15 +16,8 @@ def make_reader(data=None, **keys):
 
 
 def turns(row, data=None, **keys):
-    conversation = make_reader(data, **keys).read(row, "here")
+    conversation = read(row, data, **keys)
     return [(message.role, message.content) for message in conversation.messages]
-
-
-def refusal(row, data=None, **keys):
-    with pytest.raises(InputError) as caught:
-        make_reader(data, **keys).read(row, "here")
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 QA = [("user", "q"), ("assistant", "a")]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.rows import assistant, user
+from support.data.rows import assistant, user
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.rows.reader import RowReader

@@ -1,7 +1,7 @@
 """Messages in the loss: the rule of the mixture, and the marks of a row, which win."""
 
 import pytest
-from support.rows import assistant, user
+from support.data.rows import assistant, user
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.rows.loss import messages_in_loss, train_on_of

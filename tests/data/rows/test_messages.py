@@ -6,29 +6,12 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.rows import assistant, user, write
+from support.data.one_row import for_template, read, refusal
+from support.data.rows import assistant, user, write
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import Source, read_rows
-from merit_fast.errors import InputError
-
-
-def read(row, data=None, **keys):
-    return RowReader(DatasetConfig("d", "x", **keys), data or DataConfig()).read(row, "here")
-
-
-def for_template(conversation):
-    return [message.for_template() for message in conversation.messages]
-
-
-def refusal(row, data=None, **keys):
-    with pytest.raises(InputError) as caught:
-        read(row, data, **keys)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
 
 WORDS = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<"), max_size=8)
 VALUES = st.recursive(

@@ -5,30 +5,17 @@ import io
 
 import pytest
 from PIL import Image as Pillow
-from support.rows import assistant, user, write
+from support.data.one_row import read, refusal
+from support.data.rows import assistant, user, write
 
-from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.data.conversation import Image
-from merit_fast.data.rows.reader import RowReader
 from merit_fast.data.sources import Source, read_rows
-from merit_fast.errors import InputError
 
 IMAGE = {"type": "image"}
 
 
 def text(words):
     return {"type": "text", "text": words}
-
-
-def read(row, data=None, **keys):
-    return RowReader(DatasetConfig("d", "x", **keys), data or DataConfig()).read(row, "here")
-
-
-def refusal(row, **keys):
-    with pytest.raises(InputError) as caught:
-        read(row, **keys)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def png(size=(3, 2), mode="RGB"):

@@ -8,7 +8,7 @@ import datasets
 import fsspec
 import pytest
 from datasets.data_files import get_data_patterns, resolve_pattern
-from support.rows import GOOD, make_tokenizer, write
+from support.data.rows import GOOD, make_tokenizer, write
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, mixture_fingerprint
 from merit_fast.data.sources import (

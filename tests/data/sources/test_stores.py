@@ -3,8 +3,8 @@
 import sys
 
 import pytest
-from support.merge.s3_server import s3_server
-from support.rows import write
+from support.data.rows import write
+from support.merge.s3_server import s3_server_or_skip
 
 from merit_fast.data.sources import Source, files_of, read_rows, source_content
 from merit_fast.errors import InputError
@@ -15,10 +15,7 @@ ROWS = [{"prompt": str(i), "completion": "x" * 2000} for i in range(40)]
 
 @pytest.fixture(scope="module")
 def server():
-    pytest.importorskip("moto")
-    pytest.importorskip("s3fs")
-    with s3_server() as recorder:
-        yield recorder
+    yield from s3_server_or_skip()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.rows import make_tokenizer, write
+from support.data.rows import write
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture
 from merit_fast.data.encode import RowEncoder
@@ -13,11 +13,6 @@ from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.stage import choose_examples
 
 LONG = "1 2 3 4 5 6 7 8 9 0 " * 30
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
 
 
 def mixture_of(tmp_path, every):

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import families
-from support.rows import CHATML, make_tokenizer
+from support.data import families
+from support.data.rows import CHATML, make_tokenizer
 
 from merit_fast.data.config import DataConfig
 from merit_fast.data.conversation import Conversation, Message

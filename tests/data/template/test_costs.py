@@ -1,7 +1,7 @@
 """Work that a template and a tokenizer need once is done once, and stays right."""
 
 import pytest
-from support.rows import make_tokenizer
+from support.data.rows import make_tokenizer
 
 from merit_fast.data.config import DataConfig
 from merit_fast.data.conversation import Conversation, Message

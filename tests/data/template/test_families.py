@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from support import families
+from support.data import families
 
 from merit_fast.data.config import DataConfig
 from merit_fast.data.conversation import Conversation, Message

@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from support import families
-from support.rows import CHATML, THINKING, make_tokenizer, targets, text
+from support.data import families
+from support.data.rows import CHATML, THINKING, make_tokenizer, targets, text
 
 from merit_fast.data.config import DataConfig
 from merit_fast.data.conversation import Conversation, Message

@@ -1,7 +1,7 @@
 """An S3 server on loopback, buckets, and models in them."""
 
 import pytest
-from support.merge.s3_server import put_tree, s3_server
+from support.merge.s3_server import put_tree, s3_server_or_skip
 from support.merge.stores import NUMBERS
 
 from merit_fast.merge.read.remote import as_location
@@ -9,10 +9,7 @@ from merit_fast.merge.read.remote import as_location
 
 @pytest.fixture(scope="package")
 def server():
-    pytest.importorskip("moto")
-    pytest.importorskip("s3fs")
-    with s3_server() as recorder:
-        yield recorder
+    yield from s3_server_or_skip()
 
 
 @pytest.fixture

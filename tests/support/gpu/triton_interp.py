@@ -27,7 +27,7 @@ def run_interpreted(report: Path) -> str:
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"
-    files = sorted((TESTS / "gpu").glob("interpreted_*.py"))
+    files = sorted((TESTS / "gpu" / "interpreted").glob("interpreted_*.py"))
     plugins = ["-p", "no:xdist", "-p", "support.gpu.triton_interp"]
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", *plugins]
     result = subprocess.run(

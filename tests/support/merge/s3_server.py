@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "key",
     "AWS_SECRET_ACCESS_KEY": "secret",
@@ -75,6 +77,14 @@ def s3_server() -> Iterator[Recorder]:
     finally:
         server.stop()
         s3fs.S3FileSystem.clear_instance_cache()  # those of this server would outlive it
+
+
+def s3_server_or_skip() -> Iterator[Recorder]:
+    """The body of a fixture: a running server; skips its tests where moto or s3fs is absent."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    with s3_server() as recorder:
+        yield recorder
 
 
 def put_tree(directory: Path, place: Any) -> None:

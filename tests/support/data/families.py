@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support.rows import make_tokenizer
+from support.data.rows import make_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

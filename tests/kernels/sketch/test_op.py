@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.checks import assert_close, run_at_level
+from support.kernels.sketch_cases import SKETCH
 
 from merit_fast.kernels.sketch import (
     CountSketch,
@@ -12,9 +13,6 @@ from merit_fast.kernels.sketch import (
     matrix_shape,
     vector_grad_sketch,
 )
-
-SKETCH = CountSketch(proj_dim=3 * 4096, seed=3)  # three buckets: no power of two
-
 
 LEVEL_ERRORS = """
 import torch

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
     pytest.skip("kernels are interpreted in another process", allow_module_level=True)
 
-FILES = sorted(file.stem for file in (TESTS / "gpu").glob("interpreted_*.py"))
+FILES = sorted(file.stem for file in (TESTS / "gpu" / "interpreted").glob("interpreted_*.py"))
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 

@@ -249,7 +249,7 @@ def test_states_of_ddp_ranks_add_to_that_of_one_process(tmp_path):
         port = probe.getsockname()[1]
     script = (
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(TESTS), str(ROOT)]!r}; "
-        "from pathlib import Path; from test_gradients_passes import rank_main; "
+        "from pathlib import Path; from test_passes import rank_main; "
         "rank_main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))"
     )
     ranks = run_together(
