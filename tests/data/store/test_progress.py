@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from support.rows import make_tokenizer, write
+from support.data.rows import make_tokenizer, write
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture
 from merit_fast.data.store import TokenStore
