@@ -10,6 +10,7 @@ from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError
 from merit_fast.sketch import stage as sketching
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.dataset import DatasetSketcher
 from merit_fast.sketch.stage import sketch_mixture
 
 
@@ -82,9 +83,9 @@ def test_a_new_dataset_costs_itself_and_gives_the_bytes_of_a_fresh_run(
     whole, _ = sketched(tiny_model, tmp_path / "whole", named("dba"))
 
     done = []
-    real = sketching._sketch_dataset
+    real = DatasetSketcher.sketch
     monkeypatch.setattr(
-        sketching, "_sketch_dataset", lambda *given: done.append(given[2].name) or real(*given)
+        DatasetSketcher, "sketch", lambda *given: done.append(given[1].name) or real(*given)
     )
     grown, notes = sketched(
         tiny_model, tmp_path / "grown", named("dba"), tmp_path / "first"

@@ -1,0 +1,114 @@
+"""The sketch of one dataset at a time: its chosen examples, pass by pass, into its sums."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from merit_fast.data import Batch, Dataset, collate
+from merit_fast.errors import MeritFastError
+from merit_fast.manifests.sketch_state import SketchState
+from merit_fast.model import fit_trees, target_losses, tower_parameters
+from merit_fast.progress import Task
+from merit_fast.sketch.capture.layout import RepeatBatch
+from merit_fast.sketch.capture.towers import find_towers
+from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.sampling import next_examples
+from merit_fast.sketch.sketcher import GradientSketcher, NotFiniteError, require_finite
+
+# Of adaptive sampling.
+FIRST_LOOK = 32
+ERROR_RATE = 0.05
+
+
+@dataclass(frozen=True)
+class DatasetSketcher:
+    """Sketches datasets with one model.
+
+    Attributes:
+        sketcher: entered, of ``model``.
+        pad_token_id: of the model's inputs.
+        config: of the sketch stage.
+    """
+
+    model: torch.nn.Module
+    sketcher: GradientSketcher
+    pad_token_id: int
+    config: SketchConfig
+
+    def sketch(self, dataset: Dataset, indices: Sequence[int], task: Task) -> SketchState:
+        """Sketches examples in their order: all, or with ``config.precision`` as many as needed.
+
+        Raises:
+            MeritFastError: a row's gradient is not finite; the message names dataset and row.
+        """
+        states = self.sketcher.state
+        state = SketchState.zeros(self.sketcher.identity, self.config.blocks)
+        states[dataset.name] = state
+        while more := next_examples(
+            state,
+            len(indices),
+            self.config.precision,
+            first=FIRST_LOOK,
+            error_rate=ERROR_RATE,
+        ):
+            stop = state.num_examples + more
+            while state.num_examples < stop:
+                start = state.num_examples
+                rows = indices[start : min(start + self._rows_of_pass(), stop)]
+                self._sketch_pass(dataset, rows)
+                task.advance(len(rows), dataset.name)
+        task.skip(len(indices) - state.num_examples)  # examples that were not needed
+        return states.pop(dataset.name)
+
+    def _rows_of_pass(self) -> int:
+        """Rows of a backward pass.
+
+        A tower whose images all have one size sees [images, ...], and rows have unlike numbers of
+        images: where such a tower is sketched, each row takes a pass of its own.
+        """
+        sketched = tower_parameters(self.model).keys() & set(self.sketcher.parameter_names)
+        if self.sketcher.slow_parameters:
+            return 1
+        return 1 if sketched and not find_towers(self.model) else self.config.batch_size
+
+    def _sketch_pass(self, dataset: Dataset, rows: Sequence[int]) -> None:
+        """Sketches some rows into the state.
+
+        The first pass of a kind is checked and then run again: its weights have gradients, which
+        may change how it rounds. So the check leaves every sum as it is.
+        """
+        sketcher = self.sketcher
+        with torch.no_grad():
+            texts, numbers = fit_trees(self.model, [dataset.examples[row] for row in rows])
+        batch = collate(texts, [0] * len(texts), self.pad_token_id)
+        names = [dataset.name] * len(rows)
+        while True:
+            try:
+                losses = _backward(self.model, batch, numbers, len(rows))
+                if not (sketcher.is_checking and self.config.check == "first"):
+                    sketcher.update(names, *losses, row_examples=numbers)
+                    return
+                require_finite(sketcher.take(row_examples=numbers), names)
+            except RepeatBatch:  # more parameters take a backward pass per example
+                sketcher.discard()
+            except NotFiniteError as error:
+                row = dataset.rows[rows[error.example]]
+                raise MeritFastError(
+                    f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
+                    f"gradient in {self.config.dtype}, found NaN or infinity"
+                ) from None
+
+
+def _backward(
+    model: torch.nn.Module, batch: Batch, numbers: list[int], size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the backward pass of the examples' mean losses; returns their sums and token counts."""
+    losses = target_losses(model, batch)
+    example = torch.tensor(numbers, device=losses.example.device)[losses.example]
+    zeros = losses.loss.new_zeros(size)
+    per_example = zeros.index_add(0, example, losses.loss)
+    counts = zeros.index_add(0, example, torch.ones_like(losses.loss))
+    (per_example / counts).sum().backward()  # type: ignore[no-untyped-call]
+    sums = zeros.double().index_add(0, example, losses.loss.detach().double())
+    return sums, counts.long()
