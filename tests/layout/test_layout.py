@@ -88,6 +88,8 @@ INSIDE = {
         "sketcher",
         "gradients",
         "sampling",
+        "drawing",
+        "dataset",
         "reuse",
         "stage",
     ),
