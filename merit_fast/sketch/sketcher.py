@@ -99,7 +99,13 @@ class GradientSketcher:
         self._notify = notify or functools.partial(warnings.warn, stacklevel=4)
         self._told = 0  # number of slow parameters in the last line
         self._passes = SketchedPasses(
-            self.model, chosen, sketch, self.scales, check=check, uncovered=uncovered
+            self.model,
+            chosen,
+            sketch,
+            self.scales,
+            check=check,
+            uncovered=uncovered,
+            weight=weight,
         )
         self._restore: list[Callable[[], object]] = []
 
@@ -191,7 +197,7 @@ class GradientSketcher:
             raise MeritFastError(
                 "sketch_gradients: update() or take() before a forward and backward pass"
             )
-        sketches = self._passes.take()
+        sketches = self._passes.take(row_examples)
         uncovered = self._passes.uncovered
         if len(uncovered.slow) > self._told:
             self._told = len(uncovered.slow)
