@@ -13,8 +13,10 @@ from merit_fast.progress import Task
 from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.drawing import RowBlocks
+from merit_fast.sketch.examples import NotFiniteError, require_finite
 from merit_fast.sketch.sampling import next_examples
-from merit_fast.sketch.sketcher import GradientSketcher, NotFiniteError, require_finite
+from merit_fast.sketch.sketcher import GradientSketcher
 
 # Of adaptive sampling.
 FIRST_LOOK = 32
@@ -36,8 +38,16 @@ class DatasetSketcher:
     pad_token_id: int
     config: SketchConfig
 
-    def sketch(self, dataset: Dataset, indices: Sequence[int], task: Task) -> SketchState:
+    def sketch(
+        self, dataset: Dataset, indices: Sequence[int], blocks: RowBlocks, task: Task
+    ) -> SketchState:
         """Sketches examples in their order: all, or with ``config.precision`` as many as needed.
+
+        Args:
+            dataset: the dataset.
+            indices: [n] the examples.
+            blocks: of these examples.
+            task: display.
 
         Raises:
             MeritFastError: a row's gradient is not finite; the message names dataset and row.
@@ -55,8 +65,10 @@ class DatasetSketcher:
             stop = state.num_examples + more
             while state.num_examples < stop:
                 start = state.num_examples
-                rows = indices[start : min(start + self._rows_of_pass(), stop)]
-                self._sketch_pass(dataset, rows)
+                end = min(start + self._rows_of_pass(), stop)
+                rows = indices[start:end]
+                self._sketch_pass(dataset, rows, blocks.blocks[start:end])
+                state.add_shared_rows(blocks.shared_rows(start, end))
                 task.advance(len(rows), dataset.name)
         task.skip(len(indices) - state.num_examples)  # examples that were not needed
         return states.pop(dataset.name)
@@ -72,7 +84,7 @@ class DatasetSketcher:
             return 1
         return 1 if sketched and not find_towers(self.model) else self.config.batch_size
 
-    def _sketch_pass(self, dataset: Dataset, rows: Sequence[int]) -> None:
+    def _sketch_pass(self, dataset: Dataset, rows: Sequence[int], blocks: Sequence[int]) -> None:
         """Sketches some rows into the state.
 
         The first pass of a kind is checked and then run again: its weights have gradients, which
@@ -87,7 +99,7 @@ class DatasetSketcher:
             try:
                 losses = _backward(self.model, batch, numbers, len(rows))
                 if not (sketcher.is_checking and self.config.check == "first"):
-                    sketcher.update(names, *losses, row_examples=numbers)
+                    sketcher.update(names, *losses, row_examples=numbers, blocks=blocks)
                     return
                 require_finite(sketcher.take(row_examples=numbers), names)
             except RepeatBatch:  # more parameters take a backward pass per example

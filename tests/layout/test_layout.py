@@ -84,6 +84,7 @@ INSIDE = {
         "precondition",
         "capture",
         "passes",
+        "examples",
         "summed",
         "sketcher",
         "gradients",
