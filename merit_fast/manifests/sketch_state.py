@@ -13,6 +13,12 @@ from merit_fast.errors import InputError, MeritFastError, one_line
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
 
 
+def state_path(directory: Path, dataset: str, part: str = "") -> Path:
+    """File of a dataset's state in the sketch stage's output; ``part``: of a part of the model."""
+    folder = directory / "parts" / part if part else directory
+    return folder / f"{dataset}.safetensors"
+
+
 @dataclass(frozen=True)
 class SketchIdentity:
     """Identity that two states must share before they may be added or compared."""

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
+from merit_fast.manifests.schemas import SplitDataset, SplitManifest
+from merit_fast.manifests.split_sections import GroupCount
 from merit_fast.report.tables import ABSENT, Table, percent
 
 _SMALL = 0.1  # share of the median margin

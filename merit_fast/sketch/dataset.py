@@ -36,15 +36,18 @@ class DatasetSketcher:
     pad_token_id: int
     config: SketchConfig
 
-    def sketch(self, dataset: Dataset, indices: Sequence[int], task: Task) -> SketchState:
+    def sketch(
+        self, dataset: Dataset, indices: Sequence[int], task: Task
+    ) -> tuple[SketchState, dict[str, SketchState]]:
         """Sketches examples in their order: all, or with ``config.precision`` as many as needed.
+
+        Returns:
+            The state of the whole, and part -> its state.
 
         Raises:
             MeritFastError: a row's gradient is not finite; the message names dataset and row.
         """
-        states = self.sketcher.state
-        state = SketchState.zeros(self.sketcher.identity, self.config.blocks)
-        states[dataset.name] = state
+        state, of_parts = self.sketcher.states_of(dataset.name)
         while more := next_examples(
             state,
             len(indices),
@@ -56,10 +59,12 @@ class DatasetSketcher:
             while state.num_examples < stop:
                 start = state.num_examples
                 rows = indices[start : min(start + self._rows_of_pass(), stop)]
-                self._sketch_pass(dataset, rows)
-                task.advance(len(rows), dataset.name)
+                if self._sketch_pass(dataset, rows):
+                    task.advance(len(rows), dataset.name)
         task.skip(len(indices) - state.num_examples)  # examples that were not needed
-        return states.pop(dataset.name)
+        for states in (self.sketcher.state, *self.sketcher.part_state.values()):
+            del states[dataset.name]
+        return state, of_parts
 
     def _rows_of_pass(self) -> int:
         """Rows of a backward pass.
@@ -72,32 +77,34 @@ class DatasetSketcher:
             return 1
         return 1 if sketched and not find_towers(self.model) else self.config.batch_size
 
-    def _sketch_pass(self, dataset: Dataset, rows: Sequence[int]) -> None:
-        """Sketches some rows into the state.
+    def _sketch_pass(self, dataset: Dataset, rows: Sequence[int]) -> bool:
+        """Sketches some rows into the states; returns whether they are in.
 
         The first pass of a kind is checked and then run again: its weights have gradients, which
-        may change how it rounds. So the check leaves every sum as it is.
+        may change how it rounds. So the check leaves every sum as it is. More parameters may take a
+        backward pass per example then, so the caller chooses the rows again: sums depend on no
+        other dataset.
         """
         sketcher = self.sketcher
         with torch.no_grad():
             texts, numbers = fit_trees(self.model, [dataset.examples[row] for row in rows])
         batch = collate(texts, [0] * len(texts), self.pad_token_id)
         names = [dataset.name] * len(rows)
-        while True:
-            try:
-                losses = _backward(self.model, batch, numbers, len(rows))
-                if not (sketcher.is_checking and self.config.check == "first"):
-                    sketcher.update(names, *losses, row_examples=numbers)
-                    return
-                require_finite(sketcher.take(row_examples=numbers), names)
-            except RepeatBatch:  # more parameters take a backward pass per example
-                sketcher.discard()
-            except NotFiniteError as error:
-                row = dataset.rows[rows[error.example]]
-                raise MeritFastError(
-                    f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
-                    f"gradient in {self.config.dtype}, found NaN or infinity"
-                ) from None
+        try:
+            losses = _backward(self.model, batch, numbers, len(rows))
+            if not (sketcher.is_checking and self.config.check == "first"):
+                sketcher.update(names, *losses, row_examples=numbers)
+                return True
+            require_finite(sketcher.take(row_examples=numbers), names)
+        except RepeatBatch:
+            sketcher.discard()
+        except NotFiniteError as error:
+            row = dataset.rows[rows[error.example]]
+            raise MeritFastError(
+                f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
+                f"gradient in {self.config.dtype}, found NaN or infinity"
+            ) from None
+        return False
 
 
 def _backward(

@@ -52,10 +52,9 @@ def sums_fingerprint(
     images = [item.fingerprint() for item in media if item is not None]
     more: list[object] = [] if freeze is None else [{"freeze": list(freeze)}]
     more += [{"images": images}] if images else []
-    # Neither option changes a sum.
-    options = {
-        key: value for key, value in to_plain(config).items() if key not in ("check", "uncovered")
-    }
+    # None of these changes a sum beyond rounding.
+    ignored = ("check", "uncovered", "batch_size")
+    options = {key: value for key, value in to_plain(config).items() if key not in ignored}
     return fingerprint([HASH_VERSION, model_fingerprint, options, rows, *more])
 
 

@@ -5,6 +5,7 @@ module's output, and where its gradient dy arrives the kernels sketch dy^T x per
 gradient is stored.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -33,6 +34,7 @@ def sketch_gradients(  # noqa: PLR0913
     mode: Literal["per_example"] = "per_example",
     check: Literal["first", "always", "never"] = "first",
     uncovered: Literal["autograd", "error"] = "error",
+    parts: Mapping[str, str] | None = None,
 ) -> "GradientSketcher":
     """Sketches the gradient of every example inside a with-block, in which the weights are frozen.
 
@@ -57,6 +59,9 @@ def sketch_gradients(  # noqa: PLR0913
             at most two more backward passes; "always" every pass; "never" none.
         uncovered: "error" refuses parameters that no hook covers, all in one message; "autograd"
             takes a backward pass per example for them (``GradientSketcher.slow_parameters``).
+        parts: part of the model -> regular expression, searched for in the parameters' names. The
+            states of a part, of its parameters only, are ``sketcher.part_state[part][dataset]``;
+            they come from the same pass. Parameters of no part count in the whole only.
 
     Raises:
         InputError: an argument breaks its rule.
@@ -78,4 +83,5 @@ def sketch_gradients(  # noqa: PLR0913
         blocks=blocks,
         check=check,
         uncovered=uncovered,
+        parts=parts,
     )

@@ -16,6 +16,7 @@ from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.sketch.names import canonical_name
+from merit_fast.sketch.passes.parts import Sketches
 from merit_fast.sketch.passes.passes import SketchedPasses
 from merit_fast.sketch.precondition import scales_fingerprint
 from merit_fast.sketch.selection import (
@@ -71,6 +72,7 @@ class GradientSketcher:
         fingerprint: the model's, for the states; None: that of its weights in memory.
         check: "first", "always" or "never", as for ``sketch_gradients``.
         uncovered: "autograd" or "error", as for ``sketch_gradients``.
+        parts: part -> regular expression, as for ``sketch_gradients``.
         notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
 
     Raises:
@@ -90,6 +92,7 @@ class GradientSketcher:
         fingerprint: str | None = None,
         check: Literal["first", "always", "never"] = "first",
         uncovered: Literal["autograd", "error"] = "error",
+        parts: Mapping[str, str] | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> None:
         require_one_of("check", check, ("first", "always", "never"))
@@ -105,18 +108,26 @@ class GradientSketcher:
         chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
         self.names = {id(parameter): name for name, parameter in chosen.items()}
         self.state: dict[DatasetId, SketchState] = {}
+        self.part_state: dict[str, dict[DatasetId, SketchState]] = {
+            part: {} for part in parts or {}
+        }
         self._fingerprint = fingerprint
         self._identity: SketchIdentity | None = None
         self._notify = notify or functools.partial(warnings.warn, stacklevel=4)
         self._told = 0  # number of slow parameters in the last line
         self._passes = SketchedPasses(
-            self.model, chosen, sketch, self.scales, check=check, uncovered=uncovered
+            self.model, chosen, sketch, self.scales, parts or {}, check, uncovered
         )
         self._restore: list[Callable[[], object]] = []
 
     @property
     def parameter_names(self) -> list[str]:
         return list(self.names.values())
+
+    @property
+    def part_of(self) -> dict[str, str]:
+        """Parameter -> its part of the model, for those that are in one."""
+        return self._passes.part_of
 
     @property
     def slow_parameters(self) -> dict[str, str]:
@@ -202,16 +213,15 @@ class GradientSketcher:
             raise MeritFastError(
                 "sketch_gradients: update() or take() before a forward and backward pass"
             )
+        return self._take(row_examples).whole
+
+    def _take(self, row_examples: Sequence[int] | None) -> Sketches:
         sketches = self._passes.take()
         uncovered = self._passes.uncovered
         if len(uncovered.slow) > self._told:
             self._told = len(uncovered.slow)
             self._notify(uncovered.describe())
-        if row_examples is None:
-            return sketches
-        rows_of = torch.tensor(row_examples, device=sketches.device)
-        zeros = sketches.new_zeros(len(set(row_examples)), sketches.shape[1])
-        return zeros.index_add(0, rows_of, sketches)
+        return sketches if row_examples is None else sketches.by_example(row_examples)
 
     def update(
         self,
@@ -251,16 +261,27 @@ class GradientSketcher:
         ):
             if (values or key == "dataset_ids") and len(values) != size:
                 raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
-        sketches = self.take(row_examples=row_examples)
-        require_finite(sketches, ids)
+        sketches = self._take(row_examples)
+        require_finite(sketches.whole, ids)
         for dataset in dict.fromkeys(ids):
             rows = [row for row, other in enumerate(ids) if other == dataset]
-            state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
+            state, of_parts = self.states_of(dataset)
             block = (state.num_examples + torch.arange(len(rows))) % self.blocks
             loss = float(sum(losses[row] for row in rows)) if losses else 0.0
             count = int(sum(tokens[row] for row in rows)) if tokens else 0
-            state.add_examples(sketches[rows], block, loss, count)
-        return sketches
+            state.add_examples(sketches.whole[rows], block, loss, count)
+            for part, of_part in of_parts.items():
+                of_part.add_examples(sketches.parts[part][rows], block, loss, count)
+        return sketches.whole
+
+    def states_of(self, dataset: DatasetId) -> tuple[SketchState, dict[str, SketchState]]:
+        """A dataset's state and those of its parts, empty where it has none yet."""
+        if dataset not in self.state:
+            self.state[dataset] = SketchState.zeros(self.identity, self.blocks)
+            for part, names in self._passes.names_of_parts().items():
+                identity = dataclasses.replace(self.identity, parameters=names)
+                self.part_state[part][dataset] = SketchState.zeros(identity, self.blocks)
+        return self.state[dataset], {p: states[dataset] for p, states in self.part_state.items()}
 
 
 def require_finite(sketches: Tensor, dataset_ids: Sequence[DatasetId]) -> None:

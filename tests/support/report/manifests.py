@@ -17,7 +17,6 @@ from merit_fast.manifests.schemas import (
     Barrier,
     DatasetResult,
     EvaluateManifest,
-    GroupCount,
     MergeAudit,
     MergingGain,
     ScaleSearch,
@@ -26,6 +25,7 @@ from merit_fast.manifests.schemas import (
     TuneManifest,
     WeightSearch,
 )
+from merit_fast.manifests.split_sections import GroupCount
 from merit_fast.report import write_report
 
 EVIL = "<script>alert(1)</script>"
