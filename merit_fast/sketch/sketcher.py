@@ -27,6 +27,7 @@ from merit_fast.sketch.selection import (
 )
 
 DatasetId = str | int
+States = dict[DatasetId, SketchState]
 # Innermost last: parameters that these froze still count as trainable.
 _entered: list["GradientSketcher"] = []
 
@@ -107,10 +108,8 @@ class GradientSketcher:
         )
         chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
         self.names = {id(parameter): name for name, parameter in chosen.items()}
-        self.state: dict[DatasetId, SketchState] = {}
-        self.part_state: dict[str, dict[DatasetId, SketchState]] = {
-            part: {} for part in parts or {}
-        }
+        self.state: States = {}
+        self.part_state: dict[str, States] = {part: {} for part in parts or {}}
         self._fingerprint = fingerprint
         self._identity: SketchIdentity | None = None
         self._notify = notify or functools.partial(warnings.warn, stacklevel=4)
@@ -123,11 +122,6 @@ class GradientSketcher:
     @property
     def parameter_names(self) -> list[str]:
         return list(self.names.values())
-
-    @property
-    def part_of(self) -> dict[str, str]:
-        """Parameter -> its part of the model, for those that are in one."""
-        return self._passes.part_of
 
     @property
     def slow_parameters(self) -> dict[str, str]:

@@ -59,11 +59,12 @@ def sketch_mixture(  # noqa: PLR0913
         for d in datasets
     }
     kept, reused = reuse_states(directory, earlier, fingerprints, tuple(config.parts or ()))
-    if reused:
-        progress.note(
-            f"sketch: {len(reused)} of {len(datasets)} datasets are as before, "
-            "their sketches are reused"
-        )
+    for names, what in (
+        (kept, "were finished by a run that was interrupted, their sketches are kept"),
+        (reused, "are as before, their sketches are reused"),
+    ):
+        if names:
+            progress.note(f"sketch: {len(names)} of {len(datasets)} datasets {what}")
     missing = [d for d in datasets if d.name not in kept | reused]
     if missing:
         _sketch_datasets(
@@ -112,7 +113,7 @@ def _sketch_datasets(  # noqa: PLR0913
             "sketch gradients", sum(len(chosen[d.name]) for d in missing), "examples"
         ) as task,
     ):
-        if config.parts and (rest := describe_rest(sketcher.part_of, parameters)):
+        if rest := describe_rest(config.parts or {}, parameters):
             progress.note(rest)
         datasets = DatasetSketcher(model, sketcher, pad_token_id, config)
         for dataset in missing:

@@ -47,10 +47,11 @@ def assign_parts(parts: Mapping[str, str], names: Iterable[str]) -> dict[str, st
     return part_of
 
 
-def describe_rest(part_of: Mapping[str, str], parameters: Mapping[str, nn.Parameter]) -> str:
-    """One line on the parameters that are in no part; "" if all are in one."""
+def describe_rest(parts: Mapping[str, str], parameters: Mapping[str, nn.Parameter]) -> str:
+    """One line on the parameters that are in no part; "" if all are in one or there are none."""
+    part_of = assign_parts(parts, parameters)
     rest = {name: p.numel() for name, p in parameters.items() if name not in part_of}
-    if not rest:
+    if not parts or not rest:
         return ""
     entries = sum(rest.values())
     share = entries / sum(parameter.numel() for parameter in parameters.values())
