@@ -64,6 +64,7 @@ class SketchConfig:
     )
 
     def __post_init__(self) -> None:
+        require(self.parts != {}, "parts", "at least one part, or absent", self.parts)
         check_parts(self.parts or {})
         require(self.examples >= 2, "examples", "at least 2", self.examples)
         require(0 <= self.precision < 1, "precision", "at least 0 and below 1", self.precision)

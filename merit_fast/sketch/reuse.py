@@ -48,8 +48,8 @@ def reuse_states(
     """
     directory.mkdir(parents=True, exist_ok=True)
     checks = _checks(directory) if earlier is None else _checks(earlier) | _checks(directory)
-    own = _intact_states(directory)
-    before = {} if earlier is None else _intact_states(earlier)
+    own = _intact_states(directory, parts)
+    before = {} if earlier is None else _intact_states(earlier, parts)
     kept = {name for name, digest in fingerprints.items() if digest in own}
     taken = {name for name in fingerprints.keys() - kept if fingerprints[name] in before}
     sources: dict[Path, Path] = {}
@@ -93,7 +93,7 @@ def read_check(directory: Path) -> SketchCheck | None:
     return functools.reduce(SketchCheck.merged, checks) if checks else None
 
 
-def _intact_states(directory: Path) -> dict[str, dict[str, Path]]:
+def _intact_states(directory: Path, parts: Sequence[str]) -> dict[str, dict[str, Path]]:
     """Fingerprint -> part -> file, of the datasets whose files have the recorded hashes.
 
     The part "" is the whole.
@@ -102,7 +102,8 @@ def _intact_states(directory: Path) -> dict[str, dict[str, Path]]:
     for name, record in _read(directory).items():
         hashes = {"": record[_HASH], **record.get(_PARTS, {})}
         files = {part: state_path(directory, name, part) for part in hashes}
-        if all(files[p].is_file() and checksum(files[p]) == hashes[p] for p in hashes):
+        has_all = hashes.keys() == {"", *parts}
+        if has_all and all(files[p].is_file() and checksum(files[p]) == hashes[p] for p in hashes):
             states[record[_FINGERPRINT]] = files
     return states
 

@@ -56,6 +56,7 @@ def refused(tmp_path, tiny_model, tiny_mixture, monkeypatch):
         (["split.parts={a: mlp, b: up_proj}"], "split.parts: must put a parameter into one part"),
         (["split.parts={mlp: (}"], "split.parts.mlp: must be a regular expression"),
         (["split.parts={a/b: mlp}"], "split.parts: must be file names of letters"),
+        (["split.parts={}"], "split.parts: must be at least one part, or absent, got {}"),
         (["split.parts=mlp"], "split.parts: must be a mapping"),
         (
             ["split.parts={head: lm_head}", "train.freeze=[lm_head]"],
