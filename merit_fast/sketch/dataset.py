@@ -40,7 +40,7 @@ class DatasetSketcher:
 
     def sketch(
         self, dataset: Dataset, indices: Sequence[int], blocks: RowBlocks, task: Task
-    ) -> SketchState:
+    ) -> tuple[SketchState, dict[str, SketchState]]:
         """Sketches examples in their order: all, or with ``config.precision`` as many as needed.
 
         Args:
@@ -49,12 +49,13 @@ class DatasetSketcher:
             blocks: of these examples.
             task: display.
 
+        Returns:
+            The state of the whole, and part -> its state.
+
         Raises:
             MeritFastError: a row's gradient is not finite; the message names dataset and row.
         """
-        states = self.sketcher.state
-        state = SketchState.zeros(self.sketcher.identity, self.config.blocks)
-        states[dataset.name] = state
+        state, of_parts = self.sketcher.states_of(dataset.name)
         while more := next_examples(
             state,
             len(indices),
@@ -67,11 +68,14 @@ class DatasetSketcher:
                 start = state.num_examples
                 end = min(start + self._rows_of_pass(), stop)
                 rows = indices[start:end]
-                self._sketch_pass(dataset, rows, blocks.blocks[start:end])
-                state.add_shared_rows(blocks.shared_rows(start, end))
-                task.advance(len(rows), dataset.name)
+                if self._sketch_pass(dataset, rows, blocks.blocks[start:end]):
+                    task.advance(len(rows), dataset.name)
         task.skip(len(indices) - state.num_examples)  # examples that were not needed
-        return states.pop(dataset.name)
+        for of_rows in (state, *of_parts.values()):
+            of_rows.add_shared_rows(blocks.shared_rows(0, state.num_examples))
+        for states in (self.sketcher.state, *self.sketcher.part_state.values()):
+            del states[dataset.name]
+        return state, of_parts
 
     def _rows_of_pass(self) -> int:
         """Rows of a backward pass.
@@ -84,32 +88,34 @@ class DatasetSketcher:
             return 1
         return 1 if sketched and not find_towers(self.model) else self.config.batch_size
 
-    def _sketch_pass(self, dataset: Dataset, rows: Sequence[int], blocks: Sequence[int]) -> None:
-        """Sketches some rows into the state.
+    def _sketch_pass(self, dataset: Dataset, rows: Sequence[int], blocks: Sequence[int]) -> bool:
+        """Sketches some rows into the states; returns whether they are in.
 
         The first pass of a kind is checked and then run again: its weights have gradients, which
-        may change how it rounds. So the check leaves every sum as it is.
+        may change how it rounds. So the check leaves every sum as it is. More parameters may take a
+        backward pass per example then, so the caller chooses the rows again: sums depend on no
+        other dataset.
         """
         sketcher = self.sketcher
         with torch.no_grad():
             texts, numbers = fit_trees(self.model, [dataset.examples[row] for row in rows])
         batch = collate(texts, [0] * len(texts), self.pad_token_id)
         names = [dataset.name] * len(rows)
-        while True:
-            try:
-                losses = _backward(self.model, batch, numbers, len(rows))
-                if not (sketcher.is_checking and self.config.check == "first"):
-                    sketcher.update(names, *losses, row_examples=numbers, blocks=blocks)
-                    return
-                require_finite(sketcher.take(row_examples=numbers), names)
-            except RepeatBatch:  # more parameters take a backward pass per example
-                sketcher.discard()
-            except NotFiniteError as error:
-                row = dataset.rows[rows[error.example]]
-                raise MeritFastError(
-                    f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
-                    f"gradient in {self.config.dtype}, found NaN or infinity"
-                ) from None
+        try:
+            losses = _backward(self.model, batch, numbers, len(rows))
+            if not (sketcher.is_checking and self.config.check == "first"):
+                sketcher.update(names, *losses, row_examples=numbers, blocks=blocks)
+                return True
+            require_finite(sketcher.take(row_examples=numbers), names)
+        except RepeatBatch:
+            sketcher.discard()
+        except NotFiniteError as error:
+            row = dataset.rows[rows[error.example]]
+            raise MeritFastError(
+                f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
+                f"gradient in {self.config.dtype}, found NaN or infinity"
+            ) from None
+        return False
 
 
 def _backward(

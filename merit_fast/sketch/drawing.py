@@ -173,10 +173,9 @@ def sums_fingerprint(
     """
     more: list[object] = [] if freeze is None else [{"freeze": list(freeze)}]
     more += blocks.fingerprint
-    # Neither option changes a sum.
-    options = {
-        key: value for key, value in to_plain(config).items() if key not in ("check", "uncovered")
-    }
+    # None of these changes a sum beyond rounding.
+    ignored = ("check", "uncovered", "batch_size")
+    options = {key: value for key, value in to_plain(config).items() if key not in ignored}
     rows = [digest.hex() for digest in digests]
     return fingerprint([HASH_VERSION, model_fingerprint, options, rows, *more])
 
