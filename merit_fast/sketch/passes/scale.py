@@ -19,7 +19,7 @@ from merit_fast.errors import MeritFastError
 from merit_fast.manifests.sketch_state import Weight
 from merit_fast.sketch.capture.trees import tensors_of
 
-_ROWS = 256  # logits at a time
+_ROWS = 64  # logits at a time
 _FORM = 0.02  # of a row's gradient: how far it may be from a cross entropy's
 _ROUNDING = 2e-6  # of c
 _EQUAL = 0.01  # of a weight
