@@ -105,11 +105,16 @@ class SketchedPasses:
         self.now = None
         self.taps.run = None
 
-    def take(self, row_examples: Sequence[int] | None = None) -> Tensor:
+    def take(
+        self,
+        row_examples: Sequence[int] | None = None,
+        num_target_tokens: Sequence[int] = (),
+    ) -> Tensor:
         """Ends the pass; returns its sketches [B, D] float32.
 
         Args:
             row_examples: example of each row, for the scale of the loss; None: each row is one.
+            num_target_tokens: [B] of the examples; empty: not known.
 
         Raises:
             RepeatBatch: the check has found wrong parameters, which are uncovered from now on.
@@ -132,7 +137,7 @@ class SketchedPasses:
         first, *others = run.outs.values() or [torch.zeros(run.size, self.sketch.proj_dim)]
         for out in others:
             first += out.to(first.device)
-        now.scale.check(row_examples, self.weight)
+        now.scale.check(row_examples, self.weight, num_target_tokens)
         found = now.check_sums(first)
         if found is not None:
             self.result = found if self.result is None else self.result.merged(found)

@@ -85,6 +85,23 @@ def test_with_weight_tokens_the_loss_must_be_each_examples_mean():
         run(of_logits(example_sums), weight="tokens")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_weight_tokens_the_numbers_must_be_those_of_the_means(dtype):
+    model = tiny("llama").to(dtype)
+    ids, mask, labels = batch()
+    for numbers, refused in (([8, 11, 6], False), ([8, 11, 12], True), ([9, 12, 7], True)):
+        with GradientSketcher(model, SKETCH, weight="tokens") as sketcher:
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False)
+            of_logits(example_means)(output, labels).backward()
+            if not refused:
+                sketcher.update(["a"] * 3, None, numbers)
+                assert sketcher.state["a"].block_weights.tolist()[:3] == [8, 11, 6]
+                continue
+            with pytest.raises(MeritFastError, match="the tokens in the loss, . of example ., got"):
+                sketcher.update(["a"] * 3, None, numbers)
+            assert sketcher.state == {}
+
+
 def test_losses_of_unknown_weights_or_another_form_are_left_alone():
     weights = torch.tensor([0.3, 0.9, 0.5])
     left_alone = [
