@@ -202,14 +202,14 @@ class GradientSketcher:
         Args:
             row_examples: as for ``update``.
         """
+        return self._take(row_examples).whole
+
+    def _take(self, row_examples: Sequence[int] | None) -> Sketches:
         run = self._passes.run
         if run is None or not run.fired:
             raise MeritFastError(
                 "sketch_gradients: update() or take() before a forward and backward pass"
             )
-        return self._take(row_examples).whole
-
-    def _take(self, row_examples: Sequence[int] | None) -> Sketches:
         sketches = self._passes.take()
         uncovered = self._passes.uncovered
         if len(uncovered.slow) > self._told:
