@@ -13,7 +13,7 @@ from merit_fast.kernels.sketch import CountSketch, flat_sketch
 ENTRIES = 5000
 SEEDS = 400
 # Widths with and without folding: (proj_dim, width of the sketch).
-WIDTHS = [(64, 4096), (1000, 4096), (5000, 20480), (8192, 8192)]
+WIDTHS = [(1, 4096), (64, 4096), (1000, 4096), (5000, 20480), (8192, 8192)]
 
 
 def gaussian(*shape, seed=0):
@@ -31,9 +31,11 @@ PAIRS = {
     "dense": gaussian(2, ENTRIES),
     "alike": gaussian(1, ENTRIES).expand(2, -1) + 0.1 * gaussian(2, ENTRIES, seed=1),
     "equal entries": torch.ones(2, ENTRIES),
+    "a square of equal entries": (few(*(64 * i + j for i in range(8) for j in range(8))) != 0)
+    * 1.0,
     "neighbours": few(*range(40)),
     "one column of a tile": few(*range(5, 64 * 40, 64)),
-    "a square of a tile": few(*(64 * i + j for i in (0, 1, 2, 3) for j in (0, 1, 2, 3))),
+    "a square of a tile": few(*(64 * i + j for i in range(8) for j in range(8))),
 }
 
 
@@ -47,7 +49,7 @@ def _one_thread():
 
 @pytest.mark.parametrize("proj_dim,width", WIDTHS)
 def test_inner_products_are_unbiased_with_the_stated_variance(proj_dim, width):
-    """Bounds leave four standard errors, the variance's for a kurtosis of 9."""
+    """Bounds leave four standard errors, the variance's for a kurtosis of 15 for one number, 9 for others."""
     pairs = torch.cat(list(PAIRS.values()))
     wide = pairs.double()
     truth = (wide[::2] * wide[1::2]).sum(1)
@@ -59,7 +61,7 @@ def test_inner_products_are_unbiased_with_the_stated_variance(proj_dim, width):
     assert (errors.mean(0).abs() <= 4 * errors.std(0) / SEEDS**0.5 + 1e-5 * law.sqrt()).all()
     extra = 0 if width == proj_dim else (proj_dim / 2 / width) ** 2
     assert extra <= 1 / 64
-    slack = 1 + 4 * (8 / SEEDS) ** 0.5
+    slack = 1 + 4 * ((14 if proj_dim == 1 else 8) / SEEDS) ** 0.5
     shares = proj_dim * errors.var(0) / law
     assert (shares <= slack * (1 + extra)).all(), dict(zip(PAIRS, shares.tolist(), strict=True))
 
