@@ -49,7 +49,7 @@ def _one_thread():
 
 @pytest.mark.parametrize("proj_dim,width", WIDTHS)
 def test_inner_products_are_unbiased_with_the_stated_variance(proj_dim, width):
-    """Bounds leave four standard errors, the variance's for a kurtosis of 15 for one number, 9 for others."""
+    """Bounds leave four standard errors, at a kurtosis of 15 for one number and 9 for others."""
     pairs = torch.cat(list(PAIRS.values()))
     wide = pairs.double()
     truth = (wide[::2] * wide[1::2]).sum(1)
