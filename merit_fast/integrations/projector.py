@@ -160,13 +160,17 @@ class Projector:
     def _add(self, vector: Tensor, place: int, name: str, sums: Tensor) -> None:
         """Add the sketch of [B, n], the entries of every gradient from ``place`` on."""
         columns = self._columns
-        for first, last in _pieces(vector, place % columns, columns):
+        is_read = vector.device == self.device and _is_dense(vector)
+        buffer = None
+        for first, last in _pieces(vector.shape, place % columns, columns, is_read):
             piece = vector[:, first:last]
-            if piece.dtype != torch.bfloat16:
-                piece = piece.to(self.device, torch.float32)
+            if not (is_read and _lies_in_rows(piece, vector)):
+                if buffer is None:
+                    buffer = torch.empty(len(vector) * max(PIECE, columns), device=self.device)
+                piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
             row, column = divmod(place + first, columns)
             flat_sketch(
-                piece.to(self.device).reshape(len(piece), -1, min(last - first, columns)),
+                piece.view(len(piece), -1, min(last - first, columns)),
                 name,
                 self._sketch,
                 first_row=row,
@@ -221,21 +225,32 @@ def _flattened(grads: Mapping[str, Tensor]) -> list[Tensor]:
     return vectors
 
 
-def _pieces(vector: Tensor, column: int, columns: int) -> Iterator[tuple[int, int]]:
+def _is_dense(vector: Tensor) -> bool:
+    """Whether the sketch reads the entries of [B, n] where they lie."""
+    return vector.is_contiguous() and vector.dtype in (torch.float32, torch.bfloat16)
+
+
+def _lies_in_rows(piece: Tensor, vector: Tensor) -> bool:
+    """Whether rows of the hashed matrix lie end to end, from one example to the next too."""
+    return len(vector) == 1 or piece.shape == vector.shape
+
+
+def _pieces(
+    shape: torch.Size, column: int, columns: int, is_read: bool
+) -> Iterator[tuple[int, int]]:
     """Ranges of the entries of [B, n] that fill a part of a row of the hashed matrix, or rows.
 
-    The first entry lies in ``column``. Rows that lie end to end in memory are one range; others
-    are copied range by range.
+    The first entry lies in ``column``. Whole rows that need no copy are one range; a copied range
+    has ``PIECE`` entries, so that it stays in the cache.
     """
-    entries = vector.shape[1]
+    batch, entries = shape
     first = min(-column % columns, entries)
     if first:
         yield 0, first
     rows_end = entries - (entries - first) % columns
-    is_whole = rows_end - first == entries and vector.is_contiguous()
-    is_read = vector.dtype in (torch.float32, torch.bfloat16)
-    step = entries if is_whole and is_read else max(1, PIECE // columns) * columns
-    for start in range(first, rows_end, max(1, step)):
+    is_copied = not is_read or (batch > 1 and rows_end - first < entries)
+    step = max(1, PIECE // columns) * columns if is_copied else max(1, entries)
+    for start in range(first, rows_end, step):
         yield start, min(start + step, rows_end)
     if rows_end < entries:
         yield rows_end, entries
