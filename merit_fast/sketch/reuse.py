@@ -7,12 +7,11 @@ its sums depend on, the hash of its file, and the bounds that its check has foun
 import functools
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merit_fast.manifests.atomic import replace_file, write_text
+from merit_fast.manifests.atomic import link_file, replace_file, write_text
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.sketch_check import SketchCheck
 
@@ -48,7 +47,7 @@ def reuse_states(
     _remove(directory, _TAKEN)
     for name in kept | taken:
         digest = fingerprints[name]
-        _link(own.get(digest) or before[digest], directory / f"{name}{_SUFFIX}{_TAKEN}")
+        link_file(own.get(digest) or before[digest], directory / f"{name}{_SUFFIX}{_TAKEN}")
     _remove(directory, _SUFFIX)
     for name in kept | taken:
         file = directory / f"{name}{_SUFFIX}"
@@ -121,12 +120,3 @@ def _remove(directory: Path, suffix: str) -> None:
     for file in os.listdir(directory):
         if file.endswith(suffix):
             (directory / file).unlink()
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name of a file, or a copy of it where the file system has no hard links."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
