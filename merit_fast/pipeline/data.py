@@ -120,7 +120,7 @@ class RunData:
         They are all of the branches' rows where these are loaded, or a warm-up takes some of them.
         """
         split = self.config.split
-        if "train" in self.__dict__ or split.warmup:
+        if "train" in self.__dict__ or split.warmup or split.examples == "all":
             return self.branch
         return self._load("train", Draw(split.examples, split.sketch_config().seed))
 

@@ -40,13 +40,17 @@ class Vectors:
 
     def take(self, indices: NDArray[np.int64]) -> Tensor:
         """The vectors [k, D'] float32 of the rows with these numbers."""
+        return self.directions(indices) * self.scale[torch.as_tensor(indices)].unsqueeze(1)
+
+    def directions(self, indices: NDArray[np.int64]) -> Tensor:
+        """The vectors [k, D'] float32 without their factors: entries of root mean square 1."""
         shard_of = np.searchsorted(self.starts, indices, side="right") - 1
         out = torch.empty(len(indices), self.shards[0].shape[1])
         for shard in np.unique(shard_of):
             places = np.flatnonzero(shard_of == shard)
             inner = torch.as_tensor(indices[places] - self.starts[shard])
             out[torch.as_tensor(places)] = self.shards[shard][inner].float()
-        return out * self.scale[torch.as_tensor(indices)].unsqueeze(1)
+        return out
 
 
 @dataclass(frozen=True, eq=False)

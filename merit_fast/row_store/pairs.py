@@ -66,8 +66,8 @@ def _project(dataset: StoredDataset) -> tuple[Tensor, NDArray[np.int64]]:
     out = torch.empty(len(kept), _WIDTH, dtype=torch.float16)
     for start in range(0, len(kept), _BLOCK_ROWS):
         part = slice(start, start + _BLOCK_ROWS)
-        short = dataset.vectors.take(kept[part]) @ matrix
-        out[part] = torch.nn.functional.normalize(short, dim=1).half()
+        short = dataset.vectors.directions(kept[part]) @ matrix
+        out[part] = (short / short.norm(dim=1, keepdim=True)).half()
     return out, kept
 
 
@@ -94,7 +94,7 @@ def _units(
     out = torch.empty(len(owners), width, dtype=torch.float64)
     for owner in np.unique(owners):
         places = np.flatnonzero(owners == owner)
-        vectors = datasets[owner].vectors.take(indices[places]).double()
+        vectors = datasets[owner].vectors.directions(indices[places]).double()
         out[torch.as_tensor(places)] = vectors / vectors.norm(dim=1, keepdim=True)
     return out
 

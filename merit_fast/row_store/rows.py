@@ -1,42 +1,33 @@
 """``open_rows``: stored rows, searched by a target, and checked for outliers and duplicates."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from merit_fast.block_estimates import jackknife_error
 from merit_fast.errors import InputError, show
-from merit_fast.kernels.search import row_products
+from merit_fast.row_store.checkpoints import Checkpoints, Measure
 from merit_fast.row_store.files import StoredDataset, Vectors, read_store
 from merit_fast.row_store.hits import Hit
+from merit_fast.row_store.outliers import find_outliers
 from merit_fast.row_store.pairs import Pair, find_pairs
 from merit_fast.row_store.target import (
     Store,
-    Target,
     Weight,
-    block_numbers,
-    block_sums,
     identity_of,
     require_choice,
     require_dataset,
     target_of,
     target_of_stores,
-    weights_of,
 )
 
-Measure = Literal["cosine", "dot"]
 _Path = str | os.PathLike[str]
 
 
-def open_rows(
-    directory: _Path | Sequence[_Path], weights: Sequence[float] | None = None
-) -> "Rows":
+def open_rows(directory: _Path | Sequence[_Path], weights: Sequence[float] | None = None) -> "Rows":
     """Opens the rows that ``merit-fast sketch --store`` kept; they stay in their files.
 
         rows = merit_fast.open_rows("runs/mine")
@@ -52,8 +43,7 @@ def open_rows(
         InputError: there is no store, or it is damaged; or the checkpoints differ in hash, width,
             parameters, datasets or rows.
     """
-    single = isinstance(directory, str | os.PathLike)
-    directories = [directory] if single else list(directory)  # type: ignore[arg-type, list-item]
+    directories = [directory] if isinstance(directory, str | os.PathLike) else list(directory)
     if not directories:
         raise InputError("open_rows: directory: must be at least one, found none")
     factors = [1 / len(directories)] * len(directories) if weights is None else list(weights)
@@ -76,7 +66,7 @@ class Rows:
 
     def __init__(self, stores: Sequence[Store], weights: Sequence[float]) -> None:
         self._stores = stores
-        self._weights = weights
+        self._checkpoints = Checkpoints(stores, weights)
 
     @property
     def datasets(self) -> list[str]:
@@ -148,15 +138,13 @@ class Rows:
             found = target_of(target, self._stores, weight)
         means = [found.means(checkpoint) for checkpoint in range(len(self._stores))]
         firsts = [mean[:1] for mean in means]
-        scores = {name: self._scores(name, firsts, by)[:, 0] for name in self.datasets}
-        own = found if leave_own_out else Target(found.sums, found.weights)
-        chosen = self._best(scores, k, own)
-
-        def left_out(name: str, indices: NDArray[np.int64]) -> Tensor:
-            others = [mean[1:] for mean in means]
-            return self._scores(name, others, by, indices)
-
-        return self._hits(scores, chosen, left_out)
+        others = [mean[1:] for mean in means]
+        every = self._checkpoints
+        scores = {name: every.scores(name, firsts, by)[:, 0] for name in self.datasets}
+        chosen = every.best(scores, k, found.own if leave_own_out else frozenset())
+        return every.hits(
+            scores, chosen, lambda name, indices: every.scores(name, others, by, indices)
+        )
 
     def outliers(self, dataset: str, k: int = 100, weight: Weight = "tokens") -> list[Hit]:
         """Finds the rows that agree least with the rest of their own dataset, such as wrong labels.
@@ -176,32 +164,9 @@ class Rows:
         """
         require_choice("outliers: weight", weight, ("tokens", "examples"))
         _require_count("outliers: k", k)
-        stored = self.dataset(dataset)
-        if len(stored) < 2:
-            raise InputError(f"outliers: {dataset}: must have at least 2 rows, found {len(stored)}")
-        every = np.arange(len(stored))
-        blocks = block_numbers(stored.row.numpy())
-        sums = [block_sums(store[dataset], every, blocks, weight) for store in self._stores]
-
-        def cosines(indices: NDArray[np.int64], block: int | None) -> Tensor:
-            parts = zip(self._stores, self._weights, sums, strict=True)
-            total = torch.zeros(len(indices), dtype=torch.float64)
-            for store, factor, (found, _) in parts:
-                rest = found.sum(0) if block is None else found.sum(0) - found[block]
-                counts = torch.as_tensor(blocks[indices] != (-1 if block is None else block))
-                own = weights_of(store[dataset], weight)[torch.as_tensor(indices)] * counts
-                total += factor * _cosines_without_own(store[dataset], rest, own, indices)
-            return total
-
-        scores = {dataset: -cosines(every, None)}
-        chosen = self._best(scores, k, None)
-        filled = np.unique(blocks)
-
-        def left_out(name: str, indices: NDArray[np.int64]) -> Tensor:
-            return torch.stack([-cosines(indices, int(block)) for block in filled], 1)
-
-        hits = self._hits(scores, chosen, left_out)
-        return [_negated(hit) for hit in hits]
+        if len(self.dataset(dataset)) < 2:
+            raise InputError(f"outliers: {dataset}: must have at least 2 rows, found 1")
+        return find_outliers(self._checkpoints, dataset, k, weight)
 
     def duplicates(self, above: float = 0.999, most: int = 1_000_000) -> list[Pair]:
         """Finds pairs of rows, within and across datasets, whose cosine is at least ``above``.
@@ -227,104 +192,6 @@ class Rows:
         if not 0 < above <= 1:
             raise InputError(f"duplicates: above: must be above 0 and at most 1, found {above}")
         return find_pairs(list(self._stores[0].values()), above, most)
-
-    # ---- scores
-    def _scores(
-        self,
-        name: str,
-        targets: Sequence[Tensor],
-        by: Measure,
-        indices: NDArray[np.int64] | None = None,
-    ) -> Tensor:
-        """Scores [n, m] float64 of a dataset's rows with m targets of each checkpoint."""
-        total: Tensor | float = 0.0
-        for store, factor, vectors in zip(self._stores, self._weights, targets, strict=True):
-            dataset = store[name]
-            if indices is None:
-                shards = [row_products(shard, vectors) for shard in dataset.vectors.shards]
-                products = torch.cat(shards).double()
-                products *= dataset.vectors.scale.double().unsqueeze(1)
-                norm = dataset.norm
-            else:
-                products = (dataset.vectors.take(indices) @ vectors.T).double()
-                norm = dataset.norm[torch.as_tensor(indices)]
-            if by == "cosine":
-                lengths = vectors.double().norm(dim=1)
-                products = _ratio(products, norm.unsqueeze(1) * lengths).clamp(-1, 1)
-            total = total + factor * products
-        assert isinstance(total, Tensor)
-        return total
-
-    def _best(
-        self, scores: dict[str, Tensor], k: int, target: Target | None
-    ) -> list[tuple[str, int]]:
-        """The k largest scores, as dataset and position; the target's own rows are left out."""
-        own = frozenset() if target is None else target.own
-        names = [name for name in self.datasets if name in scores]
-        parts = []
-        for name in names:
-            values = scores[name].numpy()
-            rows = self._stores[0][name].row.tolist()
-            if any(dataset == name for dataset, _ in own):
-                is_own = np.array([(name, row) in own for row in rows])
-                values = np.where(is_own, -np.inf, values)
-            parts.append(values)
-        whole = np.concatenate(parts)
-        order = np.argsort(-whole, kind="stable")[:k]
-        order = order[whole[order] > -np.inf]
-        starts = np.cumsum([0, *map(len, parts)])
-        part_of = np.searchsorted(starts, order, side="right") - 1
-        pairs = zip(part_of.tolist(), order.tolist(), strict=True)
-        return [(names[part], int(place - starts[part])) for part, place in pairs]
-
-    def _hits(
-        self,
-        scores: dict[str, Tensor],
-        chosen: Sequence[tuple[str, int]],
-        left_out: Callable[[str, NDArray[np.int64]], Tensor],
-    ) -> list[Hit]:
-        """The chosen rows, with scores that leave a block out and the errors from these."""
-        hits: list[Hit | None] = [None] * len(chosen)
-        for name in dict.fromkeys(name for name, _ in chosen):
-            places = [i for i, (other, _) in enumerate(chosen) if other == name]
-            indices = np.array([chosen[i][1] for i in places])
-            dataset = self._stores[0][name]
-            others = left_out(name, indices).numpy()
-            errors = jackknife_error(others.T) if others.shape[1] > 1 else None
-            for number, (i, index) in enumerate(zip(places, indices, strict=True)):
-                hits[i] = Hit(
-                    name,
-                    int(dataset.row[index]),
-                    float(scores[name][index]),
-                    None if errors is None else float(errors[number]),
-                    int(dataset.place[index]),
-                    tuple(others[number].tolist()) if errors is not None else (),
-                )
-        return [hit for hit in hits if hit is not None]
-
-
-def _cosines_without_own(
-    dataset: StoredDataset, total: Tensor, own: Tensor, indices: NDArray[np.int64]
-) -> Tensor:
-    """Cosines [k] of vectors v with ``total`` - own * v; of a sum that holds own * v."""
-    found = []
-    for start in range(0, len(indices), 1024):
-        part = slice(start, start + 1024)
-        vectors = dataset.vectors.take(indices[part]).double()
-        rest = total - own[part].unsqueeze(1) * vectors
-        lengths = vectors.norm(dim=1) * rest.norm(dim=1)
-        found.append(_ratio((vectors * rest).sum(1), lengths).clamp(-1, 1))
-    return torch.cat(found)
-
-
-def _ratio(products: Tensor, lengths: Tensor) -> Tensor:
-    """products / lengths, and 0 where a length is 0."""
-    return torch.where(lengths > 0, products / lengths.clamp(min=1e-300), 0.0)
-
-
-def _negated(hit: Hit) -> Hit:
-    left_out = tuple(-score for score in hit.left_out)
-    return Hit(hit.dataset, hit.row, -hit.score, hit.error, hit.place, left_out)
 
 
 def _require_count(key: str, value: int) -> None:

@@ -73,9 +73,7 @@ def target_of(target: Any, stores: Sequence[Store], weight: Weight) -> Target:
     return _of_rows(stores, _parts_of_pairs(target, stores[0]), weight)
 
 
-def target_of_stores(
-    targets: Sequence[Store], stores: Sequence[Store], weight: Weight
-) -> Target:
+def target_of_stores(targets: Sequence[Store], stores: Sequence[Store], weight: Weight) -> Target:
     """The mean of all rows of other stores, of the same models and sketches."""
     if len(targets) != len(stores):
         raise InputError(
@@ -175,14 +173,16 @@ def _parts_of_pairs(pairs: Sequence[Any], store: Store) -> list[_Part]:
     positions: dict[str, list[int]] = {}
     for pair in dict.fromkeys(tuple(pair) if isinstance(pair, list) else pair for pair in pairs):
         if not (isinstance(pair, tuple) and len(pair) == 2):
-            raise InputError(f"search: target: must be pairs of dataset and row, found {show(pair)}")
+            raise InputError(
+                f"search: target: must be pairs of dataset and row, found {show(pair)}"
+            )
         name = require_dataset(store, pair[0], "search: target: dataset")
-        found = store[name].indices_of_row.get(pair[1])
-        if found is None:
+        indices = store[name].indices_of_row.get(pair[1])
+        if indices is None:
             raise InputError(
                 f"search: target: row: must be a stored row of {name}, found {show(pair[1])}"
             )
-        positions.setdefault(name, []).extend(found)
+        positions.setdefault(name, []).extend(indices)
     return [(name, np.array(indices)) for name, indices in positions.items()]
 
 
@@ -192,9 +192,7 @@ def _of_vectors(vectors: Tensor, stores: Sequence[Store]) -> Target:
     widths = (identity.store_dim, identity.proj_dim)
     if rows.dim() != 2 or len(rows) != len(stores) or rows.shape[1] not in widths:
         wanted = " or ".join(f"[{len(stores)}, {width}]" for width in dict.fromkeys(widths))
-        raise InputError(
-            f"search: target: must be a vector {wanted}, found {list(vectors.shape)}"
-        )
+        raise InputError(f"search: target: must be a vector {wanted}, found {list(vectors.shape)}")
     if not torch.isfinite(rows).all():
         raise InputError("search: target: must be finite, found NaN or infinity")
     if rows.shape[1] != identity.store_dim:
@@ -212,6 +210,8 @@ def _of_states(states: Sequence[SketchState], stores: Sequence[Store]) -> Target
     sums = []
     for state, store in zip(states, stores, strict=True):
         identity = identity_of(store)
-        identity.require_same(StoreIdentity.of(state.identity, identity.store_dim), "search: target")
+        identity.require_same(
+            StoreIdentity.of(state.identity, identity.store_dim), "search: target"
+        )
         sums.append(identity.fold(state.block_sums[present]).double())
     return Target(tuple(sums), states[0].block_counts[present].double())

@@ -10,9 +10,11 @@ from merit_fast.errors import MeritFastError
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.model import fit_trees, target_losses, tower_parameters
 from merit_fast.progress import Task
+from merit_fast.row_store.writer import RowWriter
 from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.drawing import places_in_rows
 from merit_fast.sketch.sampling import next_examples
 from merit_fast.sketch.sketcher import GradientSketcher, NotFiniteError, require_finite
 
@@ -36,8 +38,16 @@ class DatasetSketcher:
     pad_token_id: int
     config: SketchConfig
 
-    def sketch(self, dataset: Dataset, indices: Sequence[int], task: Task) -> SketchState:
+    def sketch(
+        self,
+        dataset: Dataset,
+        indices: Sequence[int],
+        task: Task,
+        store: RowWriter | None = None,
+    ) -> SketchState:
         """Sketches examples in their order: all, or with ``config.precision`` as many as needed.
+
+        ``store`` gets every example's sketch.
 
         Raises:
             MeritFastError: a row's gradient is not finite; the message names dataset and row.
@@ -45,6 +55,8 @@ class DatasetSketcher:
         states = self.sketcher.state
         state = SketchState.zeros(self.sketcher.identity, self.config.blocks)
         states[dataset.name] = state
+        row_numbers = dataset.source_rows
+        places = places_in_rows(dataset)
         while more := next_examples(
             state,
             len(indices),
@@ -56,7 +68,9 @@ class DatasetSketcher:
             while state.num_examples < stop:
                 start = state.num_examples
                 rows = indices[start : min(start + self._rows_of_pass(), stop)]
-                self._sketch_pass(dataset, rows)
+                sketched = self._sketch_pass(dataset, rows)
+                if store is not None:
+                    store.append(sketched[0], row_numbers[rows], places[rows], *sketched[1:])
                 task.advance(len(rows), dataset.name)
         task.skip(len(indices) - state.num_examples)  # examples that were not needed
         return states.pop(dataset.name)
@@ -72,8 +86,10 @@ class DatasetSketcher:
             return 1
         return 1 if sketched and not find_towers(self.model) else self.config.batch_size
 
-    def _sketch_pass(self, dataset: Dataset, rows: Sequence[int]) -> None:
-        """Sketches some rows into the state.
+    def _sketch_pass(
+        self, dataset: Dataset, rows: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sketches some rows into the state; returns sketches, loss sums and target tokens.
 
         The first pass of a kind is checked and then run again: its weights have gradients, which
         may change how it rounds. So the check leaves every sum as it is.
@@ -87,13 +103,13 @@ class DatasetSketcher:
             try:
                 losses = _backward(self.model, batch, numbers, len(rows))
                 if not (sketcher.is_checking and self.config.check == "first"):
-                    sketcher.update(names, *losses, row_examples=numbers)
-                    return
+                    sketches = sketcher.update(names, *losses, row_examples=numbers)
+                    return sketches, *losses
                 require_finite(sketcher.take(row_examples=numbers), names)
             except RepeatBatch:  # more parameters take a backward pass per example
                 sketcher.discard()
             except NotFiniteError as error:
-                row = dataset.rows[rows[error.example]]
+                row = dataset.source_rows[rows[error.example]]
                 raise MeritFastError(
                     f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
                     f"gradient in {self.config.dtype}, found NaN or infinity"

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from merit_fast.data import Dataset
 from merit_fast.data.shares import draw_rows
@@ -13,9 +14,13 @@ from merit_fast.manifests.io import fingerprint
 from merit_fast.options.parser import to_plain
 from merit_fast.sketch.config import SketchConfig
 
+_NO_SUM = ("check", "uncovered", "store", "store_dim")  # options that change no sum
+
 
 def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
     """Chooses up to ``config.examples`` examples, at random by the seed and the dataset's content.
+
+    With "all" the order is the same, and every example is in it.
 
         rank = permutation(number of rows in the source) by (seed, content)
         chosen = the first examples in the order of (rank of their row, place)
@@ -36,7 +41,8 @@ def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
         order = np.argsort(rank[dataset.rows], kind="stable")
         _, first = np.unique(dataset.places[order], return_index=True)
         order = order[np.sort(first)]  # an example that a weight repeats is drawn once
-    return [int(index) for index in order[: config.examples]]
+    count = None if config.examples == "all" else config.examples
+    return [int(index) for index in order[:count]]
 
 
 def sums_fingerprint(
@@ -52,11 +58,31 @@ def sums_fingerprint(
     images = [item.fingerprint() for item in media if item is not None]
     more: list[object] = [] if freeze is None else [{"freeze": list(freeze)}]
     more += [{"images": images}] if images else []
-    # Neither option changes a sum.
-    options = {
-        key: value for key, value in to_plain(config).items() if key not in ("check", "uncovered")
-    }
+    options = {key: value for key, value in to_plain(config).items() if key not in _NO_SUM}
     return fingerprint([HASH_VERSION, model_fingerprint, options, rows, *more])
+
+
+def rows_fingerprint(dataset: Dataset, indices: list[int], sums: str, config: SketchConfig) -> str:
+    """Fingerprint of everything that a dataset's stored rows depend on.
+
+    Args:
+        dataset: the rows.
+        indices: those that are sketched.
+        sums: the fingerprint of their sums.
+        config: of the sketch stage.
+    """
+    numbers = dataset.source_rows[indices].tolist()
+    return fingerprint([sums, config.store_dim, numbers, places_in_rows(dataset)[indices].tolist()])
+
+
+def places_in_rows(dataset: Dataset) -> NDArray[np.int64]:
+    """[N] number of each example among the examples of its row, from 0."""
+    rows = dataset.rows
+    if not len(rows):
+        return rows
+    first = np.full(int(rows.max()) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, rows, dataset.places)
+    return np.asarray(dataset.places - first[rows])
 
 
 def content_of(dataset: Dataset, indices: Sequence[int]) -> str:

@@ -12,9 +12,12 @@ from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.model import freeze_parameters, load_model
 from merit_fast.progress import Progress
+from merit_fast.row_store.identity import StoreIdentity
+from merit_fast.row_store.reuse import reuse_rows
+from merit_fast.row_store.writer import ROWS_FOLDER, RowWriter
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.dataset import ERROR_RATE, FIRST_LOOK, DatasetSketcher
-from merit_fast.sketch.drawing import choose_examples, sums_fingerprint
+from merit_fast.sketch.drawing import choose_examples, rows_fingerprint, sums_fingerprint
 from merit_fast.sketch.reuse import record_state, reuse_states
 from merit_fast.sketch.sampling import check_blocks, describe_signal
 from merit_fast.sketch.selection import select_parameters
@@ -54,7 +57,15 @@ def sketch_mixture(  # noqa: PLR0913
         d.name: sums_fingerprint(d, chosen[d.name], model_fingerprint, config, freeze)
         for d in datasets
     }
+    row_prints = {
+        d.name: rows_fingerprint(d, chosen[d.name], fingerprints[d.name], config)
+        for d in (datasets if config.store else ())
+    }
     kept, reused = reuse_states(directory, earlier, fingerprints)
+    stored = reuse_rows(directory, earlier, row_prints)
+    if config.store:
+        kept &= stored
+        reused &= stored
     if reused:
         progress.note(
             f"sketch: {len(reused)} of {len(datasets)} datasets are as before, "
@@ -68,6 +79,7 @@ def sketch_mixture(  # noqa: PLR0913
             missing,
             chosen,
             fingerprints,
+            row_prints,
             pad_token_id,
             config,
             directory,
@@ -82,6 +94,7 @@ def _sketch_datasets(  # noqa: PLR0913
     missing: Sequence[Dataset],
     chosen: Mapping[str, list[int]],
     fingerprints: Mapping[str, str],
+    row_prints: Mapping[str, str],
     pad_token_id: int,
     config: SketchConfig,
     directory: Path,
@@ -109,7 +122,16 @@ def _sketch_datasets(  # noqa: PLR0913
     ):
         datasets = DatasetSketcher(model, sketcher, pad_token_id, config)
         for dataset in missing:
-            state = datasets.sketch(dataset, chosen[dataset.name], task)
+            store = None
+            if config.store:
+                store = RowWriter(
+                    directory / ROWS_FOLDER / dataset.name,
+                    StoreIdentity.of(sketcher.identity, config.store_dim),
+                    row_prints[dataset.name],
+                )
+            state = datasets.sketch(dataset, chosen[dataset.name], task, store)
+            if store is not None:
+                store.finish()
             write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
             record_state(directory, dataset.name, fingerprints[dataset.name], sketcher.checked)
             if config.precision:
