@@ -28,6 +28,7 @@ from merit_fast.progress import Progress
 from merit_fast.train.schedule import num_steps
 
 TOKENS_FOLDER = "tokens"  # of a run's output: a cache, and no result
+TARGETS_FOLDER = "targets"  # the same, for sketches of rows that are not in the mixture
 
 
 def held_out_contents(outputs: Outputs) -> dict[str, str]:

@@ -207,14 +207,15 @@ class Outputs:
         inputs = {"start": self.start_fingerprint, "mixture": self.train_fingerprint}
         if self.config.train.freeze is not None:
             inputs["freeze"] = fingerprint(self.config.train.freeze)
+        if config.store:  # the split takes the sums only
+            inputs["sums"] = self._sketch(config.without_store()).fingerprint
         return stage_manifest(SKETCH.name, config, inputs)
 
     @property
     def split(self) -> StageManifest:
-        """The split stage's manifest; stored rows do not change a split."""
-        config = replace(self.config.split, store=False, store_dim=SketchConfig.store_dim)
-        sketch = self._sketch(config.sketch_config())
-        inputs = {"sketch": sketch.fingerprint, "controls": str(self.num_controls)}
+        config = self.config.split.without_store()  # stored rows do not change a split
+        sums = self._sketch(config.sketch_config()).fingerprint
+        inputs = {"sketch": sums, "controls": str(self.num_controls)}
         return stage_manifest(SPLIT.name, config, inputs)
 
     @property

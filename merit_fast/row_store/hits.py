@@ -8,6 +8,7 @@ import numpy as np
 from merit_fast.block_estimates import jackknife_error
 
 _SURE = 2.0  # standard errors of a difference
+_ROUNDING = 1e-5  # of a score, relative: equal rows may lie in other tiles of a product
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,5 @@ def count_indistinct(hits: Sequence[Hit]) -> int | None:
     left_out = np.array([hit.left_out for hit in hits])
     scores = np.array([hit.score for hit in hits])
     errors = jackknife_error((left_out - left_out[-1]).T)
-    return int((scores - scores[-1] <= _SURE * errors).sum()) - 1
+    rounding = _ROUNDING * np.abs(scores).max()
+    return int((scores - scores[-1] <= _SURE * errors + rounding).sum()) - 1

@@ -1,7 +1,7 @@
 """Options of the sketch stage."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
@@ -84,3 +84,7 @@ class SketchConfig:
         require(is_width, "store_dim", "a multiple of 4096 from 4096 to 65536", width)
         fits = not self.store or width <= self.proj_dim
         require(fits, "store_dim", f"at most proj_dim ({self.proj_dim})", width)
+
+    def without_store(self) -> Self:
+        """The options that decide the sums: without stored rows."""
+        return replace(self, store=False, store_dim=type(self).store_dim)

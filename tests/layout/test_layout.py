@@ -41,6 +41,7 @@ ARROWS = {
     | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
     "init": BASE | {"data", "model", "pipeline"},
     "export": BASE | {"data", "pipeline"},
+    "selection": BASE | {"data", "export", "pipeline", "row_store", "sketch"},
     "cli": BASE
     | {
         "data",
@@ -54,7 +55,7 @@ ARROWS = {
         "model",
         "pipeline",
     }
-    | {"report", "sketch", "split", "train", "tune"},
+    | {"report", "row_store", "selection", "sketch", "split", "train", "tune"},
     "__init__": {"errors", "merge", "patch", "pipeline", "row_store", "sketch"},
     "__main__": {"cli"},
 }
