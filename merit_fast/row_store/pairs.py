@@ -21,7 +21,10 @@ _ROUNDING = 2e-4  # of a projected cosine
 
 @dataclass(frozen=True)
 class Pair:
-    """Two stored examples, as dataset and number of the row in its file, and their cosine."""
+    """Two rows, as dataset and number of the row in its file, and their gradients' cosine.
+
+    Of two rows with several examples there is a pair for each two of these.
+    """
 
     a: tuple[str, int]
     b: tuple[str, int]
@@ -44,11 +47,12 @@ def find_pairs(datasets: Sequence[StoredDataset], above: float, most: int) -> li
             units = [_units(datasets, owners[side], indices[side]) for side in (left, right)]
             cosines = (units[0] * units[1]).sum(1).clamp(-1, 1)
             for number in (cosines >= min(above, 1 - 1e-6)).nonzero()[:, 0].tolist():
-                a, b = (
-                    _place(datasets[owners[side[number]]], int(indices[side[number]]))
+                places = sorted(
+                    (int(owners[side[number]]), _row(datasets, owners, indices, side[number]))
                     for side in (left, right)
                 )
-                if a != b:  # two examples of one row
+                if places[0] != places[1]:  # else two examples of one row
+                    a, b = ((datasets[owner].name, row) for owner, row in places)
                     pairs.append(Pair(a, b, float(cosines[number])))
             if len(pairs) > most:
                 raise InputError(
@@ -99,5 +103,10 @@ def _units(
     return out
 
 
-def _place(dataset: StoredDataset, index: int) -> tuple[str, int]:
-    return dataset.name, int(dataset.row[index])
+def _row(
+    datasets: Sequence[StoredDataset],
+    owners: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    position: int,
+) -> int:
+    return int(datasets[owners[position]].row[indices[position]])
