@@ -15,7 +15,7 @@ def signal_fractions(within: Array, counts: Array) -> tuple[Array, Array]:
 
     Args:
         within: [N, G, G] inner products of a dataset's block sums.
-        counts: [N, G] examples in them.
+        counts: [N, G] sums of the weights of the examples in them.
 
     Returns:
         [N] and [N]. NaN where fewer than two (the error: three) blocks have examples; 0 where all

@@ -120,7 +120,7 @@ def demo_works(arguments: argparse.Namespace) -> list[Work]:
 
     The losses are means over target tokens.
     """
-    from bench.sketch.accuracy import load_tasks
+    from bench.sketch.accuracy.gradients import load_tasks
     from merit_fast.data import collate
     from merit_fast.demo import default_cache, prepare_model
     from merit_fast.model import load_model, target_losses

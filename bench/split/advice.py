@@ -79,6 +79,7 @@ def draw_split(means: Array, noise: float, generator: np.random.Generator) -> Sp
             state = SketchState.zeros(identity, BLOCKS)
             state.block_sums[:, :DIMENSIONS] = torch.from_numpy(blocks)
             state.block_counts += size
+            state.block_weights += size
             state.loss_sum = EXAMPLES
             state.num_target_tokens = EXAMPLES
             (Path(folder) / f"{name}.safetensors").write_bytes(state.to_bytes())

@@ -47,6 +47,8 @@ def write_states(directory: Path, datasets: int, proj_dim: int) -> None:
         state.block_sums += torch.from_numpy(EXAMPLES * mean + noise)
         state.block_square_norms += EXAMPLES * (NOISE + float(mean @ mean))
         state.block_counts += EXAMPLES
+        state.block_weights += EXAMPLES
+        state.block_square_weights += EXAMPLES
         state.loss_sum = 1.0
         state.num_target_tokens = 1
         (directory / f"d{i:04}.safetensors").write_bytes(state.to_bytes())

@@ -47,6 +47,7 @@ def write_states(directory: Path, datasets: int, blocks: int, proj_dim: int) -> 
         noise = torch.Generator().manual_seed(1000 + i)
         state = SketchState.zeros(identity, blocks)
         state.block_counts += 200 // blocks
+        state.block_weights += 200 // blocks
         state.block_sums += 25 * torch.randn(proj_dim, generator=generator, dtype=torch.float64)
         state.block_sums += 45 * torch.randn(blocks, proj_dim, generator=noise, dtype=torch.float64)
         file.write_bytes(state.to_bytes())

@@ -39,7 +39,7 @@ def demo_work(arguments: argparse.Namespace) -> Work:
     """The demo's rows of all tasks in a random order."""
     import numpy as np
 
-    from bench.sketch.accuracy import load_tasks
+    from bench.sketch.accuracy.gradients import load_tasks
     from merit_fast.demo import default_cache, prepare_model
 
     path = prepare_model(default_cache())

@@ -63,7 +63,8 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
     Every row is seen in each epoch. A dataset's last batch may be smaller, so an epoch may have a
     batch more per dataset than without the callback.
 
-    An example's loss is the sum over its target tokens, whatever the Trainer divides by. A custom
+    An example's loss is the sum over its target tokens, whatever the Trainer divides by: the states
+    have weight "tokens". A custom
     ``compute_loss_func`` must divide by ``num_items_in_batch``, as transformers requires.
 
     Args:
@@ -211,6 +212,7 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
             select_parameters(model, self.parameters),
             self.scales,
             blocks=self.blocks,
+            weight="tokens",
             fingerprint=fingerprint,
         )
         self.sketcher.restore(kept if args.process_index == 0 else {})

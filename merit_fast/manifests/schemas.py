@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 SCHEMA_VERSION = 3  # 3: several controls, seeds and paired comparisons; run.json
-TUNE_FILE = "tune.json"
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,18 @@ class SplitDataset:
     noise_scale_error: float | None = None
     suggested_share: float | None = None  # of a batch, so that a step helps all datasets alike
     suggested_share_error: float | None = None
+    median_length: int | None = None  # target tokens of the sketched rows; None: not known
+    long_length: int | None = None  # 95 % of the sketched rows have no more target tokens
+    weighting_cosine: float | None = None  # of the mean gradients by tokens and by examples
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Two datasets that share some of their sketched rows."""
+
+    first: str
+    second: str
+    rows: int  # different rows that both have
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,8 @@ class SplitManifest:
     noise_scale: float | None = None  # of the mixture by token shares, examples; None: not resolved
     noise_scale_error: float | None = None
     numbers_tried: tuple[TriedNumber, ...] = ()  # every K tried, rising
+    weight: str = ""  # what a sketched row counts: its target tokens, or 1 with examples
+    shared_rows: tuple[SharedRows, ...] = ()  # only pairs of datasets that share some
     schema_version: int = SCHEMA_VERSION
 
     def group_of(self, arm: str) -> dict[str, int]:
@@ -145,46 +158,6 @@ class BranchManifest:
     seed: int
     base_fingerprint: str
     start_fingerprint: str  # of the model it was trained from: the base, or the warm-up's
-    schema_version: int = SCHEMA_VERSION
-
-
-@dataclass(frozen=True)
-class ScaleSearch:
-    """Three losses, the minimum of the parabola through them, and the loss there."""
-
-    # In the order tried; the last is the minimum, unless there is none or it is one of the others.
-    scales: tuple[float, ...]
-    losses: tuple[float | None, ...]  # nats per target token of the tuning rows; None: not finite
-    minimum: float | None  # moved into the range allowed; None: the parabola has none
-
-
-@dataclass(frozen=True)
-class WeightSearch:
-    """Losses around the start, the minimum of the quadratic through them, and the loss there."""
-
-    start: tuple[float, ...]  # [K] by token counts
-    start_loss: float
-    points: tuple[tuple[float, ...], ...]
-    losses: tuple[float | None, ...]
-    fitted: tuple[float, ...] | None  # None: no direction curves upwards
-    fitted_loss: float | None
-    accepted: bool  # whether the loss at ``fitted`` is lower than at the start
-
-
-@dataclass(frozen=True)
-class TuneManifest:
-    """tune.json, next to a merge's weights: the numbers that held-out rows chose, and the losses.
-
-    Losses are those of float32 models.
-    """
-
-    branches: tuple[str, ...]  # names or paths, in the weights' order
-    weights: tuple[float, ...]  # those of the merge
-    scale: float | None  # that of the merge; None: not chosen here
-    num_examples: int  # held-out rows that chose; none of them is in evaluate.json
-    num_target_tokens: int
-    weight_search: WeightSearch | None
-    scale_search: ScaleSearch | None
     schema_version: int = SCHEMA_VERSION
 
 

@@ -1,8 +1,10 @@
 """The sketch state: sums only, so that states of shards, restarts and workers add up."""
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors import safe_open
@@ -12,14 +14,32 @@ from torch import Tensor
 from merit_fast.errors import InputError, MeritFastError, one_line
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
 
+Weight = Literal["tokens", "examples"]
+_TENSORS = (
+    "block_sums",
+    "block_square_norms",
+    "block_counts",
+    "block_weights",
+    "block_square_weights",
+    "other_sum",
+    "lengths",
+    "shared_rows",
+)
+
 
 @dataclass(frozen=True)
 class SketchIdentity:
-    """Identity that two states must share before they may be added or compared."""
+    """Identity that two states must share before they may be added or compared.
+
+    Attributes:
+        weight: what an example counts in the sums, next to its gradient: "tokens", its target
+            tokens; "examples", 1.
+    """
 
     sketch: CountSketch
     model_fingerprint: str
     parameters: tuple[str, ...]
+    weight: Weight = "examples"
 
     def metadata(self) -> dict[str, str]:
         return {
@@ -28,17 +48,32 @@ class SketchIdentity:
             "seed": str(self.sketch.seed),
             "model_fingerprint": self.model_fingerprint,
             "parameters": "\n".join(self.parameters),
+            "weight": self.weight,
         }
+
+
+def _no_numbers() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass
 class SketchState:
     """Sums over the examples of one dataset, in G blocks. All sums in float64.
 
+    An example r has the sketch s_r of its own loss's gradient and the weight w_r: its target tokens
+    or 1, by the identity.
+
     Attributes:
-        block_sums: [G, D] sum of the sketches s of the block's examples.
-        block_square_norms: [G] sum of |s|^2.
+        block_sums: [G, D] sum of w s.
+        block_square_norms: [G] sum of |w s|^2.
         block_counts: [G] int64 examples.
+        block_weights: [G] sum of w.
+        block_square_weights: [G] sum of w^2.
+        other_sum: [D] sum of s under the other weighting (1 for "tokens", the target tokens for
+            "examples"); NaN where these were not given.
+        lengths: [n] int64 target tokens of each example, ascending; fewer than n examples where
+            they were not given.
+        shared_rows: [S] int64 hashes of those rows that another dataset has too, ascending.
         loss_sum: summed loss of all target tokens, nats.
         num_target_tokens: number of those tokens.
     """
@@ -47,24 +82,57 @@ class SketchState:
     block_sums: Tensor
     block_square_norms: Tensor
     block_counts: Tensor
+    block_weights: Tensor
+    block_square_weights: Tensor
+    other_sum: Tensor
+    lengths: Tensor = field(default_factory=_no_numbers)
+    shared_rows: Tensor = field(default_factory=_no_numbers)
     loss_sum: float = 0.0
     num_target_tokens: int = 0
 
     @classmethod
     def zeros(cls, identity: SketchIdentity, blocks: int) -> "SketchState":
+        width = identity.sketch.proj_dim
         return cls(
             identity,
-            torch.zeros(blocks, identity.sketch.proj_dim, dtype=torch.float64),
-            torch.zeros(blocks, dtype=torch.float64),
-            torch.zeros(blocks, dtype=torch.int64),
+            block_sums=torch.zeros(blocks, width, dtype=torch.float64),
+            block_square_norms=torch.zeros(blocks, dtype=torch.float64),
+            block_counts=torch.zeros(blocks, dtype=torch.int64),
+            block_weights=torch.zeros(blocks, dtype=torch.float64),
+            block_square_weights=torch.zeros(blocks, dtype=torch.float64),
+            other_sum=torch.zeros(width, dtype=torch.float64),
         )
 
     @property
     def num_examples(self) -> int:
         return int(self.block_counts.sum())
 
+    @property
+    def weighting_cosine(self) -> float | None:
+        """Cosine of the mean gradient with the one under the other weighting, over these examples.
+
+        None: the target tokens were not given, or a mean is 0.
+        """
+        total = self.block_sums.sum(0)
+        scale = float(total.norm() * self.other_sum.norm())
+        return float(total @ self.other_sum) / scale if scale > 0 else None
+
+    def length_quantile(self, share: float) -> int | None:
+        """Least number of target tokens that ``share`` of the examples do not exceed.
+
+        None: the target tokens of some examples were not given.
+        """
+        number = len(self.lengths)
+        if not number or number != self.num_examples:
+            return None
+        return int(self.lengths[max(math.ceil(share * number) - 1, 0)])
+
     def add_examples(
-        self, sketches: Tensor, blocks: Tensor, loss_sum: float, num_target_tokens: int
+        self,
+        sketches: Tensor,
+        blocks: Tensor,
+        loss_sum: float = 0.0,
+        num_target_tokens: Tensor | None = None,
     ) -> None:
         """Adds B examples.
 
@@ -72,17 +140,32 @@ class SketchState:
             sketches: [B, D] float32.
             blocks: [B] int64 block of each example.
             loss_sum: summed loss of their target tokens, nats.
-            num_target_tokens: number of those tokens.
+            num_target_tokens: [B] int64 number of those tokens; required where they are weights.
+
+        Raises:
+            MeritFastError: the identity's weights are tokens, and they are not given.
         """
         exact = sketches.cpu().double()
-        self.block_sums.index_add_(0, blocks, exact)
-        self.block_square_norms.index_add_(0, blocks, exact.square().sum(1))
+        ones = torch.ones(len(exact), dtype=torch.float64)
+        tokens = None if num_target_tokens is None else num_target_tokens.double()
+        weights = ones if self.identity.weight == "examples" else tokens
+        others = tokens if self.identity.weight == "examples" else ones
+        if weights is None:
+            raise MeritFastError("sketch state: weight tokens needs num_target_tokens")
+        weighted = exact * weights[:, None]
+        self.block_sums.index_add_(0, blocks, weighted)
+        self.block_square_norms.index_add_(0, blocks, weighted.square().sum(1))
         self.block_counts.index_add_(0, blocks, torch.ones_like(blocks))
+        self.block_weights.index_add_(0, blocks, weights)
+        self.block_square_weights.index_add_(0, blocks, weights.square())
+        self.other_sum += torch.nan if others is None else others @ exact
         self.loss_sum += loss_sum
-        self.num_target_tokens += num_target_tokens
+        if num_target_tokens is not None:
+            self._add_lengths(num_target_tokens.cpu().long())
+            self.num_target_tokens += int(num_target_tokens.sum())
 
     def merge(self, other: "SketchState") -> None:
-        """Adds another state of the same sketch, model and parameters.
+        """Adds another state of the same sketch, model, parameters and weights.
 
         Raises:
             MeritFastError: they differ; the message names the difference.
@@ -91,8 +174,21 @@ class SketchState:
         self.block_sums += other.block_sums
         self.block_square_norms += other.block_square_norms
         self.block_counts += other.block_counts
+        self.block_weights += other.block_weights
+        self.block_square_weights += other.block_square_weights
+        self.other_sum += other.other_sum
+        self._add_lengths(other.lengths)
+        self.add_shared_rows(other.shared_rows)
         self.loss_sum += other.loss_sum
         self.num_target_tokens += other.num_target_tokens
+
+    def add_shared_rows(self, hashes: Tensor) -> None:
+        """Notes rows [S] int64 that another dataset has too; one that comes twice counts once."""
+        rows = {*self.shared_rows.tolist(), *hashes.tolist()}
+        self.shared_rows = torch.tensor(sorted(rows), dtype=torch.int64)
+
+    def _add_lengths(self, lengths: Tensor) -> None:
+        self.lengths = torch.cat([self.lengths, lengths]).sort().values
 
     def require_same(self, other: "SketchState") -> None:
         """Raises MeritFastError if the two may not be added or compared; the message names why."""
@@ -111,13 +207,9 @@ class SketchState:
 
     def to_bytes(self) -> bytes:
         """One safetensors file; the same state gives the same bytes."""
-        tensors = {
-            "block_sums": self.block_sums,
-            "block_square_norms": self.block_square_norms,
-            "block_counts": self.block_counts,
-            "loss_sum": torch.tensor(self.loss_sum, dtype=torch.float64),
-            "num_target_tokens": torch.tensor(self.num_target_tokens, dtype=torch.int64),
-        }
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors["loss_sum"] = torch.tensor(self.loss_sum, dtype=torch.float64)
+        tensors["num_target_tokens"] = torch.tensor(self.num_target_tokens, dtype=torch.int64)
         # One JSON string: the writer keeps several keys in an order that changes from run to run.
         return save(tensors, {"identity": json.dumps(self.identity.metadata(), sort_keys=True)})
 
@@ -126,7 +218,7 @@ class SketchState:
         """Reads a state file.
 
         Raises:
-            InputError: the file is absent, broken or of another hash version.
+            InputError: the file is absent, broken, of another hash version or without weights.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -139,16 +231,20 @@ class SketchState:
                 f"{path}: hash_version: must be {HASH_VERSION}, got {metadata['hash_version']}; "
                 "remove it to sketch again"
             )
+        if metadata.get("weight") not in get_args(Weight):
+            raise InputError(
+                f"{path}: weight: must be tokens or examples, got {metadata.get('weight')}; "
+                "remove it to sketch again"
+            )
         identity = SketchIdentity(
             CountSketch(int(metadata["proj_dim"]), int(metadata["seed"])),
             metadata["model_fingerprint"],
             tuple(metadata["parameters"].split("\n")),
+            metadata["weight"],
         )
         return cls(
             identity,
-            tensors["block_sums"],
-            tensors["block_square_norms"],
-            tensors["block_counts"],
-            float(tensors["loss_sum"]),
-            int(tensors["num_target_tokens"]),
+            **{name: tensors[name] for name in _TENSORS},
+            loss_sum=float(tensors["loss_sum"]),
+            num_target_tokens=int(tensors["num_target_tokens"]),
         )

@@ -143,6 +143,9 @@ def _datasets(split: SplitManifest) -> dict[str, Any]:
         "noise_scale_error",
         "suggested_share",
         "suggested_share_error",
+        "median_length",
+        "long_length",
+        "weighting_cosine",
     ]
     columns = ["dataset", "group", *split.control_arms, *keys]
     columns += [name for axis in axes for name in (axis, f"{axis}_error")]

@@ -1,12 +1,10 @@
 """The tables of a split, and its datasets near a border or with mostly noise in their gradients."""
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 
 from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
 from merit_fast.report.tables import ABSENT, Table, percent
 
-_SMALL = 0.1  # share of the median margin
 _ROUNDING = 1e-9  # of a share
 _MANY_SPLITS = 20  # from so many on, a random control is like any other
 
@@ -180,6 +178,9 @@ def split_rows(split: SplitManifest) -> Table:
         "stability",
         "noise scale",
         "suggested share",
+        "median length",
+        "95 % length",
+        "cosine of both means",
     )
     rows = tuple(
         (
@@ -198,6 +199,8 @@ def split_rows(split: SplitManifest) -> Table:
             f"{row.stability:.3f}",
             _figure(row.noise_scale, row.noise_scale_error, 0),
             _figure(row.suggested_share, row.suggested_share_error, 4),
+            *(_figure(length, None, 0) for length in (row.median_length, row.long_length)),
+            _figure(row.weighting_cosine, None, 3),
             *(with_error(score, error) for score, error in zip(scores, errors, strict=True)),
         )
         for i, (row, scores, errors) in enumerate(
@@ -248,28 +251,6 @@ def signal_text(row: SplitDataset) -> str:
     known = row.signal_error is not None and row.signal_fraction > row.signal_error
     about = "about" if known else "at least"
     return f"not resolvable: needs {about} {row.more_examples:,} more examples"
-
-
-def small_margins(split: SplitManifest) -> list[SplitDataset]:
-    """The datasets near a border, nearest first: moving them to another group costs little.
-
-    Margins are compared per unit of weight in the balance. A margin is small if it is at most a
-    tenth of their median, or 0.
-    """
-    samples = split.balance == "samples"
-    per_weight = {
-        i: row.margin / (row.num_examples if samples else row.num_target_tokens)
-        for i, row in enumerate(split.datasets)
-        if row.group >= 0
-    }
-    if split.groups == 1 or not per_weight:
-        return []
-    bound = max(0.0, _SMALL * median(per_weight.values()))
-    return [
-        split.datasets[i]
-        for i in sorted(per_weight, key=lambda i: (per_weight[i], i))
-        if per_weight[i] <= bound
-    ]
 
 
 def known_pairs(split: SplitManifest) -> list[tuple[int, int, float]]:

@@ -1,8 +1,9 @@
 """Sums up split.json in sentences and as lines for a terminal."""
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 
-from merit_fast.manifests.schemas import MergeAudit, SplitManifest
+from merit_fast.manifests.schemas import MergeAudit, SplitDataset, SplitManifest
 from merit_fast.report.advice import advise
 from merit_fast.report.reasons import (
     COSINE_NOTE,
@@ -22,11 +23,12 @@ from merit_fast.report.split_tables import (
     group_rows,
     separation_rows,
     signal_text,
-    small_margins,
 )
 from merit_fast.report.tables import Table
 
 _LISTED = 10  # names in one line of the terminal
+_SMALL = 0.1  # share of the median margin
+_ALIKE = 0.9  # cosine below which it matters how rows are weighed
 
 
 def verdict(split: SplitManifest, steps: Sequence[int] | None = None) -> tuple[str, ...]:
@@ -46,7 +48,40 @@ def verdict(split: SplitManifest, steps: Sequence[int] | None = None) -> tuple[s
         *balance_sentences(split),
         signal_sentence(split),
         *([mixture] if mixture else []),
+        *rows_sentences(split),
     )
+
+
+def rows_sentences(split: SplitManifest) -> tuple[str, ...]:
+    """Names datasets whose mean depends on how rows are weighed, and those that share rows."""
+    sentences = []
+    odd = [
+        f"{row.name} ({row.weighting_cosine:.3f}; median {row.median_length:,} tokens, 95 % at "
+        f"most {row.long_length:,})"
+        for row in split.datasets
+        if row.weighting_cosine is not None and row.weighting_cosine < _ALIKE
+    ]
+    if odd:
+        meaning = (
+            "long rows decide, as in training; cosines by examples would differ"
+            if split.weight == "tokens"
+            else "this split counts every row once, but training counts target tokens; "
+            "split.weight: tokens sketches what is trained"
+        )
+        sentences.append(
+            "Warning: the mean gradient by target tokens and the one by examples differ, cosine "
+            f"below {_ALIKE}: {_listed(odd, ', ')}: {meaning}."
+        )
+    shared = [
+        f"{pair.first} and {pair.second} ({pair.rows:,})"
+        for pair in sorted(split.shared_rows, key=lambda pair: -pair.rows)
+    ]
+    if shared:
+        sentences.append(
+            f"Datasets share sketched rows: {_listed(shared, ', ')}. Their cosines come from "
+            "products of different blocks of rows, so a row never meets itself."
+        )
+    return tuple(sentences)
 
 
 def split_lines(split: SplitManifest, steps: Sequence[int] | None = None) -> tuple[str, ...]:
@@ -131,3 +166,25 @@ def _aligned(table: Table) -> Iterable[str]:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()
+
+
+def small_margins(split: SplitManifest) -> list[SplitDataset]:
+    """The datasets near a border, nearest first: moving them to another group costs little.
+
+    Margins are compared per unit of weight in the balance. A margin is small if it is at most a
+    tenth of their median, or 0.
+    """
+    samples = split.balance == "samples"
+    per_weight = {
+        i: row.margin / (row.num_examples if samples else row.num_target_tokens)
+        for i, row in enumerate(split.datasets)
+        if row.group >= 0
+    }
+    if split.groups == 1 or not per_weight:
+        return []
+    bound = max(0.0, _SMALL * median(per_weight.values()))
+    return [
+        split.datasets[i]
+        for i in sorted(per_weight, key=lambda i: (per_weight[i], i))
+        if per_weight[i] <= bound
+    ]

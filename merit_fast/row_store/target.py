@@ -214,4 +214,4 @@ def _of_states(states: Sequence[SketchState], stores: Sequence[Store]) -> Target
             StoreIdentity.of(state.identity, identity.store_dim), "search: target"
         )
         sums.append(identity.fold(state.block_sums[present]).double())
-    return Target(tuple(sums), states[0].block_counts[present].double())
+    return Target(tuple(sums), states[0].block_weights[present])

@@ -20,6 +20,11 @@ class SketchConfig:
         "stop sketching a dataset once the relative standard error of its signal fraction is this "
         "small; 0: sketch all examples",
     )
+    weight: Literal["tokens", "examples"] | None = option(
+        None,
+        "what a row's gradient of its token mean counts: its target tokens, as in training, or 1 "
+        "[preset: tokens]",
+    )
     parameters: str = option(
         "all",
         "parameters to sketch: all, blocks (the transformer blocks), or a regex on their names",

@@ -14,9 +14,10 @@ from merit_fast.row_store.writer import RowWriter
 from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.drawing import places_in_rows
+from merit_fast.sketch.drawing import RowBlocks, places_in_rows
+from merit_fast.sketch.examples import NotFiniteError, require_finite
 from merit_fast.sketch.sampling import next_examples
-from merit_fast.sketch.sketcher import GradientSketcher, NotFiniteError, require_finite
+from merit_fast.sketch.sketcher import GradientSketcher
 
 # Of adaptive sampling.
 FIRST_LOOK = 32
@@ -42,12 +43,18 @@ class DatasetSketcher:
         self,
         dataset: Dataset,
         indices: Sequence[int],
+        blocks: RowBlocks,
         task: Task,
         store: RowWriter | None = None,
     ) -> SketchState:
         """Sketches examples in their order: all, or with ``config.precision`` as many as needed.
 
-        ``store`` gets every example's sketch.
+        Args:
+            dataset: the dataset.
+            indices: [n] the examples.
+            blocks: of these examples.
+            task: display.
+            store: gets every example's sketch; None: they are not kept.
 
         Raises:
             MeritFastError: a row's gradient is not finite; the message names dataset and row.
@@ -67,8 +74,10 @@ class DatasetSketcher:
             stop = state.num_examples + more
             while state.num_examples < stop:
                 start = state.num_examples
-                rows = indices[start : min(start + self._rows_of_pass(), stop)]
-                sketched = self._sketch_pass(dataset, rows)
+                end = min(start + self._rows_of_pass(), stop)
+                rows = indices[start:end]
+                sketched = self._sketch_pass(dataset, rows, blocks.blocks[start:end])
+                state.add_shared_rows(blocks.shared_rows(start, end))
                 if store is not None:
                     store.append(sketched[0], row_numbers[rows], places[rows], *sketched[1:])
                 task.advance(len(rows), dataset.name)
@@ -87,7 +96,7 @@ class DatasetSketcher:
         return 1 if sketched and not find_towers(self.model) else self.config.batch_size
 
     def _sketch_pass(
-        self, dataset: Dataset, rows: Sequence[int]
+        self, dataset: Dataset, rows: Sequence[int], blocks: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sketches some rows into the state; returns sketches, loss sums and target tokens.
 
@@ -103,7 +112,7 @@ class DatasetSketcher:
             try:
                 losses = _backward(self.model, batch, numbers, len(rows))
                 if not (sketcher.is_checking and self.config.check == "first"):
-                    sketches = sketcher.update(names, *losses, row_examples=numbers)
+                    sketches = sketcher.update(names, *losses, row_examples=numbers, blocks=blocks)
                     return sketches, *losses
                 require_finite(sketcher.take(row_examples=numbers), names)
             except RepeatBatch:  # more parameters take a backward pass per example

@@ -33,6 +33,7 @@ def sketch_gradients(  # noqa: PLR0913
     mode: Literal["per_example"] = "per_example",
     check: Literal["first", "always", "never"] = "first",
     uncovered: Literal["autograd", "error"] = "error",
+    weight: Literal["examples", "tokens"] = "examples",
 ) -> "GradientSketcher":
     """Sketches the gradient of every example inside a with-block, in which the weights are frozen.
 
@@ -57,6 +58,10 @@ def sketch_gradients(  # noqa: PLR0913
             at most two more backward passes; "always" every pass; "never" none.
         uncovered: "error" refuses parameters that no hook covers, all in one message; "autograd"
             takes a backward pass per example for them (``GradientSketcher.slow_parameters``).
+        weight: what an example's gradient counts in ``state``: "examples", 1; "tokens", its target
+            tokens, which ``update`` needs then. With the mean over its target tokens as an
+            example's loss, "tokens" gives the gradient of the mean over all target tokens, as
+            training descends it, and "examples" the mean of the examples' gradients.
 
     Raises:
         InputError: an argument breaks its rule.
@@ -78,4 +83,5 @@ def sketch_gradients(  # noqa: PLR0913
         blocks=blocks,
         check=check,
         uncovered=uncovered,
+        weight=weight,
     )

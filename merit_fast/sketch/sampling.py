@@ -6,11 +6,11 @@ The signal fraction f = |mean|^2 / E|mean of the n sketched|^2 is estimated by
 
     U / R,   U = (|sum_b S_b|^2 - sum_b |S_b|^2) / (n^2 - sum_b n_b^2),   R = |sum_b S_b|^2 / n^2
 
-with the block jackknife's standard error. A dataset is *resolved* when its U is too large for
-noise. Under noise the signs of the block sums are arbitrary, so the test is exact for any
-covariance and block sizes: the share of all sign choices e with |sum_b e_b S_b| at least as long
-(Fisher 1935; Romano 1990, JASA). It assumes only that a block's noise is as likely as its mirror
-image.
+with the block jackknife's standard error; n is the sum of the examples' weights. A dataset is
+*resolved* when its U is too large for noise. Under noise the signs of the block sums are arbitrary,
+so the test is exact for any covariance and block sizes: the share of all sign choices e with
+|sum_b e_b S_b| at least as long (Fisher 1935; Romano 1990, JASA). It assumes only
+that a block's noise is as likely as its mirror image.
 
 To stop when the figures look good makes noise look good. So there are few looks, at ``first``,
 twice that, ... and at ``most`` examples, and each gets ``error_rate`` / looks. Of the datasets
@@ -71,22 +71,24 @@ class Signal:
 
 
 def measure_signal(state: "SketchState") -> Signal:
-    """Measures the signal from block sums and counts; leaves out blocks without examples.
+    """Measures the signal from block sums and weights; leaves out blocks without examples.
 
     Raises:
         MeritFastError: fewer than two blocks have examples.
     """
     sums = state.block_sums.numpy()
     counts = state.block_counts.numpy()
-    sums = sums[counts > 0]
-    counts = counts[counts > 0].astype(np.float64)
+    filled = counts > 0
+    sums = sums[filled]
+    weights = state.block_weights.numpy()[filled]
+    counts = counts[filled]
     if len(counts) < 2:
         raise MeritFastError(
             f"signal fraction: needs examples in two blocks or more, got {len(counts)}"
         )
     gram = sums @ sums.T
     squares = np.diag(gram)
-    fraction, error = signal_fractions(gram[None], counts[None])
+    fraction, error = signal_fractions(gram[None], weights[None])
     spread = np.sqrt(2 * ((gram**2).sum() - (squares**2).sum()))
     return Signal(
         fraction=float(fraction[0]),

@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_check import SketchCheck
-from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState, Weight
+from merit_fast.sketch.examples import DatasetId, UpdatedExamples, require_finite
 from merit_fast.sketch.names import canonical_name
 from merit_fast.sketch.passes.passes import SketchedPasses
 from merit_fast.sketch.precondition import scales_fingerprint
@@ -25,24 +26,8 @@ from merit_fast.sketch.selection import (
     unwrapped,
 )
 
-DatasetId = str | int
 # Innermost last: parameters that these froze still count as trainable.
 _entered: list["GradientSketcher"] = []
-
-
-class NotFiniteError(MeritFastError):
-    """The gradient of one example holds NaN or infinity.
-
-    Attributes:
-        example: its number in the batch.
-    """
-
-    def __init__(self, dataset: DatasetId, example: int) -> None:
-        super().__init__(
-            f"sketch_gradients: example {example} of the batch, of dataset {dataset!r}: must have "
-            "a finite gradient, found NaN or infinity"
-        )
-        self.example = example
 
 
 class GradientSketcher:
@@ -68,13 +53,14 @@ class GradientSketcher:
         parameters: by name; None: all that require a gradient.
         scales: factors of the gradients' entries by parameter name (``adam_scales``).
         blocks: blocks of each state; examples fill them in turn.
+        weight: "examples" or "tokens", as for ``sketch_gradients``.
         fingerprint: the model's, for the states; None: that of its weights in memory.
         check: "first", "always" or "never", as for ``sketch_gradients``.
         uncovered: "autograd" or "error", as for ``sketch_gradients``.
         notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
 
     Raises:
-        InputError: ``check`` or ``uncovered`` has another value.
+        InputError: ``check``, ``uncovered`` or ``weight`` has another value.
         MeritFastError: a parameter cannot be covered; raised here, in the forward or in the
             backward pass. The message names it.
     """
@@ -87,6 +73,7 @@ class GradientSketcher:
         scales: Mapping[str, Tensor] | None = None,
         *,
         blocks: int = 8,
+        weight: Weight = "examples",
         fingerprint: str | None = None,
         check: Literal["first", "always", "never"] = "first",
         uncovered: Literal["autograd", "error"] = "error",
@@ -94,11 +81,13 @@ class GradientSketcher:
     ) -> None:
         require_one_of("check", check, ("first", "always", "never"))
         require_one_of("uncovered", uncovered, ("autograd", "error"))
+        require_one_of("weight", weight, get_args(Weight))
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.model = unwrapped(model)
         self.sketch = sketch
         self.scales = {canonical_name(name): scale for name, scale in (scales or {}).items()}
         self.blocks = blocks
+        self.weight = weight
         chosen = (
             select_parameters(self.model, "all", is_trainable) if parameters is None else parameters
         )
@@ -110,7 +99,13 @@ class GradientSketcher:
         self._notify = notify or functools.partial(warnings.warn, stacklevel=4)
         self._told = 0  # number of slow parameters in the last line
         self._passes = SketchedPasses(
-            self.model, chosen, sketch, self.scales, check=check, uncovered=uncovered
+            self.model,
+            chosen,
+            sketch,
+            self.scales,
+            check=check,
+            uncovered=uncovered,
+            weight=weight,
         )
         self._restore: list[Callable[[], object]] = []
 
@@ -143,7 +138,7 @@ class GradientSketcher:
             fingerprint = self._fingerprint or model_weights_fingerprint(self.model)
             adam = f"adam {scales_fingerprint(self.scales)}: " if self.scales else ""
             self._identity = SketchIdentity(
-                self.sketch, adam + fingerprint, tuple(self.parameter_names)
+                self.sketch, adam + fingerprint, tuple(self.parameter_names), self.weight
             )
         return self._identity
 
@@ -202,7 +197,7 @@ class GradientSketcher:
             raise MeritFastError(
                 "sketch_gradients: update() or take() before a forward and backward pass"
             )
-        sketches = self._passes.take()
+        sketches = self._passes.take(row_examples)
         uncovered = self._passes.uncovered
         if len(uncovered.slow) > self._told:
             self._told = len(uncovered.slow)
@@ -220,6 +215,7 @@ class GradientSketcher:
         num_target_tokens: Sequence[int] | Tensor | None = None,
         *,
         row_examples: Sequence[int] | None = None,
+        blocks: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Adds the examples of the last backward pass to their datasets' states.
 
@@ -227,54 +223,34 @@ class GradientSketcher:
             dataset_ids: [B] dataset of each example, by name or number.
             loss_sums: [B] each example's summed loss over its target tokens, nats, for the states'
                 means.
-            num_target_tokens: [B] number of those tokens.
+            num_target_tokens: [B] number of those tokens; required with ``weight="tokens"``.
             row_examples: [rows of the pass] number of the example, from 0 to B - 1, to which each
                 row belongs; None: row b is example b.
+            blocks: [B] block of each example; None: a dataset's examples fill them in turn. Give a
+                row that several datasets have the same block in all.
 
         Returns:
-            [B, D] float32, the sketches.
+            [B, D] float32, the sketches of the examples' own losses, not multiplied by tokens.
 
         Raises:
+            InputError: an argument breaks its rule.
             NotFiniteError: an example's gradient holds NaN or infinity. The states are as before.
         """
-        ids, losses, tokens = (
-            _listed(values) for values in (dataset_ids, loss_sums, num_target_tokens)
-        )
+        examples = UpdatedExamples.of(dataset_ids, loss_sums, num_target_tokens, blocks)
+        ids = examples.dataset_ids
         num_rows = len(ids) if self._passes.run is None else self._passes.run.size
         size = num_rows if row_examples is None else len(set(row_examples))
         if row_examples is not None and len(row_examples) != num_rows:
             raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
-        for key, values in (
-            ("dataset_ids", ids),
-            ("loss_sums", losses),
-            ("num_target_tokens", tokens),
-        ):
-            if (values or key == "dataset_ids") and len(values) != size:
-                raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
+        examples.check(size, self.weight, self.blocks)
         sketches = self.take(row_examples=row_examples)
         require_finite(sketches, ids)
         for dataset in dict.fromkeys(ids):
-            rows = [row for row, other in enumerate(ids) if other == dataset]
             state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
-            block = (state.num_examples + torch.arange(len(rows))) % self.blocks
-            loss = float(sum(losses[row] for row in rows)) if losses else 0.0
-            count = int(sum(tokens[row] for row in rows)) if tokens else 0
-            state.add_examples(sketches[rows], block, loss, count)
+            examples.add_to(state, sketches, dataset)
         return sketches
-
-
-def require_finite(sketches: Tensor, dataset_ids: Sequence[DatasetId]) -> None:
-    """Raises NotFiniteError at the first example [B, D] that holds NaN or infinity."""
-    wrong = (~sketches.isfinite().all(1)).nonzero()
-    if len(wrong):
-        example = int(wrong[0])
-        raise NotFiniteError(dataset_ids[example], example)
 
 
 def is_trainable(parameter: nn.Parameter) -> bool:
     """Whether a parameter requires a gradient, or did before a sketcher froze it."""
     return parameter.requires_grad or any(id(parameter) in sketcher.names for sketcher in _entered)
-
-
-def _listed(values: Sequence[Any] | Tensor | None) -> list[Any]:
-    return [] if values is None else values.tolist() if isinstance(values, Tensor) else list(values)

@@ -17,7 +17,14 @@ from merit_fast.row_store.reuse import reuse_rows
 from merit_fast.row_store.writer import ROWS_FOLDER, RowWriter
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.dataset import ERROR_RATE, FIRST_LOOK, DatasetSketcher
-from merit_fast.sketch.drawing import choose_examples, rows_fingerprint, sums_fingerprint
+from merit_fast.sketch.drawing import (
+    RowBlocks,
+    assign_blocks,
+    choose_examples,
+    row_digests,
+    rows_fingerprint,
+    sums_fingerprint,
+)
 from merit_fast.sketch.reuse import record_state, reuse_states
 from merit_fast.sketch.sampling import check_blocks, describe_signal
 from merit_fast.sketch.selection import select_parameters
@@ -37,7 +44,9 @@ def sketch_mixture(  # noqa: PLR0913
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
-    The loss of an example is the mean over its target tokens. A file that a killed run finished in
+    The loss of an example is the mean over its target tokens; with ``config.weight`` "tokens" (the
+    default) its gradient counts as often as it has target tokens. A row that several datasets have
+    lies in the same block of all. A file that a killed run finished in
     ``directory`` is kept if its dataset, the model and the options are as they were.
 
     Args:
@@ -47,15 +56,17 @@ def sketch_mixture(  # noqa: PLR0913
             they are not sketched.
 
     Raises:
-        InputError: a dataset of one example; parameters that select nothing; blocks too few for
-            ``precision``.
+        InputError: a dataset of one example, or of too few rows that no other dataset has;
+            parameters that select nothing; blocks too few for ``precision``.
     """
     chosen = {d.name: choose_examples(d, config) for d in datasets}
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, max(map(len, chosen.values())), ERROR_RATE)
+    digests = {d.name: row_digests(d, chosen[d.name]) for d in datasets}
+    blocks = assign_blocks(digests, config.blocks)
     fingerprints = {
-        d.name: sums_fingerprint(d, chosen[d.name], model_fingerprint, config, freeze)
-        for d in datasets
+        name: sums_fingerprint(rows, blocks[name], model_fingerprint, config, freeze)
+        for name, rows in digests.items()
     }
     row_prints = {
         d.name: rows_fingerprint(d, chosen[d.name], fingerprints[d.name], config)
@@ -78,6 +89,7 @@ def sketch_mixture(  # noqa: PLR0913
             model_fingerprint,
             missing,
             chosen,
+            blocks,
             fingerprints,
             row_prints,
             pad_token_id,
@@ -93,6 +105,7 @@ def _sketch_datasets(  # noqa: PLR0913
     model_fingerprint: str,
     missing: Sequence[Dataset],
     chosen: Mapping[str, list[int]],
+    blocks: Mapping[str, RowBlocks],
     fingerprints: Mapping[str, str],
     row_prints: Mapping[str, str],
     pad_token_id: int,
@@ -111,6 +124,7 @@ def _sketch_datasets(  # noqa: PLR0913
             sketch,
             parameters,
             blocks=config.blocks,
+            weight=config.weight or "tokens",
             fingerprint=model_fingerprint,
             check=config.check,
             uncovered=config.uncovered,
@@ -129,7 +143,8 @@ def _sketch_datasets(  # noqa: PLR0913
                     StoreIdentity.of(sketcher.identity, config.store_dim),
                     row_prints[dataset.name],
                 )
-            state = datasets.sketch(dataset, chosen[dataset.name], task, store)
+            indices = chosen[dataset.name]
+            state = datasets.sketch(dataset, indices, blocks[dataset.name], task, store)
             if store is not None:
                 store.finish()
             write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())

@@ -7,20 +7,23 @@ changes and keeps nothing, so training gives the same bits as without it.
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from merit_fast.errors import MeritFastError
+from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
-from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState, Weight
+from merit_fast.sketch.examples import DatasetId, one_dataset
 from merit_fast.sketch.names import canonical_name
 from merit_fast.sketch.precondition import requested_scales, scales_fingerprint
-from merit_fast.sketch.selection import model_weights_fingerprint, select_parameters
-
-DatasetId = str | int
+from merit_fast.sketch.selection import (
+    model_weights_fingerprint,
+    require_one_of,
+    select_parameters,
+)
 
 
 def sketch_sums(
@@ -31,6 +34,8 @@ def sketch_sums(
     normalize: Literal["adam"] | None = None,
     optimizer: Any = None,
     blocks: int = 8,
+    *,
+    weight: Weight = "examples",
 ) -> "SummedSketcher":
     """Sketches the gradient of every backward pass of a training loop inside a with-block.
 
@@ -49,6 +54,9 @@ def sketch_sums(
             moments.
         optimizer: an Adam or AdamW that has stepped; with ``normalize`` only.
         blocks: blocks of each dataset's state, for standard errors.
+        weight: what the summed losses are of: "examples", one loss each; "tokens", the losses of
+            their target tokens, so that an example counts as often as it has target tokens, as in a
+            training step with a mean over tokens.
 
     Raises:
         InputError: an argument breaks its rule.
@@ -57,7 +65,9 @@ def sketch_sums(
     core = model.module if isinstance(model, DistributedDataParallel) else model
     chosen = select_parameters(core, parameters)
     scales = requested_scales(core, normalize, optimizer, chosen)
-    return SummedSketcher(core, CountSketch(proj_dim, seed), chosen, scales or None, blocks=blocks)
+    return SummedSketcher(
+        core, CountSketch(proj_dim, seed), chosen, scales or None, blocks=blocks, weight=weight
+    )
 
 
 class SummedSketcher:
@@ -74,12 +84,13 @@ class SummedSketcher:
     gradients are averaged: add the ranks' states.
 
     ``state`` holds a ``SketchState`` per dataset whose units are passes: each goes to the block
-    with the fewest examples, so equal passes fill the blocks in turn. Estimates from block sums and
-    counts stay unbiased, for passes of unequal size too: E[block sum | count] = count * mean. Sums
-    of gradients do not tell the sum of |s|^2 over examples: ``block_square_norms`` is NaN, and so
-    is every figure that needs it. While weights change, the mean is that along the run. The
-    identity has ``sum`` (and the scales) before the model's fingerprint, so such a state never
-    merges with one of per-example gradients at fixed weights.
+    with the least weight (examples or target tokens), so equal passes fill the blocks in turn.
+    Estimates from block sums and weights stay unbiased, for passes of unequal size too: E[block sum
+    | weight] = weight * mean. Sums of gradients do not tell the sum of |w s|^2 over examples, nor
+    the sum under the other weighting: ``block_square_norms``, ``block_square_weights`` and
+    ``other_sum`` are NaN, and so is every figure that needs them. While the model's weights change,
+    the mean is that along the run. The identity has ``sum`` (and the scales) before the model's
+    fingerprint, so such a state never merges with one of per-example gradients at fixed weights.
 
     Args:
         model: the model of ``parameters``.
@@ -88,6 +99,7 @@ class SummedSketcher:
         scales: factors of the gradients' entries by name, float32 [R, C] (``adam_scales``); for all
             parameters, or None.
         blocks: blocks of each dataset's state.
+        weight: "examples" or "tokens", as for ``sketch_sums``.
         fingerprint: the model's at the start of training; None: that of its weights now.
 
     Raises:
@@ -103,8 +115,10 @@ class SummedSketcher:
         scales: Mapping[str, Tensor] | None = None,
         *,
         blocks: int = 8,
+        weight: Weight = "examples",
         fingerprint: str | None = None,
     ) -> None:
+        require_one_of("weight", weight, get_args(Weight))
         self.sketch = sketch
         self.blocks = blocks
         self.scales = scales
@@ -117,7 +131,9 @@ class SummedSketcher:
         self._check()
         adam = f" adam {scales_fingerprint(scales)}" if scales else ""
         fingerprint = model_weights_fingerprint(model) if fingerprint is None else fingerprint
-        self.identity = SketchIdentity(sketch, f"sum{adam}: {fingerprint}", tuple(self.parameters))
+        self.identity = SketchIdentity(
+            sketch, f"sum{adam}: {fingerprint}", tuple(self.parameters), weight
+        )
         self._sums: dict[torch.device, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -153,18 +169,24 @@ class SummedSketcher:
             dataset_id: dataset of the examples; or one id per example, all equal.
             count: number of examples; None: the number of ids.
             loss_sum: their summed loss, nats.
-            num_target_tokens: number of their target tokens.
-            loss_divisor: divisor of the sum of the examples' losses before ``backward``: ``count``
-                for their mean, the optimizer step's target tokens for a mean over these.
+            num_target_tokens: number of their target tokens; required with ``weight="tokens"``.
+            loss_divisor: divisor of the sum of the losses before ``backward``: ``count`` for a mean
+                over examples, the optimizer step's target tokens for a mean over these.
 
         Returns:
-            [1, D] float32, the sketch of the gradient of the examples' summed loss.
+            [1, D] float32, the sketch of the gradient of the summed losses.
 
         Raises:
+            InputError: the weights are tokens, and no target token was given.
             MeritFastError: no backward pass since the last update, examples of several datasets, or
                 a gradient that is not finite. The state is as before.
         """
-        dataset, count = _one_dataset(dataset_id, count)
+        dataset, count = one_dataset(dataset_id, count)
+        if self.identity.weight == "tokens" and num_target_tokens < 1:
+            raise InputError(
+                f"num_target_tokens: must be at least 1 with weight 'tokens', "
+                f"got {num_target_tokens}"
+            )
         if not self._sums:
             raise MeritFastError(
                 f"sketch: update({dataset!r}): no backward pass through the chosen parameters "
@@ -195,18 +217,20 @@ class SummedSketcher:
         self.state = dict(states)
 
     def _add(
-        self, dataset: DatasetId, total: Tensor, count: int, loss_sum: float, num_target_tokens: int
+        self, dataset: DatasetId, total: Tensor, count: int, loss_sum: float, tokens: int
     ) -> None:
         if dataset not in self.state:
             state = self.state[dataset] = SketchState.zeros(self.identity, self.blocks)
             state.block_square_norms.fill_(torch.nan)
+            state.block_square_weights.fill_(torch.nan)
+            state.other_sum.fill_(torch.nan)
         state = self.state[dataset]
-        counts = state.block_counts.tolist()
-        block = counts.index(min(counts))
+        block = int(state.block_weights.argmin())
         state.block_sums[block] += total[0]
+        state.block_weights[block] += count if state.identity.weight == "examples" else tokens
         state.block_counts[block] += count
         state.loss_sum += loss_sum
-        state.num_target_tokens += num_target_tokens
+        state.num_target_tokens += tokens
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         shape = matrix_shape(self.parameters[name].shape)
@@ -261,25 +285,3 @@ class SummedSketcher:
             if self.scales is not None and name not in self.scales:
                 raise MeritFastError(f"sketch: parameter {name} has no scale")
             names[id(parameter)] = name
-
-
-def _one_dataset(
-    dataset_id: DatasetId | Sequence[DatasetId] | Tensor, count: int | None
-) -> tuple[DatasetId, int]:
-    if isinstance(dataset_id, Tensor):
-        dataset_id = dataset_id.tolist()
-    ids = [dataset_id] if isinstance(dataset_id, str | int) else list(dataset_id)
-    if count is None and isinstance(dataset_id, str | int):
-        raise MeritFastError(
-            f"sketch: update({dataset_id!r}): count, the number of examples, is required"
-        )
-    count = len(ids) if count is None else count
-    names = sorted({str(dataset) for dataset in ids})
-    if len(names) != 1:
-        listed = ", ".join(names[:3]) or "none"
-        raise MeritFastError(
-            f"sketch: sketch_sums needs the examples of one dataset per backward pass, got {listed}"
-        )
-    if count < 1:
-        raise MeritFastError(f"sketch: update({ids[0]!r}): count must be at least 1, got {count}")
-    return ids[0], count

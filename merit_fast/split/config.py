@@ -22,11 +22,12 @@ class Choices:
     debias: Literal["blocks", "none"]
     center: Literal["tokens", "columns"]
     balance: Literal["tokens", "samples", "none"]
+    weight: Literal["tokens", "examples"]
 
 
 PRESETS = {
-    "debiased": Choices("pca-swap", "blocks", "tokens", "tokens"),
-    "paper": Choices("pca-median", "none", "columns", "samples"),
+    "debiased": Choices("pca-swap", "blocks", "tokens", "tokens", "tokens"),
+    "paper": Choices("pca-median", "none", "columns", "samples", "examples"),
 }
 *_FIRST_NAMES, _LAST_NAME = METHODS
 
@@ -43,7 +44,7 @@ class SplitConfig(SketchConfig):
     )
     preset: Literal["debiased", "paper"] = option(
         "debiased",
-        "paper: naive cosines, column-centred PCA, recursive medians of samples, as published",
+        "paper: naive cosines, column-centred PCA, recursive medians, each example 1, as published",
     )
     method: Method | None = option(
         None,
@@ -107,10 +108,11 @@ class SplitConfig(SketchConfig):
             )
 
     def sketch_config(self) -> SketchConfig:
-        """Options that decide the sketches."""
-        return SketchConfig(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(SketchConfig)}
-        )
+        """Options that decide the sketches, with the preset's weight."""
+        options = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(SketchConfig)
+        }
+        return SketchConfig(**options | {"weight": self.filled().weight})
 
     def filled(self) -> "Choices":
         """The config's choices, completed by the preset's."""
@@ -120,4 +122,5 @@ class SplitConfig(SketchConfig):
             self.debias or preset.debias,
             self.center or preset.center,
             self.balance or preset.balance,
+            self.weight or preset.weight,
         )

@@ -6,7 +6,9 @@ n, the sampling noise of the mean with itself; pairs of different blocks are fre
 
     U = (|T|^2 - sum_g |S_g|^2) / (n^2 - sum_g n_g^2),   E U = |mean gradient|^2
 
-Inner products of different datasets need no correction, their cosines do: by the square roots of U.
+with n_g the sum of the block's weights: its target tokens, or its examples. Inner products of
+datasets that share no row need no correction, those of others take pairs of different blocks too.
+Cosines are divided by the square roots of U.
 """
 
 import math
@@ -100,7 +102,7 @@ def conflict_of(
     """
     whole = mean_gram(products, debias)
     folds = left_out_grams(products, debias)
-    fraction, signal_error = signal_fractions(products.within, products.counts)
+    fraction, signal_error = signal_fractions(products.within, products.weights)
     more = _more_examples(fraction, signal_error, products.counts)
     error = jackknife_error(np.stack([fold.cosine() for fold in folds]))
     np.fill_diagonal(error, 0.0)
@@ -262,14 +264,15 @@ def _mean_gram(
     products: Array, source: BlockProducts, blocks: npt.NDArray[np.intp], debias: Debias
 ) -> MeanGram:
     """Gram of the means over some blocks, from inner products [N, N] of their sums."""
-    counts = source.counts[:, blocks]
-    number = counts.sum(1)
-    gram = products / np.outer(number, number)
-    naive = np.diag(gram).copy()
+    weights = source.weights[:, blocks]
+    number = weights.sum(1)
+    naive = np.diag(products) / number**2
     if debias == "none":
-        return MeanGram(gram, naive)
+        return MeanGram(products / np.outer(number, number), naive)
+    independent, pairs = source.independent(products, blocks)
+    gram = independent / np.where(pairs > 0, pairs, np.nan)
     within_blocks = np.einsum("ngg->ng", source.within)[:, blocks].sum(1)
-    unbiased = unbiased_square(np.diag(products), within_blocks, number, (counts**2).sum(1))
+    unbiased = unbiased_square(np.diag(products), within_blocks, number, (weights**2).sum(1))
     np.fill_diagonal(gram, unbiased)
     return MeanGram(gram, np.maximum(unbiased, _FLOOR * naive))
 

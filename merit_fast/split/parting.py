@@ -49,7 +49,7 @@ class HeldOutBlocks:
     """Cosines that block g alone gives, g = 1..G: its products with itself and all others.
 
         c_g = <T_i, T_j> - <T_i - S_ig, T_j - S_jg>   divided by its pairs of examples and by the
-              lengths that all blocks give
+              lengths that all blocks give; of datasets that share rows, different blocks only
 
     Args:
         products: products of the datasets' block sums.
@@ -59,15 +59,16 @@ class HeldOutBlocks:
     def __init__(self, products: BlockProducts, weights: Array) -> None:
         length = np.sqrt(mean_gram(products, "blocks").square)
         scale = np.outer(*2 * [np.where(length > 0, length, 1.0)])
-        number = products.counts.sum(1)
+        blocks = np.arange(products.weights.shape[1])
+        total, all_pairs = products.independent(products.total, blocks)
         self.cosines: list[Array] = []
         self.masses: list[Array] = []
-        for counts, left_out in zip(products.counts.T, products.left_out, strict=True):
-            rest = number - counts
-            pairs = np.outer(number, number) - np.outer(rest, rest)
+        for block, left_out in enumerate(products.left_out):
+            rest, rest_pairs = products.independent(left_out, np.delete(blocks, block))
+            pairs = all_pairs - rest_pairs
             known = np.triu(pairs > 0, 1)
             divisor = np.where(known, pairs * scale, 1.0)
-            self.cosines.append((products.total - left_out) / divisor)
+            self.cosines.append((total - rest) / divisor)
             self.masses.append(np.where(known, np.outer(weights, weights), 0.0))
 
     def contrast(self, coarse: npt.NDArray[Any], fine: npt.NDArray[Any]) -> Parting:

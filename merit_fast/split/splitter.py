@@ -44,7 +44,8 @@ class Mixture:
         tokens, samples: [N] of training.
         steps: optimizer steps of a joint run on all of it.
         text_similarity: [N, N] for method text-cluster.
-        square_norms: [N, G] sums of the examples' |g|^2 per block, for noise scales.
+        square_norms, square_weights: [N, G] sums of |w g|^2 and w^2 of the examples per block, for
+            noise scales.
     """
 
     names: Sequence[str]
@@ -53,6 +54,7 @@ class Mixture:
     steps: int
     text_similarity: Array | None = None
     square_norms: Array | None = None
+    square_weights: Array | None = None
 
 
 class Splitter:
@@ -189,7 +191,13 @@ class Splitter:
         square_norms = self.mixture.square_norms
         if square_norms is None:
             return None
-        return noise_scales(self.products, square_norms, self.tokens, self.conflict.resolved)
+        return noise_scales(
+            self.products,
+            square_norms,
+            self.tokens,
+            self.conflict.resolved,
+            self.mixture.square_weights,
+        )
 
     def stability(self, num_groups: int, labels: Sequence[int]) -> Array:
         """[N] 1 - the mean share of datasets whose company changes with a block left out."""

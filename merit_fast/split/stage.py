@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from merit_fast.data import Dataset
 from merit_fast.errors import InputError
-from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest, TriedNumber
+from merit_fast.manifests.schemas import (
+    GroupCount,
+    SharedRows,
+    SplitDataset,
+    SplitManifest,
+    TriedNumber,
+)
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.split.auto import Tried
@@ -55,8 +62,8 @@ def split_mixture(  # noqa: PLR0913
         progress: display for splits of many datasets; None: nothing is shown.
 
     Raises:
-        InputError: a sketch file is missing, broken or does not match the others; so many groups
-            are impossible.
+        InputError: a sketch file is missing, broken or does not match the others or the config's
+            weight; so many groups are impossible.
     """
     if config.groups != "auto" and config.groups > len(datasets):
         raise InputError(
@@ -66,9 +73,17 @@ def split_mixture(  # noqa: PLR0913
     states = [SketchState.read(sketches / f"{d.name}.safetensors") for d in datasets]
     for state in states[1:]:
         states[0].require_same(state)
+    weight = states[0].identity.weight
+    if config.weight not in (None, weight):
+        raise InputError(
+            f"split.weight: must be that of the sketches ({weight}), got {config.weight}"
+        )
+    shared = _shared_rows(states)
     mixture = _mixture(datasets, states, config, steps, texts)
     shown = progress if progress and len(datasets) >= _MANY else SilentProgress()
-    decision = decide_split(_products(states, shown), mixture, config, num_controls, shown)
+    decision = decide_split(
+        _products(states, shared > 0, shown), mixture, config, num_controls, shown
+    )
     choices = config.filled()
     return SplitManifest(
         groups=decision.num_groups,
@@ -94,7 +109,25 @@ def split_mixture(  # noqa: PLR0913
         unbalanced_eta_squared=_share(decision.unbalanced_eta),
         noise_scale=_known(decision.noise.mixture) if decision.noise else None,
         noise_scale_error=_known(decision.noise.mixture_error) if decision.noise else None,
+        weight=weight,
+        shared_rows=tuple(
+            SharedRows(datasets[i].name, datasets[j].name, int(shared[i, j]))
+            for i, j in np.argwhere(np.triu(shared, 1))
+        ),
     )
+
+
+def _shared_rows(states: Sequence[SketchState]) -> npt.NDArray[np.int64]:
+    """[N, N] numbers of different sketched rows that two datasets share; 0 on the diagonal."""
+    owners: dict[int, list[int]] = {}
+    for i, state in enumerate(states):
+        for row in state.shared_rows.tolist():
+            owners.setdefault(row, []).append(i)
+    shared = np.zeros((len(states), len(states)), np.int64)
+    for found in owners.values():
+        shared[np.ix_(found, found)] += 1
+    np.fill_diagonal(shared, 0)
+    return shared
 
 
 def _pairs(decision: Decision) -> dict[str, Any]:
@@ -116,12 +149,16 @@ def _pairs(decision: Decision) -> dict[str, Any]:
     }
 
 
-def _products(states: Sequence[SketchState], progress: Progress) -> BlockProducts:
+def _products(
+    states: Sequence[SketchState], shared: npt.NDArray[np.bool_], progress: Progress
+) -> BlockProducts:
     width = states[0].identity.sketch.proj_dim
     with progress.task("inner products", width, "columns") as task:
         return block_products(
             [state.block_sums.numpy() for state in states],
             torch.stack([s.block_counts for s in states]).numpy(),
+            torch.stack([s.block_weights for s in states]).numpy(),
+            shared,
             task.advance,
         )
 
@@ -142,7 +179,8 @@ def _mixture(
     tokens = np.array([d.num_target_tokens for d in datasets], np.float64)
     samples = np.array([d.num_examples for d in datasets], np.float64)
     square_norms = torch.stack([state.block_square_norms for state in states]).numpy()
-    return Mixture(names, tokens, samples, steps, text_similarity, square_norms)
+    square_weights = torch.stack([state.block_square_weights for state in states]).numpy()
+    return Mixture(names, tokens, samples, steps, text_similarity, square_norms, square_weights)
 
 
 def _dataset(dataset: Dataset, state: SketchState, decision: Decision, i: int) -> SplitDataset:
@@ -165,6 +203,9 @@ def _dataset(dataset: Dataset, state: SketchState, decision: Decision, i: int) -
         noise_scale_error=_known(float(noise.errors[i])) if noise else None,
         suggested_share=_known(float(decision.shares[i])),
         suggested_share_error=_known(float(decision.share_errors[i])),
+        median_length=state.length_quantile(0.5),
+        long_length=state.length_quantile(0.95),
+        weighting_cosine=state.weighting_cosine,
     )
 
 

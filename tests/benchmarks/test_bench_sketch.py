@@ -72,7 +72,7 @@ def test_memory_is_of_a_process_of_its_own_and_a_large_model_is_built_in_place(b
 
 def test_accuracy_is_that_of_the_gradients_it_keeps(bench, tmp_path, tiny_model):
     options = (tmp_path, "--quick", "--model", tiny_model, "--examples", "2", "--proj-dims", "4096")
-    text = bench("sketch.accuracy", *options, "--seeds", "2")
+    text = bench("sketch.accuracy.__main__", *options, "--seeds", "2")
     assert "| 4096 | 2 | " in text and "8 tasks, 28 pairs" in text
     kept = records(tmp_path / "sketch_accuracy.jsonl")
     gradients = torch.stack(
@@ -82,11 +82,17 @@ def test_accuracy_is_that_of_the_gradients_it_keeps(bench, tmp_path, tiny_model)
         torch.tensor(value) for record in kept for value in record.get("exact", {}).values()
     )
     assert torch.allclose(exact.double(), gradients.double() @ gradients.double().T, rtol=1e-5)
-    more = bench("sketch.accuracy", *options, "--seeds", "3")
+    strided = [record["strided"] for record in kept if "strided" in record]
+    assert [entry["offset"] for entry in strided] == [0, 1, 2, 3, 4]
+    assert sum(entry["floats"] for entry in strided) == gradients.shape[1]
+    fifth = gradients[:, 3::5].double()
+    assert torch.allclose(torch.tensor(strided[3]["products"]).double(), fifth @ fifth.T, rtol=1e-5)
+    assert "| every fifth entry, from 3 on | " in text and "| sketch, 2 seeds | 4,096 | " in text
+    more = bench("sketch.accuracy.__main__", *options, "--seeds", "3")
     assert "gradient of" not in more and "| 4096 | 3 | " in more
     other = (*options[:-3], "3", *options[-2:])
     with pytest.raises(SystemExit, match="was measured with another examples"):
-        bench("sketch.accuracy", *other)
+        bench("sketch.accuracy.__main__", *other)
 
 
 def files_of(kept, folder):

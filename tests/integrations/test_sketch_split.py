@@ -22,6 +22,7 @@ def state_of(direction, *, batches=8, tokens=40, model="sum: model", seed=0):
         state.block_sums[block, 0] = 3.0 * direction
         state.block_sums[block] += torch.randn(4096, generator=generator) / 64
         state.block_counts[block] = 2
+        state.block_weights[block] = 2
     state.block_square_norms.fill_(torch.nan)  # as sums of training leave it
     state.loss_sum = 2.0 * tokens
     state.num_target_tokens = tokens

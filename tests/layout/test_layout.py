@@ -86,6 +86,7 @@ INSIDE = {
         "precondition",
         "capture",
         "passes",
+        "examples",
         "summed",
         "sketcher",
         "gradients",

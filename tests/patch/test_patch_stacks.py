@@ -199,7 +199,8 @@ def test_sketches_of_a_patched_model_are_those_of_the_model():
         model = make("qwen2")
         if patched:
             patch_model(model)
-        with sketch_gradients(model, proj_dim=4096) as sketcher:
+        # The loss is the batch's mean, which a check refuses.
+        with sketch_gradients(model, proj_dim=4096, check="never") as sketcher:
             model(**batch).loss.backward()
             found.append(sketcher.take())
     assert_close(found[1], found[0])

@@ -10,7 +10,8 @@ from merit_fast.manifests.schemas import (
 )
 from merit_fast.report import advise, split_lines, verdict
 from merit_fast.report.reasons import COSINE_NOTE
-from merit_fast.report.split_tables import group_rows, separation_rows, small_margins
+from merit_fast.report.split_tables import group_rows, separation_rows
+from merit_fast.report.summary import small_margins
 from merit_fast.report.tables import percent
 
 

@@ -11,15 +11,16 @@ from support.report.manifests import (
 
 from merit_fast.manifests.schemas import (
     GroupCount,
+    SharedRows,
     TriedNumber,
 )
 from merit_fast.report import verdict
 from merit_fast.report.split_tables import (
     group_rows,
     separation_rows,
-    small_margins,
     tried_rows,
 )
+from merit_fast.report.summary import rows_sentences, small_margins
 
 
 def figure(cell):
@@ -140,3 +141,26 @@ def test_small_margins_are_those_near_a_border():
         "task_002"
     ]  # a small dataset has a small margin anywhere
     assert small_margins(make_split(5, 1)) == []
+
+
+def test_rows_of_unlike_lengths_and_shared_rows_are_named(tmp_path):
+    split = make_split(4, 2)
+    assert rows_sentences(split) == ()
+    first, *others = split.datasets
+    odd = replace(first, median_length=26, long_length=3400, weighting_cosine=0.549)
+    even = replace(others[0], median_length=9, long_length=9, weighting_cosine=0.95)
+    split = replace(
+        split,
+        datasets=(odd, even, *others[1:]),
+        weight="tokens",
+        shared_rows=(SharedRows(odd.name, even.name, 2), SharedRows(odd.name, "z", 41)),
+    )
+    unlike, shared = rows_sentences(split)
+    assert f"{odd.name} (0.549; median 26 tokens, 95 % at most 3,400)" in unlike
+    assert even.name not in unlike and "long rows decide, as in training" in unlike
+    assert f"{odd.name} and z (41), {odd.name} and {even.name} (2)" in shared
+    by_examples = rows_sentences(replace(split, weight="examples"))[0]
+    assert "counts every row once" in by_examples and "split.weight: tokens" in by_examples
+    page = Page(write(tmp_path / "r.html", split, None))
+    assert any(row[0] == odd.name and {"26", "3,400", "0.549"} <= set(row) for row in page.rows)
+    assert set(verdict(split)) >= {unlike, shared}

@@ -43,6 +43,7 @@ def test_a_share_counts_all_rows_but_the_targets_own(copied_run, call):
     words = ("select", "run.yml", "--target", "codes", "--out", "picked.jsonl", "--json")
     report = json.loads(call(*words, "--keep", "10%")[1])
     assert (report["kept"], report["candidates"]) == (3, 28)
+    assert report["weight"] == "tokens"  # split.weight
     assert sum(report["datasets"].values()) == 3 and "codes" not in report["datasets"]
     report = json.loads(call(*words, "--keep", "999", "--by", "dot", "--weight", "examples")[1])
     assert (report["kept"], report["by"]) == (28, "dot")

@@ -142,7 +142,7 @@ def test_the_state_of_the_same_rows_is_a_target(tmp_path):
     rows = torch.randn(24, DIM) + 0.3
     of = SketchIdentity(CountSketch(DIM), "model", ("weight",))
     state = SketchState.zeros(of, 8)
-    state.add_examples(rows, torch.arange(24) % 8, 0.0, 24)
+    state.add_examples(rows, torch.arange(24) % 8)
     folder = write_store(tmp_path, {"a": rows, "b": torch.randn(9, DIM)})
     opened = merit_fast.open_rows(folder)
     by_state = opened.search(state, k=40)
@@ -152,6 +152,6 @@ def test_the_state_of_the_same_rows_is_a_target(tmp_path):
         assert one.score == pytest.approx(other.score, abs=2e-4)
         assert one.error == pytest.approx(other.error, rel=0.02, abs=1e-5)
     other = SketchState.zeros(SketchIdentity(CountSketch(DIM, 1), "model", ("weight",)), 8)
-    other.add_examples(rows, torch.arange(24) % 8, 0.0, 24)
+    other.add_examples(rows, torch.arange(24) % 8)
     with pytest.raises(InputError, match="seed: must be '0', found '1'"):
         opened.search(other)

@@ -21,7 +21,10 @@ def named(names, row_numbers=None):
     return [
         Dataset(
             name,
-            tuple(example([5, 9, 11, *map(ord, name), k % 9 + 5, k + 4]) for k in range(24)),
+            tuple(
+                example([5, 9, 11, *map(ord, name), *[k % 9 + 5] * (k % 3), k + 4])
+                for k in range(24)
+            ),
             row_numbers=row_numbers,
         )
         for name in names
@@ -50,17 +53,21 @@ def files_of(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def test_stored_rows_add_up_to_the_folded_sums(tiny_model, tmp_path):
-    sketched(tiny_model, tmp_path, named("ab"))
+@pytest.mark.parametrize("weight", ["tokens", "examples"])
+def test_stored_rows_add_up_to_the_folded_sums(tiny_model, tmp_path, weight):
+    sketched(tiny_model, tmp_path, named("ab"), weight=weight)
     rows = merit_fast.open_rows(tmp_path)
     assert rows.datasets == ["a", "b"] and len(rows) == 40 and rows.width == 4096
     for name in "ab":
         state = SketchState.read(tmp_path / f"{name}.safetensors")
         total = StoreIdentity.of(state.identity, 4096).fold(state.block_sums.sum(0)[None])[0]
         stored = rows.dataset(name)
-        back = stored.vectors.take(np.arange(20)).double().sum(0)
+        counts = (
+            stored.num_target_tokens.double() if weight == "tokens" else torch.ones(20).double()
+        )
+        back = counts @ stored.vectors.take(np.arange(20)).double()
         assert float((back - total).norm() / total.norm()) < 5e-4
-        assert float(stored.square_norm.sum()) == pytest.approx(
+        assert float(counts.square() @ stored.square_norm) == pytest.approx(
             float(state.block_square_norms.sum()), rel=1e-12
         )
         assert int(stored.num_target_tokens.sum()) == state.num_target_tokens
@@ -173,7 +180,8 @@ def test_options_of_a_store_have_rules(options, message):
 
 def test_a_gradient_hashed_twice_keeps_the_cosines_of_the_datasets(tiny_model, tmp_path):
     """The folded rows stand for the gradients: their means have nearly the cosine of the sums."""
-    sketched(tiny_model, tmp_path, named("ab"), examples="all", proj_dim=65536, store_dim=32768)
+    options = {"examples": "all", "proj_dim": 65536, "store_dim": 32768, "weight": "examples"}
+    sketched(tiny_model, tmp_path, named("ab"), **options)
     rows = merit_fast.open_rows(tmp_path)
     means = [rows.vectors(name).take(np.arange(24)).double().mean(0) for name in "ab"]
     sums = [SketchState.read(tmp_path / f"{name}.safetensors").block_sums.sum(0) for name in "ab"]

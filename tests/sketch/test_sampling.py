@@ -35,9 +35,8 @@ class Source:
             self.mean = self.generator.standard_normal(width)
             self.mean /= np.linalg.norm(self.mean) * np.sqrt(noise)
         identity = SketchIdentity(CountSketch(4096), "m", ("w",))
-        zeros = torch.zeros(blocks, dtype=torch.float64)
-        sums = torch.zeros(blocks, width, dtype=torch.float64)
-        self.state = SketchState(identity, sums, zeros.clone(), zeros.long())
+        self.state = SketchState.zeros(identity, blocks)
+        self.state.block_sums = torch.zeros(blocks, width, dtype=torch.float64)
 
     def take(self, count):
         """Adds ``count`` examples, dealt to the blocks in turn.
@@ -50,6 +49,7 @@ class Source:
             torch.arange(before, before + count) % len(counts), minlength=len(counts)
         )
         counts += added
+        self.state.block_weights += added
         sizes = added.numpy()[:, None].astype(float)
         noise = self.generator.standard_normal((len(counts), self.width)) / np.sqrt(self.width)
         self.state.block_sums += torch.as_tensor(sizes * self.mean + np.sqrt(sizes) * noise)
@@ -116,6 +116,7 @@ def test_a_clear_signal_has_the_smallest_p_value_and_empty_blocks_are_left_out()
 def test_a_dataset_without_any_gradient_is_not_resolvable():
     state = Source(None, seed=0).state
     state.block_counts += 25
+    state.block_weights += 25
     signal = measure_signal(state)
     assert (signal.fraction, signal.error, signal.ratio, signal.p_value) == (0, 0, 0, 1)
     assert not enough(signal, 0.2, RATE)

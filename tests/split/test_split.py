@@ -30,7 +30,7 @@ def filled_state(seed, blocks=4, examples=10, who=None):
         sketches,
         torch.arange(examples) % blocks,
         loss_sum=float(examples),
-        num_target_tokens=examples,
+        num_target_tokens=torch.ones(examples, dtype=torch.int64),
     )
     return state
 
@@ -40,10 +40,10 @@ def test_states_add_to_the_same_bits_in_any_grouping():
     sketches = torch.randint(-9, 9, (12, 4096)).float()
     whole = SketchState.zeros(identity(), 3)
     shards = [SketchState.zeros(identity(), 3) for _ in range(3)]
-    whole.add_examples(sketches, torch.arange(12) % 3, 12.0, 12)
+    whole.add_examples(sketches, torch.arange(12) % 3, 12.0, torch.arange(12))
     for i, shard in enumerate(shards):
         rows = torch.arange(i * 4, i * 4 + 4)
-        shard.add_examples(sketches[rows], rows % 3, 4.0, 4)
+        shard.add_examples(sketches[rows], rows % 3, 4.0, rows)
     shards[2].merge(shards[0])
     shards[2].merge(shards[1])
     assert shards[2].to_bytes() == whole.to_bytes()
@@ -116,7 +116,7 @@ def planted(tmp_path_factory):
         mean = signs @ axes if i < 15 else 0
         noise = torch.randn(64, 4096, generator=numbers) / 4096**0.5
         state = SketchState.zeros(identity(), 8)
-        state.add_examples(mean + noise, torch.arange(64) % 8, 64.0, 64)
+        state.add_examples(mean + noise, torch.arange(64) % 8, 64.0, torch.ones(64))
         (folder / f"{name}.safetensors").write_bytes(state.to_bytes())
     return folder, [dataset(name) for name in NAMES]
 

@@ -25,8 +25,8 @@ def add_select(parser: Parser) -> Work:
     add("--out", metavar="FILE", required=True, help="JSONL of the rows as they came, with scores")
     help = "measure between a row's gradient and the target's mean gradient [default: cosine]"
     add("--by", choices=("cosine", "dot"), default="cosine", help=help)
-    help = "what a row counts in the target's mean: its target tokens, or 1 [default: tokens]"
-    add("--weight", choices=("tokens", "examples"), default="tokens", help=help)
+    help = "what a row counts in the target's mean: its target tokens, or 1 [default: split.weight]"
+    add("--weight", choices=("tokens", "examples"), help=help)
     return _select
 
 
@@ -57,7 +57,8 @@ def _select(arguments: argparse.Namespace) -> None:
     count = num_kept(keep, candidates)
     if target.outside is not None:
         searched = sketch_target(target.outside, rows, outputs, progress_of(arguments))
-    hits = pick_rows(rows, searched, count, arguments.by, arguments.weight)
+    weight = arguments.weight or config.split.filled().weight
+    hits = pick_rows(rows, searched, count, arguments.by, weight)
     write_picked(out, hits, config)
     indistinct = count_indistinct(hits)
     counts = Counter(hit.dataset for hit in hits)
@@ -66,6 +67,7 @@ def _select(arguments: argparse.Namespace) -> None:
             "out": str(out),
             "target": target.name,
             "by": arguments.by,
+            "weight": weight,
             "candidates": candidates,
             "kept": len(hits),
             "datasets": dict(counts.most_common()),

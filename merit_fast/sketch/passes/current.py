@@ -20,6 +20,7 @@ from merit_fast.sketch.passes.check import (
     wrong_parameters,
 )
 from merit_fast.sketch.passes.refusals import Uncovered
+from merit_fast.sketch.passes.scale import LossScale, refuse_mixed
 from merit_fast.sketch.passes.unfrozen import UnfrozenWeights
 
 _NO_ROWS = "the sum only; one example too in batches of one: the model returns no row per example"
@@ -63,6 +64,8 @@ class CurrentPass:
         note: why none was.
         gated: a gradient has arrived at the model's outputs.
         received: parameters that have got a gradient from autograd.
+        names: of the model's outputs that can get a gradient.
+        scale: weights of the tokens in the loss, where the pass is checked.
         reentrant: modules ran without gradients first, as reentrant checkpointing lets them.
     """
 
@@ -79,6 +82,8 @@ class CurrentPass:
     gated: bool = False
     received: set[str] = field(default_factory=set)
     reentrant: bool = False
+    names: list[str] = field(default_factory=list)
+    scale: LossScale = field(default_factory=LossScale)
 
     def compare(self) -> None:
         """Lets the pass be checked."""
@@ -109,6 +114,9 @@ class CurrentPass:
         if extra_pass() is not None or run.done:
             return
         self.gated = True
+        arrived = [i for i, dy in enumerate(dys) if dy is not None]
+        for i in arrived:
+            refuse_mixed(self.names[i], outputs[i], run.size)
         pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if dy is not None]
         site = Site(model, {"": "of the output"})
         try:
@@ -120,6 +128,8 @@ class CurrentPass:
         else:
             found = OutputGradients([y for y, _ in pairs], [dy for _, dy in pairs], parts)
             if self.row is not None:
+                for i, (y, dy), part in zip(arrived, pairs, parts, strict=True):
+                    self.scale.add(i, y, dy, part)
                 self._check_row(self.row, found)
             if run.is_divided:
                 self._sketch_slow(found)

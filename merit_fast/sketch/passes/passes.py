@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_check import SketchCheck
+from merit_fast.manifests.sketch_state import Weight
 from merit_fast.sketch.capture.hooks import ModuleTaps
 from merit_fast.sketch.capture.layout import Pass, Refusal, Site
 from merit_fast.sketch.capture.taps import tap
@@ -21,6 +22,7 @@ from merit_fast.sketch.capture.wrapping import submodule, wrap_forward
 from merit_fast.sketch.passes.begin import begin_pass, kind_of_call, sizes_of, source_of
 from merit_fast.sketch.passes.current import CurrentPass
 from merit_fast.sketch.passes.refusals import Uncovered
+from merit_fast.sketch.passes.scale import output_names
 
 
 class SketchedPasses:
@@ -49,8 +51,10 @@ class SketchedPasses:
         scales: Mapping[str, Tensor],
         check: Literal["first", "always", "never"],
         uncovered: Literal["autograd", "error"],
+        weight: Weight,
     ) -> None:
         self.model = model
+        self.weight = weight
         self.parameters = dict(parameters)
         self.sketch = sketch
         self.scales = scales
@@ -101,12 +105,15 @@ class SketchedPasses:
         self.now = None
         self.taps.run = None
 
-    def take(self) -> Tensor:
+    def take(self, row_examples: Sequence[int] | None = None) -> Tensor:
         """Ends the pass; returns its sketches [B, D] float32.
+
+        Args:
+            row_examples: example of each row, for the scale of the loss; None: each row is one.
 
         Raises:
             RepeatBatch: the check has found wrong parameters, which are uncovered from now on.
-            MeritFastError: the check has failed.
+            MeritFastError: the check has failed, or the loss is a mean over the batch.
         """
         now = self.now
         assert now is not None
@@ -125,6 +132,7 @@ class SketchedPasses:
         first, *others = run.outs.values() or [torch.zeros(run.size, self.sketch.proj_dim)]
         for out in others:
             first += out.to(first.device)
+        now.scale.check(row_examples, self.weight)
         found = now.check_sums(first)
         if found is not None:
             self.result = found if self.result is None else self.result.merged(found)
@@ -212,6 +220,8 @@ class SketchedPasses:
         if not inner:
             return output
         values = list(inner.values())
+        names = output_names(output)
+        now.names = [names[key] for key in inner]
 
         def sink(dys: tuple[Tensor | None, ...]) -> None:
             now.at_outputs(self.model, values, dys)

@@ -20,12 +20,10 @@ from merit_fast.manifests.schemas import (
     GroupCount,
     MergeAudit,
     MergingGain,
-    ScaleSearch,
     SplitDataset,
     SplitManifest,
-    TuneManifest,
-    WeightSearch,
 )
+from merit_fast.manifests.tune_schema import ScaleSearch, TuneManifest, WeightSearch
 from merit_fast.report import write_report
 
 EVIL = "<script>alert(1)</script>"

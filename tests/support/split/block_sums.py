@@ -63,6 +63,7 @@ def products_of(products: BlockProducts, datasets: ArrayLike) -> BlockProducts:
     square = np.ix_(chosen, chosen)
     return BlockProducts(
         products.counts[chosen],
+        products.weights[chosen],
         products.within[chosen],
         products.total[square],
         np.stack([matrix[square] for matrix in products.left_out]),

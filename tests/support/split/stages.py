@@ -42,6 +42,7 @@ def split_sums(
             state = SketchState.zeros(identity, len(blocks))
             state.block_sums[:, : blocks.shape[1]] = torch.from_numpy(blocks)
             state.block_counts += torch.from_numpy(count)
+            state.block_weights += torch.from_numpy(count)
             state.loss_sum = state.num_target_tokens = int(count.sum())
             (Path(folder) / f"{name}.safetensors").write_bytes(state.to_bytes())
         return split_mixture(
