@@ -51,7 +51,7 @@ def open_rows(directory: _Path | Sequence[_Path], weights: Sequence[float] | Non
         raise InputError(
             f"open_rows: weights: must be {len(directories)} finite numbers, found {show(weights)}"
         )
-    stores = [read_store(Path(folder)) for folder in directories]
+    stores = [read_store(Path(folder).expanduser()) for folder in directories]
     for folder, store in zip(directories, stores, strict=True):
         _require_same_rows(stores[0], store, f"{folder}")
     return Rows(stores, factors)

@@ -1,5 +1,7 @@
 """The stored rows of a configured run, checked to be those of its config."""
 
+import torch
+
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.stages import SKETCH
 from merit_fast.pipeline.outputs import Outputs
@@ -14,6 +16,8 @@ def open_store(outputs: Outputs) -> Rows:
             names the command that makes it.
     """
     require_store(outputs)
+    if outputs.config.threads is not None:
+        torch.set_num_threads(outputs.config.threads)
     return open_rows(outputs.folder(SKETCH))
 
 

@@ -65,6 +65,9 @@ def test_rows_of_another_file_are_a_target_and_are_sketched_once(copied_run, cal
     monkeypatch.setattr(stage, "load_model", None)  # nothing is left to sketch
     assert call(*words, "--out", "again.jsonl")[0] == 0
     assert Path("again.jsonl").read_bytes() == Path("picked.jsonl").read_bytes()
+    assert "targets/" in call("clean", "run.yml", "--yes")[1]
+    assert not [path for path in Path("out/targets").iterdir() if path.is_dir()]
+    assert call("sketch", "run.yml")[1] == "sketch: up to date: out/sketch\n"
 
 
 def test_columns_that_rows_have_already_keep_their_values(copied_run, call):
@@ -198,6 +201,8 @@ def test_outliers_of_each_dataset_are_shown_with_errors(copied_run, call):
         assert [hit["row"] for hit in hits] == [hit.row for hit in expected]
         assert all(hit["error"] > 0 for hit in hits)
     assert len(call("outliers", "run.yml", "--keep", "2")[1].splitlines()) == 9
+    code, _, err = call("outliers", "run.yml", "--keep", "0")
+    assert code == 2 and "--keep: must be at least 1, got 0" in err
 
 
 # ---- the sketch stage of a run

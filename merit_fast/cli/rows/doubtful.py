@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from merit_fast.cli.flags import Parser, Work, add_inputs, add_run_flags
 from merit_fast.cli.stages import read_config
+from merit_fast.errors import InputError
 
 if TYPE_CHECKING:
     from merit_fast.row_store.rows import Rows
@@ -42,6 +43,8 @@ def _duplicates(arguments: argparse.Namespace) -> None:
 
 
 def _outliers(arguments: argparse.Namespace) -> None:
+    if arguments.keep < 1:
+        raise InputError(f"command line: --keep: must be at least 1, got {arguments.keep}")
     rows = _open("outliers", arguments)
     found = {name: rows.outliers(name, arguments.keep) for name in rows.datasets}
     if arguments.as_json:
