@@ -64,7 +64,9 @@ def advice_lines(advice: Advice, cost: dict[str, Any]) -> list[str]:
 
 def _sketch(run: "Run") -> float | None:
     """Sketches; returns the seconds, or None unless every example was sketched just now."""
-    fresh = not run.outputs.folder(SKETCH).exists() and not run.config.split.warmup
+    folder = run.outputs.folder(SKETCH)
+    begun_before = folder.exists() or folder.with_name(f"{folder.name}.tmp").exists()
+    fresh = not begun_before and not run.config.split.warmup
     begun = time.perf_counter()
     worked = run.sketch()
     return time.perf_counter() - begun if fresh and worked else None

@@ -69,6 +69,7 @@ def begin_directory(path: Path, fingerprint: str, keep_work: bool = False) -> Pa
             temporary.mkdir(exist_ok=True)
             if not same:
                 write_text(marker, fingerprint)
+                (temporary / STAGE_FILE).unlink(missing_ok=True)  # of the other fingerprint
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     return temporary

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from merit_fast.manifests.split_sections import GroupCount, PartConflict, TriedNumber
+
 SCHEMA_VERSION = 3  # 3: several controls, seeds and paired comparisons; run.json
 
 
@@ -37,42 +39,6 @@ class SharedRows:
     first: str
     second: str
     rows: int  # different rows that both have
-
-
-@dataclass(frozen=True)
-class GroupCount:
-    """Separation of a split into ``groups`` groups.
-
-    Values are shares of the weighted sum of squares that lie between groups, in [0, 1]. None: not
-    resolved, because nothing varies beyond noise or noise took the estimate far out of [0, 1].
-    """
-
-    groups: int
-    eta_squared: float | None  # of the split itself, debiased
-    cross_validated: float | None  # splits made on one half of the examples, measured on the other
-    null_mean: float | None  # the same of other balanced splits
-    null_std: float | None  # None with fewer than 20 of them
-    null_splits: int = 0  # distinct random splits behind the null, this split not among them
-    null_beaten: int | None = None  # how many of them have a lower share; None: not measured
-    num_splits: int | None = None  # balanced splits, this one included; None: too many to count
-
-
-@dataclass(frozen=True)
-class TriedNumber:
-    """Contrast of the pairs of datasets that a split parts with those that it keeps.
-
-    Mean cosines over blocks of examples that did not choose the split. None: no such pair.
-    """
-
-    groups: int
-    kept_cosine: float | None
-    parted_cosine: float | None
-    parted_error: float | None
-    coarser: int  # groups of the split that the next figures compare with; 1: all in one group
-    further_cosine: float | None  # of the pairs that this split parts and that one keeps
-    difference: float | None  # kept_cosine - further_cosine
-    difference_error: float | None
-    taken: bool = False  # whether this number qualified for groups auto
 
 
 @dataclass(frozen=True)
@@ -112,6 +78,7 @@ class SplitManifest:
     numbers_tried: tuple[TriedNumber, ...] = ()  # every K tried, rising
     weight: str = ""  # what a sketched row counts: its target tokens, or 1 with examples
     shared_rows: tuple[SharedRows, ...] = ()  # only pairs of datasets that share some
+    parts: dict[str, PartConflict] = field(default_factory=dict)  # of the model, in config's order
     schema_version: int = SCHEMA_VERSION
 
     def group_of(self, arm: str) -> dict[str, int]:

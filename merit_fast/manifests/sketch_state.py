@@ -27,6 +27,12 @@ _TENSORS = (
 )
 
 
+def state_path(directory: Path, dataset: str, part: str = "") -> Path:
+    """File of a dataset's state in the sketch stage's output; ``part``: of a part of the model."""
+    folder = directory / "parts" / part if part else directory
+    return folder / f"{dataset}.safetensors"
+
+
 @dataclass(frozen=True)
 class SketchIdentity:
     """Identity that two states must share before they may be added or compared.

@@ -13,6 +13,7 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.schemas import ArmResult, EvaluateManifest, SplitManifest
+from merit_fast.manifests.split_sections import PartConflict
 from merit_fast.report.advice import advise
 from merit_fast.report.measured import measured_sentences
 from merit_fast.report.split_tables import control_note
@@ -29,7 +30,7 @@ def report_data(
     """Returns the content of report.json.
 
     A table is {"columns": [...], "rows": [[...], ...]}. ``cosines`` holds the lower triangle: row i
-    has dataset i with the datasets 0..i.
+    has dataset i with the datasets 0..i, and so do the parts of the model.
     """
     advice = advise(split, branch_steps(split, evaluation))
     data: dict[str, Any] = {
@@ -58,6 +59,8 @@ def report_data(
             "errors": _triangle(split.similarity_errors),
         },
     }
+    if split.parts:
+        data["parts"] = {name: _part(part) for name, part in split.parts.items()}
     if evaluation is not None:
         data["arms"] = _arms(evaluation)
         data["dataset_results"] = _dataset_results(evaluation)
@@ -102,12 +105,16 @@ def check_lengths(split: SplitManifest) -> None:
     """
     number = len(split.datasets)
     axes = len(split.explained_variance)
-    for key, rows, width in (
+    squares: list[tuple[str, Sequence[Sequence[float | None]], int]] = [
         ("similarity", split.similarity, number),
         ("similarity_errors", split.similarity_errors, number),
         ("scores", split.scores, axes),
         ("score_errors", split.score_errors, axes),
-    ):
+    ]
+    for name, part in split.parts.items():
+        squares.append((f"parts.{name}.similarity", part.similarity, number))
+        squares.append((f"parts.{name}.similarity_errors", part.similarity_errors, number))
+    for key, rows, width in squares:
         widths = {len(row) for row in rows}
         if len(rows) != number or widths != {width}:
             raise InputError(
@@ -210,6 +217,16 @@ def _pairs(data: dict[str, Any]) -> Iterable[list[Any]]:
         for j in range(i + 1, len(rows)):
             second = rows[j]
             yield [first[0], first[1], second[0], second[1], values[j][i], errors[j][i]]
+
+
+def _part(part: PartConflict) -> dict[str, Any]:
+    return {
+        "values": _triangle(part.similarity),
+        "errors": _triangle(part.similarity_errors),
+        "norm_shares": [_short(share) for share in part.norm_shares],
+        "sure_conflicts": part.sure_conflicts,
+        "sure_conflicts_across": part.sure_conflicts_across,
+    }
 
 
 def _triangle(square: Sequence[Sequence[float | None]]) -> list[list[Any]]:

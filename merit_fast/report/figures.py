@@ -26,10 +26,11 @@ _WIDE_ROWS = 12  # up to this number, cells have room for their figures
 _CORNERS = 24  # points of an ellipse's outline
 
 
-def conflict_map(split: SplitManifest) -> go.Figure:
+def conflict_map(split: SplitManifest, part: str | None = None) -> go.Figure:
     """Heat map of the cosines; the page's script adds the numbers of report.json.
 
-    ``layout.meta`` has the two orders of the rows, and the colour of each group. A cell that is not
+    ``layout.meta`` has the two orders of the rows, the same for every ``part`` of the model and for
+    the whole (None), the colour of each group, and the part. A cell that is not
     resolved is transparent, so that the grey background shows.
     """
     tree = tree_order(split)
@@ -45,6 +46,7 @@ def conflict_map(split: SplitManifest) -> go.Figure:
         meta={
             "orders": {"group": group_order(split), "tree": tree},
             "colors": [group_color(row.group) for row in split.datasets],
+            **({} if part is None else {"part": part}),
         },
     )
     # labels stand off by the length of invisible ticks: the groups' colours are between

@@ -18,7 +18,7 @@ from merit_fast.report import figures, split_figures, split_tables, style, table
 from merit_fast.report.downloads import branch_steps, data_files, json_text
 from merit_fast.report.reasons import COSINE_NOTE, exceeds_one, shown_cosine
 from merit_fast.report.split_tables import group_name
-from merit_fast.report.summary import method_sentence, verdict
+from merit_fast.report.summary import method_sentence, part_rows, verdict
 
 TEMPLATE = "page.html.j2"
 _LISTED_PAIRS = 10  # at each end
@@ -72,6 +72,7 @@ def render_page(
         tried=split_tables.tried_rows(split) if split.numbers_tried else None,
         datasets=split_tables.split_rows(split),
         pairs=_pairs(split),
+        parts=part_rows(split),
         known_pairs=len(split_tables.known_pairs(split)),
         within=split_tables.signed(split.within_cosine),
         across=split_tables.signed(split.across_cosine),
@@ -95,6 +96,7 @@ def _figures(split: SplitManifest, steps: list[int] | None) -> dict[str, Any]:
     """The figures by name in the page's order; separations only if some were measured."""
     drawn = {
         "conflicts": figures.conflict_map(split),
+        **{f"part-{part}": figures.conflict_map(split, part) for part in split.parts},
         "axes": figures.axes_map(split),
         "tree": split_figures.dendrogram(split),
         "separations": split_figures.separation_map(split),

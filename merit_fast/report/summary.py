@@ -1,9 +1,10 @@
 """Sums up split.json in sentences and as lines for a terminal."""
 
 from collections.abc import Iterable, Sequence
-from statistics import median
+from statistics import mean, median
 
 from merit_fast.manifests.schemas import MergeAudit, SplitDataset, SplitManifest
+from merit_fast.manifests.split_sections import PartConflict
 from merit_fast.report.advice import advise
 from merit_fast.report.reasons import (
     COSINE_NOTE,
@@ -23,8 +24,9 @@ from merit_fast.report.split_tables import (
     group_rows,
     separation_rows,
     signal_text,
+    signed,
 )
-from merit_fast.report.tables import Table
+from merit_fast.report.tables import ABSENT, Table, percent
 
 _LISTED = 10  # names in one line of the terminal
 _SMALL = 0.1  # share of the median margin
@@ -100,6 +102,7 @@ def split_lines(split: SplitManifest, steps: Sequence[int] | None = None) -> tup
         within = shown_cosine(split.within_cosine)
         across = shown_cosine(split.across_cosine)
         lines.append(f"mean cosine of pairs within groups {within}, across groups {across}")
+    lines += _part_lines(split)
     if exceeds_one(split):
         lines.append(COSINE_NOTE)
     border = [
@@ -117,6 +120,44 @@ def split_lines(split: SplitManifest, steps: Sequence[int] | None = None) -> tup
         for group, names in group_members(split).items()
     ]
     return (*lines, "", *grounds)
+
+
+def part_rows(split: SplitManifest) -> Table:
+    """One row per part of the model: its share of the gradient, its conflicts, its cosines."""
+    columns = ("part", "share", "sure conflicts", "across groups", "within", "across")
+    rows = tuple(
+        (
+            name,
+            _mean_share(part),
+            f"{part.sure_conflicts} of {_num_known(part)}",
+            str(part.sure_conflicts_across),
+            signed(part.within_cosine),
+            signed(part.across_cosine),
+        )
+        for name, part in split.parts.items()
+    )
+    return columns, rows
+
+
+def _part_lines(split: SplitManifest) -> list[str]:
+    lines = []
+    for name, part in split.parts.items():
+        number = _num_known(part)
+        pairs = "1 pair surely conflicts" if number == 1 else f"{number} pairs surely conflict"
+        lines.append(
+            f"{name}: {part.sure_conflicts} of {pairs}, {part.sure_conflicts_across} of them "
+            f"across groups; {_mean_share(part)} of the squared gradient"
+        )
+    return lines
+
+
+def _mean_share(part: PartConflict) -> str:
+    shares = [share for share in part.norm_shares if share is not None]
+    return percent(mean(shares)) if shares else ABSENT
+
+
+def _num_known(part: PartConflict) -> int:
+    return sum(cosine is not None for i, row in enumerate(part.similarity) for cosine in row[:i])
 
 
 def method_sentence(split: SplitManifest) -> str:

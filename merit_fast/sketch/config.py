@@ -1,8 +1,11 @@
 """Options of the sketch stage."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+from merit_fast.errors import InputError, show
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
 
@@ -58,6 +61,13 @@ class SketchConfig:
         "parameters that no hook covers: take a backward pass per example, or stop and name them",
     )
 
+    parts: dict[str, str] | None = option(
+        None,
+        "parts of the model whose conflicts are measured too, each a regex on parameter names; "
+        "what is in none counts in the whole only",
+        form="{NAME: REGEX}",
+        omit_default=True,
+    )
     store: bool = option(
         False,
         "keep the sketch of every example, for select, duplicates and open_rows (does not change "
@@ -72,6 +82,8 @@ class SketchConfig:
     )
 
     def __post_init__(self) -> None:
+        require(self.parts != {}, "parts", "at least one part, or absent", self.parts)
+        check_parts(self.parts or {})
         enough = self.examples == "all" or self.examples >= 2
         require(enough, "examples", "at least 2, or all", self.examples)
         require(0 <= self.precision < 1, "precision", "at least 0 and below 1", self.precision)
@@ -93,3 +105,24 @@ class SketchConfig:
     def without_store(self) -> Self:
         """The options that decide the sums: without stored rows."""
         return replace(self, store=False, store_dim=type(self).store_dim)
+
+
+def check_parts(parts: Mapping[str, str]) -> None:
+    """Checks the names of parts, which become folders, and their regular expressions.
+
+    Raises:
+        InputError: a rule is broken.
+    """
+    for part, pattern in parts.items():
+        is_name = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", part) is not None
+        rule = "file names of letters, digits, '.', '_' and '-', none with '.' first"
+        require(is_name, "parts", rule, part)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(
+                f"parts.{part}: must be a regular expression, got {show(pattern)} ({error})"
+            ) from None
+    lowered = [part.lower() for part in parts]
+    same = next((part for part in parts if lowered.count(part.lower()) > 1), None)
+    require(same is None, "parts", "names that differ by more than their case", same)

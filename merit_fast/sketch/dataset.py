@@ -46,7 +46,7 @@ class DatasetSketcher:
         blocks: RowBlocks,
         task: Task,
         store: RowWriter | None = None,
-    ) -> SketchState:
+    ) -> tuple[SketchState, dict[str, SketchState]]:
         """Sketches examples in their order: all, or with ``config.precision`` as many as needed.
 
         Args:
@@ -56,12 +56,13 @@ class DatasetSketcher:
             task: display.
             store: gets every example's sketch; None: they are not kept.
 
+        Returns:
+            The state of the whole, and part -> its state.
+
         Raises:
             MeritFastError: a row's gradient is not finite; the message names dataset and row.
         """
-        states = self.sketcher.state
-        state = SketchState.zeros(self.sketcher.identity, self.config.blocks)
-        states[dataset.name] = state
+        state, of_parts = self.sketcher.states_of(dataset.name)
         row_numbers = dataset.source_rows
         places = places_in_rows(dataset)
         while more := next_examples(
@@ -77,12 +78,17 @@ class DatasetSketcher:
                 end = min(start + self._rows_of_pass(), stop)
                 rows = indices[start:end]
                 sketched = self._sketch_pass(dataset, rows, blocks.blocks[start:end])
-                state.add_shared_rows(blocks.shared_rows(start, end))
+                if sketched is None:
+                    continue
                 if store is not None:
                     store.append(sketched[0], row_numbers[rows], places[rows], *sketched[1:])
                 task.advance(len(rows), dataset.name)
         task.skip(len(indices) - state.num_examples)  # examples that were not needed
-        return states.pop(dataset.name)
+        for of_rows in (state, *of_parts.values()):
+            of_rows.add_shared_rows(blocks.shared_rows(0, state.num_examples))
+        for states in (self.sketcher.state, *self.sketcher.part_state.values()):
+            del states[dataset.name]
+        return state, of_parts
 
     def _rows_of_pass(self) -> int:
         """Rows of a backward pass.
@@ -97,32 +103,36 @@ class DatasetSketcher:
 
     def _sketch_pass(
         self, dataset: Dataset, rows: Sequence[int], blocks: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sketches some rows into the state; returns sketches, loss sums and target tokens.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Sketches some rows into the states; returns sketches, loss sums and target tokens.
+
+        None: the rows are not in.
 
         The first pass of a kind is checked and then run again: its weights have gradients, which
-        may change how it rounds. So the check leaves every sum as it is.
+        may change how it rounds. So the check leaves every sum as it is. More parameters may take a
+        backward pass per example then, so the caller chooses the rows again: sums depend on no
+        other dataset.
         """
         sketcher = self.sketcher
         with torch.no_grad():
             texts, numbers = fit_trees(self.model, [dataset.examples[row] for row in rows])
         batch = collate(texts, [0] * len(texts), self.pad_token_id)
         names = [dataset.name] * len(rows)
-        while True:
-            try:
-                losses = _backward(self.model, batch, numbers, len(rows))
-                if not (sketcher.is_checking and self.config.check == "first"):
-                    sketches = sketcher.update(names, *losses, row_examples=numbers, blocks=blocks)
-                    return sketches, *losses
-                require_finite(sketcher.take(row_examples=numbers), names)
-            except RepeatBatch:  # more parameters take a backward pass per example
-                sketcher.discard()
-            except NotFiniteError as error:
-                row = dataset.source_rows[rows[error.example]]
-                raise MeritFastError(
-                    f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
-                    f"gradient in {self.config.dtype}, found NaN or infinity"
-                ) from None
+        try:
+            losses = _backward(self.model, batch, numbers, len(rows))
+            if not (sketcher.is_checking and self.config.check == "first"):
+                sketches = sketcher.update(names, *losses, row_examples=numbers, blocks=blocks)
+                return sketches, *losses
+            require_finite(sketcher.take(row_examples=numbers), names)
+        except RepeatBatch:
+            sketcher.discard()
+        except NotFiniteError as error:
+            row = dataset.source_rows[rows[error.example]]
+            raise MeritFastError(
+                f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
+                f"gradient in {self.config.dtype}, found NaN or infinity"
+            ) from None
+        return None
 
 
 def _backward(

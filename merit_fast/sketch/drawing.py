@@ -24,7 +24,8 @@ from merit_fast.manifests.io import fingerprint
 from merit_fast.options.parser import to_plain
 from merit_fast.sketch.config import SketchConfig
 
-_NO_SUM = ("check", "uncovered", "store", "store_dim")  # options that change no sum
+# Options that change no sum beyond rounding.
+_NO_SUM = ("check", "uncovered", "batch_size", "store", "store_dim")
 _WORD = 4  # bytes of a digest that choose a block
 _ENOUGH = 3  # blocks that a dataset fills, so that two are left where one is left out
 

@@ -5,6 +5,7 @@ module's output, and where its gradient dy arrives the kernels sketch dy^T x per
 gradient is stored.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -34,6 +35,7 @@ def sketch_gradients(  # noqa: PLR0913
     check: Literal["first", "always", "never"] = "first",
     uncovered: Literal["autograd", "error"] = "error",
     weight: Literal["examples", "tokens"] = "examples",
+    parts: Mapping[str, str] | None = None,
 ) -> "GradientSketcher":
     """Sketches the gradient of every example inside a with-block, in which the weights are frozen.
 
@@ -62,6 +64,9 @@ def sketch_gradients(  # noqa: PLR0913
             tokens, which ``update`` needs then. With the mean over its target tokens as an
             example's loss, "tokens" gives the gradient of the mean over all target tokens, as
             training descends it, and "examples" the mean of the examples' gradients.
+        parts: part of the model -> regular expression, searched for in the parameters' names. The
+            states of a part, of its parameters only, are ``sketcher.part_state[part][dataset]``;
+            they come from the same pass. Parameters of no part count in the whole only.
 
     Raises:
         InputError: an argument breaks its rule.
@@ -84,4 +89,5 @@ def sketch_gradients(  # noqa: PLR0913
         check=check,
         uncovered=uncovered,
         weight=weight,
+        parts=parts,
     )

@@ -1,60 +1,68 @@
 """Takes over the sums of datasets that have not changed, from a killed run or an earlier output.
 
 datasets.json lies next to the files of sums. For each dataset it holds the fingerprint of all that
-its sums depend on, the hash of its file, and the bounds that its check has found.
+its sums depend on, the hashes of its files, and the bounds that its check has found.
 """
 
 import functools
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from merit_fast.manifests.atomic import link_file, replace_file, write_text
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.sketch_check import SketchCheck
+from merit_fast.manifests.sketch_state import state_path
 
 _RECORDS = "datasets.json"
 _SUFFIX = ".safetensors"
 _TAKEN = ".taken"  # ends the name of a file that replaces the one before
 _FINGERPRINT = "fingerprint"
 _HASH = "xxh3_128"
+_PARTS = "parts"  # part of the model -> hash of its file, where there are parts
 _CHECK = "check"  # the bounds of a SketchCheck, where the sums were checked
 
 
 def reuse_states(
-    directory: Path, earlier: Path | None, fingerprints: Mapping[str, str]
+    directory: Path,
+    earlier: Path | None,
+    fingerprints: Mapping[str, str],
+    parts: Sequence[str] = (),
 ) -> tuple[set[str], set[str]]:
     """Gives every state that is known by its fingerprint the name of its dataset.
 
-    Removes other files of sums from ``directory``, and writes datasets.json of those kept.
+    Removes other files of sums from ``directory``, and writes datasets.json of those kept. A file
+    that stays under its name is there all the time, so a crash costs nothing.
 
     Args:
         directory: the output under its temporary name, perhaps with the work of a killed run.
         earlier: an earlier output; None: there is none.
-        fingerprints: dataset -> fingerprint that its sums must have.
+        fingerprints: dataset -> fingerprint that its sums must have; it covers ``parts``.
+        parts: parts of the model, each with a file for every dataset.
 
     Returns:
-        Datasets whose file a killed run left in ``directory``, and those taken from ``earlier``.
+        Datasets whose files a killed run left in ``directory``, and those taken from ``earlier``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     checks = _checks(directory) if earlier is None else _checks(earlier) | _checks(directory)
-    own = _intact_states(directory)
-    before = {} if earlier is None else _intact_states(earlier)
+    own = _intact_states(directory, parts)
+    before = {} if earlier is None else _intact_states(earlier, parts)
     kept = {name for name, digest in fingerprints.items() if digest in own}
     taken = {name for name in fingerprints.keys() - kept if fingerprints[name] in before}
-    _remove(directory, _TAKEN)
+    sources: dict[Path, Path] = {}
     for name in kept | taken:
-        digest = fingerprints[name]
-        link_file(own.get(digest) or before[digest], directory / f"{name}{_SUFFIX}{_TAKEN}")
-    _remove(directory, _SUFFIX)
-    for name in kept | taken:
-        file = directory / f"{name}{_SUFFIX}"
-        replace_file(file.with_name(f"{file.name}{_TAKEN}"), file)
+        files = own.get(fingerprints[name]) or before[fingerprints[name]]
+        sources |= {state_path(directory, name, part): files[part] for part in ("", *parts)}
+    for file, source in sources.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        link_file(source, _taken(file))
+    for file in sources:
+        replace_file(_taken(file), file)
+    _remove_others(directory, sources)
     records = {}
     for name in kept | taken:
-        records[name] = _record(directory, name, fingerprints[name])
+        records[name] = _record(directory, name, fingerprints[name], parts)
         check = checks.get(fingerprints[name])
         if check is not None:
             records[name][_CHECK] = check
@@ -63,10 +71,14 @@ def reuse_states(
 
 
 def record_state(
-    directory: Path, name: str, fingerprint: str, check: SketchCheck | None = None
+    directory: Path,
+    name: str,
+    fingerprint: str,
+    check: SketchCheck | None = None,
+    parts: Sequence[str] = (),
 ) -> None:
-    """Adds a dataset whose file of sums is complete to datasets.json."""
-    record = _record(directory, name, fingerprint)
+    """Adds a dataset whose files of sums are complete to datasets.json."""
+    record = _record(directory, name, fingerprint, parts)
     if check is not None:
         record[_CHECK] = check.bounds()
     _write(directory, _read(directory) | {name: record})
@@ -79,13 +91,18 @@ def read_check(directory: Path) -> SketchCheck | None:
     return functools.reduce(SketchCheck.merged, checks) if checks else None
 
 
-def _intact_states(directory: Path) -> dict[str, Path]:
-    """Fingerprint -> file of every dataset in datasets.json whose file has the recorded hash."""
+def _intact_states(directory: Path, parts: Sequence[str]) -> dict[str, dict[str, Path]]:
+    """Fingerprint -> part -> file, of the datasets whose files have the recorded hashes.
+
+    The part "" is the whole.
+    """
     states = {}
     for name, record in _read(directory).items():
-        file = directory / f"{name}{_SUFFIX}"
-        if file.is_file() and checksum(file) == record[_HASH]:
-            states[record[_FINGERPRINT]] = file
+        hashes = {"": record[_HASH], **record.get(_PARTS, {})}
+        files = {part: state_path(directory, name, part) for part in hashes}
+        has_all = hashes.keys() == {"", *parts}
+        if has_all and all(files[p].is_file() and checksum(files[p]) == hashes[p] for p in hashes):
+            states[record[_FINGERPRINT]] = files
     return states
 
 
@@ -95,8 +112,10 @@ def _checks(directory: Path) -> dict[str, Any]:
     return {r[_FINGERPRINT]: r[_CHECK] for r in records if _CHECK in r}
 
 
-def _record(directory: Path, name: str, fingerprint: str) -> dict[str, Any]:
-    return {_FINGERPRINT: fingerprint, _HASH: checksum(directory / f"{name}{_SUFFIX}")}
+def _record(directory: Path, name: str, fingerprint: str, parts: Sequence[str]) -> dict[str, Any]:
+    record = {_FINGERPRINT: fingerprint, _HASH: checksum(state_path(directory, name))}
+    hashes = {part: checksum(state_path(directory, name, part)) for part in parts}
+    return record | ({_PARTS: hashes} if hashes else {})
 
 
 def _read(directory: Path) -> dict[str, dict[str, Any]]:
@@ -104,7 +123,7 @@ def _read(directory: Path) -> dict[str, dict[str, Any]]:
         records: Any = json.loads((directory / _RECORDS).read_text(encoding="utf-8"))
         return {
             str(name): {key: str(record[key]) for key in (_FINGERPRINT, _HASH)}
-            | ({_CHECK: dict(record[_CHECK])} if _CHECK in record else {})
+            | {key: dict(record[key]) for key in (_PARTS, _CHECK) if key in record}
             for name, record in records.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -116,7 +135,17 @@ def _write(directory: Path, records: Mapping[str, dict[str, Any]]) -> None:
     write_text(directory / _RECORDS, text)
 
 
-def _remove(directory: Path, suffix: str) -> None:
-    for file in os.listdir(directory):
-        if file.endswith(suffix):
-            (directory / file).unlink()
+def _taken(file: Path) -> Path:
+    return file.with_name(f"{file.name}{_TAKEN}")
+
+
+def _remove_others(directory: Path, kept: Container[Path]) -> None:
+    """Removes all files of sums but those kept, and folders of parts without any."""
+    in_parts = [file for file in (directory / _PARTS).rglob("*") if file.is_file()]
+    sums = [file for file in directory.iterdir() if file.name.endswith((_SUFFIX, _TAKEN))]
+    for file in (*sums, *in_parts):
+        if file not in kept:
+            file.unlink()
+    for folder in (*(directory / _PARTS).glob("*"), directory / _PARTS):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

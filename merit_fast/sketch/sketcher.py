@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +16,7 @@ from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState, Weight
 from merit_fast.sketch.examples import DatasetId, UpdatedExamples, require_finite
 from merit_fast.sketch.names import canonical_name
+from merit_fast.sketch.passes.parts import Sketches
 from merit_fast.sketch.passes.passes import SketchedPasses
 from merit_fast.sketch.precondition import scales_fingerprint
 from merit_fast.sketch.selection import (
@@ -26,6 +26,7 @@ from merit_fast.sketch.selection import (
     unwrapped,
 )
 
+States = dict[DatasetId, SketchState]
 # Innermost last: parameters that these froze still count as trainable.
 _entered: list["GradientSketcher"] = []
 
@@ -57,6 +58,7 @@ class GradientSketcher:
         fingerprint: the model's, for the states; None: that of its weights in memory.
         check: "first", "always" or "never", as for ``sketch_gradients``.
         uncovered: "autograd" or "error", as for ``sketch_gradients``.
+        parts: part -> regular expression, as for ``sketch_gradients``.
         notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
 
     Raises:
@@ -77,6 +79,7 @@ class GradientSketcher:
         fingerprint: str | None = None,
         check: Literal["first", "always", "never"] = "first",
         uncovered: Literal["autograd", "error"] = "error",
+        parts: Mapping[str, str] | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> None:
         require_one_of("check", check, ("first", "always", "never"))
@@ -93,7 +96,8 @@ class GradientSketcher:
         )
         chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
         self.names = {id(parameter): name for name, parameter in chosen.items()}
-        self.state: dict[DatasetId, SketchState] = {}
+        self.state: States = {}
+        self.part_state: dict[str, States] = {part: {} for part in parts or {}}
         self._fingerprint = fingerprint
         self._identity: SketchIdentity | None = None
         self._notify = notify or functools.partial(warnings.warn, stacklevel=4)
@@ -103,6 +107,7 @@ class GradientSketcher:
             chosen,
             sketch,
             self.scales,
+            parts=parts or {},
             check=check,
             uncovered=uncovered,
             weight=weight,
@@ -192,6 +197,9 @@ class GradientSketcher:
         Args:
             row_examples: as for ``update``.
         """
+        return self._take(row_examples).whole
+
+    def _take(self, row_examples: Sequence[int] | None) -> Sketches:
         run = self._passes.run
         if run is None or not run.fired:
             raise MeritFastError(
@@ -202,11 +210,7 @@ class GradientSketcher:
         if len(uncovered.slow) > self._told:
             self._told = len(uncovered.slow)
             self._notify(uncovered.describe())
-        if row_examples is None:
-            return sketches
-        rows_of = torch.tensor(row_examples, device=sketches.device)
-        zeros = sketches.new_zeros(len(set(row_examples)), sketches.shape[1])
-        return zeros.index_add(0, rows_of, sketches)
+        return sketches if row_examples is None else sketches.by_example(row_examples)
 
     def update(
         self,
@@ -243,12 +247,23 @@ class GradientSketcher:
         if row_examples is not None and len(row_examples) != num_rows:
             raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
         examples.check(size, self.weight, self.blocks)
-        sketches = self.take(row_examples=row_examples)
-        require_finite(sketches, ids)
+        sketches = self._take(row_examples)
+        require_finite(sketches.whole, ids)
         for dataset in dict.fromkeys(ids):
-            state = self.state.setdefault(dataset, SketchState.zeros(self.identity, self.blocks))
-            examples.add_to(state, sketches, dataset)
-        return sketches
+            state, of_parts = self.states_of(dataset)
+            examples.add_to(state, sketches.whole, dataset)
+            for part, of_part in of_parts.items():
+                examples.add_to(of_part, sketches.parts[part], dataset)
+        return sketches.whole
+
+    def states_of(self, dataset: DatasetId) -> tuple[SketchState, dict[str, SketchState]]:
+        """A dataset's state and those of its parts, empty where it has none yet."""
+        if dataset not in self.state:
+            self.state[dataset] = SketchState.zeros(self.identity, self.blocks)
+            for part, names in self._passes.names_of_parts().items():
+                identity = dataclasses.replace(self.identity, parameters=names)
+                self.part_state[part][dataset] = SketchState.zeros(identity, self.blocks)
+        return self.state[dataset], {p: states[dataset] for p, states in self.part_state.items()}
 
 
 def is_trainable(parameter: nn.Parameter) -> bool:

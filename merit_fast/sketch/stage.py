@@ -10,6 +10,7 @@ from pathlib import Path
 from merit_fast.data import Dataset
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.atomic import write_bytes
+from merit_fast.manifests.sketch_state import state_path
 from merit_fast.model import freeze_parameters, load_model
 from merit_fast.progress import Progress
 from merit_fast.row_store.identity import StoreIdentity
@@ -25,6 +26,7 @@ from merit_fast.sketch.drawing import (
     rows_fingerprint,
     sums_fingerprint,
 )
+from merit_fast.sketch.passes.parts import describe_rest
 from merit_fast.sketch.reuse import record_state, reuse_states
 from merit_fast.sketch.sampling import check_blocks, describe_signal
 from merit_fast.sketch.selection import select_parameters
@@ -44,9 +46,10 @@ def sketch_mixture(  # noqa: PLR0913
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
-    The loss of an example is the mean over its target tokens; with ``config.weight`` "tokens" (the
-    default) its gradient counts as often as it has target tokens. A row that several datasets have
-    lies in the same block of all. A file that a killed run finished in
+    Those of a part of the model go to ``parts/PART/NAME.safetensors``. The loss of an example is
+    the mean over its target tokens; with ``config.weight`` "tokens" (the default) its gradient
+    counts as often as it has target tokens. A row that several datasets have lies in the same block
+    of all. A file that a killed run finished in
     ``directory`` is kept if its dataset, the model and the options are as they were.
 
     Args:
@@ -56,8 +59,9 @@ def sketch_mixture(  # noqa: PLR0913
             they are not sketched.
 
     Raises:
-        InputError: a dataset of one example, or of too few rows that no other dataset has;
-            parameters that select nothing; blocks too few for ``precision``.
+        InputError: a dataset of one example, or of too few rows that no other dataset has; a part
+            that matches nothing, or a parameter in two of them; parameters that select nothing;
+            blocks too few for ``precision``.
     """
     chosen = {d.name: choose_examples(d, config) for d in datasets}
     if config.precision:
@@ -72,16 +76,17 @@ def sketch_mixture(  # noqa: PLR0913
         d.name: rows_fingerprint(d, chosen[d.name], fingerprints[d.name], config)
         for d in (datasets if config.store else ())
     }
-    kept, reused = reuse_states(directory, earlier, fingerprints)
+    kept, reused = reuse_states(directory, earlier, fingerprints, tuple(config.parts or ()))
     stored = reuse_rows(directory, earlier, row_prints)
     if config.store:
         kept &= stored
         reused &= stored
-    if reused:
-        progress.note(
-            f"sketch: {len(reused)} of {len(datasets)} datasets are as before, "
-            "their sketches are reused"
-        )
+    for names, what in (
+        (kept, "were finished by a run that was interrupted, their sketches are kept"),
+        (reused, "are as before, their sketches are reused"),
+    ):
+        if names:
+            progress.note(f"sketch: {len(names)} of {len(datasets)} datasets {what}")
     missing = [d for d in datasets if d.name not in kept | reused]
     if missing:
         _sketch_datasets(
@@ -128,12 +133,15 @@ def _sketch_datasets(  # noqa: PLR0913
             fingerprint=model_fingerprint,
             check=config.check,
             uncovered=config.uncovered,
+            parts=config.parts,
             notify=progress.note,
         ) as sketcher,
         progress.task(
             "sketch gradients", sum(len(chosen[d.name]) for d in missing), "examples"
         ) as task,
     ):
+        if rest := describe_rest(config.parts or {}, parameters):
+            progress.note(rest)
         datasets = DatasetSketcher(model, sketcher, pad_token_id, config)
         for dataset in missing:
             store = None
@@ -143,12 +151,22 @@ def _sketch_datasets(  # noqa: PLR0913
                     StoreIdentity.of(sketcher.identity, config.store_dim),
                     row_prints[dataset.name],
                 )
-            indices = chosen[dataset.name]
-            state = datasets.sketch(dataset, indices, blocks[dataset.name], task, store)
+            drawn = chosen[dataset.name]
+            state, of_parts = datasets.sketch(dataset, drawn, blocks[dataset.name], task, store)
             if store is not None:
                 store.finish()
-            write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
-            record_state(directory, dataset.name, fingerprints[dataset.name], sketcher.checked)
+            for part, of_part in of_parts.items():
+                file = state_path(directory, dataset.name, part)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(file, of_part.to_bytes())
+            write_bytes(state_path(directory, dataset.name), state.to_bytes())
+            record_state(
+                directory,
+                dataset.name,
+                fingerprints[dataset.name],
+                sketcher.checked,
+                tuple(of_parts),
+            )
             if config.precision:
                 signal = describe_signal(state, len(chosen[dataset.name]), first=FIRST_LOOK)
                 progress.note(f"{dataset.name}: {signal}")

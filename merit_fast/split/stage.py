@@ -11,17 +11,13 @@ import torch
 
 from merit_fast.data import Dataset
 from merit_fast.errors import InputError
-from merit_fast.manifests.schemas import (
-    GroupCount,
-    SharedRows,
-    SplitDataset,
-    SplitManifest,
-    TriedNumber,
-)
-from merit_fast.manifests.sketch_state import SketchState
+from merit_fast.manifests.schemas import SharedRows, SplitDataset, SplitManifest
+from merit_fast.manifests.sketch_state import SketchState, state_path
+from merit_fast.manifests.split_sections import GroupCount, PartConflict, TriedNumber
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.split.auto import Tried
 from merit_fast.split.config import SplitConfig
+from merit_fast.split.conflict import Conflict, Labels, conflict_of
 from merit_fast.split.decide import Decision, decide_split
 from merit_fast.split.moments import BlockProducts, block_products
 from merit_fast.split.search.methods import METHODS
@@ -70,9 +66,7 @@ def split_mixture(  # noqa: PLR0913
             f"split.groups: must be at most the number of datasets ({len(datasets)}), "
             f"got {config.groups}"
         )
-    states = [SketchState.read(sketches / f"{d.name}.safetensors") for d in datasets]
-    for state in states[1:]:
-        states[0].require_same(state)
+    states = _read_states(sketches, datasets)
     weight = states[0].identity.weight
     if config.weight not in (None, weight):
         raise InputError(
@@ -93,7 +87,8 @@ def split_mixture(  # noqa: PLR0913
         reason=decision.reason,
         note=decision.partition.note,
         sketched_at=sketched_at,
-        **_pairs(decision),
+        **_pairs(decision.conflict, decision.partition.labels),
+        gram=tuple(map(tuple, decision.conflict.gram.tolist())),
         explained_variance=tuple(float(v) for v in decision.explained_variance),
         scores=tuple(tuple(map(float, row)) for row in decision.scores),
         score_errors=tuple(tuple(map(float, row)) for row in decision.score_errors),
@@ -114,6 +109,7 @@ def split_mixture(  # noqa: PLR0913
             SharedRows(datasets[i].name, datasets[j].name, int(shared[i, j]))
             for i, j in np.argwhere(np.triu(shared, 1))
         ),
+        parts=_parts(sketches, datasets, states, shared > 0, decision, config),
     )
 
 
@@ -130,16 +126,48 @@ def _shared_rows(states: Sequence[SketchState]) -> npt.NDArray[np.int64]:
     return shared
 
 
-def _pairs(decision: Decision) -> dict[str, Any]:
+def _read_states(sketches: Path, datasets: Sequence[Dataset], part: str = "") -> list[SketchState]:
+    states = [SketchState.read(state_path(sketches, d.name, part)) for d in datasets]
+    for state in states[1:]:
+        states[0].require_same(state)
+    return states
+
+
+def _parts(
+    sketches: Path,
+    datasets: Sequence[Dataset],
+    whole: Sequence[SketchState],
+    shared: npt.NDArray[np.bool_],
+    decision: Decision,
+    config: SplitConfig,
+) -> dict[str, PartConflict]:
+    """Conflicts in every part of the model, under the groups of the whole."""
+    found = {}
+    of_whole = decision.conflict
+    square = np.where(np.isnan(of_whole.norm), np.nan, np.diag(of_whole.gram))
+    for part in config.parts or {}:
+        states = _read_states(sketches, datasets, part)
+        for dataset, state, counted in zip(datasets, states, whole, strict=True):
+            if not torch.equal(state.block_weights, counted.block_weights):
+                file = state_path(sketches, dataset.name, part)
+                raise InputError(f"{file}: must count the examples of {dataset.name}.safetensors")
+        products = _products(states, shared, SilentProgress())
+        conflict = conflict_of(products, debias=config.filled().debias)
+        shares = np.diag(conflict.gram) / np.where(square > 0, square, np.nan)
+        found[part] = PartConflict(
+            **_pairs(conflict, decision.partition.labels),
+            norm_shares=tuple(map(_known, shares.tolist())),
+        )
+    return found
+
+
+def _pairs(conflict: Conflict, labels: Labels) -> dict[str, Any]:
     """Fields of split.json on the pairs of datasets."""
-    conflict = decision.conflict
-    labels = decision.partition.labels
     within, across = pair_means(conflict.cosine, labels)
     conflicts = conflicting_pairs(conflict.surely_negative, labels)
     return {
         "similarity": _json_matrix(conflict.cosine),
         "similarity_errors": _json_matrix(conflict.error),
-        "gram": _json_matrix(conflict.gram),
         "negative_pair_fraction": conflict.negative_pair_fraction,
         "certain_negative_fraction": conflict.certain_negative_fraction,
         "within_cosine": _known(within),

@@ -164,6 +164,64 @@ def test_a_dataset_added_later_costs_its_own_sketch_even_after_kill_9(
     assert "sketch: 4 of 4 datasets are as before, their sketches are reused" in notes.notes
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("parts", [None, {"attention": "self_attn", "rest": "^(?!.*self_attn)"}])
+def test_a_killed_sketch_keeps_every_dataset_that_the_next_config_leaves_as_it_was(
+    config_file, tmp_path, monkeypatch, tiny_mixture, parts
+):
+    monkeypatch.chdir(tmp_path)
+    values = yaml.safe_load(config_file.read_text())
+    values["split"]["parts"] = parts
+    edited = tmp_path / "plurals.jsonl"
+    text = Path(tiny_mixture[2]["path"]).read_text()
+    edited.write_text(text)
+    values["mixture"][2]["path"] = str(edited)
+    config_file.write_text(yaml.safe_dump(values))
+    last = "sketch.tmp/opposites.safetensors"
+    result = run_python([str(KILL_AT), last, "1", "sketch", str(config_file)])
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    done = sketched_files(tmp_path / "out/sketch.tmp", "capitals", "codes")
+    assert len(done) == 2 * (1 + len(parts or ()))
+
+    edited.write_text(text.replace("mice", "mouses"))
+    command = ["sketch", str(config_file), "split.batch_size=3"]
+    result = run_python([str(KILL_AT), last, "1", *command])  # and once more
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    notes = Notes()
+    Run(read_run_config(config_file, ["split.batch_size=3"]), notes).sketch()
+    assert "sketch: 3 of 4 datasets were finished by a run that was interrupted" in notes.notes[-1]
+    assert sketched_files(tmp_path / "out/sketch", "capitals", "codes") == done
+    Run(read_run_config(config_file, ["split.batch_size=3", "output=small"])).sketch()
+    Run(read_run_config(config_file, ["output=large"])).sketch()
+    for output, names in (("small", ("plurals", "opposites")), ("large", ("capitals", "codes"))):
+        fresh = sketched_files(tmp_path / output / "sketch", *names)
+        assert sketched_files(tmp_path / "out/sketch", *names) == fresh
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def sketched_files(folder, *names):
+    files = [file for name in names for file in folder.rglob(f"{name}.safetensors")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.mark.process
+def test_a_sketch_killed_before_its_rename_is_never_taken_for_that_of_another_config(
+    config_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    command = ["sketch", str(config_file)]
+    assert run_python([str(KILL_AT), "out/sketch$", "1", *command]).returncode == -signal.SIGKILL
+    other = [*command, "split.seed=1"]
+    killed = run_python([str(KILL_AT), "sketch.tmp/codes.safetensors", "1", *other])
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out/sketch.tmp/stage.json").exists()
+    Run(read_run_config(config_file)).sketch()
+    Run(read_run_config(config_file, ["output=fresh"])).sketch()
+    assert tree_bytes(tmp_path / "out/sketch", ("stage.json",)) == tree_bytes(
+        tmp_path / "fresh/sketch", ("stage.json",)
+    )
+
+
 def test_a_stage_whose_input_is_absent_or_stale_names_the_command(
     config_file, tmp_path, monkeypatch
 ):

@@ -8,6 +8,7 @@ import random
 import pytest
 from support.paths import ROOT
 from support.report.chromium import EXECUTABLE
+from support.report.manifests import write
 from support.report.pages import (
     LARGE,
     PLOTS,
@@ -18,6 +19,7 @@ from support.report.pages import (
     hover,
     hover_at,
 )
+from support.report.parts import with_parts
 
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import SplitManifest
@@ -90,6 +92,21 @@ def test_hovering_a_cell_shows_the_numbers_of_split_json(browser, pages, name):
             f"{rows[j].name} ({group[1]})",
             "cosine not resolved" if cosine is None else f"cosine {cosine:+z.3f} ± {error:.3f}",
         ]
+
+
+def test_hovering_a_cell_of_a_part_shows_the_numbers_of_that_part(browser, tmp_path):
+    split = with_parts(SPLITS[SMALL], "attention", "mlp")
+    write(tmp_path / "parts.html", split)
+    browser.open(tmp_path / "parts.html")
+    order = group_order(split)
+    for name, part in split.parts.items():
+        for x, y in ((1, 2), (5, 0), (7, 9)):
+            cosine = part.similarity[order[y]][order[x]]
+            error = part.similarity_errors[order[y]][order[x]]
+            assert hover(browser, f"part-{name}", x, y)[2] == (
+                "cosine not resolved" if cosine is None else f"cosine {cosine:+z.3f} ± {error:.3f}"
+            )
+    assert browser.errors == []
 
 
 def test_hovering_a_dataset_shows_its_numbers_in_every_figure(browser, pages):

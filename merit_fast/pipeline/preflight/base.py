@@ -12,6 +12,7 @@ from merit_fast.merge.read.decoded import is_float
 from merit_fast.merge.read.files import read_json
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.progress import Progress
+from merit_fast.split.config import SplitConfig
 
 # Ops of each stage that have no way around them.
 _OPS = {
@@ -40,6 +41,26 @@ def num_trained_parameters(base: Path, freeze: Sequence[str] | None) -> int:
     model = make_empty_model(str(base))
     freeze_parameters(model, freeze)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def check_parts(base: Path, split: SplitConfig, freeze: Sequence[str] | None) -> None:
+    """Checks that ``split.parts`` name disjoint sets of the sketched parameters.
+
+    Raises:
+        InputError: a part matches no parameter, or two match the same one.
+    """
+    if not split.parts:
+        return
+    from merit_fast.model import freeze_parameters, make_empty_model
+    from merit_fast.sketch.passes.parts import assign_parts
+    from merit_fast.sketch.selection import select_parameters
+
+    model = make_empty_model(str(base))
+    freeze_parameters(model, freeze)
+    try:
+        assign_parts(split.parts, select_parameters(model, split.parameters))
+    except InputError as error:
+        raise InputError(f"split.{error}") from None
 
 
 def check_architecture(base: Path) -> str:

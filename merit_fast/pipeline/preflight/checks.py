@@ -16,7 +16,12 @@ from merit_fast.model import settle_dtype
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
-from merit_fast.pipeline.preflight.base import check_architecture, check_kernels, check_packing
+from merit_fast.pipeline.preflight.base import (
+    check_architecture,
+    check_kernels,
+    check_packing,
+    check_parts,
+)
 from merit_fast.pipeline.preflight.disk import check_disk
 from merit_fast.pipeline.preflight.pending import pending_branches, pending_stages
 from merit_fast.progress import Progress
@@ -44,6 +49,8 @@ def check_stages(
     if runs_models:
         model_type = check_architecture(outputs.base)
         check_kernels(config, model_type, pending, progress)
+    if SKETCH in pending:
+        check_parts(outputs.base, config.split, config.train.freeze)
     _check_rows(data, pending)
     if TRAIN in pending and config.train.packing and pending_branches(outputs) != ():
         check_packing(outputs.base, config, data.branch)

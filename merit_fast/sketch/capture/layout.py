@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 
+REST = ""  # key of the parameters that are in no part
+
 
 class Refusal(MeritFastError):
     """Parameters that no hook can cover: they need a backward pass per example.
@@ -86,6 +88,7 @@ class Pass:
         exploring: the first of its kind, with all weights unfrozen: refusals may come.
         trusts_check: the check will find rows that are taken for those of another example.
         also: other sketches to which the taps add in the user's backward pass.
+        part_of: parameter name -> part of the model whose sketches are kept apart.
         apart: sketches of every parameter are kept apart.
         ran_without_grad: parameters whose module ran under no_grad, as reentrant checkpointing
             does, and not again since.
@@ -105,6 +108,7 @@ class Pass:
     exploring: bool = False
     trusts_check: bool = False
     also: list["Pass"] = field(default_factory=list)
+    part_of: Mapping[str, str] = field(default_factory=dict)
     apart: bool = False
     ran_without_grad: set[str] = field(default_factory=set)
     outs: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
@@ -120,7 +124,7 @@ class Pass:
 
     def out(self, name: str, device: torch.device) -> Tensor:
         """[B, D] float32, to which the gradients of ``name`` on ``device`` add."""
-        key = (name if self.apart else "", device)
+        key = (name if self.apart else self.part_of.get(name, REST), device)
         if key not in self.outs:
             self.outs[key] = torch.zeros(
                 self.size, self.sketch.proj_dim, dtype=torch.float32, device=device

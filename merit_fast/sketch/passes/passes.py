@@ -21,6 +21,7 @@ from merit_fast.sketch.capture.uses import UseAudit
 from merit_fast.sketch.capture.wrapping import submodule, wrap_forward
 from merit_fast.sketch.passes.begin import begin_pass, kind_of_call, sizes_of, source_of
 from merit_fast.sketch.passes.current import CurrentPass
+from merit_fast.sketch.passes.parts import Sketches, assign_parts
 from merit_fast.sketch.passes.refusals import Uncovered
 from merit_fast.sketch.passes.scale import output_names
 
@@ -35,6 +36,7 @@ class SketchedPasses:
     example, from the outputs to these parameters only.
 
     Attributes:
+        part_of: parameter name -> its part of the model.
         packed: cu_seqlens of the next forward pass, if it is a packed row.
         uncovered: parameters with a backward pass per example.
         result: of the self-check; None: no pass was checked.
@@ -49,6 +51,7 @@ class SketchedPasses:
         parameters: Mapping[str, nn.Parameter],
         sketch: CountSketch,
         scales: Mapping[str, Tensor],
+        parts: Mapping[str, str],
         check: Literal["first", "always", "never"],
         uncovered: Literal["autograd", "error"],
         weight: Weight,
@@ -58,6 +61,8 @@ class SketchedPasses:
         self.parameters = dict(parameters)
         self.sketch = sketch
         self.scales = scales
+        self.parts = tuple(parts)
+        self.part_of = assign_parts(parts, parameters)
         self.check = check
         self.uncovered = Uncovered(model, self.parameters, uncovered)
         self.packed: Tensor | None = None
@@ -78,6 +83,11 @@ class SketchedPasses:
     @property
     def is_checking(self) -> bool:
         return self.now is not None and self.now.sums is not None
+
+    def names_of_parts(self) -> dict[str, tuple[str, ...]]:
+        """Part -> names of its parameters, in the model's order."""
+        pairs = self.part_of.items()
+        return {p: tuple(name for name, part in pairs if part == p) for p in self.parts}
 
     def attach(self) -> None:
         if "torch._dynamo" in sys.modules:  # what was compiled runs as it is written
@@ -105,8 +115,8 @@ class SketchedPasses:
         self.now = None
         self.taps.run = None
 
-    def take(self, row_examples: Sequence[int] | None = None) -> Tensor:
-        """Ends the pass; returns its sketches [B, D] float32.
+    def take(self, row_examples: Sequence[int] | None = None) -> Sketches:
+        """Ends the pass; returns its sketches.
 
         Args:
             row_examples: example of each row, for the scale of the loss; None: each row is one.
@@ -129,16 +139,14 @@ class SketchedPasses:
                 "no_grad and never again: with reentrant checkpointing give use_reentrant=False; "
                 "else leave it out"
             )
-        first, *others = run.outs.values() or [torch.zeros(run.size, self.sketch.proj_dim)]
-        for out in others:
-            first += out.to(first.device)
+        sketches = Sketches.of(run, self.parts)
         now.scale.check(row_examples, self.weight)
-        found = now.check_sums(first)
+        found = now.check_sums(sketches.whole)
         if found is not None:
             self.result = found if self.result is None else self.result.merged(found)
         if found is not None or now.sums is None:
             self._kinds.add(now.kind)
-        return first
+        return sketches
 
     def _forward_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         graph_task = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
@@ -170,7 +178,8 @@ class SketchedPasses:
     def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CurrentPass:
         cu_seqlens = kwargs.get("cu_seq_lens_q") if self.packed is None else self.packed
         self.packed = None
-        run = begin_pass(self.sketch, self.scales, source_of(args, kwargs), cu_seqlens)
+        source = source_of(args, kwargs)
+        run = begin_pass(self.sketch, self.scales, self.part_of, source, cu_seqlens)
         kind = kind_of_call(self.model, run, self._sizes, args, kwargs)
         run.exploring = kind not in self._kinds
         run.trusts_check = self.check != "never"
