@@ -14,5 +14,6 @@ NB_MODULE(_C, m) {
   define_cross_entropy(m, level.loss);
   define_optimizer(m, level.optimizer);
   define_layers(m, level.layers);
+  define_search(m, level.search);
   define_engine(m, level.average);
 }

@@ -33,7 +33,7 @@ OPS: Mapping[str, tuple[Backend, ...]] = {
     "swiglu": ("cpu", "triton"),
     "geglu": ("cpu", "triton"),
     "rope": ("cpu", "triton"),
-    "row_products": (),
+    "row_products": ("cpu", "triton"),
 }
 
 NOT_BUILT = "was not built: install a C++ compiler, then reinstall merit_fast"

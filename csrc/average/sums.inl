@@ -4,13 +4,6 @@
 static const int64_t kBlock = kAverageBlock;
 static const int kMostCertain = 8;  // inputs
 
-static inline float half_to_float(uint16_t h) {
-  const uint32_t magnitude = uint32_t(h & 0x7fff) << 13, sign = uint32_t(h & 0x8000) << 16;
-  const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);  // exact, denormals too
-  const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their payload
-  return as_float(sign | (magnitude >= 0x0f800000u ? special : finite));
-}
-
 // Rounds to the nearest float, but ties and inexact results to the odd neighbour. A second rounding
 // to a narrower type then equals one rounding of the double (Boldo & Melquiond 2008).
 static inline uint32_t round_to_odd(double d) {

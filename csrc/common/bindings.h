@@ -13,6 +13,7 @@ struct SketchKernels;
 struct LossKernels;
 struct OptimizerKernels;
 struct LayerKernels;
+struct SearchKernels;
 
 void define_average(nanobind::module_& m, const AverageKernels& kernels);
 void define_engine(nanobind::module_& m, const AverageKernels& kernels);
@@ -20,6 +21,7 @@ void define_sketch(nanobind::module_& m, const SketchKernels& kernels);
 void define_cross_entropy(nanobind::module_& m, const LossKernels& kernels);
 void define_optimizer(nanobind::module_& m, const OptimizerKernels& kernels);
 void define_layers(nanobind::module_& m, const LayerKernels& kernels);
+void define_search(nanobind::module_& m, const SearchKernels& kernels);
 
 // Memory at an address that Python passes as an integer; 0 is null.
 template <class T>

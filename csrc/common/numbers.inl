@@ -20,6 +20,13 @@ static inline uint16_t bits_to_bf16(uint32_t bits) {
 
 static inline float widen(uint16_t bf16) { return as_float(uint32_t(bf16) << 16); }
 
+static inline float half_to_float(uint16_t h) {
+  const uint32_t magnitude = uint32_t(h & 0x7fff) << 13, sign = uint32_t(h & 0x8000) << 16;
+  const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);  // exact, denormals too
+  const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their payload
+  return as_float(sign | (magnitude >= 0x0f800000u ? special : finite));
+}
+
 template <class T>
 static inline float value_of(T x) {
   if constexpr (sizeof(T) == 2)

@@ -6,4 +6,5 @@
 #include "cross_entropy/cross_entropy.inl"
 #include "layers/layers.inl"
 #include "optimizer/optimizer.inl"
+#include "search/search.inl"
 #include "sketch/sketch.inl"

@@ -1,4 +1,4 @@
-// Level "avx2": AVX2 and FMA.
+// Level "avx2": AVX2, FMA and F16C.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <omp.h>
@@ -10,7 +10,7 @@
 #include "levels/levels.h"
 #define MERIT_AVX2 1
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 namespace level_avx2 {
 #include "levels/all_kernels.inl"
 }

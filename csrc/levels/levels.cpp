@@ -12,6 +12,7 @@
   extern const LossKernels loss_kernels;           \
   extern const OptimizerKernels optimizer_kernels; \
   extern const LayerKernels layer_kernels;         \
+  extern const SearchKernels search_kernels;       \
   }
 MERIT_DECLARE_LEVEL(level_generic)
 #if defined(__x86_64__)
@@ -27,7 +28,10 @@ namespace {
 bool runs_everywhere() { return true; }
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -50,21 +54,24 @@ const Entry kLevels[] = {
                .sketch = level_avx512_bf16::sketch_kernels,
                .loss = level_avx512::loss_kernels,
                .optimizer = level_avx512::optimizer_kernels,
-               .layers = level_avx512::layer_kernels},
+               .layers = level_avx512::layer_kernels,
+               .search = level_avx512::search_kernels},
      .is_supported = has_avx512_bf16},
     {.level = {.name = "avx512",
                .average = level_avx512::average_kernels,
                .sketch = level_avx512::sketch_kernels,
                .loss = level_avx512::loss_kernels,
                .optimizer = level_avx512::optimizer_kernels,
-               .layers = level_avx512::layer_kernels},
+               .layers = level_avx512::layer_kernels,
+               .search = level_avx512::search_kernels},
      .is_supported = has_avx512},
     {.level = {.name = "avx2",
                .average = level_avx2::average_kernels,
                .sketch = level_avx2::sketch_kernels,
                .loss = level_avx2::loss_kernels,
                .optimizer = level_avx2::optimizer_kernels,
-               .layers = level_avx2::layer_kernels},
+               .layers = level_avx2::layer_kernels,
+               .search = level_avx2::search_kernels},
      .is_supported = has_avx2},
 #endif
     {.level = {.name = "generic",
@@ -72,7 +79,8 @@ const Entry kLevels[] = {
                .sketch = level_generic::sketch_kernels,
                .loss = level_generic::loss_kernels,
                .optimizer = level_generic::optimizer_kernels,
-               .layers = level_generic::layer_kernels},
+               .layers = level_generic::layer_kernels,
+               .search = level_generic::search_kernels},
      .is_supported = runs_everywhere},
 };
 

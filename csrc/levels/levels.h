@@ -6,6 +6,7 @@
 #include "cross_entropy/cross_entropy.h"
 #include "layers/layers.h"
 #include "optimizer/optimizer.h"
+#include "search/search.h"
 #include "sketch/sketch.h"
 
 struct Level {
@@ -15,6 +16,7 @@ struct Level {
   const LossKernels& loss;
   const OptimizerKernels& optimizer;
   const LayerKernels& layers;
+  const SearchKernels& search;
 };
 
 // Returns the best level of this CPU, or the one that MERIT_FAST_SIMD names.

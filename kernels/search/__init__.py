@@ -22,11 +22,12 @@ def row_products(rows: Tensor, vectors: Tensor, *, backend: str | None = None) -
         rows: [n, D] float16, bfloat16 or float32, each row contiguous; may lie in a memory-mapped
             file. Rows are read where they lie, and no copy of them in float32 is made as a whole.
         vectors: [m, D] float32 on the device of ``rows``. Strided ones are copied first.
-        backend: "eager" (PyTorch); None chooses by device.
+        backend: "eager" (PyTorch), "cpu" (native), "triton"; None chooses by device.
 
     Returns:
-        [n, m] float32. Products and sums in float32. Entries of a row that is not finite are not
-        finite.
+        [n, m] float32. Products and sums in float32. On "cpu" the bits of an entry depend only on
+        its row and its vector, for every ISA level and number of threads. Entries of a row that is
+        not finite are not finite.
 
     Raises:
         ValueError: shapes, strides or devices disagree.

@@ -4,13 +4,19 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.search import _eager
+from merit_fast.kernels.search import _eager, _native
 
 
 @torch.library.custom_op("merit_fast::row_products", mutates_args=())
 def row_products(rows: Tensor, vectors: Tensor, backend: str | None) -> Tensor:
     """[n, m] float32: inner products of rows [n, D] and contiguous vectors [m, D]."""
-    dispatch.choose("row_products", rows.device.type, backend)
+    chosen = dispatch.choose("row_products", rows.device.type, backend)
+    if chosen == "triton":
+        from merit_fast.kernels.search import _triton
+
+        return _triton.row_products(rows, vectors)
+    if chosen == "cpu":
+        return _native.row_products(rows, vectors)
     return _eager.row_products(rows, vectors)
 
 

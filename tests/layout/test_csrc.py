@@ -11,7 +11,7 @@ FILES = {
     for path in sorted(CSRC.rglob("*"))
     if path.suffix in (".cpp", ".h", ".inl")
 }
-FAMILIES = ("average", "sketch", "cross_entropy", "layers", "optimizer")
+FAMILIES = ("average", "sketch", "cross_entropy", "layers", "optimizer", "search")
 # Which folders a folder may include, next to itself. "." is module.cpp.
 ARROWS = {
     "common": set(),

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from support.checks import assert_never_worse
+from support.checks import assert_never_worse, run_at_level
 
-from merit_fast.kernels import dispatch
 from merit_fast.kernels.search import row_products
 
-BACKENDS = ["eager", *(name for name in dispatch.OPS["row_products"] if name == "cpu")]
+BACKENDS = ["eager", "cpu"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [
     (1, 1, 1),
@@ -81,6 +80,53 @@ def test_the_op_passes_opcheck_and_compiles_whole(backend):
     assert torch.equal(
         compiled(rows, vectors, backend=backend), row_products(rows, vectors, backend=backend)
     )
+
+
+def test_threads_and_the_number_of_rows_and_vectors_change_no_bit():
+    rows = torch.randn(300, 1100).half()
+    vectors = torch.randn(11, 1100)
+    threads = torch.get_num_threads()
+    whole = row_products(rows, vectors, backend="cpu")
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(row_products(rows, vectors, backend="cpu"), whole)
+    finally:
+        torch.set_num_threads(threads)
+    for first in (0, 3, 296):
+        part = row_products(rows[first : first + 7], vectors, backend="cpu")
+        assert torch.equal(part, whole[first : first + 7])
+    for v in range(11):
+        one = row_products(rows, vectors[v : v + 1], backend="cpu")
+        assert torch.equal(one[:, 0], whole[:, v])
+
+
+LEVEL_SCRIPT = """
+import hashlib, torch
+from merit_fast.kernels.search import row_products
+torch.manual_seed(0)
+bits = b""
+for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    rows = torch.randn(21, 2075).to(dtype)
+    rows[1] *= 2.0**-16  # denormal in float16
+    bits += row_products(rows, torch.randn(6, 2075), backend="cpu").numpy().tobytes()
+print(hashlib.sha256(bits).hexdigest())
+"""
+
+
+def test_every_isa_level_gives_the_same_bits(native_levels):
+    digests = {level: run_at_level(LEVEL_SCRIPT, level) for level in native_levels}
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_memory_behind_the_rows_is_not_read():
+    """Whatever follows the last column, NaN too, leaves the products as they are."""
+    table = torch.full((5, 64), float("nan")).half()
+    table[:, :35] = torch.randn(5, 35)
+    vectors = torch.randn(5, 35)
+    products = row_products(table[:, :35], vectors, backend="cpu")
+    assert torch.equal(products, row_products(table[:, :35].contiguous(), vectors, backend="cpu"))
+    assert products.isfinite().all()
 
 
 ROWS = torch.zeros(4, 8).half()

@@ -7,6 +7,7 @@ from support.gpu import (
     launches_cross_entropy,
     launches_layers,
     launches_optimizer,
+    launches_search,
     launches_sketch,
 )
 from support.gpu.code import GpuLaunch
@@ -37,7 +38,12 @@ def launches() -> list[GpuLaunch]:
     scaled = launches_sketch.rows(
         "sketch of rows by id, bf16, scaled", BF16, by_id=True, scaled=True
     )
-    families = (launches_cross_entropy, launches_layers, launches_optimizer)
+    families = (
+        launches_cross_entropy,
+        launches_layers,
+        launches_optimizer,
+        launches_search,
+    )
     training = [launch for family in families for launch in family.launches()]
     return [*averages, *launches_sketch.launches(), scaled, *training]
 
