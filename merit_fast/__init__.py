@@ -13,6 +13,7 @@ from merit_fast.errors import BackendUnavailableError, InputError, MeritFastErro
 if TYPE_CHECKING:  # type checkers and the API reference see the names that load lazily
     from merit_fast.merge import load_merged, merge_models
     from merit_fast.patch.model import patch_model
+    from merit_fast.row_store.rows import open_rows
     from merit_fast.sketch.gradients import sketch_gradients
     from merit_fast.sketch.summed import sketch_sums
 
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "load_merged",
     "merge_models",
+    "open_rows",
     "patch_model",
     "run",
     "sketch_gradients",
@@ -33,6 +35,7 @@ __all__ = [
 _MODULES = {  # public names that are imported when they are first used
     "load_merged": "merit_fast.merge",
     "merge_models": "merit_fast.merge",
+    "open_rows": "merit_fast.row_store.rows",
     "patch_model": "merit_fast.patch.model",
     "sketch_gradients": "merit_fast.sketch.gradients",
     "sketch_sums": "merit_fast.sketch.summed",

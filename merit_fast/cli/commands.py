@@ -26,6 +26,8 @@ from merit_fast.cli.flags import (
 )
 from merit_fast.cli.init import add_init
 from merit_fast.cli.merge.flags import add_merge
+from merit_fast.cli.rows.doubtful import add_duplicates, add_outliers
+from merit_fast.cli.rows.select import add_select
 from merit_fast.cli.stages import progress_of, read_config, run_all, run_stage, show_forecast
 from merit_fast.cli.status import add_clean, add_status
 from merit_fast.manifests.stages import MERGE, STAGES, Stage
@@ -170,6 +172,11 @@ COMMANDS: dict[str, Command] = {
     ),
     **{stage.name: _stage_command(stage) for stage in STAGES},
     MERGE.name: Command(MERGE.purpose, add_merge),  # keeps its place between train and evaluate
+    "select": Command(
+        "Write the rows that agree most with a target, by their stored sketches.", add_select
+    ),
+    "duplicates": Command("Show pairs of rows with nearly the same gradient.", add_duplicates),
+    "outliers": Command("Show the rows that agree least with their own dataset.", add_outliers),
     "export": Command("Write the groups of a split for axolotl, LLaMA-Factory or TRL.", add_export),
     "verify": Command("Compare the files of a run or a model with their checksums.", _add_verify),
     "status": Command("Show the state, time and size of every output of a run.", add_status),

@@ -18,6 +18,9 @@ EXAMPLES = {
     "merge": "merit-fast merge OUT --model A:0.3 --model B:0.7",
     "evaluate": "merit-fast evaluate my.yml --max-new-tokens 16",
     "report": "merit-fast report my.yml",
+    "select": "merit-fast select my.yml --target facts --keep 5% --out picked.jsonl",
+    "duplicates": "merit-fast duplicates my.yml --above 0.999",
+    "outliers": "merit-fast outliers my.yml --keep 10",
     "export": "merit-fast export my.yml --format axolotl --out groups",
     "verify": "merit-fast verify OUT",
     "demo": "merit-fast demo --quick",
@@ -27,6 +30,7 @@ _GROUPS = {
     "your data": ("init", "data"),
     "a run": ("run", "status", "clean"),
     "one stage of a run": ("sketch", "split", "advise", "train", "merge", "evaluate", "report"),
+    "rows of a run (after sketch --store)": ("select", "duplicates", "outliers"),
     "other stacks": ("export",),
     "models and this machine": ("verify", "demo", "doctor"),
 }

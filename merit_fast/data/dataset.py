@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, overload
@@ -126,6 +126,7 @@ class Dataset:
         notes: sentences such as "3 rows longer than 2048 tokens were truncated".
         content: fingerprint of the rows' conversations; None: not known without the tokens.
         num_rows: rows of the source, with those that gave no example; None: not known.
+        row_numbers: [num_rows] number of each of these rows in its source; None: as counted.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     content: str | None = None
     num_rows: int | None = None
+    row_numbers: NDArray[np.int64] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -179,10 +181,15 @@ class Dataset:
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """[N] number of each example's row in its source; of each example where that is unknown."""
+        """[N] number of each example's row in the part; of each example where that is unknown."""
         if _is_counted(self.examples):
             return self.examples.rows
         return np.arange(len(self.examples))
+
+    @property
+    def source_rows(self) -> NDArray[np.int64]:
+        """[N] number of each example's row in its source, from 0; as ``rows`` if unknown."""
+        return self.rows if self.row_numbers is None else self.row_numbers[self.rows]
 
     @property
     def places(self) -> NDArray[np.int64]:
@@ -194,7 +201,7 @@ class Dataset:
         chosen = np.asarray(indices, np.int64)
         if _is_counted(self.examples):
             examples = self.examples.select(chosen)
-            return Dataset(self.name, examples, (), self.content, self.num_rows)
+            return replace(self, examples=examples, notes=())
         return Dataset(self.name, tuple(self.examples[int(i)] for i in chosen))
 
 

@@ -191,6 +191,7 @@ class _Loader:
             tuple(self._notes(summary, selection)),
             selection.content,
             len(selection.rows),
+            selection.rows,
         )
 
     def _make(

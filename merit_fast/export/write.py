@@ -44,7 +44,7 @@ def write_rows(
                 added = {names.dataset: row.dataset, names.id: f"{row.dataset}-{row.number}"}
                 if form.extra is not None:
                     added |= form.extra(row, images)
-                stream.write(joined(_text(row, images), added) + b"\n")
+                stream.write(joined(row_text(row, images), added) + b"\n")
                 count += 1
     return count
 
@@ -62,7 +62,8 @@ def _encoded(value: dict[str, Any]) -> bytes:
         return json.dumps(value).encode("ascii")
 
 
-def _text(row: ExportRow, images: ImageFiles) -> bytes:
+def row_text(row: ExportRow, images: ImageFiles) -> bytes:
+    """The row's own JSON text, or its columns as JSON."""
     if isinstance(row.raw, bytes):
         return row.raw
     return _encoded({column: _plain(value, row, images) for column, value in row.raw.items()})

@@ -5,6 +5,7 @@ power cut.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -36,3 +37,12 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Gives a file a second name, or copies it where the file system has no hard links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

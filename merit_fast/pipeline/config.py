@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.stages import STAGES
 from merit_fast.merge.config import MergeConfig
+from merit_fast.model import settle_dtype
 from merit_fast.options.fields import REQUIRED, option, require
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.options.yaml import read_yaml
@@ -109,6 +110,16 @@ def write_run_config(config: RunConfig, path: Path) -> None:
     output = Path(config.output).expanduser().absolute()
     plain["output"] = os.path.relpath(output, path.parent.absolute())
     write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def settle_dtypes(config: RunConfig) -> RunConfig:
+    """Replaces every dtype "auto" by this machine's choice, so that outputs name the dtype used."""
+    return replace(
+        config,
+        split=replace(config.split, dtype=settle_dtype(config.split.dtype)),
+        train=replace(config.train, dtype=settle_dtype(config.train.dtype)),
+        evaluate=replace(config.evaluate, dtype=settle_dtype(config.evaluate.dtype)),
+    )
 
 
 def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:

@@ -28,6 +28,7 @@ from merit_fast.progress import Progress
 from merit_fast.train.schedule import num_steps
 
 TOKENS_FOLDER = "tokens"  # of a run's output: a cache, and no result
+TARGETS_FOLDER = "targets"  # the same, for sketches of rows that are not in the mixture
 
 
 def held_out_contents(outputs: Outputs) -> dict[str, str]:
@@ -120,7 +121,7 @@ class RunData:
         They are all of the branches' rows where these are loaded, or a warm-up takes some of them.
         """
         split = self.config.split
-        if "train" in self.__dict__ or split.warmup:
+        if "train" in self.__dict__ or split.warmup or split.examples == "all":
             return self.branch
         return self._load("train", Draw(split.examples, split.sketch_config().seed))
 

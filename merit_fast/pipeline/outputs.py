@@ -26,12 +26,13 @@ from merit_fast.manifests.stages import (
     Stage,
 )
 from merit_fast.merge import method_fingerprint, same_bytes
-from merit_fast.model import model_fingerprint, resolve_model, settle_dtype
+from merit_fast.model import model_fingerprint, resolve_model
 from merit_fast.pipeline.arms import WARMUP, Branch, plan_branches, warmup_branch
-from merit_fast.pipeline.config import RunConfig
+from merit_fast.pipeline.config import RunConfig, settle_dtypes
 from merit_fast.pipeline.plan import Plan, make_plan
-from merit_fast.pipeline.records import Records
+from merit_fast.pipeline.records import Records, sketch_in_force
 from merit_fast.pipeline.reporting import audit_options, report_options
+from merit_fast.sketch.config import SketchConfig
 from merit_fast.train.config import ControlsConfig, TrainConfig
 
 _RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
@@ -44,7 +45,7 @@ class Outputs:
     """
 
     def __init__(self, config: RunConfig, command: str, verify: bool = False) -> None:
-        self.config = _settle_dtypes(config)
+        self.config = settle_dtypes(config)
         self.command = command
         self.root = Path(config.output)
         self.base = resolve_model(config.model)
@@ -198,15 +199,24 @@ class Outputs:
     # ---- manifests of the stages
     @property
     def sketch(self) -> StageManifest:
+        """The sketch's manifest; a config without a store takes an output that has one more."""
+        config = self.config.split.sketch_config()
+        return sketch_in_force(self.folder(SKETCH), config, self._sketch)
+
+    def _sketch(self, config: SketchConfig) -> StageManifest:
         inputs = {"start": self.start_fingerprint, "mixture": self.train_fingerprint}
         if self.config.train.freeze is not None:
             inputs["freeze"] = fingerprint(self.config.train.freeze)
-        return stage_manifest(SKETCH.name, self.config.split.sketch_config(), inputs)
+        if config.store:  # the split takes the sums only
+            inputs["sums"] = self._sketch(config.without_store()).fingerprint
+        return stage_manifest(SKETCH.name, config, inputs)
 
     @property
     def split(self) -> StageManifest:
-        inputs = {"sketch": self.sketch.fingerprint, "controls": str(self.num_controls)}
-        return stage_manifest(SPLIT.name, self.config.split, inputs)
+        config = self.config.split.without_store()  # stored rows do not change a split
+        sums = self._sketch(config.sketch_config()).fingerprint
+        inputs = {"sketch": sums, "controls": str(self.num_controls)}
+        return stage_manifest(SPLIT.name, config, inputs)
 
     @property
     def num_controls(self) -> int:
@@ -288,13 +298,3 @@ class Outputs:
         """The held-out rows that report: a tuned merge leaves half of them."""
         half = {"rows": "the half that reports"} if self.config.merge.is_tuned else {}
         return {"held-out": self.held_out_fingerprint} | half
-
-
-def _settle_dtypes(config: RunConfig) -> RunConfig:
-    """Replaces every dtype "auto" by this machine's choice, so that outputs name the dtype used."""
-    return replace(
-        config,
-        split=replace(config.split, dtype=settle_dtype(config.split.dtype)),
-        train=replace(config.train, dtype=settle_dtype(config.train.dtype)),
-        evaluate=replace(config.evaluate, dtype=settle_dtype(config.evaluate.dtype)),
-    )

@@ -1,10 +1,11 @@
 """The ledger of one configured run: reads and writes run.json, and tells each output's state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merit_fast.errors import InputError
 from merit_fast.manifests.hashes import HashCache
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, fingerprint, read_manifest
 from merit_fast.manifests.ledger import (
@@ -22,6 +23,7 @@ from merit_fast.manifests.ledger import (
 from merit_fast.manifests.state import OutputState, check_output
 from merit_fast.options.parser import to_plain
 from merit_fast.pipeline.config import RunConfig
+from merit_fast.sketch.config import SketchConfig
 
 _NO_RESULT = ("output", "threads")  # keys of a config that change no result
 
@@ -124,6 +126,28 @@ class Records:
 def old_place(root: Path, name: str, fingerprint: str) -> Path:
     """The place of a replaced branch ``branches/NAME`` with this fingerprint."""
     return root / OLD_BRANCHES / f"{Path(name).name}-{fingerprint[:12]}"
+
+
+def sketch_in_force(
+    folder: Path, config: SketchConfig, manifest_of: Callable[[SketchConfig], StageManifest]
+) -> StageManifest:
+    """The manifest of a sketch; that of the finished one if it differs in having stored rows only.
+
+    Args:
+        folder: the sketch stage's output.
+        config: of the run; with a store the output must have it too.
+        manifest_of: returns the manifest of a config.
+    """
+    expected = manifest_of(config)
+    try:
+        found = read_manifest(StageManifest, folder / STAGE_FILE)
+    except InputError:  # no sketch is there
+        return expected
+    if config.store or not found.config.get("store"):
+        return expected
+    width = found.config.get("store_dim", SketchConfig.store_dim)
+    stored = manifest_of(replace(config, store=True, store_dim=width))
+    return stored if stored.fingerprint == found.fingerprint else expected
 
 
 def config_fingerprint(config: RunConfig) -> str:

@@ -14,7 +14,7 @@ from merit_fast.manifests.locks import LOCKS_FOLDER, owner_of, stage_lock
 from merit_fast.manifests.stages import AUDIT, EVALUATE, MERGE, REPORT, SKETCH, SPLIT, STAGES, TRAIN
 from merit_fast.manifests.state import OutputState, check_output, differences
 from merit_fast.pipeline.config import RunConfig
-from merit_fast.pipeline.data import TOKENS_FOLDER, held_out_contents
+from merit_fast.pipeline.data import TARGETS_FOLDER, TOKENS_FOLDER, held_out_contents
 from merit_fast.pipeline.outputs import Outputs
 
 Word = Literal[
@@ -48,11 +48,16 @@ def config_status(config: RunConfig, command: str, verify: bool) -> list[OutputS
     ledger = outputs.records.ledger()
     expected = {outputs.records.name(path): m for path, m in outputs.expected().items()}
     rows = [_of_config(root, name, m, ledger, verify) for name, m in expected.items()]
-    return [*rows, *_others(root, set(expected), ledger), *_unused_tokens(outputs)]
+    return [*rows, *_others(root, set(expected), ledger), *_caches(outputs)]
 
 
-def _unused_tokens(outputs: Outputs) -> Iterator[OutputStatus]:
-    """Rows for tokenized datasets that this config does not use."""
+def _caches(outputs: Outputs) -> Iterator[OutputStatus]:
+    """Rows for tokenized datasets that this config does not use, and for sketched targets."""
+    targets = outputs.root / TARGETS_FOLDER
+    for path in sorted(targets.iterdir()) if targets.is_dir() else ():
+        if path.is_dir():
+            name = f"{TARGETS_FOLDER}/{path.name}"
+            yield OutputStatus(name, "not in force", "a target of select", None, folder_bytes(path))
     folder = outputs.root / TOKENS_FOLDER
     used = {*outputs.contents.values(), *held_out_contents(outputs).values()}
     detail = "tokenized rows of another config"

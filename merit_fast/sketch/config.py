@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from merit_fast.errors import InputError, show
 from merit_fast.kernels.average.dtypes import SPELLINGS
@@ -14,8 +14,9 @@ from merit_fast.options.fields import option, require
 class SketchConfig:
     """Options that decide the sketches."""
 
-    examples: int = option(
-        200, "calibration examples per dataset (the paper: up to 200; fewer if it has fewer)"
+    examples: int | Literal["all"] = option(
+        200,
+        "calibration examples per dataset (the paper: up to 200; fewer if it has fewer), or all",
     )
     precision: float = option(
         0.0,
@@ -67,11 +68,24 @@ class SketchConfig:
         form="{NAME: REGEX}",
         omit_default=True,
     )
+    store: bool = option(
+        False,
+        "keep the sketch of every example, for select, duplicates and open_rows (does not change "
+        "the sketch)",
+        omit_default=True,
+    )
+    store_dim: int = option(
+        8192,
+        "width of the kept sketches, a multiple of 4096 from 4096 to 65536, at most proj_dim; a "
+        "row takes 2 bytes for each",
+        omit_default=True,
+    )
 
     def __post_init__(self) -> None:
         require(self.parts != {}, "parts", "at least one part, or absent", self.parts)
         check_parts(self.parts or {})
-        require(self.examples >= 2, "examples", "at least 2", self.examples)
+        enough = self.examples == "all" or self.examples >= 2
+        require(enough, "examples", "at least 2, or all", self.examples)
         require(0 <= self.precision < 1, "precision", "at least 0 and below 1", self.precision)
         require(
             self.proj_dim >= 4096 and self.proj_dim % 4096 == 0,
@@ -82,6 +96,15 @@ class SketchConfig:
         require(self.blocks >= 2, "blocks", "at least 2", self.blocks)
         require(0 <= self.warmup < 1, "warmup", "at least 0 and below 1", self.warmup)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        width = self.store_dim
+        is_width = 4096 <= width <= 65536 and width % 4096 == 0
+        require(is_width, "store_dim", "a multiple of 4096 from 4096 to 65536", width)
+        fits = not self.store or width <= self.proj_dim
+        require(fits, "store_dim", f"at most proj_dim ({self.proj_dim})", width)
+
+    def without_store(self) -> Self:
+        """The options that decide the sums: without stored rows."""
+        return replace(self, store=False, store_dim=type(self).store_dim)
 
 
 def check_parts(parts: Mapping[str, str]) -> None:

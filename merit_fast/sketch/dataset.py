@@ -10,10 +10,11 @@ from merit_fast.errors import MeritFastError
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.model import fit_trees, target_losses, tower_parameters
 from merit_fast.progress import Task
+from merit_fast.row_store.writer import RowWriter
 from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.drawing import RowBlocks
+from merit_fast.sketch.drawing import RowBlocks, places_in_rows
 from merit_fast.sketch.examples import NotFiniteError, require_finite
 from merit_fast.sketch.sampling import next_examples
 from merit_fast.sketch.sketcher import GradientSketcher
@@ -39,7 +40,12 @@ class DatasetSketcher:
     config: SketchConfig
 
     def sketch(
-        self, dataset: Dataset, indices: Sequence[int], blocks: RowBlocks, task: Task
+        self,
+        dataset: Dataset,
+        indices: Sequence[int],
+        blocks: RowBlocks,
+        task: Task,
+        store: RowWriter | None = None,
     ) -> tuple[SketchState, dict[str, SketchState]]:
         """Sketches examples in their order: all, or with ``config.precision`` as many as needed.
 
@@ -48,6 +54,7 @@ class DatasetSketcher:
             indices: [n] the examples.
             blocks: of these examples.
             task: display.
+            store: gets every example's sketch; None: they are not kept.
 
         Returns:
             The state of the whole, and part -> its state.
@@ -56,6 +63,8 @@ class DatasetSketcher:
             MeritFastError: a row's gradient is not finite; the message names dataset and row.
         """
         state, of_parts = self.sketcher.states_of(dataset.name)
+        row_numbers = dataset.source_rows
+        places = places_in_rows(dataset)
         while more := next_examples(
             state,
             len(indices),
@@ -68,8 +77,12 @@ class DatasetSketcher:
                 start = state.num_examples
                 end = min(start + self._rows_of_pass(), stop)
                 rows = indices[start:end]
-                if self._sketch_pass(dataset, rows, blocks.blocks[start:end]):
-                    task.advance(len(rows), dataset.name)
+                sketched = self._sketch_pass(dataset, rows, blocks.blocks[start:end])
+                if sketched is None:
+                    continue
+                if store is not None:
+                    store.append(sketched[0], row_numbers[rows], places[rows], *sketched[1:])
+                task.advance(len(rows), dataset.name)
         task.skip(len(indices) - state.num_examples)  # examples that were not needed
         for of_rows in (state, *of_parts.values()):
             of_rows.add_shared_rows(blocks.shared_rows(0, state.num_examples))
@@ -88,8 +101,12 @@ class DatasetSketcher:
             return 1
         return 1 if sketched and not find_towers(self.model) else self.config.batch_size
 
-    def _sketch_pass(self, dataset: Dataset, rows: Sequence[int], blocks: Sequence[int]) -> bool:
-        """Sketches some rows into the states; returns whether they are in.
+    def _sketch_pass(
+        self, dataset: Dataset, rows: Sequence[int], blocks: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Sketches some rows into the states; returns sketches, loss sums and target tokens.
+
+        None: the rows are not in.
 
         The first pass of a kind is checked and then run again: its weights have gradients, which
         may change how it rounds. So the check leaves every sum as it is. More parameters may take a
@@ -104,18 +121,18 @@ class DatasetSketcher:
         try:
             losses = _backward(self.model, batch, numbers, len(rows))
             if not (sketcher.is_checking and self.config.check == "first"):
-                sketcher.update(names, *losses, row_examples=numbers, blocks=blocks)
-                return True
+                sketches = sketcher.update(names, *losses, row_examples=numbers, blocks=blocks)
+                return sketches, *losses
             require_finite(sketcher.take(row_examples=numbers), names)
         except RepeatBatch:
             sketcher.discard()
         except NotFiniteError as error:
-            row = dataset.rows[rows[error.example]]
+            row = dataset.source_rows[rows[error.example]]
             raise MeritFastError(
                 f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
                 f"gradient in {self.config.dtype}, found NaN or infinity"
             ) from None
-        return False
+        return None
 
 
 def _backward(

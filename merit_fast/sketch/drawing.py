@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merit_fast.data import Dataset, Example
@@ -23,6 +24,8 @@ from merit_fast.manifests.io import fingerprint
 from merit_fast.options.parser import to_plain
 from merit_fast.sketch.config import SketchConfig
 
+# Options that change no sum beyond rounding.
+_NO_SUM = ("check", "uncovered", "batch_size", "store", "store_dim")
 _WORD = 4  # bytes of a digest that choose a block
 _ENOUGH = 3  # blocks that a dataset fills, so that two are left where one is left out
 
@@ -133,6 +136,8 @@ def _is_narrow(plan: RowBlocks, rows: Sequence[bytes], blocks: int) -> bool:
 def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
     """Chooses up to ``config.examples`` examples, at random by the seed and the dataset's content.
 
+    With "all" the order is the same, and every example is in it.
+
         rank = permutation(number of rows in the source) by (seed, content)
         chosen = the first examples in the order of (rank of their row, place)
 
@@ -152,7 +157,8 @@ def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
         order = np.argsort(rank[dataset.rows], kind="stable")
         _, first = np.unique(dataset.places[order], return_index=True)
         order = order[np.sort(first)]  # an example that a weight repeats is drawn once
-    return [int(index) for index in order[: config.examples]]
+    count = None if config.examples == "all" else config.examples
+    return [int(index) for index in order[:count]]
 
 
 def sums_fingerprint(
@@ -173,11 +179,32 @@ def sums_fingerprint(
     """
     more: list[object] = [] if freeze is None else [{"freeze": list(freeze)}]
     more += blocks.fingerprint
-    # None of these changes a sum beyond rounding.
-    ignored = ("check", "uncovered", "batch_size")
-    options = {key: value for key, value in to_plain(config).items() if key not in ignored}
+    options = {key: value for key, value in to_plain(config).items() if key not in _NO_SUM}
     rows = [digest.hex() for digest in digests]
     return fingerprint([HASH_VERSION, model_fingerprint, options, rows, *more])
+
+
+def rows_fingerprint(dataset: Dataset, indices: list[int], sums: str, config: SketchConfig) -> str:
+    """Fingerprint of everything that a dataset's stored rows depend on.
+
+    Args:
+        dataset: the rows.
+        indices: those that are sketched.
+        sums: the fingerprint of their sums.
+        config: of the sketch stage.
+    """
+    numbers = dataset.source_rows[indices].tolist()
+    return fingerprint([sums, config.store_dim, numbers, places_in_rows(dataset)[indices].tolist()])
+
+
+def places_in_rows(dataset: Dataset) -> NDArray[np.int64]:
+    """[N] number of each example among the examples of its row, from 0."""
+    rows = dataset.rows
+    if not len(rows):
+        return rows
+    first = np.full(int(rows.max()) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, rows, dataset.places)
+    return np.asarray(dataset.places - first[rows])
 
 
 def content_of(dataset: Dataset, indices: Sequence[int]) -> str:

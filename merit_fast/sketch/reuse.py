@@ -6,13 +6,11 @@ its sums depend on, the hashes of its files, and the bounds that its check has f
 
 import functools
 import json
-import os
-import shutil
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merit_fast.manifests.atomic import replace_file, write_text
+from merit_fast.manifests.atomic import link_file, replace_file, write_text
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.manifests.sketch_state import state_path
@@ -58,7 +56,7 @@ def reuse_states(
         sources |= {state_path(directory, name, part): files[part] for part in ("", *parts)}
     for file, source in sources.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        _link(source, _taken(file))
+        link_file(source, _taken(file))
     for file in sources:
         replace_file(_taken(file), file)
     _remove_others(directory, sources)
@@ -151,12 +149,3 @@ def _remove_others(directory: Path, kept: Container[Path]) -> None:
     for folder in (*(directory / _PARTS).glob("*"), directory / _PARTS):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name of a file, or a copy of it where the file system has no hard links."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

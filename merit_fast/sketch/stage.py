@@ -13,6 +13,9 @@ from merit_fast.manifests.atomic import write_bytes
 from merit_fast.manifests.sketch_state import state_path
 from merit_fast.model import freeze_parameters, load_model
 from merit_fast.progress import Progress
+from merit_fast.row_store.identity import StoreIdentity
+from merit_fast.row_store.reuse import reuse_rows
+from merit_fast.row_store.writer import ROWS_FOLDER, RowWriter
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.dataset import ERROR_RATE, FIRST_LOOK, DatasetSketcher
 from merit_fast.sketch.drawing import (
@@ -20,6 +23,7 @@ from merit_fast.sketch.drawing import (
     assign_blocks,
     choose_examples,
     row_digests,
+    rows_fingerprint,
     sums_fingerprint,
 )
 from merit_fast.sketch.passes.parts import describe_rest
@@ -68,7 +72,15 @@ def sketch_mixture(  # noqa: PLR0913
         name: sums_fingerprint(rows, blocks[name], model_fingerprint, config, freeze)
         for name, rows in digests.items()
     }
+    row_prints = {
+        d.name: rows_fingerprint(d, chosen[d.name], fingerprints[d.name], config)
+        for d in (datasets if config.store else ())
+    }
     kept, reused = reuse_states(directory, earlier, fingerprints, tuple(config.parts or ()))
+    stored = reuse_rows(directory, earlier, row_prints)
+    if config.store:
+        kept &= stored
+        reused &= stored
     for names, what in (
         (kept, "were finished by a run that was interrupted, their sketches are kept"),
         (reused, "are as before, their sketches are reused"),
@@ -84,6 +96,7 @@ def sketch_mixture(  # noqa: PLR0913
             chosen,
             blocks,
             fingerprints,
+            row_prints,
             pad_token_id,
             config,
             directory,
@@ -99,6 +112,7 @@ def _sketch_datasets(  # noqa: PLR0913
     chosen: Mapping[str, list[int]],
     blocks: Mapping[str, RowBlocks],
     fingerprints: Mapping[str, str],
+    row_prints: Mapping[str, str],
     pad_token_id: int,
     config: SketchConfig,
     directory: Path,
@@ -130,8 +144,17 @@ def _sketch_datasets(  # noqa: PLR0913
             progress.note(rest)
         datasets = DatasetSketcher(model, sketcher, pad_token_id, config)
         for dataset in missing:
+            store = None
+            if config.store:
+                store = RowWriter(
+                    directory / ROWS_FOLDER / dataset.name,
+                    StoreIdentity.of(sketcher.identity, config.store_dim),
+                    row_prints[dataset.name],
+                )
             drawn = chosen[dataset.name]
-            state, of_parts = datasets.sketch(dataset, drawn, blocks[dataset.name], task)
+            state, of_parts = datasets.sketch(dataset, drawn, blocks[dataset.name], task, store)
+            if store is not None:
+                store.finish()
             for part, of_part in of_parts.items():
                 file = state_path(directory, dataset.name, part)
                 file.parent.mkdir(parents=True, exist_ok=True)

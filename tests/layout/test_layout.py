@@ -26,7 +26,8 @@ ARROWS = {
     "data": {"errors", "options", "manifests", "kernels", "progress"},
     "model": {"errors", "data", "manifests"},
     "patch": {"errors", "kernels"},
-    "sketch": TORCH_STAGE | {"block_estimates"},
+    "row_store": {"errors", "manifests", "kernels", "block_estimates"},
+    "sketch": TORCH_STAGE | {"block_estimates", "row_store"},
     "split": BASE | {"block_estimates", "data"},
     "train": TORCH_STAGE | {"patch"},
     "merge": BASE | {"kernels", "model"},
@@ -40,6 +41,7 @@ ARROWS = {
     | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
     "init": BASE | {"data", "model", "pipeline"},
     "export": BASE | {"data", "pipeline"},
+    "selection": BASE | {"data", "export", "pipeline", "row_store", "sketch"},
     "cli": BASE
     | {
         "data",
@@ -53,8 +55,8 @@ ARROWS = {
         "model",
         "pipeline",
     }
-    | {"report", "sketch", "split", "train", "tune"},
-    "__init__": {"errors", "merge", "patch", "pipeline", "sketch"},
+    | {"report", "row_store", "selection", "sketch", "split", "train", "tune"},
+    "__init__": {"errors", "merge", "patch", "pipeline", "row_store", "sketch"},
     "__main__": {"cli"},
 }
 # The one place where a stage reads another's file: a split's options contain its sketch's.
@@ -93,6 +95,18 @@ INSIDE = {
         "dataset",
         "reuse",
         "stage",
+    ),
+    "row_store": (
+        "identity",
+        "writer",
+        "reuse",
+        "files",
+        "hits",
+        "target",
+        "checkpoints",
+        "outliers",
+        "pairs",
+        "rows",
     ),
     "split": (
         "moments",

@@ -10,10 +10,11 @@ from merit_fast.merge.write.shards import free_bytes
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.preflight.base import num_parameters, num_trained_parameters
-from merit_fast.pipeline.preflight.load import Load, merges_of, train_load, warmup_load
+from merit_fast.pipeline.preflight.load import Load, merges_of, sketch_load, train_load, warmup_load
 from merit_fast.pipeline.preflight.pending import warmup_is_pending
 from merit_fast.units import human_bytes
 
+_ROW_BYTES = 52  # of a stored row, next to its vector in float16
 _STATE_BYTES = (
     12  # of a trained parameter in a checkpoint to resume from: fp32 master and two moments
 )
@@ -26,17 +27,19 @@ class Disk:
     branches: int = 0
     checkpoint: int = 0  # of the branch in training; the next one is written before it goes
     merges: int = 0
+    rows: int = 0  # stored by the sketch
 
     @property
     def total(self) -> int:
-        return self.branches + self.checkpoint + self.merges
+        return self.branches + self.checkpoint + self.merges + self.rows
 
 
 def disk_of(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Disk:
-    """The bytes of the models that these stages still make."""
+    """The bytes of the models and stored rows that these stages still make."""
+    rows = _stored_bytes(outputs, data) if SKETCH in pending else 0
     makes_branches = TRAIN in pending or (SKETCH in pending and warmup_is_pending(outputs))
     if not (makes_branches or MERGE in pending):
-        return Disk()
+        return Disk(rows=rows)
     config = outputs.config
     parameters = num_parameters(outputs.base)
     load = Load()
@@ -51,7 +54,16 @@ def disk_of(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Disk:
         branches=load.models * parameters * _item_bytes(config.train.dtype),
         checkpoint=2 * _STATE_BYTES * trained * checkpointed,
         merges=merges_of(outputs) * parameters * _item_bytes(merged) * (MERGE in pending),
+        rows=rows,
     )
+
+
+def _stored_bytes(outputs: Outputs, data: RunData) -> int:
+    split = outputs.config.split
+    if not split.store:
+        return 0
+    each = _ROW_BYTES + 2 * split.store_dim
+    return each * sketch_load(outputs.config, data.sketched).rows
 
 
 def check_disk(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> None:
@@ -63,7 +75,12 @@ def check_disk(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Non
     disk = disk_of(outputs, data, pending)
     free = free_bytes(outputs.root.absolute())
     if disk.total > free:
-        kinds = {"branches": disk.branches, "merges": disk.merges, "checkpoints": disk.checkpoint}
+        kinds = {
+            "branches": disk.branches,
+            "merges": disk.merges,
+            "checkpoints": disk.checkpoint,
+            "stored rows": disk.rows,
+        }
         parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in kinds.items() if size)
         raise InputError(
             f"output: {outputs.root} must have {human_bytes(disk.total)} free ({parts}), "

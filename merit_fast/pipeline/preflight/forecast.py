@@ -129,7 +129,7 @@ def _stage_forecasts(
             forecasts.append(StageForecast(stage.name, True))
         elif stage == SKETCH:
             load = sketch_load(outputs.config, data.branch)
-            forecasts.append(_of_load(stage.name, load, load.tokens * rate.sketch_s))
+            forecasts.append(_of_load(stage.name, load, load.tokens * rate.sketch_s, disk.rows))
         elif stage == TRAIN:
             load = train_load(outputs, data)
             forecasts.append(_of_load(stage.name, load, load.tokens * rate.train_s, disk.branches))

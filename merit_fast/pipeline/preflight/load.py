@@ -65,7 +65,8 @@ def sketch_load(config: RunConfig, datasets: Sequence[Dataset]) -> Load:
     """The examples that are sketched; with ``precision`` at most so many."""
     rows = tokens = 0
     for dataset in datasets:
-        taken = min(config.split.examples, dataset.num_examples)
+        wanted = config.split.examples
+        taken = dataset.num_examples if wanted == "all" else min(wanted, dataset.num_examples)
         rows += taken
         tokens += count_tokens([dataset]) * taken // max(dataset.num_examples, 1)
     return Load(1, rows, tokens)

@@ -96,3 +96,15 @@ def test_frozen_parameters_cost_no_backward(config_file, monkeypatch):
     assert fewer["train"].seconds == pytest.approx(share * stages["train"].seconds, rel=0.01)
     assert fewer["evaluate"].seconds == stages["evaluate"].seconds
     assert "trained) and products" in frozen.rate and "trained)" not in whole.rate
+
+
+def test_the_forecast_counts_the_bytes_of_stored_rows(config_file, tmp_path):
+    words = ("split.store=true", "split.store_dim=4096", "split.examples=all")
+    before, _ = forecast_of(config_file)
+    forecast, stages = forecast_of(config_file, *words)
+    assert forecast.needed_bytes - before.needed_bytes == stages["sketch"].bytes
+    Run(read_run_config(config_file, words), Notes()).sketch()
+    shards = (tmp_path / "out/sketch/rows").rglob("*.safetensors")
+    written = sum(shard.stat().st_size for shard in shards)
+    assert 0.9 * written < stages["sketch"].bytes < 1.1 * written
+    assert forecast_of(config_file, *words)[1]["sketch"].up_to_date

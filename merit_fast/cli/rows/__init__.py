@@ -1,0 +1,1 @@
+"""Commands on stored rows: select, duplicates and outliers."""
