@@ -104,8 +104,7 @@ static inline void add_products(const uint32_t* left, const uint32_t* right, con
 // block[a, j] = sum over the batch's words k of left[k, a] * right[k, j], a < kRows, j < kCols.
 template <bool PAIRS>
 static inline void product_block(const Batch& batch, int row_run, int col_run, float* block) {
-  const uint32_t* left =
-      batch.left + row_run / 2 * kPlaneWords + row_run % 2 * kRows;
+  const uint32_t* left = batch.left + row_run / 2 * kPlaneWords + row_run % 2 * kRows;
   const uint32_t* right = batch.right + col_run * 2 * kPlaneWords;
 #if defined(MERIT_AVX512)
   Sums sum;
@@ -211,7 +210,8 @@ static inline void sketch_bucket(const LinearSketch& job, const Groups& groups, 
   for (int64_t down = groups.top; down < groups.bottom; down++)
     for (int64_t across = groups.left; across < groups.right; across++) {
       const uint64_t deal = draw_deal(job, down, across);
-      const int64_t strip = down * job.group_rows + dealt_back(bucket_row, deal >> 32, job.group_rows);
+      const int64_t strip =
+          down * job.group_rows + dealt_back(bucket_row, deal >> 32, job.group_rows);
       const int64_t column =
           across * job.group_cols + dealt_back(bucket_col, deal & 0xFFFFFFFF, job.group_cols);
       if (strip < job.first_row / kTile || strip >= bottom || column < job.first_col / kTile ||
@@ -245,10 +245,9 @@ template <bool PAIRS>
 static void sketch_tokens(const LinearSketch& job, int64_t token, int64_t tokens, int64_t part,
                           float* out, Batch& batch) {
   const int64_t p = job.group_rows, q = job.group_cols;
-  const Groups all = {job.first_row / (p * kTile),
-                      divided_up(job.first_row + job.dy.cols, p * kTile),
-                      job.first_col / (q * kTile),
-                      divided_up(job.first_col + job.x.cols, q * kTile)};
+  const Groups all = {
+      job.first_row / (p * kTile), divided_up(job.first_row + job.dy.cols, p * kTile),
+      job.first_col / (q * kTile), divided_up(job.first_col + job.x.cols, q * kTile)};
   const int64_t most = kDepth / (PAIRS ? (tokens + 1) / 2 : tokens);
   const int64_t wide = even_share(all.right - all.left, most);
   const int64_t high = even_share(all.bottom - all.top, most / wide);
@@ -268,8 +267,8 @@ static void sketch_example(const LinearSketch& job, int64_t b, int64_t part) {
   const int64_t depth = PAIRS ? 2 * kDepth : kDepth;
   for (int64_t token = job.offsets[b]; token < job.offsets[b + 1]; token += depth) {
     const int64_t rest = job.offsets[b + 1] - token;
-    sketch_tokens<PAIRS>(job, token, rest < depth ? rest : depth, part,
-                         job.out + b * job.proj_dim, batch);
+    sketch_tokens<PAIRS>(job, token, rest < depth ? rest : depth, part, job.out + b * job.proj_dim,
+                         batch);
   }
 }
 

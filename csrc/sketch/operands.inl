@@ -55,8 +55,7 @@ static inline void find_moves(const SketchMatrix& m, const Side& side, uint32_t 
   const __m512i order = lanes_xor(side.mask);
   for (int plane = 0; plane < kPlanes; plane++) {
     const uint32_t first = uint32_t(plane * kLanes) ^ (side.mask & 48);
-    const __m512i signs =
-        _mm512_maskz_set1_epi32(__mmask16(side.signs >> first), int(minus));
+    const __m512i signs = _mm512_maskz_set1_epi32(__mmask16(side.signs >> first), int(minus));
     moves[plane] = {side.at + int64_t(first), uint32_t(inside >> first & 0xFFFF),
                     _mm512_permutexvar_epi32(order, signs)};
   }
@@ -82,8 +81,7 @@ static inline void place_floats(const SketchMatrix& m, const T* row, int64_t tok
     for (int plane = 0; plane < kPlanes; plane++) {
       const __m512i words = words16(row + moves[plane].column, moves[plane].inside);
       const __m512i moved = _mm512_permutexvar_epi32(order, words);
-      _mm512_store_si512(out + plane * kPlaneWords,
-                         _mm512_xor_si512(moved, moves[plane].signs));
+      _mm512_store_si512(out + plane * kPlaneWords, _mm512_xor_si512(moved, moves[plane].signs));
     }
 }
 
@@ -171,10 +169,10 @@ static inline void place(const SketchMatrix& m, int64_t token, int64_t tokens, c
                          uint32_t* out) {
   const int64_t first = token * m.row_stride;
 #if defined(MERIT_AVX512_BF16)
-  if constexpr (PAIRS)
-  {
+  if constexpr (PAIRS) {
     const uint16_t* row = static_cast<const uint16_t*>(m.data) + first;
-    if (columns_inside(m, side.at) == ~uint64_t(0)) return place_pairs<true>(m, row, tokens, side, out);
+    if (columns_inside(m, side.at) == ~uint64_t(0))
+      return place_pairs<true>(m, row, tokens, side, out);
     return place_pairs<false>(m, row, tokens, side, out);
   }
 #endif

@@ -23,7 +23,7 @@ struct SketchTarget {
       scale;  // [rows, cols] of the shard, multiplies the gradient before it is hashed; or null
   int64_t scale_stride;  // elements
   float* out;            // [examples, proj_dim], added to
-  int parts, threads;  // parts <= proj_dim / (64 * 64); owner_of divides the buckets among them
+  int parts, threads;    // parts <= proj_dim / (64 * 64); owner_of divides the buckets among them
 };
 
 // Gradients that exist: row n is row row_ids[n] of the parameter, or without ids first_row + its
