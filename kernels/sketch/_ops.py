@@ -14,7 +14,6 @@ from merit_fast.kernels import dispatch
 from merit_fast.kernels.sketch import _eager, _native
 from merit_fast.kernels.sketch._target import SketchTarget
 
-
 Result = TypeVar("Result")
 
 
