@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from merit_fast.split.conflict import between_sum, cosine_matrix, double_center
+from merit_fast.split.conflict import cosine_matrix
 from merit_fast.split.moments import BlockProducts, block_products
+from merit_fast.split.search.objective import between_sum, double_center
 from merit_fast.split.search.partition import partition_datasets
 
 Array = npt.NDArray[np.float64]

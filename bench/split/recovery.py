@@ -42,8 +42,9 @@ from bench.split.planted import (
     plant,
     write_texts,
 )
-from merit_fast.split.conflict import Conflict, conflict_of, cosine_matrix, double_center
+from merit_fast.split.conflict import Conflict, conflict_of, cosine_matrix
 from merit_fast.split.search.methods import METHODS as SPLIT_METHODS
+from merit_fast.split.search.objective import double_center
 from merit_fast.split.search.partition import Partition, partition_datasets
 from merit_fast.split.search.space import other_splits
 from merit_fast.split.separation import measure_separation

@@ -12,16 +12,13 @@ from merit_fast.split.conflict import (
     Labels,
     MeanGram,
     Similarity,
-    between_sum,
-    between_sums,
-    double_center,
     half_grams,
     left_out_grams,
     mean_gram,
     similarity_matrix,
-    total_sum,
 )
 from merit_fast.split.moments import BlockProducts
+from merit_fast.split.search.objective import between_sum, between_sums, double_center, total_sum
 from merit_fast.split.student import one_sided_t
 
 Array = npt.NDArray[np.float64]

@@ -10,16 +10,12 @@ import numpy.typing as npt
 
 from merit_fast.progress import Task
 from merit_fast.split.config import SplitConfig
-from merit_fast.split.conflict import (
-    center_columns,
-    conflict_of,
-    double_center,
-    left_out_similarities,
-)
+from merit_fast.split.conflict import conflict_of, left_out_similarities
 from merit_fast.split.moments import BlockProducts
 from merit_fast.split.noise import NoiseScales, noise_scales
 from merit_fast.split.parting import HeldOutBlocks, Parting
 from merit_fast.split.search.methods import METHODS
+from merit_fast.split.search.objective import center_columns, double_center
 from merit_fast.split.search.partition import Partition, partition_datasets
 from merit_fast.split.search.space import OtherSplits, other_splits
 from merit_fast.split.separation import (

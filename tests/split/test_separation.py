@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 from support.split.block_sums import eta_squared, sample, unit
 
-from merit_fast.split.conflict import (
-    conflict_of,
-    double_center,
-)
+from merit_fast.split.conflict import conflict_of
 from merit_fast.split.moments import block_products
 from merit_fast.split.search.medians import median_partition, weighted_axes
+from merit_fast.split.search.objective import double_center
 from merit_fast.split.search.space import other_splits
 from merit_fast.split.separation import measure_separation, pair_means
 

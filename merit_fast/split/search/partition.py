@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from merit_fast.errors import InputError
-from merit_fast.split.conflict import double_center
 from merit_fast.split.search.arguments import check_arguments, manual_pins, sorted_matrix
 from merit_fast.split.search.methods import Assignment, Method, Search
+from merit_fast.split.search.objective import double_center
 from merit_fast.split.search.problem import FREE, Array, Labels, Pins, Problem, pose_problem
 from merit_fast.split.search.starts import item_names
 from merit_fast.split.search.swap import between_groups, imbalance, move_losses

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from merit_fast.split.conflict import double_center
 from merit_fast.split.search.medians import cut_recursively, weighted_axes
+from merit_fast.split.search.objective import double_center
 from merit_fast.split.search.problem import FREE, Array, Labels, Problem
 
 

@@ -7,11 +7,9 @@ import pytest
 from support.split.block_sums import eta_squared
 from support.split.partitions import NAMES
 
-from merit_fast.split.conflict import (
-    cosine_matrix,
-    double_center,
-)
+from merit_fast.split.conflict import cosine_matrix
 from merit_fast.split.search.medians import conflict_axes, median_partition
+from merit_fast.split.search.objective import double_center
 
 
 def between(groups, gradients, hessian):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from support.split.partitions import NAMES, mixture, split
 
-from merit_fast.split.conflict import between_sum, double_center
 from merit_fast.split.search import step, swap
+from merit_fast.split.search.objective import between_sum, double_center
 from merit_fast.split.search.problem import Pins, pose_problem
 from merit_fast.split.search.step import Step
 

@@ -7,8 +7,9 @@ import pytest
 from support.split.partitions import NAMES, mixture, split
 
 from merit_fast.errors import InputError
-from merit_fast.split.conflict import cosine_matrix, double_center
+from merit_fast.split.conflict import cosine_matrix
 from merit_fast.split.search.methods import METHODS
+from merit_fast.split.search.objective import double_center
 from merit_fast.split.search.partition import partition_datasets
 
 

@@ -5,14 +5,9 @@ import pytest
 from support.split.block_sums import draw, measure_conflict, sample, unit
 
 from merit_fast.block_estimates import signal_fractions
-from merit_fast.split.conflict import (
-    between_sum,
-    center_columns,
-    conflict_of,
-    cosine_matrix,
-    double_center,
-)
+from merit_fast.split.conflict import conflict_of, cosine_matrix
 from merit_fast.split.moments import block_products
+from merit_fast.split.search.objective import between_sum, center_columns, double_center
 
 
 # ---- cosines and their errors

@@ -5,14 +5,10 @@ import pytest
 from support.split.block_sums import eta_squared
 from support.split.partitions import balanced_halves, merge_vectors
 
-from merit_fast.split.conflict import (
-    between_sum,
-    conflict_of,
-    double_center,
-    total_sum,
-)
+from merit_fast.split.conflict import conflict_of
 from merit_fast.split.moments import block_products
 from merit_fast.split.search.medians import conflict_axes, median_partition
+from merit_fast.split.search.objective import between_sum, double_center, total_sum
 
 
 def hessian(generator, size, decades=2.0):

@@ -8,11 +8,9 @@ import pytest
 from support.split.block_sums import assert_same_bits, draw, eta_squared, products_of
 
 from merit_fast.errors import MeritFastError
-from merit_fast.split.conflict import (
-    conflict_of,
-    double_center,
-)
+from merit_fast.split.conflict import conflict_of
 from merit_fast.split.moments import block_products
+from merit_fast.split.search.objective import double_center
 
 
 def test_products_are_those_of_the_block_sums():

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from merit_fast.split.conflict import Conflict, Debias, Labels, between_sum, conflict_of, total_sum
+from merit_fast.split.conflict import Conflict, Debias, Labels, conflict_of
 from merit_fast.split.moments import BlockProducts, block_products
+from merit_fast.split.search.objective import between_sum, total_sum
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merit_fast.split.conflict import conflict_of, double_center
+from merit_fast.split.conflict import conflict_of
 from merit_fast.split.moments import block_products
 from merit_fast.split.search.methods import METHODS, Method
+from merit_fast.split.search.objective import double_center
 from merit_fast.split.search.partition import Partition, partition_datasets
 
 Floats = NDArray[np.float64]
