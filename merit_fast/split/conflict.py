@@ -13,7 +13,6 @@ Cosines are divided by the square roots of U.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy.typing as npt
 
 from merit_fast.block_estimates import jackknife_error, signal_fractions, unbiased_square
 from merit_fast.split.moments import BlockProducts
-from merit_fast.split.student import one_sided_t, surely_negative
+from merit_fast.split.student import more_examples, surely_negative
 
 Array = npt.NDArray[np.float64]
 Labels = Sequence[int] | npt.NDArray[np.intp]
@@ -30,8 +29,6 @@ Debias = Literal["blocks", "none"]
 
 _FLOOR = 0.1  # of R: U may be as low as noise makes it, below zero too
 _CLIP = 1.2  # estimates of a cosine scatter around it; a clip at 1 would bias those near 1
-_POWER = NormalDist().inv_cdf(0.8)
-_FEWEST = 32
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def conflict_of(
     whole = mean_gram(products, debias)
     folds = left_out_grams(products, debias)
     fraction, signal_error = signal_fractions(products.within, products.weights)
-    more = _more_examples(fraction, signal_error, products.counts)
+    more = more_examples(fraction, signal_error, products.counts)
     error = jackknife_error(np.stack([fold.cosine() for fold in folds]))
     np.fill_diagonal(error, 0.0)
     unknown = (more > 0) if debias == "blocks" else np.zeros(len(more), bool)
@@ -218,18 +215,3 @@ def left_out_grams(products: BlockProducts, debias: Debias) -> list[MeanGram]:
     return [
         _mean_gram(products.left_out[g], products, np.delete(blocks, g), debias) for g in blocks
     ]
-
-
-def _more_examples(fraction: Array, error: Array, counts: Array) -> npt.NDArray[np.int64]:
-    """[N] examples to add. While noise prevails the fraction grows as n, its error hardly."""
-    number = counts.sum(1)
-    blocks = (counts > 0).sum(1)
-    bound = np.array([one_sided_t(int(count) - 1) if count > 1 else np.inf for count in blocks])
-    larger = np.maximum(fraction, error)
-    wanted = number * (bound + _POWER) * error / np.where(larger > 0, larger, np.nan)
-    known = np.isfinite(wanted)
-    more = np.where(
-        known, np.ceil(np.where(known, wanted, 0.0) - number), np.maximum(_FEWEST - number, number)
-    )
-    resolved = fraction - np.where(error > 0, bound, 0.0) * error > 0
-    return np.where(resolved, 0, np.maximum(more, 1)).astype(np.int64)

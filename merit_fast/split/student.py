@@ -10,6 +10,8 @@ Array = npt.NDArray[np.float64]
 
 _CONFIDENCE = NormalDist().inv_cdf(0.95)
 _FALSE_SHARE = 0.01
+_POWER = NormalDist().inv_cdf(0.8)
+_FEWEST = 32  # examples
 
 
 def one_sided_t(freedom: int) -> float:
@@ -59,3 +61,26 @@ def surely_negative(values: Array, errors: Array, freedom: int) -> npt.NDArray[n
     below = np.flatnonzero(ranked <= _FALSE_SHARE * np.arange(1, len(ranked) + 1) / len(ranked))
     bound = ranked[below[-1]] if len(below) else -1.0
     return np.asarray(chance <= bound)
+
+
+def more_examples(fraction: Array, error: Array, counts: Array) -> npt.NDArray[np.int64]:
+    """[N] examples that would resolve each signal four times in five; 0: it is resolved.
+
+    While noise prevails the fraction grows as n, its error hardly.
+
+    Args:
+        fraction: [N] U / R.
+        error: [N] its standard error.
+        counts: [N, G] examples per block.
+    """
+    number = counts.sum(1)
+    blocks = (counts > 0).sum(1)
+    bound = np.array([one_sided_t(int(count) - 1) if count > 1 else np.inf for count in blocks])
+    larger = np.maximum(fraction, error)
+    wanted = number * (bound + _POWER) * error / np.where(larger > 0, larger, np.nan)
+    known = np.isfinite(wanted)
+    more = np.where(
+        known, np.ceil(np.where(known, wanted, 0.0) - number), np.maximum(_FEWEST - number, number)
+    )
+    resolved = fraction - np.where(error > 0, bound, 0.0) * error > 0
+    return np.where(resolved, 0, np.maximum(more, 1)).astype(np.int64)
