@@ -160,13 +160,13 @@ class Projector:
     def _add(self, vector: Tensor, place: int, name: str, sums: Tensor) -> None:
         """Add the sketch of [B, n], the entries of every gradient from ``place`` on."""
         columns = self._columns
-        is_read = vector.device == self.device and _is_dense(vector)
+        is_read = vector.device == sums.device and _is_dense(vector)
         buffer = None
         for first, last in _pieces(vector.shape, place % columns, columns, is_read):
             piece = vector[:, first:last]
             if not (is_read and _lies_in_rows(piece, vector)):
                 if buffer is None:
-                    buffer = torch.empty(len(vector) * max(PIECE, columns), device=self.device)
+                    buffer = torch.empty(len(vector) * max(PIECE, columns), device=sums.device)
                 piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
             row, column = divmod(place + first, columns)
             flat_sketch(
@@ -183,7 +183,7 @@ class Projector:
     def _finished(self, sums: Tensor, name: str) -> Tensor:
         """Sketches [B, D'] folded to [B, proj_dim], in their scale and dtype."""
         if self._sketch.proj_dim != self.proj_dim:
-            order, signs = _deal(self._sketch, self.proj_dim, name, self.device)
+            order, signs = _deal(self._sketch, self.proj_dim, name, sums.device)
             dealt = (sums * signs)[:, order]
             rounds = 1 << (-(-dealt.shape[1] // self.proj_dim) - 1).bit_length()
             dealt = F.pad(dealt, (0, rounds * self.proj_dim - dealt.shape[1]))

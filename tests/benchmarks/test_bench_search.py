@@ -1,4 +1,4 @@
-"""The benchmarks of the search and the projector: tables, peers, and wrong results."""
+"""The benchmarks of the search and the projector: tables, peers, wrong results that end a run."""
 
 import importlib
 import sys

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from support.gpu.sketch_runs import assert_equal_to_eager, integers, launches
 
+from merit_fast.integrations import Projector
 from merit_fast.kernels.sketch import (
     CountSketch,
     _eager,
@@ -111,3 +112,14 @@ def test_the_public_functions_by_name(monkeypatch):
         assert torch.equal(call("triton"), expected) and expected.any()
     names = [name for name, _ in calls]
     assert names == ["rows_kernel", "rows_kernel", "ids_kernel", "linear_kernel", "linear_kernel"]
+
+
+@pytest.mark.parametrize("proj_dim", [900, 8192])
+def test_the_projector_gives_the_numbers_of_eager(proj_dim):
+    """Gradients by name, whose parts begin and end inside rows of the hashed matrix."""
+    grads = {"bias": integers(2, 37), "weight": integers(2, 30, 300), "scale": integers(2)}
+    projected = [
+        Projector(9038, proj_dim, 1, backend=backend).project(grads, model_id=3)
+        for backend in ("triton", "eager")
+    ]
+    assert torch.equal(*projected)
