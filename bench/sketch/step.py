@@ -40,6 +40,7 @@ from bench.sketch.work import (
     relative_error,
     rotated,
     sketched,
+    sketched_first,
     small_model,
     timed,
     token_work,
@@ -65,7 +66,12 @@ def sketched_onednn(work: Work) -> Iterator[Step]:
         yield step
 
 
-STEPS: dict[str, Variant] = {"plain": plain, "frozen": frozen, "sketch": sketched}
+STEPS: dict[str, Variant] = {
+    "plain": plain,
+    "frozen": frozen,
+    "sketch": sketched,
+    "sketch, first pass": sketched_first,
+}
 ONEDNN: dict[str, Variant] = {"plain, oneDNN": plain_onednn, "sketch, oneDNN": sketched_onednn}
 TRAINING: dict[str, Variant] = {"training": training, "training + sum": training_sketched}
 
@@ -181,7 +187,8 @@ def check(case: Case, work: Work) -> None:
 def run_round(case: Case, number: int) -> dict[str, dict[str, float]]:
     """Runs every variant once over all works of the case.
 
-    The time excludes opening and closing a sketcher.
+    The time excludes opening and closing a sketcher, and its first pass, which has a variant of its
+    own: it is checked against autograd.
     """
     rows = {}
     for name in rotated(list(case.variants), number):

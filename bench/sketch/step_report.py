@@ -9,6 +9,7 @@ from bench.support.measure import Results, spread
 MIB = 2**20
 RATIOS = {
     "sketch": "plain",
+    "sketch, first pass": "plain",
     "frozen": "plain",
     "sketch, oneDNN": "plain, oneDNN",
     "training + sum": "training",

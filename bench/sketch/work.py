@@ -9,7 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -107,10 +107,27 @@ def frozen(work: Work) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def sketched(work: Work) -> Iterator[Step]:
-    """Yields every example's sketch of all parameters: [B, D]."""
+    """Yields every example's sketch of all parameters: [B, D].
+
+    Passes of this kind have run already, as in all but the first of a run.
+    """
+    with _sketcher(work, "never") as step:
+        step()
+        yield step
+
+
+@contextlib.contextmanager
+def sketched_first(work: Work) -> Iterator[Step]:
+    """Yields a sketched step whose first pass compares itself with autograd."""
+    with _sketcher(work, "first") as step:
+        yield step
+
+
+@contextlib.contextmanager
+def _sketcher(work: Work, check: Literal["first", "never"]) -> Iterator[Step]:
     from merit_fast import sketch_gradients
 
-    with sketch_gradients(work.model, PROJ_DIM) as sketcher:
+    with sketch_gradients(work.model, PROJ_DIM, check=check) as sketcher:
 
         def step() -> Tensor:
             _backward(work)

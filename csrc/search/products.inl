@@ -2,7 +2,7 @@
 // of a block of columns are added to those of the row, and these at the end by halves. This order
 // is the same for every level, thread, row and vector, and so are the bits.
 
-static const int kLanes = 16;
+static const int kSums = 16;
 static const int64_t kColumns = 1024;  // of a block
 static const int64_t kRowTile = 16;    // rows that stay in L2 while all vectors pass
 static const int kVectors = 4;         // vectors that pass at once
@@ -65,17 +65,17 @@ static inline Columns load(const Bf16* x) {
 
 template <int ROWS, int VECTORS>
 struct LaneSums {
-  Columns lane[ROWS][VECTORS][kLanes / kRegister];
+  Columns lane[ROWS][VECTORS][kSums / kRegister];
 };
 
-// Adds the products of columns 0 .. count - 1, a multiple of kLanes. Row r starts at
+// Adds the products of columns 0 .. count - 1, a multiple of kSums. Row r starts at
 // rows + r * stride, vector v at vectors + v * width.
 template <int ROWS, int VECTORS, class T>
 static inline void add_columns(const T* rows, int64_t stride, const float* vectors, int64_t width,
                                int64_t count, LaneSums<ROWS, VECTORS>& totals) {
   LaneSums<ROWS, VECTORS> sums = {};
-  for (int64_t c = 0; c < count; c += kLanes)
-    for (int part = 0; part < kLanes / kRegister; part++) {
+  for (int64_t c = 0; c < count; c += kSums)
+    for (int part = 0; part < kSums / kRegister; part++) {
       const int64_t at = c + part * kRegister;
       Columns factors[VECTORS];
       for (int v = 0; v < VECTORS; v++) factors[v] = load(vectors + v * width + at);
@@ -86,26 +86,26 @@ static inline void add_columns(const T* rows, int64_t stride, const float* vecto
     }
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++)
-      for (int part = 0; part < kLanes / kRegister; part++)
+      for (int part = 0; part < kSums / kRegister; part++)
         totals.lane[r][v][part] += sums.lane[r][v][part];
 }
 
-// Adds the last columns, fewer than kLanes, from copies that zeros fill up.
+// Adds the last columns, fewer than kSums, from copies that zeros fill up.
 template <int ROWS, int VECTORS, class T>
 static inline void add_rest(const T* rows, int64_t stride, const float* vectors, int64_t width,
                             int64_t count, LaneSums<ROWS, VECTORS>& totals) {
-  float values[ROWS][kLanes] = {}, factors[VECTORS][kLanes] = {};
+  float values[ROWS][kSums] = {}, factors[VECTORS][kSums] = {};
   for (int r = 0; r < ROWS; r++)
     for (int64_t c = 0; c < count; c++) values[r][c] = float_of(rows[r * stride + c]);
   for (int v = 0; v < VECTORS; v++)
     for (int64_t c = 0; c < count; c++) factors[v][c] = vectors[v * width + c];
-  add_columns<ROWS, VECTORS>(values[0], kLanes, factors[0], kLanes, kLanes, totals);
+  add_columns<ROWS, VECTORS>(values[0], kSums, factors[0], kSums, kSums, totals);
 }
 
 static inline float sum_of(const Columns* lanes) {
-  float sums[kLanes];
+  float sums[kSums];
   std::memcpy(sums, lanes, sizeof sums);
-  for (int half = kLanes / 2; half; half /= 2)
+  for (int half = kSums / 2; half; half /= 2)
     for (int i = 0; i < half; i++) sums[i] += sums[i + half];
   return sums[0];
 }
@@ -115,7 +115,7 @@ static void multiply(const RowProducts& job, int64_t row, int64_t vector) {
   const T* rows = static_cast<const T*>(job.rows) + row * job.stride;
   const float* vectors = job.vectors + vector * job.width;
   LaneSums<ROWS, VECTORS> totals = {};
-  const int64_t whole = job.width / kLanes * kLanes;
+  const int64_t whole = job.width / kSums * kSums;
   for (int64_t c = 0; c < whole; c += kColumns) {
     const int64_t count = whole - c < kColumns ? whole - c : kColumns;
     add_columns<ROWS, VECTORS>(rows + c, job.stride, vectors + c, job.width, count, totals);

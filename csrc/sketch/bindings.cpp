@@ -2,7 +2,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 
-#include <memory>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -16,18 +15,6 @@ using nb::literals::operator""_a;
 namespace {
 
 const int64_t kBucket = 64 * 64;
-const std::align_val_t kCacheLine{64};
-
-struct FreeScratch {
-  void operator()(uint32_t* words) const { operator delete[](words, kCacheLine); }
-};
-
-std::unique_ptr<uint32_t, FreeScratch> linear_scratch(int threads) {
-  const size_t bytes = size_t(kLinearScratch) * sizeof(uint32_t) * size_t(threads);
-  return std::unique_ptr<uint32_t, FreeScratch>(
-      static_cast<uint32_t*>(operator new[](bytes, kCacheLine)));
-}
-
 // Whole examples if they divide evenly among the threads; else all threads share each example.
 int parts_of(int64_t examples, int64_t buckets, int threads) {
   if (examples % threads == 0) return 1;
@@ -94,8 +81,7 @@ void define_sketch(nb::module_& m, const SketchKernels& kernels) {
   m.def(
       "sketch_linear",
       [&kernels](const SketchMatrix& dy, const SketchMatrix& x, const SketchTarget& target) {
-        const auto scratch = linear_scratch(target.threads);
-        const LinearSketch job{target, dy, x, scratch.get()};
+        const LinearSketch job{target, dy, x};
         nb::gil_scoped_release release;
         kernels.linear(job);
       },

@@ -23,7 +23,7 @@ struct SketchTarget {
       scale;  // [rows, cols] of the shard, multiplies the gradient before it is hashed; or null
   int64_t scale_stride;  // elements
   float* out;            // [examples, proj_dim], added to
-  int parts, threads;  // parts <= proj_dim / (64 * 64); find_places divides the buckets among them
+  int parts, threads;    // parts <= proj_dim / (64 * 64); owner_of divides the buckets among them
 };
 
 // Gradients that exist: row n is row row_ids[n] of the parameter, or without ids first_row + its
@@ -33,13 +33,9 @@ struct SketchRows : SketchTarget {
   const int64_t* row_ids;  // or null
 };
 
-// 32-bit words per thread; next to a sketch of 65536 floats it takes half of L2.
-const int64_t kLinearScratch = 80 * 1024;
-
 // dY^T X of each example; rows of the matrices are tokens.
 struct LinearSketch : SketchTarget {
   SketchMatrix dy, x;
-  uint32_t* scratch;  // [threads, kLinearScratch], aligned to 64 bytes
 };
 
 // out[b, c] += the sum over the tokens of example b of dy[., c] * x[., c]. With `normalize` each

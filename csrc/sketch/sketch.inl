@@ -1,6 +1,7 @@
 // Table of the sketch's kernels at one level.
 #include "sketch/tiles.inl"
 #include "sketch/rows.inl"
+#include "sketch/operands.inl"
 #include "sketch/linear.inl"
 #include "sketch/token_sums.inl"
 

@@ -89,14 +89,39 @@ struct Places {
   int count;
 };
 
-// Returns whether parts own whole rows of buckets, and so need no strip of dY that goes to another
-// row. Only where all rows get the same number of tiles.
-static inline bool owns_rows(const LinearSketch& job) {
-  const int64_t p = job.group_rows;
-  return p % job.parts == 0 && job.first_row % (p * kTile) == 0 && job.dy.cols % (p * kTile) == 0;
+// Returns the hash that deals the tiles of a group to the buckets.
+static inline uint64_t draw_deal(const SketchTarget& job, int64_t group_row, int64_t group_col) {
+  return splitmix64(job.key, uint64_t(8 * (group_row * job.groups + group_col) + 3));
 }
 
-static inline bool owns_rows(const SketchRows&) { return false; }
+// Returns which of `count` strips of a group a hash of 32 bits deals to row (column) `place` of the
+// buckets.
+static inline int64_t dealt_back(int64_t place, uint64_t hash, int64_t count) {
+  const int64_t strip = place - int64_t(hash * uint64_t(count) >> 32);
+  return strip < 0 ? strip + count : strip;
+}
+
+// Returns the part that owns a bucket. Neighbours across and down belong to different parts, so that
+// work is even for few strips or columns too.
+static inline int64_t owner_of(const SketchTarget& job, int64_t bucket) {
+  const int64_t q = job.group_cols, row = bucket / q;
+  return (row * q + (row + bucket) % q) % job.parts;
+}
+
+static inline Tile draw_tile(const SketchTarget& job, int64_t strip, int64_t column,
+                             float* bucket) {
+  const uint64_t across = uint64_t(job.all_cols + kTile - 1) / kTile;
+  const uint64_t counter = 8 * (uint64_t(strip) * across + uint64_t(column));
+  const uint64_t group_row = uint64_t(strip / job.group_rows);
+  const uint64_t group_col = uint64_t(column / job.group_cols);
+  const uint64_t masks = splitmix64(job.key, counter);
+  const uint64_t row_high =
+      splitmix64(job.key, 8 * (uint64_t(strip) * uint64_t(job.groups) + group_col) + 4);
+  const uint64_t col_high = splitmix64(job.key, 8 * (group_row * across + uint64_t(column)) + 5);
+  return {bucket, uint32_t((row_high & 56) | (masks & 7)),
+          uint32_t((col_high & 56) | (masks >> 8 & 7)), splitmix64(job.key, counter + 1),
+          splitmix64(job.key, counter + 2)};
+}
 
 // Lists the strip's tiles in columns from .. to - 1 whose buckets belong to the part: whole rows of
 // them, or else neighbours across and down belong to different parts, so that work is even for few
@@ -107,7 +132,6 @@ static inline void find_places(const Job& job, uint64_t strip, uint64_t from, ui
   const uint32_t p = uint32_t(job.group_rows), parts = uint32_t(job.parts);
   const uint32_t q = uint32_t(job.group_cols), row_in_group = uint32_t(strip) % p;
   const uint64_t group_row = uint32_t(strip) / p, groups = uint64_t(job.groups);
-  const bool by_row = owns_rows(job);
   found.count = 0;
   for (uint64_t group = from ? from / q : 0, c = from; c < to; group++) {
     const uint64_t deal = splitmix64(job.key, 8 * (group_row * groups + group) + 3);
@@ -122,7 +146,7 @@ static inline void find_places(const Job& job, uint64_t strip, uint64_t from, ui
       found.column[found.count] = c;
       found.row_high[found.count] = row_high;
       found.bucket[found.count] = row * q + col;
-      const uint32_t owner = by_row ? row / (p / parts) : (row * q + diagonal) % parts;
+      const uint32_t owner = (row * q + diagonal) % parts;
       found.count += owner == part;
     }
   }

@@ -3,16 +3,44 @@
 The arguments are those of a ``SketchTarget``. The backend is chosen when the op runs.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.sketch import _eager, _native
 from merit_fast.kernels.sketch._target import SketchTarget
 
+Result = TypeVar("Result")
 
-@torch.library.custom_op("merit_fast::sketch_rows", mutates_args={"out"})
-def sketch_rows(
+
+def call(op: Callable[..., Result], body: Callable[..., Result], *arguments: Any) -> Result:
+    """Runs ``op``; only its ``body`` where nothing of torch would see more of the call.
+
+    A custom op's way through the dispatcher takes more time than a small sketch.
+    """
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if _is_watched(tensors):
+        return op(*arguments)
+    return body(*arguments)
+
+
+def _is_watched(tensors: list[Tensor]) -> bool:
+    """Whether a compiler, a mode, a transform, a subclass or autograd follows these tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
+        or any(type(value) not in (Tensor, torch.nn.Parameter) for value in tensors)
+        or (torch.is_grad_enabled() and any(value.requires_grad for value in tensors))
+        or any(value.is_inference() for value in tensors)
+    )
+
+
+def sketch_rows_body(
     gradient: Tensor,
     offsets: Tensor,
     row_ids: Tensor | None,
@@ -36,10 +64,10 @@ def sketch_rows(
         _native.sketch_rows(gradient, row_ids, target)
     else:
         _eager.sketch_rows(gradient, row_ids, target)
+    torch.autograd.graph.increment_version(out)
 
 
-@torch.library.custom_op("merit_fast::sketch_linear", mutates_args={"out"})
-def sketch_linear(
+def sketch_linear_body(
     dy: Tensor,
     x: Tensor,
     offsets: Tensor,
@@ -67,10 +95,10 @@ def sketch_linear(
         _native.sketch_linear(dy, x, target)
     else:
         _eager.sketch_linear(dy, x, target)
+    torch.autograd.graph.increment_version(out)
 
 
-@torch.library.custom_op("merit_fast::token_sums", mutates_args=())
-def token_sums(
+def token_sums_body(
     dy: Tensor, x: Tensor | None, offsets: Tensor, epsilon: float | None, backend: str | None
 ) -> Tensor:
     """[B, C] float32: sums over each example's tokens of dy, or of dy * x.
@@ -80,6 +108,15 @@ def token_sums(
     if dispatch.choose("flat_sketch", dy.device.type, backend) != "cpu":
         return _eager.token_sums(dy, x, offsets, epsilon)
     return _native.token_sums(dy, x, offsets, epsilon)
+
+
+sketch_rows = torch.library.custom_op(
+    "merit_fast::sketch_rows", sketch_rows_body, mutates_args={"out"}
+)
+sketch_linear = torch.library.custom_op(
+    "merit_fast::sketch_linear", sketch_linear_body, mutates_args={"out"}
+)
+token_sums = torch.library.custom_op("merit_fast::token_sums", token_sums_body, mutates_args=())
 
 
 def _nothing(*arguments: object) -> None:

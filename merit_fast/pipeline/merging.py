@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merit_fast.manifests.io import read_manifest, write_manifest
-from merit_fast.manifests.schemas import AuditManifest
+from merit_fast.manifests.schemas import TUNE_FILE, AuditManifest, TuneManifest
 from merit_fast.manifests.stages import AUDIT
-from merit_fast.manifests.tune_schema import TUNE_FILE, TuneManifest
 from merit_fast.merge import RunFacts, merge_branches, resolve_weights
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs

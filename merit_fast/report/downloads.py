@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.schemas import ArmResult, EvaluateManifest, SplitManifest
-from merit_fast.manifests.split_sections import PartConflict
+from merit_fast.manifests.schemas import ArmResult, EvaluateManifest, PartConflict, SplitManifest
 from merit_fast.report.advice import advise
 from merit_fast.report.measured import measured_sentences
 from merit_fast.report.split_tables import control_note

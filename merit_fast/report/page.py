@@ -12,8 +12,8 @@ from merit_fast.manifests.schemas import (
     AuditManifest,
     EvaluateManifest,
     SplitManifest,
+    TuneManifest,
 )
-from merit_fast.manifests.tune_schema import TuneManifest
 from merit_fast.report import figures, split_figures, split_tables, style, tables
 from merit_fast.report.downloads import branch_steps, data_files, json_text
 from merit_fast.report.reasons import COSINE_NOTE, exceeds_one, shown_cosine

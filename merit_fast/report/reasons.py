@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from statistics import median
 
-from merit_fast.manifests.schemas import SplitDataset, SplitManifest
-from merit_fast.manifests.split_sections import GroupCount
+from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
 from merit_fast.report.split_tables import deviations_above, known_pairs, same_as_random
 from merit_fast.report.tables import percent
 

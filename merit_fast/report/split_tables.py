@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from merit_fast.manifests.schemas import SplitDataset, SplitManifest
-from merit_fast.manifests.split_sections import GroupCount
+from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
 from merit_fast.report.tables import ABSENT, Table, percent
 
 _ROUNDING = 1e-9  # of a share

@@ -8,11 +8,12 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import (
+    TUNE_FILE,
     AuditManifest,
     EvaluateManifest,
     SplitManifest,
+    TuneManifest,
 )
-from merit_fast.manifests.tune_schema import TUNE_FILE, TuneManifest
 from merit_fast.report.downloads import branch_steps, check_lengths, data_files, report_data
 from merit_fast.report.measured import measured_sentences
 from merit_fast.report.split_tables import control_note

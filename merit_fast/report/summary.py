@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Sequence
 from statistics import mean, median
 
-from merit_fast.manifests.schemas import MergeAudit, SplitDataset, SplitManifest
-from merit_fast.manifests.split_sections import PartConflict
+from merit_fast.manifests.schemas import MergeAudit, PartConflict, SplitDataset, SplitManifest
 from merit_fast.report.advice import advise
 from merit_fast.report.reasons import (
     COSINE_NOTE,

@@ -14,8 +14,8 @@ from merit_fast.manifests.schemas import (
     Comparison,
     EvaluateManifest,
     SplitManifest,
+    TuneManifest,
 )
-from merit_fast.manifests.tune_schema import TuneManifest
 from merit_fast.report.measured import comparison_of, is_certain
 
 Table = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]

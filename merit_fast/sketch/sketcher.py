@@ -197,15 +197,16 @@ class GradientSketcher:
         Args:
             row_examples: as for ``update``.
         """
-        return self._take(row_examples).whole
+        return self._take(row_examples, ()).whole
 
-    def _take(self, row_examples: Sequence[int] | None) -> Sketches:
+    def _take(self, row_examples: Sequence[int] | None, tokens: Sequence[int]) -> Sketches:
+        """Ends the pass; ``tokens`` [B] are the examples' weights, or empty."""
         run = self._passes.run
         if run is None or not run.fired:
             raise MeritFastError(
                 "sketch_gradients: update() or take() before a forward and backward pass"
             )
-        sketches = self._passes.take(row_examples)
+        sketches = self._passes.take(row_examples, tokens)
         uncovered = self._passes.uncovered
         if len(uncovered.slow) > self._told:
             self._told = len(uncovered.slow)
@@ -238,6 +239,8 @@ class GradientSketcher:
 
         Raises:
             InputError: an argument breaks its rule.
+            MeritFastError: the check has failed: a sketch is not autograd's, the loss is a mean
+                over the batch, or with weight "tokens" not each example's mean over its tokens.
             NotFiniteError: an example's gradient holds NaN or infinity. The states are as before.
         """
         examples = UpdatedExamples.of(dataset_ids, loss_sums, num_target_tokens, blocks)
@@ -247,7 +250,8 @@ class GradientSketcher:
         if row_examples is not None and len(row_examples) != num_rows:
             raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
         examples.check(size, self.weight, self.blocks)
-        sketches = self._take(row_examples)
+        weights = examples.num_target_tokens if self.weight == "tokens" else ()
+        sketches = self._take(row_examples, weights)
         require_finite(sketches.whole, ids)
         for dataset in dict.fromkeys(ids):
             state, of_parts = self.states_of(dataset)

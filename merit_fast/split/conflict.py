@@ -154,11 +154,14 @@ class MeanGram:
 def similarity_matrix(
     gram: MeanGram, similarity: Similarity, debias: Debias, square: Array | None = None
 ) -> Array:
-    """Input of a partition: finite cosines, clipped and with diagonal 1, or the Gram itself."""
+    """Input of a partition: finite cosines, clipped and with diagonal 1, or the Gram itself.
+
+    A pair of which too few blocks tell nothing counts as 0.
+    """
     if similarity == "gram":
-        return gram.gram.copy()
+        return np.nan_to_num(gram.gram, nan=0.0)
     bound = _CLIP if debias == "blocks" else 1.0
-    cosine = np.clip(gram.cosine(square), -bound, bound)
+    cosine = np.clip(np.nan_to_num(gram.cosine(square), nan=0.0), -bound, bound)
     np.fill_diagonal(cosine, 1.0)
     return np.asarray(cosine)
 
@@ -266,6 +269,7 @@ def _mean_gram(
     """Gram of the means over some blocks, from inner products [N, N] of their sums."""
     weights = source.weights[:, blocks]
     number = weights.sum(1)
+    number = np.where(number > 0, number, np.nan)  # a half may lack a dataset of few rows
     naive = np.diag(products) / number**2
     if debias == "none":
         return MeanGram(products / np.outer(number, number), naive)

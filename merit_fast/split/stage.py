@@ -11,9 +11,15 @@ import torch
 
 from merit_fast.data import Dataset
 from merit_fast.errors import InputError
-from merit_fast.manifests.schemas import SharedRows, SplitDataset, SplitManifest
+from merit_fast.manifests.schemas import (
+    GroupCount,
+    PartConflict,
+    SharedRows,
+    SplitDataset,
+    SplitManifest,
+    TriedNumber,
+)
 from merit_fast.manifests.sketch_state import SketchState, state_path
-from merit_fast.manifests.split_sections import GroupCount, PartConflict, TriedNumber
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.split.auto import Tried
 from merit_fast.split.config import SplitConfig

@@ -19,7 +19,7 @@ from merit_fast.errors import InputError, MeritFastError
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import read_manifest, write_manifest
-from merit_fast.manifests.tune_schema import TUNE_FILE, ScaleSearch, TuneManifest, WeightSearch
+from merit_fast.manifests.schemas import TUNE_FILE, ScaleSearch, TuneManifest, WeightSearch
 from merit_fast.merge import MergeConfig, load_merged, resolve_weights
 from merit_fast.merge.option_names import OptionError, options_named
 from merit_fast.merge.parameters import Setting

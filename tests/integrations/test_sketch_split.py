@@ -13,9 +13,9 @@ from merit_fast.split import SplitConfig
 AXES = {"north": 1.0, "south": -1.0, "up": 1.0, "down": -1.0}
 
 
-def state_of(direction, *, batches=8, tokens=40, model="sum: model", seed=0):
+def state_of(direction, *, batches=8, tokens=40, model="sum: model", seed=0, weight="tokens"):
     """A state of noisy gradients along plus or minus one axis."""
-    identity = SketchIdentity(CountSketch(4096, 0), model, ("weight",))
+    identity = SketchIdentity(CountSketch(4096, 0), model, ("weight",), weight)
     state = SketchState.zeros(identity, 8)
     generator = torch.Generator().manual_seed(seed)
     for block in range(batches):
@@ -23,7 +23,8 @@ def state_of(direction, *, batches=8, tokens=40, model="sum: model", seed=0):
         state.block_sums[block] += torch.randn(4096, generator=generator) / 64
         state.block_counts[block] = 2
         state.block_weights[block] = 2
-    state.block_square_norms.fill_(torch.nan)  # as sums of training leave it
+    for unknown in (state.block_square_norms, state.block_square_weights, state.other_sum):
+        unknown.fill_(torch.nan)  # as sums of training leave it
     state.loss_sum = 2.0 * tokens
     state.num_target_tokens = tokens
     return state
@@ -44,7 +45,9 @@ def test_opposite_gradients_fall_into_two_groups(tmp_path):
     split = split_sketches(write(tmp_path), groups=2)
     assert groups_of(split) == [{"down", "south"}, {"north", "up"}]
     assert split.start_fingerprint == "sum: model"
+    assert split.weight == "tokens" and split.shared_rows == ()
     for dataset in split.datasets:
+        assert dataset.median_length is None is dataset.weighting_cosine
         assert (dataset.num_examples, dataset.num_target_tokens) == (16, 40)
         assert dataset.mean_loss == 2.0
     assert split_sketches(write(tmp_path), SplitConfig(groups=2)) == split
@@ -74,6 +77,11 @@ def test_sketches_that_cannot_be_split_are_refused(tmp_path):
     folder = write(tmp_path / "models", north=state_of(1.0, model="sum: another"))
     with pytest.raises(MeritFastError, match="disagree in model_fingerprint"):
         split_sketches(folder, groups=2)
+    folder = write(tmp_path / "weights", north=state_of(1.0, weight="examples"))
+    with pytest.raises(MeritFastError, match="disagree in weight"):
+        split_sketches(folder, groups=2)
+    with pytest.raises(InputError, match=r"split.weight: must be that of the sketches \(tokens\)"):
+        split_sketches(write(tmp_path / "others"), groups=2, weight="examples")
     with pytest.raises(InputError, match="tokens: must name the datasets of .*, differs in 'west'"):
         split_sketches(folder, groups=2, tokens={**dict.fromkeys(AXES, 1), "west": 1})
     with pytest.raises(InputError, match="is not a folder of sketches"):

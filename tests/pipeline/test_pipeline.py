@@ -177,7 +177,7 @@ def test_a_killed_sketch_keeps_every_dataset_that_the_next_config_leaves_as_it_w
     edited.write_text(text)
     values["mixture"][2]["path"] = str(edited)
     config_file.write_text(yaml.safe_dump(values))
-    last = "sketch.tmp/opposites.safetensors"
+    last = f"sketch.tmp/{'parts/rest/' if parts else ''}opposites.safetensors"
     result = run_python([str(KILL_AT), last, "1", "sketch", str(config_file)])
     assert result.returncode == -signal.SIGKILL, result.stderr
     done = sketched_files(tmp_path / "out/sketch.tmp", "capitals", "codes")

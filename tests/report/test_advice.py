@@ -8,7 +8,7 @@ from support.report.manifests import make_split
 from support.split.block_sums import sample, unit
 from support.split.stages import split_sums
 
-from merit_fast.manifests.split_sections import GroupCount, TriedNumber
+from merit_fast.manifests.schemas import GroupCount, TriedNumber
 from merit_fast.report import reasons
 from merit_fast.report.advice import advise
 from merit_fast.split import SplitConfig

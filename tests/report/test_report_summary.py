@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from support.report.manifests import Page, make_split, write
 
-from merit_fast.manifests.split_sections import GroupCount
+from merit_fast.manifests.schemas import GroupCount
 from merit_fast.report import advise, split_lines, verdict
 from merit_fast.report.reasons import COSINE_NOTE
 from merit_fast.report.split_tables import group_rows, separation_rows

@@ -1,5 +1,6 @@
 """Parts of a model: their sketches come from the same pass and add up to the whole's."""
 
+import itertools
 import json
 import os
 
@@ -17,10 +18,13 @@ from support.sketch.staged import datasets
 
 import merit_fast
 from merit_fast.errors import InputError
+from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchState, state_path
 from merit_fast.sketch import stage
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.names import named_parameters
+from merit_fast.sketch.passes.begin import begin_pass
+from merit_fast.sketch.passes.parts import Sketches
 from merit_fast.sketch.stage import sketch_mixture
 
 PARTS = {"attention": "self_attn", "mlp": "mlp", "ends": "embed_tokens|lm_head"}
@@ -146,6 +150,21 @@ def test_packed_rows_are_divided_by_part_too():
     exact = exact_sketches(model, examples, names).double()
     for row, dataset in enumerate("abc"):
         assert_close(sketcher.part_state["attention"][dataset].block_sums.sum(0), exact[row])
+
+
+def test_sums_of_several_devices_add_up_by_part():
+    part_of = {"x": "first", "y": "second"}
+    run = begin_pass(CountSketch(4096, 0), {}, part_of, torch.zeros(2, 3), None)
+    devices = torch.device("cpu"), torch.device("cpu:0")  # two keys
+    for number, (name, device) in enumerate(itertools.product("xyz", devices)):
+        run.out(name, device).add_(10.0**number)
+    found = Sketches.of(run, ("first", "second", "absent"))
+    assert found.parts.keys() == {"first", "second", "absent"}
+    for part, value in (("first", 11.0), ("second", 1100.0), ("absent", 0.0)):
+        assert torch.equal(found.parts[part], torch.full((2, 4096), value))
+    assert torch.equal(found.whole, torch.full((2, 4096), 111111.0))
+    joined = found.by_example([0, 0])
+    assert torch.equal(joined.parts["first"], torch.full((1, 4096), 22.0))
 
 
 @pytest.mark.parametrize(

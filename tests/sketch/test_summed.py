@@ -20,7 +20,7 @@ from support.split.block_sums import measure_conflict
 from support.warm import run_together
 from torch import nn
 
-from merit_fast.errors import MeritFastError
+from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.sketch.precondition import adam_scales
@@ -179,6 +179,23 @@ def test_signal_of_passes_of_unequal_size_is_unbiased():
     standard_error = np.std(unbiased) / np.sqrt(len(unbiased))
     assert abs(np.mean(unbiased) - truth) < 3 * standard_error
     assert np.mean(naive) > truth + 0.3  # the noise of 32 examples: 16 / 32
+
+
+def test_by_tokens_a_pass_counts_its_target_tokens():
+    model = llama()
+    with summed(model, weight="tokens") as sketcher:
+        for seed, tokens in ((0, 20), (1, 7)):
+            model(**batch(seed)).loss.backward()
+            sketcher.update("a", count=3, num_target_tokens=tokens, loss_divisor=tokens)
+        state = sketcher.state["a"]
+        model(**batch(2)).loss.backward()
+        with pytest.raises(InputError, match="num_target_tokens: must be at least 1 with weight"):
+            sketcher.update("a", count=3)
+        assert state.num_examples == 6
+    assert state.block_weights.tolist()[:3] == [20, 7, 0] and state.identity.weight == "tokens"
+    assert state.weighting_cosine is None and state.length_quantile(0.5) is None
+    with summed(llama()) as by_examples:
+        assert by_examples.identity.weight == "examples"
 
 
 def test_a_state_of_sums_does_not_merge_with_one_of_examples(tmp_path):

@@ -93,3 +93,15 @@ def test_a_part_that_was_not_sketched_is_named():
             SplitConfig(groups=2, parts=PARTS),
             parts={"attention": parts["attention"]},
         )
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_part_that_no_gradient_reached_is_not_resolved_and_has_no_share():
+    parts, counts = planted()
+    parts = {**parts, "tower": np.zeros_like(parts["mlp"])}
+    config = SplitConfig(groups=2, parts={**PARTS, "tower": "c"})
+    split = split_sums(sum(parts.values()), counts, config, parts=parts)
+    tower = split.parts["tower"]
+    assert set(tower.norm_shares) == {0.0} and tower.sure_conflicts == 0
+    assert tower.within_cosine is None and tower.across_cosine is None
+    assert {cosine for row in tower.similarity for cosine in row} == {None}

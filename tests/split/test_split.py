@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError, MeritFastError
@@ -83,6 +84,19 @@ def test_a_state_of_an_earlier_hash_is_refused_in_one_line(tmp_path, monkeypatch
     with pytest.raises(InputError) as caught:
         SketchState.read(file)
     line = f"{file}: hash_version: must be {HASH_VERSION}, got 2; remove it to sketch again"
+    assert str(caught.value) == line
+
+
+def test_a_state_without_weights_is_refused_in_one_line(tmp_path):
+    """As files were before rows had weights."""
+    file = tmp_path / "d.safetensors"
+    state = filled_state(1)
+    kept = {"block_sums": state.block_sums, "block_counts": state.block_counts}
+    metadata = {k: v for k, v in state.identity.metadata().items() if k != "weight"}
+    file.write_bytes(save(kept, {"identity": json.dumps(metadata)}))
+    with pytest.raises(InputError) as caught:
+        SketchState.read(file)
+    line = f"{file}: weight: must be tokens or examples, got None; remove it to sketch again"
     assert str(caught.value) == line
 
 

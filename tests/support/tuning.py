@@ -11,8 +11,7 @@ from torch import Tensor
 
 from merit_fast.data import DataConfig, DatasetConfig, Example, load_mixture, load_tokenizer
 from merit_fast.manifests.io import write_manifest
-from merit_fast.manifests.schemas import BranchManifest
-from merit_fast.manifests.tune_schema import TuneManifest
+from merit_fast.manifests.schemas import BranchManifest, TuneManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.progress import SilentProgress
 from merit_fast.tune.search import TuneInputs, starting_weights, tune_merge, tuning_sentence

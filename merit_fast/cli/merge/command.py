@@ -8,8 +8,8 @@ from typing import Any
 from merit_fast.cli.merge.in_force import branches_in_force
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import manifest_text
+from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
 from merit_fast.manifests.stages import SPLIT
-from merit_fast.manifests.tune_schema import TUNE_FILE, TuneManifest
 from merit_fast.merge import MergeConfig, RunFacts, merge_models
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.option_names import options_named

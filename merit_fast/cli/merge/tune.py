@@ -9,7 +9,7 @@ from merit_fast.data.saved import read_data_options
 from merit_fast.errors import InputError
 from merit_fast.evaluate.audit import audit_rows
 from merit_fast.evaluate.config import EvaluateConfig
-from merit_fast.manifests.tune_schema import TuneManifest
+from merit_fast.manifests.schemas import TuneManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.read.decoded import is_adapter
 from merit_fast.merge.read.remote import Location

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_fast.manifests.io import read_manifest, tool_versions
-from merit_fast.manifests.schemas import BranchManifest, SplitManifest
-from merit_fast.manifests.tune_schema import TUNE_FILE
+from merit_fast.manifests.schemas import TUNE_FILE, BranchManifest, SplitManifest
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice

@@ -115,11 +115,16 @@ class SketchedPasses:
         self.now = None
         self.taps.run = None
 
-    def take(self, row_examples: Sequence[int] | None = None) -> Sketches:
+    def take(
+        self,
+        row_examples: Sequence[int] | None = None,
+        num_target_tokens: Sequence[int] = (),
+    ) -> Sketches:
         """Ends the pass; returns its sketches.
 
         Args:
             row_examples: example of each row, for the scale of the loss; None: each row is one.
+            num_target_tokens: [B] of the examples; empty: not known.
 
         Raises:
             RepeatBatch: the check has found wrong parameters, which are uncovered from now on.
@@ -140,7 +145,7 @@ class SketchedPasses:
                 "else leave it out"
             )
         sketches = Sketches.of(run, self.parts)
-        now.scale.check(row_examples, self.weight)
+        now.scale.check(row_examples, self.weight, num_target_tokens)
         found = now.check_sums(sketches.whole)
         if found is not None:
             self.result = found if self.result is None else self.result.merged(found)

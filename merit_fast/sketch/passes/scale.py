@@ -19,7 +19,7 @@ from merit_fast.errors import MeritFastError
 from merit_fast.manifests.sketch_state import Weight
 from merit_fast.sketch.capture.trees import tensors_of
 
-_ROWS = 256  # logits at a time
+_ROWS = 64  # logits at a time
 _FORM = 0.02  # of a row's gradient: how far it may be from a cross entropy's
 _ROUNDING = 2e-6  # of c
 _EQUAL = 0.01  # of a weight
@@ -69,14 +69,17 @@ class LossScale:
         weights: number of the output -> c of its rows, 0 where no gradient came; None: the
             gradient is not that of a cross entropy.
         parts: number of the output -> index of each example's part.
+        rounding: relative, of the gradients' dtype.
     """
 
     weights: dict[int, Tensor | None] = field(default_factory=dict)
     parts: dict[int, list[tuple[Any, ...]]] = field(default_factory=dict)
+    rounding: float = 0.0
 
     def add(self, number: int, logits: Tensor, dy: Tensor, parts: list[tuple[Any, ...]]) -> None:
         """Reads the weights from a gradient that has arrived at output ``number``."""
         found = token_weights(logits, dy)
+        self.rounding = torch.finfo(dy.dtype).eps
         before = self.weights.get(number, found)
         self.parts[number] = parts
         self.weights[number] = found
@@ -85,27 +88,37 @@ class LossScale:
         if before is None:
             self.weights[number] = None
 
-    def check(self, row_examples: Sequence[int] | None, weight: Weight) -> None:
+    def check(
+        self,
+        row_examples: Sequence[int] | None,
+        weight: Weight,
+        num_target_tokens: Sequence[int] = (),
+    ) -> None:
         """Judges the weights of every output.
 
         Args:
             row_examples: example of each row of the pass; None: each row is one.
             weight: of the sketcher.
+            num_target_tokens: [B] of the examples, which are their weights; empty: not known yet.
 
         Raises:
             MeritFastError: the loss is a mean over the batch, or no mean though ``weight`` is
-                "tokens".
+                "tokens", or over other numbers of tokens.
         """
         for number, weights in self.weights.items():
             if weights is None:
                 continue
             rows = [weights[part].double() for part in self.parts[number]]
             numbers = range(len(rows)) if row_examples is None else row_examples
-            sums: dict[int, float] = {}
+            found: dict[int, Tensor] = {}
             for example, row in zip(numbers, rows, strict=True):
-                sums[example] = sums.get(example, 0.0) + float(row.sum())
-            tokens = weights[weights != 0]
-            _judge([total for total in sums.values() if total], tokens, weight)
+                part = row[row != 0]
+                found[example] = torch.cat([found[example], part]) if example in found else part
+            sums = [float(tokens.sum()) for tokens in found.values() if len(tokens)]
+            _judge(sums, weights[weights != 0], weight)
+            for example, tokens in found.items():
+                if num_target_tokens and len(tokens):
+                    _check_number(example, tokens, num_target_tokens[example], self.rounding)
 
 
 def _judge(sums: Sequence[float], tokens: Tensor, weight: Weight) -> None:
@@ -139,6 +152,19 @@ def _judge(sums: Sequence[float], tokens: Tensor, weight: Weight) -> None:
         "examples' losses, each its mean over target tokens or its sum; "
         "loss_per_example.sum().backward()"
     )
+
+
+def _check_number(example: int, weights: Tensor, given: int, rounding: float) -> None:
+    """Refuses a number of target tokens that is not the one of the example's mean."""
+    least = float(weights.min())
+    if not (_equal(float(weights.max()), least) and _equal(float(weights.sum()), 1.0)):
+        return
+    is_off = abs(1 / least - given) > 0.5 + 4 * rounding * given
+    if is_off and len(weights) != given:
+        raise MeritFastError(
+            f"sketch_gradients: num_target_tokens: must be the tokens in the loss, "
+            f"{len(weights)} of example {example}, got {given}; labels at position 0 are in no loss"
+        )
 
 
 def _equal(value: float, other: float) -> bool:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from support.checks import assert_close, run_at_level
 from support.kernels.sketch_cases import SKETCH
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from merit_fast.kernels.sketch import (
     CountSketch,
@@ -112,6 +114,41 @@ def test_the_public_functions_compile_whole():
 
     compiled = torch.compile(sketches, fullgraph=True, backend="aot_eager")
     assert_close(compiled(dy, x, ids), sketches(dy, x, ids))
+
+
+def test_autograd_notices_that_a_sketch_was_added_to():
+    weight = torch.ones(1, 4096, requires_grad=True)
+    out = torch.zeros(1, 4096)
+    loss = (weight * out).sum()
+    flat_sketch(torch.ones(1, 3, 4), "w", CountSketch(4096), out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_modes_and_fake_tensors_see_the_op():
+    seen = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    dy = torch.randn(2, 5, 6)
+    expected = linear_grad_sketch(dy, dy, "w", SKETCH)
+    with Names():
+        assert torch.equal(linear_grad_sketch(dy, dy, "w", SKETCH), expected)
+    assert "merit_fast.sketch_linear.default" in seen
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(dy)
+        assert linear_grad_sketch(fake, fake, "w", SKETCH).shape == expected.shape
+
+
+def test_a_sketch_of_values_that_require_a_gradient_has_no_backward_pass():
+    dy = torch.randn(2, 5, 6, requires_grad=True)
+    with pytest.raises(RuntimeError):
+        linear_grad_sketch(dy, dy, "w", SKETCH).sum().backward()
+    with torch.no_grad():
+        assert not linear_grad_sketch(dy, dy, "w", SKETCH).requires_grad
 
 
 @pytest.mark.parametrize(

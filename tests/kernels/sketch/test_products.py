@@ -5,6 +5,7 @@ import torch
 from support.kernels.sketch_cases import BACKENDS, SKETCH
 
 from merit_fast.kernels.sketch import (
+    CountSketch,
     embedding_grad_sketch,
     flat_sketch,
     linear_grad_sketch,
@@ -47,6 +48,35 @@ def test_the_product_of_a_shard_goes_where_the_whole_would_put_it(row, column, b
     whole[:, row:, column : column + 100] = torch.einsum("bto,bti->boi", dy, x)
     result = linear_grad_sketch(dy, x, "w", SKETCH, **options, backend=backend)
     assert torch.equal(result, flat_sketch(whole, "w", SKETCH, backend="eager"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 31, 127, 129, 255, 257])
+@pytest.mark.parametrize(
+    "rows,columns,row,column", [(300, 600, 0, 0), (8, 530, 0, 70), (530, 9, 70, 5)]
+)
+def test_any_number_of_tiles_and_tokens_adds_up_in_a_bucket(
+    rows, columns, row, column, tokens, dtype
+):
+    sketch = CountSketch(4 * 4096)
+    dy = torch.randint(-4, 5, (2, tokens, rows)).to(dtype)
+    x = torch.randint(-4, 5, (2, tokens, columns)).to(dtype)
+    place = dict(first_row=row, first_column=column, columns=column + columns + 3)
+    product = torch.einsum("bto,bti->boi", dy.float(), x.float())
+    expected = flat_sketch(product, "w", sketch, **place, backend="eager")
+    assert torch.equal(linear_grad_sketch(dy, x, "w", sketch, **place), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_next_to_a_matrix_of_odd_width_are_not_read(dtype):
+    wide = torch.full((2, 5, 300), torch.nan).to(dtype)
+    wide[:, :, 37:200] = torch.randint(-4, 5, (2, 5, 163)).to(dtype)
+    inside = wide[:, :, 37:200]
+    result = linear_grad_sketch(inside, inside, "w", SKETCH, first_row=30, first_column=77)
+    copy = inside.clone()
+    product = torch.einsum("bto,bti->boi", copy.float(), copy.float())
+    options = dict(first_row=30, first_column=77, backend="eager")
+    assert torch.equal(result, flat_sketch(product, "w", SKETCH, **options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -72,6 +72,39 @@ def test_a_mean_over_the_batch_is_named_with_its_divisor(dtype):
         run(accumulated, dtype=dtype)
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "mixtral"])
+def test_capped_logits_and_routed_models_are_judged_by_the_logits_they_return(architecture):
+    with pytest.raises(MeritFastError, match="divided by 25, the target tokens of the batch: must"):
+        run(of_logits(batch_mean), architecture)
+    assert run(of_logits(example_means), architecture).isfinite().all()
+
+
+def test_a_model_that_returns_a_tuple_is_judged_too():
+    def of_tuple(reduce):
+        return lambda output, labels: reduce(token_losses(output[0], labels), labels[:, 1:] != -100)
+
+    assert run(of_tuple(example_means), return_dict=False).isfinite().all()
+    with pytest.raises(MeritFastError, match="divided by 25, the target tokens of the batch: must"):
+        run(of_tuple(batch_mean), return_dict=False)
+    _, _, labels = batch()
+    with pytest.raises(MeritFastError, match="the model's '0', one number for 3 examples"):
+        run(lambda output, _: output[0], return_dict=False, labels=labels)
+
+
+def test_a_head_in_chunks_outside_of_the_model_is_left_alone():
+    """Only hidden states leave the model, and their gradient tells no weights."""
+    model = tiny("llama")
+    ids, mask, labels = batch()
+    head = torch.randn(97, 36, generator=torch.Generator().manual_seed(1))
+    with GradientSketcher(model.model, SKETCH) as sketcher:
+        hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        losses = [
+            token_losses(hidden[b : b + 1] @ head.T, labels[b : b + 1]).sum() / 25 for b in range(3)
+        ]
+        sum(losses).backward()
+        assert sketcher.take().isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_and_means_of_each_example_pass(dtype):
     for loss in (example_means, example_sums):
@@ -83,6 +116,23 @@ def test_with_weight_tokens_the_loss_must_be_each_examples_mean():
     assert run(of_logits(example_means), weight="tokens").isfinite().all()
     with pytest.raises(MeritFastError, match="weight 'tokens' needs each example's mean"):
         run(of_logits(example_sums), weight="tokens")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_weight_tokens_the_numbers_must_be_those_of_the_means(dtype):
+    model = tiny("llama").to(dtype)
+    ids, mask, labels = batch()
+    for numbers, refused in (([8, 11, 6], False), ([8, 11, 12], True), ([9, 12, 7], True)):
+        with GradientSketcher(model, SKETCH, weight="tokens") as sketcher:
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False)
+            of_logits(example_means)(output, labels).backward()
+            if not refused:
+                sketcher.update(["a"] * 3, None, numbers)
+                assert sketcher.state["a"].block_weights.tolist()[:3] == [8, 11, 6]
+                continue
+            with pytest.raises(MeritFastError, match="the tokens in the loss, . of example ., got"):
+                sketcher.update(["a"] * 3, None, numbers)
+            assert sketcher.state == {}
 
 
 def test_losses_of_unknown_weights_or_another_form_are_left_alone():

@@ -17,13 +17,15 @@ from merit_fast.manifests.schemas import (
     Barrier,
     DatasetResult,
     EvaluateManifest,
+    GroupCount,
     MergeAudit,
     MergingGain,
+    ScaleSearch,
     SplitDataset,
     SplitManifest,
+    TuneManifest,
+    WeightSearch,
 )
-from merit_fast.manifests.split_sections import GroupCount
-from merit_fast.manifests.tune_schema import ScaleSearch, TuneManifest, WeightSearch
 from merit_fast.report import write_report
 
 EVIL = "<script>alert(1)</script>"

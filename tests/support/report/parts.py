@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from support.report.manifests import make_split
 
-from merit_fast.manifests.schemas import SplitManifest
-from merit_fast.manifests.split_sections import PartConflict
+from merit_fast.manifests.schemas import PartConflict, SplitManifest
 
 
 def with_parts(split: SplitManifest, *names: str) -> SplitManifest:

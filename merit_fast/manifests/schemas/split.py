@@ -1,10 +1,62 @@
-"""Schemas of the JSON files in which stages meet: one dataclass for each file or section of one."""
+"""Schema of split.json."""
 
 from dataclasses import dataclass, field
 
-from merit_fast.manifests.split_sections import GroupCount, PartConflict, TriedNumber
+from merit_fast.manifests.schemas.version import SCHEMA_VERSION
 
-SCHEMA_VERSION = 3  # 3: several controls, seeds and paired comparisons; run.json
+
+@dataclass(frozen=True)
+class GroupCount:
+    """Separation of a split into ``groups`` groups.
+
+    Values are shares of the weighted sum of squares that lie between groups, in [0, 1]. None: not
+    resolved, because nothing varies beyond noise or noise took the estimate far out of [0, 1].
+    """
+
+    groups: int
+    eta_squared: float | None  # of the split itself, debiased
+    cross_validated: float | None  # splits made on one half of the examples, measured on the other
+    null_mean: float | None  # the same of other balanced splits
+    null_std: float | None  # None with fewer than 20 of them
+    null_splits: int = 0  # distinct random splits behind the null, this split not among them
+    null_beaten: int | None = None  # how many of them have a lower share; None: not measured
+    num_splits: int | None = None  # balanced splits, this one included; None: too many to count
+
+
+@dataclass(frozen=True)
+class TriedNumber:
+    """Contrast of the pairs of datasets that a split parts with those that it keeps.
+
+    Mean cosines over blocks of examples that did not choose the split. None: no such pair.
+    """
+
+    groups: int
+    kept_cosine: float | None
+    parted_cosine: float | None
+    parted_error: float | None
+    coarser: int  # groups of the split that the next figures compare with; 1: all in one group
+    further_cosine: float | None  # of the pairs that this split parts and that one keeps
+    difference: float | None  # kept_cosine - further_cosine
+    difference_error: float | None
+    taken: bool = False  # whether this number qualified for groups auto
+
+
+@dataclass(frozen=True)
+class PartConflict:
+    """Conflicts of N datasets in the gradients of one part of the model.
+
+    The groups are those of the whole model.
+    """
+
+    similarity: tuple[tuple[float | None, ...], ...]  # [N, N] cosines; None: not resolved
+    similarity_errors: tuple[tuple[float | None, ...], ...]  # [N, N] block-jackknife errors
+    norm_shares: tuple[float | None, ...]  # [N] of the whole's |mean gradient|^2, debiased
+    negative_pair_fraction: float
+    certain_negative_fraction: float  # below zero by two standard errors
+    within_cosine: float | None  # mean over the pairs within groups
+    across_cosine: float | None
+    sure_conflicts: int  # pairs whose cosine is below 0 though so many were tested
+    sure_conflicts_across: int  # those of them whose datasets are in different groups
 
 
 @dataclass(frozen=True)
@@ -105,136 +157,3 @@ class SplitManifest:
     def parting(self) -> TriedNumber | None:
         """Contrast of the split itself; None for one group."""
         return next((row for row in self.numbers_tried if row.groups == self.groups), None)
-
-
-@dataclass(frozen=True)
-class BranchManifest:
-    """branch.json, written with a branch's weights.
-
-    A merge weighs branches by ``num_target_tokens``.
-    """
-
-    branch: str  # merit-0, random-3, joint
-    arm: str
-    group: int
-    datasets: tuple[str, ...]
-    num_examples: int  # seen in training, epochs counted
-    num_target_tokens: int  # in the loss, after the shift, epochs counted
-    num_tokens: int  # through the model, epochs counted, padding not
-    steps: int
-    seed: int
-    base_fingerprint: str
-    start_fingerprint: str  # of the model it was trained from: the base, or the warm-up's
-    schema_version: int = SCHEMA_VERSION
-
-
-@dataclass(frozen=True)
-class DatasetResult:
-    loss: float  # nats per target token
-    exact_match: float  # share of rows whose every target token is the greedy choice
-    num_target_tokens: int
-    num_examples: int
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    """One model on the held-out rows, with the columns that show what it forgot (retention).
-
-    Retention is measured for arms, and None for the branches of a merge.
-    """
-
-    loss: float  # nats per target token, mean over datasets
-    token_loss: float  # nats per target token, mean over tokens
-    exact_match: float  # mean over datasets, 0..1
-    text_loss: float | None  # nats per token of a fixed general English text
-    chat_nll: float | None  # nats per token of the base's own greedy answers to fixed prompts
-    answer_length_tokens: float | None  # mean length of this model's greedy answers to the prompts
-    displacement: float  # |theta - theta_0|
-    num_tokens: int = 0  # trained on, over all branches of the arm
-    num_target_tokens: int = 0
-    steps: int = 0  # of the longest branch
-    train_s: float = 0.0  # summed over branches
-    peak_memory_bytes: int = 0  # of the process while training, largest branch
-    datasets: dict[str, DatasetResult] = field(default_factory=dict)
-    num_seeds: int = 1  # models behind these means, one for each seed of training
-    errors: dict[str, float] = field(default_factory=dict)  # measure -> standard error over seeds
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One arm minus another on one measure, paired by held-out row and by seed."""
-
-    first: str
-    second: str
-    measure: str  # a field of ArmResult: loss, exact_match, text_loss or chat_nll
-    difference: float  # first - second, mean over seeds
-    item_error: float | None  # standard error over rows (stratified by dataset); None: one row
-    seed_error: float | None  # standard error over seeds; None: one seed
-    num_items: int
-    num_seeds: int
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """Rise of the loss above a straight line, on the straight path between two branches."""
-
-    first: str
-    second: str
-    height: float  # nats per target token
-
-
-@dataclass(frozen=True)
-class MergeAudit:
-    """One merge compared with the theory of its gain.
-
-    Losses are nats per target token of the audit's rows, by float32 models.
-    """
-
-    gain: float  # sum_k w_k L(theta_k) - L(theta)
-    predicted_gain: float  # sum_k w_k (g^T delta_k + 1/2 delta_k^T H delta_k), g and H at the merge
-    branch_losses: tuple[float, ...]
-    merged_loss: float
-    barriers: tuple[Barrier, ...]
-    noise: tuple[tuple[float, float], ...]  # (share of each tensor's rms, rise of the loss)
-    displacement: float  # |theta - start|
-    contraction: float  # |theta - start|^2 / sum_k w_k |theta_k - start|^2
-    num_examples: int
-
-    @property
-    def ratio(self) -> float:
-        """Measured over predicted gain; nan without a prediction."""
-        return self.gain / self.predicted_gain if self.predicted_gain else float("nan")
-
-    @property
-    def in_basin(self) -> bool:
-        """Whether the quadratic theory explains the gain to within 10 %."""
-        return abs(self.ratio - 1.0) <= 0.1
-
-
-@dataclass(frozen=True)
-class AuditManifest:
-    """audit.json: every merged arm's audit."""
-
-    arms: dict[str, MergeAudit]
-    schema_version: int = SCHEMA_VERSION
-
-
-@dataclass(frozen=True)
-class MergingGain:
-    """sum_k w_k L(theta_k) - L(theta_bar); L: held-out loss per target token of the mixture."""
-
-    gain: float
-    mean_branch_loss: float
-    merged_loss: float
-    weights: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class EvaluateManifest:
-    """evaluate.json: arm -> result; branch -> result; merged arm -> gain."""
-
-    arms: dict[str, ArmResult]
-    branches: dict[str, ArmResult]
-    merging_gain: dict[str, MergingGain]
-    comparisons: tuple[Comparison, ...] = ()
-    schema_version: int = SCHEMA_VERSION

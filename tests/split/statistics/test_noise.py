@@ -70,3 +70,54 @@ def test_gradients_without_noise_have_scale_zero():
     scales = noise_scales(products, squares, np.full(3, 1 / 3), np.ones(3, bool))
     assert scales.datasets == pytest.approx(0, abs=1e-6)
     assert scales.mixture > 0  # which dataset a row comes from is noise of the mixture
+
+
+def tokens_drawn(means, noise, lengths, examples, seed):
+    """Products, square norms and square weights of rows that count their tokens.
+
+    Dataset i has the lengths ``lengths[i]``, each as often as the others.
+    """
+    generator = np.random.default_rng(seed)
+    shape = (len(means), BLOCKS)
+    sums = np.zeros((*shape, WIDTH))
+    weights = np.zeros(shape)
+    squares = np.zeros(shape)
+    square_weights = np.zeros(shape)
+    for i, mean in enumerate(means):
+        rows = mean + generator.standard_normal((examples, WIDTH)) * np.sqrt(noise[i] / WIDTH)
+        tokens = generator.choice(lengths[i], examples).astype(float)
+        weighted = (rows * tokens[:, None]).reshape(BLOCKS, -1, WIDTH)
+        sums[i] = weighted.sum(1)
+        weights[i] = tokens.reshape(BLOCKS, -1).sum(1)
+        squares[i] = (weighted**2).sum((1, 2))
+        square_weights[i] = (tokens**2).reshape(BLOCKS, -1).sum(1)
+    counts = np.full(shape, examples // BLOCKS)
+    return block_products(sums, counts, weights), squares, square_weights
+
+
+def test_by_tokens_the_scale_is_that_of_a_step_over_tokens():
+    """Truth by drawing steps: mean of |step's mean over tokens - G|^2, times its rows."""
+    means, noise = means_and_noise()
+    lengths = [np.array([1, 2, 9]), np.array([4]), np.array([2, 30])]
+    shares = np.array([0.5, 0.3, 0.2])
+    generator = np.random.default_rng(5)
+    rows = 400
+    mean_lengths = np.array([each.mean() for each in lengths])
+    chances = shares / mean_lengths / (shares / mean_lengths).sum()
+    goal = shares @ means
+    errors = []
+    for _ in range(300):
+        source = generator.choice(3, rows, p=chances)
+        tokens = np.array([generator.choice(lengths[i]) for i in source], float)
+        drawn_rows = generator.standard_normal((rows, WIDTH))
+        step = means[source] + drawn_rows * np.sqrt(noise[source] / WIDTH)[:, None]
+        errors.append(((tokens @ step / tokens.sum() - goal) ** 2).sum())
+    of_mixture = rows * np.mean(errors) / (goal @ goal)
+    spread = np.array([(each.astype(float) ** 2).mean() / each.mean() ** 2 for each in lengths])
+    of_datasets = spread * noise / (means**2).sum(1)
+    found = []
+    for seed in range(30):
+        products, squares, weights = tokens_drawn(means, noise, lengths, 800, seed)
+        scales = noise_scales(products, squares, shares, np.ones(3, bool), weights)
+        found.append((*scales.datasets, scales.mixture))
+    assert np.mean(found, 0) == pytest.approx([*of_datasets, of_mixture], rel=0.07)

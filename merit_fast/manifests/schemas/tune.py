@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from merit_fast.manifests.schemas import SCHEMA_VERSION
+from merit_fast.manifests.schemas.version import SCHEMA_VERSION
 
 TUNE_FILE = "tune.json"
 

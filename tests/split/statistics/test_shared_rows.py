@@ -1,14 +1,21 @@
 """Datasets that share rows: cosines without bias, with errors of the right size."""
 
 import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from support.split.block_sums import products_of
 
+from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
+from merit_fast.options.parser import to_plain
 from merit_fast.sketch.drawing import assign_blocks
+from merit_fast.split import SplitConfig, split_mixture
 from merit_fast.split.conflict import conflict_of, half_grams
 from merit_fast.split.moments import block_products
 from merit_fast.split.parting import HeldOutBlocks
@@ -16,6 +23,7 @@ from merit_fast.split.parting import HeldOutBlocks
 BLOCKS = 8
 WIDTH = 300
 SEEDS = range(300)
+EXAMPLE = Example(np.array([1, 2], np.int32), np.array([-100, 2], np.int32))
 
 
 def digest(name):
@@ -178,3 +186,55 @@ def test_few_shared_rows_still_fill_three_blocks():
 def test_a_dataset_of_one_row_that_another_has_is_refused_by_name():
     with pytest.raises(InputError, match="^b: must have rows of its own: .* 1 different rows"):
         assign_blocks({"a": [digest(k) for k in range(9)], "b": [digest(4)] * 9}, 8)
+
+
+# ---- through the split
+ROWS = {
+    "two rows": {"a": [0, 1], "b": [0, 1], "c": [2, 3], "d": [4, 5]},
+    "three rows": {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 1, 2], "d": [4, 5, 6]},
+    "subsets": {"a": range(40), "b": range(5), "c": range(3, 60), "d": range(100, 140)},
+    "all the same": {name: range(20) for name in "abcd"},
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"groups": "auto", "min_steps": 1}, {"preset": "paper", "weight": "tokens"},
+     {"similarity": "gram"}],
+    ids=["debiased", "auto", "paper", "gram"],
+)  # fmt: skip
+def test_any_sharing_gives_a_split_with_finite_figures(tmp_path, case, options):
+    """Rows of a, b and c have one mean, those of d the opposite one; each has its own noise."""
+    generator = torch.Generator().manual_seed(0)
+    identity = SketchIdentity(CountSketch(4096, 0), "m", ("w",), "tokens")
+    names = sorted({row for rows in ROWS[case].values() for row in rows})
+    noise = {row: torch.randn(4096, generator=generator) / 64 for row in names}
+    plans = assign_blocks({d: [digest(row) for row in r] for d, r in ROWS[case].items()}, BLOCKS)
+    datasets = []
+    for name, rows in ROWS[case].items():
+        sign = -1 if name == "d" and case != "all the same" else 1
+        sketches = torch.stack([noise[row] + sign / 64 for row in rows])
+        state = SketchState.zeros(identity, BLOCKS)
+        lengths = torch.tensor([1 + 7 * row % 30 for row in rows])
+        state.add_examples(sketches, torch.tensor(plans[name].blocks), 1.0, lengths)
+        state.add_shared_rows(plans[name].shared_rows(0, len(rows)))
+        (tmp_path / f"{name}.safetensors").write_bytes(state.to_bytes())
+        datasets.append(Dataset(name, (EXAMPLE,) * 50))
+    split = split_mixture(
+        tmp_path,
+        datasets,
+        "mixture",
+        SplitConfig(**{"groups": 2, **options}),
+        base_fingerprint="b",
+        steps=4000,
+        sketched_at="here",
+        texts=dict,
+    )
+    json.dumps(to_plain(split), allow_nan=False)
+    for pair in split.shared_rows:
+        common = set(ROWS[case][pair.first]) & set(ROWS[case][pair.second])
+        assert pair.rows == len(common) > 0
+    a_and_b = split.similarity[0][1]
+    if ROWS[case]["a"] == ROWS[case]["b"] and a_and_b is not None:
+        assert a_and_b == pytest.approx(1, abs=1e-6)
