@@ -14,6 +14,7 @@ from merit_fast.row_store.files import StoredDataset
 
 _WIDTH = 512
 _BLOCK_ROWS = 4096
+_CHUNK_ROWS = 1024  # at full width
 _CHUNK_PAIRS = 1024
 _SURE = 6.0  # standard deviations of a projected cosine
 _ROUNDING = 2e-4  # of a projected cosine
@@ -68,8 +69,8 @@ def _project(dataset: StoredDataset) -> tuple[Tensor, NDArray[np.int64]]:
     matrix = torch.randn(width, _WIDTH, generator=generator)
     kept = np.flatnonzero(dataset.norm.numpy() > 0)
     out = torch.empty(len(kept), _WIDTH, dtype=torch.float16)
-    for start in range(0, len(kept), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
+    for start in range(0, len(kept), _CHUNK_ROWS):
+        part = slice(start, start + _CHUNK_ROWS)
         short = dataset.vectors.directions(kept[part]) @ matrix
         out[part] = (short / short.norm(dim=1, keepdim=True)).half()
     return out, kept

@@ -1,32 +1,16 @@
 """One small run whose sketch has a store; tests copy it."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from support.row_store.facts import FACTS, fact_line
 from support.runs import Notes, run_values
 
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
-
-# facts.jsonl: blank lines count no row, key order and spacing are as people write them.
-FACTS = [
-    ("France", "Paris"),
-    ("Japan", "Tokyo"),
-    ("Peru", "Lima"),
-    ("Italy", "Rome"),
-    ("Cuba", "Havana"),
-    ("Kenya", "Nairobi"),
-]
-
-
-def fact_line(question: str, answer: str, number: int) -> str:
-    user = {"role": "user", "content": f"Give the capital. {question}"}
-    messages = json.dumps([user, {"content": answer, "role": "assistant"}])
-    return f'{{"number":{number},  "messages": {messages}}}'
 
 
 @dataclass(frozen=True)

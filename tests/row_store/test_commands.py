@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from row_store.conftest import FACTS, fact_line
 from support.paths import KILL_AT
+from support.row_store.facts import FACTS, fact_line
 from support.warm import run_python
 
 import merit_fast
@@ -93,6 +93,27 @@ def test_columns_that_rows_have_already_keep_their_values(copied_run, call):
         assert row["row"] == "mine" and row["score"] == row["merit_row"]
         assert -1 <= row["merit_score"] <= 1
     assert all("merit_row" in row and "merit_score" in row for row in rows)
+
+
+def test_rows_of_a_table_are_written_as_json(stored_run, tmp_path, monkeypatch, call):
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    lines = [json.loads(fact_line(*fact, i)) for i, fact in enumerate(FACTS)]
+    Dataset.from_list(lines).to_parquet("facts.parquet")
+    text = stored_run.config.read_text()
+    path = stored_run.config.parent / "facts.jsonl"
+    Path("run.yml").write_text(text.replace(str(path), "facts.parquet"))
+    assert call("sketch", "run.yml", "--store")[0] == 0
+    words = ("--target", "codes", "--keep", "100%", "--out", "picked.jsonl")
+    code, _, err = call("select", "run.yml", *words)
+    assert code == 0, err
+    rows = [json.loads(line) for line in Path("picked.jsonl").read_text().splitlines()]
+    own = {row["row"]: row for row in rows if row["dataset"] == "facts"}
+    assert len(own) == 6
+    for number, row in own.items():
+        assert {key: row[key] for key in ("number", "messages")} == lines[number]
+    assert not Path("picked_images").exists()
 
 
 @pytest.mark.parametrize("examples", ["all", "6"])
