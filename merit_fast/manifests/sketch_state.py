@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn.functional import pad
 
 from merit_fast.errors import InputError, MeritFastError, one_line
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
@@ -22,7 +23,7 @@ _TENSORS = (
     "block_weights",
     "block_square_weights",
     "other_sum",
-    "lengths",
+    "length_counts",
     "shared_rows",
 )
 
@@ -77,8 +78,8 @@ class SketchState:
         block_square_weights: [G] sum of w^2.
         other_sum: [D] sum of s under the other weighting (1 for "tokens", the target tokens for
             "examples"); NaN where these were not given.
-        lengths: [n] int64 target tokens of each example, ascending; fewer than n examples where
-            they were not given.
+        length_counts: [L + 1] int64 examples by number of target tokens, from 0 to L; those of
+            which it was not given are in none.
         shared_rows: [S] int64 hashes of those rows that another dataset has too, ascending.
         loss_sum: summed loss of all target tokens, nats.
         num_target_tokens: number of those tokens.
@@ -91,7 +92,7 @@ class SketchState:
     block_weights: Tensor
     block_square_weights: Tensor
     other_sum: Tensor
-    lengths: Tensor = field(default_factory=_no_numbers)
+    length_counts: Tensor = field(default_factory=_no_numbers)
     shared_rows: Tensor = field(default_factory=_no_numbers)
     loss_sum: float = 0.0
     num_target_tokens: int = 0
@@ -128,10 +129,11 @@ class SketchState:
 
         None: the target tokens of some examples were not given.
         """
-        number = len(self.lengths)
+        number = int(self.length_counts.sum())
         if not number or number != self.num_examples:
             return None
-        return int(self.lengths[max(math.ceil(share * number) - 1, 0)])
+        rank = max(math.ceil(share * number), 1)
+        return int((self.length_counts.cumsum(0) < rank).sum())
 
     def add_examples(
         self,
@@ -167,7 +169,7 @@ class SketchState:
         self.other_sum += torch.nan if others is None else others @ exact
         self.loss_sum += loss_sum
         if num_target_tokens is not None:
-            self._add_lengths(num_target_tokens.cpu().long())
+            self._add_lengths(num_target_tokens.cpu().long().bincount())
             self.num_target_tokens += int(num_target_tokens.sum())
 
     def merge(self, other: "SketchState") -> None:
@@ -183,7 +185,7 @@ class SketchState:
         self.block_weights += other.block_weights
         self.block_square_weights += other.block_square_weights
         self.other_sum += other.other_sum
-        self._add_lengths(other.lengths)
+        self._add_lengths(other.length_counts)
         self.add_shared_rows(other.shared_rows)
         self.loss_sum += other.loss_sum
         self.num_target_tokens += other.num_target_tokens
@@ -193,8 +195,10 @@ class SketchState:
         rows = {*self.shared_rows.tolist(), *hashes.tolist()}
         self.shared_rows = torch.tensor(sorted(rows), dtype=torch.int64)
 
-    def _add_lengths(self, lengths: Tensor) -> None:
-        self.lengths = torch.cat([self.lengths, lengths]).sort().values
+    def _add_lengths(self, counts: Tensor) -> None:
+        size = max(len(counts), len(self.length_counts))
+        padded = (pad(given, (0, size - len(given))) for given in (self.length_counts, counts))
+        self.length_counts = sum(padded, torch.zeros(size, dtype=torch.int64))
 
     def require_same(self, other: "SketchState") -> None:
         """Raises MeritFastError if the two may not be added or compared; the message names why."""
