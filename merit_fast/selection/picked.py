@@ -46,7 +46,13 @@ def num_candidates(rows: Rows, own: str | None) -> int:
 
 
 def num_kept(keep: int | float, candidates: int) -> int:
-    """Number of rows to keep: a share is rounded up."""
+    """Number of rows to keep: a share is rounded up.
+
+    Raises:
+        InputError: there are no candidates.
+    """
+    if not candidates:
+        raise InputError("--target: must leave rows of other datasets, found none")
     count = keep if isinstance(keep, int) else math.ceil(keep * candidates - 1e-9)
     return min(count, candidates)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from merit_fast.data import Dataset
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.atomic import write_bytes
-from merit_fast.manifests.sketch_state import state_path
+from merit_fast.manifests.sketch_state import SketchState, state_path
 from merit_fast.model import freeze_parameters, load_model
 from merit_fast.progress import Progress
 from merit_fast.row_store.identity import StoreIdentity
@@ -146,20 +146,14 @@ def _sketch_datasets(  # noqa: PLR0913
         for dataset in missing:
             store = None
             if config.store:
-                store = RowWriter(
-                    directory / ROWS_FOLDER / dataset.name,
-                    StoreIdentity.of(sketcher.identity, config.store_dim),
-                    row_prints[dataset.name],
-                )
+                folder = directory / ROWS_FOLDER / dataset.name
+                identity = StoreIdentity.of(sketcher.identity, config.store_dim)
+                store = RowWriter(folder, identity, row_prints[dataset.name])
             drawn = chosen[dataset.name]
             state, of_parts = datasets.sketch(dataset, drawn, blocks[dataset.name], task, store)
             if store is not None:
                 store.finish()
-            for part, of_part in of_parts.items():
-                file = state_path(directory, dataset.name, part)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(file, of_part.to_bytes())
-            write_bytes(state_path(directory, dataset.name), state.to_bytes())
+            _write_states(directory, dataset.name, state, of_parts)
             record_state(
                 directory,
                 dataset.name,
@@ -170,3 +164,14 @@ def _sketch_datasets(  # noqa: PLR0913
             if config.precision:
                 signal = describe_signal(state, len(chosen[dataset.name]), first=FIRST_LOOK)
                 progress.note(f"{dataset.name}: {signal}")
+
+
+def _write_states(
+    directory: Path, name: str, state: SketchState, of_parts: Mapping[str, SketchState]
+) -> None:
+    """Writes a dataset's sums, those of the whole last."""
+    for part, of_part in of_parts.items():
+        file = state_path(directory, name, part)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, of_part.to_bytes())
+    write_bytes(state_path(directory, name), state.to_bytes())

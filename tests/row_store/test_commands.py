@@ -12,8 +12,10 @@ from support.row_store.facts import FACTS, fact_line
 from support.warm import run_python
 
 import merit_fast
+from merit_fast.errors import InputError
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
+from merit_fast.selection.picked import num_kept
 
 
 def files_of(folder):
@@ -155,6 +157,12 @@ def test_bad_words_are_refused_before_any_work(copied_run, call, change, message
     code, out, err = call("select", "run.yml", *(word for pair in words.items() for word in pair))
     assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1
     assert files_of(Path()).keys() == before.keys()
+
+
+def test_a_target_that_is_the_whole_mixture_is_refused():
+    with pytest.raises(InputError, match="--target: must leave rows of other datasets"):
+        num_kept(5, 0)
+    assert [num_kept(keep, 30) for keep in (5, 99, 0.1, 0.101, 1.0)] == [5, 30, 3, 4, 30]
 
 
 def test_a_file_of_rows_is_never_overwritten(copied_run, call):

@@ -3,13 +3,15 @@
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.cli.flags import Parser, Work, add_inputs, add_run_flags
 from merit_fast.cli.stages import progress_of, read_config
 
 if TYPE_CHECKING:
+    from merit_fast.row_store.hits import Hit
     from merit_fast.row_store.rows import Rows
 
 
@@ -33,7 +35,6 @@ def add_select(parser: Parser) -> Work:
 def _select(arguments: argparse.Namespace) -> None:
     file, config = read_config("select", arguments)
     from merit_fast.pipeline.outputs import Outputs
-    from merit_fast.row_store.hits import count_indistinct
     from merit_fast.selection.picked import (
         check_out,
         num_candidates,
@@ -60,31 +61,38 @@ def _select(arguments: argparse.Namespace) -> None:
     weight = arguments.weight or config.split.filled().weight
     hits = pick_rows(rows, searched, count, arguments.by, weight)
     write_picked(out, hits, config)
-    indistinct = count_indistinct(hits)
-    counts = Counter(hit.dataset for hit in hits)
+    measures = {"by": arguments.by, "weight": weight, "candidates": candidates}
+    report = {"out": str(out), "target": target.name, **measures, **_described(hits)}
     if arguments.as_json:
-        report = {
-            "out": str(out),
-            "target": target.name,
-            "by": arguments.by,
-            "weight": weight,
-            "candidates": candidates,
-            "kept": len(hits),
-            "datasets": dict(counts.most_common()),
-            "best_score": hits[0].score,
-            "last_score": hits[-1].score,
-            "last_error": hits[-1].error,
-            "indistinct": indistinct,
-        }
         print(json.dumps(report, ensure_ascii=False))
-        return
-    listed = ", ".join(f"{name} {number:,}" for name, number in counts.most_common())
-    scores = f"{arguments.by} {hits[0].score:.3g} to {hits[-1].score:.3g}"
-    print(f"select: {len(hits):,} of {candidates:,} rows in {out}: {scores}; {listed}")
-    if indistinct is None:
-        print("the scores have no errors: the target has too few rows")
     else:
-        print(
+        print("\n".join(_lines(report)))
+
+
+def _described(hits: "Sequence[Hit]") -> dict[str, Any]:
+    from merit_fast.row_store.hits import count_indistinct
+
+    return {
+        "kept": len(hits),
+        "datasets": dict(Counter(hit.dataset for hit in hits).most_common()),
+        "best_score": hits[0].score,
+        "last_score": hits[-1].score,
+        "last_error": hits[-1].error,
+        "indistinct": count_indistinct(hits),
+    }
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    """The report for a terminal."""
+    listed = ", ".join(f"{name} {number:,}" for name, number in report["datasets"].items())
+    scores = f"{report['by']} {report['best_score']:.3g} to {report['last_score']:.3g}"
+    rows = f"{report['kept']:,} of {report['candidates']:,} rows in {report['out']}"
+    indistinct = report["indistinct"]
+    if indistinct is None:
+        last = "the scores have no errors: the target has too few rows"
+    else:
+        last = (
             f"{indistinct:,} of the rows kept cannot be told apart from the last one "
             "(two standard errors of the difference)"
         )
+    return [f"select: {rows}: {scores}; {listed}", last]
