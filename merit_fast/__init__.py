@@ -13,6 +13,7 @@ from merit_fast.errors import BackendUnavailableError, InputError, MeritFastErro
 if TYPE_CHECKING:  # type checkers and the API reference see the names that load lazily
     from merit_fast.merge import load_merged, merge_models
     from merit_fast.patch.model import patch_model
+    from merit_fast.sketch.collector import kfac_factors
     from merit_fast.sketch.gradients import sketch_gradients
     from merit_fast.sketch.summed import sketch_sums
 
@@ -22,6 +23,7 @@ __all__ = [
     "InputError",
     "MeritFastError",
     "__version__",
+    "kfac_factors",
     "load_merged",
     "merge_models",
     "patch_model",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _MODULES = {  # public names that are imported when they are first used
+    "kfac_factors": "merit_fast.sketch.collector",
     "load_merged": "merit_fast.merge",
     "merge_models": "merit_fast.merge",
     "patch_model": "merit_fast.patch.model",

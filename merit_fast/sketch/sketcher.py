@@ -17,7 +17,7 @@ from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.sketch.names import canonical_name
 from merit_fast.sketch.passes.passes import SketchedPasses
-from merit_fast.sketch.precondition import scales_fingerprint
+from merit_fast.sketch.precondition import FactorSums, KfacFactors, Preconditioner
 from merit_fast.sketch.selection import (
     model_weights_fingerprint,
     require_one_of,
@@ -67,10 +67,13 @@ class GradientSketcher:
         sketch: width and seed.
         parameters: by name; None: all that require a gradient.
         scales: factors of the gradients' entries by parameter name (``adam_scales``).
+        factors: K-FAC factors (``kfac_factors``), without ``scales``.
         blocks: blocks of each state; examples fill them in turn.
         fingerprint: the model's, for the states; None: that of its weights in memory.
         check: "first", "always" or "never", as for ``sketch_gradients``.
         uncovered: "autograd" or "error", as for ``sketch_gradients``.
+        collect_side: collects the second moments of gradients, with sides up to this length kept
+            whole, instead of sketching (``FactorCollector``).
         notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
 
     Raises:
@@ -85,7 +88,9 @@ class GradientSketcher:
         sketch: CountSketch,
         parameters: Mapping[str, nn.Parameter] | None = None,
         scales: Mapping[str, Tensor] | None = None,
+        factors: KfacFactors | None = None,
         *,
+        collect_side: int | None = None,
         blocks: int = 8,
         fingerprint: str | None = None,
         check: Literal["first", "always", "never"] = "first",
@@ -97,21 +102,25 @@ class GradientSketcher:
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.model = unwrapped(model)
         self.sketch = sketch
-        self.scales = {canonical_name(name): scale for name, scale in (scales or {}).items()}
         self.blocks = blocks
         chosen = (
             select_parameters(self.model, "all", is_trainable) if parameters is None else parameters
         )
         chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
         self.names = {id(parameter): name for name, parameter in chosen.items()}
+        named = {canonical_name(name): scale for name, scale in (scales or {}).items()}
+        self.preconditioner = Preconditioner(named, kind="adam" if named else "")
+        if factors is not None:
+            self.preconditioner = factors.preconditioner(chosen)
         self.state: dict[DatasetId, SketchState] = {}
         self._fingerprint = fingerprint
         self._identity: SketchIdentity | None = None
         self._notify = notify or functools.partial(warnings.warn, stacklevel=4)
         self._told = 0  # number of slow parameters in the last line
         self._passes = SketchedPasses(
-            self.model, chosen, sketch, self.scales, check=check, uncovered=uncovered
+            self.model, chosen, sketch, self.preconditioner, check=check, uncovered=uncovered
         )
+        self._passes.max_side = collect_side
         self._restore: list[Callable[[], object]] = []
 
     @property
@@ -122,6 +131,11 @@ class GradientSketcher:
     def slow_parameters(self) -> dict[str, str]:
         """Parameters that take a backward pass per example -> reason."""
         return dict(self._passes.uncovered.slow)
+
+    @property
+    def preconditioned(self) -> dict[str, str]:
+        """Parameters -> how their gradients are multiplied: entries, or rows and columns."""
+        return self.preconditioner.describe()
 
     @property
     def checked(self) -> SketchCheck | None:
@@ -141,10 +155,8 @@ class GradientSketcher:
         """Sketch, model and parameters of the states. Reads the weights once."""
         if self._identity is None:
             fingerprint = self._fingerprint or model_weights_fingerprint(self.model)
-            adam = f"adam {scales_fingerprint(self.scales)}: " if self.scales else ""
-            self._identity = SketchIdentity(
-                self.sketch, adam + fingerprint, tuple(self.parameter_names)
-            )
+            fingerprint = self.preconditioner.fingerprinted(fingerprint)
+            self._identity = SketchIdentity(self.sketch, fingerprint, tuple(self.parameter_names))
         return self._identity
 
     def __enter__(self) -> "GradientSketcher":
@@ -212,6 +224,13 @@ class GradientSketcher:
         rows_of = torch.tensor(row_examples, device=sketches.device)
         zeros = sketches.new_zeros(len(set(row_examples)), sketches.shape[1])
         return zeros.index_add(0, rows_of, sketches)
+
+    def take_moments(self) -> FactorSums:
+        """Returns the second moments of the last backward pass, with ``collect_side`` only."""
+        run = self._passes.run
+        self.take()
+        assert run is not None and run.collect is not None
+        return run.collect
 
     def update(
         self,

@@ -86,6 +86,7 @@ INSIDE = {
         "passes",
         "summed",
         "sketcher",
+        "collector",
         "gradients",
         "sampling",
         "drawing",

@@ -1,6 +1,7 @@
 """One pass at the model's outputs: the rows of one example or of each, and the comparisons."""
 
 import functools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +139,8 @@ class CurrentPass:
         self._backward(extra, found, example, [*self.parameters.values(), self.anchor])
         slow = self.uncovered.slow
         errors = {n: error for n, error in row.errors(example).items() if n not in slow}
-        wrong, _ = wrong_parameters(errors, self._tolerance(found.dys[0], 1))
+        tolerance = self._tolerance(found.dys[0], 1)
+        wrong, _ = wrong_parameters(errors, tolerance, self._noise(row))
         self.uncovered.add_wrong(wrong, "the sketch of one example")
         self.uncovered.require_allowed()
         if kept is not None and row.total is not None:
@@ -194,7 +196,8 @@ class CurrentPass:
         if self.sums is None or (total is not None and not bool(total.isfinite().all())):
             return None
         tolerance = self._tolerance(sketches, self.run.size)
-        wrong, _ = wrong_parameters(self.sums.errors(None), tolerance)
+        noise = self._noise(self.sums)
+        wrong, _ = wrong_parameters(self.sums.errors(None), tolerance, noise)
         for name in wrong:
             if name in self.uncovered.slow:
                 raise MeritFastError(
@@ -209,12 +212,27 @@ class CurrentPass:
         row_error = None
         if self.example is not None and self.row is not None:
             row_error = relative_error(sketches[self.example : self.example + 1], self.row.total)
-        for error, what in ((sum_error, "the sum of the"), (row_error or 0.0, "one of the")):
-            if not error <= 2 * tolerance.whole:
+        for comparison, error, what in (
+            (self.sums, sum_error, "the sum of the"),
+            (self.row, row_error or 0.0, "one of the"),
+        ):
+            if not error <= 2 * self._bound(comparison, tolerance):
                 raise MeritFastError(
                     f"sketch_gradients: check: {what} sketches differs from autograd by {error:.2g}"
                 )
         return SketchCheck(row_error, sum_error, 1, self.note)
+
+    @staticmethod
+    def _noise(comparison: Comparison) -> dict[str, float]:
+        return comparison.noise() if comparison.whole.preconditioner.kind else {}
+
+    def _bound(self, comparison: Comparison | None, tolerance: Tolerance) -> float:
+        """Largest relative error of all parameters together that rounding explains."""
+        if comparison is None or comparison.total is None:
+            return tolerance.whole
+        scale = float(comparison.total.norm()) or 1.0
+        noise = math.hypot(*self._noise(comparison).values())
+        return tolerance.whole + tolerance.floor * noise / scale
 
     def _tolerance(self, value: Tensor, examples: int) -> Tolerance:
         tokens = self.run.tokens if self.run.cu_seqlens is not None else self.run.tokens * examples

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.errors import MeritFastError
-from merit_fast.kernels.sketch import CountSketch
+from merit_fast.kernels.sketch import CountSketch, matrix_shape
 from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.sketch.capture.hooks import ModuleTaps
 from merit_fast.sketch.capture.layout import Pass, Refusal, Site
@@ -21,6 +21,7 @@ from merit_fast.sketch.capture.wrapping import submodule, wrap_forward
 from merit_fast.sketch.passes.begin import begin_pass, kind_of_call, sizes_of, source_of
 from merit_fast.sketch.passes.current import CurrentPass
 from merit_fast.sketch.passes.refusals import Uncovered
+from merit_fast.sketch.precondition import FactorSums, Preconditioner
 
 
 class SketchedPasses:
@@ -36,6 +37,7 @@ class SketchedPasses:
         packed: cu_seqlens of the next forward pass, if it is a packed row.
         uncovered: parameters with a backward pass per example.
         result: of the self-check; None: no pass was checked.
+        max_side: of the ``FactorSums`` that every pass collects; None: none collects, all sketch.
 
     Raises:
         MeritFastError: a parameter cannot be covered.
@@ -46,14 +48,15 @@ class SketchedPasses:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         sketch: CountSketch,
-        scales: Mapping[str, Tensor],
+        preconditioner: Preconditioner,
         check: Literal["first", "always", "never"],
         uncovered: Literal["autograd", "error"],
     ) -> None:
         self.model = model
         self.parameters = dict(parameters)
         self.sketch = sketch
-        self.scales = scales
+        self.preconditioner = preconditioner
+        self.max_side: int | None = None
         self.check = check
         self.uncovered = Uncovered(model, self.parameters, uncovered)
         self.packed: Tensor | None = None
@@ -162,13 +165,18 @@ class SketchedPasses:
     def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CurrentPass:
         cu_seqlens = kwargs.get("cu_seq_lens_q") if self.packed is None else self.packed
         self.packed = None
-        run = begin_pass(self.sketch, self.scales, source_of(args, kwargs), cu_seqlens)
+        run = begin_pass(self.sketch, self.preconditioner, source_of(args, kwargs), cu_seqlens)
         kind = kind_of_call(self.model, run, self._sizes, args, kwargs)
         run.exploring = kind not in self._kinds
         run.trusts_check = self.check != "never"
         now = CurrentPass(run, kind, self.parameters, self.uncovered, self.taps.anchor)
         if self.check == "always" or (self.check == "first" and run.exploring):
             now.compare()
+        if self.max_side is not None:
+            shapes = {name: matrix_shape(p.shape) for name, p in self.parameters.items()}
+            run.collect = FactorSums(shapes, self.max_side)
+            run.collect.examples = run.size
+            run.is_sketched = now.sums is not None
         return now
 
     def _wanted(self, now: CurrentPass) -> dict[str, nn.Parameter]:
