@@ -201,6 +201,9 @@ class Outputs:
         inputs = {"start": self.start_fingerprint, "mixture": self.train_fingerprint}
         if self.config.train.freeze is not None:
             inputs["freeze"] = fingerprint(self.config.train.freeze)
+        optimizer = self.config.split.optimizer_hash()
+        if optimizer is not None:
+            inputs["optimizer"] = optimizer
         return stage_manifest(SKETCH.name, self.config.split.sketch_config(), inputs)
 
     @property

@@ -1,5 +1,6 @@
 """The first pass of K-FAC: second moments of every gradient, by the taps of the sketcher."""
 
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Literal
 
@@ -50,16 +51,7 @@ def kfac_factors(
     if max_side < 1:
         raise InputError(f"max_side: must be at least 1, got {show(max_side)}")
     chosen = select_parameters(unwrapped(model), parameters, is_trainable)
-    sketcher = GradientSketcher(
-        model,
-        CountSketch(_WIDTH),
-        chosen,
-        check=check,
-        uncovered=uncovered,
-        collect_side=max_side,
-    )
-    shapes = {name: matrix_shape(parameter.shape) for name, parameter in chosen.items()}
-    return FactorCollector(sketcher, FactorSums(shapes, max_side))
+    return FactorCollector.of(model, chosen, max_side, check, uncovered)
 
 
 class FactorCollector:
@@ -76,6 +68,29 @@ class FactorCollector:
     def __init__(self, sketcher: GradientSketcher, sums: FactorSums) -> None:
         self.sketcher = sketcher
         self.sums = sums
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        max_side: int,
+        check: Literal["first", "always", "never"],
+        uncovered: Literal["autograd", "error"],
+        notify: Callable[[str], None] | None = None,
+    ) -> "FactorCollector":
+        """A collector for chosen parameters by name; the rest as for ``kfac_factors``."""
+        sketcher = GradientSketcher(
+            model,
+            CountSketch(_WIDTH),
+            parameters,
+            check=check,
+            uncovered=uncovered,
+            notify=notify,
+            collect_side=max_side,
+        )
+        shapes = {name: matrix_shape(value.shape) for name, value in parameters.items()}
+        return cls(sketcher, FactorSums(shapes, max_side))
 
     def __enter__(self) -> "FactorCollector":
         self.sketcher.__enter__()

@@ -1,9 +1,14 @@
 """Options of the sketch stage."""
 
+import functools
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import SPELLINGS
+from merit_fast.manifests.hashes import checksum
 from merit_fast.options.fields import option, require
 
 
@@ -51,6 +56,18 @@ class SketchConfig:
         "autograd",
         "parameters that no hook covers: take a backward pass per example, or stop and name them",
     )
+    normalize: Literal["adam", "kfac"] | None = option(
+        None,
+        "multiplies every gradient: adam, by the second moments in split.optimizer; kfac, by the "
+        "inverse square root of K-FAC factors of the rows that are sketched [not at all]",
+    )
+    optimizer: str | None = option(
+        None, "with normalize adam: a checkpoint of transformers' Trainer, with optimizer.pt"
+    )
+    damping: float | None = option(
+        None,
+        "with normalize kfac: the damping, as a share of each parameter's mean eigenvalue [0.1]",
+    )
 
     def __post_init__(self) -> None:
         require(self.examples >= 2, "examples", "at least 2", self.examples)
@@ -64,3 +81,32 @@ class SketchConfig:
         require(self.blocks >= 2, "blocks", "at least 2", self.blocks)
         require(0 <= self.warmup < 1, "warmup", "at least 0 and below 1", self.warmup)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        require(
+            (self.normalize == "adam") == (self.optimizer is not None),
+            "optimizer",
+            "a folder with normalize adam, and only then",
+            self.optimizer,
+        )
+        if self.damping is not None:
+            rule = "above 0 and finite, with normalize kfac only"
+            is_right = self.normalize == "kfac" and 0 < self.damping < math.inf
+            require(is_right, "damping", rule, self.damping)
+
+    def optimizer_hash(self) -> str | None:
+        """Hash of the optimizer's state; None without one.
+
+        Raises:
+            InputError: it is absent.
+        """
+        if self.optimizer is None:
+            return None
+        file = Path(self.optimizer) / "optimizer.pt"
+        if not file.is_file():
+            raise InputError(f"split.optimizer: must hold optimizer.pt, {file} is absent")
+        status = file.stat()
+        return _hash_of(file, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _hash_of(file: Path, size: int, changed: int) -> str:
+    return checksum(file)

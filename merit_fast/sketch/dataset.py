@@ -1,6 +1,6 @@
 """The sketch of one dataset at a time: its chosen examples, pass by pass, into its sums."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from merit_fast.progress import Task
 from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.precondition.moments import NotFiniteMomentsError
 from merit_fast.sketch.sampling import next_examples
 from merit_fast.sketch.sketcher import GradientSketcher, NotFiniteError, require_finite
 
@@ -61,6 +62,35 @@ class DatasetSketcher:
         task.skip(len(indices) - state.num_examples)  # examples that were not needed
         return states.pop(dataset.name)
 
+    def collect(
+        self, dataset: Dataset, indices: Sequence[int], update: Callable[[], None], task: Task
+    ) -> None:
+        """Calls ``update`` after the backward pass of every batch of examples.
+
+        Raises:
+            MeritFastError: a gradient is not finite; the message names dataset and rows.
+        """
+        done = 0
+        while done < len(indices):
+            rows = indices[done : done + self._rows_of_pass()]
+            batch, numbers = self._collated(dataset, rows)
+            try:
+                _backward(self.model, batch, numbers, len(rows))
+                if self.sketcher.is_checking and self.config.check == "first":
+                    self.sketcher.take()  # and run again, as for sums
+                    continue
+                update()
+            except RepeatBatch:
+                self.sketcher.discard()
+                continue
+            except NotFiniteMomentsError as error:
+                places = [int(dataset.rows[row]) for row in rows]
+                raise MeritFastError(
+                    f"sketch: {dataset.name}: one of the rows {places}, counted from 0: {error}"
+                ) from None
+            done += len(rows)
+            task.advance(len(rows), dataset.name)
+
     def _rows_of_pass(self) -> int:
         """Rows of a backward pass.
 
@@ -72,6 +102,12 @@ class DatasetSketcher:
             return 1
         return 1 if sketched and not find_towers(self.model) else self.config.batch_size
 
+    def _collated(self, dataset: Dataset, rows: Sequence[int]) -> tuple[Batch, list[int]]:
+        """Some rows as one batch, and the number of the row that each text of it belongs to."""
+        with torch.no_grad():
+            texts, numbers = fit_trees(self.model, [dataset.examples[row] for row in rows])
+        return collate(texts, [0] * len(texts), self.pad_token_id), numbers
+
     def _sketch_pass(self, dataset: Dataset, rows: Sequence[int]) -> None:
         """Sketches some rows into the state.
 
@@ -79,9 +115,7 @@ class DatasetSketcher:
         may change how it rounds. So the check leaves every sum as it is.
         """
         sketcher = self.sketcher
-        with torch.no_grad():
-            texts, numbers = fit_trees(self.model, [dataset.examples[row] for row in rows])
-        batch = collate(texts, [0] * len(texts), self.pad_token_id)
+        batch, numbers = self._collated(dataset, rows)
         names = [dataset.name] * len(rows)
         while True:
             try:

@@ -1,7 +1,8 @@
 """The examples that stand for a dataset, and the fingerprint of what its sums depend on."""
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -45,18 +46,44 @@ def sums_fingerprint(
     model_fingerprint: str,
     config: SketchConfig,
     freeze: Sequence[str] | None,
+    preconditioner: str | None = None,
 ) -> str:
-    """Fingerprint of everything that a dataset's file of sums depends on."""
+    """Fingerprint of everything that a dataset's file of sums depends on.
+
+    ``preconditioner``: of ``preconditioner_fingerprint``.
+    """
     rows = content_of(dataset, indices)
     media = [dataset.examples[index].media for index in indices]
     images = [item.fingerprint() for item in media if item is not None]
     more: list[object] = [] if freeze is None else [{"freeze": list(freeze)}]
     more += [{"images": images}] if images else []
-    # Neither option changes a sum.
-    options = {
-        key: value for key, value in to_plain(config).items() if key not in ("check", "uncovered")
-    }
+    more += [] if preconditioner is None else [{"preconditioner": preconditioner}]
+    # These options change no sum, or count by their content.
+    left_out = ("check", "uncovered", "optimizer")
+    options = {key: value for key, value in to_plain(config).items() if key not in left_out}
     return fingerprint([HASH_VERSION, model_fingerprint, options, rows, *more])
+
+
+def preconditioner_fingerprint(
+    datasets: Sequence[Dataset],
+    chosen: Mapping[str, list[int]],
+    model_fingerprint: str,
+    config: SketchConfig,
+    freeze: Sequence[str] | None,
+) -> str | None:
+    """Fingerprint of what the multipliers of gradients come from; None without any.
+
+    K-FAC's factors are of the rows of all datasets.
+    """
+    if config.normalize == "adam":
+        return config.optimizer_hash()
+    if config.normalize == "kfac":
+        plain = dataclasses.replace(config, normalize=None, damping=None)
+        rows = sorted(
+            sums_fingerprint(d, chosen[d.name], model_fingerprint, plain, freeze) for d in datasets
+        )
+        return fingerprint(rows)
+    return None
 
 
 def content_of(dataset: Dataset, indices: Sequence[int]) -> str:

@@ -1,7 +1,8 @@
 """The sketch stage: a model and datasets in, one file of sums per dataset out.
 
 A dataset's sums depend only on the model, the options and its rows, not on its name. datasets.json
-holds a fingerprint of these (``reuse``): only new datasets cost time.
+holds a fingerprint of these (``reuse``): only new datasets cost time. With ``normalize: kfac`` the
+sums depend on the rows of all datasets too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,12 @@ from merit_fast.model import freeze_parameters, load_model
 from merit_fast.progress import Progress
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.dataset import ERROR_RATE, FIRST_LOOK, DatasetSketcher
-from merit_fast.sketch.drawing import choose_examples, sums_fingerprint
+from merit_fast.sketch.drawing import (
+    choose_examples,
+    preconditioner_fingerprint,
+    sums_fingerprint,
+)
+from merit_fast.sketch.multipliers import keep_factors, stage_multipliers
 from merit_fast.sketch.reuse import record_state, reuse_states
 from merit_fast.sketch.sampling import check_blocks, describe_signal
 from merit_fast.sketch.selection import select_parameters
@@ -50,11 +56,13 @@ def sketch_mixture(  # noqa: PLR0913
     chosen = {d.name: choose_examples(d, config) for d in datasets}
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, max(map(len, chosen.values())), ERROR_RATE)
+    source = preconditioner_fingerprint(datasets, chosen, model_fingerprint, config, freeze)
     fingerprints = {
-        d.name: sums_fingerprint(d, chosen[d.name], model_fingerprint, config, freeze)
+        d.name: sums_fingerprint(d, chosen[d.name], model_fingerprint, config, freeze, source)
         for d in datasets
     }
     kept, reused = reuse_states(directory, earlier, fingerprints)
+    keep_factors(config, source, directory, earlier)
     if reused:
         progress.note(
             f"sketch: {len(reused)} of {len(datasets)} datasets are as before, "
@@ -65,9 +73,11 @@ def sketch_mixture(  # noqa: PLR0913
         _sketch_datasets(
             model_path,
             model_fingerprint,
+            datasets,
             missing,
             chosen,
             fingerprints,
+            source,
             pad_token_id,
             config,
             directory,
@@ -79,9 +89,11 @@ def sketch_mixture(  # noqa: PLR0913
 def _sketch_datasets(  # noqa: PLR0913
     model_path: str,
     model_fingerprint: str,
+    datasets: Sequence[Dataset],
     missing: Sequence[Dataset],
     chosen: Mapping[str, list[int]],
     fingerprints: Mapping[str, str],
+    source: str | None,
     pad_token_id: int,
     config: SketchConfig,
     directory: Path,
@@ -92,11 +104,17 @@ def _sketch_datasets(  # noqa: PLR0913
     freeze_parameters(model, freeze)
     parameters = select_parameters(model, config.parameters)
     sketch = CountSketch(config.proj_dim, config.seed)
+    work = [(dataset, chosen[dataset.name]) for dataset in datasets]
+    multipliers = stage_multipliers(
+        model, parameters, work, source, pad_token_id, config, directory, progress
+    )
     with (
         GradientSketcher(
             model,
             sketch,
             parameters,
+            multipliers.scales,
+            multipliers.factors,
             blocks=config.blocks,
             fingerprint=model_fingerprint,
             check=config.check,
@@ -107,9 +125,9 @@ def _sketch_datasets(  # noqa: PLR0913
             "sketch gradients", sum(len(chosen[d.name]) for d in missing), "examples"
         ) as task,
     ):
-        datasets = DatasetSketcher(model, sketcher, pad_token_id, config)
+        passes = DatasetSketcher(model, sketcher, pad_token_id, config)
         for dataset in missing:
-            state = datasets.sketch(dataset, chosen[dataset.name], task)
+            state = passes.sketch(dataset, chosen[dataset.name], task)
             write_bytes(directory / f"{dataset.name}.safetensors", state.to_bytes())
             record_state(directory, dataset.name, fingerprints[dataset.name], sketcher.checked)
             if config.precision:

@@ -91,6 +91,7 @@ INSIDE = {
         "sampling",
         "drawing",
         "dataset",
+        "multipliers",
         "reuse",
         "stage",
     ),

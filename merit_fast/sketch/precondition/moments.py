@@ -9,6 +9,16 @@ from torch import Tensor
 from merit_fast.errors import MeritFastError
 
 
+class NotFiniteMomentsError(MeritFastError):
+    """A gradient of some example holds NaN or infinity."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"kfac_factors: parameter {name}: must have a finite gradient in every example, "
+            "found NaN or infinity"
+        )
+
+
 @dataclass
 class SideMoments:
     """Sums over the tokens of one use of a parameter, whose gradient is sum over t of l_t r_t^T.
@@ -82,14 +92,11 @@ class FactorSums:
         """Adds the sums of other examples.
 
         Raises:
-            MeritFastError: they hold NaN or infinity. These sums are as before.
+            NotFiniteMomentsError: they hold NaN or infinity. These sums are as before.
         """
         for name, value in other._traces():
             if not value.isfinite().all():
-                raise MeritFastError(
-                    f"kfac_factors: parameter {name}: must have a finite gradient in every "
-                    "example, found NaN or infinity"
-                )
+                raise NotFiniteMomentsError(name)
         for key, moments in other.uses.items():
             if key in self.uses:
                 self.uses[key].add(moments)
