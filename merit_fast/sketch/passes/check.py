@@ -42,12 +42,19 @@ TF32 = Tolerance(5e-3, 5e-2, 1e-3)
 _TOKENS_OF_BF16 = 250
 
 
-def tolerance_of(parameters: Iterable[Tensor], value: Tensor, tokens: int) -> Tolerance:
-    """The tolerance for gradients of ``parameters``, sums over ``tokens``; ``value``: an output."""
+def tolerance_of(
+    parameters: Iterable[Tensor], value: Tensor, tokens: int, autocast: bool
+) -> Tolerance:
+    """The tolerance for gradients of ``parameters``, sums over ``tokens``.
+
+    Args:
+        value: an output.
+        autocast: the forward pass ran under autocast; the backward pass may run outside of it.
+    """
     parameters = list(parameters)
     device = value.device.type
     dtypes = {value.dtype, *(parameter.dtype for parameter in parameters)}
-    if torch.is_autocast_enabled(device) or dtypes & {torch.bfloat16, torch.float16}:
+    if autocast or dtypes & {torch.bfloat16, torch.float16}:
         more = max(1.0, tokens / _TOKENS_OF_BF16)
         return Tolerance(BF16.whole * more, BF16.share * more, BF16.floor * more)
     rounded = torch.get_float32_matmul_precision() != "highest"

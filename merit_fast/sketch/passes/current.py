@@ -65,6 +65,7 @@ class CurrentPass:
         gated: a gradient has arrived at the model's outputs.
         received: parameters that have got a gradient from autograd.
         reentrant: modules ran without gradients first, as reentrant checkpointing lets them.
+        autocast: the forward pass runs under autocast.
     """
 
     run: Pass
@@ -80,6 +81,7 @@ class CurrentPass:
     gated: bool = False
     received: set[str] = field(default_factory=set)
     reentrant: bool = False
+    autocast: bool = False
 
     def compare(self) -> None:
         """Lets the pass be checked."""
@@ -236,4 +238,4 @@ class CurrentPass:
 
     def _tolerance(self, value: Tensor, examples: int) -> Tolerance:
         tokens = self.run.tokens if self.run.cu_seqlens is not None else self.run.tokens * examples
-        return tolerance_of(self.parameters.values(), value, tokens)
+        return tolerance_of(self.parameters.values(), value, tokens, self.autocast)

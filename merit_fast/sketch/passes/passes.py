@@ -170,6 +170,8 @@ class SketchedPasses:
         run.exploring = kind not in self._kinds
         run.trusts_check = self.check != "never"
         now = CurrentPass(run, kind, self.parameters, self.uncovered, self.taps.anchor)
+        device = source_of(args, kwargs).device.type
+        now.autocast = torch.is_autocast_enabled(device)
         if self.check == "always" or (self.check == "first" and run.exploring):
             now.compare()
         if self.max_side is not None:

@@ -143,4 +143,5 @@ def _add_moment(total: Tensor, values: Tensor) -> None:
     if total.dim() == 1:
         total += values.square().sum(0)
     else:
-        total.addmm_(values.T, values)
+        with torch.autocast(values.device.type, enabled=False):
+            total.addmm_(values.T, values)

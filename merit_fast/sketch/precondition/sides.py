@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from merit_fast.errors import MeritFastError
@@ -48,10 +49,11 @@ class Sides:
         """Gradients [B, R, C] of the whole parameter."""
         batch, _, columns = gradient.shape
         parts = gradient.float().view(batch, len(self.rows), -1, columns)
-        is_diagonal = self.rows.dim() == 2
-        parts = parts * self.rows.unsqueeze(-1) if is_diagonal else self.rows @ parts
-        is_diagonal = self.columns.dim() == 2
-        parts = parts * self.columns.unsqueeze(1) if is_diagonal else parts @ self.columns.mT
+        with torch.autocast(gradient.device.type, enabled=False):
+            is_diagonal = self.rows.dim() == 2
+            parts = parts * self.rows.unsqueeze(-1) if is_diagonal else self.rows @ parts
+            is_diagonal = self.columns.dim() == 2
+            parts = parts * self.columns.unsqueeze(1) if is_diagonal else parts @ self.columns.mT
         return parts.flatten(1, 2)
 
     def noise_gain(self) -> float:
@@ -64,7 +66,10 @@ class Sides:
 
 def _times(values: Tensor, factor: Tensor) -> Tensor:
     values = values.float()
-    return values * factor if factor.dim() == 1 else values @ factor.T
+    if factor.dim() == 1:
+        return values * factor
+    with torch.autocast(values.device.type, enabled=False):  # a user may call backward within it
+        return values @ factor.T
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,34 @@ def test_bf16_holds_the_check():
     assert sketcher.checked.kinds == 1
 
 
+def test_a_backward_pass_within_autocast_multiplies_in_fp32():
+    """The values come in bf16; factors and products with them do not."""
+    model = tiny("llama")
+    examples = ragged_examples()
+    results = []
+    for within in (False, True):
+        with merit_fast.kfac_factors(model) as collector:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = summed_loss(model, examples)
+                if within:
+                    loss.backward()
+            if not within:
+                loss.backward()
+            collector.update()
+        factors = collector.factors()
+        with merit_fast.sketch_gradients(
+            model, proj_dim=4096, normalize="kfac", factors=factors
+        ) as sketcher:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = summed_loss(model, examples)
+                if within:
+                    loss.backward()
+            if not within:
+                loss.backward()
+            results.append(sketcher.take())
+    assert_close(results[1], results[0])
+
+
 def test_a_convolution_of_patches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 2, stride=2), nn.Flatten(2), nn.Linear(4, 2))
