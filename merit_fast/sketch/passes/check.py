@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.sketch.capture.layout import Pass
-from merit_fast.sketch.precondition.example_sketches import add_sketch
+from merit_fast.sketch.precondition.example_sketches import add_multiplied, side_multiplied
 
 # Width of the sketches that are compared parameter by parameter.
 _NARROW = 4096
@@ -99,14 +99,15 @@ class Comparison:
         self.square += float(gradient.float().norm()) ** 2
         if name not in self.exact:
             self.exact[name] = torch.zeros(1, width, device=gradient.device)
-        add_sketch(self.taps, name, gradient, self.exact[name])
+        rows = side_multiplied(self.taps.preconditioner, name, gradient)
+        add_multiplied(self.taps, name, rows, self.exact[name])
         if self.total is None:
             self.total = torch.zeros(1, self.whole.sketch.proj_dim, device=gradient.device)
         if self.total.device == gradient.device:
-            add_sketch(self.whole, name, gradient, self.total)
+            add_multiplied(self.whole, name, rows, self.total)
             return
         out = torch.zeros(1, self.whole.sketch.proj_dim, device=gradient.device)
-        add_sketch(self.whole, name, gradient, out)
+        add_multiplied(self.whole, name, rows, out)
         self.total += out.to(self.total.device)
 
     def noise(self) -> dict[str, float]:

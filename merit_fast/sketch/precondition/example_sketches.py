@@ -142,11 +142,21 @@ class ExampleSketches:
 @torch.no_grad()
 def add_sketch(target: ExampleSketches, name: str, gradient: Tensor, out: Tensor) -> None:
     """Adds the sketch of a whole parameter's gradient to ``out`` [1, D]."""
+    add_multiplied(target, name, side_multiplied(target.preconditioner, name, gradient), out)
+
+
+@torch.no_grad()
+def side_multiplied(preconditioner: Preconditioner, name: str, gradient: Tensor) -> Tensor:
+    """[1, R, C]: a whole parameter's gradient, multiplied from its sides if it has factors."""
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
     rows = gradient.detach().reshape(1, *matrix_shape(gradient.shape))
-    target.preconditioner.require_seen(name, rows)
-    sides = target.preconditioner.sides.get(name)
-    rows = rows if sides is None else sides.gradient(rows)
+    preconditioner.require_seen(name, rows)
+    sides = preconditioner.sides.get(name)
+    return rows if sides is None else sides.gradient(rows)
+
+
+def add_multiplied(target: ExampleSketches, name: str, rows: Tensor, out: Tensor) -> None:
+    """Adds the sketch of a gradient [1, R, C] of ``side_multiplied`` to ``out`` [1, D]."""
     flat_sketch(rows, name, target.sketch, scale=target.preconditioner.scales.get(name), out=out)
 
 
