@@ -208,6 +208,44 @@ def test_slow_parameters_have_the_mean_square_of_their_entries():
     assert sketcher.checked.sum_error < 2e-5
 
 
+class Scaled(nn.Module):
+    """Multiplies by a function of another module's weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return x * torch.tanh(self.weight).sum(0)
+
+
+def test_a_matrix_with_a_use_that_is_no_product_is_multiplied_entry_by_entry():
+    """Its mean squares are those of the product, S_ii A_jj, plus those of the other gradient."""
+    torch.manual_seed(0)
+    inner = nn.Linear(5, 5, bias=False)
+    model = nn.Sequential(inner, nn.Tanh(), Scaled(inner.weight), nn.Linear(5, 2))
+    x = torch.randn(3, 4, 5)
+    hidden = torch.tanh(inner(x)).detach()
+    outputs = []
+
+    def keep(module, args, output):
+        output.register_hook(outputs.append)
+
+    handle = inner.register_forward_hook(keep)
+    with merit_fast.kfac_factors(model, check="never") as collector:
+        model(x).square().sum().backward()
+        collector.update()
+    handle.remove()
+    flat = outputs[0].flatten(0, 1)
+    expected = torch.outer(flat.square().sum(0), x.flatten(0, 1).square().mean(0)) / 3
+    for example in hidden:
+        weight = inner.weight.detach().requires_grad_()
+        scaled = model[3](example * torch.tanh(weight).sum(0))
+        (gradient,) = torch.autograd.grad(scaled.square().sum(), weight)
+        expected += gradient.square() / 3
+    assert_close(collector.factors().diagonals["0.weight"], expected)
+
+
 def test_bf16_holds_the_check():
     model = tiny("llama").to(torch.bfloat16)
     examples = ragged_examples()
