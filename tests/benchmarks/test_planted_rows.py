@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from bench.select.operations import count
 from bench.select.planted_rows import METHODS, Row, auc, bm25, rank
 
 
@@ -37,3 +39,10 @@ def test_each_preconditioner_ranks_by_its_own_sketches():
     assert result["cosine"] == result["kfac dot"] == result["dot"] == [1.0, 1.0]
     assert result["adam cosine"] == [0.0, 0.0]
     assert result["BM25"] == [0.5, 0.5]
+
+
+def test_operations_are_those_of_the_layers():
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 6), nn.Linear(6, 30))
+    plain, added = count(model, 10)
+    assert plain == 6 * (24 + 180)
+    assert added == 2 * (16 + 16 + 36 + 36)  # the side of 30 keeps its diagonal only
