@@ -178,11 +178,7 @@ class Outputs:
         """Name -> fingerprint of each dataset's training examples, in the mixture's order."""
         config = self.config
         return dataset_fingerprints(
-            config.mixture,
-            config.data,
-            str(self.base),
-            part="train",
-            file_hash=self.records.hashes,
+            config.mixture, config.data, str(self.base), part="train", file_hash=self.records.hashes
         )
 
     @functools.cached_property

@@ -67,16 +67,16 @@ def stage_multipliers(
         return Multipliers(adam_scales_of_checkpoint(model, config.optimizer, parameters))
     if config.normalize is None:
         return Multipliers()
-    file = directory / FACTORS_FILE
+    damping = config.damping or DAMPING
     if not _is_intact(directory, source):
         factors = _collect(model, parameters, work, pad_token_id, config, progress)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        factors.save(temporary)
-        replace_file(temporary, file)
-        record = {"fingerprint": source, "xxh3_128": _hash_of(directory)}
-        write_text(directory / _RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
+        _write(factors, source, directory)
         progress.note(f"sketch: {_described(factors)}")
-    return Multipliers(factors=KfacFactors.load(file).with_damping(config.damping or DAMPING))
+    factors = KfacFactors.load(directory / FACTORS_FILE)
+    if factors.damping != damping:  # taken over from a run with another damping
+        factors = factors.with_damping(damping)
+        _write(factors, source, directory)
+    return Multipliers(factors=factors)
 
 
 def keep_factors(
@@ -120,6 +120,15 @@ def _collect(
         for dataset, indices in work:
             passes.collect(dataset, indices, collector.update, task)
     return collector.factors(config.damping or DAMPING)
+
+
+def _write(factors: KfacFactors, source: str | None, directory: Path) -> None:
+    file = directory / FACTORS_FILE
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    factors.save(temporary)
+    replace_file(temporary, file)
+    record = {"fingerprint": source, "xxh3_128": _hash_of(directory)}
+    write_text(directory / _RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def _described(factors: KfacFactors) -> str:

@@ -110,6 +110,24 @@ def test_sums_of_another_mixture_are_not_reused(tiny_model, kfac_run, tmp_path):
         assert (target / "factors.kfac").is_file()
 
 
+def test_another_damping_takes_the_factors_of_an_earlier_run(
+    tiny_model, kfac_run, tmp_path, monkeypatch
+):
+    folder, states, _ = kfac_run
+    for name in ("factors.kfac", "factors.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    monkeypatch.setattr("merit_fast.sketch.multipliers._collect", None)
+    other, _ = sketch(tiny_model, tmp_path, normalize="kfac", damping=0.5, **SMALL)
+    assert not torch.equal(other["clear"].block_sums, states["clear"].block_sums)
+    kept = KfacFactors.load(tmp_path / "factors.kfac")
+    assert kept.damping == 0.5
+    model = load_model(str(tiny_model), "fp32")
+    with GradientSketcher(
+        model, CountSketch(4096), factors=kept, fingerprint="fingerprint"
+    ) as sketcher:
+        assert sketcher.identity == other["clear"].identity
+
+
 def test_factors_of_an_earlier_run_leave_with_the_option(tiny_model, kfac_run, tmp_path):
     folder, _, _ = kfac_run
     for name in ("factors.kfac", "factors.json"):
