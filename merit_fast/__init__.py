@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # type checkers and the API reference see the names that load
     from merit_fast.merge import load_merged, merge_models
     from merit_fast.patch.model import patch_model
     from merit_fast.row_store.rows import open_rows
+    from merit_fast.sketch.collector import kfac_factors
     from merit_fast.sketch.gradients import sketch_gradients
     from merit_fast.sketch.summed import sketch_sums
 
@@ -23,6 +24,7 @@ __all__ = [
     "InputError",
     "MeritFastError",
     "__version__",
+    "kfac_factors",
     "load_merged",
     "merge_models",
     "open_rows",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _MODULES = {  # public names that are imported when they are first used
+    "kfac_factors": "merit_fast.sketch.collector",
     "load_merged": "merit_fast.merge",
     "merge_models": "merit_fast.merge",
     "open_rows": "merit_fast.row_store.rows",

@@ -57,7 +57,7 @@ def split_sketches(
         _SketchedDataset(name, (), state=state, tokens=tokens[name] if tokens else None)
         for name, state in states.items()
     ]
-    start = next(iter(states.values())).identity.model_fingerprint
+    start = next(iter(states.values())).identity.model_fingerprint.split(": ", 1)[-1]
     return split_mixture(
         Path(folder),
         datasets,

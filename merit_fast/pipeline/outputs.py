@@ -179,11 +179,7 @@ class Outputs:
         """Name -> fingerprint of each dataset's training examples, in the mixture's order."""
         config = self.config
         return dataset_fingerprints(
-            config.mixture,
-            config.data,
-            str(self.base),
-            part="train",
-            file_hash=self.records.hashes,
+            config.mixture, config.data, str(self.base), part="train", file_hash=self.records.hashes
         )
 
     @functools.cached_property
@@ -207,6 +203,9 @@ class Outputs:
         inputs = {"start": self.start_fingerprint, "mixture": self.train_fingerprint}
         if self.config.train.freeze is not None:
             inputs["freeze"] = fingerprint(self.config.train.freeze)
+        optimizer = config.optimizer_hash()
+        if optimizer is not None:
+            inputs["optimizer"] = optimizer
         if config.store:  # the split takes the sums only
             inputs["sums"] = self._sketch(config.without_store()).fingerprint
         return stage_manifest(SKETCH.name, config, inputs)

@@ -213,7 +213,7 @@ class Run:
 
     def _report(self, directory: Path) -> None:
         from merit_fast.report import read_tuned, write_report
-        from merit_fast.sketch.reuse import read_check
+        from merit_fast.sketch.mixture.reuse import read_check
 
         outputs = self.outputs
         options = report_options(self.config, outputs.plan.notes)

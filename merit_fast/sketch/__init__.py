@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from merit_fast.sketch.config import SketchConfig
 
 if TYPE_CHECKING:
-    from merit_fast.sketch.stage import sketch_mixture
+    from merit_fast.sketch.mixture.stage import sketch_mixture
 
 __all__ = ["SketchConfig", "sketch_mixture"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "sketch_mixture":
-        from merit_fast.sketch.stage import sketch_mixture
+        from merit_fast.sketch.mixture.stage import sketch_mixture
 
         return sketch_mixture
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

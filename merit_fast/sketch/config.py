@@ -1,12 +1,16 @@
 """Options of the sketch stage."""
 
+import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Self
 
 from merit_fast.errors import InputError, show
 from merit_fast.kernels.average.dtypes import SPELLINGS
+from merit_fast.manifests.hashes import checksum
 from merit_fast.options.fields import option, require
 
 
@@ -60,6 +64,18 @@ class SketchConfig:
         "autograd",
         "parameters that no hook covers: take a backward pass per example, or stop and name them",
     )
+    normalize: Literal["adam", "kfac"] | None = option(
+        None,
+        "multiplies every gradient: adam, by the second moments in split.optimizer; kfac, by the "
+        "inverse square root of K-FAC factors of the rows that are sketched [not at all]",
+    )
+    optimizer: str | None = option(
+        None, "with normalize adam: a checkpoint of transformers' Trainer, with optimizer.pt"
+    )
+    damping: float | None = option(
+        None,
+        "with normalize kfac: the damping, as a share of each parameter's mean eigenvalue [0.1]",
+    )
 
     parts: dict[str, str] | None = option(
         None,
@@ -101,10 +117,34 @@ class SketchConfig:
         require(is_width, "store_dim", "a multiple of 4096 from 4096 to 65536", width)
         fits = not self.store or width <= self.proj_dim
         require(fits, "store_dim", f"at most proj_dim ({self.proj_dim})", width)
+        require(
+            (self.normalize == "adam") == (self.optimizer is not None),
+            "optimizer",
+            "a folder with normalize adam, and only then",
+            self.optimizer,
+        )
+        if self.damping is not None:
+            rule = "above 0 and finite, with normalize kfac only"
+            is_right = self.normalize == "kfac" and 0 < self.damping < math.inf
+            require(is_right, "damping", rule, self.damping)
 
     def without_store(self) -> Self:
         """The options that decide the sums: without stored rows."""
         return replace(self, store=False, store_dim=type(self).store_dim)
+
+    def optimizer_hash(self) -> str | None:
+        """Hash of the optimizer's state; None without one.
+
+        Raises:
+            InputError: it is absent.
+        """
+        if self.optimizer is None:
+            return None
+        file = Path(self.optimizer) / "optimizer.pt"
+        if not file.is_file():
+            raise InputError(f"split.optimizer: must hold optimizer.pt, {file} is absent")
+        status = file.stat()
+        return _hash_of(file, status.st_size, status.st_mtime_ns)
 
 
 def check_parts(parts: Mapping[str, str]) -> None:
@@ -126,3 +166,8 @@ def check_parts(parts: Mapping[str, str]) -> None:
     lowered = [part.lower() for part in parts]
     same = next((part for part in parts if lowered.count(part.lower()) > 1), None)
     require(same is None, "parts", "names that differ by more than their case", same)
+
+
+@functools.cache
+def _hash_of(file: Path, size: int, changed: int) -> str:
+    return checksum(file)

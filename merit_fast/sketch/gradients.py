@@ -12,7 +12,7 @@ from torch import nn
 
 from merit_fast.errors import InputError, show
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.sketch.precondition import requested_scales
+from merit_fast.sketch.precondition import KfacFactors, requested_scales
 from merit_fast.sketch.selection import (
     select_parameters,
     unwrapped,
@@ -27,10 +27,11 @@ def sketch_gradients(  # noqa: PLR0913
     proj_dim: int = 65536,
     seed: int = 0,
     parameters: str = "all",
-    normalize: Literal["adam"] | None = None,
+    normalize: Literal["adam", "kfac"] | None = None,
     optimizer: Any = None,
     blocks: int = 8,
     *,
+    factors: KfacFactors | None = None,
     mode: Literal["per_example"] = "per_example",
     check: Literal["first", "always", "never"] = "first",
     uncovered: Literal["autograd", "error"] = "error",
@@ -51,8 +52,10 @@ def sketch_gradients(  # noqa: PLR0913
         parameters: "all" that require a gradient on entry; "blocks": those in the transformer
             blocks; else a regular expression, searched for in their names.
         normalize: "adam" multiplies every gradient as Adam would, by ``optimizer``'s second
-            moments.
-        optimizer: an Adam or AdamW that has stepped; with ``normalize`` only.
+            moments; "kfac" by the inverse square root of ``factors``, so that inner products of
+            sketches are influences g^T (A (x) S)^-1 h. None: not at all.
+        optimizer: an Adam or AdamW that has stepped; with "adam" only.
+        factors: of ``kfac_factors``; with "kfac" only.
         blocks: blocks of each dataset's state, for standard errors.
         mode: "per_example", the only value. ``merit_fast.sketch_sums`` sketches sums while a model
             trains.
@@ -79,12 +82,16 @@ def sketch_gradients(  # noqa: PLR0913
             f"mode: must be 'per_example', got {show(mode)}; merit_fast.sketch_sums sketches sums"
         )
     chosen = select_parameters(core, parameters, is_trainable)
-    scales = requested_scales(core, normalize, optimizer, chosen)
+    if (normalize == "kfac") != (factors is not None):
+        raise InputError("factors: must be given with normalize='kfac', and only then")
+    adam = None if normalize == "kfac" else normalize
+    scales = requested_scales(core, adam, optimizer, chosen, "None, 'adam' or 'kfac'")
     return GradientSketcher(
         model,
         CountSketch(proj_dim, seed),
         chosen,
         scales,
+        factors,
         blocks=blocks,
         check=check,
         uncovered=uncovered,

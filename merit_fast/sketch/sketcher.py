@@ -18,7 +18,7 @@ from merit_fast.sketch.examples import DatasetId, UpdatedExamples, require_finit
 from merit_fast.sketch.names import canonical_name
 from merit_fast.sketch.passes.parts import Sketches
 from merit_fast.sketch.passes.passes import SketchedPasses
-from merit_fast.sketch.precondition import scales_fingerprint
+from merit_fast.sketch.precondition import FactorSums, KfacFactors, Preconditioner
 from merit_fast.sketch.selection import (
     model_weights_fingerprint,
     require_one_of,
@@ -53,12 +53,15 @@ class GradientSketcher:
         sketch: width and seed.
         parameters: by name; None: all that require a gradient.
         scales: factors of the gradients' entries by parameter name (``adam_scales``).
+        factors: K-FAC factors (``kfac_factors``), without ``scales``.
         blocks: blocks of each state; examples fill them in turn.
         weight: "examples" or "tokens", as for ``sketch_gradients``.
         fingerprint: the model's, for the states; None: that of its weights in memory.
         check: "first", "always" or "never", as for ``sketch_gradients``.
         uncovered: "autograd" or "error", as for ``sketch_gradients``.
         parts: part -> regular expression, as for ``sketch_gradients``.
+        collect_side: collects the second moments of gradients, with sides up to this length kept
+            whole, instead of sketching (``FactorCollector``).
         notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
 
     Raises:
@@ -73,7 +76,9 @@ class GradientSketcher:
         sketch: CountSketch,
         parameters: Mapping[str, nn.Parameter] | None = None,
         scales: Mapping[str, Tensor] | None = None,
+        factors: KfacFactors | None = None,
         *,
+        collect_side: int | None = None,
         blocks: int = 8,
         weight: Weight = "examples",
         fingerprint: str | None = None,
@@ -88,7 +93,6 @@ class GradientSketcher:
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.model = unwrapped(model)
         self.sketch = sketch
-        self.scales = {canonical_name(name): scale for name, scale in (scales or {}).items()}
         self.blocks = blocks
         self.weight = weight
         chosen = (
@@ -96,6 +100,10 @@ class GradientSketcher:
         )
         chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
         self.names = {id(parameter): name for name, parameter in chosen.items()}
+        named = {canonical_name(name): scale for name, scale in (scales or {}).items()}
+        self.preconditioner = Preconditioner(named, kind="adam" if named else "")
+        if factors is not None:
+            self.preconditioner = factors.preconditioner(chosen)
         self.state: States = {}
         self.part_state: dict[str, States] = {part: {} for part in parts or {}}
         self._fingerprint = fingerprint
@@ -106,12 +114,13 @@ class GradientSketcher:
             self.model,
             chosen,
             sketch,
-            self.scales,
+            self.preconditioner,
             parts=parts or {},
             check=check,
             uncovered=uncovered,
             weight=weight,
         )
+        self._passes.max_side = collect_side
         self._restore: list[Callable[[], object]] = []
 
     @property
@@ -122,6 +131,11 @@ class GradientSketcher:
     def slow_parameters(self) -> dict[str, str]:
         """Parameters that take a backward pass per example -> reason."""
         return dict(self._passes.uncovered.slow)
+
+    @property
+    def preconditioned(self) -> dict[str, str]:
+        """Parameters -> how their gradients are multiplied: entries, or rows and columns."""
+        return self.preconditioner.describe()
 
     @property
     def checked(self) -> SketchCheck | None:
@@ -141,9 +155,9 @@ class GradientSketcher:
         """Sketch, model and parameters of the states. Reads the weights once."""
         if self._identity is None:
             fingerprint = self._fingerprint or model_weights_fingerprint(self.model)
-            adam = f"adam {scales_fingerprint(self.scales)}: " if self.scales else ""
+            fingerprint = self.preconditioner.fingerprinted(fingerprint)
             self._identity = SketchIdentity(
-                self.sketch, adam + fingerprint, tuple(self.parameter_names), self.weight
+                self.sketch, fingerprint, tuple(self.parameter_names), self.weight
             )
         return self._identity
 
@@ -212,6 +226,13 @@ class GradientSketcher:
             self._told = len(uncovered.slow)
             self._notify(uncovered.describe())
         return sketches if row_examples is None else sketches.by_example(row_examples)
+
+    def take_moments(self) -> FactorSums:
+        """Returns the second moments of the last backward pass, with ``collect_side`` only."""
+        run = self._passes.run
+        self.take()
+        assert run is not None and run.collect is not None
+        return run.collect
 
     def update(
         self,

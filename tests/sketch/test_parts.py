@@ -22,10 +22,10 @@ from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchState, state_path
 from merit_fast.sketch import stage
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.mixture.stage import sketch_mixture
 from merit_fast.sketch.names import named_parameters
 from merit_fast.sketch.passes.begin import begin_pass
 from merit_fast.sketch.passes.parts import Sketches
-from merit_fast.sketch.stage import sketch_mixture
 
 PARTS = {"attention": "self_attn", "mlp": "mlp", "ends": "embed_tokens|lm_head"}
 REST = "norm"  # what PARTS leave out of Llama-like models
@@ -274,7 +274,9 @@ def test_a_crash_while_states_are_taken_over_loses_none(tiny_model, tmp_path, mo
             patched.setattr(os, "replace", crash)
             staged(tiny_model, tmp_path, parts=PARTS)
         with monkeypatch.context() as patched:
-            patched.setattr("merit_fast.sketch.stage.load_model", None)  # nothing is left to sketch
+            patched.setattr(
+                "merit_fast.sketch.mixture.stage.load_model", None
+            )  # nothing is left to sketch
             again, _ = staged(tiny_model, tmp_path, parts=PARTS)
         assert again == fresh
 

@@ -8,7 +8,7 @@ from support.split.block_sums import measure_conflict
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
-from merit_fast.sketch.sampling import (
+from merit_fast.sketch.mixture.sampling import (
     check_blocks,
     describe_signal,
     enough,

@@ -10,8 +10,8 @@ from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError
 from merit_fast.sketch import stage as sketching
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.dataset import DatasetSketcher
-from merit_fast.sketch.stage import sketch_mixture
+from merit_fast.sketch.mixture.dataset import DatasetSketcher
+from merit_fast.sketch.mixture.stage import sketch_mixture
 
 
 def test_a_dataset_that_is_known_well_enough_stops_early_and_says_so(tiny_model, tmp_path):

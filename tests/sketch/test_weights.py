@@ -16,7 +16,7 @@ from merit_fast.model import load_model
 from merit_fast.options.parser import to_plain
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.gradients import GradientSketcher, sketch_gradients
-from merit_fast.sketch.stage import sketch_mixture
+from merit_fast.sketch.mixture.stage import sketch_mixture
 from merit_fast.split import SplitConfig, split_mixture
 
 LENGTHS = [5, 6, 5, 7, 6, 5, 40, 44]  # six short rows and two long ones

@@ -17,7 +17,7 @@ from merit_fast.model import fit_trees, load_model, reads_trees, target_losses
 from merit_fast.patch.model import patch_model
 from merit_fast.progress import SilentProgress
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.stage import sketch_mixture
+from merit_fast.sketch.mixture.stage import sketch_mixture
 from merit_fast.train.loss import batch_loss
 
 # name -> (class, config class, options); layers with windows or chunks shorter than the texts

@@ -32,6 +32,7 @@ from merit_fast.pipeline.preflight.pending import pending_stages, warmup_is_pend
 from merit_fast.pipeline.preflight.rates import Rate, rate_of
 from merit_fast.units import human_bytes, human_count, human_time
 
+_KFAC_PASSES = 3  # collecting takes about 1.4 plain passes, sketching with the factors 1.8
 _MERGE_BYTES_S = 200e6  # output bytes a second, a slow disk
 _RETENTION_TOKENS = 2300  # of the general text and the prompts with their answers
 _PROMPTS = 16
@@ -129,7 +130,9 @@ def _stage_forecasts(
             forecasts.append(StageForecast(stage.name, True))
         elif stage == SKETCH:
             load = sketch_load(outputs.config, data.branch)
-            forecasts.append(_of_load(stage.name, load, load.tokens * rate.sketch_s, disk.rows))
+            passes = _KFAC_PASSES if outputs.config.split.normalize == "kfac" else 1
+            seconds = passes * load.tokens * rate.sketch_s
+            forecasts.append(_of_load(stage.name, load, seconds, disk.rows))
         elif stage == TRAIN:
             load = train_load(outputs, data)
             forecasts.append(_of_load(stage.name, load, load.tokens * rate.train_s, disk.branches))

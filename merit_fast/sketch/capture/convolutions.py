@@ -1,4 +1,4 @@
-"""Sketches of convolutions, and the calls of the kernels that other layers share with them."""
+"""Sketches of convolutions, and of biases."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from merit_fast.kernels.sketch import flat_sketch, linear_grad_sketch, vector_grad_sketch
 from merit_fast.sketch.capture.layout import Pass, Site
 
 
@@ -30,7 +29,7 @@ def conv_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     windows = x.flatten(1, dims).flatten(2)  # [B, L, I k...]
     (dy, windows), offsets = run.divide(site, dy.flatten(2).transpose(1, 2), windows)
     if name := site.owned.get("weight"):
-        sketch_linear_weight(run, name, dy, windows, offsets)
+        run.add_product(name, dy, windows, offsets)
     sketch_bias(site, run, dy, offsets)
 
 
@@ -77,22 +76,10 @@ def _signal(
         else:
             windows = windows.repeat_interleave(dy.shape[1] // x.shape[1], dim=1)
             gradient = torch.einsum("bol,bolk->bok", dy.float(), windows.float())
-        rows = gradient.flatten(1, -2)
-        scale = run.scales.get(name)
-        flat_sketch(rows, name, run.sketch, scale=scale, out=run.out(name, dy.device))
+        run.add_gradients(name, gradient.flatten(1, -2))
     sketch_bias(site, run, dy.transpose(1, 2), None)
-
-
-def sketch_linear_weight(
-    run: Pass, name: str, dy: Tensor, x: Tensor, offsets: Tensor | None
-) -> None:
-    linear_grad_sketch(dy, x, name, run.sketch, **kernel_options(run, name, dy, offsets))
 
 
 def sketch_bias(site: Site, run: Pass, dy: Tensor, offsets: Tensor | None) -> None:
     if name := site.owned.get("bias"):
-        vector_grad_sketch(dy, name, run.sketch, **kernel_options(run, name, dy, offsets))
-
-
-def kernel_options(run: Pass, name: str, dy: Tensor, offsets: Tensor | None) -> dict[str, Any]:
-    return {"cu_seqlens": offsets, "scale": run.scales.get(name), "out": run.out(name, dy.device)}
+        run.add_vector(name, dy, offsets)

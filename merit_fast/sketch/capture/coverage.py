@@ -8,17 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from merit_fast.kernels.sketch import (
-    embedding_grad_sketch,
-    vector_grad_sketch,
-)
-from merit_fast.sketch.capture.convolutions import (
-    conv_backward,
-    kernel_options,
-    signal_backward,
-    sketch_bias,
-    sketch_linear_weight,
-)
+from merit_fast.sketch.capture.convolutions import conv_backward, signal_backward, sketch_bias
 from merit_fast.sketch.capture.experts import (
     experts_backward,
     experts_inputs,
@@ -161,7 +151,7 @@ def _affine_cover(site: Site) -> Cover | None:
 def linear_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
-        sketch_linear_weight(run, name, dy, x, offsets)
+        run.add_product(name, dy, x, offsets)
     sketch_bias(site, run, dy, offsets)
 
 
@@ -169,7 +159,7 @@ def conv1d_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
     """Sketches GPT-2's Conv1D, a linear layer whose weight is stored [I, O]."""
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
-        sketch_linear_weight(run, name, x, dy, offsets)
+        run.add_product(name, x, dy, offsets)
     sketch_bias(site, run, dy, offsets)
 
 
@@ -180,8 +170,7 @@ def embedding_backward(
     ids = ids.squeeze(-1).long()
     if padding_idx is not None:  # torch gives this row no gradient
         dy = dy.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
-    name = site.owned["weight"]
-    embedding_grad_sketch(dy, ids, name, run.sketch, **kernel_options(run, name, dy, offsets))
+    run.add_lookup(site.owned["weight"], dy, ids, offsets)
 
 
 def affine_backward(
@@ -195,9 +184,7 @@ def affine_backward(
         x = unit.forward(x)
     (dy, x), offsets = run.divide(site, dy, x)
     if name := site.owned.get("weight"):
-        vector_grad_sketch(
-            dy, name, run.sketch, x=x, epsilon=epsilon, **kernel_options(run, name, dy, offsets)
-        )
+        run.add_vector(name, dy, offsets, x, epsilon)
     sketch_bias(site, run, dy, offsets)
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merit_fast.kernels.sketch import flat_sketch, linear_grad_sketch
 from merit_fast.sketch.capture.layout import Pass, Site
 
 _PROBE_TOKENS = 4
@@ -95,28 +94,12 @@ def _one_expert(site: Site, run: Pass, expert: int, x: Tensor, dy: Tensor, bound
     for local, gradient, value in (("down_proj", dy, hidden.detach()), (name, d_inner, x)):
         if full := site.owned.get(local):
             left, right = (value, gradient) if transposed else (gradient, value)
-            linear_grad_sketch(
-                left,
-                right,
-                full,
-                run.sketch,
-                cu_seqlens=bounds.to(x.device),
-                out=run.out(full, x.device),
-                **_slice_of_expert(run, full, expert, left.shape[1]),
-            )
+            run.add_product(full, left, right, bounds.to(x.device), part=expert)
         if full := site.owned.get(f"{local}_bias"):  # [E, O]: one row an expert
             segments = torch.repeat_interleave(torch.arange(run.size), bounds.diff()).to(x.device)
             sums = gradient.new_zeros(run.size, gradient.shape[1], dtype=torch.float32)
             sums.index_add_(0, segments, gradient.float())
-            options = _slice_of_expert(run, full, expert, 1)
-            flat_sketch(sums, full, run.sketch, out=run.out(full, x.device), **options)
-
-
-def _slice_of_expert(run: Pass, name: str, expert: int, rows: int) -> dict[str, Any]:
-    """Options of a kernel for one expert's rows of the stack: the first row, the scale's rows."""
-    scale = run.scales.get(name)
-    first = expert * rows
-    return {"first_row": first, "scale": None if scale is None else scale[first : first + rows]}
+            run.add_gradients(full, sums.unsqueeze(1), first_row=expert)
 
 
 def _first_name(module: nn.Module) -> str:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.errors import MeritFastError
-from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
-
-REST = ""  # key of the parameters that are in no part
+from merit_fast.kernels.sketch import CountSketch
+from merit_fast.sketch.precondition.example_sketches import ExampleSketches
 
 
 class Refusal(MeritFastError):
@@ -70,7 +69,7 @@ class Site:
 
 
 @dataclass
-class Pass:
+class Pass(ExampleSketches):
     """One forward pass: its examples, and the sketches that its backward pass adds to.
 
     Attributes:
@@ -78,7 +77,6 @@ class Pass:
             [1, N].
         cu_seqlens: [B + 1] int64 of a packed row.
         input_ids: of the model's input, if it had them.
-        scales: parameter name -> factors of its gradients, in ``matrix_shape``, float32.
         patches: vision tower -> [B + 1] int64 first patch of each example, and the patches per
             merged token.
         twice: towers that ran more than once, on other images.
@@ -88,15 +86,10 @@ class Pass:
         exploring: the first of its kind, with all weights unfrozen: refusals may come.
         trusts_check: the check will find rows that are taken for those of another example.
         also: other sketches to which the taps add in the user's backward pass.
-        part_of: parameter name -> part of the model whose sketches are kept apart.
-        apart: sketches of every parameter are kept apart.
         ran_without_grad: parameters whose module ran under no_grad, as reentrant checkpointing
             does, and not again since.
     """
 
-    sketch: CountSketch
-    scales: Mapping[str, Tensor]
-    size: int
     tokens: int
     cu_seqlens: Tensor | None = None
     input_ids: Tensor | None = None
@@ -108,10 +101,7 @@ class Pass:
     exploring: bool = False
     trusts_check: bool = False
     also: list["Pass"] = field(default_factory=list)
-    part_of: Mapping[str, str] = field(default_factory=dict)
-    apart: bool = False
     ran_without_grad: set[str] = field(default_factory=set)
-    outs: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
 
     @property
     def is_divided(self) -> bool:
@@ -120,20 +110,9 @@ class Pass:
 
     def apart_at(self, sketch: CountSketch) -> "Pass":
         """The same examples with sketches of another width, apart by parameter, none yet."""
-        return dataclasses.replace(self, sketch=sketch, apart=True, outs={}, also=[])
-
-    def out(self, name: str, device: torch.device) -> Tensor:
-        """[B, D] float32, to which the gradients of ``name`` on ``device`` add."""
-        key = (name if self.apart else self.part_of.get(name, REST), device)
-        if key not in self.outs:
-            self.outs[key] = torch.zeros(
-                self.size, self.sketch.proj_dim, dtype=torch.float32, device=device
-            )
-        return self.outs[key]
-
-    def add(self, name: str, example: int, gradient: Tensor) -> None:
-        """Adds the sketch of one example's gradient of a whole parameter."""
-        add_sketch(self, name, gradient, self.out(name, gradient.device)[example : example + 1])
+        return dataclasses.replace(
+            self, sketch=sketch, apart=True, outs={}, also=[], collect=None, is_sketched=True
+        )
 
     def divide(self, site: Site, *values: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Divides values [..., C] into [B, T', C], or [N, C] with the examples' offsets [B + 1].
@@ -219,11 +198,3 @@ class Pass:
     def _length(value: Tensor) -> int:
         """N of a value [N, ...] or [1, N, ...]."""
         return value.shape[1] if len(value) == 1 and value.dim() > 2 else len(value)
-
-
-@torch.no_grad()
-def add_sketch(run: Pass, name: str, gradient: Tensor, out: Tensor) -> None:
-    """Adds the sketch of a whole parameter's gradient to ``out`` [1, D]."""
-    gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    rows = gradient.detach().reshape(1, *matrix_shape(gradient.shape))
-    flat_sketch(rows, name, run.sketch, scale=run.scales.get(name), out=out)

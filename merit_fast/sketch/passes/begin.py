@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.sketch.capture.layout import Pass
+from merit_fast.sketch.precondition import Preconditioner
 
 
 def source_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -24,7 +25,7 @@ def source_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 def begin_pass(
     sketch: CountSketch,
-    scales: Mapping[str, Tensor],
+    preconditioner: Preconditioner,
     part_of: Mapping[str, str],
     source: Tensor,
     cu_seqlens: Tensor | None,
@@ -46,7 +47,7 @@ def begin_pass(
         size = len(steps)
         cu_seqlens = cu_seqlens.to(source.device, torch.int64)
     ids = source if not source.is_floating_point() else None
-    return Pass(sketch, scales, size, tokens, cu_seqlens, ids, part_of=part_of)
+    return Pass(sketch, preconditioner, size, tokens, cu_seqlens, ids, part_of=part_of)
 
 
 def sizes_of(model: nn.Module) -> frozenset[int]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.sketch.capture.layout import Pass, add_sketch
+from merit_fast.sketch.capture.layout import Pass
+from merit_fast.sketch.precondition.example_sketches import add_multiplied, side_multiplied
 
 # Width of the sketches that are compared parameter by parameter.
 _NARROW = 4096
@@ -41,12 +42,19 @@ TF32 = Tolerance(5e-3, 5e-2, 1e-3)
 _TOKENS_OF_BF16 = 250
 
 
-def tolerance_of(parameters: Iterable[Tensor], value: Tensor, tokens: int) -> Tolerance:
-    """The tolerance for gradients of ``parameters``, sums over ``tokens``; ``value``: an output."""
+def tolerance_of(
+    parameters: Iterable[Tensor], value: Tensor, tokens: int, autocast: bool
+) -> Tolerance:
+    """The tolerance for gradients of ``parameters``, sums over ``tokens``.
+
+    Args:
+        value: an output.
+        autocast: the forward pass ran under autocast; the backward pass may run outside of it.
+    """
     parameters = list(parameters)
     device = value.device.type
     dtypes = {value.dtype, *(parameter.dtype for parameter in parameters)}
-    if torch.is_autocast_enabled(device) or dtypes & {torch.bfloat16, torch.float16}:
+    if autocast or dtypes & {torch.bfloat16, torch.float16}:
         more = max(1.0, tokens / _TOKENS_OF_BF16)
         return Tolerance(BF16.whole * more, BF16.share * more, BF16.floor * more)
     rounded = torch.get_float32_matmul_precision() != "highest"
@@ -66,12 +74,14 @@ class Comparison:
         taps: what the taps give, apart by parameter.
         exact: name -> [1, D'] sketch of the parameter's gradient.
         total: [1, D] sketch of the gradient of all parameters.
+        square: |gradient of all parameters|^2, before any preconditioner.
     """
 
     whole: Pass
     taps: Pass
     exact: dict[str, Tensor] = field(default_factory=dict)
     total: Tensor | None = None
+    square: float = 0.0
 
     @classmethod
     def of(cls, run: Pass) -> "Comparison":
@@ -82,20 +92,32 @@ class Comparison:
         self.taps.outs.clear()
         self.exact.clear()
         self.total = None
+        self.square = 0.0
 
     def receive(self, name: str, gradient: Tensor) -> None:
         width = self.taps.sketch.proj_dim
+        self.square += float(gradient.float().norm()) ** 2
         if name not in self.exact:
             self.exact[name] = torch.zeros(1, width, device=gradient.device)
-        add_sketch(self.taps, name, gradient, self.exact[name])
+        rows = side_multiplied(self.taps.preconditioner, name, gradient)
+        add_multiplied(self.taps, name, rows, self.exact[name])
         if self.total is None:
             self.total = torch.zeros(1, self.whole.sketch.proj_dim, device=gradient.device)
         if self.total.device == gradient.device:
-            add_sketch(self.whole, name, gradient, self.total)
+            add_multiplied(self.whole, name, rows, self.total)
             return
         out = torch.zeros(1, self.whole.sketch.proj_dim, device=gradient.device)
-        add_sketch(self.whole, name, gradient, out)
+        add_multiplied(self.whole, name, rows, out)
         self.total += out.to(self.total.device)
+
+    def noise(self) -> dict[str, float]:
+        """Name -> what rounding in one parameter of an error of 1 becomes by the preconditioner.
+
+        A preconditioner divides most where gradients are least, so it raises rounding above the
+        gradients themselves; 1 is an error as long as the whole gradient.
+        """
+        gain = self.whole.preconditioner.noise_gain
+        return {name: gain(name) * self.square**0.5 for name in self.exact}
 
     def errors(self, example: int | None) -> dict[str, tuple[Tensor, Tensor]]:
         """Name -> difference from autograd [D'] or [B, D'], and autograd's sketch.
@@ -123,14 +145,20 @@ class Comparison:
 
 
 def wrong_parameters(
-    errors: Mapping[str, tuple[Tensor, Tensor]], tolerance: Tolerance
+    errors: Mapping[str, tuple[Tensor, Tensor]],
+    tolerance: Tolerance,
+    noise: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, float], float]:
     """Parameters whose sketches are not autograd's, and the error of the others together.
+
+    Args:
+        noise: of ``Comparison.noise``, with a preconditioner.
 
     Returns:
         Name -> its difference as a share of its own gradient, largest first; and
         |sum of the other differences| / |gradient of all|.
     """
+    noise = noise or {}
     if not errors:
         return {}, 0.0
     norm = float(sum((exact for _, exact in errors.values()), torch.zeros(1)).norm())
@@ -142,12 +170,14 @@ def wrong_parameters(
     wrong = {
         name
         for name, size in sizes.items()
-        if not size <= max(tolerance.share * own[name], tolerance.floor * scale)
+        if not size
+        <= max(tolerance.share * own[name], tolerance.floor * max(scale, noise.get(name, 0.0)))
     }
+    bound = tolerance.whole + tolerance.floor * math.hypot(*noise.values()) / (scale or 1.0)
     while True:
         rest = [difference for name, (difference, _) in errors.items() if name not in wrong]
         error = float(torch.stack(rest).sum(0).norm()) / scale if rest and scale else 0.0
-        if error <= tolerance.whole or len(wrong) == len(errors):
+        if error <= bound or len(wrong) == len(errors):
             break
         wrong.add(max((name for name in sizes if name not in wrong), key=sizes.__getitem__))
     ordered = sorted(wrong, key=sizes.__getitem__, reverse=True)

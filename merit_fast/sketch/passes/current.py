@@ -1,6 +1,7 @@
 """One pass at the model's outputs: the rows of one example or of each, and the comparisons."""
 
 import functools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,7 @@ class CurrentPass:
         names: of the model's outputs that can get a gradient.
         scale: weights of the tokens in the loss, where the pass is checked.
         reentrant: modules ran without gradients first, as reentrant checkpointing lets them.
+        autocast: the forward pass runs under autocast.
     """
 
     run: Pass
@@ -84,6 +86,7 @@ class CurrentPass:
     reentrant: bool = False
     names: list[str] = field(default_factory=list)
     scale: LossScale = field(default_factory=LossScale)
+    autocast: bool = False
 
     def compare(self) -> None:
         """Lets the pass be checked."""
@@ -148,7 +151,8 @@ class CurrentPass:
         self._backward(extra, found, example, [*self.parameters.values(), self.anchor])
         slow = self.uncovered.slow
         errors = {n: error for n, error in row.errors(example).items() if n not in slow}
-        wrong, _ = wrong_parameters(errors, self._tolerance(found.dys[0], 1))
+        tolerance = self._tolerance(found.dys[0], 1)
+        wrong, _ = wrong_parameters(errors, tolerance, self._noise(row))
         self.uncovered.add_wrong(wrong, "the sketch of one example")
         self.uncovered.require_allowed()
         if kept is not None and row.total is not None:
@@ -204,7 +208,8 @@ class CurrentPass:
         if self.sums is None or (total is not None and not bool(total.isfinite().all())):
             return None
         tolerance = self._tolerance(sketches, self.run.size)
-        wrong, _ = wrong_parameters(self.sums.errors(None), tolerance)
+        noise = self._noise(self.sums)
+        wrong, _ = wrong_parameters(self.sums.errors(None), tolerance, noise)
         for name in wrong:
             if name in self.uncovered.slow:
                 raise MeritFastError(
@@ -219,13 +224,28 @@ class CurrentPass:
         row_error = None
         if self.example is not None and self.row is not None:
             row_error = relative_error(sketches[self.example : self.example + 1], self.row.total)
-        for error, what in ((sum_error, "the sum of the"), (row_error or 0.0, "one of the")):
-            if not error <= 2 * tolerance.whole:
+        for comparison, error, what in (
+            (self.sums, sum_error, "the sum of the"),
+            (self.row, row_error or 0.0, "one of the"),
+        ):
+            if not error <= 2 * self._bound(comparison, tolerance):
                 raise MeritFastError(
                     f"sketch_gradients: check: {what} sketches differs from autograd by {error:.2g}"
                 )
         return SketchCheck(row_error, sum_error, 1, self.note)
 
+    @staticmethod
+    def _noise(comparison: Comparison) -> dict[str, float]:
+        return comparison.noise() if comparison.whole.preconditioner.kind else {}
+
+    def _bound(self, comparison: Comparison | None, tolerance: Tolerance) -> float:
+        """Largest relative error of all parameters together that rounding explains."""
+        if comparison is None or comparison.total is None:
+            return tolerance.whole
+        scale = float(comparison.total.norm()) or 1.0
+        noise = math.hypot(*self._noise(comparison).values())
+        return tolerance.whole + tolerance.floor * noise / scale
+
     def _tolerance(self, value: Tensor, examples: int) -> Tolerance:
         tokens = self.run.tokens if self.run.cu_seqlens is not None else self.run.tokens * examples
-        return tolerance_of(self.parameters.values(), value, tokens)
+        return tolerance_of(self.parameters.values(), value, tokens, self.autocast)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.errors import InputError, show
-from merit_fast.sketch.capture.layout import REST, Pass
+from merit_fast.sketch.capture.layout import Pass
 from merit_fast.sketch.config import check_parts
+from merit_fast.sketch.precondition.example_sketches import REST
 
 
 def assign_parts(parts: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

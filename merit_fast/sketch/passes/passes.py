@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.errors import MeritFastError
-from merit_fast.kernels.sketch import CountSketch
+from merit_fast.kernels.sketch import CountSketch, matrix_shape
 from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.manifests.sketch_state import Weight
 from merit_fast.sketch.capture.hooks import ModuleTaps
@@ -24,6 +24,7 @@ from merit_fast.sketch.passes.current import CurrentPass
 from merit_fast.sketch.passes.parts import Sketches, assign_parts
 from merit_fast.sketch.passes.refusals import Uncovered
 from merit_fast.sketch.passes.scale import output_names
+from merit_fast.sketch.precondition import FactorSums, Preconditioner
 
 
 class SketchedPasses:
@@ -40,6 +41,7 @@ class SketchedPasses:
         packed: cu_seqlens of the next forward pass, if it is a packed row.
         uncovered: parameters with a backward pass per example.
         result: of the self-check; None: no pass was checked.
+        max_side: of the ``FactorSums`` that every pass collects; None: none collects, all sketch.
 
     Raises:
         MeritFastError: a parameter cannot be covered.
@@ -50,7 +52,7 @@ class SketchedPasses:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         sketch: CountSketch,
-        scales: Mapping[str, Tensor],
+        preconditioner: Preconditioner,
         parts: Mapping[str, str],
         check: Literal["first", "always", "never"],
         uncovered: Literal["autograd", "error"],
@@ -60,9 +62,10 @@ class SketchedPasses:
         self.weight = weight
         self.parameters = dict(parameters)
         self.sketch = sketch
-        self.scales = scales
+        self.preconditioner = preconditioner
         self.parts = tuple(parts)
         self.part_of = assign_parts(parts, parameters)
+        self.max_side: int | None = None
         self.check = check
         self.uncovered = Uncovered(model, self.parameters, uncovered)
         self.packed: Tensor | None = None
@@ -184,13 +187,20 @@ class SketchedPasses:
         cu_seqlens = kwargs.get("cu_seq_lens_q") if self.packed is None else self.packed
         self.packed = None
         source = source_of(args, kwargs)
-        run = begin_pass(self.sketch, self.scales, self.part_of, source, cu_seqlens)
+        run = begin_pass(self.sketch, self.preconditioner, self.part_of, source, cu_seqlens)
         kind = kind_of_call(self.model, run, self._sizes, args, kwargs)
         run.exploring = kind not in self._kinds
         run.trusts_check = self.check != "never"
         now = CurrentPass(run, kind, self.parameters, self.uncovered, self.taps.anchor)
+        device = source_of(args, kwargs).device.type
+        now.autocast = torch.is_autocast_enabled(device)
         if self.check == "always" or (self.check == "first" and run.exploring):
             now.compare()
+        if self.max_side is not None:
+            shapes = {name: matrix_shape(p.shape) for name, p in self.parameters.items()}
+            run.collect = FactorSums(shapes, self.max_side)
+            run.collect.examples = run.size
+            run.is_sketched = now.sums is not None
         return now
 
     def _wanted(self, now: CurrentPass) -> dict[str, nn.Parameter]:

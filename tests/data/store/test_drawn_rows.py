@@ -10,7 +10,7 @@ from merit_fast.data import DataConfig, DatasetConfig, load_mixture
 from merit_fast.data.encode import RowEncoder
 from merit_fast.data.store import Draw, TokenStore
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.drawing import choose_examples
+from merit_fast.sketch.mixture.drawing import choose_examples
 
 LONG = "1 2 3 4 5 6 7 8 9 0 " * 30
 

@@ -21,7 +21,7 @@ from merit_fast.options.parser import parse
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.pipeline.reporting import AuditOptions, ReportOptions
 from merit_fast.report import write_report
-from merit_fast.sketch.reuse import read_check
+from merit_fast.sketch.mixture.reuse import read_check
 
 
 @pytest.fixture(scope="module")

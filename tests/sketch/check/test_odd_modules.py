@@ -20,6 +20,7 @@ import merit_fast
 from merit_fast.errors import MeritFastError
 from merit_fast.sketch.capture.layout import Pass
 from merit_fast.sketch.gradients import GradientSketcher
+from merit_fast.sketch.precondition import Preconditioner
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -64,7 +65,7 @@ def test_chance_of_a_module_is_that_of_its_only_run():
     with GradientSketcher(model, SKETCH) as sketcher:
         torch.manual_seed(1)
         result = sketched(sketcher, model, x)
-    run = Pass(SKETCH, {}, 3, 5)
+    run = Pass(SKETCH, Preconditioner(), 3, 5)
     for example, row in enumerate(gradients):
         for name, gradient in zip(parameters, row, strict=True):
             run.add(name, example, gradient)

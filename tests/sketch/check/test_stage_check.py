@@ -10,7 +10,7 @@ from support.sketch.staged import sketch
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.sketch import stage as sketching
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.reuse import read_check
+from merit_fast.sketch.mixture.reuse import read_check
 
 
 def test_the_check_changes_no_bit_and_stands_with_the_sums(tiny_model, tmp_path):

@@ -30,7 +30,7 @@ from merit_fast.sketch.gradients import GradientSketcher
             {"mode": "sum"},
             "mode: must be 'per_example', got 'sum'; merit_fast.sketch_sums sketches sums",
         ),
-        ({"normalize": "adamw"}, "normalize: must be None or 'adam'"),
+        ({"normalize": "adamw"}, "normalize: must be None, 'adam' or 'kfac'"),
         ({"normalize": "adam"}, "optimizer: must be given with normalize='adam', and only then"),
     ],
 )

@@ -14,7 +14,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState
 from merit_fast.options.parser import to_plain
-from merit_fast.sketch.drawing import assign_blocks
+from merit_fast.sketch.mixture.blocks import assign_blocks
 from merit_fast.split import SplitConfig, split_mixture
 from merit_fast.split.conflict import conflict_of, half_grams
 from merit_fast.split.moments import block_products

@@ -9,7 +9,7 @@ from support.runs import Notes
 from merit_fast.data import Dataset, Example
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.stage import sketch_mixture
+from merit_fast.sketch.mixture.stage import sketch_mixture
 
 
 def example(ids: Any) -> Example:

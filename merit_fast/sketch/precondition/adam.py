@@ -1,6 +1,5 @@
 """Diagonal preconditioning of gradients by Adam's second moments: ``normalize="adam"``."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,25 @@ from merit_fast.errors import InputError, MeritFastError, one_line, show
 from merit_fast.kernels.sketch import matrix_shape
 from merit_fast.sketch.names import canonical_name, named_parameters
 
-_PROBES = 64
-
 
 def requested_scales(
-    model: nn.Module, normalize: str | None, optimizer: Any, names: Iterable[str]
+    model: nn.Module,
+    normalize: str | None,
+    optimizer: Any,
+    names: Iterable[str],
+    allowed: str = "None or 'adam'",
 ) -> dict[str, Tensor]:
     """Scales that ``normalize`` asks for: ``adam_scales`` for "adam", no scale for None.
+
+    Args:
+        allowed: the values of ``normalize``, in words, for the error.
 
     Raises:
         InputError: another ``normalize``, or an optimizer without it.
         MeritFastError: as ``adam_scales``.
     """
     if normalize not in (None, "adam"):
-        raise InputError(f"normalize: must be None or 'adam', got {show(normalize)}")
+        raise InputError(f"normalize: must be {allowed}, got {show(normalize)}")
     if (normalize is None) != (optimizer is None):
         raise InputError("optimizer: must be given with normalize='adam', and only then")
     return adam_scales(model, optimizer, names) if normalize else {}
@@ -121,18 +125,6 @@ def adam_scales_of_checkpoint(
         parameter, group, number = by_name[name]
         scales[name] = _scale(name, parameter, group, moments.get(number, {}))
     return scales
-
-
-def scales_fingerprint(scales: Mapping[str, Tensor]) -> str:
-    """16 hex digits of names, shapes and 64 spread entries of each scale.
-
-    Sketches by other scales must not be added.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, scale in sorted(scales.items()):
-        probes = scale.flatten()[:: max(1, scale.numel() // _PROBES)].float().cpu()
-        digest.update(f"{name}\n{list(scale.shape)}\n".encode() + probes.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _scale(

@@ -1,4 +1,4 @@
-"""The examples that stand for a dataset, their blocks, and the fingerprint of what its sums need.
+"""Blocks of the rows that stand for each dataset.
 
 Products of two datasets' block sums are unbiased if the blocks hold different rows. So a row that
 two datasets have lies in one block, by its content, and the split takes products of different
@@ -11,21 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from merit_fast.data import Dataset, Example
-from merit_fast.data.shares import draw_rows
 from merit_fast.errors import InputError
-from merit_fast.kernels.sketch import HASH_VERSION
-from merit_fast.manifests.io import fingerprint
-from merit_fast.options.parser import to_plain
-from merit_fast.sketch.config import SketchConfig
 
-# Options that change no sum beyond rounding.
-_NO_SUM = ("check", "uncovered", "batch_size", "store", "store_dim")
 _WORD = 4  # bytes of a digest that choose a block
 _ENOUGH = 3  # blocks that a dataset fills, so that two are left where one is left out
 
@@ -131,84 +122,3 @@ def _assign(rows: Sequence[bytes], shared: set[bytes], word: int, blocks: int) -
 
 def _is_narrow(plan: RowBlocks, rows: Sequence[bytes], blocks: int) -> bool:
     return len(set(plan.blocks)) < min(_ENOUGH, blocks, len(set(rows)))
-
-
-def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
-    """Chooses up to ``config.examples`` examples, at random by the seed and the dataset's content.
-
-    With "all" the order is the same, and every example is in it.
-
-        rank = permutation(number of rows in the source) by (seed, content)
-        chosen = the first examples in the order of (rank of their row, place)
-
-    So the draw is known before a row is tokenized. A dataset that does not know its source's
-    content is drawn by the content of its examples.
-    """
-    if dataset.num_examples < 2:
-        raise InputError(
-            f"{dataset.name}: split needs at least 2 examples per dataset, "
-            f"got {dataset.num_examples}"
-        )
-    if dataset.content is None or dataset.num_rows is None:
-        content = content_of(dataset, range(dataset.num_examples))
-        order = draw_rows(content, config.seed, dataset.num_examples)
-    else:
-        rank = np.argsort(draw_rows(dataset.content, config.seed, dataset.num_rows))
-        order = np.argsort(rank[dataset.rows], kind="stable")
-        _, first = np.unique(dataset.places[order], return_index=True)
-        order = order[np.sort(first)]  # an example that a weight repeats is drawn once
-    count = None if config.examples == "all" else config.examples
-    return [int(index) for index in order[:count]]
-
-
-def sums_fingerprint(
-    digests: Sequence[bytes],
-    blocks: RowBlocks,
-    model_fingerprint: str,
-    config: SketchConfig,
-    freeze: Sequence[str] | None,
-) -> str:
-    """Fingerprint of everything that a dataset's file of sums depends on.
-
-    Args:
-        digests: of the chosen rows, as ``row_digests`` makes them.
-        blocks: their blocks; they count where another dataset shares a row.
-        model_fingerprint: the model's.
-        config: of the sketch stage.
-        freeze: parameters that are not sketched.
-    """
-    more: list[object] = [] if freeze is None else [{"freeze": list(freeze)}]
-    more += blocks.fingerprint
-    options = {key: value for key, value in to_plain(config).items() if key not in _NO_SUM}
-    rows = [digest.hex() for digest in digests]
-    return fingerprint([HASH_VERSION, model_fingerprint, options, rows, *more])
-
-
-def rows_fingerprint(dataset: Dataset, indices: list[int], sums: str, config: SketchConfig) -> str:
-    """Fingerprint of everything that a dataset's stored rows depend on.
-
-    Args:
-        dataset: the rows.
-        indices: those that are sketched.
-        sums: the fingerprint of their sums.
-        config: of the sketch stage.
-    """
-    numbers = dataset.source_rows[indices].tolist()
-    return fingerprint([sums, config.store_dim, numbers, places_in_rows(dataset)[indices].tolist()])
-
-
-def places_in_rows(dataset: Dataset) -> NDArray[np.int64]:
-    """[N] number of each example among the examples of its row, from 0."""
-    rows = dataset.rows
-    if not len(rows):
-        return rows
-    first = np.full(int(rows.max()) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, rows, dataset.places)
-    return np.asarray(dataset.places - first[rows])
-
-
-def content_of(dataset: Dataset, indices: Sequence[int]) -> str:
-    rows = hashlib.sha256()
-    for index in indices:
-        add_content(rows, dataset.examples[index])
-    return rows.hexdigest()

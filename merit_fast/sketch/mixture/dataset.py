@@ -1,6 +1,6 @@
 """The sketch of one dataset at a time: its chosen examples, pass by pass, into its sums."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ from merit_fast.row_store.writer import RowWriter
 from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.drawing import RowBlocks, places_in_rows
 from merit_fast.sketch.examples import NotFiniteError, require_finite
-from merit_fast.sketch.sampling import next_examples
+from merit_fast.sketch.mixture.drawing import DrawnDataset, places_in_rows
+from merit_fast.sketch.mixture.sampling import next_examples
+from merit_fast.sketch.precondition.moments import NotFiniteMomentsError
 from merit_fast.sketch.sketcher import GradientSketcher
 
 # Of adaptive sampling.
@@ -40,19 +41,12 @@ class DatasetSketcher:
     config: SketchConfig
 
     def sketch(
-        self,
-        dataset: Dataset,
-        indices: Sequence[int],
-        blocks: RowBlocks,
-        task: Task,
-        store: RowWriter | None = None,
+        self, drawn: DrawnDataset, task: Task, store: RowWriter | None = None
     ) -> tuple[SketchState, dict[str, SketchState]]:
         """Sketches examples in their order: all, or with ``config.precision`` as many as needed.
 
         Args:
-            dataset: the dataset.
-            indices: [n] the examples.
-            blocks: of these examples.
+            drawn: the dataset and its examples.
             task: display.
             store: gets every example's sketch; None: they are not kept.
 
@@ -62,6 +56,8 @@ class DatasetSketcher:
         Raises:
             MeritFastError: a row's gradient is not finite; the message names dataset and row.
         """
+        dataset = drawn.dataset
+        indices = drawn.indices
         state, of_parts = self.sketcher.states_of(dataset.name)
         row_numbers = dataset.source_rows
         places = places_in_rows(dataset)
@@ -77,7 +73,7 @@ class DatasetSketcher:
                 start = state.num_examples
                 end = min(start + self._rows_of_pass(), stop)
                 rows = indices[start:end]
-                sketched = self._sketch_pass(dataset, rows, blocks.blocks[start:end])
+                sketched = self._sketch_pass(dataset, rows, drawn.blocks.blocks[start:end])
                 if sketched is None:
                     continue
                 if store is not None:
@@ -85,10 +81,39 @@ class DatasetSketcher:
                 task.advance(len(rows), dataset.name)
         task.skip(len(indices) - state.num_examples)  # examples that were not needed
         for of_rows in (state, *of_parts.values()):
-            of_rows.add_shared_rows(blocks.shared_rows(0, state.num_examples))
+            of_rows.add_shared_rows(drawn.blocks.shared_rows(0, state.num_examples))
         for states in (self.sketcher.state, *self.sketcher.part_state.values()):
             del states[dataset.name]
         return state, of_parts
+
+    def collect(self, drawn: DrawnDataset, update: Callable[[], None], task: Task) -> None:
+        """Calls ``update`` after the backward pass of every batch of examples.
+
+        Raises:
+            MeritFastError: a gradient is not finite; the message names dataset and rows.
+        """
+        dataset = drawn.dataset
+        indices = drawn.indices
+        done = 0
+        while done < len(indices):
+            rows = indices[done : done + self._rows_of_pass()]
+            batch, numbers = self._collated(dataset, rows)
+            try:
+                _backward(self.model, batch, numbers, len(rows))
+                if self.sketcher.is_checking and self.config.check == "first":
+                    self.sketcher.take()  # and run again, as for sums
+                    continue
+                update()
+            except RepeatBatch:
+                self.sketcher.discard()
+                continue
+            except NotFiniteMomentsError as error:
+                places = [int(dataset.source_rows[row]) for row in rows]
+                raise MeritFastError(
+                    f"sketch: {dataset.name}: one of the rows {places}, counted from 0: {error}"
+                ) from None
+            done += len(rows)
+            task.advance(len(rows), dataset.name)
 
     def _rows_of_pass(self) -> int:
         """Rows of a backward pass.
@@ -100,6 +125,12 @@ class DatasetSketcher:
         if self.sketcher.slow_parameters:
             return 1
         return 1 if sketched and not find_towers(self.model) else self.config.batch_size
+
+    def _collated(self, dataset: Dataset, rows: Sequence[int]) -> tuple[Batch, list[int]]:
+        """Some rows as one batch, and the number of the row that each text of it belongs to."""
+        with torch.no_grad():
+            texts, numbers = fit_trees(self.model, [dataset.examples[row] for row in rows])
+        return collate(texts, [0] * len(texts), self.pad_token_id), numbers
 
     def _sketch_pass(
         self, dataset: Dataset, rows: Sequence[int], blocks: Sequence[int]
@@ -114,9 +145,7 @@ class DatasetSketcher:
         other dataset.
         """
         sketcher = self.sketcher
-        with torch.no_grad():
-            texts, numbers = fit_trees(self.model, [dataset.examples[row] for row in rows])
-        batch = collate(texts, [0] * len(texts), self.pad_token_id)
+        batch, numbers = self._collated(dataset, rows)
         names = [dataset.name] * len(rows)
         try:
             losses = _backward(self.model, batch, numbers, len(rows))

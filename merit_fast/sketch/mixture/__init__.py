@@ -1,0 +1,1 @@
+"""The sketch stage: a mixture of datasets in, files of sums and rows out."""
