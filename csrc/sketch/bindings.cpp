@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "common/bindings.h"
+#include "engine/workers.h"
 #include "sketch/sketch.h"
 
 namespace nb = nanobind;
@@ -65,6 +66,13 @@ void define_structs(nb::module_& m) {
 }
 
 }  // namespace
+
+uint32_t* linear_scratch() {
+  static thread_local const Memory memory =
+      page_aligned(size_t(64 * kDepth + kPanelWords) * sizeof(uint32_t));
+  if (!memory) throw std::bad_alloc();
+  return reinterpret_cast<uint32_t*>(memory.get());
+}
 
 void define_sketch(nb::module_& m, const SketchKernels& kernels) {
   define_structs(m);

@@ -14,7 +14,6 @@ from merit_fast.kernels import dispatch
 from merit_fast.kernels.sketch import _eager, _native
 from merit_fast.kernels.sketch._target import SketchTarget
 
-
 Result = TypeVar("Result")
 
 
@@ -118,6 +117,22 @@ sketch_linear = torch.library.custom_op(
     "merit_fast::sketch_linear", sketch_linear_body, mutates_args={"out"}
 )
 token_sums = torch.library.custom_op("merit_fast::token_sums", token_sums_body, mutates_args=())
+
+
+def run_rows(*arguments: Any) -> None:
+    """Runs ``sketch_rows``, as ``call`` explains."""
+    call(sketch_rows, sketch_rows_body, *arguments)
+
+
+def run_linear(*arguments: Any) -> None:
+    """Runs ``sketch_linear``, as ``call`` explains."""
+    call(sketch_linear, sketch_linear_body, *arguments)
+
+
+def run_sums(*arguments: Any) -> Tensor:
+    """Runs ``token_sums``, as ``call`` explains."""
+    sums: Tensor = call(token_sums, token_sums_body, *arguments)
+    return sums
 
 
 def _nothing(*arguments: object) -> None:
