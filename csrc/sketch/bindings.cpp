@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 
+#include <memory>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -15,6 +16,12 @@ using nb::literals::operator""_a;
 namespace {
 
 const int64_t kBucket = 64 * 64;
+const std::align_val_t kCacheLine{64};
+
+struct FreeScratch {
+  void operator()(uint32_t* words) const { operator delete[](words, kCacheLine); }
+};
+
 // Whole examples if they divide evenly among the threads; else all threads share each example.
 int parts_of(int64_t examples, int64_t buckets, int threads) {
   if (examples % threads == 0) return 1;
@@ -65,6 +72,13 @@ void define_structs(nb::module_& m) {
 }
 
 }  // namespace
+
+uint32_t* linear_scratch() {
+  const size_t words = size_t(64 * kDepth + kPanelWords);
+  static thread_local const std::unique_ptr<uint32_t, FreeScratch> memory(
+      static_cast<uint32_t*>(operator new[](words * sizeof(uint32_t), kCacheLine)));
+  return memory.get();
+}
 
 void define_sketch(nb::module_& m, const SketchKernels& kernels) {
   define_structs(m);

@@ -23,7 +23,7 @@ struct SketchTarget {
       scale;  // [rows, cols] of the shard, multiplies the gradient before it is hashed; or null
   int64_t scale_stride;  // elements
   float* out;            // [examples, proj_dim], added to
-  int parts, threads;    // parts <= proj_dim / (64 * 64); owner_of divides the buckets among them
+  int parts, threads;    // parts <= proj_dim / (64 * 64); they own disjoint buckets
 };
 
 // Gradients that exist: row n is row row_ids[n] of the parameter, or without ids first_row + its
@@ -32,6 +32,15 @@ struct SketchRows : SketchTarget {
   SketchMatrix x;
   const int64_t* row_ids;  // or null
 };
+
+// Words (32 bits) of a reduction at a time: two planes of X fill half of L1.
+const int64_t kDepth = 128;
+// Of operands of X; next to a sketch of 65536 floats they take half of L2.
+const int64_t kPanelWords = 9 * 64 * kDepth;
+
+// Returns this thread's memory for the operands of a strip of dY and a panel of X, aligned to 64
+// bytes. It is kept: pages that are new in every call cost 5 % of a product.
+uint32_t* linear_scratch();
 
 // dY^T X of each example; rows of the matrices are tokens.
 struct LinearSketch : SketchTarget {

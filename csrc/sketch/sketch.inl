@@ -2,6 +2,7 @@
 #include "sketch/tiles.inl"
 #include "sketch/rows.inl"
 #include "sketch/operands.inl"
+#include "sketch/blocks.inl"
 #include "sketch/linear.inl"
 #include "sketch/token_sums.inl"
 

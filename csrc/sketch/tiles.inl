@@ -123,6 +123,15 @@ static inline Tile draw_tile(const SketchTarget& job, int64_t strip, int64_t col
           splitmix64(job.key, counter + 2)};
 }
 
+// Returns whether parts own whole rows of buckets, and so need no strip of dY that goes to another
+// row. Only where all rows get the same number of tiles.
+static inline bool owns_rows(const LinearSketch& job) {
+  const int64_t p = job.group_rows;
+  return p % job.parts == 0 && job.first_row % (p * kTile) == 0 && job.dy.cols % (p * kTile) == 0;
+}
+
+static inline bool owns_rows(const SketchRows&) { return false; }
+
 // Lists the strip's tiles in columns from .. to - 1 whose buckets belong to the part: whole rows of
 // them, or else neighbours across and down belong to different parts, so that work is even for few
 // strips or columns too. Without a branch: which tiles are owned cannot be predicted.
@@ -132,6 +141,7 @@ static inline void find_places(const Job& job, uint64_t strip, uint64_t from, ui
   const uint32_t p = uint32_t(job.group_rows), parts = uint32_t(job.parts);
   const uint32_t q = uint32_t(job.group_cols), row_in_group = uint32_t(strip) % p;
   const uint64_t group_row = uint32_t(strip) / p, groups = uint64_t(job.groups);
+  const bool by_row = owns_rows(job);
   found.count = 0;
   for (uint64_t group = from ? from / q : 0, c = from; c < to; group++) {
     const uint64_t deal = splitmix64(job.key, 8 * (group_row * groups + group) + 3);
@@ -146,7 +156,7 @@ static inline void find_places(const Job& job, uint64_t strip, uint64_t from, ui
       found.column[found.count] = c;
       found.row_high[found.count] = row_high;
       found.bucket[found.count] = row * q + col;
-      const uint32_t owner = (row * q + diagonal) % parts;
+      const uint32_t owner = by_row ? row / (p / parts) : (row * q + diagonal) % parts;
       found.count += owner == part;
     }
   }

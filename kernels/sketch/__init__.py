@@ -28,9 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.sketch import _ops
 from merit_fast.kernels.sketch._checks import check_scale, checked_out, checked_place, end_to_end
 from merit_fast.kernels.sketch._eager import HASH_VERSION, hash_key
+from merit_fast.kernels.sketch._ops import run_linear, run_rows, run_sums
 from merit_fast.kernels.sketch._target import BUCKET, matrix_shape
 
 __all__ = [
@@ -128,19 +128,7 @@ def flat_sketch(
         check_scale("flat_sketch", scale, (-1, gradient.shape[2]))
         ids = row_ids.reshape(-1).contiguous()
         place = (0, *place[1:])
-    _ops.call(
-        _ops.sketch_rows,
-        _ops.sketch_rows_body,
-        rows,
-        offsets,
-        ids,
-        *place,
-        sketch.seed,
-        name,
-        scale,
-        out,
-        backend,
-    )
+    run_rows(rows, offsets, ids, *place, sketch.seed, name, scale, out, backend)
     return out
 
 
@@ -187,7 +175,7 @@ def vector_grad_sketch(
     dy, offsets = end_to_end("vector_grad_sketch", dy, cu_seqlens)
     if x is not None:
         x, _ = end_to_end("vector_grad_sketch", x, cu_seqlens)
-    sums = _ops.call(_ops.token_sums, _ops.token_sums_body, dy, x, offsets, epsilon, backend)
+    sums = run_sums(dy, x, offsets, epsilon, backend)
     matrices = sums.view(len(sums), *matrix_shape(sums.shape[1:]))
     return flat_sketch(matrices, name, sketch, scale=scale, out=out, backend=backend)
 
@@ -247,19 +235,7 @@ def linear_grad_sketch(
     x, _ = end_to_end("linear_grad_sketch", x, cu_seqlens)
     out = checked_out("linear_grad_sketch", out, len(offsets) - 1, dy.device, sketch.proj_dim)
     check_scale("linear_grad_sketch", scale, (dy.shape[1], x.shape[1]))
-    _ops.call(
-        _ops.sketch_linear,
-        _ops.sketch_linear_body,
-        dy,
-        x,
-        offsets,
-        *place,
-        sketch.seed,
-        name,
-        scale,
-        out,
-        backend,
-    )
+    run_linear(dy, x, offsets, *place, sketch.seed, name, scale, out, backend)
     return out
 
 
@@ -307,17 +283,5 @@ def embedding_grad_sketch(
     out = checked_out("embedding_grad_sketch", out, len(offsets) - 1, dy.device, sketch.proj_dim)
     check_scale("embedding_grad_sketch", scale, (-1, dy.shape[-1]))
     ids = token_ids.reshape(-1).contiguous()
-    _ops.call(
-        _ops.sketch_rows,
-        _ops.sketch_rows_body,
-        rows,
-        offsets,
-        ids,
-        *place,
-        sketch.seed,
-        name,
-        scale,
-        out,
-        backend,
-    )
+    run_rows(rows, offsets, ids, *place, sketch.seed, name, scale, out, backend)
     return out

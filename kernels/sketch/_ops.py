@@ -119,6 +119,22 @@ sketch_linear = torch.library.custom_op(
 token_sums = torch.library.custom_op("merit_fast::token_sums", token_sums_body, mutates_args=())
 
 
+def run_rows(*arguments: Any) -> None:
+    """Runs ``sketch_rows``, as ``call`` explains."""
+    call(sketch_rows, sketch_rows_body, *arguments)
+
+
+def run_linear(*arguments: Any) -> None:
+    """Runs ``sketch_linear``, as ``call`` explains."""
+    call(sketch_linear, sketch_linear_body, *arguments)
+
+
+def run_sums(*arguments: Any) -> Tensor:
+    """Runs ``token_sums``, as ``call`` explains."""
+    sums: Tensor = call(token_sums, token_sums_body, *arguments)
+    return sums
+
+
 def _nothing(*arguments: object) -> None:
     """Both sketches return nothing, whatever they are given."""
 
