@@ -62,7 +62,7 @@ def test_rows_of_another_file_are_a_target_and_are_sketched_once(copied_run, cal
     same = [row for row in picked if row["dataset"] == "facts"]
     assert {row["row"] % 6 for row in same} == {0, 1, 2, 3}  # the same facts, twice in the mixture
     assert len(same) == 8 and all(row["error"] > 0 for row in picked)
-    from merit_fast.sketch import stage
+    from merit_fast.sketch.mixture import stage
 
     monkeypatch.setattr(stage, "load_model", None)  # nothing is left to sketch
     assert call(*words, "--out", "again.jsonl")[0] == 0

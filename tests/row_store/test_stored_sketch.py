@@ -11,8 +11,8 @@ from merit_fast.data import Dataset
 from merit_fast.errors import InputError
 from merit_fast.manifests.sketch_state import SketchState
 from merit_fast.row_store.identity import StoreIdentity
-from merit_fast.sketch import stage as sketching
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.mixture import stage as sketching
 from merit_fast.sketch.mixture.dataset import DatasetSketcher
 from merit_fast.sketch.mixture.stage import sketch_mixture
 

@@ -20,8 +20,8 @@ import merit_fast
 from merit_fast.errors import InputError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_state import SketchState, state_path
-from merit_fast.sketch import stage
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.mixture import stage
 from merit_fast.sketch.mixture.stage import sketch_mixture
 from merit_fast.sketch.names import named_parameters
 from merit_fast.sketch.passes.begin import begin_pass

@@ -8,8 +8,8 @@ from support.sketch.staged import example, sketch
 
 from merit_fast.data import Dataset, Example
 from merit_fast.errors import InputError
-from merit_fast.sketch import stage as sketching
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.mixture import stage as sketching
 from merit_fast.sketch.mixture.dataset import DatasetSketcher
 from merit_fast.sketch.mixture.stage import sketch_mixture
 

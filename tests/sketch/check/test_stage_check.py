@@ -8,8 +8,8 @@ from support.checks import assert_close
 from support.sketch.staged import sketch
 
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.sketch import stage as sketching
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.mixture import stage as sketching
 from merit_fast.sketch.mixture.reuse import read_check
 
 
