@@ -24,6 +24,7 @@ class Stage:
         return self.command or self.name
 
 
+FACTORS_FILE = "factors.kfac"  # K-FAC's factors, in the sketch stage's folder
 SKETCH = Stage(
     "sketch",
     "Sketch per-example gradients at the base model.",

@@ -6,8 +6,10 @@ from merit_fast.data import Dataset, dataset_fingerprints, load_mixture
 from merit_fast.data.config import DatasetConfig
 from merit_fast.data.stops import require_stops
 from merit_fast.errors import InputError, show
+from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.locks import exclusive
+from merit_fast.manifests.stages import FACTORS_FILE, SKETCH
 from merit_fast.options.parser import to_plain
 from merit_fast.pipeline.data import TARGETS_FOLDER, RunData
 from merit_fast.pipeline.outputs import Outputs
@@ -72,8 +74,13 @@ def sketch_target(entry: DatasetConfig, rows: Rows, outputs: Outputs, progress: 
     hashes = outputs.records.hashes
     contents = dataset_fingerprints([entry], data, base, part="train", file_hash=hashes)
     freeze = outputs.config.train.freeze
+    factors = None
+    if config.normalize == "kfac":  # the target's own would give other inner products
+        factors = outputs.folder(SKETCH) / FACTORS_FILE
     plain = to_plain(config)
     parts = [entry.name, contents[entry.name], outputs.start_fingerprint, plain, freeze]
+    if factors is not None:
+        parts.append(checksum(factors))
     directory = outputs.root / TARGETS_FOLDER / fingerprint(parts)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(directory.with_name(f"{directory.name}.lock")):
@@ -89,6 +96,7 @@ def sketch_target(entry: DatasetConfig, rows: Rows, outputs: Outputs, progress: 
             directory,
             progress,
             freeze=freeze,
+            factors=factors,
         )
     return open_rows(directory)
 

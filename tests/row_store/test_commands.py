@@ -72,6 +72,23 @@ def test_rows_of_another_file_are_a_target_and_are_sketched_once(copied_run, cal
     assert call("sketch", "run.yml")[1] == "sketch: up to date: out/sketch\n"
 
 
+def test_a_target_from_a_file_is_multiplied_by_the_factors_of_the_run(copied_run, call):
+    """The same rows under another name: sketched with the run's factors they have equal scores."""
+    kfac = ("split.normalize=kfac", "split.store=true")
+    assert call("sketch", "run.yml", *kfac)[0] == 0
+    Path("again.jsonl").write_text("\n".join(copied_run.lines["codes"]))
+    words = ("--keep", "100%", "--out", "picked.jsonl")
+    assert call("select", "run.yml", *kfac, "--target", "codes", *words)[0] == 0
+    picked = [json.loads(line) for line in Path("picked.jsonl").read_text().splitlines()]
+    inside = {(row["dataset"], row["row"]): row["score"] for row in picked}
+    code, _, err = call("select", "run.yml", *kfac, "--target", "again=again.jsonl", *words)
+    assert code == 0, err
+    picked = [json.loads(line) for line in Path("picked.jsonl").read_text().splitlines()]
+    outside = {(row["dataset"], row["row"]): row["score"] for row in picked}
+    assert inside.keys() < outside.keys()
+    assert {key: outside[key] for key in inside} == pytest.approx(inside, abs=1e-3)
+
+
 def test_columns_that_rows_have_already_keep_their_values(copied_run, call):
     data = Path("scored.jsonl")
     lines = [

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from merit_fast.data import Dataset
 from merit_fast.data.shares import draw_rows
 from merit_fast.errors import InputError
 from merit_fast.kernels.sketch import HASH_VERSION
+from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import fingerprint
 from merit_fast.options.parser import to_plain
 from merit_fast.sketch.config import SketchConfig
@@ -65,6 +67,7 @@ def draw_mixture(
     model_fingerprint: str,
     config: SketchConfig,
     freeze: Sequence[str] | None,
+    factors: Path | None = None,
 ) -> DrawnMixture:
     """Draws the examples of every dataset and gives them their blocks.
 
@@ -73,6 +76,7 @@ def draw_mixture(
         model_fingerprint: the model's.
         config: of the sketch stage.
         freeze: parameters that are not sketched.
+        factors: file of the K-FAC factors, if they are not of these datasets.
 
     Raises:
         InputError: a dataset of one example, or of too few rows that no other dataset has; an
@@ -95,7 +99,9 @@ def draw_mixture(
     multipliers = None
     if config.normalize == "adam":
         multipliers = config.optimizer_hash()
-    if config.normalize == "kfac":  # the factors are of the rows of all datasets
+    elif config.normalize == "kfac" and factors is not None:
+        multipliers = checksum(factors)
+    elif config.normalize == "kfac":  # the factors are of the rows of all datasets
         plain = dataclasses.replace(config, normalize=None, damping=None)
         multipliers = fingerprint(sorted(sums_under(plain).values()))
     more = [] if multipliers is None else [{"preconditioner": multipliers}]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from merit_fast.manifests.atomic import replace_file, write_text
 from merit_fast.manifests.hashes import checksum
+from merit_fast.manifests.stages import FACTORS_FILE
 from merit_fast.progress import Progress
 from merit_fast.sketch.collector import MAX_SIDE, FactorCollector
 from merit_fast.sketch.config import SketchConfig
@@ -23,7 +24,6 @@ from merit_fast.sketch.mixture.drawing import DrawnMixture
 from merit_fast.sketch.precondition import KfacFactors, adam_scales_of_checkpoint
 from merit_fast.sketch.precondition.factors import DAMPING
 
-FACTORS_FILE = "factors.kfac"
 _RECORD = "factors.json"
 
 
@@ -48,6 +48,7 @@ def stage_multipliers(
     config: SketchConfig,
     directory: Path,
     progress: Progress,
+    known: Path | None = None,
 ) -> Multipliers:
     """The multipliers that ``config.normalize`` asks for.
 
@@ -55,6 +56,7 @@ def stage_multipliers(
         parameters: to sketch, by name.
         mixture: every dataset and its examples.
         directory: the stage's output, for the factors.
+        known: file of K-FAC's factors, if they are not to be collected.
 
     Raises:
         InputError: the optimizer's state cannot be read.
@@ -65,6 +67,8 @@ def stage_multipliers(
         return Multipliers(adam_scales_of_checkpoint(model, config.optimizer, parameters))
     if config.normalize is None:
         return Multipliers()
+    if known is not None:
+        return Multipliers(factors=KfacFactors.load(known))
     damping = config.damping or DAMPING
     source = mixture.multipliers
     if not _is_intact(directory, source):

@@ -39,6 +39,7 @@ def sketch_mixture(  # noqa: PLR0913
     progress: Progress,
     earlier: Path | None = None,
     freeze: Sequence[str] | None = None,
+    factors: Path | None = None,
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
@@ -53,18 +54,22 @@ def sketch_mixture(  # noqa: PLR0913
             fingerprints are reused; they have the bytes that sketching would give.
         freeze: parameters that training leaves as they are, as ``freeze_parameters`` takes them;
             they are not sketched.
+        factors: file of the K-FAC factors that ``normalize`` kfac multiplies by; None: those of
+            these datasets are collected first.
 
     Raises:
         InputError: a dataset of one example, or of too few rows that no other dataset has; a part
             that matches nothing, or a parameter in two of them; parameters that select nothing;
             blocks too few for ``precision``.
     """
-    mixture = draw_mixture(datasets, model_fingerprint, config, freeze)
+    mixture = draw_mixture(datasets, model_fingerprint, config, freeze, factors)
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, mixture.most_examples, ERROR_RATE)
     missing = _reuse(mixture, config, directory, progress, earlier)
     if missing:
-        work = SketchWork(model_path, model_fingerprint, pad_token_id, config, directory, freeze)
+        work = SketchWork(
+            model_path, model_fingerprint, pad_token_id, config, directory, freeze, factors
+        )
         _sketch_datasets(work, mixture, missing, progress)
 
 
@@ -78,6 +83,7 @@ class SketchWork:
     config: SketchConfig
     directory: Path
     freeze: Sequence[str] | None
+    factors: Path | None
 
 
 def _reuse(
@@ -116,7 +122,14 @@ def _sketch_datasets(
     freeze_parameters(model, work.freeze)
     parameters = select_parameters(model, config.parameters)
     multipliers = stage_multipliers(
-        model, parameters, mixture, work.pad_token_id, config, work.directory, progress
+        model,
+        parameters,
+        mixture,
+        work.pad_token_id,
+        config,
+        work.directory,
+        progress,
+        work.factors,
     )
     with (
         GradientSketcher(
