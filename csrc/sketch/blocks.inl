@@ -56,13 +56,14 @@ static inline __attribute__((always_inline)) void add_products(const uint32_t* l
   }
 }
 #elif defined(MERIT_AVX2)
-// block[a, j] += the same for 4 rows and 16 columns: 8 of 16 registers.
+// block[a, j] = the same for 4 rows and 16 columns, added to what is there unless it is the first
+// segment: 8 of 16 registers.
 static inline void add_products(const uint32_t* left, const uint32_t* right, const Segment& segment,
-                                float* block) {
+                                bool is_first, float* block) {
   __m256 low[4], high[4];
   for (int a = 0; a < 4; a++) {
-    low[a] = _mm256_load_ps(block + a * kCols);
-    high[a] = _mm256_load_ps(block + a * kCols + 8);
+    low[a] = is_first ? _mm256_setzero_ps() : _mm256_load_ps(block + a * kCols);
+    high[a] = is_first ? _mm256_setzero_ps() : _mm256_load_ps(block + a * kCols + 8);
   }
   left += segment.from * kLanes;
   right += segment.from * kLanes;
@@ -84,6 +85,12 @@ static inline void add_products(const uint32_t* left, const uint32_t* right, con
 }
 #endif
 
+#if !defined(MERIT_AVX512)
+static inline void clear_block(float* block) {
+  for (int i = 0; i < kRows * kCols; i++) block[i] = 0.f;
+}
+#endif
+
 // block[a, j] = sum over the batch's words k of left[k, a] * right[k, j], a < kRows, j < kCols.
 template <bool PAIRS>
 static inline __attribute__((always_inline)) void product_block(const Batch& batch, int row_run,
@@ -94,7 +101,7 @@ static inline __attribute__((always_inline)) void product_block(const Batch& bat
   Sums sum;
   for (int a = 0; a < kRows; a++) sum[a][0] = sum[a][1] = _mm512_setzero_ps();
 #else
-  for (int i = 0; i < kRows * kCols; i++) block[i] = 0.f;
+  bool is_first = true;
 #endif
   for (int s = 0; s < batch.count; s++) {
     const Segment& segment = batch.segments[s];
@@ -103,9 +110,12 @@ static inline __attribute__((always_inline)) void product_block(const Batch& bat
     add_products<PAIRS>(left, right, batch.plane, segment, sum);
 #elif defined(MERIT_AVX2)
     for (int part = 0; part < 4; part++)
-      add_products(left + (part >> 1) * 4, right + (part & 1) * batch.plane, segment,
+      add_products(left + (part >> 1) * 4, right + (part & 1) * batch.plane, segment, is_first,
                    block + (part >> 1) * 4 * kCols + (part & 1) * kLanes);
+    is_first = false;
 #else
+    if (is_first) clear_block(block);
+    is_first = false;
     for (int64_t k = segment.from; k < segment.to; k++) {
       float x[kCols], y[kRows];
       std::memcpy(x, right + k * kLanes, sizeof(x) / 2);
@@ -121,6 +131,8 @@ static inline __attribute__((always_inline)) void product_block(const Batch& bat
     _mm512_store_ps(block + a * kCols, sum[a][0]);
     _mm512_store_ps(block + a * kCols + 16, sum[a][1]);
   }
+#else
+  if (is_first) clear_block(block);
 #endif
 }
 
