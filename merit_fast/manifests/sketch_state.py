@@ -48,6 +48,13 @@ class SketchIdentity:
     parameters: tuple[str, ...]
     weight: Weight = "examples"
 
+    @property
+    def model(self) -> str:
+        """Fingerprint of the model itself, without what its gradients were multiplied by."""
+        multipliers, _, rest = self.model_fingerprint.partition(": ")
+        is_multiplied = multipliers.startswith(("adam ", "kfac "))
+        return rest if is_multiplied else self.model_fingerprint
+
     def metadata(self) -> dict[str, str]:
         return {
             "hash_version": str(HASH_VERSION),

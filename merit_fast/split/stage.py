@@ -104,7 +104,7 @@ def split_mixture(  # noqa: PLR0913
         controls=decision.controls,
         num_splits=decision.num_splits,
         base_fingerprint=base_fingerprint,
-        start_fingerprint=states[0].identity.model_fingerprint.split(": ", 1)[-1],
+        start_fingerprint=states[0].identity.model,
         mixture_fingerprint=mixture_fingerprint,
         unbalanced=decision.unbalanced,
         unbalanced_eta_squared=_share(decision.unbalanced_eta),

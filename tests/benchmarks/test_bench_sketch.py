@@ -50,6 +50,7 @@ def test_steps_are_measured_kept_and_not_repeated(bench, tmp_path, tiny_model):
         "plain",
         "frozen",
         "sketch",
+        "sketch, first pass",
         "plain, oneDNN",
         "sketch, oneDNN",
         "training",

@@ -102,8 +102,9 @@ def test_every_default_stands_as_a_comment(call, folder):
         default = hints[section]()
         assert set(values[section]) == {field.name for field in dataclasses.fields(default)}
         assert parse(hints[section], values[section], section) == default
-    default = to_plain(hints["split"]())
-    assert values["split"] == {**default, "groups": 2}
+    default = hints["split"](groups=2)
+    assert set(values["split"]) == {field.name for field in dataclasses.fields(default)}
+    assert parse(hints["split"], values["split"], "split") == default
     assert values["threads"] is None
 
 

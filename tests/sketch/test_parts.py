@@ -8,12 +8,7 @@ import pytest
 import torch
 from support.checks import assert_close
 from support.runs import Notes
-from support.sketch.exact_gradients import (
-    exact_sketches,
-    ragged_examples,
-    summed_loss,
-    tiny,
-)
+from support.sketch.exact_gradients import exact_sketches, ragged_examples, summed_loss, tiny
 from support.sketch.staged import datasets
 
 import merit_fast

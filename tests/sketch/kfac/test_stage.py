@@ -29,7 +29,7 @@ def passes(model, rows=16):
             sums = torch.zeros(8).index_add(0, losses.example, losses.loss)
             counts = torch.zeros(8).index_add(0, losses.example, torch.ones_like(losses.loss))
             (sums / counts).sum().backward()
-            yield dataset.name
+            yield dataset.name, counts.long()
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,10 @@ def test_kfac_is_that_of_the_rows_that_are_sketched(tiny_model, kfac_run):
     assert kept.examples == 32
     for name, rows in factors.rows.items():
         assert_close(kept.rows[name], rows)
-    with GradientSketcher(model, CountSketch(4096), factors=factors, check="never") as sketcher:
-        for name in passes(model):
-            sketcher.update([name] * 8)
+    options = dict(check="never", weight="tokens")
+    with GradientSketcher(model, CountSketch(4096), factors=factors, **options) as sketcher:
+        for name, tokens in passes(model):
+            sketcher.update([name] * 8, None, tokens)
     for name, state in states.items():
         assert_close(state.block_sums, sketcher.state[name].block_sums)
         assert state.identity.model_fingerprint.startswith("kfac ")
@@ -124,9 +125,8 @@ def test_another_damping_takes_the_factors_of_an_earlier_run(
     kept = KfacFactors.load(tmp_path / "factors.kfac")
     assert kept.damping == 0.5
     model = load_model(str(tiny_model), "fp32")
-    with GradientSketcher(
-        model, CountSketch(4096), factors=kept, fingerprint="fingerprint"
-    ) as sketcher:
+    options = dict(fingerprint="fingerprint", weight="tokens")
+    with GradientSketcher(model, CountSketch(4096), factors=kept, **options) as sketcher:
         assert sketcher.identity == other["clear"].identity
 
 
@@ -156,9 +156,10 @@ def test_adam_takes_a_trainers_checkpoint(tiny_model, first_rows, tmp_path):
     options = dict(normalize="adam", optimizer=str(tmp_path / "checkpoint"), **SMALL)
     states, _ = sketch(tiny_model, tmp_path / "out", **options)
     scales = adam_scales(model, optimizer, dict(model.named_parameters()))
-    with GradientSketcher(model, CountSketch(4096), scales=scales, check="never") as sketcher:
-        for name in passes(model):
-            sketcher.update([name] * 8)
+    options = dict(check="never", weight="tokens")
+    with GradientSketcher(model, CountSketch(4096), scales=scales, **options) as sketcher:
+        for name, tokens in passes(model):
+            sketcher.update([name] * 8, None, tokens)
     for name, state in states.items():
         assert_close(state.block_sums, sketcher.state[name].block_sums)
 
