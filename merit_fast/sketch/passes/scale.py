@@ -5,7 +5,7 @@ A cross entropy gives row t of the logits y the gradient
     dy_t = c_t (softmax(y_t) - onehot(target)),   c_t the token's weight in the loss
 
 so c_t is known without the loss: 1 / (target tokens of the example) for each example's mean, 1 for
-its sum. Weights of another pattern, and losses of another form, are left alone.
+its sum. Weights of another pattern, and losses of another form, pass.
 """
 
 from collections.abc import Mapping, Sequence
