@@ -30,7 +30,6 @@ from merit_fast.report.reasons import (
     structure_sentence,
     unresolved,
 )
-from merit_fast.report.split_tables import known_pairs
 from merit_fast.report.tables import percent
 
 Word = Literal["split", "do not split", "measure more"]
@@ -171,7 +170,7 @@ def _separation(split: SplitManifest) -> _Finding | None:
 
 
 def _conflict(split: SplitManifest) -> _Finding | None:
-    known = known_pairs(split)
+    known = split.known_pairs
     if conflict_share(split) >= _FEW_CONFLICTS or _qualified(split):
         return None
     errors = [
@@ -203,7 +202,7 @@ def _qualified(split: SplitManifest) -> bool:
 def _parted(split: SplitManifest) -> _Finding | None:
     """Objects to groups that hold more of the conflicts than of the other pairs."""
     group = [row.group for row in split.datasets]
-    pairs = known_pairs(split)
+    pairs = split.known_pairs
     across = sum(group[i] != group[j] and min(group[i], group[j]) >= 0 for i, j, _ in pairs)
     if split.sure_conflicts_across * len(pairs) >= across * split.sure_conflicts:
         return None
@@ -232,7 +231,7 @@ def _steps(split: SplitManifest, steps: Sequence[int] | None) -> _Finding | None
 
 
 def _go(split: SplitManifest) -> _Finding:
-    known = len(known_pairs(split))
+    known = len(split.known_pairs)
     reason = (
         f"{split.sure_conflicts} of {known} pairs of datasets surely conflict, and the groups part "
         f"{split.sure_conflicts_across} of them"

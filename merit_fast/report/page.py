@@ -73,7 +73,7 @@ def render_page(
         datasets=split_tables.split_rows(split),
         pairs=_pairs(split),
         parts=part_rows(split),
-        known_pairs=len(split_tables.known_pairs(split)),
+        known_pairs=len(split.known_pairs),
         within=split_tables.signed(split.within_cosine),
         across=split_tables.signed(split.across_cosine),
         cosine_note=COSINE_NOTE if exceeds_one(split) else "",
@@ -111,7 +111,7 @@ def _pairs(split: SplitManifest) -> list[tuple[str, str, str, str]]:
 
     The lowest comes first; a few datasets show every pair.
     """
-    pairs = sorted(split_tables.known_pairs(split), key=lambda pair: (pair[2], pair[:2]))
+    pairs = sorted(split.known_pairs, key=lambda pair: (pair[2], pair[:2]))
     if len(pairs) > 2 * _LISTED_PAIRS:
         pairs = [*pairs[:_LISTED_PAIRS], *pairs[-_LISTED_PAIRS:]]
     return [

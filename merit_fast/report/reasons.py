@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from merit_fast.manifests.schemas import GroupCount, SplitDataset, SplitManifest
-from merit_fast.report.split_tables import deviations_above, known_pairs, same_as_random
+from merit_fast.report.split_tables import deviations_above, same_as_random
 from merit_fast.report.tables import percent
 
 FEW_STEPS = 100  # as in training: below about so many steps a branch is far from converged
@@ -41,7 +41,7 @@ def beats_all(measured: GroupCount | None) -> bool:
 
 def conflict_share(split: SplitManifest) -> float:
     """Share of the resolved pairs that surely conflict."""
-    known = len(known_pairs(split))
+    known = len(split.known_pairs)
     return split.sure_conflicts / known if known else 0.0
 
 
@@ -63,7 +63,7 @@ def shown_cosine(value: float | None, error: float | None = None) -> str:
 def exceeds_one(split: SplitManifest) -> bool:
     """Whether some cosine must be cut to be shown."""
     means = (split.within_cosine, split.across_cosine)
-    pairs = (cosine for _, _, cosine in known_pairs(split))
+    pairs = (cosine for _, _, cosine in split.known_pairs)
     return any(value is not None and abs(value) > 1 for value in (*means, *pairs))
 
 
@@ -142,7 +142,7 @@ def _few_splits(split: SplitManifest, measured: GroupCount) -> str:
 def conflict_sentence(split: SplitManifest) -> str:
     """Counts the pairs of datasets that conflict, and those that surely do."""
     number = len(split.datasets)
-    known = len(known_pairs(split))
+    known = len(split.known_pairs)
     where = split.sketched_at
     pairs = number * (number - 1) // 2
     if not pairs:
@@ -260,7 +260,7 @@ def _same_groups(split: SplitManifest) -> bool:
 
 def _parted_by_balance(split: SplitManifest) -> str:
     """The most alike pair that only balance parts, if hardly a pair is more alike."""
-    pairs = known_pairs(split)
+    pairs = split.known_pairs
     parted = [
         (cosine, i, j)
         for i, j, cosine in pairs

@@ -253,13 +253,6 @@ def signal_text(row: SplitDataset) -> str:
     return f"not resolvable: needs {about} {row.more_examples:,} more examples"
 
 
-def known_pairs(split: SplitManifest) -> list[tuple[int, int, float]]:
-    """(i, j, cosine) of every pair i < j with a resolved cosine."""
-    number = range(len(split.datasets))
-    pairs = ((i, j, split.similarity[i][j]) for i in number for j in number[i + 1 :])
-    return [(i, j, cosine) for i, j, cosine in pairs if cosine is not None]
-
-
 def signed(value: float | None) -> str:
     """A mean cosine; noise can carry the estimate beyond 1, which is shown as 1."""
     return ABSENT if value is None else f"{max(-1.0, min(1.0, value)):+z.3f}"
@@ -268,7 +261,7 @@ def signed(value: float | None) -> str:
 def _group_cosines(split: SplitManifest, group: int) -> tuple[float | None, float | None]:
     """Mean cosine of the pairs inside a group, and of the pairs with one dataset in it."""
     inside = [row.group == group for row in split.datasets]
-    pairs = known_pairs(split)
+    pairs = split.known_pairs
     within = [cosine for i, j, cosine in pairs if inside[i] and inside[j]]
     across = [cosine for i, j, cosine in pairs if inside[i] != inside[j]]
     return _mean(within), _mean(across)

@@ -1,5 +1,6 @@
 """Schema of split.json."""
 
+import functools
 from dataclasses import dataclass, field
 
 from merit_fast.manifests.schemas.version import SCHEMA_VERSION
@@ -146,6 +147,13 @@ class SplitManifest:
         """Arms of the random controls: random, random2, random3, in the order of ``controls``."""
         numbers = range(1, len(self.controls) + 1)
         return tuple(f"random{number if number > 1 else ''}" for number in numbers)
+
+    @functools.cached_property
+    def known_pairs(self) -> tuple[tuple[int, int, float], ...]:
+        """(i, j, cosine) of every pair i < j with a resolved cosine."""
+        rows = enumerate(self.similarity)
+        pairs = ((i, j, row[j]) for i, row in rows for j in range(i + 1, len(row)))
+        return tuple((i, j, cosine) for i, j, cosine in pairs if cosine is not None)
 
     @property
     def separation(self) -> GroupCount | None:
