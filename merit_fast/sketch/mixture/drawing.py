@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,36 +86,40 @@ def draw_mixture(
     chosen = {dataset.name: choose_examples(dataset, config) for dataset in datasets}
     digests = {dataset.name: row_digests(dataset, chosen[dataset.name]) for dataset in datasets}
     blocks = assign_blocks(digests, config.blocks)
-
-    def sums_under(options: SketchConfig, *more: object) -> dict[str, str]:
-        shown = {key: value for key, value in to_plain(options).items() if key not in _NO_SUM}
-        common = [HASH_VERSION, model_fingerprint, shown]
-        frozen = [] if freeze is None else [{"freeze": list(freeze)}]
-        return {
-            name: fingerprint([*common, [d.hex() for d in rows], *frozen, *own, *more])
-            for name, rows in digests.items()
-            for own in [blocks[name].fingerprint]
-        }
-
-    multipliers = None
-    if config.normalize == "adam":
-        multipliers = config.optimizer_hash()
-    elif config.normalize == "kfac" and factors is not None:
-        multipliers = checksum(factors)
-    elif config.normalize == "kfac":  # the factors are of the rows of all datasets
-        plain = dataclasses.replace(config, normalize=None, damping=None)
-        multipliers = fingerprint(sorted(sums_under(plain).values()))
-    more = [] if multipliers is None else [{"preconditioner": multipliers}]
-    sums = sums_under(config, *more)
+    common = {"hash": HASH_VERSION, "model": model_fingerprint, "freeze": freeze}
+    contents = {
+        name: [common, [digest.hex() for digest in rows], blocks[name].fingerprint]
+        for name, rows in digests.items()
+    }
+    multipliers = _multipliers_fingerprint(contents, config, factors)
     drawn = []
     for dataset in datasets:
         indices = chosen[dataset.name]
+        sums = fingerprint([contents[dataset.name], _options_of_sums(config), multipliers])
         numbers = dataset.source_rows[indices].tolist()
         places = places_in_rows(dataset)[indices].tolist()
-        stored = fingerprint([sums[dataset.name], config.store_dim, numbers, places])
-        own = blocks[dataset.name]
-        drawn.append(DrawnDataset(dataset, indices, own, sums[dataset.name], stored))
+        stored = fingerprint([sums, config.store_dim, numbers, places])
+        drawn.append(DrawnDataset(dataset, indices, blocks[dataset.name], sums, stored))
     return DrawnMixture(tuple(drawn), multipliers)
+
+
+def _options_of_sums(config: SketchConfig) -> dict[str, Any]:
+    return {key: value for key, value in to_plain(config).items() if key not in _NO_SUM}
+
+
+def _multipliers_fingerprint(
+    contents: Mapping[str, Any], config: SketchConfig, factors: Path | None
+) -> str | None:
+    """Fingerprint of what gradients are multiplied by; None: by nothing."""
+    if config.normalize == "adam":
+        return config.optimizer_hash()
+    if config.normalize != "kfac":
+        return None
+    if factors is not None:
+        return checksum(factors)
+    options = _options_of_sums(dataclasses.replace(config, normalize=None, damping=None))
+    # The factors are of the rows of all datasets, in any order.
+    return fingerprint(sorted(fingerprint([content, options]) for content in contents.values()))
 
 
 def choose_examples(dataset: Dataset, config: SketchConfig) -> list[int]:
