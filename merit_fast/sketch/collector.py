@@ -40,9 +40,12 @@ def kfac_factors(
     gradients.
 
     Args:
-        model, parameters, check, uncovered: as for ``sketch_gradients``.
+        model: any torch module, as for ``sketch_gradients``.
+        parameters: as for ``sketch_gradients``.
         max_side: sides longer than that keep the diagonal of their factor only, as an embedding's
             side of tokens always does. A side of n takes 4 n^2 bytes, and during a pass 8 n^2.
+        check: as for ``sketch_gradients``.
+        uncovered: as for ``sketch_gradients``.
 
     Raises:
         InputError: an argument breaks its rule.
