@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -156,11 +157,19 @@ def _open_lock(lock: Path) -> int:
             lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except (FileNotFoundError, FileExistsError):
-            if lock.parent.exists() and not lock.parent.is_dir():
+            if _is_no_folder(lock.parent):
                 raise
             continue  # another process removed the empty folder in between
         _held.add(descriptor)
         return descriptor
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Whether something else than a folder lies there; one look, since others remove folders."""
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _is_same(lock: Path, descriptor: int) -> bool:
