@@ -74,7 +74,8 @@ test-fast: $(DEV)
 
 # The GPU kernels without a GPU: their tests in the interpreter, then the gate on their code. `make test` does both, too.
 gpu-check: $(DEV)
-	TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python -m pytest -q -W ignore -p support.gpu.triton_interp tests/gpu/interpreted/interpreted_*.py
+	TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python -m pytest -q -W ignore \
+		-p support.gpu.triton_interp tests/gpu/interpreted/interpreted_*.py
 	PYTHONPATH=tests $(BIN)/python -m support.gpu.gate
 
 # After a change to a GPU kernel that is meant: commit the new baseline with it.

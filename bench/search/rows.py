@@ -49,7 +49,7 @@ def by_numpy(rows: Tensor, vector: Tensor) -> Tensor:
 
 
 def ways(rows: Tensor, vectors: Tensor) -> dict[str, Way]:
-    """What is timed, by name; each but the floor returns products with the first vector."""
+    """The functions to time, by name. All but the floor return products with the first vector."""
     one = vectors[:1]
     narrow = one[0].half()
     as_int64 = rows.view(torch.int64)

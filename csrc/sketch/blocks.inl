@@ -136,8 +136,8 @@ static inline __attribute__((always_inline)) void product_block(const Batch& bat
 #endif
 }
 
-// block[a, j] *= the scale of row `row` + a and column `col` + j of the shard, outside of which the
-// block is zero.
+// block[a, j] *= the scale of row `row` + a and column `col` + j of the shard. The block is zero
+// outside of the shard.
 static inline void scale_block(const LinearSketch& job, int64_t row, int64_t col, float* block) {
   const int64_t top = row < 0 ? -row : 0;
   const int64_t bottom = row + kRows > job.dy.cols ? job.dy.cols - row : kRows;

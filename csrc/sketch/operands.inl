@@ -105,13 +105,14 @@ static inline void place_floats(const SketchMatrix& m, const T* row, int64_t tok
 }
 
 #if defined(MERIT_AVX512_BF16)
-// Reads 32 columns of a row, of which those exist whose bits are set.
+// Reads 32 columns of a row. A column whose bit is not set does not exist and reads as zero.
 template <bool WHOLE>
 static inline __m512i columns32(const uint16_t* row, uint32_t inside) {
   return WHOLE ? _mm512_loadu_si512(row) : _mm512_maskz_loadu_epi16(inside, row);
 }
 
-// The same in pairs of tokens; the last one may lack its second. WHOLE: all columns exist.
+// Writes the words of `tokens` rows as pairs of tokens. The last pair may lack its second token.
+// WHOLE: all columns exist.
 template <bool WHOLE>
 static inline void place_pairs(const SketchMatrix& m, const uint16_t* row, int64_t tokens,
                                const Side& side, Operand out) {

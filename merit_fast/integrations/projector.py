@@ -140,7 +140,7 @@ class Projector:
         _deal.cache_clear()
 
     def _checked(self, grads: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
-        """Matrices of B rows, in each of which a part of an example lies."""
+        """Matrices of B rows. Row b of each matrix holds a part of example b."""
         if isinstance(grads, Mapping):
             vectors = _flattened(grads)
         else:

@@ -20,7 +20,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The same rows at one or several checkpoints, and the factor of each in a score."""
+    """Rows stored at one or several checkpoints, and the factor of each checkpoint in a score."""
 
     stores: Sequence[Store]
     weights: Sequence[float]

@@ -19,7 +19,7 @@ from merit_fast.row_store.rows import Rows, open_rows
 
 @dataclass(frozen=True)
 class TargetRows:
-    """What ``--target`` names.
+    """Rows that ``--target`` names.
 
     Attributes:
         name: of the dataset.
@@ -56,8 +56,8 @@ def read_target(text: str, outputs: Outputs) -> TargetRows:
 def sketch_target(entry: DatasetConfig, rows: Rows, outputs: Outputs, progress: Progress) -> Rows:
     """Sketches rows that are not in the mixture as the run's rows, unless that was done before.
 
-    The same model, template and options; up to ``split.examples`` rows. What was sketched stays in
-    the run's output, under the fingerprint of all that it depends on.
+    Model, template and options are the run's; at most ``split.examples`` rows are sketched. The
+    sketches stay in the run's output, under the fingerprint of all that they depend on.
 
     Args:
         entry: name and path of the rows.

@@ -43,11 +43,11 @@ def sketch_mixture(  # noqa: PLR0913
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
-    Those of a part of the model go to ``parts/PART/NAME.safetensors``. The loss of an example is
-    the mean over its target tokens; with ``config.weight`` "tokens" (the default) its gradient
+    The sums of a part of the model go to ``parts/PART/NAME.safetensors``. The loss of an example is
+    the mean over its target tokens. With ``config.weight`` "tokens" (the default) its gradient
     counts as often as it has target tokens. A row that several datasets have lies in the same block
-    of all. A file that a killed run finished in
-    ``directory`` is kept if its dataset, the model and the options are as they were.
+    of all. A file that a killed run finished in ``directory`` is kept if its dataset, the model and
+    the options are as they were.
 
     Args:
         earlier: a finished output of any mixture and options. Its undamaged files with equal

@@ -101,7 +101,7 @@ class KfacFactors:
         return sum(tensor.nbytes for tensor in tensors)
 
     def with_damping(self, damping: float) -> "KfacFactors":
-        """The same factors with another damping."""
+        """Returns these factors with another damping."""
         return dataclasses.replace(self, damping=damping)
 
     def preconditioner(self, parameters: Mapping[str, Tensor]) -> Preconditioner:
