@@ -28,6 +28,11 @@ class Dtype:
     short: str | None = None
     is_scaled: bool = False
 
+    @property
+    def bits(self) -> np.dtype:
+        """NumPy type that holds an element's bits: ``storage``, else an unsigned integer."""
+        return np.dtype(self.storage or f"u{self.num_bytes}")
+
 
 _TABLE = (
     Dtype("F64", 8, "float64", 3, np.float64),

@@ -30,7 +30,7 @@ from merit_fast.merge.engine.prepare import (
 )
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
-from merit_fast.merge.read.decoded import is_float
+from merit_fast.merge.read.entries import is_float
 from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.registry import method_source

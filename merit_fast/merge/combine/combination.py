@@ -10,7 +10,7 @@ from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.parameters import BUILT_IN, SCALE, Layers, Setting
-from merit_fast.merge.read.checkpoint import TensorEntry
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule, UserFunction
 from merit_fast.merge.rules.gram import Array

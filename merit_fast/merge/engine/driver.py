@@ -21,7 +21,8 @@ from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Segment, Shard
-from merit_fast.merge.read.decoded import DecodedEntry, is_float, value_dtype
+from merit_fast.merge.engine.values import values
+from merit_fast.merge.read.entries import is_float, is_plain, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
 
@@ -95,15 +96,8 @@ def merge_tensor(
 
 def input_files(segments: Iterable[Segment]) -> set[Location]:
     """Files that hold the inputs of segments."""
-    files = set()
-    for segment in segments:
-        for entry in segment.inputs:
-            files.add(entry.file)
-            if isinstance(entry, DecodedEntry) and entry.scales:
-                files.add(entry.scales.entry.file)
-            if isinstance(entry, DecodedEntry) and entry.low_rank:
-                files |= {entry.low_rank.a.file, entry.low_rank.b.file}
-    return files
+    entries = (entry for segment in segments for entry in segment.inputs)
+    return {stored.file for entry in entries for stored in stored_entries(entry)}
 
 
 def chunk_elements(segments: Iterable[Segment], config: MergeConfig, chunk_bytes: int) -> int:
@@ -153,7 +147,9 @@ class _Engine:
         return grams
 
     def _runs_native(self, batch: Sequence[Segment]) -> bool:
-        return self.is_native and not isinstance(batch[0].rule, FunctionRule)
+        if not self.is_native or isinstance(batch[0].rule, FunctionRule):
+            return False
+        return all(native.reads(entry) for segment in batch for entry in segment.inputs)
 
     def _pieces(self, batch: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], Array]:
         if not self.takes_gram:
@@ -177,9 +173,8 @@ def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:
     plain: list[Segment] = []
     single: list[Segment] = []
     for segment in segments:
-        is_decoded = any(isinstance(entry, DecodedEntry) for entry in segment.inputs)
-        is_plain = isinstance(segment.rule, tuple) and not is_decoded
-        (plain if is_plain else single).append(segment)
+        is_plain_sum = isinstance(segment.rule, tuple) and all(map(is_plain, segment.inputs))
+        (plain if is_plain_sum else single).append(segment)
     return [*([plain] if plain else []), *([segment] for segment in single)]
 
 
@@ -188,7 +183,7 @@ def _copy_equal(segment: Segment, files: OpenFiles) -> None:
     step = (1 << 20) // item
     for at in range(0, segment.num_elements, step):
         count = min(step, segment.num_elements - at)
-        chunks = [files.read(entry, at, count) for entry in segment.inputs]
+        chunks = [values(entry, at, count, files)[0].tobytes() for entry in segment.inputs]
         for entry, chunk in zip(segment.inputs, chunks, strict=True):
             if chunk != chunks[0]:
                 raise InputError(

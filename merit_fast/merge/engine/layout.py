@@ -12,9 +12,8 @@ from merit_fast.merge.read.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
-    TensorEntry,
 )
-from merit_fast.merge.read.decoded import is_float
+from merit_fast.merge.read.entries import TensorEntry, is_float
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,13 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.engine.values import factors, nonfinite_error, scale_grid
-from merit_fast.merge.read.checkpoint import TensorEntry
-from merit_fast.merge.read.decoded import DecodedEntry
+from merit_fast.merge.read.entries import (
+    AssembledEntry,
+    ChangedEntry,
+    DecodedEntry,
+    LowRank,
+    TensorEntry,
+)
 
 Advance = Callable[[int], None]  # receives the number of elements done since the last call
 _CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
@@ -79,6 +84,14 @@ def run(
         raise MeritFastError(f"{where}: {reason} while merging {segment.names[0]}")
 
 
+def reads(entry: TensorEntry) -> bool:
+    """Whether the C++ engine reads this form; ``reference`` reads all of them."""
+    if isinstance(entry, ChangedEntry):
+        assert entry.source is not None
+        return len(entry.changes) == 1 and reads(entry.source)
+    return not isinstance(entry, AssembledEntry)
+
+
 class _Builder:
     """Builds the structs of merit_fast._C; keeps the small arrays that they point to."""
 
@@ -99,10 +112,13 @@ class _Builder:
 
     def _source(self, entry: TensorEntry) -> Any:
         scales = low_rank = None
+        cols = entry.shape[-1] if entry.shape else 1
+        if isinstance(entry, ChangedEntry):
+            assert entry.source is not None
+            low_rank = self._low_rank(entry.changes[0], cols)
+            entry = entry.source
         if isinstance(entry, DecodedEntry):
-            cols = entry.shape[-1] if entry.shape else 1
             scales = self._scales(entry, cols)
-            low_rank = self._low_rank(entry, cols)
         return self.native.Source(
             file=self.files.number(entry.file),
             offset=entry.offset,
@@ -112,8 +128,6 @@ class _Builder:
         )
 
     def _scales(self, entry: DecodedEntry, cols: int) -> Any:
-        if entry.dtype in FLOAT_DTYPES:
-            return None
         scales = entry.scales
         grid = scale_grid(scales, self.files) if scales else np.ones((1, 1))
         self._kept.append(grid)
@@ -126,10 +140,8 @@ class _Builder:
             values=grid.ctypes.data,
         )
 
-    def _low_rank(self, entry: DecodedEntry, cols: int) -> Any:
-        pair = factors(entry, self.files)
-        if pair is None or entry.low_rank is None:
-            return None
+    def _low_rank(self, change: LowRank, cols: int) -> Any:
+        pair = factors(change, self.files)
         self._kept.extend(pair)
         left, right = pair
         return self.native.LowRank(
@@ -137,7 +149,7 @@ class _Builder:
             right=right.ctypes.data,
             rank=left.shape[1],
             cols=cols,
-            factor=entry.low_rank.scaling,
+            factor=change.scaling,
         )
 
 

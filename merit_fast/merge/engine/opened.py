@@ -12,7 +12,7 @@ import numpy as np
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
-from merit_fast.merge.read.checkpoint import TensorEntry
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.remote import Location, RemotePath
 
 

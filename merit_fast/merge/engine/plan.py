@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
-from merit_fast.merge.read.checkpoint import TensorEntry
-from merit_fast.merge.read.decoded import DecodedEntry, is_float
+from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
 
 Rule = tuple[float, ...] | DeltaRule | FunctionRule
@@ -142,7 +141,7 @@ def _follows(last: Segment, segment: Segment) -> bool:
         mine.file == theirs.file
         and mine.dtype == theirs.dtype
         and mine.offset + elements * ITEM_BYTES[mine.dtype] == theirs.offset
-        and not isinstance(mine, DecodedEntry)
-        and not isinstance(theirs, DecodedEntry)
+        and is_plain(mine)
+        and is_plain(theirs)
         for mine, theirs in zip(last.inputs, segment.inputs, strict=True)
     )

@@ -13,15 +13,10 @@ from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
-from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry
+from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
-from merit_fast.merge.read.decoded import (
-    DecodedEntry,
-    is_adapter,
-    is_float,
-    read_input,
-    value_dtype,
-)
+from merit_fast.merge.read.decoded import is_adapter, read_input
+from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
@@ -185,7 +180,7 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
         row = max((entry.shape[-1] for entry in entries if entry.shape), default=1)
         elements = max(elements, row)
     each = (len(inputs.checkpoints) + 1) * widest
-    decoded = 16 if any(isinstance(entry, DecodedEntry) for entry in entries) else 0
+    decoded = 16 if not all(map(is_plain, entries)) else 0
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
     return config.threads * elements * (each + decoded + sizes + ranks)

@@ -16,7 +16,7 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.engine.values import finite, nonfinite_error, values
-from merit_fast.merge.read.checkpoint import TensorEntry
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.rules.function import FunctionRule
 
 

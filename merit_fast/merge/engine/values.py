@@ -1,15 +1,24 @@
 """An input's values in NumPy, as the engine makes them, and errors about non-finite ones."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
 from merit_fast.kernels.average._eager import to_float64
-from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.average.dtypes import DTYPES
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.option_names import OptionError
-from merit_fast.merge.read.checkpoint import TensorEntry
-from merit_fast.merge.read.decoded import DecodedEntry, Scales
+from merit_fast.merge.read.entries import (
+    AssembledEntry,
+    ChangedEntry,
+    DecodedEntry,
+    LowRank,
+    Part,
+    Scales,
+    TensorEntry,
+)
 
 Array = npt.NDArray[np.float64]
 
@@ -30,13 +39,11 @@ def float8_table(dtype: str) -> Array:
     return np.where(codes & 128, -values, values)
 
 
-def factors(entry: DecodedEntry, files: OpenFiles) -> tuple[np.ndarray, np.ndarray] | None:
+def factors(change: LowRank, files: OpenFiles) -> tuple[np.ndarray, np.ndarray]:
     """(left [rows, rank], right [rank, cols]): float32 factors of an adapter's change."""
-    if entry.low_rank is None:
-        return None
-    a = files.small_array(entry.low_rank.a)
-    b = files.small_array(entry.low_rank.b)
-    left, right = (a.T, b.T) if entry.low_rank.transposed else (b, a)
+    a = files.small_array(change.a)
+    b = files.small_array(change.b)
+    left, right = (a.T, b.T) if change.transposed else (b, a)
     return np.ascontiguousarray(left, np.float32), np.ascontiguousarray(right, np.float32)
 
 
@@ -48,27 +55,83 @@ def scale_grid(scales: Scales, files: OpenFiles) -> Array:
 
 def values(entry: TensorEntry, first: int, count: int, files: OpenFiles) -> tuple[np.ndarray, str]:
     """Elements of an input and their dtype: as stored (bf16 as uint16 bits), or decoded float64."""
+    if isinstance(entry, ChangedEntry):
+        return _changed(entry, first, count, files), "F64"
+    if isinstance(entry, AssembledEntry):
+        return _assembled(entry, first, count, files), entry.dtype
+    if isinstance(entry, DecodedEntry):
+        return _decoded(entry, first, count, files), "F64"
     data = files.read(entry, first, count)
-    if not isinstance(entry, DecodedEntry):
-        return np.frombuffer(data, FLOAT_DTYPES[entry.dtype][1]), entry.dtype
-    cols = entry.shape[-1] if entry.shape else 1
-    rows, columns = np.divmod(np.arange(first, first + count), cols)
-    if entry.dtype in FLOAT_DTYPES:
-        decoded = to_float64(np.frombuffer(data, FLOAT_DTYPES[entry.dtype][1]), entry.dtype)
-    else:
-        decoded = float8_table(entry.dtype)[np.frombuffer(data, np.uint8)]
-        if entry.scales is not None:
-            grid = scale_grid(entry.scales, files)
-            decoded = (
-                decoded * grid[rows // entry.scales.block_rows, columns // entry.scales.block_cols]
-            )
-    pair = factors(entry, files)
-    if pair is not None and entry.low_rank is not None:
+    return np.frombuffer(data, DTYPES[entry.dtype].bits), entry.dtype
+
+
+def _decoded(entry: DecodedEntry, first: int, count: int, files: OpenFiles) -> Array:
+    decoded = float8_table(entry.dtype)[np.frombuffer(files.read(entry, first, count), np.uint8)]
+    if entry.scales is None:
+        return np.asarray(decoded)
+    rows, columns = _places(entry, first, count)
+    grid = scale_grid(entry.scales, files)
+    scale = grid[rows // entry.scales.block_rows, columns // entry.scales.block_cols]
+    return np.asarray(decoded * scale)
+
+
+def _changed(entry: ChangedEntry, first: int, count: int, files: OpenFiles) -> Array:
+    assert entry.source is not None
+    total = to_float64(*values(entry.source, first, count, files))
+    rows, columns = _places(entry, first, count)
+    for low_rank in entry.changes:
+        left, right = factors(low_rank, files)
         change = np.zeros(count)
-        for r in range(pair[0].shape[1]):
-            change += pair[0][rows, r].astype(np.float64) * pair[1][r, columns].astype(np.float64)
-        decoded = decoded + entry.low_rank.scaling * change
-    return decoded, "F64"
+        for r in range(left.shape[1]):
+            change += left[rows, r].astype(np.float64) * right[r, columns].astype(np.float64)
+        total = total + low_rank.scaling * change
+    return np.asarray(total)
+
+
+def _assembled(
+    entry: AssembledEntry, first: int, count: int, files: OpenFiles
+) -> npt.NDArray[np.generic]:
+    out = np.empty(count, DTYPES[entry.dtype].bits)
+    for part in entry.parts:
+        target, source = _overlap(part, entry.shape, first, count)
+        if not len(target):
+            continue
+        low = int(source.min())
+        loaded, dtype = values(part.source, low, int(source.max()) - low + 1, files)
+        taken = loaded[source - low]
+        out[target] = taken if dtype == entry.dtype else to_float64(taken, dtype)
+    return out
+
+
+def _overlap(
+    part: Part, shape: tuple[int, ...], first: int, count: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Places of a part's elements within a run of its tensor, and within its source."""
+    target = np.array(-first, np.int64)
+    source = np.array(part.start, np.int64)
+    step = math.prod(shape)
+    for d, size in enumerate(part.sizes):
+        step //= shape[d]
+        index = np.arange(size)
+        places = (part.offsets[d] + (part.steps[d] if part.steps else 1) * index) * step
+        if d == 0:  # other rows are not looked at
+            inside = (places + step > first) & (places < first + count)
+            index, places = index[inside], places[inside]
+        target = np.add.outer(target, places)
+        source = np.add.outer(source, index * part.strides[d])
+    target, source = target.ravel(), source.ravel()
+    inside = (target >= 0) & (target < count)
+    return target[inside], source[inside]
+
+
+def _places(
+    entry: TensorEntry, first: int, count: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Row and column of each element of a run."""
+    rows, columns = np.divmod(
+        np.arange(first, first + count), entry.shape[-1] if entry.shape else 1
+    )
+    return rows, columns
 
 
 def finite(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.combine.weights import Weights, resolve_weights
 from merit_fast.merge.config import MergeConfig, config_of
 from merit_fast.merge.option_names import OptionError, options_named
-from merit_fast.merge.read.checkpoint import TensorEntry
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.rules.function import FunctionRule, UserFunction
 from merit_fast.merge.rules.kinds import WeightedSum
 

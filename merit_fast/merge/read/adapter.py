@@ -14,11 +14,11 @@ from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.read.checkpoint import (
     ADAPTER_FILE,
     Checkpoint,
-    TensorEntry,
     pickle_hint,
     read_files,
 )
 from merit_fast.merge.read.companions import is_embedding, is_tied
+from merit_fast.merge.read.entries import LowRank, TensorEntry
 from merit_fast.merge.read.files import list_directory, quote, read_json
 from merit_fast.merge.read.remote import Location
 from merit_fast.options.fields import require
@@ -79,24 +79,6 @@ _NOT_FULL = re.compile(
 _TOO_SLOW = re.compile(
     r"\)[*+{]|(?:.*[*+?{]){3}"
 )  # a foreign pattern may not take exponential time
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """One tensor's change: scaling * B @ A, transposed for embeddings and layers of [in, out]."""
-
-    name: str  # of the base's tensor
-    a: TensorEntry  # [r, in]
-    b: TensorEntry  # [out, r]
-    scaling: float  # lora_alpha / r, or / sqrt(r) with use_rslora
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the base's tensor."""
-        out = self.b.shape[0]
-        into = self.a.shape[1]
-        return (into, out) if self.transposed else (out, into)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import (
     MAX_JSON_BYTES,
     list_directory,
@@ -32,22 +33,6 @@ _MAX_NAME = 1000  # characters; bounds every message
 _MAX_NUMBER = 2**63 - 1
 _MAX_DIMENSIONS = 64  # as in torch and NumPy
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor in a file. ``offset`` counts bytes from the start of ``file``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Location
-    offset: int
-    num_bytes: int
-
-    @property
-    def num_elements(self) -> int:
-        return self.num_bytes // ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import DTYPES, FLOAT_DTYPES
 from merit_fast.manifests.atomic import write_text
-from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry
+from merit_fast.merge.read.checkpoint import Checkpoint
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import (
     copy_file,
     is_directory,

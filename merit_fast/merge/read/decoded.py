@@ -1,44 +1,27 @@
 """Inputs decoded while they are read: 8-bit floats with scales, adapters on a base."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
+from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, FP8_DTYPES
 from merit_fast.merge.option_names import OptionError
-from merit_fast.merge.read.adapter import ADAPTER_CONFIG, Adapter, LowRank, check_tied, read_adapter
-from merit_fast.merge.read.checkpoint import Checkpoint, TensorEntry, read_checkpoint
+from merit_fast.merge.read.adapter import ADAPTER_CONFIG, Adapter, check_tied, read_adapter
+from merit_fast.merge.read.checkpoint import Checkpoint, read_checkpoint
+from merit_fast.merge.read.entries import (
+    ChangedEntry,
+    DecodedEntry,
+    LowRank,
+    Scales,
+    TensorEntry,
+    is_float,
+)
 from merit_fast.merge.read.files import quote, read_json
 from merit_fast.merge.read.remote import Location
 
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _LAYER_SCALES = ("input_scale", "output_scale")
-
-
-@dataclass(frozen=True)
-class Scales:
-    """value[i, j] = stored[i, j] * scale[i // block_rows, j // block_cols]"""
-
-    entry: TensorEntry
-    block_rows: int
-    block_cols: int
-
-
-@dataclass(frozen=True)
-class DecodedEntry(TensorEntry):
-    """A tensor decoded while it is read (8-bit with scales, or base + LoRA), in float64."""
-
-    scales: Scales | None = None
-    low_rank: LowRank | None = None
-
-
-def is_float(entry: TensorEntry) -> bool:
-    return entry.dtype in FLOAT_DTYPES or entry.dtype in FP8_DTYPES
-
-
-def value_dtype(entry: TensorEntry) -> str:
-    """The dtype in which the engine sees the tensor's values."""
-    return "F64" if isinstance(entry, DecodedEntry) else entry.dtype
 
 
 def is_adapter(path: Location) -> bool:
@@ -71,7 +54,7 @@ def _on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
             raise InputError(
                 f"{entry.file}: {entry.name}: must have the shape of {name} in {base.path}, {shape}"
             )
-        tensors[name] = _renamed(entry, name)
+        tensors[name] = replace(entry, name=name)
     for name, change in adapter.low_rank.items():
         target = tensors.get(name)
         if target is None or target.shape != change.shape or not is_float(target):
@@ -81,7 +64,7 @@ def _on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
                 f"{list(change.shape)}, "
                 f"{base.path} has {shape}"
             )
-        tensors[name] = _decoded(target, low_rank=change)
+        tensors[name] = _changed(target, change)
     return Checkpoint(adapter.path, tensors, base.shards)
 
 
@@ -101,7 +84,7 @@ def _with_scales(checkpoint: Checkpoint) -> Checkpoint:
         used.update(names)
         layer = entry.name.rpartition(".")[0]
         used.update(f"{layer}.{name}" for name in _LAYER_SCALES if f"{layer}.{name}" in tensors)
-        tensors[entry.name] = _decoded(entry, scales=scales)
+        tensors[entry.name] = DecodedEntry(**_fields(entry), scales=scales)
     tensors = {name: entry for name, entry in tensors.items() if name not in used}
     shards = tuple(
         (file, tuple(name for name in names if name in tensors))
@@ -152,13 +135,9 @@ def _block_size(path: Location) -> tuple[int, int] | None:
     return size[0], size[1]
 
 
-def _decoded(
-    entry: TensorEntry, scales: Scales | None = None, low_rank: LowRank | None = None
-) -> DecodedEntry:
-    values = {field.name: getattr(entry, field.name) for field in fields(TensorEntry)}
-    earlier = entry.scales if isinstance(entry, DecodedEntry) else None
-    return DecodedEntry(**values, scales=scales or earlier, low_rank=low_rank)
+def _changed(entry: TensorEntry, change: LowRank) -> ChangedEntry:
+    return ChangedEntry(**_fields(entry), source=entry, changes=(change,))
 
 
-def _renamed(entry: TensorEntry, name: str) -> TensorEntry:
-    return TensorEntry(name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes)
+def _fields(entry: TensorEntry) -> dict[str, Any]:
+    return {field.name: getattr(entry, field.name) for field in fields(TensorEntry)}

@@ -18,8 +18,9 @@ from typing import Any
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.parameters import Layers, layer_of
-from merit_fast.merge.read.checkpoint import SINGLE_FILE, Checkpoint, TensorEntry
+from merit_fast.merge.read.checkpoint import SINGLE_FILE, Checkpoint
 from merit_fast.merge.read.companions import CONFIG_FILE
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import list_directory, read_json
 from merit_fast.merge.read.remote import Location
 

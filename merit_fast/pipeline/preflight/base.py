@@ -8,7 +8,7 @@ from merit_fast.errors import InputError, show
 from merit_fast.kernels import dispatch
 from merit_fast.manifests.stages import MERGE, SKETCH, TRAIN, Stage
 from merit_fast.merge.read.checkpoint import read_checkpoint
-from merit_fast.merge.read.decoded import is_float
+from merit_fast.merge.read.entries import is_float
 from merit_fast.merge.read.files import read_json
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.progress import Progress

@@ -23,7 +23,7 @@ from support.merge.headers import INDEX, one_tensor, pack, tensor, write_model
 from merit_fast.errors import InputError
 
 if TYPE_CHECKING:  # a fuzzed module is imported first where it is instrumented
-    from merit_fast.merge.read.checkpoint import TensorEntry
+    from merit_fast.merge.read.entries import TensorEntry
 
 HEADER = {
     "v": tensor([2, 3], 0, 24),
