@@ -18,9 +18,10 @@ from merit_fast.kernels import dispatch
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.changes import factors_of
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
-from merit_fast.merge.engine.values import factors, nonfinite_error, scale_grid
+from merit_fast.merge.engine.values import nonfinite_error, scale_grid
 from merit_fast.merge.read.entries import (
     AssembledEntry,
     ChangedEntry,
@@ -88,7 +89,8 @@ def reads(entry: TensorEntry) -> bool:
     """Whether the C++ engine reads this form; ``reference`` reads all of them."""
     if isinstance(entry, ChangedEntry):
         assert entry.source is not None
-        return len(entry.changes) == 1 and reads(entry.source)
+        is_low_rank = len(entry.changes) == 1 and isinstance(entry.changes[0], LowRank)
+        return is_low_rank and reads(entry.source)
     return not isinstance(entry, AssembledEntry)
 
 
@@ -115,7 +117,9 @@ class _Builder:
         cols = entry.shape[-1] if entry.shape else 1
         if isinstance(entry, ChangedEntry):
             assert entry.source is not None
-            low_rank = self._low_rank(entry.changes[0], cols)
+            change = entry.changes[0]
+            assert isinstance(change, LowRank)
+            low_rank = self._low_rank(change)
             entry = entry.source
         if isinstance(entry, DecodedEntry):
             scales = self._scales(entry, cols)
@@ -140,15 +144,15 @@ class _Builder:
             values=grid.ctypes.data,
         )
 
-    def _low_rank(self, change: LowRank, cols: int) -> Any:
-        pair = factors(change, self.files)
+    def _low_rank(self, change: LowRank) -> Any:
+        pair = factors_of(change, self.files)
         self._kept.extend(pair)
         left, right = pair
         return self.native.LowRank(
             left=left.ctypes.data,
             right=right.ctypes.data,
             rank=left.shape[1],
-            cols=cols,
+            cols=right.shape[2],
             factor=change.scaling,
         )
 
