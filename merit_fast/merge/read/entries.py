@@ -67,7 +67,7 @@ class AssembledEntry(TensorEntry):
     """A tensor whose values lie in boxes of other entries, each element in exactly one box.
 
     ``file``, ``offset`` are those of the first source, for messages; ``num_bytes`` the bytes that
-    are read. ``dtype``: that of all sources if they are plain and agree, else "F64".
+    are read. ``dtype``: the ``value_dtype`` of all sources if they agree, else "F64".
     """
 
     parts: tuple[Part, ...] = ()
@@ -99,7 +99,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class ExpertsLowRank:
-    """scaling * B_e @ A_e, added to matrix e of [E, out, in], or transposed to that of [E, in, out].
+    """scaling * B_e @ A_e, added to matrix e of [E, out, in], or transposed to one of [E, in, out].
 
     A_e = A.reshape(E, r, in)[e], B_e = B.reshape(out, r, E)[:, :, e]: A stacks whole experts, B
     alternates between them.
