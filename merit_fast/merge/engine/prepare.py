@@ -9,6 +9,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.engine.changes import factor_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
@@ -187,7 +188,13 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     decoded = 16 if not all(map(is_plain, entries)) else 0
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
-    return config.threads * elements * (each + decoded + sizes + ranks)
+    return config.threads * elements * (each + decoded + sizes + ranks) + _factor_bytes(inputs)
+
+
+def _factor_bytes(inputs: Inputs) -> int:
+    """The most bytes that adapters' factors of one tensor take, in all inputs together."""
+    tensors = (tensor for file in inputs.files for tensor in file.tensors)
+    return max((sum(map(factor_bytes, tensor.inputs)) for tensor in tensors), default=0)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:
