@@ -76,6 +76,7 @@ INSIDE = {
         "engine",
         "write",
         "in_memory",
+        "lora",
         "prepared",
         "stage",
     ),

@@ -164,7 +164,7 @@ def _same(embedding: TensorEntry, head: TensorEntry) -> bool:
     ]
     return (
         len(mine) == len(theirs)
-        and _same_place_or_bytes(*sources)
+        and same_values(*sources)
         and all(_same_change(*pair) for pair in zip(mine, theirs, strict=True))
     )
 
@@ -173,7 +173,7 @@ def _same_change(mine: Change, theirs: Change) -> bool:
     """Whether an embedding's change and a head's are equal; factors swap between the two."""
     if isinstance(mine, Rows) and isinstance(theirs, Rows):
         is_same = mine.indices == theirs.indices
-        return is_same and _same_place_or_bytes(mine.rows, theirs.rows)
+        return is_same and same_values(mine.rows, theirs.rows)
     if isinstance(mine, LowRank) and isinstance(theirs, LowRank):
         return (
             mine.scaling == theirs.scaling
@@ -197,7 +197,8 @@ def _is_transpose(first: TensorEntry, second: TensorEntry) -> bool:
     return np.ascontiguousarray(arrays[0].T).tobytes() == arrays[1].tobytes()
 
 
-def _same_place_or_bytes(first: TensorEntry, second: TensorEntry) -> bool:
+def same_values(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two stored tensors are one, or equal byte for byte."""
     if (first.file, first.offset) == (second.file, second.offset):
         return True
     if (first.dtype, first.shape) != (second.dtype, second.shape):
