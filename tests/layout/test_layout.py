@@ -83,6 +83,7 @@ INSIDE = {
         "config",
         "names",
         "selection",
+        "frozen_linear",
         "precondition",
         "capture",
         "passes",
