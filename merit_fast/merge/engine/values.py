@@ -99,6 +99,8 @@ def _assembled(
         low = int(source.min())
         loaded, dtype = values(part.source, low, int(source.max()) - low + 1, files)
         taken = loaded[source - low]
+        if dtype != entry.dtype and entry.dtype != "F64":
+            raise ValueError(f"{entry.name}: is {entry.dtype}, a part of it is {dtype}")
         out[target] = taken if dtype == entry.dtype else to_float64(taken, dtype)
     return out
 

@@ -67,7 +67,7 @@ class AssembledEntry(TensorEntry):
     """A tensor whose values lie in boxes of other entries, each element in exactly one box.
 
     ``file``, ``offset`` are those of the first source, for messages; ``num_bytes`` the bytes that
-    are read. ``dtype``: that of all sources if they are plain and agree, else "F64".
+    are read. ``dtype``: the ``value_dtype`` of all sources if they agree, else "F64".
     """
 
     parts: tuple[Part, ...] = ()
