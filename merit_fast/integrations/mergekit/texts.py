@@ -10,7 +10,7 @@ from typing import Any
 
 from merit_fast.errors import InputError, show
 from merit_fast.integrations.mergekit.document import Document, Reference
-from merit_fast.merge.read.decoded import is_adapter
+from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.files import list_directory, open_regular, read_json
 from merit_fast.merge.read.remote import Location
 

@@ -13,9 +13,11 @@ from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
+from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
-from merit_fast.merge.read.decoded import is_adapter, read_input
+from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
@@ -92,7 +94,9 @@ def read_inputs(
     """
     base_checkpoint = read_input(base, None) if base else None
     checkpoints = [read_input(path, base_checkpoint) for path in models]
-    everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
+    everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
+    checkpoints = everyone[: len(models)]
+    base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
     companions = companions or next(
         (path for path in (*models, base) if path and not is_adapter(path)), models[0]
