@@ -17,6 +17,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.decoded import is_adapter, read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
+from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
@@ -83,8 +84,7 @@ def read_inputs(
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
-        companions: the directory that gives config and tokenizer. None: the first that is no
-            adapter.
+        companions: as in ``in_common_names``.
 
     Raises:
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and
@@ -94,9 +94,9 @@ def read_inputs(
     checkpoints = [read_input(path, base_checkpoint) for path in models]
     everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
     check_configs(everyone, any_depth=bool(slices))
-    companions = companions or next(
-        (path for path in (*models, base) if path and not is_adapter(path)), models[0]
-    )
+    everyone, companions = in_common_names(everyone, base_checkpoint, companions)
+    checkpoints = everyone[: len(models)]
+    base_checkpoint = everyone[-1] if base else None
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}

@@ -37,11 +37,15 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory: its tensors, and which file of it holds which, in file order."""
+    """A model directory: its tensors, and which file of it holds which, in file order.
+
+    ``notes``: sentences for the summary about what was changed while it was read.
+    """
 
     path: Location
     tensors: Mapping[str, TensorEntry]
     shards: tuple[tuple[str, tuple[str, ...]], ...]  # (file name, tensor names by offset)
+    notes: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: Location) -> Checkpoint:
