@@ -9,6 +9,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.engine.absence import absence_notes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
@@ -38,6 +39,7 @@ class Inputs:
     dequantized: bool
     models: tuple[Location, ...]
     base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
+    notes: tuple[str, ...]  # what was renamed, filled or left out, in sentences
 
     @property
     def bytes_read(self) -> int:
@@ -110,6 +112,7 @@ def read_inputs(
     shard_bytes = parse_bytes("shard_size", config.shard_size) if config.shard_size else None
     dtype = SHORT_NAMES[config.dtype] if config.dtype else None
     files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models))
+    absent = absence_notes(checkpoints[: len(models)], files, config.missing)
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
     dequantized = any(entry.dtype in FP8_DTYPES for tensor in tensors for entry in tensor.inputs)
@@ -125,6 +128,7 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
+        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent),
     )
 
 

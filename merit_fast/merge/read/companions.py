@@ -13,6 +13,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import (
     copy_file,
+    folder_of,
     is_directory,
     list_directory,
     open_regular,
@@ -153,18 +154,17 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False)
             quantised to integers.
     """
     configs = [
-        (c, read_json(c.path / CONFIG_FILE))
+        (c, read_json(folder_of(c.path) / CONFIG_FILE))
         for c in checkpoints
-        if CONFIG_FILE in list_directory(c.path)
+        if CONFIG_FILE in list_directory(folder_of(c.path))
     ]
     for checkpoint, values in configs if len(checkpoints) > 1 else []:
         quantization = values.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         if method not in _AVERAGED_QUANTIZATION:
             raise InputError(
-                f"{checkpoint.path / CONFIG_FILE}: quantization_config: quant_method must be fp8 "
-                "or absent, "
-                f"got {quote(method)}"
+                f"{folder_of(checkpoint.path) / CONFIG_FILE}: quantization_config: quant_method "
+                f"must be fp8 or absent, got {quote(method)}"
             )
     for other, values in configs[1:]:
         first, wanted = configs[0]
@@ -177,7 +177,7 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False)
             differ = mine is not None and theirs is not None and mine != theirs
             if differ and not (key == "model_type" and _is_part(wanted, values)):
                 raise InputError(
-                    f"{other.path / CONFIG_FILE}: {key}: must be {quote(mine)} as in "
+                    f"{folder_of(other.path) / CONFIG_FILE}: {key}: must be {quote(mine)} as in "
                     f"{first.path}, got {quote(theirs)}"
                 )
 
@@ -189,7 +189,7 @@ def is_embedding(name: str) -> bool:
 
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the model's head is its input embedding, by config.json and tensor names."""
-    file = checkpoint.path / CONFIG_FILE
+    file = folder_of(checkpoint.path) / CONFIG_FILE
     tied = file.exists() and _value(read_json(file), "tie_word_embeddings") is True
     return tied and not _ending(checkpoint.tensors, _HEADS)
 

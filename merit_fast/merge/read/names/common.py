@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.decoded import is_adapter
+from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.heads import match_heads
 from merit_fast.merge.read.names.matching import match_names
 from merit_fast.merge.read.names.model_class import is_language_model_of, model_class
@@ -32,8 +33,8 @@ def in_common_names(
     matched = match_names(donor, models)
     if companions is None:
         is_part = first is not donor and _is_part(first, donor)
-        companions = donor.path if is_part else first.path
-    giver = next((model for model in matched if model.path == companions), donor)
+        companions = folder_of(donor.path if is_part else first.path)
+    giver = next((model for model in matched if folder_of(model.path) == companions), donor)
     return match_heads(giver, matched), companions
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from merit_fast.merge.read.files import list_directory, read_json
+from merit_fast.merge.read.files import folder_of, list_directory, read_json
 from merit_fast.merge.read.names.rules import LEGACY, Rule, conversion_map, rules_of
 from merit_fast.merge.read.remote import Location
 
@@ -96,13 +96,14 @@ class ModelClass:
 
 
 def model_class(path: Location) -> ModelClass:
-    """The class of a model directory, by its config.json; one without rules where it has none.
+    """The class of a model, by its config.json; one without rules where it has none.
 
     Raises:
         InputError: config.json cannot be read.
     """
-    has_config = _CONFIG_FILE in list_directory(path)
-    return class_of_config(read_json(path / _CONFIG_FILE) if has_config else {})
+    folder = folder_of(path)
+    has_config = _CONFIG_FILE in list_directory(folder)
+    return class_of_config(read_json(folder / _CONFIG_FILE) if has_config else {})
 
 
 def class_of_config(config: Mapping[str, Any]) -> ModelClass:
