@@ -4,27 +4,41 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from merit_fast.merge.engine.layout import OutputFile
+from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import Checkpoint
 
 _MOST_GROUPS = 4
 
 
 def absence_notes(
-    models: Sequence[Checkpoint], files: Sequence[OutputFile], missing: str
+    models: Sequence[Checkpoint],
+    giver: Checkpoint | None,
+    files: Sequence[OutputFile],
+    missing: str,
 ) -> list[str]:
     """One sentence for each model whose tensors are filled from the base or left out.
 
     Args:
         models: of the merge, without the base.
+        giver: the model that gives config.json, if it is read.
         files: of the output.
         missing: what happens to a tensor that some model lacks.
+
+    Raises:
+        InputError: the output lacks a tensor of the model that gives its config.json, and
+            ``missing`` is "error".
     """
     output = {tensor.name for file in files for tensor in file.tensors}
+    lacking = [name for name in giver.tensors if name not in output] if giver else []
+    if giver and lacking and missing == "error":
+        rule = f"{models[0].path}: {lacking[0]}: is missing, {giver.path} has it"
+        raise OptionError(rule, "missing", "{} says what to do")
     notes = []
     for model in models if missing == "base" else ():
         if filled := [name for name in output if name not in model.tensors]:
             notes.append(f"{model.path}: {_count(filled)} come from the base: {_groups(filled)}")
-    for model in models if missing == "drop" else ():
+    everyone = [*models, *([giver] if giver and giver not in models else [])]
+    for model in everyone if missing == "drop" else ():
         if dropped := [name for name in model.tensors if name not in output]:
             rule = f"{_count(dropped)} are left out, as other models lack them"
             notes.append(f"{model.path}: {rule}: {_groups(dropped)}")

@@ -18,6 +18,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.decoded import is_adapter, read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
+from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
@@ -112,7 +113,9 @@ def read_inputs(
     shard_bytes = parse_bytes("shard_size", config.shard_size) if config.shard_size else None
     dtype = SHORT_NAMES[config.dtype] if config.dtype else None
     files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models))
-    absent = absence_notes(checkpoints[: len(models)], files, config.missing)
+    giver = next((each for each in everyone if folder_of(each.path) == companions), None)
+    giver = None if slices else giver
+    absent = absence_notes(checkpoints[: len(models)], giver, files, config.missing)
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
     dequantized = any(entry.dtype in FP8_DTYPES for tensor in tensors for entry in tensor.inputs)
