@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from merit_fast.merge.read.adapters.adapter import is_adapter
-from merit_fast.merge.read.files import list_directory, open_regular, read_json
+from merit_fast.merge.read.files import folder_of, list_directory, open_regular, read_json
 from merit_fast.merge.read.remote import Location
 
 _TEMPLATE = "chat_template.jinja"
@@ -33,7 +33,9 @@ def answer_notes(models: Sequence[Location], companions: Location) -> list[str]:
         others = [
             str(path)
             for path in models
-            if path != companions and not is_adapter(path) and read(path) not in (None, kept)
+            if folder_of(path) != companions
+            and not is_adapter(path)
+            and read(folder_of(path)) not in (None, kept)
         ]
         if others:
             whose = ", ".join(others)
