@@ -12,6 +12,7 @@ from merit_fast.merge.config import MergeConfig, parse_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
+from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
@@ -21,6 +22,9 @@ from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ThinnedDeltas
+from merit_fast.merge.vocabulary.configs import check_configs_fit
+from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
+from merit_fast.merge.vocabulary.templates import checked_template
 from merit_fast.progress import Progress
 
 _LEAST_CHUNK_KIB = 4
@@ -37,6 +41,13 @@ class Inputs:
     dequantized: bool
     models: tuple[Location, ...]
     base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
+    vocabulary: OutputVocabulary | None = None  # None: tokenizer and rows stay as they are
+    chat_template: str | None = None  # None: the tokenizer's own
+
+    @property
+    def tokenizer(self) -> Location:
+        """The directory whose tokenizer the output gets."""
+        return self.vocabulary.folder if self.vocabulary else self.companions
 
     @property
     def bytes_read(self) -> int:
@@ -87,9 +98,10 @@ def read_inputs(
             adapter.
 
     Raises:
-        InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and
-            ``lay_out``.
+        InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
+            ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
+    chosen = companions
     base_checkpoint = read_input(base, None) if base else None
     checkpoints = [read_input(path, base_checkpoint) for path in models]
     everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
@@ -97,6 +109,17 @@ def read_inputs(
     companions = companions or next(
         (path for path in (*models, base) if path and not is_adapter(path)), models[0]
     )
+    matched = match_vocabularies(
+        checkpoints, base_checkpoint, config.tokenizer_options, chosen, companions
+    )
+    checkpoints = list(matched.models)
+    base_checkpoint = matched.base
+    everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
+    vocabulary = matched.output
+    if vocabulary:
+        check_configs_fit(companions, vocabulary)
+    tokenizer = vocabulary.folder if vocabulary else companions
+    template = checked_template(config.chat_template, models, tokenizer)
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -125,6 +148,8 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
+        vocabulary,
+        template,
     )
 
 
@@ -134,6 +159,8 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
     Raises:
         InputError: a value is not finite and the method needs lengths; see ``gram_shard``.
     """
+    if inputs.vocabulary and inputs.vocabulary.made:
+        write_made(inputs.vocabulary.made)
     combination = inputs.combination
     from_gram = combination.from_gram
     if from_gram is None:
