@@ -90,12 +90,15 @@ def _from_tokenizer(value: Any, where: str, output: OutputVocabulary, key: str) 
         for config in (values, values.get("text_config")):
             if isinstance(config, dict) and config.get(name) is not None:
                 return config[name]
-    if "tokenizer_config.json" in present and name.endswith("_token_id"):
+    token_key = name.removesuffix("_id")
+    config = {}
+    if "tokenizer_config.json" in present:
         config = read_json(output.folder / "tokenizer_config.json")
-        token = config.get(name.removesuffix("_id"))
+    if token_key in config and output.tokens is not None:
+        token = config[token_key]
         text = token.get("content") if isinstance(token, dict) else token
-        if text is None or (output.tokens and text in output.tokens.vocabulary.ids):
-            return output.tokens.vocabulary.ids[text] if output.tokens and text else None
+        if text is None or text in output.tokens.vocabulary.ids:
+            return None if text is None else output.tokens.vocabulary.ids[text]
     raise InputError(
         f"{where}: {key}: {quote(value)} is a token that the output's vocabulary, of "
         f"{output.folder}, lacks"
