@@ -78,6 +78,7 @@ class PreparedMerge:
             "base": str(self.base) if self.base else None,
             "dtype": self.inputs.dtypes,
             "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
+            "vocabulary": self.inputs.vocabulary.sentence if self.inputs.vocabulary else None,
             "weights": list(self.weights),
             "coefficients": _coefficients(self.inputs),
             "shards": len(files),
@@ -161,7 +162,7 @@ class PreparedMerge:
     def load(self, device: "torch.device") -> "PreTrainedModel":
         """Loads the transformers model of the output, merged while it is loaded."""
         companions = self.inputs.companions
-        kind = kind_of(companions)
+        kind = kind_of(companions, self.inputs.vocabulary)
         plan = self._plan(SilentProgress())
         staged = device if device.type == "cuda" else None
         with open_merged(plan, self.config, staged) as source:
@@ -214,6 +215,10 @@ class PreparedMerge:
         fingerprints = {str(path): input_fingerprint(folder_of(path)) for path in paths}
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
+        if self.inputs.vocabulary:
+            fingerprints["vocabulary"] = self.inputs.vocabulary.digest
+        if self.inputs.chat_template is not None:
+            fingerprints["chat_template"] = fingerprint(self.inputs.chat_template)
         if self.run:
             fingerprints["run"] = fingerprint(to_plain(self.run))
         fingerprints |= method_fingerprint(self.config)

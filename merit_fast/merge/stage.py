@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_OF_FILES = ("shard_size", "stats", "checksum", "fsync")
+_OF_FILES = ("shard_size", "stats", "checksum", "fsync", "chat_template")
 
 
 @options_named("python")
@@ -96,7 +96,8 @@ def merge_models(  # noqa: PLR0913
     config = settle_weights(paths, config)
     numbers = resolve_weights(paths, config)
     merge = prepare_merge(paths, numbers, start, config, slices, companions, run)
-    for note in answer_notes(paths, merge.inputs.companions):
+    template = merge.inputs.tokenizer if merge.inputs.chat_template is None else None
+    for note in answer_notes(paths, merge.inputs.companions, template):
         progress.note(note)
     summary = merge.summary(out) | {"weights_reason": reason}
     if dry_run:

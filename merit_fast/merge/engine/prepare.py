@@ -13,6 +13,7 @@ from merit_fast.merge.engine.absence import absence_notes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
+from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
@@ -26,6 +27,9 @@ from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ThinnedDeltas
+from merit_fast.merge.vocabulary.configs import check_configs_fit
+from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
+from merit_fast.merge.vocabulary.templates import checked_template
 from merit_fast.progress import Progress
 
 _LEAST_CHUNK_KIB = 4
@@ -43,6 +47,13 @@ class Inputs:
     models: tuple[Location, ...]
     base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
     notes: tuple[str, ...]  # what was renamed, filled or left out, in sentences
+    vocabulary: OutputVocabulary | None = None  # None: tokenizer and rows stay as they are
+    chat_template: str | None = None  # None: the tokenizer's own
+
+    @property
+    def tokenizer(self) -> Location:
+        """The directory whose tokenizer the output gets."""
+        return self.vocabulary.folder if self.vocabulary else self.companions
 
     @property
     def bytes_read(self) -> int:
@@ -92,9 +103,10 @@ def read_inputs(
         companions: as in ``in_common_names``.
 
     Raises:
-        InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and
-            ``lay_out``.
+        InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
+            ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
+    chosen = companions
     base_checkpoint = read_input(base, None) if base else None
     checkpoints = [read_input(path, base_checkpoint) for path in models]
     everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
@@ -104,6 +116,17 @@ def read_inputs(
     everyone, companions = in_common_names(everyone, base_checkpoint, companions)
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base else None
+    matched = match_vocabularies(
+        checkpoints, base_checkpoint, config.tokenizer_options, chosen, companions
+    )
+    checkpoints = list(matched.models)
+    base_checkpoint = matched.base
+    everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
+    vocabulary = matched.output
+    if vocabulary:
+        check_configs_fit(companions, vocabulary)
+    tokenizer = vocabulary.folder if vocabulary else companions
+    template = checked_template(config.chat_template, models, tokenizer)
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -136,6 +159,8 @@ def read_inputs(
         tuple(models),
         base_dtypes,
         (*dict.fromkeys(note for each in everyone for note in each.notes), *absent),
+        vocabulary,
+        template,
     )
 
 
@@ -145,6 +170,8 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
     Raises:
         InputError: a value is not finite and the method needs lengths; see ``gram_shard``.
     """
+    if inputs.vocabulary and inputs.vocabulary.made:
+        write_made(inputs.vocabulary.made)
     combination = inputs.combination
     from_gram = combination.from_gram
     if from_gram is None:

@@ -54,7 +54,6 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 _NEVER = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".index.json", ".part", ".tmp")
 _SAME = (
     "model_type",
-    "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "intermediate_size",
