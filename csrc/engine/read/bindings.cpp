@@ -68,7 +68,12 @@ void define_changes(nb::module_& m) {
           },
           nb::kw_only(), "source"_a, "rows"_a, "source_rows"_a, "cols"_a);
   nb::class_<ChangedSource, Source>(m, "ChangedSource")
-      .def(nb::init<SourcePtr, std::vector<ChangePtr>>(), nb::kw_only(), "source"_a, "changes"_a);
+      .def(
+          "__init__",
+          [](ChangedSource* self, SourcePtr source, std::vector<ChangePtr> changes) {
+            new (self) ChangedSource(std::move(source), std::move(changes));
+          },
+          nb::kw_only(), "source"_a, "changes"_a);
 }
 
 void define_boxes(nb::module_& m) {

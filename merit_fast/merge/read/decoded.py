@@ -1,7 +1,7 @@
 """Inputs decoded while they are read: 8-bit floats with scales, adapters on a base."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from merit_fast.errors import InputError
@@ -11,7 +11,8 @@ from merit_fast.merge.read.adapters.adapter import is_adapter, read_adapter
 from merit_fast.merge.read.adapters.on_base import put_on_base
 from merit_fast.merge.read.checkpoint import Checkpoint, read_checkpoint
 from merit_fast.merge.read.entries import DecodedEntry, Scales, TensorEntry
-from merit_fast.merge.read.files import quote, read_json
+from merit_fast.merge.read.files import folder_of, quote, read_json
+from merit_fast.merge.read.names.wrappers import without_wrappers
 from merit_fast.merge.read.remote import Location
 
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
@@ -25,7 +26,7 @@ def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
         InputError: an adapter without a base, or one that does not fit it; see ``read_checkpoint``.
     """
     if not is_adapter(path):
-        return _with_scales(read_checkpoint(path))
+        return _with_scales(without_wrappers(read_checkpoint(path)))
     if base is None:
         rule = f"{path}: is an adapter and needs the model it was trained on"
         raise OptionError(rule, "base", "give {}")
@@ -54,7 +55,7 @@ def _with_scales(checkpoint: Checkpoint) -> Checkpoint:
         (file, tuple(name for name in names if name in tensors))
         for file, names in checkpoint.shards
     )
-    return Checkpoint(checkpoint.path, tensors, tuple(shard for shard in shards if shard[1]))
+    return replace(checkpoint, tensors=tensors, shards=tuple(shard for shard in shards if shard[1]))
 
 
 def _scales(entry: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None) -> Scales:
@@ -85,7 +86,7 @@ def _even(size: int, parts: int) -> int:
 
 def _block_size(path: Location) -> tuple[int, int] | None:
     """quantization_config.weight_block_size of config.json; None without it."""
-    file = path / "config.json"
+    file = folder_of(path) / "config.json"
     config = read_json(file).get("quantization_config") if file.exists() else None
     size = config.get("weight_block_size") if isinstance(config, dict) else None
     if size is None:

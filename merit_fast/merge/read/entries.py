@@ -188,6 +188,16 @@ def value_dtype(entry: TensorEntry) -> str:
     return entry.dtype
 
 
+def own_dtype(entry: TensorEntry) -> str:
+    """The dtype that the model itself has for a tensor.
+
+    Where parts of several dtypes are joined, the first part is the model's own.
+    """
+    while isinstance(entry, AssembledEntry) and entry.dtype == "F64":
+        entry = entry.parts[0].source
+    return entry.dtype
+
+
 def stored_entries(entry: TensorEntry) -> Iterator[TensorEntry]:
     """Every tensor in a file from which an entry's values are made, scales and factors included."""
     if isinstance(entry, AssembledEntry):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.adapters.written import load_base, merged_by_peft, write_adapter, write_base
 
+from merit_fast.cli.main import main
 from merit_fast.errors import InputError
 from merit_fast.merge import merge_models
 
@@ -202,16 +203,21 @@ def test_a_rank_goes_with_adapters_only(tmp_path: Path) -> None:
         merge_models([base, base], out=tmp_path / "out", rank=3)
 
 
-def test_the_command_prints_the_sum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from merit_fast.cli.main import main
+def test_the_command_prints_the_sum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["merit-fast", "merge", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
 
     configs = [dict(target_modules=ATTENTION, r=2), dict(target_modules=["q_proj"], r=2)]
     _, adapters = written(tmp_path, "llama", *configs)
     models = [word for path in adapters for word in ("--model", str(path))]
-    assert main(["merge", str(tmp_path / "out"), *models]) == 0
-    printed = capsys.readouterr().out
+    printed = command(str(tmp_path / "out"), *models)
     assert "an adapter, the linear sum of 2 adapters" in printed
     assert f"{adapters[1]} lacks 2 of the layers; it counts as zero there" in printed
     assert "exact: the ranks add up" in printed and "ranks 2 to 4" in printed
-    assert main(["merge", str(tmp_path / "cut"), *models, "--rank", "1"]) == 0
-    assert "relative error" in capsys.readouterr().out
+    assert "relative error" in command(str(tmp_path / "cut"), *models, "--rank", "1")
