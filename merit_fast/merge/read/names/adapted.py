@@ -31,7 +31,7 @@ def put_on_named_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
         for module, entry in adapted.tensors.items()
         if entry is not names.tensors.get(module)
     }
-    return replace(adapted, **_in_file(names, adapted.tensors, changed))
+    return _in_file(names, adapted, changed)
 
 
 def _names_files(adapter: Adapter, base: Checkpoint) -> bool:
@@ -54,15 +54,15 @@ def _renamed(adapter: Adapter, names: ModuleNames) -> Adapter:
 
 
 def _in_file(
-    names: ModuleNames, tensors: Mapping[str, TensorEntry], changed: Mapping[str, TensorEntry]
-) -> dict[str, object]:
-    """Fields of the checkpoint: the base's file with the changed parameters in it."""
+    names: ModuleNames, adapted: Checkpoint, changed: Mapping[str, TensorEntry]
+) -> Checkpoint:
+    """The base's file with the changed parameters in it."""
     base = names.checkpoint
     new = {module: entry for module, entry in changed.items() if module not in names.tensors}
     touched = {
         name for module in changed if module in names.tensors for name in names.files_of(module)
     }
-    written = names.in_files(tensors, touched)
+    written = names.in_files(adapted.tensors, touched)
     file, held = base.shards[-1]
     shards = (*base.shards[:-1], (file, (*held, *new)))
-    return {"tensors": {**base.tensors, **written, **new}, "shards": shards}
+    return replace(adapted, tensors={**base.tensors, **written, **new}, shards=shards)
