@@ -82,13 +82,13 @@ def settle_head(
     embedding = embedding_of(base)
     if head is not None and _same(tensors[embedding], tensors[head]):
         del tensors[head]
-        return Checkpoint(result.path, tensors, result.shards)
+        return replace(result, tensors=tensors)
     if head is None:
         if adapter.config.ensure_weight_tying or _only_rows(tensors[embedding]):
             return result
         head = head_name(embedding)
         tensors[head] = replace(base.tensors[embedding], name=head)
-    return _with_head(Checkpoint(result.path, tensors, result.shards), head)
+    return _with_head(replace(result, tensors=tensors), head)
 
 
 def give_heads(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -113,7 +113,7 @@ def give_heads(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
             embedding = embedding_of(checkpoint)
             tensors = dict(checkpoint.tensors)
             tensors[head] = replace(tensors[embedding], name=head)
-            checkpoint = _with_head(Checkpoint(checkpoint.path, tensors, checkpoint.shards), head)
+            checkpoint = _with_head(replace(checkpoint, tensors=tensors), head)
         given.append(checkpoint)
     return given
 
@@ -144,7 +144,7 @@ def _with_head(checkpoint: Checkpoint, head: str) -> Checkpoint:
         return checkpoint
     file, names = checkpoint.shards[-1]
     shards = (*checkpoint.shards[:-1], (file, (*names, head)))
-    return Checkpoint(checkpoint.path, checkpoint.tensors, shards)
+    return replace(checkpoint, shards=shards)
 
 
 def _only_rows(entry: TensorEntry) -> bool:
