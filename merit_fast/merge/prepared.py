@@ -31,6 +31,7 @@ from merit_fast.merge.engine.prepare import (
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.entries import is_float
+from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.registry import method_source
@@ -87,6 +88,7 @@ class PreparedMerge:
             "bytes_out": num_bytes + sum(len(header_bytes(file)) for file in files),
             "buffer_bytes": buffer_bytes(self.inputs, self.config),
             "free_bytes": free_bytes(local),
+            "notes": list(self.inputs.notes),
             "finished": True,
         }
 
@@ -210,7 +212,7 @@ class PreparedMerge:
 
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
         paths = (*self.models, *([self.base] if self.base else []))
-        fingerprints = {str(path): input_fingerprint(path) for path in paths}
+        fingerprints = {str(path): input_fingerprint(folder_of(path)) for path in paths}
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
         if self.inputs.vocabulary:

@@ -85,6 +85,7 @@ INSIDE = {
         "config",
         "names",
         "selection",
+        "frozen_linear",
         "precondition",
         "capture",
         "passes",

@@ -9,15 +9,20 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.engine.absence import absence_notes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
+from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
-from merit_fast.merge.read.decoded import is_adapter, read_input
+from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
+from merit_fast.merge.read.files import folder_of
+from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
@@ -41,6 +46,7 @@ class Inputs:
     dequantized: bool
     models: tuple[Location, ...]
     base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
+    notes: tuple[str, ...]  # what was renamed, filled or left out, in sentences
     vocabulary: OutputVocabulary | None = None  # None: tokenizer and rows stay as they are
     chat_template: str | None = None  # None: the tokenizer's own
 
@@ -94,8 +100,7 @@ def read_inputs(
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
-        companions: the directory that gives config and tokenizer. None: the first that is no
-            adapter.
+        companions: as in ``in_common_names``.
 
     Raises:
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
@@ -104,11 +109,13 @@ def read_inputs(
     chosen = companions
     base_checkpoint = read_input(base, None) if base else None
     checkpoints = [read_input(path, base_checkpoint) for path in models]
-    everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
+    everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
+    checkpoints = everyone[: len(models)]
+    base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
-    companions = companions or next(
-        (path for path in (*models, base) if path and not is_adapter(path)), models[0]
-    )
+    everyone, companions = in_common_names(everyone, base_checkpoint, companions)
+    checkpoints = everyone[: len(models)]
+    base_checkpoint = everyone[-1] if base else None
     matched = match_vocabularies(
         checkpoints, base_checkpoint, config.tokenizer_options, chosen, companions
     )
@@ -133,6 +140,9 @@ def read_inputs(
     shard_bytes = parse_bytes("shard_size", config.shard_size) if config.shard_size else None
     dtype = SHORT_NAMES[config.dtype] if config.dtype else None
     files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models))
+    giver = next((each for each in everyone if folder_of(each.path) == companions), None)
+    giver = None if slices else giver
+    absent = absence_notes(checkpoints[: len(models)], giver, files, config.missing)
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
     dequantized = any(entry.dtype in FP8_DTYPES for tensor in tensors for entry in tensor.inputs)
@@ -148,6 +158,7 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
+        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent),
         vocabulary,
         template,
     )

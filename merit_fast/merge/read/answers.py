@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from merit_fast.merge.read.decoded import is_adapter
-from merit_fast.merge.read.files import list_directory, open_regular, read_json
+from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.files import folder_of, list_directory, open_regular, read_json
 from merit_fast.merge.read.remote import Location
 
 _TEMPLATE = "chat_template.jinja"
@@ -38,7 +38,9 @@ def answer_notes(
         others = [
             str(path)
             for path in models
-            if path != source and not is_adapter(path) and read(path) not in (None, kept)
+            if folder_of(path) != source
+            and not is_adapter(path)
+            and read(folder_of(path)) not in (None, kept)
         ]
         if others:
             whose = ", ".join(others)

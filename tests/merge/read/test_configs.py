@@ -99,18 +99,6 @@ def head(*names, values=(bytes(8), bytes(8))):
     return pack(header, b"".join(values)[: 8 * len(names)])
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_tied_against_untied_is_refused_whatever_the_configs_say(tmp_path, order):
-    tensors = [
-        head("model.embed_tokens.weight"),
-        head("model.embed_tokens.weight", "lm_head.weight"),
-    ][::order]
-    with pytest.raises(
-        InputError, match="lm_head.weight: is missing, .* has it: a tied head cannot be merged"
-    ):
-        check_configs(models(tmp_path, {}, {}, tensors=tensors))
-
-
 @pytest.mark.parametrize(
     "config", [{"tie_word_embeddings": True}, {}, {"text_config": {"tie_word_embeddings": True}}]
 )
