@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.merge.vocabularies import OWN, make_model, make_tokenizer, merged_rows
+from support.merge.vocabulary.models import OWN, make_model, make_tokenizer, merged_rows
 from transformers import AutoTokenizer
 
 from merit_fast.errors import InputError
