@@ -161,7 +161,7 @@ def _output_by_token(
         f"{plan.rows.shape[1]} rows for the {len(texts)} tokens of {tokens.vocabulary.folder}"
     )
     if tokens.new:
-        sentence += f" with {len(tokens.new)} new ones"
+        sentence += f", {len(tokens.new)} of them new to it"
     sentence += f"; {plan.borrowed} tokens have the row of another model where one lacks them"
     if tokens.made_plain:
         sentence += (
