@@ -1,7 +1,7 @@
 """Inputs decoded while they are read: 8-bit floats with scales, adapters on a base."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from merit_fast.errors import InputError
