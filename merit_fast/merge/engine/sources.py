@@ -21,6 +21,20 @@ CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
 _WHOLE = 1 << 62  # rows or columns of a block that covers any tensor
 
 
+def held_bytes(entry: TensorEntry) -> int:
+    """Memory of the small arrays that an entry's source holds while it exists."""
+    if isinstance(entry, ChangedEntry):
+        assert entry.source is not None
+        numbers = sum(change.a.num_elements + change.b.num_elements for change in entry.changes)
+        return 4 * numbers + held_bytes(entry.source)
+    if isinstance(entry, AssembledEntry):
+        sources = {id(part.source): part.source for part in entry.parts}
+        return 100 * len(entry.parts) + sum(map(held_bytes, sources.values()))
+    if isinstance(entry, DecodedEntry) and entry.scales:
+        return 8 * entry.scales.entry.num_elements
+    return 0
+
+
 class SourceBuilder:
     """Builds sources, one for each entry; keeps the small arrays to which they point."""
 
