@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.values import factors, scale_grid
 from merit_fast.merge.read.entries import (
@@ -33,6 +33,27 @@ def held_bytes(entry: TensorEntry) -> int:
     if isinstance(entry, DecodedEntry) and entry.scales:
         return 8 * entry.scales.entry.num_elements
     return 0
+
+
+def scratch_bytes(entry: TensorEntry) -> int:
+    """Bytes per element of a chunk in which an entry's source works while it reads."""
+    if isinstance(entry, ChangedEntry):
+        assert entry.source is not None
+        return _double_scratch(entry.source)
+    if isinstance(entry, AssembledEntry):
+        own = value_dtype(entry)
+        sources = {id(part.source): part.source for part in entry.parts}.values()
+        each = [
+            scratch_bytes(source) if value_dtype(source) == own else _double_scratch(source)
+            for source in sources
+        ]
+        return ITEM_BYTES[own] + max(each, default=0)
+    return 1 if isinstance(entry, DecodedEntry) else 0
+
+
+def _double_scratch(entry: TensorEntry) -> int:
+    dtype = value_dtype(entry)
+    return scratch_bytes(entry) + (0 if dtype == "F64" else ITEM_BYTES[dtype])
 
 
 class SourceBuilder:
