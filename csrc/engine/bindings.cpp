@@ -24,6 +24,8 @@ namespace {
 using Pieces = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 // [P, branches, branches].
 using Grams = nb::ndarray<double, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+// [n] elements of a source.
+using Values = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 // [1], grows while the merge runs.
 using Counter = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -149,6 +151,18 @@ void define_engine(nb::module_& m, const AverageKernels& kernels) {
   define_segment(m);
   define_rule(m);
 
+  m.def(
+      "read_values",
+      [&kernels](const SourcePtr& source, const nb::object& read, int64_t first, Values out) {
+        const RemoteRead remote = remote_read(read);
+        const int64_t n = int64_t(out.size());
+        const nb::gil_scoped_release release;
+        std::vector<char> scratch(double_scratch(*source, n) + 64);
+        const uintptr_t start = reinterpret_cast<uintptr_t>(scratch.data());
+        char* aligned = scratch.data() + (64 - start % 64) % 64;
+        return read_doubles({kernels, remote}, *source, first, n, out.data(), aligned);
+      },
+      nb::kw_only(), "source"_a, "read"_a.none(), "first"_a, "out"_a.noconvert());
   m.def(
       "merge_sums",
       [&kernels](const std::vector<Segment>& segments, const nb::object& read,

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "common/bindings.h"
+#include "engine/read/adapters.h"
 #include "engine/read/boxes.h"
 #include "engine/read/changes.h"
 #include "engine/read/codes.h"
@@ -43,11 +44,29 @@ void define_changes(nb::module_& m) {
       .def(
           "__init__",
           [](LowRank* self, uintptr_t left, uintptr_t right, int64_t rank, int64_t cols,
-             double factor) {
+             int64_t block_rows, double factor) {
             new (self) LowRank(pointer<const float>(left), pointer<const float>(right), rank, cols,
-                               factor);
+                               block_rows, factor);
           },
-          nb::kw_only(), "left"_a, "right"_a, "rank"_a, "cols"_a, "factor"_a);
+          nb::kw_only(), "left"_a, "right"_a, "rank"_a, "cols"_a, "block_rows"_a, "factor"_a);
+  nb::class_<ScaledVectors, Change>(m, "ScaledVectors")
+      .def(
+          "__init__",
+          [](ScaledVectors* self, uintptr_t factors, int64_t cols, bool by_column) {
+            new (self) ScaledVectors(pointer<const double>(factors), cols, by_column);
+          },
+          nb::kw_only(), "factors"_a, "cols"_a, "by_column"_a);
+  nb::class_<ReplacedRows, Change>(m, "ReplacedRows")
+      .def(
+          "__init__",
+          [](ReplacedRows* self, SourcePtr source, const std::vector<int64_t>& rows,
+             const std::vector<int64_t>& source_rows, int64_t cols) {
+            std::vector<ReplacedRows::Pair> pairs;
+            for (size_t i = 0; i < rows.size(); i++)
+              pairs.push_back({.row = rows[i], .source_row = source_rows.at(i)});
+            new (self) ReplacedRows(std::move(source), std::move(pairs), cols);
+          },
+          nb::kw_only(), "source"_a, "rows"_a, "source_rows"_a, "cols"_a);
   nb::class_<ChangedSource, Source>(m, "ChangedSource")
       .def(
           "__init__",

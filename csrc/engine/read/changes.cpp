@@ -3,7 +3,16 @@
 #include <algorithm>
 
 int LowRank::apply(const Reading& reading, int64_t first, int64_t n, double* values, char*) const {
-  reading.kernels.low_rank_rows(values, left_, right_, rank_, cols_, factor_, first, n, values);
+  const int64_t block = block_rows_ * cols_;
+  for (int64_t done = 0, m = 0; done < n; done += m) {
+    const int64_t number = (first + done) / block;
+    const int64_t inside = (first + done) % block;
+    m = std::min(block - inside, n - done);
+    const float* left = left_ + number * block_rows_ * rank_;
+    const float* right = right_ + number * rank_ * cols_;
+    double* run = values + done;
+    reading.kernels.low_rank_rows(run, left, right, rank_, cols_, factor_, inside, m, run);
+  }
   return 0;
 }
 

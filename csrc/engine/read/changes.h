@@ -21,18 +21,25 @@ class Change {
 
 typedef std::shared_ptr<const Change> ChangePtr;
 
-// Adds factor * left [rows, rank] @ right [rank, cols].
+// Adds factor * left [rows, rank] @ right [rank, cols]. Every block_rows rows have a right of their
+// own, one after the other: the experts of a stack.
 class LowRank : public Change {
  public:
-  LowRank(const float* left, const float* right, int64_t rank, int64_t cols, double factor)
-      : left_(left), right_(right), rank_(rank), cols_(cols), factor_(factor) {}
+  LowRank(const float* left, const float* right, int64_t rank, int64_t cols, int64_t block_rows,
+          double factor)
+      : left_(left),
+        right_(right),
+        rank_(rank),
+        cols_(cols),
+        block_rows_(block_rows),
+        factor_(factor) {}
 
   int apply(const Reading& reading, int64_t first, int64_t n, double* values,
             char* scratch) const override;
 
  private:
   const float *left_, *right_;
-  int64_t rank_, cols_;
+  int64_t rank_, cols_, block_rows_;
   double factor_;
 };
 

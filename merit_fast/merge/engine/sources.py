@@ -1,18 +1,24 @@
 """Entries as sources of merit_fast._C, form by form; ``values`` gives the same numbers in NumPy."""
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from merit_fast.errors import MeritFastError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
+from merit_fast.merge.engine.changes import columns_of, factors_of, length_factors
 from merit_fast.merge.engine.opened import OpenFiles
-from merit_fast.merge.engine.values import factors, scale_grid
+from merit_fast.merge.engine.values import scale_grid
 from merit_fast.merge.read.entries import (
     AssembledEntry,
+    Change,
     ChangedEntry,
     DecodedEntry,
-    LowRank,
+    Magnitude,
+    Rows,
     TensorEntry,
     value_dtype,
 )
@@ -25,8 +31,8 @@ def held_bytes(entry: TensorEntry) -> int:
     """Memory of the small arrays that an entry's source holds while it exists."""
     if isinstance(entry, ChangedEntry):
         assert entry.source is not None
-        numbers = sum(change.a.num_elements + change.b.num_elements for change in entry.changes)
-        return 4 * numbers + held_bytes(entry.source)
+        stored = [small for change in entry.changes for small in change.stored]
+        return 8 * sum(small.num_elements for small in stored) + held_bytes(entry.source)
     if isinstance(entry, AssembledEntry):
         sources = {id(part.source): part.source for part in entry.parts}
         return 100 * len(entry.parts) + sum(map(held_bytes, sources.values()))
@@ -39,7 +45,8 @@ def scratch_bytes(entry: TensorEntry) -> int:
     """Bytes per element of a chunk in which an entry's source works while it reads."""
     if isinstance(entry, ChangedEntry):
         assert entry.source is not None
-        return _double_scratch(entry.source)
+        rows = [change.rows for change in entry.changes if isinstance(change, Rows)]
+        return max(_double_scratch(each) for each in (entry.source, *rows))
     if isinstance(entry, AssembledEntry):
         own = value_dtype(entry)
         sources = {id(part.source): part.source for part in entry.parts}.values()
@@ -87,22 +94,54 @@ class SourceBuilder:
 
     def _changed(self, entry: ChangedEntry) -> Any:
         assert entry.source is not None
-        cols = entry.shape[-1] if entry.shape else 1
-        return self.native.ChangedSource(
-            source=self.source(entry.source),
-            changes=[self._change(change, cols) for change in entry.changes],
-        )
+        source = self.source(entry.source)
+        changes: list[Any] = []
+        for change in entry.changes:
+            changes.append(self._change(change, entry, source, changes))
+        return self.native.ChangedSource(source=source, changes=changes)
 
-    def _change(self, change: LowRank, cols: int) -> Any:
-        left, right = factors(change, self.files)
+    def _change(self, change: Change, entry: TensorEntry, source: Any, earlier: list[Any]) -> Any:
+        """A change of an entry. ``earlier``: the changes of ``source`` that come before it."""
+        cols = columns_of(entry)
+        if isinstance(change, Rows):
+            order = np.argsort(change.indices, kind="stable")
+            return self.native.ReplacedRows(
+                source=self.source(change.rows),
+                rows=[change.indices[i] for i in order],
+                source_rows=order.tolist(),
+                cols=cols,
+            )
+        if isinstance(change, Magnitude):
+            before = self.native.ChangedSource(source=source, changes=earlier)
+            factors = length_factors(change, entry, self.files, self._reader(before))
+            return self.native.ScaledVectors(
+                factors=factors.ctypes.data, cols=cols, by_column=change.by_column
+            )
+        left, right = factors_of(change, self.files)
         self._kept += [left, right]
         return self.native.LowRank(
             left=left.ctypes.data,
             right=right.ctypes.data,
             rank=left.shape[1],
-            cols=cols,
+            cols=right.shape[2],
+            block_rows=max(left.shape[0] // right.shape[0], 1),
             factor=change.scaling,
         )
+
+    def _reader(self, source: Any) -> Callable[[int, int], npt.NDArray[np.float64]]:
+        """A function that gives any elements of a source."""
+
+        def read(first: int, count: int) -> npt.NDArray[np.float64]:
+            out = np.empty(count)
+            error = self.native.read_values(
+                source=source, read=self.files.remote_read, first=first, out=out
+            )
+            if error:
+                self.files.raise_remote()
+                raise MeritFastError(f"{os.strerror(error)} while an adapter's base is read")
+            return out
+
+        return read
 
     def _decoded(self, entry: DecodedEntry) -> Any:
         scales = entry.scales
