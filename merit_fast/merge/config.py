@@ -90,6 +90,24 @@ class MergeConfig:
         "the base's is",
         spellings=SPELLINGS,
     )
+    form: Literal["safetensors", "distcp"] | None = option(
+        None,
+        "form of the output; None: safetensors. distcp: a distributed checkpoint of torch, in the "
+        "first model's shards",
+        omit_default=True,
+    )
+    subtree: str | None = option(
+        None,
+        "keys, joined by dots, that lead to the model in a distributed checkpoint's state dict",
+        form="KEY[.KEY ...]",
+        omit_default=True,
+    )
+    config_from: str | None = option(
+        None,
+        "directory that gives config.json and the tokenizer",
+        form="DIR",
+        omit_default=True,
+    )
     shard_size: str | None = option(
         None, "most bytes of an output file, as 5G or 400M; absent: the first model's files"
     )
@@ -120,6 +138,10 @@ class MergeConfig:
         for name in ("shard_size", "max_memory"):
             if getattr(self, name) is not None:
                 parse_bytes(name, getattr(self, name))
+        if self.form == "distcp":
+            for name in ("shard_size", "stats", "checksum"):
+                value = getattr(self, name)
+                require(not value, name, "absent with form distcp", value)
         method = self.method_entry
         self._check_parameters(method)
         self._check_own_parameters(method)

@@ -17,7 +17,8 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.decoded import is_adapter, read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
-from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.opening import check_names, companions_of
+from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ThinnedDeltas
@@ -90,13 +91,16 @@ def read_inputs(
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and
             ``lay_out``.
     """
-    base_checkpoint = read_input(base, None) if base else None
-    checkpoints = [read_input(path, base_checkpoint) for path in models]
+    given = as_location(config.config_from) if config.config_from else None
+    base_checkpoint = read_input(base, None, config.subtree, given) if base else None
+    places = (config.subtree, given or base)
+    checkpoints = [read_input(path, base_checkpoint, *places) for path in models]
     everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
     check_configs(everyone, any_depth=bool(slices))
-    companions = companions or next(
-        (path for path in (*models, base) if path and not is_adapter(path)), models[0]
-    )
+    whole = [each for each in everyone if not is_adapter(each.path)] or everyone
+    companions = companions or companions_of(whole, base_checkpoint, given)
+    if config.form != "distcp":
+        check_names(whole, companions, config.subtree)
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}

@@ -8,7 +8,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, FP8_DTYPES
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.adapter import ADAPTER_CONFIG, Adapter, check_tied, read_adapter
-from merit_fast.merge.read.checkpoint import Checkpoint, read_checkpoint
+from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import (
     ChangedEntry,
     DecodedEntry,
@@ -18,6 +18,7 @@ from merit_fast.merge.read.entries import (
     is_float,
 )
 from merit_fast.merge.read.files import quote, read_json
+from merit_fast.merge.read.opening import open_checkpoint
 from merit_fast.merge.read.remote import Location
 
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
@@ -28,14 +29,19 @@ def is_adapter(path: Location) -> bool:
     return (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists()
 
 
-def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
+def read_input(
+    path: Location,
+    base: Checkpoint | None,
+    subtree: str | None = None,
+    config: Location | None = None,
+) -> Checkpoint:
     """One model to merge: a checkpoint, of 8-bit floats too, or a LoRA adapter on the base.
 
     Raises:
-        InputError: an adapter without a base, or one that does not fit it; see ``read_checkpoint``.
+        InputError: an adapter without a base, or one that does not fit it; see ``open_checkpoint``.
     """
     if not is_adapter(path):
-        return _with_scales(read_checkpoint(path))
+        return _with_scales(open_checkpoint(path, subtree, config))
     if base is None:
         rule = f"{path}: is an adapter and needs the model it was trained on"
         raise OptionError(rule, "base", "give {}")
@@ -90,7 +96,7 @@ def _with_scales(checkpoint: Checkpoint) -> Checkpoint:
         (file, tuple(name for name in names if name in tensors))
         for file, names in checkpoint.shards
     )
-    return Checkpoint(checkpoint.path, tensors, tuple(shard for shard in shards if shard[1]))
+    return replace(checkpoint, tensors=tensors, shards=tuple(shard for shard in shards if shard[1]))
 
 
 def _scales(entry: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None) -> Scales:
