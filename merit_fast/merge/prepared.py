@@ -38,7 +38,8 @@ from merit_fast.merge.registry import method_source
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
 from merit_fast.merge.write.distcp.finish import finish_distributed
 from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
-from merit_fast.merge.write.distcp.plan import WHOLE_FOLDER, distributed_plan
+from merit_fast.merge.write.distcp.plan import distributed_plan
+from merit_fast.merge.write.distcp.whole import write_whole_tensors
 from merit_fast.merge.write.shards import (
     Share,
     all_written,
@@ -97,7 +98,7 @@ class PreparedMerge:
     def write_into(self, directory: Path, progress: Progress) -> None:
         """Writes the whole output into an unfinished directory that the caller owns."""
         plan = self._plan(progress, directory)
-        self._write_first(plan, directory, progress)
+        write_whole_tensors(plan, self.config, directory, progress)
         write_shards(plan, self.config, directory, progress)
         self._finish(plan, directory, {})
 
@@ -128,7 +129,7 @@ class PreparedMerge:
                 progress.note(f"{out}: {changed}; merging again")
             directory = begin_directory(out, manifest.fingerprint)
             plan = self._plan(progress, directory)
-            self._write_first(plan, directory, progress, share)
+            write_whole_tensors(plan, self.config, directory, progress, share)
             write_shards(plan, self.config, directory, progress, share)
             if not all_written(plan, directory):
                 return False
@@ -192,18 +193,6 @@ class PreparedMerge:
         if self.layout is None or directory is None:
             return plan
         return distributed_plan(plan, self.layout, directory)
-
-    def _write_first(
-        self, plan: Plan, directory: Path, progress: Progress, share: Share = (1, 1)
-    ) -> None:
-        """Writes the files from which the output's are made, if there are such."""
-        if plan.before is None:
-            return
-        if share != (1, 1):
-            rule = f"one process with form distcp and method {self.config.method}"
-            raise InputError(f"merge: share: must be 1/1, {rule}")
-        (directory / WHOLE_FOLDER).mkdir(exist_ok=True)
-        write_shards(plan.before, self.config, directory / WHOLE_FOLDER, progress)
 
     def _finish(
         self,

@@ -17,6 +17,7 @@ from merit_fast.merge.in_memory.loading import checked_device
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
 from merit_fast.merge.read.answers import answer_notes
+from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.files import is_directory
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
 from merit_fast.merge.read.slices import Slice
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_OF_FILES = ("shard_size", "stats", "checksum", "fsync")
+_OF_FILES = ("form", "shard_size", "stats", "checksum", "fsync")
 
 
 @options_named("python")
@@ -96,7 +97,8 @@ def merge_models(  # noqa: PLR0913
     config = settle_weights(paths, config)
     numbers = resolve_weights(paths, config)
     merge = prepare_merge(paths, numbers, start, config, slices, companions, run)
-    for note in answer_notes(paths, merge.inputs.companions):
+    left_out = left_out_notes(merge.inputs.checkpoints, config.form == "distcp")
+    for note in (*answer_notes(paths, merge.inputs.companions), *left_out):
         progress.note(note)
     summary = merge.summary(out) | {"weights_reason": reason}
     if dry_run:

@@ -65,7 +65,7 @@ def read_distributed(
         if each.place[: len(place)] == place
         and (subtree is not None or not is_no_model(each.place))
     )
-    kept = {each.name for each in (*inside.values(), *others)}
+    kept = {tensor.name for tensor in inside.values()} | {each.name for each in others}
     everything = (*metadata.tensors, *metadata.others)
     left_out = tuple(name for name in everything if name not in kept)
     tensors = _entries(metadata, folder, inside)
@@ -183,3 +183,22 @@ def _shards(entries: Iterable[TensorEntry]) -> tuple[tuple[str, tuple[str, ...]]
         (f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group))
         for i, group in enumerate(groups, 1)
     )
+
+
+def left_out_notes(checkpoints: Sequence[Checkpoint], keeps_values: bool) -> list[str]:
+    """One sentence for each distributed checkpoint that holds more than the output gets.
+
+    Args:
+        keeps_values: the output keeps values of the model that are no tensors, as another
+            distributed checkpoint does.
+    """
+    notes = []
+    for each in checkpoints:
+        if not isinstance(each, DistributedCheckpoint):
+            continue
+        values = () if keeps_values else tuple(other.name for other in each.others)
+        names = (*each.left_out, *values)
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            notes.append(f"merge: {each.path}: leaves out what is no tensor of the model: {shown}")
+    return notes

@@ -40,7 +40,7 @@ def find_dcp(path: Location) -> Location | None:
 
 def find_config(folder: Location) -> Location | None:
     """The folder with a config.json: a checkpoint's own, or the one above it."""
-    for each in (folder, *list(folder.parents)[:1]):
+    for each in (folder, folder.parent):
         if (each / CONFIG_FILE).exists():
             return each
     return None

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.read.dcp.metadata import TORCH_DTYPES, Item
-from merit_fast.merge.read.dcp.pickles import Global, Made, read_pickle
+from merit_fast.merge.read.dcp.pickles import read_pickle
+from merit_fast.merge.read.dcp.values import Global, Made
 from merit_fast.merge.read.files import quote
 from merit_fast.merge.read.remote import Location
 
@@ -198,7 +199,7 @@ class _Item:
 
     def storage(self, storage: Any, extra: tuple[Any, ...]) -> tuple[str, str, int]:
         """(dtype, record, elements) of a storage's persistent id."""
-        place = storage.args if type(storage) is Made else None
+        place: Any = storage.args if type(storage) is Made else ()
         right = type(place) is tuple and len(place) == 5 and place[0] == "storage"
         if not right or type(place[1]) is not Global or type(place[2]) is not str:
             raise InputError(f"{self.where}: data.pkl: has no storage")

@@ -7,7 +7,8 @@ from typing import Any
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import DTYPES
 from merit_fast.merge.read.checkpoint import check_name
-from merit_fast.merge.read.dcp.pickles import MAX_PICKLE_BYTES, Global, Made, Pairs, read_pickle
+from merit_fast.merge.read.dcp.pickles import MAX_PICKLE_BYTES, read_pickle
+from merit_fast.merge.read.dcp.values import Global, Made, Pairs
 from merit_fast.merge.read.files import open_regular, quote, size_of
 from merit_fast.merge.read.remote import Location
 
@@ -174,7 +175,7 @@ class _Reader:
     def dtype(self, value: Any, name: str) -> str:
         if not _is_made(value, "TensorProperties") or type(value.state) is not tuple:
             raise self.error(name, "must have TensorProperties", value)
-        dtype = value.state[0] if value.state else None
+        dtype: Any = value.state[0] if value.state else None
         known = type(dtype) is Global and dtype.module == "torch"
         if not known or dtype.name not in TORCH_DTYPES:
             raise self.error(name, f"dtype must be one of {', '.join(TORCH_DTYPES)}", dtype)
@@ -199,8 +200,7 @@ class _Reader:
             rule = "is transformed (compressed); save it without extensions"
             raise self.error(name, rule, state["transform_descriptors"])
         file = state.get("relative_path")
-        is_plain = type(file) is str and file.isprintable() and not {"/", "\\"} & set(file)
-        if not is_plain or file in ("", ".", ".."):
+        if type(file) is not str or not _is_plain_name(file):
             raise self.error(name, "must name a file of the checkpoint's folder", file)
         offset = self.number(state.get("offset"), f"{name}: offset")
         return Item(file, offset, self.number(state.get("length"), f"{name}: length"))
@@ -250,6 +250,10 @@ class _Reader:
 
 
 _SIZE = Global("torch", "Size")
+
+
+def _is_plain_name(file: str) -> bool:
+    return file.isprintable() and not {"/", "\\"} & set(file) and file not in ("", ".", "..")
 
 
 def _is_made(value: Any, name: str) -> bool:

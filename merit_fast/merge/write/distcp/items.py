@@ -1,12 +1,12 @@
 """One tensor as ``torch.save`` writes it: a zip of stored records, the tensor's bytes the last."""
 
 import struct
-from zlib import crc32
 from dataclasses import dataclass
+from zlib import crc32
 
 from merit_fast.kernels.average.dtypes import DTYPES, ITEM_BYTES
 from merit_fast.merge.read.dcp.items import CENTRAL, END, END64, FULL, LOCAL, LOCATOR, STORAGES
-from merit_fast.merge.read.dcp.pickles import PERSISTENT, Global, Made
+from merit_fast.merge.read.dcp.values import PERSISTENT, Global, Made
 from merit_fast.merge.write.distcp.pickles import write_pickle
 
 ALIGNMENT = 64  # of a tensor's first byte, as in torch

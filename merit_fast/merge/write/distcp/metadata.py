@@ -8,7 +8,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import DTYPES
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.merge.read.dcp.metadata import CHECKPOINT, FILESYSTEM, METADATA_FILE, Item, Place
-from merit_fast.merge.read.dcp.pickles import Global, Made, Pairs
+from merit_fast.merge.read.dcp.values import Global, Made, Pairs
 from merit_fast.merge.write.distcp.layout import DistributedLayout, PlacedChunk
 from merit_fast.merge.write.distcp.pickles import write_pickle
 

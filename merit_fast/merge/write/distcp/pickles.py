@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from merit_fast.merge.read.dcp.pickles import PERSISTENT, Global, Made, Pairs
+from merit_fast.merge.read.dcp.values import PERSISTENT, Global, Made
 
 _MOST_DEPTH = 200
+_CONTAINERS = {"tuple": (b"", b"t"), "list": (b"]", b"e"), "Pairs": (b"}", b"u")}
 
 
 def write_pickle(value: Any) -> bytes:
@@ -70,10 +71,10 @@ class _Writer:
             yield b"b"
 
     def container(self, value: Any, depth: int) -> Iterator[bytes]:
-        endings = {tuple: (b"", b"t"), list: (b"]", b"e"), Pairs: (b"}", b"u")}
-        if type(value) not in endings:
-            raise ValueError(f"a {type(value).__name__} cannot be written")
-        start, end = endings[type(value)]
+        kind = type(value).__name__
+        if kind not in _CONTAINERS:
+            raise ValueError(f"a {kind} cannot be written")
+        start, end = _CONTAINERS[kind]
         if type(value) is tuple and not value:
             yield b")"
             return

@@ -75,7 +75,7 @@ def _copy_of_other(file: DistributedFile, layout: DistributedLayout, number: int
 
 def _written(files: tuple[OutputFile, ...], folder: Path) -> dict[str, tuple[TensorEntry, ...]]:
     """The tensors of safetensors files that are still to be written."""
-    entries = {}
+    entries: dict[str, tuple[TensorEntry, ...]] = {}
     for file in files:
         at = len(header_bytes(file))
         for tensor in file.tensors:
