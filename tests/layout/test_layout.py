@@ -77,6 +77,7 @@ INSIDE = {
         "write",
         "in_memory",
         "prepared",
+        "trajectory",
         "stage",
     ),
     "sketch": (

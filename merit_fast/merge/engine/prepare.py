@@ -55,6 +55,20 @@ class Inputs:
         tensors = [tensor for file in self.files for tensor in file.tensors]
         return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
 
+    def coefficients(self) -> list[tuple[str, float | None]]:
+        """Each input's coefficient; None where it differs between tensors or there is none."""
+        combination = self.combination
+        rules = set()
+        if combination.from_gram is None:
+            tensors = [tensor for file in self.files for tensor in file.tensors]
+            entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
+            rules = {combination.rule(entry) for entry in entries if is_float(entry)}
+        rule = rules.pop() if len(rules) == 1 else None
+        numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
+        paths = combination.paths
+        filled = (*numbers, *[None] * (len(paths) - len(numbers)))
+        return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
+
 
 def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
     """Why the output has its dtype, in one clause."""
