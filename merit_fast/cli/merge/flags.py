@@ -85,9 +85,7 @@ def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
         merge_command,
         param_assignments,
         require_merge_inputs,
-        share_of,
     )
-    from merit_fast.cli.merge.trajectory import trajectory_command
 
     parameters = param_assignments(arguments.param or [], arguments.method)
     assignments = [*parameters, *assignments_of(arguments, options)]
@@ -112,24 +110,7 @@ def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
         )
     progress = progress_of(arguments)
     if arguments.trajectory is not None:
-        others = (arguments.validation, arguments.arm, arguments.seed_index)
-        if any(sources[:3]) or any(each is not None for each in others):
-            raise InputError(
-                "command line: merge: --trajectory goes without --model, --run, --mergekit, "
-                "--validation, --arm and --seed-index"
-            )
-        summary = trajectory_command(
-            arguments.inputs[0],
-            arguments.trajectory,
-            assignments,
-            progress,
-            schedule=arguments.schedule,
-            last=arguments.last,
-            base=arguments.base,
-            dry_run=arguments.dry_run,
-            share=share_of(arguments.share),
-        )
-        _show(arguments, summary)
+        _show(arguments, _average_trajectory(arguments, assignments, progress))
         return
     summary = merge_command(
         arguments.inputs[0],
@@ -146,6 +127,32 @@ def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
         tune=_tune(arguments.validation, progress),
     )
     _show(arguments, summary)
+
+
+def _average_trajectory(
+    arguments: argparse.Namespace, assignments: list[str], progress: Progress
+) -> dict[str, Any]:
+    from merit_fast.cli.merge.command import share_of
+    from merit_fast.cli.merge.trajectory import trajectory_command
+
+    sources = (arguments.model, arguments.run, arguments.mergekit)
+    others = (arguments.validation, arguments.arm, arguments.seed_index)
+    if any(sources) or any(each is not None for each in others):
+        raise InputError(
+            "command line: merge: --trajectory goes without --model, --run, --mergekit, "
+            "--validation, --arm and --seed-index"
+        )
+    return trajectory_command(
+        arguments.inputs[0],
+        arguments.trajectory,
+        assignments,
+        progress,
+        schedule=arguments.schedule,
+        last=arguments.last,
+        base=arguments.base,
+        dry_run=arguments.dry_run,
+        share=share_of(arguments.share),
+    )
 
 
 def _show(arguments: argparse.Namespace, summary: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from merit_fast.merge.read.dcp.values import Global
 from merit_fast.merge.read.files import quote
 
 MAX_STACK = 10_000  # a pickler fills lists and dicts in batches of 1000
-_MAX_OBJECTS = 6_000_000  # containers; about 15 for each chunk of a tensor
+_MAX_OBJECTS = 4_000_000  # containers and their items: about 35 for each chunk of a tensor
 _MAX_TEXT = 4096  # bytes of a name
 
 
@@ -60,10 +60,14 @@ class Machine:
 
     def made(self, value: Any) -> None:
         """Pushes a new container."""
-        self.objects += 1
+        self.count(1)
+        self.stack.append(value)
+
+    def count(self, number: int) -> None:
+        """Counts what a hostile file could repeat without end."""
+        self.objects += number
         if self.objects > _MAX_OBJECTS:
             raise Refused(f"makes more than {_MAX_OBJECTS} objects")
-        self.stack.append(value)
 
     def pop(self) -> Any:
         floor = self.marks[-1] if self.marks else 0
@@ -101,7 +105,10 @@ class Machine:
         floor = self.marks[-1] if self.marks else 0
         if len(self.stack) <= floor:
             raise IndexError
-        self.memo.append(self.stack[-1])
+        value = self.stack[-1]
+        if self.memo and value is self.memo[-1] and type(value) not in (str, int):
+            raise Refused("numbers a value twice")
+        self.memo.append(value)
 
     def recall(self, place: int) -> None:
         self.stack.append(self.memo[place])

@@ -6,8 +6,10 @@ its arguments and its state. Values are not hashed, compared or copied here, and
 recursively, so the work is linear in the bytes.
 """
 
+import gc
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from merit_fast.errors import InputError
@@ -31,13 +33,26 @@ def read_pickle(data: bytes, where: str, allowed: Callable[[str, str], bool]) ->
     """
     machine = Machine(data, allowed)
     try:
-        return _run(machine)
+        with _no_collection():
+            return _run(machine)
     except Refused as error:
         raise InputError(f"{where}: {error}, at byte {machine.at}") from None
     except (IndexError, struct.error):
         raise InputError(
             f"{where}: the pickle is cut off or damaged near byte {machine.at}"
         ) from None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pauses the search for cycles, whose cost would grow with the square of the objects."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _run(machine: Machine) -> Any:
@@ -70,6 +85,8 @@ _STOP = ord(".")
 
 def _protocol(machine: Machine) -> None:
     number = machine.take(_BYTE)
+    if machine.at != 2:
+        raise Refused("protocol must be named first and once")
     if not 2 <= number <= 5:
         raise Refused(f"protocol must be 2 to 5, got {number}")
 
@@ -90,6 +107,11 @@ def _number(form: struct.Struct) -> Callable[[Machine], None]:
     return lambda machine: machine.stack.append(machine.take(form))
 
 
+def _byte(machine: Machine) -> None:
+    machine.stack.append(machine.data[machine.at])
+    machine.at += 1
+
+
 def _constant(value: object) -> Callable[[Machine], None]:
     return lambda machine: machine.stack.append(value)
 
@@ -101,8 +123,13 @@ def _long(machine: Machine) -> None:
 
 def _tuple_of(count: int) -> Callable[[Machine], None]:
     def act(machine: Machine) -> None:
-        values = [machine.pop() for _ in range(count)]
-        machine.made(tuple(values[::-1]))
+        stack = machine.stack
+        floor = machine.marks[-1] if machine.marks else 0
+        if len(stack) - count < floor:
+            raise IndexError
+        values = tuple(stack[-count:])
+        del stack[-count:]
+        machine.made(values)
 
     return act
 
@@ -113,17 +140,20 @@ def _tuple(machine: Machine) -> None:
 
 def _append(machine: Machine) -> None:
     value = machine.pop()
+    machine.count(1)
     machine.top(list).append(value)
 
 
 def _appends(machine: Machine) -> None:
     values = machine.pop_to_mark()
+    machine.count(len(values) + 1)
     machine.top(list).extend(values)
 
 
 def _set_item(machine: Machine) -> None:
     value = machine.pop()
     key = machine.pop()
+    machine.count(2)
     machine.top(Pairs).extend((key, value))
 
 
@@ -131,6 +161,7 @@ def _set_items(machine: Machine) -> None:
     values = machine.pop_to_mark()
     if len(values) % 2:
         raise Refused("a key has no value")
+    machine.count(len(values) + 1)
     machine.top(Pairs).extend(values)
 
 
@@ -177,7 +208,7 @@ _ACTS: dict[int, Callable[[Machine], None]] = {
         "\x8c": _text(_BYTE),
         "X": _text(_WORD),
         "C": _bytes(_BYTE),
-        "K": _number(_BYTE),
+        "K": _byte,
         "M": _number(_SHORT),
         "J": _number(_INT),
         "G": _number(_DOUBLE),
