@@ -9,6 +9,7 @@ from merit_fast.merge.read.files import quote
 
 MAX_STACK = 10_000  # a pickler fills lists and dicts in batches of 1000
 _MAX_OBJECTS = 4_000_000  # containers and their items: about 35 for each chunk of a tensor
+_TOO_MANY = f"makes more than {_MAX_OBJECTS} objects"
 _MAX_TEXT = 4096  # bytes of a name
 
 
@@ -60,14 +61,21 @@ class Machine:
 
     def made(self, value: Any) -> None:
         """Pushes a new container."""
-        self.count(1)
+        self.objects += 1
+        if self.objects > _MAX_OBJECTS:
+            raise Refused(_TOO_MANY)
         self.stack.append(value)
 
     def count(self, number: int) -> None:
         """Counts what a hostile file could repeat without end."""
         self.objects += number
         if self.objects > _MAX_OBJECTS:
-            raise Refused(f"makes more than {_MAX_OBJECTS} objects")
+            raise Refused(_TOO_MANY)
+
+    def mark(self) -> None:
+        if len(self.marks) > MAX_STACK:
+            raise Refused(f"opens more than {MAX_STACK} containers at once")
+        self.marks.append(len(self.stack))
 
     def pop(self) -> Any:
         floor = self.marks[-1] if self.marks else 0

@@ -67,7 +67,7 @@ def _run(machine: Machine) -> Any:
             raise Refused(f"opcode {bytes([code])!r} is not one that torch writes")
         machine.at += 1
         act(machine)
-        if len(stack) + len(machine.marks) > MAX_STACK:
+        if len(stack) > MAX_STACK:
             raise Refused(f"holds more than {MAX_STACK} values at once")
     if len(stack) != 1 or machine.marks:
         raise Refused(f"must end with one value, has {len(stack)}")
@@ -219,7 +219,7 @@ _ACTS: dict[int, Callable[[Machine], None]] = {
         ")": _constant(()),
         "]": lambda machine: machine.made([]),
         "}": lambda machine: machine.made(Pairs()),
-        "(": lambda machine: machine.marks.append(len(machine.stack)),
+        "(": Machine.mark,
         "\x85": _tuple_of(1),
         "\x86": _tuple_of(2),
         "\x87": _tuple_of(3),
