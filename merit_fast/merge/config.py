@@ -1,6 +1,5 @@
 """Options of the merge stage."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -20,11 +19,11 @@ from merit_fast.merge.parameters import (
 )
 from merit_fast.merge.registry import method_named
 from merit_fast.merge.rules.kinds import FromGram, WeightedSum
+from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS, MergeMethod
+from merit_fast.merge.tokenizer_options import TokenizerOptions, tokenizer_options
 from merit_fast.options.fields import option, require
 from merit_fast.options.parser import parse, to_plain
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,19 @@ class MergeConfig:
     missing: Literal["error", "base", "drop"] = option(
         "error",
         "a tensor that some input lacks: error; base: use the base's; drop: leave it out",
+    )
+    tokenizer: str | TokenizerOptions | None = option(
+        None,
+        "tokens of the output: union of all models', base's, those of a model, or ids: rows by id; "
+        "absent: ids and texts must agree; docs/checkpoints/vocabularies.md",
+        form="union|base|ids|MODEL",
+        omit_default=True,
+    )
+    chat_template: str | None = option(
+        None,
+        "chat template of the output: auto (the models' most common), alpaca, chatml, exaone, "
+        "llama3, mistral, or a Jinja text; absent: the tokenizer's own",
+        omit_default=True,
     )
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
         None,
@@ -213,6 +225,9 @@ class MergeConfig:
         require(self.tune_rows >= 1, "tune_rows", "at least 1", self.tune_rows)
         has_step = self.scale != "auto" or method.base != "unused"
         require(has_step, "scale", f"a number with method {self.method}", self.scale)
+        has_tokens = self.is_tuned and self.tokenizer is not None
+        rule = "absent where held-out rows choose a number: they are tokens of the models"
+        require(not has_tokens, "tokenizer", rule, self.tokenizer)
         if self.weights == "fit":
             is_sum = isinstance(method.rule, WeightedSum) and method.takes_weights
             rule = f"other than fit with method {self.method}: its result is no sum"
@@ -220,6 +235,11 @@ class MergeConfig:
             shared = all(model.weight is None for model in self.models)
             rule = "other than fit where models have weights of their own"
             require(shared, "weights", rule, "fit")
+
+    @property
+    def tokenizer_options(self) -> TokenizerOptions | None:
+        """``tokenizer`` in full."""
+        return tokenizer_options(self.tokenizer)
 
     @property
     def is_tuned(self) -> bool:
@@ -273,11 +293,3 @@ def config_of(
             weights if isinstance(weights, str) else [float(weight) for weight in weights]
         )
     return parse(MergeConfig, plain, caller)
-
-
-def parse_bytes(key: str, text: str) -> int:
-    """Reads 400M, 5G, 5GB, 32MiB or a plain number, in powers of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    count = int(float(match.group(1)) * _UNITS[match.group(2).upper()]) if match else 0
-    require(count > 0, key, "a number of bytes such as 32M or 5G", text)
-    return count

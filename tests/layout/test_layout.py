@@ -66,12 +66,15 @@ EXCEPTIONS = {("merit_fast.split.config", "merit_fast.sketch.config")}
 INSIDE = {
     "merge": (
         "option_names",
+        "sizes",
         "parameters",
         "rules",
         "table",
         "registry",
+        "tokenizer_options",
         "config",
         "read",
+        "vocabulary",
         "combine",
         "engine",
         "write",
@@ -84,6 +87,7 @@ INSIDE = {
         "config",
         "names",
         "selection",
+        "frozen_linear",
         "precondition",
         "capture",
         "passes",

@@ -7,8 +7,8 @@ from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import Checkpoint, read_checkpoint
 from merit_fast.merge.read.companions import CONFIG_FILE
 from merit_fast.merge.read.dcp.checkpoint import DistributedCheckpoint, read_distributed
-from merit_fast.merge.read.dcp.folder import find_config, find_dcp, holds_model
-from merit_fast.merge.read.files import list_directory
+from merit_fast.merge.read.dcp.folder import find_dcp, holds_model
+from merit_fast.merge.read.files import folder_of, is_weight_file, list_directory
 from merit_fast.merge.read.remote import Location
 
 
@@ -18,14 +18,16 @@ def open_checkpoint(
     """The headers of a model.
 
     Args:
-        path: a directory with safetensors; or one with ``.metadata``, or that holds one such
-            directory.
+        path: a safetensors file; a directory with some; one with ``.metadata``, or that holds one
+            such directory.
         subtree: where the model's tensors lie in a distributed checkpoint's state dict.
         config: the directory of config.json, where the model's own has none.
 
     Raises:
         InputError: see ``read_checkpoint`` and ``read_distributed``.
     """
+    if is_weight_file(path):
+        return read_checkpoint(path)
     present = list_directory(path)
     if not any(name.endswith(".safetensors") for name in present):
         folder = find_dcp(path)
@@ -34,13 +36,11 @@ def open_checkpoint(
     return read_checkpoint(path)
 
 
-def companions_of(
-    models: Sequence[Checkpoint], base: Checkpoint | None, given: Location | None
-) -> Location:
-    """The directory whose config.json and tokenizer an output gets.
+def companions_of(models: Sequence[Checkpoint], given: Location | None) -> Location | None:
+    """The directory whose config.json and tokenizer an output gets; None: the usual rule.
 
-    It is ``given``; else the first checkpoint's, or the folder above a distributed checkpoint's;
-    else the base's, or the first other one's that has a config.json.
+    It is ``given``. Where the first model is a distributed checkpoint without a config.json, it is
+    the first other model that has one.
 
     Raises:
         InputError: ``given`` has no config.json.
@@ -50,14 +50,10 @@ def companions_of(
             rule = f"{given}: has no {CONFIG_FILE}"
             raise OptionError(rule, "config_from", "{} must name a directory that has one")
         return given
-    everyone = [models[0], *([base] if base else []), *models[1:]]
     if not isinstance(models[0], DistributedCheckpoint):
-        return models[0].path
-    for each in everyone:
-        folder = find_config(each.folder if isinstance(each, DistributedCheckpoint) else each.path)
-        if folder is not None:
-            return folder
-    return models[0].folder
+        return None
+    folders = [folder_of(model.path) for model in models]
+    return next((each for each in folders if (each / CONFIG_FILE).exists()), folders[0])
 
 
 def check_names(

@@ -10,7 +10,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.read.boxes import is_row_major, row_major
 from merit_fast.merge.read.checkpoint import SINGLE_FILE, Checkpoint, check_name
-from merit_fast.merge.read.dcp.folder import choose_subtree, find_config, is_no_model
+from merit_fast.merge.read.dcp.folder import choose_subtree, is_no_model
 from merit_fast.merge.read.dcp.items import StoredChunk, read_item
 from merit_fast.merge.read.dcp.metadata import (
     METADATA_FILE,
@@ -23,7 +23,7 @@ from merit_fast.merge.read.dcp.metadata import (
 )
 from merit_fast.merge.read.dcp.tiles import tiling_fault
 from merit_fast.merge.read.entries import AssembledEntry, Part, TensorEntry
-from merit_fast.merge.read.files import open_regular, size_of
+from merit_fast.merge.read.files import folder_of, open_regular, size_of
 from merit_fast.merge.read.remote import Location
 
 _FILE_BYTES = 5 << 30  # of the safetensors files that an output gets, as transformers cuts them
@@ -31,13 +31,25 @@ _FILE_BYTES = 5 << 30  # of the safetensors files that an output gets, as transf
 
 @dataclass(frozen=True)
 class DistributedCheckpoint(Checkpoint):
-    """A checkpoint that lies in chunks. ``tensors`` have the names within ``place``."""
+    """A checkpoint that lies in chunks.
+
+    ``saved`` has the tensors by their names below ``place``. Later steps may rename ``tensors``;
+    ``saved_as`` finds a tensor all the same.
+    """
 
     folder: Location
     metadata: Metadata
-    saved: Mapping[str, SavedTensor]  # by the names in ``tensors``
+    place: Place  # keys that lead to the model's dict
+    saved: Mapping[str, SavedTensor]
+    by_bytes: Mapping[tuple[Location, int], str]  # where a tensor begins -> its name in ``saved``
     others: tuple[SavedBytes, ...]  # values of the model that are no tensors
     left_out: tuple[str, ...]  # names of the rest
+
+    def saved_as(self, entry: TensorEntry) -> SavedTensor | None:
+        """The saved tensor whose values an entry has, under this or an earlier name."""
+        name = self.by_bytes.get((entry.file, entry.offset), entry.name)
+        saved = self.saved.get(name)
+        return saved if saved is not None and saved.shape == entry.shape else None
 
 
 def read_distributed(
@@ -57,7 +69,7 @@ def read_distributed(
             overlap, leave a hole or differ from .metadata.
     """
     metadata = read_metadata(folder / METADATA_FILE)
-    place = choose_subtree(metadata, subtree, config or find_config(folder))
+    place = choose_subtree(metadata, subtree, config or folder_of(folder))
     inside = _inside(metadata, place, subtree is not None)
     others = tuple(
         each
@@ -69,8 +81,10 @@ def read_distributed(
     everything = (*metadata.tensors, *metadata.others)
     left_out = tuple(name for name in everything if name not in kept)
     tensors = _entries(metadata, folder, inside)
+    by_bytes = {(e.file, e.offset): name for name, e in tensors.items() if e.num_bytes}
+    shards = _shards(tensors.values())
     return DistributedCheckpoint(
-        path, tensors, _shards(tensors.values()), folder, metadata, inside, others, left_out
+        path, tensors, shards, folder, metadata, place, inside, by_bytes, others, left_out
     )
 
 
@@ -200,5 +214,5 @@ def left_out_notes(checkpoints: Sequence[Checkpoint], keeps_values: bool) -> lis
         names = (*each.left_out, *values)
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            notes.append(f"merge: {each.path}: leaves out what is no tensor of the model: {shown}")
+            notes.append(f"{each.path}: leaves out what is no tensor of the model: {shown}")
     return notes

@@ -38,14 +38,6 @@ def find_dcp(path: Location) -> Location | None:
     return models[0] if models else None
 
 
-def find_config(folder: Location) -> Location | None:
-    """The folder with a config.json: a checkpoint's own, or the one above it."""
-    for each in (folder, folder.parent):
-        if (each / CONFIG_FILE).exists():
-            return each
-    return None
-
-
 def choose_subtree(metadata: Metadata, wanted: str | None, config: Location | None) -> Place:
     """The keys that lead to the dict of the model's tensors; it may be nested further.
 

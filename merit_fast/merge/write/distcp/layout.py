@@ -7,7 +7,7 @@ from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.dcp.checkpoint import DistributedCheckpoint
-from merit_fast.merge.read.dcp.metadata import Item, Place, SavedBytes
+from merit_fast.merge.read.dcp.metadata import Item, Place, SavedBytes, SavedTensor
 from merit_fast.merge.write.distcp.items import ALIGNMENT, item_form
 
 Sizes = tuple[int, ...]
@@ -75,9 +75,10 @@ def distributed_layout(first: Checkpoint, files: Sequence[OutputFile]) -> Distri
     boxes: dict[str, list[tuple[str, Sizes, Sizes]]] = {}
     others: dict[str, list[SavedBytes]] = {}
     if source is not None:
-        for name in tensors.keys() & source.saved.keys():
-            names[name] = source.saved[name].name
-            places[name] = source.saved[name].place
+        for name, tensor in tensors.items():
+            saved = _saved(tensor, source)
+            places[name] = saved.place if saved else (*source.place, name)
+            names[name] = saved.name if saved else ".".join(map(str, places[name]))
         for each in source.others:
             others.setdefault(each.item.file, []).append(each)
     for number, file in enumerate(files):
@@ -95,7 +96,7 @@ def _boxes(
     tensor: OutputTensor, source: DistributedCheckpoint | None, number: int
 ) -> Iterator[tuple[str, Sizes, Sizes]]:
     """Shard, offsets and sizes of each chunk; also of those without elements, as torch does."""
-    saved = source.saved.get(tensor.name) if source else None
+    saved = _saved(tensor, source) if source else None
     if saved is not None:
         for chunk in saved.chunks:
             if chunk.item is not None:
@@ -103,6 +104,11 @@ def _boxes(
     else:
         shard = f"__{0 if source else number}_0.distcp"
         yield shard, (0,) * len(tensor.shape), tensor.shape
+
+
+def _saved(tensor: OutputTensor, source: DistributedCheckpoint) -> SavedTensor | None:
+    entry = source.tensors.get(tensor.name)
+    return source.saved_as(entry) if entry is not None else None
 
 
 def _file(
