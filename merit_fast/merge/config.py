@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import SHORT_NAMES, SPELLINGS
+from merit_fast.merge.form_options import FormOptions
 from merit_fast.merge.parameters import (
     BUILT_IN,
     DENSITY,
@@ -27,7 +28,7 @@ from merit_fast.options.parser import parse, to_plain
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(FormOptions):
     """Options of a merge. Neither threads, chunk_kib nor max_memory change the result.
 
     A Setting is a number, a gradient over the layers, or a list of {filter, value}.
@@ -102,22 +103,9 @@ class MergeConfig:
         "the base's is",
         spellings=SPELLINGS,
     )
-    form: Literal["safetensors", "distcp"] | None = option(
+    rank: int | None = option(
         None,
-        "form of the output; None: safetensors. distcp: a distributed checkpoint of torch, in the "
-        "first model's shards",
-        omit_default=True,
-    )
-    subtree: str | None = option(
-        None,
-        "keys, joined by dots, that lead to the model in a distributed checkpoint's state dict",
-        form="KEY[.KEY ...]",
-        omit_default=True,
-    )
-    config_from: str | None = option(
-        None,
-        "directory that gives config.json and the tokenizer",
-        form="DIR",
+        "adapters without a base: cut their sum to this rank; absent: exact, of the sum of ranks",
         omit_default=True,
     )
     shard_size: str | None = option(
@@ -144,16 +132,14 @@ class MergeConfig:
         require(
             4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib
         )
+        require(self.rank is None or self.rank >= 1, "rank", "at least 1", self.rank)
         names = ", ".join(SHORT_NAMES)
         require(self.dtype in (None, *SHORT_NAMES), "dtype", f"one of {names}", self.dtype)
         require(0 <= self.seed < 1 << 63, "seed", "between 0 and 2^63 - 1", self.seed)
         for name in ("shard_size", "max_memory"):
             if getattr(self, name) is not None:
                 parse_bytes(name, getattr(self, name))
-        if self.form == "distcp":
-            for name in ("shard_size", "stats", "checksum"):
-                value = getattr(self, name)
-                require(not value, name, "absent with form distcp", value)
+        self.check_form(shard_size=self.shard_size, stats=self.stats, checksum=self.checksum)
         method = self.method_entry
         self._check_parameters(method)
         self._check_own_parameters(method)

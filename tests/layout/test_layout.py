@@ -67,6 +67,7 @@ INSIDE = {
     "merge": (
         "option_names",
         "sizes",
+        "form_options",
         "parameters",
         "rules",
         "table",
@@ -79,6 +80,7 @@ INSIDE = {
         "engine",
         "write",
         "in_memory",
+        "lora",
         "prepared",
         "trajectory",
         "stage",
