@@ -17,6 +17,7 @@ ARROWS = {
     "common": set(),
     **{family: {"common"} for family in FAMILIES},
     "engine": {"common", "average"},
+    "elements": {"common", "average", "engine"},
     "levels": {"common", *FAMILIES},
     ".": {"common", "levels"},
 }
