@@ -75,7 +75,10 @@ class ColumnMerge {
         job_(job),
         rows_(tensor.elements / job.period),
         width_(std::min(kColumns, job.period)) {
-    for (const Source& s : tensor.inputs) types_.push_back(s.type());
+    for (const SourcePtr& s : tensor.inputs) {
+      types_.push_back(s->type());
+      scratch_bytes_ = std::max(scratch_bytes_, s->scratch_bytes(width_));
+    }
   }
 
   MergeResult run() {
@@ -89,7 +92,8 @@ class ColumnMerge {
   struct Block {
     std::vector<std::vector<double>> memory;  // 8 bytes an element hold every type
     std::vector<const void*> inputs;
-    std::vector<double> scratch, out, deltas;
+    Memory scratch;
+    std::vector<double> out, deltas;
   };
 
   bool fail(int error, int64_t input, bool nonfinite) {
@@ -100,9 +104,9 @@ class ColumnMerge {
 
   bool read(Block* b, int64_t first, int64_t n) {
     for (size_t k = 0; k < tensor_.inputs.size(); k++) {
-      const int error = read_source(engine_.kernels, engine_.remote, tensor_.inputs[k], first, n,
-                                    reinterpret_cast<char*>(b->memory[k].data()),
-                                    reinterpret_cast<char*>(b->scratch.data()));
+      const int error =
+          tensor_.inputs[k]->read({engine_.kernels, engine_.remote}, first, n,
+                                  reinterpret_cast<char*>(b->memory[k].data()), b->scratch.get());
       if (error) return fail(error, int64_t(k), false);
     }
     return true;
@@ -114,7 +118,8 @@ class ColumnMerge {
     Block b;
     b.memory.resize(count, std::vector<double>(size_t(n)));
     for (const std::vector<double>& input : b.memory) b.inputs.push_back(input.data());
-    b.scratch.resize(size_t(n) * 2);
+    b.scratch = page_aligned(scratch_bytes_ + 64);
+    if (!b.scratch) return fail(ENOMEM, -1, false);
     b.out.resize(size_t(n));
     b.deltas.resize(branches * size_t(kMixBlock));
     std::vector<double> products(branches * branches * size_t(n), 0.0);
@@ -162,6 +167,7 @@ class ColumnMerge {
   const VectorJob& job_;
   const int64_t rows_, width_;
   std::vector<DType> types_;
+  size_t scratch_bytes_ = 0;
   std::mutex mutex_;
   MergeResult result_{0, -1, 0, -1, false};
 };

@@ -16,8 +16,9 @@ FAMILIES = ("average", "sketch", "cross_entropy", "layers", "optimizer", "search
 ARROWS = {
     "common": set(),
     **{family: {"common"} for family in FAMILIES},
-    "engine": {"common", "average"},
-    "elements": {"common", "average", "engine"},
+    "engine": {"common", "average", "engine/read"},
+    "engine/read": {"common", "average"},
+    "elements": {"common", "average", "engine", "engine/read"},
     "levels": {"common", *FAMILIES},
     ".": {"common", "levels"},
 }

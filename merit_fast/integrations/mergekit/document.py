@@ -105,7 +105,7 @@ def document_of(values: Any, where: str, made: Mapping[str, str] | None = None) 
     Raises:
         InputError: a key that mergekit does not have or we do not, a value of another kind.
     """
-    reader = _Reader(where, made or {})
+    reader = Reader(where, made or {})
     idle = [key for key in values if key in _IDLE] if isinstance(values, dict) else []
     top = reader.mapping(values, "", (*_TOP, *_TEXTS, *_IDLE))
     if not isinstance(top.get("merge_method"), str):
@@ -147,7 +147,9 @@ def document_of(values: Any, where: str, made: Mapping[str, str] | None = None) 
     )
 
 
-class _Reader:
+class Reader:
+    """Reads the values of one document; its errors name the file and the key."""
+
     def __init__(self, where: str, made: Mapping[str, str]) -> None:
         self.where = where
         self.made = made
