@@ -6,6 +6,8 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.integrations.mergekit.document import document_of
+from merit_fast.integrations.mergekit.moe.build import merge_experts
+from merit_fast.integrations.mergekit.moe.document import is_moe, moe_document
 from merit_fast.integrations.mergekit.recipe import merge_recipe, recipe_of
 from merit_fast.integrations.mergekit.several import merge_steps, read_steps
 from merit_fast.merge.read.remote import as_location
@@ -25,7 +27,8 @@ def merge_mergekit(
     """Runs the recipe or recipes of a file into the directory ``out``.
 
     Args:
-        file: YAML of mergekit-yaml, or several documents as mergekit-multi reads them.
+        file: YAML of mergekit-yaml or mergekit-moe, or several documents as mergekit-multi reads
+            them.
         out: the output of the recipe, or of the one without a name.
         assignments: ``key=value`` of MergeConfig that a recipe cannot hold.
         dry_run: check and plan only.
@@ -41,7 +44,10 @@ def merge_mergekit(
     if len(documents) > 1:
         _require_simple(file, out, dry_run, share)
         return merge_steps(read_steps(file, documents, Path(out)), progress, assignments)
-    values = documents[0] if documents else None
+    values: Any = documents[0] if documents else None
+    if is_moe(values):
+        document = moe_document(values, str(file))
+        return merge_experts(document, out, progress, assignments, dry_run=dry_run, share=share)
     recipe = recipe_of(document_of(values, str(file)), assignments)
     for note in recipe.notes:
         progress.note(note)
