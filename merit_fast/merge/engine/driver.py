@@ -15,13 +15,15 @@ from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average.deltas import SQUARES_CHUNK, DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.kernels.average.elements import ElementRule
+from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import native, reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
-from merit_fast.merge.engine.plan import Segment, Shard
+from merit_fast.merge.engine.plan import Rule, Segment, Shard
 from merit_fast.merge.engine.values import values
 from merit_fast.merge.read.entries import is_float, is_plain, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location
@@ -160,11 +162,20 @@ class _Engine:
     def _step(self, batch: Sequence[Segment]) -> int:
         rule = batch[0].rule
         if isinstance(rule, DeltaRule) and self.takes_gram and rule.row:
-            # A chunk of the engine holds whole rows.
             return max(rule.row, GRAM_CHUNK // rule.row * rule.row)
-        if self.takes_gram or (isinstance(rule, DeltaRule) and rule.weigh_by_squares):
+        has_sums = isinstance(rule, DeltaRule) and (rule.weigh_by_squares or rule.restore_sizes)
+        if self.takes_gram or has_sums:
             return GRAM_CHUNK
-        return chunk_elements(batch, self.config, self.config.chunk_kib * 1024)
+        step = chunk_elements(batch, self.config, self.config.chunk_kib * 1024)
+        row = whole_rows(rule)
+        return max(row, step // row * row)
+
+
+def whole_rows(rule: Rule) -> int:
+    """Elements that a chunk of the engine must not part; 1: any may be parted."""
+    if isinstance(rule, VectorRule):
+        return 1 if rule.period else rule.length
+    return max(rule.row, 1) if isinstance(rule, (DeltaRule, ElementRule)) else 1
 
 
 def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:
