@@ -19,10 +19,12 @@ from merit_fast.manifests.locks import LOCKS_FOLDER, claim, this_process
 from merit_fast.manifests.state import replaced_keys
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.layout import header_bytes
+from merit_fast.merge.engine.modules import Module, read_modules
 from merit_fast.merge.engine.plan import Plan, plan_merge
 from merit_fast.merge.engine.prepare import (
     Inputs,
     buffer_bytes,
+    coefficients,
     dtype_reason,
     fit_memory,
     make_plan,
@@ -30,7 +32,6 @@ from merit_fast.merge.engine.prepare import (
 )
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
-from merit_fast.merge.read.entries import is_float
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
@@ -64,6 +65,7 @@ class PreparedMerge:
     inputs: Inputs
     slices: tuple[Slice, ...]
     run: RunFacts | None = None
+    modules: tuple[Module, ...] = ()
 
     def summary(self, out: Location) -> dict[str, Any]:
         """JSON-ready facts: weights, coefficients, bytes in and out, memory of the buffers."""
@@ -80,7 +82,7 @@ class PreparedMerge:
             "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
             "vocabulary": self.inputs.vocabulary.sentence if self.inputs.vocabulary else None,
             "weights": list(self.weights),
-            "coefficients": _coefficients(self.inputs),
+            "coefficients": coefficients(self.inputs),
             "shards": len(files),
             "tensors": len(tensors),
             "parameters": sum(tensor.num_elements for tensor in tensors),
@@ -196,13 +198,14 @@ class PreparedMerge:
             f"{self.inputs.dtypes} ({reason})",
             self.slices,
             self.run,
+            self.modules,
         )
 
     def _weighed(self) -> list[tuple[Location, float | None]]:
         """Every model with its weight; None where the method, or each tensor, has its own."""
         by_model = [model.weight for model in self.config.models]
         weights: list[float | None] = [*self.weights]
-        if self.slices or not self.config.takes_weights:
+        if self.slices or self.modules or not self.config.takes_weights:
             weights = [None] * len(self.models)
         elif any(weight is not None for weight in by_model):
             weights = [
@@ -215,6 +218,8 @@ class PreparedMerge:
         fingerprints = {str(path): input_fingerprint(folder_of(path)) for path in paths}
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
+        for module in self.modules:
+            fingerprints[f"modules.{module.name}"] = _digest(module)
         if self.inputs.vocabulary:
             fingerprints["vocabulary"] = self.inputs.vocabulary.digest
         if self.inputs.chat_template is not None:
@@ -234,6 +239,7 @@ def prepare_merge(
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
     run: RunFacts | None = None,
+    modules: Sequence[Module] = (),
 ) -> PreparedMerge:
     """Checks everything that headers and configs tell, before a byte is written.
 
@@ -245,13 +251,20 @@ def prepare_merge(
         slices: as in ``read_inputs``.
         companions: as in ``read_inputs``.
         run: the run whose branches the models are, for the model card.
+        modules: as in ``read_modules``, instead of slices; ``models`` are all of theirs.
 
     Raises:
-        InputError: see ``read_inputs`` and ``fit_memory``.
+        InputError: see ``read_inputs``, ``read_modules`` and ``fit_memory``.
     """
-    inputs = read_inputs(models, weights, base, config, slices, companions)
+    inputs = (
+        read_modules(modules, companions or models[0])
+        if modules
+        else read_inputs(models, weights, base, config, slices, companions)
+    )
     config = replace(config, chunk_kib=fit_memory(inputs, config))
-    return PreparedMerge(tuple(models), tuple(weights), base, config, inputs, tuple(slices), run)
+    return PreparedMerge(
+        tuple(models), tuple(weights), base, config, inputs, tuple(slices), run, tuple(modules)
+    )
 
 
 def same_bytes(config: MergeConfig) -> MergeConfig:
@@ -262,22 +275,13 @@ def same_bytes(config: MergeConfig) -> MergeConfig:
     return replace(same, ridge=MergeConfig.ridge, tune_rows=MergeConfig.tune_rows)
 
 
+def _digest(module: Module) -> str:
+    """Digest of what decides a tower: models in order, weights, numbers and slices."""
+    facts = [*map(str, (*module.models, module.base)), *module.weights]
+    return fingerprint([facts, to_plain(same_bytes(module.config)), describe_slices(module.slices)])
+
+
 def method_fingerprint(config: MergeConfig) -> dict[str, str]:
     """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
     source = method_source(config.method_entry)
     return {} if source is None else {"method": source}
-
-
-def _coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
-    """Each input's coefficient; None where it differs between tensors or there is none."""
-    combination = inputs.combination
-    rules = set()
-    if combination.from_gram is None:
-        tensors = [tensor for file in inputs.files for tensor in file.tensors]
-        entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
-        rules = {combination.rule(entry) for entry in entries if is_float(entry)}
-    rule = rules.pop() if len(rules) == 1 else None
-    numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
-    paths = combination.paths
-    filled = (*numbers, *[None] * (len(paths) - len(numbers)))
-    return [(str(path), number) for path, number in zip(paths, filled, strict=True)]

@@ -138,6 +138,8 @@ def _follows(last: Segment, segment: Segment) -> bool:
     is_sum = isinstance(last.rule, tuple)  # every other rule is for one whole tensor
     if not is_sum or last.rule != segment.rule or last.dtype != segment.dtype:
         return False
+    if len(last.inputs) != len(segment.inputs):
+        return False
     elements = last.num_elements
     return last.output_offset + elements * ITEM_BYTES[last.dtype] == segment.output_offset and all(
         mine.file == theirs.file

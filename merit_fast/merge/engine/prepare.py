@@ -25,6 +25,7 @@ from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
+from merit_fast.merge.read.names.towers import Tower
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
@@ -97,12 +98,14 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
+    tower: Tower | None = None,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
         companions: as in ``in_common_names``.
+        tower: the only part of the models that counts; its donor gives the names.
 
     Raises:
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
@@ -115,7 +118,9 @@ def read_inputs(
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
-    everyone, companions = in_common_names(everyone, base_checkpoint, companions)
+    everyone, companions = in_common_names(
+        everyone, base_checkpoint, companions, tower.donor if tower else None
+    )
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base else None
     matched = match_vocabularies(
@@ -129,6 +134,10 @@ def read_inputs(
         check_configs_fit(companions, vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
+    if tower:
+        everyone = [tower.of(each) for each in everyone]
+        checkpoints = everyone[: len(models)]
+        base_checkpoint = everyone[-1] if base_checkpoint else None
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -196,6 +205,22 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
         return from_gram(entry.name, grams[entry.name])
 
     return plan_merge(inputs.files, rule)
+
+
+def coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
+    """Each input's coefficient; None where it differs between tensors or there is none."""
+    combination = inputs.combination
+    rules = set()
+    if combination.from_gram is None:
+        tensors = [tensor for file in inputs.files for tensor in file.tensors]
+        entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
+        rules = {combination.rule(entry) for entry in entries if is_float(entry)}
+    rule = rules.pop() if len(rules) == 1 else None
+    paths = combination.paths
+    numbers: Sequence[float | None] = [None] * len(paths)
+    if isinstance(rule, tuple) and len(rule) == len(paths):
+        numbers = rule
+    return [(str(path), number) for path, number in zip(paths, numbers, strict=True)]
 
 
 def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
