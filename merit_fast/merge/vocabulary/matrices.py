@@ -97,6 +97,11 @@ def matrices_of(models: Sequence[Checkpoint], rows: Sequence[int]) -> list[Matri
                 raise InputError(
                     f"{own.file}: {matrix.name}: {rule}, got {own.dtype} {list(own.shape)}"
                 )
+            first = models[0].tensors[matrix.name]
+            wanted = _without(first.shape, matrix.axis)
+            if _without(own.shape, matrix.axis) != wanted:
+                rule = f"shape must be that in {first.file} but for the rows, {list(first.shape)}"
+                raise InputError(f"{own.file}: {matrix.name}: {rule}, got {list(own.shape)}")
     return found
 
 
@@ -118,6 +123,10 @@ def _looks_indexed(name: str, models: Sequence[Checkpoint], rows: Sequence[int])
         if count in embedding.shape[1:]:  # a small model: the hidden size says nothing
             return False
     return True
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
 
 
 def _ends(name: str, ending: str) -> bool:

@@ -4,13 +4,21 @@ A vocabulary is the model's own map (``model.vocab``: a mapping, or a list of [p
 order of the ids) and ``added_tokens``, a list of {id, content, ...}.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.files import list_directory, open_regular, quote, read_json, size_of
+from merit_fast.merge.read.files import (
+    MAX_JSON_BYTES,
+    list_directory,
+    open_regular,
+    quote,
+    read_json,
+    size_of,
+)
 from merit_fast.merge.read.remote import Location
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -115,11 +123,39 @@ def has_vocabulary(folder: Location) -> bool:
     return TOKENIZER_FILE in list_directory(folder)
 
 
-def same_file(first: Location, second: Location) -> bool:
-    """Whether two directories' tokenizer.json hold the same bytes."""
-    with open_regular(first / TOKENIZER_FILE) as a, open_regular(second / TOKENIZER_FILE) as b:
-        size = size_of(a)
-        return size == size_of(b) and a.read(size) == b.read(size)
+def list_the_same(folders: Sequence[Location]) -> bool:
+    """Whether the tokenizer.json of all directories list the same tokens, by bytes or by values.
+
+    It is quick and checks no form: False where a file is no JSON.
+    """
+    first = None
+    listed = None
+    for folder in folders:
+        text = _bytes_of(folder / TOKENIZER_FILE)
+        if first is None:
+            first = text
+        elif text != first:
+            listed = _listed(first) if listed is None else listed
+            if listed is None or _listed(text) != listed:
+                return False
+    return True
+
+
+def _bytes_of(file: Location) -> bytes:
+    with open_regular(file) as opened:
+        size = size_of(opened)
+        if size > MAX_JSON_BYTES:
+            raise InputError(f"{file}: must hold at most {MAX_JSON_BYTES} bytes, got {size}")
+        return opened.read(size)
+
+
+def _listed(text: bytes) -> tuple[Any, Any] | None:
+    """The values of model.vocab and added_tokens; None where there are none."""
+    try:
+        values = json.loads(text)
+        return values["model"]["vocab"], values.get("added_tokens")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _own_tokens(file: Location, listed: Any) -> dict[str, int]:
