@@ -7,41 +7,7 @@ from merit_fast.errors import InputError
 from merit_fast.merge.parameters import layer_of
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry, is_float
-
-# Ends of names. The first that a model has is its input embedding.
-_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-    "shared.weight",
-    "embeddings.weight",
-    "embedding.weight",
-)
-_OTHERS = (
-    "embed_tokens_per_layer.weight",  # Gemma 3n
-    "lm_head.weight",
-    "lm_head.bias",
-    "lm_head.linear.weight",
-    "lm_head.linear.bias",
-    "lm_head.decoder.weight",
-    "lm_head.decoder.bias",
-    "embed_out.weight",
-    "embed_out.bias",
-    "output.weight",
-    "output_layer.weight",
-    "shared_head.head.weight",  # DeepSeek's layers that predict further tokens
-    "cls.predictions.bias",
-    "cls.predictions.decoder.weight",
-    "cls.predictions.decoder.bias",
-    "predictions.decoder.weight",
-    "predictions.decoder.bias",
-    "predictions.bias",
-    "vocab_projector.weight",
-    "vocab_projector.bias",
-)
-_LAST_AXIS = ("final_logits_bias",)  # [1, V]
+from merit_fast.merge.read.token_rows import EMBEDDINGS, ends_with, token_axis
 
 
 @dataclass(frozen=True)
@@ -57,8 +23,8 @@ class Matrix:
 
 def embedding_of(checkpoint: Checkpoint) -> TensorEntry | None:
     """The input embedding: of several, the one with the most rows; None where there is none."""
-    for ending in _EMBEDDINGS:
-        found = [e for name, e in checkpoint.tensors.items() if _ends(name, ending)]
+    for ending in EMBEDDINGS:
+        found = [e for name, e in checkpoint.tensors.items() if ends_with(name, ending)]
         found = [entry for entry in found if len(entry.shape) == 2]
         if found:
             return max(found, key=lambda entry: entry.shape[0])
@@ -78,7 +44,7 @@ def matrices_of(models: Sequence[Checkpoint], rows: Sequence[int]) -> list[Matri
     """
     found = []
     for name, entry in models[0].tensors.items():
-        axis = _axis(name, entry)
+        axis = token_axis(name, entry.shape)
         if axis is not None:
             found.append(Matrix(name, axis))
         elif _looks_indexed(name, models, rows):
@@ -105,12 +71,6 @@ def matrices_of(models: Sequence[Checkpoint], rows: Sequence[int]) -> list[Matri
     return found
 
 
-def _axis(name: str, entry: TensorEntry) -> int | None:
-    if any(_ends(name, ending) for ending in _LAST_AXIS):
-        return len(entry.shape) - 1
-    return 0 if any(_ends(name, ending) for ending in (*_EMBEDDINGS, *_OTHERS)) else None
-
-
 def _looks_indexed(name: str, models: Sequence[Checkpoint], rows: Sequence[int]) -> bool:
     """Whether a tensor outside the layers is as long as the vocabulary in every model."""
     if layer_of(name) is not None:
@@ -127,7 +87,3 @@ def _looks_indexed(name: str, models: Sequence[Checkpoint], rows: Sequence[int])
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return shape[:axis] + shape[axis + 1 :]
-
-
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
