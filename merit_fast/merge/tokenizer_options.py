@@ -58,8 +58,8 @@ class TokenizerOptions:
 
     def __post_init__(self) -> None:
         multiple = self.pad_to_multiple_of
-        rule = "a positive integer"
-        require(multiple is None or multiple > 0, "pad_to_multiple_of", rule, multiple)
+        is_small = multiple is None or 0 < multiple <= 1 << 16
+        require(is_small, "pad_to_multiple_of", "between 1 and 65536", multiple)
         if self.source == "ids":
             rule = "absent: source ids keeps every row at its id"
             require(not self.tokens, "tokens", rule, self.tokens)

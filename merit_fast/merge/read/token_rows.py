@@ -8,8 +8,9 @@ EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
     "shared.weight",
-    "embeddings.weight",
-    "embedding.weight",
+    "backbone.embeddings.weight",  # Mamba
+    "backbone.embedding.weight",
+    "rwkv.embeddings.weight",
 )
 _OTHERS = (
     "embed_tokens_per_layer.weight",  # Gemma 3n
@@ -23,6 +24,7 @@ _OTHERS = (
     "embed_out.bias",
     "output.weight",
     "output_layer.weight",
+    "proj_out.weight",  # Whisper
     "shared_head.head.weight",  # DeepSeek's layers that predict further tokens
     "cls.predictions.bias",
     "cls.predictions.decoder.weight",

@@ -43,11 +43,16 @@ def matrices_of(models: Sequence[Checkpoint], rows: Sequence[int]) -> list[Matri
             lacks one of the matrices.
     """
     found = []
+    embeddings = [embedding_of(model) for model in models]
+    widths = [entry.shape[1] for entry in embeddings if entry is not None]
+    has_wide_rows = any(map(int.__eq__, rows, widths))  # a small model: lengths tell nothing
     for name, entry in models[0].tensors.items():
         axis = token_axis(name, entry.shape)
+        if axis is not None and layer_of(name) is not None and entry.shape[axis] != rows[0]:
+            continue  # a layer's own matrix of that name
         if axis is not None:
             found.append(Matrix(name, axis))
-        elif _looks_indexed(name, models, rows):
+        elif not has_wide_rows and _looks_indexed(name, models, rows):
             raise InputError(
                 f"{entry.file}: {name}: has a dimension of {rows[0]}, as many as there are rows "
                 "of tokens, and an unknown name: its rows cannot be matched by token"
@@ -73,16 +78,11 @@ def matrices_of(models: Sequence[Checkpoint], rows: Sequence[int]) -> list[Matri
 
 def _looks_indexed(name: str, models: Sequence[Checkpoint], rows: Sequence[int]) -> bool:
     """Whether a tensor outside the layers is as long as the vocabulary in every model."""
-    if layer_of(name) is not None:
-        return False
     for model, count in zip(models, rows, strict=True):
         entry = model.tensors.get(name)
-        embedding = embedding_of(model)
-        if entry is None or embedding is None or count not in entry.shape:
+        if entry is None or count not in entry.shape:
             return False
-        if count in embedding.shape[1:]:  # a small model: the hidden size says nothing
-            return False
-    return True
+    return layer_of(name) is None
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from merit_fast.merge.read.files import (
 from merit_fast.merge.read.remote import Location
 
 TOKENIZER_FILE = "tokenizer.json"
+_MOST_IDS = 1 << 24  # bounds memory
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _own_tokens(file: Location, listed: Any) -> dict[str, int]:
 
 
 def _checked_id(file: Location, key: str, number: Any) -> int:
-    if type(number) is not int or not 0 <= number < 1 << 31:
-        rule = "must be an integer of at least 0 and below 2^31"
+    if type(number) is not int or not 0 <= number < _MOST_IDS:
+        rule = f"must be an integer of at least 0 and below {_MOST_IDS}"
         raise InputError(f"{file}: {quote(key)[1:-1]}: {rule}, got {quote(number)}")
     return number

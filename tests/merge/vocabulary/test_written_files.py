@@ -208,7 +208,10 @@ def test_templates_that_cannot_be_written(tmp_path, template, message):
             {"tokens": {"<new>": {"source": "{second}"}}},
             r"tokenizer.tokens.<new>.source: .*second has no token '<new>' with a row",
         ),
-        ({"source": "base", "pad_to_multiple_of": 0}, "pad_to_multiple_of: must be a positive int"),
+        (
+            {"source": "base", "pad_to_multiple_of": 0},
+            "pad_to_multiple_of: must be between 1 and 65536",
+        ),
         ({"source": "ids", "tokens": {"a": {"source": "zero"}}}, "tokens: must be absent"),
         ({"source": "base", "pad": 2}, "tokenizer.pad: unknown key"),
     ],
