@@ -187,6 +187,18 @@ def test_templates_that_cannot_be_written(tmp_path, template, message):
         merge_models([model.path], out=tmp_path / "out", chat_template=template)
 
 
+def test_the_model_card_names_models_without_their_folders(tmp_path):
+    first = make_model(tmp_path / "first", seed=1)
+    second = make_model(tmp_path / "second", ("<x>",), seed=2)
+    of_first = {"model": str(first.path), "token": "a"}
+    tokens = {"a": {"source": str(first.path), "force": True}, "<new>": {"source": of_first}}
+    for options in (str(second.path), {"source": str(second.path), "tokens": tokens}):
+        merge_models([first.path, second.path], out=tmp_path / "out", tokenizer=options)
+        card = (tmp_path / "out/README.md").read_text()
+        assert str(tmp_path) not in card and "second" in card.split("## Method")[1]
+    assert '"<new>": {"source": {"kind": "model_token", "model": "first", "token": "a"' in card
+
+
 # ---- options that name nothing
 @pytest.mark.parametrize(
     "options,message",
