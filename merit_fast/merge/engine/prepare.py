@@ -33,6 +33,7 @@ from merit_fast.merge.rules.kinds import ThinnedDeltas
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
+from merit_fast.merge.vocabulary.write import check_tokenizer
 from merit_fast.progress import Progress
 
 _LEAST_CHUNK_KIB = 4
@@ -128,6 +129,7 @@ def read_inputs(
     vocabulary = matched.output
     if vocabulary:
         check_configs_fit(companions, vocabulary)
+        check_tokenizer(vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
     layers = None

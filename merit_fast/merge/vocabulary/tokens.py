@@ -42,11 +42,13 @@ class Vocabulary:
         folder: directory of the file.
         own: text -> id of the model's own map.
         added: added tokens, in the file's order. Their ids win over the model's.
+        is_cut: whether the file lists tokens that are left out here, as they have no row.
     """
 
     folder: Location
     own: Mapping[str, int]
     added: tuple[AddedToken, ...]
+    is_cut: bool = False
 
     @property
     def file(self) -> Location:
@@ -70,7 +72,7 @@ class Vocabulary:
         added = tuple(token for token in self.added if token.id < num_rows)
         if len(own) == len(self.own) and len(added) == len(self.added):
             return self
-        return replace(self, own=own, added=added)
+        return replace(self, own=own, added=added, is_cut=True)
 
 
 def read_vocabulary(folder: Location) -> Vocabulary:
