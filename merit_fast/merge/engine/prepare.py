@@ -37,6 +37,7 @@ from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
+from merit_fast.merge.vocabulary.write import check_tokenizer
 from merit_fast.progress import Progress
 
 _LEAST_CHUNK_KIB = 4
@@ -155,6 +156,7 @@ def read_inputs(
     vocabulary = matched.output
     if vocabulary:
         check_configs_fit(companions, vocabulary)
+        check_tokenizer(vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
     if tower:
