@@ -141,10 +141,10 @@ def _entry(
         parts.append((chunk, stored, file))
     if not parts:  # it has no elements
         return TensorEntry(name, tensor.dtype, tensor.shape, metadata.file, 0, 0)
-    if len(parts) == 1 and is_row_major(parts[0][0].sizes, parts[0][1].strides):
+    if len(parts) == 1 and is_row_major(parts[0][0].sizes, parts[0][1].view.strides):
         chunk, stored, file = parts[0]
         item = ITEM_BYTES[tensor.dtype]
-        start = stored.offset + stored.start * item
+        start = stored.offset + stored.view.start * item
         num_bytes = item * math.prod(chunk.sizes)
         return TensorEntry(name, tensor.dtype, tensor.shape, file, start, num_bytes)
     boxes = tuple(_part(name, chunk, stored, file) for chunk, stored, file in parts)
@@ -158,25 +158,25 @@ _FIELDS = ("name", "dtype", "shape", "file", "offset", "num_bytes")
 
 
 def _part(name: str, chunk: Chunk, stored: StoredChunk, file: Location) -> Part:
-    item = ITEM_BYTES[stored.dtype]
-    if is_row_major(chunk.sizes, stored.strides):
-        offset = stored.offset + stored.start * item
+    item = ITEM_BYTES[stored.view.dtype]
+    if is_row_major(chunk.sizes, stored.view.strides):
+        offset = stored.offset + stored.view.start * item
         source = TensorEntry(
-            name, stored.dtype, chunk.sizes, file, offset, item * math.prod(chunk.sizes)
+            name, stored.view.dtype, chunk.sizes, file, offset, item * math.prod(chunk.sizes)
         )
         return Part(source, chunk.offsets, chunk.sizes, 0, row_major(chunk.sizes))
-    shape = (stored.num_elements,)
-    source = TensorEntry(name, stored.dtype, shape, file, stored.offset, item * shape[0])
-    return Part(source, chunk.offsets, chunk.sizes, stored.start, stored.strides)
+    shape = (stored.view.num_elements,)
+    source = TensorEntry(name, stored.view.dtype, shape, file, stored.offset, item * shape[0])
+    return Part(source, chunk.offsets, chunk.sizes, stored.view.start, stored.view.strides)
 
 
 def _check_chunk(where: str, tensor: SavedTensor, chunk: Chunk, stored: StoredChunk) -> None:
-    if stored.dtype != tensor.dtype:
+    if stored.view.dtype != tensor.dtype:
         rule = f"dtype must be {tensor.dtype} as in {METADATA_FILE}"
-        raise InputError(f"{where}: {rule}, got {stored.dtype}")
-    if stored.sizes != chunk.sizes:
+        raise InputError(f"{where}: {rule}, got {stored.view.dtype}")
+    if stored.view.sizes != chunk.sizes:
         rule = f"shape must be {list(chunk.sizes)} as in {METADATA_FILE}"
-        raise InputError(f"{where}: {rule}, got {list(stored.sizes)}")
+        raise InputError(f"{where}: {rule}, got {list(stored.view.sizes)}")
 
 
 def _shards(entries: Iterable[TensorEntry]) -> tuple[tuple[str, tuple[str, ...]], ...]:
