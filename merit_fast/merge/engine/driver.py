@@ -17,7 +17,6 @@ from merit_fast.kernels.average.deltas import SQUARES_CHUNK, DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import native, reference
-from merit_fast.merge.engine.checksums import write_checksums
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.notes.counters import is_counter, largest
@@ -52,14 +51,13 @@ def write_shard(
         os.posix_fallocate(opened.output, 0, shard.num_bytes)
         os.pwrite(opened.output, shard.header, 0)
         if shard.frame is not None:
-            for at, data in shard.frame.pieces():
-                os.pwrite(opened.output, data, at)
+            shard.frame.begin(opened.output)
         engine = _Engine(config, opened, config.stats, config.stats, advance, backend)
         grams = engine.run(shard.segments)
         for segment in shard.copies:
             _copy_equal(segment, opened)
         if shard.frame is not None:
-            write_checksums(shard.frame, opened.output, config.threads)
+            shard.frame.finish(opened.output, config.threads)
     return grams
 
 
