@@ -21,15 +21,14 @@ from merit_fast.integrations.mergekit.document import (
 from merit_fast.integrations.mergekit.numbers import check_names, merge_values
 from merit_fast.integrations.mergekit.texts import text_values
 from merit_fast.merge import MergeConfig, merge_models
+from merit_fast.merge.method import MergeMethod
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, Source
-from merit_fast.merge.table import METHODS, MergeMethod
+from merit_fast.merge.table import METHODS
 from merit_fast.model import resolve_model
 from merit_fast.options.parser import override, parse
 from merit_fast.progress import Progress
 
-# Methods of mergekit that this package lacks.
-_ELSEWHERE = ("nuslerp", "karcher", "nearswap", "arcee_fusion", "ram", "ramplus_tl")
 # Options that a recipe does not hold.
 _ENGINE = (
     "seed", "missing", "dtype", "shard_size", "stats", "checksum", "allow_nonfinite", "fsync",
@@ -61,13 +60,26 @@ def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: a key, method or value that mergekit or this package lacks; a missing model.
     """
-    document = read_document(file)
+    return recipe_of(read_document(file), assignments)
+
+
+def check_document(document: Document) -> tuple[MergeMethod, list[str]]:
+    """The recipe's method, and notes on parameters that it does not read.
+
+    Raises:
+        InputError: the method or a parameter is unknown.
+    """
     if document.method not in METHODS:
-        lacks = "is not among ours" if document.method in _ELSEWHERE else "is unknown"
-        rule = f"{document.method} {lacks}; there are {', '.join(METHODS)}"
+        rule = f"{document.method} is unknown; there are {', '.join(METHODS)}"
         raise document.error("merge_method", rule)
     method = METHODS[document.method]
-    notes = [*document.notes, *check_names(document, method)]
+    return method, check_names(document, method)
+
+
+def recipe_of(document: Document, assignments: Sequence[str] = ()) -> Recipe:
+    """The merge that a document describes; arguments and errors as ``read_mergekit``."""
+    method, notes = check_document(document)
+    notes = [*document.notes, *notes]
     columns = [_order_models(document, section, method) for section in document.sections]
     most = max(len(entries) for entries, _ in columns)
     for section, (entries, _) in zip(document.sections, columns, strict=True):
@@ -202,11 +214,18 @@ def _resolve(
     for reference in [*references, *([under] if under else [])]:
         text = reference.lora or reference.model
         try:
-            local = Path(text).is_dir() or "://" in text
-            paths[reference] = as_location(text) if local else resolve_model(text)
+            paths[reference] = locate(text)
         except InputError as error:
             raise document.error(reference.key, str(error).removeprefix("model: ")) from None
     return paths
+
+
+def locate(text: str) -> Location:
+    """The place of a model: a folder, a URL, or the snapshot of a hub id with its @revision."""
+    if Path(text).is_dir() or "://" in text:
+        return as_location(text)
+    name, _, revision = text.partition("@")
+    return resolve_model(name, revision or None)
 
 
 def _slice(

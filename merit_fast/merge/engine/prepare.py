@@ -31,7 +31,7 @@ from merit_fast.merge.read.opening import check_names, companions_of
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
-from merit_fast.merge.rules.kinds import ThinnedDeltas
+from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas
 from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
@@ -239,7 +239,10 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     elements = max(config.chunk_kib * 1024 // widest, 1)
     method = config.method_entry
     by_squares = isinstance(method.rule, ThinnedDeltas) and method.rule.by_squares
-    by_row = isinstance(method.rule, ThinnedDeltas) and method.rule.by_row
+    by_squares = by_squares or (isinstance(method.rule, ThinnedDeltas) and bool(config.rescale))
+    by_row = isinstance(method.rule, (ThinnedDeltas, ElementByElement)) and method.rule.by_row
+    by_row = by_row or config.vectors == "row"
+    is_fused = by_row and isinstance(method.rule, ElementByElement)  # four rows in float64
     if config.stats or config.takes_gram or by_squares:
         elements = max(
             elements, GRAM_CHUNK
@@ -250,7 +253,7 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     each = (len(inputs.checkpoints) + 1) * widest
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
-    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
+    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
     return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
 
 
