@@ -1,7 +1,7 @@
 """A distributed checkpoint as a ``Checkpoint``: every tensor assembled from its chunks."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -9,7 +9,8 @@ from typing import BinaryIO
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.read.boxes import is_row_major, row_major
-from merit_fast.merge.read.checkpoint import SINGLE_FILE, Checkpoint, check_name
+from merit_fast.merge.read.checkpoint import Checkpoint, check_name
+from merit_fast.merge.read.dcp.files import output_files
 from merit_fast.merge.read.dcp.folder import choose_subtree, is_no_model
 from merit_fast.merge.read.dcp.items import StoredChunk, read_item
 from merit_fast.merge.read.dcp.metadata import (
@@ -25,8 +26,6 @@ from merit_fast.merge.read.dcp.tiles import tiling_fault
 from merit_fast.merge.read.entries import AssembledEntry, Part, TensorEntry
 from merit_fast.merge.read.files import folder_of, open_regular, size_of
 from merit_fast.merge.read.remote import Location
-
-_FILE_BYTES = 5 << 30  # of the safetensors files that an output gets, as transformers cuts them
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def read_distributed(
     left_out = tuple(name for name in everything if name not in kept)
     tensors = _entries(metadata, folder, inside)
     by_bytes = {(e.file, e.offset): name for name, e in tensors.items() if e.num_bytes}
-    shards = _shards(tensors.values())
+    shards = output_files(tensors.values())
     return DistributedCheckpoint(
         path, tensors, shards, folder, metadata, place, inside, by_bytes, others, left_out
     )
@@ -177,26 +176,6 @@ def _check_chunk(where: str, tensor: SavedTensor, chunk: Chunk, stored: StoredCh
     if stored.view.sizes != chunk.sizes:
         rule = f"shape must be {list(chunk.sizes)} as in {METADATA_FILE}"
         raise InputError(f"{where}: {rule}, got {list(stored.view.sizes)}")
-
-
-def _shards(entries: Iterable[TensorEntry]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Safetensors files for an output: tensors in order, at most 5 GB each."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for entry in entries:
-        num_bytes = ITEM_BYTES[entry.dtype] * entry.num_elements
-        if groups[-1] and size + num_bytes > _FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry.name)
-        size += num_bytes
-    if len(groups) == 1:
-        return ((SINGLE_FILE, tuple(groups[0])),)
-    count = len(groups)
-    return tuple(
-        (f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group))
-        for i, group in enumerate(groups, 1)
-    )
 
 
 def left_out_notes(checkpoints: Sequence[Checkpoint], keeps_values: bool) -> list[str]:
