@@ -161,6 +161,8 @@ def _follows(first: Segment, elements: int, segment: Segment) -> bool:
         return False
     if first.output_offset + elements * ITEM_BYTES[first.dtype] != segment.output_offset:
         return False
+    if len(first.inputs) != len(segment.inputs):
+        return False
     for mine, theirs in zip(first.inputs, segment.inputs, strict=True):
         same_run = mine.dtype == theirs.dtype and mine.file == theirs.file
         if not same_run or not is_plain(mine) or not is_plain(theirs):

@@ -27,6 +27,7 @@ from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
+from merit_fast.merge.read.names.towers import Tower
 from merit_fast.merge.read.opening import check_names, companions_of
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
@@ -86,8 +87,9 @@ class Inputs:
             entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
             rules = {combination.rule(entry) for entry in entries if is_float(entry)}
         rule = rules.pop() if len(rules) == 1 else None
-        numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
         paths = combination.paths
+        is_sum = isinstance(rule, tuple) and len(rule) <= len(paths)
+        numbers: tuple[float | None, ...] = rule if is_sum else ()
         filled = (*numbers, *[None] * (len(paths) - len(numbers)))
         return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
 
@@ -115,12 +117,14 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
+    tower: Tower | None = None,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
         companions: as in ``in_common_names``.
+        tower: the only part of the models that counts; its donor gives the names.
 
     Raises:
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
@@ -135,7 +139,8 @@ def read_inputs(
     base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
     chosen = companions or companions_of(everyone, given)
-    everyone, companions = in_common_names(everyone, base_checkpoint, chosen)
+    donor = tower.donor if tower else None
+    everyone, companions = in_common_names(everyone, base_checkpoint, chosen, donor)
     if config.form != "distcp":
         check_names(everyone, companions, config.subtree)
     checkpoints = everyone[: len(models)]
@@ -151,6 +156,10 @@ def read_inputs(
         check_configs_fit(companions, vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
+    if tower:
+        everyone = [tower.of(each) for each in everyone]
+        checkpoints = everyone[: len(models)]
+        base_checkpoint = everyone[-1] if base_checkpoint else None
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
