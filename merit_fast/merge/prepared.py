@@ -25,7 +25,6 @@ from merit_fast.merge.engine.plan import Plan, plan_merge
 from merit_fast.merge.engine.prepare import (
     Inputs,
     buffer_bytes,
-    coefficients,
     dtype_reason,
     fit_memory,
     make_plan,
