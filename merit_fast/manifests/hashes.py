@@ -15,6 +15,15 @@ _THREADS = 4
 _BLOCK_BYTES = 1 << 20
 
 
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not as it was written."""
+
+    file: str  # relative to the output
+    found: str  # words that follow the file's name and a colon
+    is_surplus: bool = False  # the output has no such file
+
+
 def checksum(file: Path) -> str:
     """XXH3, 128 bits, of a whole file in hex."""
     import xxhash
@@ -42,21 +51,40 @@ def list_files(directory: Path) -> list[str]:
     return sorted(found)
 
 
-def record_files(directory: Path) -> dict[str, FileRecord]:
-    """Hashes every file below, by relative path."""
+def record_files(
+    directory: Path, known: Mapping[str, FileRecord] | None = None
+) -> dict[str, FileRecord]:
+    """Hashes every file below, by relative path; files of a known size and mtime are believed."""
     names = list_files(directory)
+    known = known or {}
+
+    def record(name: str) -> FileRecord:
+        file = directory / name
+        status = file.stat()
+        believed = known.get(name)
+        if believed is not None and believed[:2] == (status.st_size, status.st_mtime_ns):
+            return believed
+        return file_record(file)
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        records = pool.map(lambda name: file_record(directory / name), names)
-        return dict(zip(names, records, strict=True))
+        return dict(zip(names, pool.map(record, names), strict=True))
 
 
-@dataclass(frozen=True)
-class Damage:
-    """One file that is not as it was written."""
+def first_damage(directory: Path, recorded: Mapping[str, FileRecord]) -> Damage | None:
+    """The first recorded file that is absent or has other content; every file is hashed."""
 
-    file: str  # relative to the output
-    found: str  # words that follow the file's name and a colon
-    is_surplus: bool = False  # the output has no such file
+    def damage(name: str) -> Damage | None:
+        file = directory / name
+        size, _, digest = recorded[name]
+        if not file.is_file():
+            return Damage(name, "is absent")
+        found = file.stat().st_size
+        if found != size:
+            return Damage(name, f"{found:,} bytes instead of {size:,}")
+        return None if checksum(file) == digest else Damage(name, "has other content")
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return next((found for found in pool.map(damage, recorded) if found), None)
 
 
 def compare_files(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.directories import begin_directory, finish_directory
 from merit_fast.manifests.io import (
@@ -15,8 +16,8 @@ from merit_fast.manifests.io import (
     stage_manifest,
     write_manifest,
 )
-from merit_fast.manifests.locks import LOCKS_FOLDER, claim, this_process
-from merit_fast.manifests.state import replaced_keys
+from merit_fast.manifests.kept import remove_records
+from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.layout import header_bytes
 from merit_fast.merge.engine.plan import Plan, plan_merge
@@ -31,17 +32,19 @@ from merit_fast.merge.engine.prepare import (
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.entries import is_float
-from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
+from merit_fast.merge.read.fingerprints import input_fingerprints
+from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.registry import method_source
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
+from merit_fast.merge.write.finished import is_up_to_date
 from merit_fast.merge.write.shards import (
+    ShardWriter,
     Share,
     all_written,
     finish_output,
     free_bytes,
-    only_finisher,
-    write_shards,
+    share_of,
 )
 from merit_fast.merge.write.upload import Upload, spool_directory
 from merit_fast.options.parser import to_plain
@@ -92,7 +95,9 @@ class PreparedMerge:
     def write_into(self, directory: Path, progress: Progress) -> None:
         """Writes the whole output into an unfinished directory that the caller owns."""
         plan = self._plan(progress)
-        write_shards(plan, self.config, directory, progress)
+        writer = ShardWriter(self.config, directory, progress)
+        writer.write(plan.shards)
+        writer.prove(plan.shards)
         self._finish(plan, directory, {})
 
     def write(
@@ -104,6 +109,9 @@ class PreparedMerge:
     ) -> bool:
         """Writes this process's share of the output, and finishes it when all shares are there.
 
+        The process owns ``out`` from the first byte to the last one, together with processes that
+        make the same merge. An output of this merge whose files all agree with their hashes stays.
+
         Args:
             out: the output's final name.
             share: (i, n): write every n-th shard from the i-th on.
@@ -114,20 +122,25 @@ class PreparedMerge:
 
         Raises:
             LockedError: another merge of other inputs or options works on ``out``.
+            InputError: an input changed while it was read.
         """
         manifest = self._manifest(records or {})
-        locks = out.with_name(f".{out.name}{LOCKS_FOLDER}")
+        locks = locks_of(out)
         with claim(locks, this_process(manifest.fingerprint), out):
-            if changed := replaced_keys(out, manifest):
-                progress.note(f"{out}: {changed}; merging again")
-            directory = begin_directory(out, manifest.fingerprint)
+            with exclusive(locks / "turn"):  # nobody gives the output its name meanwhile
+                if is_up_to_date(out, manifest, progress):
+                    return True
+                directory = begin_directory(out, manifest.fingerprint)
             plan = self._plan(progress)
-            write_shards(plan, self.config, directory, progress, share)
+            writer = ShardWriter(self.config, directory, progress, locks)
+            writer.write(share_of(plan, share))
             if not all_written(plan, directory):
                 return False
-            with only_finisher(directory, out) as is_finisher:
-                if is_finisher:
+            with exclusive(locks / "turn"):
+                if directory.exists():  # else another process has finished it
+                    writer.prove(plan.shards)
                     self._finish(plan, directory, records or {})
+                    self._check_unchanged(manifest, records or {})
                     finish_directory(directory, out, manifest, self.config.fsync)
         return True
 
@@ -146,11 +159,13 @@ class PreparedMerge:
         if not upload.begin(manifest.fingerprint):
             plan = self._plan(progress)
             with spool_directory(out.name) as spool:
-                write_shards(plan, config, spool, progress, share, upload)
+                ShardWriter(config, spool, progress, upload=upload).write(share_of(plan, share))
                 if not upload.all_written():
                     return False
                 if upload.fetch_parts(spool):
                     self._finish(plan, spool, records or {}, weights_at=out)
+                    self._check_unchanged(manifest, records or {})
+                    remove_records(spool)
                     write_manifest(manifest, spool / STAGE_FILE)
                     upload.finish(spool)
         upload.sweep()
@@ -208,8 +223,8 @@ class PreparedMerge:
         return list(zip(self.models, weights, strict=True))
 
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
-        paths = (*self.models, *([self.base] if self.base else []))
-        fingerprints = {str(path): input_fingerprint(path) for path in paths}
+        paths = (*self.models, *([self.base] if self.base else []), self.inputs.companions)
+        fingerprints = input_fingerprints(paths, self.inputs.stored_files())
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
         if self.run:
@@ -217,6 +232,13 @@ class PreparedMerge:
         fingerprints |= method_fingerprint(self.config)
         fingerprints |= {name: fingerprint(text) for name, text in records.items()}
         return stage_manifest("merge", same_bytes(self.config), fingerprints)
+
+    def _check_unchanged(self, manifest: StageManifest, records: Mapping[str, str]) -> None:
+        now = self._manifest(records).inputs
+        changed = [name for name, digest in manifest.inputs.items() if now.get(name) != digest]
+        if changed:
+            names = ", ".join(changed)
+            raise InputError(f"{names}: changed while the merge read it; run the command again")
 
 
 def prepare_merge(

@@ -1,6 +1,7 @@
 """The output's files as runs of elements, neighbouring tensors joined. Reads no data."""
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -118,30 +119,39 @@ def _segment(tensor: OutputTensor, offset: int, rule: Rule = ()) -> Segment:
 
 def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
     """Joins neighbours that follow each other without a gap in the output and in every input."""
-    joined: list[Segment] = []
+    runs: list[list[Segment]] = []
+    elements = 0
     for segment in segments:
-        last = joined[-1] if joined else None
-        if last is not None and _follows(last, segment):
-            ends = (*last.ends, last.num_elements + segment.num_elements)
-            names = last.names + segment.names
-            joined[-1] = Segment(
-                names, ends, last.dtype, last.output_offset, last.inputs, last.rule
-            )
+        if runs and _follows(runs[-1][0], elements, segment):
+            runs[-1].append(segment)
+            elements += segment.num_elements
         else:
-            joined.append(segment)
-    return joined
+            runs.append([segment])
+            elements = segment.num_elements
+    return [_joined(run) for run in runs]
 
 
-def _follows(last: Segment, segment: Segment) -> bool:
-    is_sum = isinstance(last.rule, tuple)  # every other rule is for one whole tensor
-    if not is_sum or last.rule != segment.rule or last.dtype != segment.dtype:
+def _joined(run: Sequence[Segment]) -> Segment:
+    """One segment of segments that follow each other."""
+    first = run[0]
+    if len(run) == 1:
+        return first
+    names = tuple(segment.names[0] for segment in run)
+    ends = tuple(itertools.accumulate(segment.num_elements for segment in run))
+    return Segment(names, ends, first.dtype, first.output_offset, first.inputs, first.rule)
+
+
+def _follows(first: Segment, elements: int, segment: Segment) -> bool:
+    """Whether a segment continues the run that starts with ``first`` and has ``elements``."""
+    is_sum = isinstance(first.rule, tuple)  # every other rule is for one whole tensor
+    if not is_sum or first.rule != segment.rule or first.dtype != segment.dtype:
         return False
-    elements = last.num_elements
-    return last.output_offset + elements * ITEM_BYTES[last.dtype] == segment.output_offset and all(
+    end = first.output_offset + elements * ITEM_BYTES[first.dtype]
+    return end == segment.output_offset and all(
         mine.file == theirs.file
         and mine.dtype == theirs.dtype
         and mine.offset + elements * ITEM_BYTES[mine.dtype] == theirs.offset
         and is_plain(mine)
         and is_plain(theirs)
-        for mine, theirs in zip(last.inputs, segment.inputs, strict=True)
+        for mine, theirs in zip(first.inputs, segment.inputs, strict=True)
     )

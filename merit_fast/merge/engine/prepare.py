@@ -16,7 +16,13 @@ from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.decoded import is_adapter, read_input
-from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
+from merit_fast.merge.read.entries import (
+    TensorEntry,
+    is_float,
+    is_plain,
+    stored_entries,
+    value_dtype,
+)
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
@@ -47,6 +53,16 @@ class Inputs:
             for tensor in file.tensors
             for entry in tensor.inputs
         )
+
+    def stored_files(self) -> set[Location]:
+        """Every file that holds a byte of the output's tensors."""
+        entries = {
+            id(entry): entry
+            for file in self.files
+            for tensor in file.tensors
+            for entry in tensor.inputs
+        }
+        return {stored.file for entry in entries.values() for stored in stored_entries(entry)}
 
     @property
     def dtypes(self) -> str:
