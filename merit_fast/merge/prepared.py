@@ -19,6 +19,7 @@ from merit_fast.manifests.io import (
 from merit_fast.manifests.kept import remove_records
 from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.coefficients import input_coefficients
 from merit_fast.merge.engine.layout import header_bytes
 from merit_fast.merge.engine.plan import Plan, plan_merge
 from merit_fast.merge.engine.prepare import (
@@ -31,7 +32,6 @@ from merit_fast.merge.engine.prepare import (
 )
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
-from merit_fast.merge.read.entries import is_float
 from merit_fast.merge.read.fingerprints import input_fingerprints
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
@@ -81,7 +81,7 @@ class PreparedMerge:
             "dtype": self.inputs.dtypes,
             "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
             "weights": list(self.weights),
-            "coefficients": _coefficients(self.inputs),
+            "coefficients": input_coefficients(self.inputs),
             "shards": len(files),
             "tensors": len(tensors),
             "parameters": sum(tensor.num_elements for tensor in tensors),
@@ -281,18 +281,3 @@ def method_fingerprint(config: MergeConfig) -> dict[str, str]:
     """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
     source = method_source(config.method_entry)
     return {} if source is None else {"method": source}
-
-
-def _coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
-    """Each input's coefficient; None where it differs between tensors or there is none."""
-    combination = inputs.combination
-    rules = set()
-    if combination.from_gram is None:
-        tensors = [tensor for file in inputs.files for tensor in file.tensors]
-        entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
-        rules = {combination.rule(entry) for entry in entries if is_float(entry)}
-    rule = rules.pop() if len(rules) == 1 else None
-    numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
-    paths = combination.paths
-    filled = (*numbers, *[None] * (len(paths) - len(numbers)))
-    return [(str(path), number) for path, number in zip(paths, filled, strict=True)]

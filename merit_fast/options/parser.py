@@ -7,6 +7,7 @@ annotation of its field.
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,10 @@ from merit_fast.errors import InputError, show
 T = TypeVar("T")
 
 _SCALARS = frozenset({int, float, str, bool, type(None)})
+_SHOWN = 80  # characters of a value in an error
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # the same in JSON and YAML
+_WORD = re.compile("[A-Za-z][A-Za-z0-9_]*")
+_NO_TEXTS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -87,8 +92,6 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     Raises:
         InputError: a string without "=", or a path through a value that is no mapping.
     """
-    import yaml
-
     result: dict[str, Any] = json.loads(json.dumps(values))
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -102,11 +105,23 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             node = node[parent]
             if not isinstance(node, dict):
                 raise InputError(f"command line: {path}: {parent} is not a section")
-        try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"command line: {path}: {text!r} is not a YAML value") from None
+        node[last] = _yaml_value(text, path)
     return result
+
+
+def _yaml_value(text: str, path: str) -> Any:
+    """The value of one line of YAML; plain words and numbers need no import."""
+    if _NUMBER.fullmatch(text):
+        return json.loads(text)
+    if _WORD.fullmatch(text) and text.lower() not in _NO_TEXTS:
+        return text
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise InputError(f"command line: {path}: {shown!r} is not a YAML value") from None
 
 
 def _spelled(field: "dataclasses.Field[Any]", value: Any) -> Any:

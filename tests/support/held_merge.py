@@ -26,7 +26,7 @@ def holding(source: Any, target: Any) -> None:
     replace(source, target)
 
 
-os.replace = holding
+vars(os)["replace"] = holding
 sys.argv = ["merit-fast", *sys.argv[3:]]
 
 from merit_fast.cli.main import main  # noqa: E402

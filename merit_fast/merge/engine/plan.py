@@ -3,7 +3,7 @@
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
@@ -97,14 +97,15 @@ def _plan_shard(file: OutputFile, rule: Callable[[TensorEntry], Rule]) -> Shard:
     copies: list[Segment] = []
     for tensor in file.tensors:
         if tensor.num_elements and is_float(tensor.inputs[0]):
-            segments.append(_segment(tensor, offset, rule(_named(tensor))))
+            segments.append(_segment(tensor, offset, rule(named_entry(tensor))))
         elif tensor.num_elements:
             copies.append(_segment(tensor, offset))
         offset += tensor.num_bytes
     return Shard(file.name, header, offset, tuple(_coalesce(segments)), tuple(copies))
 
 
-def _named(tensor: OutputTensor) -> TensorEntry:
+def named_entry(tensor: OutputTensor) -> TensorEntry:
+    """The tensor's entry in the first input, under the output's name."""
     entry = tensor.inputs[0]
     return TensorEntry(
         tensor.name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes
@@ -120,38 +121,34 @@ def _segment(tensor: OutputTensor, offset: int, rule: Rule = ()) -> Segment:
 def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
     """Joins neighbours that follow each other without a gap in the output and in every input."""
     runs: list[list[Segment]] = []
-    elements = 0
+    elements = 0  # of the last run
     for segment in segments:
         if runs and _follows(runs[-1][0], elements, segment):
             runs[-1].append(segment)
-            elements += segment.num_elements
         else:
             runs.append([segment])
-            elements = segment.num_elements
+            elements = 0
+        elements += segment.num_elements
     return [_joined(run) for run in runs]
 
 
 def _joined(run: Sequence[Segment]) -> Segment:
-    """One segment of segments that follow each other."""
-    first = run[0]
-    if len(run) == 1:
-        return first
-    names = tuple(segment.names[0] for segment in run)
-    ends = tuple(itertools.accumulate(segment.num_elements for segment in run))
-    return Segment(names, ends, first.dtype, first.output_offset, first.inputs, first.rule)
+    names = tuple(name for segment in run for name in segment.names)
+    ends = itertools.accumulate(segment.num_elements for segment in run)
+    return replace(run[0], names=names, ends=tuple(ends))
 
 
 def _follows(first: Segment, elements: int, segment: Segment) -> bool:
-    """Whether a segment continues the run that starts with ``first`` and has ``elements``."""
+    """Whether a segment follows the run that ``first`` opens and that holds ``elements``."""
     is_sum = isinstance(first.rule, tuple)  # every other rule is for one whole tensor
     if not is_sum or first.rule != segment.rule or first.dtype != segment.dtype:
         return False
-    end = first.output_offset + elements * ITEM_BYTES[first.dtype]
-    return end == segment.output_offset and all(
-        mine.file == theirs.file
-        and mine.dtype == theirs.dtype
-        and mine.offset + elements * ITEM_BYTES[mine.dtype] == theirs.offset
-        and is_plain(mine)
-        and is_plain(theirs)
-        for mine, theirs in zip(first.inputs, segment.inputs, strict=True)
-    )
+    if first.output_offset + elements * ITEM_BYTES[first.dtype] != segment.output_offset:
+        return False
+    for mine, theirs in zip(first.inputs, segment.inputs, strict=True):
+        same_run = mine.dtype == theirs.dtype and mine.file == theirs.file
+        if not same_run or not is_plain(mine) or not is_plain(theirs):
+            return False
+        if mine.offset + elements * ITEM_BYTES[mine.dtype] != theirs.offset:
+            return False
+    return True

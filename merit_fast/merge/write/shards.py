@@ -25,13 +25,14 @@ from merit_fast.merge.engine.geometry import (
 from merit_fast.merge.engine.layout import index_text
 from merit_fast.merge.engine.plan import Plan, Shard
 from merit_fast.merge.engine.prepare import Inputs
-from merit_fast.merge.read.checkpoint import INDEX_FILE, read_header
+from merit_fast.merge.read.checkpoint import INDEX_FILE
 from merit_fast.merge.read.companions import (
     copy_companions,
     find_head,
     output_dtypes,
     untie_if_different,
 )
+from merit_fast.merge.read.headers import read_header
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.write.upload import Upload
 from merit_fast.merge.write.verified import CHECKSUM_KEY

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.merge import fuzz_checkpoint as fuzz
-from support.merge.headers import INDEX, one_tensor, pack, tensor, write_model
+from support.merge.headers import INDEX, backends_agree, one_tensor, pack, tensor, write_model
 
 from merit_fast.merge import merge_models
 
@@ -57,6 +57,12 @@ def test_each_value_may_be_anything(tmp_path, kind):
 @given(damaged([fuzz.HEADER]), st.sampled_from([24, 24, 0, 8, 48]))
 def test_any_header_is_read_as_safetensors_reads_it_or_refused(content, data_bytes):
     read("header", content, data_bytes)
+
+
+@settings(max_examples=400, **LIMITS)
+@given(damaged([fuzz.HEADER, fuzz.PAIR]), st.sampled_from([24, 32, 0, 8]))
+def test_the_native_parser_and_the_reference_agree(text, data_bytes):
+    backends_agree(text, 8 + len(text) + data_bytes)
 
 
 @settings(max_examples=200, **LIMITS)
