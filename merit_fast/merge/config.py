@@ -21,6 +21,7 @@ from merit_fast.merge.parameters import (
 from merit_fast.merge.registry import method_named
 from merit_fast.merge.rules.kinds import FromGram, WeightedSum
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS, MergeMethod
+from merit_fast.merge.tokenizer_options import TokenizerOptions, tokenizer_options
 from merit_fast.options.fields import option, require
 from merit_fast.options.parser import parse, to_plain
 
@@ -83,6 +84,19 @@ class MergeConfig:
     missing: Literal["error", "base", "drop"] = option(
         "error",
         "a tensor that some input lacks: error; base: use the base's; drop: leave it out",
+    )
+    tokenizer: str | TokenizerOptions | None = option(
+        None,
+        "tokens of the output: union of all models', base's, those of a model, or ids: rows by id; "
+        "absent: ids and texts must agree; docs/checkpoints/vocabularies.md",
+        form="union|base|ids|MODEL",
+        omit_default=True,
+    )
+    chat_template: str | None = option(
+        None,
+        "chat template of the output: auto (the models' most common), alpaca, chatml, exaone, "
+        "llama3, mistral, or a Jinja text; absent: the tokenizer's own",
+        omit_default=True,
     )
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
         None,
@@ -191,6 +205,9 @@ class MergeConfig:
         require(self.tune_rows >= 1, "tune_rows", "at least 1", self.tune_rows)
         has_step = self.scale != "auto" or method.base != "unused"
         require(has_step, "scale", f"a number with method {self.method}", self.scale)
+        has_tokens = self.is_tuned and self.tokenizer is not None
+        rule = "absent where held-out rows choose a number: they are tokens of the models"
+        require(not has_tokens, "tokenizer", rule, self.tokenizer)
         if self.weights == "fit":
             is_sum = isinstance(method.rule, WeightedSum) and method.takes_weights
             rule = f"other than fit with method {self.method}: its result is no sum"
@@ -198,6 +215,11 @@ class MergeConfig:
             shared = all(model.weight is None for model in self.models)
             rule = "other than fit where models have weights of their own"
             require(shared, "weights", rule, "fit")
+
+    @property
+    def tokenizer_options(self) -> TokenizerOptions | None:
+        """``tokenizer`` in full."""
+        return tokenizer_options(self.tokenizer)
 
     @property
     def is_tuned(self) -> bool:

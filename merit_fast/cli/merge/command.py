@@ -199,6 +199,9 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
         lines.append(line + _coefficient(coefficients[count], None))
     lines.append(f"  weights: {summary['weights_reason']}")
     lines.append(f"  dtype: {summary['dtype']}, {summary['dtype_reason']}")
+    if summary["vocabulary"]:
+        lines.append(f"  vocabulary: {summary['vocabulary']}")
+    lines += [f"  note: {note}" for note in summary["notes"]]
     sizes = {name: human_bytes(summary[f"{name}_bytes"]) for name in ("buffer", "free")}
     files = summary["shards"]
     lines.append(

@@ -147,9 +147,7 @@ class _Engine:
         return grams
 
     def _runs_native(self, batch: Sequence[Segment]) -> bool:
-        if not self.is_native or isinstance(batch[0].rule, FunctionRule):
-            return False
-        return all(native.reads(entry) for segment in batch for entry in segment.inputs)
+        return self.is_native and not isinstance(batch[0].rule, FunctionRule)
 
     def _pieces(self, batch: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], Array]:
         if not self.takes_gram:

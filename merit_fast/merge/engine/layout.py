@@ -13,7 +13,7 @@ from merit_fast.merge.read.checkpoint import (
     SINGLE_FILE,
     Checkpoint,
 )
-from merit_fast.merge.read.entries import TensorEntry, is_float
+from merit_fast.merge.read.entries import TensorEntry, is_float, own_dtype
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _Dtypes:
         self.base = base
         self.asked = asked
         tensors = [entry for model in models for entry in model.tensors.values()]
-        self.common = {entry.dtype for entry in tensors if is_float(entry)}
+        self.common = {own_dtype(entry) for entry in tensors if is_float(entry)}
 
     def of(self, name: str, entries: Sequence[TensorEntry]) -> str:
         """The output's dtype of a float tensor that is made of these entries.
@@ -110,11 +110,11 @@ class _Dtypes:
         if not listed and len(self.common) == 1:
             dtype = next(iter(self.common))
         else:
-            dtype = (own or entries)[0].dtype
+            dtype = own_dtype((own or entries)[0])
         for other in own:
-            if other.dtype != dtype:
+            if own_dtype(other) != dtype:
                 rule = f"{other.file}: {name}: dtype must be {dtype} as in {own[0].file}"
-                raise OptionError(f"{rule}, got {other.dtype}", "dtype", "{} chooses one")
+                raise OptionError(f"{rule}, got {own_dtype(other)}", "dtype", "{} chooses one")
         if dtype in FP8_DTYPES:
             rule = f"{(own or entries)[0].file}: {name}: is {dtype}"
             raise OptionError(rule, "dtype", "{} must choose the output's dtype")

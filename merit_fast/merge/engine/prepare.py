@@ -9,13 +9,17 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.engine.absence import absence_notes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
+from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
+from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
-from merit_fast.merge.read.decoded import is_adapter, read_input
+from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import (
     TensorEntry,
     is_float,
@@ -23,10 +27,15 @@ from merit_fast.merge.read.entries import (
     stored_entries,
     value_dtype,
 )
+from merit_fast.merge.read.files import folder_of
+from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ThinnedDeltas
+from merit_fast.merge.vocabulary.configs import check_configs_fit
+from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
+from merit_fast.merge.vocabulary.templates import checked_template
 from merit_fast.progress import Progress
 
 _LEAST_CHUNK_KIB = 4
@@ -43,6 +52,14 @@ class Inputs:
     dequantized: bool
     models: tuple[Location, ...]
     base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
+    notes: tuple[str, ...]  # what was renamed, filled or left out, in sentences
+    vocabulary: OutputVocabulary | None = None  # None: tokenizer and rows stay as they are
+    chat_template: str | None = None  # None: the tokenizer's own
+
+    @property
+    def tokenizer(self) -> Location:
+        """The directory whose tokenizer the output gets."""
+        return self.vocabulary.folder if self.vocabulary else self.companions
 
     @property
     def bytes_read(self) -> int:
@@ -55,14 +72,14 @@ class Inputs:
         )
 
     def stored_files(self) -> set[Location]:
-        """Every file that holds a byte of the output's tensors."""
-        entries = {
-            id(entry): entry
-            for file in self.files
-            for tensor in file.tensors
-            for entry in tensor.inputs
-        }
-        return {stored.file for entry in entries.values() for stored in stored_entries(entry)}
+        """Every input file that holds a byte of the output's tensors."""
+        entries = (
+            entry for file in self.files for tensor in file.tensors for entry in tensor.inputs
+        )
+        files = {stored.file for entry in entries for stored in stored_entries(entry)}
+        if self.vocabulary and self.vocabulary.made:
+            files.discard(self.vocabulary.made.file)  # temporary, and made of the others
+        return files
 
     @property
     def dtypes(self) -> str:
@@ -99,20 +116,33 @@ def read_inputs(
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
-        companions: the directory that gives config and tokenizer. None: the first that is no
-            adapter.
+        companions: as in ``in_common_names``.
 
     Raises:
-        InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and
-            ``lay_out``.
+        InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
+            ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
+    chosen = companions
     base_checkpoint = read_input(base, None) if base else None
     checkpoints = [read_input(path, base_checkpoint) for path in models]
-    everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
+    everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
+    checkpoints = everyone[: len(models)]
+    base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
-    companions = companions or next(
-        (path for path in (*models, base) if path and not is_adapter(path)), models[0]
+    everyone, companions = in_common_names(everyone, base_checkpoint, companions)
+    checkpoints = everyone[: len(models)]
+    base_checkpoint = everyone[-1] if base else None
+    matched = match_vocabularies(
+        checkpoints, base_checkpoint, config.tokenizer_options, chosen, companions
     )
+    checkpoints = list(matched.models)
+    base_checkpoint = matched.base
+    everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
+    vocabulary = matched.output
+    if vocabulary:
+        check_configs_fit(companions, vocabulary)
+    tokenizer = vocabulary.folder if vocabulary else companions
+    template = checked_template(config.chat_template, models, tokenizer)
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -126,6 +156,9 @@ def read_inputs(
     shard_bytes = parse_bytes("shard_size", config.shard_size) if config.shard_size else None
     dtype = SHORT_NAMES[config.dtype] if config.dtype else None
     files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models))
+    giver = next((each for each in everyone if folder_of(each.path) == companions), None)
+    giver = None if slices else giver
+    absent = absence_notes(checkpoints[: len(models)], giver, files, config.missing)
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
     dequantized = any(entry.dtype in FP8_DTYPES for tensor in tensors for entry in tensor.inputs)
@@ -141,6 +174,9 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
+        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent),
+        vocabulary,
+        template,
     )
 
 
@@ -150,6 +186,8 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
     Raises:
         InputError: a value is not finite and the method needs lengths; see ``gram_shard``.
     """
+    if inputs.vocabulary and inputs.vocabulary.made:
+        write_made(inputs.vocabulary.made)
     combination = inputs.combination
     from_gram = combination.from_gram
     if from_gram is None:

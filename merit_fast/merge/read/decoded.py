@@ -7,25 +7,16 @@ from typing import Any
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, FP8_DTYPES
 from merit_fast.merge.option_names import OptionError
-from merit_fast.merge.read.adapter import ADAPTER_CONFIG, Adapter, check_tied, read_adapter
+from merit_fast.merge.read.adapters.adapter import is_adapter, read_adapter
+from merit_fast.merge.read.adapters.on_base import put_on_base
 from merit_fast.merge.read.checkpoint import Checkpoint, read_checkpoint
-from merit_fast.merge.read.entries import (
-    ChangedEntry,
-    DecodedEntry,
-    LowRank,
-    Scales,
-    TensorEntry,
-    is_float,
-)
-from merit_fast.merge.read.files import quote, read_json
+from merit_fast.merge.read.entries import DecodedEntry, Scales, TensorEntry
+from merit_fast.merge.read.files import folder_of, quote, read_json
+from merit_fast.merge.read.names.wrappers import without_wrappers
 from merit_fast.merge.read.remote import Location
 
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _LAYER_SCALES = ("input_scale", "output_scale")
-
-
-def is_adapter(path: Location) -> bool:
-    return (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists()
 
 
 def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
@@ -35,37 +26,11 @@ def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
         InputError: an adapter without a base, or one that does not fit it; see ``read_checkpoint``.
     """
     if not is_adapter(path):
-        return _with_scales(read_checkpoint(path))
+        return _with_scales(without_wrappers(read_checkpoint(path)))
     if base is None:
         rule = f"{path}: is an adapter and needs the model it was trained on"
         raise OptionError(rule, "base", "give {}")
-    adapter = read_adapter(path)
-    check_tied(adapter, base)
-    return _on_base(adapter, base)
-
-
-def _on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
-    """The base with the adapter's changes, as a checkpoint of decoded tensors."""
-    tensors = dict(base.tensors)
-    for name, entry in adapter.full.items():
-        target = tensors.get(name)
-        if target is None or target.shape != entry.shape:
-            shape = "no such tensor" if target is None else str(list(target.shape))
-            raise InputError(
-                f"{entry.file}: {entry.name}: must have the shape of {name} in {base.path}, {shape}"
-            )
-        tensors[name] = replace(entry, name=name)
-    for name, change in adapter.low_rank.items():
-        target = tensors.get(name)
-        if target is None or target.shape != change.shape or not is_float(target):
-            shape = "no such tensor" if target is None else f"{target.dtype} {list(target.shape)}"
-            raise InputError(
-                f"{change.a.file}: {change.a.name}: changes {name} as a float tensor of "
-                f"{list(change.shape)}, "
-                f"{base.path} has {shape}"
-            )
-        tensors[name] = _changed(target, change)
-    return Checkpoint(adapter.path, tensors, base.shards)
+    return put_on_base(read_adapter(path), base)
 
 
 def _with_scales(checkpoint: Checkpoint) -> Checkpoint:
@@ -90,7 +55,7 @@ def _with_scales(checkpoint: Checkpoint) -> Checkpoint:
         (file, tuple(name for name in names if name in tensors))
         for file, names in checkpoint.shards
     )
-    return Checkpoint(checkpoint.path, tensors, tuple(shard for shard in shards if shard[1]))
+    return replace(checkpoint, tensors=tensors, shards=tuple(shard for shard in shards if shard[1]))
 
 
 def _scales(entry: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None) -> Scales:
@@ -121,7 +86,7 @@ def _even(size: int, parts: int) -> int:
 
 def _block_size(path: Location) -> tuple[int, int] | None:
     """quantization_config.weight_block_size of config.json; None without it."""
-    file = path / "config.json"
+    file = folder_of(path) / "config.json"
     config = read_json(file).get("quantization_config") if file.exists() else None
     size = config.get("weight_block_size") if isinstance(config, dict) else None
     if size is None:
@@ -133,10 +98,6 @@ def _block_size(path: Location) -> tuple[int, int] | None:
             f"{file}: weight_block_size: must be two positive integers, got {quote(size)}"
         )
     return size[0], size[1]
-
-
-def _changed(entry: TensorEntry, change: LowRank) -> ChangedEntry:
-    return ChangedEntry(**_fields(entry), source=entry, changes=(change,))
 
 
 def _fields(entry: TensorEntry) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from merit_fast.merge.read.companions import (
 )
 from merit_fast.merge.read.headers import read_header
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.vocabulary.write import write_template, write_vocabulary
 from merit_fast.merge.write.upload import Upload
 from merit_fast.merge.write.verified import CHECKSUM_KEY
 from merit_fast.progress import Progress, Task
@@ -219,6 +220,10 @@ def finish_output(
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     dtypes = output_dtypes((tensor.dtype, tensor.num_elements) for tensor in tensors)
     copy_companions(inputs.companions, directory, dtypes, dequantized=inputs.dequantized)
+    if inputs.vocabulary:
+        write_vocabulary(directory, inputs.companions, inputs.vocabulary)
+    if inputs.chat_template is not None:
+        write_template(directory, inputs.chat_template)
     written = {
         entry.name: entry
         for file in plan.files

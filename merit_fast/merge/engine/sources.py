@@ -1,0 +1,156 @@
+"""Entries as sources of merit_fast._C, form by form; ``values`` gives the same numbers in NumPy."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from merit_fast.errors import MeritFastError
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.merge.engine.changes import columns_of, factors_of, length_factors
+from merit_fast.merge.engine.opened import OpenFiles
+from merit_fast.merge.engine.values import scale_grid
+from merit_fast.merge.read.entries import (
+    AssembledEntry,
+    Change,
+    ChangedEntry,
+    DecodedEntry,
+    Magnitude,
+    Rows,
+    TensorEntry,
+    value_dtype,
+)
+
+CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
+_WHOLE = 1 << 62  # rows or columns of a block that covers any tensor
+
+
+class SourceBuilder:
+    """Builds sources, one for each entry; keeps the small arrays to which they point."""
+
+    def __init__(self, native: Any, files: OpenFiles) -> None:
+        self.native = native
+        self.files = files
+        self._kept: list[npt.NDArray[Any]] = []
+
+    def source(self, entry: TensorEntry) -> Any:
+        """The source of an entry of any form."""
+        if isinstance(entry, ChangedEntry):
+            return self._changed(entry)
+        if isinstance(entry, AssembledEntry):
+            return self._assembled(entry)
+        if isinstance(entry, DecodedEntry):
+            return self._decoded(entry)
+        return self.native.PlainSource(
+            file=self.files.number(entry.file), offset=entry.offset, stored=CODES[entry.dtype]
+        )
+
+    def _assembled(self, entry: AssembledEntry) -> Any:
+        table, sources = box_table(entry)
+        return self.native.BoxesSource(
+            sources=[self.source(source) for source in sources],
+            table=table,
+            shape=list(entry.shape),
+            type=CODES[value_dtype(entry)],
+        )
+
+    def _changed(self, entry: ChangedEntry) -> Any:
+        assert entry.source is not None
+        source = self.source(entry.source)
+        changes: list[Any] = []
+        for change in entry.changes:
+            changes.append(self._change(change, entry, source, changes))
+        return self.native.ChangedSource(source=source, changes=changes)
+
+    def _change(self, change: Change, entry: TensorEntry, source: Any, earlier: list[Any]) -> Any:
+        """A change of an entry. ``earlier``: the changes of ``source`` that come before it."""
+        cols = columns_of(entry)
+        if isinstance(change, Rows):
+            order = np.argsort(change.indices, kind="stable")
+            return self.native.ReplacedRows(
+                source=self.source(change.rows),
+                rows=[change.indices[i] for i in order],
+                source_rows=order.tolist(),
+                cols=cols,
+            )
+        if isinstance(change, Magnitude):
+            before = self.native.ChangedSource(source=source, changes=earlier)
+            factors = length_factors(change, entry, self.files, self._reader(before))
+            return self.native.ScaledVectors(
+                factors=factors.ctypes.data, cols=cols, by_column=change.by_column
+            )
+        left, right = factors_of(change, self.files)
+        self._kept += [left, right]
+        return self.native.LowRank(
+            left=left.ctypes.data,
+            right=right.ctypes.data,
+            rank=left.shape[1],
+            cols=right.shape[2],
+            block_rows=max(left.shape[0] // right.shape[0], 1),
+            factor=change.scaling,
+        )
+
+    def _reader(self, source: Any) -> Callable[[int, int], npt.NDArray[np.float64]]:
+        """A function that gives any elements of a source."""
+
+        def read(first: int, count: int) -> npt.NDArray[np.float64]:
+            out = np.empty(count)
+            error = self.native.read_values(
+                source=source, read=self.files.remote_read, first=first, out=out
+            )
+            if error:
+                self.files.raise_remote()
+                raise MeritFastError(f"{os.strerror(error)} while an adapter's base is read")
+            return out
+
+        return read
+
+    def _decoded(self, entry: DecodedEntry) -> Any:
+        scales = entry.scales
+        grid = scale_grid(scales, self.files) if scales else np.ones((1, 1))
+        self._kept.append(grid)
+        return self.native.Float8Source(
+            file=self.files.number(entry.file),
+            offset=entry.offset,
+            e5m2=entry.dtype == "F8_E5M2",
+            cols=entry.shape[-1] if entry.shape else 1,
+            block_rows=scales.block_rows if scales else _WHOLE,
+            block_cols=scales.block_cols if scales else _WHOLE,
+            scale_cols=grid.shape[1],
+            scales=grid.ctypes.data,
+        )
+
+
+def box_table(entry: AssembledEntry) -> tuple[npt.NDArray[np.int64], list[TensorEntry]]:
+    """An assembled tensor's parts as numbers, and the entries that they are filled from.
+
+    Returns:
+        [P, 2 + 4 D] source, start, and D each of offsets, sizes, strides and steps; the sources.
+
+    Raises:
+        ValueError: a part reads outside of its source.
+    """
+    numbers: dict[int, int] = {}  # id of an entry -> its place
+    sources: list[TensorEntry] = []
+    rows = []
+    ones = (1,) * len(entry.shape)
+    for part in entry.parts:
+        number = numbers.setdefault(id(part.source), len(sources))
+        if number == len(sources):
+            sources.append(part.source)
+        steps = part.steps or ones
+        rows.append((number, part.start, *part.offsets, *part.sizes, *part.strides, *steps))
+    table = np.array(rows, np.int64).reshape(len(rows), 2 + 4 * len(entry.shape))
+    dims = len(entry.shape)
+    sizes = table[:, 2 + dims : 2 + 2 * dims]
+    reach = (sizes - 1) * table[:, 2 + 2 * dims : 2 + 3 * dims]
+    first = table[:, 1] + np.minimum(reach, 0).sum(axis=1)
+    last = table[:, 1] + np.maximum(reach, 0).sum(axis=1)
+    counts = np.array([source.num_elements for source in sources], np.int64)
+    outside = ((first < 0) | (last >= counts[table[:, 0]])) & (sizes > 0).all(axis=1)
+    if outside.any():
+        part = entry.parts[int(np.flatnonzero(outside)[0])]
+        raise ValueError(f"{entry.name}: a part reads outside of {part.source.name}")
+    return table, sources
