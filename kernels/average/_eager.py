@@ -3,13 +3,15 @@
 For arrays in NumPy; for tensors in torch, which is imported when the function is called.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
+from merit_fast.kernels.lazy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
     from torch import Tensor
 
@@ -77,7 +79,7 @@ def float64_to_bf16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
 
 
 def average_tensors(
-    tensors: "Sequence[Tensor]", weights: Sequence[float], out: "Tensor", chunk: int
+    tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor, chunk: int
 ) -> None:
     """Averages flat tensors, ``chunk`` elements at a time."""
     for first in range(0, len(out), chunk):
@@ -88,7 +90,7 @@ def average_tensors(
         out[first : first + chunk] = _rounded(total, out.dtype)
 
 
-def _rounded(values: "Tensor", dtype: "torch.dtype") -> "Tensor":
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounds float64 to nearest even in one step.
 
     torch converts to 16 bits by way of float32, so that float32 must be rounded to odd.

@@ -4,19 +4,22 @@ The native engine that merges files (csrc/engine/deltas.cpp) gives the same bits
 holding a whole tensor.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from merit_fast.kernels import _splitmix
-from merit_fast.kernels.average._eager import float64_to_bf16, to_float64
+from merit_fast.kernels.average import _eager
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.lazy import np
 
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
+Mask: TypeAlias = "npt.NDArray[np.bool_]"
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,10 @@ def mix_deltas(
         [n] of ``out_dtype`` (bf16 as uint16 bits), and whether every delta and result is finite.
     """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        start = to_float64(base, base_dtype)
-        deltas = [to_float64(x, dtype) - start for x, dtype in zip(inputs, dtypes, strict=True)]
+        start = _eager.to_float64(base, base_dtype)
+        deltas = [
+            _eager.to_float64(x, dtype) - start for x, dtype in zip(inputs, dtypes, strict=True)
+        ]
         finite = all(bool(np.isfinite(delta).all()) for delta in deltas)
         sizes = [
             _size(x, base, delta, d, base_dtype)
@@ -105,7 +110,7 @@ def mix_deltas(
         total = start + rule.scale * step
         total[np.isnan(total)] = np.nan
         out = (
-            float64_to_bf16(total)
+            _eager.float64_to_bf16(total)
             if out_dtype == "BF16"
             else total.astype(FLOAT_DTYPES[out_dtype][1])
         )
@@ -124,7 +129,8 @@ def _size(x: Any, base: Any, delta: Array, dtype: str, base_dtype: str) -> npt.N
     if "F64" in (dtype, base_dtype):
         return np.abs(delta.astype(np.float32))
     narrow = [
-        to_float64(array, d).astype(np.float32) for array, d in ((x, dtype), (base, base_dtype))
+        _eager.to_float64(array, d).astype(np.float32)
+        for array, d in ((x, dtype), (base, base_dtype))
     ]
     return np.asarray(np.abs(narrow[0] - narrow[1]))
 

@@ -15,13 +15,13 @@ RECORD_SUFFIX = ".xxh3_128"
 
 def write_record(final: Path, written: Path) -> None:
     """Hashes the complete file ``written``, which is about to be renamed to ``final``."""
-    write_text(_place(final), json.dumps(file_record(written)))
+    write_text(record_of_file(final), json.dumps(file_record(written)))
 
 
 def read_record(final: Path) -> FileRecord | None:
     """The record of a file; None where there is none, or it is damaged."""
     try:
-        size, time, digest = json.loads(_place(final).read_text())
+        size, time, digest = json.loads(record_of_file(final).read_text())
     except (OSError, ValueError, TypeError):
         return None
     return size, time, digest
@@ -38,7 +38,7 @@ def is_proved(final: Path) -> bool:
 def read_records(directory: Path) -> dict[str, FileRecord]:
     """All records of a directory, by the name of their file."""
     records = {}
-    for name in _places(directory):
+    for name in _record_names(directory):
         final = name.removesuffix(RECORD_SUFFIX)
         record = read_record(directory / final)
         if record is not None:
@@ -48,13 +48,14 @@ def read_records(directory: Path) -> dict[str, FileRecord]:
 
 def remove_records(directory: Path) -> None:
     """Removes all records of a directory, which a finished output does not need."""
-    for name in _places(directory):
+    for name in _record_names(directory):
         (directory / name).unlink()
 
 
-def _places(directory: Path) -> list[str]:
+def _record_names(directory: Path) -> list[str]:
     return [name for name in os.listdir(directory) if name.endswith(RECORD_SUFFIX)]
 
 
-def _place(final: Path) -> Path:
+def record_of_file(final: Path) -> Path:
+    """The file next to ``final`` that holds its record."""
     return final.with_name(final.name + RECORD_SUFFIX)

@@ -5,7 +5,6 @@ annotation of its field.
 """
 
 import dataclasses
-import difflib
 import json
 import re
 import types
@@ -223,5 +222,7 @@ def _join(key: str, name: Any) -> str:
 
 
 def _nearest(name: str, valid: Sequence[str] | Mapping[str, Any]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; valid keys: {', '.join(valid)}"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
-from merit_fast.manifests.kept import write_record
+from merit_fast.manifests.kept import record_of_file, write_record
 from merit_fast.manifests.schemas import SCHEMA_VERSION
 from merit_fast.merge.engine.plan import Segment, Shard
 from merit_fast.merge.read.remote import Location
@@ -77,6 +77,7 @@ def write_geometry(directory: Path, shards: Sequence[Shard], branches: Sequence[
     """
     files = [gram_file(directory, shard) for shard in shards]
     if (directory / GEOMETRY_FILE).exists() and not all(file.exists() for file in files):
+        _remove(files)
         return
     tensors: dict[str, Array] = {}
     for file in files:
@@ -97,8 +98,13 @@ def write_geometry(directory: Path, shards: Sequence[Shard], branches: Sequence[
     )
     write_manifest(geometry, directory / GEOMETRY_FILE)
     write_record(directory / GEOMETRY_FILE, directory / GEOMETRY_FILE)
+    _remove(files)
+
+
+def _remove(files: Sequence[Path]) -> None:
     for file in files:
-        file.unlink()
+        file.unlink(missing_ok=True)
+        record_of_file(file).unlink(missing_ok=True)
 
 
 def _movement(
