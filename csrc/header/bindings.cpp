@@ -39,5 +39,5 @@ void define_header(nb::module_& m) {
           }
         return nb::make_tuple(tensors, header.error, header.too_many);
       },
-      "text"_a, "most_tensors"_a);
+      nb::kw_only(), "text"_a, "most_tensors"_a);
 }

@@ -69,7 +69,9 @@ def parse_header(
         InputError: a rule of the format is broken, or the text is too large to be looked at whole.
     """
     if dispatch.choose("merge_files", "cpu", backend) == "cpu":
-        tensors, error, too_many = dispatch.native().parse_header(text, MAX_TENSORS)
+        tensors, error, too_many = dispatch.native().parse_header(
+            text=text, most_tensors=MAX_TENSORS
+        )
         if too_many:
             raise InputError(f"{file}: header: must describe at most {MAX_TENSORS} tensors")
         if error < 0:
