@@ -12,6 +12,7 @@ UNKNOWN_TIME = -1  # a mtime_ns that no file has: the next check hashes the file
 SMALL_BYTES = 1 << 20  # files below this size are hashed in every check
 _RECENT_NS = 2_000_000_000  # a file this young may change again without another mtime
 _THREADS = 4
+_NOT_HIDDEN = (".metadata",)  # of torch's distributed checkpoints
 _BLOCK_BYTES = 1 << 20
 
 
@@ -47,7 +48,8 @@ def list_files(directory: Path) -> list[str]:
     for folder, folders, files in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = Path(folder).relative_to(directory)
-        found += [(inside / name).as_posix() for name in files if not name.startswith(".")]
+        shown = [name for name in files if not name.startswith(".") or name in _NOT_HIDDEN]
+        found += [(inside / name).as_posix() for name in shown]
     return sorted(found)
 
 

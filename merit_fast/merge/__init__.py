@@ -12,15 +12,16 @@ if TYPE_CHECKING:  # type checkers and the API reference see the names that load
     from merit_fast.merge.config import MergeConfig
     from merit_fast.merge.in_memory.state_dicts import merge_state_dicts
     from merit_fast.merge.parameters import Parameter
-    from merit_fast.merge.prepared import (
-        PreparedMerge,
-        method_fingerprint,
-        prepare_merge,
-        same_bytes,
-    )
+    from merit_fast.merge.prepared import PreparedMerge, prepare_merge
     from merit_fast.merge.registry import register_method
-    from merit_fast.merge.stage import load_merged, merge_branches, merge_models
+    from merit_fast.merge.stage import (
+        load_merged,
+        merge_branches,
+        merge_models,
+        merge_trajectory,
+    )
     from merit_fast.merge.write.card import RunFacts
+    from merit_fast.merge.write.same import method_fingerprint, same_bytes
 
 __all__ = [
     "MergeConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "merge_branches",
     "merge_models",
     "merge_state_dicts",
+    "merge_trajectory",
     "method_fingerprint",
     "prepare_merge",
     "register_method",
@@ -47,11 +49,12 @@ _MODULES = {  # where a public name is defined; a help text or a plan needs few 
     "merge_branches": "stage",
     "merge_models": "stage",
     "merge_state_dicts": "in_memory.state_dicts",
-    "method_fingerprint": "prepared",
+    "merge_trajectory": "stage",
+    "method_fingerprint": "write.same",
     "prepare_merge": "prepared",
     "register_method": "registry",
     "resolve_weights": "combine.weights",
-    "same_bytes": "prepared",
+    "same_bytes": "write.same",
 }
 
 

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from merit_fast.manifests.kept import remove_records
 from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.coefficients import input_coefficients
-from merit_fast.merge.engine.layout import header_bytes
 from merit_fast.merge.engine.plan import Plan, plan_merge
 from merit_fast.merge.engine.prepare import (
     Inputs,
@@ -36,9 +36,13 @@ from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.fingerprints import input_fingerprints
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
-from merit_fast.merge.registry import method_source
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
+from merit_fast.merge.write.distcp.finish import finish_distributed
+from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
+from merit_fast.merge.write.distcp.plan import distributed_plan
+from merit_fast.merge.write.distcp.whole import write_whole_tensors
 from merit_fast.merge.write.finished import is_up_to_date
+from merit_fast.merge.write.same import method_fingerprint, same_bytes
 from merit_fast.merge.write.shards import (
     ShardWriter,
     Share,
@@ -73,7 +77,7 @@ class PreparedMerge:
         files = self.inputs.files
         tensors = [tensor for file in files for tensor in file.tensors]
         local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
-        num_bytes = sum(tensor.num_bytes for tensor in tensors)
+        sizes = self._file_sizes()
         return {
             "merged": str(out),
             "method": self.config.method,
@@ -84,11 +88,12 @@ class PreparedMerge:
             "vocabulary": self.inputs.vocabulary.sentence if self.inputs.vocabulary else None,
             "weights": list(self.weights),
             "coefficients": input_coefficients(self.inputs),
-            "shards": len(files),
+            "form": self.config.form or "safetensors",
+            "shards": len(sizes),
             "tensors": len(tensors),
             "parameters": sum(tensor.num_elements for tensor in tensors),
             "bytes_in": self.config.method_entry.passes * self.inputs.bytes_read,
-            "bytes_out": num_bytes + sum(len(header_bytes(file)) for file in files),
+            "bytes_out": sum(sizes.values()),
             "buffer_bytes": buffer_bytes(self.inputs, self.config),
             "free_bytes": free_bytes(local),
             "notes": list(self.inputs.notes),
@@ -97,8 +102,9 @@ class PreparedMerge:
 
     def write_into(self, directory: Path, progress: Progress) -> None:
         """Writes the whole output into an unfinished directory that the caller owns."""
-        plan = self._plan(progress)
+        plan = self._plan(progress, directory)
         writer = ShardWriter(self.config, directory, progress)
+        write_whole_tensors(plan, writer)
         writer.write(plan.shards)
         writer.prove(plan.shards)
         self._finish(plan, directory, {})
@@ -134,8 +140,9 @@ class PreparedMerge:
                 if is_up_to_date(out, manifest, progress):
                     return True
                 directory = begin_directory(out, manifest.fingerprint)
-            plan = self._plan(progress)
+            plan = self._plan(progress, directory)
             writer = ShardWriter(self.config, directory, progress, locks)
+            write_whole_tensors(plan, writer, share)
             writer.write(share_of(plan, share))
             if not all_written(plan, directory):
                 return False
@@ -156,8 +163,9 @@ class PreparedMerge:
     ) -> bool:
         """Makes the output shard by shard and sends it to a store; arguments as in ``write``."""
         manifest = self._manifest(records or {})
-        sizes = {shard.file: shard.num_bytes for shard in plan_merge(self.inputs.files).shards}
-        upload = Upload(out, sizes)
+        if self.layout is not None:
+            raise InputError(f"{out}: a distributed checkpoint can be written to a local disk only")
+        upload = Upload(out, self._file_sizes())
         config = replace(self.config, fsync=False)  # files pass through the disk only
         if not upload.begin(manifest.fingerprint):
             plan = self._plan(progress)
@@ -184,8 +192,24 @@ class PreparedMerge:
             fit_config(kind, source, self.inputs.dequantized)
             return build_model(companions, kind, source, device)
 
-    def _plan(self, progress: Progress) -> Plan:
-        return make_plan(self.inputs, self.config, progress)
+    @cached_property
+    def layout(self) -> DistributedLayout | None:
+        """Shards and chunks of the output, if it is a distributed checkpoint."""
+        if self.config.form != "distcp":
+            return None
+        return distributed_layout(self.inputs.checkpoints[0], self.inputs.files)
+
+    def _file_sizes(self) -> dict[str, int]:
+        """Weight file of the output -> bytes."""
+        if self.layout is not None:
+            return {file.name: file.num_bytes for file in self.layout.files}
+        return {shard.file: shard.num_bytes for shard in plan_merge(self.inputs.files).shards}
+
+    def _plan(self, progress: Progress, directory: Path | None = None) -> Plan:
+        plan = make_plan(self.inputs, self.config, progress)
+        if self.layout is None or directory is None:
+            return plan
+        return distributed_plan(plan, self.layout, directory)
 
     def _finish(
         self,
@@ -194,7 +218,10 @@ class PreparedMerge:
         records: Mapping[str, str],
         weights_at: Location | None = None,
     ) -> None:
-        finish_output(plan, self.inputs, self.models, self.config, directory, weights_at)
+        if self.layout is not None:
+            finish_distributed(self.layout, self.inputs, directory)
+        else:
+            finish_output(plan, self.inputs, self.models, self.config, directory, weights_at)
         if self.slices:
             write_depth(directory, self.slices)
         for name, text in records.items():
@@ -275,17 +302,3 @@ def prepare_merge(
     inputs = read_inputs(models, weights, base, config, slices, companions)
     config = replace(config, chunk_kib=fit_memory(inputs, config))
     return PreparedMerge(tuple(models), tuple(weights), base, config, inputs, tuple(slices), run)
-
-
-def same_bytes(config: MergeConfig) -> MergeConfig:
-    """The config with defaults for every option that changes no byte of the output."""
-    same = replace(config, threads=1, chunk_kib=512, max_memory=None, fsync=True)
-    if config.is_tuned:
-        return same
-    return replace(same, ridge=MergeConfig.ridge, tune_rows=MergeConfig.tune_rows)
-
-
-def method_fingerprint(config: MergeConfig) -> dict[str, str]:
-    """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
-    source = method_source(config.method_entry)
-    return {} if source is None else {"method": source}

@@ -43,7 +43,9 @@ def _fingerprint(path: Location, files: set[Location]) -> str:
         names = [name for name in entries if name.endswith((*_DESCRIBING, ".safetensors"))]
         states = {name: version_of(entries[name]) for name in names}
     else:
-        for file in {*files, *_describing(path)}:
+        folders = {path, *(Path(str(file)).parent for file in files)}
+        describing = (file for folder in folders for file in _describing(folder))
+        for file in {*files, *describing}:
             states[str(file).removeprefix(str(path))] = _state(Path(str(file)))
     text = "\n".join(f"{name}\t{state}" for name, state in sorted(states.items()))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
