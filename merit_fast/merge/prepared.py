@@ -42,7 +42,7 @@ from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_
 from merit_fast.merge.write.distcp.plan import distributed_plan
 from merit_fast.merge.write.distcp.whole import write_whole_tensors
 from merit_fast.merge.write.finished import is_up_to_date
-from merit_fast.merge.write.same import method_fingerprint, same_bytes
+from merit_fast.merge.write.same import check_unchanged, method_fingerprint, same_bytes
 from merit_fast.merge.write.shards import (
     ShardWriter,
     Share,
@@ -150,7 +150,7 @@ class PreparedMerge:
                 if directory.exists():  # else another process has finished it
                     writer.prove(plan.shards)
                     self._finish(plan, directory, records or {})
-                    self._check_unchanged(manifest, records or {})
+                    check_unchanged(manifest, self._manifest(records or {}))
                     finish_directory(directory, out, manifest, self.config.fsync)
         return True
 
@@ -175,7 +175,7 @@ class PreparedMerge:
                     return False
                 if upload.fetch_parts(spool):
                     self._finish(plan, spool, records or {}, weights_at=out)
-                    self._check_unchanged(manifest, records or {})
+                    check_unchanged(manifest, self._manifest(records or {}))
                     remove_records(spool)
                     write_manifest(manifest, spool / STAGE_FILE)
                     upload.finish(spool)
@@ -267,13 +267,6 @@ class PreparedMerge:
         fingerprints |= method_fingerprint(self.config)
         fingerprints |= {name: fingerprint(text) for name, text in records.items()}
         return stage_manifest("merge", same_bytes(self.config), fingerprints)
-
-    def _check_unchanged(self, manifest: StageManifest, records: Mapping[str, str]) -> None:
-        now = self._manifest(records).inputs
-        changed = [name for name, digest in manifest.inputs.items() if now.get(name) != digest]
-        if changed:
-            names = ", ".join(changed)
-            raise InputError(f"{names}: changed while the merge read it; run the command again")
 
 
 def prepare_merge(

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from merit_fast.errors import InputError
+from merit_fast.manifests.io import StageManifest
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.registry import method_source
 
@@ -18,3 +20,16 @@ def method_fingerprint(config: MergeConfig) -> dict[str, str]:
     """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
     source = method_source(config.method_entry)
     return {} if source is None else {"method": source}
+
+
+def check_unchanged(before: StageManifest, now: StageManifest) -> None:
+    """Refuses inputs that changed between two manifests of one merge.
+
+    Raises:
+        InputError: names them.
+    """
+    pairs = before.inputs.items()
+    changed = [name for name, digest in pairs if now.inputs.get(name) != digest]
+    if changed:
+        names = ", ".join(changed)
+        raise InputError(f"{names}: changed while the merge read it; run the command again")
