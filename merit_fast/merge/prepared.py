@@ -20,8 +20,9 @@ from merit_fast.manifests.io import (
 from merit_fast.manifests.kept import remove_records
 from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.coefficients import input_coefficients
-from merit_fast.merge.engine.plan import Plan, plan_merge
+from merit_fast.merge.engine.coefficients import input_coefficients, weighed_models
+from merit_fast.merge.engine.modules import Module, read_modules
+from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import (
     Inputs,
     buffer_bytes,
@@ -39,10 +40,15 @@ from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
 from merit_fast.merge.write.distcp.finish import finish_distributed
 from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
-from merit_fast.merge.write.distcp.plan import distributed_plan
+from merit_fast.merge.write.distcp.plan import distributed_plan, file_sizes
 from merit_fast.merge.write.distcp.whole import write_whole_tensors
 from merit_fast.merge.write.finished import is_up_to_date
-from merit_fast.merge.write.same import check_unchanged, method_fingerprint, same_bytes
+from merit_fast.merge.write.same import (
+    check_unchanged,
+    method_fingerprint,
+    module_digest,
+    same_bytes,
+)
 from merit_fast.merge.write.shards import (
     ShardWriter,
     Share,
@@ -71,13 +77,14 @@ class PreparedMerge:
     inputs: Inputs
     slices: tuple[Slice, ...]
     run: RunFacts | None = None
+    modules: tuple[Module, ...] = ()
 
     def summary(self, out: Location) -> dict[str, Any]:
         """JSON-ready facts: weights, coefficients, bytes in and out, memory of the buffers."""
         files = self.inputs.files
         tensors = [tensor for file in files for tensor in file.tensors]
         local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
-        sizes = self._file_sizes()
+        sizes = file_sizes(self.inputs.files, self.layout)
         return {
             "merged": str(out),
             "method": self.config.method,
@@ -165,7 +172,7 @@ class PreparedMerge:
         manifest = self._manifest(records or {})
         if self.layout is not None:
             raise InputError(f"{out}: a distributed checkpoint can be written to a local disk only")
-        upload = Upload(out, self._file_sizes())
+        upload = Upload(out, file_sizes(self.inputs.files, self.layout))
         config = replace(self.config, fsync=False)  # files pass through the disk only
         if not upload.begin(manifest.fingerprint):
             plan = self._plan(progress)
@@ -198,12 +205,6 @@ class PreparedMerge:
         if self.config.form != "distcp":
             return None
         return distributed_layout(self.inputs.checkpoints[0], self.inputs.files)
-
-    def _file_sizes(self) -> dict[str, int]:
-        """Weight file of the output -> bytes."""
-        if self.layout is not None:
-            return {file.name: file.num_bytes for file in self.layout.files}
-        return {shard.file: shard.num_bytes for shard in plan_merge(self.inputs.files).shards}
 
     def _plan(self, progress: Progress, directory: Path | None = None) -> Plan:
         plan = make_plan(self.inputs, self.config, progress)
@@ -238,19 +239,11 @@ class PreparedMerge:
             f"{self.inputs.dtypes} ({reason})",
             self.slices,
             self.run,
+            self.modules,
         )
 
     def _weighed(self) -> list[tuple[Location, float | None]]:
-        """Every model with its weight; None where the method, or each tensor, has its own."""
-        by_model = [model.weight for model in self.config.models]
-        weights: list[float | None] = [*self.weights]
-        if self.slices or not self.config.takes_weights:
-            weights = [None] * len(self.models)
-        elif any(weight is not None for weight in by_model):
-            weights = [
-                float(weight) if isinstance(weight, (int, float)) else None for weight in by_model
-            ]
-        return list(zip(self.models, weights, strict=True))
+        return weighed_models(self.models, self.weights, self.config, bool(self.slices))
 
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
         paths = (*self.models, *([self.base] if self.base else []), self.inputs.companions)
@@ -258,6 +251,8 @@ class PreparedMerge:
         fingerprints = input_fingerprints([folder_of(path) for path in paths], files)
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
+        for module in self.modules:
+            fingerprints[f"modules.{module.name}"] = module_digest(module)
         if self.inputs.vocabulary:
             fingerprints["vocabulary"] = self.inputs.vocabulary.digest
         if self.inputs.chat_template is not None:
@@ -277,6 +272,7 @@ def prepare_merge(
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
     run: RunFacts | None = None,
+    modules: Sequence[Module] = (),
 ) -> PreparedMerge:
     """Checks everything that headers and configs tell, before a byte is written.
 
@@ -288,10 +284,17 @@ def prepare_merge(
         slices: as in ``read_inputs``.
         companions: as in ``read_inputs``.
         run: the run whose branches the models are, for the model card.
+        modules: as in ``read_modules``, instead of slices; ``models`` are all of theirs.
 
     Raises:
-        InputError: see ``read_inputs`` and ``fit_memory``.
+        InputError: see ``read_inputs``, ``read_modules`` and ``fit_memory``.
     """
-    inputs = read_inputs(models, weights, base, config, slices, companions)
+    inputs = (
+        read_modules(modules, companions or models[0])
+        if modules
+        else read_inputs(models, weights, base, config, slices, companions)
+    )
     config = replace(config, chunk_kib=fit_memory(inputs, config))
-    return PreparedMerge(tuple(models), tuple(weights), base, config, inputs, tuple(slices), run)
+    return PreparedMerge(
+        tuple(models), tuple(weights), base, config, inputs, tuple(slices), run, tuple(modules)
+    )

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError, one_line
+from merit_fast.merge.method import MergeMethod
 from merit_fast.merge.parameters import BUILT_IN, SCALE, Parameter
 from merit_fast.merge.rules.function import MergeFunction, UserFunction
-from merit_fast.merge.table import METHODS, MergeMethod
+from merit_fast.merge.table import METHODS
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

@@ -17,7 +17,6 @@ from merit_fast.errors import InputError, show
 T = TypeVar("T")
 
 _SCALARS = frozenset({int, float, str, bool, type(None)})
-_SHOWN = 80  # characters of a value in an error
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # the same in JSON and YAML
 _WORD = re.compile("[A-Za-z][A-Za-z0-9_]*")
 _NO_TEXTS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
@@ -119,8 +118,7 @@ def _yaml_value(text: str, path: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError):
-        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-        raise InputError(f"command line: {path}: {shown!r} is not a YAML value") from None
+        raise InputError(f"command line: {path}: {show(text)} is not a YAML value") from None
 
 
 def _spelled(field: "dataclasses.Field[Any]", value: Any) -> Any:

@@ -19,6 +19,7 @@ ARROWS = {
     "header": {"common"},
     "engine": {"common", "average", "engine/read"},
     "engine/read": {"common", "average"},
+    "elements": {"common", "average", "engine", "engine/read"},
     "levels": {"common", *FAMILIES},
     ".": {"common", "levels"},
 }

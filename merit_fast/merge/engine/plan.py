@@ -8,11 +8,13 @@ from typing import Protocol
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.kernels.average.elements import ElementRule
+from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
 
-Rule = tuple[float, ...] | DeltaRule | FunctionRule
+Rule = tuple[float, ...] | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ def _follows(first: Segment, elements: int, segment: Segment) -> bool:
     if not is_sum or first.rule != segment.rule or first.dtype != segment.dtype:
         return False
     if first.output_offset + elements * ITEM_BYTES[first.dtype] != segment.output_offset:
+        return False
+    if len(first.inputs) != len(segment.inputs):
         return False
     for mine, theirs in zip(first.inputs, segment.inputs, strict=True):
         same_run = mine.dtype == theirs.dtype and mine.file == theirs.file

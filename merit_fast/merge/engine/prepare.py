@@ -27,11 +27,12 @@ from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, stored_entries, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
+from merit_fast.merge.read.names.towers import Tower
 from merit_fast.merge.read.opening import check_names, companions_of
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
-from merit_fast.merge.rules.kinds import ThinnedDeltas
+from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas
 from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
@@ -111,12 +112,14 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
+    tower: Tower | None = None,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
         companions: as in ``in_common_names``.
+        tower: the only part of the models that counts; its donor gives the names.
 
     Raises:
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
@@ -131,7 +134,8 @@ def read_inputs(
     base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
     chosen = companions or companions_of(everyone, given)
-    everyone, companions = in_common_names(everyone, base_checkpoint, chosen)
+    donor = tower.donor if tower else None
+    everyone, companions = in_common_names(everyone, base_checkpoint, chosen, donor)
     if config.form != "distcp":
         check_names(everyone, companions, config.subtree)
     checkpoints = everyone[: len(models)]
@@ -147,6 +151,10 @@ def read_inputs(
         check_configs_fit(companions, vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
+    if tower:
+        everyone = [tower.of(each) for each in everyone]
+        checkpoints = everyone[: len(models)]
+        base_checkpoint = everyone[-1] if base_checkpoint else None
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -235,7 +243,10 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     elements = max(config.chunk_kib * 1024 // widest, 1)
     method = config.method_entry
     by_squares = isinstance(method.rule, ThinnedDeltas) and method.rule.by_squares
-    by_row = isinstance(method.rule, ThinnedDeltas) and method.rule.by_row
+    by_squares = by_squares or (isinstance(method.rule, ThinnedDeltas) and bool(config.rescale))
+    by_row = isinstance(method.rule, (ThinnedDeltas, ElementByElement)) and method.rule.by_row
+    by_row = by_row or config.vectors == "row"
+    is_fused = by_row and isinstance(method.rule, ElementByElement)  # four rows in float64
     if config.stats or config.takes_gram or by_squares:
         elements = max(
             elements, GRAM_CHUNK
@@ -246,7 +257,7 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     each = (len(inputs.checkpoints) + 1) * widest
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
-    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
+    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
     return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
 
 
