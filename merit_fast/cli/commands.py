@@ -25,6 +25,7 @@ from merit_fast.cli.flags import (
     options_of,
 )
 from merit_fast.cli.init import add_init
+from merit_fast.cli.merge.extract import add_extract
 from merit_fast.cli.merge.flags import add_merge
 from merit_fast.cli.rows.doubtful import add_duplicates, add_outliers
 from merit_fast.cli.rows.select import add_select
@@ -172,6 +173,9 @@ COMMANDS: dict[str, Command] = {
     ),
     **{stage.name: _stage_command(stage) for stage in STAGES},
     MERGE.name: Command(MERGE.purpose, add_merge),  # keeps its place between train and evaluate
+    "extract-lora": Command(
+        "Write the adapter that turns a base into a fine-tune, by truncated SVD.", add_extract
+    ),
     "select": Command(
         "Write the rows that agree most with a target, by their stored sketches.", add_select
     ),

@@ -11,7 +11,13 @@ from merit_fast.merge.vocabulary.match import OutputVocabulary
 CONFIG_FILES = ("config.json", "generation_config.json")
 _ID_ENDINGS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 # Values that hold ids in forms of their own.
-_NOT_RENUMBERED = ("forced_decoder_ids", "bad_words_ids", "sequence_bias", "lang_to_id", "task_to_id")
+_NOT_RENUMBERED = (
+    "forced_decoder_ids",
+    "bad_words_ids",
+    "sequence_bias",
+    "lang_to_id",
+    "task_to_id",
+)
 
 
 def fitted_config(

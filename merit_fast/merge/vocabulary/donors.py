@@ -44,7 +44,9 @@ class Donor:
         """
         vocabulary = self.listed_vocabulary()
         if vocabulary is None:
-            rule = f"{self.path}: holds no {TOKENIZER_FILE} that lists tokens, the texts of its rows"
+            rule = (
+                f"{self.path}: holds no {TOKENIZER_FILE} that lists tokens, the texts of its rows"
+            )
             raise OptionError(rule, "tokenizer", "{} matches rows by their ids, unchecked", "ids")
         return vocabulary
 

@@ -153,4 +153,3 @@ def _checked_id(file: Location, key: str, number: Any) -> int:
         rule = "must be an integer of at least 0 and below 2^31"
         raise InputError(f"{file}: {quote(key)[1:-1]}: {rule}, got {quote(number)}")
     return number
-

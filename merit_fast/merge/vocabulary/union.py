@@ -58,9 +58,7 @@ def unite(base: Vocabulary, others: Sequence[Vocabulary]) -> OutputTokens:
     return replace(add_tokens(OutputTokens(base), new), made_plain=tuple(plain))
 
 
-def add_tokens(
-    tokens: OutputTokens, new: Iterable[tuple[str, Mapping[str, Any]]]
-) -> OutputTokens:
+def add_tokens(tokens: OutputTokens, new: Iterable[tuple[str, Mapping[str, Any]]]) -> OutputTokens:
     """The vocabulary with more added tokens; a text that it has keeps its id.
 
     Args:

@@ -208,7 +208,9 @@ def test_a_tied_head_follows_and_other_matrices_of_tokens_move_too(tmp_path):
     for token in (*OWN, "<x>", "<y>"):
         new = out.ids[token]
         for name in ("lm_head.bias", "final_logits_bias"):
-            rows = [m.tensors[name].flatten()[m.ids[token]] for m in (first, second) if token in m.ids]
+            rows = [
+                m.tensors[name].flatten()[m.ids[token]] for m in (first, second) if token in m.ids
+            ]
             truth = torch.stack(rows).double().mean()
             assert abs(out.tensors[name].flatten()[new].double() - truth) < 1e-6
     assert out.tensors["final_logits_bias"].shape == (1, 8)
@@ -219,7 +221,9 @@ def test_an_own_matrix_that_nobody_knows_is_refused(tmp_path):
         make_model(tmp_path / f"m{k}", seed=k, extra={"model.gate.weight": torch.zeros(6, 3)})
         for k in range(2)
     ]
-    with pytest.raises(InputError, match="model.gate.weight: has a dimension of 6, .* unknown name"):
+    with pytest.raises(
+        InputError, match="model.gate.weight: has a dimension of 6, .* unknown name"
+    ):
         merge(made, tmp_path, tokenizer="union")
 
 

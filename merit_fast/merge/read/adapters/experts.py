@@ -14,7 +14,7 @@ from merit_fast.merge.read.adapters.modules import check_rank
 from merit_fast.merge.read.entries import Change, ExpertsLowRank, LowRank, TensorEntry, is_float
 
 # The order in which transformers' experts register their parameters.
-_ORDER = (
+PARAMETER_ORDER = (
     "gate_up_proj",
     "gate_up_proj_bias",
     "gate_proj",
@@ -135,7 +135,7 @@ def _by_version(layer: Layer, config: AdapterConfig, model_type: str | None) -> 
 
 def _is_known_order(entries: Sequence[TensorEntry]) -> bool:
     leaves = [entry.name.rpartition(".")[2] for entry in entries]
-    if not all(leaf in _ORDER for leaf in leaves):
+    if not all(leaf in PARAMETER_ORDER for leaf in leaves):
         return False
-    places = [_ORDER.index(leaf) for leaf in leaves]
+    places = [PARAMETER_ORDER.index(leaf) for leaf in leaves]
     return places == sorted(places)
