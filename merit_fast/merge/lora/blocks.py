@@ -1,5 +1,6 @@
 """The difference of two tensors as a matrix that is read by blocks of rows and never held."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,11 +13,11 @@ from merit_fast.merge.read.entries import TensorEntry
 
 Array = npt.NDArray[np.float64]
 _BLOCK = 1 << 19  # elements of a block of rows
-_PANEL = 1 << 22  # elements of a block of columns
+_PANEL = 1 << 22  # elements of a block of columns, and of a matrix that is read once
 
 
 class Difference:
-    """tuned - base, of one matrix or of one expert of a stack.
+    """tuned - base, of one matrix or of one expert of a stack; up to 32 MiB are read only once.
 
     Args:
         base: [out, in], or with ``first`` a part of a larger tensor.
@@ -38,9 +39,18 @@ class Difference:
         self._pair = (base, tuned)
         self._first = first
         self._files = files
+        self._held: Array | None = None  # all of it, once read, where that is small
 
     def blocks(self) -> Iterator[tuple[int, Array]]:
         """(number of the first row, rows) of the whole matrix."""
+        if math.prod(self.shape) > _PANEL:
+            yield from self._read()
+            return
+        if self._held is None:
+            self._held = np.concatenate([block for _, block in self._read()])
+        yield 0, self._held
+
+    def _read(self) -> Iterator[tuple[int, Array]]:
         rows, cols = self.shape
         step = max(_BLOCK // max(cols, 1), 1)
         for row in range(0, rows, step):

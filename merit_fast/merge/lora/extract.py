@@ -83,12 +83,8 @@ def extract_lora(
         for entry in entries
         for stored in stored_entries(entry)
     }
-    with open_files(files, None) as opened, progress.task("compare", len(pair.tensors), "") as task:
-        changed = {}
-        for name, (before, after) in pair.tensors.items():
-            if square := _squared_change(name, before, after, opened):
-                changed[name] = square
-            task.advance(1)
+    with open_files(files, None) as opened:
+        changed = _changed(pair, opened, progress)
         entries = {name: pair.tensors[name][0] for name in changed}
         targets = targets_of(entries, pair.base_tensors, pair.model_type)
         if not any(target.kind in ("linear", "parameter") for target in targets):
@@ -211,6 +207,17 @@ class _Extraction:
             cut if cut.left.shape[1] == most else cut_energy(matrix, energy, most)
             for cut, matrix in zip(cuts, matrices, strict=True)
         ]
+
+
+def _changed(pair: Pair, files: OpenFiles, progress: Progress) -> dict[str, float]:
+    """The squared norms of the changes by tensor, without tensors that are equal."""
+    changed = {}
+    with progress.task("compare", len(pair.tensors), "tensors") as task:
+        for name, (before, after) in pair.tensors.items():
+            if square := _squared_change(name, before, after, files):
+                changed[name] = square
+            task.advance(1)
+    return changed
 
 
 def _squared_change(name: str, before: TensorEntry, after: TensorEntry, files: OpenFiles) -> float:
