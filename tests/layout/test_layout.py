@@ -80,6 +80,7 @@ INSIDE = {
         "engine",
         "write",
         "in_memory",
+        "lora",
         "prepared",
         "stage",
     ),

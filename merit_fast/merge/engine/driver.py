@@ -21,6 +21,7 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import native, reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
+from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Rule, Segment, Shard
 from merit_fast.merge.engine.values import values
@@ -179,12 +180,13 @@ def whole_rows(rule: Rule) -> int:
 
 def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:
     """Segments by call: plain sums together, each of the others in a call of its own."""
-    plain: list[Segment] = []
+    plain: dict[int, list[Segment]] = {}  # by number of inputs
     single: list[Segment] = []
     for segment in segments:
         is_plain_sum = isinstance(segment.rule, tuple) and all(map(is_plain, segment.inputs))
-        (plain if is_plain_sum else single).append(segment)
-    return [*([plain] if plain else []), *([segment] for segment in single)]
+        group = plain.setdefault(len(segment.inputs), []) if is_plain_sum else single
+        group.append(segment)
+    return [*plain.values(), *([segment] for segment in single)]
 
 
 def _copy_equal(segment: Segment, files: OpenFiles) -> None:
@@ -193,6 +195,8 @@ def _copy_equal(segment: Segment, files: OpenFiles) -> None:
     for at in range(0, segment.num_elements, step):
         count = min(step, segment.num_elements - at)
         chunks = [values(entry, at, count, files)[0].tobytes() for entry in segment.inputs]
+        if is_counter(segment.inputs[0]):
+            chunks = [largest(segment.inputs[0], chunks)] * len(chunks)
         for entry, chunk in zip(segment.inputs, chunks, strict=True):
             if chunk != chunks[0]:
                 raise InputError(

@@ -36,10 +36,10 @@ def fitted_config(
         InputError: a token has no id in the output, or ids are in a form that is not known.
     """
     fitted: dict[str, Any] = _renumbered(values, f"{companions / name}", output, "")
-    if name == CONFIG_FILES[0] and output.num_rows != output.config_rows:
-        if not _set_size(fitted, output):
-            nested = fitted.get("text_config")
-            (nested if isinstance(nested, dict) else fitted)["vocab_size"] = output.num_rows
+    has_other_size = name == CONFIG_FILES[0] and output.num_rows != output.config_rows
+    if has_other_size and not _set_size(fitted, output):
+        nested = fitted.get("text_config")
+        (nested if isinstance(nested, dict) else fitted)["vocab_size"] = output.num_rows
     return fitted
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.merge.vocabularies import (
+from support.merge.vocabulary.models import (
     EMBEDDING,
     HEAD,
     HIDDEN,
@@ -79,7 +79,7 @@ def test_a_models_tokenizer_by_its_path(models, tmp_path, name):
 
 
 def test_a_tokenizer_of_no_model_gives_zeros_to_new_tokens(models, tmp_path):
-    from support.merge.vocabularies import make_tokenizer
+    from support.merge.vocabulary.models import make_tokenizer
 
     other = make_tokenizer(tmp_path / "other", ("<new>",), own=("<s>", "a", "<unk>", "</s>"))
     two = [models["base"], models["chat"]]
@@ -229,7 +229,7 @@ def test_an_own_matrix_that_nobody_knows_is_refused(tmp_path):
 
 def test_load_merged_makes_the_same_rows(tmp_path):
     pytest.importorskip("transformers")
-    from support.merge.vocabularies import make_tokenizer
+    from support.merge.vocabulary.models import make_tokenizer
     from support.tiny import make_model as make_llama
 
     from merit_fast.merge import load_merged

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.merge.vocabularies import OWN, make_model, make_tokenizer, merged_rows
+from support.merge.vocabulary.models import OWN, make_model, make_tokenizer, merged_rows
 from transformers import AutoTokenizer
 
 from merit_fast.errors import InputError
@@ -240,7 +240,7 @@ def test_tokenizers_in_another_form_are_named(tmp_path, change, message):
     values = {"model": change, "added_tokens": []}
     (second.path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=message):
-        merge_models([first.path, second.path], out=tmp_path / "out", tokenizer="union")
+        merge_models([first.path, second.path], out=tmp_path / "out", tokenizer="base")
 
 
 def test_a_vision_model_has_no_vocabulary(tmp_path):
