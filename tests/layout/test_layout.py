@@ -82,6 +82,7 @@ INSIDE = {
         "in_memory",
         "lora",
         "prepared",
+        "folders",
         "stage",
     ),
     "sketch": (

@@ -22,7 +22,13 @@ from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
+from merit_fast.merge.read.entries import (
+    TensorEntry,
+    is_float,
+    is_plain,
+    stored_entries,
+    value_dtype,
+)
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.remote import Location
@@ -56,6 +62,12 @@ class Inputs:
     def tokenizer(self) -> Location:
         """The directory whose tokenizer the output gets."""
         return self.vocabulary.folder if self.vocabulary else self.companions
+
+    def files_read(self) -> set[str]:
+        """Names of the files next to the companions whose tensors are read."""
+        entries = (e for file in self.files for tensor in file.tensors for e in tensor.inputs)
+        stored = {one.file for entry in entries for one in stored_entries(entry)}
+        return {file.name for file in stored if file.parent == self.companions}
 
     @property
     def bytes_read(self) -> int:
