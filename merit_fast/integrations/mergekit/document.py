@@ -83,6 +83,7 @@ class Document:
     dtype: str | None
     texts: Mapping[str, Any]
     notes: tuple[str, ...]
+    made: Mapping[str, str]  # paths of other documents' outputs, by name
 
     def error(self, key: str, rule: str) -> InputError:
         """An error about one key of the file."""
@@ -144,6 +145,7 @@ def document_of(values: Any, where: str, made: Mapping[str, str] | None = None) 
             ),
         )
         + reader.dtype_note(top),
+        reader.made,
     )
 
 

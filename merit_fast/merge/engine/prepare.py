@@ -17,18 +17,13 @@ from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
+from merit_fast.merge.engine.sources import scratch_bytes
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import (
-    TensorEntry,
-    is_float,
-    is_plain,
-    stored_entries,
-    value_dtype,
-)
+from merit_fast.merge.read.entries import TensorEntry, is_float, stored_entries, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.remote import Location
@@ -236,10 +231,10 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
         row = max((entry.shape[-1] for entry in entries if entry.shape), default=1)
         elements = max(elements, row)
     each = (len(inputs.checkpoints) + 1) * widest
-    decoded = 16 if not all(map(is_plain, entries)) else 0
+    scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
-    return config.threads * elements * (each + decoded + sizes + ranks) + _factor_bytes(inputs)
+    return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
 
 
 def _factor_bytes(inputs: Inputs) -> int:
