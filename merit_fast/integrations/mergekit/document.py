@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ _TOP = (
 )
 _TEXTS = ("tokenizer_source", "tokenizer", "chat_template")
 # Options of mergekit's command line that some files carry; mergekit does not read them there.
+_IDLE_NOTE = "is an option of mergekit's command line and has no effect in its file"
 _IDLE = ("lazy_unpickle", "lazy_loader", "low_cpu_memory", "clone_tensors", "read_to_gpu")
 # Keys of mergekit's recipes that have no meaning here, with the reason.
 _REFUSED = {
@@ -73,7 +74,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A recipe. ``scopes``: parameters of all sections, innermost first. ``texts``: tokenizer."""
+    """A recipe. ``scopes``: parameters of all sections, innermost first. ``texts``: tokenizer.
+
+    ``module``: the key under ``modules:`` that holds the sections, if there is one. With
+    ``modules`` each of them has a recipe of its own, and the sections are those of all.
+    """
 
     where: str
     method: str
@@ -84,6 +89,8 @@ class Document:
     texts: Mapping[str, Any]
     notes: tuple[str, ...]
     made: Mapping[str, str]  # paths of other documents' outputs, by name
+    module: str = ""
+    modules: "Mapping[str, Document]" = field(default_factory=dict)
 
     def error(self, key: str, rule: str) -> InputError:
         """An error about one key of the file."""
@@ -106,6 +113,9 @@ def document_of(values: Any, where: str, made: Mapping[str, str] | None = None) 
     Raises:
         InputError: a key that mergekit does not have or we do not, a value of another kind.
     """
+    modules = values.get("modules") if isinstance(values, dict) else None
+    if isinstance(modules, dict) and len(modules) > 1:
+        return _of_modules(values, where, made)
     reader = Reader(where, made or {})
     idle = [key for key in values if key in _IDLE] if isinstance(values, dict) else []
     top = reader.mapping(values, "", (*_TOP, *_TEXTS, *_IDLE))
@@ -118,35 +128,39 @@ def document_of(values: Any, where: str, made: Mapping[str, str] | None = None) 
     prefix = ""
     if sum(bool(top.get(key)) for key in ("models", "slices", "modules")) != 1:
         raise reader.error("", "must have exactly one of models, slices and modules")
+    base = top.get("base_model")
+    module = ""
     if modules := top.get("modules"):
-        if not isinstance(modules, dict) or len(modules) != 1:
-            raise reader.error("modules", f"must be a mapping of one module, got {show(modules)}")
-        prefix = f"modules.{next(iter(modules))}"
-        body = reader.mapping(
-            next(iter(modules.values())), prefix, ("models", "slices", "parameters")
-        )
+        if not isinstance(modules, dict):
+            raise reader.error("modules", f"must be a mapping of modules, got {show(modules)}")
+        module, content = next(iter(modules.items()))
+        prefix = f"modules.{module}"
+        body = reader.mapping(content, prefix, ("models", "slices", "parameters"))
         if sum(bool(body.get(key)) for key in ("models", "slices")) != 1:
             raise reader.error(prefix, "must have exactly one of models and slices")
         scopes.insert(0, reader.scope(body, prefix))
     return Document(
         reader.where,
         top["merge_method"],
-        reader.reference(top["base_model"], "base_model")
-        if top.get("base_model") is not None
-        else None,
+        None if base is None else reader.reference(base, "base_model"),
         reader.sections(body, prefix),
         tuple(scopes),
         reader.dtype(top),
         {key: top[key] for key in _TEXTS if top.get(key) is not None},
-        (
-            *(
-                f"{key}: is an option of mergekit's command line and has no effect in its file"
-                for key in idle
-            ),
-        )
-        + reader.dtype_note(top),
+        (*(f"{key}: {_IDLE_NOTE}" for key in idle), *reader.dtype_note(top)),
         reader.made,
+        str(module),
     )
+
+
+def _of_modules(values: dict[str, Any], where: str, made: Mapping[str, str] | None) -> Document:
+    parts = {
+        str(name): document_of({**values, "modules": {name: body}}, where, made)
+        for name, body in values["modules"].items()
+    }
+    first = next(iter(parts.values()))
+    sections = tuple(section for part in parts.values() for section in part.sections)
+    return replace(first, sections=sections, module="", modules=parts)
 
 
 class Reader:
@@ -162,13 +176,10 @@ class Reader:
     def mapping(self, value: Any, key: str, valid: Sequence[str]) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self.error(key, f"must be a mapping of keys, got {show(value)}")
+        rule = f"is not supported; valid keys: {', '.join(valid)}"
         for name in value:
-            if name in _REFUSED:
-                raise self.error(_join(key, str(name)), _REFUSED[name])
             if name not in valid:
-                raise self.error(
-                    _join(key, str(name)), f"is not supported; valid keys: {', '.join(valid)}"
-                )
+                raise self.error(_join(key, str(name)), _REFUSED.get(name, rule))
         return value
 
     def sequence(self, value: Any, key: str) -> list[Any]:
@@ -265,33 +276,23 @@ class Reader:
             )
         return value
 
+    def dtypes(self, top: Mapping[str, Any]) -> dict[str, str]:
+        """The dtypes that are given, in our words, by their keys."""
+        given = {key: str(top[key]) for key in ("dtype", "out_dtype") if top.get(key) is not None}
+        names = {key: name.removeprefix("torch.") for key, name in given.items()}
+        for key in (key for key, name in names.items() if name not in _DTYPES):
+            raise self.error(key, f"must be one of {', '.join(SPELLINGS)}, got {show(top[key])}")
+        return {key: _DTYPES[name] for key, name in names.items()}
+
     def dtype(self, top: Mapping[str, Any]) -> str | None:
-        names = {
-            key: self.dtype_name(key, top[key])
-            for key in ("dtype", "out_dtype")
-            if top.get(key) is not None
-        }
+        names = self.dtypes(top)
         return names.get("out_dtype", names.get("dtype"))
 
-    def dtype_name(self, key: str, value: Any) -> str:
-        name = str(value).removeprefix("torch.")
-        if name not in _DTYPES:
-            raise self.error(key, f"must be one of {', '.join(SPELLINGS)}, got {show(value)}")
-        return _DTYPES[name]
-
     def dtype_note(self, top: Mapping[str, Any]) -> tuple[str, ...]:
-        work = top.get("dtype")
-        out = top.get("out_dtype")
-        if (
-            work is None
-            or out is None
-            or self.dtype_name("dtype", work) == self.dtype_name("out_dtype", out)
-        ):
+        if len(set(self.dtypes(top).values())) < 2:
             return ()
-        return (
-            f"dtype: {work} is what mergekit computes in; here it is float64, rounded once to "
-            f"out_dtype {out}",
-        )
+        rule = "is what mergekit computes in; here it is float64, rounded once to out_dtype"
+        return (f"dtype: {top['dtype']} {rule} {top['out_dtype']}",)
 
 
 def _join(key: str, name: str) -> str:

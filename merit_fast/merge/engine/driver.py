@@ -3,10 +3,13 @@
 Memory is threads x (K + 1) x chunk, whatever the model's size.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +26,15 @@ from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
-from merit_fast.merge.engine.plan import Rule, Segment, Shard
+from merit_fast.merge.engine.plan import Frame, Rule, Segment, Shard
 from merit_fast.merge.engine.sources import held_bytes
 from merit_fast.merge.engine.values import values
 from merit_fast.merge.read.entries import is_float, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
 
+_BLOCK_BYTES = 1 << 20
+_CHECKSUMS_AT_ONCE = 1024
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
 
 _MOST_HELD = 8 << 20  # bytes
@@ -52,10 +57,15 @@ def write_shard(
     with open_files(input_files((*shard.segments, *shard.copies)), path) as opened:
         os.posix_fallocate(opened.output, 0, shard.num_bytes)
         os.pwrite(opened.output, shard.header, 0)
+        if shard.frame is not None:
+            for at, data in shard.frame.pieces():
+                os.pwrite(opened.output, data, at)
         engine = _Engine(config, opened, config.stats, config.stats, advance, backend)
         grams = engine.run(shard.segments)
         for segment in shard.copies:
             _copy_equal(segment, opened)
+        if shard.frame is not None:
+            _write_checksums(shard.frame, opened.output, config.threads)
     return grams
 
 
@@ -151,7 +161,7 @@ class _Engine:
         return grams
 
     def _batches(self, segments: Iterable[Segment]) -> list[list[Segment]]:
-        """Segments by call: those of one kind of rule, size of chunks and number of inputs.
+        """Segments by call: sums, or deltas, of one size of chunks and one number of inputs.
 
         Small arrays of a batch, such as scales and factors, take at most ``_MOST_HELD`` bytes.
         """
@@ -159,7 +169,8 @@ class _Engine:
         room: dict[tuple[str, int, int], tuple[list[Segment], int]] = {}  # open batch, bytes held
         for segment in segments:
             key = (type(segment.rule).__name__, self._step(segment), len(segment.inputs))
-            batch, held = room.get(key, ([], 0))
+            is_batched = isinstance(segment.rule, (tuple, DeltaRule))
+            batch, held = room.get(key, ([], 0)) if is_batched else ([], 0)
             held += sum(held_bytes(entry) for entry in segment.inputs)
             if not batch or held > _MOST_HELD:
                 batch = []
@@ -196,6 +207,24 @@ def whole_rows(rule: Rule) -> int:
     if isinstance(rule, VectorRule):
         return 1 if rule.period else rule.length
     return max(rule.row, 1) if isinstance(rule, (DeltaRule, ElementRule)) else 1
+
+
+def _write_checksums(frame: Frame, descriptor: int, threads: int) -> None:
+    """Reads runs of the output back, from memory as a rule, and writes their CRC-32."""
+
+    def take(run: tuple[int, int, tuple[int, int]]) -> None:
+        start, num_bytes, places = run
+        crc = 0
+        for at in range(start, start + num_bytes, _BLOCK_BYTES):
+            count = min(_BLOCK_BYTES, start + num_bytes - at)
+            crc = crc32(os.pread(descriptor, count, at), crc)
+        for place in places:
+            os.pwrite(descriptor, crc.to_bytes(4, "little"), place)
+
+    runs = iter(frame.checksums())
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(itertools.islice(runs, _CHECKSUMS_AT_ONCE)):
+            list(pool.map(take, batch))
 
 
 def _copy_equal(segment: Segment, files: OpenFiles) -> None:

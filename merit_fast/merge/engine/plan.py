@@ -2,8 +2,9 @@
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
@@ -38,6 +39,16 @@ class Segment:
         return self.names[bisect.bisect_right(self.ends, element)]
 
 
+class Frame(Protocol):
+    """Bytes of a file that lie between its tensors' values."""
+
+    def pieces(self) -> Iterable[tuple[int, bytes]]:
+        """Offsets in the file, and the bytes there."""
+
+    def checksums(self) -> Iterable[tuple[int, int, tuple[int, int]]]:
+        """Offset and bytes of a run, and the two offsets where its CRC-32 is written."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One output file: header, size, merged segments and tensors that are copied."""
@@ -47,6 +58,7 @@ class Shard:
     num_bytes: int
     segments: tuple[Segment, ...]
     copies: tuple[Segment, ...]  # integer tensors, equal in all inputs
+    frame: Frame | None = None
 
     @property
     def num_elements(self) -> int:
@@ -55,8 +67,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
+    """The output's tensors and files. ``before``: a plan whose files these are made of."""
+
     files: tuple[OutputFile, ...]
     shards: tuple[Shard, ...]
+    before: "Plan | None" = None
 
     @property
     def num_bytes(self) -> int:
@@ -145,6 +160,8 @@ def _follows(first: Segment, elements: int, segment: Segment) -> bool:
     if not is_sum or first.rule != segment.rule or first.dtype != segment.dtype:
         return False
     if first.output_offset + elements * ITEM_BYTES[first.dtype] != segment.output_offset:
+        return False
+    if len(first.inputs) != len(segment.inputs):
         return False
     for mine, theirs in zip(first.inputs, segment.inputs, strict=True):
         same_run = mine.dtype == theirs.dtype and mine.file == theirs.file

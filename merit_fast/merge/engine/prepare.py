@@ -8,7 +8,7 @@ import numpy as np
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
-from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.changes import factor_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
@@ -22,14 +22,18 @@ from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
+from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, stored_entries, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
-from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.names.towers import Tower
+from merit_fast.merge.read.opening import check_names, companions_of
+from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas
+from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
@@ -80,6 +84,21 @@ class Inputs:
         tensors = [tensor for file in self.files for tensor in file.tensors]
         return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
 
+    def coefficients(self) -> list[tuple[str, float | None]]:
+        """Each input's coefficient; None where it differs between tensors or there is none."""
+        combination = self.combination
+        rules = set()
+        if combination.from_gram is None:
+            tensors = [tensor for file in self.files for tensor in file.tensors]
+            entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
+            rules = {combination.rule(entry) for entry in entries if is_float(entry)}
+        rule = rules.pop() if len(rules) == 1 else None
+        paths = combination.paths
+        numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
+        numbers = numbers if len(numbers) <= len(paths) else ()
+        filled = (*numbers, *[None] * (len(paths) - len(numbers)))
+        return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
+
 
 def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
     """Why the output has its dtype, in one clause."""
@@ -104,25 +123,32 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
+    tower: Tower | None = None,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
         companions: as in ``in_common_names``.
+        tower: the only part of the models that counts; its donor gives the names.
 
     Raises:
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
             ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
-    chosen = companions
-    base_checkpoint = read_input(base, None) if base else None
-    checkpoints = [read_input(path, base_checkpoint) for path in models]
+    given = as_location(config.config_from) if config.config_from else None
+    base_checkpoint = read_input(base, None, config.subtree, given) if base else None
+    places = (config.subtree, given or base)
+    checkpoints = [read_input(path, base_checkpoint, *places) for path in models]
     everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
-    everyone, companions = in_common_names(everyone, base_checkpoint, companions)
+    chosen = companions or companions_of(everyone, given)
+    donor = tower.donor if tower else None
+    everyone, companions = in_common_names(everyone, base_checkpoint, chosen, donor)
+    if config.form != "distcp":
+        check_names(everyone, companions, config.subtree)
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base else None
     matched = match_vocabularies(
@@ -136,6 +162,10 @@ def read_inputs(
         check_configs_fit(companions, vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
+    if tower:
+        everyone = [tower.of(each) for each in everyone]
+        checkpoints = everyone[: len(models)]
+        base_checkpoint = everyone[-1] if base_checkpoint else None
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -168,7 +198,12 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
-        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent, *counted),
+        (
+            *dict.fromkeys(note for each in everyone for note in each.notes),
+            *left_out_notes(everyone, config.form == "distcp"),
+            *absent,
+            *counted,
+        ),
         vocabulary,
         template,
     )

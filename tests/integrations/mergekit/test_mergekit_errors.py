@@ -181,7 +181,7 @@ parameters: {t: 0.5}
             "modules: {a: {}, b: {}}\nmerge_method: linear",
             "a",
             "a",
-            "modules: must be a mapping of one module, got {'a': {}, 'b': {}}",
+            "modules.a: must have exactly one of models and slices",
         ),
         (
             LINEAR,
