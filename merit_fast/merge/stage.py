@@ -14,7 +14,7 @@ from merit_fast.merge.combine.weights import (
 )
 from merit_fast.merge.config import MergeConfig, config_of
 from merit_fast.merge.engine.modules import Module
-from merit_fast.merge.folders import FolderMerge, prepare_folders
+from merit_fast.merge.folders.several import FolderMerge, prepare_folders
 from merit_fast.merge.in_memory.loading import checked_device
 from merit_fast.merge.lora.join import JoinedAdapters
 from merit_fast.merge.option_names import options_named

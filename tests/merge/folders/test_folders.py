@@ -12,7 +12,7 @@ from support.tiny import make_model, make_tokenizer
 from merit_fast.cli.merge.command import describe
 from merit_fast.errors import InputError
 from merit_fast.merge import load_merged, merge_models
-from merit_fast.merge.folders import FolderMerge
+from merit_fast.merge.folders.several import FolderMerge
 
 ST = "sentence_transformers.models"
 MODULES = [
