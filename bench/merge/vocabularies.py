@@ -94,7 +94,7 @@ def write_model(folder: Path, added: Sequence[str], rows: int, seed: int) -> Non
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     model = models.BPE({text: number for number, text in enumerate(OWN)}, [])
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer(model), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     tokenizer.add_tokens(list(added))
@@ -185,7 +185,7 @@ def main() -> None:
         for number, case in enumerate(CASES):
             (work / f"{number:02d}.yml").write_text(recipe(case, work))
         environment = {"HF_HUB_OFFLINE": "1"}
-        command = [python, "-P", "-c", DRIVER, "."]
+        command = [str(python), "-P", "-c", DRIVER, "."]
         subprocess.run(command, check=True, cwd=work, env=environment, stderr=subprocess.DEVNULL)
         print(f"{words}\n")
         print("| tokenizer | tokens | rows | largest difference of a row | of another tensor |")

@@ -104,6 +104,11 @@ class MergeConfig:
         "the base's is",
         spellings=SPELLINGS,
     )
+    rank: int | None = option(
+        None,
+        "adapters without a base: cut their sum to this rank; absent: exact, of the sum of ranks",
+        omit_default=True,
+    )
     shard_size: str | None = option(
         None, "most bytes of an output file, as 5G or 400M; absent: the first model's files"
     )
@@ -128,6 +133,7 @@ class MergeConfig:
         require(
             4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib
         )
+        require(self.rank is None or self.rank >= 1, "rank", "at least 1", self.rank)
         names = ", ".join(SHORT_NAMES)
         require(self.dtype in (None, *SHORT_NAMES), "dtype", f"one of {names}", self.dtype)
         require(0 <= self.seed < 1 << 63, "seed", "between 0 and 2^63 - 1", self.seed)

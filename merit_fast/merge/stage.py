@@ -14,8 +14,10 @@ from merit_fast.merge.combine.weights import (
 )
 from merit_fast.merge.config import MergeConfig, config_of
 from merit_fast.merge.in_memory.loading import checked_device
+from merit_fast.merge.lora.join import JoinedAdapters
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
+from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.answers import answer_notes
 from merit_fast.merge.read.files import is_directory, is_weight_file
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
@@ -95,6 +97,13 @@ def merge_models(  # noqa: PLR0913
     reason = weights_reason(paths, config)
     config = settle_weights(paths, config)
     numbers = resolve_weights(paths, config)
+    if start is None and not slices and all(is_adapter(path) for path in paths):
+        joined = JoinedAdapters(paths, numbers, config)
+        if not dry_run:
+            joined.write(out, progress)
+        return joined.summary(out) | {"weights_reason": reason}
+    if config.rank is not None:
+        raise InputError("merge.rank: goes with adapters without a base")
     merge = prepare_merge(paths, numbers, start, config, slices, companions, run)
     template = merge.inputs.tokenizer if merge.inputs.chat_template is None else None
     for note in answer_notes(paths, merge.inputs.companions, template):

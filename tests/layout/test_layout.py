@@ -78,6 +78,7 @@ INSIDE = {
         "engine",
         "write",
         "in_memory",
+        "lora",
         "prepared",
         "stage",
     ),

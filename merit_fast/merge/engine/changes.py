@@ -11,7 +11,9 @@ from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.read.entries import (
     Added,
+    AssembledEntry,
     Change,
+    ChangedEntry,
     ExpertsLowRank,
     LowRank,
     Magnitude,
@@ -97,6 +99,18 @@ def length_factors(
         with np.errstate(divide="ignore", invalid="ignore"):
             files.kept[key] = lengths / np.sqrt(squares)
     return files.kept[key]
+
+
+def factor_bytes(entry: TensorEntry) -> int:
+    """Bytes of the factors that are held while a tensor is read: float32, of all its changes."""
+    if isinstance(entry, AssembledEntry):
+        sources = {id(part.source): part.source for part in entry.parts}
+        return sum(factor_bytes(source) for source in sources.values())
+    if not isinstance(entry, ChangedEntry) or entry.source is None:
+        return 0
+    held = [change for change in entry.changes if not isinstance(change, Rows)]
+    factors = sum(4 * stored.num_elements for change in held for stored in change.stored)
+    return factors + factor_bytes(entry.source)
 
 
 def columns_of(entry: TensorEntry) -> int:

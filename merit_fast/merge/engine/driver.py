@@ -19,6 +19,7 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import native, reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
+from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Segment, Shard
 from merit_fast.merge.engine.sources import held_bytes
@@ -148,14 +149,14 @@ class _Engine:
         return grams
 
     def _batches(self, segments: Iterable[Segment]) -> list[list[Segment]]:
-        """Segments by call: those of one kind of rule and one size of chunks together.
+        """Segments by call: those of one kind of rule, size of chunks and number of inputs.
 
         Small arrays of a batch, such as scales and factors, take at most ``_MOST_HELD`` bytes.
         """
         batches: list[list[Segment]] = []
-        room: dict[tuple[str, int], tuple[list[Segment], int]] = {}  # open batch, bytes held
+        room: dict[tuple[str, int, int], tuple[list[Segment], int]] = {}  # open batch, bytes held
         for segment in segments:
-            key = (type(segment.rule).__name__, self._step(segment))
+            key = (type(segment.rule).__name__, self._step(segment), len(segment.inputs))
             batch, held = room.get(key, ([], 0))
             held += sum(held_bytes(entry) for entry in segment.inputs)
             if not batch or held > _MOST_HELD:
@@ -192,6 +193,8 @@ def _copy_equal(segment: Segment, files: OpenFiles) -> None:
     for at in range(0, segment.num_elements, step):
         count = min(step, segment.num_elements - at)
         chunks = [values(entry, at, count, files)[0].tobytes() for entry in segment.inputs]
+        if is_counter(segment.inputs[0]):
+            chunks = [largest(segment.inputs[0], chunks)] * len(chunks)
         for entry, chunk in zip(segment.inputs, chunks, strict=True):
             if chunk != chunks[0]:
                 raise InputError(

@@ -9,11 +9,13 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
-from merit_fast.merge.engine.absence import absence_notes
+from merit_fast.merge.engine.changes import factor_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.made_rows import write_made
+from merit_fast.merge.engine.notes.absence import absence_notes
+from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
 from merit_fast.merge.engine.sources import scratch_bytes
 from merit_fast.merge.read.adapters.adapter import is_adapter
@@ -144,6 +146,7 @@ def read_inputs(
     giver = next((each for each in everyone if folder_of(each.path) == companions), None)
     giver = None if slices else giver
     absent = absence_notes(checkpoints[: len(models)], giver, files, config.missing)
+    counted = counter_notes(files)
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
     dequantized = any(entry.dtype in FP8_DTYPES for tensor in tensors for entry in tensor.inputs)
@@ -159,7 +162,7 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
-        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent),
+        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent, *counted),
         vocabulary,
         template,
     )
@@ -222,7 +225,13 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
-    return config.threads * elements * (each + scratch + sizes + ranks)
+    return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
+
+
+def _factor_bytes(inputs: Inputs) -> int:
+    """The most bytes that adapters' factors of one tensor take, in all inputs together."""
+    tensors = (tensor for file in inputs.files for tensor in file.tensors)
+    return max((sum(map(factor_bytes, tensor.inputs)) for tensor in tensors), default=0)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:

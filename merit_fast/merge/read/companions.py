@@ -20,7 +20,7 @@ from merit_fast.merge.read.files import (
     quote,
     read_json,
 )
-from merit_fast.merge.read.names.model_class import class_of_config, is_language_model_of
+from merit_fast.merge.read.names.model_class import are_siblings
 from merit_fast.merge.read.remote import Location
 
 CONFIG_FILE = "config.json"
@@ -174,7 +174,7 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False)
             mine = _value(wanted, key)
             theirs = _value(values, key)
             differ = mine is not None and theirs is not None and mine != theirs
-            if differ and not (key == "model_type" and _is_part(wanted, values)):
+            if differ and not (key == "model_type" and are_siblings(wanted, values)):
                 raise InputError(
                     f"{folder_of(other.path) / CONFIG_FILE}: {key}: must be {quote(mine)} as in "
                     f"{first.path}, got {quote(theirs)}"
@@ -261,13 +261,6 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
     if key in ("model_type", "tie_word_embeddings") and values.get(key) is not None:
         return values[key]
     return text[key] if isinstance(text, dict) and text.get(key) is not None else values.get(key)
-
-
-def _is_part(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether one config is of the language model inside the other's multimodal model."""
-    one = class_of_config(first)
-    other = class_of_config(second)
-    return is_language_model_of(one, other) or is_language_model_of(other, one)
 
 
 def _ending(tensors: Iterable[str], endings: Sequence[str]) -> list[str]:

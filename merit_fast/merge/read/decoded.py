@@ -8,10 +8,10 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, FP8_DTYPES
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.adapters.adapter import is_adapter, read_adapter
-from merit_fast.merge.read.adapters.on_base import put_on_base
 from merit_fast.merge.read.checkpoint import Checkpoint, read_checkpoint
 from merit_fast.merge.read.entries import DecodedEntry, Scales, TensorEntry
 from merit_fast.merge.read.files import folder_of, quote, read_json
+from merit_fast.merge.read.names.adapted import put_on_named_base
 from merit_fast.merge.read.names.wrappers import without_wrappers
 from merit_fast.merge.read.remote import Location
 
@@ -30,7 +30,7 @@ def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
     if base is None:
         rule = f"{path}: is an adapter and needs the model it was trained on"
         raise OptionError(rule, "base", "give {}")
-    return put_on_base(read_adapter(path), base)
+    return put_on_named_base(read_adapter(path), base)
 
 
 def _with_scales(checkpoint: Checkpoint) -> Checkpoint:

@@ -120,9 +120,7 @@ class _Sources:
         parts = tuple(self._part(run, shape, self.axis) for run in runs)
         return _entry(name, shape, parts)
 
-    def rows_first(
-        self, name: str, runs: Sequence[Run], count: int, model: int
-    ) -> AssembledEntry:
+    def rows_first(self, name: str, runs: Sequence[Run], count: int, model: int) -> AssembledEntry:
         """The same as one row per token: [count, ...]."""
         shape = (count, *_without(self.entries[model].shape, self.axis))
         return _entry(name, shape, tuple(self._part(run, shape, 0) for run in runs))
@@ -164,9 +162,10 @@ def _bytes_read(part: Part) -> int:
     elements = math.prod(
         size for size, stride in zip(part.sizes, part.strides, strict=True) if stride
     )
-    return elements * ITEM_BYTES[
-        part.source.dtype if is_plain(part.source) else value_dtype(part.source)
-    ]
+    return (
+        elements
+        * ITEM_BYTES[part.source.dtype if is_plain(part.source) else value_dtype(part.source)]
+    )
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -180,5 +179,3 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
     return (*shape[:axis], size, *shape[axis:])
-
-

@@ -87,11 +87,10 @@ def _namer(
     donors: Donors, named: Sequence[set[int] | None], tokens: set[int], lengths: Sequence[int]
 ) -> int:
     """The first model whose tokenizer has all tokens; without tokens, the first of the longest."""
-    order = [donors.home, *range(len(lengths))]
+    order: list[int] = [donors.home, *range(len(lengths))]
+    longest = max(lengths)
     for k in order:
-        if tokens and named[k] == tokens:
-            return k
-        if not tokens and lengths[k] == max(lengths):
+        if named[k] == tokens if tokens else lengths[k] == longest:
             return k
     rule = "tokenizer.json: no model has the tokens of all others"
     raise OptionError(rule, "tokenizer", "{} joins them", "union")

@@ -44,9 +44,7 @@ def plan_by_token(donors: Donors, options: TokenizerOptions) -> tuple[RowPlan, O
     return plan_rows(sources, is_token, donors.base, overrides), tokens
 
 
-def _output_tokens(
-    donors: Donors, vocabularies: Sequence[Vocabulary], source: str
-) -> OutputTokens:
+def _output_tokens(donors: Donors, vocabularies: Sequence[Vocabulary], source: str) -> OutputTokens:
     home = vocabularies[donors.home]
     if source == "base":
         return OutputTokens(home)

@@ -11,7 +11,13 @@ from merit_fast.merge.vocabulary.match import OutputVocabulary
 CONFIG_FILES = ("config.json", "generation_config.json")
 _ID_ENDINGS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 # Values that hold ids in forms of their own.
-_NOT_RENUMBERED = ("forced_decoder_ids", "bad_words_ids", "sequence_bias", "lang_to_id", "task_to_id")
+_NOT_RENUMBERED = (
+    "forced_decoder_ids",
+    "bad_words_ids",
+    "sequence_bias",
+    "lang_to_id",
+    "task_to_id",
+)
 
 
 def fitted_config(
@@ -30,10 +36,10 @@ def fitted_config(
         InputError: a token has no id in the output, or ids are in a form that is not known.
     """
     fitted: dict[str, Any] = _renumbered(values, f"{companions / name}", output, "")
-    if name == CONFIG_FILES[0] and output.num_rows != output.config_rows:
-        if not _set_size(fitted, output):
-            nested = fitted.get("text_config")
-            (nested if isinstance(nested, dict) else fitted)["vocab_size"] = output.num_rows
+    has_other_size = name == CONFIG_FILES[0] and output.num_rows != output.config_rows
+    if has_other_size and not _set_size(fitted, output):
+        nested = fitted.get("text_config")
+        (nested if isinstance(nested, dict) else fitted)["vocab_size"] = output.num_rows
     return fitted
 
 

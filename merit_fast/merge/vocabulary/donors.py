@@ -8,7 +8,7 @@ from merit_fast.errors import InputError
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.decoded import is_adapter
-from merit_fast.merge.read.files import is_directory
+from merit_fast.merge.read.files import folder_of, is_directory
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.vocabulary.matrices import embedding_of
 from merit_fast.merge.vocabulary.tokens import (
@@ -44,7 +44,9 @@ class Donor:
         """
         vocabulary = self.listed_vocabulary()
         if vocabulary is None:
-            rule = f"{self.path}: holds no {TOKENIZER_FILE} that lists tokens, the texts of its rows"
+            rule = (
+                f"{self.path}: holds no {TOKENIZER_FILE} that lists tokens, the texts of its rows"
+            )
             raise OptionError(rule, "tokenizer", "{} matches rows by their ids, unchecked", "ids")
         return vocabulary
 
@@ -112,9 +114,10 @@ def find_donors(
         embedding = embedding_of(checkpoint)
         if embedding is None:
             return None
-        folder = path if has_vocabulary(path) else None
-        if folder is None and base is not None and is_adapter(path) and has_vocabulary(base.path):
-            folder = base.path
+        folder: Location | None = folder_of(path)
+        if not has_vocabulary(folder_of(path)):
+            folder = folder_of(base.path) if base is not None and is_adapter(path) else None
+            folder = folder if folder is not None and has_vocabulary(folder) else None
         donors.append(Donor(checkpoint, folder, embedding.shape[0]))
     paths = list(by_path)
     wanted = chosen if chosen in by_path else base.path if base else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry
+from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.tokenizer_options import TokenizerOptions
 from merit_fast.merge.vocabulary.assemble import MadeRows, RowFile, assemble
@@ -160,7 +161,7 @@ def _output_by_token(
         f"{plan.rows.shape[1]} rows for the {len(texts)} tokens of {tokens.vocabulary.folder}"
     )
     if tokens.new:
-        sentence += f" with {len(tokens.new)} new ones"
+        sentence += f", {len(tokens.new)} of them new to it"
     sentence += f"; {plan.borrowed} tokens have the row of another model where one lacks them"
     if tokens.made_plain:
         sentence += (
@@ -195,7 +196,7 @@ def _digest(plan: RowPlan, tokens: OutputTokens | None) -> str:
 def _config_rows(donors: Donors, companions: Location) -> int:
     """Rows of the model that gives config.json; those of the home where it is no input."""
     for donor in donors.all:
-        if donor.path == companions:
+        if folder_of(donor.path) == companions:
             return donor.num_rows
     return donors.all[donors.home].num_rows
 

@@ -90,7 +90,9 @@ def plan_rows(
         overrides: by id.
     """
     count = sources.shape[0]
-    plan = RowPlan(np.repeat(np.arange(count)[:, None], sources.shape[1], 1), sources.copy(), is_token)
+    plan = RowPlan(
+        np.repeat(np.arange(count)[:, None], sources.shape[1], 1), sources.copy(), is_token
+    )
     numbers: dict[MeanRow | PaddingRow, int] = {}
 
     def made(row: MeanRow | PaddingRow) -> tuple[int, int]:
@@ -172,7 +174,9 @@ def runs_of(plan: RowPlan, model: int, ids: Integers) -> list[Run]:
     for first, end in zip(starts, ends, strict=True):
         last = runs[-1] if runs else None
         alone = end - first == 1
-        joins = last is not None and alone and stays[first - 1] and (last.count == 1 or not last.step)
+        joins = (
+            last is not None and alone and stays[first - 1] and (last.count == 1 or not last.step)
+        )
         if joins and last is not None:
             runs[-1] = Run(last.first, last.count + 1, last.model, last.row, 0)
         else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from merit_fast.errors import InputError, one_line, show
-from merit_fast.merge.read.files import list_directory, open_regular, read_json
+from merit_fast.merge.read.files import folder_of, list_directory, open_regular, read_json
 from merit_fast.merge.read.remote import Location
 
 AUTO = "auto"
@@ -73,7 +73,7 @@ def template_text(option: str | None, models: Sequence[Location]) -> str | None:
     if option is None:
         return None
     if option == AUTO:
-        found = [text.strip() for text in map(own_template, models) if text]
+        found = [text.strip() for path in models if (text := own_template(folder_of(path)))]
         return Counter(found).most_common(1)[0][0] if found else None
     if option in BUILT_IN:
         return BUILT_IN[option]

@@ -96,7 +96,7 @@ def find_vocabulary(folder: Location) -> Vocabulary | None:
     entries = values.get("added_tokens") or []
     if not isinstance(entries, list):
         raise InputError(f"{file}: added_tokens: must be a list, got {quote(entries)}")
-    ids: dict[str, int] = {}
+    new: dict[str, int] = {}
     added = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
@@ -105,9 +105,8 @@ def find_vocabulary(folder: Location) -> Vocabulary | None:
         text = entry["content"]
         if not text:  # the library leaves it out
             continue
-        if text not in own:
-            ids.setdefault(text, next_id(own, ids))
-        added.append(AddedToken(text, own[text] if text in own else ids[text], entry))
+        number = own[text] if text in own else new.setdefault(text, len(own) + len(new))
+        added.append(AddedToken(text, number, entry))
     return Vocabulary(folder, own, tuple(added))
 
 
@@ -121,16 +120,6 @@ def same_file(first: Location, second: Location) -> bool:
     with open_regular(first / TOKENIZER_FILE) as a, open_regular(second / TOKENIZER_FILE) as b:
         size = size_of(a)
         return size == size_of(b) and a.read(size) == b.read(size)
-
-
-def next_id(own: Mapping[str, int], new: Mapping[str, int]) -> int:
-    """The id that the tokenizers library gives to the next added token.
-
-    Args:
-        own: the model's own map.
-        new: text -> id of the added tokens so far that are not in the model's map.
-    """
-    return max(new.values(), default=len(own) - 1) + 1
 
 
 def _own_tokens(file: Location, listed: Any) -> dict[str, int]:
@@ -153,4 +142,3 @@ def _checked_id(file: Location, key: str, number: Any) -> int:
         rule = "must be an integer of at least 0 and below 2^31"
         raise InputError(f"{file}: {quote(key)[1:-1]}: {rule}, got {quote(number)}")
     return number
-

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from merit_fast.merge.vocabulary.tokens import AddedToken, Vocabulary, next_id
+from merit_fast.merge.vocabulary.tokens import AddedToken, Vocabulary
 
 # How a text that no model adds becomes an added token: as the tokenizers library adds a plain text.
 _PLAIN = {
@@ -58,22 +58,19 @@ def unite(base: Vocabulary, others: Sequence[Vocabulary]) -> OutputTokens:
     return replace(add_tokens(OutputTokens(base), new), made_plain=tuple(plain))
 
 
-def add_tokens(
-    tokens: OutputTokens, new: Iterable[tuple[str, Mapping[str, Any]]]
-) -> OutputTokens:
+def add_tokens(tokens: OutputTokens, new: Iterable[tuple[str, Mapping[str, Any]]]) -> OutputTokens:
     """The vocabulary with more added tokens; a text that it has keeps its id.
 
     Args:
         new: (text, entry of ``added_tokens``) each.
     """
     vocabulary = tokens.vocabulary
-    counted = {t.content: t.id for t in vocabulary.added if t.content not in vocabulary.own}
+    own = vocabulary.own
+    counted = {token.content: token.id for token in vocabulary.added if token.content not in own}
     made = []
-    for text, values in new:
-        if text in vocabulary.own:
-            number = vocabulary.own[text]
-        else:
-            number = counted.setdefault(text, next_id(vocabulary.own, counted))
+    for text, values in new:  # ids as the tokenizers library counts them
+        is_own = text in own
+        number = own[text] if is_own else counted.setdefault(text, len(own) + len(counted))
         made.append(AddedToken(text, number, values))
     larger = replace(vocabulary, added=(*vocabulary.added, *made))
     return replace(tokens, vocabulary=larger, new=(*tokens.new, *made))

@@ -26,8 +26,8 @@ from merit_fast.merge.read.companions import (
     untie_if_different,
 )
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.write.upload import Upload
 from merit_fast.merge.vocabulary.write import write_template, write_vocabulary
+from merit_fast.merge.write.upload import Upload
 from merit_fast.progress import Progress
 
 Share = tuple[int, int]  # this process's number from 1, and of how many

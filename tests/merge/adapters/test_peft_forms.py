@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.adapters.written import assert_merged_as_by_peft, write_adapter, write_base
 from support.merge.merges import merge
-from support.merge.peft_adapters import load_base, merged_by_peft, write_adapter, write_base
 
 ATTENTION = ["q_proj", "v_proj"]
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,19 +65,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def assert_same_weights(name: str, base: Path, adapter: Path, out: Path) -> None:
-    ours = load_base(name, out).state_dict()
-    theirs = merged_by_peft(name, base, adapter).state_dict()
-    assert ours.keys() == theirs.keys()
-    for key, expected in theirs.items():
-        scale = expected.abs().max()
-        assert (ours[key] - expected).abs().max() <= 1e-6 * scale, key
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_is_merged_as_by_peft(tmp_path: Path, form: str, backend: str) -> None:
     name, config = FORMS[form]
     base = write_base(name, tmp_path / "base")
     adapter = write_adapter(name, base, tmp_path / "adapter", **config)
     merge([adapter], [1.0], tmp_path / "out", base=base)
-    assert_same_weights(name, base, adapter, tmp_path / "out")
+    assert_merged_as_by_peft(name, base, adapter, tmp_path / "out")

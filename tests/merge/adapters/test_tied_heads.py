@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.adapters.written import load_base, peft_model_of, write_adapter, write_base
 from support.merge.merges import load, merge
-from support.merge.peft_adapters import load_base, peft_model_of, write_adapter, write_base
 
 ATTENTION = ["q_proj"]
 TOKENS = torch.arange(12).reshape(1, 12)

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 from support.merge.merges import load
-from support.merge.vocabularies import EMBEDDING, HEAD, OWN, make_model, make_tokenizer, merged_rows
+from support.merge.vocabulary.models import (
+    EMBEDDING,
+    HEAD,
+    OWN,
+    make_model,
+    make_tokenizer,
+    merged_rows,
+)
 
 from merit_fast.errors import InputError
 from merit_fast.merge import merge_models

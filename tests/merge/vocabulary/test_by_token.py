@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.merge.vocabularies import (
+from support.merge.vocabulary.models import (
     EMBEDDING,
     HEAD,
     HIDDEN,
@@ -79,7 +79,7 @@ def test_a_models_tokenizer_by_its_path(models, tmp_path, name):
 
 
 def test_a_tokenizer_of_no_model_gives_zeros_to_new_tokens(models, tmp_path):
-    from support.merge.vocabularies import make_tokenizer
+    from support.merge.vocabulary.models import make_tokenizer
 
     other = make_tokenizer(tmp_path / "other", ("<new>",), own=("<s>", "a", "<unk>", "</s>"))
     two = [models["base"], models["chat"]]
@@ -208,7 +208,9 @@ def test_a_tied_head_follows_and_other_matrices_of_tokens_move_too(tmp_path):
     for token in (*OWN, "<x>", "<y>"):
         new = out.ids[token]
         for name in ("lm_head.bias", "final_logits_bias"):
-            rows = [m.tensors[name].flatten()[m.ids[token]] for m in (first, second) if token in m.ids]
+            rows = [
+                m.tensors[name].flatten()[m.ids[token]] for m in (first, second) if token in m.ids
+            ]
             truth = torch.stack(rows).double().mean()
             assert abs(out.tensors[name].flatten()[new].double() - truth) < 1e-6
     assert out.tensors["final_logits_bias"].shape == (1, 8)
@@ -219,14 +221,16 @@ def test_an_own_matrix_that_nobody_knows_is_refused(tmp_path):
         make_model(tmp_path / f"m{k}", seed=k, extra={"model.gate.weight": torch.zeros(6, 3)})
         for k in range(2)
     ]
-    with pytest.raises(InputError, match="model.gate.weight: has a dimension of 6, .* unknown name"):
+    with pytest.raises(
+        InputError, match="model.gate.weight: has a dimension of 6, .* unknown name"
+    ):
         merge(made, tmp_path, tokenizer="union")
 
 
 def test_load_merged_makes_the_same_rows(tmp_path):
     pytest.importorskip("transformers")
+    from support.merge.vocabulary.models import make_tokenizer
     from support.tiny import make_model as make_llama
-    from support.merge.vocabularies import make_tokenizer
 
     from merit_fast.merge import load_merged
 

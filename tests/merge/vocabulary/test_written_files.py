@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.merge.vocabularies import OWN, make_model, make_tokenizer, merged_rows
+from support.merge.vocabulary.models import OWN, make_model, make_tokenizer, merged_rows
 from transformers import AutoTokenizer
 
 from merit_fast.errors import InputError
@@ -53,9 +53,7 @@ def test_ids_of_tokens_follow_the_tokenizer(tmp_path):
     second = make_model(tmp_path / "second", ("<y>", "<x>"), own=OWN[::-1], seed=2)
     generation = {"eos_token_id": 2, "suppress_tokens": [6, 1]}
     (first.path / "generation_config.json").write_text(json.dumps(generation))
-    merge_models(
-        [first.path, second.path], out=tmp_path / "out", tokenizer=str(second.path)
-    )
+    merge_models([first.path, second.path], out=tmp_path / "out", tokenizer=str(second.path))
     out = merged_rows(tmp_path / "out").ids
     config = read(tmp_path / "out/config.json")
     assert config["bos_token_id"] == config["text_config"]["bos_token_id"] == out["<s>"] == 4
@@ -85,9 +83,7 @@ def test_ids_in_forms_of_their_own_are_named(tmp_path):
     first = make_model(tmp_path / "first", seed=1, forced_decoder_ids=[[1, 2]])
     second = make_model(tmp_path / "second", own=OWN[::-1], seed=2)
     with pytest.raises(InputError, match="forced_decoder_ids: holds ids of tokens that cannot be"):
-        merge_models(
-            [first.path, second.path], out=tmp_path / "out", tokenizer=str(second.path)
-        )
+        merge_models([first.path, second.path], out=tmp_path / "out", tokenizer=str(second.path))
 
 
 def test_files_of_another_tokenizer_replace_the_first_models(tmp_path):
@@ -244,7 +240,7 @@ def test_tokenizers_in_another_form_are_named(tmp_path, change, message):
     values = {"model": change, "added_tokens": []}
     (second.path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=message):
-        merge_models([first.path, second.path], out=tmp_path / "out", tokenizer="union")
+        merge_models([first.path, second.path], out=tmp_path / "out", tokenizer="base")
 
 
 def test_a_vision_model_has_no_vocabulary(tmp_path):

@@ -56,6 +56,15 @@ class Parts:
     rows: Mapping[str, TensorEntry]  # new rows of embeddings, by module
     whole: Mapping[str, TensorEntry]  # by the model's tensor
 
+    @property
+    def factors(self) -> list[TensorEntry]:
+        return [entry for layer in self.layers for entry in (layer.a, layer.b)]
+
+    @property
+    def stored(self) -> list[TensorEntry]:
+        """All tensors but those of DoRA and of lora_bias."""
+        return [*self.factors, *self.rows.values(), *self.whole.values()]
+
 
 def split_keys(entries: Iterable[TensorEntry]) -> Parts:
     """The tensors of an adapter, grouped by layer.

@@ -96,7 +96,7 @@ class _Work:
     def finished(self) -> Checkpoint:
         for name, changes in self.changes.items():
             self.tensors[name] = changed(self.tensors[name], *changes)
-        result = Checkpoint(self.adapter.path, self.tensors, self.base.shards)
+        result = replace(self.base, path=self.adapter.path, tensors=self.tensors)
         return settle_head(self.adapter, self.base, result, self.adapter.parts.whole)
 
     def _change_module(self, module: str, layer: Layer, square: bool) -> None:

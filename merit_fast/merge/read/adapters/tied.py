@@ -82,13 +82,13 @@ def settle_head(
     embedding = embedding_of(base)
     if head is not None and _same(tensors[embedding], tensors[head]):
         del tensors[head]
-        return Checkpoint(result.path, tensors, result.shards)
+        return replace(result, tensors=tensors)
     if head is None:
         if adapter.config.ensure_weight_tying or _only_rows(tensors[embedding]):
             return result
         head = head_name(embedding)
         tensors[head] = replace(base.tensors[embedding], name=head)
-    return _with_head(Checkpoint(result.path, tensors, result.shards), head)
+    return _with_head(replace(result, tensors=tensors), head)
 
 
 def give_heads(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -113,7 +113,7 @@ def give_heads(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
             embedding = embedding_of(checkpoint)
             tensors = dict(checkpoint.tensors)
             tensors[head] = replace(tensors[embedding], name=head)
-            checkpoint = _with_head(Checkpoint(checkpoint.path, tensors, checkpoint.shards), head)
+            checkpoint = _with_head(replace(checkpoint, tensors=tensors), head)
         given.append(checkpoint)
     return given
 
@@ -144,7 +144,7 @@ def _with_head(checkpoint: Checkpoint, head: str) -> Checkpoint:
         return checkpoint
     file, names = checkpoint.shards[-1]
     shards = (*checkpoint.shards[:-1], (file, (*names, head)))
-    return Checkpoint(checkpoint.path, checkpoint.tensors, shards)
+    return replace(checkpoint, shards=shards)
 
 
 def _only_rows(entry: TensorEntry) -> bool:
@@ -164,7 +164,7 @@ def _same(embedding: TensorEntry, head: TensorEntry) -> bool:
     ]
     return (
         len(mine) == len(theirs)
-        and _same_place_or_bytes(*sources)
+        and same_values(*sources)
         and all(_same_change(*pair) for pair in zip(mine, theirs, strict=True))
     )
 
@@ -173,7 +173,7 @@ def _same_change(mine: Change, theirs: Change) -> bool:
     """Whether an embedding's change and a head's are equal; factors swap between the two."""
     if isinstance(mine, Rows) and isinstance(theirs, Rows):
         is_same = mine.indices == theirs.indices
-        return is_same and _same_place_or_bytes(mine.rows, theirs.rows)
+        return is_same and same_values(mine.rows, theirs.rows)
     if isinstance(mine, LowRank) and isinstance(theirs, LowRank):
         return (
             mine.scaling == theirs.scaling
@@ -197,7 +197,8 @@ def _is_transpose(first: TensorEntry, second: TensorEntry) -> bool:
     return np.ascontiguousarray(arrays[0].T).tobytes() == arrays[1].tobytes()
 
 
-def _same_place_or_bytes(first: TensorEntry, second: TensorEntry) -> bool:
+def same_values(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two stored tensors are one, or equal byte for byte."""
     if (first.file, first.offset) == (second.file, second.offset):
         return True
     if (first.dtype, first.shape) != (second.dtype, second.shape):

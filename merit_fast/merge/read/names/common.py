@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.checkpoint import Checkpoint
-from merit_fast.merge.read.decoded import is_adapter
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.heads import match_heads
 from merit_fast.merge.read.names.matching import match_names

@@ -137,6 +137,13 @@ def is_language_model_of(text: ModelClass, whole: ModelClass) -> bool:
     return whole.text_path is not None and text.model_type in inside
 
 
+def are_siblings(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether one config is of the language model inside the other's multimodal model."""
+    one = class_of_config(first)
+    other = class_of_config(second)
+    return is_language_model_of(one, other) or is_language_model_of(other, one)
+
+
 def _submodels(entry: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[Submodel]:
     """The models of a class; where a section of the config asks for another class, that one's."""
     replaced: list[str] = []

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from merit_fast.errors import InputError
@@ -60,6 +60,19 @@ class ModuleNames:
         inside = f"{self.kind.text_path}.{rest if head == self.kind.prefix else name}"
         return inside if inside in self.tensors else renamed
 
+    def of_module(self, module: str) -> str:
+        """The name in memory of a module, as ``of`` gives a tensor's."""
+        weight = self.of(f"{module}.weight")
+        if weight in self.tensors:
+            return weight.removesuffix(".weight")
+        renamed = self.kind.with_prefix(Renamer(self.kind.rules).renamed(module))
+        head, _, rest = module.partition(".")
+        inside = f"{self.kind.text_path}.{rest if head == self.kind.prefix else module}"
+        for name in (module, renamed, inside):
+            if any(tensor.startswith(f"{name}.") for tensor in self.tensors):
+                return name
+        return renamed
+
     def files_of(self, module: str) -> list[str]:
         """Names in the file of the tensors of which a parameter consists."""
         return list(dict.fromkeys(part.source.name for part in self.views[module].parts))
@@ -68,10 +81,12 @@ class ModuleNames:
         """Names in memory of the parameters to which a tensor of the file belongs."""
         return [module for module, _ in self._places[name]]
 
-    def in_files(self, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    def in_files(
+        self, tensors: Mapping[str, TensorEntry], only: Collection[str] | None = None
+    ) -> dict[str, TensorEntry]:
         """Tensors by names in memory under the names, and in the form, of this checkpoint's file.
 
-        Tensors of the file of which a part is not given are left out.
+        Tensors of the file of which a part is not given are left out; with ``only``, all others.
 
         Raises:
             InputError: a tensor has not the shape that this checkpoint has in memory, and the file
@@ -80,7 +95,7 @@ class ModuleNames:
         given = {
             name: places
             for name, places in self._places.items()
-            if all(module in tensors for module, _ in places)
+            if (only is None or name in only) and all(module in tensors for module, _ in places)
         }
         boxes: dict[str, dict[object, Part]] = {}
         return {name: self._in_file(name, tensors, boxes) for name in given}

@@ -53,8 +53,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def write_base(name: str, directory: Path, dtype: torch.dtype = torch.float64) -> Path:
-    """Writes a tiny model of random weights."""
+def write_base(name: str, directory: Path, dtype: torch.dtype = torch.float64, **save: Any) -> Path:
+    """Writes a tiny model of random weights. ``save``: options of ``save_pretrained``."""
     class_name, config_name, options = MODELS[name]
     config = getattr(transformers, config_name)(**options)
     model = getattr(transformers, class_name)(config).to(dtype)
@@ -63,7 +63,7 @@ def write_base(name: str, directory: Path, dtype: torch.dtype = torch.float64) -
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_((0.3 * noise).to(dtype))
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, **save)
     return directory
 
 
@@ -104,3 +104,13 @@ def merged_by_peft(name: str, base: Path, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft_model_of(name, base, adapter).merge_and_unload()
+
+
+def assert_merged_as_by_peft(name: str, base: Path, adapter: Path, out: Path) -> None:
+    """Checks that a merged model, as transformers loads it, has the weights of PEFT's merge."""
+    ours = load_base(name, out).state_dict()
+    theirs = merged_by_peft(name, base, adapter).state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        scale = expected.abs().max()
+        assert (ours[key] - expected).abs().max() <= 1e-6 * scale, key

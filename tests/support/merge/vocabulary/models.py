@@ -90,11 +90,11 @@ def make_tokenizer(
     """Saves a tokenizer of the given tokens, as transformers does."""
     ids = {text: number for number, text in enumerate(own)}
     merges = [("a", "b")] if {"a", "b", "ab"} <= ids.keys() else []
-    model = {
-        "BPE": lambda: models.BPE(ids, merges),
-        "Unigram": lambda: models.Unigram([(text, -1.0) for text in own], unk_id=0),
-        "WordLevel": lambda: models.WordLevel(ids, unk_token=own[0]),
-    }[kind]()
+    model: Any
+    if kind == "Unigram":
+        model = models.Unigram([(text, -1.0) for text in own], unk_id=0)
+    else:
+        model = models.BPE(ids, merges) if kind == "BPE" else models.WordLevel(ids, own[0])
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer(model), bos_token="<s>", eos_token="</s>"
     )
