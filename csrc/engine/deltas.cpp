@@ -218,6 +218,9 @@ GramJob grams_of(const GramJob& grams, int64_t tensor) {
 MergeResult merge_deltas(const Engine& engine, const std::vector<Segment>& tensors,
                          const std::vector<TensorRule>& rules, const GramJob& grams) {
   Pool pool(engine.threads);
+  size_t inputs = 0;
+  for (const Segment& tensor : tensors) inputs = std::max(inputs, tensor.inputs.size());
+  engine.wide_runs->keep(kWidePerInput * inputs);
   std::mutex mutex;
   MergeResult first_error{0, -1, 0, -1, false};
   const auto merge = [&](const Engine& workers, size_t t, int worker) {

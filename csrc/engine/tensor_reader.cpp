@@ -66,7 +66,7 @@ Buffers* TensorReader::buffers(int worker) {
 }
 
 bool TensorReader::read(Buffers* b, const std::vector<size_t>& inputs, int64_t first, int64_t n) {
-  const Reading reading{engine_.kernels, engine_.remote};
+  const Reading reading{engine_.kernels, engine_.remote, engine_.wide_runs};
   for (size_t k : inputs) {
     Held& held = b->held[k];
     if (held.first == first && held.elements == n) continue;
