@@ -77,7 +77,7 @@ static ElectBlock elect_block_of(int branches) {
 static ElectBlock elect_block_for(const MixRule& rule, const DType* types) {
   const int count = rule.branches;
   if (!rule.elect || rule.low == nullptr || rule.by_variance || rule.stream != nullptr ||
-      rule.plain_votes || count > kMostElected)
+      rule.plain_votes || rule.enlarge != nullptr || count > kMostElected)
     return nullptr;
   for (int k = 0; k < count; k++)
     if (types[k] != DType::BF16 || as_bits(rule.high[k]) != kNoSize) return nullptr;

@@ -22,6 +22,7 @@ TensorReader::TensorReader(const Engine& engine, const Segment& tensor, int64_t 
       workers_(size_t(engine.threads)) {
   if (row > 0) step_ = std::max(row, step_ / row * row);
   step_ = std::min(step_, tensor.elements);
+  engine.wide_runs->keep(kWidePerInput * tensor.inputs.size());
   chunks_ = (tensor.elements + step_ - 1) / step_;
   for (const SourcePtr& s : tensor.inputs) types_.push_back(s->type());
 }

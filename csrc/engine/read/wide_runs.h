@@ -1,6 +1,7 @@
 // Wide runs of elements that workers share. A transposed tensor gives a short chunk only by many
 // short reads; a run many times as long costs hardly more of them.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -20,8 +21,11 @@ struct Wide {
 // The latest runs of all sources of a merge.
 class WideRuns {
  public:
-  // Keeps so many; one that a worker still reads goes after that.
-  void keep(size_t most) { most_ = most; }
+  // Keeps at least so many; one that a worker still reads goes after that.
+  void keep(size_t most) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    most_ = std::max(most_, most);
+  }
 
   std::shared_ptr<Wide> get(const void* source, int64_t number) {
     const std::lock_guard<std::mutex> lock(mutex_);
