@@ -17,7 +17,7 @@ from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
-from merit_fast.merge.engine.sources import scratch_bytes
+from merit_fast.merge.engine.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
@@ -266,7 +266,11 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
-    return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
+    tensors = (tensor for file in inputs.files for tensor in file.tensors)
+    wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
+    shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
+    buffers = config.threads * elements * (each + scratch + sizes + ranks)
+    return buffers + shared + _factor_bytes(inputs)
 
 
 def _factor_bytes(inputs: Inputs) -> int:
