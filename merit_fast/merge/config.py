@@ -1,12 +1,12 @@
 """Options of the merge stage."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import SHORT_NAMES, SPELLINGS
+from merit_fast.merge.form_options import FormOptions
 from merit_fast.merge.method import MergeMethod
 from merit_fast.merge.method_checks import check_given, check_numbers
 from merit_fast.merge.parameters import (
@@ -18,18 +18,17 @@ from merit_fast.merge.parameters import (
     Setting,
     T,
 )
-from merit_fast.merge.registry import method_named
+from merit_fast.merge.registry import method_named, method_source
 from merit_fast.merge.rules.kinds import FromGram, WeightedSum
+from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS
 from merit_fast.merge.tokenizer_options import TokenizerOptions, tokenizer_options
 from merit_fast.options.fields import option, require
 from merit_fast.options.parser import parse, to_plain
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(FormOptions):
     """Options of a merge. Neither threads, chunk_kib nor max_memory change the result.
 
     A Setting is a number, a gradient over the layers, or a list of {filter, value}.
@@ -155,6 +154,7 @@ class MergeConfig:
         for name in ("shard_size", "max_memory"):
             if getattr(self, name) is not None:
                 parse_bytes(name, getattr(self, name))
+        self.check_form(shard_size=self.shard_size, stats=self.stats, checksum=self.checksum)
         method = self.method_entry
         check_numbers(self, method)
         self._check_weights(method)
@@ -253,9 +253,15 @@ def config_of(
     return parse(MergeConfig, plain, caller)
 
 
-def parse_bytes(key: str, text: str) -> int:
-    """Reads 400M, 5G, 5GB, 32MiB or a plain number, in powers of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    count = int(float(match.group(1)) * _UNITS[match.group(2).upper()]) if match else 0
-    require(count > 0, key, "a number of bytes such as 32M or 5G", text)
-    return count
+def same_bytes(config: MergeConfig) -> MergeConfig:
+    """The config with defaults for every option that changes no byte of the output."""
+    same = replace(config, threads=1, chunk_kib=512, max_memory=None, fsync=True)
+    if config.is_tuned:
+        return same
+    return replace(same, ridge=MergeConfig.ridge, tune_rows=MergeConfig.tune_rows)
+
+
+def method_fingerprint(config: MergeConfig) -> dict[str, str]:
+    """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
+    source = method_source(config.method_entry)
+    return {} if source is None else {"method": source}

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles
-from merit_fast.merge.engine.plan import Segment
+from merit_fast.merge.engine.plan import Rule, Segment
 from merit_fast.merge.engine.sources import CODES, SourceBuilder
 from merit_fast.merge.engine.values import nonfinite_error
 
+_RULE_FIELDS = tuple(field.name for field in fields(DeltaRule))
 Advance = Callable[[int], None]  # receives the number of elements done since the last call
 
 
@@ -37,7 +38,7 @@ def run(
     pieces: npt.NDArray[np.int64],
     grams: npt.NDArray[np.float64],
     from_base: bool,
-    advance: Advance,
+    elements_done: npt.NDArray[np.int64],
 ) -> None:
     """Merges one batch of segments and fills the Gram matrices of its pieces.
 
@@ -46,13 +47,11 @@ def run(
         pieces: [P, 3] segment, first element, elements.
         grams: [P, branches, branches], filled.
         from_base: Gram matrices are of deltas from the last input; else of the inputs.
-        advance: called with the number of elements that are done since the last call.
+        elements_done: [1], grows by the number of elements that are merged.
     """
     native = dispatch.native()
     builder = SourceBuilder(native, files)
     segments = [_segment(segment, builder) for segment in batch]
-    rule = batch[0].rule
-    elements_done = np.zeros(1, np.int64)
     shared = {
         "read": files.remote_read,
         "chunk_elements": step,
@@ -62,17 +61,17 @@ def run(
         "elements_done": elements_done,
     }
     sums = {"pieces": pieces, "gram": grams}
-    with _watch(elements_done, advance):
-        if isinstance(rule, DeltaRule):
-            tensor_rule = native.TensorRule(**asdict(rule))
-            result = native.merge_deltas(tensor=segments[0], rule=tensor_rule, **shared, **sums)
-        elif isinstance(rule, ElementRule):
-            element_rule = native.ElementRule(**asdict(rule))
-            result = native.merge_elements(tensor=segments[0], rule=element_rule, **shared)
-        elif isinstance(rule, VectorRule):
-            result = _merge_vectors(native, segments[0], rule, len(batch[0].inputs), shared)
-        else:
-            result = native.merge_sums(segments=segments, from_base=from_base, **shared, **sums)
+    rule = batch[0].rule
+    if isinstance(rule, DeltaRule):
+        rules = [_tensor_rule(native, segment.rule) for segment in batch]
+        result = native.merge_deltas(tensors=segments, rules=rules, **shared, **sums)
+    elif isinstance(rule, ElementRule):
+        element_rule = native.ElementRule(**asdict(rule))
+        result = native.merge_elements(tensor=segments[0], rule=element_rule, **shared)
+    elif isinstance(rule, VectorRule):
+        result = _merge_vectors(native, segments[0], rule, len(batch[0].inputs), shared)
+    else:
+        result = native.merge_sums(segments=segments, from_base=from_base, **shared, **sums)
     if result.nonfinite:
         if isinstance(rule, VectorRule) and rule.period:
             step = batch[0].num_elements  # columns run through the whole tensor
@@ -133,9 +132,18 @@ def _segment(segment: Segment, builder: SourceBuilder) -> Any:
     )
 
 
+def _tensor_rule(native: Any, rule: Rule) -> Any:
+    assert isinstance(rule, DeltaRule)
+    return native.TensorRule(**{name: getattr(rule, name) for name in _RULE_FIELDS})
+
+
 @contextmanager
-def _watch(elements_done: npt.NDArray[np.int64], advance: Advance) -> Iterator[None]:
-    """Reports a counter that C++ advances while it does not hold the GIL."""
+def watch(advance: Advance | None) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields a [1] counter; reports its growth while C++ advances it without the GIL."""
+    elements_done = np.zeros(1, np.int64)
+    if advance is None:
+        yield elements_done
+        return
     stop = threading.Event()
     reported = 0
 
@@ -145,14 +153,14 @@ def _watch(elements_done: npt.NDArray[np.int64], advance: Advance) -> Iterator[N
         advance(now - reported)
         reported = now
 
-    def watch() -> None:
+    def report_often() -> None:
         while not stop.wait(0.1):
             report()
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=report_often, daemon=True)
     thread.start()
     try:
-        yield
+        yield elements_done
     finally:
         stop.set()
         thread.join()

@@ -8,7 +8,7 @@ import numpy as np
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
-from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.changes import factor_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
@@ -17,19 +17,23 @@ from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
+from merit_fast.merge.engine.sources import scratch_bytes
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
+from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
+from merit_fast.merge.read.entries import TensorEntry, is_float, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.names.towers import Tower
-from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.opening import check_names, companions_of
+from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas
+from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
@@ -74,6 +78,21 @@ class Inputs:
         tensors = [tensor for file in self.files for tensor in file.tensors]
         return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
 
+    def coefficients(self) -> list[tuple[str, float | None]]:
+        """Each input's coefficient; None where it differs between tensors or there is none."""
+        combination = self.combination
+        rules = set()
+        if combination.from_gram is None:
+            tensors = [tensor for file in self.files for tensor in file.tensors]
+            entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
+            rules = {combination.rule(entry) for entry in entries if is_float(entry)}
+        rule = rules.pop() if len(rules) == 1 else None
+        paths = combination.paths
+        numbers: Sequence[float | None] = [None] * len(paths)
+        if isinstance(rule, tuple) and len(rule) == len(paths):
+            numbers = rule
+        return [(str(path), number) for path, number in zip(paths, numbers, strict=True)]
+
 
 def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
     """Why the output has its dtype, in one clause."""
@@ -111,16 +130,20 @@ def read_inputs(
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
             ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
-    chosen = companions
-    base_checkpoint = read_input(base, None) if base else None
-    checkpoints = [read_input(path, base_checkpoint) for path in models]
+    given = as_location(config.config_from) if config.config_from else None
+    base_checkpoint = read_input(base, None, config.subtree, given) if base else None
+    places = (config.subtree, given or base)
+    checkpoints = [read_input(path, base_checkpoint, *places) for path in models]
     everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
+    chosen = companions or companions_of(everyone, given)
     everyone, companions = in_common_names(
-        everyone, base_checkpoint, companions, tower.donor if tower else None
+        everyone, base_checkpoint, chosen, tower.donor if tower else None
     )
+    if config.form != "distcp":
+        check_names(everyone, companions, config.subtree)
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base else None
     matched = match_vocabularies(
@@ -170,7 +193,12 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
-        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent, *counted),
+        (
+            *dict.fromkeys(note for each in everyone for note in each.notes),
+            *left_out_notes(everyone, config.form == "distcp"),
+            *absent,
+            *counted,
+        ),
         vocabulary,
         template,
     )
@@ -207,22 +235,6 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
     return plan_merge(inputs.files, rule)
 
 
-def coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
-    """Each input's coefficient; None where it differs between tensors or there is none."""
-    combination = inputs.combination
-    rules = set()
-    if combination.from_gram is None:
-        tensors = [tensor for file in inputs.files for tensor in file.tensors]
-        entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
-        rules = {combination.rule(entry) for entry in entries if is_float(entry)}
-    rule = rules.pop() if len(rules) == 1 else None
-    paths = combination.paths
-    numbers: Sequence[float | None] = [None] * len(paths)
-    if isinstance(rule, tuple) and len(rule) == len(paths):
-        numbers = rule
-    return [(str(path), number) for path, number in zip(paths, numbers, strict=True)]
-
-
 def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     """Memory of the engine's buffers: every worker holds a chunk of each input and the output."""
     entries = [entry for file in inputs.files for tensor in file.tensors for entry in tensor.inputs]
@@ -249,10 +261,10 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
         row = max((entry.shape[-1] for entry in entries if entry.shape), default=1)
         elements = max(elements, row)
     each = (len(inputs.checkpoints) + 1) * widest
-    decoded = 16 if not all(map(is_plain, entries)) else 0
+    scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
-    return config.threads * elements * (each + decoded + sizes + ranks) + _factor_bytes(inputs)
+    return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
 
 
 def _factor_bytes(inputs: Inputs) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.errors import MeritFastError
-from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
 from merit_fast.merge.engine.changes import columns_of, factors_of, length_factors
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.values import scale_grid
@@ -25,6 +25,42 @@ from merit_fast.merge.read.entries import (
 
 CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
 _WHOLE = 1 << 62  # rows or columns of a block that covers any tensor
+
+
+def held_bytes(entry: TensorEntry) -> int:
+    """Memory of the small arrays that an entry's source holds while it exists."""
+    if isinstance(entry, ChangedEntry):
+        assert entry.source is not None
+        stored = [small for change in entry.changes for small in change.stored]
+        return 8 * sum(small.num_elements for small in stored) + held_bytes(entry.source)
+    if isinstance(entry, AssembledEntry):
+        sources = {id(part.source): part.source for part in entry.parts}
+        return 100 * len(entry.parts) + sum(map(held_bytes, sources.values()))
+    if isinstance(entry, DecodedEntry) and entry.scales:
+        return 8 * entry.scales.entry.num_elements
+    return 0
+
+
+def scratch_bytes(entry: TensorEntry) -> int:
+    """Bytes per element of a chunk in which an entry's source works while it reads."""
+    if isinstance(entry, ChangedEntry):
+        assert entry.source is not None
+        rows = [change.rows for change in entry.changes if isinstance(change, Rows)]
+        return max(_double_scratch(each) for each in (entry.source, *rows))
+    if isinstance(entry, AssembledEntry):
+        own = value_dtype(entry)
+        sources = {id(part.source): part.source for part in entry.parts}.values()
+        each = [
+            scratch_bytes(source) if value_dtype(source) == own else _double_scratch(source)
+            for source in sources
+        ]
+        return ITEM_BYTES[own] + max(each, default=0)
+    return 1 if isinstance(entry, DecodedEntry) else 0
+
+
+def _double_scratch(entry: TensorEntry) -> int:
+    dtype = value_dtype(entry)
+    return scratch_bytes(entry) + (0 if dtype == "F64" else ITEM_BYTES[dtype])
 
 
 class SourceBuilder:

@@ -24,7 +24,6 @@ from merit_fast.integrations.mergekit.moe.shapes import (
 from merit_fast.kernels.average.dtypes import DTYPES, FP8_DTYPES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.combine.combination import combine
-from merit_fast.merge.config import parse_bytes
 from merit_fast.merge.engine.layout import lay_out
 from merit_fast.merge.engine.prepare import Inputs, fit_memory
 from merit_fast.merge.parameters import Case
@@ -33,6 +32,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint, read_files
 from merit_fast.merge.read.companions import CONFIG_FILE, list_companions
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.remote import as_location, input_fingerprint
+from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.stage import check_paths
 from merit_fast.merge.table import METHODS
 from merit_fast.options.parser import override, parse
