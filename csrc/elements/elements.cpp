@@ -12,7 +12,11 @@ const int64_t kSorted = 1 << 16;  // elements of a tensor whose quantiles are ta
 class ElementMerge {
  public:
   ElementMerge(const Engine& engine, const Segment& tensor, const ElementRule& rule)
-      : engine_(engine), tensor_(tensor), rule_(rule), reader_(engine, tensor, rule.row) {}
+      : engine_(engine),
+        tensor_(tensor),
+        rule_(rule),
+        pool_(engine.threads),
+        reader_(engine, tensor, rule.row, &pool_, 0) {}
 
   MergeResult run() {
     switch (rule_.kind) {
@@ -183,6 +187,7 @@ class ElementMerge {
   const Engine& engine_;
   const Segment& tensor_;
   const ElementRule& rule_;
+  Pool pool_;
   TensorReader reader_;
 };
 

@@ -13,7 +13,11 @@ const int64_t kColumns = 2048;  // columns that one worker holds at a time
 class RowMerge {
  public:
   RowMerge(const Engine& engine, const Segment& tensor, const VectorJob& job)
-      : engine_(engine), tensor_(tensor), job_(job), reader_(engine, tensor, job.length) {}
+      : engine_(engine),
+        tensor_(tensor),
+        job_(job),
+        pool_(engine.threads),
+        reader_(engine, tensor, job.length, &pool_, 0) {}
 
   MergeResult run() {
     const int64_t item = int64_t(item_bytes(tensor_.output_type));
@@ -63,6 +67,7 @@ class RowMerge {
   const Engine& engine_;
   const Segment& tensor_;
   const VectorJob& job_;
+  Pool pool_;
   TensorReader reader_;
 };
 

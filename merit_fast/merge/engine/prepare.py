@@ -139,9 +139,8 @@ def read_inputs(
     base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
     chosen = companions or companions_of(everyone, given)
-    everyone, companions = in_common_names(
-        everyone, base_checkpoint, chosen, tower.donor if tower else None
-    )
+    donor = tower.donor if tower else None
+    everyone, companions = in_common_names(everyone, base_checkpoint, chosen, donor)
     if config.form != "distcp":
         check_names(everyone, companions, config.subtree)
     checkpoints = everyone[: len(models)]
