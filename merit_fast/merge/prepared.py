@@ -3,9 +3,11 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.directories import begin_directory, finish_directory
 from merit_fast.manifests.io import (
@@ -18,7 +20,7 @@ from merit_fast.manifests.io import (
 from merit_fast.manifests.locks import LOCKS_FOLDER, claim, this_process
 from merit_fast.manifests.state import replaced_keys
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.layout import header_bytes
+from merit_fast.merge.engine.modules import Module, read_modules
 from merit_fast.merge.engine.plan import Plan, plan_merge
 from merit_fast.merge.engine.prepare import (
     Inputs,
@@ -30,12 +32,15 @@ from merit_fast.merge.engine.prepare import (
 )
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
-from merit_fast.merge.read.entries import is_float
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.registry import method_source
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
+from merit_fast.merge.write.distcp.finish import finish_distributed
+from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
+from merit_fast.merge.write.distcp.plan import distributed_plan
+from merit_fast.merge.write.distcp.whole import write_whole_tensors
 from merit_fast.merge.write.shards import (
     Share,
     all_written,
@@ -64,13 +69,14 @@ class PreparedMerge:
     inputs: Inputs
     slices: tuple[Slice, ...]
     run: RunFacts | None = None
+    modules: tuple[Module, ...] = ()
 
     def summary(self, out: Location) -> dict[str, Any]:
         """JSON-ready facts: weights, coefficients, bytes in and out, memory of the buffers."""
         files = self.inputs.files
         tensors = [tensor for file in files for tensor in file.tensors]
         local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
-        num_bytes = sum(tensor.num_bytes for tensor in tensors)
+        sizes = self._file_sizes()
         return {
             "merged": str(out),
             "method": self.config.method,
@@ -80,12 +86,13 @@ class PreparedMerge:
             "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
             "vocabulary": self.inputs.vocabulary.sentence if self.inputs.vocabulary else None,
             "weights": list(self.weights),
-            "coefficients": _coefficients(self.inputs),
-            "shards": len(files),
+            "coefficients": self.inputs.coefficients(),
+            "form": self.config.form or "safetensors",
+            "shards": len(sizes),
             "tensors": len(tensors),
             "parameters": sum(tensor.num_elements for tensor in tensors),
             "bytes_in": self.config.method_entry.passes * self.inputs.bytes_read,
-            "bytes_out": num_bytes + sum(len(header_bytes(file)) for file in files),
+            "bytes_out": sum(sizes.values()),
             "buffer_bytes": buffer_bytes(self.inputs, self.config),
             "free_bytes": free_bytes(local),
             "notes": list(self.inputs.notes),
@@ -94,7 +101,8 @@ class PreparedMerge:
 
     def write_into(self, directory: Path, progress: Progress) -> None:
         """Writes the whole output into an unfinished directory that the caller owns."""
-        plan = self._plan(progress)
+        plan = self._plan(progress, directory)
+        write_whole_tensors(plan, self.config, directory, progress)
         write_shards(plan, self.config, directory, progress)
         self._finish(plan, directory, {})
 
@@ -124,7 +132,8 @@ class PreparedMerge:
             if changed := replaced_keys(out, manifest):
                 progress.note(f"{out}: {changed}; merging again")
             directory = begin_directory(out, manifest.fingerprint)
-            plan = self._plan(progress)
+            plan = self._plan(progress, directory)
+            write_whole_tensors(plan, self.config, directory, progress, share)
             write_shards(plan, self.config, directory, progress, share)
             if not all_written(plan, directory):
                 return False
@@ -143,8 +152,9 @@ class PreparedMerge:
     ) -> bool:
         """Makes the output shard by shard and sends it to a store; arguments as in ``write``."""
         manifest = self._manifest(records or {})
-        sizes = {shard.file: shard.num_bytes for shard in plan_merge(self.inputs.files).shards}
-        upload = Upload(out, sizes)
+        if self.layout is not None:
+            raise InputError(f"{out}: a distributed checkpoint can be written to a local disk only")
+        upload = Upload(out, self._file_sizes())
         config = replace(self.config, fsync=False)  # files pass through the disk only
         if not upload.begin(manifest.fingerprint):
             plan = self._plan(progress)
@@ -169,8 +179,24 @@ class PreparedMerge:
             fit_config(kind, source, self.inputs.dequantized)
             return build_model(companions, kind, source, device)
 
-    def _plan(self, progress: Progress) -> Plan:
-        return make_plan(self.inputs, self.config, progress)
+    @cached_property
+    def layout(self) -> DistributedLayout | None:
+        """Shards and chunks of the output, if it is a distributed checkpoint."""
+        if self.config.form != "distcp":
+            return None
+        return distributed_layout(self.inputs.checkpoints[0], self.inputs.files)
+
+    def _file_sizes(self) -> dict[str, int]:
+        """Weight file of the output -> bytes."""
+        if self.layout is not None:
+            return {file.name: file.num_bytes for file in self.layout.files}
+        return {shard.file: shard.num_bytes for shard in plan_merge(self.inputs.files).shards}
+
+    def _plan(self, progress: Progress, directory: Path | None = None) -> Plan:
+        plan = make_plan(self.inputs, self.config, progress)
+        if self.layout is None or directory is None:
+            return plan
+        return distributed_plan(plan, self.layout, directory)
 
     def _finish(
         self,
@@ -179,7 +205,10 @@ class PreparedMerge:
         records: Mapping[str, str],
         weights_at: Location | None = None,
     ) -> None:
-        finish_output(plan, self.inputs, self.models, self.config, directory, weights_at)
+        if self.layout is not None:
+            finish_distributed(self.layout, self.inputs, directory)
+        else:
+            finish_output(plan, self.inputs, self.models, self.config, directory, weights_at)
         if self.slices:
             write_depth(directory, self.slices)
         for name, text in records.items():
@@ -196,13 +225,14 @@ class PreparedMerge:
             f"{self.inputs.dtypes} ({reason})",
             self.slices,
             self.run,
+            self.modules,
         )
 
     def _weighed(self) -> list[tuple[Location, float | None]]:
         """Every model with its weight; None where the method, or each tensor, has its own."""
         by_model = [model.weight for model in self.config.models]
         weights: list[float | None] = [*self.weights]
-        if self.slices or not self.config.takes_weights:
+        if self.slices or self.modules or not self.config.takes_weights:
             weights = [None] * len(self.models)
         elif any(weight is not None for weight in by_model):
             weights = [
@@ -215,6 +245,8 @@ class PreparedMerge:
         fingerprints = {str(path): input_fingerprint(folder_of(path)) for path in paths}
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
+        for module in self.modules:
+            fingerprints[f"modules.{module.name}"] = _digest(module)
         if self.inputs.vocabulary:
             fingerprints["vocabulary"] = self.inputs.vocabulary.digest
         if self.inputs.chat_template is not None:
@@ -234,6 +266,7 @@ def prepare_merge(
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
     run: RunFacts | None = None,
+    modules: Sequence[Module] = (),
 ) -> PreparedMerge:
     """Checks everything that headers and configs tell, before a byte is written.
 
@@ -245,13 +278,20 @@ def prepare_merge(
         slices: as in ``read_inputs``.
         companions: as in ``read_inputs``.
         run: the run whose branches the models are, for the model card.
+        modules: as in ``read_modules``, instead of slices; ``models`` are all of theirs.
 
     Raises:
-        InputError: see ``read_inputs`` and ``fit_memory``.
+        InputError: see ``read_inputs``, ``read_modules`` and ``fit_memory``.
     """
-    inputs = read_inputs(models, weights, base, config, slices, companions)
+    inputs = (
+        read_modules(modules, companions or models[0])
+        if modules
+        else read_inputs(models, weights, base, config, slices, companions)
+    )
     config = replace(config, chunk_kib=fit_memory(inputs, config))
-    return PreparedMerge(tuple(models), tuple(weights), base, config, inputs, tuple(slices), run)
+    return PreparedMerge(
+        tuple(models), tuple(weights), base, config, inputs, tuple(slices), run, tuple(modules)
+    )
 
 
 def same_bytes(config: MergeConfig) -> MergeConfig:
@@ -262,22 +302,13 @@ def same_bytes(config: MergeConfig) -> MergeConfig:
     return replace(same, ridge=MergeConfig.ridge, tune_rows=MergeConfig.tune_rows)
 
 
+def _digest(module: Module) -> str:
+    """Digest of what decides a tower: models in order, weights, numbers and slices."""
+    facts = [*map(str, (*module.models, module.base)), *module.weights]
+    return fingerprint([facts, to_plain(same_bytes(module.config)), describe_slices(module.slices)])
+
+
 def method_fingerprint(config: MergeConfig) -> dict[str, str]:
     """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
     source = method_source(config.method_entry)
     return {} if source is None else {"method": source}
-
-
-def _coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
-    """Each input's coefficient; None where it differs between tensors or there is none."""
-    combination = inputs.combination
-    rules = set()
-    if combination.from_gram is None:
-        tensors = [tensor for file in inputs.files for tensor in file.tensors]
-        entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
-        rules = {combination.rule(entry) for entry in entries if is_float(entry)}
-    rule = rules.pop() if len(rules) == 1 else None
-    numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
-    paths = combination.paths
-    filled = (*numbers, *[None] * (len(paths) - len(numbers)))
-    return [(str(path), number) for path, number in zip(paths, filled, strict=True)]

@@ -13,6 +13,7 @@ from merit_fast.merge.combine.weights import (
     weights_reason,
 )
 from merit_fast.merge.config import MergeConfig, config_of
+from merit_fast.merge.engine.modules import Module
 from merit_fast.merge.in_memory.loading import checked_device
 from merit_fast.merge.lora.join import JoinedAdapters
 from merit_fast.merge.option_names import options_named
@@ -22,6 +23,7 @@ from merit_fast.merge.read.answers import answer_notes
 from merit_fast.merge.read.files import is_directory, is_weight_file
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
 from merit_fast.merge.read.slices import Slice
+from merit_fast.merge.trajectory import read_trajectory
 from merit_fast.merge.write.card import RunFacts
 from merit_fast.merge.write.shards import Share
 from merit_fast.merge.write.upload import check_output
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_OF_FILES = ("shard_size", "stats", "checksum", "fsync", "chat_template")
+_OF_FILES = ("form", "shard_size", "stats", "checksum", "fsync", "chat_template")
 
 
 @options_named("python")
@@ -47,6 +49,7 @@ def merge_models(  # noqa: PLR0913
     dry_run: bool = False,
     share: Share = (1, 1),
     slices: Sequence[Slice] = (),
+    modules: Sequence[Module] = (),
     companions: Location | None = None,
     records: Mapping[str, str] | None = None,
     run: RunFacts | None = None,
@@ -73,6 +76,7 @@ def merge_models(  # noqa: PLR0913
         share: (i, n): write every n-th output file from the i-th on. The process that finds all of
             them finishes the output.
         slices: as in ``read_inputs``.
+        modules: as in ``prepare_merge``.
         companions: as in ``read_inputs``.
         records: names and texts of files to write next to the weights.
         run: the run whose branches the models are, for the model card.
@@ -97,14 +101,14 @@ def merge_models(  # noqa: PLR0913
     reason = weights_reason(paths, config)
     config = settle_weights(paths, config)
     numbers = resolve_weights(paths, config)
-    if start is None and not slices and all(is_adapter(path) for path in paths):
+    if start is None and not (slices or modules) and all(is_adapter(path) for path in paths):
         joined = JoinedAdapters(paths, numbers, config)
         if not dry_run:
             joined.write(out, progress)
         return joined.summary(out) | {"weights_reason": reason}
     if config.rank is not None:
         raise InputError("merge.rank: goes with adapters without a base")
-    merge = prepare_merge(paths, numbers, start, config, slices, companions, run)
+    merge = prepare_merge(paths, numbers, start, config, slices, companions, run, modules)
     template = merge.inputs.tokenizer if merge.inputs.chat_template is None else None
     for note in answer_notes(paths, merge.inputs.companions, template):
         progress.note(note)
@@ -116,6 +120,39 @@ def merge_models(  # noqa: PLR0913
     else:
         finished = merge.write(out, progress, share, records)
     return summary | {"finished": finished}
+
+
+@options_named("python")
+def merge_trajectory(
+    pattern: str,
+    /,
+    *,
+    out: Location | str,
+    schedule: str = "uniform",
+    last: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Averages the checkpoints of one run, weighed along its steps, into the directory ``out``.
+
+        merge_trajectory("run/ckpt-*", schedule="minus-sqrt", last=8, out="merged")
+
+    Args:
+        pattern: as in ``read_trajectory``, which also has the formulas.
+        out: as in ``merge_models``.
+        schedule: uniform, linear, minus-sqrt, ema:BETA, or a file of names and weights.
+        last: only so many checkpoints, the latest.
+        options: as in ``merge_models``.
+
+    Returns:
+        the summary of ``merge_models``, with "trajectory": [step, weight, path] of each.
+
+    Raises:
+        InputError, MeritFastError: as ``read_trajectory`` and ``merge_models``.
+    """
+    trajectory = read_trajectory(pattern, schedule, last)
+    summary = merge_models(trajectory.paths, trajectory.weights, out=out, **options)
+    rows = zip(trajectory.steps, trajectory.weights, map(str, trajectory.paths), strict=True)
+    return summary | {"schedule": schedule, "trajectory": [list(row) for row in rows]}
 
 
 @options_named("python")

@@ -18,6 +18,7 @@ ARROWS = {
     **{family: {"common"} for family in FAMILIES},
     "engine": {"common", "average", "engine/read"},
     "engine/read": {"common", "average"},
+    "elements": {"common", "average", "engine", "engine/read"},
     "levels": {"common", *FAMILIES},
     ".": {"common", "levels"},
 }

@@ -66,10 +66,14 @@ EXCEPTIONS = {("merit_fast.split.config", "merit_fast.sketch.config")}
 INSIDE = {
     "merge": (
         "option_names",
+        "sizes",
+        "form_options",
         "parameters",
         "rules",
+        "method",
         "table",
         "registry",
+        "method_checks",
         "tokenizer_options",
         "config",
         "read",
@@ -80,6 +84,7 @@ INSIDE = {
         "in_memory",
         "lora",
         "prepared",
+        "trajectory",
         "stage",
     ),
     "sketch": (

@@ -4,14 +4,17 @@ import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.kernels.average.elements import ElementRule
+from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
 
-Rule = tuple[float, ...] | DeltaRule | FunctionRule
+Rule = tuple[float, ...] | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,16 @@ class Segment:
         return self.names[bisect.bisect_right(self.ends, element)]
 
 
+class Frame(Protocol):
+    """Bytes of a file that lie between its tensors' values."""
+
+    def begin(self, descriptor: int) -> None:
+        """Writes what is known before the values."""
+
+    def finish(self, descriptor: int, threads: int) -> None:
+        """Writes what follows from the values, such as checksums."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One output file: header, size, merged segments and tensors that are copied."""
@@ -45,6 +58,7 @@ class Shard:
     num_bytes: int
     segments: tuple[Segment, ...]
     copies: tuple[Segment, ...]  # integer tensors, equal in all inputs
+    frame: Frame | None = None
 
     @property
     def num_elements(self) -> int:
@@ -53,8 +67,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
+    """The output's tensors and files. ``before``: a plan whose files these are made of."""
+
     files: tuple[OutputFile, ...]
     shards: tuple[Shard, ...]
+    before: "Plan | None" = None
 
     @property
     def num_bytes(self) -> int:
@@ -143,6 +160,8 @@ def _follows(first: Segment, elements: int, segment: Segment) -> bool:
     if not is_sum or first.rule != segment.rule or first.dtype != segment.dtype:
         return False
     if first.output_offset + elements * ITEM_BYTES[first.dtype] != segment.output_offset:
+        return False
+    if len(first.inputs) != len(segment.inputs):
         return False
     for mine, theirs in zip(first.inputs, segment.inputs, strict=True):
         same_run = mine.dtype == theirs.dtype and mine.file == theirs.file

@@ -8,7 +8,7 @@ import numpy as np
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
-from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.changes import factor_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
@@ -22,14 +22,18 @@ from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
+from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import TensorEntry, is_float, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
-from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.names.towers import Tower
+from merit_fast.merge.read.opening import check_names, companions_of
+from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
-from merit_fast.merge.rules.kinds import ThinnedDeltas
+from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas
+from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
@@ -75,6 +79,22 @@ class Inputs:
         tensors = [tensor for file in self.files for tensor in file.tensors]
         return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
 
+    def coefficients(self) -> list[tuple[str, float | None]]:
+        """Each input's coefficient; None where it differs between tensors or there is none."""
+        combination = self.combination
+        rules = set()
+        if combination.from_gram is None:
+            tensors = [tensor for file in self.files for tensor in file.tensors]
+            entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
+            rules = {combination.rule(entry) for entry in entries if is_float(entry)}
+        rule = rules.pop() if len(rules) == 1 else None
+        paths = combination.paths
+        numbers: tuple[float | None, ...] = ()
+        if isinstance(rule, tuple) and len(rule) <= len(paths):
+            numbers = rule
+        filled = (*numbers, *[None] * (len(paths) - len(numbers)))
+        return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
+
 
 def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
     """Why the output has its dtype, in one clause."""
@@ -99,25 +119,32 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
+    tower: Tower | None = None,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
         companions: as in ``in_common_names``.
+        tower: the only part of the models that counts; its donor gives the names.
 
     Raises:
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
             ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
-    chosen = companions
-    base_checkpoint = read_input(base, None) if base else None
-    checkpoints = [read_input(path, base_checkpoint) for path in models]
+    given = as_location(config.config_from) if config.config_from else None
+    base_checkpoint = read_input(base, None, config.subtree, given) if base else None
+    places = (config.subtree, given or base)
+    checkpoints = [read_input(path, base_checkpoint, *places) for path in models]
     everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
-    everyone, companions = in_common_names(everyone, base_checkpoint, companions)
+    chosen = companions or companions_of(everyone, given)
+    donor = tower.donor if tower else None
+    everyone, companions = in_common_names(everyone, base_checkpoint, chosen, donor)
+    if config.form != "distcp":
+        check_names(everyone, companions, config.subtree)
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base else None
     matched = match_vocabularies(
@@ -132,6 +159,10 @@ def read_inputs(
         check_tokenizer(vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
+    if tower:
+        everyone = [tower.of(each) for each in everyone]
+        checkpoints = everyone[: len(models)]
+        base_checkpoint = everyone[-1] if base_checkpoint else None
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -164,7 +195,12 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
-        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent, *counted),
+        (
+            *dict.fromkeys(note for each in everyone for note in each.notes),
+            *left_out_notes(everyone, config.form == "distcp"),
+            *absent,
+            *counted,
+        ),
         vocabulary,
         template,
     )
@@ -215,7 +251,10 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     elements = max(config.chunk_kib * 1024 // widest, 1)
     method = config.method_entry
     by_squares = isinstance(method.rule, ThinnedDeltas) and method.rule.by_squares
-    by_row = isinstance(method.rule, ThinnedDeltas) and method.rule.by_row
+    by_squares = by_squares or (isinstance(method.rule, ThinnedDeltas) and bool(config.rescale))
+    by_row = isinstance(method.rule, (ThinnedDeltas, ElementByElement)) and method.rule.by_row
+    by_row = by_row or config.vectors == "row"
+    is_fused = by_row and isinstance(method.rule, ElementByElement)  # four rows in float64
     if config.stats or config.takes_gram or by_squares:
         elements = max(
             elements, GRAM_CHUNK
@@ -226,7 +265,7 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     each = (len(inputs.checkpoints) + 1) * widest
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
-    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
+    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
     return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
 
 

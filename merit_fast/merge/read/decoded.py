@@ -8,25 +8,31 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, FP8_DTYPES
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.adapters.adapter import is_adapter, read_adapter
-from merit_fast.merge.read.checkpoint import Checkpoint, read_checkpoint
+from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import DecodedEntry, Scales, TensorEntry
 from merit_fast.merge.read.files import folder_of, quote, read_json
 from merit_fast.merge.read.names.adapted import put_on_named_base
 from merit_fast.merge.read.names.wrappers import without_wrappers
+from merit_fast.merge.read.opening import open_checkpoint
 from merit_fast.merge.read.remote import Location
 
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _LAYER_SCALES = ("input_scale", "output_scale")
 
 
-def read_input(path: Location, base: Checkpoint | None) -> Checkpoint:
+def read_input(
+    path: Location,
+    base: Checkpoint | None,
+    subtree: str | None = None,
+    config: Location | None = None,
+) -> Checkpoint:
     """One model to merge: a checkpoint, of 8-bit floats too, or a LoRA adapter on the base.
 
     Raises:
-        InputError: an adapter without a base, or one that does not fit it; see ``read_checkpoint``.
+        InputError: an adapter without a base, or one that does not fit it; see ``open_checkpoint``.
     """
     if not is_adapter(path):
-        return _with_scales(without_wrappers(read_checkpoint(path)))
+        return _with_scales(without_wrappers(open_checkpoint(path, subtree, config)))
     if base is None:
         rule = f"{path}: is an adapter and needs the model it was trained on"
         raise OptionError(rule, "base", "give {}")

@@ -13,6 +13,7 @@ from typing import Any
 from merit_fast.manifests.io import read_manifest, tool_versions
 from merit_fast.manifests.schemas import TUNE_FILE, BranchManifest, SplitManifest
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.modules import Module
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.tokenizer_options import TokenizerOptions, with_names
@@ -58,6 +59,7 @@ class CardFacts:
     dtype: str  # one clause
     slices: tuple[Slice, ...]
     run: RunFacts | None
+    modules: tuple[Module, ...] = ()  # towers that were merged, each by models of its own
 
 
 def model_card(facts: CardFacts, directory: Path) -> str:
@@ -73,6 +75,8 @@ def model_card(facts: CardFacts, directory: Path) -> str:
     ]
     if facts.slices:
         parts.append("## Slices\n\n" + _slices_text(facts))
+    if facts.modules:
+        parts.append("## Towers\n\n" + _towers_text(facts))
     if facts.run:
         parts.append("## Split\n\n" + _split_text(facts.run))
     parts.append("## Reproduce\n\n" + _command_text(facts))
@@ -167,7 +171,8 @@ def _method_text(facts: CardFacts, directory: Path) -> str:
     method = config.method_entry
     formula = f": {method.result} ({method.source})" if method.result else ""
     lines = [f"`{method.name}`{formula}\n"]
-    lines += [f"- `{name}`: {_value(value)}" for name, value in _parameters(config).items()]
+    values = {} if facts.modules else _parameters(config)
+    lines += [f"- `{name}`: {_value(value)}" for name, value in values.items()]
     lines.append(f"- dtype: {facts.dtype}; sums are taken in float64 and rounded once")
     if (directory / TUNE_FILE).exists():
         lines.append(f"- held-out rows chose weights or scale: `{TUNE_FILE}` has every loss")
@@ -195,6 +200,17 @@ def _slices_text(facts: CardFacts) -> str:
         sources = [*each.sources, *([each.base] if each.base else [])]
         rows.append(" + ".join(f"`{names[s.path]}` [{s.first}:{s.end}]" for s in sources))
     return "".join(f"- {row}\n" for row in rows)
+
+
+def _towers_text(facts: CardFacts) -> str:
+    names = dict(zip(facts.models, labels_of(facts.models), strict=True))
+    rows = []
+    for module in facts.modules:
+        models = ", ".join(f"`{names.get(path, path.name)}`" for path in module.models)
+        values = _parameters(module.config)
+        numbers = [f"`{name}`: {_value(value)}" for name, value in values.items()]
+        rows.append(f"- `{module.name}`: {models}; {'; '.join(numbers)}\n")
+    return "".join(rows) + "- every other tower: as in the model that gives config.json\n"
 
 
 def _split_text(run: RunFacts) -> str:
@@ -235,7 +251,7 @@ def _command_text(facts: CardFacts) -> str:
 def _command(facts: CardFacts) -> str:
     if facts.run and facts.run.is_stage:
         return "merit-fast run config.yml"
-    if facts.slices:
+    if facts.slices or facts.modules:
         return "merit-fast merge OUT --mergekit RECIPE.yml"
     config = facts.config
     words = ["merit-fast", "merge", "OUT"]
