@@ -88,8 +88,9 @@ class Inputs:
             rules = {combination.rule(entry) for entry in entries if is_float(entry)}
         rule = rules.pop() if len(rules) == 1 else None
         paths = combination.paths
-        is_sum = isinstance(rule, tuple) and len(rule) <= len(paths)
-        numbers: tuple[float | None, ...] = rule if is_sum else ()
+        numbers: tuple[float | None, ...] = ()
+        if isinstance(rule, tuple) and len(rule) <= len(paths):
+            numbers = rule
         filled = (*numbers, *[None] * (len(paths) - len(numbers)))
         return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
 
