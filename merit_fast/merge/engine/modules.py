@@ -18,6 +18,7 @@ from merit_fast.merge.read.names.towers import TEXT, Tower, towers_of
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.rules.values import Coefficients
+from merit_fast.merge.sizes import parse_bytes
 
 
 @dataclass(frozen=True)
