@@ -13,9 +13,9 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.directories import begin_directory, finish_directory
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import StageManifest, stage_manifest
-from merit_fast.manifests.locks import LOCKS_FOLDER, claim, this_process
+from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.prepared import PreparedMerge, prepare_merge, same_bytes
+from merit_fast.merge.prepared import PreparedMerge, prepare_merge
 from merit_fast.merge.read.checkpoint import SINGLE_FILE
 from merit_fast.merge.read.companions import list_companions
 from merit_fast.merge.read.files import copy_file, list_directory
@@ -24,6 +24,8 @@ from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.several import SeveralModels, part_of, several_models
 from merit_fast.merge.read.weight_files import INDEX_FILE
 from merit_fast.merge.write.card import CARD_FILE
+from merit_fast.merge.write.finished import is_up_to_date
+from merit_fast.merge.write.same import check_unchanged, same_bytes
 from merit_fast.progress import Progress
 
 _SUMS = ("shards", "tensors", "parameters", "bytes_in", "bytes_out")
@@ -72,19 +74,23 @@ class FolderMerge:
             InputError: an input changed while it was read.
         """
         manifest = self._manifest()
-        locks = out.with_name(f".{out.name}{LOCKS_FOLDER}")
+        locks = locks_of(out)
         with claim(locks, this_process(manifest.fingerprint), out):
-            directory = begin_directory(out, manifest.fingerprint)
-            for folder, part in self.parts:
-                target = directory / folder
-                target.mkdir(parents=True, exist_ok=True)
-                part.write_into(target, progress)
-                _name_index(target, part)
-            self._copy(directory)
-            if self._manifest().inputs != manifest.inputs:
-                raise InputError(f"{self.giver.path}: changed while the merge read it; merge again")
-            finish_directory(directory, out, manifest, self.config.fsync)
+            with exclusive(locks / "turn"):  # an equal merge waits and finds it finished
+                if not is_up_to_date(out, manifest, progress):
+                    self._write(out, manifest, progress)
         return True
+
+    def _write(self, out: Path, manifest: StageManifest, progress: Progress) -> None:
+        directory = begin_directory(out, manifest.fingerprint)
+        for folder, part in self.parts:
+            target = directory / folder
+            target.mkdir(parents=True, exist_ok=True)
+            part.write_into(target, progress)
+            _name_index(target, part)
+        self._copy(directory)
+        check_unchanged(manifest, self._manifest())
+        finish_directory(directory, out, manifest, self.config.fsync)
 
     def _copy(self, directory: Path) -> None:
         """Copies the other files, and keeps one card, at the top."""
