@@ -7,7 +7,7 @@
 
 #include "average/average.h"
 #include "engine/read/source.h"
-#include "engine/read/wide_runs.h"
+#include "engine/boxes/wide_runs.h"
 
 // A run of elements that is contiguous in every input and in the output.
 struct Segment {

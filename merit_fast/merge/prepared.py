@@ -21,13 +21,12 @@ from merit_fast.manifests.kept import remove_records
 from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.coefficients import input_coefficients, weighed_models
+from merit_fast.merge.engine.memory import buffer_bytes, fit_memory
 from merit_fast.merge.engine.modules import Module, read_modules
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import (
     Inputs,
-    buffer_bytes,
     dtype_reason,
-    fit_memory,
     make_plan,
     read_inputs,
 )

@@ -17,9 +17,10 @@ ARROWS = {
     "common": set(),
     **{family: {"common"} for family in FAMILIES},
     "header": {"common"},
-    "engine": {"common", "average", "engine/read"},
-    "engine/read": {"common", "average"},
-    "elements": {"common", "average", "engine", "engine/read"},
+    "engine": {"common", "average", "engine/read", "engine/boxes"},
+    "engine/read": {"common", "average", "engine/boxes"},
+    "engine/boxes": {"common", "average", "engine", "engine/read"},
+    "elements": {"common", "average", "engine", "engine/read", "engine/boxes"},
     "levels": {"common", *FAMILIES},
     ".": {"common", "levels"},
 }

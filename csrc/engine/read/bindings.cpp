@@ -9,7 +9,7 @@
 
 #include "common/bindings.h"
 #include "engine/read/adapters.h"
-#include "engine/read/boxes.h"
+#include "engine/boxes/boxes.h"
 #include "engine/read/changes.h"
 #include "engine/read/codes.h"
 

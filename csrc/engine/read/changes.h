@@ -1,5 +1,5 @@
 // A source with an adapter's changes, in float64. Every kind of change is a subclass of Change,
-// bound in bindings.cpp and made by merge/engine/sources.py.
+// bound in bindings.cpp and made by merge/engine/compiled/sources.py.
 #pragma once
 #include <cstdint>
 #include <memory>

@@ -1,5 +1,5 @@
 // Sources whose stored codes are decoded to float64 while they are read. Every format is a subclass
-// of CodedSource, bound in bindings.cpp and made by merge/engine/sources.py.
+// of CodedSource, bound in bindings.cpp and made by merge/engine/compiled/sources.py.
 #pragma once
 #include <cstdint>
 

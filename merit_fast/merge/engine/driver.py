@@ -18,13 +18,14 @@ from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine import native, reference
+from merit_fast.merge.engine import reference
+from merit_fast.merge.engine.compiled import native
+from merit_fast.merge.engine.compiled.native import Advance
+from merit_fast.merge.engine.compiled.sources import held_bytes
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
-from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Rule, Segment, Shard
-from merit_fast.merge.engine.sources import held_bytes
 from merit_fast.merge.engine.values import values
 from merit_fast.merge.read.entries import is_float, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location

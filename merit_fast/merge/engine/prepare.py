@@ -1,46 +1,40 @@
-"""Decisions before a merge writes: checked headers, the method's rules, the plan, the memory."""
+"""Decisions before a merge writes: checked headers, the method's rules, the plan."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
+from merit_fast.kernels.average.dtypes import FP8_DTYPES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.changes import factor_bytes
-from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
+from merit_fast.merge.engine.driver import gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
-from merit_fast.merge.engine.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import TensorEntry, is_float, stored_entries, value_dtype
+from merit_fast.merge.read.entries import TensorEntry, stored_entries, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.names.towers import Tower
 from merit_fast.merge.read.opening import check_names, companions_of
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
-from merit_fast.merge.rules.function import UserFunction
-from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas
 from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
 from merit_fast.merge.vocabulary.write import check_tokenizer
 from merit_fast.progress import Progress
-
-_LEAST_CHUNK_KIB = 4
 
 
 @dataclass(frozen=True)
@@ -235,70 +229,3 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
         return from_gram(entry.name, grams[entry.name])
 
     return plan_merge(inputs.files, rule)
-
-
-def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
-    """Memory of the engine's buffers: every worker holds a chunk of each input and the output."""
-    entries = [entry for file in inputs.files for tensor in file.tensors for entry in tensor.inputs]
-    widest = max(
-        (ITEM_BYTES[value_dtype(entry)] for entry in entries if is_float(entry)), default=1
-    )
-    if isinstance(config.method_entry.rule, UserFunction):  # it sees whole tensors in float64
-        largest = max(
-            (tensor.num_elements for file in inputs.files for tensor in file.tensors), default=0
-        )
-        return (2 * len(inputs.checkpoints) + 4) * 8 * largest
-    elements = max(config.chunk_kib * 1024 // widest, 1)
-    method = config.method_entry
-    by_squares = isinstance(method.rule, ThinnedDeltas) and method.rule.by_squares
-    by_squares = by_squares or (isinstance(method.rule, ThinnedDeltas) and bool(config.rescale))
-    by_row = isinstance(method.rule, (ThinnedDeltas, ElementByElement)) and method.rule.by_row
-    by_row = by_row or config.vectors == "row"
-    is_fused = by_row and isinstance(method.rule, ElementByElement)  # four rows in float64
-    if config.stats or config.takes_gram or by_squares:
-        elements = max(
-            elements, GRAM_CHUNK
-        )  # sums have one chunk size, so that they have one result
-    if by_row:
-        row = max((entry.shape[-1] for entry in entries if entry.shape), default=1)
-        elements = max(elements, row)
-    each = (len(inputs.checkpoints) + 1) * widest
-    scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
-    sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
-    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
-    tensors = (tensor for file in inputs.files for tensor in file.tensors)
-    wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
-    shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
-    buffers = config.threads * elements * (each + scratch + sizes + ranks)
-    return buffers + shared + _factor_bytes(inputs)
-
-
-def _factor_bytes(inputs: Inputs) -> int:
-    """The most bytes that adapters' factors of one tensor take, in all inputs together."""
-    tensors = (tensor for file in inputs.files for tensor in file.tensors)
-    return max((sum(map(factor_bytes, tensor.inputs)) for tensor in tensors), default=0)
-
-
-def fit_memory(inputs: Inputs, config: MergeConfig) -> int:
-    """``chunk_kib`` so that the buffers keep within ``max_memory``.
-
-    Raises:
-        InputError: not even chunks of 4 KiB do, or the method's own least chunks do not.
-    """
-    if config.max_memory is None:
-        return config.chunk_kib
-    allowed = parse_bytes("max_memory", config.max_memory)
-    chunk_kib = config.chunk_kib
-    while (
-        chunk_kib > _LEAST_CHUNK_KIB
-        and buffer_bytes(inputs, replace(config, chunk_kib=chunk_kib)) > allowed
-    ):
-        chunk_kib = max(chunk_kib // 2, _LEAST_CHUNK_KIB)
-    least = buffer_bytes(inputs, replace(config, chunk_kib=chunk_kib))
-    if least > allowed:
-        raise InputError(
-            f"merge.max_memory: must be at least {least} bytes for method {config.method}, "
-            f"{config.threads} threads "
-            f"and {len(inputs.checkpoints)} inputs, got {allowed}"
-        )
-    return chunk_kib

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from merit_fast.kernels import dispatch
+from merit_fast.merge.engine.compiled.sources import SourceBuilder
 from merit_fast.merge.engine.opened import open_files
-from merit_fast.merge.engine.sources import SourceBuilder
 from merit_fast.merge.engine.values import values
 from merit_fast.merge.read.entries import (
     Added,

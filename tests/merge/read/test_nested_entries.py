@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.merge.entries import RandomEntries
+from support.entries import RandomEntries
 
 from merit_fast.kernels import dispatch
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine import native
+from merit_fast.merge.engine.compiled import native
+from merit_fast.merge.engine.compiled.sources import SourceBuilder, scratch_bytes, wide_bytes
 from merit_fast.merge.engine.opened import open_files
 from merit_fast.merge.engine.plan import Segment
-from merit_fast.merge.engine.sources import SourceBuilder, scratch_bytes, wide_bytes
 from merit_fast.merge.engine.values import values
 from merit_fast.merge.read.entries import (
     AssembledEntry,

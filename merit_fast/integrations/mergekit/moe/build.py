@@ -25,7 +25,8 @@ from merit_fast.kernels.average.dtypes import DTYPES, FP8_DTYPES, SHORT_NAMES, S
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.engine.layout import lay_out
-from merit_fast.merge.engine.prepare import Inputs, fit_memory
+from merit_fast.merge.engine.memory import fit_memory
+from merit_fast.merge.engine.prepare import Inputs
 from merit_fast.merge.parameters import Case
 from merit_fast.merge.prepared import PreparedMerge
 from merit_fast.merge.read.checkpoint import Checkpoint, read_files

@@ -1,6 +1,6 @@
 """The cost per tensor: a linear merge of two mixtures of many small experts, against mergekit.
 
-    python -m bench.merge.many_tensors DIR [--layers 52] [--rounds 3]
+    python -m bench.merge.scale.many_tensors DIR [--layers 52] [--rounds 3]
 
 Every layer has 128 experts of three matrices, 391 tensors in all; the matrices are tiny, so that
 the time goes into names, headers and calls. Both sides run in turn; the seconds leave out imports
@@ -34,7 +34,9 @@ def layer(number: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one layer of a Mixtral."""
     start = f"model.layers.{number}."
     square = (HIDDEN, HIDDEN)
-    shapes = {f"{start}self_attn.{name}_proj.weight": square for name in "qkvo"}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{start}self_attn.{name}_proj.weight": square for name in "qkvo"
+    }
     shapes[f"{start}block_sparse_moe.gate.weight"] = (EXPERTS, HIDDEN)
     for norm in ("input_layernorm", "post_attention_layernorm"):
         shapes[f"{start}{norm}.weight"] = (HIDDEN,)
@@ -48,12 +50,15 @@ def write_model(folder: Path, layers: int, seed: int) -> None:
     """A bf16 checkpoint with an index and a config."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
-    ends = {"model.embed_tokens.weight": (64, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    ends: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (64, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     shards = [{**ends, "lm_head.weight": (64, HIDDEN)}]
     for first in range(0, layers, LAYERS_PER_SHARD):
         numbers = range(first, min(first + LAYERS_PER_SHARD, layers))
         shards.append({name: size for n in numbers for name, size in layer(n).items()})
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shapes, file)

@@ -21,9 +21,9 @@ from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.compiled.sources import CODES, SourceBuilder
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Rule, Segment
-from merit_fast.merge.engine.sources import CODES, SourceBuilder
 from merit_fast.merge.engine.values import nonfinite_error
 
 _RULE_FIELDS = tuple(field.name for field in fields(DeltaRule))

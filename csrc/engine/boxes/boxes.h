@@ -4,43 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "engine/boxes/box.h"
 #include "engine/read/source.h"
-#include "engine/read/wide_runs.h"
-
-// One loop over a box. Strides in elements.
-struct Loop {
-  int64_t count, target_stride, source_stride;
-};
-
-const int kMostLoops = 8;
-
-// Element i of a box: source[source_start + sum_d i_d source_stride_d] goes to
-// target[target_start + sum_d i_d target_stride_d].
-struct Box {
-  int64_t source;  // index in the list of sources
-  int64_t target_start, source_start;
-  int num_loops;
-  Loop loops[kMostLoops];  // outermost first in the order of the target
-
-  int64_t target_end() const;  // one past the last element
-  void drop_outer_loop(int64_t index);
-};
-
-// The inner loops of a box in the order of its source whose runs are read together, as only small
-// gaps lie between them.
-struct Block {
-  int first_loop;  // the number of loops: every element is read by itself
-  int64_t step;    // indices of the first loop that one read covers
-  int64_t span;    // elements that one read covers
-};
-
-// The fields of Part in merge/read/entries.py: [P, 2 + 4 D] source, start, and D each of offsets,
-// sizes, strides and steps.
-struct BoxTable {
-  const int64_t* values;
-  int64_t parts;
-  std::vector<int64_t> shape;  // [D], of the target
-};
+#include "engine/boxes/wide_runs.h"
 
 class BoxesSource : public Source {
  public:

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ class Known:
     values: np.ndarray
 
 
+def fields_of(entry: TensorEntry) -> dict[str, Any]:
+    return {name: getattr(entry, name) for name in TensorEntry.__dataclass_fields__}
+
+
 class RandomEntries:
     """Makes entries out of files in a folder."""
 
@@ -68,7 +73,7 @@ class RandomEntries:
         rows, cols = (int(size) for size in self.rng.integers(1, 5, 2))
         scales = self.plain((-(-shape[0] // rows), -(-shape[1] // cols)), "F32")
         factors = scales.values.repeat(rows, 0)[: shape[0]].repeat(cols, 1)[:, : shape[1]]
-        entry = DecodedEntry(**vars(codes.entry), scales=Scales(scales.entry, rows, cols))
+        entry = DecodedEntry(**fields_of(codes.entry), scales=Scales(scales.entry, rows, cols))
         return Known(entry, codes.values * factors)
 
     def changed(self, depth: int, shape: tuple[int, ...]) -> Known:
@@ -80,8 +85,7 @@ class RandomEntries:
             a, b = self.plain((2, values.shape[1]), "F32"), self.plain((values.shape[0], 2), "F32")
             changes.append(LowRank(source.entry.name, a.entry, b.entry, 0.5, False))
             values += 0.5 * (b.values @ a.values)
-        plain = {name: getattr(source.entry, name) for name in TensorEntry.__dataclass_fields__}
-        entry = ChangedEntry(**plain, source=source.entry, changes=tuple(changes))
+        entry = ChangedEntry(**fields_of(source.entry), source=source.entry, changes=tuple(changes))
         return Known(entry, values)
 
     def assembled(self, depth: int, shape: tuple[int, ...] | None = None) -> Known:
