@@ -20,7 +20,6 @@ from merit_fast.manifests.io import (
 from merit_fast.manifests.kept import remove_records
 from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.coefficients import input_coefficients, weighed_models
 from merit_fast.merge.engine.modules import Module, read_modules
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import (
@@ -38,6 +37,7 @@ from merit_fast.merge.read.fingerprints import input_fingerprints
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
+from merit_fast.merge.write.coefficients import input_coefficients, weighed_models
 from merit_fast.merge.write.distcp.finish import finish_distributed
 from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
 from merit_fast.merge.write.distcp.plan import distributed_plan, file_sizes
