@@ -203,6 +203,10 @@ COMMANDS: dict[str, Command] = {
     MERGE.name: Command(
         MERGE.purpose, _placed("merge.flags:add_merge")
     ),  # keeps its place between train and evaluate
+    "extract-lora": Command(
+        "Write the adapter that turns a base into a fine-tune, by truncated SVD.",
+        _placed("merge.extract:add_extract"),
+    ),
     "select": Command(
         "Write the rows that agree most with a target, by their stored sketches.",
         _placed("rows.select:add_select"),

@@ -20,6 +20,7 @@ EXAMPLES = {
     "select": "merit-fast select my.yml --target facts --keep 5% --out picked.jsonl",
     "duplicates": "merit-fast duplicates my.yml --above 0.999",
     "outliers": "merit-fast outliers my.yml --keep 10",
+    "extract-lora": "merit-fast extract-lora OUT --base BASE --model TUNED --rank 32",
     "export": "merit-fast export my.yml --format axolotl --out groups",
     "verify": "merit-fast verify OUT",
     "demo": "merit-fast demo --quick",
@@ -31,7 +32,7 @@ _GROUPS = {
     "one stage of a run": ("sketch", "split", "advise", "train", "merge", "evaluate", "report"),
     "rows of a run (after sketch --store)": ("select", "duplicates", "outliers"),
     "other stacks": ("export",),
-    "models and this machine": ("verify", "demo", "doctor"),
+    "models and this machine": ("extract-lora", "verify", "demo", "doctor"),
 }
 _FIRST_STEPS = """\
 examples:
