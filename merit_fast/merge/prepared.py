@@ -92,9 +92,9 @@ class PreparedMerge:
         return facts | input_facts(self.inputs, self.config, sizes, free_bytes(local))
 
     @property
-    def fingerprint(self) -> str:
-        """Digest of inputs and options that decide the output's bytes."""
-        return self._manifest({}).fingerprint
+    def manifest(self) -> StageManifest:
+        """Inputs and options that decide the output's bytes, with their fingerprint."""
+        return self._manifest({})
 
     def write_into(self, directory: Path, progress: Progress) -> None:
         """Writes the whole output into an unfinished directory that the caller owns."""
