@@ -1,6 +1,5 @@
 """The help of ``merit-fast`` itself: commands in groups, an example of each, the nearest name."""
 
-import difflib
 from collections.abc import Mapping
 
 from merit_fast.cli.commands import COMMANDS, Command
@@ -66,6 +65,8 @@ def overview() -> str:
 
 def nearest_command(name: str) -> str:
     """The rest of a message about an unknown command: the nearest one, or all of them."""
+    import difflib
+
     close = difflib.get_close_matches(name, list(COMMANDS), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; commands: {', '.join(COMMANDS)}"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, SHORT_NAMES
 from merit_fast.merge.combine.combination import Combination, Rule
-from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, cut_files
 from merit_fast.merge.engine.prepare import Inputs, read_inputs
@@ -18,6 +18,7 @@ from merit_fast.merge.read.names.towers import TEXT, Tower, towers_of
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.rules.values import Coefficients
+from merit_fast.merge.sizes import parse_bytes
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import TensorEntry, is_float, value_dtype
+from merit_fast.merge.read.entries import TensorEntry, is_float, stored_entries, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.names.towers import Tower
@@ -72,26 +72,21 @@ class Inputs:
             for entry in tensor.inputs
         )
 
+    def stored_files(self) -> set[Location]:
+        """Every input file that holds a byte of the output's tensors."""
+        entries = (
+            entry for file in self.files for tensor in file.tensors for entry in tensor.inputs
+        )
+        files = {stored.file for entry in entries for stored in stored_entries(entry)}
+        if self.vocabulary and self.vocabulary.made:
+            files.discard(self.vocabulary.made.file)  # temporary, and made of the others
+        return files
+
     @property
     def dtypes(self) -> str:
         """The output's float dtypes in words such as "bf16", most common first."""
         tensors = [tensor for file in self.files for tensor in file.tensors]
         return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
-
-    def coefficients(self) -> list[tuple[str, float | None]]:
-        """Each input's coefficient; None where it differs between tensors or there is none."""
-        combination = self.combination
-        rules = set()
-        if combination.from_gram is None:
-            tensors = [tensor for file in self.files for tensor in file.tensors]
-            entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
-            rules = {combination.rule(entry) for entry in entries if is_float(entry)}
-        rule = rules.pop() if len(rules) == 1 else None
-        paths = combination.paths
-        is_sum = isinstance(rule, tuple) and len(rule) <= len(paths)
-        numbers: tuple[float | None, ...] = rule if is_sum else ()
-        filled = (*numbers, *[None] * (len(paths) - len(numbers)))
-        return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
 
 
 def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:

@@ -24,17 +24,18 @@ from merit_fast.integrations.mergekit.moe.shapes import (
 from merit_fast.kernels.average.dtypes import DTYPES, FP8_DTYPES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.combine.combination import combine
-from merit_fast.merge.config import parse_bytes
 from merit_fast.merge.engine.layout import lay_out
 from merit_fast.merge.engine.prepare import Inputs, fit_memory
 from merit_fast.merge.parameters import Case
 from merit_fast.merge.prepared import PreparedMerge
 from merit_fast.merge.read.checkpoint import Checkpoint, read_files
 from merit_fast.merge.read.companions import CONFIG_FILE, list_companions
-from merit_fast.merge.read.entries import TensorEntry
-from merit_fast.merge.read.remote import as_location, input_fingerprint
-from merit_fast.merge.stage import check_paths
+from merit_fast.merge.read.entries import TensorEntry, stored_entries
+from merit_fast.merge.read.fingerprints import input_fingerprints
+from merit_fast.merge.read.remote import as_location
+from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.table import METHODS
+from merit_fast.merge.write.places import check_paths
 from merit_fast.options.parser import override, parse
 from merit_fast.progress import Progress
 
@@ -223,9 +224,11 @@ def _records(
 
 def _facts(expert: Expert, models: Mapping[Reference, Dense]) -> dict[str, Any]:
     path = models[expert.source].path
+    entries = models[expert.source].checkpoint.tensors.values()
+    files = {stored.file for entry in entries for stored in stored_entries(entry)}
     return {
         "source_model": str(path),
-        "fingerprint": input_fingerprint(path),
+        "fingerprint": input_fingerprints([path], files)[str(path)],
         "positive_prompts": list(expert.positive),
         "negative_prompts": list(expert.negative),
         "residual_scale": expert.residual_scale,

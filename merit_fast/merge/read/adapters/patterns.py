@@ -29,7 +29,9 @@ def pattern_error(text: str) -> str:
         return f"counts of repetitions with a product of at most {_MAX_REPEATS}"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about brackets that a later version may read otherwise
+            warnings.simplefilter(
+                "ignore"
+            )  # about brackets that a later version may read otherwise
             re.compile(_whole(text))
             regex.compile(_whole(text))
     except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
