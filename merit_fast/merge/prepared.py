@@ -35,6 +35,7 @@ from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.fingerprints import input_fingerprints
+from merit_fast.merge.read.left_out import files_left_out
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
@@ -104,8 +105,14 @@ class PreparedMerge:
             "buffer_bytes": buffer_bytes(self.inputs, self.config),
             "free_bytes": free_bytes(local),
             "notes": list(self.inputs.notes),
+            "left_out": list(files_left_out(self.inputs.companions, self.inputs.files_read())),
             "finished": True,
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of inputs and options that decide the output's bytes."""
+        return self._manifest({}).fingerprint
 
     def write_into(self, directory: Path, progress: Progress) -> None:
         """Writes the whole output into an unfinished directory that the caller owns."""

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from merit_fast.cli.merge.folder_lines import folder_lines
 from merit_fast.cli.merge.in_force import branches_in_force
 from merit_fast.cli.merge.joined import describe_adapter
 from merit_fast.errors import InputError
@@ -209,6 +210,7 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
     if summary["vocabulary"]:
         lines.append(f"  vocabulary: {summary['vocabulary']}")
     lines += [f"  note: {note}" for note in summary["notes"]]
+    lines += folder_lines(summary)
     sizes = {name: human_bytes(summary[f"{name}_bytes"]) for name in ("buffer", "free")}
     files = summary["shards"]
     lines.append(

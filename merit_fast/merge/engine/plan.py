@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -42,11 +42,11 @@ class Segment:
 class Frame(Protocol):
     """Bytes of a file that lie between its tensors' values."""
 
-    def pieces(self) -> Iterable[tuple[int, bytes]]:
-        """Offsets in the file, and the bytes there."""
+    def begin(self, descriptor: int) -> None:
+        """Writes what is known before the values."""
 
-    def checksums(self) -> Iterable[tuple[int, int, tuple[int, int]]]:
-        """Offset and bytes of a run, and the two offsets where its CRC-32 is written."""
+    def finish(self, descriptor: int, threads: int) -> None:
+        """Writes what follows from the values, such as checksums."""
 
 
 @dataclass(frozen=True)

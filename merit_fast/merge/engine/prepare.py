@@ -17,7 +17,7 @@ from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
-from merit_fast.merge.engine.sources import scratch_bytes
+from merit_fast.merge.engine.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
@@ -37,6 +37,7 @@ from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
+from merit_fast.merge.vocabulary.write import check_tokenizer
 from merit_fast.progress import Progress
 
 _LEAST_CHUNK_KIB = 4
@@ -61,6 +62,12 @@ class Inputs:
     def tokenizer(self) -> Location:
         """The directory whose tokenizer the output gets."""
         return self.vocabulary.folder if self.vocabulary else self.companions
+
+    def files_read(self) -> set[str]:
+        """Names of the files next to the companions whose tensors are read."""
+        entries = (e for file in self.files for tensor in file.tensors for e in tensor.inputs)
+        stored = {one.file for entry in entries for one in stored_entries(entry)}
+        return {file.name for file in stored if file.parent == self.companions}
 
     @property
     def bytes_read(self) -> int:
@@ -149,6 +156,7 @@ def read_inputs(
     vocabulary = matched.output
     if vocabulary:
         check_configs_fit(companions, vocabulary)
+        check_tokenizer(vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
     if tower:
@@ -258,7 +266,11 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
-    return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
+    tensors = (tensor for file in inputs.files for tensor in file.tensors)
+    wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
+    shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
+    buffers = config.threads * elements * (each + scratch + sizes + ranks)
+    return buffers + shared + _factor_bytes(inputs)
 
 
 def _factor_bytes(inputs: Inputs) -> int:

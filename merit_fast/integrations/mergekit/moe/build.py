@@ -30,8 +30,7 @@ from merit_fast.merge.parameters import Case
 from merit_fast.merge.prepared import PreparedMerge
 from merit_fast.merge.read.checkpoint import Checkpoint, read_files
 from merit_fast.merge.read.companions import CONFIG_FILE, list_companions
-from merit_fast.merge.read.entries import TensorEntry, stored_entries
-from merit_fast.merge.read.fingerprints import input_fingerprints
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.remote import as_location
 from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.table import METHODS
@@ -203,7 +202,7 @@ def _records(
     inputs: Inputs,
     seed: int,
 ) -> dict[str, str]:
-    """config.json, and the recipe with the fingerprints of its models."""
+    """config.json, and the recipe with its models."""
     base = models[document.base]
     common = inputs.dtypes.split(", ")[0]
     dtype = DTYPES[SHORT_NAMES[common]].torch_name
@@ -224,11 +223,8 @@ def _records(
 
 def _facts(expert: Expert, models: Mapping[Reference, Dense]) -> dict[str, Any]:
     path = models[expert.source].path
-    entries = models[expert.source].checkpoint.tensors.values()
-    files = {stored.file for entry in entries for stored in stored_entries(entry)}
     return {
         "source_model": str(path),
-        "fingerprint": input_fingerprints([path], files)[str(path)],
         "positive_prompts": list(expert.positive),
         "negative_prompts": list(expert.negative),
         "residual_scale": expert.residual_scale,

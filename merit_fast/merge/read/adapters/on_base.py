@@ -10,11 +10,12 @@ from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG, Scalings
 from merit_fast.merge.read.adapters.experts import ATTENTION, match_parameters, parameter_changes
 from merit_fast.merge.read.adapters.keys import Layer
 from merit_fast.merge.read.adapters.modules import bias_change, layer_changes, stored_transposed
-from merit_fast.merge.read.adapters.tied import embedding_of, is_head, named_head, settle_head
+from merit_fast.merge.read.adapters.tied import embedding_of, named_head, settle_head
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import CONFIG_FILE, is_embedding
 from merit_fast.merge.read.entries import Change, ChangedEntry, Rows, TensorEntry, is_float
 from merit_fast.merge.read.files import read_json
+from merit_fast.merge.read.token_rows import differ_in_rows
 
 
 def put_on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
@@ -49,14 +50,12 @@ class _Work:
     def take_whole_tensors(self) -> None:
         for name, entry in self.adapter.parts.whole.items():
             target = self._target(name, entry)
-            if target.shape != entry.shape:
-                grown = target.shape[1:] == entry.shape[1:] and (
-                    is_embedding(name) or is_head(name)
-                )
-                remedy = "; resize the base's embeddings and save it first" if grown else ""
+            if target.shape != entry.shape and not differ_in_rows(
+                name, target.shape, entry.shape
+            ):  # of resized embeddings and heads the vocabularies decide
                 raise InputError(
                     f"{entry.file}: {entry.name}: must have the shape of {name} in "
-                    f"{self.base.path}, {list(target.shape)}, got {list(entry.shape)}{remedy}"
+                    f"{self.base.path}, {list(target.shape)}, got {list(entry.shape)}"
                 )
             self.tensors[name] = replace(entry, name=name)
 
