@@ -36,8 +36,8 @@ from merit_fast.merge.read.companions import CONFIG_FILE, list_companions
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.remote import as_location
 from merit_fast.merge.sizes import parse_bytes
-from merit_fast.merge.stage import check_paths
 from merit_fast.merge.table import METHODS
+from merit_fast.merge.write.places import check_paths
 from merit_fast.options.parser import override, parse
 from merit_fast.progress import Progress
 
