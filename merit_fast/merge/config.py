@@ -18,7 +18,7 @@ from merit_fast.merge.parameters import (
     Setting,
     T,
 )
-from merit_fast.merge.registry import method_named, method_source
+from merit_fast.merge.registry import method_named
 from merit_fast.merge.rules.kinds import FromGram, WeightedSum
 from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS
@@ -251,17 +251,3 @@ def config_of(
             weights if isinstance(weights, str) else [float(weight) for weight in weights]
         )
     return parse(MergeConfig, plain, caller)
-
-
-def same_bytes(config: MergeConfig) -> MergeConfig:
-    """The config with defaults for every option that changes no byte of the output."""
-    same = replace(config, threads=1, chunk_kib=512, max_memory=None, fsync=True)
-    if config.is_tuned:
-        return same
-    return replace(same, ridge=MergeConfig.ridge, tune_rows=MergeConfig.tune_rows)
-
-
-def method_fingerprint(config: MergeConfig) -> dict[str, str]:
-    """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
-    source = method_source(config.method_entry)
-    return {} if source is None else {"method": source}

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, SHORT_NAMES
-from merit_fast.manifests.io import fingerprint
 from merit_fast.merge.combine.combination import Combination, Rule
-from merit_fast.merge.config import MergeConfig, same_bytes
+from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, cut_files
 from merit_fast.merge.engine.prepare import Inputs, read_inputs
@@ -17,10 +16,9 @@ from merit_fast.merge.read.entries import TensorEntry, is_float, value_dtype
 from merit_fast.merge.read.names.modules import module_names
 from merit_fast.merge.read.names.towers import TEXT, Tower, towers_of
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.read.slices import Slice, describe_slices
+from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.rules.values import Coefficients
 from merit_fast.merge.sizes import parse_bytes
-from merit_fast.options.parser import to_plain
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,6 @@ class Module:
     base: Location | None
     config: MergeConfig
     slices: tuple[Slice, ...] = ()
-
-    @property
-    def digest(self) -> str:
-        """Digest of what decides the tower: models in order, weights, numbers and slices."""
-        facts = [*map(str, (*self.models, self.base)), *self.weights]
-        plain = to_plain(same_bytes(self.config))
-        return fingerprint([facts, plain, describe_slices(self.slices)])
 
 
 def read_modules(modules: Sequence[Module], companions: Location) -> Inputs:

@@ -31,7 +31,7 @@ from merit_fast.merge.prepared import PreparedMerge
 from merit_fast.merge.read.checkpoint import Checkpoint, read_files
 from merit_fast.merge.read.companions import CONFIG_FILE, list_companions
 from merit_fast.merge.read.entries import TensorEntry
-from merit_fast.merge.read.remote import as_location, input_fingerprint
+from merit_fast.merge.read.remote import as_location
 from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.stage import check_paths
 from merit_fast.merge.table import METHODS
@@ -202,7 +202,7 @@ def _records(
     inputs: Inputs,
     seed: int,
 ) -> dict[str, str]:
-    """config.json, and the recipe with the fingerprints of its models."""
+    """config.json, and the recipe with its models."""
     base = models[document.base]
     common = inputs.dtypes.split(", ")[0]
     dtype = DTYPES[SHORT_NAMES[common]].torch_name
@@ -225,7 +225,6 @@ def _facts(expert: Expert, models: Mapping[Reference, Dense]) -> dict[str, Any]:
     path = models[expert.source].path
     return {
         "source_model": str(path),
-        "fingerprint": input_fingerprint(path),
         "positive_prompts": list(expert.positive),
         "negative_prompts": list(expert.negative),
         "residual_scale": expert.residual_scale,
