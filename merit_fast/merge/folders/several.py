@@ -75,10 +75,10 @@ class FolderMerge:
         """
         manifest = self._manifest()
         locks = locks_of(out)
-        with claim(locks, this_process(manifest.fingerprint), out):
-            with exclusive(locks / "turn"):  # an equal merge waits and finds it finished
-                if not is_up_to_date(out, manifest, progress):
-                    self._write(out, manifest, progress)
+        # An equal merge waits for its turn and finds the output finished.
+        with claim(locks, this_process(manifest.fingerprint), out), exclusive(locks / "turn"):
+            if not is_up_to_date(out, manifest, progress):
+                self._write(out, manifest, progress)
         return True
 
     def _write(self, out: Path, manifest: StageManifest, progress: Progress) -> None:
