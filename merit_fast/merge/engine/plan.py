@@ -114,14 +114,15 @@ def _plan_shard(file: OutputFile, rule: Callable[[TensorEntry], Rule]) -> Shard:
     copies: list[Segment] = []
     for tensor in file.tensors:
         if tensor.num_elements and is_float(tensor.inputs[0]):
-            segments.append(_segment(tensor, offset, rule(_named(tensor))))
+            segments.append(_segment(tensor, offset, rule(named_entry(tensor))))
         elif tensor.num_elements:
             copies.append(_segment(tensor, offset))
         offset += tensor.num_bytes
     return Shard(file.name, header, offset, tuple(_coalesce(segments)), tuple(copies))
 
 
-def _named(tensor: OutputTensor) -> TensorEntry:
+def named_entry(tensor: OutputTensor) -> TensorEntry:
+    """The tensor's entry in the first input, under the output's name."""
     entry = tensor.inputs[0]
     return TensorEntry(
         tensor.name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes

@@ -17,14 +17,14 @@ from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
-from merit_fast.merge.engine.sources import scratch_bytes
+from merit_fast.merge.engine.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import TensorEntry, is_float, value_dtype
+from merit_fast.merge.read.entries import TensorEntry, is_float, stored_entries, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.names.towers import Tower
@@ -63,6 +63,10 @@ class Inputs:
         """The directory whose tokenizer the output gets."""
         return self.vocabulary.folder if self.vocabulary else self.companions
 
+    def files_read(self) -> set[str]:
+        """Names of the files next to the companions whose tensors are read."""
+        return {file.name for file in self.stored_files() if file.parent == self.companions}
+
     @property
     def bytes_read(self) -> int:
         """Bytes read by one pass over all inputs."""
@@ -73,27 +77,21 @@ class Inputs:
             for entry in tensor.inputs
         )
 
+    def stored_files(self) -> set[Location]:
+        """Every input file that holds a byte of the output's tensors."""
+        entries = (
+            entry for file in self.files for tensor in file.tensors for entry in tensor.inputs
+        )
+        files = {stored.file for entry in entries for stored in stored_entries(entry)}
+        if self.vocabulary and self.vocabulary.made:
+            files.discard(self.vocabulary.made.file)  # temporary, and made of the others
+        return files
+
     @property
     def dtypes(self) -> str:
         """The output's float dtypes in words such as "bf16", most common first."""
         tensors = [tensor for file in self.files for tensor in file.tensors]
         return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
-
-    def coefficients(self) -> list[tuple[str, float | None]]:
-        """Each input's coefficient; None where it differs between tensors or there is none."""
-        combination = self.combination
-        rules = set()
-        if combination.from_gram is None:
-            tensors = [tensor for file in self.files for tensor in file.tensors]
-            entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
-            rules = {combination.rule(entry) for entry in entries if is_float(entry)}
-        rule = rules.pop() if len(rules) == 1 else None
-        paths = combination.paths
-        numbers: tuple[float | None, ...] = ()
-        if isinstance(rule, tuple) and len(rule) <= len(paths):
-            numbers = rule
-        filled = (*numbers, *[None] * (len(paths) - len(numbers)))
-        return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
 
 
 def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
@@ -266,7 +264,11 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
-    return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
+    tensors = (tensor for file in inputs.files for tensor in file.tensors)
+    wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
+    shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
+    buffers = config.threads * elements * (each + scratch + sizes + ranks)
+    return buffers + shared + _factor_bytes(inputs)
 
 
 def _factor_bytes(inputs: Inputs) -> int:
