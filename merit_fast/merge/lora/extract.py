@@ -73,8 +73,8 @@ def extract_lora(
         changed tensors that no form of an adapter holds.
 
     Raises:
-        InputError: ``out`` is an input or not ours; tensors do not match, a value is not finite, nothing changed in a matrix of a
-            layer.
+        InputError: ``out`` is an input or not ours; tensors do not match, a value is not finite,
+            nothing changed in a matrix of a layer.
     """
     check_paths([base, model], out)
     pair = read_pair(base, model)
