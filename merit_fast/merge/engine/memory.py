@@ -5,7 +5,7 @@ from dataclasses import replace
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.changes import factor_bytes
+from merit_fast.merge.engine.changes import most_factor_bytes
 from merit_fast.merge.engine.compiled.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK
 from merit_fast.merge.engine.prepare import Inputs
@@ -50,13 +50,8 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
     shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
     buffers = config.threads * elements * (each + scratch + sizes + ranks)
-    return buffers + shared + _factor_bytes(inputs)
-
-
-def _factor_bytes(inputs: Inputs) -> int:
-    """The most bytes that adapters' factors of one tensor take, in all inputs together."""
-    tensors = (tensor for file in inputs.files for tensor in file.tensors)
-    return max((sum(map(factor_bytes, tensor.inputs)) for tensor in tensors), default=0)
+    inputs_of = (tensor.inputs for file in inputs.files for tensor in file.tensors)
+    return buffers + shared + most_factor_bytes(inputs_of)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:
