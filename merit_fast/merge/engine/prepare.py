@@ -65,9 +65,7 @@ class Inputs:
 
     def files_read(self) -> set[str]:
         """Names of the files next to the companions whose tensors are read."""
-        entries = (e for file in self.files for tensor in file.tensors for e in tensor.inputs)
-        stored = {one.file for entry in entries for one in stored_entries(entry)}
-        return {file.name for file in stored if file.parent == self.companions}
+        return {file.name for file in self.stored_files() if file.parent == self.companions}
 
     @property
     def bytes_read(self) -> int:
