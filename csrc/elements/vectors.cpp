@@ -117,7 +117,7 @@ class ColumnMerge {
   bool read(Block* b, int64_t first, int64_t n) {
     for (size_t k = 0; k < tensor_.inputs.size(); k++) {
       const int error =
-          tensor_.inputs[k]->read({engine_.kernels, engine_.remote}, first, n,
+          tensor_.inputs[k]->read({engine_.kernels, engine_.remote, engine_.wide_runs}, first, n,
                                   reinterpret_cast<char*>(b->memory[k].data()), b->scratch.get());
       if (error) return fail(error, int64_t(k), false);
     }

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import STAGE_FILE
+from merit_fast.manifests.kept import remove_records
 from merit_fast.merge.combine.weights import (
     Weights,
     resolve_weights,
@@ -240,6 +241,7 @@ def merge_branches(
     config: MergeConfig,
     progress: Progress,
     run: RunFacts | None = None,
+    keep_records: bool = False,
 ) -> None:
     """Merges ``models`` into an output directory that is still under its temporary name.
 
@@ -251,11 +253,14 @@ def merge_branches(
         config: method and engine options.
         progress: receives progress.
         run: the run whose branches the models are, for the model card.
+        keep_records: leave the hashes of the weight files next to them for ``output_directory``.
 
     Raises:
         InputError, MeritFastError: as ``merge_models``.
     """
     prepare_merge(models, weights, base, config, run=run).write_into(directory, progress)
+    if not keep_records:
+        remove_records(directory)
 
 
 def check_paths(inputs: Sequence[Location], out: Location) -> None:

@@ -136,6 +136,10 @@ def check_yaml(block, folder):
         from merit_fast.integrations.mergekit.recipe import read_mergekit
 
         read_mergekit(file)
+    elif "trajectory" in values:
+        from merit_fast.cli.merge.trajectory import read_trajectory_file
+
+        read_trajectory_file(file)
     else:
         read_run_config(file)
 

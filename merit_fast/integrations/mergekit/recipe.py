@@ -37,6 +37,7 @@ _WHOLE = "default"  # the only module of a model that has no towers
 _ENGINE = (
     "seed", "missing", "dtype", "shard_size", "stats", "checksum", "allow_nonfinite", "fsync",
     "threads", "chunk_kib", "max_memory", "tokenizer", "chat_template",
+    "form", "subtree", "config_from",
 )  # fmt: skip
 
 

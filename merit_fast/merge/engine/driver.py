@@ -3,13 +3,10 @@
 Memory is threads x (K + 1) x chunk, whatever the model's size.
 """
 
-import itertools
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +23,13 @@ from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
-from merit_fast.merge.engine.plan import Frame, Rule, Segment, Shard
+from merit_fast.merge.engine.plan import Rule, Segment, Shard
 from merit_fast.merge.engine.sources import held_bytes
 from merit_fast.merge.engine.values import values
 from merit_fast.merge.read.entries import is_float, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
 
-_BLOCK_BYTES = 1 << 20
-_CHECKSUMS_AT_ONCE = 1024
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
 
 _MOST_HELD = 8 << 20  # bytes
@@ -58,14 +53,13 @@ def write_shard(
         os.posix_fallocate(opened.output, 0, shard.num_bytes)
         os.pwrite(opened.output, shard.header, 0)
         if shard.frame is not None:
-            for at, data in shard.frame.pieces():
-                os.pwrite(opened.output, data, at)
+            shard.frame.begin(opened.output)
         engine = _Engine(config, opened, config.stats, config.stats, advance, backend)
         grams = engine.run(shard.segments)
         for segment in shard.copies:
             _copy_equal(segment, opened)
         if shard.frame is not None:
-            _write_checksums(shard.frame, opened.output, config.threads)
+            shard.frame.finish(opened.output, config.threads)
     return grams
 
 
@@ -207,24 +201,6 @@ def whole_rows(rule: Rule) -> int:
     if isinstance(rule, VectorRule):
         return 1 if rule.period else rule.length
     return max(rule.row, 1) if isinstance(rule, (DeltaRule, ElementRule)) else 1
-
-
-def _write_checksums(frame: Frame, descriptor: int, threads: int) -> None:
-    """Reads runs of the output back, from memory as a rule, and writes their CRC-32."""
-
-    def take(run: tuple[int, int, tuple[int, int]]) -> None:
-        start, num_bytes, places = run
-        crc = 0
-        for at in range(start, start + num_bytes, _BLOCK_BYTES):
-            count = min(_BLOCK_BYTES, start + num_bytes - at)
-            crc = crc32(os.pread(descriptor, count, at), crc)
-        for place in places:
-            os.pwrite(descriptor, crc.to_bytes(4, "little"), place)
-
-    runs = iter(frame.checksums())
-    with ThreadPoolExecutor(threads) as pool:
-        while batch := list(itertools.islice(runs, _CHECKSUMS_AT_ONCE)):
-            list(pool.map(take, batch))
 
 
 def _copy_equal(segment: Segment, files: OpenFiles) -> None:

@@ -50,7 +50,7 @@ def run(
         elements_done: [1], grows by the number of elements that are merged.
     """
     native = dispatch.native()
-    builder = SourceBuilder(native, files)
+    builder = SourceBuilder(native, files, step)
     segments = [_segment(segment, builder) for segment in batch]
     shared = {
         "read": files.remote_read,

@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -42,11 +42,11 @@ class Segment:
 class Frame(Protocol):
     """Bytes of a file that lie between its tensors' values."""
 
-    def pieces(self) -> Iterable[tuple[int, bytes]]:
-        """Offsets in the file, and the bytes there."""
+    def begin(self, descriptor: int) -> None:
+        """Writes what is known before the values."""
 
-    def checksums(self) -> Iterable[tuple[int, int, tuple[int, int]]]:
-        """Offset and bytes of a run, and the two offsets where its CRC-32 is written."""
+    def finish(self, descriptor: int, threads: int) -> None:
+        """Writes what follows from the values, such as checksums."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,15 @@ def _plan_shard(file: OutputFile, rule: Callable[[TensorEntry], Rule]) -> Shard:
     copies: list[Segment] = []
     for tensor in file.tensors:
         if tensor.num_elements and is_float(tensor.inputs[0]):
-            segments.append(_segment(tensor, offset, rule(_named(tensor))))
+            segments.append(_segment(tensor, offset, rule(named_entry(tensor))))
         elif tensor.num_elements:
             copies.append(_segment(tensor, offset))
         offset += tensor.num_bytes
     return Shard(file.name, header, offset, tuple(_coalesce(segments)), tuple(copies))
 
 
-def _named(tensor: OutputTensor) -> TensorEntry:
+def named_entry(tensor: OutputTensor) -> TensorEntry:
+    """The tensor's entry in the first input, under the output's name."""
     entry = tensor.inputs[0]
     return TensorEntry(
         tensor.name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes

@@ -17,7 +17,7 @@ from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
-from merit_fast.merge.engine.sources import scratch_bytes
+from merit_fast.merge.engine.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
@@ -37,6 +37,7 @@ from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
+from merit_fast.merge.vocabulary.write import check_tokenizer
 from merit_fast.progress import Progress
 
 _LEAST_CHUNK_KIB = 4
@@ -78,26 +79,21 @@ class Inputs:
             for entry in tensor.inputs
         )
 
+    def stored_files(self) -> set[Location]:
+        """Every input file that holds a byte of the output's tensors."""
+        entries = (
+            entry for file in self.files for tensor in file.tensors for entry in tensor.inputs
+        )
+        files = {stored.file for entry in entries for stored in stored_entries(entry)}
+        if self.vocabulary and self.vocabulary.made:
+            files.discard(self.vocabulary.made.file)  # temporary, and made of the others
+        return files
+
     @property
     def dtypes(self) -> str:
         """The output's float dtypes in words such as "bf16", most common first."""
         tensors = [tensor for file in self.files for tensor in file.tensors]
         return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
-
-    def coefficients(self) -> list[tuple[str, float | None]]:
-        """Each input's coefficient; None where it differs between tensors or there is none."""
-        combination = self.combination
-        rules = set()
-        if combination.from_gram is None:
-            tensors = [tensor for file in self.files for tensor in file.tensors]
-            entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
-            rules = {combination.rule(entry) for entry in entries if is_float(entry)}
-        rule = rules.pop() if len(rules) == 1 else None
-        paths = combination.paths
-        numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
-        numbers = numbers if len(numbers) <= len(paths) else ()
-        filled = (*numbers, *[None] * (len(paths) - len(numbers)))
-        return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
 
 
 def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
@@ -160,6 +156,7 @@ def read_inputs(
     vocabulary = matched.output
     if vocabulary:
         check_configs_fit(companions, vocabulary)
+        check_tokenizer(vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
     if tower:
@@ -269,7 +266,11 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
-    return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
+    tensors = (tensor for file in inputs.files for tensor in file.tensors)
+    wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
+    shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
+    buffers = config.threads * elements * (each + scratch + sizes + ranks)
+    return buffers + shared + _factor_bytes(inputs)
 
 
 def _factor_bytes(inputs: Inputs) -> int:

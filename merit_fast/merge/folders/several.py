@@ -13,7 +13,8 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.directories import begin_directory, finish_directory
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import StageManifest, fingerprint
-from merit_fast.manifests.locks import LOCKS_FOLDER, claim, this_process
+from merit_fast.manifests.kept import remove_records
+from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.prepared import PreparedMerge, prepare_merge
 from merit_fast.merge.read.checkpoint import SINGLE_FILE
@@ -24,10 +25,11 @@ from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.several import SeveralModels, part_of, several_models
 from merit_fast.merge.read.weight_files import INDEX_FILE
 from merit_fast.merge.write.card import CARD_FILE
+from merit_fast.merge.write.finished import is_up_to_date
+from merit_fast.merge.write.same import check_unchanged
 from merit_fast.progress import Progress
 
 _SUMS = ("shards", "tensors", "parameters", "bytes_in", "bytes_out")
-_RECORD = ".xxh3_128"  # ends names of files by which a killed merge knows finished shards
 _OF_ONE_MODEL = ("shard_size", "stats", "checksum")
 
 
@@ -73,19 +75,23 @@ class FolderMerge:
             InputError: an input changed while it was read.
         """
         manifest = self._manifest()
-        locks = out.with_name(f".{out.name}{LOCKS_FOLDER}")
-        with claim(locks, this_process(manifest.fingerprint), out):
-            directory = begin_directory(out, manifest.fingerprint)
-            for folder, part in self.parts:
-                target = directory / folder
-                target.mkdir(parents=True, exist_ok=True)
-                part.write_into(target, progress)
-                _name_index(target, part)
-            self._copy(directory)
-            if self._manifest().inputs != manifest.inputs:
-                raise InputError(f"{self.giver.path}: changed while the merge read it; merge again")
-            finish_directory(directory, out, manifest, self.config.fsync)
+        locks = locks_of(out)
+        # An equal merge waits for its turn and finds the output finished.
+        with claim(locks, this_process(manifest.fingerprint), out), exclusive(locks / "turn"):
+            if not is_up_to_date(out, manifest, progress):
+                self._write(out, manifest, progress)
         return True
+
+    def _write(self, out: Path, manifest: StageManifest, progress: Progress) -> None:
+        directory = begin_directory(out, manifest.fingerprint)
+        for folder, part in self.parts:
+            target = directory / folder
+            target.mkdir(parents=True, exist_ok=True)
+            part.write_into(target, progress)
+            _name_index(target, part)
+        self._copy(directory)
+        check_unchanged(manifest, self._manifest())
+        finish_directory(directory, out, manifest, self.config.fsync)
 
     def _copy(self, directory: Path) -> None:
         """Copies the other files, and keeps one card, at the top."""
@@ -99,8 +105,7 @@ class FolderMerge:
         for folder, _ in self.parts:
             if folder:
                 (directory / folder / CARD_FILE).unlink(missing_ok=True)
-            for record in (directory / folder).glob(f"*{_RECORD}"):
-                record.unlink()
+                remove_records(directory / folder)
 
     def _manifest(self) -> StageManifest:
         """The first part's manifest, with a digest of every part and copied file as its inputs."""

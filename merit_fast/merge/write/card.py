@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from merit_fast.manifests.io import read_manifest, tool_versions
 from merit_fast.manifests.schemas import TUNE_FILE, BranchManifest, SplitManifest
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.modules import Module
-from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice
+from merit_fast.merge.tokenizer_options import TokenizerOptions, with_names
 from merit_fast.options.parser import to_plain
 
 CARD_FILE = "README.md"
@@ -64,6 +65,7 @@ class CardFacts:
 def model_card(facts: CardFacts, directory: Path) -> str:
     """The card's text. ``directory`` holds the finished output's other files."""
     branches = [_branch(model) for model in facts.models]
+    facts = _without_folders(facts)
     parts = [
         _front_matter(facts),
         "# Merged model\n",
@@ -79,6 +81,23 @@ def model_card(facts: CardFacts, directory: Path) -> str:
         parts.append("## Split\n\n" + _split_text(facts.run))
     parts.append("## Reproduce\n\n" + _command_text(facts))
     return "\n".join(parts)
+
+
+def _without_folders(facts: CardFacts) -> CardFacts:
+    """The facts with short names of models in the tokenizer's options."""
+    options = facts.config.tokenizer_options
+    if options is None:
+        return facts
+    paths = [*facts.models, *([facts.base] if facts.base else [])]
+    names = dict(zip(map(str, paths), labels_of(paths), strict=True))
+
+    def name_of(text: str) -> str:
+        return names.get(text) or labels_of([as_location(text)])[0]
+
+    short: str | TokenizerOptions = with_names(options, name_of)
+    if isinstance(facts.config.tokenizer, str):
+        short = with_names(options, name_of).source
+    return replace(facts, config=replace(facts.config, tokenizer=short))
 
 
 def labels_of(paths: Sequence[Location]) -> list[str]:
