@@ -35,7 +35,7 @@ from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.fingerprints import input_fingerprints
-from merit_fast.merge.read.left_out import files_left_out
+from merit_fast.merge.read.folders.left_out import files_left_out
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
