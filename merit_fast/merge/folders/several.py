@@ -13,15 +13,16 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.directories import begin_directory, finish_directory
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import StageManifest, fingerprint
+from merit_fast.manifests.kept import remove_records
 from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.prepared import PreparedMerge, prepare_merge
 from merit_fast.merge.read.checkpoint import SINGLE_FILE
 from merit_fast.merge.read.companions import list_companions
 from merit_fast.merge.read.files import copy_file, list_directory
-from merit_fast.merge.read.left_out import is_config, names_left_out
+from merit_fast.merge.read.folders.left_out import is_config, names_left_out
+from merit_fast.merge.read.folders.several import SeveralModels, part_of, several_models
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.read.several import SeveralModels, part_of, several_models
 from merit_fast.merge.read.weight_files import INDEX_FILE
 from merit_fast.merge.write.card import CARD_FILE
 from merit_fast.merge.write.finished import is_up_to_date
@@ -29,7 +30,6 @@ from merit_fast.merge.write.same import check_unchanged
 from merit_fast.progress import Progress
 
 _SUMS = ("shards", "tensors", "parameters", "bytes_in", "bytes_out")
-_RECORD = ".xxh3_128"  # ends names of files by which a killed merge knows finished shards
 _OF_ONE_MODEL = ("shard_size", "stats", "checksum")
 
 
@@ -105,8 +105,7 @@ class FolderMerge:
         for folder, _ in self.parts:
             if folder:
                 (directory / folder / CARD_FILE).unlink(missing_ok=True)
-            for record in (directory / folder).glob(f"*{_RECORD}"):
-                record.unlink()
+                remove_records(directory / folder)
 
     def _manifest(self) -> StageManifest:
         """The first part's manifest, with a digest of every part and copied file as its inputs."""

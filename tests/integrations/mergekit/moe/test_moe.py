@@ -213,20 +213,17 @@ def test_prompts_that_hardly_differ_are_noted(inside, tmp_path):
     progress = SilentProgress()
     progress.note = notes.append
     file = tmp_path / "moe.yml"
-    twins = [CODES, {**CODES, "source_model": "m2", "negative_prompts": []}]
-    twins[1]["positive_prompts"] = [*CODES["positive_prompts"], "a"]
-    file.write_text(
-        yaml.safe_dump({"base_model": "m0", "gate_mode": "cheap_embed", "experts": twins})
-    )
+    twins = [CODES, {"source_model": "m2", "positive_prompts": [*CODES["positive_prompts"], "a"]}]
+    recipe = {"base_model": "m0", "gate_mode": "cheap_embed", "experts": twins}
+    file.write_text(yaml.safe_dump(recipe))
     merge_mergekit(file, str(tmp_path / "out"), progress)
     assert any("2 of 2 layers have routers that hardly differ" in note for note in notes)
 
 
 def test_no_torch_is_imported_without_hidden_states(inside, tmp_path):
     file = tmp_path / "moe.yml"
-    file.write_text(
-        yaml.safe_dump({"base_model": "m0", "gate_mode": "cheap_embed", "experts": [CODES, POEMS]})
-    )
+    recipe = {"base_model": "m0", "gate_mode": "cheap_embed", "experts": [CODES, POEMS]}
+    file.write_text(yaml.safe_dump(recipe))
     words = ["merit-fast", "merge", str(tmp_path / "out"), "--mergekit", str(file)]
     script = (
         f"import sys; sys.argv = {words!r}; from merit_fast.cli.main import main; "
