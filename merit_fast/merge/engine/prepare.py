@@ -268,8 +268,8 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
     shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
     buffers = config.threads * elements * (each + scratch + sizes + ranks)
-    tensors = (tensor.inputs for file in inputs.files for tensor in file.tensors)
-    return buffers + shared + most_factor_bytes(tensors)
+    made_of = (tensor.inputs for file in inputs.files for tensor in file.tensors)
+    return buffers + shared + most_factor_bytes(made_of)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:
