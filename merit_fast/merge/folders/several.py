@@ -19,12 +19,12 @@ from merit_fast.merge.prepared import PreparedMerge, prepare_merge
 from merit_fast.merge.read.checkpoint import SINGLE_FILE
 from merit_fast.merge.read.companions import list_companions
 from merit_fast.merge.read.files import copy_file, list_directory
-from merit_fast.merge.read.left_out import is_config, names_left_out
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.several import SeveralModels, part_of, several_models
 from merit_fast.merge.read.weight_files import INDEX_FILE
 from merit_fast.merge.write.card import CARD_FILE
 from merit_fast.merge.write.finished import is_up_to_date
+from merit_fast.merge.write.left_out import is_config, names_left_out
 from merit_fast.merge.write.same import check_unchanged
 from merit_fast.progress import Progress
 

@@ -7,8 +7,8 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.plan import Rule, named_entry
 from merit_fast.merge.engine.prepare import Inputs, buffer_bytes
 from merit_fast.merge.read.entries import is_float
-from merit_fast.merge.read.left_out import files_left_out
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.write.left_out import files_left_out
 
 
 def input_coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
