@@ -32,7 +32,6 @@ from merit_fast.merge.engine.prepare import (
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.files import folder_of
-from merit_fast.merge.read.fingerprints import input_fingerprints
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
@@ -41,6 +40,7 @@ from merit_fast.merge.write.distcp.finish import finish_distributed
 from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
 from merit_fast.merge.write.distcp.plan import distributed_plan, file_sizes
 from merit_fast.merge.write.distcp.whole import write_whole_tensors
+from merit_fast.merge.write.fingerprints import input_fingerprints
 from merit_fast.merge.write.finished import is_up_to_date
 from merit_fast.merge.write.same import (
     check_unchanged,

@@ -20,11 +20,11 @@ from merit_fast.merge.lora.join import JoinedAdapters
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
 from merit_fast.merge.read.adapters.adapter import is_adapter
-from merit_fast.merge.read.answers import answer_notes
 from merit_fast.merge.read.folders.several import several_models
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.trajectory import read_trajectory
+from merit_fast.merge.write.answers import answer_notes
 from merit_fast.merge.write.card import RunFacts
 from merit_fast.merge.write.places import check_paths
 from merit_fast.merge.write.shards import Share

@@ -27,8 +27,8 @@ from merit_fast.merge.lora.products import Form, stored_factors
 from merit_fast.merge.lora.singular import Cut, cut_energy, cut_matrix
 from merit_fast.merge.lora.targets import Target, targets_of
 from merit_fast.merge.read.entries import TensorEntry, stored_entries
-from merit_fast.merge.read.fingerprints import input_fingerprints
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.write.fingerprints import input_fingerprints
 from merit_fast.merge.write.places import check_paths
 from merit_fast.options.fields import require
 from merit_fast.progress import Progress

@@ -36,8 +36,8 @@ from merit_fast.merge.read.adapters.adapter import read_adapter
 from merit_fast.merge.read.adapters.keys import Layer
 from merit_fast.merge.read.companions import copy_companions
 from merit_fast.merge.read.entries import TensorEntry
-from merit_fast.merge.read.fingerprints import input_fingerprints
 from merit_fast.merge.read.remote import Location, RemotePath
+from merit_fast.merge.write.fingerprints import input_fingerprints
 from merit_fast.progress import Progress
 
 METHODS = ("linear", "task_arithmetic")

@@ -8,7 +8,7 @@ from merit_fast.merge.engine.memory import buffer_bytes
 from merit_fast.merge.engine.plan import Rule, named_entry
 from merit_fast.merge.engine.prepare import Inputs
 from merit_fast.merge.read.entries import is_float
-from merit_fast.merge.read.left_out import files_left_out
+from merit_fast.merge.read.folders.left_out import files_left_out
 from merit_fast.merge.read.remote import Location
 
 
