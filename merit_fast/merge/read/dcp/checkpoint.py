@@ -179,6 +179,16 @@ def _check_chunk(where: str, tensor: SavedTensor, chunk: Chunk, stored: StoredCh
         raise InputError(f"{where}: {rule}, got {list(stored.view.sizes)}")
 
 
+def described_files(checkpoints: Sequence[Checkpoint]) -> set[Location]:
+    """Files of distributed checkpoints that decide an output and hold none of its tensors."""
+    files: set[Location] = set()
+    for each in checkpoints:
+        if isinstance(each, DistributedCheckpoint):
+            files.add(each.metadata.file)
+            files |= {each.folder / other.item.file for other in each.others}
+    return files
+
+
 def left_out_notes(checkpoints: Sequence[Checkpoint], keeps_values: bool) -> list[str]:
     """One sentence for each distributed checkpoint that holds more than the output gets.
 
