@@ -8,7 +8,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from support.merge.dcp.checks import assert_same
-from support.merge.dcp.tensors import SEEDS
 
 from merit_fast.errors import InputError
 from merit_fast.merge import merge_models
@@ -43,20 +42,25 @@ def test_the_same_merge_is_not_done_again_and_a_changed_input_is_seen(tmp_path):
     assert torch.equal(load(out, {"a": torch.zeros(4, 3)})["a"], torch.full((4, 3), 2.5))
 
 
-def test_a_part_that_a_killed_merge_left_is_written_again(saved, tmp_path):
-    models = [saved / f"grid-{name}" for name in SEEDS]
-    options = {"subtree": "model", "form": "distcp"}
-    merge_models(models, out=tmp_path / "whole", **options)
-    out = tmp_path / "out"
-    merge_models(models, out=out, **options)
-    unfinished = tmp_path / "out.tmp"
-    out.rename(unfinished)
-    (unfinished / "stage.json").unlink()
-    (unfinished / "__1_0.distcp").unlink()
-    (unfinished / "__2_0.distcp").write_bytes(b"damaged")
-    merge_models(models, out=out, **options)
-    for file in (tmp_path / "whole").glob("*.distcp"):
-        assert (out / file.name).read_bytes() == file.read_bytes()
+def test_files_that_a_stopped_merge_left_are_kept_only_if_sound(tmp_path, monkeypatch):
+    tensors = {f"t{number}": torch.ones(3, 2) * number for number in range(3)}
+    model = save(tmp_path / "in", **tensors)
+    merge_models([model], out=tmp_path / "whole", form="distcp")
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("merit_fast.merge.prepared.finish_distributed", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge_models([model], out=tmp_path / "out", form="distcp")
+    (left,) = tmp_path.glob("out.tmp/__0_0.distcp")
+    data = bytearray(left.read_bytes())
+    data[200] ^= 1
+    left.write_bytes(data)
+    merge_models([model], out=tmp_path / "out", form="distcp")
+    shards = [tmp_path / name / "__0_0.distcp" for name in ("whole", "out")]
+    assert shards[0].read_bytes() == shards[1].read_bytes()
 
 
 def test_safetensors_and_chunks_mix_in_the_first_model_form(saved, tmp_path):
@@ -122,7 +126,7 @@ def test_a_base_of_safetensors_with_other_tensors_is_noticed(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     save_file({"b": torch.ones(2, 2)}, base / "model.safetensors")
-    options = {"base": base, "form": "distcp", "method": "task_arithmetic"}
+    options = {"base": base, "form": "distcp", "method": "ties", "density": 0.5}
     with pytest.raises(InputError):
         merge_models([folder], out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
