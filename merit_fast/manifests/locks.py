@@ -98,7 +98,25 @@ def claim(folder: Path, owner: Owner, what: Path | str) -> Iterator[None]:
     try:
         yield
     finally:
+        _remove_free(folder)
         _release(mine, descriptor)
+
+
+def _remove_free(folder: Path) -> None:
+    """Removes lock files that dead processes have left; one that is held stays."""
+    for name in os.listdir(folder):
+        try:
+            descriptor = os.open(folder / name, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # its holder has removed it meanwhile
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_same(folder / name, descriptor):
+                (folder / name).unlink()
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)
 
 
 def _claim(folder: Path, mine: Path, owner: Owner, what: Path | str) -> int:

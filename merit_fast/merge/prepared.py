@@ -20,12 +20,10 @@ from merit_fast.manifests.io import (
 from merit_fast.manifests.kept import remove_records
 from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.coefficients import input_coefficients, weighed_models
 from merit_fast.merge.engine.modules import Module, read_modules
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import (
     Inputs,
-    buffer_bytes,
     dtype_reason,
     fit_memory,
     make_plan,
@@ -36,10 +34,10 @@ from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.dcp.checkpoint import described_files
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.fingerprints import input_fingerprints
-from merit_fast.merge.read.left_out import files_left_out
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
+from merit_fast.merge.write.coefficients import input_facts, weighed_models
 from merit_fast.merge.write.distcp.finish import finish_distributed
 from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
 from merit_fast.merge.write.distcp.plan import distributed_plan, file_sizes
@@ -83,37 +81,21 @@ class PreparedMerge:
 
     def summary(self, out: Location) -> dict[str, Any]:
         """JSON-ready facts: weights, coefficients, bytes in and out, memory of the buffers."""
-        files = self.inputs.files
-        tensors = [tensor for file in files for tensor in file.tensors]
-        local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
         sizes = file_sizes(self.inputs.files, self.layout)
-        return {
+        facts = {
             "merged": str(out),
-            "method": self.config.method,
             "models": [[str(path), weight] for path, weight in self._weighed()],
             "base": str(self.base) if self.base else None,
-            "dtype": self.inputs.dtypes,
             "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
-            "vocabulary": self.inputs.vocabulary.sentence if self.inputs.vocabulary else None,
             "weights": list(self.weights),
-            "coefficients": input_coefficients(self.inputs),
-            "form": self.config.form or "safetensors",
-            "shards": len(sizes),
-            "tensors": len(tensors),
-            "parameters": sum(tensor.num_elements for tensor in tensors),
-            "bytes_in": self.config.method_entry.passes * self.inputs.bytes_read,
-            "bytes_out": sum(sizes.values()),
-            "buffer_bytes": buffer_bytes(self.inputs, self.config),
-            "free_bytes": free_bytes(local),
-            "notes": list(self.inputs.notes),
-            "left_out": list(files_left_out(self.inputs.companions, self.inputs.files_read())),
-            "finished": True,
         }
+        local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
+        return facts | input_facts(self.inputs, self.config, sizes, free_bytes(local))
 
     @property
-    def fingerprint(self) -> str:
-        """Digest of inputs and options that decide the output's bytes."""
-        return self._manifest({}).fingerprint
+    def manifest(self) -> StageManifest:
+        """Inputs and options that decide the output's bytes, with their fingerprint."""
+        return self._manifest({})
 
     def write_into(self, directory: Path, progress: Progress) -> None:
         """Writes the whole output into an unfinished directory that the caller owns."""

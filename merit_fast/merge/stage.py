@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.io import STAGE_FILE
 from merit_fast.manifests.kept import remove_records
 from merit_fast.merge.combine.weights import (
     Weights,
@@ -22,14 +21,13 @@ from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.answers import answer_notes
-from merit_fast.merge.read.files import is_directory, is_weight_file
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
 from merit_fast.merge.read.several import several_models
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.trajectory import read_trajectory
 from merit_fast.merge.write.card import RunFacts
+from merit_fast.merge.write.places import check_paths
 from merit_fast.merge.write.shards import Share
-from merit_fast.merge.write.upload import check_output
 from merit_fast.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -261,24 +259,6 @@ def merge_branches(
     prepare_merge(models, weights, base, config, run=run).write_into(directory, progress)
     if not keep_records:
         remove_records(directory)
-
-
-def check_paths(inputs: Sequence[Location], out: Location) -> None:
-    """Raises InputError if an input is no model, or the output overlaps it or is not ours."""
-    for path in inputs:
-        if not is_directory(path) and not is_weight_file(path):
-            raise InputError(f"{path}: is not a directory, nor a safetensors file")
-        if path.resolve() == out.resolve():
-            raise InputError(f"{out}: the output must not be one of the inputs")
-        if out.resolve() in path.resolve().parents:
-            raise InputError(f"{out}: the output must not hold the input {path}")
-    if isinstance(out, RemotePath):
-        check_output(out)
-    elif out.exists() and not (out / STAGE_FILE).exists():
-        raise InputError(
-            f"{out}: exists and is not an output of merit-fast; remove it or choose another "
-            "directory"
-        )
 
 
 def _expanded(path: Location | str) -> Location:

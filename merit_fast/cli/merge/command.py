@@ -16,8 +16,8 @@ from merit_fast.merge import MergeConfig, RunFacts, merge_models
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.read.remote import Location, as_location
-from merit_fast.merge.stage import check_paths
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS
+from merit_fast.merge.write.places import check_paths
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.progress import Progress
 from merit_fast.units import human_bytes, human_count

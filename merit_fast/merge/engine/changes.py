@@ -1,7 +1,7 @@
 """An adapter's changes of a tensor's values, in NumPy: the definition of each form of change."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +99,11 @@ def length_factors(
         with np.errstate(divide="ignore", invalid="ignore"):
             files.kept[key] = lengths / np.sqrt(squares)
     return files.kept[key]
+
+
+def most_factor_bytes(tensors: Iterable[Iterable[TensorEntry]]) -> int:
+    """The most bytes that adapters' factors of one tensor take, in all inputs together."""
+    return max((sum(map(factor_bytes, entries)) for entries in tensors), default=0)
 
 
 def factor_bytes(entry: TensorEntry) -> int:

@@ -9,7 +9,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.changes import factor_bytes
+from merit_fast.merge.engine.changes import most_factor_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
@@ -65,9 +65,7 @@ class Inputs:
 
     def files_read(self) -> set[str]:
         """Names of the files next to the companions whose tensors are read."""
-        entries = (e for file in self.files for tensor in file.tensors for e in tensor.inputs)
-        stored = {one.file for entry in entries for one in stored_entries(entry)}
-        return {file.name for file in stored if file.parent == self.companions}
+        return {file.name for file in self.stored_files() if file.parent == self.companions}
 
     @property
     def bytes_read(self) -> int:
@@ -270,13 +268,8 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
     shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
     buffers = config.threads * elements * (each + scratch + sizes + ranks)
-    return buffers + shared + _factor_bytes(inputs)
-
-
-def _factor_bytes(inputs: Inputs) -> int:
-    """The most bytes that adapters' factors of one tensor take, in all inputs together."""
-    tensors = (tensor for file in inputs.files for tensor in file.tensors)
-    return max((sum(map(factor_bytes, tensor.inputs)) for tensor in tensors), default=0)
+    tensors = (tensor.inputs for file in inputs.files for tensor in file.tensors)
+    return buffers + shared + most_factor_bytes(tensors)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:

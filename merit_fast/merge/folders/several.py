@@ -5,14 +5,14 @@ Parts are merged one by one with the same method into one output directory.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.directories import begin_directory, finish_directory
 from merit_fast.manifests.hashes import checksum
-from merit_fast.manifests.io import StageManifest, stage_manifest
+from merit_fast.manifests.io import StageManifest, fingerprint
 from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.prepared import PreparedMerge, prepare_merge
@@ -25,10 +25,11 @@ from merit_fast.merge.read.several import SeveralModels, part_of, several_models
 from merit_fast.merge.read.weight_files import INDEX_FILE
 from merit_fast.merge.write.card import CARD_FILE
 from merit_fast.merge.write.finished import is_up_to_date
-from merit_fast.merge.write.same import check_unchanged, same_bytes
+from merit_fast.merge.write.same import check_unchanged
 from merit_fast.progress import Progress
 
 _SUMS = ("shards", "tensors", "parameters", "bytes_in", "bytes_out")
+_RECORD = ".xxh3_128"  # ends names of files by which a killed merge knows finished shards
 _OF_ONE_MODEL = ("shard_size", "stats", "checksum")
 
 
@@ -75,10 +76,10 @@ class FolderMerge:
         """
         manifest = self._manifest()
         locks = locks_of(out)
-        with claim(locks, this_process(manifest.fingerprint), out):
-            with exclusive(locks / "turn"):  # an equal merge waits and finds it finished
-                if not is_up_to_date(out, manifest, progress):
-                    self._write(out, manifest, progress)
+        # An equal merge waits for its turn and finds the output finished.
+        with claim(locks, this_process(manifest.fingerprint), out), exclusive(locks / "turn"):
+            if not is_up_to_date(out, manifest, progress):
+                self._write(out, manifest, progress)
         return True
 
     def _write(self, out: Path, manifest: StageManifest, progress: Progress) -> None:
@@ -101,19 +102,23 @@ class FolderMerge:
         card = directory / self.parts[0][0] / CARD_FILE
         if card.exists() and card.parent != directory:
             shutil.move(card, directory / CARD_FILE)
-        for folder, _ in self.parts[1:]:
+        for folder, _ in self.parts:
             if folder:
                 (directory / folder / CARD_FILE).unlink(missing_ok=True)
+            for record in (directory / folder).glob(f"*{_RECORD}"):
+                record.unlink()
 
     def _manifest(self) -> StageManifest:
-        inputs: dict[str, str] = {}
-        for folder, part in self.parts:
-            inputs[f"part {folder or '.'}"] = part.fingerprint
+        """The first part's manifest, with a digest of every part and copied file as its inputs."""
+        manifests = {folder: part.manifest for folder, part in self.parts}
+        inputs = {f"part {name or '.'}": each.fingerprint for name, each in manifests.items()}
         for name in self.copied:
             file = self.giver.path / name
             if isinstance(file, Path):
                 inputs[f"file {name}"] = checksum(file)
-        return stage_manifest("merge", same_bytes(self.config), inputs)
+        first = manifests[self.parts[0][0]]
+        digest = fingerprint([first.stage, first.config, inputs])
+        return replace(first, fingerprint=digest, inputs=inputs)
 
 
 def prepare_folders(

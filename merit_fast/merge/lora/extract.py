@@ -29,6 +29,7 @@ from merit_fast.merge.lora.targets import Target, targets_of
 from merit_fast.merge.read.entries import TensorEntry, stored_entries
 from merit_fast.merge.read.fingerprints import input_fingerprints
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.write.places import check_paths
 from merit_fast.options.fields import require
 from merit_fast.progress import Progress
 
@@ -72,9 +73,10 @@ def extract_lora(
         changed tensors that no form of an adapter holds.
 
     Raises:
-        InputError: tensors do not match, a value is not finite, nothing changed in a matrix of a
-            layer.
+        InputError: ``out`` is an input or not ours; tensors do not match, a value is not finite,
+            nothing changed in a matrix of a layer.
     """
+    check_paths([base, model], out)
     pair = read_pair(base, model)
     files = {
         stored.file
@@ -82,7 +84,8 @@ def extract_lora(
         for entry in entries
         for stored in stored_entries(entry)
     }
-    manifest = stage_manifest("extract-lora", config, input_fingerprints((base, model), files))
+    inputs = input_fingerprints([base, model], files)
+    manifest = stage_manifest("extract-lora", config, inputs)
     with open_files(files, None) as opened:
         changed = _changed(pair, opened, progress)
         entries = {name: pair.tensors[name][0] for name in changed}

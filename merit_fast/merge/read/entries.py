@@ -195,8 +195,10 @@ def own_dtype(entry: TensorEntry) -> str:
 
     Where parts of several dtypes are joined, the first part is the model's own.
     """
-    while isinstance(entry, AssembledEntry) and entry.dtype == "F64":
-        entry = entry.parts[0].source
+    while entry.dtype == "F64" and isinstance(entry, (AssembledEntry, ChangedEntry)):
+        source = entry.parts[0].source if isinstance(entry, AssembledEntry) else entry.source
+        assert source is not None
+        entry = source
     return entry.dtype
 
 

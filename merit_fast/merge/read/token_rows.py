@@ -25,6 +25,7 @@ _OTHERS = (
     "output.weight",
     "output_layer.weight",
     "proj_out.weight",  # Whisper
+    "head.weight",  # RWKV
     "shared_head.head.weight",  # DeepSeek's layers that predict further tokens
     "cls.predictions.bias",
     "cls.predictions.decoder.weight",

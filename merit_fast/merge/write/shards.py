@@ -152,7 +152,7 @@ class ShardWriter:
 
     def _new_part(self, shard: Shard) -> Path:
         """The name under which this process writes a file; removes what dead ones have left."""
-        for old in self.directory.glob(f"{shard.file}.*.part"):
+        for old in self.directory.glob(f"{shard.file}*.part"):
             old.unlink()
         return self.directory / f"{shard.file}.{socket.gethostname()}-{os.getpid()}.part"
 
@@ -183,7 +183,7 @@ class ShardWriter:
         parts = sum(
             file.stat().st_size
             for shard in todo
-            for file in self.directory.glob(f"{shard.file}.*.part")
+            for file in self.directory.glob(f"{shard.file}*.part")
         )
         free = free_bytes(self.directory) + parts
         if free < needed:

@@ -170,6 +170,10 @@ def test_models_that_do_not_match_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="model.norm.weight: must be finite here and in"):
         extract(base, broken, tmp_path / "out", rank=1)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="base: the output must not be one of the inputs"):
+        extract(base, norms, base, rank=1)
+    with pytest.raises(InputError, match="other: exists and is not an output of merit-fast"):
+        extract(base, norms, other, rank=1)
 
 
 def test_the_models_with_turned_layers_are_transformers_own() -> None:

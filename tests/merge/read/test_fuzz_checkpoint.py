@@ -1,6 +1,6 @@
 """Any header, index or config is taken or refused on one line, soon, without stray files.
 
-fuzz_checkpoint.py does the same for as long as one likes, guided by coverage.
+support.merge.fuzz does the same for as long as one likes, guided by coverage.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.merge import fuzz_checkpoint as fuzz
+from support.merge.fuzz import checkpoint as fuzz
 from support.merge.fuzz import seeds
 from support.merge.headers import INDEX, backends_agree, one_tensor, pack, tensor, write_model
 

@@ -1,12 +1,12 @@
 """Coverage-guided fuzzing of a merge's readers, run from the root with PYTHONPATH=tests.
 
-    python -m support.merge.fuzz_checkpoint --minutes 5
-    python -m support.merge.fuzz_checkpoint --minutes 5 --seed 1
+    python -m support.merge.fuzz.checkpoint --minutes 5
+    python -m support.merge.fuzz.checkpoint --minutes 5 --seed 1
 
 The first needs `pip install atheris`; the second changes documents at random, without coverage.
 Neither is part of the test suite, which has test_fuzz_checkpoint.py. An input that crashes, hangs
 or disagrees with safetensors is written to the current directory;
-``PYTHONPATH=tests python -m support.merge.fuzz_checkpoint FILE`` repeats it.
+``PYTHONPATH=tests python -m support.merge.fuzz.checkpoint FILE`` repeats it.
 """
 
 import argparse
