@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
-from merit_fast.merge.read.boxes import is_row_major, row_major
 from merit_fast.merge.read.checkpoint import Checkpoint
+from merit_fast.merge.read.dcp.boxes import is_row_major, row_major
 from merit_fast.merge.read.dcp.files import output_files
 from merit_fast.merge.read.dcp.folder import choose_subtree, is_no_model
 from merit_fast.merge.read.dcp.items import StoredChunk, read_item
