@@ -21,12 +21,12 @@ from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.dcp.checkpoint import left_out_notes
+from merit_fast.merge.read.dcp.opening import check_names, companions_of
 from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import TensorEntry, stored_entries, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.names.towers import Tower
-from merit_fast.merge.read.opening import check_names, companions_of
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.sizes import parse_bytes

@@ -9,11 +9,11 @@ from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, FP8_DTYPES
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.adapters.adapter import is_adapter, read_adapter
 from merit_fast.merge.read.checkpoint import Checkpoint
+from merit_fast.merge.read.dcp.opening import open_checkpoint
 from merit_fast.merge.read.entries import DecodedEntry, Scales, TensorEntry
 from merit_fast.merge.read.files import folder_of, quote, read_json
 from merit_fast.merge.read.names.adapted import put_on_named_base
 from merit_fast.merge.read.names.wrappers import without_wrappers
-from merit_fast.merge.read.opening import open_checkpoint
 from merit_fast.merge.read.remote import Location
 
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")

@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
-from merit_fast.merge.read.boxes import is_row_major, row_major
 from merit_fast.merge.read.checkpoint import Checkpoint
+from merit_fast.merge.read.dcp.boxes import is_row_major, row_major
 from merit_fast.merge.read.dcp.files import output_files
 from merit_fast.merge.read.dcp.folder import choose_subtree, is_no_model
 from merit_fast.merge.read.dcp.items import StoredChunk, read_item
@@ -177,6 +177,16 @@ def _check_chunk(where: str, tensor: SavedTensor, chunk: Chunk, stored: StoredCh
     if stored.view.sizes != chunk.sizes:
         rule = f"shape must be {list(chunk.sizes)} as in {METADATA_FILE}"
         raise InputError(f"{where}: {rule}, got {list(stored.view.sizes)}")
+
+
+def described_files(checkpoints: Sequence[Checkpoint]) -> set[Location]:
+    """Files of distributed checkpoints that decide an output and hold none of its tensors."""
+    files: set[Location] = set()
+    for each in checkpoints:
+        if isinstance(each, DistributedCheckpoint):
+            files.add(each.metadata.file)
+            files |= {each.folder / other.item.file for other in each.others}
+    return files
 
 
 def left_out_notes(checkpoints: Sequence[Checkpoint], keeps_values: bool) -> list[str]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.boxes import row_major
 from merit_fast.merge.read.checkpoint import Checkpoint
+from merit_fast.merge.read.dcp.boxes import row_major
 from merit_fast.merge.read.dcp.files import output_files
 from merit_fast.merge.read.dcp.tiles import tiling_fault
 from merit_fast.merge.read.entries import AssembledEntry, Part, TensorEntry

@@ -7,7 +7,7 @@ from pathlib import Path
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.engine.layout import OutputFile, header_bytes
 from merit_fast.merge.engine.plan import Plan, Rule, Segment, Shard, plan_alone, plan_merge
-from merit_fast.merge.read.boxes import box_of
+from merit_fast.merge.read.dcp.boxes import box_of
 from merit_fast.merge.read.entries import TensorEntry, is_float
 from merit_fast.merge.write.distcp.layout import DistributedFile, DistributedLayout, PlacedChunk
 
