@@ -93,6 +93,11 @@ class MergeConfig:
     shard_size: str | None = option(
         None, "most bytes of an output file, as 5G or 400M; absent: the first model's files"
     )
+    unscaled_fp8: bool = option(
+        False,
+        "take 8-bit floats that have no scale next to them as values",
+        omit_default=True,
+    )
     stats: bool = option(
         False, "also write geometry.json: the models' deltas from the base, in the same pass"
     )

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES
+from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
 )
-from merit_fast.merge.read.entries import TensorEntry, is_float
+from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ class _Dtypes:
             if other.dtype != dtype:
                 rule = f"{other.file}: {name}: dtype must be {dtype} as in {own[0].file}"
                 raise OptionError(f"{rule}, got {other.dtype}", "dtype", "{} chooses one")
-        if dtype in FP8_DTYPES:
-            rule = f"{(own or entries)[0].file}: {name}: is {dtype}"
+        quantised = next(filter(is_quantised, own or entries), None)
+        if quantised:
+            rule = f"{quantised.file}: {name}: is {quantised.dtype}"
             raise OptionError(rule, "dtype", "{} must choose the output's dtype")
         return dtype
 

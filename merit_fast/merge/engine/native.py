@@ -3,6 +3,7 @@
 ``reference`` gives the same bytes in NumPy.
 """
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,10 @@ from merit_fast.kernels import dispatch
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.decode import whole_grid
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
-from merit_fast.merge.engine.values import factors, nonfinite_error, scale_grid
+from merit_fast.merge.engine.values import factors, nonfinite_error
 from merit_fast.merge.read.entries import (
     AssembledEntry,
     ChangedEntry,
@@ -89,7 +91,17 @@ def reads(entry: TensorEntry) -> bool:
     if isinstance(entry, ChangedEntry):
         assert entry.source is not None
         return len(entry.changes) == 1 and reads(entry.source)
+    if isinstance(entry, DecodedEntry):
+        return _is_simple(entry)
     return not isinstance(entry, AssembledEntry)
+
+
+def _is_simple(entry: DecodedEntry) -> bool:
+    """Whether it is of 8-bit floats with one grid of scales over all rows."""
+    if entry.dtype not in ("F8_E4M3", "F8_E5M2") or len(entry.grids) > 1 or entry.zeros:
+        return False
+    rows = math.prod(entry.shape[:-1])
+    return all(grid.rows == rows or grid.rows % grid.block_rows == 0 for grid in entry.scales)
 
 
 class _Builder:
@@ -128,14 +140,14 @@ class _Builder:
         )
 
     def _scales(self, entry: DecodedEntry, cols: int) -> Any:
-        scales = entry.scales
-        grid = scale_grid(scales, self.files) if scales else np.ones((1, 1))
+        scale = entry.scales[0] if entry.scales else None
+        grid = whole_grid(scale, self.files) if scale else np.ones((1, 1))
         self._kept.append(grid)
         return self.native.Scales(
             e5m2=entry.dtype == "F8_E5M2",
             cols=cols,
-            block_rows=scales.block_rows if scales else _WHOLE,
-            block_cols=scales.block_cols if scales else _WHOLE,
+            block_rows=scale.block_rows if scale else _WHOLE,
+            block_cols=scale.block_cols if scale else _WHOLE,
             scale_cols=grid.shape[1],
             values=grid.ctypes.data,
         )

@@ -138,10 +138,10 @@ def _follows(last: Segment, segment: Segment) -> bool:
         return False
     elements = last.num_elements
     return last.output_offset + elements * ITEM_BYTES[last.dtype] == segment.output_offset and all(
-        mine.file == theirs.file
+        is_plain(mine)
+        and is_plain(theirs)
+        and mine.file == theirs.file
         and mine.dtype == theirs.dtype
         and mine.offset + elements * ITEM_BYTES[mine.dtype] == theirs.offset
-        and is_plain(mine)
-        and is_plain(theirs)
         for mine, theirs in zip(last.inputs, segment.inputs, strict=True)
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES, SHORT_NAMES, SPELLINGS
+from merit_fast.kernels.average.dtypes import ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
@@ -16,7 +16,13 @@ from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.decoded import is_adapter, read_input
-from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain, value_dtype
+from merit_fast.merge.read.entries import (
+    TensorEntry,
+    is_float,
+    is_plain,
+    is_quantised,
+    value_dtype,
+)
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
@@ -90,8 +96,8 @@ def read_inputs(
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and
             ``lay_out``.
     """
-    base_checkpoint = read_input(base, None) if base else None
-    checkpoints = [read_input(path, base_checkpoint) for path in models]
+    base_checkpoint = read_input(base, None, config.unscaled_fp8) if base else None
+    checkpoints = [read_input(path, base_checkpoint, config.unscaled_fp8) for path in models]
     everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
     check_configs(everyone, any_depth=bool(slices))
     companions = companions or next(
@@ -112,7 +118,7 @@ def read_inputs(
     files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models))
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
-    dequantized = any(entry.dtype in FP8_DTYPES for tensor in tensors for entry in tensor.inputs)
+    dequantized = any(is_quantised(entry) for tensor in tensors for entry in tensor.inputs)
     base_dtypes = ""
     if base_checkpoint:
         entries = base_checkpoint.tensors.values()
