@@ -24,6 +24,7 @@ from merit_fast.merge.table import DEFAULT_METHOD, METHODS, MergeMethod
 from merit_fast.options.fields import option, require
 from merit_fast.options.parser import parse, to_plain
 
+FP8_BLOCK = "fp8-block128"  # a quantised output; the other dtypes are of plain tensors
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -84,7 +85,7 @@ class MergeConfig:
         "error",
         "a tensor that some input lacks: error; base: use the base's; drop: leave it out",
     )
-    dtype: Literal["bf16", "fp16", "fp32"] | None = option(
+    dtype: Literal["bf16", "fp16", "fp32", "fp8-block128"] | None = option(
         None,
         "dtype of the output, bfloat16, float16 and float32 too; None: the models' own, whatever "
         "the base's is",
@@ -119,8 +120,8 @@ class MergeConfig:
         require(
             4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib
         )
-        names = ", ".join(SHORT_NAMES)
-        require(self.dtype in (None, *SHORT_NAMES), "dtype", f"one of {names}", self.dtype)
+        names = (*SHORT_NAMES, FP8_BLOCK)
+        require(self.dtype in (None, *names), "dtype", f"one of {', '.join(names)}", self.dtype)
         require(0 <= self.seed < 1 << 63, "seed", "between 0 and 2^63 - 1", self.seed)
         for name in ("shard_size", "max_memory"):
             if getattr(self, name) is not None:

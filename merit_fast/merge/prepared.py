@@ -227,6 +227,7 @@ def prepare_merge(
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
     run: RunFacts | None = None,
+    to_memory: bool = False,
 ) -> PreparedMerge:
     """Checks everything that headers and configs tell, before a byte is written.
 
@@ -238,11 +239,12 @@ def prepare_merge(
         slices: as in ``read_inputs``.
         companions: as in ``read_inputs``.
         run: the run whose branches the models are, for the model card.
+        to_memory: as in ``read_inputs``.
 
     Raises:
         InputError: see ``read_inputs`` and ``fit_memory``.
     """
-    inputs = read_inputs(models, weights, base, config, slices, companions)
+    inputs = read_inputs(models, weights, base, config, slices, companions, to_memory)
     config = replace(config, chunk_kib=fit_memory(inputs, config))
     return PreparedMerge(tuple(models), tuple(weights), base, config, inputs, tuple(slices), run)
 

@@ -12,7 +12,8 @@ from merit_fast.merge.combine.weights import (
     settle_weights,
     weights_reason,
 )
-from merit_fast.merge.config import MergeConfig, config_of
+from merit_fast.merge.config import FP8_BLOCK, MergeConfig, config_of
+from merit_fast.merge.engine.quantise.rounding import read_rounding
 from merit_fast.merge.in_memory.loading import checked_device
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
@@ -105,7 +106,7 @@ def merge_models(  # noqa: PLR0913
         finished = merge.upload(out, progress, share, records)
     else:
         finished = merge.write(out, progress, share, records)
-    return summary | {"finished": finished}
+    return summary | {"finished": finished} | read_rounding(out)
 
 
 @options_named("python")
@@ -152,8 +153,11 @@ def load_merged(
     config = config_of("load_merged", config, options, weights)
     paths = [_expanded(path) for path in models]
     start = None if base is None else _expanded(base)
+    if config.dtype == FP8_BLOCK:
+        raise InputError(f"load_merged: dtype: {FP8_BLOCK} concerns an output's files")
     target = checked_device(device)
-    return prepare_merge(paths, resolve_weights(paths, config), start, config).load(target)
+    weights = resolve_weights(paths, config)
+    return prepare_merge(paths, weights, start, config, to_memory=True).load(target)
 
 
 def merge_branches(

@@ -21,6 +21,8 @@ from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Segment, Shard
+from merit_fast.merge.engine.quantise.rounding import write_shard_roundings
+from merit_fast.merge.engine.quantise.stream import encode_tensor, scratch_output, unencoded
 from merit_fast.merge.engine.values import values
 from merit_fast.merge.read.entries import is_float, is_plain, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location
@@ -47,9 +49,17 @@ def write_shard(
         os.posix_fallocate(opened.output, 0, shard.num_bytes)
         os.pwrite(opened.output, shard.header, 0)
         engine = _Engine(config, opened, config.stats, config.stats, advance, backend)
-        grams = engine.run(shard.segments)
+        grams = engine.run([segment for segment in shard.segments if not segment.encoding])
+        roundings = {}
+        for segment in filter(lambda segment: segment.encoding, shard.segments):
+            with scratch_output(opened, path.parent) as scratch:
+                engine.opened = scratch
+                grams |= engine.run([unencoded(segment)])
+                roundings[segment.names[0]] = encode_tensor(segment, scratch, opened)
         for segment in shard.copies:
-            _copy_equal(segment, opened)
+            if segment.num_elements:
+                _copy_equal(segment, opened)
+    write_shard_roundings(path.parent, shard, roundings)
     return grams
 
 

@@ -2,11 +2,12 @@
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
+from merit_fast.merge.engine.quantise.encoding import Encoding
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
 
@@ -25,6 +26,8 @@ class Segment:
         TensorEntry, ...
     ]  # of the first tensor, one per input; all tensors of an input have its dtype
     rule: Rule = ()  # coefficients of the first inputs, or a rule for deltas from the last input
+    encoding: Encoding | None = None  # the output holds codes; one tensor, its dtype that of codes
+    scale_offset: int = 0  # of the codes' scales
 
     @property
     def num_elements(self) -> int:
@@ -43,7 +46,7 @@ class Shard:
     header: bytes
     num_bytes: int
     segments: tuple[Segment, ...]
-    copies: tuple[Segment, ...]  # integer tensors, equal in all inputs
+    copies: tuple[Segment, ...]  # equal in all inputs: integer tensors, quantised ones untouched
 
     @property
     def num_elements(self) -> int:
@@ -91,16 +94,29 @@ def plan_alone(plan: Plan) -> dict[str, Segment]:
 
 def _plan_shard(file: OutputFile, rule: Callable[[TensorEntry], Rule]) -> Shard:
     header = header_bytes(file)
-    offset = len(header)
+    offsets: dict[str, int] = {}
+    end = len(header)
+    for stored in file.stored:
+        offsets[stored.name] = end
+        end += stored.num_bytes
     segments: list[Segment] = []
     copies: list[Segment] = []
     for tensor in file.tensors:
-        if tensor.num_elements and is_float(tensor.inputs[0]):
-            segments.append(_segment(tensor, offset, rule(_named(tensor))))
+        if tensor.copied:
+            copies += [_copy(name, offsets[name], part) for name, part in tensor.copied]
+        elif tensor.encoding and tensor.num_elements:
+            segment = _segment(tensor, offsets[tensor.name], rule(_named(tensor)))
+            scale_offset = offsets[tensor.encoding.scale_name]
+            segments.append(replace(segment, encoding=tensor.encoding, scale_offset=scale_offset))
+        elif tensor.num_elements and is_float(tensor.inputs[0]):
+            segments.append(_segment(tensor, offsets[tensor.name], rule(_named(tensor))))
         elif tensor.num_elements:
-            copies.append(_segment(tensor, offset))
-        offset += tensor.num_bytes
-    return Shard(file.name, header, offset, tuple(_coalesce(segments)), tuple(copies))
+            copies.append(_segment(tensor, offsets[tensor.name]))
+    return Shard(file.name, header, end, tuple(_coalesce(segments)), tuple(copies))
+
+
+def _copy(name: str, offset: int, part: TensorEntry) -> Segment:
+    return Segment((name,), (part.num_elements,), part.dtype, offset, (part,))
 
 
 def _named(tensor: OutputTensor) -> TensorEntry:
@@ -134,7 +150,9 @@ def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
 
 def _follows(last: Segment, segment: Segment) -> bool:
     is_sum = isinstance(last.rule, tuple)  # every other rule is for one whole tensor
-    if not is_sum or last.rule != segment.rule or last.dtype != segment.dtype:
+    if last.encoding or segment.encoding or not is_sum:
+        return False
+    if last.rule != segment.rule or last.dtype != segment.dtype:
         return False
     elements = last.num_elements
     return last.output_offset + elements * ITEM_BYTES[last.dtype] == segment.output_offset and all(

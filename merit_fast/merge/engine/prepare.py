@@ -13,6 +13,8 @@ from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
+from merit_fast.merge.engine.quantise.choose import check_config, choose_forms
+from merit_fast.merge.engine.quantise.forms import Forms, SameForms
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
 from merit_fast.merge.read.decoded import is_adapter, read_input
@@ -40,9 +42,10 @@ class Inputs:
     checkpoints: tuple[Checkpoint, ...]  # one per path of the combination
     files: tuple[OutputFile, ...]
     companions: Location
-    dequantized: bool
+    dequantized: bool  # an input is quantised, and no tensor of the output
     models: tuple[Location, ...]
     base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
+    forms: Forms | None = None  # chose the output's quantised tensors
 
     @property
     def bytes_read(self) -> int:
@@ -58,7 +61,8 @@ class Inputs:
     def dtypes(self) -> str:
         """The output's float dtypes in words such as "bf16", most common first."""
         tensors = [tensor for file in self.files for tensor in file.tensors]
-        return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
+        kinds = {tensor.dtype for tensor in tensors if tensor.is_quantised}
+        return _dtype_words(((tensor.dtype, tensor.num_elements) for tensor in tensors), kinds)
 
 
 def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
@@ -73,8 +77,11 @@ def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> 
     return reason
 
 
-def _dtype_words(tensors: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(SPELLINGS.get(name, name) for name in output_dtypes(tensors)) or "no float"
+def _dtype_words(tensors: Iterable[tuple[str, int]], kinds: Iterable[str]) -> str:
+    """Dtypes in words; ``kinds``: of quantised tensors."""
+    words = [f"{kind} with scales" for kind in sorted(kinds)]
+    words += [SPELLINGS.get(name, name) for name in output_dtypes(tensors)]
+    return ", ".join(words) or "no float"
 
 
 def read_inputs(
@@ -84,6 +91,7 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
+    to_memory: bool = False,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
 
@@ -91,6 +99,7 @@ def read_inputs(
         slices: of these models and the base, to be stacked; (): the models as they are.
         companions: the directory that gives config and tokenizer. None: the first that is no
             adapter.
+        to_memory: whether the output is a model in memory, which is not quantised.
 
     Raises:
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and
@@ -114,15 +123,25 @@ def read_inputs(
     if len(combination.paths) > len(models) and base_checkpoint:
         checkpoints.append(base_checkpoint)
     shard_bytes = parse_bytes("shard_size", config.shard_size) if config.shard_size else None
-    dtype = SHORT_NAMES[config.dtype] if config.dtype else None
-    files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models))
+    dtype = SHORT_NAMES.get(config.dtype) if config.dtype else None
+    forms = None if to_memory else choose_forms(config, combination, everyone, companions)
+    files = lay_out(
+        checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models), forms
+    )
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
-    dequantized = any(is_quantised(entry) for tensor in tensors for entry in tensor.inputs)
+    is_plain_output = not any(tensor.is_quantised for tensor in tensors)
+    dequantized = is_plain_output and any(
+        is_quantised(entry) for tensor in tensors for entry in tensor.inputs
+    )
+    if not is_plain_output and isinstance(forms, SameForms):
+        check_config(everyone, companions)
     base_dtypes = ""
     if base_checkpoint:
         entries = base_checkpoint.tensors.values()
-        base_dtypes = _dtype_words((value_dtype(e), e.num_elements) for e in entries)
+        plain = [entry for entry in entries if not is_quantised(entry)]
+        kinds = {entry.dtype for entry in entries if is_quantised(entry)}
+        base_dtypes = _dtype_words(((value_dtype(e), e.num_elements) for e in plain), kinds)
     return Inputs(
         combination,
         tuple(checkpoints),
@@ -131,6 +150,7 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
+        forms,
     )
 
 

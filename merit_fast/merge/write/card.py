@@ -13,6 +13,7 @@ from typing import Any
 from merit_fast.manifests.io import read_manifest, tool_versions
 from merit_fast.manifests.schemas import TUNE_FILE, BranchManifest, SplitManifest
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.quantise.rounding import read_rounding
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.options.parser import to_plain
@@ -150,6 +151,12 @@ def _method_text(facts: CardFacts, directory: Path) -> str:
     lines = [f"`{method.name}`{formula}\n"]
     lines += [f"- `{name}`: {_value(value)}" for name, value in _parameters(config).items()]
     lines.append(f"- dtype: {facts.dtype}; sums are taken in float64 and rounded once")
+    if rounding := read_rounding(directory):
+        errors = rounding["rounding"]
+        lines.append(
+            f"- rounding to codes: largest error {errors['largest_error']:.3g}, root mean square "
+            f"{errors['rms_error']:.3g}, which is {errors['relative_rms_error']:.2%} of the values'"
+        )
     if (directory / TUNE_FILE).exists():
         lines.append(f"- held-out rows chose weights or scale: `{TUNE_FILE}` has every loss")
     return "\n".join(lines) + "\n"

@@ -18,6 +18,7 @@ from merit_fast.merge.engine.geometry import write_geometry, write_shard_grams
 from merit_fast.merge.engine.layout import index_text
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import Inputs
+from merit_fast.merge.engine.quantise.rounding import write_roundings
 from merit_fast.merge.read.checkpoint import INDEX_FILE, read_header
 from merit_fast.merge.read.companions import (
     copy_companions,
@@ -26,6 +27,7 @@ from merit_fast.merge.read.companions import (
     untie_if_different,
 )
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.write.quantization import write_quantization
 from merit_fast.merge.write.upload import Upload
 from merit_fast.progress import Progress
 
@@ -102,6 +104,8 @@ def finish_output(
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     dtypes = output_dtypes((tensor.dtype, tensor.num_elements) for tensor in tensors)
     copy_companions(inputs.companions, directory, dtypes, dequantized=inputs.dequantized)
+    write_quantization(inputs, directory)
+    write_roundings(directory, plan.shards)
     written = {
         entry.name: entry
         for file in plan.files

@@ -156,7 +156,10 @@ def test_a_head_that_comes_to_differ_from_its_embedding_is_kept(pair, tmp_path, 
             "^load_merged: weights: must be absent: method slerp takes no weights",
         ),
         ({"checksum": True}, "^load_merged: checksum: concerns an output's files, must be absent"),
-        ({"dtype": "int8"}, "^load_merged: dtype: must be one of bf16, fp16, fp32, got 'int8'"),
+        (
+            {"dtype": "int8"},
+            "^load_merged: dtype: must be one of bf16, fp16, fp32, fp8-block128, got 'int8'",
+        ),
         ({"max_memory": "1K"}, "max_memory: must be at least"),
     ],
 )

@@ -210,11 +210,3 @@ def test_scales_that_do_not_fit_are_named(tmp_path, scale, config, message):
     )
     with pytest.raises(InputError, match=message):
         merge([tmp_path / "m"], [1.0], tmp_path / "out", MergeConfig(dtype="bf16"))
-
-
-def test_a_dtype_must_be_chosen(tmp_path):
-    model = write(tmp_path / "m", quantised(6, 10, "F8_E5M2", torch.tensor(2.0))[0])
-    with pytest.raises(
-        InputError, match="w: is F8_E5M2; merge.dtype must choose the output's dtype"
-    ):
-        merge([model], [1.0], tmp_path / "out")
