@@ -2,11 +2,12 @@
 
 A plain step is one forward and backward pass.
 
-    python -m bench.sketch.step DIR [--only 31m,smollm,memory,7b] [--rounds 7] [--threads 1,2]
+    python -m bench.sketch.step DIR [--only 31m,moe,smollm,memory,7b] [--rounds 7] [--threads 1,2]
     [--quick]
 
 31m: Qwen2's shape, 30.95 M parameters, B=8, T=128 and 512, fp32 and bf16. Every variant runs once a
 round in one process, and each round starts with the next variant; ratios are within a round.
+moe: Qwen3-MoE's shape, 2 of 8 experts a token, 45.6 M parameters, the same batches.
 smollm: SmolLM2-135M in bf16 on four batches of the demo's tasks.
 memory: one child process each (bench/sketch/memory.py).
 7b: Qwen2.5-7B's shape with random bf16 weights, which needs 18 GiB of free memory.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.merge.commands import version
 from bench.sketch import memory
@@ -35,6 +37,7 @@ from bench.sketch.work import (
     Work,
     exact_gradients,
     frozen,
+    moe_model,
     onednn,
     plain,
     relative_error,
@@ -50,7 +53,7 @@ from bench.sketch.work import (
 from bench.support.measure import Results, machine
 
 Variant = Callable[[Work], contextlib.AbstractContextManager[Step]]
-TABLES = ("31m", "smollm", "memory", "7b")
+TABLES = ("31m", "moe", "smollm", "memory", "7b")
 BATCH = 8
 
 
@@ -96,10 +99,10 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     lengths = (16, 24) if arguments.quick else (128, 512)
     models: dict[str, list[Work]] = {}
 
-    def works(dtype: str, tokens: int) -> list[Work]:
-        name = f"{dtype} {tokens}"
+    def works(make: Callable[[str, bool], nn.Module], dtype: str, tokens: int) -> list[Work]:
+        name = f"{make.__name__} {dtype} {tokens}"
         if name not in models:
-            models[name] = [token_work(small_model(dtype, arguments.quick), BATCH, tokens)]
+            models[name] = [token_work(make(dtype, arguments.quick), BATCH, tokens)]
         return models[name]
 
     def demo() -> list[Work]:
@@ -113,8 +116,12 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
                 variants = STEPS | (ONEDNN if dtype == "fp32" else {})
                 variants |= TRAINING if tokens == lengths[0] else {}
                 name = f"31m, {dtype}, T={tokens}, {threads} thread(s)"
-                make = functools.partial(works, dtype, tokens)
+                make = functools.partial(works, small_model, dtype, tokens)
                 all_cases.append(Case(name, dtype, threads, variants, make))
+        for dtype in ("fp32", "bf16") if "moe" in arguments.only else ():
+            name = f"MoE, {dtype}, T={lengths[0]}, {threads} thread(s)"
+            make = functools.partial(works, moe_model, dtype, lengths[0])
+            all_cases.append(Case(name, dtype, threads, STEPS, make))
         if "smollm" in arguments.only:
             name = f"SmolLM2-135M, bf16, {threads} thread(s)"
             all_cases.append(Case(name, "bf16", threads, STEPS, demo))

@@ -21,6 +21,8 @@ GOALS = (
     ("31m, bf16, T=128", "sketch", 1.00),
     ("31m, bf16, T=512", "sketch", 1.00),
     ("SmolLM2-135M, bf16", "sketch", 1.0),
+    ("MoE, fp32", "sketch", 1.3),
+    ("MoE, bf16", "sketch", 1.3),
     ("31m, fp32, T=128", "training + sum", 1.02),
     ("31m, bf16, T=128", "training + sum", 1.02),
 )

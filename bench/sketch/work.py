@@ -58,6 +58,28 @@ def small_model(dtype: str, quick: bool = False, **changes: Any) -> nn.Module:
     return model.to(DTYPES[dtype]).train()
 
 
+def moe_model(dtype: str, quick: bool = False) -> nn.Module:
+    """Qwen3-MoE's shape with 45.6 M parameters: 2 of 8 experts a token, untied, random."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = QUICK if quick else {**SMALL, "num_hidden_layers": 4}
+    head = {"head_dim": sizes["hidden_size"] // sizes["num_attention_heads"]}
+    width = 48 if quick else 704  # an expert's: half of the dense layer's, two of them run
+    config = Qwen3MoeConfig(
+        **sizes,
+        **head,
+        moe_intermediate_size=width,
+        num_experts=8,
+        num_experts_per_tok=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    model: nn.Module = Qwen3MoeForCausalLM(config)
+    return model.to(DTYPES[dtype]).train()
+
+
 def token_work(model: nn.Module, batch: int, tokens: int) -> Work:
     generator = torch.Generator().manual_seed(1)
     vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]

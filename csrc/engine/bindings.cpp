@@ -3,16 +3,16 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/function.h>
-#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <cerrno>
 #include <new>
-#include <optional>
 #include <stdexcept>
 #include <utility>
 
 #include "common/bindings.h"
+#include "engine/read/bindings.h"
 #include "engine/streaming.h"
 
 namespace nb = nanobind;
@@ -24,6 +24,8 @@ namespace {
 using Pieces = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 // [P, branches, branches].
 using Grams = nb::ndarray<double, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+// [n] elements of a source.
+using Values = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 // [1], grows while the merge runs.
 using Counter = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -91,54 +93,12 @@ MergeResult run(const AverageKernels& kernels, const Settings& settings, Counter
   return merge(engine);
 }
 
-void define_sources(nb::module_& m) {
-  nb::class_<Scales>(m, "Scales")
-      .def(
-          "__init__",
-          [](Scales* self, bool e5m2, int64_t cols, int64_t block_rows, int64_t block_cols,
-             int64_t scale_cols, uintptr_t values) {
-            new (self) Scales{.e5m2 = e5m2,
-                              .cols = cols,
-                              .block_rows = block_rows,
-                              .block_cols = block_cols,
-                              .scale_cols = scale_cols,
-                              .values = pointer<const double>(values)};
-          },
-          nb::kw_only(), "e5m2"_a, "cols"_a, "block_rows"_a, "block_cols"_a, "scale_cols"_a,
-          "values"_a);
-  nb::class_<LowRank>(m, "LowRank")
-      .def(
-          "__init__",
-          [](LowRank* self, uintptr_t left, uintptr_t right, int64_t rank, int64_t cols,
-             double factor) {
-            new (self) LowRank{.left = pointer<const float>(left),
-                               .right = pointer<const float>(right),
-                               .rank = rank,
-                               .cols = cols,
-                               .factor = factor};
-          },
-          nb::kw_only(), "left"_a, "right"_a, "rank"_a, "cols"_a, "factor"_a);
-  nb::class_<Source>(m, "Source")
-      .def(
-          "__init__",
-          [](Source* self, int64_t file, int64_t offset, int64_t stored,
-             std::optional<Scales> scales, std::optional<LowRank> low_rank) {
-            new (self) Source{.file = file,
-                              .offset = offset,
-                              .stored = dtype(stored),
-                              .scales = scales,
-                              .low_rank = low_rank};
-          },
-          nb::kw_only(), "file"_a, "offset"_a, "stored"_a, "scales"_a.none() = nb::none(),
-          "low_rank"_a.none() = nb::none());
-}
-
 void define_segment(nb::module_& m) {
   nb::class_<Segment>(m, "Segment")
       .def(
           "__init__",
           [](Segment* self, int64_t elements, int output_fd, int64_t output_offset,
-             int64_t output_type, std::vector<Source> inputs, std::vector<double> weights) {
+             int64_t output_type, std::vector<SourcePtr> inputs, std::vector<double> weights) {
             Segment segment{.elements = elements,
                             .output_fd = output_fd,
                             .output_offset = output_offset,
@@ -191,6 +151,18 @@ void define_engine(nb::module_& m, const AverageKernels& kernels) {
   define_segment(m);
   define_rule(m);
 
+  m.def(
+      "read_values",
+      [&kernels](const SourcePtr& source, const nb::object& read, int64_t first, Values out) {
+        const RemoteRead remote = remote_read(read);
+        const int64_t n = int64_t(out.size());
+        const nb::gil_scoped_release release;
+        std::vector<char> scratch(double_scratch(*source, n) + 64);
+        const uintptr_t start = reinterpret_cast<uintptr_t>(scratch.data());
+        char* aligned = scratch.data() + (64 - start % 64) % 64;
+        return read_doubles({kernels, remote}, *source, first, n, out.data(), aligned);
+      },
+      nb::kw_only(), "source"_a, "read"_a.none(), "first"_a, "out"_a.noconvert());
   m.def(
       "merge_sums",
       [&kernels](const std::vector<Segment>& segments, const nb::object& read,

@@ -48,17 +48,15 @@ class SumMerge {
         chunks_(cut(segments, engine.chunk_elements)),
         workers_(static_cast<size_t>(engine.threads)) {
     size_t widest = 1;
-    bool any_decoded = false;
     for (const Segment& s : segments) {
       count_ = std::max(count_, s.inputs.size());
       widest = std::max(widest, item_bytes(s.output_type));
-      for (const Source& input : s.inputs) {
-        widest = std::max(widest, item_bytes(input.type()));
-        any_decoded |= input.is_decoded();
+      for (const SourcePtr& input : s.inputs) {
+        widest = std::max(widest, item_bytes(input->type()));
+        scratch_bytes_ = std::max(scratch_bytes_, input->scratch_bytes(engine.chunk_elements));
       }
     }
     stride_ = (size_t(engine.chunk_elements) * widest + 4095) / 4096 * 4096;
-    scratch_bytes_ = any_decoded ? size_t(engine.chunk_elements) * 16 : 0;
   }
 
   MergeResult run() {
@@ -97,12 +95,12 @@ class SumMerge {
   }
 
   bool read(Worker* worker, const Segment& s, const Chunk& c) {
+    const Reading reading{engine_.kernels, engine_.remote};
     for (size_t k = 0; k < s.inputs.size(); k++) {
       char* buffer = worker->memory.get() + stride_ * k;
       worker->inputs[k] = buffer;
-      worker->types[k] = s.inputs[k].type();
-      const int error = read_source(engine_.kernels, engine_.remote, s.inputs[k], c.first,
-                                    c.elements, buffer, worker->scratch);
+      worker->types[k] = s.inputs[k]->type();
+      const int error = s.inputs[k]->read(reading, c.first, c.elements, buffer, worker->scratch);
       if (error) return fail(error, c, int64_t(k), false);
     }
     return true;
@@ -136,7 +134,7 @@ class SumMerge {
   std::vector<Worker> workers_;
   size_t count_ = 0;  // inputs, at most
   size_t stride_;     // bytes from one input's buffer to the next
-  size_t scratch_bytes_;
+  size_t scratch_bytes_ = 0;
   std::mutex mutex_;
   MergeResult result_{0, -1, 0, -1, false};
 };

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "average/average.h"
-#include "engine/source.h"
+#include "engine/read/source.h"
 
 // A run of elements that is contiguous in every input and in the output.
 struct Segment {
@@ -14,7 +14,7 @@ struct Segment {
   int output_fd;          // -1: the output is memory
   int64_t output_offset;  // bytes, or an address
   DType output_type;
-  std::vector<Source> inputs;
+  std::vector<SourcePtr> inputs;
   std::vector<double> weights;  // of the first inputs; empty: nothing is averaged or written
 };
 

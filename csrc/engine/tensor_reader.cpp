@@ -8,8 +8,6 @@ namespace {
 const int64_t kSampleRuns = 64;     // runs of a sample
 const int64_t kSampleLength = 256;  // elements of each
 
-size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 }  // namespace
 
 TensorReader::TensorReader(const Engine& engine, const Segment& tensor, int64_t row)
@@ -22,7 +20,7 @@ TensorReader::TensorReader(const Engine& engine, const Segment& tensor, int64_t 
   if (row > 0) step_ = std::max(row, step_ / row * row);
   step_ = std::min(step_, tensor.elements);
   chunks_ = (tensor.elements + step_ - 1) / step_;
-  for (const Source& s : tensor.inputs) types_.push_back(s.type());
+  for (const SourcePtr& s : tensor.inputs) types_.push_back(s->type());
 }
 
 int64_t TensorReader::length(int64_t chunk) const {
@@ -41,16 +39,15 @@ Buffers* TensorReader::buffers(int worker) {
   const size_t n = size_t(step_);
   const size_t count = tensor_.inputs.size();
   size_t widest = item_bytes(tensor_.output_type);
-  bool any_decoded = false;
-  for (const Source& s : tensor_.inputs) {
-    widest = std::max(widest, item_bytes(s.type()));
-    any_decoded |= s.is_decoded();
+  size_t scratch_bytes = 0;
+  for (const SourcePtr& s : tensor_.inputs) {
+    widest = std::max(widest, item_bytes(s->type()));
+    scratch_bytes = std::max(scratch_bytes, s->scratch_bytes(step_));
   }
   const size_t stride = round_up(n * widest);
   const size_t words = round_up(n * 4);
   const size_t all_ranks = row_ > 0 ? words * size_t(branches_) : 0;
   const size_t rank_bytes = all_ranks + size_t(row_) * 16;
-  const size_t scratch_bytes = any_decoded ? n * 16 : 0;
   b.memory = page_aligned(stride * (count + 1) + scratch_bytes + words + rank_bytes + 64);
   if (!b.memory) return nullptr;
   char* start = b.memory.get();
@@ -65,10 +62,10 @@ Buffers* TensorReader::buffers(int worker) {
 }
 
 bool TensorReader::read(Buffers* b, const std::vector<size_t>& inputs, int64_t first, int64_t n) {
+  const Reading reading{engine_.kernels, engine_.remote};
   for (size_t k : inputs) {
     char* to = static_cast<char*>(const_cast<void*>(b->inputs[k]));
-    const int error =
-        read_source(engine_.kernels, engine_.remote, tensor_.inputs[k], first, n, to, b->scratch);
+    const int error = tensor_.inputs[k]->read(reading, first, n, to, b->scratch);
     if (error) return fail(error, first / step_, int64_t(k), false);
   }
   return true;

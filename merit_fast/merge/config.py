@@ -21,6 +21,7 @@ from merit_fast.merge.parameters import (
 from merit_fast.merge.registry import method_named
 from merit_fast.merge.rules.kinds import FromGram, WeightedSum
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS, MergeMethod
+from merit_fast.merge.tokenizer_options import TokenizerOptions, tokenizer_options
 from merit_fast.options.fields import option, require
 from merit_fast.options.parser import parse, to_plain
 
@@ -85,11 +86,29 @@ class MergeConfig:
         "error",
         "a tensor that some input lacks: error; base: use the base's; drop: leave it out",
     )
+    tokenizer: str | TokenizerOptions | None = option(
+        None,
+        "tokens of the output: union of all models', base's, those of a model, or ids: rows by id; "
+        "absent: ids and texts must agree; docs/checkpoints/vocabularies.md",
+        form="union|base|ids|MODEL",
+        omit_default=True,
+    )
+    chat_template: str | None = option(
+        None,
+        "chat template of the output: auto (the models' most common), alpaca, chatml, exaone, "
+        "llama3, mistral, or a Jinja text; absent: the tokenizer's own",
+        omit_default=True,
+    )
     dtype: Literal["bf16", "fp16", "fp32", "fp8-block128"] | None = option(
         None,
         "dtype of the output, bfloat16, float16 and float32 too; None: the models' own, whatever "
         "the base's is",
         spellings=SPELLINGS,
+    )
+    rank: int | None = option(
+        None,
+        "adapters without a base: cut their sum to this rank; absent: exact, of the sum of ranks",
+        omit_default=True,
     )
     shard_size: str | None = option(
         None, "most bytes of an output file, as 5G or 400M; absent: the first model's files"
@@ -120,6 +139,7 @@ class MergeConfig:
         require(
             4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib
         )
+        require(self.rank is None or self.rank >= 1, "rank", "at least 1", self.rank)
         names = (*SHORT_NAMES, FP8_BLOCK)
         require(self.dtype in (None, *names), "dtype", f"one of {', '.join(names)}", self.dtype)
         require(0 <= self.seed < 1 << 63, "seed", "between 0 and 2^63 - 1", self.seed)
@@ -197,6 +217,9 @@ class MergeConfig:
         require(self.tune_rows >= 1, "tune_rows", "at least 1", self.tune_rows)
         has_step = self.scale != "auto" or method.base != "unused"
         require(has_step, "scale", f"a number with method {self.method}", self.scale)
+        has_tokens = self.is_tuned and self.tokenizer is not None
+        rule = "absent where held-out rows choose a number: they are tokens of the models"
+        require(not has_tokens, "tokenizer", rule, self.tokenizer)
         if self.weights == "fit":
             is_sum = isinstance(method.rule, WeightedSum) and method.takes_weights
             rule = f"other than fit with method {self.method}: its result is no sum"
@@ -204,6 +227,11 @@ class MergeConfig:
             shared = all(model.weight is None for model in self.models)
             rule = "other than fit where models have weights of their own"
             require(shared, "weights", rule, "fit")
+
+    @property
+    def tokenizer_options(self) -> TokenizerOptions | None:
+        """``tokenizer`` in full."""
+        return tokenizer_options(self.tokenizer)
 
     @property
     def is_tuned(self) -> bool:

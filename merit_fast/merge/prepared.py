@@ -31,6 +31,7 @@ from merit_fast.merge.engine.prepare import (
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.entries import is_float
+from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.registry import method_source
@@ -77,6 +78,7 @@ class PreparedMerge:
             "base": str(self.base) if self.base else None,
             "dtype": self.inputs.dtypes,
             "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
+            "vocabulary": self.inputs.vocabulary.sentence if self.inputs.vocabulary else None,
             "weights": list(self.weights),
             "coefficients": _coefficients(self.inputs),
             "shards": len(files),
@@ -86,6 +88,7 @@ class PreparedMerge:
             "bytes_out": num_bytes + sum(len(header_bytes(file)) for file in files),
             "buffer_bytes": buffer_bytes(self.inputs, self.config),
             "free_bytes": free_bytes(local),
+            "notes": list(self.inputs.notes),
             "finished": True,
         }
 
@@ -159,7 +162,7 @@ class PreparedMerge:
     def load(self, device: "torch.device") -> "PreTrainedModel":
         """Loads the transformers model of the output, merged while it is loaded."""
         companions = self.inputs.companions
-        kind = kind_of(companions)
+        kind = kind_of(companions, self.inputs.vocabulary)
         plan = self._plan(SilentProgress())
         staged = device if device.type == "cuda" else None
         with open_merged(plan, self.config, staged) as source:
@@ -209,9 +212,13 @@ class PreparedMerge:
 
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
         paths = (*self.models, *([self.base] if self.base else []))
-        fingerprints = {str(path): input_fingerprint(path) for path in paths}
+        fingerprints = {str(path): input_fingerprint(folder_of(path)) for path in paths}
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
+        if self.inputs.vocabulary:
+            fingerprints["vocabulary"] = self.inputs.vocabulary.digest
+        if self.inputs.chat_template is not None:
+            fingerprints["chat_template"] = fingerprint(self.inputs.chat_template)
         if self.run:
             fingerprints["run"] = fingerprint(to_plain(self.run))
         fingerprints |= method_fingerprint(self.config)

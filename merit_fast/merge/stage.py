@@ -15,10 +15,12 @@ from merit_fast.merge.combine.weights import (
 from merit_fast.merge.config import FP8_BLOCK, MergeConfig, config_of
 from merit_fast.merge.engine.quantise.rounding import read_rounding
 from merit_fast.merge.in_memory.loading import checked_device
+from merit_fast.merge.lora.join import JoinedAdapters
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
+from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.answers import answer_notes
-from merit_fast.merge.read.files import is_directory
+from merit_fast.merge.read.files import is_directory, is_weight_file
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.write.card import RunFacts
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_OF_FILES = ("shard_size", "stats", "checksum", "fsync")
+_OF_FILES = ("shard_size", "stats", "checksum", "fsync", "chat_template")
 
 
 @options_named("python")
@@ -96,8 +98,16 @@ def merge_models(  # noqa: PLR0913
     reason = weights_reason(paths, config)
     config = settle_weights(paths, config)
     numbers = resolve_weights(paths, config)
+    if start is None and not slices and all(is_adapter(path) for path in paths):
+        joined = JoinedAdapters(paths, numbers, config)
+        if not dry_run:
+            joined.write(out, progress)
+        return joined.summary(out) | {"weights_reason": reason}
+    if config.rank is not None:
+        raise InputError("merge.rank: goes with adapters without a base")
     merge = prepare_merge(paths, numbers, start, config, slices, companions, run)
-    for note in answer_notes(paths, merge.inputs.companions):
+    template = merge.inputs.tokenizer if merge.inputs.chat_template is None else None
+    for note in answer_notes(paths, merge.inputs.companions, template):
         progress.note(note)
     summary = merge.summary(out) | {"weights_reason": reason}
     if dry_run:
@@ -187,10 +197,10 @@ def merge_branches(
 
 
 def check_paths(inputs: Sequence[Location], out: Location) -> None:
-    """Raises InputError if an input is no directory, or the output overlaps it or is not ours."""
+    """Raises InputError if an input is no model, or the output overlaps it or is not ours."""
     for path in inputs:
-        if not is_directory(path):
-            raise InputError(f"{path}: is not a directory")
+        if not is_directory(path) and not is_weight_file(path):
+            raise InputError(f"{path}: is not a directory, nor a safetensors file")
         if path.resolve() == out.resolve():
             raise InputError(f"{out}: the output must not be one of the inputs")
         if out.resolve() in path.resolve().parents:

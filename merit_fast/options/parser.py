@@ -136,6 +136,9 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
 def _convert_union(choices: Sequence[Any], value: Any, where: str, key: str) -> Any:
     if value is None and type(None) in choices:
         return None
+    mappings = [choice for choice in choices if _is_mapping(choice)]
+    if isinstance(value, Mapping) and len(mappings) == 1:
+        return _convert(mappings[0], value, where, key)  # its errors name the inner key
     errors = []
     for choice in choices:
         if choice is not type(None):
@@ -147,6 +150,10 @@ def _convert_union(choices: Sequence[Any], value: Any, where: str, key: str) -> 
         str(error).split(": must be ", 1)[-1].split(", got ")[0] for error in errors
     )
     raise InputError(f"{where}: {key}: must be {rules}, got {show(value)}")
+
+
+def _is_mapping(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
 
 
 def _check_choice(choices: Sequence[Any], value: Any, where: str, key: str) -> Any:

@@ -38,12 +38,22 @@ def records(file):
 
 
 def test_steps_are_measured_kept_and_not_repeated(bench, tmp_path, tiny_model):
-    options = (tmp_path, "--quick", "--threads", "1", "--only", "31m,smollm", "--model", tiny_model)
+    options = (
+        tmp_path,
+        "--quick",
+        "--threads",
+        "1",
+        "--only",
+        "31m,moe,smollm",
+        "--model",
+        tiny_model,
+    )
     text = bench("sketch.step", *options, "--rounds", "1")
     rounds = [record["round"] for record in records(tmp_path / "sketch_step-quick.jsonl")[1:]]
     names = [entry["case"] for entry in rounds]
     assert names == [
         *(f"31m, {d}, T={t}, 1 thread(s)" for d in ("fp32", "bf16") for t in (16, 24)),
+        *(f"MoE, {d}, T=16, 1 thread(s)" for d in ("fp32", "bf16")),
         names[-1],
     ]
     assert list(rounds[0]["rows"]) == [

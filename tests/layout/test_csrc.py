@@ -16,7 +16,8 @@ FAMILIES = ("average", "sketch", "cross_entropy", "layers", "optimizer", "search
 ARROWS = {
     "common": set(),
     **{family: {"common"} for family in FAMILIES},
-    "engine": {"common", "average"},
+    "engine": {"common", "average", "engine/read"},
+    "engine/read": {"common", "average"},
     "levels": {"common", *FAMILIES},
     ".": {"common", "levels"},
 }

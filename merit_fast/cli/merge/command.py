@@ -182,6 +182,8 @@ def param_assignments(params: Sequence[str], method: str | None) -> list[str]:
 def describe(summary: dict[str, Any], dry_run: bool) -> str:
     """The summary for people: a line for each model, for the choices made, and for the sizes."""
     state = "planned" if dry_run else "done"
+    if summary.get("adapter"):
+        return describe_adapter(summary, state)
     if not summary["finished"]:
         state = "this share is done, others are missing"
     count = len(summary["models"])
@@ -199,6 +201,9 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
         lines.append(line + _coefficient(coefficients[count], None))
     lines.append(f"  weights: {summary['weights_reason']}")
     lines.append(f"  dtype: {summary['dtype']}, {summary['dtype_reason']}")
+    if summary["vocabulary"]:
+        lines.append(f"  vocabulary: {summary['vocabulary']}")
+    lines += [f"  note: {note}" for note in summary["notes"]]
     sizes = {name: human_bytes(summary[f"{name}_bytes"]) for name in ("buffer", "free")}
     files = summary["shards"]
     lines.append(
@@ -207,6 +212,33 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
         f"{human_bytes(summary['bytes_out'])} written, {sizes['buffer']} of buffers, "
         f"{sizes['free']} free on disk"
     )
+    return "\n".join(lines)
+
+
+def describe_adapter(summary: dict[str, Any], state: str) -> str:
+    """The summary of adapters that are merged into one."""
+    count = len(summary["models"])
+    low, high = summary["rank"]
+    lines = [
+        f"{summary['merged']}: {state}: an adapter, the {summary['method']} sum of {count} "
+        f"adapter{'s' * (count != 1)}"
+    ]
+    lines += [f"  weight {weight:.6f}  {path}" for path, weight in summary["models"]]
+    lines.append(f"  weights: {summary['weights_reason']}")
+    lines += [
+        f"  {path} lacks {number} of the layers; it counts as zero there"
+        for path, number in summary["lacking"]
+    ]
+    rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    lines.append(
+        f"  {human_count(summary['parameters'])} parameters in {summary['layers']} layers and "
+        f"{summary['whole_tensors']} whole tensors, {rank}, {summary['dtype']}"
+    )
+    if summary["largest_error"]:
+        name, error = summary["largest_error"]
+        lines.append(f"  relative error {summary['error']:.3e}, largest {error:.3e} in {name}")
+    elif summary["is_exact"]:
+        lines.append("  exact: the ranks add up")
     return "\n".join(lines)
 
 

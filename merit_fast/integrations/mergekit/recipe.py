@@ -19,7 +19,7 @@ from merit_fast.integrations.mergekit.document import (
     read_document,
 )
 from merit_fast.integrations.mergekit.numbers import check_names, merge_values
-from merit_fast.integrations.mergekit.texts import check_texts
+from merit_fast.integrations.mergekit.texts import text_values
 from merit_fast.merge import MergeConfig, merge_models
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, Source
@@ -33,7 +33,7 @@ _ELSEWHERE = ("nuslerp", "karcher", "nearswap", "arcee_fusion", "ram", "ramplus_
 # Options that a recipe does not hold.
 _ENGINE = (
     "seed", "missing", "dtype", "shard_size", "stats", "checksum", "allow_nonfinite", "fsync",
-    "threads", "chunk_kib", "max_memory",
+    "threads", "chunk_kib", "max_memory", "tokenizer", "chat_template",
 )  # fmt: skip
 
 
@@ -75,7 +75,6 @@ def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
             rule = f"must be as many in every slice, got {len(entries)} and {most}"
             raise document.error(section.key, rule)
     values = merge_values(document, method, [entries for entries, _ in columns], most)
-    config = _config(document, values, assignments)
     references = [
         entry.reference
         for entries, base in columns
@@ -87,7 +86,8 @@ def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
     first_base = columns[0][1]
     donor = paths[document.base] if document.base and not document.base.lora else None
     base = paths[first_base.reference] if first_base else paths[under] if under else None
-    notes += check_texts(document, paths, donor)
+    values |= text_values(document, paths)
+    config = _config(document, values, assignments)
     slices: tuple[Slice, ...] = ()
     models = [paths[entry.reference] for entry in columns[0][0]]
     if document.sections[0].entries[0].layers:
@@ -151,7 +151,7 @@ def _order_models(
 def _config(document: Document, values: dict[str, Any], assignments: Sequence[str]) -> MergeConfig:
     chosen = override({}, assignments)
     for key in chosen:
-        if key not in _ENGINE:
+        if key not in _ENGINE or (key in values and key in ("tokenizer", "chat_template")):
             raise InputError(
                 f"command line: {key}: is set by the recipe; next to it go {', '.join(_ENGINE)}"
             )

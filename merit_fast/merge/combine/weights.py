@@ -9,6 +9,7 @@ from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.option_names import OptionError
+from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location
 
 Weights = Sequence[float] | Literal["auto", "tokens", "samples", "uniform"]
@@ -54,7 +55,7 @@ def settle_weights(models: Sequence[Location], config: MergeConfig) -> MergeConf
         return replace(config, weights="uniform")
     if config.weights != "auto":
         return config
-    lacking = [model for model in models if not (model / _BRANCH_FILE).is_file()]
+    lacking = [model for model in models if not (folder_of(model) / _BRANCH_FILE).is_file()]
     if len(lacking) == len(models):
         return replace(config, weights="uniform")
     if lacking:
@@ -93,10 +94,10 @@ def require_numbers(config: MergeConfig) -> None:
 def _branch_counts(models: Sequence[Location], unit: str) -> list[int]:
     branches = []
     for model in models:
-        if not (model / _BRANCH_FILE).is_file():
+        if not (folder_of(model) / _BRANCH_FILE).is_file():
             rule = f"{model}: has no {_BRANCH_FILE} to take its {unit} from"
             raise OptionError(rule, "weights", "give {} as uniform or as numbers")
-        branches.append(read_manifest(BranchManifest, model / _BRANCH_FILE))
+        branches.append(read_manifest(BranchManifest, folder_of(model) / _BRANCH_FILE))
     for model, branch in zip(models, branches, strict=True):
         if branch.start_fingerprint != branches[0].start_fingerprint:
             raise InputError(

@@ -22,6 +22,11 @@ def code_values(name: str) -> Array:
     return np.array(CODES[name].values)
 
 
+def code_bits(name: str) -> int:
+    """Bits of a code."""
+    return CODES[name].bits
+
+
 def unpack(rows: npt.NDArray[np.uint8], starts: Integers, bits: int) -> npt.NDArray[np.uint16]:
     """[n, m] codes of ``bits`` bits.
 
@@ -50,12 +55,6 @@ def decoded(entry: DecodedEntry, first: int, count: int, files: OpenFiles) -> Ar
             scale = _numbers(grid, row, column, files)
             total = total / scale if grid.divides else total * scale
     return np.asarray(total)
-
-
-def whole_grid(grid: Grid, files: OpenFiles) -> Array:
-    """[rows of all matrices' grids, columns] every number of a grid."""
-    columns = grid.shape[1]
-    return np.ascontiguousarray(_rows(grid, 0, grid.entry.num_elements // columns, files))
 
 
 def _codes(

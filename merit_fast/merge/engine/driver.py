@@ -19,6 +19,7 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import native, reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
+from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Segment, Shard
 from merit_fast.merge.engine.quantise.rounding import write_shard_roundings
@@ -157,9 +158,7 @@ class _Engine:
         return grams
 
     def _runs_native(self, batch: Sequence[Segment]) -> bool:
-        if not self.is_native or isinstance(batch[0].rule, FunctionRule):
-            return False
-        return all(native.reads(entry) for segment in batch for entry in segment.inputs)
+        return self.is_native and not isinstance(batch[0].rule, FunctionRule)
 
     def _pieces(self, batch: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], Array]:
         if not self.takes_gram:
@@ -180,12 +179,13 @@ class _Engine:
 
 def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:
     """Segments by call: plain sums together, each of the others in a call of its own."""
-    plain: list[Segment] = []
+    plain: dict[int, list[Segment]] = {}  # by number of inputs
     single: list[Segment] = []
     for segment in segments:
         is_plain_sum = isinstance(segment.rule, tuple) and all(map(is_plain, segment.inputs))
-        (plain if is_plain_sum else single).append(segment)
-    return [*([plain] if plain else []), *([segment] for segment in single)]
+        group = plain.setdefault(len(segment.inputs), []) if is_plain_sum else single
+        group.append(segment)
+    return [*plain.values(), *([segment] for segment in single)]
 
 
 def _copy_equal(segment: Segment, files: OpenFiles) -> None:
@@ -194,6 +194,8 @@ def _copy_equal(segment: Segment, files: OpenFiles) -> None:
     for at in range(0, segment.num_elements, step):
         count = min(step, segment.num_elements - at)
         chunks = [values(entry, at, count, files)[0].tobytes() for entry in segment.inputs]
+        if is_counter(segment.inputs[0]):
+            chunks = [largest(segment.inputs[0], chunks)] * len(chunks)
         for entry, chunk in zip(segment.inputs, chunks, strict=True):
             if chunk != chunks[0]:
                 raise InputError(

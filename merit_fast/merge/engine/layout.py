@@ -16,7 +16,7 @@ from merit_fast.merge.read.checkpoint import (
     SINGLE_FILE,
     Checkpoint,
 )
-from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised
+from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised, own_dtype
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Dtypes:
         self.asked = asked
         tensors = [entry for model in models for entry in model.tensors.values()]
         self.common = {
-            entry.dtype for entry in tensors if is_float(entry) and not is_quantised(entry)
+            own_dtype(entry) for entry in tensors if is_float(entry) and not is_quantised(entry)
         }
 
     def form(self, name: str, entries: Sequence[TensorEntry]) -> Form | None:
@@ -172,14 +172,14 @@ class _Dtypes:
         if not is_listed and len(self.common) == 1:
             dtype = next(iter(self.common))
         else:
-            dtype = (own or entries)[0].dtype
+            dtype = own_dtype((own or entries)[0])
         for other in own:
-            if other.dtype != dtype:
+            if own_dtype(other) != dtype:
                 rule = f"{other.file}: {name}: dtype must be {dtype} as in {own[0].file}"
-                raise OptionError(f"{rule}, got {other.dtype}", "dtype", "{} chooses one")
+                raise OptionError(f"{rule}, got {own_dtype(other)}", "dtype", "{} chooses one")
         quantised = next(filter(is_quantised, own or entries), None)
         if quantised:
-            rule = f"{quantised.file}: {name}: is {quantised.dtype}"
+            rule = f"{quantised.file}: {name}: is {own_dtype(quantised)}"
             raise OptionError(rule, "dtype", "{} must choose the output's dtype")
         return dtype
 

@@ -3,7 +3,6 @@
 ``reference`` gives the same bytes in NumPy.
 """
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,23 +16,13 @@ import numpy.typing as npt
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average.deltas import DeltaRule
-from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.decode import whole_grid
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
-from merit_fast.merge.engine.values import factors, nonfinite_error
-from merit_fast.merge.read.entries import (
-    AssembledEntry,
-    ChangedEntry,
-    DecodedEntry,
-    LowRank,
-    TensorEntry,
-)
+from merit_fast.merge.engine.sources import CODES, SourceBuilder
+from merit_fast.merge.engine.values import nonfinite_error
 
 Advance = Callable[[int], None]  # receives the number of elements done since the last call
-_CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
-_WHOLE = 1 << 62  # rows or columns of a block that covers any tensor
 
 
 def run(
@@ -56,8 +45,8 @@ def run(
         advance: called with the number of elements that are done since the last call.
     """
     native = dispatch.native()
-    builder = _Builder(native, files)
-    segments = [builder.segment(segment) for segment in batch]
+    builder = SourceBuilder(native, files)
+    segments = [_segment(segment, builder) for segment in batch]
     rule = batch[0].rule
     elements_done = np.zeros(1, np.int64)
     shared = {
@@ -86,83 +75,15 @@ def run(
         raise MeritFastError(f"{where}: {reason} while merging {segment.names[0]}")
 
 
-def reads(entry: TensorEntry) -> bool:
-    """Whether the C++ engine reads this form; ``reference`` reads all of them."""
-    if isinstance(entry, ChangedEntry):
-        assert entry.source is not None
-        return len(entry.changes) == 1 and reads(entry.source)
-    if isinstance(entry, DecodedEntry):
-        return _is_simple(entry)
-    return not isinstance(entry, AssembledEntry)
-
-
-def _is_simple(entry: DecodedEntry) -> bool:
-    """Whether it is of 8-bit floats with one grid of scales over all rows."""
-    if entry.dtype not in ("F8_E4M3", "F8_E5M2") or len(entry.grids) > 1 or entry.zeros:
-        return False
-    rows = math.prod(entry.shape[:-1])
-    return all(grid.rows == rows or grid.rows % grid.block_rows == 0 for grid in entry.scales)
-
-
-class _Builder:
-    """Builds the structs of merit_fast._C; keeps the small arrays that they point to."""
-
-    def __init__(self, native: Any, files: OpenFiles) -> None:
-        self.native = native
-        self.files = files
-        self._kept: list[npt.NDArray[Any]] = []
-
-    def segment(self, segment: Segment) -> Any:
-        return self.native.Segment(
-            elements=segment.num_elements,
-            output_fd=self.files.output,
-            output_offset=segment.output_offset,
-            output_type=_CODES[segment.dtype],
-            inputs=[self._source(entry) for entry in segment.inputs],
-            weights=list(segment.rule) if isinstance(segment.rule, tuple) else [],
-        )
-
-    def _source(self, entry: TensorEntry) -> Any:
-        scales = low_rank = None
-        cols = entry.shape[-1] if entry.shape else 1
-        if isinstance(entry, ChangedEntry):
-            assert entry.source is not None
-            low_rank = self._low_rank(entry.changes[0], cols)
-            entry = entry.source
-        if isinstance(entry, DecodedEntry):
-            scales = self._scales(entry, cols)
-        return self.native.Source(
-            file=self.files.number(entry.file),
-            offset=entry.offset,
-            stored=_CODES.get(entry.dtype, 0),
-            scales=scales,
-            low_rank=low_rank,
-        )
-
-    def _scales(self, entry: DecodedEntry, cols: int) -> Any:
-        scale = entry.scales[0] if entry.scales else None
-        grid = whole_grid(scale, self.files) if scale else np.ones((1, 1))
-        self._kept.append(grid)
-        return self.native.Scales(
-            e5m2=entry.dtype == "F8_E5M2",
-            cols=cols,
-            block_rows=scale.block_rows if scale else _WHOLE,
-            block_cols=scale.block_cols if scale else _WHOLE,
-            scale_cols=grid.shape[1],
-            values=grid.ctypes.data,
-        )
-
-    def _low_rank(self, change: LowRank, cols: int) -> Any:
-        pair = factors(change, self.files)
-        self._kept.extend(pair)
-        left, right = pair
-        return self.native.LowRank(
-            left=left.ctypes.data,
-            right=right.ctypes.data,
-            rank=left.shape[1],
-            cols=cols,
-            factor=change.scaling,
-        )
+def _segment(segment: Segment, builder: SourceBuilder) -> Any:
+    return builder.native.Segment(
+        elements=segment.num_elements,
+        output_fd=builder.files.output,
+        output_offset=segment.output_offset,
+        output_type=CODES[segment.dtype],
+        inputs=[builder.source(entry) for entry in segment.inputs],
+        weights=list(segment.rule) if isinstance(segment.rule, tuple) else [],
+    )
 
 
 @contextmanager

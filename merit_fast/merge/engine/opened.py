@@ -23,6 +23,7 @@ class OpenFiles:
         self.descriptors: dict[Location, int] = {}
         self.remote: list[RemotePath] = []
         self.output = -1
+        self.kept: dict[object, np.ndarray] = {}  # small results that later chunks need again
         self._failure: MeritFastError | None = None
 
     def number(self, file: Location) -> int:

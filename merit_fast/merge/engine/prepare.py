@@ -9,26 +9,38 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES, SHORT_NAMES, SPELLINGS
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.engine.changes import factor_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
+from merit_fast.merge.engine.made_rows import write_made
+from merit_fast.merge.engine.notes.absence import absence_notes
+from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
 from merit_fast.merge.engine.quantise.choose import check_config, choose_forms
 from merit_fast.merge.engine.quantise.forms import Forms, SameForms
+from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
-from merit_fast.merge.read.decoded import is_adapter, read_input
+from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import (
     TensorEntry,
     is_float,
     is_plain,
     is_quantised,
+    own_dtype,
     value_dtype,
 )
+from merit_fast.merge.read.files import folder_of
+from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ThinnedDeltas
+from merit_fast.merge.vocabulary.configs import check_configs_fit
+from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
+from merit_fast.merge.vocabulary.templates import checked_template
 from merit_fast.progress import Progress
 
 _LEAST_CHUNK_KIB = 4
@@ -45,6 +57,15 @@ class Inputs:
     dequantized: bool  # an input is quantised, and no tensor of the output
     models: tuple[Location, ...]
     base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
+    notes: tuple[str, ...]  # what was renamed, filled or left out, in sentences
+    vocabulary: OutputVocabulary | None = None  # None: tokenizer and rows stay as they are
+    chat_template: str | None = None  # None: the tokenizer's own
+
+    @property
+    def tokenizer(self) -> Location:
+        """The directory whose tokenizer the output gets."""
+        return self.vocabulary.folder if self.vocabulary else self.companions
+
     forms: Forms | None = None  # chose the output's quantised tensors
 
     @property
@@ -97,21 +118,34 @@ def read_inputs(
 
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
-        companions: the directory that gives config and tokenizer. None: the first that is no
-            adapter.
+        companions: as in ``in_common_names``.
         to_memory: whether the output is a model in memory, which is not quantised.
 
     Raises:
-        InputError: see ``combine``, ``read_input``, ``check_configs``, ``stack_layers`` and
-            ``lay_out``.
+        InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
+            ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
+    chosen = companions
     base_checkpoint = read_input(base, None, config.unscaled_fp8) if base else None
     checkpoints = [read_input(path, base_checkpoint, config.unscaled_fp8) for path in models]
-    everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
+    everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
+    checkpoints = everyone[: len(models)]
+    base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
-    companions = companions or next(
-        (path for path in (*models, base) if path and not is_adapter(path)), models[0]
+    everyone, companions = in_common_names(everyone, base_checkpoint, companions)
+    checkpoints = everyone[: len(models)]
+    base_checkpoint = everyone[-1] if base else None
+    matched = match_vocabularies(
+        checkpoints, base_checkpoint, config.tokenizer_options, chosen, companions
     )
+    checkpoints = list(matched.models)
+    base_checkpoint = matched.base
+    everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
+    vocabulary = matched.output
+    if vocabulary:
+        check_configs_fit(companions, vocabulary)
+    tokenizer = vocabulary.folder if vocabulary else companions
+    template = checked_template(config.chat_template, models, tokenizer)
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -128,6 +162,10 @@ def read_inputs(
     files = lay_out(
         checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models), forms
     )
+    giver = next((each for each in everyone if folder_of(each.path) == companions), None)
+    giver = None if slices else giver
+    absent = absence_notes(checkpoints[: len(models)], giver, files, config.missing)
+    counted = counter_notes(files)
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
     is_plain_output = not any(tensor.is_quantised for tensor in tensors)
@@ -140,7 +178,7 @@ def read_inputs(
     if base_checkpoint:
         entries = base_checkpoint.tensors.values()
         plain = [entry for entry in entries if not is_quantised(entry)]
-        kinds = {entry.dtype for entry in entries if is_quantised(entry)}
+        kinds = {own_dtype(entry) for entry in entries if is_quantised(entry)}
         base_dtypes = _dtype_words(((value_dtype(e), e.num_elements) for e in plain), kinds)
     return Inputs(
         combination,
@@ -150,6 +188,9 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
+        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent, *counted),
+        vocabulary,
+        template,
         forms,
     )
 
@@ -160,6 +201,8 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
     Raises:
         InputError: a value is not finite and the method needs lengths; see ``gram_shard``.
     """
+    if inputs.vocabulary and inputs.vocabulary.made:
+        write_made(inputs.vocabulary.made)
     combination = inputs.combination
     from_gram = combination.from_gram
     if from_gram is None:
@@ -209,7 +252,13 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     decoded = 16 if not all(map(is_plain, entries)) else 0
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
-    return config.threads * elements * (each + decoded + sizes + ranks)
+    return config.threads * elements * (each + decoded + sizes + ranks) + _factor_bytes(inputs)
+
+
+def _factor_bytes(inputs: Inputs) -> int:
+    """The most bytes that adapters' factors of one tensor take, in all inputs together."""
+    tensors = (tensor for file in inputs.files for tensor in file.tensors)
+    return max((sum(map(factor_bytes, tensor.inputs)) for tensor in tensors), default=0)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:

@@ -1,12 +1,14 @@
 """An input's values in NumPy, as the engine makes them, and errors about non-finite ones."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import DTYPES
+from merit_fast.merge.engine.changes import apply_change
 from merit_fast.merge.engine.decode import decoded
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
@@ -15,20 +17,11 @@ from merit_fast.merge.read.entries import (
     AssembledEntry,
     ChangedEntry,
     DecodedEntry,
-    LowRank,
     Part,
     TensorEntry,
 )
 
 Array = npt.NDArray[np.float64]
-
-
-def factors(change: LowRank, files: OpenFiles) -> tuple[np.ndarray, np.ndarray]:
-    """(left [rows, rank], right [rank, cols]): float32 factors of an adapter's change."""
-    a = files.small_array(change.a)
-    b = files.small_array(change.b)
-    left, right = (a.T, b.T) if change.transposed else (b, a)
-    return np.ascontiguousarray(left, np.float32), np.ascontiguousarray(right, np.float32)
 
 
 def values(entry: TensorEntry, first: int, count: int, files: OpenFiles) -> tuple[np.ndarray, str]:
@@ -46,14 +39,14 @@ def values(entry: TensorEntry, first: int, count: int, files: OpenFiles) -> tupl
 def _changed(entry: ChangedEntry, first: int, count: int, files: OpenFiles) -> Array:
     assert entry.source is not None
     total = to_float64(*values(entry.source, first, count, files))
-    rows, columns = _places(entry, first, count)
-    for low_rank in entry.changes:
-        left, right = factors(low_rank, files)
-        change = np.zeros(count)
-        for r in range(left.shape[1]):
-            change += left[rows, r].astype(np.float64) * right[r, columns].astype(np.float64)
-        total = total + low_rank.scaling * change
-    return np.asarray(total)
+    for number, change in enumerate(entry.changes):
+        earlier = replace(entry, changes=entry.changes[:number])
+
+        def before(at: int, n: int, earlier: ChangedEntry = earlier) -> Array:
+            return _changed(earlier, at, n, files)
+
+        total = apply_change(change, total, entry, first, files, before)
+    return total
 
 
 def _assembled(
@@ -67,6 +60,8 @@ def _assembled(
         low = int(source.min())
         loaded, dtype = values(part.source, low, int(source.max()) - low + 1, files)
         taken = loaded[source - low]
+        if dtype != entry.dtype and entry.dtype != "F64":
+            raise ValueError(f"{entry.name}: is {entry.dtype}, a part of it is {dtype}")
         out[target] = taken if dtype == entry.dtype else to_float64(taken, dtype)
     return out
 

@@ -14,14 +14,14 @@ from merit_fast.merge.in_memory.lazy import MergedTensors
 from merit_fast.merge.read.companions import find_head, output_dtypes
 from merit_fast.merge.read.files import list_directory, read_json
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.vocabulary.configs import CONFIG_FILES, fitted_config
+from merit_fast.merge.vocabulary.match import OutputVocabulary
 from merit_fast.model import no_loading_bar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
-
-_CONFIGS = ("config.json", "generation_config.json")
 
 
 class Kind(NamedTuple):
@@ -32,8 +32,12 @@ class Kind(NamedTuple):
     generation: Any  # or None
 
 
-def kind_of(path: Location) -> Kind:
+def kind_of(path: Location, vocabulary: OutputVocabulary | None = None) -> Kind:
     """config.json, the class it names first, and generation_config.json.
+
+    Args:
+        path: the model that gives them.
+        vocabulary: the rows and ids of tokens that they then have; None: their own.
 
     Raises:
         InputError: transformers cannot read them, or has no such class.
@@ -41,10 +45,10 @@ def kind_of(path: Location) -> Kind:
     import transformers
 
     generation = None
-    with _local_configs(path) as folder:
+    with _local_configs(path, vocabulary) as folder:
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            if (folder / _CONFIGS[1]).exists():
+            if (folder / CONFIG_FILES[1]).exists():
                 generation = transformers.GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
@@ -135,14 +139,17 @@ def checked_device(device: "torch.device | str") -> "torch.device":
 
 
 @contextmanager
-def _local_configs(path: Location) -> Iterator[Path]:
-    """A local directory itself; for a store, a temporary copy of the configs."""
-    if isinstance(path, Path):
+def _local_configs(path: Location, vocabulary: OutputVocabulary | None) -> Iterator[Path]:
+    """A local directory itself; for a store or other rows, a temporary copy of the configs."""
+    if isinstance(path, Path) and vocabulary is None:
         yield path
         return
     with TemporaryDirectory() as folder:
-        for name in {*_CONFIGS} & {*list_directory(path)}:
-            write_text(Path(folder) / name, json.dumps(read_json(path / name)))
+        for name in {*CONFIG_FILES} & {*list_directory(path)}:
+            values = read_json(path / name)
+            if vocabulary is not None:
+                values = fitted_config(name, values, path, vocabulary)
+            write_text(Path(folder) / name, json.dumps(values))
         yield Path(folder)
 
 

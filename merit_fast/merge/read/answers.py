@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from merit_fast.merge.read.decoded import is_adapter
-from merit_fast.merge.read.files import list_directory, open_regular, read_json
+from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.files import folder_of, list_directory, open_regular, read_json
 from merit_fast.merge.read.remote import Location
 
 _TEMPLATE = "chat_template.jinja"
@@ -12,33 +12,40 @@ _TOKENIZER = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
 
 
-def answer_notes(models: Sequence[Location], companions: Location) -> list[str]:
+def answer_notes(
+    models: Sequence[Location], companions: Location, template: Location | None
+) -> list[str]:
     """One sentence for each file in which a model differs from the one that gives it.
 
     A model without the file does not count, nor does an adapter.
 
     Args:
         models: of the merge.
-        companions: the directory whose files the output gets.
+        companions: the directory whose end tokens the output gets.
+        template: the directory whose chat template it gets; None: it has one of its own.
 
     Raises:
         InputError: a file cannot be read, or should be JSON and is not.
     """
     notes = []
-    for name, read, effect in (
-        ("chat template", _template, "answers best when it is asked so"),
-        ("end tokens", _end_tokens, "may stop elsewhere"),
+    for name, read, effect, source in (
+        ("chat template", _template, "answers best when it is asked so", template),
+        ("end tokens", _end_tokens, "may stop elsewhere", companions),
     ):
-        kept = read(companions)
+        if source is None:
+            continue
+        kept = read(source)
         others = [
             str(path)
             for path in models
-            if path != companions and not is_adapter(path) and read(path) not in (None, kept)
+            if folder_of(path) != source
+            and not is_adapter(path)
+            and read(folder_of(path)) not in (None, kept)
         ]
         if others:
             whose = ", ".join(others)
             notes.append(
-                f"merge: the output has the {name} of {companions}; {whose} has others and {effect}"
+                f"merge: the output has the {name} of {source}; {whose} has others and {effect}"
             )
     return notes
 

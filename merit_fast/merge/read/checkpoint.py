@@ -8,7 +8,7 @@ import math
 import shlex
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merit_fast.errors import InputError
@@ -16,6 +16,8 @@ from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import (
     MAX_JSON_BYTES,
+    folder_of,
+    is_weight_file,
     list_directory,
     open_regular,
     parse_json,
@@ -24,10 +26,11 @@ from merit_fast.merge.read.files import (
     size_of,
 )
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.weight_files import ADAPTER_FILE as ADAPTER_FILE
+from merit_fast.merge.read.weight_files import INDEX_FILE as INDEX_FILE
+from merit_fast.merge.read.weight_files import SINGLE_FILE as SINGLE_FILE
+from merit_fast.merge.read.weight_files import weight_files
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = MAX_JSON_BYTES
 _MAX_NAME = 1000  # characters; bounds every message
 _MAX_NUMBER = 2**63 - 1
@@ -37,27 +40,37 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory: its tensors, and which file of it holds which, in file order."""
+    """A model's directory or file: its tensors, and which file holds which, in file order.
+
+    ``notes``: sentences for the summary about what was changed while it was read.
+    """
 
     path: Location
     tensors: Mapping[str, TensorEntry]
     shards: tuple[tuple[str, tuple[str, ...]], ...]  # (file name, tensor names by offset)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 def read_checkpoint(path: Location) -> Checkpoint:
-    """Reads the headers of a directory of safetensors files, by its index if it has one.
+    """Reads the headers of a model: a safetensors file, or a directory of them.
+
+    In a directory an index counts first, then model.safetensors, then what ``weight_files`` finds.
 
     Raises:
         InputError: a rule of the format is broken; the message names file, tensor, rule and value.
     """
+    if is_weight_file(path):
+        return replace(read_files(folder_of(path), [path.name]), path=path)
     present = list_directory(path)
-    if INDEX_FILE not in present and SINGLE_FILE not in present:
+    found = weight_files(path, present)
+    if found is None:
         raise InputError(
             f"{path}: holds neither {INDEX_FILE} nor {SINGLE_FILE}{_hint(path, present)}"
         )
-    if INDEX_FILE not in present:
-        return read_files(path, [SINGLE_FILE])
-    index = path / INDEX_FILE
+    notes = (found.note,) if found.note else ()
+    if found.index is None:
+        return replace(read_files(path, found.files), notes=notes)
+    index = path / found.index
     weight_map = _read_weight_map(index)
     files = sorted(set(weight_map.values()))
     if SINGLE_FILE in present and SINGLE_FILE not in files:
@@ -66,7 +79,7 @@ def read_checkpoint(path: Location) -> Checkpoint:
         )
     checkpoint = read_files(path, files)
     _check_index(index, weight_map, checkpoint.tensors)
-    return checkpoint
+    return replace(checkpoint, notes=notes)
 
 
 def read_files(path: Location, files: Sequence[str]) -> Checkpoint:
@@ -259,9 +272,4 @@ def _hint(path: Location, present: Sequence[str]) -> str:
     """Hint for a directory whose weights are in another form."""
     if ADAPTER_FILE in present:
         return "; it is an adapter, which needs a base model"
-    shards = [name for name in present if name.endswith(".safetensors")]
-    return (
-        f"; {quote(shards[0])[1:-1]} has no index next to it"
-        if shards
-        else pickle_hint(path, present)
-    )
+    return pickle_hint(path, present)

@@ -13,12 +13,14 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import (
     copy_file,
+    folder_of,
     is_directory,
     list_directory,
     open_regular,
     quote,
     read_json,
 )
+from merit_fast.merge.read.names.model_class import are_siblings
 from merit_fast.merge.read.remote import Location
 
 CONFIG_FILE = "config.json"
@@ -52,7 +54,6 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 _NEVER = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".index.json", ".part", ".tmp")
 _SAME = (
     "model_type",
-    "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "intermediate_size",
@@ -141,7 +142,7 @@ def output_dtypes(tensors: Iterable[tuple[str, int]]) -> tuple[str, ...]:
 
 
 def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False) -> None:
-    """Refuses models whose configs give tensors different meanings, or with unlike heads.
+    """Refuses models whose configs give tensors different meanings.
 
     A key counts where both configs have it, in text_config or at the top; a model without
     config.json is not checked. ``any_depth``: they may differ in num_hidden_layers.
@@ -150,23 +151,24 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False)
         InputError: such a difference, with both values; a config.json that is not JSON.
     """
     configs = [
-        (c, read_json(c.path / CONFIG_FILE))
+        (c, read_json(folder_of(c.path) / CONFIG_FILE))
         for c in checkpoints
-        if CONFIG_FILE in list_directory(c.path)
+        if CONFIG_FILE in list_directory(folder_of(c.path))
     ]
     for other, values in configs[1:]:
         first, wanted = configs[0]
         same = [key for key in _SAME if not (any_depth and key == "num_hidden_layers")]
-        for key in (*same, "tie_word_embeddings"):
+        if not _ending([*checkpoints[0].tensors, *other.tensors], _HEADS):
+            same.append("tie_word_embeddings")  # else values decide
+        for key in same:
             mine = _value(wanted, key)
             theirs = _value(values, key)
-            if mine is not None and theirs is not None and mine != theirs:
+            differ = mine is not None and theirs is not None and mine != theirs
+            if differ and not (key == "model_type" and are_siblings(wanted, values)):
                 raise InputError(
-                    f"{other.path / CONFIG_FILE}: {key}: must be {quote(mine)} as in "
+                    f"{folder_of(other.path) / CONFIG_FILE}: {key}: must be {quote(mine)} as in "
                     f"{first.path}, got {quote(theirs)}"
                 )
-    for other in checkpoints[1:]:
-        _check_heads(checkpoints[0], other)
 
 
 def is_embedding(name: str) -> bool:
@@ -176,7 +178,7 @@ def is_embedding(name: str) -> bool:
 
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the model's head is its input embedding, by config.json and tensor names."""
-    file = checkpoint.path / CONFIG_FILE
+    file = folder_of(checkpoint.path) / CONFIG_FILE
     tied = file.exists() and _value(read_json(file), "tie_word_embeddings") is True
     return tied and not _ending(checkpoint.tensors, _HEADS)
 
@@ -190,13 +192,25 @@ def find_head(tensors: Mapping[str, TensorEntry]) -> tuple[TensorEntry, TensorEn
     )
 
 
+def find_embedding(tensors: Mapping[str, TensorEntry]) -> TensorEntry | None:
+    """The input embedding of a model that holds exactly one."""
+    names = _ending(tensors, _EMBEDDINGS)
+    return tensors[names[0]] if len(names) == 1 else None
+
+
+def head_name(tensors: Iterable[str]) -> str | None:
+    """The name of the output head among tensors that hold exactly one."""
+    names = _ending(tensors, _HEADS)
+    return names[0] if len(names) == 1 else None
+
+
 def untie_if_different(directory: Path, embedding: TensorEntry, head: TensorEntry) -> bool:
     """Sets tie_word_embeddings to false if the output's head differs from its embedding.
 
     Returns:
         Whether the two differ. They are compared in blocks of 1 MiB.
     """
-    differ = (embedding.dtype, embedding.shape) != (head.dtype, head.shape) or not _same_bytes(
+    differ = (embedding.dtype, embedding.shape) != (head.dtype, head.shape) or not same_bytes(
         embedding, head
     )
     file = directory / CONFIG_FILE
@@ -239,17 +253,6 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
     return text[key] if isinstance(text, dict) and text.get(key) is not None else values.get(key)
 
 
-def _check_heads(first: Checkpoint, other: Checkpoint) -> None:
-    for having, lacking in ((first, other), (other, first)):
-        heads = _ending(having.tensors, _HEADS)
-        if heads and not _ending(lacking.tensors, _HEADS):
-            raise InputError(
-                f"{lacking.path}: {heads[0]}: is missing, {having.path} has it: a tied head "
-                "cannot be merged with an "
-                "untied one"
-            )
-
-
 def _ending(tensors: Iterable[str], endings: Sequence[str]) -> list[str]:
     return [
         name
@@ -258,7 +261,8 @@ def _ending(tensors: Iterable[str], endings: Sequence[str]) -> list[str]:
     ]
 
 
-def _same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
+def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two tensors in files hold the same bytes, compared in blocks of 1 MiB."""
     with open_regular(first.file) as a, open_regular(second.file) as b:
         for at in range(0, first.num_bytes, _BLOCK_BYTES):
             count = min(_BLOCK_BYTES, first.num_bytes - at)

@@ -94,7 +94,7 @@ class AssembledEntry(TensorEntry):
     """A tensor whose values lie in boxes of other entries, each element in exactly one box.
 
     ``file``, ``offset`` are those of the first source, for messages; ``num_bytes`` the bytes that
-    are read. ``dtype``: that of all sources if they are plain and agree, else "F64".
+    are read. ``dtype``: the ``value_dtype`` of all sources if they agree, else "F64".
     """
 
     parts: tuple[Part, ...] = ()
@@ -102,28 +102,105 @@ class AssembledEntry(TensorEntry):
 
 @dataclass(frozen=True)
 class LowRank:
-    """One tensor's change: scaling * B @ A, transposed for embeddings and layers of [in, out]."""
+    """scaling * B @ A, added to a tensor [out, in, ...], or transposed to one of [in, out].
+
+    Hu et al. 2021, arXiv 2106.09685. A convolution's dimensions after the second count as ``in``.
+    """
 
     name: str  # of the base's tensor
-    a: TensorEntry  # [r, in]
-    b: TensorEntry  # [out, r]
+    a: TensorEntry  # [r, in, ...]
+    b: TensorEntry  # [out, r], with more dimensions of 1 for a convolution
     scaling: float  # lora_alpha / r, or / sqrt(r) with use_rslora
     transposed: bool
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of the base's tensor."""
-        out = self.b.shape[0]
-        into = self.a.shape[1]
-        return (into, out) if self.transposed else (out, into)
+        shape = (self.b.shape[0], *self.a.shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        return self.a, self.b
+
+
+@dataclass(frozen=True)
+class ExpertsLowRank:
+    """scaling * B_e @ A_e, added to matrix e of [E, out, in], or transposed to one of [E, in, out].
+
+    A_e = A.reshape(E, r, in)[e], B_e = B.reshape(out, r, E)[:, :, e]: A stacks whole experts, B
+    alternates between them.
+    """
+
+    a: TensorEntry  # [E * r, in]
+    b: TensorEntry  # [out, r * E]
+    scaling: float
+    experts: int
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the base's tensor."""
+        matrix = (self.b.shape[0], self.a.shape[1])
+        return (self.experts, *(matrix[::-1] if self.transposed else matrix))
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        return self.a, self.b
+
+
+@dataclass(frozen=True)
+class Added:
+    """scaling * vector, added to a tensor of as many elements: a bias that LoRA trains."""
+
+    vector: TensorEntry
+    scaling: float
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        return (self.vector,)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Vectors of given lengths: w_i * m_i / |w_i| for each row w_i, or column, of a matrix.
+
+    DoRA, Liu et al. 2024, arXiv 2402.09353. The rows are those of [out, in, ...], with all later
+    dimensions; ``by_column`` where the tensor is [in, out].
+    """
+
+    lengths: TensorEntry  # [out], in any shape
+    by_column: bool
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        return (self.lengths,)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """New values of some rows of a matrix: row indices[i] becomes row i of ``rows``."""
+
+    rows: TensorEntry  # [n, columns]
+    indices: tuple[int, ...]  # n different rows
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        return (self.rows,)
+
+
+Change = LowRank | ExpertsLowRank | Added | Magnitude | Rows
 
 
 @dataclass(frozen=True)
 class ChangedEntry(TensorEntry):
-    """``source`` with an adapter's changes, in float64. The other fields are the source's."""
+    """``source`` with an adapter's changes in their order, in float64. Other fields: the source's.
+
+    ``merge.engine.changes`` defines each change in NumPy.
+    """
 
     source: TensorEntry | None = None
-    changes: tuple[LowRank, ...] = ()
+    changes: tuple[Change, ...] = ()
 
 
 def is_float(entry: TensorEntry) -> bool:
@@ -134,6 +211,16 @@ def is_float(entry: TensorEntry) -> bool:
 def value_dtype(entry: TensorEntry) -> str:
     """The dtype in which the engine sees the tensor's values."""
     return "F64" if isinstance(entry, (DecodedEntry, ChangedEntry)) else entry.dtype
+
+
+def own_dtype(entry: TensorEntry) -> str:
+    """The dtype that the model itself has for a tensor.
+
+    Where parts of several dtypes are joined, the first part is the model's own.
+    """
+    while isinstance(entry, AssembledEntry) and entry.dtype == "F64":
+        entry = entry.parts[0].source
+    return entry.dtype
 
 
 def stored_entries(entry: TensorEntry) -> Iterator[TensorEntry]:
@@ -150,7 +237,7 @@ def stored_entries(entry: TensorEntry) -> Iterator[TensorEntry]:
         assert entry.source is not None
         yield from stored_entries(entry.source)
         for change in entry.changes:
-            yield from (change.a, change.b)
+            yield from change.stored
     else:
         yield entry
 

@@ -107,6 +107,16 @@ def is_directory(path: Location) -> bool:
     return path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path)
 
 
+def is_weight_file(path: Location) -> bool:
+    """Whether a model is named by a local safetensors file instead of its directory."""
+    return isinstance(path, Path) and path.suffix == ".safetensors" and path.is_file()
+
+
+def folder_of(path: Location) -> Location:
+    """The directory of a model: where its config.json and tokenizer lie."""
+    return path.parent if isinstance(path, Path) and is_weight_file(path) else path
+
+
 def list_directory(path: Location) -> list[str]:
     """The names in a directory, sorted.
 

@@ -27,6 +27,7 @@ from merit_fast.merge.read.companions import (
     untie_if_different,
 )
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.vocabulary.write import write_template, write_vocabulary
 from merit_fast.merge.write.quantization import write_quantization
 from merit_fast.merge.write.upload import Upload
 from merit_fast.progress import Progress
@@ -106,6 +107,10 @@ def finish_output(
     copy_companions(inputs.companions, directory, dtypes, dequantized=inputs.dequantized)
     write_quantization(inputs, directory)
     write_roundings(directory, plan.shards)
+    if inputs.vocabulary:
+        write_vocabulary(directory, inputs.companions, inputs.vocabulary)
+    if inputs.chat_template is not None:
+        write_template(directory, inputs.chat_template)
     written = {
         entry.name: entry
         for file in plan.files

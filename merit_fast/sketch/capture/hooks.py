@@ -27,6 +27,7 @@ from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.capture.trees import map_tensors, tensors_of
 from merit_fast.sketch.capture.uses import RawUses
 from merit_fast.sketch.capture.wrapping import contiguous_input, submodule, wrap_forward
+from merit_fast.sketch.frozen_linear import faster_forward
 
 Backward = Callable[..., None]  # (site, its target or targets, dy or dys, *inputs)
 
@@ -141,7 +142,7 @@ class ModuleTaps:
         if cover is None or inputs is None:
             return self._forward_local(site, run, original, args, kwargs)
         with self._covering(site):
-            output = original(*args, **kwargs)
+            output = faster_forward(original)(*args, **kwargs)
         return self._tap_output(cover.backward, site, run, output, inputs)
 
     def _forward_local(

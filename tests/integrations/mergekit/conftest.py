@@ -15,7 +15,7 @@ from merit_fast.integrations.mergekit.recipe import read_mergekit
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Four models m0 .. m3 of 4 layers, an adapter on m0, and equal tokenizers in m0 and m1."""
+    """Four models m0 .. m3 of 4 layers, an adapter on m0, and equal tokenizers."""
     root = tmp_path_factory.mktemp("mergekit")
     for k in range(4):
         model = make_model(root / f"m{k}", shard="9KB", seed=k, **SMALL)
@@ -24,8 +24,8 @@ def folder(tmp_path_factory):
                 parameter += 0.02 * torch.randn_like(parameter)
         model.save_pretrained(root / f"m{k}", max_shard_size="9KB")
         vocabulary = {
-            "model": {"vocab": {"a": 0, "b": 1 + (k > 1)}},
-            "added_tokens": [{"id": 7, "content": "<s>"}],
+            "model": {"vocab": {"a": 0, "b": 1}},
+            "added_tokens": [{"id": 2, "content": "<s>"}],
         }
         (root / f"m{k}" / "tokenizer.json").write_text(json.dumps(vocabulary))
     key = "base_model.model.model.layers.2.mlp.up_proj"

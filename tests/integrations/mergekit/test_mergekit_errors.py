@@ -1,7 +1,5 @@
 """Refusals of mergekit recipes, each by its exact line."""
 
-from pathlib import Path
-
 import pytest
 from support.merge.refusals import LINEAR, TIES
 
@@ -218,26 +216,45 @@ parameters: {t: 0.5}
         (
             LINEAR,
             "linear",
-            "linear\ntokenizer_source: union",
-            "tokenizer_source: must be absent, as the vocabularies of m0 and m2 differ",
+            "linear\ntokenizer_source: ids",
+            "tokenizer.source: must be union, base or a model, got 'ids'",
         ),
         (
             LINEAR,
             "linear",
-            "linear\ntokenizer_source: m2",
-            "tokenizer_source: must be one of union, base, m0, got 'm2'",
+            "linear\ntokenizer_source: union\ntokenizer: {}",
+            "tokenizer_source: must be absent next to tokenizer",
         ),
         (
             LINEAR,
             "linear",
-            "linear\ntokenizer: {tokens: {}}",
-            "tokenizer.tokens: is not supported; valid keys: source",
+            "linear\ntokenizer: {toknes: {}}",
+            "tokenizer.toknes: is not supported; valid keys: source, tokens, pad_to_multiple_of",
         ),
         (
             LINEAR,
             "linear",
-            "linear\nchat_template: chatml",
-            "chat_template: must be auto or absent, got 'chatml'",
+            "linear\ntokenizer: {tokens: {a: {source: m1}}}",
+            "tokenizer.tokens.a.source: must be one of the recipe's models, m0, m2, got 'm1'",
+        ),
+        (
+            LINEAR,
+            "linear",
+            "linear\ntokenizer: {tokens: {a: {}}}",
+            "tokenizer.tokens.a.source: must be given, got None",
+        ),
+        (
+            LINEAR,
+            "linear",
+            "linear\ntokenizer: {tokens: {a: {source: {kind: model_token, model: m0}}}}",
+            "tokenizer.tokens.a.source.token: must be given, or token_id instead, and not both, "
+            "got None",
+        ),
+        (
+            LINEAR,
+            "linear",
+            "linear\nchat_template: 3",
+            "chat_template: must be a string, got 3",
         ),
     ],
 )
@@ -252,13 +269,3 @@ def test_a_model_that_is_not_there_is_named(read):
     rule = r"nowhere: not a folder, and the hub is switched off \(HF_HUB_OFFLINE\)$"
     with pytest.raises(InputError, match=rf"^r.yml: models\[0\].model: {rule}"):
         read(TIES.replace("m1", "nowhere"))
-
-
-def test_chat_templates_that_differ_are_not_chosen_among(read):
-    recipe = LINEAR.replace("linear", "linear\nchat_template: auto")
-    assert read(recipe).notes == ()
-    Path("m2/chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(
-        InputError, match="^r.yml: chat_template: must be absent, as those of m0 and m2 differ$"
-    ):
-        read(recipe)

@@ -7,6 +7,7 @@ from support.merge.refusals import LINEAR, TIES
 
 from merit_fast.errors import InputError
 from merit_fast.integrations.mergekit.recipe import read_mergekit
+from merit_fast.merge.tokenizer_options import TokenizerOptions, TokenRow, TokenSource
 
 
 @pytest.mark.parametrize(
@@ -77,9 +78,35 @@ def test_what_has_no_effect_is_said(read):
 
 
 @pytest.mark.parametrize(
-    "line", ["tokenizer_source: union", "tokenizer_source: m0", "tokenizer: {source: base}"]
+    "line,source",
+    [
+        ("tokenizer_source: union", "union"),
+        ("tokenizer_source: m2", "m2"),
+        ("tokenizer: {source: base}", "base"),
+        ("tokenizer: {}", "union"),
+        ("tokenizer: {source: {model: {path: m0}}}", "m0"),
+    ],
 )
-def test_a_tokenizer_is_named_where_it_changes_nothing(read, line):
-    recipe = LINEAR.replace("m2", "m1").replace("linear", f"linear\n{line}")
-    note = "all models have one vocabulary; embeddings keep their rows, files come from m0"
-    assert read(recipe).notes == (f"{line.partition(':')[0]}: {note}",)
+def test_a_tokenizer_becomes_an_option(read, line, source):
+    recipe = read(LINEAR.replace("linear", f"linear\n{line}"))
+    assert recipe.config.tokenizer_options == TokenizerOptions(source)
+
+
+def test_rows_of_tokens_name_the_recipes_models(read):
+    line = (
+        "tokenizer: {source: base, pad_to_multiple_of: 8, tokens: {a: {source: m2, force: true}, "
+        "b: {source: {kind: zero}}, c: {source: {kind: model_token, model: m0, token_id: 1}}}}"
+    )
+    options = read(LINEAR.replace("linear", f"linear\n{line}")).config.tokenizer_options
+    assert options.pad_to_multiple_of == 8
+    assert options.tokens == {
+        "a": TokenSource("m2", force=True),
+        "b": TokenSource(TokenRow("zero")),
+        "c": TokenSource(TokenRow(model="m0", token_id=1)),
+    }
+
+
+def test_a_chat_template_becomes_an_option(read):
+    for value in ("auto", "chatml", "{{ messages }}"):
+        recipe = LINEAR.replace("linear", f"linear\nchat_template: '{value}'")
+        assert read(recipe).config.chat_template == value

@@ -118,7 +118,7 @@ def survives(read: Callable[[], object]) -> bool:
 
 def check(kind: str, content: bytes, data_bytes: int, root: Path) -> None:
     """Reads ``content`` as one of KINDS, in a directory whose other files are right."""
-    from merit_fast.merge.read.adapter import read_adapter
+    from merit_fast.merge.read.adapters.adapter import read_adapter
     from merit_fast.merge.read.checkpoint import read_checkpoint, read_files
     from merit_fast.merge.read.companions import check_configs, copy_companions
 
@@ -224,7 +224,7 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["merit_fast.merge"]):
-        import merit_fast.merge.read.adapter
+        import merit_fast.merge.read.adapters.adapter
         import merit_fast.merge.read.checkpoint
         import merit_fast.merge.read.companions  # noqa: F401
 

@@ -8,6 +8,7 @@ from merit_fast.merge.engine.quantise.forms import BlockForms, Forms, SameForms,
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry, quantised_source
+from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.quantised.scheme import read_scheme
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
@@ -25,7 +26,7 @@ def choose_forms(
         companions: the directory that gives config.json.
     """
     if config.dtype == FP8_BLOCK:
-        given = [each for each in checkpoints if each.path == companions]
+        given = [each for each in checkpoints if folder_of(each.path) == companions]
         return BlockForms((given or checkpoints)[0].tensors)
     return None if config.dtype else SameForms(_untouched(combination))
 
@@ -39,7 +40,7 @@ def check_config(checkpoints: Sequence[Checkpoint], companions: Location) -> Non
     """
     scheme = read_scheme(companions)
     methods = (
-        {read_scheme(each.path).method: each.path for each in checkpoints[::-1]}
+        {read_scheme(folder_of(each.path)).method: each.path for each in checkpoints[::-1]}
         if (companions / "config.json").exists()
         else {}
     )

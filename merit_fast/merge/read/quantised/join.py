@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from merit_fast.errors import InputError
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import DecodedEntry, TensorEntry
+from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.quantised.codes import FLOAT_CODES
 from merit_fast.merge.read.quantised.formats import FORMATS, LAYER_SCALES
 from merit_fast.merge.read.quantised.match import match_codes
@@ -43,7 +45,7 @@ def join_scales(checkpoint: Checkpoint, unscaled: bool = False) -> Checkpoint:
         InputError: codes have no scale, a scale no codes, shapes do not fit, the format is not in
             the table, or a config names a quantisation and no tensor is quantised.
     """
-    scheme = read_scheme(checkpoint.path)
+    scheme = read_scheme(folder_of(checkpoint.path))
     stored = checkpoint.tensors
     joined: dict[str, TensorEntry] = {}  # by the codes' name
     used: set[str] = set()
@@ -120,4 +122,4 @@ def _replaced(
     shards = [
         (file, tuple(entry.name for entry in kept(names))) for file, names in checkpoint.shards
     ]
-    return Checkpoint(checkpoint.path, tensors, tuple(shard for shard in shards if shard[1]))
+    return replace(checkpoint, tensors=tensors, shards=tuple(each for each in shards if each[1]))

@@ -1,0 +1,71 @@
+"""Options of a merge's vocabulary: the tokenizer of the output, and rows of single tokens."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from merit_fast.options.fields import option, require
+
+SOURCES = ("union", "base", "ids")
+ZERO = "zero"
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row that stands in for a token's: zeros, or the row of one model's token or token id."""
+
+    kind: Literal["zero", "model_token"] = option("model_token", "zero, or a token of a model")
+    model: str | None = option(None, "the model that gives the row")
+    token: str | None = option(None, "text of the token that gives the row")
+    token_id: int | None = option(None, "id of the token that gives the row")
+
+    def __post_init__(self) -> None:
+        if self.kind == ZERO:
+            given = [self.model, self.token, self.token_id]
+            require(given == [None] * 3, "kind", "model_token next to model or token", self.kind)
+            return
+        require(self.model is not None, "model", "given with kind model_token", self.model)
+        one = (self.token is None) != (self.token_id is None)
+        rule = "given, or token_id instead, and not both"
+        require(one, "token", rule, self.token)
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Row of one token for the models that lack it; with ``force`` for every model."""
+
+    source: str | TokenRow | None = option(
+        None, "zero, the model that gives the row, or {kind: model_token, model, token or token_id}"
+    )
+    force: bool = option(False, "use this row for the models that have the token, too")
+
+    def __post_init__(self) -> None:
+        require(self.source is not None, "source", "given", None)
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """The output's vocabulary, as ``tokenizer:`` of a mergekit recipe describes it."""
+
+    source: str = option(
+        "union", "union: tokens of all models; base; ids: rows by id, unchecked; or a model"
+    )
+    tokens: dict[str, TokenSource] | None = option(
+        None, "rows of single tokens, as {TOKEN: {source: ..., force: ...}}; unknown ones are added"
+    )
+    pad_to_multiple_of: int | None = option(
+        None, "fill the matrices with mean rows up to a multiple of this number"
+    )
+
+    def __post_init__(self) -> None:
+        multiple = self.pad_to_multiple_of
+        rule = "a positive integer"
+        require(multiple is None or multiple > 0, "pad_to_multiple_of", rule, multiple)
+        if self.source == "ids":
+            rule = "absent: source ids keeps every row at its id"
+            require(not self.tokens, "tokens", rule, self.tokens)
+            require(multiple is None, "pad_to_multiple_of", rule, multiple)
+
+
+def tokenizer_options(value: str | TokenizerOptions | None) -> TokenizerOptions | None:
+    """The options in full, where only the source is named."""
+    return TokenizerOptions(value) if isinstance(value, str) else value

@@ -1,0 +1,144 @@
+"""tokenizer.json: which text has which id. Read without the tokenizers library.
+
+A vocabulary is the model's own map (``model.vocab``: a mapping, or a list of [piece, score] in
+order of the ids) and ``added_tokens``, a list of {id, content, ...}.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from merit_fast.errors import InputError
+from merit_fast.merge.read.files import list_directory, open_regular, quote, read_json, size_of
+from merit_fast.merge.read.remote import Location
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """One entry of ``added_tokens``: matched as a whole before the model cuts the text."""
+
+    content: str
+    id: int  # that the tokenizers library gives it
+    values: Mapping[str, Any]  # the whole entry
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of one tokenizer.json.
+
+    Attributes:
+        folder: directory of the file.
+        own: text -> id of the model's own map.
+        added: added tokens, in the file's order. Their ids win over the model's.
+    """
+
+    folder: Location
+    own: Mapping[str, int]
+    added: tuple[AddedToken, ...]
+
+    @property
+    def file(self) -> Location:
+        return self.folder / TOKENIZER_FILE
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """text -> id of every token."""
+        return {**self.own, **{token.content: token.id for token in self.added}}
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """id -> text, by rising id; an added token's text wins."""
+        by_id = {number: text for text, number in self.own.items()}
+        by_id |= {token.id: token.content for token in self.added}
+        return dict(sorted(by_id.items()))
+
+    def below(self, num_rows: int) -> "Vocabulary":
+        """The vocabulary without tokens that have no row in a matrix of ``num_rows`` rows."""
+        own = {text: number for text, number in self.own.items() if number < num_rows}
+        added = tuple(token for token in self.added if token.id < num_rows)
+        if len(own) == len(self.own) and len(added) == len(self.added):
+            return self
+        return replace(self, own=own, added=added)
+
+
+def read_vocabulary(folder: Location) -> Vocabulary:
+    """The tokens of a directory's tokenizer.json; see ``find_vocabulary``.
+
+    Raises:
+        InputError: also where the file lists no tokens.
+    """
+    vocabulary = find_vocabulary(folder)
+    if vocabulary is None:
+        raise InputError(f"{folder / TOKENIZER_FILE}: model.vocab: must list the tokens, is absent")
+    return vocabulary
+
+
+def find_vocabulary(folder: Location) -> Vocabulary | None:
+    """The tokens of a directory's tokenizer.json; None where it lists none.
+
+    An added token has the id that the tokenizers library gives it, whatever the file says: that of
+    the same text in the model's map, else the next free one.
+
+    Raises:
+        InputError: the file is absent or no JSON; tokens are in another form; ids are no integers
+            of at least 0.
+    """
+    file = folder / TOKENIZER_FILE
+    values = read_json(file)
+    model = values.get("model")
+    if not isinstance(model, dict) or "vocab" not in model:
+        return None
+    listed = model["vocab"]
+    own = _own_tokens(file, listed)
+    entries = values.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise InputError(f"{file}: added_tokens: must be a list, got {quote(entries)}")
+    new: dict[str, int] = {}
+    added = []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            rule = "must be a mapping with content, a text"
+            raise InputError(f"{file}: added_tokens[{number}]: {rule}, got {quote(entry)}")
+        text = entry["content"]
+        if not text:  # the library leaves it out
+            continue
+        number = own[text] if text in own else new.setdefault(text, len(own) + len(new))
+        added.append(AddedToken(text, number, entry))
+    return Vocabulary(folder, own, tuple(added))
+
+
+def has_vocabulary(folder: Location) -> bool:
+    """Whether the directory holds a tokenizer.json."""
+    return TOKENIZER_FILE in list_directory(folder)
+
+
+def same_file(first: Location, second: Location) -> bool:
+    """Whether two directories' tokenizer.json hold the same bytes."""
+    with open_regular(first / TOKENIZER_FILE) as a, open_regular(second / TOKENIZER_FILE) as b:
+        size = size_of(a)
+        return size == size_of(b) and a.read(size) == b.read(size)
+
+
+def _own_tokens(file: Location, listed: Any) -> dict[str, int]:
+    if isinstance(listed, dict):
+        return {text: _checked_id(file, f"model.vocab.{text}", n) for text, n in listed.items()}
+    if not isinstance(listed, list):
+        rule = "must be a mapping of token to id, or a list of [token, score]"
+        raise InputError(f"{file}: model.vocab: {rule}, got {quote(listed)}")
+    own: dict[str, int] = {}
+    for number, entry in enumerate(listed):
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            rule = "must be [token, score]"
+            raise InputError(f"{file}: model.vocab[{number}]: {rule}, got {quote(entry)}")
+        own.setdefault(entry[0], number)
+    return own
+
+
+def _checked_id(file: Location, key: str, number: Any) -> int:
+    if type(number) is not int or not 0 <= number < 1 << 31:
+        rule = "must be an integer of at least 0 and below 2^31"
+        raise InputError(f"{file}: {quote(key)[1:-1]}: {rule}, got {quote(number)}")
+    return number

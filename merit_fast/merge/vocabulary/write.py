@@ -1,0 +1,162 @@
+"""Files of the output's tokenizer, and its chat template."""
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merit_fast.errors import InputError
+from merit_fast.manifests.atomic import write_text
+from merit_fast.merge.read.companions import TEMPLATE_FOLDER, list_companions
+from merit_fast.merge.read.files import copy_file, read_json
+from merit_fast.merge.read.remote import Location
+from merit_fast.merge.vocabulary.configs import CONFIG_FILES, fitted_config
+from merit_fast.merge.vocabulary.match import OutputVocabulary
+from merit_fast.merge.vocabulary.tokens import TOKENIZER_FILE
+from merit_fast.merge.vocabulary.union import OutputTokens
+
+_TEMPLATE = "chat_template.jinja"
+_CONFIG = "tokenizer_config.json"
+# Other forms of the tokens that the model itself has, without the added ones.
+_OWN_TOKENS = (
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab*",
+    "*_vocab.json",
+    "merges.txt",
+    "bpe.codes",
+)
+_TOKENIZER = (
+    "tokenizer*",
+    *_OWN_TOKENS,
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    f"{TEMPLATE_FOLDER}/*",
+)
+
+
+def write_vocabulary(directory: Path, companions: Location, output: OutputVocabulary) -> None:
+    """Makes tokenizer and configs of an output agree with its rows.
+
+    Args:
+        directory: the output, still under its temporary name, with the files of ``companions``.
+
+    Raises:
+        InputError: a file cannot be read or copied; see ``fitted_config``.
+    """
+    for name in CONFIG_FILES:
+        if (directory / name).exists():
+            values = read_json(directory / name)
+            _write(directory / name, fitted_config(name, values, companions, output), values)
+    if output.folder != companions:
+        _replace_tokenizer(directory, output.folder)
+    if output.tokens is not None:
+        _fit_tokens(directory, output.tokens)
+
+
+def write_template(directory: Path, text: str) -> None:
+    """Makes ``text`` the only chat template of an output, as transformers 5 writes it."""
+    for name in ("chat_template.json", TEMPLATE_FOLDER):
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for name in (_CONFIG, "processor_config.json"):
+        if (directory / name).exists():
+            values = read_json(directory / name)
+            kept = {key: value for key, value in values.items() if key != "chat_template"}
+            _write(directory / name, kept, values)
+    write_text(directory / _TEMPLATE, text)
+
+
+def _replace_tokenizer(directory: Path, folder: Location) -> None:
+    """Puts the tokenizer's files of another directory in place of an output's."""
+    present = [file for file in directory.rglob("*") if file.is_file()]
+    for file in present:
+        if _matches(file.relative_to(directory).as_posix(), _TOKENIZER):
+            file.unlink()
+    for name in list_companions(folder):
+        target = directory / name
+        is_new_code = name.endswith(".py") and not target.exists()
+        if _matches(name, _TOKENIZER) or is_new_code:
+            try:
+                target.parent.mkdir(exist_ok=True)
+                copy_file(folder / name, target)
+            except OSError as error:
+                reason = f"cannot be copied to {target}: {error.strerror}"
+                raise InputError(f"{folder / name}: {reason}") from None
+
+
+def _fit_tokens(directory: Path, tokens: OutputTokens) -> None:
+    """Adds the new tokens to the tokenizer's files, and removes those that have no row."""
+    vocabulary = tokens.vocabulary
+    file = directory / TOKENIZER_FILE
+    values = read_json(file)
+    removed = _keep_own(values["model"], vocabulary.own)
+    new = {token.content: {**token.values, "id": token.id} for token in tokens.new}
+    ids = {token.content: token.id for token in vocabulary.added}
+    kept = [
+        {**entry, "id": ids[entry["content"]]}
+        for entry in values.get("added_tokens") or []
+        if entry["content"] in ids
+    ]
+    added = [*kept, *new.values()]
+    if not (removed or new or len(kept) < len(values.get("added_tokens") or [])):
+        return
+    values["added_tokens"] = sorted(added, key=lambda entry: entry["id"])
+    write_text(file, json.dumps(values, indent=2, ensure_ascii=False))
+    if removed:
+        for path in directory.iterdir():
+            if _matches(path.name, _OWN_TOKENS):
+                path.unlink()
+    _fit_other_files(directory, added, len(vocabulary.own))
+
+
+def _keep_own(model: dict[str, Any], own: Mapping[str, int]) -> bool:
+    """Removes the tokens of a tokenizer's model that are not in ``own``; whether there were any."""
+    listed = model["vocab"]
+    if isinstance(listed, list):  # ids are positions, so that those without a row stand at its end
+        kept: Any = listed[: max(own.values(), default=-1) + 1]
+    else:
+        kept = {text: number for text, number in listed.items() if text in own}
+    if len(kept) == len(listed):
+        return False
+    model["vocab"] = kept
+    if "merges" in model:
+        prefix = len(model.get("continuing_subword_prefix") or "")
+        model["merges"] = [rule for rule in model["merges"] if _makes_own(rule, prefix, own)]
+    return True
+
+
+def _makes_own(rule: str | list[str], prefix: int, own: Mapping[str, int]) -> bool:
+    """Whether a rule of BPE joins two tokens of ``own`` to a third one."""
+    left, right = rule.split(" ") if isinstance(rule, str) else rule
+    return {left, right, left + right[prefix:]} <= own.keys()
+
+
+def _fit_other_files(directory: Path, added: list[dict[str, Any]], num_own: int) -> None:
+    """Makes the older lists of added tokens agree, where they are there."""
+    file = directory / "added_tokens.json"
+    if file.exists():
+        ids = {entry["content"]: entry["id"] for entry in added if entry["id"] >= num_own}
+        _write(file, ids, read_json(file))
+    file = directory / _CONFIG
+    values = read_json(file) if file.exists() else {}
+    if "added_tokens_decoder" in values:
+        decoder = {
+            str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
+            for entry in added
+        }
+        _write(file, {**values, "added_tokens_decoder": decoder}, values)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
+def _write(file: Path, values: dict[str, Any], before: dict[str, Any]) -> None:
+    if values != before:
+        write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
