@@ -14,6 +14,7 @@
 #include "common/bindings.h"
 #include "engine/read/bindings.h"
 #include "engine/streaming.h"
+#include "engine/write/bindings.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -148,6 +149,7 @@ void define_rule(nb::module_& m) {
 
 void define_engine(nb::module_& m, const AverageKernels& kernels) {
   define_sources(m);
+  define_encoding(m);
   define_segment(m);
   define_rule(m);
 

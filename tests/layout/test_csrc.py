@@ -16,8 +16,9 @@ FAMILIES = ("average", "sketch", "cross_entropy", "layers", "optimizer", "search
 ARROWS = {
     "common": set(),
     **{family: {"common"} for family in FAMILIES},
-    "engine": {"common", "average", "engine/read"},
+    "engine": {"common", "average", "engine/read", "engine/write"},
     "engine/read": {"common", "average"},
+    "engine/write": set(),
     "levels": {"common", *FAMILIES},
     ".": {"common", "levels"},
 }

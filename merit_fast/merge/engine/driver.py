@@ -56,7 +56,9 @@ def write_shard(
             with scratch_output(opened, path.parent) as scratch:
                 engine.opened = scratch
                 grams |= engine.run([unencoded(segment)])
-                roundings[segment.names[0]] = encode_tensor(segment, scratch, opened)
+                roundings[segment.names[0]] = encode_tensor(
+                    segment, scratch, opened, engine.is_native
+                )
         for segment in shard.copies:
             if segment.num_elements:
                 _copy_equal(segment, opened)

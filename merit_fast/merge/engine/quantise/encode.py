@@ -1,4 +1,4 @@
-"""Values as 8-bit floats with fresh scales, in NumPy: the reference of the native kernel."""
+"""Values as 8-bit floats with fresh scales. Without ``is_native`` it is the reference in NumPy."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from merit_fast.kernels import dispatch
 from merit_fast.merge.engine.decode import code_values
 from merit_fast.merge.engine.quantise.encoding import Encoding
 
 Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
 _SIGN = 128
+# Bits of the mantissa, bias, code of the largest value, code of infinity (NaN where there is none).
+_KINDS = {"F8_E4M3": (3, 7, 0x7E, 0x7F), "F8_E5M2": (2, 15, 0x7B, 0x7C)}
 
 
 @dataclass
@@ -56,6 +59,15 @@ def block_sizes(values: Array, encoding: Encoding) -> Array:
     return np.asarray(padded.reshape(shape).max(axis=(1, 3)))
 
 
+def raise_sizes(values: Array, encoding: Encoding, sizes: Array, is_native: bool) -> None:
+    """Raises ``sizes`` [row blocks, column blocks] to ``block_sizes`` of some rows."""
+    if is_native:
+        block = {"block_rows": encoding.block_rows, "block_cols": encoding.block_columns}
+        dispatch.native().block_sizes(values=values, first_row=0, sizes=sizes, **block)
+    else:
+        np.maximum(sizes, block_sizes(values, encoding), out=sizes)
+
+
 def round_scales(sizes: Array, encoding: Encoding) -> tuple[Array, Codes]:
     """Scales of blocks and their stored bytes: sizes / largest code, rounded to the scale's dtype.
 
@@ -84,7 +96,11 @@ def round_scales(sizes: Array, encoding: Encoding) -> tuple[Array, Codes]:
 
 
 def encode_rows(
-    values: Array, scales: Array, encoding: Encoding, first_row: int = 0
+    values: Array,
+    scales: Array,
+    encoding: Encoding,
+    first_row: int = 0,
+    is_native: bool = False,
 ) -> tuple[Codes, Rounding]:
     """Codes of rows of one matrix: value / scale to the nearest code, ties to the even one.
 
@@ -92,11 +108,14 @@ def encode_rows(
         values: [n, columns].
         scales: [row blocks, column blocks] of the matrix.
         first_row: number of the first row in the matrix.
+        is_native: whether merit_fast._C does it.
 
     Returns:
         ([n, columns] codes, errors). Values beyond the largest code become that code, NaN and,
         where the kind has none, infinities become NaN.
     """
+    if is_native:
+        return _encode_natively(values, scales, encoding, first_row)
     rows = (first_row + np.arange(values.shape[0])) // encoding.block_rows
     columns = np.arange(values.shape[1]) // encoding.block_columns
     spread = scales[rows[:, None], columns[None, :]]
@@ -115,6 +134,26 @@ def encode_rows(
     largest = float(np.abs(errors).max(initial=0.0))
     squares = float(np.square(errors).sum())
     return codes, Rounding(values.size, largest, squares, float(np.square(finite).sum()))
+
+
+def _encode_natively(
+    values: Array, scales: Array, encoding: Encoding, first_row: int
+) -> tuple[Codes, Rounding]:
+    codes = np.empty(values.shape, np.uint8)
+    mantissa_bits, bias, largest, infinity = _KINDS[encoding.code]
+    errors = dispatch.native().encode_rows(
+        values=values,
+        first_row=first_row,
+        block_rows=encoding.block_rows,
+        block_cols=encoding.block_columns,
+        mantissa_bits=mantissa_bits,
+        bias=bias,
+        largest=largest,
+        infinity=infinity,
+        scales=scales,
+        codes=codes,
+    )
+    return codes, Rounding(values.size, *errors)
 
 
 def _nonfinite(values: Array, table: Array) -> npt.NDArray[np.int64]:

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from merit_fast.errors import MeritFastError
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.engine.quantise.encode import (
     Array,
     Rounding,
-    block_sizes,
     encode_rows,
+    raise_sizes,
     round_scales,
 )
 from merit_fast.merge.engine.quantise.encoding import Encoding
 
-_SLAB_BYTES = 16 << 20  # of float64 values that are held at a time, if blocks allow
+_SLAB_BYTES = 2 << 20  # of float64 values that are held at a time, if blocks allow
 _ITEM = 8
 
 
@@ -35,13 +36,16 @@ def scratch_output(files: OpenFiles, folder: Path) -> Iterator[OpenFiles]:
         yield opened
 
 
-def encode_tensor(segment: Segment, scratch: OpenFiles, files: OpenFiles) -> Rounding:
+def encode_tensor(
+    segment: Segment, scratch: OpenFiles, files: OpenFiles, is_native: bool
+) -> Rounding:
     """Encodes a segment's values from a scratch file into the output.
 
     Args:
         segment: one tensor with an encoding.
         scratch: its output holds the tensor's float64 values, from byte 0 on.
         files: its output gets codes and scales at the segment's offsets.
+        is_native: whether merit_fast._C encodes.
 
     Returns:
         The errors of rounding.
@@ -58,6 +62,7 @@ def encode_tensor(segment: Segment, scratch: OpenFiles, files: OpenFiles) -> Rou
             number * matrix * _ITEM,
             segment.output_offset + number * matrix,
             grid_start,
+            is_native,
         )
         total.add(_encode_matrix(encoding, place, files))
     return total
@@ -66,7 +71,8 @@ def encode_tensor(segment: Segment, scratch: OpenFiles, files: OpenFiles) -> Rou
 class _Place:
     """Where one matrix lies: its values in the scratch file, its codes and scales in the output."""
 
-    def __init__(self, scratch: int, values: int, codes: int, scales: int) -> None:
+    def __init__(self, scratch: int, values: int, codes: int, scales: int, is_native: bool) -> None:
+        self.is_native = is_native
         self.scratch = scratch
         self.values = values
         self.codes = codes
@@ -74,12 +80,16 @@ class _Place:
 
     def rows(self, first: int, count: int, columns: int) -> Array:
         """[count, columns] values."""
-        wanted = count * columns * _ITEM
-        data = b""
-        while len(data) < wanted:
-            at = self.values + first * columns * _ITEM + len(data)
-            data += os.pread(self.scratch, wanted - len(data), at)
-        return np.frombuffer(data, np.float64).reshape(count, columns)
+        values = np.empty((count, columns))
+        left = memoryview(values).cast("B")
+        at = self.values + first * columns * _ITEM
+        while left:
+            num_bytes = os.preadv(self.scratch, [left], at)
+            if not num_bytes:
+                raise MeritFastError("a scratch file of a quantised tensor is shorter than it")
+            left = left[num_bytes:]
+            at += num_bytes
+        return values
 
 
 def _encode_matrix(encoding: Encoding, place: _Place, files: OpenFiles) -> Rounding:
@@ -90,8 +100,10 @@ def _encode_matrix(encoding: Encoding, place: _Place, files: OpenFiles) -> Round
         step = fitting // encoding.block_rows * encoding.block_rows
         for first in range(0, encoding.rows, step):
             values = place.rows(first, min(step, encoding.rows - first), encoding.columns)
-            scales, stored = round_scales(block_sizes(values, encoding), encoding)
             grid_row = first // encoding.block_rows
+            sizes = np.zeros((-(-len(values) // encoding.block_rows), encoding.grid[1]))
+            raise_sizes(values, encoding, sizes, place.is_native)
+            scales, stored = round_scales(sizes, encoding)
             at = place.scales + grid_row * encoding.grid[1] * encoding.scale_bytes
             files.write(stored.tobytes(), at)
             total.add(_write_rows(encoding, values, scales, first, grid_row, place, files))
@@ -99,7 +111,7 @@ def _encode_matrix(encoding: Encoding, place: _Place, files: OpenFiles) -> Round
     sizes = np.zeros(encoding.grid)
     for first, count, row in _parts_of_blocks(encoding, fitting):
         values = place.rows(first, count, encoding.columns)
-        sizes[row] = np.maximum(sizes[row], block_sizes(values, encoding)[0])
+        raise_sizes(values, encoding, sizes[row : row + 1], place.is_native)
     scales, stored = round_scales(sizes, encoding)
     files.write(stored.tobytes(), place.scales)
     for first, count, _ in _parts_of_blocks(encoding, fitting):
@@ -128,7 +140,7 @@ def _write_rows(
 ) -> Rounding:
     """Writes the codes of some rows; ``scales`` begin at a row of the grid."""
     start = first - grid_row * encoding.block_rows
-    codes, rounding = encode_rows(values, scales, encoding, start)
+    codes, rounding = encode_rows(values, scales, encoding, start, place.is_native)
     files.write(codes.tobytes(), place.codes + first * encoding.columns)
     return rounding
 
