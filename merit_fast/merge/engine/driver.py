@@ -57,7 +57,7 @@ def write_shard(
                 engine.opened = scratch
                 grams |= engine.run([unencoded(segment)])
                 roundings[segment.names[0]] = encode_tensor(
-                    segment, scratch, opened, engine.is_native
+                    segment, scratch, opened, engine.is_native, config.threads
                 )
         for segment in shard.copies:
             if segment.num_elements:
