@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <mutex>
 #include <utility>
 
 #include "engine/ranks.h"
@@ -10,12 +11,12 @@ namespace {
 class TensorMerge {
  public:
   TensorMerge(const Engine& engine, const Segment& tensor, const TensorRule& rule,
-              const GramJob& grams)
+              const GramJob& grams, Pool* pool, int first_worker)
       : engine_(engine),
         tensor_(tensor),
         rule_(rule),
         grams_(grams),
-        reader_(engine, tensor, rule.row),
+        reader_(engine, tensor, rule.row, pool, first_worker),
         branches_(reader_.branches()),
         weight_(rule.weight) {}
 
@@ -201,9 +202,43 @@ class TensorMerge {
   std::vector<float> low_, high_;
 };
 
+// The matrices of one of a job's tensors.
+GramJob grams_of(const GramJob& grams, int64_t tensor) {
+  const auto before = [](const Piece& p, int64_t segment) { return p.segment < segment; };
+  const auto begin = std::lower_bound(grams.pieces.begin(), grams.pieces.end(), tensor, before);
+  const auto end = std::lower_bound(begin, grams.pieces.end(), tensor + 1, before);
+  GramJob job = grams;
+  job.pieces.assign(begin, end);
+  job.gram += (begin - grams.pieces.begin()) * grams.branches * grams.branches;
+  return job;
+}
+
 }  // namespace
 
-MergeResult merge_deltas(const Engine& engine, const Segment& tensor, const TensorRule& rule,
-                         const GramJob& grams) {
-  return TensorMerge(engine, tensor, rule, grams).run();
+MergeResult merge_deltas(const Engine& engine, const std::vector<Segment>& tensors,
+                         const std::vector<TensorRule>& rules, const GramJob& grams) {
+  Pool pool(engine.threads);
+  std::mutex mutex;
+  MergeResult first_error{0, -1, 0, -1, false};
+  const auto merge = [&](const Engine& workers, size_t t, int worker) {
+    const GramJob own = grams_of(grams, int64_t(t));
+    MergeResult result = TensorMerge(workers, tensors[t], rules[t], own, &pool, worker).run();
+    if (result.segment < 0) return true;
+    result.segment = int64_t(t);
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (first_error.segment < 0) first_error = result;
+    return false;
+  };
+  std::vector<size_t> small;  // a worker merges the whole tensor: threads of its own cost too much
+  for (size_t t = 0; t < tensors.size(); t++) {
+    if (tensors[t].elements <= engine.chunk_elements)
+      small.push_back(t);
+    else if (!merge(engine, t, 0))
+      return first_error;
+  }
+  Engine single = engine;
+  single.threads = 1;
+  for_each_item(int64_t(small.size()), engine.threads,
+                [&](int worker, int64_t i) { return merge(single, small[size_t(i)], worker); });
+  return first_error;
 }

@@ -8,15 +8,27 @@
 
 namespace {
 
+const int64_t kPage = 4096;
 struct Chunk {
   int64_t segment, first, elements;
 };
 
-std::vector<Chunk> cut(const std::vector<Segment>& segments, int64_t chunk_elements) {
+// Elements from the start of a segment to the first place in its file that is a multiple of `most`
+// elements: writes from there on fill whole pages, which the kernel then allocates many at a time.
+int64_t lead(const Segment& s, int64_t most) {
+  const int64_t item = int64_t(item_bytes(s.output_type));
+  if (s.output_fd < 0 || s.output_offset % item || most * item % kPage) return 0;
+  return (most - s.output_offset / item % most) % most;
+}
+
+std::vector<Chunk> cut(const std::vector<Segment>& segments, int64_t most, bool aligned) {
   std::vector<Chunk> chunks;
-  for (size_t s = 0; s < segments.size(); s++)
-    for (int64_t at = 0; at < segments[s].elements; at += chunk_elements)
-      chunks.push_back({int64_t(s), at, std::min(chunk_elements, segments[s].elements - at)});
+  for (size_t s = 0; s < segments.size(); s++) {
+    int64_t next = aligned ? lead(segments[s], most) : 0;
+    next = next ? next : most;
+    for (int64_t at = 0; at < segments[s].elements; at = next, next += most)
+      chunks.push_back({int64_t(s), at, std::min(next, segments[s].elements) - at});
+  }
   return chunks;
 }
 
@@ -45,7 +57,7 @@ class SumMerge {
       : engine_(engine),
         segments_(segments),
         grams_(grams),
-        chunks_(cut(segments, engine.chunk_elements)),
+        chunks_(cut(segments, engine.chunk_elements, grams.pieces.empty())),
         workers_(static_cast<size_t>(engine.threads)) {
     size_t widest = 1;
     for (const Segment& s : segments) {
@@ -116,14 +128,17 @@ class SumMerge {
   }
 
   bool write(Worker* worker, const Segment& s, const Chunk& c) {
+    const int64_t item = int64_t(item_bytes(s.output_type));
+    const int64_t at = s.output_offset + c.first * item;
+    const bool in_memory = s.output_fd < 0;
+    char* out = in_memory ? reinterpret_cast<char*>(at) : worker->out;
     const bool finite = engine_.kernels.weighted_average(
-        worker->inputs.data(), worker->types.data(), s.weights.data(), int(s.weights.size()),
-        worker->out, s.output_type, c.elements);
+        worker->inputs.data(), worker->types.data(), s.weights.data(), int(s.weights.size()), out,
+        s.output_type, c.elements);
     if (!finite && !engine_.allow_nonfinite) return fail(0, c, -1, true);
-    const size_t item_size = item_bytes(s.output_type);
-    const int64_t at = s.output_offset + c.first * int64_t(item_size);
-    const size_t bytes = size_t(c.elements) * item_size;
-    const int error = write_all(s.output_fd, worker->out, bytes, at, engine_.write_early);
+    if (in_memory) return true;
+    const size_t bytes = size_t(c.elements * item);
+    const int error = write_all(s.output_fd, out, bytes, at, engine_.write_early);
     return error ? fail(error, c, -1, false) : true;
   }
 

@@ -70,7 +70,7 @@ struct TensorRule {
   double scale;
 };
 
-// Merges one tensor: passes over its inputs until every threshold is exact, then writes in a last
-// pass. Ignores tensor.weights.
-MergeResult merge_deltas(const Engine& engine, const Segment& tensor, const TensorRule& rule,
-                         const GramJob& grams);
+// Merges tensors by one rule each: passes over a tensor's inputs until every threshold is exact,
+// then writes in a last pass. Ignores the tensors' weights.
+MergeResult merge_deltas(const Engine& engine, const std::vector<Segment>& tensors,
+                         const std::vector<TensorRule>& rules, const GramJob& grams);

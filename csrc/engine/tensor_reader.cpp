@@ -10,12 +10,15 @@ const int64_t kSampleLength = 256;  // elements of each
 
 }  // namespace
 
-TensorReader::TensorReader(const Engine& engine, const Segment& tensor, int64_t row)
+TensorReader::TensorReader(const Engine& engine, const Segment& tensor, int64_t row, Pool* pool,
+                           int first_worker)
     : engine_(engine),
       tensor_(tensor),
       branches_(int(tensor.inputs.size()) - 1),
       row_(row),
       step_(engine.chunk_elements),
+      pool_(pool),
+      first_worker_(first_worker),
       workers_(size_t(engine.threads)) {
   if (row > 0) step_ = std::max(row, step_ / row * row);
   step_ = std::min(step_, tensor.elements);
@@ -35,7 +38,7 @@ bool TensorReader::fail(int error, int64_t chunk, int64_t input, bool nonfinite)
 
 Buffers* TensorReader::buffers(int worker) {
   Buffers& b = workers_[size_t(worker)];
-  if (b.memory) return &b;
+  if (!b.inputs.empty()) return &b;
   const size_t n = size_t(step_);
   const size_t count = tensor_.inputs.size();
   size_t widest = item_bytes(tensor_.output_type);
@@ -48,9 +51,10 @@ Buffers* TensorReader::buffers(int worker) {
   const size_t words = round_up(n * 4);
   const size_t all_ranks = row_ > 0 ? words * size_t(branches_) : 0;
   const size_t rank_bytes = all_ranks + size_t(row_) * 16;
-  b.memory = page_aligned(stride * (count + 1) + scratch_bytes + words + rank_bytes + 64);
-  if (!b.memory) return nullptr;
-  char* start = b.memory.get();
+  char* start = pool_->get(first_worker_ + worker,
+                           stride * (count + 1) + scratch_bytes + words + rank_bytes + 64);
+  if (!start) return nullptr;
+  b.held.assign(count, {0, 0});
   for (size_t k = 0; k < count; k++) b.inputs.push_back(start + stride * k);
   b.out = start + stride * count;
   b.sizes = reinterpret_cast<float*>(b.out + stride);
@@ -64,9 +68,12 @@ Buffers* TensorReader::buffers(int worker) {
 bool TensorReader::read(Buffers* b, const std::vector<size_t>& inputs, int64_t first, int64_t n) {
   const Reading reading{engine_.kernels, engine_.remote};
   for (size_t k : inputs) {
+    Held& held = b->held[k];
+    if (held.first == first && held.elements == n) continue;
     char* to = static_cast<char*>(const_cast<void*>(b->inputs[k]));
     const int error = tensor_.inputs[k]->read(reading, first, n, to, b->scratch);
     if (error) return fail(error, first / step_, int64_t(k), false);
+    held = {first, n};
   }
   return true;
 }

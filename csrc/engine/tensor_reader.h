@@ -10,10 +10,15 @@
 #include "engine/streaming.h"
 #include "engine/workers.h"
 
+// Elements of an input that a buffer holds.
+struct Held {
+  int64_t first, elements;
+};
+
 // Buffers of one worker.
 struct Buffers {
-  Memory memory;
   std::vector<const void*> inputs;
+  std::vector<Held> held;
   char *out, *scratch;  // scratch: for sources that are decoded
   float* sizes;
   uint32_t *ranks, *rank_space;
@@ -23,7 +28,9 @@ struct Buffers {
 class TensorReader {
  public:
   // row: 0, or the elements of a row, of which every chunk but the last then holds a whole number.
-  TensorReader(const Engine& engine, const Segment& tensor, int64_t row);
+  // Its workers have the pool's memory from number `first_worker` on.
+  TensorReader(const Engine& engine, const Segment& tensor, int64_t row, Pool* pool,
+               int first_worker);
 
   int branches() const { return branches_; }
   int64_t chunks() const { return chunks_; }
@@ -69,6 +76,8 @@ class TensorReader {
   const int branches_;
   const int64_t row_;
   int64_t step_, chunks_;
+  Pool* const pool_;
+  const int first_worker_;
   std::vector<Buffers> workers_;
   std::vector<DType> types_;
   std::mutex mutex_;

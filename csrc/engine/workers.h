@@ -17,6 +17,30 @@ inline Memory page_aligned(size_t bytes) {
   return Memory(static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096)));
 }
 
+// Memory of each worker that lasts from one tensor to the next, so that its pages are touched once.
+class Pool {
+ public:
+  explicit Pool(int workers) : parts_(static_cast<size_t>(workers)) {}
+
+  // At least so many bytes, of any content; null if there are none.
+  char* get(int worker, size_t bytes) {
+    Part& part = parts_[size_t(worker)];
+    if (part.bytes < bytes) {
+      part.memory.reset();
+      part.memory = page_aligned(bytes);
+      part.bytes = part.memory ? bytes : 0;
+    }
+    return part.memory.get();
+  }
+
+ private:
+  struct Part {
+    Memory memory;
+    size_t bytes = 0;
+  };
+  std::vector<Part> parts_;
+};
+
 // Calls body(worker, item) for items 0 .. count - 1; the first false stops all workers.
 template <class Body>
 void for_each_item(int64_t count, int threads, const Body& body) {

@@ -11,7 +11,7 @@ from merit_fast.merge.in_memory.state_dicts import merge_state_dicts
 from merit_fast.merge.parameters import Parameter
 from merit_fast.merge.prepared import PreparedMerge, method_fingerprint, prepare_merge, same_bytes
 from merit_fast.merge.registry import register_method
-from merit_fast.merge.stage import load_merged, merge_branches, merge_models
+from merit_fast.merge.stage import load_merged, merge_branches, merge_models, merge_trajectory
 from merit_fast.merge.write.card import RunFacts
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "merge_branches",
     "merge_models",
     "merge_state_dicts",
+    "merge_trajectory",
     "method_fingerprint",
     "prepare_merge",
     "register_method",

@@ -1,12 +1,12 @@
 """Options of the merge stage."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import SHORT_NAMES, SPELLINGS
+from merit_fast.merge.form_options import FormOptions
 from merit_fast.merge.parameters import (
     BUILT_IN,
     DENSITY,
@@ -20,17 +20,17 @@ from merit_fast.merge.parameters import (
 )
 from merit_fast.merge.registry import method_named
 from merit_fast.merge.rules.kinds import FromGram, WeightedSum
+from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS, MergeMethod
 from merit_fast.merge.tokenizer_options import TokenizerOptions, tokenizer_options
 from merit_fast.options.fields import option, require
 from merit_fast.options.parser import parse, to_plain
 
 FP8_BLOCK = "fp8-block128"  # a quantised output; the other dtypes are of plain tensors
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(FormOptions):
     """Options of a merge. Neither threads, chunk_kib nor max_memory change the result.
 
     A Setting is a number, a gradient over the layers, or a list of {filter, value}.
@@ -146,6 +146,7 @@ class MergeConfig:
         for name in ("shard_size", "max_memory"):
             if getattr(self, name) is not None:
                 parse_bytes(name, getattr(self, name))
+        self.check_form(shard_size=self.shard_size, stats=self.stats, checksum=self.checksum)
         method = self.method_entry
         self._check_parameters(method)
         self._check_own_parameters(method)
@@ -285,11 +286,3 @@ def config_of(
             weights if isinstance(weights, str) else [float(weight) for weight in weights]
         )
     return parse(MergeConfig, plain, caller)
-
-
-def parse_bytes(key: str, text: str) -> int:
-    """Reads 400M, 5G, 5GB, 32MiB or a plain number, in powers of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    count = int(float(match.group(1)) * _UNITS[match.group(2).upper()]) if match else 0
-    require(count > 0, key, "a number of bytes such as 32M or 5G", text)
-    return count

@@ -3,9 +3,11 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.directories import begin_directory, finish_directory
 from merit_fast.manifests.io import (
@@ -18,7 +20,6 @@ from merit_fast.manifests.io import (
 from merit_fast.manifests.locks import LOCKS_FOLDER, claim, this_process
 from merit_fast.manifests.state import replaced_keys
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.layout import header_bytes
 from merit_fast.merge.engine.plan import Plan, plan_merge
 from merit_fast.merge.engine.prepare import (
     Inputs,
@@ -30,12 +31,15 @@ from merit_fast.merge.engine.prepare import (
 )
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
-from merit_fast.merge.read.entries import is_float
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.registry import method_source
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
+from merit_fast.merge.write.distcp.finish import finish_distributed
+from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
+from merit_fast.merge.write.distcp.plan import distributed_plan
+from merit_fast.merge.write.distcp.whole import write_whole_tensors
 from merit_fast.merge.write.shards import (
     Share,
     all_written,
@@ -70,7 +74,7 @@ class PreparedMerge:
         files = self.inputs.files
         tensors = [tensor for file in files for tensor in file.tensors]
         local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
-        num_bytes = sum(tensor.num_bytes for tensor in tensors)
+        sizes = self._file_sizes()
         return {
             "merged": str(out),
             "method": self.config.method,
@@ -80,12 +84,13 @@ class PreparedMerge:
             "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
             "vocabulary": self.inputs.vocabulary.sentence if self.inputs.vocabulary else None,
             "weights": list(self.weights),
-            "coefficients": _coefficients(self.inputs),
-            "shards": len(files),
+            "coefficients": self.inputs.coefficients(),
+            "form": self.config.form or "safetensors",
+            "shards": len(sizes),
             "tensors": len(tensors),
             "parameters": sum(tensor.num_elements for tensor in tensors),
             "bytes_in": self.config.method_entry.passes * self.inputs.bytes_read,
-            "bytes_out": num_bytes + sum(len(header_bytes(file)) for file in files),
+            "bytes_out": sum(sizes.values()),
             "buffer_bytes": buffer_bytes(self.inputs, self.config),
             "free_bytes": free_bytes(local),
             "notes": list(self.inputs.notes),
@@ -94,7 +99,8 @@ class PreparedMerge:
 
     def write_into(self, directory: Path, progress: Progress) -> None:
         """Writes the whole output into an unfinished directory that the caller owns."""
-        plan = self._plan(progress)
+        plan = self._plan(progress, directory)
+        write_whole_tensors(plan, self.config, directory, progress)
         write_shards(plan, self.config, directory, progress)
         self._finish(plan, directory, {})
 
@@ -124,7 +130,8 @@ class PreparedMerge:
             if changed := replaced_keys(out, manifest):
                 progress.note(f"{out}: {changed}; merging again")
             directory = begin_directory(out, manifest.fingerprint)
-            plan = self._plan(progress)
+            plan = self._plan(progress, directory)
+            write_whole_tensors(plan, self.config, directory, progress, share)
             write_shards(plan, self.config, directory, progress, share)
             if not all_written(plan, directory):
                 return False
@@ -143,8 +150,9 @@ class PreparedMerge:
     ) -> bool:
         """Makes the output shard by shard and sends it to a store; arguments as in ``write``."""
         manifest = self._manifest(records or {})
-        sizes = {shard.file: shard.num_bytes for shard in plan_merge(self.inputs.files).shards}
-        upload = Upload(out, sizes)
+        if self.layout is not None:
+            raise InputError(f"{out}: a distributed checkpoint can be written to a local disk only")
+        upload = Upload(out, self._file_sizes())
         config = replace(self.config, fsync=False)  # files pass through the disk only
         if not upload.begin(manifest.fingerprint):
             plan = self._plan(progress)
@@ -169,8 +177,24 @@ class PreparedMerge:
             fit_config(kind, source, self.inputs.dequantized)
             return build_model(companions, kind, source, device)
 
-    def _plan(self, progress: Progress) -> Plan:
-        return make_plan(self.inputs, self.config, progress)
+    @cached_property
+    def layout(self) -> DistributedLayout | None:
+        """Shards and chunks of the output, if it is a distributed checkpoint."""
+        if self.config.form != "distcp":
+            return None
+        return distributed_layout(self.inputs.checkpoints[0], self.inputs.files)
+
+    def _file_sizes(self) -> dict[str, int]:
+        """Weight file of the output -> bytes."""
+        if self.layout is not None:
+            return {file.name: file.num_bytes for file in self.layout.files}
+        return {shard.file: shard.num_bytes for shard in plan_merge(self.inputs.files).shards}
+
+    def _plan(self, progress: Progress, directory: Path | None = None) -> Plan:
+        plan = make_plan(self.inputs, self.config, progress)
+        if self.layout is None or directory is None:
+            return plan
+        return distributed_plan(plan, self.layout, directory)
 
     def _finish(
         self,
@@ -179,7 +203,10 @@ class PreparedMerge:
         records: Mapping[str, str],
         weights_at: Location | None = None,
     ) -> None:
-        finish_output(plan, self.inputs, self.models, self.config, directory, weights_at)
+        if self.layout is not None:
+            finish_distributed(self.layout, self.inputs, directory)
+        else:
+            finish_output(plan, self.inputs, self.models, self.config, directory, weights_at)
         if self.slices:
             write_depth(directory, self.slices)
         for name, text in records.items():
@@ -268,18 +295,3 @@ def method_fingerprint(config: MergeConfig) -> dict[str, str]:
     """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
     source = method_source(config.method_entry)
     return {} if source is None else {"method": source}
-
-
-def _coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
-    """Each input's coefficient; None where it differs between tensors or there is none."""
-    combination = inputs.combination
-    rules = set()
-    if combination.from_gram is None:
-        tensors = [tensor for file in inputs.files for tensor in file.tensors]
-        entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
-        rules = {combination.rule(entry) for entry in entries if is_float(entry)}
-    rule = rules.pop() if len(rules) == 1 else None
-    numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
-    paths = combination.paths
-    filled = (*numbers, *[None] * (len(paths) - len(numbers)))
-    return [(str(path), number) for path, number in zip(paths, filled, strict=True)]

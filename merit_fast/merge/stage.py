@@ -23,6 +23,7 @@ from merit_fast.merge.read.answers import answer_notes
 from merit_fast.merge.read.files import is_directory, is_weight_file
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
 from merit_fast.merge.read.slices import Slice
+from merit_fast.merge.trajectory import read_trajectory
 from merit_fast.merge.write.card import RunFacts
 from merit_fast.merge.write.shards import Share
 from merit_fast.merge.write.upload import check_output
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_OF_FILES = ("shard_size", "stats", "checksum", "fsync", "chat_template")
+_OF_FILES = ("form", "shard_size", "stats", "checksum", "fsync", "chat_template")
 
 
 @options_named("python")
@@ -117,6 +118,39 @@ def merge_models(  # noqa: PLR0913
     else:
         finished = merge.write(out, progress, share, records)
     return summary | {"finished": finished} | read_rounding(out)
+
+
+@options_named("python")
+def merge_trajectory(
+    pattern: str,
+    /,
+    *,
+    out: Location | str,
+    schedule: str = "uniform",
+    last: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Averages the checkpoints of one run, weighed along its steps, into the directory ``out``.
+
+        merge_trajectory("run/ckpt-*", schedule="minus-sqrt", last=8, out="merged")
+
+    Args:
+        pattern: as in ``read_trajectory``, which also has the formulas.
+        out: as in ``merge_models``.
+        schedule: uniform, linear, minus-sqrt, ema:BETA, or a file of names and weights.
+        last: only so many checkpoints, the latest.
+        options: as in ``merge_models``.
+
+    Returns:
+        the summary of ``merge_models``, with "trajectory": [step, weight, path] of each.
+
+    Raises:
+        InputError, MeritFastError: as ``read_trajectory`` and ``merge_models``.
+    """
+    trajectory = read_trajectory(pattern, schedule, last)
+    summary = merge_models(trajectory.paths, trajectory.weights, out=out, **options)
+    rows = zip(trajectory.steps, trajectory.weights, map(str, trajectory.paths), strict=True)
+    return summary | {"schedule": schedule, "trajectory": [list(row) for row in rows]}
 
 
 @options_named("python")

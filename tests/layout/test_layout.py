@@ -66,6 +66,8 @@ EXCEPTIONS = {("merit_fast.split.config", "merit_fast.sketch.config")}
 INSIDE = {
     "merge": (
         "option_names",
+        "sizes",
+        "form_options",
         "parameters",
         "rules",
         "table",
@@ -80,6 +82,7 @@ INSIDE = {
         "in_memory",
         "lora",
         "prepared",
+        "trajectory",
         "stage",
     ),
     "sketch": (

@@ -125,6 +125,10 @@ void define_sources(nb::module_& m) {
             new (self) PlainSource(file, offset, dtype(stored));
           },
           nb::kw_only(), "file"_a, "offset"_a, "stored"_a);
+  m.def(
+      "scratch_bytes",
+      [](const SourcePtr& source, int64_t elements) { return source->scratch_bytes(elements); },
+      nb::kw_only(), "source"_a, "elements"_a);
   define_codes(m);
   define_changes(m);
   define_boxes(m);

@@ -66,7 +66,7 @@ def merge_command(  # noqa: PLR0913
         raise InputError("command line: merge: give one of --model, --run and --mergekit")
     if run is None and not (arm is None and seed_index is None):
         raise InputError("command line: merge: --arm and --seed-index go with --run")
-    number_and_count = _share(share)
+    number_and_count = share_of(share)
     if mergekit is not None:
         from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit
 
@@ -199,6 +199,9 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
     if base := summary["base"]:
         line = f"  base {' ' * 13 * has_weights}{base}"
         lines.append(line + _coefficient(coefficients[count], None))
+    if trajectory := summary.get("trajectory"):
+        steps = ", ".join(str(step) for step, _, _ in trajectory)
+        lines.append(f"  trajectory: steps {steps}; schedule {summary['schedule']}")
     lines.append(f"  weights: {summary['weights_reason']}")
     lines.append(f"  dtype: {summary['dtype']}, {summary['dtype_reason']}")
     if summary["vocabulary"]:
@@ -296,7 +299,8 @@ def _weights(pairs: Sequence[tuple[Location, float | None]]) -> list[float] | No
     return weights or None
 
 
-def _share(text: str | None) -> tuple[int, int]:
+def share_of(text: str | None) -> tuple[int, int]:
+    """``--share I/N`` as two numbers."""
     if text is None:
         return 1, 1
     number, slash, count = text.partition("/")

@@ -37,6 +37,18 @@ def add_merge(parser: Parser) -> Work:
         metavar="DIR[:WEIGHT]",
         help="a checkpoint or adapter to merge, as directory or URL; repeat for each",
     )
+    add(
+        "--trajectory",
+        metavar="PATTERN",
+        help="average the checkpoints of one run that a quoted pattern names, as 'run/ckpt-*'",
+    )
+    add(
+        "--schedule",
+        metavar="NAME",
+        help="with --trajectory: uniform, linear, minus-sqrt, ema:BETA, or a file of names and "
+        "weights [default: uniform]",
+    )
+    add("--last", metavar="N", type=int, help="with --trajectory: only the latest N checkpoints")
     add("--base", metavar="DIR", help="the checkpoint from which the models were trained")
     add("--run", metavar="DIR", help="output of `run`: merge the split in force into OUT")
     add("--arm", metavar="ARM", help="with --run: the arm to merge [default: merit]")
@@ -70,7 +82,6 @@ def add_merge(parser: Parser) -> Work:
 
 def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
     from merit_fast.cli.merge.command import (
-        describe,
         merge_command,
         param_assignments,
         require_merge_inputs,
@@ -78,11 +89,15 @@ def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
 
     parameters = param_assignments(arguments.param or [], arguments.method)
     assignments = [*parameters, *assignments_of(arguments, options)]
-    if not (arguments.model or arguments.run or arguments.mergekit):
+    sources = (arguments.model, arguments.run, arguments.mergekit, arguments.trajectory)
+    if arguments.trajectory is None and (arguments.schedule or arguments.last is not None):
+        raise InputError("command line: merge: --schedule and --last go with --trajectory")
+    if not any(sources):
         given = (arguments.dry_run, arguments.base, arguments.share, arguments.validation)
         if any(given) or arguments.arm or arguments.seed_index is not None:
             flags = "--dry-run, --base, --share, --validation, --arm and --seed-index"
-            raise InputError(f"command line: merge: {flags} go with --model, --run or --mergekit")
+            rule = "go with --model, --run, --mergekit or --trajectory"
+            raise InputError(f"command line: merge: {flags} {rule}")
         require_merge_inputs(arguments.inputs)
         run_stage(MERGE, arguments, [f"{MERGE.section}.{text}" for text in assignments])
         return
@@ -90,9 +105,13 @@ def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
         raise InputError("command line: merge: --verify and --overwrite go with a CONFIG.yml")
     if len(arguments.inputs) != 1 or "=" in arguments.inputs[0]:
         raise InputError(
-            "command line: merge: with --model, --run or --mergekit needs exactly one OUT directory"
+            "command line: merge: with --model, --run, --mergekit or --trajectory needs exactly "
+            "one OUT directory"
         )
     progress = progress_of(arguments)
+    if arguments.trajectory is not None:
+        _show(arguments, _average_trajectory(arguments, assignments, progress))
+        return
     summary = merge_command(
         arguments.inputs[0],
         arguments.model,
@@ -107,6 +126,38 @@ def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
         seed_index=arguments.seed_index,
         tune=_tune(arguments.validation, progress),
     )
+    _show(arguments, summary)
+
+
+def _average_trajectory(
+    arguments: argparse.Namespace, assignments: list[str], progress: Progress
+) -> dict[str, Any]:
+    from merit_fast.cli.merge.command import share_of
+    from merit_fast.cli.merge.trajectory import trajectory_command
+
+    sources = (arguments.model, arguments.run, arguments.mergekit)
+    others = (arguments.validation, arguments.arm, arguments.seed_index)
+    if any(sources) or any(each is not None for each in others):
+        raise InputError(
+            "command line: merge: --trajectory goes without --model, --run, --mergekit, "
+            "--validation, --arm and --seed-index"
+        )
+    return trajectory_command(
+        arguments.inputs[0],
+        arguments.trajectory,
+        assignments,
+        progress,
+        schedule=arguments.schedule,
+        last=arguments.last,
+        base=arguments.base,
+        dry_run=arguments.dry_run,
+        share=share_of(arguments.share),
+    )
+
+
+def _show(arguments: argparse.Namespace, summary: dict[str, Any]) -> None:
+    from merit_fast.cli.merge.command import describe
+
     print(json.dumps(summary) if arguments.as_json else describe(summary, arguments.dry_run))
 
 

@@ -3,10 +3,13 @@
 Memory is threads x (K + 1) x chunk, whatever the model's size.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +24,20 @@ from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
-from merit_fast.merge.engine.plan import Segment, Shard
+from merit_fast.merge.engine.plan import Frame, Segment, Shard
 from merit_fast.merge.engine.quantise.rounding import write_shard_roundings
 from merit_fast.merge.engine.quantise.stream import encode_tensor, scratch_output, unencoded
+from merit_fast.merge.engine.sources import held_bytes
 from merit_fast.merge.engine.values import values
-from merit_fast.merge.read.entries import is_float, is_plain, stored_entries, value_dtype
+from merit_fast.merge.read.entries import is_float, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
 
+_BLOCK_BYTES = 1 << 20
+_CHECKSUMS_AT_ONCE = 1024
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
+
+_MOST_HELD = 8 << 20  # bytes
 
 
 def write_shard(
@@ -49,6 +57,9 @@ def write_shard(
     with open_files(input_files((*shard.segments, *shard.copies)), path) as opened:
         os.posix_fallocate(opened.output, 0, shard.num_bytes)
         os.pwrite(opened.output, shard.header, 0)
+        if shard.frame is not None:
+            for at, data in shard.frame.pieces():
+                os.pwrite(opened.output, data, at)
         engine = _Engine(config, opened, config.stats, config.stats, advance, backend)
         grams = engine.run([segment for segment in shard.segments if not segment.encoding])
         roundings = {}
@@ -62,6 +73,8 @@ def write_shard(
         for segment in shard.copies:
             if segment.num_elements:
                 _copy_equal(segment, opened)
+        if shard.frame is not None:
+            _write_checksums(shard.frame, opened.output, config.threads)
     write_shard_roundings(path.parent, shard, roundings)
     return grams
 
@@ -102,7 +115,7 @@ def merge_tensor(
     """
     placed = replace(segment, output_offset=address)
     if is_float(segment.inputs[0]):
-        _Engine(config, opened, False, False, lambda count: None, backend).run([placed])
+        _Engine(config, opened, False, False, None, backend).run([placed])
     else:
         _copy_equal(placed, opened)
 
@@ -113,16 +126,14 @@ def input_files(segments: Iterable[Segment]) -> set[Location]:
     return {stored.file for entry in entries for stored in stored_entries(entry)}
 
 
-def chunk_elements(segments: Iterable[Segment], config: MergeConfig, chunk_bytes: int) -> int:
+def chunk_elements(segment: Segment, chunk_bytes: int) -> int:
     """Elements of a chunk: ``chunk_bytes`` of the widest type that takes part."""
-    outputs = [segment.dtype for segment in segments]
-    inputs = [value_dtype(entry) for segment in segments for entry in segment.inputs]
-    widest = max((ITEM_BYTES[dtype] for dtype in (*outputs, *inputs)), default=1)
-    return max(chunk_bytes // widest, 1)
+    inputs = [ITEM_BYTES[value_dtype(entry)] for entry in segment.inputs]
+    return max(chunk_bytes // max(ITEM_BYTES[segment.dtype], *inputs), 1)
 
 
 class _Engine:
-    """Passes over a shard's segments: plain sums in one call, other tensors one by one."""
+    """Passes over a shard's segments, many in one call."""
 
     def __init__(
         self,
@@ -130,7 +141,7 @@ class _Engine:
         opened: OpenFiles,
         takes_gram: bool,
         from_base: bool,
-        advance: Advance,
+        advance: Advance | None,
         backend: str | None,
     ) -> None:
         self.config = config
@@ -142,22 +153,41 @@ class _Engine:
 
     def run(self, segments: Sequence[Segment]) -> dict[str, Array]:
         grams: dict[str, Array] = {}
-        for batch in _batches(segments):
-            pieces, gram = self._pieces(batch)
-            step = self._step(batch)
-            run = native.run if self._runs_native(batch) else reference.run
-            run(
-                batch,
-                self.config,
-                self.opened,
-                step,
-                pieces,
-                gram,
-                self.from_base,
-                self.advance,
-            )
-            grams |= gram_by_tensor(batch, pieces, gram)
+        with native.watch(self.advance) as elements_done:
+            for batch in self._batches(segments):
+                pieces, gram = self._pieces(batch)
+                run = native.run if self._runs_native(batch) else reference.run
+                run(
+                    batch,
+                    self.config,
+                    self.opened,
+                    self._step(batch[0]),
+                    pieces,
+                    gram,
+                    self.from_base,
+                    elements_done,
+                )
+                grams |= gram_by_tensor(batch, pieces, gram)
         return grams
+
+    def _batches(self, segments: Iterable[Segment]) -> list[list[Segment]]:
+        """Segments by call: those of one kind of rule, size of chunks and number of inputs.
+
+        Small arrays of a batch, such as scales and factors, take at most ``_MOST_HELD`` bytes.
+        """
+        batches: list[list[Segment]] = []
+        room: dict[tuple[str, int, int], tuple[list[Segment], int]] = {}  # open batch, bytes held
+        for segment in segments:
+            key = (type(segment.rule).__name__, self._step(segment), len(segment.inputs))
+            batch, held = room.get(key, ([], 0))
+            held += sum(held_bytes(entry) for entry in segment.inputs)
+            if not batch or held > _MOST_HELD:
+                batch = []
+                batches.append(batch)
+                held = sum(held_bytes(entry) for entry in segment.inputs)
+            batch.append(segment)
+            room[key] = (batch, held)
+        return batches
 
     def _runs_native(self, batch: Sequence[Segment]) -> bool:
         return self.is_native and not isinstance(batch[0].rule, FunctionRule)
@@ -165,29 +195,36 @@ class _Engine:
     def _pieces(self, batch: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], Array]:
         if not self.takes_gram:
             return np.empty((0, 3), np.int64), np.empty((0, 0, 0))
-        pieces = cut_pieces(batch, self._step(batch))
+        pieces = cut_pieces(batch, self._step(batch[0]))
         branches = len(batch[0].inputs) - int(self.from_base)
         return pieces, np.zeros((len(pieces), branches, branches))
 
-    def _step(self, batch: Sequence[Segment]) -> int:
-        rule = batch[0].rule
+    def _step(self, segment: Segment) -> int:
+        rule = segment.rule
         if isinstance(rule, DeltaRule) and self.takes_gram and rule.row:
             # A chunk of the engine holds whole rows.
             return max(rule.row, GRAM_CHUNK // rule.row * rule.row)
         if self.takes_gram or (isinstance(rule, DeltaRule) and rule.weigh_by_squares):
             return GRAM_CHUNK
-        return chunk_elements(batch, self.config, self.config.chunk_kib * 1024)
+        return chunk_elements(segment, self.config.chunk_kib * 1024)
 
 
-def _batches(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments by call: plain sums together, each of the others in a call of its own."""
-    plain: dict[int, list[Segment]] = {}  # by number of inputs
-    single: list[Segment] = []
-    for segment in segments:
-        is_plain_sum = isinstance(segment.rule, tuple) and all(map(is_plain, segment.inputs))
-        group = plain.setdefault(len(segment.inputs), []) if is_plain_sum else single
-        group.append(segment)
-    return [*plain.values(), *([segment] for segment in single)]
+def _write_checksums(frame: Frame, descriptor: int, threads: int) -> None:
+    """Reads runs of the output back, from memory as a rule, and writes their CRC-32."""
+
+    def take(run: tuple[int, int, tuple[int, int]]) -> None:
+        start, num_bytes, places = run
+        crc = 0
+        for at in range(start, start + num_bytes, _BLOCK_BYTES):
+            count = min(_BLOCK_BYTES, start + num_bytes - at)
+            crc = crc32(os.pread(descriptor, count, at), crc)
+        for place in places:
+            os.pwrite(descriptor, crc.to_bytes(4, "little"), place)
+
+    runs = iter(frame.checksums())
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(itertools.islice(runs, _CHECKSUMS_AT_ONCE)):
+            list(pool.map(take, batch))
 
 
 def _copy_equal(segment: Segment, files: OpenFiles) -> None:

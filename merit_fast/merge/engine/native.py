@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,11 @@ from merit_fast.kernels import dispatch
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles
-from merit_fast.merge.engine.plan import Segment
+from merit_fast.merge.engine.plan import Rule, Segment
 from merit_fast.merge.engine.sources import CODES, SourceBuilder
 from merit_fast.merge.engine.values import nonfinite_error
 
+_RULE_FIELDS = tuple(field.name for field in fields(DeltaRule))
 Advance = Callable[[int], None]  # receives the number of elements done since the last call
 
 
@@ -33,7 +34,7 @@ def run(
     pieces: npt.NDArray[np.int64],
     grams: npt.NDArray[np.float64],
     from_base: bool,
-    advance: Advance,
+    elements_done: npt.NDArray[np.int64],
 ) -> None:
     """Merges one batch of segments and fills the Gram matrices of its pieces.
 
@@ -42,13 +43,11 @@ def run(
         pieces: [P, 3] segment, first element, elements.
         grams: [P, branches, branches], filled.
         from_base: Gram matrices are of deltas from the last input; else of the inputs.
-        advance: called with the number of elements that are done since the last call.
+        elements_done: [1], grows by the number of elements that are merged.
     """
     native = dispatch.native()
     builder = SourceBuilder(native, files)
     segments = [_segment(segment, builder) for segment in batch]
-    rule = batch[0].rule
-    elements_done = np.zeros(1, np.int64)
     shared = {
         "read": files.remote_read,
         "chunk_elements": step,
@@ -59,12 +58,11 @@ def run(
         "gram": grams,
         "elements_done": elements_done,
     }
-    with _watch(elements_done, advance):
-        if isinstance(rule, DeltaRule):
-            tensor_rule = native.TensorRule(**asdict(rule))
-            result = native.merge_deltas(tensor=segments[0], rule=tensor_rule, **shared)
-        else:
-            result = native.merge_sums(segments=segments, from_base=from_base, **shared)
+    if isinstance(batch[0].rule, DeltaRule):
+        rules = [_tensor_rule(native, segment.rule) for segment in batch]
+        result = native.merge_deltas(tensors=segments, rules=rules, **shared)
+    else:
+        result = native.merge_sums(segments=segments, from_base=from_base, **shared)
     if result.nonfinite:
         raise nonfinite_error(batch[result.segment], result.element, step, files)
     if result.error:
@@ -86,9 +84,18 @@ def _segment(segment: Segment, builder: SourceBuilder) -> Any:
     )
 
 
+def _tensor_rule(native: Any, rule: Rule) -> Any:
+    assert isinstance(rule, DeltaRule)
+    return native.TensorRule(**{name: getattr(rule, name) for name in _RULE_FIELDS})
+
+
 @contextmanager
-def _watch(elements_done: npt.NDArray[np.int64], advance: Advance) -> Iterator[None]:
-    """Reports a counter that C++ advances while it does not hold the GIL."""
+def watch(advance: Advance | None) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields a [1] counter; reports its growth while C++ advances it without the GIL."""
+    elements_done = np.zeros(1, np.int64)
+    if advance is None:
+        yield elements_done
+        return
     stop = threading.Event()
     reported = 0
 
@@ -98,14 +105,14 @@ def _watch(elements_done: npt.NDArray[np.int64], advance: Advance) -> Iterator[N
         advance(now - reported)
         reported = now
 
-    def watch() -> None:
+    def report_often() -> None:
         while not stop.wait(0.1):
             report()
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=report_often, daemon=True)
     thread.start()
     try:
-        yield
+        yield elements_done
     finally:
         stop.set()
         thread.join()

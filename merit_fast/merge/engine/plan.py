@@ -1,8 +1,10 @@
 """The output's files as runs of elements, neighbouring tensors joined. Reads no data."""
 
 import bisect
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
@@ -38,6 +40,16 @@ class Segment:
         return self.names[bisect.bisect_right(self.ends, element)]
 
 
+class Frame(Protocol):
+    """Bytes of a file that lie between its tensors' values."""
+
+    def pieces(self) -> Iterable[tuple[int, bytes]]:
+        """Offsets in the file, and the bytes there."""
+
+    def checksums(self) -> Iterable[tuple[int, int, tuple[int, int]]]:
+        """Offset and bytes of a run, and the two offsets where its CRC-32 is written."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One output file: header, size, merged segments and tensors that are copied."""
@@ -47,6 +59,7 @@ class Shard:
     num_bytes: int
     segments: tuple[Segment, ...]
     copies: tuple[Segment, ...]  # equal in all inputs: integer tensors, quantised ones untouched
+    frame: Frame | None = None
 
     @property
     def num_elements(self) -> int:
@@ -55,8 +68,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
+    """The output's tensors and files. ``before``: a plan whose files these are made of."""
+
     files: tuple[OutputFile, ...]
     shards: tuple[Shard, ...]
+    before: "Plan | None" = None
 
     @property
     def num_bytes(self) -> int:
@@ -134,32 +150,37 @@ def _segment(tensor: OutputTensor, offset: int, rule: Rule = ()) -> Segment:
 
 def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
     """Joins neighbours that follow each other without a gap in the output and in every input."""
-    joined: list[Segment] = []
+    runs: list[list[Segment]] = []
+    elements = 0  # of the last run
     for segment in segments:
-        last = joined[-1] if joined else None
-        if last is not None and _follows(last, segment):
-            ends = (*last.ends, last.num_elements + segment.num_elements)
-            names = last.names + segment.names
-            joined[-1] = Segment(
-                names, ends, last.dtype, last.output_offset, last.inputs, last.rule
-            )
+        if runs and _follows(runs[-1][0], elements, segment):
+            runs[-1].append(segment)
         else:
-            joined.append(segment)
-    return joined
+            runs.append([segment])
+            elements = 0
+        elements += segment.num_elements
+    return [_joined(run) for run in runs]
 
 
-def _follows(last: Segment, segment: Segment) -> bool:
-    is_sum = isinstance(last.rule, tuple)  # every other rule is for one whole tensor
-    if last.encoding or segment.encoding or not is_sum:
+def _joined(run: Sequence[Segment]) -> Segment:
+    names = tuple(name for segment in run for name in segment.names)
+    ends = itertools.accumulate(segment.num_elements for segment in run)
+    return replace(run[0], names=names, ends=tuple(ends))
+
+
+def _follows(first: Segment, elements: int, segment: Segment) -> bool:
+    """Whether a segment follows the run that ``first`` opens and that holds ``elements``."""
+    is_sum = isinstance(first.rule, tuple)  # every other rule is for one whole tensor
+    if first.encoding or segment.encoding or not is_sum:
         return False
-    if last.rule != segment.rule or last.dtype != segment.dtype:
+    if first.rule != segment.rule or first.dtype != segment.dtype:
         return False
-    elements = last.num_elements
-    return last.output_offset + elements * ITEM_BYTES[last.dtype] == segment.output_offset and all(
-        is_plain(mine)
-        and is_plain(theirs)
-        and mine.file == theirs.file
-        and mine.dtype == theirs.dtype
-        and mine.offset + elements * ITEM_BYTES[mine.dtype] == theirs.offset
-        for mine, theirs in zip(last.inputs, segment.inputs, strict=True)
-    )
+    if first.output_offset + elements * ITEM_BYTES[first.dtype] != segment.output_offset:
+        return False
+    for mine, theirs in zip(first.inputs, segment.inputs, strict=True):
+        same_run = mine.dtype == theirs.dtype and mine.file == theirs.file
+        if not same_run or not is_plain(mine) or not is_plain(theirs):
+            return False
+        if mine.offset + elements * ITEM_BYTES[mine.dtype] != theirs.offset:
+            return False
+    return True

@@ -1,14 +1,14 @@
 """Decisions before a merge writes: checked headers, the method's rules, the plan, the memory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average.dtypes import ITEM_BYTES, SHORT_NAMES, SPELLINGS
+from merit_fast.kernels.average.dtypes import ITEM_BYTES, SHORT_NAMES
 from merit_fast.merge.combine.combination import Combination, combine
-from merit_fast.merge.config import MergeConfig, parse_bytes
+from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.changes import factor_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK, gram_shard
 from merit_fast.merge.engine.geometry import Array
@@ -16,28 +16,31 @@ from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
+from merit_fast.merge.engine.notes.dtypes import words_of_entries, words_of_output
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
 from merit_fast.merge.engine.quantise.choose import check_config, choose_forms
 from merit_fast.merge.engine.quantise.forms import Forms, SameForms
+from merit_fast.merge.engine.sources import scratch_bytes
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
-from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
+from merit_fast.merge.read.companions import check_configs, list_companions
+from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import (
     TensorEntry,
     is_float,
-    is_plain,
     is_quantised,
-    own_dtype,
     value_dtype,
 )
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
-from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.opening import check_names, companions_of
+from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ThinnedDeltas
+from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
@@ -60,13 +63,12 @@ class Inputs:
     notes: tuple[str, ...]  # what was renamed, filled or left out, in sentences
     vocabulary: OutputVocabulary | None = None  # None: tokenizer and rows stay as they are
     chat_template: str | None = None  # None: the tokenizer's own
+    forms: Forms | None = None  # chose the output's quantised tensors
 
     @property
     def tokenizer(self) -> Location:
         """The directory whose tokenizer the output gets."""
         return self.vocabulary.folder if self.vocabulary else self.companions
-
-    forms: Forms | None = None  # chose the output's quantised tensors
 
     @property
     def bytes_read(self) -> int:
@@ -82,8 +84,21 @@ class Inputs:
     def dtypes(self) -> str:
         """The output's float dtypes in words such as "bf16", most common first."""
         tensors = [tensor for file in self.files for tensor in file.tensors]
-        kinds = {tensor.dtype for tensor in tensors if tensor.is_quantised}
-        return _dtype_words(((tensor.dtype, tensor.num_elements) for tensor in tensors), kinds)
+        return words_of_output(tensors)
+
+    def coefficients(self) -> list[tuple[str, float | None]]:
+        """Each input's coefficient; None where it differs between tensors or there is none."""
+        combination = self.combination
+        rules = set()
+        if combination.from_gram is None:
+            tensors = [tensor for file in self.files for tensor in file.tensors]
+            entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
+            rules = {combination.rule(entry) for entry in entries if is_float(entry)}
+        rule = rules.pop() if len(rules) == 1 else None
+        numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
+        paths = combination.paths
+        filled = (*numbers, *[None] * (len(paths) - len(numbers)))
+        return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
 
 
 def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
@@ -96,13 +111,6 @@ def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> 
     if base_dtypes and base_dtypes != inputs.dtypes:
         reason += f"; the base is {base_dtypes} and is read as it is"
     return reason
-
-
-def _dtype_words(tensors: Iterable[tuple[str, int]], kinds: Iterable[str]) -> str:
-    """Dtypes in words; ``kinds``: of quantised tensors."""
-    words = [f"{kind} with scales" for kind in sorted(kinds)]
-    words += [SPELLINGS.get(name, name) for name in output_dtypes(tensors)]
-    return ", ".join(words) or "no float"
 
 
 def read_inputs(
@@ -125,14 +133,20 @@ def read_inputs(
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
             ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
-    chosen = companions
-    base_checkpoint = read_input(base, None, config.unscaled_fp8) if base else None
-    checkpoints = [read_input(path, base_checkpoint, config.unscaled_fp8) for path in models]
+    given = as_location(config.config_from) if config.config_from else None
+    base_checkpoint = (
+        read_input(base, None, config.unscaled_fp8, config.subtree, given) if base else None
+    )
+    places = (config.unscaled_fp8, config.subtree, given or base)
+    checkpoints = [read_input(path, base_checkpoint, *places) for path in models]
     everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
-    everyone, companions = in_common_names(everyone, base_checkpoint, companions)
+    chosen = companions or companions_of(everyone, given)
+    everyone, companions = in_common_names(everyone, base_checkpoint, chosen)
+    if config.form != "distcp":
+        check_names(everyone, companions, config.subtree)
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base else None
     matched = match_vocabularies(
@@ -169,17 +183,11 @@ def read_inputs(
     list_companions(companions)
     tensors = [tensor for file in files for tensor in file.tensors]
     is_plain_output = not any(tensor.is_quantised for tensor in tensors)
-    dequantized = is_plain_output and any(
-        is_quantised(entry) for tensor in tensors for entry in tensor.inputs
-    )
+    inputs = (entry for tensor in tensors for entry in tensor.inputs)
+    dequantized = is_plain_output and any(map(is_quantised, inputs))
     if not is_plain_output and isinstance(forms, SameForms):
         check_config(everyone, companions)
-    base_dtypes = ""
-    if base_checkpoint:
-        entries = base_checkpoint.tensors.values()
-        plain = [entry for entry in entries if not is_quantised(entry)]
-        kinds = {own_dtype(entry) for entry in entries if is_quantised(entry)}
-        base_dtypes = _dtype_words(((value_dtype(e), e.num_elements) for e in plain), kinds)
+    base_dtypes = words_of_entries(base_checkpoint.tensors.values()) if base_checkpoint else ""
     return Inputs(
         combination,
         tuple(checkpoints),
@@ -188,7 +196,12 @@ def read_inputs(
         dequantized,
         tuple(models),
         base_dtypes,
-        (*dict.fromkeys(note for each in everyone for note in each.notes), *absent, *counted),
+        (
+            *dict.fromkeys(note for each in everyone for note in each.notes),
+            *left_out_notes(everyone, config.form == "distcp"),
+            *absent,
+            *counted,
+        ),
         vocabulary,
         template,
         forms,
@@ -249,10 +262,10 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
         row = max((entry.shape[-1] for entry in entries if entry.shape), default=1)
         elements = max(elements, row)
     each = (len(inputs.checkpoints) + 1) * widest
-    decoded = 16 if not all(map(is_plain, entries)) else 0
+    scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
-    return config.threads * elements * (each + decoded + sizes + ranks) + _factor_bytes(inputs)
+    return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
 
 
 def _factor_bytes(inputs: Inputs) -> int:

@@ -3,7 +3,7 @@
 Sums go chunk by chunk; a tensor with a rule for its deltas is held whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,18 +28,18 @@ def run(
     pieces: npt.NDArray[np.int64],
     grams: npt.NDArray[np.float64],
     from_base: bool,
-    advance: Callable[[int], None],
+    elements_done: npt.NDArray[np.int64],
 ) -> None:
     """Runs one batch of segments and takes the Gram matrices of its pieces."""
     for segment in batch:
         if isinstance(segment.rule, DeltaRule):
             _mix(segment, segment.rule, config, files)
-            advance(segment.num_elements)
+            elements_done += segment.num_elements
         elif isinstance(segment.rule, FunctionRule):
             _call(segment, segment.rule, config, files)
-            advance(segment.num_elements)
+            elements_done += segment.num_elements
         elif segment.rule:
-            _sum(segment, segment.rule, config, files, step, advance)
+            _sum(segment, segment.rule, config, files, step, elements_done)
     branches = grams.shape[1]
     for index, (number, first, count) in enumerate(pieces.tolist()):
         arrays, dtypes = _load(batch[number].inputs, first, count, files)
@@ -65,7 +65,7 @@ def _sum(
     config: MergeConfig,
     files: OpenFiles,
     step: int,
-    advance: Callable[[int], None],
+    elements_done: npt.NDArray[np.int64],
 ) -> None:
     for first in range(0, segment.num_elements, step):
         count = min(step, segment.num_elements - first)
@@ -80,7 +80,7 @@ def _sum(
             config.allow_nonfinite or bool(finite(out, segment.dtype).all()),
             files,
         )
-        advance(count)
+        elements_done += count
 
 
 def _mix(segment: Segment, rule: DeltaRule, config: MergeConfig, files: OpenFiles) -> None:

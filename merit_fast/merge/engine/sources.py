@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.errors import MeritFastError
-from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
 from merit_fast.merge.engine.changes import columns_of, factors_of, length_factors
 from merit_fast.merge.engine.decode import code_bits, code_values
 from merit_fast.merge.engine.opened import OpenFiles
@@ -25,6 +25,49 @@ from merit_fast.merge.read.entries import (
 )
 
 CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
+
+
+def held_bytes(entry: TensorEntry) -> int:
+    """Memory of the small arrays that an entry's source holds while it exists."""
+    if isinstance(entry, ChangedEntry):
+        assert entry.source is not None
+        stored = [small for change in entry.changes for small in change.stored]
+        return 8 * sum(small.num_elements for small in stored) + held_bytes(entry.source)
+    if isinstance(entry, AssembledEntry):
+        sources = {id(part.source): part.source for part in entry.parts}
+        return 100 * len(entry.parts) + sum(map(held_bytes, sources.values()))
+    if isinstance(entry, DecodedEntry):
+        return sum(grid.columns.num_bytes for grid in entry.grids if grid.columns is not None)
+    return 0
+
+
+def scratch_bytes(entry: TensorEntry) -> int:
+    """Bytes per element of a chunk in which an entry's source works while it reads."""
+    if isinstance(entry, ChangedEntry):
+        assert entry.source is not None
+        rows = [change.rows for change in entry.changes if isinstance(change, Rows)]
+        return max(_double_scratch(each) for each in (entry.source, *rows))
+    if isinstance(entry, AssembledEntry):
+        own = value_dtype(entry)
+        sources = {id(part.source): part.source for part in entry.parts}.values()
+        each = [
+            scratch_bytes(source) if value_dtype(source) == own else _double_scratch(source)
+            for source in sources
+        ]
+        return ITEM_BYTES[own] + max(each, default=0)
+    return _grid_bytes(entry) if isinstance(entry, DecodedEntry) else 0
+
+
+def _grid_bytes(entry: DecodedEntry) -> int:
+    """Bytes per element that the codes take, or the scales of their rows where these are more."""
+    columns = entry.shape[-1] if entry.shape else 1
+    widest = max((grid.shape[1] for grid in entry.grids), default=0)
+    return max(1, -(-2 * ITEM_BYTES["F64"] * widest // columns))
+
+
+def _double_scratch(entry: TensorEntry) -> int:
+    dtype = value_dtype(entry)
+    return scratch_bytes(entry) + (0 if dtype == "F64" else ITEM_BYTES[dtype])
 
 
 class SourceBuilder:

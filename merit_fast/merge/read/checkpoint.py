@@ -162,7 +162,7 @@ def parse_header(file: Location, text: bytes, size: int) -> list[TensorEntry]:
 
 
 def _entry(file: Location, name: str, value: Any, start: int, size: int) -> TensorEntry:
-    _check_name(file, name)
+    check_name(file, name)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise InputError(
             f"{file}: {name}: must be an object of dtype, shape and data_offsets, got "
@@ -205,7 +205,7 @@ def _read_weight_map(index: Location) -> dict[str, str]:
             f"{index}: weight_map: must be a mapping of tensor to file, got {quote(weight_map)}"
         )
     for tensor, name in weight_map.items():
-        _check_name(index, tensor)
+        check_name(index, tensor)
         plain = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name)
         if not plain or not name.endswith(".safetensors"):
             raise InputError(
@@ -235,7 +235,8 @@ def _is_text(value: object) -> bool:
     )
 
 
-def _check_name(file: Location, name: str) -> None:
+def check_name(file: Location, name: str) -> None:
+    """Raises InputError if a tensor's name would break a message, or is too long."""
     if not name or not name.isprintable() or len(name) > _MAX_NAME:
         raise InputError(
             f"{file}: {quote(name)}: a name must be 1 to {_MAX_NAME} printable characters"

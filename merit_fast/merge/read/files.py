@@ -113,8 +113,14 @@ def is_weight_file(path: Location) -> bool:
 
 
 def folder_of(path: Location) -> Location:
-    """The directory of a model: where its config.json and tokenizer lie."""
-    return path.parent if isinstance(path, Path) and is_weight_file(path) else path
+    """The directory of a model: where its config.json and tokenizer lie.
+
+    A distributed checkpoint without a config.json has it in the folder above, as trainers do.
+    """
+    if isinstance(path, Path) and is_weight_file(path):
+        return path.parent
+    is_bare = (path / ".metadata").exists() and not (path / "config.json").exists()
+    return path.parent if is_bare and (path.parent / "config.json").exists() else path
 
 
 def list_directory(path: Location) -> list[str]:

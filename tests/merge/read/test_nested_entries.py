@@ -1,5 +1,6 @@
 """Entries of every form, nested at random: what the engine reads, against NumPy's own indexing."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import native
 from merit_fast.merge.engine.opened import open_files
 from merit_fast.merge.engine.plan import Segment
+from merit_fast.merge.engine.sources import SourceBuilder, scratch_bytes
 from merit_fast.merge.engine.values import values
-from merit_fast.merge.read.entries import TensorEntry, stored_entries
+from merit_fast.merge.read.entries import AssembledEntry, Part, TensorEntry, stored_entries
 
 needs_native = pytest.mark.skipif(
     dispatch.native_module() is None, reason="needs the native module"
 )
-NOTHING = (np.empty((0, 3), np.int64), np.empty((0, 0, 0)), False, lambda count: None)
+NOTHING = (np.empty((0, 3), np.int64), np.empty((0, 0, 0)), False, np.zeros(1, np.int64))
 
 
 def read_native(entry: TensorEntry, step: int, threads: int) -> np.ndarray:
@@ -53,3 +55,57 @@ def test_the_engine_has_the_bits_of_numpy_for_any_chunk_size(tmp_path: Path, see
     np.testing.assert_allclose(whole.reshape(known.values.shape), known.values, 1e-12, 1e-13)
     for step in (1, 2, 3, 7, 16, 64):
         assert read_native(known.entry, step, 1 + step % 3).tobytes() == whole.tobytes(), step
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(40))
+def test_a_source_works_in_the_memory_that_the_plan_counts(tmp_path: Path, seed: int) -> None:
+    entry = RandomEntries(tmp_path, seed).any(3)
+    elements = 1 << 12
+    module = dispatch.native()
+    with open_files({stored.file for stored in stored_entries(entry.entry)}, None) as files:
+        source = SourceBuilder(module, files).source(entry.entry)
+        used = module.scratch_bytes(source=source, elements=elements)
+    counted = scratch_bytes(entry.entry) * elements
+    assert counted == used or (counted < used <= counted + 1024)
+
+
+@needs_native
+def test_a_vocabulary_of_single_rows_in_any_order_is_read_fast(tmp_path: Path) -> None:
+    """150,000 boxes; a reader that looks at all of them for each chunk takes minutes."""
+    rows, width = 150_000, 2
+    rng = np.random.default_rng(0)
+    order = rng.permutation(rows)
+    values = rng.standard_normal((rows, width)).astype(np.float32)
+    file = tmp_path / "rows.bin"
+    file.write_bytes(values.tobytes())
+    source = TensorEntry("embedding", "F32", (rows, width), file, 0, values.nbytes)
+    parts = tuple(
+        Part(source, (row, 0), (1, width), int(old) * width, (width, 1))
+        for row, old in enumerate(order)
+    )
+    entry = AssembledEntry("rows", "F32", (rows, width), file, 0, values.nbytes, parts)
+    start = time.process_time()
+    got = read_native(entry, 64, 2)
+    assert time.process_time() - start < 10
+    np.testing.assert_array_equal(got.reshape(rows, width), values[order])
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("parts", "rule"),
+    [
+        ([(0, 0, 3)], "must fill their tensor once"),
+        ([(0, 0, 3), (3, 2, 2)], "reads outside of t0"),
+        ([(0, 0, 3), (2, 0, 3)], "must fill their tensor once"),
+        ([(0, 0, 3), (4, 0, 2)], "lies outside of its tensor"),
+    ],
+)
+def test_boxes_that_leave_a_hole_or_leave_their_tensor_are_refused(
+    tmp_path: Path, parts: list[tuple[int, int, int]], rule: str
+) -> None:
+    source = RandomEntries(tmp_path, 0).plain((3,), "F32").entry
+    boxes = tuple(Part(source, (at,), (size,), start, (1,)) for at, start, size in parts)
+    entry = AssembledEntry("whole", "F32", (5,), source.file, 0, 20, boxes)
+    with pytest.raises(ValueError, match=rule):
+        read_native(entry, 5, 1)

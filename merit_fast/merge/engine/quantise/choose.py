@@ -12,6 +12,7 @@ from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.quantised.scheme import read_scheme
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
+from merit_fast.options.fields import require
 
 
 def choose_forms(
@@ -25,6 +26,9 @@ def choose_forms(
     Args:
         companions: the directory that gives config.json.
     """
+    if config.form == "distcp":
+        require(config.dtype != FP8_BLOCK, "dtype", "plain with form distcp", config.dtype)
+        return None
     if config.dtype == FP8_BLOCK:
         given = [each for each in checkpoints if folder_of(each.path) == companions]
         return BlockForms((given or checkpoints)[0].tensors)

@@ -1,0 +1,1 @@
+"""torch's distributed checkpoints (``.metadata`` + ``.distcp``), read without torch or pickle."""

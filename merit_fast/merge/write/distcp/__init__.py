@@ -1,0 +1,1 @@
+"""Writes torch's distributed checkpoints, without torch."""

@@ -1,0 +1,143 @@
+"""Which chunk of which tensor lies in which shard of a distributed checkpoint that is written."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.merge.engine.layout import OutputFile, OutputTensor
+from merit_fast.merge.read.checkpoint import Checkpoint
+from merit_fast.merge.read.dcp.checkpoint import DistributedCheckpoint
+from merit_fast.merge.read.dcp.metadata import Item, Place, SavedBytes, SavedTensor
+from merit_fast.merge.write.distcp.items import ALIGNMENT, item_form
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedChunk:
+    """A chunk and the place of its item. ``name`` is the tensor's in the plan."""
+
+    name: str
+    dtype: str
+    offsets: Sizes
+    sizes: Sizes
+    num_bytes: int
+    item: Item
+    start: int  # first byte of the values, from the start of the file
+
+
+@dataclass(frozen=True)
+class DistributedFile:
+    """One shard. It is the ``Frame`` of its chunks' bytes."""
+
+    name: str
+    chunks: tuple[PlacedChunk, ...]
+    others: tuple[tuple[SavedBytes, int], ...]  # each with its offset in this file
+    num_bytes: int
+
+    def pieces(self) -> Iterator[tuple[int, bytes]]:
+        """Offsets and bytes around the chunks' values."""
+        for chunk in self.chunks:
+            form = item_form(chunk.dtype, chunk.sizes, chunk.num_bytes)
+            yield chunk.item.offset, form.head
+            yield chunk.start + chunk.num_bytes, form.tail
+
+    def checksums(self) -> Iterator[tuple[int, int, tuple[int, int]]]:
+        """First byte and bytes of each chunk's values, and where their CRC-32 goes."""
+        for chunk in self.chunks:
+            at = chunk.item.offset
+            first, second = item_form(chunk.dtype, chunk.sizes, chunk.num_bytes).crc_places
+            yield chunk.start, chunk.num_bytes, (at + first, at + second)
+
+
+@dataclass(frozen=True)
+class DistributedLayout:
+    """All shards; for each tensor's name in the plan, its name and keys in the state dict."""
+
+    files: tuple[DistributedFile, ...]
+    tensors: Mapping[str, OutputTensor]
+    saved_names: Mapping[str, str]
+    places: Mapping[str, Place]
+    source: DistributedCheckpoint | None  # the first input, if it is such a checkpoint
+
+
+def distributed_layout(first: Checkpoint, files: Sequence[OutputFile]) -> DistributedLayout:
+    """The first input's shards and chunks, or one chunk per tensor and one shard per file.
+
+    Args:
+        first: the first input.
+        files: the output's tensors, as ``lay_out`` gives them.
+    """
+    tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+    source = first if isinstance(first, DistributedCheckpoint) else None
+    names = {name: name for name in tensors}
+    places: dict[str, Place] = {name: (name,) for name in tensors}
+    boxes: dict[str, list[tuple[str, Sizes, Sizes]]] = {}
+    others: dict[str, list[SavedBytes]] = {}
+    if source is not None:
+        for name, tensor in tensors.items():
+            saved = _saved(tensor, source)
+            places[name] = saved.place if saved else (*source.place, name)
+            names[name] = saved.name if saved else ".".join(map(str, places[name]))
+        for each in source.others:
+            others.setdefault(each.item.file, []).append(each)
+    for number, file in enumerate(files):
+        for tensor in file.tensors:
+            for shard, offsets, sizes in _boxes(tensor, source, number):
+                boxes.setdefault(shard, []).append((tensor.name, offsets, sizes))
+    shards = [
+        _file(shard, boxes.get(shard, []), others.get(shard, []), tensors)
+        for shard in sorted(boxes.keys() | others.keys(), key=_number)
+    ]
+    return DistributedLayout(tuple(shards), tensors, names, places, source)
+
+
+def _boxes(
+    tensor: OutputTensor, source: DistributedCheckpoint | None, number: int
+) -> Iterator[tuple[str, Sizes, Sizes]]:
+    """Shard, offsets and sizes of each chunk; also of those without elements, as torch does."""
+    saved = _saved(tensor, source) if source else None
+    if saved is not None:
+        for chunk in saved.chunks:
+            if chunk.item is not None:
+                yield chunk.item.file, chunk.offsets, chunk.sizes
+    else:
+        shard = f"__{0 if source else number}_0.distcp"
+        yield shard, (0,) * len(tensor.shape), tensor.shape
+
+
+def _saved(tensor: OutputTensor, source: DistributedCheckpoint) -> SavedTensor | None:
+    entry = source.tensors.get(tensor.name)
+    return source.saved_as(entry) if entry is not None else None
+
+
+def _file(
+    name: str,
+    boxes: Sequence[tuple[str, Sizes, Sizes]],
+    others: Sequence[SavedBytes],
+    tensors: Mapping[str, OutputTensor],
+) -> DistributedFile:
+    at = 0
+    copied = []
+    for each in others:
+        copied.append((each, at))
+        at += each.item.length
+    chunks = []
+    for tensor, offsets, sizes in boxes:
+        at += -at % ALIGNMENT
+        dtype = tensors[tensor].dtype
+        num_bytes = ITEM_BYTES[dtype]
+        for size in sizes:
+            num_bytes *= size
+        form = item_form(dtype, sizes, num_bytes)
+        length = form.start + num_bytes + len(form.tail)
+        item = Item(name, at, length)
+        chunks.append(PlacedChunk(tensor, dtype, offsets, sizes, num_bytes, item, at + form.start))
+        at += length
+    return DistributedFile(name, tuple(chunks), tuple(copied), at)
+
+
+def _number(shard: str) -> tuple[int, str]:
+    """Rank first, as torch numbers shards: __10_0.distcp after __9_0.distcp."""
+    rank = shard.removeprefix("__").partition("_")[0]
+    return (int(rank) if rank.isdecimal() else 0, shard)
