@@ -58,6 +58,8 @@ class Case:
 
 UNNORMALISED = {"normalize": False}
 SPREAD = {"density": 0.5, "epsilon": 0.2}
+RESCALED = {"density": 0.5, "rescale": True}
+FUSED = "float32 exponentials there: importances next to the threshold fall on either side"
 CRUMBS = {"density": 0.6, "gamma": 0.1, "normalize": False}
 TIES_THERE = "equal sizes at the threshold: any of them there, the first by index here"
 CASES = [
@@ -72,6 +74,7 @@ CASES = [
         kind="bf16",
         why=TIES_THERE,
     ),
+    Case("ties, rescale", "ties", RESCALED, RESCALED),
     Case("breadcrumbs", "breadcrumbs", CRUMBS, CRUMBS),
     Case(
         "breadcrumbs, bf16 inputs",
@@ -94,6 +97,34 @@ CASES = [
     Case("multislerp", "multislerp", base=False),
     Case("multislerp with a base", "multislerp"),
     Case("model_stock", "model_stock", weighted=False),
+    Case(
+        "model_stock, rows",
+        "model_stock",
+        {"vectors": "row"},
+        {"filter_wise": True},
+        weighted=False,
+    ),
+    Case("nuslerp", "nuslerp", models=2, base=False),
+    Case("nuslerp with a base", "nuslerp", models=2),
+    Case("nuslerp, rows", "nuslerp", {"vectors": "row"}, {"nuslerp_flatten": False}, models=2),
+    Case(
+        "nuslerp, columns",
+        "nuslerp",
+        {"vectors": "column"},
+        {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        models=2,
+    ),
+    Case("karcher", "karcher", weighted=False, base=False),
+    Case("nearswap", "nearswap", {"t": 0.01}, {"t": 0.01}, models=1, weighted=False),
+    Case("arcee_fusion", "arcee_fusion", models=1, weighted=False, why=FUSED),
+    Case("ram", "ram", {"epsilon": 0.01}, {"epsilon": 0.01}, weighted=False),
+    Case(
+        "ramplus_tl",
+        "ramplus_tl",
+        {"epsilon": 0.01, "parameters": {"r": 0.3, "alpha": 0.5}},
+        {"epsilon": 0.01, "r": 0.3, "alpha": 0.5},
+        weighted=False,
+    ),
     Case(
         "passthrough",
         "passthrough",

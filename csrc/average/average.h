@@ -24,7 +24,9 @@ struct MixRule {
   bool by_variance;         // one mask for all branches, ranked by the variance of their deltas
   const uint64_t* stream;   // of random numbers: keeps with probability density, then divides by it
   const double *density, *epsilon;
-  int64_t row;  // elements of a row; probabilities rise along its ranks by 2 epsilon
+  bool divide;            // by the probability
+  const double* enlarge;  // factor on every delta, or null
+  int64_t row;            // elements of a row; probabilities rise along its ranks by 2 epsilon
   bool elect,
       normalize;     // sums only deltas of the elected sign; divides by the sum of their weights
   bool plain_votes;  // elects by deltas without their weights
@@ -69,4 +71,33 @@ struct AverageKernels {
   // of a [rows, cols] matrix, r in order.
   void (*low_rank_rows)(const double* base, const float* left, const float* right, int64_t rank,
                         int64_t cols, double factor, int64_t first, int64_t n, double* out);
+  // sums[k] = sum of the sizes of all deltas of branch k, sums[branches + k] = that of the kept
+  // ones. lanes: [2 branches, 8] to work in.
+  void (*kept_sizes)(const MixRule& rule, const void* const* inputs, const DType* types, int64_t n,
+                     int64_t* low_ties, int64_t* high_ties, double* sums, double* lanes);
+  // out = base + clip(t / max(|d|, 1e-6), 0, 1) d of one model. Returns whether every input and
+  // result is finite, as the other kernels of elements do.
+  bool (*mix_near)(const void* const* inputs, const DType* types, double t, int64_t n, void* out,
+                   DType out_type);
+  // Counts the elements of every model whose delta is larger than epsilon, where other models'
+  // deltas are too (shared) and where no other is (unique). models: [count, kMixBlock] to work in.
+  void (*tally_active)(const void* const* inputs, const DType* types, int count, double epsilon,
+                       int64_t n, int64_t* shared, int64_t* unique, double* models);
+  // out = base + the mean of the deltas larger than epsilon, or factor_k times the only one.
+  bool (*mix_active)(const void* const* inputs, const DType* types, int count, double epsilon,
+                     const double* factor, int64_t n, void* out, DType out_type, double* models);
+  // importance[i] = |d_i| KL(softmax of a row of the model || softmax of the base's), 1e-8 added to
+  // both. scratch: 4 n doubles.
+  bool (*row_importance)(const void* const* inputs, const DType* types, int64_t at, int64_t n,
+                         float* importance, double* scratch);
+  // out = the model where the importance reaches the threshold, else the base.
+  bool (*mix_important)(const void* const* inputs, const DType* types, const float* importance,
+                        double threshold, int64_t n, void* out, DType out_type);
+  // gram[a, b, i] += d_a[i] d_b[i] for a <= b; gram is [branches, branches, n], deltas
+  // [branches, kMixBlock] to work in.
+  void (*add_products)(const void* const* inputs, const DType* types, int branches, bool from_base,
+                       int64_t n, double* gram, double* deltas);
+  // out[i] = sum_k weights[k, i] inputs_k[i], in the order of k, rounded once.
+  bool (*weighted_columns)(const void* const* inputs, const DType* types, const double* weights,
+                           int count, int64_t n, void* out, DType out_type);
 };

@@ -158,8 +158,9 @@ static void keep_by_chance(const MixRule& rule, int k, int64_t element, const ui
   const double density = rule.density[k], epsilon = rule.epsilon[k], last = double(rule.row - 1);
   const uint64_t stream = rule.stream[k];
   if (ranks == nullptr) {
+    const double divisor = rule.divide ? density : 1.0;
     for (int64_t i = 0; i < n; i++) {
-      const double enlarged = delta[i] / density;
+      const double enlarged = delta[i] / divisor;
       delta[i] = uniform(stream, uint64_t(element + i)) < density ? enlarged : 0.0;
     }
     return;
@@ -167,7 +168,7 @@ static void keep_by_chance(const MixRule& rule, int k, int64_t element, const ui
   for (int64_t i = 0; i < n; i++) {
     const double p =
         rule.row > 1 ? (density - epsilon) + 2.0 * epsilon * (double(ranks[i]) / last) : density;
-    const double enlarged = delta[i] / p;
+    const double enlarged = rule.divide ? delta[i] / p : delta[i];
     delta[i] = uniform(stream, uint64_t(element + i)) < p ? enlarged : 0.0;
   }
 }
@@ -235,6 +236,10 @@ static bool mix_deltas(const MixRule& rule, const void* const* inputs, const DTy
       if (rule.stream != nullptr) {
         nonfinite += count_nonfinite(d, m);
         keep_by_chance(rule, k, element + lo, ranks ? ranks + k * n + lo : nullptr, m, d);
+      }
+      if (rule.enlarge != nullptr) {
+        const double factor = rule.enlarge[k];
+        for (int64_t i = 0; i < m; i++) d[i] *= factor;
       }
       if (rule.low != nullptr && (k == 0 || !rule.by_variance))
         keep_by_size(rule, inputs, types, k, lo, m, low_ties, high_ties, kept);

@@ -2,16 +2,15 @@
 // would lose the output.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/function.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <cerrno>
 #include <new>
 #include <stdexcept>
 #include <utility>
 
 #include "common/bindings.h"
+#include "engine/bindings.h"
 #include "engine/read/bindings.h"
 #include "engine/streaming.h"
 #include "engine/write/bindings.h"
@@ -27,8 +26,6 @@ using Pieces = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device:
 using Grams = nb::ndarray<double, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 // [n] elements of a source.
 using Values = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-// [1], grows while the merge runs.
-using Counter = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void check_segment(const Segment& s) {
   if (s.elements < 1 || s.inputs.empty() || s.weights.size() > s.inputs.size())
@@ -54,44 +51,6 @@ GramJob gram_job(const Pieces& pieces, const Grams& gram, bool from_base, size_t
     job.pieces.push_back(
         {.segment = pieces(p, 0), .first = pieces(p, 1), .elements = pieces(p, 2)});
   return job;
-}
-
-// read(file, offset, bytes, address) -> errno. Workers call it with the GIL held.
-RemoteRead remote_read(const nb::object& read) {
-  return [read](int64_t file, int64_t offset, int64_t n, char* out) {
-    const nb::gil_scoped_acquire acquire;
-    if (read.is_none()) return EBADF;
-    try {
-      return nb::cast<int>(read(file, offset, n, reinterpret_cast<uintptr_t>(out)));
-    } catch (nb::python_error&) {
-      return EIO;
-    }
-  };
-}
-
-// Arguments that both merges share.
-struct Settings {
-  const nb::object& read;
-  int64_t chunk_elements;
-  int threads;
-  bool allow_nonfinite, write_early;
-};
-
-template <class Merge>
-MergeResult run(const AverageKernels& kernels, const Settings& settings, Counter& elements_done,
-                const Merge& merge) {
-  if (settings.chunk_elements < 1 || settings.threads < 1 || elements_done.size() != 1)
-    throw std::invalid_argument("merge: bad chunk_elements, threads or elements_done");
-  const RemoteRead remote = remote_read(settings.read);
-  const Engine engine{.kernels = kernels,
-                      .remote = remote,
-                      .chunk_elements = settings.chunk_elements,
-                      .threads = settings.threads,
-                      .allow_nonfinite = settings.allow_nonfinite,
-                      .write_early = settings.write_early,
-                      .elements_done = elements_done.data()};
-  const nb::gil_scoped_release release;
-  return merge(engine);
 }
 
 void define_segment(nb::module_& m) {
@@ -126,8 +85,9 @@ void define_rule(nb::module_& m) {
           "__init__",
           [](TensorRule* self, std::vector<double> weight, std::vector<int64_t> top,
              std::vector<int64_t> keep, double variance_share, std::vector<uint64_t> stream,
-             std::vector<double> density, std::vector<double> epsilon, int64_t row, bool elect,
-             bool normalize, bool weigh_by_squares, double scale) {
+             std::vector<double> density, std::vector<double> epsilon, bool divide,
+             bool restore_sizes, int64_t row, bool elect, bool normalize, bool weigh_by_squares,
+             double scale) {
             new (self) TensorRule{.weight = std::move(weight),
                                   .top = std::move(top),
                                   .keep = std::move(keep),
@@ -135,6 +95,8 @@ void define_rule(nb::module_& m) {
                                   .stream = std::move(stream),
                                   .density = std::move(density),
                                   .epsilon = std::move(epsilon),
+                                  .divide = divide,
+                                  .restore_sizes = restore_sizes,
                                   .row = row,
                                   .elect = elect,
                                   .normalize = normalize,
@@ -142,7 +104,8 @@ void define_rule(nb::module_& m) {
                                   .scale = scale};
           },
           nb::kw_only(), "weight"_a, "top"_a, "keep"_a, "variance_share"_a, "stream"_a, "density"_a,
-          "epsilon"_a, "row"_a, "elect"_a, "normalize"_a, "weigh_by_squares"_a, "scale"_a);
+          "epsilon"_a, "divide"_a, "restore_sizes"_a, "row"_a, "elect"_a, "normalize"_a,
+          "weigh_by_squares"_a, "scale"_a);
 }
 
 }  // namespace
@@ -152,6 +115,7 @@ void define_engine(nb::module_& m, const AverageKernels& kernels) {
   define_encoding(m);
   define_segment(m);
   define_rule(m);
+  define_elements(m, kernels);
 
   m.def(
       "read_values",

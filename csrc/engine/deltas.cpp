@@ -21,7 +21,8 @@ class TensorMerge {
         weight_(rule.weight) {}
 
   MergeResult run() {
-    if (find_cuts() && (!rule_.weigh_by_squares || weigh())) write();
+    if (find_cuts() && (!rule_.weigh_by_squares || weigh()) && (!rule_.restore_sizes || restore()))
+      write();
     return reader_.result();
   }
 
@@ -102,6 +103,8 @@ class TensorMerge {
             .stream = rule_.stream.empty() ? nullptr : rule_.stream.data(),
             .density = rule_.density.data(),
             .epsilon = rule_.epsilon.data(),
+            .divide = rule_.divide,
+            .enlarge = enlarge_.empty() ? nullptr : enlarge_.data(),
             .row = rule_.row,
             .elect = rule_.elect,
             .normalize = rule_.normalize,
@@ -143,6 +146,37 @@ class TensorMerge {
       total += weight_[size_t(k)];
     }
     for (double& w : weight_) w = total > 0.0 ? w / total : 1.0 / branches_;
+    return true;
+  }
+
+  // Sets the factors that restore the sum of the sizes of every branch's deltas; sums chunks in
+  // their order. Sums below 1e-7 give the factor 1.
+  bool restore() {
+    if (low_.empty()) return true;  // all deltas are kept
+    const MixRule rule = mix_rule();
+    const int64_t chunks = reader_.chunks();
+    const size_t count = size_t(branches_);
+    std::vector<double> sums(size_t(chunks) * count * 2, 0.0);
+    const auto add = [&](Buffers* b, int, int64_t chunk) {
+      if (!reader_.read_all_inputs(b, chunk)) return false;
+      std::vector<int64_t> low = ties(chunk, 0);
+      std::vector<int64_t> high = ties(chunk, 1);
+      std::vector<double> lanes(count * 16);
+      engine_.kernels.kept_sizes(rule, b->inputs.data(), reader_.types().data(),
+                                 reader_.length(chunk), low.data(), high.data(),
+                                 sums.data() + size_t(chunk) * count * 2, lanes.data());
+      return true;
+    };
+    if (!reader_.for_each_chunk(add)) return false;
+    for (size_t k = 0; k < count; k++) {
+      double all = 0.0;
+      double kept = 0.0;
+      for (size_t c = 0; c < size_t(chunks); c++) {
+        all += sums[c * count * 2 + k];
+        kept += sums[c * count * 2 + count + k];
+      }
+      enlarge_.push_back(all < 1e-7 || kept < 1e-7 ? 1.0 : all / kept);
+    }
     return true;
   }
 
@@ -198,6 +232,7 @@ class TensorMerge {
   TensorReader reader_;
   const int branches_;
   std::vector<double> weight_;
+  std::vector<double> enlarge_;        // factor of each branch, or empty
   std::vector<Threshold> thresholds_;  // pairs, as rank_branches adds them
   std::vector<float> low_, high_;
 };

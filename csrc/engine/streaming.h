@@ -65,6 +65,9 @@ struct TensorRule {
   double variance_share;
   std::vector<uint64_t> stream;  // or empty
   std::vector<double> density, epsilon;
+  bool divide;  // by the keep probability
+  // Multiplies every branch's kept deltas so that their sizes sum to those of all its deltas.
+  bool restore_sizes;
   int64_t row;
   bool elect, normalize, weigh_by_squares;
   double scale;

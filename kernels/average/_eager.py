@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -74,6 +76,19 @@ def float64_to_bf16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(nan, 0x7FC0, rounded).astype(np.uint16)
+
+
+def rounded(total: npt.NDArray[np.float64], out_dtype: str) -> tuple[npt.NDArray[Any], bool]:
+    """Rounds once to ``out_dtype`` (bf16 as uint16 bits), and tells whether all is finite.
+
+    Any NaN of ``total`` becomes the same NaN, in place.
+    """
+    total[np.isnan(total)] = np.nan
+    if out_dtype == "BF16":
+        out = float64_to_bf16(total)
+        return out, bool(np.all((out & 0x7F80) != 0x7F80))
+    narrow = total.astype(FLOAT_DTYPES[out_dtype][1])
+    return narrow, bool(np.isfinite(narrow).all())
 
 
 def average_tensors(

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.kernels import _splitmix
-from merit_fast.kernels.average._eager import float64_to_bf16, to_float64
-from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.average._eager import rounded, to_float64
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -30,7 +29,9 @@ class DeltaRule:
         delta[not in the int(variance_share * count(v > 0)) largest v] = 0
         p = density[k]
         p = density[k] - epsilon + 2 epsilon rank / (row - 1)   # row; rank of size within its row
-        delta_k = where(uniform(stream[k], element) < p, delta_k / p, 0)
+        delta_k = where(uniform(stream[k], element) < p, delta_k / (p if divide else 1), 0)
+        all, kept = sum|delta_k| before and after           # restore_sizes, with top and keep
+        delta_k *= 1 if all < 1e-7 or kept < 1e-7 else all / kept
         weight_k = sum(delta_k^2) / sum over branches       # weigh_by_squares
         d_k = weight[k] * delta_k
         up = sum_k d_k >= 0                                 # elect (weigh_by_squares: delta_k)
@@ -50,6 +51,8 @@ class DeltaRule:
     stream: tuple[int, ...] = ()  # keys of SplitMix64, one per branch
     density: tuple[float, ...] = ()
     epsilon: tuple[float, ...] = ()
+    divide: bool = True
+    restore_sizes: bool = False
     row: int = 0  # elements of a row; 0: probabilities do not depend on ranks
     elect: bool = False
     normalize: bool = False  # divide by the agreeing weights; only with elect
@@ -94,6 +97,9 @@ def mix_deltas(
         ]
         if rule.stream:
             kept = [_by_chance(rule, k, delta, sizes[k]) for k, delta in enumerate(kept)]
+        if rule.restore_sizes and rule.top:
+            factors = [_restored(delta, part) for delta, part in zip(deltas, kept, strict=True)]
+            kept = [part * factor for part, factor in zip(kept, factors, strict=True)]
         weight = _weights_by_squares(kept) if rule.weigh_by_squares else rule.weight
         weighted = [d * w for d, w in zip(kept, weight, strict=True)]
         votes = kept if rule.weigh_by_squares else weighted
@@ -103,14 +109,8 @@ def mix_deltas(
             else sum(weighted, np.zeros(start.size))
         )
         total = start + rule.scale * step
-        total[np.isnan(total)] = np.nan
-        out = (
-            float64_to_bf16(total)
-            if out_dtype == "BF16"
-            else total.astype(FLOAT_DTYPES[out_dtype][1])
-        )
-        bits = (out & 0x7F80) != 0x7F80 if out_dtype == "BF16" else np.isfinite(out)
-    return out, finite and bool(np.asarray(bits).all())
+        out, is_finite = rounded(total, out_dtype)
+    return out, finite and is_finite
 
 
 def uniform(stream: int, first: int, count: int) -> Array:
@@ -161,21 +161,30 @@ def _by_chance(rule: DeltaRule, k: int, delta: Array, size: npt.NDArray[np.float
         order = np.argsort(size.view(np.int32).reshape(-1, rule.row), axis=1, kind="stable")
         ranks = np.argsort(order, axis=1, kind="stable").reshape(-1)
         density = (density - rule.epsilon[k]) + 2.0 * rule.epsilon[k] * (ranks / (rule.row - 1))
-    return np.where(uniform(rule.stream[k], 0, delta.size) < density, delta / density, 0.0)
+    enlarged = delta / density if rule.divide else delta
+    return np.where(uniform(rule.stream[k], 0, delta.size) < density, enlarged, 0.0)
+
+
+def _restored(delta: Array, kept: Array) -> float:
+    """The factor that gives the kept deltas the size sum of all."""
+    whole = _chunked_sum(np.abs(delta))
+    part = _chunked_sum(np.abs(kept))
+    return 1.0 if whole < 1e-7 or part < 1e-7 else whole / part
+
+
+def _chunked_sum(values: Array) -> float:
+    """The sum of [n] numbers chunk by chunk, each in eight lanes."""
+    total = 0.0
+    for first in range(0, values.size, SQUARES_CHUNK):
+        chunk = values[first : first + SQUARES_CHUNK]
+        lanes = np.add.accumulate(np.pad(chunk, (0, -chunk.size % 8)).reshape(-1, 8), axis=0)[-1]
+        pairs = lanes[0::2] + lanes[1::2]
+        total += (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+    return float(total)
 
 
 def _weights_by_squares(kept: Sequence[Array]) -> tuple[float, ...]:
-    sums = []
-    for delta in kept:
-        total = 0.0
-        for first in range(0, delta.size, SQUARES_CHUNK):
-            chunk = delta[first : first + SQUARES_CHUNK]
-            lanes = np.add.accumulate(
-                np.pad(chunk * chunk, (0, -chunk.size % 8)).reshape(-1, 8), axis=0
-            )[-1]
-            pairs = lanes[0::2] + lanes[1::2]
-            total += (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
-        sums.append(float(total))
+    sums = [_chunked_sum(delta * delta) for delta in kept]
     whole = 0.0
     for each in sums:
         whole += each

@@ -35,7 +35,7 @@ class Dtype:
 
 
 _TABLE = (
-    Dtype("F64", 8, "float64", 3, np.float64),
+    Dtype("F64", 8, "float64", 3, np.float64, "fp64"),
     Dtype("I64", 8, "int64"),
     Dtype("U64", 8, "uint64"),
     Dtype("C64", 8, "complex64"),

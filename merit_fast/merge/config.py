@@ -1,19 +1,19 @@
 """Options of the merge stage."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import SHORT_NAMES, SPELLINGS
 from merit_fast.merge.form_options import FormOptions
+from merit_fast.merge.method import MergeMethod
+from merit_fast.merge.method_checks import check_given, check_numbers
 from merit_fast.merge.parameters import (
-    BUILT_IN,
     DENSITY,
     EPSILON,
     GAMMA,
     SELECT_TOPK,
-    WEIGHT,
     ModelSettings,
     Setting,
     T,
@@ -21,7 +21,7 @@ from merit_fast.merge.parameters import (
 from merit_fast.merge.registry import method_named
 from merit_fast.merge.rules.kinds import FromGram, WeightedSum
 from merit_fast.merge.sizes import parse_bytes
-from merit_fast.merge.table import DEFAULT_METHOD, METHODS, MergeMethod
+from merit_fast.merge.table import DEFAULT_METHOD, METHODS
 from merit_fast.merge.tokenizer_options import TokenizerOptions, tokenizer_options
 from merit_fast.options.fields import option, require
 from merit_fast.options.parser import parse, to_plain
@@ -66,13 +66,28 @@ class MergeConfig(FormOptions):
         None, f"{DENSITY.help}, usually 0.2 to 0.5 (ties, dare, breadcrumbs, della)"
     )
     gamma: Setting = option(GAMMA.default, f"breadcrumbs: {GAMMA.help}")
-    epsilon: Setting = option(EPSILON.default, EPSILON.help)
+    epsilon: Setting | None = option(
+        None, f"{EPSILON.help}; default 0.15; ram: a delta counts where it is larger, default 1e-5"
+    )
     select_topk: Setting = option(SELECT_TOPK.default, SELECT_TOPK.help)
-    t: Setting = option(T.default, T.help)
+    t: Setting | None = option(None, f"{T.help}, default 0.5; nearswap: largest step from the base")
+    vectors: Literal["tensor", "row", "column"] = option(
+        "tensor",
+        "nuslerp, model_stock: lengths and angles of whole tensors, of rows (along the last "
+        "dimension) or of columns (along the first)",
+        omit_default=True,
+    )
+    rescale: bool | None = option(
+        None,
+        "true: ties and breadcrumbs enlarge kept deltas until their sizes sum to those of all; "
+        "false: dare and della do not divide by the keep probability; None: as published",
+        omit_default=True,
+    )
     seed: int = option(0, "seed of the random choices of dare and della")
     parameters: dict[str, Setting] | None = option(
         None,
-        "numbers of a registered method, as {name: value}; docs/merge.md",
+        "numbers that single methods take (r, alpha, max_iter, tol, eps), or those of a registered "
+        "method, as {name: value}",
         form="{NAME: NUMBER, ...}",
         omit_default=True,
     )
@@ -99,10 +114,10 @@ class MergeConfig(FormOptions):
         "llama3, mistral, or a Jinja text; absent: the tokenizer's own",
         omit_default=True,
     )
-    dtype: Literal["bf16", "fp16", "fp32", "fp8-block128"] | None = option(
+    dtype: Literal["bf16", "fp16", "fp32", "fp64", "fp8-block128"] | None = option(
         None,
-        "dtype of the output, bfloat16, float16 and float32 too; None: the models' own, whatever "
-        "the base's is",
+        "dtype of the output, bfloat16, float16, float32 and float64 too; None: the models' own, "
+        "whatever the base's is",
         spellings=SPELLINGS,
     )
     rank: int | None = option(
@@ -148,58 +163,15 @@ class MergeConfig(FormOptions):
                 parse_bytes(name, getattr(self, name))
         self.check_form(shard_size=self.shard_size, stats=self.stats, checksum=self.checksum)
         method = self.method_entry
-        self._check_parameters(method)
-        self._check_own_parameters(method)
-        self._check_models(method)
+        check_numbers(self, method)
         self._check_weights(method)
         self._check_tuning(method)
+        check_given(self, method)
 
     @property
     def method_entry(self) -> MergeMethod:
         """The declaration of ``method``."""
         return method_named(self.method)
-
-    def _check_parameters(self, method: MergeMethod) -> None:
-        defaults = {item.name: item.default for item in fields(self)}
-        for name in (*(parameter.name for parameter in BUILT_IN), "seed"):
-            value = getattr(self, name)
-            rule = f"absent: method {self.method} takes no {name}"
-            require(method.takes(name) or value == defaults[name], name, rule, value)
-        for parameter in BUILT_IN:
-            value = getattr(self, parameter.name)
-            if value != "auto":
-                parameter.check(parameter.name, value)
-        rule = f"absent: method {self.method} reads its inputs twice for itself"
-        require(not (self.stats and self.takes_gram), "stats", rule, self.stats)
-        if method.takes(DENSITY.name):
-            by_model = [model.density is not None for model in self.models]
-            is_given = self.density is not None or (bool(by_model) and all(by_model))
-            require(is_given, "density", f"given for method {self.method}", self.density)
-
-    def _check_own_parameters(self, method: MergeMethod) -> None:
-        values = self.parameters or {}
-        declared = {item.name: item for item in method.parameters if item not in BUILT_IN}
-        for name, value in values.items():
-            takes = ", ".join(declared) or "none here"
-            rule = f"absent: method {self.method} takes {takes}"
-            require(name in declared, f"parameters.{name}", rule, value)
-        for name, parameter in declared.items():
-            is_given = name in values or parameter.default is not None
-            require(is_given, f"parameters.{name}", f"given for method {self.method}", None)
-            parameter.check(f"parameters.{name}", values.get(name, parameter.default))
-
-    def _check_models(self, method: MergeMethod) -> None:
-        for i, model in enumerate(self.models):
-            for parameter in (DENSITY, GAMMA, EPSILON):
-                value = getattr(model, parameter.name)
-                key = f"models[{i}].{parameter.name}"
-                rule = f"absent: method {self.method} takes no {parameter.name}"
-                require(method.takes(parameter.name) or value is None, key, rule, value)
-                parameter.check(key, value)
-            key = f"models[{i}].weight"
-            rule = f"absent: method {self.method} takes no weights"
-            require(method.takes_weights or model.weight is None, key, rule, model.weight)
-            WEIGHT.check(key, model.weight)
 
     def _check_weights(self, method: MergeMethod) -> None:
         if isinstance(self.weights, str):
@@ -257,7 +229,7 @@ class MergeConfig(FormOptions):
     @property
     def takes_gram(self) -> bool:
         """Whether a first pass over the inputs decides the coefficients."""
-        return isinstance(self.method_entry.rule, FromGram)
+        return isinstance(self.method_entry.rule, FromGram) and self.vectors == "tensor"
 
     @property
     def takes_weights(self) -> bool:

@@ -29,13 +29,17 @@ Setting = float | Gradient | tuple[Case, ...]
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number that a method takes, with its range. ``default`` None: it must be given."""
+    """A number that a method takes, with its range. ``default`` None: it must be given.
+
+    ``by_model``: every model may have a number of its own.
+    """
 
     name: str
     default: float | None
     help: str
     least: float = float("-inf")
     most: float = float("inf")
+    by_model: bool = False
 
     def check(self, key: str, setting: Any) -> None:
         """Raises InputError if a number of ``setting`` lies outside the range; ``key`` names it."""
@@ -61,8 +65,10 @@ class Parameter:
 
 WEIGHT = Parameter("weight", None, "weight of one model")
 SCALE = Parameter("scale", 1.0, "factor on the step from the base")
-DENSITY = Parameter("density", None, "share of every delta that is kept", 0.0, 1.0)
-GAMMA = Parameter("gamma", 0.01, "share of every delta's largest entries that is dropped", 0.0, 1.0)
+DENSITY = Parameter("density", None, "share of every delta that is kept", 0.0, 1.0, True)
+GAMMA = Parameter(
+    "gamma", 0.01, "share of every delta's largest entries that is dropped", 0.0, 1.0, True
+)
 EPSILON = Parameter(
     "epsilon",
     0.15,
@@ -70,6 +76,7 @@ EPSILON = Parameter(
     "density + epsilon (largest)",
     0.0,
     1.0,
+    True,
 )
 SELECT_TOPK = Parameter(
     "select_topk",
@@ -81,8 +88,19 @@ SELECT_TOPK = Parameter(
 T = Parameter(
     "t", 0.5, "slerp: position on the arc from the first model (0) to the second (1)", 0.0, 1.0
 )
-# The numbers of the built-in methods; the options of a merge have a field for each.
+# Numbers that several methods share; the options of a merge have a field for each name.
 BUILT_IN = (SCALE, DENSITY, GAMMA, EPSILON, SELECT_TOPK, T)
+BUILT_IN_NAMES = tuple(parameter.name for parameter in BUILT_IN)
+# Numbers of single methods. Those with a shared name have a range and default of their own.
+NEAR_T = Parameter(
+    "t", None, "nearswap: largest step from the base towards the model, such as 0.001", 0.0
+)
+ACTIVE_EPSILON = Parameter("epsilon", 1e-5, "ram: a delta counts where it is larger", 0.0)
+RAM_R = Parameter("r", 0.1, "ramplus_tl: strength of the boost", 0.0)
+RAM_ALPHA = Parameter("alpha", 0.2, "ramplus_tl: most of shared over unique elements", 0.0)
+MAX_ITER = Parameter("max_iter", 10.0, "karcher: most steps", 0.0)
+TOL = Parameter("tol", 1e-5, "karcher: length of a step that ends the search", 0.0)
+EPS = Parameter("eps", 1e-8, "multislerp: length below which a vector counts as 0", 0.0)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from merit_fast.manifests.io import (
 from merit_fast.manifests.locks import LOCKS_FOLDER, claim, this_process
 from merit_fast.manifests.state import replaced_keys
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.modules import Module, read_modules
+from merit_fast.merge.engine.notes.dtypes import dtype_reason
 from merit_fast.merge.engine.plan import Plan, plan_merge
 from merit_fast.merge.engine.prepare import (
     Inputs,
     buffer_bytes,
-    dtype_reason,
     fit_memory,
     make_plan,
     read_inputs,
@@ -68,6 +69,7 @@ class PreparedMerge:
     inputs: Inputs
     slices: tuple[Slice, ...]
     run: RunFacts | None = None
+    modules: tuple[Module, ...] = ()
 
     def summary(self, out: Location) -> dict[str, Any]:
         """JSON-ready facts: weights, coefficients, bytes in and out, memory of the buffers."""
@@ -81,7 +83,7 @@ class PreparedMerge:
             "models": [[str(path), weight] for path, weight in self._weighed()],
             "base": str(self.base) if self.base else None,
             "dtype": self.inputs.dtypes,
-            "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
+            "dtype_reason": self._dtype_reason(),
             "vocabulary": self.inputs.vocabulary.sentence if self.inputs.vocabulary else None,
             "weights": list(self.weights),
             "coefficients": self.inputs.coefficients(),
@@ -214,7 +216,7 @@ class PreparedMerge:
         write_text(directory / CARD_FILE, model_card(self._card_facts(), directory))
 
     def _card_facts(self) -> CardFacts:
-        reason = dtype_reason(self.inputs, self.config, self.base)
+        reason = self._dtype_reason()
         return CardFacts(
             self.models,
             [weight for _, weight in self._weighed()],
@@ -223,13 +225,18 @@ class PreparedMerge:
             f"{self.inputs.dtypes} ({reason})",
             self.slices,
             self.run,
+            self.modules,
         )
+
+    def _dtype_reason(self) -> str:
+        dtypes = (self.inputs.dtypes, self.inputs.base_dtypes)
+        return dtype_reason(self.config.dtype, *dtypes, self.inputs.models, self.base)
 
     def _weighed(self) -> list[tuple[Location, float | None]]:
         """Every model with its weight; None where the method, or each tensor, has its own."""
         by_model = [model.weight for model in self.config.models]
         weights: list[float | None] = [*self.weights]
-        if self.slices or not self.config.takes_weights:
+        if self.slices or self.modules or not self.config.takes_weights:
             weights = [None] * len(self.models)
         elif any(weight is not None for weight in by_model):
             weights = [
@@ -242,6 +249,8 @@ class PreparedMerge:
         fingerprints = {str(path): input_fingerprint(folder_of(path)) for path in paths}
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
+        for module in self.modules:
+            fingerprints[f"modules.{module.name}"] = _digest(module)
         if self.inputs.vocabulary:
             fingerprints["vocabulary"] = self.inputs.vocabulary.digest
         if self.inputs.chat_template is not None:
@@ -253,7 +262,7 @@ class PreparedMerge:
         return stage_manifest("merge", same_bytes(self.config), fingerprints)
 
 
-def prepare_merge(
+def prepare_merge(  # noqa: PLR0913
     models: Sequence[Location],
     weights: Sequence[float],
     base: Location | None,
@@ -261,6 +270,7 @@ def prepare_merge(
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
     run: RunFacts | None = None,
+    modules: Sequence[Module] = (),
     to_memory: bool = False,
 ) -> PreparedMerge:
     """Checks everything that headers and configs tell, before a byte is written.
@@ -273,14 +283,21 @@ def prepare_merge(
         slices: as in ``read_inputs``.
         companions: as in ``read_inputs``.
         run: the run whose branches the models are, for the model card.
+        modules: as in ``read_modules``, instead of slices; ``models`` are all of theirs.
         to_memory: as in ``read_inputs``.
 
     Raises:
-        InputError: see ``read_inputs`` and ``fit_memory``.
+        InputError: see ``read_inputs``, ``read_modules`` and ``fit_memory``.
     """
-    inputs = read_inputs(models, weights, base, config, slices, companions, to_memory)
+    inputs = (
+        read_modules(modules, companions or models[0])
+        if modules
+        else read_inputs(models, weights, base, config, slices, companions, to_memory=to_memory)
+    )
     config = replace(config, chunk_kib=fit_memory(inputs, config))
-    return PreparedMerge(tuple(models), tuple(weights), base, config, inputs, tuple(slices), run)
+    return PreparedMerge(
+        tuple(models), tuple(weights), base, config, inputs, tuple(slices), run, tuple(modules)
+    )
 
 
 def same_bytes(config: MergeConfig) -> MergeConfig:
@@ -289,6 +306,12 @@ def same_bytes(config: MergeConfig) -> MergeConfig:
     if config.is_tuned:
         return same
     return replace(same, ridge=MergeConfig.ridge, tune_rows=MergeConfig.tune_rows)
+
+
+def _digest(module: Module) -> str:
+    """Digest of what decides a tower: models in order, weights, numbers and slices."""
+    facts = [*map(str, (*module.models, module.base)), *module.weights]
+    return fingerprint([facts, to_plain(same_bytes(module.config)), describe_slices(module.slices)])
 
 
 def method_fingerprint(config: MergeConfig) -> dict[str, str]:

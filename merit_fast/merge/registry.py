@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 
 from merit_fast.errors import InputError, one_line
+from merit_fast.merge.method import MergeMethod
 from merit_fast.merge.parameters import BUILT_IN, SCALE, Parameter
 from merit_fast.merge.rules.function import MergeFunction, UserFunction
-from merit_fast.merge.table import METHODS, MergeMethod
+from merit_fast.merge.table import METHODS
 
 ENTRY_POINT_GROUP = "merit_fast.merge_methods"
 # Names that a function's parameters cannot have: its first arguments, and options of every merge.

@@ -13,6 +13,7 @@ from merit_fast.merge.combine.weights import (
     weights_reason,
 )
 from merit_fast.merge.config import FP8_BLOCK, MergeConfig, config_of
+from merit_fast.merge.engine.modules import Module
 from merit_fast.merge.engine.quantise.rounding import read_rounding
 from merit_fast.merge.in_memory.loading import checked_device
 from merit_fast.merge.lora.join import JoinedAdapters
@@ -49,6 +50,7 @@ def merge_models(  # noqa: PLR0913
     dry_run: bool = False,
     share: Share = (1, 1),
     slices: Sequence[Slice] = (),
+    modules: Sequence[Module] = (),
     companions: Location | None = None,
     records: Mapping[str, str] | None = None,
     run: RunFacts | None = None,
@@ -75,6 +77,7 @@ def merge_models(  # noqa: PLR0913
         share: (i, n): write every n-th output file from the i-th on. The process that finds all of
             them finishes the output.
         slices: as in ``read_inputs``.
+        modules: as in ``prepare_merge``.
         companions: as in ``read_inputs``.
         records: names and texts of files to write next to the weights.
         run: the run whose branches the models are, for the model card.
@@ -99,14 +102,14 @@ def merge_models(  # noqa: PLR0913
     reason = weights_reason(paths, config)
     config = settle_weights(paths, config)
     numbers = resolve_weights(paths, config)
-    if start is None and not slices and all(is_adapter(path) for path in paths):
+    if start is None and not (slices or modules) and all(is_adapter(path) for path in paths):
         joined = JoinedAdapters(paths, numbers, config)
         if not dry_run:
             joined.write(out, progress)
         return joined.summary(out) | {"weights_reason": reason}
     if config.rank is not None:
         raise InputError("merge.rank: goes with adapters without a base")
-    merge = prepare_merge(paths, numbers, start, config, slices, companions, run)
+    merge = prepare_merge(paths, numbers, start, config, slices, companions, run, modules)
     template = merge.inputs.tokenizer if merge.inputs.chat_template is None else None
     for note in answer_notes(paths, merge.inputs.companions, template):
         progress.note(note)

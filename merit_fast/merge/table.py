@@ -3,90 +3,24 @@
 To add a method, add its entry here and its rule in rules/; docs/method.md holds the printed table.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
-
+from merit_fast.merge.method import MergekitForm, MergeMethod
 from merit_fast.merge.parameters import (
+    ACTIVE_EPSILON,
     DENSITY,
+    EPS,
     EPSILON,
     GAMMA,
+    MAX_ITER,
+    NEAR_T,
+    RAM_ALPHA,
+    RAM_R,
     SCALE,
     SELECT_TOPK,
-    Parameter,
+    TOL,
     T,
 )
-from merit_fast.merge.rules import deltas, gram, sums
-from merit_fast.merge.rules.function import UserFunction
-from merit_fast.merge.rules.kinds import FromGram, ThinnedDeltas, WeightedSum
-
-# How a method uses the base: always; only with a scale other than 1; if there is one; never.
-Base = Literal["required", "with scale", "optional", "unused"]
-
-
-@dataclass(frozen=True)
-class MergekitForm:
-    """Use of the method of the same name in mergekit's recipes.
-
-    Attributes:
-        keys: parameters that it reads next to those of ours.
-        normalize: its default of ``normalize``.
-        rescale: the value of ``rescale`` that equals our formula; None: it takes none.
-        base: how its ``base_model`` enters: as the base, as the first model or as one model of
-            many.
-        uneven: whether slices may list different numbers of models.
-    """
-
-    keys: tuple[str, ...] = ()
-    normalize: bool = False
-    rescale: bool | None = None
-    base: Literal["base", "first model", "model"] = "base"
-    uneven: bool = False
-
-
-@dataclass(frozen=True)
-class MergeMethod:
-    """A merge method.
-
-    Attributes:
-        name: the value of ``method``.
-        rule: its kind, with the function that makes a tensor's coefficients or delta rule.
-        result: its formula, in Markdown.
-        source: the paper.
-        parameters: the numbers it takes.
-        takes_weights: whether models have weights.
-        takes_seed: whether it draws random numbers.
-        base: how it uses the base.
-        fewest_models, most_models: how many models it takes.
-        passes: how often it reads its inputs, at most.
-        mergekit: how mergekit's recipes use it.
-    """
-
-    name: str
-    rule: WeightedSum | FromGram | ThinnedDeltas | UserFunction
-    result: str
-    source: str
-    parameters: tuple[Parameter, ...] = ()
-    takes_weights: bool = True
-    takes_seed: bool = False
-    base: Base = "required"
-    fewest_models: int = 1
-    most_models: int | None = None
-    passes: int = 1
-    mergekit: MergekitForm = field(default_factory=MergekitForm)
-
-    def takes(self, name: str) -> bool:
-        """Whether the method takes a parameter of this name."""
-        if name == "weights":
-            return self.takes_weights
-        if name == "seed":
-            return self.takes_seed
-        return any(parameter.name == name for parameter in self.parameters)
-
-    @property
-    def is_sum(self) -> bool:
-        """Whether the result is a weighted sum of whole tensors."""
-        return isinstance(self.rule, (WeightedSum, FromGram))
-
+from merit_fast.merge.rules import deltas, elements, gram, sums, vectors
+from merit_fast.merge.rules.kinds import ElementByElement, FromGram, ThinnedDeltas, WeightedSum
 
 _SUM = ("normalize", "lambda")
 _DARE = "Yu et al. 2024, arXiv 2311.03099"
@@ -117,7 +51,8 @@ _ENTRIES = (
         "θ0 + s elect_k(w_k · the density·n largest of δ_k, at least one)",
         "Yadav et al. 2023, arXiv 2306.01708",
         (DENSITY, SCALE),
-        passes=3,
+        passes=4,
+        rescales=True,
         mergekit=MergekitForm(_SUM, normalize=True, rescale=False),
     ),
     MergeMethod(
@@ -127,6 +62,7 @@ _ENTRIES = (
         _DARE,
         (DENSITY, SCALE),
         takes_seed=True,
+        rescales=True,
         mergekit=MergekitForm(_SUM, rescale=True),
     ),
     MergeMethod(
@@ -136,6 +72,7 @@ _ENTRIES = (
         _DARE,
         (DENSITY, SCALE),
         takes_seed=True,
+        rescales=True,
         mergekit=MergekitForm(_SUM, rescale=True),
     ),
     MergeMethod(
@@ -144,7 +81,8 @@ _ENTRIES = (
         "θ0 + s Σ w_k · (δ_k without its gamma·n largest, of the rest the density·n largest)",
         _BREADCRUMBS,
         (DENSITY, GAMMA, SCALE),
-        passes=3,
+        passes=4,
+        rescales=True,
         mergekit=MergekitForm(_SUM, rescale=False),
     ),
     MergeMethod(
@@ -153,7 +91,8 @@ _ENTRIES = (
         "`breadcrumbs` with elect in place of Σ",
         _BREADCRUMBS,
         (DENSITY, GAMMA, SCALE),
-        passes=3,
+        passes=4,
+        rescales=True,
         mergekit=MergekitForm(_SUM, rescale=False),
     ),
     MergeMethod(
@@ -164,6 +103,7 @@ _ENTRIES = (
         _DELLA,
         (DENSITY, EPSILON, SCALE),
         takes_seed=True,
+        rescales=True,
         mergekit=MergekitForm(_SUM, normalize=True, rescale=True),
     ),
     MergeMethod(
@@ -173,6 +113,7 @@ _ENTRIES = (
         _DELLA,
         (DENSITY, EPSILON, SCALE),
         takes_seed=True,
+        rescales=True,
         mergekit=MergekitForm(_SUM, rescale=True),
     ),
     MergeMethod(
@@ -205,20 +146,82 @@ _ENTRIES = (
         r"(cos a · m + sin a · T/a) Σ w_k \|x_k\|, u_k = x_k/\|x_k\|, m the direction of "
         r"Σ w_k u_k, T = Σ w_k (u_k − ⟨u_k, m⟩ m), a = \|T\|; x_k = θ_k, or δ_k with a base",
         "mergekit",
+        (EPS,),
         base="optional",
         passes=2,
-        mergekit=MergekitForm(("normalize_weights", "eps"), normalize=True),
+        mergekit=MergekitForm(("normalize_weights",), normalize=True),
     ),
     MergeMethod(
         "model_stock",
-        FromGram(gram.model_stock),
+        FromGram(gram.model_stock, vectors.model_stock_by_vector),
         "θ0 + c · mean δ_k, c = K cosine / (1 + (K − 1) cosine), cosine the mean over pairs of "
-        "deltas",
+        "deltas; of whole tensors, rows or columns (`vectors`)",
         "Jang et al. 2024, arXiv 2403.19522",
         takes_weights=False,
         fewest_models=2,
         passes=2,
         mergekit=MergekitForm(("filter_wise",)),
+    ),
+    MergeMethod(
+        "nuslerp",
+        FromGram(vectors.nuslerp, vectors.nuslerp_by_vector),
+        "sin((1 − t)ω)/sin ω x_1 + sin(tω)/sin ω x_2, t = w_2/(w_1 + w_2), a straight line where "
+        "sin ω ≈ 0; x_k = θ_k, or δ_k with a base; of whole tensors, rows or columns (`vectors`)",
+        "mergekit",
+        base="optional",
+        fewest_models=2,
+        most_models=2,
+        passes=2,
+        mergekit=MergekitForm(("nuslerp_flatten", "nuslerp_row_wise")),
+    ),
+    MergeMethod(
+        "karcher",
+        FromGram(gram.karcher),
+        r"mean \|θ_k\| · m, m the point of the sphere whose mean step to all θ_k/\|θ_k\| is "
+        "shorter than `tol`",
+        "arXiv 2603.04972",
+        (MAX_ITER, TOL),
+        takes_weights=False,
+        base="unused",
+        passes=2,
+        mergekit=MergekitForm(base="model"),
+    ),
+    MergeMethod(
+        "nearswap",
+        ElementByElement(elements.nearswap_rule),
+        r"θ0 + min(t/\|δ\|, 1) δ, by element",
+        "alchemonaut, QuartetAnemoi-70B",
+        (NEAR_T,),
+        takes_weights=False,
+        most_models=1,
+    ),
+    MergeMethod(
+        "arcee_fusion",
+        ElementByElement(elements.fusion_rule, by_row=True),
+        r"θ_1 where i ≥ median + 1.5 (Q3 − Q1), else θ0; i = \|δ\| · KL(softmax θ_1 ‖ softmax θ0) "
+        "of the row (last dimension), quantiles of the tensor's i, exact",
+        "arcee.ai",
+        takes_weights=False,
+        most_models=1,
+        passes=5,
+    ),
+    MergeMethod(
+        "ram",
+        ElementByElement(elements.ram_rule),
+        r"θ0 + the δ_k of the only model with \|δ_k\| > `epsilon`, or the mean of several",
+        "arXiv 2601.13572",
+        (ACTIVE_EPSILON,),
+        takes_weights=False,
+    ),
+    MergeMethod(
+        "ramplus_tl",
+        ElementByElement(elements.ramplus_rule),
+        "`ram` with an only δ_k times 1 + r · min(shared_k/unique_k, alpha), numbers of its "
+        "active elements in the tensor",
+        "arXiv 2601.13572",
+        (ACTIVE_EPSILON, RAM_R, RAM_ALPHA),
+        takes_weights=False,
+        passes=2,
     ),
     MergeMethod(
         "passthrough",

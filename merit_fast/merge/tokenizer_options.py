@@ -1,6 +1,7 @@
 """Options of a merge's vocabulary: the tokenizer of the output, and rows of single tokens."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from merit_fast.options.fields import option, require
@@ -58,8 +59,8 @@ class TokenizerOptions:
 
     def __post_init__(self) -> None:
         multiple = self.pad_to_multiple_of
-        rule = "a positive integer"
-        require(multiple is None or multiple > 0, "pad_to_multiple_of", rule, multiple)
+        is_small = multiple is None or 0 < multiple <= 1 << 16
+        require(is_small, "pad_to_multiple_of", "between 1 and 65536", multiple)
         if self.source == "ids":
             rule = "absent: source ids keeps every row at its id"
             require(not self.tokens, "tokens", rule, self.tokens)
@@ -69,3 +70,18 @@ class TokenizerOptions:
 def tokenizer_options(value: str | TokenizerOptions | None) -> TokenizerOptions | None:
     """The options in full, where only the source is named."""
     return TokenizerOptions(value) if isinstance(value, str) else value
+
+
+def with_names(options: TokenizerOptions, name_of: Callable[[str], str]) -> TokenizerOptions:
+    """The options with every model's path replaced by another name of it."""
+    tokens = {text: _named(token, name_of) for text, token in (options.tokens or {}).items()}
+    source = options.source if options.source in SOURCES else name_of(options.source)
+    return replace(options, source=source, tokens=tokens or None)
+
+
+def _named(token: TokenSource, name_of: Callable[[str], str]) -> TokenSource:
+    source = token.source
+    if isinstance(source, TokenRow):
+        model = None if source.model is None else name_of(source.model)
+        return replace(token, source=replace(source, model=model))
+    return token if source in (None, ZERO) else replace(token, source=name_of(str(source)))

@@ -17,8 +17,12 @@ PROCESSOR_FILES = (
 )
 
 
-def resolve_model(path: str) -> Path:
+def resolve_model(path: str, revision: str | None = None) -> Path:
     """Local directory of a model: ``path`` itself, or the hub's snapshot, downloaded if necessary.
+
+    Args:
+        path: a folder or a hub id.
+        revision: a branch, tag or commit of the hub id; None: its main branch.
 
     Raises:
         InputError: the path is neither, or a directory without config.json.
@@ -43,9 +47,10 @@ def resolve_model(path: str) -> Path:
         "*.jinja",
     ]
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds, for an unavailable model
-        raise InputError(f"model: {path}: not a folder, and {hub_trouble(error)}") from None
+        name = f"{path}@{revision}" if revision else path
+        raise InputError(f"model: {name}: not a folder, and {hub_trouble(error)}") from None
 
 
 def copy_processor_files(start: Path, directory: Path) -> None:

@@ -104,8 +104,8 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
                 raise InputError(f"command line: {path}: {parent} is not a section")
         try:
             node[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"command line: {path}: {text!r} is not a YAML value") from None
+        except (yaml.YAMLError, RecursionError):
+            raise InputError(f"command line: {path}: {show(text)} is not a YAML value") from None
     return result
 
 

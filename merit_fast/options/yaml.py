@@ -7,15 +7,31 @@ import yaml
 
 from merit_fast.errors import InputError
 
+_MAX_DEPTH = 100  # lists and mappings inside each other
+
 
 def read_yaml(file: Path) -> Any:
     """Reads the file's value; None if it is empty.
 
     Raises:
-        InputError: the file cannot be read or is not YAML; names the line.
+        InputError: the file cannot be read, is not YAML, is nested more than 100 deep or holds
+            several documents; names the line.
+    """
+    documents = read_yaml_documents(file)
+    if len(documents) > 1:
+        raise InputError(f"{file}: must hold one document, got {len(documents)} between --- lines")
+    return documents[0] if documents else None
+
+
+def read_yaml_documents(file: Path) -> list[Any]:
+    """Reads the values of all documents of a file, which lines of --- part.
+
+    Raises:
+        InputError: the file cannot be read, is not YAML or is nested more than 100 deep; names the
+            line.
     """
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        return _load_all(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -26,6 +42,21 @@ def read_yaml(file: Path) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", error)
         raise InputError(f"{file}{line}: is not valid YAML: {problem}") from None
+
+
+def _load_all(text: str) -> list[Any]:
+    """Values of all documents. Counts depth first, as the loader recurses into each level."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.events.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.events.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            problem = f"must be nested at most {_MAX_DEPTH} deep"
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+    return list(yaml.load_all(text, Loader=_StrictLoader))
 
 
 class _StrictLoader(yaml.SafeLoader):

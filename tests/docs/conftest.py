@@ -26,6 +26,16 @@ def _write_adapter(directory, seed):
     peft.get_peft_model(model, config).save_pretrained(directory)
 
 
+def _write_steps(folder, names):
+    """Distributed checkpoints of these models as a trainer writes them: step-10, step-20."""
+    import torch.distributed.checkpoint as dcp
+    from transformers import AutoModelForCausalLM
+
+    for number, name in enumerate(names, 1):
+        state = {"model": AutoModelForCausalLM.from_pretrained(folder.parent / name).state_dict()}
+        dcp.save(state, checkpoint_id=folder / f"step-{10 * number}", no_dist=True)
+
+
 def _write_rows(folder):
     from datasets import Dataset
 
@@ -41,7 +51,7 @@ def _write_rows(folder):
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
-    """BASE, A, B, two adapters, data/, and the finished run of examples/run.yml in runs/mine."""
+    """BASE, A, B, two adapters, steps/, data/, and examples/run.yml's finished run in runs/mine."""
     from merit_fast.pipeline.config import read_run_config
     from merit_fast.pipeline.run import Run
 
@@ -53,6 +63,7 @@ def workspace(tmp_path_factory):
         (folder / alias).symlink_to(folder / name)
     _write_adapter(folder / "ADAPTER1", 1)
     _write_adapter(folder / "ADAPTER2", 2)
+    _write_steps(folder / "steps", ("A", "B"))
     _write_rows(folder / "data")
     (folder / "run.yml").write_text((ROOT / "examples" / "run.yml").read_text())
     with pytest.MonkeyPatch.context() as patch:

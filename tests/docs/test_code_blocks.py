@@ -22,7 +22,7 @@ from support.docs.pages import (
 
 from merit_fast.cli.main import main
 from merit_fast.errors import InputError
-from merit_fast.options.yaml import read_yaml
+from merit_fast.options.yaml import read_yaml_documents
 from merit_fast.pipeline.config import read_run_config
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -122,11 +122,24 @@ def check_yaml(block, folder):
     name = NAMED.match(block.code)
     file = folder / (name.group(1) if name else "block.yml")
     file.write_text(block.code)
-    values = read_yaml(file)
-    if "merge_method" in values or "slices" in values:
+    documents = read_yaml_documents(file)
+    values = documents[0]
+    if len(documents) > 1:
+        from merit_fast.integrations.mergekit.several import read_steps
+
+        read_steps(file, documents, folder / "OUT")
+    elif "experts" in values:
+        from merit_fast.integrations.mergekit.moe.document import moe_document
+
+        moe_document(values, str(file))
+    elif "merge_method" in values or "slices" in values:
         from merit_fast.integrations.mergekit.recipe import read_mergekit
 
         read_mergekit(file)
+    elif "trajectory" in values:
+        from merit_fast.cli.merge.trajectory import read_trajectory_file
+
+        read_trajectory_file(file)
     else:
         read_run_config(file)
 

@@ -19,6 +19,7 @@ ARROWS = {
     "engine": {"common", "average", "engine/read", "engine/write"},
     "engine/read": {"common", "average"},
     "engine/write": set(),
+    "elements": {"common", "average", "engine", "engine/read"},
     "levels": {"common", *FAMILIES},
     ".": {"common", "levels"},
 }

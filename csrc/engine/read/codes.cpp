@@ -23,14 +23,15 @@ int64_t CodesSource::code_bytes(int64_t n) const {
 }
 
 size_t CodesSource::scratch_bytes(int64_t n) const {
-  size_t largest = size_t(code_bytes(n));
+  size_t largest = round_up(size_t(code_bytes(n)));
   for (const std::vector<Grid>* grids : {&zeros_, &scales_})
-    for (const Grid& grid : *grids) {
-      const int64_t count = rows_in(n) * grid.grid_cols;
-      const size_t own = round_up(size_t(count) * 8) + double_scratch(*grid.numbers, count);
-      largest = std::max(largest, own);
-    }
-  return round_up(largest);
+    for (const Grid& grid : *grids) largest = std::max(largest, row_scratch(grid));
+  return largest;
+}
+
+// Scratch for one row of a grid; several rows take at most as much for each.
+size_t CodesSource::row_scratch(const Grid& grid) {
+  return round_up(size_t(grid.grid_cols) * 8) + double_scratch(*grid.numbers, grid.grid_cols);
 }
 
 int CodesSource::read_codes(const Reading& reading, int64_t first, int64_t n, double* out,
@@ -63,10 +64,26 @@ int CodesSource::read_codes(const Reading& reading, int64_t first, int64_t n, do
   return 0;
 }
 
-// Combines every element with the grid's number of its block.
+// Combines every element with the grid's number of its block, as many rows at a time as the scratch
+// for n elements has room for.
 template <class Combine>
 int CodesSource::apply(const Reading& reading, const Grid& grid, int64_t first, int64_t n,
                        double* out, char* scratch, const Combine& combine) const {
+  const int64_t cols = layout_.cols;
+  const int64_t room = int64_t(round_up(size_t(code_bytes(n))) / row_scratch(grid));
+  const int64_t rows = std::max<int64_t>(room, 1);
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = std::min(n, ((first + i) / cols + rows) * cols - first);
+    const int error = apply_rows(reading, grid, first + i, end - i, out + i, scratch, combine);
+    if (error) return error;
+    i = end;
+  }
+  return 0;
+}
+
+template <class Combine>
+int CodesSource::apply_rows(const Reading& reading, const Grid& grid, int64_t first, int64_t n,
+                            double* out, char* scratch, const Combine& combine) const {
   const int64_t cols = layout_.cols;
   const auto grid_row = [&](int64_t row) {
     return row / grid.rows * grid.grid_rows + row % grid.rows / grid.block_rows;

@@ -41,6 +41,10 @@ class CodesSource : public Source {
   int64_t code_bytes(int64_t n) const;
   int read_codes(const Reading& reading, int64_t first, int64_t n, double* out,
                  char* scratch) const;
+  static size_t row_scratch(const Grid& grid);
+  template <class Combine>
+  int apply_rows(const Reading& reading, const Grid& grid, int64_t first, int64_t n, double* out,
+                 char* scratch, const Combine& combine) const;
   template <class Combine>
   int apply(const Reading& reading, const Grid& grid, int64_t first, int64_t n, double* out,
             char* scratch, const Combine& combine) const;

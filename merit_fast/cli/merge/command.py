@@ -68,16 +68,16 @@ def merge_command(  # noqa: PLR0913
         raise InputError("command line: merge: --arm and --seed-index go with --run")
     number_and_count = share_of(share)
     if mergekit is not None:
-        from merit_fast.integrations.mergekit.recipe import merge_recipe, read_mergekit
+        from merit_fast.integrations.mergekit.run import merge_mergekit
 
         if tune:
             raise InputError("command line: merge: --validation goes with --model or --run")
         if base:
             raise InputError("command line: merge: --base is named in the recipe of --mergekit")
-        recipe = read_mergekit(Path(mergekit), assignments)
-        for note in recipe.notes:
-            progress.note(note)
-        return merge_recipe(recipe, out, progress, dry_run=dry_run, share=number_and_count)
+        file = Path(mergekit)
+        return merge_mergekit(
+            file, out, progress, assignments, dry_run=dry_run, share=number_and_count
+        )
     config = parse(MergeConfig, override({}, assignments), "command line")
     pairs: list[tuple[Location, float | None]]
     pairs = (
@@ -159,8 +159,8 @@ def require_merge_inputs(inputs: Sequence[str]) -> None:
 def param_assignments(params: Sequence[str], method: str | None) -> list[str]:
     """``--param KEY=VALUE`` as assignments to MergeConfig.
 
-    With a registered method, a key that is no option of every merge is one of the method's
-    parameters.
+    A key that is no option of every merge, and that the method takes, is one of its own parameters;
+    with a registered method every such key.
 
     Raises:
         InputError: not of the form KEY=VALUE.
@@ -171,10 +171,11 @@ def param_assignments(params: Sequence[str], method: str | None) -> list[str]:
         if not equals:
             raise InputError(f"command line: --param: must be KEY=VALUE, got {text!r}")
     named = method or next((value for key, _, value in pairs if key == "method"), DEFAULT_METHOD)
-    if named in METHODS:
-        return list(params)
+    built_in = METHODS.get(named)
     return [
-        text if key.partition(".")[0] in options else f"parameters.{text}"
+        text
+        if key.partition(".")[0] in options or (built_in and not built_in.takes(key))
+        else f"parameters.{text}"
         for text, (key, _, _) in zip(params, pairs, strict=True)
     ]
 

@@ -40,7 +40,8 @@ def add_merge(parser: Parser) -> Work:
     add(
         "--trajectory",
         metavar="PATTERN",
-        help="average the checkpoints of one run that a quoted pattern names, as 'run/ckpt-*'",
+        help="average the checkpoints of one run that a quoted pattern names, as 'run/ckpt-*', "
+        "or a YAML file",
     )
     add(
         "--schedule",

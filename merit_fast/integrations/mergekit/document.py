@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ _TOP = (
 )
 _TEXTS = ("tokenizer_source", "tokenizer", "chat_template")
 # Options of mergekit's command line that some files carry; mergekit does not read them there.
+_IDLE_NOTE = "is an option of mergekit's command line and has no effect in its file"
 _IDLE = ("lazy_unpickle", "lazy_loader", "low_cpu_memory", "clone_tensors", "read_to_gpu")
+# Keys of mergekit's recipes that have no meaning here, with the reason.
+_REFUSED = {
+    "residual_weight": "must be absent: mergekit 0.1.5 does not read it either",
+    "override_architecture": "must be absent: names of tensors come from the files and config.json",
+}
 _DTYPES = SPELLINGS | {short: short for short in SHORT_NAMES}
 
 
@@ -68,7 +74,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A recipe. ``scopes``: parameters of all sections, innermost first. ``texts``: tokenizer."""
+    """A recipe. ``scopes``: parameters of all sections, innermost first. ``texts``: tokenizer.
+
+    ``module``: the key under ``modules:`` that holds the sections, if there is one. With
+    ``modules`` each of them has a recipe of its own, and the sections are those of all.
+    """
 
     where: str
     method: str
@@ -78,6 +88,8 @@ class Document:
     dtype: str | None
     texts: Mapping[str, Any]
     notes: tuple[str, ...]
+    module: str = ""
+    modules: "Mapping[str, Document]" = field(default_factory=dict)
 
     def error(self, key: str, rule: str) -> InputError:
         """An error about one key of the file."""
@@ -85,58 +97,76 @@ class Document:
 
 
 def read_document(file: Path) -> Document:
-    """Reads the file; no model.
+    """Reads the file; no model. Raises InputError as ``document_of``, or if it is no YAML."""
+    return document_of(read_yaml(file), str(file))
+
+
+def document_of(values: Any, where: str, made: Mapping[str, str] | None = None) -> Document:
+    """The recipe that ``values`` hold.
+
+    Args:
+        values: the value of one YAML document.
+        where: the file, and the document in it, as errors name it.
+        made: paths of the outputs of other documents, by their names.
 
     Raises:
-        InputError: no YAML, a key that mergekit does not have or we do not, a value of another
-            kind.
+        InputError: a key that mergekit does not have or we do not, a value of another kind.
     """
-    reader = _Reader(str(file))
-    values = read_yaml(file)
+    modules = values.get("modules") if isinstance(values, dict) else None
+    if isinstance(modules, dict) and len(modules) > 1:
+        return _of_modules(values, where, made)
+    reader = Reader(where, made or {})
     idle = [key for key in values if key in _IDLE] if isinstance(values, dict) else []
     top = reader.mapping(values, "", (*_TOP, *_TEXTS, *_IDLE))
     if not isinstance(top.get("merge_method"), str):
         raise reader.error(
             "merge_method", f"must be the name of a method, got {show(top.get('merge_method'))}"
         )
-    where = top
+    body = top
     scopes = [reader.scope(top, "")]
     prefix = ""
     if sum(bool(top.get(key)) for key in ("models", "slices", "modules")) != 1:
         raise reader.error("", "must have exactly one of models, slices and modules")
+    base = top.get("base_model")
+    module = ""
     if modules := top.get("modules"):
-        if not isinstance(modules, dict) or len(modules) != 1:
-            raise reader.error("modules", f"must be a mapping of one module, got {show(modules)}")
-        prefix = f"modules.{next(iter(modules))}"
-        where = reader.mapping(
-            next(iter(modules.values())), prefix, ("models", "slices", "parameters")
-        )
-        if sum(bool(where.get(key)) for key in ("models", "slices")) != 1:
+        if not isinstance(modules, dict):
+            raise reader.error("modules", f"must be a mapping of modules, got {show(modules)}")
+        module, content = next(iter(modules.items()))
+        prefix = f"modules.{module}"
+        body = reader.mapping(content, prefix, ("models", "slices", "parameters"))
+        if sum(bool(body.get(key)) for key in ("models", "slices")) != 1:
             raise reader.error(prefix, "must have exactly one of models and slices")
-        scopes.insert(0, reader.scope(where, prefix))
+        scopes.insert(0, reader.scope(body, prefix))
     return Document(
-        str(file),
+        reader.where,
         top["merge_method"],
-        reader.reference(top["base_model"], "base_model")
-        if top.get("base_model") is not None
-        else None,
-        reader.sections(where, prefix),
+        None if base is None else reader.reference(base, "base_model"),
+        reader.sections(body, prefix),
         tuple(scopes),
         reader.dtype(top),
         {key: top[key] for key in _TEXTS if top.get(key) is not None},
-        (
-            *(
-                f"{key}: is an option of mergekit's command line and has no effect in its file"
-                for key in idle
-            ),
-        )
-        + reader.dtype_note(top),
+        (*(f"{key}: {_IDLE_NOTE}" for key in idle), *reader.dtype_note(top)),
+        str(module),
     )
 
 
-class _Reader:
-    def __init__(self, where: str) -> None:
+def _of_modules(values: dict[str, Any], where: str, made: Mapping[str, str] | None) -> Document:
+    parts = {
+        str(name): document_of({**values, "modules": {name: body}}, where, made)
+        for name, body in values["modules"].items()
+    }
+    first = next(iter(parts.values()))
+    sections = tuple(section for part in parts.values() for section in part.sections)
+    return replace(first, sections=sections, module="", modules=parts)
+
+
+class Reader:
+    """Reads the values of one document; its errors name the file and the key."""
+
+    def __init__(self, where: str, made: Mapping[str, str]) -> None:
         self.where = where
+        self.made = made
 
     def error(self, key: str, rule: str) -> InputError:
         return InputError(f"{self.where}: {key or 'the top level'}: {rule}")
@@ -145,6 +175,8 @@ class _Reader:
         if not isinstance(value, dict):
             raise self.error(key, f"must be a mapping of keys, got {show(value)}")
         for name in value:
+            if name in _REFUSED:
+                raise self.error(_join(key, str(name)), _REFUSED[name])
             if name not in valid:
                 raise self.error(
                     _join(key, str(name)), f"is not supported; valid keys: {', '.join(valid)}"
@@ -218,49 +250,50 @@ class _Reader:
             lora = self.path(fields["lora"], f"{key}.lora") if fields.get("lora") else None
             return Reference(model, lora, key)
         path, plus, adapter = str(value).partition("+")
-        if isinstance(value, str) and os.path.isdir(value) or not plus:
+        if isinstance(value, str) and (os.path.isdir(value) or value in self.made) or not plus:
             return Reference(self.path(value, key), None, key)
         return Reference(self.path(path, key), self.path(adapter, key), key)
 
     def path(self, value: Any, key: str) -> str:
+        """A folder, a URL, the output of another document, or a hub id with its @revision."""
         if isinstance(value, dict):
-            value = self.mapping(value, key, ("path",)).get("path")
+            fields = self.mapping(value, key, ("path", "revision"))
+            value = fields.get("path")
+            if fields.get("revision") is not None:
+                value = f"{value}@{fields['revision']}"
         if not isinstance(value, str) or not value:
             raise self.error(key, f"must be a directory or a hub id, got {show(value)}")
-        local = os.path.isdir(value) or "://" in value
-        if not local and ("@" in value or "+" in value):
+        if value in self.made:
+            return self.made[value]
+        if os.path.isdir(value) or "://" in value:
+            return value
+        name, at, revision = value.partition("@")
+        if "+" in value or (at and (not name or not revision or "@" in revision)):
+            rule = "must name at most one adapter and one revision"
+            raise self.error(key, f"{rule}, got {show(value)}")
+        if at and (os.path.isdir(name) or name in self.made):
             raise self.error(
-                key, f"must name no revision and at most one adapter, got {show(value)}"
+                key, f"must have no revision, as {name} is a folder, got {show(value)}"
             )
         return value
 
+    def dtypes(self, top: Mapping[str, Any]) -> dict[str, str]:
+        """The dtypes that are given, in our words, by their keys."""
+        given = {key: str(top[key]) for key in ("dtype", "out_dtype") if top.get(key) is not None}
+        names = {key: name.removeprefix("torch.") for key, name in given.items()}
+        for key in (key for key, name in names.items() if name not in _DTYPES):
+            raise self.error(key, f"must be one of {', '.join(SPELLINGS)}, got {show(top[key])}")
+        return {key: _DTYPES[name] for key, name in names.items()}
+
     def dtype(self, top: Mapping[str, Any]) -> str | None:
-        names = {
-            key: self.dtype_name(key, top[key])
-            for key in ("dtype", "out_dtype")
-            if top.get(key) is not None
-        }
+        names = self.dtypes(top)
         return names.get("out_dtype", names.get("dtype"))
 
-    def dtype_name(self, key: str, value: Any) -> str:
-        name = str(value).removeprefix("torch.")
-        if name not in _DTYPES:
-            raise self.error(key, f"must be one of {', '.join(SPELLINGS)}, got {show(value)}")
-        return _DTYPES[name]
-
     def dtype_note(self, top: Mapping[str, Any]) -> tuple[str, ...]:
-        work = top.get("dtype")
-        out = top.get("out_dtype")
-        if (
-            work is None
-            or out is None
-            or self.dtype_name("dtype", work) == self.dtype_name("out_dtype", out)
-        ):
+        if len(set(self.dtypes(top).values())) < 2:
             return ()
-        return (
-            f"dtype: {work} is what mergekit computes in; here it is float64, rounded once to "
-            f"out_dtype {out}",
-        )
+        rule = "is what mergekit computes in; here it is float64, rounded once to out_dtype"
+        return (f"dtype: {top['dtype']} {rule} {top['out_dtype']}",)
 
 
 def _join(key: str, name: str) -> str:

@@ -3,25 +3,19 @@
 from collections.abc import Sequence
 from typing import Any
 
-from merit_fast.errors import show
 from merit_fast.integrations.mergekit.document import Document, Entry, Scope
 from merit_fast.integrations.mergekit.settings import has, one_flag, setting
-from merit_fast.merge.table import METHODS, MergeMethod
+from merit_fast.merge.method import MergeMethod
+from merit_fast.merge.parameters import BUILT_IN_NAMES
+from merit_fast.merge.table import METHODS
 
 _BY_MODEL = ("weight", "density", "gamma", "epsilon")  # parameters that one model may have
-_SHARED = ("t", "select_topk")
 _OF_METHODS = {key: None for method in METHODS.values() for key in method.mergekit.keys}
+_OF_METHODS |= {item.name: None for method in METHODS.values() for item in method.parameters}
 _WITHOUT_EFFECT = ("int8_mask",)
-# mergekit's defaults; the others must be given.
-_DEFAULTS = {
-    "density": 1.0,
-    "gamma": 0.01,
-    "epsilon": 0.15,
-    "scale": 1.0,
-    "lambda": 1.0,
-    "select_topk": 1.0,
-}
-_EPS = 1e-8
+# mergekit's defaults where they are not ours, or where we have none.
+_DEFAULTS = {"density": 1.0, "lambda": 1.0}
+_REQUIRED = ("weight", "t")  # mergekit has no default
 
 
 def check_names(document: Document, method: MergeMethod) -> list[str]:
@@ -32,7 +26,7 @@ def check_names(document: Document, method: MergeMethod) -> list[str]:
     """
     takes = _keys_of(method)
     by_model = (*_BY_MODEL, "scale")
-    known = {*by_model, *_SHARED, *_OF_METHODS, "rescale", *_WITHOUT_EFFECT}
+    known = {*by_model, *_OF_METHODS, "rescale", *_WITHOUT_EFFECT}
     notes = []
     of_models = [entry.scope for section in document.sections for entry in section.entries]
     for scope in [*of_models, *(section.scope for section in document.sections), *document.scopes]:
@@ -45,7 +39,7 @@ def check_names(document: Document, method: MergeMethod) -> list[str]:
                 notes.append(
                     f"{key}: has no effect with method {method.name}, nor has it in mergekit"
                 )
-            elif scope in of_models and name not in by_model:
+            elif scope in of_models and not _is_by_model(method, name):
                 notes.append(f"{key}: has no effect on one model, nor has it in mergekit")
     if method.takes_seed:
         notes.append(
@@ -56,12 +50,26 @@ def check_names(document: Document, method: MergeMethod) -> list[str]:
     return notes
 
 
+def _is_by_model(method: MergeMethod, name: str) -> bool:
+    """Whether mergekit reads a parameter on one model."""
+    return name in ("weight", "scale") or method.takes_by_model(name)
+
+
 def _keys_of(method: MergeMethod) -> list[str]:
     """mergekit's parameters that change the result of a method."""
     names = ["weight"] if method.takes_weights else []
-    names += [name for name in (*_BY_MODEL[1:], *_SHARED) if method.takes(name)]
+    names += [item.name for item in method.parameters if item.name != "scale"]
     names += method.mergekit.keys
     return names + (["rescale"] if method.mergekit.rescale is not None else [])
+
+
+def _default(method: MergeMethod, name: str) -> float | None:
+    """mergekit's default of a parameter; None: it must be given."""
+    if name in _DEFAULTS:
+        return _DEFAULTS[name]
+    if name in _REQUIRED:
+        return None
+    return next((item.default for item in method.parameters if item.name == name), None)
 
 
 def merge_values(
@@ -84,41 +92,65 @@ def merge_values(
         of_model = [entries[k].scope for entries in columns if k < len(entries)]
         by_model.append([*lacking, *of_model, *shared])
     values: dict[str, Any] = {"method": method.name}
-    for name, key in (("lambda", "scale"), ("select_topk", "select_topk"), ("t", "t")):
-        if name in takes:
-            values[key] = setting(name, shared, _DEFAULTS.get(name), where)
+    if "lambda" in takes:
+        values["scale"] = setting("lambda", shared, _default(method, "lambda"), where)
     if "scale" in takes:
-        values["scale"] = setting("scale", by_model[0], _DEFAULTS["scale"], where)
-    of_each = [name for name in _BY_MODEL if name in takes]
+        values["scale"] = setting("scale", by_model[0], _default(method, "scale"), where)
+    values |= _shared_numbers(method, shared, where)
+    declared = {item.name: item for item in method.parameters}
+    of_each = [name for name in _BY_MODEL if name in takes and _is_by_model(method, name)]
     if of_each:
         values["models"] = [
-            {name: setting(name, scopes, _DEFAULTS.get(name), where) for name in of_each}
+            {
+                name: setting(name, scopes, _default(method, name), where, declared.get(name))
+                for name in of_each
+            }
             for scopes in by_model
         ]
     for name in ("normalize", "normalize_weights"):
         if name in takes:
             values["normalize"] = one_flag(name, shared, method.mergekit.normalize, where)
-    _check_fixed(document, method, shared, takes)
-    for name in ("weight", "t"):
+    if method.takes_weights and not any(name.startswith("normalize") for name in takes):
+        values["normalize"] = False
+    values |= _flags(method, shared, takes, where)
+    for name in _REQUIRED:
         if name in takes:
             _check_given(document, columns, name)
     return values
 
 
-def _check_fixed(
-    document: Document, method: MergeMethod, shared: Sequence[Scope], takes: Sequence[str]
-) -> None:
-    """Refuses values of parameters that mergekit lets choose and this package does not."""
-    for name, fixed in (("rescale", bool(method.mergekit.rescale)), ("filter_wise", False)):
-        if name in takes and one_flag(name, shared, fixed, document.where) != fixed:
-            key = next(scope.key for scope in shared if name in scope.values)
-            rule = f"must be {str(fixed).lower()} with method {method.name}"
-            raise document.error(f"{key}.{name}", rule)
-    for scope in shared:
-        has_eps = "eps" in takes and "eps" in scope.values
-        if has_eps and setting("eps", [scope], None, document.where) != _EPS:
-            rule = f"must be 1e-8, got {show(scope.values['eps'])}"
-            raise document.error(f"{scope.key}.eps", rule)
+def _shared_numbers(method: MergeMethod, shared: Sequence[Scope], where: str) -> dict[str, Any]:
+    """The numbers that all models share: options of a merge, and the method's own parameters."""
+    values: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for item in method.parameters:
+        if item.name != "scale" and not item.by_model:
+            target = values if item.name in BUILT_IN_NAMES else own
+            default = _default(method, item.name)
+            target[item.name] = setting(item.name, shared, default, where, item)
+    return values | ({"parameters": own} if own else {})
+
+
+def _flags(
+    method: MergeMethod, shared: Sequence[Scope], takes: Sequence[str], where: str
+) -> dict[str, Any]:
+    """mergekit's flags as ``rescale`` and ``vectors``; {} where our defaults are the same."""
+    values: dict[str, Any] = {}
+    standard = bool(method.mergekit.rescale)
+    if "rescale" in takes and one_flag("rescale", shared, standard, where) != standard:
+        values["rescale"] = not standard
+    if method.takes_vectors:
+        values["vectors"] = _vectors(shared, takes, where)
+    return values
+
+
+def _vectors(shared: Sequence[Scope], takes: Sequence[str], where: str) -> str:
+    if "filter_wise" in takes:
+        return "row" if one_flag("filter_wise", shared, False, where) else "tensor"
+    if one_flag("nuslerp_flatten", shared, True, where):
+        return "tensor"
+    # mergekit's key says rows and takes the vectors along the first dimension, the columns.
+    return "column" if one_flag("nuslerp_row_wise", shared, False, where) else "row"
 
 
 def _check_given(document: Document, columns: Sequence[Sequence[Entry]], name: str) -> None:

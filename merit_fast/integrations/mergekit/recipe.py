@@ -4,7 +4,7 @@
 paths. An unknown key is an error, one without effect a note. mergekit's defaults hold.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,23 @@ from merit_fast.integrations.mergekit.document import (
 from merit_fast.integrations.mergekit.numbers import check_names, merge_values
 from merit_fast.integrations.mergekit.texts import text_values
 from merit_fast.merge import MergeConfig, merge_models
+from merit_fast.merge.combine.weights import resolve_weights, settle_weights
+from merit_fast.merge.engine.modules import Module, tower_names
+from merit_fast.merge.method import MergeMethod
+from merit_fast.merge.read.names.towers import TEXT
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, Source
-from merit_fast.merge.table import METHODS, MergeMethod
+from merit_fast.merge.table import METHODS
 from merit_fast.model import resolve_model
 from merit_fast.options.parser import override, parse
 from merit_fast.progress import Progress
 
-# Methods of mergekit that this package lacks.
-_ELSEWHERE = ("nuslerp", "karcher", "nearswap", "arcee_fusion", "ram", "ramplus_tl")
+_WHOLE = "default"  # the only module of a model that has no towers
 # Options that a recipe does not hold.
 _ENGINE = (
     "seed", "missing", "dtype", "shard_size", "stats", "checksum", "allow_nonfinite", "fsync",
     "threads", "chunk_kib", "max_memory", "tokenizer", "chat_template",
+    "form", "subtree", "config_from",
 )  # fmt: skip
 
 
@@ -42,6 +46,7 @@ class Recipe:
     """A merge to be done. ``models``: in order; with slices all of them, in any order.
 
     ``companions``: the model that gives config and tokenizer. ``notes``: facts for the user.
+    ``modules``: towers, each with models of its own, instead of slices; ``models`` are all of them.
     """
 
     models: tuple[Location, ...]
@@ -50,6 +55,7 @@ class Recipe:
     slices: tuple[Slice, ...] = ()
     companions: Location | None = None
     notes: tuple[str, ...] = ()
+    modules: tuple[Module, ...] = ()
 
 
 def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
@@ -61,13 +67,79 @@ def read_mergekit(file: Path, assignments: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: a key, method or value that mergekit or this package lacks; a missing model.
     """
-    document = read_document(file)
+    return recipe_of(read_document(file), assignments)
+
+
+def check_document(document: Document) -> tuple[MergeMethod, list[str]]:
+    """The recipe's method, and notes on parameters that it does not read.
+
+    Raises:
+        InputError: the method or a parameter is unknown.
+    """
     if document.method not in METHODS:
-        lacks = "is not among ours" if document.method in _ELSEWHERE else "is unknown"
-        rule = f"{document.method} {lacks}; there are {', '.join(METHODS)}"
+        rule = f"{document.method} is unknown; there are {', '.join(METHODS)}"
         raise document.error("merge_method", rule)
     method = METHODS[document.method]
-    notes = [*document.notes, *check_names(document, method)]
+    return method, check_names(document, method)
+
+
+def recipe_of(document: Document, assignments: Sequence[str] = ()) -> Recipe:
+    """The merge that a document describes; arguments and errors as ``read_mergekit``."""
+    parts = document.modules or ({document.module: document} if document.module else {})
+    if parts and list(parts) != [_WHOLE]:
+        return _of_towers(document, parts, assignments)
+    recipe = _of_models(document, assignments)
+    if parts:
+        _check_towers(document, parts, recipe.companions or recipe.models[0])
+    return recipe
+
+
+def _of_towers(
+    document: Document, parts: Mapping[str, Document], assignments: Sequence[str]
+) -> Recipe:
+    """A recipe for each tower; the base_model gives the others."""
+    holder = TEXT if TEXT in parts else next(iter(parts))
+    if holder != TEXT and {"tokenizer", "tokenizer_source"} & document.texts.keys():
+        raise document.error("tokenizer", f"goes with the module {TEXT}, which holds the rows")
+    recipes = {
+        name: _of_models(part if name == holder else replace(part, texts={}), assignments)
+        for name, part in parts.items()
+    }
+    first = next(iter(recipes.values()))
+    companions = first.companions or first.models[0]
+    _check_towers(document, parts, companions)
+    modules = []
+    for name, recipe in recipes.items():
+        config = settle_weights(recipe.models, recipe.config)
+        weights = tuple(resolve_weights(recipe.models, config))
+        modules.append(Module(name, recipe.models, weights, recipe.base, config, recipe.slices))
+    places = (companions, *(path for recipe in recipes.values() for path in recipe.models))
+    return replace(
+        first,
+        models=tuple(dict.fromkeys(places)),
+        slices=(),
+        companions=companions,
+        notes=tuple(dict.fromkeys(note for each in recipes.values() for note in each.notes)),
+        modules=tuple(modules),
+    )
+
+
+def _check_towers(document: Document, parts: Mapping[str, Document], giver: Location) -> None:
+    """Refuses modules that the model lacks, and towers that nobody gives."""
+    towers = tower_names(giver)
+    for name in parts:
+        if name not in towers:
+            rule = f"is no tower of {giver}; there are {', '.join(towers)}"
+            raise document.error(f"modules.{name}", rule)
+    others = [name for name in towers if name not in parts]
+    if others and document.base is None:
+        rule = f"is required: it gives the towers {', '.join(others)}"
+        raise document.error("base_model", rule)
+
+
+def _of_models(document: Document, assignments: Sequence[str]) -> Recipe:
+    method, notes = check_document(document)
+    notes = [*document.notes, *notes]
     columns = [_order_models(document, section, method) for section in document.sections]
     most = max(len(entries) for entries, _ in columns)
     for section, (entries, _) in zip(document.sections, columns, strict=True):
@@ -116,6 +188,7 @@ def merge_recipe(
         dry_run=dry_run,
         share=share,
         slices=recipe.slices,
+        modules=recipe.modules,
         companions=recipe.companions,
     )
 
@@ -202,11 +275,18 @@ def _resolve(
     for reference in [*references, *([under] if under else [])]:
         text = reference.lora or reference.model
         try:
-            local = Path(text).is_dir() or "://" in text
-            paths[reference] = as_location(text) if local else resolve_model(text)
+            paths[reference] = locate(text)
         except InputError as error:
             raise document.error(reference.key, str(error).removeprefix("model: ")) from None
     return paths
+
+
+def locate(text: str) -> Location:
+    """The place of a model: a folder, a URL, or the snapshot of a hub id with its @revision."""
+    if Path(text).is_dir() or "://" in text:
+        return as_location(text)
+    name, _, revision = text.partition("@")
+    return resolve_model(name, revision or None)
 
 
 def _slice(

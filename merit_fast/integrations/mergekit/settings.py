@@ -5,28 +5,39 @@ from typing import Any
 
 from merit_fast.errors import InputError, show
 from merit_fast.integrations.mergekit.document import Scope
+from merit_fast.merge.parameters import Parameter
 
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 _FALSE = ("0", "false", "f", "no", "n", "off")
-_SHARES = ("density", "gamma", "epsilon", "t", "select_topk")
 
 
 def has(name: str, scopes: Sequence[Scope]) -> bool:
     return any(name in scope.values for scope in scopes)
 
 
-def setting(name: str, scopes: Sequence[Scope], default: float | None, where: str) -> Any:
+def setting(
+    name: str,
+    scopes: Sequence[Scope],
+    default: float | None,
+    where: str,
+    parameter: Parameter | None = None,
+) -> Any:
     """One parameter as data for ``parse``: a number, a gradient or a list of cases.
 
     Cases are tried in order; the first that fits a tensor counts.
 
+    Args:
+        name: mergekit's name of the parameter.
+        default: the value where no case fits; None: there is none.
+        parameter: our declaration, for its range.
+
     Raises:
-        InputError: not numbers, or not shares between 0 and 1 where such are wanted.
+        InputError: not numbers, or numbers outside the range.
     """
     cases: list[dict[str, Any]] = []
     for value, key, number in _cases(name, scopes, where):
         numbers = value["value"] if isinstance(value["value"], list) else [value["value"]]
-        converted = [_number(number, name, f"{where}: {key}") for number in numbers]
+        converted = [_number(number, parameter, f"{where}: {key}") for number in numbers]
         gradient = converted if isinstance(value["value"], list) else converted[0]
         cases.append({"value": gradient, "filter": value.get("filter"), "slice": number})
     if default is not None:
@@ -108,15 +119,15 @@ def _scalars(value: Any, where: str, key: str) -> Any:
     return value
 
 
-def _number(value: Any, name: str, where: str) -> float:
+def _number(value: Any, parameter: Parameter | None, where: str) -> float:
     try:
         number = float(value)
     except (ValueError, OverflowError):
         number = float("nan")
     if not abs(number) < float("inf"):
         raise InputError(f"{where}: must be a finite number, got {show(value)}")
-    if name in _SHARES and not 0 <= number <= 1:
-        raise InputError(f"{where}: must be between 0 and 1, got {show(value)}")
+    if parameter is not None and not parameter.least <= number <= parameter.most:
+        raise InputError(f"{where}: must be {parameter.range_text}, got {show(value)}")
     return number
 
 

@@ -6,19 +6,21 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.deltas import DeltaRule
+from merit_fast.kernels.average.elements import ElementRule
+from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.method import Base, MergeMethod
 from merit_fast.merge.option_names import OptionError
-from merit_fast.merge.parameters import BUILT_IN, SCALE, Layers, Setting
+from merit_fast.merge.parameters import BUILT_IN_NAMES, SCALE, Layers, Setting
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule, UserFunction
 from merit_fast.merge.rules.gram import Array
-from merit_fast.merge.rules.kinds import FromGram, ThinnedDeltas, WeightedSum
+from merit_fast.merge.rules.kinds import ElementByElement, FromGram, ThinnedDeltas, WeightedSum
 from merit_fast.merge.rules.values import Coefficients, MethodValues
-from merit_fast.merge.table import Base, MergeMethod
 
-Rule = Coefficients | DeltaRule | FunctionRule
+Rule = Coefficients | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,28 @@ def combine(
         config.normalize,
         config.seed,
         len(models),
+        config.rescale,
     )
     if isinstance(method.rule, WeightedSum):
         return _weighted_sums(models, base, config, values, method.rule)
+    if isinstance(method.rule, FromGram) and config.vectors != "tensor":
+        has_columns = config.vectors == "column"
+        return _by_vector(models, base, values, method.rule, method.base, has_columns)
     if isinstance(method.rule, FromGram):
         return _from_gram(models, base, values, method.rule, method.base)
     if isinstance(method.rule, UserFunction):
         return _user_function(models, base, values, method, method.rule)
     assert base is not None
+    if isinstance(method.rule, ElementByElement):
+        return _element_by_element(models, base, values, method.rule)
     return _thinned_deltas(models, base, values, method.rule)
 
 
 def _settings(config: MergeConfig, method: MergeMethod) -> dict[str, Setting | None]:
-    settings = {parameter.name: getattr(config, parameter.name) for parameter in BUILT_IN}
-    declared = {item.name: item.default for item in method.parameters if item not in BUILT_IN}
-    return settings | declared | (config.parameters or {})
+    settings = {name: getattr(config, name) for name in BUILT_IN_NAMES}
+    given = {name: value for name, value in settings.items() if value is not None}
+    declared = {item.name: item.default for item in method.parameters}
+    return settings | declared | given | (config.parameters or {})
 
 
 def _check_counts(
@@ -143,6 +152,40 @@ def _from_gram(
     return Combination(paths, _no_rule, coefficients, from_base)
 
 
+def _by_vector(
+    models: Sequence[Location],
+    base: Location | None,
+    values: MethodValues,
+    kind: FromGram,
+    uses: Base,
+    has_columns: bool,
+) -> Combination:
+    from_base = base is not None and uses != "unused"
+    by_vector = kind.by_vector
+    assert by_vector is not None
+
+    def rule(entry: TensorEntry) -> VectorRule:
+        tensor = values.at(entry.name, entry.shape, entry.num_elements, from_base)
+        is_matrix = len(entry.shape) > 1
+        return VectorRule(
+            lambda grams: by_vector(grams, tensor),
+            length=entry.shape[-1] if entry.shape else 1,
+            period=entry.num_elements // entry.shape[0] if has_columns and is_matrix else 0,
+            from_base=from_base,
+        )
+
+    return Combination((*models, base) if base is not None and from_base else tuple(models), rule)
+
+
+def _element_by_element(
+    models: Sequence[Location], base: Location, values: MethodValues, kind: ElementByElement
+) -> Combination:
+    def rule(entry: TensorEntry) -> ElementRule:
+        return kind.rule(values.at(entry.name, entry.shape, entry.num_elements, from_base=True))
+
+    return Combination((*models, base), rule)
+
+
 def _thinned_deltas(
     models: Sequence[Location], base: Location, values: MethodValues, kind: ThinnedDeltas
 ) -> Combination:
@@ -160,7 +203,7 @@ def _user_function(
     kind: UserFunction,
 ) -> Combination:
     has_base = method.base == "required"
-    names = [item.name for item in method.parameters if item not in BUILT_IN]
+    names = [item.name for item in method.parameters if item.name not in BUILT_IN_NAMES]
 
     def rule(entry: TensorEntry) -> FunctionRule:
         tensor = values.at(entry.name, entry.shape, entry.num_elements, has_base)

@@ -3,13 +3,10 @@
 Memory is threads x (K + 1) x chunk, whatever the model's size.
 """
 
-import itertools
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +15,15 @@ from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average.deltas import SQUARES_CHUNK, DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.kernels.average.elements import ElementRule
+from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import native, reference
 from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.native import Advance
 from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
-from merit_fast.merge.engine.plan import Frame, Segment, Shard
+from merit_fast.merge.engine.plan import Rule, Segment, Shard
 from merit_fast.merge.engine.quantise.rounding import write_shard_roundings
 from merit_fast.merge.engine.quantise.stream import encode_tensor, scratch_output, unencoded
 from merit_fast.merge.engine.sources import held_bytes
@@ -33,8 +32,6 @@ from merit_fast.merge.read.entries import is_float, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
 
-_BLOCK_BYTES = 1 << 20
-_CHECKSUMS_AT_ONCE = 1024
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
 
 _MOST_HELD = 8 << 20  # bytes
@@ -58,8 +55,7 @@ def write_shard(
         os.posix_fallocate(opened.output, 0, shard.num_bytes)
         os.pwrite(opened.output, shard.header, 0)
         if shard.frame is not None:
-            for at, data in shard.frame.pieces():
-                os.pwrite(opened.output, data, at)
+            shard.frame.begin(opened.output)
         engine = _Engine(config, opened, config.stats, config.stats, advance, backend)
         grams = engine.run([segment for segment in shard.segments if not segment.encoding])
         roundings = {}
@@ -74,7 +70,7 @@ def write_shard(
             if segment.num_elements:
                 _copy_equal(segment, opened)
         if shard.frame is not None:
-            _write_checksums(shard.frame, opened.output, config.threads)
+            shard.frame.finish(opened.output, config.threads)
     write_shard_roundings(path.parent, shard, roundings)
     return grams
 
@@ -171,7 +167,7 @@ class _Engine:
         return grams
 
     def _batches(self, segments: Iterable[Segment]) -> list[list[Segment]]:
-        """Segments by call: those of one kind of rule, size of chunks and number of inputs.
+        """Segments by call: sums, or deltas, of one size of chunks and one number of inputs.
 
         Small arrays of a batch, such as scales and factors, take at most ``_MOST_HELD`` bytes.
         """
@@ -179,7 +175,8 @@ class _Engine:
         room: dict[tuple[str, int, int], tuple[list[Segment], int]] = {}  # open batch, bytes held
         for segment in segments:
             key = (type(segment.rule).__name__, self._step(segment), len(segment.inputs))
-            batch, held = room.get(key, ([], 0))
+            is_batched = isinstance(segment.rule, (tuple, DeltaRule))
+            batch, held = room.get(key, ([], 0)) if is_batched else ([], 0)
             held += sum(held_bytes(entry) for entry in segment.inputs)
             if not batch or held > _MOST_HELD:
                 batch = []
@@ -202,29 +199,20 @@ class _Engine:
     def _step(self, segment: Segment) -> int:
         rule = segment.rule
         if isinstance(rule, DeltaRule) and self.takes_gram and rule.row:
-            # A chunk of the engine holds whole rows.
             return max(rule.row, GRAM_CHUNK // rule.row * rule.row)
-        if self.takes_gram or (isinstance(rule, DeltaRule) and rule.weigh_by_squares):
+        has_sums = isinstance(rule, DeltaRule) and (rule.weigh_by_squares or rule.restore_sizes)
+        if self.takes_gram or has_sums:
             return GRAM_CHUNK
-        return chunk_elements(segment, self.config.chunk_kib * 1024)
+        step = chunk_elements(segment, self.config.chunk_kib * 1024)
+        row = whole_rows(rule)
+        return max(row, step // row * row)
 
 
-def _write_checksums(frame: Frame, descriptor: int, threads: int) -> None:
-    """Reads runs of the output back, from memory as a rule, and writes their CRC-32."""
-
-    def take(run: tuple[int, int, tuple[int, int]]) -> None:
-        start, num_bytes, places = run
-        crc = 0
-        for at in range(start, start + num_bytes, _BLOCK_BYTES):
-            count = min(_BLOCK_BYTES, start + num_bytes - at)
-            crc = crc32(os.pread(descriptor, count, at), crc)
-        for place in places:
-            os.pwrite(descriptor, crc.to_bytes(4, "little"), place)
-
-    runs = iter(frame.checksums())
-    with ThreadPoolExecutor(threads) as pool:
-        while batch := list(itertools.islice(runs, _CHECKSUMS_AT_ONCE)):
-            list(pool.map(take, batch))
+def whole_rows(rule: Rule) -> int:
+    """Elements that a chunk of the engine must not part; 1: any may be parted."""
+    if isinstance(rule, VectorRule):
+        return 1 if rule.period else rule.length
+    return max(rule.row, 1) if isinstance(rule, (DeltaRule, ElementRule)) else 1
 
 
 def _copy_equal(segment: Segment, files: OpenFiles) -> None:

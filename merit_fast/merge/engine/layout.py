@@ -123,7 +123,7 @@ def lay_out(
     if not files:
         raise InputError(f"{first.path}: shares no tensor with the other models")
     return (
-        _cut([tensor for file in files for tensor in file.tensors], shard_bytes)
+        cut_files([tensor for file in files for tensor in file.tensors], shard_bytes)
         if shard_bytes
         else tuple(files)
     )
@@ -269,7 +269,8 @@ def _tensor(name: str, entries: Sequence[TensorEntry], dtypes: _Dtypes) -> Outpu
     return OutputTensor(name, dtype, first.shape, tuple(entries))
 
 
-def _cut(tensors: Sequence[OutputTensor], shard_bytes: int) -> tuple[OutputFile, ...]:
+def cut_files(tensors: Sequence[OutputTensor], shard_bytes: int) -> tuple[OutputFile, ...]:
+    """The output's files of at most ``shard_bytes``, or of one tensor."""
     groups: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:

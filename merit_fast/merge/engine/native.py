@@ -3,11 +3,13 @@
 ``reference`` gives the same bytes in NumPy.
 """
 
+import ctypes
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ import numpy.typing as npt
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average.deltas import DeltaRule
+from merit_fast.kernels.average.elements import ElementRule
+from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Rule, Segment
@@ -54,16 +58,23 @@ def run(
         "threads": config.threads,
         "allow_nonfinite": config.allow_nonfinite,
         "write_early": config.fsync,
-        "pieces": pieces,
-        "gram": grams,
         "elements_done": elements_done,
     }
-    if isinstance(batch[0].rule, DeltaRule):
+    sums = {"pieces": pieces, "gram": grams}
+    rule = batch[0].rule
+    if isinstance(rule, DeltaRule):
         rules = [_tensor_rule(native, segment.rule) for segment in batch]
-        result = native.merge_deltas(tensors=segments, rules=rules, **shared)
+        result = native.merge_deltas(tensors=segments, rules=rules, **shared, **sums)
+    elif isinstance(rule, ElementRule):
+        element_rule = native.ElementRule(**asdict(rule))
+        result = native.merge_elements(tensor=segments[0], rule=element_rule, **shared)
+    elif isinstance(rule, VectorRule):
+        result = _merge_vectors(native, segments[0], rule, len(batch[0].inputs), shared)
     else:
-        result = native.merge_sums(segments=segments, from_base=from_base, **shared)
+        result = native.merge_sums(segments=segments, from_base=from_base, **shared, **sums)
     if result.nonfinite:
+        if isinstance(rule, VectorRule) and rule.period:
+            step = batch[0].num_elements  # columns run through the whole tensor
         raise nonfinite_error(batch[result.segment], result.element, step, files)
     if result.error:
         files.raise_remote()
@@ -71,6 +82,43 @@ def run(
         where = segment.inputs[result.input].file if result.input >= 0 else "output"
         reason = os.strerror(result.error)
         raise MeritFastError(f"{where}: {reason} while merging {segment.names[0]}")
+
+
+def _merge_vectors(
+    native: Any, tensor: Any, rule: VectorRule, num_inputs: int, shared: dict[str, Any]
+) -> Any:
+    branches = num_inputs - int(rule.from_base)
+    failures: list[Exception] = []
+
+    def weights(gram_address: int, vectors: int, weights_address: int) -> bool:
+        grams = _array_at(gram_address, (vectors, branches, branches))
+        whole = np.triu(grams) + np.swapaxes(np.triu(grams, 1), 1, 2)
+        try:
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                _array_at(weights_address, (vectors, num_inputs))[:] = rule.weights(whole)
+        except Exception as error:
+            failures.append(error)
+            return False
+        return True
+
+    result = native.merge_vectors(
+        tensor=tensor,
+        length=rule.length,
+        period=rule.period,
+        branches=branches,
+        from_base=rule.from_base,
+        weights=weights,
+        **shared,
+    )
+    if failures:
+        raise failures[0]
+    return result
+
+
+def _array_at(address: int, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Memory of C++ as an array, for the time of a call."""
+    memory = (ctypes.c_double * math.prod(shape)).from_address(address)
+    return np.ctypeslib.as_array(memory).reshape(shape)
 
 
 def _segment(segment: Segment, builder: SourceBuilder) -> Any:

@@ -2,18 +2,20 @@
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.kernels.average.elements import ElementRule
+from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
 from merit_fast.merge.engine.quantise.encoding import Encoding
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
 
-Rule = tuple[float, ...] | DeltaRule | FunctionRule
+Rule = tuple[float, ...] | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,11 @@ class Segment:
 class Frame(Protocol):
     """Bytes of a file that lie between its tensors' values."""
 
-    def pieces(self) -> Iterable[tuple[int, bytes]]:
-        """Offsets in the file, and the bytes there."""
+    def begin(self, descriptor: int) -> None:
+        """Writes what is known before the values."""
 
-    def checksums(self) -> Iterable[tuple[int, int, tuple[int, int]]]:
-        """Offset and bytes of a run, and the two offsets where its CRC-32 is written."""
+    def finish(self, descriptor: int, threads: int) -> None:
+        """Writes what follows from the values, such as checksums."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ def _follows(first: Segment, elements: int, segment: Segment) -> bool:
     if first.rule != segment.rule or first.dtype != segment.dtype:
         return False
     if first.output_offset + elements * ITEM_BYTES[first.dtype] != segment.output_offset:
+        return False
+    if len(first.inputs) != len(segment.inputs):
         return False
     for mine, theirs in zip(first.inputs, segment.inputs, strict=True):
         same_run = mine.dtype == theirs.dtype and mine.file == theirs.file

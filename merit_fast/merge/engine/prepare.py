@@ -21,29 +21,25 @@ from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
 from merit_fast.merge.engine.quantise.choose import check_config, choose_forms
 from merit_fast.merge.engine.quantise.forms import Forms, SameForms
 from merit_fast.merge.engine.sources import scratch_bytes
-from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions
 from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import (
-    TensorEntry,
-    is_float,
-    is_quantised,
-    value_dtype,
-)
+from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
+from merit_fast.merge.read.names.towers import Tower
 from merit_fast.merge.read.opening import check_names, companions_of
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.rules.function import UserFunction
-from merit_fast.merge.rules.kinds import ThinnedDeltas
+from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas
 from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
+from merit_fast.merge.vocabulary.write import check_tokenizer
 from merit_fast.progress import Progress
 
 _LEAST_CHUNK_KIB = 4
@@ -95,22 +91,12 @@ class Inputs:
             entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
             rules = {combination.rule(entry) for entry in entries if is_float(entry)}
         rule = rules.pop() if len(rules) == 1 else None
-        numbers: tuple[float | None, ...] = rule if isinstance(rule, tuple) else ()
         paths = combination.paths
+        numbers: tuple[float | None, ...] = ()
+        if isinstance(rule, tuple) and len(rule) <= len(paths):
+            numbers = rule
         filled = (*numbers, *[None] * (len(paths) - len(numbers)))
         return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
-
-
-def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
-    """Why the output has its dtype, in one clause."""
-    if config.dtype:
-        return "as asked for"
-    is_lent = bool(base) and all(is_adapter(path) for path in inputs.models)
-    reason = "the base's own: all models are adapters" if is_lent else "the models' own"
-    base_dtypes = inputs.base_dtypes
-    if base_dtypes and base_dtypes != inputs.dtypes:
-        reason += f"; the base is {base_dtypes} and is read as it is"
-    return reason
 
 
 def read_inputs(
@@ -120,6 +106,7 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
+    tower: Tower | None = None,
     to_memory: bool = False,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
@@ -127,6 +114,7 @@ def read_inputs(
     Args:
         slices: of these models and the base, to be stacked; (): the models as they are.
         companions: as in ``in_common_names``.
+        tower: the only part of the models that counts; its donor gives the names.
         to_memory: whether the output is a model in memory, which is not quantised.
 
     Raises:
@@ -144,7 +132,8 @@ def read_inputs(
     base_checkpoint = everyone[-1] if base_checkpoint else None
     check_configs(everyone, any_depth=bool(slices))
     chosen = companions or companions_of(everyone, given)
-    everyone, companions = in_common_names(everyone, base_checkpoint, chosen)
+    donor = tower.donor if tower else None
+    everyone, companions = in_common_names(everyone, base_checkpoint, chosen, donor)
     if config.form != "distcp":
         check_names(everyone, companions, config.subtree)
     checkpoints = everyone[: len(models)]
@@ -158,8 +147,13 @@ def read_inputs(
     vocabulary = matched.output
     if vocabulary:
         check_configs_fit(companions, vocabulary)
+        check_tokenizer(vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
+    if tower:
+        everyone = [tower.of(each) for each in everyone]
+        checkpoints = everyone[: len(models)]
+        base_checkpoint = everyone[-1] if base_checkpoint else None
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -253,7 +247,10 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     elements = max(config.chunk_kib * 1024 // widest, 1)
     method = config.method_entry
     by_squares = isinstance(method.rule, ThinnedDeltas) and method.rule.by_squares
-    by_row = isinstance(method.rule, ThinnedDeltas) and method.rule.by_row
+    by_squares = by_squares or (isinstance(method.rule, ThinnedDeltas) and bool(config.rescale))
+    by_row = isinstance(method.rule, (ThinnedDeltas, ElementByElement)) and method.rule.by_row
+    by_row = by_row or config.vectors == "row"
+    is_fused = by_row and isinstance(method.rule, ElementByElement)  # four rows in float64
     if config.stats or config.takes_gram or by_squares:
         elements = max(
             elements, GRAM_CHUNK
@@ -264,7 +261,7 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     each = (len(inputs.checkpoints) + 1) * widest
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
-    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 if by_row else 0
+    ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
     return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
 
 

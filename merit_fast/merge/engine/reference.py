@@ -12,6 +12,8 @@ from merit_fast.kernels.average import average_arrays, delta_gram
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.deltas import DeltaRule, mix_deltas
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.kernels.average.elements import ElementRule, mix_elements
+from merit_fast.kernels.average.vectors import VectorRule, mix_vectors
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
@@ -34,6 +36,9 @@ def run(
     for segment in batch:
         if isinstance(segment.rule, DeltaRule):
             _mix(segment, segment.rule, config, files)
+            elements_done += segment.num_elements
+        elif isinstance(segment.rule, (ElementRule, VectorRule)):
+            _mix_whole(segment, segment.rule, config, files)
             elements_done += segment.num_elements
         elif isinstance(segment.rule, FunctionRule):
             _call(segment, segment.rule, config, files)
@@ -93,6 +98,17 @@ def _mix(segment: Segment, rule: DeltaRule, config: MergeConfig, files: OpenFile
         base_dtype=dtypes[-1],
         out_dtype=segment.dtype,
     )
+    _write(segment, 0, out, config.allow_nonfinite or good, files)
+
+
+def _mix_whole(
+    segment: Segment, rule: ElementRule | VectorRule, config: MergeConfig, files: OpenFiles
+) -> None:
+    arrays, dtypes = _load(segment.inputs, 0, segment.num_elements, files)
+    if isinstance(rule, ElementRule):
+        out, good = mix_elements(arrays, rule, dtypes=dtypes, out_dtype=segment.dtype)
+    else:
+        out, good = mix_vectors(arrays, rule, dtypes=dtypes, out_dtype=segment.dtype)
     _write(segment, 0, out, config.allow_nonfinite or good, files)
 
 

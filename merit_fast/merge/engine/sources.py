@@ -55,14 +55,7 @@ def scratch_bytes(entry: TensorEntry) -> int:
             for source in sources
         ]
         return ITEM_BYTES[own] + max(each, default=0)
-    return _grid_bytes(entry) if isinstance(entry, DecodedEntry) else 0
-
-
-def _grid_bytes(entry: DecodedEntry) -> int:
-    """Bytes per element that the codes take, or the scales of their rows where these are more."""
-    columns = entry.shape[-1] if entry.shape else 1
-    widest = max((grid.shape[1] for grid in entry.grids), default=0)
-    return max(1, -(-2 * ITEM_BYTES["F64"] * widest // columns))
+    return 1 if isinstance(entry, DecodedEntry) else 0
 
 
 def _double_scratch(entry: TensorEntry) -> int:

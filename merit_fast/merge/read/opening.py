@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from merit_fast.errors import InputError
 from merit_fast.merge.option_names import OptionError
-from merit_fast.merge.read.checkpoint import Checkpoint, read_checkpoint
+from merit_fast.merge.read.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
 from merit_fast.merge.read.companions import CONFIG_FILE
 from merit_fast.merge.read.dcp.checkpoint import DistributedCheckpoint, read_distributed
 from merit_fast.merge.read.dcp.folder import find_dcp, holds_model
+from merit_fast.merge.read.dcp.sharded import read_sharded, sharded_files
 from merit_fast.merge.read.files import folder_of, is_weight_file, list_directory
 from merit_fast.merge.read.remote import Location
 
@@ -33,6 +34,10 @@ def open_checkpoint(
         folder = find_dcp(path)
         if folder is not None:
             return read_distributed(path, folder, subtree, config)
+    elif not {INDEX_FILE, SINGLE_FILE} & set(present):
+        files = sharded_files(path, present)
+        if files:
+            return read_sharded(path, files)
     return read_checkpoint(path)
 
 

@@ -14,7 +14,9 @@ def ties_rule(values: TensorValues) -> DeltaRule:
     keep = tuple(
         max(1, int(share * count)) if share > 0 else 0 for share in values.by_model("density")
     )
-    return replace(_weighted(values, elect=True), top=(0,) * values.count, keep=keep)
+    rule = _weighted(values, elect=True)
+    top = (0,) * values.count
+    return replace(rule, top=top, keep=keep, restore_sizes=bool(values.rescale))
 
 
 def breadcrumbs_rule(values: TensorValues) -> DeltaRule:
@@ -74,7 +76,9 @@ def _breadcrumbs(values: TensorValues, elect: bool) -> DeltaRule:
         for density, gamma in zip(values.by_model("density"), values.by_model("gamma"), strict=True)
     ]
     top = tuple(top for top, _ in ranks)
-    return replace(_weighted(values, elect), top=top, keep=tuple(keep for _, keep in ranks))
+    keep = tuple(keep for _, keep in ranks)
+    rule = _weighted(values, elect)
+    return replace(rule, top=top, keep=keep, restore_sizes=bool(values.rescale))
 
 
 def _middle_ranks(count: int, density: float, gamma: float) -> tuple[int, int]:
@@ -92,6 +96,7 @@ def _thinned_at_random(values: TensorValues, elect: bool) -> DeltaRule:
         stream=tuple(_stream(values.seed, values.name, k) for k in range(values.count)),
         density=values.by_model("density"),
         epsilon=(0.0,) * values.count,
+        divide=values.rescale is not False,
     )
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from merit_fast.errors import InputError
+from merit_fast.merge.parameters import EPS
 from merit_fast.merge.rules.values import Coefficients, TensorValues
 
 Array = npt.NDArray[np.float64]
 
 _COLINEAR = 0.9995  # above this cosine slerp is a lerp, as in mergekit
-_NO_LENGTH = 1e-8
 
 
 def slerp_coefficients(gram: Array, t: float) -> Coefficients:
@@ -39,7 +39,7 @@ def slerp(gram: Array, values: TensorValues) -> Coefficients:
 
 def multislerp(gram: Array, values: TensorValues) -> Coefficients:
     """``multislerp_coefficients`` with the tensor's weights; of deltas, then the base's last."""
-    coefficients = multislerp_coefficients(gram, values.weights(), values.name)
+    coefficients = multislerp_coefficients(gram, values.weights(), values.name, values.of("eps"))
     return (*coefficients, 1.0 - sum(coefficients)) if values.from_base else coefficients
 
 
@@ -48,11 +48,13 @@ def model_stock(gram: Array, values: TensorValues) -> Coefficients:
     return model_stock_coefficients(gram)
 
 
-def multislerp_coefficients(gram: Array, weights: Coefficients, name: str) -> Coefficients:
+def multislerp_coefficients(
+    gram: Array, weights: Coefficients, name: str, eps: float = EPS.default or 0.0
+) -> Coefficients:
     """[K] coefficients of a step along the sphere from the mean direction; ``gram`` is [K, K].
 
         u_k = x_k / |x_k|; m = normalised sum_k w_k u_k; T = sum_k w_k (u_k - <u_k, m> m); a = |T|
-        out = (cos(a) m + sin(a) T / a) * sum_k w_k |x_k|
+        out = (cos(a) m + sin(a) T / a) * sum_k w_k |x_k|       # eps is added to |x_k| and a
 
     One model gives itself. Where two cancel in the mean, or all are zero, it is the plain weighted
     sum. The formula is mergekit's, written from its description; the result lies in the span of the
@@ -65,10 +67,10 @@ def multislerp_coefficients(gram: Array, weights: Coefficients, name: str) -> Co
         return (1.0,)
     w = np.array(weights)
     lengths = np.sqrt(np.diag(gram))
-    unit = 1.0 / (lengths + _NO_LENGTH)  # u_k = unit_k x_k
+    unit = 1.0 / (lengths + eps)  # u_k = unit_k x_k
     mean = w * unit
     length = math.sqrt(max(float(mean @ gram @ mean), 0.0))
-    if length < _NO_LENGTH:
+    if length < eps:
         if len(gram) == 2 or not lengths.any():
             return weights
         raise InputError(
@@ -78,7 +80,7 @@ def multislerp_coefficients(gram: Array, weights: Coefficients, name: str) -> Co
     mean = mean / length
     along = (unit * (gram @ mean)) @ w  # sum_k w_k <u_k, m>
     tangent = w * unit - along * mean
-    angle = math.sqrt(max(float(tangent @ gram @ tangent), 0.0)) + _NO_LENGTH
+    angle = math.sqrt(max(float(tangent @ gram @ tangent), 0.0)) + eps
     direction = mean * math.cos(angle) + tangent * (math.sin(angle) / angle)
     return tuple(float(c) for c in direction * float(w @ lengths))
 
@@ -99,3 +101,51 @@ def model_stock_coefficients(gram: Array) -> Coefficients:
     denominator = 1.0 + (count - 1) * mean
     share = count * mean / denominator if denominator > 1e-12 else 0.0
     return (*([share / count] * count), 1.0 - share)
+
+
+def karcher(gram: Array, values: TensorValues) -> Coefficients:
+    """``karcher_coefficients`` with the tensor's limits."""
+    return karcher_coefficients(gram, int(values.of("max_iter")), values.of("tol"))
+
+
+def karcher_coefficients(gram: Array, max_iter: int, tol: float) -> Coefficients:
+    """[K] coefficients of the Karcher mean of the directions, times the mean length.
+
+        u_k = x_k / |x_k|; m = normalised mean_k u_k, or u_1 where the mean is shorter than tol
+        v = mean_k a_k / sin(a_k) (u_k - cos(a_k) m), a_k the angle between u_k and m
+        m = cos|v| m + sin|v| v / |v|, at most max_iter times until |v| < tol
+        out = m * mean_k |x_k|
+
+    Tensors shorter than tol have no direction; a model opposite to m, or on it, adds nothing to v.
+    Buss & Fillmore 2001; arXiv 2603.04972.
+    """
+    if len(gram) == 1:
+        return (1.0,)
+    lengths = np.sqrt(np.diag(gram))
+    valid = [k for k in range(len(gram)) if lengths[k] > tol]
+    if not valid:
+        return (0.0,) * len(gram)
+    units = np.zeros((len(valid), len(gram)))
+    for row, k in enumerate(valid):
+        units[row, k] = 1.0 / lengths[k]
+    mean = units.sum(axis=0) / len(valid)
+    length = _length(gram, mean)
+    mean = units[0].copy() if length < tol else mean / length
+    for _ in range(max_iter):
+        step = np.zeros(len(gram))
+        for unit in units:
+            cosine = min(max(float(mean @ gram @ unit), -1.0), 1.0)
+            angle = math.acos(cosine)
+            if tol <= angle <= math.pi - tol:
+                step += angle / math.sin(angle) * (unit - cosine * mean) / len(valid)
+        size = _length(gram, step)
+        if size < tol:
+            break
+        mean = math.cos(size) * mean + math.sin(size) / size * step
+        mean = mean / _length(gram, mean)
+    return tuple(float(c) for c in mean * lengths.mean())
+
+
+def _length(gram: Array, coefficients: Array) -> float:
+    """Length of a combination of the tensors."""
+    return math.sqrt(max(float(coefficients @ gram @ coefficients), 0.0))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from merit_fast.kernels.average.deltas import DeltaRule
+from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.merge.rules.gram import Array
 from merit_fast.merge.rules.values import Coefficients, TensorValues
 
@@ -25,10 +26,13 @@ class WeightedSum:
 class FromGram:
     """A weighted sum whose coefficients come from the tensor's Gram matrix, taken by a first pass.
 
-    With a base the matrix is of the deltas, and the base's coefficient is the last.
+    With a base the matrix is of the deltas, and the base's coefficient is the last. ``by_vector``
+    makes [V, inputs] coefficients from the matrices [V, K, K] of the rows or columns of a tensor;
+    None: the method takes whole tensors only.
     """
 
     coefficients: Callable[[Array, TensorValues], Coefficients]
+    by_vector: Callable[[Array, TensorValues], Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,3 +46,14 @@ class ThinnedDeltas:
     rule: Callable[[TensorValues], DeltaRule]
     by_row: bool = False
     by_squares: bool = False
+
+
+@dataclass(frozen=True)
+class ElementByElement:
+    """A rule that decides for every element which models count.
+
+    ``by_row``: elements are compared within rows, so the engine holds whole rows.
+    """
+
+    rule: Callable[[TensorValues], ElementRule]
+    by_row: bool = False

@@ -24,6 +24,7 @@ class MethodValues:
     normalize: bool
     seed: int
     count: int  # of models
+    rescale: bool | None = None  # None: as the method does it
 
     def at(
         self, name: str, shape: tuple[int, ...] = (), num_elements: int = 0, from_base: bool = False
@@ -51,6 +52,11 @@ class TensorValues:
     def normalize(self) -> bool:
         """Whether weights are divided by their sum."""
         return self.shared.normalize
+
+    @property
+    def rescale(self) -> bool | None:
+        """Whether kept deltas are enlarged for those dropped; None: as the method does it."""
+        return self.shared.rescale
 
     @property
     def seed(self) -> int:

@@ -87,23 +87,33 @@ def assemble(
     rest = _without(entries[0].shape, axis)
     room = file.reserve(name, len(plan.made), rest) if plan.made else entries[0]
     sources = _Sources(axis, entries, room)
-    every_id = np.arange(plan.models.shape[1])
     paddings = []
     for number, made in enumerate(plan.made):
         if isinstance(made, PaddingRow):
             paddings.append((number, made))
         else:
             file.fill(room, number, sources.stack(made) if made.rows else None)
-    for number, padding in paddings:
+    for number, padding in paddings:  # they need the rows above
         tokens = np.flatnonzero(plan.is_token)
         runs = runs_of(plan, padding.model, tokens)
-        file.fill(room, number, sources.rows_first(name, runs, len(tokens), padding.model))
-    assembled = []
-    for k, entry in enumerate(entries):
-        if plan.changes(k, entry.shape[axis]):
-            entry = sources.joined(name, runs_of(plan, k, every_id), len(every_id), k)
-        assembled.append(entry)
-    return assembled
+        file.fill(room, number, sources.rows_first(runs, len(tokens)))
+    count = plan.models.shape[1]
+    return [
+        sources.joined(plan.runs(k), count) if plan.changes(k, entry.shape[axis]) else entry
+        for k, entry in enumerate(entries)
+    ]
+
+
+class _Source:
+    """A matrix from which boxes are taken, with what each of them needs."""
+
+    def __init__(self, entry: TensorEntry, axis: int) -> None:
+        strides = _strides(entry.shape)
+        self.entry = entry
+        self.per_token = strides[axis]
+        self.others = strides[:axis] + strides[axis + 1 :]
+        item = ITEM_BYTES[entry.dtype if is_plain(entry) else value_dtype(entry)]
+        self.row_bytes = math.prod(_without(entry.shape, axis)) * item
 
 
 class _Sources:
@@ -111,61 +121,51 @@ class _Sources:
 
     def __init__(self, axis: int, entries: Sequence[TensorEntry], room: TensorEntry) -> None:
         self.axis = axis
-        self.entries = entries
-        self.room = room
+        self.rest = _without(entries[0].shape, axis)
+        self.name = entries[0].name
+        self.models = [_Source(entry, axis) for entry in entries]
+        self.made = _Source(room, 0)
 
-    def joined(self, name: str, runs: Sequence[Run], count: int, model: int) -> AssembledEntry:
+    def joined(self, runs: Sequence[Run], count: int) -> AssembledEntry:
         """A matrix of ``count`` tokens in the models' own layout."""
-        shape = _with(_without(self.entries[model].shape, self.axis), self.axis, count)
-        parts = tuple(self._part(run, shape, self.axis) for run in runs)
-        return _entry(name, shape, parts)
+        return self._assembled(runs, count, self.axis)
 
-    def rows_first(self, name: str, runs: Sequence[Run], count: int, model: int) -> AssembledEntry:
+    def rows_first(self, runs: Sequence[Run], count: int) -> AssembledEntry:
         """The same as one row per token: [count, ...]."""
-        shape = (count, *_without(self.entries[model].shape, self.axis))
-        return _entry(name, shape, tuple(self._part(run, shape, 0) for run in runs))
+        return self._assembled(runs, count, 0)
 
     def stack(self, mean: MeanRow) -> AssembledEntry:
         """The rows of a mean, one below the other."""
-        name = self.entries[0].name
-        shape = (len(mean.rows), *_without(self.entries[0].shape, self.axis))
         runs = [Run(i, 1, model, row, 1) for i, (model, row) in enumerate(mean.rows)]
-        return _entry(name, shape, tuple(self._part(run, shape, 0) for run in runs))
+        return self._assembled(runs, len(runs), 0)
 
-    def _part(self, run: Run, shape: tuple[int, ...], axis: int) -> Part:
-        """The box of a run in a tensor of ``shape``, whose dimension ``axis`` counts tokens."""
-        is_made = run.model == MADE
-        source = self.room if is_made else self.entries[run.model]
-        strides = _strides(source.shape)
-        token_axis = 0 if is_made else self.axis
-        per_token = strides[token_axis]
-        others = strides[:token_axis] + strides[token_axis + 1 :]
-        return Part(
-            source,
-            _with((0,) * len(others), axis, run.first),
-            _with(_without(shape, axis), axis, run.count),
-            run.row * per_token,
-            _with(others, axis, run.step * per_token),
+    def _assembled(self, runs: Sequence[Run], count: int, axis: int) -> AssembledEntry:
+        """The runs' boxes in a tensor whose dimension ``axis`` counts tokens."""
+        used = {run.model for run in runs}
+        sources = {model: self.made if model == MADE else self.models[model] for model in used}
+        zeros = (0,) * len(self.rest)
+        parts = []
+        num_bytes = 0
+        for run in runs:
+            source = sources[run.model]
+            offsets = _with(zeros, axis, run.first)
+            sizes = _with(self.rest, axis, run.count)
+            strides = _with(source.others, axis, run.step * source.per_token)
+            start = run.row * source.per_token
+            parts.append(Part(source.entry, offsets, sizes, start, strides))
+            num_bytes += source.row_bytes * (run.count if run.step else 1)
+        entries = [source.entry for source in sources.values()]
+        is_uniform = len({entry.dtype for entry in entries}) == 1 and all(map(is_plain, entries))
+        first = parts[0].source
+        return AssembledEntry(
+            self.name,
+            first.dtype if is_uniform else "F64",
+            _with(self.rest, axis, count),
+            first.file,
+            first.offset,
+            num_bytes,
+            tuple(parts),
         )
-
-
-def _entry(name: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> AssembledEntry:
-    first = parts[0].source
-    dtypes = {part.source.dtype for part in parts}
-    is_uniform = len(dtypes) == 1 and all(is_plain(part.source) for part in parts)
-    num_bytes = sum(_bytes_read(part) for part in parts)
-    dtype = first.dtype if is_uniform else "F64"
-    return AssembledEntry(name, dtype, shape, first.file, first.offset, num_bytes, parts)
-
-
-def _bytes_read(part: Part) -> int:
-    elements = math.prod(
-        size for size, stride in zip(part.sizes, part.strides, strict=True) if stride
-    )
-    return (
-        elements
-        * ITEM_BYTES[part.source.dtype if is_plain(part.source) else value_dtype(part.source)]
-    )
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,19 +5,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from merit_fast.merge.option_names import OptionError
-from merit_fast.merge.read.files import quote
+from merit_fast.merge.read.files import folder_of, quote
+from merit_fast.merge.read.remote import Location
 from merit_fast.merge.vocabulary.donors import Donors
 from merit_fast.merge.vocabulary.rows import RowPlan, plan_rows
 from merit_fast.merge.vocabulary.tokens import Vocabulary
 
 
-def plan_by_id(donors: Donors, *, checked: bool) -> tuple[RowPlan, int] | None:
+def plan_by_id(
+    donors: Donors, companions: Location, *, checked: bool
+) -> tuple[RowPlan, int] | None:
     """Rows by id, and the model whose tokenizer names them; None where nothing changes.
 
     An id that is a token of some models is one row of each of these; for the others a row stands
     in. An id that is no token of any is a row of each model that is so long.
 
     Args:
+        companions: the directory that gives config.json, whose tokenizer comes first.
         checked: whether a text must have one id in all models; else only lengths count.
 
     Raises:
@@ -43,7 +47,7 @@ def plan_by_id(donors: Donors, *, checked: bool) -> tuple[RowPlan, int] | None:
     plan = plan_rows(sources, np.ones(count, np.bool_), donors.base, {})
     if not any(plan.changes(k, length) for k, length in enumerate(lengths)):
         return None
-    return plan, _namer(donors, named, tokens, lengths)
+    return plan, _namer(donors, companions, named, tokens)
 
 
 def _vocabularies(donors: Donors) -> list[Vocabulary | None]:
@@ -84,13 +88,14 @@ def _disagreement(first: Vocabulary, text: str, id: int, other: Vocabulary) -> O
 
 
 def _namer(
-    donors: Donors, named: Sequence[set[int] | None], tokens: set[int], lengths: Sequence[int]
+    donors: Donors, companions: Location, named: Sequence[set[int] | None], tokens: set[int]
 ) -> int:
     """The first model whose tokenizer has all tokens; without tokens, the first of the longest."""
-    order: list[int] = [donors.home, *range(len(lengths))]
-    longest = max(lengths)
+    count = len(donors.all)
+    order = sorted(range(count), key=lambda k: folder_of(donors.all[k].path) != companions)
+    longest = max(donor.num_rows for donor in donors.all)
     for k in order:
-        if named[k] == tokens if tokens else lengths[k] == longest:
+        if named[k] == tokens if tokens else donors.all[k].num_rows == longest:
             return k
     rule = "tokenizer.json: no model has the tokens of all others"
     raise OptionError(rule, "tokenizer", "{} joins them", "union")

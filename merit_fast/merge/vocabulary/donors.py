@@ -16,8 +16,8 @@ from merit_fast.merge.vocabulary.tokens import (
     Vocabulary,
     find_vocabulary,
     has_vocabulary,
+    list_the_same,
     read_vocabulary,
-    same_file,
 )
 
 
@@ -88,12 +88,11 @@ class Donors:
         return None
 
     def are_alike(self) -> bool:
-        """Whether all have as many rows, and tokenizer.json files of the same bytes or none."""
-        first = next((donor.folder for donor in self.all if donor.folder), None)
+        """Whether all have as many rows, and the same tokens where a tokenizer.json lists them."""
         if any(donor.num_rows != self.all[0].num_rows for donor in self.all):
             return False
-        others = {donor.folder for donor in self.all if donor.folder and donor.folder != first}
-        return first is None or all(same_file(first, other) for other in others)
+        folders = dict.fromkeys(donor.folder for donor in self.all if donor.folder)
+        return len(folders) < 2 or list_the_same(list(folders))
 
 
 def find_donors(

@@ -84,7 +84,7 @@ def match_vocabularies(
     if options is None or options.source == "ids":
         if options is None and donors.are_alike():
             return unchanged
-        planned = plan_by_id(donors, checked=options is None)
+        planned = plan_by_id(donors, companions, checked=options is None)
         if planned is None:
             return unchanged
         plan, namer = planned

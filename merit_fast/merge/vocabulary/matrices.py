@@ -7,41 +7,7 @@ from merit_fast.errors import InputError
 from merit_fast.merge.parameters import layer_of
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry, is_float
-
-# Ends of names. The first that a model has is its input embedding.
-_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-    "shared.weight",
-    "embeddings.weight",
-    "embedding.weight",
-)
-_OTHERS = (
-    "embed_tokens_per_layer.weight",  # Gemma 3n
-    "lm_head.weight",
-    "lm_head.bias",
-    "lm_head.linear.weight",
-    "lm_head.linear.bias",
-    "lm_head.decoder.weight",
-    "lm_head.decoder.bias",
-    "embed_out.weight",
-    "embed_out.bias",
-    "output.weight",
-    "output_layer.weight",
-    "shared_head.head.weight",  # DeepSeek's layers that predict further tokens
-    "cls.predictions.bias",
-    "cls.predictions.decoder.weight",
-    "cls.predictions.decoder.bias",
-    "predictions.decoder.weight",
-    "predictions.decoder.bias",
-    "predictions.bias",
-    "vocab_projector.weight",
-    "vocab_projector.bias",
-)
-_LAST_AXIS = ("final_logits_bias",)  # [1, V]
+from merit_fast.merge.read.token_rows import EMBEDDINGS, ends_with, token_axis
 
 
 @dataclass(frozen=True)
@@ -57,8 +23,8 @@ class Matrix:
 
 def embedding_of(checkpoint: Checkpoint) -> TensorEntry | None:
     """The input embedding: of several, the one with the most rows; None where there is none."""
-    for ending in _EMBEDDINGS:
-        found = [e for name, e in checkpoint.tensors.items() if _ends(name, ending)]
+    for ending in EMBEDDINGS:
+        found = [e for name, e in checkpoint.tensors.items() if ends_with(name, ending)]
         found = [entry for entry in found if len(entry.shape) == 2]
         if found:
             return max(found, key=lambda entry: entry.shape[0])
@@ -77,11 +43,16 @@ def matrices_of(models: Sequence[Checkpoint], rows: Sequence[int]) -> list[Matri
             lacks one of the matrices.
     """
     found = []
+    embeddings = [embedding_of(model) for model in models]
+    widths = [entry.shape[1] for entry in embeddings if entry is not None]
+    has_wide_rows = any(map(int.__eq__, rows, widths))  # a small model: lengths tell nothing
     for name, entry in models[0].tensors.items():
-        axis = _axis(name, entry)
+        axis = token_axis(name, entry.shape)
+        if axis is not None and layer_of(name) is not None and entry.shape[axis] != rows[0]:
+            continue  # a layer's own matrix of that name
         if axis is not None:
             found.append(Matrix(name, axis))
-        elif _looks_indexed(name, models, rows):
+        elif not has_wide_rows and _looks_indexed(name, models, rows):
             raise InputError(
                 f"{entry.file}: {name}: has a dimension of {rows[0]}, as many as there are rows "
                 "of tokens, and an unknown name: its rows cannot be matched by token"
@@ -97,28 +68,22 @@ def matrices_of(models: Sequence[Checkpoint], rows: Sequence[int]) -> list[Matri
                 raise InputError(
                     f"{own.file}: {matrix.name}: {rule}, got {own.dtype} {list(own.shape)}"
                 )
+            first = models[0].tensors[matrix.name]
+            wanted = _without(first.shape, matrix.axis)
+            if _without(own.shape, matrix.axis) != wanted:
+                rule = f"shape must be that in {first.file} but for the rows, {list(first.shape)}"
+                raise InputError(f"{own.file}: {matrix.name}: {rule}, got {list(own.shape)}")
     return found
-
-
-def _axis(name: str, entry: TensorEntry) -> int | None:
-    if any(_ends(name, ending) for ending in _LAST_AXIS):
-        return len(entry.shape) - 1
-    return 0 if any(_ends(name, ending) for ending in (*_EMBEDDINGS, *_OTHERS)) else None
 
 
 def _looks_indexed(name: str, models: Sequence[Checkpoint], rows: Sequence[int]) -> bool:
     """Whether a tensor outside the layers is as long as the vocabulary in every model."""
-    if layer_of(name) is not None:
-        return False
     for model, count in zip(models, rows, strict=True):
         entry = model.tensors.get(name)
-        embedding = embedding_of(model)
-        if entry is None or embedding is None or count not in entry.shape:
+        if entry is None or count not in entry.shape:
             return False
-        if count in embedding.shape[1:]:  # a small model: the hidden size says nothing
-            return False
-    return True
+    return layer_of(name) is None
 
 
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]

@@ -53,6 +53,13 @@ class RowPlan:
     made: list[MeanRow | PaddingRow] = field(default_factory=list)
     without_row: list[int] = field(default_factory=list)
     borrowed: int = 0
+    _runs: dict[int, "list[Run]"] = field(default_factory=dict)
+
+    def runs(self, model: int) -> "list[Run]":
+        """``runs_of`` all ids, kept: several matrices share them."""
+        if model not in self._runs:
+            self._runs[model] = runs_of(self, model, np.arange(self.models.shape[1]))
+        return self._runs[model]
 
     def changes(self, model: int, num_rows: int) -> bool:
         """Whether the model's matrices of ``num_rows`` rows do not stay as they are."""

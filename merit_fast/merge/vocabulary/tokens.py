@@ -4,16 +4,25 @@ A vocabulary is the model's own map (``model.vocab``: a mapping, or a list of [p
 order of the ids) and ``added_tokens``, a list of {id, content, ...}.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.files import list_directory, open_regular, quote, read_json, size_of
+from merit_fast.merge.read.files import (
+    MAX_JSON_BYTES,
+    list_directory,
+    open_regular,
+    quote,
+    read_json,
+    size_of,
+)
 from merit_fast.merge.read.remote import Location
 
 TOKENIZER_FILE = "tokenizer.json"
+_MOST_IDS = 1 << 24  # bounds memory
 
 
 @dataclass(frozen=True)
@@ -33,11 +42,13 @@ class Vocabulary:
         folder: directory of the file.
         own: text -> id of the model's own map.
         added: added tokens, in the file's order. Their ids win over the model's.
+        is_cut: whether the file lists tokens that are left out here, as they have no row.
     """
 
     folder: Location
     own: Mapping[str, int]
     added: tuple[AddedToken, ...]
+    is_cut: bool = False
 
     @property
     def file(self) -> Location:
@@ -61,7 +72,7 @@ class Vocabulary:
         added = tuple(token for token in self.added if token.id < num_rows)
         if len(own) == len(self.own) and len(added) == len(self.added):
             return self
-        return replace(self, own=own, added=added)
+        return replace(self, own=own, added=added, is_cut=True)
 
 
 def read_vocabulary(folder: Location) -> Vocabulary:
@@ -115,11 +126,39 @@ def has_vocabulary(folder: Location) -> bool:
     return TOKENIZER_FILE in list_directory(folder)
 
 
-def same_file(first: Location, second: Location) -> bool:
-    """Whether two directories' tokenizer.json hold the same bytes."""
-    with open_regular(first / TOKENIZER_FILE) as a, open_regular(second / TOKENIZER_FILE) as b:
-        size = size_of(a)
-        return size == size_of(b) and a.read(size) == b.read(size)
+def list_the_same(folders: Sequence[Location]) -> bool:
+    """Whether the tokenizer.json of all directories list the same tokens, by bytes or by values.
+
+    It is quick and checks no form: False where a file is no JSON.
+    """
+    first = None
+    listed = None
+    for folder in folders:
+        text = _bytes_of(folder / TOKENIZER_FILE)
+        if first is None:
+            first = text
+        elif text != first:
+            listed = _listed(first) if listed is None else listed
+            if listed is None or _listed(text) != listed:
+                return False
+    return True
+
+
+def _bytes_of(file: Location) -> bytes:
+    with open_regular(file) as opened:
+        size = size_of(opened)
+        if size > MAX_JSON_BYTES:
+            raise InputError(f"{file}: must hold at most {MAX_JSON_BYTES} bytes, got {size}")
+        return opened.read(size)
+
+
+def _listed(text: bytes) -> tuple[Any, Any] | None:
+    """The values of model.vocab and added_tokens; None where there are none."""
+    try:
+        values = json.loads(text)
+        return values["model"]["vocab"], values.get("added_tokens")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _own_tokens(file: Location, listed: Any) -> dict[str, int]:
@@ -138,7 +177,7 @@ def _own_tokens(file: Location, listed: Any) -> dict[str, int]:
 
 
 def _checked_id(file: Location, key: str, number: Any) -> int:
-    if type(number) is not int or not 0 <= number < 1 << 31:
-        rule = "must be an integer of at least 0 and below 2^31"
+    if type(number) is not int or not 0 <= number < _MOST_IDS:
+        rule = f"must be an integer of at least 0 and below {_MOST_IDS}"
         raise InputError(f"{file}: {quote(key)[1:-1]}: {rule}, got {quote(number)}")
     return number

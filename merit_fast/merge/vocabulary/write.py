@@ -10,7 +10,7 @@ from typing import Any
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.read.companions import TEMPLATE_FOLDER, list_companions
-from merit_fast.merge.read.files import copy_file, read_json
+from merit_fast.merge.read.files import copy_file, list_directory, quote, read_json
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.vocabulary.configs import CONFIG_FILES, fitted_config
 from merit_fast.merge.vocabulary.match import OutputVocabulary
@@ -19,6 +19,7 @@ from merit_fast.merge.vocabulary.union import OutputTokens
 
 _TEMPLATE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
+_ADDED = "added_tokens.json"
 # Other forms of the tokens that the model itself has, without the added ones.
 _OWN_TOKENS = (
     "*.model",
@@ -33,7 +34,7 @@ _OWN_TOKENS = (
 _TOKENIZER = (
     "tokenizer*",
     *_OWN_TOKENS,
-    "added_tokens.json",
+    _ADDED,
     "special_tokens_map.json",
     "chat_template*",
     f"{TEMPLATE_FOLDER}/*",
@@ -90,24 +91,39 @@ def _replace_tokenizer(directory: Path, folder: Location) -> None:
                 raise InputError(f"{folder / name}: {reason}") from None
 
 
+def check_tokenizer(output: OutputVocabulary) -> None:
+    """Checks the tokenizer's files that ``write_vocabulary`` changes.
+
+    Raises:
+        InputError: one of them cannot be read, or is in another form than transformers writes.
+    """
+    list_companions(output.folder)
+    if output.tokens is None:
+        return
+    if _ADDED in list_directory(output.folder):
+        read_json(output.folder / _ADDED)
+    if output.tokens.vocabulary.is_cut:
+        file = output.folder / TOKENIZER_FILE
+        _keep_own(file, read_json(file)["model"], output.tokens.vocabulary.own)
+
+
 def _fit_tokens(directory: Path, tokens: OutputTokens) -> None:
     """Adds the new tokens to the tokenizer's files, and removes those that have no row."""
     vocabulary = tokens.vocabulary
+    if not (vocabulary.is_cut or tokens.new):
+        return
     file = directory / TOKENIZER_FILE
     values = read_json(file)
-    removed = _keep_own(values["model"], vocabulary.own)
-    new = {token.content: {**token.values, "id": token.id} for token in tokens.new}
+    removed = vocabulary.is_cut and _keep_own(file, values["model"], vocabulary.own)
     ids = {token.content: token.id for token in vocabulary.added}
     kept = [
         {**entry, "id": ids[entry["content"]]}
         for entry in values.get("added_tokens") or []
         if entry["content"] in ids
     ]
-    added = [*kept, *new.values()]
-    if not (removed or new or len(kept) < len(values.get("added_tokens") or [])):
-        return
+    added = [*kept, *({**token.values, "id": token.id} for token in tokens.new)]
     values["added_tokens"] = sorted(added, key=lambda entry: entry["id"])
-    write_text(file, json.dumps(values, indent=2, ensure_ascii=False))
+    write_text(file, _json_text(values))
     if removed:
         for path in directory.iterdir():
             if _matches(path.name, _OWN_TOKENS):
@@ -115,8 +131,12 @@ def _fit_tokens(directory: Path, tokens: OutputTokens) -> None:
     _fit_other_files(directory, added, len(vocabulary.own))
 
 
-def _keep_own(model: dict[str, Any], own: Mapping[str, int]) -> bool:
-    """Removes the tokens of a tokenizer's model that are not in ``own``; whether there were any."""
+def _keep_own(file: Location, model: dict[str, Any], own: Mapping[str, int]) -> bool:
+    """Removes the tokens of a tokenizer's model that are not in ``own``; whether there were any.
+
+    Raises:
+        InputError: a rule of BPE is no pair of texts.
+    """
     listed = model["vocab"]
     if isinstance(listed, list):  # ids are positions, so that those without a row stand at its end
         kept: Any = listed[: max(own.values(), default=-1) + 1]
@@ -125,21 +145,26 @@ def _keep_own(model: dict[str, Any], own: Mapping[str, int]) -> bool:
     if len(kept) == len(listed):
         return False
     model["vocab"] = kept
+    prefix = model.get("continuing_subword_prefix")
+    cut = len(prefix) if isinstance(prefix, str) else 0
     if "merges" in model:
-        prefix = len(model.get("continuing_subword_prefix") or "")
-        model["merges"] = [rule for rule in model["merges"] if _makes_own(rule, prefix, own)]
+        rules = [(_pair(file, rule), rule) for rule in model["merges"] or []]
+        model["merges"] = [rule for (a, b), rule in rules if {a, b, a + b[cut:]} <= own.keys()]
     return True
 
 
-def _makes_own(rule: str | list[str], prefix: int, own: Mapping[str, int]) -> bool:
-    """Whether a rule of BPE joins two tokens of ``own`` to a third one."""
-    left, right = rule.split(" ") if isinstance(rule, str) else rule
-    return {left, right, left + right[prefix:]} <= own.keys()
+def _pair(file: Location, rule: Any) -> tuple[str, str]:
+    """The two tokens that a rule of BPE joins."""
+    pair = rule.split(" ") if isinstance(rule, str) else rule
+    is_pair = isinstance(pair, list) and len(pair) == 2
+    if not is_pair or not all(isinstance(text, str) for text in pair):
+        raise InputError(f"{file}: model.merges: must be pairs of tokens, got {quote(rule)}")
+    return pair[0], pair[1]
 
 
 def _fit_other_files(directory: Path, added: list[dict[str, Any]], num_own: int) -> None:
     """Makes the older lists of added tokens agree, where they are there."""
-    file = directory / "added_tokens.json"
+    file = directory / _ADDED
     if file.exists():
         ids = {entry["content"]: entry["id"] for entry in added if entry["id"] >= num_own}
         _write(file, ids, read_json(file))
@@ -159,4 +184,14 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _write(file: Path, values: dict[str, Any], before: dict[str, Any]) -> None:
     if values != before:
-        write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write_text(file, _json_text(values))
+
+
+def _json_text(values: dict[str, Any]) -> str:
+    """The JSON of a file, with escapes where a text is no Unicode: half of a surrogate pair."""
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(values, indent=2) + "\n"
+    return text

@@ -6,16 +6,18 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merit_fast.manifests.io import read_manifest, tool_versions
 from merit_fast.manifests.schemas import TUNE_FILE, BranchManifest, SplitManifest
 from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.engine.modules import Module
 from merit_fast.merge.engine.quantise.rounding import read_rounding
-from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice
+from merit_fast.merge.tokenizer_options import TokenizerOptions, with_names
 from merit_fast.options.parser import to_plain
 
 CARD_FILE = "README.md"
@@ -58,11 +60,13 @@ class CardFacts:
     dtype: str  # one clause
     slices: tuple[Slice, ...]
     run: RunFacts | None
+    modules: tuple[Module, ...] = ()  # towers that were merged, each by models of its own
 
 
 def model_card(facts: CardFacts, directory: Path) -> str:
     """The card's text. ``directory`` holds the finished output's other files."""
     branches = [_branch(model) for model in facts.models]
+    facts = _without_folders(facts)
     parts = [
         _front_matter(facts),
         "# Merged model\n",
@@ -72,10 +76,29 @@ def model_card(facts: CardFacts, directory: Path) -> str:
     ]
     if facts.slices:
         parts.append("## Slices\n\n" + _slices_text(facts))
+    if facts.modules:
+        parts.append("## Towers\n\n" + _towers_text(facts))
     if facts.run:
         parts.append("## Split\n\n" + _split_text(facts.run))
     parts.append("## Reproduce\n\n" + _command_text(facts))
     return "\n".join(parts)
+
+
+def _without_folders(facts: CardFacts) -> CardFacts:
+    """The facts with short names of models in the tokenizer's options."""
+    options = facts.config.tokenizer_options
+    if options is None:
+        return facts
+    paths = [*facts.models, *([facts.base] if facts.base else [])]
+    names = dict(zip(map(str, paths), labels_of(paths), strict=True))
+
+    def name_of(text: str) -> str:
+        return names.get(text) or labels_of([as_location(text)])[0]
+
+    short: str | TokenizerOptions = with_names(options, name_of)
+    if isinstance(facts.config.tokenizer, str):
+        short = with_names(options, name_of).source
+    return replace(facts, config=replace(facts.config, tokenizer=short))
 
 
 def labels_of(paths: Sequence[Location]) -> list[str]:
@@ -149,7 +172,8 @@ def _method_text(facts: CardFacts, directory: Path) -> str:
     method = config.method_entry
     formula = f": {method.result} ({method.source})" if method.result else ""
     lines = [f"`{method.name}`{formula}\n"]
-    lines += [f"- `{name}`: {_value(value)}" for name, value in _parameters(config).items()]
+    values = {} if facts.modules else _parameters(config)
+    lines += [f"- `{name}`: {_value(value)}" for name, value in values.items()]
     lines.append(f"- dtype: {facts.dtype}; sums are taken in float64 and rounded once")
     if rounding := read_rounding(directory):
         errors = rounding["rounding"]
@@ -183,6 +207,17 @@ def _slices_text(facts: CardFacts) -> str:
         sources = [*each.sources, *([each.base] if each.base else [])]
         rows.append(" + ".join(f"`{names[s.path]}` [{s.first}:{s.end}]" for s in sources))
     return "".join(f"- {row}\n" for row in rows)
+
+
+def _towers_text(facts: CardFacts) -> str:
+    names = dict(zip(facts.models, labels_of(facts.models), strict=True))
+    rows = []
+    for module in facts.modules:
+        models = ", ".join(f"`{names.get(path, path.name)}`" for path in module.models)
+        values = _parameters(module.config)
+        numbers = [f"`{name}`: {_value(value)}" for name, value in values.items()]
+        rows.append(f"- `{module.name}`: {models}; {'; '.join(numbers)}\n")
+    return "".join(rows) + "- every other tower: as in the model that gives config.json\n"
 
 
 def _split_text(run: RunFacts) -> str:
@@ -223,7 +258,7 @@ def _command_text(facts: CardFacts) -> str:
 def _command(facts: CardFacts) -> str:
     if facts.run and facts.run.is_stage:
         return "merit-fast run config.yml"
-    if facts.slices:
+    if facts.slices or facts.modules:
         return "merit-fast merge OUT --mergekit RECIPE.yml"
     config = facts.config
     words = ["merit-fast", "merge", "OUT"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.formulas.elements import nuslerp_by_hand
 from support.merge.formulas import delta_method
 from support.merge.gram_formulas import stock_by_hand
 from support.merge.merges import load
@@ -152,22 +153,79 @@ def test_linear_takes_the_base_as_one_more_model(inside, tmp_path):
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_mergekits_defaults_hold(inside, tmp_path, method):
-    models = [{"model": f"m{k}"} for k in ((1,) if method in ("slerp", "passthrough") else (1, 2))]
+    takes_one = method in ("slerp", "passthrough", "nearswap", "arcee_fusion")
+    models = [{"model": f"m{k}"} for k in ((1,) if takes_one else (1, 2))]
     based = method not in ("linear", "passthrough")
     recipe = {"models": models, "merge_method": method, "parameters": {"weight": 1, "t": 0.25}}
     config = read({**recipe, **({"base_model": "m0"} if based else {})}, tmp_path).config
     normalized = {"linear": True, "ties": True, "della": True, "multislerp": True}
-    if METHODS[method].takes("weights"):
+    entry = METHODS[method]
+    if entry.takes("weights"):
         assert config.normalize == normalized.get(method, False)
         assert [model.weight for model in config.models] == [1.0, 1.0]
-    if METHODS[method].takes("density"):
-        assert [model.density for model in config.models] == [1.0, 1.0]
-    if METHODS[method].takes("gamma"):
-        assert [model.gamma for model in config.models] == [0.01, 0.01]
-    if METHODS[method].takes("epsilon"):
-        assert [model.epsilon for model in config.models] == [0.15, 0.15]
+    for name, default in (("density", 1.0), ("gamma", 0.01), ("epsilon", 0.15)):
+        if entry.takes_by_model(name):
+            assert [getattr(model, name) for model in config.models] == [default, default]
+    assert config.epsilon == (1e-5 if method in ("ram", "ramplus_tl") else None)
     assert (config.scale, config.select_topk) == (1.0, 1.0)
-    assert config.t == (0.25 if method == "slerp" else 0.5)
+    assert config.t == (0.25 if method in ("slerp", "nearswap") else None)
+    assert config.vectors == "tensor" and config.rescale is None
+    own = {"karcher": {"max_iter": 10, "tol": 1e-5}, "ramplus_tl": {"r": 0.1, "alpha": 0.2}}
+    assert config.parameters == {**own, "multislerp": {"eps": 1e-8}}.get(method)
+
+
+@pytest.mark.parametrize(
+    "method, parameters, expected",
+    [
+        ("nuslerp", "nuslerp_flatten: false", {"vectors": "row"}),
+        ("nuslerp", "nuslerp_flatten: false, nuslerp_row_wise: true", {"vectors": "column"}),
+        ("nuslerp", "nuslerp_row_wise: true", {"vectors": "tensor"}),
+        ("model_stock", "filter_wise: true", {"vectors": "row"}),
+        ("ties", "rescale: true", {"rescale": True}),
+        ("ties", "rescale: false", {"rescale": None}),
+        ("della", "rescale: false", {"rescale": False}),
+        ("ram", "epsilon: 0.5", {"epsilon": 0.5}),
+        ("karcher", "max_iter: 5, tol: 1e-4", {"parameters": {"max_iter": 5, "tol": 1e-4}}),
+        ("ramplus_tl", "r: 0.05, alpha: 1.0", {"parameters": {"r": 0.05, "alpha": 1.0}}),
+        ("multislerp", "eps: 1e-6", {"parameters": {"eps": 1e-6}}),
+    ],
+)
+def test_parameters_of_single_methods(inside, tmp_path, method, parameters, expected):
+    recipe = (
+        f"{{models: [{{model: m1}}, {{model: m2}}], base_model: m0, merge_method: {method}, "
+        f"parameters: {{weight: 0.5, {parameters}}}}}"
+    )
+    config = read(recipe, tmp_path).config
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_weights_of_nuslerp_may_cancel(inside, tmp_path):
+    found = merged(
+        """
+        models:
+          - {model: m1, parameters: {weight: -0.5}}
+          - {model: m2, parameters: {weight: 0.5}}
+        base_model: m0
+        merge_method: nuslerp
+        parameters: {nuslerp_flatten: false}
+        """,
+        tmp_path,
+    )
+    base, first, second = inside[:3]
+    truths = {
+        name: nuslerp_by_hand([first[name], second[name]], [0.5, 0.5], "row", base[name])
+        for name in found
+    }
+    assert_equal_to(found, truths)
+
+
+def test_float64(inside, tmp_path):
+    recipe = "{models: [{model: m1}], merge_method: passthrough, dtype: float64}"
+    found = merged(recipe, tmp_path)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float64}
+    assert all(torch.equal(found[name], inside[1][name].double()) for name in found)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "float64"
 
 
 def test_scopes_are_asked_from_the_innermost_out(inside, tmp_path):

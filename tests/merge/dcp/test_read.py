@@ -31,6 +31,7 @@ def test_a_trainer_checkpoint_equals_the_model_that_it_saved(saved, tmp_path, ba
         (
             [saved / f"checkpoint-{name}" for name in SEEDS],
             [saved / "flat-1", saved / "checkpoint-2"],
+            [saved / f"sharded-{name}" for name in SEEDS],
             [saved / "checkpoint-1" / "pytorch_model_fsdp_0", models[1]],
         )
     ):

@@ -166,3 +166,25 @@ def test_the_command_lists_steps_and_weights(run, capsys, monkeypatch):
         assert "--trajectory" in capsys.readouterr().err
     assert run_main(["merge", "x", "--model", "y", "--last", "2"], monkeypatch) == 2
     assert "--schedule and --last go with --trajectory" in capsys.readouterr().err
+
+
+def test_a_yaml_file_names_pattern_schedule_and_options(run, capsys, monkeypatch):
+    file = run / "average.yml"
+    lines = [f"trajectory: {run}/ckpt-*", "schedule: ema:0.5", "last: 3", "merge: {dtype: fp16}"]
+    file.write_text("\n".join(lines))
+    words = ["merge", str(run / "out"), "--json", "--trajectory", str(file)]
+    assert run_main(words, monkeypatch) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert [row[:2] for row in summary["trajectory"]] == [[10, 0.25], [20, 0.25], [100, 0.5]]
+    assert summary["dtype"] == "fp16"
+    assert run_main([*words, "--last", "1", "--dtype", "fp32"], monkeypatch) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert [row[0] for row in summary["trajectory"]] == [100] and summary["dtype"] == "fp32"
+    for text, message in (
+        ("schedule: uniform", "trajectory: is required"),
+        (f"trajectory: {run}/ckpt-*\nlats: 3", "lats: unknown key; did you mean last"),
+        (f"trajectory: {run}/ckpt-*\nmerge: {{weights: uniform}}", "merge.weights: must be auto"),
+    ):
+        file.write_text(text)
+        assert run_main(words, monkeypatch) == 2
+        assert message in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_a_tied_llama_has_the_bits_of_the_file_merge(branches, tmp_path, dtype):
 
 @pytest.mark.parametrize("options", METHODS, ids=name_of)
 def test_every_method_has_the_bits_of_the_file_merge(branches, tmp_path, options):
-    weights = None if options["method"] in ("sce", "slerp", "model_stock") else [3, 1]
+    weights = [3, 1] if config_of(options).takes_weights else None
     loaded = load_merged(branches[:2], weights, base=str(branches[3]), **options)
     assert_same_model(
         loaded, from_files(branches[:2], weights, tmp_path / "out", branches[3], **options)
@@ -158,7 +158,7 @@ def test_a_head_that_comes_to_differ_from_its_embedding_is_kept(pair, tmp_path, 
         ({"checksum": True}, "^load_merged: checksum: concerns an output's files, must be absent"),
         (
             {"dtype": "int8"},
-            "^load_merged: dtype: must be one of bf16, fp16, fp32, fp8-block128, got 'int8'",
+            "^load_merged: dtype: must be one of bf16, .*, got 'int8'",
         ),
         ({"max_memory": "1K"}, "max_memory: must be at least"),
     ],

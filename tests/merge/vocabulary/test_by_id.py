@@ -147,6 +147,16 @@ def test_a_longer_model_with_deltas_from_a_shorter_base(tmp_path):
     assert torch.equal(out.tensors[HEAD][6], longer.tensors[HEAD][6])
 
 
+def test_the_first_models_tokenizer_stays_where_it_has_all_tokens(tmp_path):
+    """The base has no chat template; the third model is longer by padding."""
+    base = make_model(tmp_path / "base", seed=1)
+    chat = make_model(tmp_path / "chat", seed=2)
+    longer = make_model(tmp_path / "long", rows=9, seed=3)
+    (chat.path / "chat_template.jinja").write_text("{{ 'chat' }}")
+    merge([chat, longer], tmp_path, base=base.path, method="task_arithmetic")
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ 'chat' }}"
+
+
 def test_a_matrix_with_rows_of_its_own_stays_or_is_named(tmp_path):
     """Gemma 3n's per-layer embedding has fewer rows than the embedding."""
     per_layer = "model.embed_tokens_per_layer.weight"

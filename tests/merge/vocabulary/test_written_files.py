@@ -187,6 +187,52 @@ def test_templates_that_cannot_be_written(tmp_path, template, message):
         merge_models([model.path], out=tmp_path / "out", chat_template=template)
 
 
+@pytest.mark.parametrize(
+    "file,text,message",
+    [
+        ("added_tokens.json", "[]", "added_tokens.json: must be a JSON object"),
+        ("tokenizer_config.json", "3", "tokenizer_config.json: must be a JSON object"),
+        ("merges", [["a", "b", "c"]], "model.merges: must be pairs of tokens, got "),
+        ("merges", ["ab"], "model.merges: must be pairs of tokens, got 'ab'"),
+    ],
+)
+def test_files_of_the_tokenizer_are_checked_before_anything_is_written(
+    tmp_path, file, text, message
+):
+    first = make_model(tmp_path / "first", seed=1)
+    second = make_model(tmp_path / "second", ("<x>",), rows=5, seed=2)
+    if file == "merges":
+        values = read(second.path / "tokenizer.json")
+        values["model"]["merges"] = text
+        (second.path / "tokenizer.json").write_text(json.dumps(values))
+    else:
+        (second.path / file).write_text(text)
+    with pytest.raises(InputError, match=message):
+        merge_models([first.path, second.path], out=tmp_path / "out", tokenizer=str(second.path))
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
+
+
+def test_a_text_that_is_no_unicode_is_written_as_it_was_read(tmp_path):
+    first = make_model(tmp_path / "first", seed=1)
+    second = make_model(tmp_path / "second", ("<x>",), seed=2)
+    file = first.path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"version"', '"odd": "\\ud800", "version"', 1))
+    merge_models([first.path, second.path], out=tmp_path / "out", tokenizer="union")
+    assert read(tmp_path / "out/tokenizer.json")["odd"] == "\ud800"
+
+
+def test_the_model_card_names_models_without_their_folders(tmp_path):
+    first = make_model(tmp_path / "first", seed=1)
+    second = make_model(tmp_path / "second", ("<x>",), seed=2)
+    of_first = {"model": str(first.path), "token": "a"}
+    tokens = {"a": {"source": str(first.path), "force": True}, "<new>": {"source": of_first}}
+    for options in (str(second.path), {"source": str(second.path), "tokens": tokens}):
+        merge_models([first.path, second.path], out=tmp_path / "out", tokenizer=options)
+        card = (tmp_path / "out/README.md").read_text()
+        assert str(tmp_path) not in card and "second" in card.split("## Method")[1]
+    assert '"<new>": {"source": {"kind": "model_token", "model": "first", "token": "a"' in card
+
+
 # ---- options that name nothing
 @pytest.mark.parametrize(
     "options,message",
@@ -208,7 +254,10 @@ def test_templates_that_cannot_be_written(tmp_path, template, message):
             {"tokens": {"<new>": {"source": "{second}"}}},
             r"tokenizer.tokens.<new>.source: .*second has no token '<new>' with a row",
         ),
-        ({"source": "base", "pad_to_multiple_of": 0}, "pad_to_multiple_of: must be a positive int"),
+        (
+            {"source": "base", "pad_to_multiple_of": 0},
+            "pad_to_multiple_of: must be between 1 and 65536",
+        ),
         ({"source": "ids", "tokens": {"a": {"source": "zero"}}}, "tokens: must be absent"),
         ({"source": "base", "pad": 2}, "tokenizer.pad: unknown key"),
     ],

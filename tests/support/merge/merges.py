@@ -32,6 +32,13 @@ METHODS: list[dict[str, Any]] = [
     {"method": "slerp", "t": [0.2, 0.8]},
     {"method": "multislerp"},
     {"method": "model_stock"},
+    {"method": "model_stock", "vectors": "row"},
+    {"method": "nuslerp"},
+    {"method": "nuslerp", "vectors": "column"},
+    {"method": "karcher"},
+    {"method": "ram"},
+    {"method": "ramplus_tl", "epsilon": 0.01, "parameters": {"r": 0.5}},
+    {"method": "ties", "density": 0.3, "rescale": True},
 ]
 
 

@@ -121,7 +121,7 @@ class _Matrix:
         first, count, _ = slab
         sizes = np.zeros((1, self.encoding.grid[1]))
         raise_sizes(self._rows(first, count), self.encoding, sizes, self.is_native)
-        return sizes[0]
+        return np.asarray(sizes[0])
 
     def _encode_slab(self, slab: Slab, scales: Array) -> Rounding:
         first, count, _ = slab
@@ -134,7 +134,7 @@ class _Matrix:
         """[count, columns] values."""
         columns = self.encoding.columns
         values = np.empty((count, columns))
-        left = memoryview(values).cast("B")
+        left = memoryview(values.data).cast("B")
         at = self.values_at + first * columns * _ITEM
         while left:
             num_bytes = os.preadv(self.scratch, [left], at)

@@ -15,6 +15,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import CONFIG_FILE, is_embedding
 from merit_fast.merge.read.entries import Change, ChangedEntry, Rows, TensorEntry, is_float
 from merit_fast.merge.read.files import read_json
+from merit_fast.merge.read.token_rows import differ_in_rows
 
 _ATTENTION = "in_proj_weight"  # of torch's MultiheadAttention, which PEFT targets as a module
 
@@ -51,7 +52,9 @@ class _Work:
     def take_whole_tensors(self) -> None:
         for name, entry in self.adapter.parts.whole.items():
             target = self._target(name, entry)
-            if target.shape != entry.shape:
+            if target.shape != entry.shape and not differ_in_rows(
+                name, target.shape, entry.shape
+            ):  # of resized embeddings and heads the vocabularies decide
                 raise InputError(
                     f"{entry.file}: {entry.name}: must have the shape of {name} in "
                     f"{self.base.path}, {list(target.shape)}, got {list(entry.shape)}"

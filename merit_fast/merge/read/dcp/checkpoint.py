@@ -1,7 +1,7 @@
 """A distributed checkpoint as a ``Checkpoint``: every tensor assembled from its chunks."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -9,7 +9,8 @@ from typing import BinaryIO
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.read.boxes import is_row_major, row_major
-from merit_fast.merge.read.checkpoint import SINGLE_FILE, Checkpoint, check_name
+from merit_fast.merge.read.checkpoint import Checkpoint, check_name
+from merit_fast.merge.read.dcp.files import output_files
 from merit_fast.merge.read.dcp.folder import choose_subtree, is_no_model
 from merit_fast.merge.read.dcp.items import StoredChunk, read_item
 from merit_fast.merge.read.dcp.metadata import (
@@ -25,8 +26,6 @@ from merit_fast.merge.read.dcp.tiles import tiling_fault
 from merit_fast.merge.read.entries import AssembledEntry, Part, TensorEntry
 from merit_fast.merge.read.files import folder_of, open_regular, size_of
 from merit_fast.merge.read.remote import Location
-
-_FILE_BYTES = 5 << 30  # of the safetensors files that an output gets, as transformers cuts them
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def read_distributed(
     left_out = tuple(name for name in everything if name not in kept)
     tensors = _entries(metadata, folder, inside)
     by_bytes = {(e.file, e.offset): name for name, e in tensors.items() if e.num_bytes}
-    shards = _shards(tensors.values())
+    shards = output_files(tensors.values())
     return DistributedCheckpoint(
         path, tensors, shards, folder, metadata, place, inside, by_bytes, others, left_out
     )
@@ -141,10 +140,10 @@ def _entry(
         parts.append((chunk, stored, file))
     if not parts:  # it has no elements
         return TensorEntry(name, tensor.dtype, tensor.shape, metadata.file, 0, 0)
-    if len(parts) == 1 and is_row_major(parts[0][0].sizes, parts[0][1].strides):
+    if len(parts) == 1 and is_row_major(parts[0][0].sizes, parts[0][1].view.strides):
         chunk, stored, file = parts[0]
         item = ITEM_BYTES[tensor.dtype]
-        start = stored.offset + stored.start * item
+        start = stored.offset + stored.view.start * item
         num_bytes = item * math.prod(chunk.sizes)
         return TensorEntry(name, tensor.dtype, tensor.shape, file, start, num_bytes)
     boxes = tuple(_part(name, chunk, stored, file) for chunk, stored, file in parts)
@@ -158,45 +157,25 @@ _FIELDS = ("name", "dtype", "shape", "file", "offset", "num_bytes")
 
 
 def _part(name: str, chunk: Chunk, stored: StoredChunk, file: Location) -> Part:
-    item = ITEM_BYTES[stored.dtype]
-    if is_row_major(chunk.sizes, stored.strides):
-        offset = stored.offset + stored.start * item
+    item = ITEM_BYTES[stored.view.dtype]
+    if is_row_major(chunk.sizes, stored.view.strides):
+        offset = stored.offset + stored.view.start * item
         source = TensorEntry(
-            name, stored.dtype, chunk.sizes, file, offset, item * math.prod(chunk.sizes)
+            name, stored.view.dtype, chunk.sizes, file, offset, item * math.prod(chunk.sizes)
         )
         return Part(source, chunk.offsets, chunk.sizes, 0, row_major(chunk.sizes))
-    shape = (stored.num_elements,)
-    source = TensorEntry(name, stored.dtype, shape, file, stored.offset, item * shape[0])
-    return Part(source, chunk.offsets, chunk.sizes, stored.start, stored.strides)
+    shape = (stored.view.num_elements,)
+    source = TensorEntry(name, stored.view.dtype, shape, file, stored.offset, item * shape[0])
+    return Part(source, chunk.offsets, chunk.sizes, stored.view.start, stored.view.strides)
 
 
 def _check_chunk(where: str, tensor: SavedTensor, chunk: Chunk, stored: StoredChunk) -> None:
-    if stored.dtype != tensor.dtype:
+    if stored.view.dtype != tensor.dtype:
         rule = f"dtype must be {tensor.dtype} as in {METADATA_FILE}"
-        raise InputError(f"{where}: {rule}, got {stored.dtype}")
-    if stored.sizes != chunk.sizes:
+        raise InputError(f"{where}: {rule}, got {stored.view.dtype}")
+    if stored.view.sizes != chunk.sizes:
         rule = f"shape must be {list(chunk.sizes)} as in {METADATA_FILE}"
-        raise InputError(f"{where}: {rule}, got {list(stored.sizes)}")
-
-
-def _shards(entries: Iterable[TensorEntry]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Safetensors files for an output: tensors in order, at most 5 GB each."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for entry in entries:
-        num_bytes = ITEM_BYTES[entry.dtype] * entry.num_elements
-        if groups[-1] and size + num_bytes > _FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry.name)
-        size += num_bytes
-    if len(groups) == 1:
-        return ((SINGLE_FILE, tuple(groups[0])),)
-    count = len(groups)
-    return tuple(
-        (f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group))
-        for i, group in enumerate(groups, 1)
-    )
+        raise InputError(f"{where}: {rule}, got {list(stored.view.sizes)}")
 
 
 def left_out_notes(checkpoints: Sequence[Checkpoint], keeps_values: bool) -> list[str]:

@@ -6,13 +6,12 @@ then the central directory and its end record. Nothing is unpacked: the bytes ar
 
 import struct
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
-from merit_fast.merge.read.dcp.metadata import TORCH_DTYPES, Item
-from merit_fast.merge.read.dcp.pickles import read_pickle
-from merit_fast.merge.read.dcp.values import Global, Made
+from merit_fast.merge.read.dcp.metadata import Item
+from merit_fast.merge.read.dcp.views import View, read_view
 from merit_fast.merge.read.files import quote
 from merit_fast.merge.read.remote import Location
 
@@ -25,35 +24,14 @@ _TAIL = 4096  # holds directory and end record of what torch writes
 _MAX_DIRECTORY = 1 << 16
 _MAX_DATA_PICKLE = 1 << 16
 FULL = 0xFFFFFFFF
-STORAGES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "C64",
-}
-_REBUILDS = ("_rebuild_tensor_v2", "_rebuild_tensor_v3")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A chunk's storage in a file and the view of it that is the chunk.
-
-    value[i] = storage[start + sum_d strides[d] * i[d]], strides and start in elements.
-    """
+    """A chunk's storage in a file and the view of it that is the chunk."""
 
     offset: int  # bytes, from the start of the file
-    num_elements: int  # of the storage
-    dtype: str
-    sizes: tuple[int, ...]
-    start: int
-    strides: tuple[int, ...]
+    view: View
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +71,10 @@ class _Item:
         pickle = records.get("data.pkl")
         if pickle is None:
             raise InputError(f"{self.where}: has no record data.pkl")
-        view = read_pickle(self.content(pickle, _MAX_DATA_PICKLE), self.where, _allowed)
+        try:
+            view = read_view(self.content(pickle, _MAX_DATA_PICKLE))
+        except ValueError as error:
+            raise InputError(f"{self.where}: data.pkl: {error}") from None
         return self.chunk(view, records)
 
     def records(self) -> dict[str, _Record]:
@@ -174,45 +155,16 @@ class _Item:
             raise InputError(f"{self.where}: the file ends before byte {at + count}")
         return data
 
-    def chunk(self, view: Any, records: dict[str, _Record]) -> StoredChunk:
-        """The storage that a tensor of data.pkl views."""
-        is_tensor = type(view) is Made and view.function.name in _REBUILDS
-        if not is_tensor or len(view.args) < 6:
-            raise InputError(f"{self.where}: data.pkl must hold one tensor, got {quote(view)}")
-        storage, start, sizes, strides = view.args[:4]
-        dtype, key, count = self.storage(storage, view.args[6:7])
-        numbers = all(_is_numbers(each) for each in (sizes, strides, (start, count)))
-        if not numbers or len(sizes) != len(strides) or len(sizes) > 64:
-            raise InputError(f"{self.where}: data.pkl: has no sizes and strides")
-        last = start + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-        if 0 not in sizes and last >= count:
-            rule = f"views element {last} of a storage of {count}"
-            raise InputError(f"{self.where}: data.pkl: {rule}")
-        record = records.get(f"data/{key}")
-        num_bytes = count * ITEM_BYTES[dtype]
+    def chunk(self, view: View, records: dict[str, _Record]) -> StoredChunk:
+        """The storage that the tensor of data.pkl views."""
+        record = records.get(f"data/{view.key}")
+        num_bytes = view.num_elements * ITEM_BYTES[view.dtype]
         if record is None or record.num_bytes != num_bytes:
             found = "none" if record is None else record.num_bytes
             raise InputError(
-                f"{self.where}: record data/{key} must hold {num_bytes} bytes, got {found}"
+                f"{self.where}: record data/{view.key} must hold {num_bytes} bytes, got {found}"
             )
-        return StoredChunk(self.start_of(record), count, dtype, sizes, start, strides)
-
-    def storage(self, storage: Any, extra: tuple[Any, ...]) -> tuple[str, str, int]:
-        """(dtype, record, elements) of a storage's persistent id."""
-        place: Any = storage.args if type(storage) is Made else ()
-        right = type(place) is tuple and len(place) == 5 and place[0] == "storage"
-        if not right or type(place[1]) is not Global or type(place[2]) is not str:
-            raise InputError(f"{self.where}: data.pkl: has no storage")
-        count = place[4]
-        dtype = STORAGES.get(place[1].name)
-        if place[1].name == "UntypedStorage":  # its size counts bytes
-            named = extra[0] if extra else None
-            dtype = TORCH_DTYPES.get(named.name) if type(named) is Global else None
-            if dtype is not None and type(count) is int:
-                count //= ITEM_BYTES[dtype]
-        if dtype is None:
-            raise InputError(f"{self.where}: data.pkl: storage {quote(place[1].name)} is not read")
-        return dtype, place[2], count
+        return StoredChunk(self.start_of(record), view)
 
 
 def _large(extra: bytes, packed: int, num_bytes: int, header: int) -> tuple[int, int, int]:
@@ -229,19 +181,3 @@ def _large(extra: bytes, packed: int, num_bytes: int, header: int) -> tuple[int,
             break
         at += 4 + length
     return packed, num_bytes, header
-
-
-def _is_numbers(values: Any) -> bool:
-    return type(values) is tuple and all(
-        type(value) is int and 0 <= value < 2**63 for value in values
-    )
-
-
-def _allowed(module: str, name: str) -> bool:
-    if module == "torch._utils":
-        return name in _REBUILDS
-    if module == "torch.storage":
-        return name == "UntypedStorage"
-    if module == "torch":
-        return name in STORAGES or name in TORCH_DTYPES
-    return (module, name) == ("collections", "OrderedDict")

@@ -12,7 +12,10 @@ from merit_fast.merge.read.remote import Location
 
 
 def in_common_names(
-    models: Sequence[Checkpoint], base: Checkpoint | None, companions: Location | None
+    models: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    companions: Location | None,
+    donor: Checkpoint | None = None,
 ) -> tuple[list[Checkpoint], Location]:
     """All models in the names of the base, or of the first one that is no adapter.
 
@@ -21,6 +24,7 @@ def in_common_names(
         base: one of them, or None.
         companions: the directory that gives config and tokenizer. None: the first model that is no
             adapter; the base where that one is only the language model inside the base.
+        donor: the model whose names count, if it is no other one.
 
     Returns:
         the models in their order, and ``companions``.
@@ -29,7 +33,7 @@ def in_common_names(
         InputError: see ``match_names`` and ``match_heads``.
     """
     first = next((model for model in models if not is_adapter(model.path)), models[0])
-    donor = base or first
+    donor = donor or base or first
     matched = match_names(donor, models)
     if companions is None:
         is_part = first is not donor and _is_part(first, donor)

@@ -14,8 +14,8 @@ def match_names(donor: Checkpoint, others: Sequence[Checkpoint]) -> list[Checkpo
     """The other models under the donor's names, split or joined as its file is.
 
     Names meet in memory: two tensors are one parameter if transformers loads them as one. A tensor
-    without a counterpart keeps its name. A model whose names and shapes are the donor's is returned
-    as it is, and so is one of a class without a map.
+    without a counterpart keeps its name. A model is returned as it is if its names and shapes are
+    among the donor's or hold all of them, or if its class has no map.
 
     Args:
         donor: its names count; its config.json tells its class.
@@ -28,7 +28,7 @@ def match_names(donor: Checkpoint, others: Sequence[Checkpoint]) -> list[Checkpo
     names: ModuleNames | None = None
     matched = []
     for other in others:
-        if other is donor or _layout(other) == _layout(donor):
+        if other is donor or _is_within(other, donor) or _is_within(donor, other):
             matched.append(other)
             continue
         names = names or module_names(donor)
@@ -98,5 +98,6 @@ def _shapes(tensors: Mapping[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in tensors.items()}
 
 
-def _layout(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return _shapes(checkpoint.tensors)
+def _is_within(part: Checkpoint, whole: Checkpoint) -> bool:
+    """Whether every tensor of one model is in the other, in name and shape."""
+    return _shapes(part.tensors).items() <= _shapes(whole.tensors).items()

@@ -119,8 +119,9 @@ class ModuleNames:
                     f"{entry.file}: {entry.name}: shape must be {list(self.views[module].shape)} "
                     f"as in {stored.file}, got {list(entry.shape)}"
                 )
-            known = boxes.setdefault(module, _boxes(entry))
-            parts.append(_inverse(part, stored.shape, entry, known))
+            if module not in boxes:
+                boxes[module] = _boxes(entry)
+            parts.append(_inverse(part, stored.shape, entry, boxes[module]))
         if sum(math.prod(part.sizes) for part in parts) != stored.num_elements:
             raise InputError(f"{stored.file}: {name}: has elements that no parameter takes")
         return entry_of(name, View(stored.shape, tuple(parts)))

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 LEGACY = "legacy"  # rules of every model
+_LONGEST = 256  # characters of a name that rules search: a hostile one may cost no more
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Renamer:
 
     def _apply(self, number: int, rule: Rule, name: str) -> tuple[str, int]:
         """The new name and the number of the source that matches; -1: none does."""
-        head, tail = _scoped(rule, name)
+        head, tail = _scoped(rule, name) if len(name) <= _LONGEST else (name, "")
         match = _pattern(rule.sources).search(tail) if tail else None
         if match is None:
             return name, -1

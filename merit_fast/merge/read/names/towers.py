@@ -8,7 +8,8 @@ encoder, decoder        of a sequence-to-sequence model; ``shared`` is everythin
 default                 the whole of any other model
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.names.model_class import ModelClass
@@ -31,17 +32,28 @@ def towers_of(names: ModuleNames) -> dict[str, str]:
     }
 
 
-def only_tower(checkpoint: Checkpoint, towers: dict[str, str], tower: str) -> Checkpoint:
-    """The checkpoint without the tensors of other towers, which must be in the same names."""
-    tensors = {
-        name: entry
-        for name, entry in checkpoint.tensors.items()
-        if towers.get(name, tower) == tower
-    }
-    shards = (
-        (file, tuple(name for name in held if name in tensors)) for file, held in checkpoint.shards
-    )
-    return replace(checkpoint, tensors=tensors, shards=tuple(shard for shard in shards if shard[1]))
+@dataclass(frozen=True)
+class Tower:
+    """One tower of a model. ``towers``: that of every tensor in the file of ``donor``."""
+
+    name: str
+    donor: Checkpoint
+    towers: Mapping[str, str]
+
+    def of(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint in the donor's names, without the tensors of other towers."""
+        tensors = {
+            name: entry
+            for name, entry in checkpoint.tensors.items()
+            if self.towers.get(name, self.name) == self.name
+        }
+        shards = (
+            (file, tuple(name for name in held if name in tensors))
+            for file, held in checkpoint.shards
+        )
+        return replace(
+            checkpoint, tensors=tensors, shards=tuple(shard for shard in shards if shard[1])
+        )
 
 
 def _tower(kind: ModelClass, module: str) -> str:

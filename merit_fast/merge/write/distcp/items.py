@@ -2,11 +2,13 @@
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from zlib import crc32
 
 from merit_fast.kernels.average.dtypes import DTYPES, ITEM_BYTES
-from merit_fast.merge.read.dcp.items import CENTRAL, END, END64, FULL, LOCAL, LOCATOR, STORAGES
+from merit_fast.merge.read.dcp.items import CENTRAL, END, END64, FULL, LOCAL, LOCATOR
 from merit_fast.merge.read.dcp.values import PERSISTENT, Global, Made
+from merit_fast.merge.read.dcp.views import STORAGES
 from merit_fast.merge.write.distcp.pickles import write_pickle
 
 ALIGNMENT = 64  # of a tensor's first byte, as in torch
@@ -30,6 +32,7 @@ class ItemForm:
         return len(self.head)
 
 
+@lru_cache(4096)
 def item_form(dtype: str, sizes: tuple[int, ...], num_bytes: int) -> ItemForm:
     """The item of a tensor in row-major order.
 

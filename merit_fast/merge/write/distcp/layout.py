@@ -1,7 +1,11 @@
 """Which chunk of which tensor lies in which shard of a distributed checkpoint that is written."""
 
+import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from zlib import crc32
 
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor
@@ -11,6 +15,8 @@ from merit_fast.merge.read.dcp.metadata import Item, Place, SavedBytes, SavedTen
 from merit_fast.merge.write.distcp.items import ALIGNMENT, item_form
 
 Sizes = tuple[int, ...]
+_BLOCK_BYTES = 1 << 20
+_CHUNKS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +41,20 @@ class DistributedFile:
     others: tuple[tuple[SavedBytes, int], ...]  # each with its offset in this file
     num_bytes: int
 
-    def pieces(self) -> Iterator[tuple[int, bytes]]:
-        """Offsets and bytes around the chunks' values."""
+    def begin(self, descriptor: int) -> None:
+        """Writes the bytes around the chunks' values."""
         for chunk in self.chunks:
             form = item_form(chunk.dtype, chunk.sizes, chunk.num_bytes)
-            yield chunk.item.offset, form.head
-            yield chunk.start + chunk.num_bytes, form.tail
+            os.pwrite(descriptor, form.head, chunk.item.offset)
+            os.pwrite(descriptor, form.tail, chunk.start + chunk.num_bytes)
 
-    def checksums(self) -> Iterator[tuple[int, int, tuple[int, int]]]:
-        """First byte and bytes of each chunk's values, and where their CRC-32 goes."""
-        for chunk in self.chunks:
-            at = chunk.item.offset
-            first, second = item_form(chunk.dtype, chunk.sizes, chunk.num_bytes).crc_places
-            yield chunk.start, chunk.num_bytes, (at + first, at + second)
+    def finish(self, descriptor: int, threads: int) -> None:
+        """Writes the CRC-32 of each chunk's values, which are read back, from memory as a rule."""
+        chunks = iter(self.chunks)
+        with ThreadPoolExecutor(threads) as pool:
+            while batch := list(itertools.islice(chunks, _CHUNKS_AT_ONCE)):
+                for written in [pool.submit(_write_checksum, chunk, descriptor) for chunk in batch]:
+                    written.result()
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,15 @@ def _file(
         chunks.append(PlacedChunk(tensor, dtype, offsets, sizes, num_bytes, item, at + form.start))
         at += length
     return DistributedFile(name, tuple(chunks), tuple(copied), at)
+
+
+def _write_checksum(chunk: PlacedChunk, descriptor: int) -> None:
+    crc = 0
+    end = chunk.start + chunk.num_bytes
+    for at in range(chunk.start, end, _BLOCK_BYTES):
+        crc = crc32(os.pread(descriptor, min(_BLOCK_BYTES, end - at), at), crc)
+    for place in item_form(chunk.dtype, chunk.sizes, chunk.num_bytes).crc_places:
+        os.pwrite(descriptor, crc.to_bytes(4, "little"), chunk.item.offset + place)
 
 
 def _number(shard: str) -> tuple[int, str]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from support.merge.dcp.tensors import PLACEMENTS, SEEDS, tiny_llama, whole_tensors
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -74,6 +75,8 @@ def write(rank: int, folder: Path) -> None:
         save({"model": weights}, checkpoint_id=accelerate / "pytorch_model_fsdp_0")
         moments = {"optimizer": {"state": {"0": {"exp_avg": next(iter(weights.values()))}}}}
         save(moments, checkpoint_id=accelerate / "optimizer_0")
+        hub = HuggingFaceStorageWriter(str(folder / f"sharded-{name}"), save_distributed=True)
+        save(weights, storage_writer=hub)
         if name == "1":  # as torchtitan nests it
             flat = {**weights, **moments, "train_state": {"step": 3}}
             save(flat, checkpoint_id=folder / f"flat-{name}")

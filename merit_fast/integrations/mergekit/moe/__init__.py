@@ -1,0 +1,1 @@
+"""mergekit-moe's recipes: dense models become the experts of one mixture of experts."""
