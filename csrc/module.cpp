@@ -16,4 +16,5 @@ NB_MODULE(_C, m) {
   define_layers(m, level.layers);
   define_search(m, level.search);
   define_engine(m, level.average);
+  define_header(m);
 }

@@ -1,5 +1,6 @@
 // Table of the average's kernels at one level.
 #include "average/sums.inl"
+#include "average/elect.inl"
 #include "average/deltas.inl"
 #include "average/elements.inl"
 

@@ -226,8 +226,13 @@ static bool mix_deltas(const MixRule& rule, const void* const* inputs, const DTy
   double total[kMix], mixed[kMix], base[kMix];
   int32_t kept[kMix];
   int64_t nonfinite = 0;
+  const ElectBlock block = elect_block_for(rule, types);
   for (int64_t lo = 0; lo < n; lo += kMix) {
     const int64_t m = n - lo < kMix ? n - lo : kMix;
+    if (block && elect(block, rule, inputs, lo, m, low_ties, base, &nonfinite)) {
+      nonfinite += store(base, out, out_type, lo, m);
+      continue;
+    }
     accumulate(inputs[count], types[count], lo, 1.0, true, base, m);
     for (int64_t i = 0; i < m; i++) total[i] = 0.0;
     for (int k = 0; k < count; k++) {

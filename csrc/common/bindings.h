@@ -17,6 +17,8 @@ struct SearchKernels;
 
 void define_average(nanobind::module_& m, const AverageKernels& kernels);
 void define_engine(nanobind::module_& m, const AverageKernels& kernels);
+void define_header(nanobind::module_& m);
+void define_sources(nanobind::module_& m);
 void define_sketch(nanobind::module_& m, const SketchKernels& kernels);
 void define_cross_entropy(nanobind::module_& m, const LossKernels& kernels);
 void define_optimizer(nanobind::module_& m, const OptimizerKernels& kernels);

@@ -8,6 +8,7 @@
 namespace {
 
 const int64_t kColumns = 2048;  // columns that one worker holds at a time
+const int64_t kRows = 4096;     // rows whose Gram matrices one worker holds at a time
 
 // Whole rows pass through the buffers once: products, weights, sums.
 class RowMerge {
@@ -40,6 +41,12 @@ class RowMerge {
  private:
   bool mix(Buffers* b, int64_t n, bool* finite) const {
     const int64_t rows = n / job_.length;
+    for (int64_t r = 0; r < rows; r += kRows)
+      if (!mix_rows(b, r, std::min(kRows, rows - r), finite)) return false;
+    return true;
+  }
+
+  bool mix_rows(Buffers* b, int64_t row, int64_t rows, bool* finite) const {
     const size_t size = size_t(job_.branches) * size_t(job_.branches);
     const size_t inputs = tensor_.inputs.size();
     std::vector<double> gram(size_t(rows) * size, 0.0);
@@ -47,12 +54,12 @@ class RowMerge {
     std::vector<double> space(gram_scratch(job_.branches));
     for (int64_t r = 0; r < rows; r++)
       engine_.kernels.delta_gram(b->inputs.data(), reader_.types().data(), job_.branches,
-                                 job_.from_base, r * job_.length, job_.length,
+                                 job_.from_base, (row + r) * job_.length, job_.length,
                                  gram.data() + size_t(r) * size, space.data());
     if (!job_.weights(gram.data(), rows, weights.data())) return false;
     std::vector<const void*> at(inputs);
     for (int64_t r = 0; r < rows; r++) {
-      const int64_t first = r * job_.length;
+      const int64_t first = (row + r) * job_.length;
       for (size_t k = 0; k < inputs; k++)
         at[k] = static_cast<const char*>(b->inputs[k]) +
                 first * int64_t(item_bytes(reader_.types()[k]));
@@ -110,7 +117,7 @@ class ColumnMerge {
   bool read(Block* b, int64_t first, int64_t n) {
     for (size_t k = 0; k < tensor_.inputs.size(); k++) {
       const int error =
-          tensor_.inputs[k]->read({engine_.kernels, engine_.remote}, first, n,
+          tensor_.inputs[k]->read({engine_.kernels, engine_.remote, engine_.wide_runs}, first, n,
                                   reinterpret_cast<char*>(b->memory[k].data()), b->scratch.get());
       if (error) return fail(error, int64_t(k), false);
     }

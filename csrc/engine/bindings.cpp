@@ -11,7 +11,6 @@
 
 #include "common/bindings.h"
 #include "engine/bindings.h"
-#include "engine/read/bindings.h"
 #include "engine/streaming.h"
 #include "engine/write/bindings.h"
 

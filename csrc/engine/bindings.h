@@ -39,13 +39,15 @@ MergeResult run(const AverageKernels& kernels, const Settings& settings, Counter
   if (settings.chunk_elements < 1 || settings.threads < 1 || elements_done.size() != 1)
     throw std::invalid_argument("merge: bad chunk_elements, threads or elements_done");
   const RemoteRead remote = remote_read(settings.read);
+  WideRuns wide_runs;
   const Engine engine{.kernels = kernels,
                       .remote = remote,
                       .chunk_elements = settings.chunk_elements,
                       .threads = settings.threads,
                       .allow_nonfinite = settings.allow_nonfinite,
                       .write_early = settings.write_early,
-                      .elements_done = elements_done.data()};
+                      .elements_done = elements_done.data(),
+                      .wide_runs = &wide_runs};
   const nanobind::gil_scoped_release release;
   return merge(engine);
 }

@@ -68,6 +68,7 @@ class SumMerge {
         scratch_bytes_ = std::max(scratch_bytes_, input->scratch_bytes(engine.chunk_elements));
       }
     }
+    engine.wide_runs->keep(kWidePerInput * count_);
     stride_ = (size_t(engine.chunk_elements) * widest + 4095) / 4096 * 4096;
   }
 
@@ -107,7 +108,7 @@ class SumMerge {
   }
 
   bool read(Worker* worker, const Segment& s, const Chunk& c) {
-    const Reading reading{engine_.kernels, engine_.remote};
+    const Reading reading{engine_.kernels, engine_.remote, engine_.wide_runs};
     for (size_t k = 0; k < s.inputs.size(); k++) {
       char* buffer = worker->memory.get() + stride_ * k;
       worker->inputs[k] = buffer;

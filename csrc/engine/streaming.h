@@ -7,6 +7,7 @@
 
 #include "average/average.h"
 #include "engine/read/source.h"
+#include "engine/read/wide_runs.h"
 
 // A run of elements that is contiguous in every input and in the output.
 struct Segment {
@@ -49,7 +50,10 @@ struct Engine {
   bool allow_nonfinite;
   bool write_early;        // the output will be fsynced
   int64_t* elements_done;  // grows while the merge runs
+  WideRuns* wide_runs;
 };
+
+const size_t kWidePerInput = 2;  // wide runs that are kept
 
 // Writes the weighted sum of each segment's inputs.
 MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segments,

@@ -22,6 +22,7 @@ TensorReader::TensorReader(const Engine& engine, const Segment& tensor, int64_t 
       workers_(size_t(engine.threads)) {
   if (row > 0) step_ = std::max(row, step_ / row * row);
   step_ = std::min(step_, tensor.elements);
+  engine.wide_runs->keep(kWidePerInput * tensor.inputs.size());
   chunks_ = (tensor.elements + step_ - 1) / step_;
   for (const SourcePtr& s : tensor.inputs) types_.push_back(s->type());
 }
@@ -66,7 +67,7 @@ Buffers* TensorReader::buffers(int worker) {
 }
 
 bool TensorReader::read(Buffers* b, const std::vector<size_t>& inputs, int64_t first, int64_t n) {
-  const Reading reading{engine_.kernels, engine_.remote};
+  const Reading reading{engine_.kernels, engine_.remote, engine_.wide_runs};
   for (size_t k : inputs) {
     Held& held = b->held[k];
     if (held.first == first && held.elements == n) continue;

@@ -5,27 +5,26 @@
 torch when they are called.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from merit_fast.kernels import dispatch
-from merit_fast.kernels.average import _eager, _native
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.lazy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from torch import Tensor
 
 
 def weighted_average(
-    tensors: "Sequence[Tensor]",
+    tensors: Sequence[Tensor],
     weights: Sequence[float],
-    out: "Tensor | None" = None,
+    out: Tensor | None = None,
     *,
     backend: str | None = None,
-) -> "Tensor":
+) -> Tensor:
     """Average K tensors of one shape. Not differentiable.
 
         out = sum(w * x.double() for w, x in zip(weights, tensors)).to(out.dtype)
@@ -59,12 +58,12 @@ def weighted_average(
 
 
 def foreach_weighted_average(
-    models: "Sequence[Sequence[Tensor]]",
+    models: Sequence[Sequence[Tensor]],
     weights: Sequence[float],
-    out: "Sequence[Tensor] | None" = None,
+    out: Sequence[Tensor] | None = None,
     *,
     backend: str | None = None,
-) -> "list[Tensor]":
+) -> list[Tensor]:
     """Average many tensors at once, on "triton" in one launch. Not differentiable.
 
         [weighted_average([model[i] for model in models], weights) for i in range(N)]
@@ -119,6 +118,9 @@ def average_arrays(
         TypeError: an array is not of its stated type.
         BackendUnavailableError: ``backend`` cannot run here.
     """
+    from merit_fast.kernels import dispatch
+    from merit_fast.kernels.average import _eager, _native
+
     if not inputs or not len(inputs) == len(weights) == len(dtypes):
         raise ValueError(
             f"average_arrays: needs as many inputs as weights and dtypes, "
@@ -172,6 +174,8 @@ def delta_gram(
         ValueError: lengths or layouts disagree.
         TypeError: an array is not of its stated type.
     """
+    from merit_fast.kernels.average import _eager
+
     for array, dtype in zip([*inputs, base], [*dtypes, base_dtype], strict=True):
         _check(array, dtype, base.size)
     return _eager.delta_gram(inputs, base, dtypes, base_dtype)

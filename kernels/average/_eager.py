@@ -3,15 +3,16 @@
 For arrays in NumPy; for tensors in torch, which is imported when the function is called.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.lazy import np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
     from torch import Tensor
 
@@ -92,7 +93,7 @@ def rounded(total: npt.NDArray[np.float64], out_dtype: str) -> tuple[npt.NDArray
 
 
 def average_tensors(
-    tensors: "Sequence[Tensor]", weights: Sequence[float], out: "Tensor", chunk: int
+    tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor, chunk: int
 ) -> None:
     """Averages flat tensors, ``chunk`` elements at a time."""
     for first in range(0, len(out), chunk):
@@ -103,7 +104,7 @@ def average_tensors(
         out[first : first + chunk] = _rounded(total, out.dtype)
 
 
-def _rounded(values: "Tensor", dtype: "torch.dtype") -> "Tensor":
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounds float64 to nearest even in one step.
 
     torch converts to 16 bits by way of float32, so that float32 must be rounded to odd.

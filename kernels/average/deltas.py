@@ -4,18 +4,21 @@ The native engine that merges files (csrc/engine/deltas.cpp) gives the same bits
 holding a whole tensor.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from merit_fast.kernels import _splitmix
 from merit_fast.kernels.average._eager import rounded, to_float64
+from merit_fast.kernels.lazy import np
 
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
+Mask: TypeAlias = "npt.NDArray[np.bool_]"
 
 
 @dataclass(frozen=True)

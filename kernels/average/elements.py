@@ -4,16 +4,19 @@ The native engine that merges files (csrc/elements/elements.cpp) gives the same 
 holding a whole tensor.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from merit_fast.kernels.average._eager import rounded, to_float64
+from merit_fast.kernels.lazy import np
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer
 _LOG2_E = float.fromhex("0x1.71547652b82fep0")

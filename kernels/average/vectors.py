@@ -4,17 +4,20 @@ The native engine that merges files (csrc/elements/vectors.cpp) gives the same b
 holding a whole tensor.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from merit_fast.kernels.average import _eager
 from merit_fast.kernels.average._eager import rounded, to_float64
+from merit_fast.kernels.lazy import np
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 # Gram matrices [V, K, K] -> weights [V, inputs]
 VectorWeights = Callable[[Array], Array]
 

@@ -4,15 +4,14 @@ The stages' commands come from ``manifests.stages``. A function that adds argume
 function that does the work with the parsed ones.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from merit_fast.cli.data import add_data
-from merit_fast.cli.export import add_export
 from merit_fast.cli.flags import (
     Parser,
     Work,
@@ -24,15 +23,12 @@ from merit_fast.cli.flags import (
     help_of_keys,
     options_of,
 )
-from merit_fast.cli.init import add_init
-from merit_fast.cli.merge.flags import add_merge
-from merit_fast.cli.rows.doubtful import add_duplicates, add_outliers
-from merit_fast.cli.rows.select import add_select
-from merit_fast.cli.stages import progress_of, read_config, run_all, run_stage, show_forecast
-from merit_fast.cli.status import add_clean, add_status
 from merit_fast.manifests.stages import MERGE, STAGES, Stage
 
-Arguments = argparse.Namespace
+if TYPE_CHECKING:
+    import argparse
+
+    Arguments = argparse.Namespace
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,22 @@ class Command:
 
     purpose: str  # one or two sentences
     add_arguments: Callable[[Parser], Work]
+
+
+def _placed(place: str) -> Callable[[Parser], Work]:
+    """The function ``module:name`` of the command line, imported when it is called.
+
+    A command's help then imports what that command needs, and nothing of the others.
+    """
+
+    def add_arguments(parser: Parser) -> Work:
+        module, _, name = place.partition(":")
+        add: Callable[[Parser], Work] = getattr(
+            importlib.import_module(f"merit_fast.cli.{module}"), name
+        )
+        return add(parser)
+
+    return add_arguments
 
 
 # ---- run and its stages
@@ -58,6 +70,8 @@ def _add_run(parser: Parser) -> Work:
     parser.ending = help_of_keys
 
     def work(arguments: Arguments) -> None:
+        from merit_fast.cli.stages import progress_of, read_config, run_all, show_forecast
+
         file, config = read_config("run", arguments)
         progress = progress_of(arguments)
         name = str(file or "...")
@@ -83,17 +97,23 @@ def _stage_command(stage: Stage) -> Command:
         add_inputs(parser)
         add_upkeep(parser)
         if not stage.options:
-            return lambda arguments: run_stage(stage, arguments, [])
+            return lambda arguments: _run_stage(stage, arguments, [])
         options = options_of(stage)
         add_run_flags(parser)
         add_fields(parser, options)
 
         def work(arguments: Arguments) -> None:
-            run_stage(stage, arguments, assignments_of(arguments, options, f"{stage.section}."))
+            _run_stage(stage, arguments, assignments_of(arguments, options, f"{stage.section}."))
 
         return work
 
     return Command(stage.purpose, add_arguments)
+
+
+def _run_stage(stage: Stage, arguments: Arguments, assignments: list[str]) -> None:
+    from merit_fast.cli.stages import run_stage
+
+    run_stage(stage, arguments, assignments)
 
 
 # ---- advise
@@ -103,6 +123,7 @@ def _add_advise(parser: Parser) -> Work:
 
     def work(arguments: Arguments) -> None:
         from merit_fast.cli.advise import advise_command
+        from merit_fast.cli.stages import progress_of, read_config
 
         file, config = read_config("advise", arguments)
         advise_command(config, progress_of(arguments), str(file or "..."), arguments.as_json)
@@ -132,6 +153,9 @@ def _add_demo(parser: Parser) -> Work:
 
     def work(arguments: Arguments) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from pathlib import Path
+
+        from merit_fast.cli.stages import progress_of, run_all
         from merit_fast.demo import write_demo
         from merit_fast.pipeline.config import read_run_config
 
@@ -147,6 +171,8 @@ def _add_demo(parser: Parser) -> Work:
 
 def _add_doctor(parser: Parser) -> Work:
     def work(arguments: Arguments) -> None:
+        import json
+
         from merit_fast.cli.doctor import diagnose, print_diagnosis
 
         diagnosis = diagnose()
@@ -159,9 +185,12 @@ def _add_doctor(parser: Parser) -> Work:
 
 
 COMMANDS: dict[str, Command] = {
-    "init": Command("Write a commented YAML for the files of rows in a folder.", add_init),
+    "init": Command(
+        "Write a commented YAML for the files of rows in a folder.", _placed("init:add_init")
+    ),
     "data": Command(
-        "Show the datasets of CONFIG.yml: rows, tokens, and what is trained on.", add_data
+        "Show the datasets of CONFIG.yml: rows, tokens, and what is trained on.",
+        _placed("data:add_data"),
     ),
     "run": Command(
         "Run every stage of CONFIG.yml. Skips finished stages, resumes interrupted ones.", _add_run
@@ -171,16 +200,35 @@ COMMANDS: dict[str, Command] = {
         _add_advise,
     ),
     **{stage.name: _stage_command(stage) for stage in STAGES},
-    MERGE.name: Command(MERGE.purpose, add_merge),  # keeps its place between train and evaluate
-    "select": Command(
-        "Write the rows that agree most with a target, by their stored sketches.", add_select
+    MERGE.name: Command(
+        MERGE.purpose, _placed("merge.flags:add_merge")
+    ),  # keeps its place between train and evaluate
+    "extract-lora": Command(
+        "Write the adapter that turns a base into a fine-tune, by truncated SVD.",
+        _placed("merge.extract:add_extract"),
     ),
-    "duplicates": Command("Show pairs of rows with nearly the same gradient.", add_duplicates),
-    "outliers": Command("Show the rows that agree least with their own dataset.", add_outliers),
-    "export": Command("Write the groups of a split for axolotl, LLaMA-Factory or TRL.", add_export),
+    "select": Command(
+        "Write the rows that agree most with a target, by their stored sketches.",
+        _placed("rows.select:add_select"),
+    ),
+    "duplicates": Command(
+        "Show pairs of rows with nearly the same gradient.", _placed("rows.doubtful:add_duplicates")
+    ),
+    "outliers": Command(
+        "Show the rows that agree least with their own dataset.",
+        _placed("rows.doubtful:add_outliers"),
+    ),
+    "export": Command(
+        "Write the groups of a split for axolotl, LLaMA-Factory or TRL.",
+        _placed("export:add_export"),
+    ),
     "verify": Command("Compare the files of a run or a model with their checksums.", _add_verify),
-    "status": Command("Show the state, time and size of every output of a run.", add_status),
-    "clean": Command("Remove what no command needs any more from a run's output.", add_clean),
+    "status": Command(
+        "Show the state, time and size of every output of a run.", _placed("status:add_status")
+    ),
+    "clean": Command(
+        "Remove what no command needs any more from a run's output.", _placed("status:add_clean")
+    ),
     "demo": Command(
         "Prepare a real small model and real tasks, then run all stages. Works offline.", _add_demo
     ),

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import importlib
-import shutil
+import os
 import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ from merit_fast.options.forms import flag_of, form_of, help_of
 from merit_fast.options.keys import key_lines
 
 Work = Callable[[argparse.Namespace], None]
+_NO_TERMINAL = 80  # columns
 EXAMPLE_YAML = """\
 # my.yml; paths count from its folder
 model: BASE
@@ -26,11 +27,34 @@ output: runs/mine
 """
 
 
+class _Formatter(argparse.HelpFormatter):
+    """argparse's own one, told the terminal's columns: it would import shutil to find them."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
+
+
+def _columns() -> int:
+    """Columns of the terminal, by COLUMNS or the terminal itself; 80 where there is none."""
+    text = os.environ.get("COLUMNS", "")
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    try:
+        return os.get_terminal_size(1).columns or _NO_TERMINAL
+    except OSError:
+        return _NO_TERMINAL
+
+
 class Parser(argparse.ArgumentParser):
     """A command's parser: takes no abbreviations and raises InputError instead of exiting."""
 
     def __init__(self, command: str, purpose: str, example: str = "") -> None:
-        super().__init__(f"merit-fast {command}", description=purpose, allow_abbrev=False)
+        super().__init__(
+            f"merit-fast {command}",
+            description=purpose,
+            allow_abbrev=False,
+            formatter_class=_Formatter,
+        )
         self.usage = "%(prog)s [options]"
         self.example = example  # one command line
         self.ending: Callable[[int], str] | None = None  # a longer text, of at most so many columns
@@ -46,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         if self.example:
             text += f"\nexample:\n  {self.example}\n"
         if self.ending:
-            text += "\n" + self.ending(shutil.get_terminal_size().columns - 2)
+            text += "\n" + self.ending(_columns() - 2)
         return text
 
     def error(self, message: str) -> NoReturn:

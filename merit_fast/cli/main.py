@@ -69,7 +69,6 @@ def _end_interrupted(interrupt: KeyboardInterrupt, debug: bool) -> int:
 
 def _run_command(words: list[str]) -> None:
     from merit_fast.cli.commands import COMMANDS
-    from merit_fast.cli.doctor import tell_missing_native
     from merit_fast.cli.flags import Parser
     from merit_fast.cli.overview import EXAMPLES, nearest_command
     from merit_fast.errors import InputError
@@ -93,6 +92,8 @@ def _run_command(words: list[str]) -> None:
     others = list(words)
     others.remove(name)
     arguments = parser.parse_intermixed_args(others)
+    from merit_fast.cli.doctor import tell_missing_native  # after --help has ended
+
     tell_missing_native(name)
     work(arguments)
 

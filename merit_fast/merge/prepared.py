@@ -17,15 +17,14 @@ from merit_fast.manifests.io import (
     stage_manifest,
     write_manifest,
 )
-from merit_fast.manifests.locks import LOCKS_FOLDER, claim, this_process
-from merit_fast.manifests.state import replaced_keys
+from merit_fast.manifests.kept import remove_records
+from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.modules import Module, read_modules
 from merit_fast.merge.engine.notes.dtypes import dtype_reason
-from merit_fast.merge.engine.plan import Plan, plan_merge
+from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import (
     Inputs,
-    buffer_bytes,
     fit_memory,
     make_plan,
     read_inputs,
@@ -33,21 +32,29 @@ from merit_fast.merge.engine.prepare import (
 from merit_fast.merge.in_memory.lazy import open_merged
 from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
 from merit_fast.merge.read.files import folder_of
-from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
+from merit_fast.merge.read.fingerprints import input_fingerprints
+from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
-from merit_fast.merge.registry import method_source
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
+from merit_fast.merge.write.coefficients import input_facts, weighed_models
 from merit_fast.merge.write.distcp.finish import finish_distributed
 from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
-from merit_fast.merge.write.distcp.plan import distributed_plan
+from merit_fast.merge.write.distcp.plan import distributed_plan, file_sizes
 from merit_fast.merge.write.distcp.whole import write_whole_tensors
+from merit_fast.merge.write.finished import is_up_to_date
+from merit_fast.merge.write.same import (
+    check_unchanged,
+    method_fingerprint,
+    module_digest,
+    same_bytes,
+)
 from merit_fast.merge.write.shards import (
+    ShardWriter,
     Share,
     all_written,
     finish_output,
     free_bytes,
-    only_finisher,
-    write_shards,
+    share_of,
 )
 from merit_fast.merge.write.upload import Upload, spool_directory
 from merit_fast.options.parser import to_plain
@@ -73,37 +80,29 @@ class PreparedMerge:
 
     def summary(self, out: Location) -> dict[str, Any]:
         """JSON-ready facts: weights, coefficients, bytes in and out, memory of the buffers."""
-        files = self.inputs.files
-        tensors = [tensor for file in files for tensor in file.tensors]
-        local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
-        sizes = self._file_sizes()
-        return {
+        sizes = file_sizes(self.inputs.files, self.layout)
+        facts = {
             "merged": str(out),
-            "method": self.config.method,
             "models": [[str(path), weight] for path, weight in self._weighed()],
             "base": str(self.base) if self.base else None,
-            "dtype": self.inputs.dtypes,
             "dtype_reason": self._dtype_reason(),
-            "vocabulary": self.inputs.vocabulary.sentence if self.inputs.vocabulary else None,
             "weights": list(self.weights),
-            "coefficients": self.inputs.coefficients(),
-            "form": self.config.form or "safetensors",
-            "shards": len(sizes),
-            "tensors": len(tensors),
-            "parameters": sum(tensor.num_elements for tensor in tensors),
-            "bytes_in": self.config.method_entry.passes * self.inputs.bytes_read,
-            "bytes_out": sum(sizes.values()),
-            "buffer_bytes": buffer_bytes(self.inputs, self.config),
-            "free_bytes": free_bytes(local),
-            "notes": list(self.inputs.notes),
-            "finished": True,
         }
+        local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
+        return facts | input_facts(self.inputs, self.config, sizes, free_bytes(local))
+
+    @property
+    def manifest(self) -> StageManifest:
+        """Inputs and options that decide the output's bytes, with their fingerprint."""
+        return self._manifest({})
 
     def write_into(self, directory: Path, progress: Progress) -> None:
         """Writes the whole output into an unfinished directory that the caller owns."""
         plan = self._plan(progress, directory)
-        write_whole_tensors(plan, self.config, directory, progress)
-        write_shards(plan, self.config, directory, progress)
+        writer = ShardWriter(self.config, directory, progress)
+        write_whole_tensors(plan, writer)
+        writer.write(plan.shards)
+        writer.prove(plan.shards)
         self._finish(plan, directory, {})
 
     def write(
@@ -115,6 +114,9 @@ class PreparedMerge:
     ) -> bool:
         """Writes this process's share of the output, and finishes it when all shares are there.
 
+        The process owns ``out`` from the first byte to the last one, together with processes that
+        make the same merge. An output of this merge whose files all agree with their hashes stays.
+
         Args:
             out: the output's final name.
             share: (i, n): write every n-th shard from the i-th on.
@@ -125,21 +127,26 @@ class PreparedMerge:
 
         Raises:
             LockedError: another merge of other inputs or options works on ``out``.
+            InputError: an input changed while it was read.
         """
         manifest = self._manifest(records or {})
-        locks = out.with_name(f".{out.name}{LOCKS_FOLDER}")
+        locks = locks_of(out)
         with claim(locks, this_process(manifest.fingerprint), out):
-            if changed := replaced_keys(out, manifest):
-                progress.note(f"{out}: {changed}; merging again")
-            directory = begin_directory(out, manifest.fingerprint)
+            with exclusive(locks / "turn"):  # nobody gives the output its name meanwhile
+                if is_up_to_date(out, manifest, progress):
+                    return True
+                directory = begin_directory(out, manifest.fingerprint)
             plan = self._plan(progress, directory)
-            write_whole_tensors(plan, self.config, directory, progress, share)
-            write_shards(plan, self.config, directory, progress, share)
+            writer = ShardWriter(self.config, directory, progress, locks)
+            write_whole_tensors(plan, writer, share)
+            writer.write(share_of(plan, share))
             if not all_written(plan, directory):
                 return False
-            with only_finisher(directory, out) as is_finisher:
-                if is_finisher:
+            with exclusive(locks / "turn"):
+                if directory.exists():  # else another process has finished it
+                    writer.prove(plan.shards)
                     self._finish(plan, directory, records or {})
+                    check_unchanged(manifest, self._manifest(records or {}))
                     finish_directory(directory, out, manifest, self.config.fsync)
         return True
 
@@ -154,16 +161,18 @@ class PreparedMerge:
         manifest = self._manifest(records or {})
         if self.layout is not None:
             raise InputError(f"{out}: a distributed checkpoint can be written to a local disk only")
-        upload = Upload(out, self._file_sizes())
+        upload = Upload(out, file_sizes(self.inputs.files, self.layout))
         config = replace(self.config, fsync=False)  # files pass through the disk only
         if not upload.begin(manifest.fingerprint):
             plan = self._plan(progress)
             with spool_directory(out.name) as spool:
-                write_shards(plan, config, spool, progress, share, upload)
+                ShardWriter(config, spool, progress, upload=upload).write(share_of(plan, share))
                 if not upload.all_written():
                     return False
                 if upload.fetch_parts(spool):
                     self._finish(plan, spool, records or {}, weights_at=out)
+                    check_unchanged(manifest, self._manifest(records or {}))
+                    remove_records(spool)
                     write_manifest(manifest, spool / STAGE_FILE)
                     upload.finish(spool)
         upload.sweep()
@@ -185,12 +194,6 @@ class PreparedMerge:
         if self.config.form != "distcp":
             return None
         return distributed_layout(self.inputs.checkpoints[0], self.inputs.files)
-
-    def _file_sizes(self) -> dict[str, int]:
-        """Weight file of the output -> bytes."""
-        if self.layout is not None:
-            return {file.name: file.num_bytes for file in self.layout.files}
-        return {shard.file: shard.num_bytes for shard in plan_merge(self.inputs.files).shards}
 
     def _plan(self, progress: Progress, directory: Path | None = None) -> Plan:
         plan = make_plan(self.inputs, self.config, progress)
@@ -233,24 +236,16 @@ class PreparedMerge:
         return dtype_reason(self.config.dtype, *dtypes, self.inputs.models, self.base)
 
     def _weighed(self) -> list[tuple[Location, float | None]]:
-        """Every model with its weight; None where the method, or each tensor, has its own."""
-        by_model = [model.weight for model in self.config.models]
-        weights: list[float | None] = [*self.weights]
-        if self.slices or self.modules or not self.config.takes_weights:
-            weights = [None] * len(self.models)
-        elif any(weight is not None for weight in by_model):
-            weights = [
-                float(weight) if isinstance(weight, (int, float)) else None for weight in by_model
-            ]
-        return list(zip(self.models, weights, strict=True))
+        return weighed_models(self.models, self.weights, self.config, bool(self.slices))
 
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
-        paths = (*self.models, *([self.base] if self.base else []))
-        fingerprints = {str(path): input_fingerprint(folder_of(path)) for path in paths}
+        paths = (*self.models, *([self.base] if self.base else []), self.inputs.companions)
+        files = self.inputs.stored_files()
+        fingerprints = input_fingerprints([folder_of(path) for path in paths], files)
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
         for module in self.modules:
-            fingerprints[f"modules.{module.name}"] = _digest(module)
+            fingerprints[f"modules.{module.name}"] = module_digest(module)
         if self.inputs.vocabulary:
             fingerprints["vocabulary"] = self.inputs.vocabulary.digest
         if self.inputs.chat_template is not None:
@@ -298,23 +293,3 @@ def prepare_merge(  # noqa: PLR0913
     return PreparedMerge(
         tuple(models), tuple(weights), base, config, inputs, tuple(slices), run, tuple(modules)
     )
-
-
-def same_bytes(config: MergeConfig) -> MergeConfig:
-    """The config with defaults for every option that changes no byte of the output."""
-    same = replace(config, threads=1, chunk_kib=512, max_memory=None, fsync=True)
-    if config.is_tuned:
-        return same
-    return replace(same, ridge=MergeConfig.ridge, tune_rows=MergeConfig.tune_rows)
-
-
-def _digest(module: Module) -> str:
-    """Digest of what decides a tower: models in order, weights, numbers and slices."""
-    facts = [*map(str, (*module.models, module.base)), *module.weights]
-    return fingerprint([facts, to_plain(same_bytes(module.config)), describe_slices(module.slices)])
-
-
-def method_fingerprint(config: MergeConfig) -> dict[str, str]:
-    """Digest of a registered method's code, an input of the merge; {} for built-in methods."""
-    source = method_source(config.method_entry)
-    return {} if source is None else {"method": source}

@@ -5,16 +5,20 @@ point has the method's name and leads to a module that calls ``register_method``
 is loaded only when the name is asked for.
 """
 
-import difflib
+from __future__ import annotations
+
 import keyword
 from collections.abc import Callable, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError, one_line
 from merit_fast.merge.method import MergeMethod
 from merit_fast.merge.parameters import BUILT_IN, SCALE, Parameter
 from merit_fast.merge.rules.function import MergeFunction, UserFunction
 from merit_fast.merge.table import METHODS
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINT_GROUP = "merit_fast.merge_methods"
 # Names that a function's parameters cannot have: its first arguments, and options of every merge.
@@ -108,6 +112,8 @@ def method_named(name: str) -> MergeMethod:
     if name in _registered:
         return _registered[name]
     names = list(dict.fromkeys([*METHODS, *_registered, *(entry.name for entry in _offered())]))
+    import difflib
+
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise InputError(f"method: must be one of {', '.join(names)}, got {name!r}{hint}")
@@ -119,6 +125,8 @@ def method_source(method: MergeMethod) -> str | None:
 
 
 def _offered() -> Sequence[EntryPoint]:
+    from importlib.metadata import entry_points
+
     return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 

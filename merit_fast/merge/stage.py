@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.io import STAGE_FILE
+from merit_fast.manifests.kept import remove_records
 from merit_fast.merge.combine.weights import (
     Weights,
     resolve_weights,
@@ -15,19 +15,20 @@ from merit_fast.merge.combine.weights import (
 from merit_fast.merge.config import FP8_BLOCK, MergeConfig, config_of
 from merit_fast.merge.engine.modules import Module
 from merit_fast.merge.engine.quantise.rounding import read_rounding
+from merit_fast.merge.folders.several import FolderMerge, prepare_folders
 from merit_fast.merge.in_memory.loading import checked_device
 from merit_fast.merge.lora.join import JoinedAdapters
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
 from merit_fast.merge.read.adapters.adapter import is_adapter
 from merit_fast.merge.read.answers import answer_notes
-from merit_fast.merge.read.files import is_directory, is_weight_file
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
+from merit_fast.merge.read.several import several_models
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.trajectory import read_trajectory
 from merit_fast.merge.write.card import RunFacts
+from merit_fast.merge.write.places import check_paths
 from merit_fast.merge.write.shards import Share
-from merit_fast.merge.write.upload import check_output
 from merit_fast.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -109,6 +110,10 @@ def merge_models(  # noqa: PLR0913
         return joined.summary(out) | {"weights_reason": reason}
     if config.rank is not None:
         raise InputError("merge.rank: goes with adapters without a base")
+    folders = None if slices or modules else prepare_folders(paths, numbers, start, config)
+    if folders is not None:
+        facts = _merge_folders(folders, out, progress, dry_run, share, records)
+        return facts | {"weights_reason": reason}
     merge = prepare_merge(paths, numbers, start, config, slices, companions, run, modules)
     template = merge.inputs.tokenizer if merge.inputs.chat_template is None else None
     for note in answer_notes(paths, merge.inputs.companions, template):
@@ -121,6 +126,26 @@ def merge_models(  # noqa: PLR0913
     else:
         finished = merge.write(out, progress, share, records)
     return summary | {"finished": finished} | read_rounding(out)
+
+
+def _merge_folders(
+    folders: FolderMerge,
+    out: Location,
+    progress: Progress,
+    dry_run: bool,
+    share: Share,
+    records: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Merges folders of several models, which have fewer options than one model."""
+    listing = folders.giver.path / folders.giver.listing
+    if not isinstance(out, Path):
+        raise InputError(f"{out}: must be local, as {listing} makes a folder of several models")
+    if share != (1, 1) or records:
+        raise InputError(f"merge: share and records go with one model, {listing} lists several")
+    summary = folders.summary(out)
+    if not dry_run:
+        folders.write(out, progress)
+    return summary
 
 
 @options_named("python")
@@ -203,6 +228,9 @@ def load_merged(
     if config.dtype == FP8_BLOCK:
         raise InputError(f"load_merged: dtype: {FP8_BLOCK} concerns an output's files")
     target = checked_device(device)
+    if (several := several_models(paths[0])) is not None:
+        listing = paths[0] / several.listing
+        raise InputError(f"{listing}: lists several models; merge them into files")
     weights = resolve_weights(paths, config)
     return prepare_merge(paths, weights, start, config, to_memory=True).load(target)
 
@@ -215,6 +243,7 @@ def merge_branches(
     config: MergeConfig,
     progress: Progress,
     run: RunFacts | None = None,
+    keep_records: bool = False,
 ) -> None:
     """Merges ``models`` into an output directory that is still under its temporary name.
 
@@ -226,29 +255,14 @@ def merge_branches(
         config: method and engine options.
         progress: receives progress.
         run: the run whose branches the models are, for the model card.
+        keep_records: leave the hashes of the weight files next to them for ``output_directory``.
 
     Raises:
         InputError, MeritFastError: as ``merge_models``.
     """
     prepare_merge(models, weights, base, config, run=run).write_into(directory, progress)
-
-
-def check_paths(inputs: Sequence[Location], out: Location) -> None:
-    """Raises InputError if an input is no model, or the output overlaps it or is not ours."""
-    for path in inputs:
-        if not is_directory(path) and not is_weight_file(path):
-            raise InputError(f"{path}: is not a directory, nor a safetensors file")
-        if path.resolve() == out.resolve():
-            raise InputError(f"{out}: the output must not be one of the inputs")
-        if out.resolve() in path.resolve().parents:
-            raise InputError(f"{out}: the output must not hold the input {path}")
-    if isinstance(out, RemotePath):
-        check_output(out)
-    elif out.exists() and not (out / STAGE_FILE).exists():
-        raise InputError(
-            f"{out}: exists and is not an output of merit-fast; remove it or choose another "
-            "directory"
-        )
+    if not keep_records:
+        remove_records(directory)
 
 
 def _expanded(path: Location | str) -> Location:

@@ -5,8 +5,8 @@ annotation of its field.
 """
 
 import dataclasses
-import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,9 @@ from merit_fast.errors import InputError, show
 T = TypeVar("T")
 
 _SCALARS = frozenset({int, float, str, bool, type(None)})
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # the same in JSON and YAML
+_WORD = re.compile("[A-Za-z][A-Za-z0-9_]*")
+_NO_TEXTS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -87,8 +90,6 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     Raises:
         InputError: a string without "=", or a path through a value that is no mapping.
     """
-    import yaml
-
     result: dict[str, Any] = json.loads(json.dumps(values))
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -102,11 +103,22 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             node = node[parent]
             if not isinstance(node, dict):
                 raise InputError(f"command line: {path}: {parent} is not a section")
-        try:
-            node[last] = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError):
-            raise InputError(f"command line: {path}: {show(text)} is not a YAML value") from None
+        node[last] = _yaml_value(text, path)
     return result
+
+
+def _yaml_value(text: str, path: str) -> Any:
+    """The value of one line of YAML; plain words and numbers need no import."""
+    if _NUMBER.fullmatch(text):
+        return json.loads(text)
+    if _WORD.fullmatch(text) and text.lower() not in _NO_TEXTS:
+        return text
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        raise InputError(f"command line: {path}: {show(text)} is not a YAML value") from None
 
 
 def _spelled(field: "dataclasses.Field[Any]", value: Any) -> Any:
@@ -208,5 +220,7 @@ def _join(key: str, name: Any) -> str:
 
 
 def _nearest(name: str, valid: Sequence[str] | Mapping[str, Any]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; valid keys: {', '.join(valid)}"

@@ -11,6 +11,7 @@ from merit_fast.manifests.locks import (
     LockedError,
     claim,
     exclusive,
+    locks_of,
     owners,
     stage_lock,
     this_process,
@@ -46,7 +47,10 @@ def remove(root: Path, rows: Sequence[OutputStatus]) -> list[OutputStatus]:
                 continue
             name = row.name.removesuffix(".tmp")
             try:
-                with exclusive(stage_lock(root, name), this_process("clean"), wait=False):
+                with ExitStack() as held:
+                    cleaner = this_process("clean", alone=True)
+                    held.enter_context(exclusive(stage_lock(root, name), cleaner, wait=False))
+                    held.enter_context(claim(locks_of(root / name), cleaner, root / name))
                     shutil.rmtree(path_of(root, row))
                     if row.state == "not in force":
                         _forget(root, row.name)

@@ -43,7 +43,9 @@ def merge_model(
     facts = RunFacts(
         outputs.config.model, outputs.split_manifest, name.partition(".")[0], is_stage=True
     )
-    merge_branches(paths, weights, outputs.start, directory, config, progress, facts)
+    merge_branches(
+        paths, weights, outputs.start, directory, config, progress, facts, keep_records=True
+    )
 
 
 def _tune_merge(

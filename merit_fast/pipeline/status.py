@@ -147,7 +147,7 @@ def _others(root: Path, shown: set[str], ledger: Ledger) -> Iterator[OutputStatu
     names = [f"{top}{suffix}" for top in tops for suffix in ("", ".tmp", ".old")]
     for folder in _FOLDERS:
         present = sorted(os.listdir(root / folder)) if (root / folder).is_dir() else []
-        names += [f"{folder}/{name}" for name in present]
+        names += [f"{folder}/{name}" for name in present if not name.startswith(".")]
     for name in names:
         path = root / name
         if name in shown or not path.exists():

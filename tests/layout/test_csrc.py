@@ -16,6 +16,7 @@ FAMILIES = ("average", "sketch", "cross_entropy", "layers", "optimizer", "search
 ARROWS = {
     "common": set(),
     **{family: {"common"} for family in FAMILIES},
+    "header": {"common"},
     "engine": {"common", "average", "engine/read", "engine/write"},
     "engine/read": {"common", "average"},
     "engine/write": set(),

@@ -85,6 +85,7 @@ INSIDE = {
         "lora",
         "prepared",
         "trajectory",
+        "folders",
         "stage",
     ),
     "sketch": (

@@ -12,7 +12,8 @@ from support.tiny import make_model
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.manifests.io import read_manifest
-from merit_fast.merge import MergeConfig, combine, merge_branches
+from merit_fast.merge import MergeConfig, merge_branches
+from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.engine.geometry import Geometry, cut_pieces
 from merit_fast.merge.engine.plan import Segment
 from merit_fast.progress import SilentProgress

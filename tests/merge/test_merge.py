@@ -15,7 +15,8 @@ from support.tiny import make_model
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average._eager import float64_to_bf16
-from merit_fast.merge import MergeConfig, combine, merge_branches, merge_models, resolve_weights
+from merit_fast.merge import MergeConfig, merge_branches, merge_models, resolve_weights
+from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.engine.layout import lay_out
 from merit_fast.merge.engine.plan import plan_merge
 from merit_fast.merge.read.checkpoint import read_checkpoint

@@ -13,6 +13,7 @@ from support.tiny import make_model
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels import dispatch
 from merit_fast.manifests.io import write_manifest
+from merit_fast.manifests.kept import write_record
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge import MergeConfig, merge_branches, merge_models, resolve_weights
 from merit_fast.merge.parameters import ModelSettings
@@ -166,6 +167,7 @@ def test_an_interrupted_merge_keeps_finished_shards(branches, tmp_path):
     shards = sorted((tmp_path / "whole").glob("*.safetensors"))
     shutil.copy(shards[0], out)
     (out / f"{shards[1].name}.part").write_bytes(b"half")
+    write_record(out / shards[0].name, out / shards[0].name)
     stamp = (out / shards[0].name).stat().st_mtime_ns
     merge_branches(branches, WEIGHTS, None, out, MergeConfig(), SilentProgress())
     assert (out / shards[0].name).stat().st_mtime_ns == stamp

@@ -9,7 +9,8 @@ from support.merge.merges import load, merge, write
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.engine.layout import lay_out
-from merit_fast.merge.read.checkpoint import read_checkpoint, read_header
+from merit_fast.merge.read.checkpoint import read_checkpoint
+from merit_fast.merge.read.headers import read_header
 from merit_fast.merge.sizes import parse_bytes
 
 INDEX = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ from merit_fast.cli.main import main
 from merit_fast.errors import InputError
 from merit_fast.manifests.hashes import checksum
 from merit_fast.merge import MergeConfig, merge_models
-from merit_fast.merge.write.shards import verify_checksums
+from merit_fast.merge.write.verified import verify_checksums
 
 OPTIONS = dict(
     method="ties", density=0.5, weights="uniform", shard_size="20K", checksum=True, stats=True
@@ -229,7 +229,7 @@ def test_fsync_is_asked_for_every_file_unless_it_is_off(root, monkeypatch):
     here(root, "off", fsync=False)
     assert not [name for name in synced if name.endswith((".part", ".safetensors"))]
     here(root, "on")
-    parts = {name for name in synced if name.endswith(".safetensors.part")}
+    parts = {name for name in synced if name.endswith(".part")}
     assert len(parts) == len(list((root / "on").glob("*.safetensors")))
     assert tree_bytes(root / "on", ("stage.json",)) == tree_bytes(root / "off", ("stage.json",))
 

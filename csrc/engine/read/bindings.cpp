@@ -1,7 +1,6 @@
 // merit_fast._C: the forms of an input. Arrays of numbers come as addresses, which the caller keeps
 // alive.
-#include "engine/read/bindings.h"
-
+#include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -105,13 +104,13 @@ void define_boxes(nb::module_& m) {
       .def(
           "__init__",
           [](BoxesSource* self, std::vector<SourcePtr> sources, const Table& table,
-             std::vector<int64_t> shape, int64_t type) {
+             std::vector<int64_t> shape, int64_t type, int64_t wide) {
             if (table.shape(1) != 2 + 4 * shape.size())
               throw std::invalid_argument("BoxesSource: the table must be [P, 2 + 4 D]");
             const BoxTable boxes{table.data(), int64_t(table.shape(0)), std::move(shape)};
-            new (self) BoxesSource(std::move(sources), boxes, dtype(type));
+            new (self) BoxesSource(std::move(sources), boxes, dtype(type), wide);
           },
-          nb::kw_only(), "sources"_a, "table"_a.noconvert(), "shape"_a, "type"_a);
+          nb::kw_only(), "sources"_a, "table"_a.noconvert(), "shape"_a, "type"_a, "wide"_a);
 }
 
 }  // namespace

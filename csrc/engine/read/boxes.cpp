@@ -1,11 +1,16 @@
 #include "engine/read/boxes.h"
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
 
 namespace {
+
+// A wide run is filled for chunks of at least this part of it.
+const int64_t kWorthwhileShare = 64;
 
 bool is_run(const Loop& loop) { return loop.target_stride == 1 && loop.source_stride == 1; }
 
@@ -108,10 +113,12 @@ void Box::drop_outer_loop(int64_t index) {
 struct BoxesSource::Window {
   const Reading& reading;
   int64_t first, n;
+  int64_t most;  // elements for which there is scratch
   char *out, *scratch;
 };
 
-BoxesSource::BoxesSource(std::vector<SourcePtr> sources, const BoxTable& table, DType type)
+BoxesSource::BoxesSource(std::vector<SourcePtr> sources, const BoxTable& table, DType type,
+                         int64_t wide)
     : sources_(std::move(sources)), type_(type) {
   for (const SourcePtr& source : sources_) {
     if (type != DType::F64 && source->type() != type)
@@ -120,8 +127,8 @@ BoxesSource::BoxesSource(std::vector<SourcePtr> sources, const BoxTable& table, 
   }
   std::vector<std::pair<int64_t, int64_t>> order;  // start in the target, row of the table
   Box box;
-  int64_t left = 1;
-  for (int64_t size : table.shape) left *= size;
+  for (int64_t size : table.shape) elements_ *= size;
+  int64_t left = elements_;
   for (int64_t part = 0; part < table.parts; part++) {
     const int64_t elements = fill_box(table, part, &box);
     if (box.source < 0 || box.source >= int64_t(sources_.size()))
@@ -134,6 +141,7 @@ BoxesSource::BoxesSource(std::vector<SourcePtr> sources, const BoxTable& table, 
   for (const auto& [start, part] : order) {
     fill_box(table, part, &box);
     store(box);
+    if (is_turned(box)) wide_ = wide;
   }
   boxes_.shrink_to_fit();
   latest_.resize(boxes_.size());
@@ -178,7 +186,46 @@ size_t BoxesSource::scratch_bytes(int64_t n) const {
 
 int BoxesSource::read(const Reading& reading, int64_t first, int64_t n, char* out,
                       char* scratch) const {
-  return read_boxes({reading, first, n, out, scratch}, 0, boxes_.size());
+  const bool is_long = n * kWorthwhileShare >= wide_;
+  if (wide_ && is_long && reading.wide_runs) return read_wide(reading, first, n, out, scratch);
+  return read_boxes({reading, first, n, n, out, scratch}, 0, boxes_.size());
+}
+
+// Whether neighbours in the target lie so far apart in the source that each takes a call.
+bool BoxesSource::is_turned(const Box& box) const {
+  const Loop& inner = box.loops[box.num_loops - 1];
+  const int64_t gap = sources_[size_t(box.source)]->worthwhile_gap();
+  return inner.target_stride == 1 && std::abs(inner.source_stride) > gap;
+}
+
+int BoxesSource::read_wide(const Reading& reading, int64_t first, int64_t n, char* out,
+                           char* scratch) const {
+  const int64_t item = int64_t(item_bytes(type_));
+  for (int64_t done = 0, m = 0; done < n; done += m) {
+    const int64_t number = (first + done) / wide_;
+    const int64_t inside = first + done - number * wide_;
+    m = std::min(n - done, wide_ - inside);
+    const std::shared_ptr<Wide> run = reading.wide_runs->get(this, number);
+    const int error = fill(reading, run.get(), n, scratch);
+    if (error) return error;
+    std::memcpy(out + done * item, run->memory.get() + inside * item, size_t(m * item));
+  }
+  return 0;
+}
+
+// Fills a run unless another worker has done it. most: elements for which there is scratch.
+int BoxesSource::fill(const Reading& reading, Wide* run, int64_t most, char* scratch) const {
+  const std::lock_guard<std::mutex> lock(run->mutex);
+  if (run->is_filled) return run->error;
+  const int64_t first = run->number * wide_;
+  const int64_t n = std::min(wide_, elements_ - first);
+  run->memory = page_aligned(size_t(n) * item_bytes(type_));
+  run->error = ENOMEM;
+  if (run->memory)
+    run->error =
+        read_boxes({reading, first, n, most, run->memory.get(), scratch}, 0, boxes_.size());
+  run->is_filled = true;
+  return run->error;
 }
 
 int BoxesSource::read_boxes(const Window& window, size_t low, size_t high) const {
@@ -243,7 +290,7 @@ int BoxesSource::read_box(const Window& window, Box box) const {
     for (int j = k; j > 0 && box.loops[j - 1].source_stride < box.loops[j].source_stride; j--)
       std::swap(box.loops[j - 1], box.loops[j]);
   const int64_t gap = sources_[size_t(box.source)]->worthwhile_gap();
-  return read_blocks(window, &box, find_block(box, gap, window.n), 0);
+  return read_blocks(window, &box, find_block(box, gap, window.most), 0);
 }
 
 int BoxesSource::read_blocks(const Window& window, Box* box, const Block& block, int loop) const {
@@ -279,7 +326,7 @@ int BoxesSource::read_block(const Window& window, const Box& box, int first_loop
   const int num_loops = box.num_loops - first_loop;
   const bool in_place = num_loops == 0 || (num_loops == 1 && is_run(box.loops[first_loop]));
   char* values = in_place ? out : window.scratch;
-  char* scratch = window.scratch + (in_place ? 0 : round_up(size_t(window.n) * item));
+  char* scratch = window.scratch + (in_place ? 0 : round_up(size_t(window.most) * item));
   const int error = is_narrow
                         ? read_doubles(window.reading, source, box.source_start, span,
                                        reinterpret_cast<double*>(values), scratch)

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine/read/source.h"
+#include "engine/read/wide_runs.h"
 
 // One loop over a box. Strides in elements.
 struct Loop {
@@ -43,9 +44,10 @@ struct BoxTable {
 
 class BoxesSource : public Source {
  public:
-  // type: of all sources, or F64. Throws std::invalid_argument if elements are left out, or a
-  // source is of another type.
-  BoxesSource(std::vector<SourcePtr> sources, const BoxTable& table, DType type);
+  // type: of all sources, or F64. wide: elements that are read together where single ones would
+  // take a call each, or 0. Throws std::invalid_argument if elements are left out, or a source is
+  // of another type.
+  BoxesSource(std::vector<SourcePtr> sources, const BoxTable& table, DType type, int64_t wide);
 
   DType type() const override { return type_; }
   size_t scratch_bytes(int64_t n) const override;
@@ -61,6 +63,9 @@ class BoxesSource : public Source {
   struct Window;  // the run of elements that a call reads
 
   void store(const Box& box);
+  bool is_turned(const Box& box) const;
+  int read_wide(const Reading& reading, int64_t first, int64_t n, char* out, char* scratch) const;
+  int fill(const Reading& reading, Wide* run, int64_t most, char* scratch) const;
   int64_t find_latest(size_t low, size_t high);
   int read_boxes(const Window& window, size_t low, size_t high) const;
   int read_inside(const Window& window, Box box) const;
@@ -74,4 +79,6 @@ class BoxesSource : public Source {
   std::vector<int64_t> latest_;  // [middle of a range of boxes]: where the last of them ends
   DType type_;
   int64_t gap_ = 0;
+  int64_t elements_ = 1;
+  int64_t wide_ = 0;  // 0: every chunk is read by itself
 };

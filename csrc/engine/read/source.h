@@ -10,10 +10,13 @@
 #include "common/dtypes.h"
 #include "engine/read/files.h"
 
+class WideRuns;
+
 // What a source needs while it is read.
 struct Reading {
   const AverageKernels& kernels;
   const RemoteRead& remote;
+  WideRuns* wide_runs = nullptr;  // null: none are kept
 };
 
 inline size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }

@@ -5,7 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from merit_fast.cli.merge.folder_lines import folder_lines
 from merit_fast.cli.merge.in_force import branches_in_force
+from merit_fast.cli.merge.joined import describe_adapter
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import manifest_text
 from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
@@ -14,8 +16,8 @@ from merit_fast.merge import MergeConfig, RunFacts, merge_models
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.read.remote import Location, as_location
-from merit_fast.merge.stage import check_paths
 from merit_fast.merge.table import DEFAULT_METHOD, METHODS
+from merit_fast.merge.write.places import check_paths
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.progress import Progress
 from merit_fast.units import human_bytes, human_count
@@ -208,6 +210,7 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
     if summary["vocabulary"]:
         lines.append(f"  vocabulary: {summary['vocabulary']}")
     lines += [f"  note: {note}" for note in summary["notes"]]
+    lines += folder_lines(summary)
     sizes = {name: human_bytes(summary[f"{name}_bytes"]) for name in ("buffer", "free")}
     files = summary["shards"]
     lines.append(
@@ -216,33 +219,6 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
         f"{human_bytes(summary['bytes_out'])} written, {sizes['buffer']} of buffers, "
         f"{sizes['free']} free on disk"
     )
-    return "\n".join(lines)
-
-
-def describe_adapter(summary: dict[str, Any], state: str) -> str:
-    """The summary of adapters that are merged into one."""
-    count = len(summary["models"])
-    low, high = summary["rank"]
-    lines = [
-        f"{summary['merged']}: {state}: an adapter, the {summary['method']} sum of {count} "
-        f"adapter{'s' * (count != 1)}"
-    ]
-    lines += [f"  weight {weight:.6f}  {path}" for path, weight in summary["models"]]
-    lines.append(f"  weights: {summary['weights_reason']}")
-    lines += [
-        f"  {path} lacks {number} of the layers; it counts as zero there"
-        for path, number in summary["lacking"]
-    ]
-    rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    lines.append(
-        f"  {human_count(summary['parameters'])} parameters in {summary['layers']} layers and "
-        f"{summary['whole_tensors']} whole tensors, {rank}, {summary['dtype']}"
-    )
-    if summary["largest_error"]:
-        name, error = summary["largest_error"]
-        lines.append(f"  relative error {summary['error']:.3e}, largest {error:.3e} in {name}")
-    elif summary["is_exact"]:
-        lines.append("  exact: the ranks add up")
     return "\n".join(lines)
 
 

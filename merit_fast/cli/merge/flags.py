@@ -1,7 +1,7 @@
 """The arguments of the command `merge`, and its two ways: a stage of a run, or checkpoints."""
 
-import argparse
-import json
+from __future__ import annotations
+
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,14 @@ from merit_fast.cli.flags import (
     options_of,
     rows_of,
 )
-from merit_fast.cli.stages import progress_of, run_stage
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE
-from merit_fast.progress import Progress
 
 if TYPE_CHECKING:
+    import argparse
+
     from merit_fast.cli.merge.command import Tune
+    from merit_fast.progress import Progress
 
 
 def add_merge(parser: Parser) -> Work:
@@ -82,11 +83,13 @@ def add_merge(parser: Parser) -> Work:
 
 
 def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
+
     from merit_fast.cli.merge.command import (
         merge_command,
         param_assignments,
         require_merge_inputs,
     )
+    from merit_fast.cli.stages import progress_of, run_stage
 
     parameters = param_assignments(arguments.param or [], arguments.method)
     assignments = [*parameters, *assignments_of(arguments, options)]
@@ -157,12 +160,14 @@ def _average_trajectory(
 
 
 def _show(arguments: argparse.Namespace, summary: dict[str, Any]) -> None:
+    import json
+
     from merit_fast.cli.merge.command import describe
 
     print(json.dumps(summary) if arguments.as_json else describe(summary, arguments.dry_run))
 
 
-def _tune(validation: list[str] | None, progress: Progress) -> "Tune | None":
+def _tune(validation: list[str] | None, progress: Progress) -> Tune | None:
     """A function that chooses a merge's numbers on these rows; it imports torch when called."""
     if not validation:
         return None

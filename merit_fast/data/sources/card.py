@@ -61,7 +61,7 @@ def _configs(folder: Folder) -> list[dict[str, Any]]:
     head = text[4:].partition("\n---")[0]
     try:
         card = yaml.safe_load(head)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{folder.join(_CARD)}: must be YAML: {one_line(error)}") from None
     configs = card.get("configs") if isinstance(card, dict) else None
     if configs is None:

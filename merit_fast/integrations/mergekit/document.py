@@ -88,6 +88,7 @@ class Document:
     dtype: str | None
     texts: Mapping[str, Any]
     notes: tuple[str, ...]
+    made: Mapping[str, str]  # paths of other documents' outputs, by name
     module: str = ""
     modules: "Mapping[str, Document]" = field(default_factory=dict)
 
@@ -147,6 +148,7 @@ def document_of(values: Any, where: str, made: Mapping[str, str] | None = None) 
         reader.dtype(top),
         {key: top[key] for key in _TEXTS if top.get(key) is not None},
         (*(f"{key}: {_IDLE_NOTE}" for key in idle), *reader.dtype_note(top)),
+        reader.made,
         str(module),
     )
 
@@ -174,13 +176,10 @@ class Reader:
     def mapping(self, value: Any, key: str, valid: Sequence[str]) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self.error(key, f"must be a mapping of keys, got {show(value)}")
+        rule = f"is not supported; valid keys: {', '.join(valid)}"
         for name in value:
-            if name in _REFUSED:
-                raise self.error(_join(key, str(name)), _REFUSED[name])
             if name not in valid:
-                raise self.error(
-                    _join(key, str(name)), f"is not supported; valid keys: {', '.join(valid)}"
-                )
+                raise self.error(_join(key, str(name)), _REFUSED.get(name, rule))
         return value
 
     def sequence(self, value: Any, key: str) -> list[Any]:

@@ -23,7 +23,8 @@ def text_values(document: Document, paths: Mapping[Reference, Location]) -> dict
         InputError: both forms of the tokenizer, an unknown key, or a value of another kind.
     """
     texts = document.texts
-    reader = _Reader(document, {str(reference): str(path) for reference, path in paths.items()})
+    models = {str(reference): str(path) for reference, path in paths.items()}
+    reader = _Reader(document, models | dict(document.made))
     values: dict[str, Any] = {}
     if "tokenizer_source" in texts and "tokenizer" in texts:
         raise document.error("tokenizer_source", "must be absent next to tokenizer")

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
+from merit_fast.manifests.kept import record_of_file, write_record
 from merit_fast.manifests.schemas import SCHEMA_VERSION
 from merit_fast.merge.engine.plan import Segment, Shard
 from merit_fast.merge.read.remote import Location
@@ -64,7 +65,7 @@ def gram_by_tensor(
 def write_shard_grams(directory: Path, shard: Shard, tensors: dict[str, Array]) -> None:
     """Keeps a finished shard's matrices, in case the run is interrupted before the last shard."""
     write_text(
-        _shard_file(directory, shard),
+        gram_file(directory, shard),
         json.dumps({name: gram.tolist() for name, gram in tensors.items()}),
     )
 
@@ -74,8 +75,9 @@ def write_geometry(directory: Path, shards: Sequence[Shard], branches: Sequence[
 
     Keeps a geometry.json whose files a killed run had begun to remove.
     """
-    files = [_shard_file(directory, shard) for shard in shards]
+    files = [gram_file(directory, shard) for shard in shards]
     if (directory / GEOMETRY_FILE).exists() and not all(file.exists() for file in files):
+        _remove(files)
         return
     tensors: dict[str, Array] = {}
     for file in files:
@@ -95,8 +97,14 @@ def write_geometry(directory: Path, shards: Sequence[Shard], branches: Sequence[
         tensors={name: _rows(tensors[name]) for name in sorted(tensors)},
     )
     write_manifest(geometry, directory / GEOMETRY_FILE)
+    write_record(directory / GEOMETRY_FILE, directory / GEOMETRY_FILE)
+    _remove(files)
+
+
+def _remove(files: Sequence[Path]) -> None:
     for file in files:
-        file.unlink()
+        file.unlink(missing_ok=True)
+        record_of_file(file).unlink(missing_ok=True)
 
 
 def _movement(
@@ -120,7 +128,8 @@ def _movement(
     return max(moved, 0.0) ** 0.5, mean_squared / spread if spread > 0 else 1.0
 
 
-def _shard_file(directory: Path, shard: Shard) -> Path:
+def gram_file(directory: Path, shard: Shard) -> Path:
+    """The file that keeps a finished shard's matrices until all shards are finished."""
     return directory / f"{shard.file}.gram.json"
 
 

@@ -50,7 +50,7 @@ def run(
         elements_done: [1], grows by the number of elements that are merged.
     """
     native = dispatch.native()
-    builder = SourceBuilder(native, files)
+    builder = SourceBuilder(native, files, step)
     segments = [_segment(segment, builder) for segment in batch]
     shared = {
         "read": files.remote_read,
@@ -62,26 +62,43 @@ def run(
     }
     sums = {"pieces": pieces, "gram": grams}
     rule = batch[0].rule
+    number = None
     if isinstance(rule, DeltaRule):
         rules = [_tensor_rule(native, segment.rule) for segment in batch]
         result = native.merge_deltas(tensors=segments, rules=rules, **shared, **sums)
-    elif isinstance(rule, ElementRule):
-        element_rule = native.ElementRule(**asdict(rule))
-        result = native.merge_elements(tensor=segments[0], rule=element_rule, **shared)
-    elif isinstance(rule, VectorRule):
-        result = _merge_vectors(native, segments[0], rule, len(batch[0].inputs), shared)
+    elif isinstance(rule, (ElementRule, VectorRule)):
+        result, number = _merge_one_by_one(native, batch, segments, shared)
     else:
         result = native.merge_sums(segments=segments, from_base=from_base, **shared, **sums)
+    number = result.segment if number is None else number
     if result.nonfinite:
+        rule = batch[number].rule
         if isinstance(rule, VectorRule) and rule.period:
-            step = batch[0].num_elements  # columns run through the whole tensor
-        raise nonfinite_error(batch[result.segment], result.element, step, files)
+            step = batch[number].num_elements  # columns run through the whole tensor
+        raise nonfinite_error(batch[number], result.element, step, files)
     if result.error:
         files.raise_remote()
-        segment = batch[result.segment]
+        segment = batch[number]
         where = segment.inputs[result.input].file if result.input >= 0 else "output"
         reason = os.strerror(result.error)
         raise MeritFastError(f"{where}: {reason} while merging {segment.names[0]}")
+
+
+def _merge_one_by_one(
+    native: Any, batch: Sequence[Segment], segments: Sequence[Any], shared: dict[str, Any]
+) -> tuple[Any, int]:
+    """The result of the last tensor that was merged, and its number: of the first that failed."""
+    result: Any = None
+    for number, (segment, tensor) in enumerate(zip(batch, segments, strict=True)):
+        rule = segment.rule
+        if isinstance(rule, VectorRule):
+            result = _merge_vectors(native, tensor, rule, len(segment.inputs), shared)
+        elif isinstance(rule, ElementRule):
+            element_rule = native.ElementRule(**asdict(rule))
+            result = native.merge_elements(tensor=tensor, rule=element_rule, **shared)
+        if result.nonfinite or result.error:
+            return result, number
+    return result, len(batch) - 1
 
 
 def _merge_vectors(

@@ -123,11 +123,11 @@ def _plan_shard(file: OutputFile, rule: Callable[[TensorEntry], Rule]) -> Shard:
         if tensor.copied:
             copies += [_copy(name, offsets[name], part) for name, part in tensor.copied]
         elif tensor.encoding and tensor.num_elements:
-            segment = _segment(tensor, offsets[tensor.name], rule(_named(tensor)))
+            segment = _segment(tensor, offsets[tensor.name], rule(named_entry(tensor)))
             scale_offset = offsets[tensor.encoding.scale_name]
             segments.append(replace(segment, encoding=tensor.encoding, scale_offset=scale_offset))
         elif tensor.num_elements and is_float(tensor.inputs[0]):
-            segments.append(_segment(tensor, offsets[tensor.name], rule(_named(tensor))))
+            segments.append(_segment(tensor, offsets[tensor.name], rule(named_entry(tensor))))
         elif tensor.num_elements:
             copies.append(_segment(tensor, offsets[tensor.name]))
     return Shard(file.name, header, end, tuple(_coalesce(segments)), tuple(copies))
@@ -137,7 +137,8 @@ def _copy(name: str, offset: int, part: TensorEntry) -> Segment:
     return Segment((name,), (part.num_elements,), part.dtype, offset, (part,))
 
 
-def _named(tensor: OutputTensor) -> TensorEntry:
+def named_entry(tensor: OutputTensor) -> TensorEntry:
+    """The tensor's entry in the first input, under the output's name."""
     entry = tensor.inputs[0]
     return TensorEntry(
         tensor.name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes

@@ -18,15 +18,15 @@ from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.notes.dtypes import words_of_entries, words_of_output
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
-from merit_fast.merge.engine.quantise.choose import check_config, choose_forms
+from merit_fast.merge.engine.quantise.choose import check_config, choose_forms, reads_codes
 from merit_fast.merge.engine.quantise.forms import Forms, SameForms
-from merit_fast.merge.engine.sources import scratch_bytes
+from merit_fast.merge.engine.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions
 from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised, value_dtype
+from merit_fast.merge.read.entries import TensorEntry, is_float, stored_entries, value_dtype
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.names.towers import Tower
@@ -66,6 +66,10 @@ class Inputs:
         """The directory whose tokenizer the output gets."""
         return self.vocabulary.folder if self.vocabulary else self.companions
 
+    def files_read(self) -> set[str]:
+        """Names of the files next to the companions whose tensors are read."""
+        return {file.name for file in self.stored_files() if file.parent == self.companions}
+
     @property
     def bytes_read(self) -> int:
         """Bytes read by one pass over all inputs."""
@@ -76,27 +80,21 @@ class Inputs:
             for entry in tensor.inputs
         )
 
+    def stored_files(self) -> set[Location]:
+        """Every input file that holds a byte of the output's tensors."""
+        entries = (
+            entry for file in self.files for tensor in file.tensors for entry in tensor.inputs
+        )
+        files = {stored.file for entry in entries for stored in stored_entries(entry)}
+        if self.vocabulary and self.vocabulary.made:
+            files.discard(self.vocabulary.made.file)  # temporary, and made of the others
+        return files
+
     @property
     def dtypes(self) -> str:
         """The output's float dtypes in words such as "bf16", most common first."""
         tensors = [tensor for file in self.files for tensor in file.tensors]
         return words_of_output(tensors)
-
-    def coefficients(self) -> list[tuple[str, float | None]]:
-        """Each input's coefficient; None where it differs between tensors or there is none."""
-        combination = self.combination
-        rules = set()
-        if combination.from_gram is None:
-            tensors = [tensor for file in self.files for tensor in file.tensors]
-            entries = [replace(tensor.inputs[0], name=tensor.name) for tensor in tensors]
-            rules = {combination.rule(entry) for entry in entries if is_float(entry)}
-        rule = rules.pop() if len(rules) == 1 else None
-        paths = combination.paths
-        numbers: tuple[float | None, ...] = ()
-        if isinstance(rule, tuple) and len(rule) <= len(paths):
-            numbers = rule
-        filled = (*numbers, *[None] * (len(paths) - len(numbers)))
-        return [(str(path), number) for path, number in zip(paths, filled, strict=True)]
 
 
 def read_inputs(
@@ -122,11 +120,9 @@ def read_inputs(
             ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
     given = as_location(config.config_from) if config.config_from else None
-    base_checkpoint = (
-        read_input(base, None, config.unscaled_fp8, config.subtree, given) if base else None
-    )
-    places = (config.unscaled_fp8, config.subtree, given or base)
-    checkpoints = [read_input(path, base_checkpoint, *places) for path in models]
+    how = (config.unscaled_fp8, config.subtree)
+    base_checkpoint = read_input(base, None, *how, given) if base else None
+    checkpoints = [read_input(path, base_checkpoint, *how, given or base) for path in models]
     everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base_checkpoint else None
@@ -175,11 +171,8 @@ def read_inputs(
     absent = absence_notes(checkpoints[: len(models)], giver, files, config.missing)
     counted = counter_notes(files)
     list_companions(companions)
-    tensors = [tensor for file in files for tensor in file.tensors]
-    is_plain_output = not any(tensor.is_quantised for tensor in tensors)
-    inputs = (entry for tensor in tensors for entry in tensor.inputs)
-    dequantized = is_plain_output and any(map(is_quantised, inputs))
-    if not is_plain_output and isinstance(forms, SameForms):
+    is_written = any(tensor.is_quantised for file in files for tensor in file.tensors)
+    if is_written and isinstance(forms, SameForms):
         check_config(everyone, companions)
     base_dtypes = words_of_entries(base_checkpoint.tensors.values()) if base_checkpoint else ""
     return Inputs(
@@ -187,7 +180,7 @@ def read_inputs(
         tuple(checkpoints),
         files,
         companions,
-        dequantized,
+        not is_written and reads_codes(files),
         tuple(models),
         base_dtypes,
         (
@@ -262,7 +255,11 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
-    return config.threads * elements * (each + scratch + sizes + ranks) + _factor_bytes(inputs)
+    tensors = (tensor for file in inputs.files for tensor in file.tensors)
+    wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
+    shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
+    buffers = config.threads * elements * (each + scratch + sizes + ranks)
+    return buffers + shared + _factor_bytes(inputs)
 
 
 def _factor_bytes(inputs: Inputs) -> int:

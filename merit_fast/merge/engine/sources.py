@@ -19,12 +19,14 @@ from merit_fast.merge.read.entries import (
     DecodedEntry,
     Grid,
     Magnitude,
+    Part,
     Rows,
     TensorEntry,
     value_dtype,
 )
 
 CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
+_WIDE_CHUNKS = 16  # chunks of a transposed tensor that are read at once, and shared by workers
 
 
 def held_bytes(entry: TensorEntry) -> int:
@@ -58,6 +60,26 @@ def scratch_bytes(entry: TensorEntry) -> int:
     return 1 if isinstance(entry, DecodedEntry) else 0
 
 
+def wide_bytes(entry: TensorEntry) -> int:
+    """Bytes per element of a chunk of the runs that are kept of a transposed tensor; 0 without."""
+    if isinstance(entry, ChangedEntry):
+        assert entry.source is not None
+        return wide_bytes(entry.source)
+    if not isinstance(entry, AssembledEntry):
+        return 0
+    sources = {id(part.source): part.source for part in entry.parts}
+    inside = sum(map(wide_bytes, sources.values()))
+    is_turned = any(abs(_inner_stride(part)) > 1 for part in entry.parts)
+    return inside + is_turned * _WIDE_CHUNKS * ITEM_BYTES[value_dtype(entry)]
+
+
+def _inner_stride(part: Part) -> int:
+    """How far neighbours in the last dimension lie apart in a part's source."""
+    steps = zip(part.sizes, part.strides, strict=True)
+    strides = [stride for size, stride in steps if size > 1]
+    return strides[-1] if strides else 1
+
+
 def _double_scratch(entry: TensorEntry) -> int:
     dtype = value_dtype(entry)
     return scratch_bytes(entry) + (0 if dtype == "F64" else ITEM_BYTES[dtype])
@@ -66,9 +88,11 @@ def _double_scratch(entry: TensorEntry) -> int:
 class SourceBuilder:
     """Builds sources, one for each entry; keeps the small arrays to which they point."""
 
-    def __init__(self, native: Any, files: OpenFiles) -> None:
+    def __init__(self, native: Any, files: OpenFiles, step: int = 0) -> None:
+        """``step``: elements of a chunk; without it transposed tensors are read chunk by chunk."""
         self.native = native
         self.files = files
+        self.step = step
         self._kept: list[npt.NDArray[Any]] = []
 
     def source(self, entry: TensorEntry) -> Any:
@@ -90,6 +114,7 @@ class SourceBuilder:
             table=table,
             shape=list(entry.shape),
             type=CODES[value_dtype(entry)],
+            wide=_WIDE_CHUNKS * self.step,
         )
 
     def _changed(self, entry: ChangedEntry) -> Any:

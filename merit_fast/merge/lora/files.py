@@ -4,9 +4,10 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,40 @@ def write_weights(directory: Path, groups: Iterable[Group], advance: Callable[[i
         opened.write(_header(planned for tensors, _ in listed for planned in tensors))
         for tensors, values in listed:
             for planned, array in zip(tensors, values(), strict=True):
+                if array.size != math.prod(planned.shape):
+                    raise AssertionError(f"{planned.name}: {array.shape} is not {planned.shape}")
                 opened.write(_rounded(planned, array))
             advance(len(tensors))
     os.replace(part, directory / ADAPTER_FILE)
+
+
+def spool_weights(directory: Path, tensors: Iterable[tuple[Planned, Iterable[Array]]]) -> int:
+    """Writes adapter_model.safetensors of tensors whose shapes are known only when they are made.
+
+    Args:
+        directory: the output; holds the data a second time until the header is known.
+        tensors: each with its values in float64, in runs of elements.
+
+    Returns:
+        the number of elements.
+
+    Raises:
+        InputError: a value is not finite in the output's dtype.
+    """
+    data = directory / f"{ADAPTER_FILE}.data.part"
+    part = directory / f"{ADAPTER_FILE}.part"
+    planned = []
+    with open(data, "wb") as opened:
+        for tensor, runs in tensors:
+            planned.append(tensor)
+            for run in runs:
+                opened.write(_rounded(tensor, run))
+    with open(data, "rb") as spooled, open(part, "wb") as opened:
+        opened.write(_header(planned))
+        shutil.copyfileobj(spooled, opened, 1 << 20)
+    data.unlink()
+    os.replace(part, directory / ADAPTER_FILE)
+    return sum(math.prod(tensor.shape) for tensor in planned)
 
 
 def write_config(directory: Path, values: Mapping[str, Any]) -> None:
@@ -106,7 +138,7 @@ def _most_common(numbers: Iterable[float]) -> Any:
     return max(counts, key=lambda number: (counts[number], number)) if counts else 1
 
 
-def _header(tensors: Iterator[Planned] | Iterable[Planned]) -> bytes:
+def _header(tensors: Iterable[Planned]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for planned in tensors:
@@ -123,9 +155,7 @@ def _header(tensors: Iterator[Planned] | Iterable[Planned]) -> bytes:
 
 
 def _rounded(planned: Planned, array: Array) -> bytes:
-    """A tensor's bytes, rounded once."""
-    if array.size != math.prod(planned.shape):
-        raise AssertionError(f"{planned.name}: {array.shape} is not {planned.shape}")
+    """Bytes of elements of a tensor, rounded once."""
     flat = np.ascontiguousarray(array, np.float64).ravel()
     out = average_arrays([flat], [1.0], dtypes=["F64"], out_dtype=planned.dtype, backend="eager")
     if not finite(out, planned.dtype).all():

@@ -36,7 +36,8 @@ from merit_fast.merge.read.adapters.adapter import read_adapter
 from merit_fast.merge.read.adapters.keys import Layer
 from merit_fast.merge.read.companions import copy_companions
 from merit_fast.merge.read.entries import TensorEntry
-from merit_fast.merge.read.remote import Location, RemotePath, input_fingerprint
+from merit_fast.merge.read.fingerprints import input_fingerprints
+from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.progress import Progress
 
 METHODS = ("linear", "task_arithmetic")
@@ -125,9 +126,9 @@ class JoinedAdapters:
         """Writes the adapter; the same call resumes, and replaces an earlier output of ours."""
         if isinstance(out, RemotePath):
             raise InputError(f"{out}: an adapter is written to a local directory only")
-        inputs = {str(path): input_fingerprint(path) for path in self.models}
-        manifest = stage_manifest("merge", self.config, inputs)
         files = {entry.file for adapter in self.adapters for entry in adapter.parts.stored}
+        inputs = input_fingerprints(self.models, files)
+        manifest = stage_manifest("merge", self.config, inputs)
         planned = list(self._planned())
         with (
             output_directory(out, manifest, self.config.fsync) as directory,

@@ -1,6 +1,7 @@
 """Truncated singular value decompositions of low-rank products and of whole matrices."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,12 +42,29 @@ def cut_product(left: Array, right: Array, rank: int) -> Cut:
     return _padded(cut, rank)
 
 
-def cut_matrix(matrix: Array, rank: int, seed: int) -> Cut:
+class Matrix(Protocol):
+    """A matrix [out, in] that is multiplied, not held."""
+
+    shape: tuple[int, int]
+
+    def times(self, right: Array) -> Array: ...
+
+    def transposed_times(self, left: Array) -> Array: ...
+
+    def gram(self) -> tuple[Array, bool]: ...
+
+    def square(self) -> float: ...
+
+    def whole(self) -> Array: ...
+
+
+def cut_matrix(matrix: Matrix, rank: int, seed: int) -> Cut:
     """The best approximation of a matrix of a rank, or close to it.
 
-    Small matrices, and ranks near the full one, take LAPACK's exact decomposition. Others take a
-    random range finder with power iterations: Halko, Martinsson and Tropp 2011, arXiv 0909.4061,
-    algorithms 4.4 and 5.1. The remainder's norm is exact for the cut that is returned.
+    Matrices with a short side, and ranks near the full one, take LAPACK's exact decomposition.
+    Others take a random range finder with power iterations, which multiplies with the matrix eleven
+    times: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1. Memory:
+    4 (out + in) (rank + 10) float64. The remainder's norm is that of the cut that is returned.
 
     Args:
         matrix: [out, in].
@@ -54,50 +72,48 @@ def cut_matrix(matrix: Array, rank: int, seed: int) -> Cut:
         seed: of the random directions.
     """
     side = min(matrix.shape)
-    total = float(np.vdot(matrix, matrix))
+    total = matrix.square()
     if side <= _EXACT_SIDE or rank * _DENSE_SHARE > side:
-        u, values, v = np.linalg.svd(matrix, full_matrices=False)
+        u, values, v = np.linalg.svd(matrix.whole(), full_matrices=False)
         return _cut(u[:, :rank], values, v[:rank], total)
     generator = np.random.default_rng(seed)
     width = min(rank + _OVERSAMPLING, side)
-    basis, _ = np.linalg.qr(matrix @ generator.standard_normal((matrix.shape[1], width)))
+    basis, _ = np.linalg.qr(matrix.times(generator.standard_normal((matrix.shape[1], width))))
     for _ in range(_POWERS):
-        other, _ = np.linalg.qr(matrix.T @ basis)
-        basis, _ = np.linalg.qr(matrix @ other)
-    u, values, v = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+        other, _ = np.linalg.qr(matrix.transposed_times(basis))
+        basis, _ = np.linalg.qr(matrix.times(other))
+    u, values, v = np.linalg.svd(matrix.transposed_times(basis).T, full_matrices=False)
     cut = _cut(basis @ u[:, :rank], values, v[:rank], total)
     kept = float(np.sum(values[:rank] ** 2))
     return Cut(cut.left, cut.right, total, max(total - kept, 0.0))
 
 
-def cut_energy(matrix: Array, energy: float) -> Cut:
+def cut_energy(matrix: Matrix, energy: float, least: int = 1) -> Cut:
     """The best approximation of the least rank that keeps a share of the squared Frobenius norm.
 
-    The shorter side's Gram matrix is decomposed: its eigenvalues are the squared singular values,
-    and its vectors span the cut exactly. A matrix of zeros gives rank 0.
+    The Gram matrix of the shorter side is decomposed: its eigenvalues are the squared singular
+    values, and its vectors span the cut. Memory: 3 min(out, in)^2 float64.
 
     Args:
         matrix: [out, in].
         energy: above 0, below or equal to 1.
+        least: the least rank to give.
     """
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if is_tall else matrix
-    squares, vectors = np.linalg.eigh(wide @ wide.T)
+    gram, of_rows = matrix.gram()
+    squares, vectors = np.linalg.eigh(gram)
     squares = np.maximum(squares[::-1], 0.0)
-    vectors = vectors[:, ::-1]
-    total = float(np.vdot(matrix, matrix))
-    rank = 0
-    if total > 0.0:
-        shares = np.cumsum(squares) / squares.sum()
-        rank = int(np.searchsorted(shares, energy * (1.0 - 1e-12))) + 1
-        rank = min(rank, len(squares))
-    kept = vectors[:, :rank]
-    roots = np.sqrt(np.sqrt(squares[:rank]))[None, :]
-    roots = np.where(roots > 0.0, roots, 1.0)
-    left = kept * roots
-    right = (kept / roots).T @ wide
+    total = float(squares.sum())
+    shares = np.cumsum(squares) / max(total, np.finfo(np.float64).tiny)
+    enough = int(np.searchsorted(shares, energy * (1.0 - 1e-12))) + 1 if total > 0.0 else 1
+    rank = min(max(enough, least), len(squares))
+    kept = vectors[:, ::-1][:, :rank]
+    other = matrix.transposed_times(kept) if of_rows else matrix.times(kept)
+    norms = np.sqrt(np.linalg.norm(other, axis=0))
+    norms = np.where(norms > 0.0, norms, 1.0)
     lost = max(total - float(np.sum(squares[:rank])), 0.0)
-    return Cut(right.T, left.T, total, lost) if is_tall else Cut(left, right, total, lost)
+    if of_rows:
+        return Cut(kept * norms, (other / norms).T, total, lost)
+    return Cut(other / norms, (kept * norms).T, total, lost)
 
 
 def _cut(left: Array, values: Array, right: Array, total: float) -> Cut:

@@ -12,6 +12,7 @@ from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import (
+    check_folder,
     copy_file,
     folder_of,
     is_directory,
@@ -88,6 +89,7 @@ def list_companions(source: Location) -> tuple[str, ...]:
     if any("auto_map" in read_json(source / name) for name in configs):
         names += [name for name in present if name.endswith(".py")]
     if is_directory(source / TEMPLATE_FOLDER):
+        check_folder(source / TEMPLATE_FOLDER)
         folder = list_directory(source / TEMPLATE_FOLDER)
         names += [f"{TEMPLATE_FOLDER}/{name}" for name in folder if name.endswith(".jinja")]
     for name in names:

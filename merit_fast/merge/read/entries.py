@@ -13,7 +13,7 @@ from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.read.remote import Location
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor in a file. ``offset`` counts bytes from the start of ``file``."""
 
@@ -205,6 +205,8 @@ class ChangedEntry(TensorEntry):
 
 def is_float(entry: TensorEntry) -> bool:
     """Whether a tensor holds numbers that can be averaged, by its values' dtype."""
+    if type(entry) is TensorEntry and entry.dtype in FLOAT_DTYPES:  # nearly all, and there are many
+        return True
     return value_dtype(entry) in FLOAT_DTYPES
 
 
@@ -218,8 +220,10 @@ def own_dtype(entry: TensorEntry) -> str:
 
     Where parts of several dtypes are joined, the first part is the model's own.
     """
-    while isinstance(entry, AssembledEntry) and entry.dtype == "F64":
-        entry = entry.parts[0].source
+    while entry.dtype == "F64" and isinstance(entry, (AssembledEntry, ChangedEntry)):
+        source = entry.parts[0].source if isinstance(entry, AssembledEntry) else entry.source
+        assert source is not None
+        entry = source
     return entry.dtype
 
 

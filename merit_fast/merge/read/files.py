@@ -1,6 +1,7 @@
 """Reads untrusted files: none may crash or hang the reader, or break a message's one line.
 
-Symbolic links are followed: the hub's cache keeps every file behind one.
+Symbolic links are followed within a model's folder and into its hub cache, which keeps every file
+behind one. A link that leads elsewhere is refused: it would put a foreign file into an output.
 """
 
 import json
@@ -71,7 +72,7 @@ def open_regular(file: Location) -> Iterator[BinaryIO]:
     """Opens a file for reading, but no pipe, device or directory: reading one could block for ever.
 
     Raises:
-        InputError: it is none, or it cannot be opened or read.
+        InputError: it is none, or it cannot be opened or read, or see ``check_link``.
     """
     if isinstance(file, RemotePath):
         with file.open() as remote:
@@ -82,12 +83,34 @@ def open_regular(file: Location) -> Iterator[BinaryIO]:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise InputError(f"{file}: must be a regular file")
+            check_link(file)
             with open(descriptor, "rb", closefd=False) as opened:
                 yield opened
         finally:
             os.close(descriptor)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def check_link(file: Path) -> None:
+    """Refuses a file or folder that a link takes out of its folder, and not into its hub cache.
+
+    The folder itself may be reached by links. The hub's cache has ``snapshots/REVISION/FILE``, a
+    link into ``blobs`` next to ``snapshots``.
+
+    Raises:
+        InputError: the link leads elsewhere; the message names its target.
+    """
+    folder = os.path.realpath(file.parent)
+    target = os.path.realpath(file)
+    allowed = [folder]
+    repository, is_cached, _ = folder.rpartition(f"{os.sep}snapshots{os.sep}")
+    if is_cached:
+        allowed.append(os.path.join(repository, "blobs"))
+    if not any(target.startswith(f"{place.rstrip(os.sep)}{os.sep}") for place in allowed):
+        raise InputError(
+            f"{file}: must lie in its folder or in the folder's hub cache, is a link to {target}"
+        )
 
 
 def size_of(opened: BinaryIO) -> int:
@@ -100,6 +123,12 @@ def size_of(opened: BinaryIO) -> int:
 def copy_file(source: Location, target: Path) -> None:
     """Copies a file into a local one."""
     source.copy_to(target) if isinstance(source, RemotePath) else shutil.copyfile(source, target)
+
+
+def check_folder(path: Location) -> None:
+    """As ``check_link``, for a folder inside a model's folder or prefix."""
+    if isinstance(path, Path):
+        check_link(path)
 
 
 def is_directory(path: Location) -> bool:

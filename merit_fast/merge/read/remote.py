@@ -4,7 +4,6 @@ fsspec is imported with the first URL, never for a local path. Credentials, endp
 are the client's.
 """
 
-import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from merit_fast.errors import InputError, MeritFastError, one_line
-from merit_fast.manifests.hashes import SMALL_BYTES, checksum
-from merit_fast.model import model_fingerprint
 
 _FIRST_READ = 1 << 20  # bytes; holds most headers, so one request gets length and header
 _VERSION_KEYS = (
@@ -27,8 +24,6 @@ _VERSION_KEYS = (
     "created",
     "last_modified",
 )
-_WEIGHED = (".safetensors", ".bin")
-_CONFIGS = ("config.json", "adapter_config.json")
 
 
 class RemotePath:
@@ -132,7 +127,7 @@ class RemotePath:
             entry = self.store.info(self.path)
         if entry["type"] != "file" or entry.get("size") is None:
             raise InputError(f"{self}: must be an object of known size")
-        self.version = _version(entry)
+        self.version = version_of(entry)
         return cast(BinaryIO, io.BufferedReader(_Ranges(self, int(entry["size"])), _FIRST_READ))
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -160,7 +155,7 @@ class RemotePath:
         """
         self.store.invalidate_cache(self.parent.path)
         with told(self):
-            version = _version(self.store.info(self.path))
+            version = version_of(self.store.info(self.path))
         if self.version is not None and version != self.version:
             raise InputError(
                 f"{self}: must not change while it is read: was {self.version}, is {version}"
@@ -197,29 +192,6 @@ def as_location(text: str | Location) -> Location:
         raise InputError(f"{text}: {one_line(error)}{hint}") from None
     store.invalidate_cache(path)  # fsspec keeps listings as long as the process lives
     return RemotePath(store, url, path.rstrip("/"))
-
-
-def input_fingerprint(path: Location) -> str:
-    """32 hex digits that change when a checkpoint's weights or config may have changed.
-
-    They cover names and sizes of its weight files, with the content of small ones and the times of
-    large ones, so that a merge does not read its inputs twice; in a store names, sizes and ETags.
-
-    Raises:
-        InputError, MeritFastError: see ``RemotePath.entries``.
-    """
-    if not isinstance(path, RemotePath):
-        return model_fingerprint(path, _small_or_dated)
-    digest = hashlib.sha256()
-    for name, entry in sorted(path.entries(fresh=True).items()):
-        if name in _CONFIGS or name.endswith(_WEIGHED):
-            digest.update(f"{name}\n{_version(entry)}\n".encode())
-    return digest.hexdigest()[:32]
-
-
-def _small_or_dated(file: Path) -> str:
-    status = file.stat()
-    return checksum(file) if status.st_size < SMALL_BYTES else str(status.st_mtime_ns)
 
 
 @contextmanager
@@ -267,7 +239,8 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def _version(entry: dict[str, Any]) -> str:
+def version_of(entry: dict[str, Any]) -> str:
+    """Size and ETag, or time, of a store's entry."""
     mark = next((entry[key] for key in _VERSION_KEYS if entry.get(key)), "")
     return f"{entry.get('size')} bytes {mark}".strip()
 

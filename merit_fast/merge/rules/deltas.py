@@ -1,6 +1,5 @@
 """Delta rules of the methods that thin every model's delta from the base before they sum."""
 
-import hashlib
 from dataclasses import replace
 
 from merit_fast.errors import InputError
@@ -117,5 +116,7 @@ def _thinned_by_rank(values: TensorValues, elect: bool) -> DeltaRule:
 
 def _stream(seed: int, name: str, model: int) -> int:
     """Key of one model's random numbers for one tensor."""
+    import hashlib
+
     digest = hashlib.sha256(f"{seed}\0{name}\0{model}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little")

@@ -1,19 +1,21 @@
 """A user's own merge method: a function of all models' values of one tensor."""
 
-import hashlib
-import inspect
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from types import CodeType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from merit_fast.errors import InputError, one_line
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.rules.values import Coefficients
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 # function(deltas [K, n], weights [K], **parameters) -> [n]
 MergeFunction = Callable[..., Any]
 
@@ -27,6 +29,9 @@ class UserFunction:
     @property
     def source(self) -> str:
         """Digest of the function's code: outputs of another version are not taken for finished."""
+        import hashlib
+        import inspect
+
         function = inspect.unwrap(self.function)
         try:
             text = inspect.getsource(function)
@@ -40,7 +45,7 @@ def _code_text(function: Any) -> str:
     code = getattr(function, "__code__", None)
     if code is None:
         return f"{type(function).__module__}:{type(function).__qualname__}"
-    constants = [item for item in code.co_consts if not inspect.iscode(item)]
+    constants = [item for item in code.co_consts if not isinstance(item, CodeType)]
     return repr((function.__qualname__, code.co_code, code.co_names, constants))
 
 

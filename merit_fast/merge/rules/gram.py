@@ -3,16 +3,20 @@
 Each reads a tensor's Gram matrix, taken by an earlier pass, and gives the c_j of sum_j c_j theta_j.
 """
 
-import math
+from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+import math
+from typing import TYPE_CHECKING, TypeAlias
 
 from merit_fast.errors import InputError
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.parameters import EPS
 from merit_fast.merge.rules.values import Coefficients, TensorValues
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 _COLINEAR = 0.9995  # above this cosine slerp is a lerp, as in mergekit
 

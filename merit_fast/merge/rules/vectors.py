@@ -4,10 +4,11 @@ Each reads the Gram matrices [V, K, K] of V vectors, and gives [V, inputs] coeff
 the base last.
 """
 
+from __future__ import annotations
+
 import math
 
-import numpy as np
-
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.rules.gram import Array
 from merit_fast.merge.rules.values import Coefficients, TensorValues
 

@@ -1,89 +1,206 @@
 """Writes the output's shards, in this process or shared with others, and finishes the output."""
 
-import fcntl
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import replace_file, write_text
 from merit_fast.manifests.hashes import checksum
+from merit_fast.manifests.kept import is_proved, read_record, write_record
+from merit_fast.manifests.locks import LockedError, exclusive, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import write_shard
-from merit_fast.merge.engine.geometry import write_geometry, write_shard_grams
+from merit_fast.merge.engine.geometry import (
+    GEOMETRY_FILE,
+    gram_file,
+    write_geometry,
+    write_shard_grams,
+)
 from merit_fast.merge.engine.layout import index_text
-from merit_fast.merge.engine.plan import Plan
+from merit_fast.merge.engine.plan import Plan, Shard
 from merit_fast.merge.engine.prepare import Inputs
 from merit_fast.merge.engine.quantise.rounding import write_roundings
-from merit_fast.merge.read.checkpoint import INDEX_FILE, read_header
+from merit_fast.merge.read.checkpoint import INDEX_FILE
 from merit_fast.merge.read.companions import (
     copy_companions,
     find_head,
     output_dtypes,
     untie_if_different,
 )
+from merit_fast.merge.read.headers import read_header
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.vocabulary.write import write_template, write_vocabulary
 from merit_fast.merge.write.quantization import write_quantization
 from merit_fast.merge.write.upload import Upload
-from merit_fast.progress import Progress
+from merit_fast.merge.write.verified import CHECKSUM_KEY
+from merit_fast.progress import Progress, Task
 
 Share = tuple[int, int]  # this process's number from 1, and of how many
-CHECKSUM_KEY = "xxh3_128"
-_LOCK = ".finish.lock"
+_THREADS = 4
 
 
-def write_shards(
-    plan: Plan,
-    config: MergeConfig,
-    directory: Path,
-    progress: Progress,
-    share: Share = (1, 1),
-    upload: Upload | None = None,
-) -> None:
-    """Writes this process's shards of the output. A shard that an interrupted run finished is kept.
+@dataclass
+class ShardWriter:
+    """Writes shards of one output into ``directory``.
 
-    While one file goes to the disk, or by ``upload`` to a store and off the disk, the next is made.
-
-    Raises:
-        InputError: too little disk; see ``write_shard``.
+    Attributes:
+        locks: folder of the locks that processes of one merge share, one for each file. None: no
+            other process writes here.
+        upload: store to which finished files go.
+        written: names of the files that this process has written.
     """
-    mine = [shard for i, shard in enumerate(plan.shards) if i % share[1] == share[0] - 1]
-    present = (
-        upload.sizes()
-        if upload
-        else {file.name: file.stat().st_size for file in directory.iterdir()}
-    )
-    todo = [shard for shard in mine if present.get(shard.file) != shard.num_bytes]
-    _check_space(
-        directory, upload.spool_bytes(todo) if upload else sum(shard.num_bytes for shard in todo)
-    )
-    with progress.task(
-        f"merge {directory.stem}", sum(s.num_elements for s in mine), "parameters"
-    ) as task:
-        task.skip(sum(shard.num_elements for shard in mine if shard not in todo))
-        with ThreadPoolExecutor(1) as background:
-            pending: list[Future[None]] = []
-            for shard in todo:
-                if upload and len(pending) > 1:
-                    pending[-2].result()  # the disk holds two files
-                temporary = directory / f"{shard.file}.part"
-                grams = write_shard(shard, config, temporary, lambda count: task.advance(count))
-                if config.stats:
-                    write_shard_grams(directory, shard, grams)
-                pending.append(
-                    background.submit(_settle, temporary, directory / shard.file, config, upload)
-                )
-            for settled in pending:
-                settled.result()
+
+    config: MergeConfig
+    directory: Path
+    progress: Progress
+    locks: Path | None = None
+    upload: Upload | None = None
+    written: set[str] = field(default_factory=set)
+
+    def write(self, shards: Sequence[Shard]) -> None:
+        """Writes the shards that are absent; those that another process writes come last.
+
+        While one file goes to the disk, or to a store and off the disk, the next is made.
+
+        Raises:
+            InputError: too little disk; see ``write_shard``.
+        """
+        todo = self._absent(shards)
+        self._check_space(todo)
+        with self.progress.task(
+            f"merge {self.directory.stem}", sum(s.num_elements for s in shards), "parameters"
+        ) as task:
+            task.skip(sum(shard.num_elements for shard in shards if shard not in todo))
+            with ThreadPoolExecutor(1) as background:
+                pending: list[Future[None]] = []
+                postponed = [
+                    shard for shard in todo if not self._write(shard, task, background, pending)
+                ]
+                for shard in postponed:
+                    self._write(shard, task, background, pending, wait=True)
+                for settled in pending:
+                    settled.result()
+
+    def prove(self, shards: Sequence[Shard]) -> None:
+        """Hashes every file that this process has not written; makes damaged ones again."""
+        kept = [shard for shard in shards if shard.file not in self.written]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            proofs = list(pool.map(self._is_proved, kept))
+        damaged = [shard for shard, proof in zip(kept, proofs, strict=True) if not proof]
+        for shard in damaged:
+            file = self.directory / shard.file
+            self.progress.note(f"{file}: is not as it was written; merging it again")
+            file.unlink(missing_ok=True)
+        if damaged:
+            self.write(damaged)
+
+    def _absent(self, shards: Sequence[Shard]) -> list[Shard]:
+        if self.upload:
+            present = self.upload.sizes()
+            return [shard for shard in shards if present.get(shard.file) != shard.num_bytes]
+        return [shard for shard in shards if not self._is_there(shard)]
+
+    def _is_there(self, shard: Shard) -> bool:
+        """Whether the file is written, or the whole output has its final name already."""
+        try:
+            return (self.directory / shard.file).stat().st_size == shard.num_bytes
+        except FileNotFoundError:
+            return not self.directory.exists()
+
+    def _write(
+        self,
+        shard: Shard,
+        task: Task,
+        background: ThreadPoolExecutor,
+        pending: list[Future[None]],
+        wait: bool = False,
+    ) -> bool:
+        """Writes one shard; False where another process is at it and ``wait`` is not set."""
+        with ExitStack() as stack:
+            if not self._lock(shard, stack, wait):
+                return False
+            if self.locks is not None and self._is_there(shard):
+                task.skip(shard.num_elements)
+                return True
+            if self.upload and len(pending) > 1:
+                pending[-2].result()  # the disk holds two files
+            part = self._new_part(shard)
+            grams = write_shard(shard, self.config, part, lambda count: task.advance(count))
+            if self.config.stats:
+                write_shard_grams(self.directory, shard, grams)
+            held = stack.pop_all()  # until the file has its name
+            pending.append(background.submit(self._settle, part, shard, held))
+        return True
+
+    def _lock(self, shard: Shard, stack: ExitStack, wait: bool) -> bool:
+        if self.locks is None:
+            return True
+        lock = self.locks / f"file-{shard.file}"
+        owner = this_process("")
+        try:
+            stack.enter_context(exclusive(lock, owner, wait=False))
+        except LockedError as other:
+            if not wait:
+                return False
+            self.progress.note(f"{shard.file}: {other} writes it; waiting for it")
+            stack.enter_context(exclusive(lock, owner))
+        return True
+
+    def _new_part(self, shard: Shard) -> Path:
+        """The name under which this process writes a file; removes what dead ones have left."""
+        for old in self.directory.glob(f"{shard.file}*.part"):
+            old.unlink()
+        return self.directory / f"{shard.file}.{socket.gethostname()}-{os.getpid()}.part"
+
+    def _settle(self, part: Path, shard: Shard, held: ExitStack) -> None:
+        final = self.directory / shard.file
+        with held:
+            if self.upload is None or self.config.checksum:
+                write_record(final, part)
+                if self.config.stats:
+                    grams = gram_file(self.directory, shard)
+                    write_record(grams, grams)
+            replace_file(part, final, self.config.fsync)
+            self.written.add(shard.file)
+            if self.upload:
+                self.upload.send_weights(final)
+
+    def _is_proved(self, shard: Shard) -> bool:
+        if not is_proved(self.directory / shard.file):
+            return False
+        if not self.config.stats or is_proved(self.directory / GEOMETRY_FILE):
+            return True
+        return is_proved(gram_file(self.directory, shard))
+
+    def _check_space(self, todo: Sequence[Shard]) -> None:
+        needed = sum(shard.num_bytes for shard in todo)
+        if self.upload:
+            needed = self.upload.spool_bytes(todo)
+        parts = sum(
+            file.stat().st_size
+            for shard in todo
+            for file in self.directory.glob(f"{shard.file}*.part")
+        )
+        free = free_bytes(self.directory) + parts
+        if free < needed:
+            raise InputError(f"{self.directory}: needs {needed} bytes, the disk has {free}")
+
+
+def share_of(plan: Plan, share: Share) -> list[Shard]:
+    """Every n-th shard from the i-th on, of a share (i, n)."""
+    number, count = share
+    return [shard for i, shard in enumerate(plan.shards) if i % count == number - 1]
 
 
 def all_written(plan: Plan, directory: Path) -> bool:
-    return all((directory / shard.file).exists() for shard in plan.shards)
+    """Whether every shard has its final name, or the whole output has."""
+    return not directory.exists() or all((directory / shard.file).exists() for shard in plan.shards)
 
 
 def finish_output(
@@ -128,76 +245,12 @@ def finish_output(
     text = index_text(plan.files, metadata)
     if text is not None:
         write_text(directory / INDEX_FILE, text)
-    for shard in plan.shards:
-        _sidecar(directory / shard.file).unlink(missing_ok=True)
-
-
-@contextmanager
-def only_finisher(directory: Path, out: Path) -> Iterator[bool]:
-    """Locks ``directory`` while it becomes ``out``; yields False if another process did that."""
-    lock = directory / _LOCK
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    except FileNotFoundError:
-        yield False
-        return
-    mine = False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        mine = lock.exists() and os.fstat(descriptor).st_ino == lock.stat().st_ino
-        yield mine
-    finally:
-        if mine:  # it has moved with the directory
-            lock.unlink(missing_ok=True)
-            (out / _LOCK).unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def verify_checksums(directory: Path) -> dict[str, str]:
-    """Compares every file of a model with the checksum its index has.
-
-    Returns:
-        file -> checksum.
-
-    Raises:
-        InputError: the index has none, a file is absent or differs.
-    """
-    index = directory / INDEX_FILE
-    try:
-        metadata = json.loads(index.read_text(encoding="utf-8"))["metadata"][CHECKSUM_KEY]
-        sums = {str(name): str(value) for name, value in metadata.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            f"{index}: metadata.{CHECKSUM_KEY}: is absent; merge with --checksum writes it"
-        ) from None
-    for name, wanted in sums.items():
-        file = directory / Path(name).name
-        if not file.is_file():
-            raise InputError(f"{file}: is absent, the index has its checksum")
-        actual = checksum(file)
-        if actual != wanted:
-            raise InputError(
-                f"{file}: {CHECKSUM_KEY} must be {wanted} as in the index, got {actual}"
-            )
-    return sums
-
-
-def _settle(temporary: Path, final: Path, config: MergeConfig, upload: Upload | None) -> None:
-    if config.checksum:
-        write_text(_sidecar(final), checksum(temporary))
-    replace_file(temporary, final, config.fsync)
-    if upload:
-        upload.send_weights(final)
 
 
 def _known_checksum(file: Path) -> str:
-    """Checksum taken when the file was written, or taken now if a killed run removed it."""
-    sidecar = _sidecar(file)
-    return sidecar.read_text() if sidecar.exists() else checksum(file)
-
-
-def _sidecar(file: Path) -> Path:
-    return file.with_name(f"{file.name}.{CHECKSUM_KEY}")
+    """The hash taken when the file was written, or taken now if a killed run removed it."""
+    record = read_record(file)
+    return checksum(file) if record is None else record[2]
 
 
 def free_bytes(path: Path) -> int:
@@ -205,10 +258,3 @@ def free_bytes(path: Path) -> int:
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    parts = sum(file.stat().st_size for file in directory.glob("*.part"))
-    free = free_bytes(directory) + parts
-    if free < needed:
-        raise InputError(f"{directory}: needs {needed} bytes, the disk has {free}")

@@ -10,7 +10,8 @@ import numpy as np
 from merit_fast.data.mixture.checks import check_held_out
 from merit_fast.errors import InputError
 from merit_fast.manifests.stages import EVALUATE, MERGE, SKETCH, SPLIT, TRAIN, Stage
-from merit_fast.merge import combine, prepare_merge, resolve_weights
+from merit_fast.merge import prepare_merge, resolve_weights
+from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.option_names import options_named
 from merit_fast.model import settle_dtype
 from merit_fast.pipeline.config import RunConfig

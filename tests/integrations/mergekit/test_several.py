@@ -9,7 +9,9 @@ from support.merge.merges import load
 
 from merit_fast.errors import InputError
 from merit_fast.integrations.mergekit.run import merge_mergekit
-from merit_fast.options.yaml import read_yaml
+from merit_fast.integrations.mergekit.several import read_steps
+from merit_fast.integrations.mergekit.texts import text_values
+from merit_fast.options.yaml import read_yaml, read_yaml_documents
 from merit_fast.progress import SilentProgress
 
 CHAIN = """
@@ -132,3 +134,13 @@ def test_a_revision_that_is_not_there(hub, tmp_path):
     recipe = {"merge_method": "passthrough", "models": [{"model": "org/model@v3"}]}
     with pytest.raises(InputError, match=r"models\[0\].model: org/model@v3: not a folder, and"):
         run(yaml.safe_dump(recipe), tmp_path)
+
+
+def test_a_tokenizer_comes_from_another_recipes_output(inside, tmp_path):
+    text = CHAIN.replace("\nmerge_method: slerp", "tokenizer: {source: first}\nmerge_method: slerp")
+    file = tmp_path / "r.yml"
+    file.write_text(text)
+    steps = read_steps(file, read_yaml_documents(file), tmp_path / "out")
+    last = steps[-1].document
+    values = text_values(last, {})
+    assert values == {"tokenizer": {"source": str(tmp_path / "out.steps/first")}}

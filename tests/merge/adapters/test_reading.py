@@ -205,6 +205,11 @@ ROWS = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
             {},
             "is no tensor of a LoRA adapter",
         ),
+        (
+            {f"{EMBEDDING}.weight": (6, 3)},
+            {},
+            r"must have the shape of .* \[4, 3\], got \[6, 3\]; resize the base's embeddings",
+        ),
         (pair(f"{PREFIX}nobody", 5, 3), {}, "1 LoRA layers of nobody must change as many"),
         ({ROWS: (2, 3)}, {}, "trainable_token_indices of adapter_config.json must name the rows"),
         (

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.checks import run_at_level
 from support.merge.delta_cases import DTYPES, one
 from support.merge.formulas import delta_method, f64, rounded
-from support.merge.merges import bits, load, merge
+from support.merge.merges import bits, load, merge, write
 
 from merit_fast.merge import MergeConfig
 
@@ -67,6 +67,26 @@ def assert_nearly_rounded(tensor, truth, inputs, name):
 
 def options_of(case):
     return {key: value for key, value in case.items() if key != "method"}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("count", range(1, 10))
+def test_ties_of_any_number_of_bf16_models_with_equal_sizes(tmp_path, count, normalize):
+    """Few values, so that cuts lie among equal sizes, which count by their index."""
+    generator = torch.Generator().manual_seed(count)
+    models = [
+        torch.randint(-3, 4, (3, 2011), generator=generator).bfloat16() for _ in range(count + 1)
+    ]
+    *paths, base = [write(tmp_path / f"m{k}", {"a": model}) for k, model in enumerate(models)]
+    weights = [(k + 1) / 7 for k in range(count)]
+    for density in (0.05, 0.37, 0.8):
+        options = dict(density=density, normalize=normalize, scale=1.3)
+        config = MergeConfig(method="ties", **options, dtype="bf16", chunk_kib=4)
+        out = tmp_path / f"{density}"
+        merge(paths, weights, out, config, base)
+        merged = load(out)["a"]
+        truth = delta_method("ties", "a", models[:-1], models[-1], weights, **options)
+        np.testing.assert_array_equal(bits(merged), rounded(truth, torch.bfloat16))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,7 +14,8 @@ from support.tiny import make_model
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average._eager import float64_to_bf16
-from merit_fast.merge import MergeConfig, combine, merge_branches, merge_models
+from merit_fast.merge import MergeConfig, merge_branches, merge_models
+from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.rules.gram import (
     model_stock_coefficients,
     multislerp_coefficients,

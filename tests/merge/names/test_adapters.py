@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from support.merge.names.models import load_whole, make, write_hub_form, write_memory_form
 
 from merit_fast.errors import InputError
@@ -25,6 +26,13 @@ CASES = {
     "qwen3_moe": EXPERTS,
     "mixtral": EXPERTS,
 }
+
+
+def header_of(path):
+    """Name -> (dtype, shape) of every tensor in the file."""
+    with safe_open(path / "model.safetensors", framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {name: (each.get_dtype(), each.get_shape()) for name, each in slices.items()}
 
 
 def write_adapter(model, path, seed, **options):
@@ -48,6 +56,7 @@ def test_an_adapter_changes_what_peft_changes(case, form, tmp_path):
     expected = write_adapter(model, tmp_path / "adapter", 1, **CASES[case])
     merge_models([tmp_path / "adapter"], base=base, out=tmp_path / "out")
     merged = load_whole(type(model), tmp_path / "out")
+    assert header_of(tmp_path / "out") == header_of(base)
     assert merged.keys() == expected.keys()
     start = model.state_dict()
     assert any(not torch.equal(merged[name], start[name]) for name in merged)

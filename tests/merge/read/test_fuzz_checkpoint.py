@@ -1,6 +1,6 @@
 """Any header, index or config is taken or refused on one line, soon, without stray files.
 
-fuzz_checkpoint.py does the same for as long as one likes, guided by coverage.
+support.merge.fuzz does the same for as long as one likes, guided by coverage.
 """
 
 import json
@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.merge import fuzz_checkpoint as fuzz
-from support.merge.headers import INDEX, one_tensor, pack, tensor, write_model
+from support.merge.fuzz import checkpoint as fuzz
+from support.merge.fuzz import seeds
+from support.merge.headers import INDEX, backends_agree, one_tensor, pack, tensor, write_model
 
 from merit_fast.merge import merge_models
 
@@ -24,9 +25,9 @@ LIMITS = {
 
 
 @st.composite
-def damaged(draw, seeds):
+def damaged(draw, documents):
     """A JSON text with up to 6 structural changes and, at times, a few changed bytes."""
-    text = json.dumps(draw(st.sampled_from(seeds))).encode()
+    text = json.dumps(draw(st.sampled_from(documents))).encode()
     rng = random.Random(
         draw(st.binary(min_size=8, max_size=8))
     )  # integers would crowd at small ones
@@ -47,16 +48,22 @@ def read(kind, content, data_bytes=24):
         assert {file.name for file in Path(root).iterdir()} == {kind, "out"}
 
 
-@pytest.mark.parametrize("kind", fuzz.SEEDS)
+@pytest.mark.parametrize("kind", seeds.SEEDS)
 def test_each_value_may_be_anything(tmp_path, kind):
-    for content in fuzz.replaced_once(fuzz.SEEDS[kind]):
-        fuzz.check(kind, content, 32 if kind == "pair" else 24, tmp_path)
+    for content in fuzz.replaced_once(seeds.SEEDS[kind]):
+        fuzz.check(kind, content, seeds.DATA_BYTES.get(kind, 24), tmp_path)
 
 
 @settings(max_examples=400, **LIMITS)
-@given(damaged([fuzz.HEADER]), st.sampled_from([24, 24, 0, 8, 48]))
+@given(damaged([seeds.HEADER]), st.sampled_from([24, 24, 0, 8, 48]))
 def test_any_header_is_read_as_safetensors_reads_it_or_refused(content, data_bytes):
     read("header", content, data_bytes)
+
+
+@settings(max_examples=400, **LIMITS)
+@given(damaged([seeds.HEADER, seeds.PAIR]), st.sampled_from([24, 32, 0, 8]))
+def test_the_native_parser_and_the_reference_agree(text, data_bytes):
+    backends_agree(text, 8 + len(text) + data_bytes)
 
 
 @settings(max_examples=200, **LIMITS)
@@ -66,13 +73,13 @@ def test_any_bytes_are_refused(content, keep):
 
 
 @settings(max_examples=200, **LIMITS)
-@given(damaged([fuzz.SEEDS["index"]]))
+@given(damaged([seeds.SEEDS["index"]]))
 def test_any_index_is_read_or_refused(content):
     read("index", content)
 
 
 @settings(max_examples=200, **LIMITS)
-@given(damaged([fuzz.CONFIG]))
+@given(damaged([seeds.CONFIG]))
 @example(b'{"a":' * 300 + b"1" + b"}" * 300)
 @example(b'{"x": Infinity, "name": "\\ud800", "dtype": [], "text_config": 3, "auto_map": null}')
 def test_any_config_is_read_or_refused(content):
@@ -80,20 +87,32 @@ def test_any_config_is_read_or_refused(content):
 
 
 @settings(max_examples=200, **LIMITS)
-@given(damaged([fuzz.LORA]))
+@given(damaged([seeds.LORA]))
 def test_any_adapter_config_is_read_or_refused(content):
     read("lora", content)
 
 
 @settings(max_examples=200, **LIMITS)
-@given(damaged([fuzz.PAIR]))
+@given(damaged([seeds.PAIR]))
 def test_any_adapter_is_read_or_refused(content):
     read("pair", content, 32)
 
 
+@settings(max_examples=200, **LIMITS)
+@given(damaged([seeds.QUANTISED]), st.sampled_from([256, 256, 0, 8]))
+def test_any_quantised_header_is_read_or_refused(content, data_bytes):
+    read("quantised", content, data_bytes)
+
+
+@settings(max_examples=200, **LIMITS)
+@given(damaged([seeds.SCHEME]))
+def test_any_quantisation_of_a_config_is_read_or_refused(content):
+    read("scheme", content)
+
+
 @settings(max_examples=60, **LIMITS)
 @given(
-    damaged([fuzz.HEADER]),
+    damaged([seeds.HEADER]),
     damaged(
         [
             {"weight_map": {"v": "a.safetensors", "w": "a.safetensors"}},
@@ -104,7 +123,7 @@ def test_any_adapter_is_read_or_refused(content):
 def test_a_merge_writes_nothing_beside_its_output(header, index):
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        good = write_model(root / "good", {"model.safetensors": pack(fuzz.HEADER, bytes(24))})
+        good = write_model(root / "good", {"model.safetensors": pack(seeds.HEADER, bytes(24))})
         bad = write_model(root / "bad", {"a.safetensors": pack(header, bytes(24))}, index)
         (root / "a.safetensors").write_bytes(pack({"v": tensor([1], 0, 4)}, bytes(4)))
         before = {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}

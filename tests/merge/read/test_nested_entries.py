@@ -1,5 +1,6 @@
 """Entries of every form, nested at random: what the engine reads, against NumPy's own indexing."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,15 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine import native
 from merit_fast.merge.engine.opened import open_files
 from merit_fast.merge.engine.plan import Segment
-from merit_fast.merge.engine.sources import SourceBuilder, scratch_bytes
+from merit_fast.merge.engine.sources import SourceBuilder, scratch_bytes, wide_bytes
 from merit_fast.merge.engine.values import values
-from merit_fast.merge.read.entries import AssembledEntry, Part, TensorEntry, stored_entries
+from merit_fast.merge.read.entries import (
+    AssembledEntry,
+    Part,
+    TensorEntry,
+    stored_entries,
+    value_dtype,
+)
 
 needs_native = pytest.mark.skipif(
     dispatch.native_module() is None, reason="needs the native module"
@@ -68,6 +75,30 @@ def test_a_source_works_in_the_memory_that_the_plan_counts(tmp_path: Path, seed:
         used = module.scratch_bytes(source=source, elements=elements)
     counted = scratch_bytes(entry.entry) * elements
     assert counted == used or (counted < used <= counted + 1024)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(24, 3000), (3, 8, 1100), (1, 5000)])
+@pytest.mark.parametrize("codes", [False, True])
+def test_transposed_tensors_are_read_in_runs_that_workers_share(
+    tmp_path: Path, shape: tuple[int, ...], codes: bool
+) -> None:
+    """Rows longer than what a reader skips, so that every element lies in a run of its own."""
+    make = RandomEntries(tmp_path, len(shape))
+    rows = (math.prod(shape[:-1]), shape[-1])
+    known = make.decoded(rows) if codes else make.plain(rows, "F32")
+    turned = (*shape[:-2], shape[-1], shape[-2])
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    strides[-2:] = strides[:-3:-1]
+    part = Part(known.entry, (0,) * len(shape), turned, 0, tuple(strides))
+    dtype = value_dtype(known.entry)
+    num_bytes = known.entry.num_bytes
+    entry = AssembledEntry("turned", dtype, turned, known.entry.file, 0, num_bytes, (part,))
+    expected = known.values.reshape(shape).swapaxes(-1, -2).ravel()
+    for step, threads in ((64, 3), (1000, 2), (expected.size, 1)):
+        np.testing.assert_array_equal(read_native(entry, step, threads), expected)
+    kept = 16 * (8 if codes else 4) if shape[-2] > 1 else 0
+    assert wide_bytes(entry) == kept and wide_bytes(known.entry) == 0
 
 
 @needs_native

@@ -3,8 +3,12 @@
 import json
 import struct
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from merit_fast.errors import InputError
+from merit_fast.merge.read.headers import parse_header, reference_header
 
 INDEX = "model.safetensors.index.json"
 
@@ -36,3 +40,15 @@ def write_model(directory: Path, files: dict[str, bytes], weight_map: Any = None
 
 def one_tensor(name: str = "w", data: bytes = bytes(8)) -> bytes:
     return pack({name: tensor([len(data) // 4], 0, len(data))}, data)
+
+
+def backends_agree(text: bytes, size: int) -> None:
+    """Checks that the native parser and the reference give the same tensors or the same error."""
+    native = partial(parse_header, backend="cpu")
+    results: list[object] = []
+    for read in (native, reference_header):
+        try:
+            results.append(read(Path("f"), text, size))
+        except InputError as error:
+            results.append(str(error))
+    assert results[0] == results[1]

@@ -1,13 +1,15 @@
 """Writes the mixture of experts of a recipe, streamed from the dense models' files."""
 
 import json
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from merit_fast.errors import InputError
 from merit_fast.integrations.mergekit.document import Reference
@@ -22,6 +24,7 @@ from merit_fast.integrations.mergekit.moe.shapes import (
     mixture_config,
 )
 from merit_fast.kernels.average.dtypes import DTYPES, SHORT_NAMES, SPELLINGS
+from merit_fast.manifests.atomic import write_bytes
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.engine.layout import lay_out
@@ -31,10 +34,10 @@ from merit_fast.merge.prepared import PreparedMerge
 from merit_fast.merge.read.checkpoint import Checkpoint, read_files
 from merit_fast.merge.read.companions import CONFIG_FILE, list_companions
 from merit_fast.merge.read.entries import TensorEntry, is_quantised
-from merit_fast.merge.read.remote import as_location, input_fingerprint
+from merit_fast.merge.read.remote import as_location
 from merit_fast.merge.sizes import parse_bytes
-from merit_fast.merge.stage import check_paths
 from merit_fast.merge.table import METHODS
+from merit_fast.merge.write.places import check_paths
 from merit_fast.options.parser import override, parse
 from merit_fast.progress import Progress
 
@@ -77,10 +80,9 @@ def merge_experts(
     if not isinstance(target, Path):
         raise InputError(f"{out}: a mixture of experts needs a local OUT")
     check_paths(paths, target)
-    with tempfile.TemporaryDirectory(prefix="merit_fast_moe_") as folder:
-        side = side_tensors(document, models, shape, None if dry_run else seed, progress)
-        save_file(side, Path(folder) / _ROUTERS)
-        routers = read_files(Path(folder), [_ROUTERS]).tensors
+    side = side_tensors(document, models, shape, None if dry_run else seed, progress)
+    with _kept_file(target, save(side), dry_run) as file:
+        routers = read_files(file.parent, [file.name]).tensors
         tensors, scales = _tensors(document, models, shape, routers, progress)
         config = _config(document, base, scales, others)
         inputs = _inputs(base, tensors, config)
@@ -94,7 +96,34 @@ def merge_experts(
         }
         if dry_run:
             return summary
-        return summary | {"finished": merge.write(target, progress, share, records)}
+        finished = merge.write(target, progress, share, records)
+    if finished:
+        shutil.rmtree(file.parent, ignore_errors=True)
+    return summary | {"finished": finished}
+
+
+@contextmanager
+def _kept_file(out: Path, content: bytes, dry_run: bool) -> Iterator[Path]:
+    """A file of the routers next to ``out``: one name, so that a killed merge resumes.
+
+    It stays until the output is finished, unless the merge is refused. A dry run has a temporary
+    one.
+    """
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="merit_fast_moe_") as folder:
+            file = Path(folder) / _ROUTERS
+            file.write_bytes(content)
+            yield file
+        return
+    file = out.with_name(f".{out.name}.routers") / _ROUTERS
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.read_bytes() != content:
+        write_bytes(file, content)
+    try:
+        yield file
+    except InputError:
+        shutil.rmtree(file.parent, ignore_errors=True)
+        raise
 
 
 def _tensors(
@@ -202,7 +231,7 @@ def _records(
     inputs: Inputs,
     seed: int,
 ) -> dict[str, str]:
-    """config.json, and the recipe with the fingerprints of its models."""
+    """config.json, and the recipe with its models."""
     base = models[document.base]
     common = inputs.dtypes.split(", ")[0]
     dtype = DTYPES[SHORT_NAMES[common]].torch_name
@@ -225,7 +254,6 @@ def _facts(expert: Expert, models: Mapping[Reference, Dense]) -> dict[str, Any]:
     path = models[expert.source].path
     return {
         "source_model": str(path),
-        "fingerprint": input_fingerprint(path),
         "positive_prompts": list(expert.positive),
         "negative_prompts": list(expert.negative),
         "residual_scale": expert.residual_scale,

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from merit_fast.merge.combine.combination import Combination
 from merit_fast.merge.config import FP8_BLOCK, MergeConfig
+from merit_fast.merge.engine.layout import OutputFile
 from merit_fast.merge.engine.quantise.forms import BlockForms, Forms, SameForms, Untouched
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import Checkpoint
-from merit_fast.merge.read.entries import TensorEntry, quantised_source
+from merit_fast.merge.read.entries import TensorEntry, is_quantised, quantised_source
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.quantised.scheme import read_scheme
 from merit_fast.merge.read.remote import Location
@@ -56,6 +57,12 @@ def check_config(checkpoints: Sequence[Checkpoint], companions: Location) -> Non
         if scheme.values and scheme.values.get(key):
             rule = f"{scheme.file}: {key}: scales of a cache are not written"
             raise OptionError(rule, "dtype", "{} must choose")
+
+
+def reads_codes(files: Sequence[OutputFile]) -> bool:
+    """Whether some tensor of an output is made of quantised ones."""
+    tensors = (tensor for file in files for tensor in file.tensors)
+    return any(is_quantised(entry) for tensor in tensors for entry in tensor.inputs)
 
 
 def _untouched(combination: Combination) -> Untouched:

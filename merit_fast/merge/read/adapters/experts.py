@@ -14,7 +14,7 @@ from merit_fast.merge.read.adapters.modules import check_rank
 from merit_fast.merge.read.entries import Change, ExpertsLowRank, LowRank, TensorEntry, is_float
 
 # The order in which transformers' experts register their parameters.
-_ORDER = (
+PARAMETER_ORDER = (
     "gate_up_proj",
     "gate_up_proj_bias",
     "gate_proj",
@@ -24,6 +24,7 @@ _ORDER = (
 )
 # Models whose experts store [E, in, out] and say so (``is_transposed``): PEFT reads them that way.
 TRANSPOSED_MODELS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
+ATTENTION = "in_proj_weight"  # of torch's MultiheadAttention, which PEFT targets as a module
 _MAX_PARAMETERS = 6  # of one module; bounds the orders that are tried
 _LAST_UNSWAPPED = (0, 18)  # up to this PEFT reads every [E, d1, d2] as [E, in, out]
 Pair = tuple[Layer, TensorEntry]
@@ -85,7 +86,7 @@ def parameter_changes(
     known = {_orientation(layer, entry) for layer, entry in pairs if len(entry.shape) == 3}
     known.discard(None)
     for layer, entry in pairs:
-        rank, scaling = scalings.of(entry.name)
+        rank, scaling = scalings.of(_looked_up(entry))
         if len(entry.shape) == 2:
             check_rank(layer, rank, layer.a.shape[0], layer.b.shape[1])
             yield entry.name, LowRank(entry.name, layer.a, layer.b, scaling, transposed=False)
@@ -99,13 +100,18 @@ def parameter_changes(
         yield entry.name, ExpertsLowRank(layer.a, layer.b, scaling, experts, transposed)
 
 
+def _looked_up(entry: TensorEntry) -> str:
+    """The name under which PEFT looks a rank up: the parameter's, or torch's attention's."""
+    return entry.name.removesuffix(f".{ATTENTION}")
+
+
 def _fits(layer: Layer, entry: TensorEntry, scalings: Scalings) -> bool:
     """Whether a wrapper's factors have the shapes of a parameter's, in either orientation."""
     a = layer.a.shape
     b = layer.b.shape
     if len(a) != 2 or len(b) != 2 or not is_float(entry):
         return False
-    rank, _ = scalings.of(entry.name)
+    rank, _ = scalings.of(_looked_up(entry))
     matrix = entry.shape[1:] if len(entry.shape) == 3 else entry.shape
     experts = entry.shape[0] if len(entry.shape) == 3 else 1
     if len(matrix) != 2 or a[0] != rank * experts or b[1] != rank * experts:
@@ -135,7 +141,7 @@ def _by_version(layer: Layer, config: AdapterConfig, model_type: str | None) -> 
 
 def _is_known_order(entries: Sequence[TensorEntry]) -> bool:
     leaves = [entry.name.rpartition(".")[2] for entry in entries]
-    if not all(leaf in _ORDER for leaf in leaves):
+    if not all(leaf in PARAMETER_ORDER for leaf in leaves):
         return False
-    places = [_ORDER.index(leaf) for leaf in leaves]
+    places = [PARAMETER_ORDER.index(leaf) for leaf in leaves]
     return places == sorted(places)

@@ -13,7 +13,7 @@ outermost has none, and each wraps one parameter of the module.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
@@ -29,6 +29,7 @@ _PART = re.compile(
 _NOT_WHOLE = re.compile(
     r"(.+\.)?(lora_|trainable_tokens|token_adapter|modules_to_save\.|original_module\.).*"
 )
+_INSIDE_ATTENTION = ".base_layer.out_proj"
 _KINDS = ("a", "b", "bias", "magnitude", "rows")
 
 
@@ -42,6 +43,7 @@ class Layer:
     b: TensorEntry
     bias: TensorEntry | None = None
     magnitude: TensorEntry | None = None
+    times: int = 1  # PEFT adds the change of out_proj in torch's MultiheadAttention twice
 
     @property
     def is_embedding(self) -> bool:
@@ -74,6 +76,7 @@ def split_keys(entries: Iterable[TensorEntry]) -> Parts:
             factor's dtype is no float.
     """
     found: dict[tuple[str, int], dict[str, TensorEntry]] = {}
+    doubled: set[str] = set()
     whole: dict[str, TensorEntry] = {}
     rows: dict[str, TensorEntry] = {}
     for entry in entries:
@@ -90,12 +93,17 @@ def split_keys(entries: Iterable[TensorEntry]) -> Parts:
         module = _without_wrappers(path)
         kind = next(each for each in _KINDS if match[each])
         depth = len(path.split(".")) - len(_trimmed(path).split("."))
+        if path.endswith(_INSIDE_ATTENTION):
+            doubled.add(module)
         place = rows if kind == "rows" else found.setdefault((module, depth), {})
         slot = module if kind == "rows" else kind
         if slot in place:
             raise InputError(f"{entry.file}: {entry.name}: stands for {place[slot].name} too")
         place[slot] = entry
-    layers = tuple(_layer(module, depth, parts) for (module, depth), parts in found.items())
+    layers = tuple(
+        replace(_layer(module, depth, parts), times=2 if module in doubled else 1)
+        for (module, depth), parts in found.items()
+    )
     return Parts(layers, rows, whole)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from merit_fast.errors import InputError
 from merit_fast.merge.read.adapters.adapter import Adapter
 from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG, Scalings
-from merit_fast.merge.read.adapters.experts import match_parameters, parameter_changes
+from merit_fast.merge.read.adapters.experts import ATTENTION, match_parameters, parameter_changes
 from merit_fast.merge.read.adapters.keys import Layer
 from merit_fast.merge.read.adapters.modules import bias_change, layer_changes, stored_transposed
 from merit_fast.merge.read.adapters.tied import embedding_of, named_head, settle_head
@@ -16,8 +16,6 @@ from merit_fast.merge.read.companions import CONFIG_FILE, is_embedding
 from merit_fast.merge.read.entries import Change, ChangedEntry, Rows, TensorEntry, is_float
 from merit_fast.merge.read.files import read_json
 from merit_fast.merge.read.token_rows import differ_in_rows
-
-_ATTENTION = "in_proj_weight"  # of torch's MultiheadAttention, which PEFT targets as a module
 
 
 def put_on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
@@ -107,6 +105,7 @@ class _Work:
         transposed = stored_transposed(layer, target.shape)
         transposed = square if transposed is None else transposed
         rank, scaling = self.scalings.of(module)
+        scaling *= layer.times
         use_dora = self.adapter.config.use_dora
         for change in layer_changes(layer, target, (rank, scaling), transposed, use_dora=use_dora):
             self._add(f"{module}.weight", change)
@@ -120,7 +119,7 @@ class _Work:
         named: dict[str, list[TensorEntry]] = {}
         for name, entry in self.tensors.items():
             module, _, leaf = name.rpartition(".")
-            if module in wrappers and (self._is_parameter(name) or leaf == _ATTENTION):
+            if module in wrappers and (self._is_parameter(name) or leaf == ATTENTION):
                 named.setdefault(module, []).append(replace(entry, name=name))
         for module, layers in wrappers.items():
             self._refuse_variants(layers)

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+import warnings
 from collections.abc import Mapping
 
 from merit_fast.errors import InputError
@@ -27,8 +28,12 @@ def pattern_error(text: str) -> str:
     if math.prod(max(count, 1) for count in counts) > _MAX_REPEATS:
         return f"counts of repetitions with a product of at most {_MAX_REPEATS}"
     try:
-        re.compile(_whole(text))
-        regex.compile(_whole(text))
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # about brackets that a later version may read otherwise
+            re.compile(_whole(text))
+            regex.compile(_whole(text))
     except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
         return type(error).__name__
     return ""

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.read.boxes import is_row_major, row_major
-from merit_fast.merge.read.checkpoint import Checkpoint, check_name
+from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.dcp.files import output_files
 from merit_fast.merge.read.dcp.folder import choose_subtree, is_no_model
 from merit_fast.merge.read.dcp.items import StoredChunk, read_item
@@ -25,6 +25,7 @@ from merit_fast.merge.read.dcp.metadata import (
 from merit_fast.merge.read.dcp.tiles import tiling_fault
 from merit_fast.merge.read.entries import AssembledEntry, Part, TensorEntry
 from merit_fast.merge.read.files import folder_of, open_regular, size_of
+from merit_fast.merge.read.headers import check_name
 from merit_fast.merge.read.remote import Location
 
 

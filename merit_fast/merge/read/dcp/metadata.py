@@ -6,10 +6,10 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import DTYPES
-from merit_fast.merge.read.checkpoint import check_name
 from merit_fast.merge.read.dcp.pickles import MAX_PICKLE_BYTES, read_pickle
 from merit_fast.merge.read.dcp.values import Global, Made, Pairs
 from merit_fast.merge.read.files import open_regular, quote, size_of
+from merit_fast.merge.read.headers import check_name
 from merit_fast.merge.read.remote import Location
 
 METADATA_FILE = ".metadata"

@@ -11,11 +11,12 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.boxes import row_major
-from merit_fast.merge.read.checkpoint import MAX_HEADER_BYTES, Checkpoint, read_header
+from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.dcp.files import output_files
 from merit_fast.merge.read.dcp.tiles import tiling_fault
 from merit_fast.merge.read.entries import AssembledEntry, Part, TensorEntry
 from merit_fast.merge.read.files import open_regular, parse_json, quote
+from merit_fast.merge.read.headers import MAX_HEADER_BYTES, read_header
 from merit_fast.merge.read.remote import Location
 
 _KEY = "DCP_SHARDING_INFO"

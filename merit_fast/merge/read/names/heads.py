@@ -25,10 +25,12 @@ def match_heads(donor: Checkpoint, models: Sequence[Checkpoint]) -> list[Checkpo
     """
     with_head = [model for model in models if find_head(model.tensors)]
     heads = {head_name(model.tensors) for model in models} - {None}
-    if len(with_head) == len(models) or len(heads) != 1:
+    if len(heads) != 1:
         return list(models)
     name = heads.pop()
     assert name is not None
+    if all(name in model.tensors for model in models):
+        return list(models)
     kind = model_class(donor.path)
     if kind.config and not kind.ties_head:
         return [_with_head(model, name) for model in models]

@@ -133,7 +133,7 @@ FORMATS = (
         "fp4 experts",
         "DeepSeek-V4",
         "{}",
-        ("I8", "F4"),
+        ("I8",),
         "F4",
         _FP8_SCALES,
         (*_E8M0, "F32"),
@@ -185,15 +185,16 @@ LAYER_SCALES = (
 def formats_markdown() -> str:
     """The table of formats for the docs, one row for each."""
     lines = [
-        "| format | found in | stored codes | scales | block | output without `dtype` |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| format | found in | stored codes | scales | block | read by | exact to | written |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for form in FORMATS:
         block = " x ".join(map(str, form.block)) if form.block else "any"
         scales = [*form.scales, *filter(None, (form.second, form.zero, form.order, form.shape))]
         names = ", ".join(f"`{name.replace('{module}', 'M').format('X')}`" for name in scales)
         codes = f"`{form.codes.format('X')}` {' or '.join(form.stored)}"
-        written = "the same form, fresh scales" if form.writes else "untouched tensors only"
-        cells = (form.name, form.found_in, codes, names, block, written)
+        exact = "one division in float64" if form.divides else "code x scale in float64"
+        written = "with fresh scales" if form.writes else "where nothing changes it"
+        cells = (form.name, form.found_in, codes, names, block, "every method", exact, written)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

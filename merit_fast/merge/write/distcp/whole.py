@@ -1,19 +1,15 @@
 """Whole tensors that are written first, where a method looks at more than one chunk."""
 
-from pathlib import Path
+from dataclasses import replace
 
 from merit_fast.errors import InputError
-from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.write.distcp.plan import WHOLE_FOLDER
-from merit_fast.merge.write.shards import Share, write_shards
-from merit_fast.progress import Progress
+from merit_fast.merge.write.shards import ShardWriter, Share
 
 
-def write_whole_tensors(
-    plan: Plan, config: MergeConfig, directory: Path, progress: Progress, share: Share = (1, 1)
-) -> None:
-    """Writes the files of ``plan.before``, if it has one, into a folder of ``directory``.
+def write_whole_tensors(plan: Plan, writer: ShardWriter, share: Share = (1, 1)) -> None:
+    """Writes the files of ``plan.before``, if it has one, into a folder of the writer's directory.
 
     Raises:
         InputError: several processes share the merge.
@@ -21,7 +17,10 @@ def write_whole_tensors(
     if plan.before is None:
         return
     if share != (1, 1):
-        rule = f"form distcp and method {config.method} take one process"
+        rule = f"form distcp and method {writer.config.method} take one process"
         raise InputError(f"merge: share: must be 1/1: {rule}, got {share[0]}/{share[1]}")
-    (directory / WHOLE_FOLDER).mkdir(exist_ok=True)
-    write_shards(plan.before, config, directory / WHOLE_FOLDER, progress)
+    folder = writer.directory / WHOLE_FOLDER
+    folder.mkdir(exist_ok=True)
+    whole = replace(writer, directory=folder, written=set())
+    whole.write(plan.before.shards)
+    whole.prove(plan.before.shards)

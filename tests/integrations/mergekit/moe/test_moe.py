@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from merit_fast.errors import InputError
 from merit_fast.integrations.mergekit.run import merge_mergekit
+from merit_fast.merge.prepared import PreparedMerge
 from merit_fast.progress import SilentProgress
 
 CODES = {"source_model": "m1", "positive_prompts": ["write code", "a function"]}
@@ -186,6 +187,27 @@ def test_a_dry_run_reads_headers_only_and_the_recipe_is_kept(inside, tmp_path):
     assert kept["experts"][1]["negative_prompts"] == ["prose"]
 
 
+def test_a_killed_mixture_resumes_and_leaves_nothing(inside, tmp_path, monkeypatch):
+    experts = [{"source_model": "m1"}, {"source_model": "m2"}]
+    recipe = {"base_model": "m0", "gate_mode": "random", "experts": experts}
+    run(recipe, tmp_path)
+    whole = (tmp_path / "out/model.safetensors").read_bytes()
+    (tmp_path / "out").rename(tmp_path / "whole")
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedMerge, "_finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path)
+    assert (tmp_path / ".out.routers/routers.safetensors").exists()
+    run(recipe, tmp_path)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == whole
+    left = {name for name in os.listdir(tmp_path) if not name.endswith(".locks")}
+    assert left == {"moe.yml", "out", "whole"}
+
+
 def test_prompts_that_hardly_differ_are_noted(inside, tmp_path):
     notes = []
     progress = SilentProgress()
@@ -275,5 +297,6 @@ def test_models_that_do_not_fit_are_refused(folder, tmp_path, monkeypatch):
         attempt(dense, "short")
     with pytest.raises(InputError, match="q_proj.bias: has no place in a Mixtral model"):
         attempt("biased", dense)
+    assert not [name for name in os.listdir(tmp_path) if "out" in name]
     attempt("old", dense)
     assert not any("inv_freq" in name for name in load(tmp_path / "out"))

@@ -1,10 +1,12 @@
 """Coverage-guided fuzzing of a merge's readers, run from the root with PYTHONPATH=tests.
 
-    python -m support.merge.fuzz_checkpoint --minutes 5
+    python -m support.merge.fuzz.checkpoint --minutes 5
+    python -m support.merge.fuzz.checkpoint --minutes 5 --seed 1
 
-Needs `pip install atheris`; no part of the test suite, which has test_fuzz_checkpoint.py. An input
-that crashes, hangs or disagrees with safetensors is written to the current directory;
-``PYTHONPATH=tests python -m support.merge.fuzz_checkpoint FILE`` repeats it.
+The first needs `pip install atheris`; the second changes documents at random, without coverage.
+Neither is part of the test suite, which has test_fuzz_checkpoint.py. An input that crashes, hangs
+or disagrees with safetensors is written to the current directory;
+``PYTHONPATH=tests python -m support.merge.fuzz.checkpoint FILE`` repeats it.
 """
 
 import argparse
@@ -13,97 +15,21 @@ import os
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from support.merge.headers import INDEX, one_tensor, pack, tensor, write_model
+from support.merge.fuzz.seeds import DATA_BYTES, JUNK, KINDS, LORA, PAIR, QUANTISED, SCHEME, SEEDS
+from support.merge.headers import INDEX, one_tensor, pack, write_model
 
 from merit_fast.errors import InputError
 
 if TYPE_CHECKING:  # a fuzzed module is imported first where it is instrumented
     from merit_fast.merge.read.entries import TensorEntry
 
-HEADER = {
-    "v": tensor([2, 3], 0, 24),
-    "w": tensor([0, 4], 24, 24, "BF16"),
-    "__metadata__": {"format": "pt"},
-}
-PAIR = {
-    "base_model.model.q.lora_A.weight": tensor([2, 3], 0, 24),
-    "base_model.model.q.lora_B.weight": tensor([1, 2], 24, 32),
-}
-CONFIG = {
-    "vocab_size": 4,
-    "dtype": "float32",
-    "tie_word_embeddings": True,
-    "text_config": {"torch_dtype": "x"},
-    "quantization_config": {"quant_method": "fp8"},
-    "auto_map": {},
-}
-LORA = {
-    "peft_type": "LORA",
-    "r": 2,
-    "lora_alpha": 4.0,
-    "bias": "none",
-    "rank_pattern": {"q": 2},
-    "alpha_pattern": {},
-    "init_lora_weights": True,
-    "modules_to_save": ["x"],
-    "use_dora": False,
-}
-JUNK: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    2**31,
-    2**63 - 1,
-    2**63,
-    2**70,
-    10**400,
-    1e3,
-    0.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "w",
-    "v",
-    "a\nb",
-    "\ud800",
-    "\x1b[2J",
-    "x" * 2000,
-    "F32",
-    "BF16",
-    "F4",
-    "F8_E8M0",
-    [],
-    {},
-    [[]],
-    [0],
-    [2, 3],
-    [0, 8],
-    {"w": 1},
-    "../x.safetensors",
-    "/x.safetensors",
-    "x.safetensors",
-    "model.safetensors",
-    "\0.safetensors",
-    "(a+)+b",
-    ".*",
-    "(",
-)
-KINDS = ("header", "index", "config", "lora", "pair", "raw")
-SEEDS = {
-    "header": HEADER,
-    "index": {"weight_map": {"w": "x.safetensors"}},
-    "config": CONFIG,
-    "lora": LORA,
-    "pair": PAIR,
-}
+_SCHEME_TEXT = json.dumps(SCHEME).encode()
 
 
 def survives(read: Callable[[], object]) -> bool:
@@ -121,6 +47,7 @@ def check(kind: str, content: bytes, data_bytes: int, root: Path) -> None:
     from merit_fast.merge.read.adapters.adapter import read_adapter
     from merit_fast.merge.read.checkpoint import read_checkpoint, read_files
     from merit_fast.merge.read.companions import check_configs, copy_companions
+    from merit_fast.merge.read.decoded import read_input
 
     model = root / kind
     if not model.exists():
@@ -143,6 +70,13 @@ def check(kind: str, content: bytes, data_bytes: int, root: Path) -> None:
         each = read_checkpoint(model)
         survives(lambda: check_configs([each, each]))
         survives(lambda: copy_companions(model, root / "out", ("bfloat16",), dequantized=True))
+    elif kind in ("quantised", "scheme"):
+        (model / "config.json").write_bytes(content if kind == "scheme" else _SCHEME_TEXT)
+        header = QUANTISED if kind == "scheme" else content
+        (model / "model.safetensors").write_bytes(
+            pack(header, bytes(256 if kind == "scheme" else data_bytes))
+        )
+        survives(lambda: read_input(model, None))
     else:
         name = "adapter_model.safetensors"
         config = "adapter_config.json"
@@ -219,6 +153,31 @@ def damage(text: bytes, rng: random.Random) -> bytes:
     return json.dumps(values).encode()
 
 
+def fuzz_at_random(root: Path, seconds: float, seed: int = 0) -> int:
+    """Changes right documents at random until the time is over; returns the number of inputs.
+
+    Raises:
+        Exception: of the reader; ``root/last`` holds the input.
+    """
+    rng = random.Random(seed)
+    end = time.monotonic() + seconds
+    count = 0
+    while time.monotonic() < end:
+        kind = rng.choice([*SEEDS])
+        text = json.dumps(SEEDS[kind]).encode()
+        for _ in range(rng.randint(0, 6)):
+            text = damage(text, rng)
+        content = bytearray(text)
+        for _ in range(rng.randint(0, 3) * rng.randint(0, 1)):
+            at = rng.randint(0, len(content))
+            content[at : at + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
+        num_bytes = DATA_BYTES.get(kind, 24)
+        (root / "last").write_bytes(kind.encode() + b"\n" + content)
+        check(kind, bytes(content), rng.choice([num_bytes, num_bytes, num_bytes, 0, 8]), root)
+        count += 1
+    return count
+
+
 def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
     """Does not return: libFuzzer ends the process."""
     import atheris
@@ -241,7 +200,7 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
 
     (root / "corpus").mkdir()
     for kind, seed in SEEDS.items():
-        prefix = bytes([KINDS.index(kind), 32 if kind == "pair" else 24])
+        prefix = bytes([KINDS.index(kind), DATA_BYTES.get(kind, 24) % 256])
         (root / "corpus" / kind).write_bytes(prefix + json.dumps(seed).encode())
     (root / "corpus" / "raw").write_bytes(bytes([KINDS.index("raw"), 0]) + one_tensor())
     limits = [
@@ -260,9 +219,14 @@ def fuzz(root: Path, seconds: float, inputs: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--seed", type=int, help="change documents at random, without atheris")
     parser.add_argument("inputs", nargs="*", help="inputs found earlier, to repeat")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz") as root:
+        if arguments.seed is not None:
+            count = fuzz_at_random(Path(root), 60 * arguments.minutes, arguments.seed)
+            print(f"{count} inputs were taken or refused in one line")
+            return
         child = os.fork()
         if child == 0:
             fuzz(Path(root), 60 * arguments.minutes, arguments.inputs)

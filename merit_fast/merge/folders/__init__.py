@@ -1,0 +1,1 @@
+"""Merges of folders that hold several models."""
