@@ -12,6 +12,7 @@
 #include "common/bindings.h"
 #include "engine/bindings.h"
 #include "engine/streaming.h"
+#include "engine/write/bindings.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -110,6 +111,7 @@ void define_rule(nb::module_& m) {
 
 void define_engine(nb::module_& m, const AverageKernels& kernels) {
   define_sources(m);
+  define_encoding(m);
   define_segment(m);
   define_rule(m);
   define_elements(m, kernels);

@@ -26,6 +26,8 @@ from merit_fast.merge.tokenizer_options import TokenizerOptions, tokenizer_optio
 from merit_fast.options.fields import option, require
 from merit_fast.options.parser import parse, to_plain
 
+FP8_BLOCK = "fp8-block128"  # a quantised output; the other dtypes are of plain tensors
+
 
 @dataclass(frozen=True)
 class MergeConfig(FormOptions):
@@ -112,7 +114,7 @@ class MergeConfig(FormOptions):
         "llama3, mistral, or a Jinja text; absent: the tokenizer's own",
         omit_default=True,
     )
-    dtype: Literal["bf16", "fp16", "fp32", "fp64"] | None = option(
+    dtype: Literal["bf16", "fp16", "fp32", "fp64", "fp8-block128"] | None = option(
         None,
         "dtype of the output, bfloat16, float16, float32 and float64 too; None: the models' own, "
         "whatever the base's is",
@@ -125,6 +127,11 @@ class MergeConfig(FormOptions):
     )
     shard_size: str | None = option(
         None, "most bytes of an output file, as 5G or 400M; absent: the first model's files"
+    )
+    unscaled_fp8: bool = option(
+        False,
+        "take 8-bit floats that have no scale next to them as values",
+        omit_default=True,
     )
     stats: bool = option(
         False, "also write geometry.json: the models' deltas from the base, in the same pass"
@@ -148,8 +155,8 @@ class MergeConfig(FormOptions):
             4 <= self.chunk_kib <= 1 << 20, "chunk_kib", "between 4 and 1048576", self.chunk_kib
         )
         require(self.rank is None or self.rank >= 1, "rank", "at least 1", self.rank)
-        names = ", ".join(SHORT_NAMES)
-        require(self.dtype in (None, *SHORT_NAMES), "dtype", f"one of {names}", self.dtype)
+        names = (*SHORT_NAMES, FP8_BLOCK)
+        require(self.dtype in (None, *names), "dtype", f"one of {', '.join(names)}", self.dtype)
         require(0 <= self.seed < 1 << 63, "seed", "between 0 and 2^63 - 1", self.seed)
         for name in ("shard_size", "max_memory"):
             if getattr(self, name) is not None:

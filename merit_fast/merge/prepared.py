@@ -22,10 +22,10 @@ from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.memory import fit_memory
 from merit_fast.merge.engine.modules import Module, read_modules
+from merit_fast.merge.engine.notes.dtypes import dtype_reason
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import (
     Inputs,
-    dtype_reason,
     make_plan,
     read_inputs,
 )
@@ -86,7 +86,7 @@ class PreparedMerge:
             "merged": str(out),
             "models": [[str(path), weight] for path, weight in self._weighed()],
             "base": str(self.base) if self.base else None,
-            "dtype_reason": dtype_reason(self.inputs, self.config, self.base),
+            "dtype_reason": self._dtype_reason(),
             "weights": list(self.weights),
         }
         local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
@@ -220,7 +220,7 @@ class PreparedMerge:
         write_text(directory / CARD_FILE, model_card(self._card_facts(), directory))
 
     def _card_facts(self) -> CardFacts:
-        reason = dtype_reason(self.inputs, self.config, self.base)
+        reason = self._dtype_reason()
         return CardFacts(
             self.models,
             [weight for _, weight in self._weighed()],
@@ -231,6 +231,10 @@ class PreparedMerge:
             self.run,
             self.modules,
         )
+
+    def _dtype_reason(self) -> str:
+        dtypes = (self.inputs.dtypes, self.inputs.base_dtypes)
+        return dtype_reason(self.config.dtype, *dtypes, self.inputs.models, self.base)
 
     def _weighed(self) -> list[tuple[Location, float | None]]:
         return weighed_models(self.models, self.weights, self.config, bool(self.slices))
@@ -254,7 +258,7 @@ class PreparedMerge:
         return stage_manifest("merge", same_bytes(self.config), fingerprints)
 
 
-def prepare_merge(
+def prepare_merge(  # noqa: PLR0913
     models: Sequence[Location],
     weights: Sequence[float],
     base: Location | None,
@@ -263,6 +267,7 @@ def prepare_merge(
     companions: Location | None = None,
     run: RunFacts | None = None,
     modules: Sequence[Module] = (),
+    to_memory: bool = False,
 ) -> PreparedMerge:
     """Checks everything that headers and configs tell, before a byte is written.
 
@@ -275,6 +280,7 @@ def prepare_merge(
         companions: as in ``read_inputs``.
         run: the run whose branches the models are, for the model card.
         modules: as in ``read_modules``, instead of slices; ``models`` are all of theirs.
+        to_memory: as in ``read_inputs``.
 
     Raises:
         InputError: see ``read_inputs``, ``read_modules`` and ``fit_memory``.
@@ -282,7 +288,7 @@ def prepare_merge(
     inputs = (
         read_modules(modules, companions or models[0])
         if modules
-        else read_inputs(models, weights, base, config, slices, companions)
+        else read_inputs(models, weights, base, config, slices, companions, to_memory=to_memory)
     )
     config = replace(config, chunk_kib=fit_memory(inputs, config))
     return PreparedMerge(

@@ -12,8 +12,9 @@ from merit_fast.merge.combine.weights import (
     settle_weights,
     weights_reason,
 )
-from merit_fast.merge.config import MergeConfig, config_of
+from merit_fast.merge.config import FP8_BLOCK, MergeConfig, config_of
 from merit_fast.merge.engine.modules import Module
+from merit_fast.merge.engine.quantise.rounding import read_rounding
 from merit_fast.merge.folders.several import FolderMerge, prepare_folders
 from merit_fast.merge.in_memory.loading import checked_device
 from merit_fast.merge.lora.join import JoinedAdapters
@@ -124,7 +125,7 @@ def merge_models(  # noqa: PLR0913
         finished = merge.upload(out, progress, share, records)
     else:
         finished = merge.write(out, progress, share, records)
-    return summary | {"finished": finished}
+    return summary | {"finished": finished} | read_rounding(out)
 
 
 def _merge_folders(
@@ -224,11 +225,14 @@ def load_merged(
     config = config_of("load_merged", config, options, weights)
     paths = [_expanded(path) for path in models]
     start = None if base is None else _expanded(base)
+    if config.dtype == FP8_BLOCK:
+        raise InputError(f"load_merged: dtype: {FP8_BLOCK} concerns an output's files")
     target = checked_device(device)
     if (several := several_models(paths[0])) is not None:
         listing = paths[0] / several.listing
         raise InputError(f"{listing}: lists several models; merge them into files")
-    return prepare_merge(paths, resolve_weights(paths, config), start, config).load(target)
+    weights = resolve_weights(paths, config)
+    return prepare_merge(paths, weights, start, config, to_memory=True).load(target)
 
 
 def merge_branches(

@@ -9,6 +9,7 @@ import pytest
 from support.docs.pages import PAGES, ROOT, anchors_of, inline_code, links_of, name_of
 
 from merit_fast.data.rows.formats import common_columns_markdown, row_formats_markdown
+from merit_fast.merge.read.quantised.formats import formats_markdown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -29,6 +30,10 @@ def test_readme_is_short():
 def test_the_page_on_rows_lists_every_format_and_column():
     text = (ROOT / "docs" / "data" / "rows.md").read_text()
     assert row_formats_markdown() in text and common_columns_markdown() in text
+
+
+def test_the_page_on_quantised_checkpoints_lists_every_format():
+    assert formats_markdown() in (ROOT / "docs" / "checkpoints" / "formats.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

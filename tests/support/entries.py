@@ -14,9 +14,9 @@ from merit_fast.merge.read.entries import (
     AssembledEntry,
     ChangedEntry,
     DecodedEntry,
+    Grid,
     LowRank,
     Part,
-    Scales,
     TensorEntry,
     value_dtype,
 )
@@ -73,7 +73,9 @@ class RandomEntries:
         rows, cols = (int(size) for size in self.rng.integers(1, 5, 2))
         scales = self.plain((-(-shape[0] // rows), -(-shape[1] // cols)), "F32")
         factors = scales.values.repeat(rows, 0)[: shape[0]].repeat(cols, 1)[:, : shape[1]]
-        entry = DecodedEntry(**fields_of(codes.entry), scales=Scales(scales.entry, rows, cols))
+        grid = Grid(scales.entry, "", shape[0], scales.values.shape, rows, cols)
+        stored = fields_of(codes.entry)
+        entry = DecodedEntry(**stored, codes=codes.entry, scales=(grid,))
         return Known(entry, codes.values * factors)
 
     def changed(self, depth: int, shape: tuple[int, ...]) -> Known:

@@ -2,6 +2,7 @@
 // alive.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
@@ -21,20 +22,43 @@ namespace {
 using Table = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void define_codes(nb::module_& m) {
-  nb::class_<Float8Source, Source>(m, "Float8Source")
+  nb::class_<Grid>(m, "Grid").def(
+      "__init__",
+      [](Grid* self, SourcePtr numbers, int64_t rows, std::pair<int64_t, int64_t> shape,
+         std::pair<int64_t, int64_t> block, bool divides, uintptr_t columns) {
+        new (self) Grid{.numbers = std::move(numbers),
+                        .rows = rows,
+                        .grid_rows = shape.first,
+                        .grid_cols = shape.second,
+                        .block_rows = block.first,
+                        .block_cols = block.second,
+                        .divides = divides,
+                        .columns = pointer<const int32_t>(columns)};
+      },
+      nb::kw_only(), "numbers"_a, "rows"_a, "shape"_a, "block"_a, "divides"_a, "columns"_a);
+  nb::class_<CodesSource, Source>(m, "CodesSource")
       .def(
           "__init__",
-          [](Float8Source* self, int64_t file, int64_t offset, bool e5m2, int64_t cols,
-             int64_t block_rows, int64_t block_cols, int64_t scale_cols, uintptr_t scales) {
-            new (self) Float8Source(file, offset, e5m2,
-                                    {.cols = cols,
-                                     .block_rows = block_rows,
-                                     .block_cols = block_cols,
-                                     .scale_cols = scale_cols,
-                                     .values = pointer<const double>(scales)});
+          [](CodesSource* self, int64_t file, int64_t offset, int64_t cols, int64_t row_bytes,
+             int64_t bits, uintptr_t table, std::vector<Grid> zeros, std::vector<Grid> scales) {
+            new (self) CodesSource({.file = file,
+                                    .offset = offset,
+                                    .cols = cols,
+                                    .row_bytes = row_bytes,
+                                    .bits = bits,
+                                    .table = pointer<const double>(table)},
+                                   std::move(zeros), std::move(scales));
           },
-          nb::kw_only(), "file"_a, "offset"_a, "e5m2"_a, "cols"_a, "block_rows"_a, "block_cols"_a,
-          "scale_cols"_a, "scales"_a);
+          nb::kw_only(), "file"_a, "offset"_a, "cols"_a, "row_bytes"_a, "bits"_a, "table"_a,
+          "zeros"_a, "scales"_a);
+  nb::class_<PackedRowsSource, Source>(m, "PackedRowsSource")
+      .def(
+          "__init__",
+          [](PackedRowsSource* self, int64_t file, int64_t offset, int64_t cols, int64_t bits,
+             uintptr_t table) {
+            new (self) PackedRowsSource(file, offset, cols, bits, pointer<const double>(table));
+          },
+          nb::kw_only(), "file"_a, "offset"_a, "cols"_a, "bits"_a, "table"_a);
 }
 
 void define_changes(nb::module_& m) {

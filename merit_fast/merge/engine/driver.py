@@ -26,6 +26,8 @@ from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Rule, Segment, Shard
+from merit_fast.merge.engine.quantise.rounding import write_shard_roundings
+from merit_fast.merge.engine.quantise.stream import encode_tensor, scratch_output, unencoded
 from merit_fast.merge.engine.values import values
 from merit_fast.merge.read.entries import is_float, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location
@@ -56,11 +58,21 @@ def write_shard(
         if shard.frame is not None:
             shard.frame.begin(opened.output)
         engine = _Engine(config, opened, config.stats, config.stats, advance, backend)
-        grams = engine.run(shard.segments)
+        grams = engine.run([segment for segment in shard.segments if not segment.encoding])
+        roundings = {}
+        for segment in filter(lambda segment: segment.encoding, shard.segments):
+            with scratch_output(opened, path.parent) as scratch:
+                engine.opened = scratch
+                grams |= engine.run([unencoded(segment)])
+                roundings[segment.names[0]] = encode_tensor(
+                    segment, scratch, opened, engine.is_native, config.threads
+                )
         for segment in shard.copies:
-            _copy_equal(segment, opened)
+            if segment.num_elements:
+                _copy_equal(segment, opened)
         if shard.frame is not None:
             shard.frame.finish(opened.output, config.threads)
+    write_shard_roundings(path.parent, shard, roundings)
     return grams
 
 

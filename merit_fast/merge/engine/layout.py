@@ -1,19 +1,22 @@
 """The output's tensors and files, and the input entries that each tensor is made of."""
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average.dtypes import FP8_DTYPES, ITEM_BYTES
+from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.merge.engine.quantise.encoding import Encoding
+from merit_fast.merge.engine.quantise.forms import Form, Forms
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
 )
-from merit_fast.merge.read.entries import TensorEntry, is_float, own_dtype
+from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised, own_dtype
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class OutputTensor:
     dtype: str
     shape: tuple[int, ...]
     inputs: tuple[TensorEntry, ...]
+    encoding: Encoding | None = None  # codes and scales in place of values
+    copied: tuple[tuple[str, TensorEntry], ...] = ()  # stored tensors in place of values
 
     @property
     def num_elements(self) -> int:
@@ -31,13 +36,50 @@ class OutputTensor:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * ITEM_BYTES[self.dtype]
+        return sum(stored.num_bytes for stored in self.stored)
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.encoding is not None or bool(self.copied)
+
+    @property
+    def stored(self) -> tuple["StoredTensor", ...]:
+        """What the file holds for it: itself; or codes, then scales; or what is copied."""
+        if self.copied:
+            parts = [(name, entry.dtype, entry.shape) for name, entry in self.copied]
+            return tuple(StoredTensor(*part) for part in parts)
+        own = StoredTensor(self.name, self.dtype, self.shape)
+        if self.encoding is None:
+            return (own,)
+        scale = self.encoding
+        return own, StoredTensor(scale.scale_name, scale.scale_dtype, scale.scale_shape)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of a safetensors header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class OutputFile:
     name: str
     tensors: tuple[OutputTensor, ...]
+
+    @property
+    def stored(self) -> list[StoredTensor]:
+        """Entries of the header by offset. With codes, wide dtypes come first: all are aligned."""
+        entries = [stored for tensor in self.tensors for stored in tensor.stored]
+        if any(tensor.is_quantised for tensor in self.tensors):
+            entries.sort(key=lambda stored: -ITEM_BYTES[stored.dtype])
+        return entries
 
 
 def lay_out(
@@ -47,6 +89,7 @@ def lay_out(
     missing: str = "error",
     shard_bytes: int | None = None,
     num_models: int | None = None,
+    forms: Forms | None = None,
 ) -> tuple[OutputFile, ...]:
     """Checks that the inputs fit together and decides the output's files.
 
@@ -59,6 +102,7 @@ def lay_out(
         missing: treatment of a tensor that some input lacks: "error", "base" or "drop".
         shard_bytes: most bytes of an output file. None: the first input's files.
         num_models: the first inputs, which are models; another one is the base. None: all.
+        forms: chooses the quantised tensors of the output. None: it has none.
 
     Raises:
         InputError: a tensor is missing, extra, of another shape or dtype; names file, tensor, rule
@@ -70,7 +114,7 @@ def lay_out(
         for name, entry in checkpoint.tensors.items():
             if name not in first.tensors and missing != "drop":
                 raise _unmatched(f"{entry.file}: {name}: is not in {first.path}")
-    chosen = _Dtypes(checkpoints[:num_models], base, dtype)
+    chosen = _Dtypes(checkpoints[:num_models], base, dtype, forms)
     files = []
     for file, names in first.shards:
         tensors = [_tensor(name, entries[name], chosen) for name in names if entries[name]]
@@ -89,13 +133,31 @@ class _Dtypes:
     """The dtype of each output tensor: the one asked for, else that of the models' own tensors."""
 
     def __init__(
-        self, models: Sequence[Checkpoint], base: Checkpoint | None, asked: str | None
+        self,
+        models: Sequence[Checkpoint],
+        base: Checkpoint | None,
+        asked: str | None,
+        forms: Forms | None,
     ) -> None:
+        self.forms = forms
         self.models = models
         self.base = base
         self.asked = asked
         tensors = [entry for model in models for entry in model.tensors.values()]
-        self.common = {own_dtype(entry) for entry in tensors if is_float(entry)}
+        self.common = {
+            own_dtype(entry) for entry in tensors if is_float(entry) and not is_quantised(entry)
+        }
+
+    def form(self, name: str, entries: Sequence[TensorEntry]) -> Form | None:
+        """How a float tensor is quantised in the output; None if it is not."""
+        if self.forms is None:
+            return None
+        return self.forms.of(name, entries, self._own(name))
+
+    def _own(self, name: str) -> list[TensorEntry]:
+        """The models' tensors that are not the base's."""
+        listed = [model.tensors[name] for model in self.models if name in model.tensors]
+        return [entry for entry in listed if not self._is_of_base(entry)]
 
     def of(self, name: str, entries: Sequence[TensorEntry]) -> str:
         """The output's dtype of a float tensor that is made of these entries.
@@ -105,9 +167,9 @@ class _Dtypes:
         """
         if self.asked:
             return self.asked
-        listed = [model.tensors[name] for model in self.models if name in model.tensors]
-        own = [entry for entry in listed if not self._is_of_base(entry)]
-        if not listed and len(self.common) == 1:
+        is_listed = any(name in model.tensors for model in self.models)
+        own = self._own(name)
+        if not is_listed and len(self.common) == 1:
             dtype = next(iter(self.common))
         else:
             dtype = own_dtype((own or entries)[0])
@@ -115,8 +177,9 @@ class _Dtypes:
             if own_dtype(other) != dtype:
                 rule = f"{other.file}: {name}: dtype must be {dtype} as in {own[0].file}"
                 raise OptionError(f"{rule}, got {own_dtype(other)}", "dtype", "{} chooses one")
-        if dtype in FP8_DTYPES:
-            rule = f"{(own or entries)[0].file}: {name}: is {dtype}"
+        quantised = next(filter(is_quantised, own or entries), None)
+        if quantised:
+            rule = f"{quantised.file}: {name}: is {own_dtype(quantised)}"
             raise OptionError(rule, "dtype", "{} must choose the output's dtype")
         return dtype
 
@@ -142,7 +205,7 @@ def index_text(
         "total_size": sum(tensor.num_bytes for tensor in tensors),
         **(metadata or {}),
     }
-    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    weight_map = {stored.name: file.name for file in files for stored in file.stored}
     return (
         json.dumps({"metadata": values, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
         + "\n"
@@ -153,7 +216,7 @@ def header_bytes(file: OutputFile) -> bytes:
     """Length and JSON of a safetensors header, padded to a multiple of 8."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for tensor in file.tensors:
+    for tensor in file.stored:
         end = start + tensor.num_bytes
         header[tensor.name] = {
             "dtype": tensor.dtype,
@@ -198,6 +261,10 @@ def _tensor(name: str, entries: Sequence[TensorEntry], dtypes: _Dtypes) -> Outpu
                     f"{other.file}: {name}: {rule} must be {_text(mine)} as in {first.file}, got "
                     f"{_text(theirs)}"
                 )
+    form = dtypes.form(name, entries) if is_float(first) else None
+    if form is not None:
+        inputs = tuple(entries)
+        return OutputTensor(name, form.dtype, first.shape, inputs, form.encoding, form.copied)
     dtype = dtypes.of(name, entries) if is_float(first) else first.dtype
     return OutputTensor(name, dtype, first.shape, tuple(entries))
 

@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average.dtypes import FP8_DTYPES, SHORT_NAMES
+from merit_fast.kernels.average.dtypes import SHORT_NAMES
 from merit_fast.merge.combine.combination import Combination, Rule
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, cut_files
 from merit_fast.merge.engine.prepare import Inputs, read_inputs
+from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import TensorEntry, is_float, value_dtype
+from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised, own_dtype
 from merit_fast.merge.read.names.modules import module_names
 from merit_fast.merge.read.names.towers import TEXT, Tower, towers_of
 from merit_fast.merge.read.remote import Location
@@ -66,7 +67,7 @@ def read_modules(modules: Sequence[Module], companions: Location) -> Inputs:
         checkpoints=max((part.checkpoints for part in parts.values()), key=len),
         files=files,
         companions=companions,
-        dequantized=any(e.dtype in FP8_DTYPES for tensor in tensors for e in tensor.inputs),
+        dequantized=any(is_quantised(e) for tensor in tensors for e in tensor.inputs),
         models=tuple(dict.fromkeys(path for module in modules for path in module.models)),
         notes=(*notes, *([note] if copied else [])),
     )
@@ -87,6 +88,7 @@ def _read(module: Module, donor: Checkpoint, towers: Mapping[str, str]) -> Input
         module.slices,
         donor.path,
         tower,
+        to_memory=True,  # towers of one file share a dtype
     )
     made = {tensor.name: tensor.shape for file in inputs.files for tensor in file.tensors}
     own = [name for name, place in towers.items() if place == module.name]
@@ -130,8 +132,10 @@ def _files(
 
 
 def _copied(entry: TensorEntry, dtype: str | None) -> OutputTensor:
-    own = value_dtype(entry) if entry.dtype in FP8_DTYPES else entry.dtype
-    chosen = dtype if dtype and is_float(entry) else own
+    if dtype is None and is_quantised(entry):
+        rule = f"{entry.file}: {entry.name}: is {own_dtype(entry)}"
+        raise OptionError(rule, "dtype", "{} must choose the output's dtype")
+    chosen = dtype if dtype and is_float(entry) else entry.dtype
     return OutputTensor(entry.name, chosen, entry.shape, (entry,))
 
 

@@ -45,12 +45,16 @@ class OpenFiles:
     def read(self, entry: TensorEntry, first: int, count: int) -> bytes:
         """Bytes of ``count`` elements of an input, counted from the start of its segment."""
         item = ITEM_BYTES[entry.dtype]
-        start = entry.offset + first * item
+        return self.read_bytes(entry, first * item, count * item)
+
+    def read_bytes(self, entry: TensorEntry, first: int, count: int) -> bytes:
+        """``count`` bytes of an input, from its byte ``first`` on."""
+        start = entry.offset + first
         if isinstance(entry.file, RemotePath):
-            data = entry.file.read_range(start, count * item)
+            data = entry.file.read_range(start, count)
         else:
-            data = os.pread(self.descriptors[entry.file], count * item, start)
-        if len(data) != count * item:
+            data = os.pread(self.descriptors[entry.file], count, start)
+        if len(data) != count:
             raise InputError(f"{entry.file}: {entry.name}: the file ends before its header says")
         return data
 

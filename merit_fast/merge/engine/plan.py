@@ -11,6 +11,7 @@ from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
+from merit_fast.merge.engine.quantise.encoding import Encoding
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
 
@@ -29,6 +30,8 @@ class Segment:
         TensorEntry, ...
     ]  # of the first tensor, one per input; all tensors of an input have its dtype
     rule: Rule = ()  # coefficients of the first inputs, or a rule for deltas from the last input
+    encoding: Encoding | None = None  # the output holds codes; one tensor, its dtype that of codes
+    scale_offset: int = 0  # of the codes' scales
 
     @property
     def num_elements(self) -> int:
@@ -57,7 +60,7 @@ class Shard:
     header: bytes
     num_bytes: int
     segments: tuple[Segment, ...]
-    copies: tuple[Segment, ...]  # integer tensors, equal in all inputs
+    copies: tuple[Segment, ...]  # equal in all inputs: integer tensors, quantised ones untouched
     frame: Frame | None = None
 
     @property
@@ -109,16 +112,29 @@ def plan_alone(plan: Plan) -> dict[str, Segment]:
 
 def _plan_shard(file: OutputFile, rule: Callable[[TensorEntry], Rule]) -> Shard:
     header = header_bytes(file)
-    offset = len(header)
+    offsets: dict[str, int] = {}
+    end = len(header)
+    for stored in file.stored:
+        offsets[stored.name] = end
+        end += stored.num_bytes
     segments: list[Segment] = []
     copies: list[Segment] = []
     for tensor in file.tensors:
-        if tensor.num_elements and is_float(tensor.inputs[0]):
-            segments.append(_segment(tensor, offset, rule(named_entry(tensor))))
+        if tensor.copied:
+            copies += [_copy(name, offsets[name], part) for name, part in tensor.copied]
+        elif tensor.encoding and tensor.num_elements:
+            segment = _segment(tensor, offsets[tensor.name], rule(named_entry(tensor)))
+            scale_offset = offsets[tensor.encoding.scale_name]
+            segments.append(replace(segment, encoding=tensor.encoding, scale_offset=scale_offset))
+        elif tensor.num_elements and is_float(tensor.inputs[0]):
+            segments.append(_segment(tensor, offsets[tensor.name], rule(named_entry(tensor))))
         elif tensor.num_elements:
-            copies.append(_segment(tensor, offset))
-        offset += tensor.num_bytes
-    return Shard(file.name, header, offset, tuple(_coalesce(segments)), tuple(copies))
+            copies.append(_segment(tensor, offsets[tensor.name]))
+    return Shard(file.name, header, end, tuple(_coalesce(segments)), tuple(copies))
+
+
+def _copy(name: str, offset: int, part: TensorEntry) -> Segment:
+    return Segment((name,), (part.num_elements,), part.dtype, offset, (part,))
 
 
 def named_entry(tensor: OutputTensor) -> TensorEntry:
@@ -158,7 +174,9 @@ def _joined(run: Sequence[Segment]) -> Segment:
 def _follows(first: Segment, elements: int, segment: Segment) -> bool:
     """Whether a segment follows the run that ``first`` opens and that holds ``elements``."""
     is_sum = isinstance(first.rule, tuple)  # every other rule is for one whole tensor
-    if not is_sum or first.rule != segment.rule or first.dtype != segment.dtype:
+    if first.encoding or segment.encoding or not is_sum:
+        return False
+    if first.rule != segment.rule or first.dtype != segment.dtype:
         return False
     if first.output_offset + elements * ITEM_BYTES[first.dtype] != segment.output_offset:
         return False

@@ -1,12 +1,12 @@
 """Decisions before a merge writes: checked headers, the method's rules, the plan."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from merit_fast.errors import InputError
-from merit_fast.kernels.average.dtypes import FP8_DTYPES, SHORT_NAMES, SPELLINGS
+from merit_fast.kernels.average.dtypes import SHORT_NAMES
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import gram_shard
@@ -15,15 +15,17 @@ from merit_fast.merge.engine.layout import OutputFile, lay_out
 from merit_fast.merge.engine.made_rows import write_made
 from merit_fast.merge.engine.notes.absence import absence_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
+from merit_fast.merge.engine.notes.dtypes import words_of_entries, words_of_output
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
-from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.engine.quantise.choose import check_config, choose_forms, reads_codes
+from merit_fast.merge.engine.quantise.forms import Forms, SameForms
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
-from merit_fast.merge.read.companions import check_configs, list_companions, output_dtypes
+from merit_fast.merge.read.companions import check_configs, list_companions
 from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.dcp.opening import check_names, companions_of
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import TensorEntry, stored_entries, value_dtype
+from merit_fast.merge.read.entries import TensorEntry, stored_entries
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.names.towers import Tower
@@ -45,12 +47,13 @@ class Inputs:
     checkpoints: tuple[Checkpoint, ...]  # one per path of the combination
     files: tuple[OutputFile, ...]
     companions: Location
-    dequantized: bool
+    dequantized: bool  # an input is quantised, and no tensor of the output
     models: tuple[Location, ...]
     base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
     notes: tuple[str, ...]  # what was renamed, filled or left out, in sentences
     vocabulary: OutputVocabulary | None = None  # None: tokenizer and rows stay as they are
     chat_template: str | None = None  # None: the tokenizer's own
+    forms: Forms | None = None  # chose the output's quantised tensors
 
     @property
     def tokenizer(self) -> Location:
@@ -85,23 +88,7 @@ class Inputs:
     def dtypes(self) -> str:
         """The output's float dtypes in words such as "bf16", most common first."""
         tensors = [tensor for file in self.files for tensor in file.tensors]
-        return _dtype_words((tensor.dtype, tensor.num_elements) for tensor in tensors)
-
-
-def dtype_reason(inputs: Inputs, config: MergeConfig, base: Location | None) -> str:
-    """Why the output has its dtype, in one clause."""
-    if config.dtype:
-        return "as asked for"
-    is_lent = bool(base) and all(is_adapter(path) for path in inputs.models)
-    reason = "the base's own: all models are adapters" if is_lent else "the models' own"
-    base_dtypes = inputs.base_dtypes
-    if base_dtypes and base_dtypes != inputs.dtypes:
-        reason += f"; the base is {base_dtypes} and is read as it is"
-    return reason
-
-
-def _dtype_words(tensors: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(SPELLINGS.get(name, name) for name in output_dtypes(tensors)) or "no float"
+        return words_of_output(tensors)
 
 
 def read_inputs(
@@ -112,6 +99,7 @@ def read_inputs(
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
     tower: Tower | None = None,
+    to_memory: bool = False,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
 
@@ -119,15 +107,16 @@ def read_inputs(
         slices: of these models and the base, to be stacked; (): the models as they are.
         companions: as in ``in_common_names``.
         tower: the only part of the models that counts; its donor gives the names.
+        to_memory: whether the output is a model in memory, which is not quantised.
 
     Raises:
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
             ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
     given = as_location(config.config_from) if config.config_from else None
-    base_checkpoint = read_input(base, None, config.subtree, given) if base else None
-    places = (config.subtree, given or base)
-    checkpoints = [read_input(path, base_checkpoint, *places) for path in models]
+    how = (config.unscaled_fp8, config.subtree)
+    base_checkpoint = read_input(base, None, *how, given) if base else None
+    checkpoints = [read_input(path, base_checkpoint, *how, given or base) for path in models]
     everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
     checkpoints = everyone[: len(models)]
     base_checkpoint = everyone[-1] if base_checkpoint else None
@@ -166,25 +155,26 @@ def read_inputs(
     if len(combination.paths) > len(models) and base_checkpoint:
         checkpoints.append(base_checkpoint)
     shard_bytes = parse_bytes("shard_size", config.shard_size) if config.shard_size else None
-    dtype = SHORT_NAMES[config.dtype] if config.dtype else None
-    files = lay_out(checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models))
+    dtype = SHORT_NAMES.get(config.dtype) if config.dtype else None
+    forms = None if to_memory else choose_forms(config, combination, everyone, companions)
+    files = lay_out(
+        checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models), forms
+    )
     giver = next((each for each in everyone if folder_of(each.path) == companions), None)
     giver = None if slices else giver
     absent = absence_notes(checkpoints[: len(models)], giver, files, config.missing)
     counted = counter_notes(files)
     list_companions(companions)
-    tensors = [tensor for file in files for tensor in file.tensors]
-    dequantized = any(entry.dtype in FP8_DTYPES for tensor in tensors for entry in tensor.inputs)
-    base_dtypes = ""
-    if base_checkpoint:
-        entries = base_checkpoint.tensors.values()
-        base_dtypes = _dtype_words((value_dtype(e), e.num_elements) for e in entries)
+    is_written = any(tensor.is_quantised for file in files for tensor in file.tensors)
+    if is_written and isinstance(forms, SameForms):
+        check_config(everyone, companions)
+    base_dtypes = words_of_entries(base_checkpoint.tensors.values()) if base_checkpoint else ""
     return Inputs(
         combination,
         tuple(checkpoints),
         files,
         companions,
-        dequantized,
+        not is_written and reads_codes(files),
         tuple(models),
         base_dtypes,
         (
@@ -195,6 +185,7 @@ def read_inputs(
         ),
         vocabulary,
         template,
+        forms,
     )
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import DTYPES
 from merit_fast.merge.engine.changes import apply_change
+from merit_fast.merge.engine.decode import decoded
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.option_names import OptionError
@@ -17,33 +18,10 @@ from merit_fast.merge.read.entries import (
     ChangedEntry,
     DecodedEntry,
     Part,
-    Scales,
     TensorEntry,
 )
 
 Array = npt.NDArray[np.float64]
-
-
-def float8_table(dtype: str) -> Array:
-    """[256] value of every code of an 8-bit float (OCP 8-bit Floating Point Specification)."""
-    mantissa, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
-    codes = np.arange(256)
-    exponent = (codes & 127) >> mantissa
-    fraction = (codes & ((1 << mantissa) - 1)) / (1 << mantissa)
-    values = np.where(
-        exponent > 0, np.ldexp(1.0 + fraction, exponent - bias), np.ldexp(fraction, 1 - bias)
-    )
-    if dtype == "F8_E4M3":
-        values[(codes & 127) == 127] = np.nan
-    else:
-        values[exponent == 31] = np.where(fraction[exponent == 31] > 0, np.nan, np.inf)
-    return np.where(codes & 128, -values, values)
-
-
-def scale_grid(scales: Scales, files: OpenFiles) -> Array:
-    """[row blocks, column blocks] the factors of a tensor of 8-bit floats."""
-    grid = files.small_array(scales.entry)
-    return np.ascontiguousarray(grid.reshape(grid.shape if grid.ndim == 2 else (grid.size, 1)))
 
 
 def values(entry: TensorEntry, first: int, count: int, files: OpenFiles) -> tuple[np.ndarray, str]:
@@ -53,19 +31,9 @@ def values(entry: TensorEntry, first: int, count: int, files: OpenFiles) -> tupl
     if isinstance(entry, AssembledEntry):
         return _assembled(entry, first, count, files), entry.dtype
     if isinstance(entry, DecodedEntry):
-        return _decoded(entry, first, count, files), "F64"
+        return decoded(entry, first, count, files), "F64"
     data = files.read(entry, first, count)
     return np.frombuffer(data, DTYPES[entry.dtype].bits), entry.dtype
-
-
-def _decoded(entry: DecodedEntry, first: int, count: int, files: OpenFiles) -> Array:
-    decoded = float8_table(entry.dtype)[np.frombuffer(files.read(entry, first, count), np.uint8)]
-    if entry.scales is None:
-        return np.asarray(decoded)
-    rows, columns = _places(entry, first, count)
-    grid = scale_grid(entry.scales, files)
-    scale = grid[rows // entry.scales.block_rows, columns // entry.scales.block_cols]
-    return np.asarray(decoded * scale)
 
 
 def _changed(entry: ChangedEntry, first: int, count: int, files: OpenFiles) -> Array:

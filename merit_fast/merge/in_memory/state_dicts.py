@@ -10,7 +10,7 @@ from merit_fast.kernels.average import average_arrays, foreach_weighted_average
 from merit_fast.kernels.average.dtypes import DTYPES, FLOAT_DTYPES, SHORT_NAMES
 from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.combine.weights import Weights, resolve_weights
-from merit_fast.merge.config import MergeConfig, config_of
+from merit_fast.merge.config import FP8_BLOCK, MergeConfig, config_of
 from merit_fast.merge.option_names import OptionError, options_named
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.rules.function import FunctionRule, UserFunction
@@ -120,6 +120,8 @@ def _check_config(config: MergeConfig) -> None:
             raise InputError(
                 f"merge_state_dicts: {field.name}: must be absent, models are in memory"
             )
+    if config.dtype == FP8_BLOCK:
+        raise InputError(f"merge_state_dicts: dtype: {FP8_BLOCK} concerns an output's files")
     if not isinstance(config.method_entry.rule, (WeightedSum, UserFunction)):
         raise InputError(
             "merge_state_dicts: method: must be a weighted sum or a registered method, "

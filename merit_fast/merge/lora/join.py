@@ -18,7 +18,7 @@ from merit_fast.kernels.average.dtypes import SHORT_NAMES
 from merit_fast.manifests.directories import output_directory
 from merit_fast.manifests.io import stage_manifest
 from merit_fast.merge.combine.combination import combine
-from merit_fast.merge.config import MergeConfig
+from merit_fast.merge.config import FP8_BLOCK, MergeConfig
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.lora.files import (
     Array,
@@ -203,6 +203,8 @@ class JoinedAdapters:
 
     def _dtype(self) -> str:
         """The dtype asked for; else the factors' own if it holds them exactly, else F32."""
+        if self.config.dtype == FP8_BLOCK:
+            raise InputError(f"merge: dtype: {FP8_BLOCK} is for models, an adapter stays plain")
         if self.config.dtype:
             return SHORT_NAMES[self.config.dtype]
         entries = [entry for adapter in self.adapters for entry in adapter.parts.factors]

@@ -62,7 +62,6 @@ _SAME = (
     "num_key_value_heads",
     "head_dim",
 )
-_AVERAGED_QUANTIZATION = ("fp8", None)
 _WHOLE = ("", "text_config")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -151,22 +150,13 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False)
     config.json is not checked. ``any_depth``: they may differ in num_hidden_layers.
 
     Raises:
-        InputError: such a difference, with both values; a config.json that is not JSON; weights
-            quantised to integers.
+        InputError: such a difference, with both values; a config.json that is not JSON.
     """
     configs = [
         (c, read_json(folder_of(c.path) / CONFIG_FILE))
         for c in checkpoints
         if CONFIG_FILE in list_directory(folder_of(c.path))
     ]
-    for checkpoint, values in configs if len(checkpoints) > 1 else []:
-        quantization = values.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if method not in _AVERAGED_QUANTIZATION:
-            raise InputError(
-                f"{folder_of(checkpoint.path) / CONFIG_FILE}: quantization_config: quant_method "
-                f"must be fp8 or absent, got {quote(method)}"
-            )
     for other, values in configs[1:]:
         first, wanted = configs[0]
         same = [key for key in _SAME if not (any_depth and key == "num_hidden_layers")]

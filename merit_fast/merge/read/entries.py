@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, FP8_DTYPES
+from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.read.remote import Location
 
 
@@ -30,19 +30,46 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class Scales:
-    """value[i, j] = stored[i, j] * scale[i // block_rows, j // block_cols]"""
+class Grid:
+    """Numbers for the blocks of a matrix, scales or zero points, decoded to float64.
+
+        number[i, j] = decode(entry)[i // block_rows, j // block_cols]
+
+    In a stack of matrices each has a grid of its own; the grids follow each other in ``entry``.
+    """
 
     entry: TensorEntry
+    code: str  # name in CODES; "": floats of the entry's dtype
+    rows: int  # of one matrix
+    shape: tuple[int, int]  # of one matrix's grid
     block_rows: int
     block_cols: int
+    divides: bool = False  # a scale that the value is divided by
+    packed_rows: bool = False  # numbers of one column are packed into words, lowest bits first
+    columns: TensorEntry | None = None  # [cols] int32 grid column of each column, by this order
 
 
 @dataclass(frozen=True)
 class DecodedEntry(TensorEntry):
-    """A tensor of 8-bit floats, decoded to float64 while it is read. ``scales`` None: all 1."""
+    """A quantised tensor, decoded to float64 while it is read. No scales: all 1. No zeros: all 0.
 
-    scales: Scales | None = None
+        value[i, j] = (CODES[dtype].values[code[i, j]] - zero[i, j]) * scale[i, j] * ...
+
+    Rows are those of all matrices in ``shape``; row i of ``codes`` holds code j at the bits from
+    j * bits on, lowest first. ``num_bytes`` counts codes and scales, ``file`` and ``offset`` are
+    those of the codes.
+    """
+
+    codes: TensorEntry | None = None
+    scales: tuple[Grid, ...] = ()
+    zeros: Grid | None = None
+    # Stored tensors, each with what follows the stem (the name without ".weight") in its name.
+    parts: tuple[tuple[str, TensorEntry], ...] = ()
+    form: str = ""  # name in the table of formats; "": codes without scales
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        return (*self.scales, *([self.zeros] if self.zeros else []))
 
 
 @dataclass(frozen=True)
@@ -185,9 +212,7 @@ def is_float(entry: TensorEntry) -> bool:
 
 def value_dtype(entry: TensorEntry) -> str:
     """The dtype in which the engine sees the tensor's values."""
-    if isinstance(entry, (DecodedEntry, ChangedEntry)) or entry.dtype in FP8_DTYPES:
-        return "F64"
-    return entry.dtype
+    return "F64" if isinstance(entry, (DecodedEntry, ChangedEntry)) else entry.dtype
 
 
 def own_dtype(entry: TensorEntry) -> str:
@@ -207,6 +232,11 @@ def stored_entries(entry: TensorEntry) -> Iterator[TensorEntry]:
     if isinstance(entry, AssembledEntry):
         for part in entry.parts:
             yield from stored_entries(part.source)
+    elif isinstance(entry, DecodedEntry):
+        assert entry.codes is not None
+        yield entry.codes
+        for grid in entry.grids:
+            yield from (grid.entry, *([grid.columns] if grid.columns else []))
     elif isinstance(entry, ChangedEntry):
         assert entry.source is not None
         yield from stored_entries(entry.source)
@@ -214,10 +244,25 @@ def stored_entries(entry: TensorEntry) -> Iterator[TensorEntry]:
             yield from change.stored
     else:
         yield entry
-        if isinstance(entry, DecodedEntry) and entry.scales:
-            yield entry.scales.entry
 
 
 def is_plain(entry: TensorEntry) -> bool:
     """Whether the values are a run of bytes in one file."""
     return not isinstance(entry, (DecodedEntry, AssembledEntry, ChangedEntry))
+
+
+def quantised_source(entry: TensorEntry) -> DecodedEntry | None:
+    """The quantised tensor of which an entry is a copy, whole and in any order of dimensions."""
+    if isinstance(entry, AssembledEntry) and len(entry.parts) == 1:
+        source = entry.parts[0].source
+        return quantised_source(source) if source.num_elements == entry.num_elements else None
+    return entry if isinstance(entry, DecodedEntry) else None
+
+
+def is_quantised(entry: TensorEntry) -> bool:
+    """Whether some of the values are decoded from codes."""
+    if isinstance(entry, AssembledEntry):
+        return any(is_quantised(part.source) for part in entry.parts)
+    if isinstance(entry, ChangedEntry):
+        return entry.source is not None and is_quantised(entry.source)
+    return isinstance(entry, DecodedEntry)

@@ -14,6 +14,7 @@ from merit_fast.manifests.io import read_manifest, tool_versions
 from merit_fast.manifests.schemas import TUNE_FILE, BranchManifest, SplitManifest
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.modules import Module
+from merit_fast.merge.engine.quantise.rounding import read_rounding
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.tokenizer_options import TokenizerOptions, with_names
@@ -174,6 +175,12 @@ def _method_text(facts: CardFacts, directory: Path) -> str:
     values = {} if facts.modules else _parameters(config)
     lines += [f"- `{name}`: {_value(value)}" for name, value in values.items()]
     lines.append(f"- dtype: {facts.dtype}; sums are taken in float64 and rounded once")
+    if rounding := read_rounding(directory):
+        errors = rounding["rounding"]
+        lines.append(
+            f"- rounding to codes: largest error {errors['largest_error']:.3g}, root mean square "
+            f"{errors['rms_error']:.3g}, which is {errors['relative_rms_error']:.2%} of the values'"
+        )
     if (directory / TUNE_FILE).exists():
         lines.append(f"- held-out rows chose weights or scale: `{TUNE_FILE}` has every loss")
     return "\n".join(lines) + "\n"

@@ -25,6 +25,7 @@ from merit_fast.merge.engine.geometry import (
 from merit_fast.merge.engine.layout import index_text
 from merit_fast.merge.engine.plan import Plan, Shard
 from merit_fast.merge.engine.prepare import Inputs
+from merit_fast.merge.engine.quantise.rounding import write_roundings
 from merit_fast.merge.read.checkpoint import INDEX_FILE
 from merit_fast.merge.read.companions import (
     copy_companions,
@@ -35,6 +36,7 @@ from merit_fast.merge.read.companions import (
 from merit_fast.merge.read.headers import read_header
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.vocabulary.write import write_template, write_vocabulary
+from merit_fast.merge.write.quantization import write_quantization
 from merit_fast.merge.write.upload import Upload
 from merit_fast.merge.write.verified import CHECKSUM_KEY
 from merit_fast.progress import Progress, Task
@@ -220,6 +222,8 @@ def finish_output(
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     dtypes = output_dtypes((tensor.dtype, tensor.num_elements) for tensor in tensors)
     copy_companions(inputs.companions, directory, dtypes, dequantized=inputs.dequantized)
+    write_quantization(inputs, directory)
+    write_roundings(directory, plan.shards)
     if inputs.vocabulary:
         write_vocabulary(directory, inputs.companions, inputs.vocabulary)
     if inputs.chat_template is not None:

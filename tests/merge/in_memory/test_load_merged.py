@@ -158,7 +158,7 @@ def test_a_head_that_comes_to_differ_from_its_embedding_is_kept(pair, tmp_path, 
         ({"checksum": True}, "^load_merged: checksum: concerns an output's files, must be absent"),
         (
             {"dtype": "int8"},
-            "^load_merged: dtype: must be one of bf16, fp16, fp32, fp64, got 'int8'",
+            "^load_merged: dtype: must be one of bf16, .*, got 'int8'",
         ),
         ({"max_memory": "1K"}, "max_memory: must be at least"),
     ],

@@ -64,11 +64,6 @@ def models(tmp_path, *configs, tensors=None):
         ),
         ({}, "{oops", "1/config.json: is not JSON"),
         ({}, "[]", "1/config.json: must be a JSON object"),
-        (
-            {},
-            {"quantization_config": {"quant_method": "gptq"}},
-            "quant_method must be fp8 or absent, got 'gptq'",
-        ),
     ],
 )
 def test_configs_that_differ_are_named_with_both_values(tmp_path, first, second, message):

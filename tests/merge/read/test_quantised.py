@@ -10,7 +10,7 @@ from support.merge.merges import bits, load, merge, write
 
 from merit_fast.errors import InputError
 from merit_fast.merge import MergeConfig
-from merit_fast.merge.engine.values import float8_table
+from merit_fast.merge.engine.decode import code_values
 
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -38,13 +38,13 @@ def test_every_code_has_its_value(kind):
         else (2, 15, {124: inf, 125: nan, 126: nan, 127: nan})
     )
     known = [by_hand(code, mantissa, bias, top) for code in range(256)]
-    np.testing.assert_array_equal(float8_table(kind), known)
+    np.testing.assert_array_equal(code_values(kind), known)
     numbers = ~np.isnan(known)
     np.testing.assert_array_equal(
-        np.signbit(float8_table(kind))[numbers], np.signbit(known)[numbers]
+        np.signbit(code_values(kind))[numbers], np.signbit(known)[numbers]
     )
     codes = torch.arange(256, dtype=torch.uint8).view(KINDS[kind])
-    np.testing.assert_array_equal(float8_table(kind), codes.double().numpy())
+    np.testing.assert_array_equal(code_values(kind), codes.double().numpy())
 
 
 def quantised(rows, cols, kind, scale=None, name="w_scale_inv", config=None, seed=0):
@@ -107,7 +107,7 @@ def test_values_are_codes_times_scales(tmp_path, case, kind, backend):
             grid = scale.double().numpy().reshape(-(-rows // block[0]), -(-cols // block[1]))
             factors = np.repeat(np.repeat(grid, block[0], 0), block[1], 1)[:rows, :cols]
         exact.append(tensors["w"].double().numpy() * factors)
-    options = MergeConfig(dtype="fp32", chunk_kib=4)
+    options = MergeConfig(dtype="fp32", chunk_kib=4, unscaled_fp8=case == "none")
     merge(models, [0.3, 0.7], tmp_path / "out", options)
     merged = load(tmp_path / "out")
     assert sorted(merged) == ["v", "w"]  # the scales are no tensors of the output
@@ -165,8 +165,9 @@ def test_nan_codes_are_found_and_pass_if_allowed(tmp_path, backend):
     codes[1, 2] = 0x7F
     model = write(tmp_path / "m", {"w": codes.view(torch.float8_e4m3fn)})
     with pytest.raises(InputError, match="m/model.safetensors: w: must be finite"):
-        merge([model], [1.0], tmp_path / "bad", MergeConfig(dtype="bf16"))
-    merge([model], [1.0], tmp_path / "out", MergeConfig(dtype="bf16", allow_nonfinite=True))
+        merge([model], [1.0], tmp_path / "bad", MergeConfig(dtype="bf16", unscaled_fp8=True))
+    options = MergeConfig(dtype="bf16", allow_nonfinite=True, unscaled_fp8=True)
+    merge([model], [1.0], tmp_path / "out", options)
     assert load(tmp_path / "out")["w"].isnan().nonzero().tolist() == [[1, 2]]
 
 
@@ -197,7 +198,7 @@ def test_nan_codes_are_found_and_pass_if_allowed(tmp_path, backend):
         (
             torch.ones(6, dtype=torch.int32),
             None,
-            "w_scale_inv: a scale must be of a float dtype, got I32",
+            "w_scale_inv: a scale must be of dtype BF16, F16, F32, F64, F8_E8M0, U8, got I32",
         ),
     ],
     ids=["rows", "ragged", "not as told", "half a block size", "integers"],
@@ -209,11 +210,3 @@ def test_scales_that_do_not_fit_are_named(tmp_path, scale, config, message):
     )
     with pytest.raises(InputError, match=message):
         merge([tmp_path / "m"], [1.0], tmp_path / "out", MergeConfig(dtype="bf16"))
-
-
-def test_a_dtype_must_be_chosen(tmp_path):
-    model = write(tmp_path / "m", quantised(6, 10, "F8_E5M2")[0])
-    with pytest.raises(
-        InputError, match="w: is F8_E5M2; merge.dtype must choose the output's dtype"
-    ):
-        merge([model], [1.0], tmp_path / "out")

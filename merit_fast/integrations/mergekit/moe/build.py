@@ -23,7 +23,7 @@ from merit_fast.integrations.mergekit.moe.shapes import (
     choose_shape,
     mixture_config,
 )
-from merit_fast.kernels.average.dtypes import DTYPES, FP8_DTYPES, SHORT_NAMES, SPELLINGS
+from merit_fast.kernels.average.dtypes import DTYPES, SHORT_NAMES, SPELLINGS
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.combine.combination import combine
@@ -34,7 +34,7 @@ from merit_fast.merge.parameters import Case
 from merit_fast.merge.prepared import PreparedMerge
 from merit_fast.merge.read.checkpoint import Checkpoint, read_files
 from merit_fast.merge.read.companions import CONFIG_FILE, list_companions
-from merit_fast.merge.read.entries import TensorEntry
+from merit_fast.merge.read.entries import TensorEntry, is_quantised
 from merit_fast.merge.read.remote import as_location
 from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.table import METHODS
@@ -221,7 +221,7 @@ def _inputs(base: Dense, tensors: Mapping[str, TensorEntry], config: MergeConfig
     dtype = SHORT_NAMES[config.dtype] if config.dtype else None
     files = lay_out([mixture], None, dtype, shard_bytes=shard_bytes)
     list_companions(base.path)
-    decoded = any(entry.dtype in FP8_DTYPES for entry in tensors.values())
+    decoded = any(map(is_quantised, tensors.values()))
     return Inputs(combination, (mixture,), files, base.path, decoded, (base.path,), "", ())
 
 

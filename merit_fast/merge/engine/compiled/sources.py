@@ -10,13 +10,14 @@ import numpy.typing as npt
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
 from merit_fast.merge.engine.changes import columns_of, factors_of, length_factors
+from merit_fast.merge.engine.decode import code_bits, code_values
 from merit_fast.merge.engine.opened import OpenFiles
-from merit_fast.merge.engine.values import scale_grid
 from merit_fast.merge.read.entries import (
     AssembledEntry,
     Change,
     ChangedEntry,
     DecodedEntry,
+    Grid,
     Magnitude,
     Part,
     Rows,
@@ -26,7 +27,6 @@ from merit_fast.merge.read.entries import (
 
 CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
 _WIDE_CHUNKS = 16  # chunks of a transposed tensor that are read at once, and shared by workers
-_WHOLE = 1 << 62  # rows or columns of a block that covers any tensor
 
 
 def held_bytes(entry: TensorEntry) -> int:
@@ -38,8 +38,8 @@ def held_bytes(entry: TensorEntry) -> int:
     if isinstance(entry, AssembledEntry):
         sources = {id(part.source): part.source for part in entry.parts}
         return 100 * len(entry.parts) + sum(map(held_bytes, sources.values()))
-    if isinstance(entry, DecodedEntry) and entry.scales:
-        return 8 * entry.scales.entry.num_elements
+    if isinstance(entry, DecodedEntry):
+        return sum(grid.columns.num_bytes for grid in entry.grids if grid.columns is not None)
     return 0
 
 
@@ -169,19 +169,50 @@ class SourceBuilder:
         return read
 
     def _decoded(self, entry: DecodedEntry) -> Any:
-        scales = entry.scales
-        grid = scale_grid(scales, self.files) if scales else np.ones((1, 1))
-        self._kept.append(grid)
-        return self.native.Float8Source(
-            file=self.files.number(entry.file),
-            offset=entry.offset,
-            e5m2=entry.dtype == "F8_E5M2",
-            cols=entry.shape[-1] if entry.shape else 1,
-            block_rows=scales.block_rows if scales else _WHOLE,
-            block_cols=scales.block_cols if scales else _WHOLE,
-            scale_cols=grid.shape[1],
-            scales=grid.ctypes.data,
+        assert entry.codes is not None
+        cols = entry.shape[-1] if entry.shape else 1
+        return self.native.CodesSource(
+            file=self.files.number(entry.codes.file),
+            offset=entry.codes.offset,
+            cols=cols,
+            row_bytes=entry.codes.num_bytes * cols // entry.num_elements,
+            zeros=[self._grid(entry.zeros)] if entry.zeros else [],
+            scales=[self._grid(scale) for scale in entry.scales],
+            **_table(entry.dtype),
         )
+
+    def _grid(self, grid: Grid) -> Any:
+        columns = None
+        if grid.columns is not None:
+            columns = np.frombuffer(
+                self.files.read(grid.columns, 0, grid.columns.num_elements), np.int32
+            )
+            self._kept.append(columns)
+        return self.native.Grid(
+            numbers=self._numbers(grid),
+            rows=grid.rows,
+            shape=grid.shape,
+            block=(grid.block_rows, grid.block_cols),
+            divides=grid.divides,
+            columns=0 if columns is None else columns.ctypes.data,
+        )
+
+    def _numbers(self, grid: Grid) -> Any:
+        if not grid.code:
+            return self.source(grid.entry)
+        place = {
+            "file": self.files.number(grid.entry.file),
+            "offset": grid.entry.offset,
+            "cols": grid.shape[1],
+            **_table(grid.code),
+        }
+        if grid.packed_rows:
+            return self.native.PackedRowsSource(**place)
+        return self.native.CodesSource(**place, row_bytes=grid.shape[1], zeros=[], scales=[])
+
+
+def _table(code: str) -> dict[str, int]:
+    return {"bits": code_bits(code), "table": code_values(code).ctypes.data}
 
 
 def box_table(entry: AssembledEntry) -> tuple[npt.NDArray[np.int64], list[TensorEntry]]:
