@@ -153,7 +153,7 @@ def of_examples() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def of_tests() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The recipes of tests/test_basic_merges.py."""
+    """Recipes of mergekit's basic merge tests."""
     for name in ("granite0", "gpt2_0"):
         yield f"passthrough {name}", {"merge_method": "passthrough", "models": [{"model": name}]}
     stack = {"sources": [{"model": "gpt2_0", "layer_range": [0, 3]}]}

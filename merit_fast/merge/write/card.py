@@ -2,13 +2,10 @@
 for any number of threads or processes.
 """
 
-import dataclasses
-import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from merit_fast.manifests.io import read_manifest, tool_versions
 from merit_fast.manifests.schemas import TUNE_FILE, BranchManifest, SplitManifest
@@ -18,22 +15,11 @@ from merit_fast.merge.engine.quantise.rounding import read_rounding
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.tokenizer_options import TokenizerOptions, with_names
-from merit_fast.options.parser import to_plain
+from merit_fast.merge.write.card_options import changed_flags, shown_parameters, value_text
 
 CARD_FILE = "README.md"
 _TAGS = ["merge", "merit"]
 _LIBRARY = "transformers"
-# Options that change no tensor; the weights stand by the models.
-_NOT_OF_TENSORS = (
-    "weights",
-    "threads",
-    "chunk_kib",
-    "max_memory",
-    "fsync",
-    "stats",
-    "checksum",
-)
-_ELSEWHERE = ("weights", "method", "models", "dtype")
 
 
 @dataclass(frozen=True)
@@ -172,8 +158,8 @@ def _method_text(facts: CardFacts, directory: Path) -> str:
     method = config.method_entry
     formula = f": {method.result} ({method.source})" if method.result else ""
     lines = [f"`{method.name}`{formula}\n"]
-    values = {} if facts.modules else _parameters(config)
-    lines += [f"- `{name}`: {_value(value)}" for name, value in values.items()]
+    values = {} if facts.modules else shown_parameters(config)
+    lines += [f"- `{name}`: {value_text(value)}" for name, value in values.items()]
     lines.append(f"- dtype: {facts.dtype}; sums are taken in float64 and rounded once")
     if rounding := read_rounding(directory):
         errors = rounding["rounding"]
@@ -184,19 +170,6 @@ def _method_text(facts: CardFacts, directory: Path) -> str:
     if (directory / TUNE_FILE).exists():
         lines.append(f"- held-out rows chose weights or scale: `{TUNE_FILE}` has every loss")
     return "\n".join(lines) + "\n"
-
-
-def _parameters(config: MergeConfig) -> dict[str, Any]:
-    """The method's numbers, and every option that is not at its default."""
-    method = config.method_entry
-    plain = to_plain(config)
-    taken = [name for name in plain if method.takes(name) and name != "weights"]
-    taken += ["normalize"] * (method.takes_weights and "normalize" not in taken)
-    changed = [name for name in _changed(config) if name not in (*taken, "parameters")]
-    shown = [name for name in (*taken, *changed) if name not in _ELSEWHERE]
-    values = {name: plain[name] for name in shown if plain[name] is not None}
-    by_model = {"models": plain["models"]} if config.models else {}
-    return values | (plain.get("parameters") or {}) | by_model
 
 
 def _slices_text(facts: CardFacts) -> str:
@@ -214,8 +187,8 @@ def _towers_text(facts: CardFacts) -> str:
     rows = []
     for module in facts.modules:
         models = ", ".join(f"`{names.get(path, path.name)}`" for path in module.models)
-        values = _parameters(module.config)
-        numbers = [f"`{name}`: {_value(value)}" for name, value in values.items()]
+        values = shown_parameters(module.config)
+        numbers = [f"`{name}`: {value_text(value)}" for name, value in values.items()]
         rows.append(f"- `{module.name}`: {models}; {'; '.join(numbers)}\n")
     return "".join(rows) + "- every other tower: as in the model that gives config.json\n"
 
@@ -269,32 +242,7 @@ def _command(facts: CardFacts) -> str:
         words += ["--base", labels_of([facts.base])[0]]
     if isinstance(config.weights, str):
         words += ["--weights", config.weights]
-    return " ".join([*map(shlex.quote, words), *_flags(config)])
-
-
-def _flags(config: MergeConfig) -> Iterator[str]:
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    for name, value in _changed(config).items():
-        flag = fields[name].metadata["flag"] or "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            yield flag if value else flag.replace("--", "--no-", 1)
-        else:
-            yield f"{flag} {shlex.quote(_value(value))}"
-
-
-def _changed(config: MergeConfig) -> dict[str, Any]:
-    """Options of the tensors, weights not among them, that are not at their defaults."""
-    plain = to_plain(config)
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    return {
-        name: plain[name]
-        for name in plain
-        if name not in _NOT_OF_TENSORS and getattr(config, name) != defaults[name]
-    }
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return " ".join([*map(shlex.quote, words), *changed_flags(config)])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -111,7 +111,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     names = model.state_dict()
     rules = get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    renamings: Any = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     prefix = model.base_model_prefix
     renamed = {
         name: rename_source_key(name, renamings, converters, prefix, names)[0] for name in names
@@ -149,7 +149,7 @@ def describe_rules() -> dict[str, Any]:
 
     rules: dict[str, Any] = {}
     aliases = conversion_mapping._MODEL_TO_CONVERSION_PATTERN
-    built = conversion_mapping._build_checkpoint_conversion_mapping()
+    built = conversion_mapping._build_checkpoint_conversion_mapping()  # type: ignore[no-untyped-call]
     for key, transforms in sorted(built.items()):
         described = [describe_rule(transform) for transform in transforms]
         alias = aliases.get(key)
