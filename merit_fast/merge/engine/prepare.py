@@ -113,37 +113,10 @@ def read_inputs(
         InputError: see ``combine``, ``read_input``, ``check_configs``, ``match_vocabularies``,
             ``checked_template``, ``stack_layers`` and ``lay_out``.
     """
-    given = as_location(config.config_from) if config.config_from else None
-    how = (config.unscaled_fp8, config.subtree)
-    base_checkpoint = read_input(base, None, *how, given) if base else None
-    checkpoints = [read_input(path, base_checkpoint, *how, given or base) for path in models]
-    everyone = give_heads([*checkpoints, *([base_checkpoint] if base_checkpoint else [])])
-    checkpoints = everyone[: len(models)]
-    base_checkpoint = everyone[-1] if base_checkpoint else None
-    check_configs(everyone, any_depth=bool(slices))
-    chosen = companions or companions_of(everyone, given)
-    donor = tower.donor if tower else None
-    everyone, companions = in_common_names(everyone, base_checkpoint, chosen, donor)
-    if config.form != "distcp":
-        check_names(everyone, companions, config.subtree)
-    checkpoints = everyone[: len(models)]
-    base_checkpoint = everyone[-1] if base else None
-    matched = match_vocabularies(
-        checkpoints, base_checkpoint, config.tokenizer_options, chosen, companions
-    )
-    checkpoints = list(matched.models)
+    matched = _match(models, base, config, companions, tower, any_depth=bool(slices))
+    checkpoints = [*matched.models]
     base_checkpoint = matched.base
-    everyone = [*checkpoints, *([base_checkpoint] if base_checkpoint else [])]
-    vocabulary = matched.output
-    if vocabulary:
-        check_configs_fit(companions, vocabulary)
-        check_tokenizer(vocabulary)
-    tokenizer = vocabulary.folder if vocabulary else companions
-    template = checked_template(config.chat_template, models, tokenizer)
-    if tower:
-        everyone = [tower.of(each) for each in everyone]
-        checkpoints = everyone[: len(models)]
-        base_checkpoint = everyone[-1] if base_checkpoint else None
+    everyone = matched.everyone
     layers = None
     if slices:
         by_path = {checkpoint.path: checkpoint for checkpoint in everyone}
@@ -156,37 +129,95 @@ def read_inputs(
         checkpoints.append(base_checkpoint)
     shard_bytes = parse_bytes("shard_size", config.shard_size) if config.shard_size else None
     dtype = SHORT_NAMES.get(config.dtype) if config.dtype else None
-    forms = None if to_memory else choose_forms(config, combination, everyone, companions)
+    forms = None if to_memory else choose_forms(config, combination, everyone, matched.companions)
     files = lay_out(
         checkpoints, base_checkpoint, dtype, config.missing, shard_bytes, len(models), forms
     )
-    giver = next((each for each in everyone if folder_of(each.path) == companions), None)
-    giver = None if slices else giver
+    giver = None if slices else matched.giver
     absent = absence_notes(checkpoints[: len(models)], giver, files, config.missing)
-    counted = counter_notes(files)
-    list_companions(companions)
+    list_companions(matched.companions)
     is_written = any(tensor.is_quantised for file in files for tensor in file.tensors)
     if is_written and isinstance(forms, SameForms):
-        check_config(everyone, companions)
-    base_dtypes = words_of_entries(base_checkpoint.tensors.values()) if base_checkpoint else ""
+        check_config(everyone, matched.companions)
     return Inputs(
         combination,
         tuple(checkpoints),
         files,
-        companions,
+        matched.companions,
         not is_written and reads_codes(files),
         tuple(models),
-        base_dtypes,
-        (
-            *dict.fromkeys(note for each in everyone for note in each.notes),
-            *left_out_notes(everyone, config.form == "distcp"),
-            *absent,
-            *counted,
-        ),
-        vocabulary,
-        template,
+        words_of_entries(base_checkpoint.tensors.values()) if base_checkpoint else "",
+        (*matched.notes(config), *absent, *counter_notes(files)),
+        matched.vocabulary,
+        matched.template,
         forms,
     )
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """Models whose tensors have common names and, for each token, a common row."""
+
+    models: list[Checkpoint]
+    base: Checkpoint | None
+    companions: Location
+    vocabulary: OutputVocabulary | None
+    template: str | None
+
+    @property
+    def everyone(self) -> list[Checkpoint]:
+        return [*self.models, *([self.base] if self.base else [])]
+
+    @property
+    def giver(self) -> Checkpoint | None:
+        """The checkpoint that gives config.json."""
+        found = (each for each in self.everyone if folder_of(each.path) == self.companions)
+        return next(found, None)
+
+    def notes(self, config: MergeConfig) -> list[str]:
+        """What was renamed, or left out while the models were read."""
+        of_models = [note for each in self.everyone for note in each.notes]
+        left_out = left_out_notes(self.everyone, config.form == "distcp")
+        return [*dict.fromkeys(of_models), *left_out]
+
+
+def _match(
+    models: Sequence[Location],
+    base: Location | None,
+    config: MergeConfig,
+    companions: Location | None,
+    tower: Tower | None,
+    *,
+    any_depth: bool,
+) -> _Matched:
+    """Reads all headers, then matches names, heads and vocabularies; see ``read_inputs``."""
+    given = as_location(config.config_from) if config.config_from else None
+    how = (config.unscaled_fp8, config.subtree)
+    start = read_input(base, None, *how, given) if base else None
+    read = [read_input(path, start, *how, given or base) for path in models]
+    everyone = give_heads([*read, *([start] if start else [])])
+    check_configs(everyone, any_depth=any_depth)
+    chosen = companions or companions_of(everyone, given)
+    start = everyone[-1] if start else None
+    everyone, companions = in_common_names(everyone, start, chosen, tower.donor if tower else None)
+    if config.form != "distcp":
+        check_names(everyone, companions, config.subtree)
+    start = everyone[-1] if start else None
+    matched = match_vocabularies(
+        everyone[: len(models)], start, config.tokenizer_options, chosen, companions
+    )
+    vocabulary = matched.output
+    if vocabulary:
+        check_configs_fit(companions, vocabulary)
+        check_tokenizer(vocabulary)
+    tokenizer = vocabulary.folder if vocabulary else companions
+    template = checked_template(config.chat_template, models, tokenizer)
+    checkpoints = list(matched.models)
+    start = matched.base
+    if tower:
+        checkpoints = [tower.of(each) for each in checkpoints]
+        start = tower.of(start) if start else None
+    return _Matched(checkpoints, start, companions, vocabulary, template)
 
 
 def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:

@@ -90,7 +90,7 @@ def extract_lora(
         changed = _changed(pair, opened, progress)
         entries = {name: pair.tensors[name][0] for name in changed}
         targets = targets_of(entries, pair.base_tensors, pair.model_type)
-        if not any(target.kind in ("linear", "parameter") for target in targets):
+        if not any(target.kind in ("matrix", "parameter") for target in targets):
             raise InputError(f"{model}: has no matrix of a layer that differs from {base}")
         work = _Extraction(pair, targets, changed, config, opened)
         with output_directory(out, manifest) as directory:

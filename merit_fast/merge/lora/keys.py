@@ -16,7 +16,7 @@ def factor_keys(targets: Sequence[Target]) -> dict[str, tuple[str, str]]:
     """(key of A, key of B) by target. Parameters of one module nest, the first one innermost."""
     wrapped: dict[str, list[Target]] = {}
     for target in targets:
-        if target.kind in ("linear", "parameter"):
+        if target.kind in ("matrix", "parameter"):
             wrapped.setdefault(target.module, []).append(target)
     keys = {}
     for module, listed in wrapped.items():
@@ -36,7 +36,7 @@ def whole_keys(
     A module to save comes with all its tensors. ``tied``: (embedding, head) that are one tensor and
     saved; PEFT reads both.
     """
-    lora = {target.module for target in targets if target.kind in ("linear", "parameter")}
+    lora = {target.module for target in targets if target.kind in ("matrix", "parameter")}
     saved = {target.module for target in targets if target.kind == "whole"}
     keys = {f"{PREFIX}{name}": name for name in tuned if name.rpartition(".")[0] in saved}
     for target in targets:
@@ -65,7 +65,7 @@ def extracted_config(
         base: its path.
         ties: whether a saved embedding is the head too.
     """
-    linear = [target.module for target in targets if target.kind == "linear"]
+    linear = [target.module for target in targets if target.kind == "matrix"]
     saved = dict.fromkeys(target.module for target in targets if target.kind == "whole")
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -79,14 +79,14 @@ def extracted_config(
         "target_parameters": [t.name for t in targets if t.kind == "parameter"] or None,
         "modules_to_save": list(saved) or None,
         "bias": "all" if any(target.kind == "bias" for target in targets) else "none",
-        "fan_in_fan_out": any(t.transposed and t.kind == "linear" for t in targets),
+        "fan_in_fan_out": any(t.transposed and t.kind == "matrix" for t in targets),
     }
     return config | {"ensure_weight_tying": True} if ties else config
 
 
 def rank_name(target: Target) -> str:
     """The name under which PEFT looks a target's rank up."""
-    return target.module if target.kind == "linear" else target.name
+    return target.module if target.kind == "matrix" else target.name
 
 
 def _place(target: Target) -> int:

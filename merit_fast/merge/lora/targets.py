@@ -9,7 +9,7 @@ from merit_fast.merge.read.adapters.tied import is_head
 from merit_fast.merge.read.companions import is_embedding
 from merit_fast.merge.read.entries import TensorEntry
 
-Kind = Literal["linear", "parameter", "whole", "bias", "left out"]
+Kind = Literal["matrix", "parameter", "whole", "bias", "left out"]
 # Models with layers that store [in, out] (transformers' Conv1D), and the names of those layers.
 TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 TURNED_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -49,7 +49,7 @@ def targets_of(
     """
     parents = {name.rpartition(".")[0] for name in everything}
     targets = [_target(name, entry, model_type) for name, entry in changed.items()]
-    lora = {target.module for target in targets if target.kind in ("linear", "parameter")}
+    lora = {target.module for target in targets if target.kind in ("matrix", "parameter")}
     settled = []
     for target in targets:
         module = target.module
@@ -88,7 +88,7 @@ def _target(name: str, entry: TensorEntry, model_type: str) -> Target:
     if dims == 2 and leaf == "weight" and in_layer and not _is_table(name):
         is_router = words[-1] in _ROUTERS
         turned = model_type in TURNED_MODELS and words[-1] in TURNED_LAYERS
-        return Target(name, "parameter" if is_router else "linear", turned)
+        return Target(name, "parameter" if is_router else "matrix", turned)
     return Target(name, "whole" if leaf in ("weight", "bias") else "left out")
 
 

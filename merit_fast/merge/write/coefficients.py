@@ -33,16 +33,16 @@ def input_coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
 
 
 def weighed_models(
-    models: Sequence[Location], weights: Sequence[float], config: MergeConfig, is_stacked: bool
+    models: Sequence[Location], weights: Sequence[float], config: MergeConfig, in_parts: bool
 ) -> list[tuple[Location, float | None]]:
     """Every model with its weight; None where the method, or each tensor, has its own.
 
     Args:
-        is_stacked: layers are stacked, so that no model has one weight.
+        in_parts: layers are stacked, or towers merged apart: no model has one weight.
     """
     by_model = [model.weight for model in config.models]
     shown: list[float | None] = [*weights]
-    if is_stacked or not config.takes_weights:
+    if in_parts or not config.takes_weights:
         shown = [None] * len(models)
     elif any(weight is not None for weight in by_model):
         shown = [float(weight) if isinstance(weight, (int, float)) else None for weight in by_model]

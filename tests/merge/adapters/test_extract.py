@@ -200,6 +200,6 @@ def test_the_command_prints_the_errors(
         main()
     assert not ended.value.code
     printed = capsys.readouterr().out
-    assert "linear        2 tensors, relative error" in printed
+    assert "matrix        2 tensors, relative error" in printed
     assert "whole         5 tensors, relative error 0.000e+00" in printed
     assert "total: relative error" in printed

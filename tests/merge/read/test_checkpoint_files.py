@@ -123,7 +123,7 @@ def test_other_forms_of_weights_are_named(tmp_path):
         ({}, "holds neither model.safetensors.index.json nor model.safetensors$"),
         (
             {"model-00001-of-00002.safetensors": one_tensor()},
-            "model-00001-of-00002.safetensors has no index next to it",
+            "lacks model-00002-of-00002.safetensors, and has no index",
         ),
         ({"adapter_model.safetensors": one_tensor()}, "it is an adapter, which needs a base model"),
         ({"weights.pth": b"x"}, "weights.pth is a pickle file, .*only safetensors are read"),

@@ -31,7 +31,7 @@ def test_a_killed_merge_resumes_and_sends_no_file_twice(server, remote, branches
     left = set((bucket / "out").entries(fresh=True))
     assert {name for name in left if name.endswith(".safetensors")} and MARKER in left
     assert not {"model.safetensors.index.json", "stage.json", "config.json"} & left
-    with pytest.raises(InputError, match="has no index next to it"):
+    with pytest.raises(InputError, match="and has no index"):
         read_checkpoint(bucket / "out")
     server.requests.clear()
     merge(remote[:2], bucket / "out", checksum=True)
@@ -109,7 +109,8 @@ def test_what_is_not_there_or_not_allowed_is_named(server, remote, bucket, tmp_p
     assert failure("s3://no-such-bucket/m", "s3://no-such-bucket/out").startswith(
         "s3://no-such-bucket/m: does not"
     )
-    assert failure(bucket / "none", out) == f"{bucket}/none: is not a directory"
+    message = f"{bucket}/none: is not a directory, nor a safetensors file"
+    assert failure(bucket / "none", out) == message
     shard = next(name for name in sorted(remote[0].entries()) if name.endswith(".safetensors"))
     remote[0].store.rm((remote[0] / shard).path)
     assert failure(remote[0], out) == f"{remote[0]}/{shard}: does not exist"
