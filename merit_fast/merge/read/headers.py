@@ -68,7 +68,9 @@ def parse_header(
     Raises:
         InputError: a rule of the format is broken, or the text is too large to be looked at whole.
     """
-    if dispatch.choose("merge_files", "cpu", backend) == "cpu":
+    # The backend that somebody asks for is the kernels'; a header needs the module only.
+    is_compiled = dispatch.unavailable("merge_files", "cpu", "cpu") is None
+    if is_compiled and dispatch.asked(backend) != "eager":
         tensors, error, too_many = dispatch.native().parse_header(
             text=text, most_tensors=MAX_TENSORS
         )
