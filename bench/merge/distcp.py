@@ -59,7 +59,7 @@ def write_rank(rank: int, folder: Path, count: int, mib: int) -> None:
 
 
 def average_by_torch(folder: Path, count: int, out: Path) -> None:
-    """Loads, sums and saves as a script of torch alone does."""
+    """Loads, sums and saves as a script that uses torch only does."""
     import torch
     from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
     from torch.distributed.checkpoint.state_dict_loader import load

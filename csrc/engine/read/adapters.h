@@ -1,4 +1,4 @@
-// Changes of an adapter beside low-rank products: lengths of vectors (DoRA), new rows.
+// Changes of an adapter that are no low-rank products: lengths of vectors (DoRA), new rows.
 #pragma once
 #include <cstdint>
 #include <vector>

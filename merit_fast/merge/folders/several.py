@@ -194,7 +194,7 @@ def _other_files(giver: SeveralModels) -> tuple[str, ...]:
 
 
 def _handled(folder: str, part: PreparedMerge) -> list[str]:
-    """Files of the giver that a part's merge reads, copies or makes anew."""
+    """Files of the giver that a part's merge reads, copies or writes itself."""
     prefix = f"{folder}/" if folder else ""
     files = [file.name for file in part.inputs.files]
     return [prefix + name for name in (*files, *list_companions(part.inputs.companions))]

@@ -15,7 +15,7 @@ def ram_rule(values: TensorValues) -> ElementRule:
 
 
 def ramplus_rule(values: TensorValues) -> ElementRule:
-    """As ``ram_rule``, with only deltas boosted where a model shares many of its elements."""
+    """``ram_rule`` that boosts the only active delta where a model shares many of its elements."""
     return ElementRule(
         "active", epsilon=values.of("epsilon"), r=values.of("r"), alpha=values.of("alpha")
     )

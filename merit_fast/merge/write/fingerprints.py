@@ -11,7 +11,7 @@ _DESCRIBING = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".spm", 
 
 
 def input_fingerprints(paths: Sequence[Location], files: Collection[Location]) -> dict[str, str]:
-    """For each model: 32 hex digits that change when a file may have changed that a merge reads.
+    """32 hex digits per model, which change when a file may have changed that a merge reads.
 
     A file below 1 MiB counts by its content. A larger one counts by its size, the time of its last
     write and the time of its last change of any kind, which no program can set: a merge does not

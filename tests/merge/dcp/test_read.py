@@ -23,7 +23,7 @@ def test_chunks_of_any_mesh_become_whole_tensors(saved, tmp_path, backend):
 
 
 def test_a_trainer_checkpoint_equals_the_model_that_it_saved(saved, tmp_path, backend):
-    """accelerate keeps the weights in a folder of checkpoint-N; the optimizer's stands beside."""
+    """accelerate keeps the weights in a folder of checkpoint-N; the optimizer has its own."""
     models = [saved / f"model-{name}" for name in SEEDS]
     merge_models(models, [0.3, 0.7], out=tmp_path / "whole")
     wanted = load_file(tmp_path / "whole" / "model.safetensors")

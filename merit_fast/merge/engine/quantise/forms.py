@@ -44,7 +44,7 @@ class Form:
 
 
 class SameForms:
-    """Without a dtype: quantised inputs give the form of the first."""
+    """Form of an output without a dtype: quantised inputs give the form of the first."""
 
     def __init__(self, untouched: Untouched) -> None:
         """``untouched``: whether a tensor's inputs and its output are one stored tensor."""
@@ -85,7 +85,7 @@ class SameForms:
 
 
 class BlockForms:
-    """With dtype fp8-block128: E4M3 in blocks of 128 x 128 for linear layers."""
+    """Form of dtype fp8-block128: E4M3 in blocks of 128 x 128 for linear layers."""
 
     def __init__(self, tensors: Mapping[str, TensorEntry]) -> None:
         """``tensors``: of the model that gives the config.

@@ -32,7 +32,7 @@ def is_config(name: str, has_code: bool = False) -> bool:
 
 
 def names_left_out(names: Iterable[str]) -> tuple[str, ...]:
-    """Of the files that are neither copied nor merged, those whose loss a user should hear of."""
+    """Files that are neither copied nor merged, and whose loss a user should hear of."""
     return tuple(name for name in names if not _is_silent(name))
 
 
@@ -53,6 +53,6 @@ def files_left_out(source: Location, taken: Collection[str]) -> tuple[str, ...]:
 
 
 def _is_silent(name: str) -> bool:
-    """Hidden files, our own records, and indexes, which are written anew."""
+    """Hidden files, our own records, and indexes, which every merge writes itself."""
     last = name.rstrip("/").rpartition("/")[2]
     return last.startswith(".") or last in _OWN or last.endswith(_MADE_ANEW)

@@ -15,8 +15,8 @@ def put_on_named_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
 
     An adapter whose modules the file names is put on it directly. Otherwise the base is read in
     its names in memory, which are PEFT's, changed, and written back: a change of stacked experts
-    reaches a file that holds them one by one. Names of older versions are translated, and those of
-    the language model alone are found inside a multimodal base.
+    reaches a file that holds them one by one. Names of older versions are translated, and a
+    language model is found inside a multimodal base.
 
     Raises:
         InputError: see ``put_on_base``; a name is nowhere in the base.
