@@ -32,10 +32,9 @@ from merit_fast.merge.read.names.towers import Tower
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.sizes import parse_bytes
-from merit_fast.merge.vocabulary.configs import check_configs_fit
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
-from merit_fast.merge.vocabulary.write import check_tokenizer
+from merit_fast.merge.vocabulary.write import check_files
 from merit_fast.progress import Progress
 
 
@@ -208,8 +207,7 @@ def _match(
     )
     vocabulary = matched.output
     if vocabulary:
-        check_configs_fit(companions, vocabulary)
-        check_tokenizer(vocabulary)
+        check_files(companions, vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
     checkpoints = list(matched.models)

@@ -7,7 +7,7 @@ from merit_fast.errors import InputError
 from merit_fast.merge.parameters import layer_of
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry, is_float
-from merit_fast.merge.read.token_rows import EMBEDDINGS, ends_with, token_axis
+from merit_fast.merge.read.names.token_rows import EMBEDDINGS, ends_with, token_axis
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.read.companions import TEMPLATE_FOLDER, list_companions
 from merit_fast.merge.read.files import copy_file, list_directory, quote, read_json
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.vocabulary.configs import CONFIG_FILES, fitted_config
+from merit_fast.merge.vocabulary.configs import CONFIG_FILES, check_configs_fit, fitted_config
 from merit_fast.merge.vocabulary.match import OutputVocabulary
 from merit_fast.merge.vocabulary.tokens import TOKENIZER_FILE
 from merit_fast.merge.vocabulary.union import OutputTokens
@@ -91,12 +91,14 @@ def _replace_tokenizer(directory: Path, folder: Location) -> None:
                 raise InputError(f"{folder / name}: {reason}") from None
 
 
-def check_tokenizer(output: OutputVocabulary) -> None:
-    """Checks the tokenizer's files that ``write_vocabulary`` changes.
+def check_files(companions: Location, output: OutputVocabulary) -> None:
+    """Checks all files that ``write_vocabulary`` changes.
 
     Raises:
-        InputError: one of them cannot be read, or is in another form than transformers writes.
+        InputError: one of them cannot be read, or is in another form than transformers writes; see
+            ``check_configs_fit``.
     """
+    check_configs_fit(companions, output)
     list_companions(output.folder)
     if output.tokens is None:
         return

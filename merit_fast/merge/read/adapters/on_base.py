@@ -15,7 +15,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import CONFIG_FILE, is_embedding
 from merit_fast.merge.read.entries import Change, ChangedEntry, Rows, TensorEntry, is_float
 from merit_fast.merge.read.files import read_json
-from merit_fast.merge.read.token_rows import differ_in_rows
+from merit_fast.merge.read.names.token_rows import differ_in_rows
 
 
 def put_on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:

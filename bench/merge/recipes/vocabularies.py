@@ -1,6 +1,6 @@
 """Compares merges of models with different vocabularies with mergekit 0.1.5, run for real.
 
-    python -m bench.merge.vocabularies [--mergekit ENV_DIR]
+    python -m bench.merge.recipes.vocabularies [--mergekit ENV_DIR]
 
 Both read the same recipes over tiny models in float32. Rows are compared by the token that each
 side's own tokenizer gives them. Prints a Markdown table: tokens and rows on either side, and the
