@@ -237,9 +237,8 @@ class PreparedMerge:
         return dtype_reason(self.config.dtype, *dtypes, self.inputs.models, self.base)
 
     def _weighed(self) -> list[tuple[Location, float | None]]:
-        return weighed_models(
-            self.models, self.weights, self.config, bool(self.slices or self.modules)
-        )
+        in_parts = bool(self.slices or self.modules)
+        return weighed_models(self.models, self.weights, self.config, in_parts)
 
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
         paths = (*self.models, *([self.base] if self.base else []), self.inputs.companions)

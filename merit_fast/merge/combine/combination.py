@@ -35,6 +35,7 @@ class Combination:
     rule: Callable[[TensorEntry], Rule]
     from_gram: Callable[[str, Array], Coefficients] | None = None
     gram_from_base: bool = False
+    is_by_tower: bool = False  # tensors of different towers have different inputs
 
 
 def combine(

@@ -161,4 +161,6 @@ def _combination(towers: Mapping[str, str], parts: Mapping[str, Inputs]) -> Comb
 
     paths = dict.fromkeys(path for part in parts.values() for path in part.combination.paths)
     has_gram = first.from_gram is not None
-    return Combination(tuple(paths), rule, from_gram if has_gram else None, first.gram_from_base)
+    return Combination(
+        tuple(paths), rule, from_gram if has_gram else None, first.gram_from_base, True
+    )

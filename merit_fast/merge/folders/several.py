@@ -22,8 +22,8 @@ from merit_fast.merge.read.companions import list_companions
 from merit_fast.merge.read.files import copy_file, list_directory
 from merit_fast.merge.read.folders.left_out import is_config, names_left_out
 from merit_fast.merge.read.folders.several import SeveralModels, part_of, several_models
+from merit_fast.merge.read.names.weight_files import INDEX_FILE
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.read.weight_files import INDEX_FILE
 from merit_fast.merge.write.card import CARD_FILE
 from merit_fast.merge.write.finished import is_up_to_date
 from merit_fast.merge.write.same import check_unchanged

@@ -17,11 +17,11 @@ from merit_fast.merge.read.files import (
     read_json,
 )
 from merit_fast.merge.read.headers import check_name, read_header
+from merit_fast.merge.read.names.weight_files import ADAPTER_FILE as ADAPTER_FILE
+from merit_fast.merge.read.names.weight_files import INDEX_FILE as INDEX_FILE
+from merit_fast.merge.read.names.weight_files import SINGLE_FILE as SINGLE_FILE
+from merit_fast.merge.read.names.weight_files import weight_files
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.read.weight_files import ADAPTER_FILE as ADAPTER_FILE
-from merit_fast.merge.read.weight_files import INDEX_FILE as INDEX_FILE
-from merit_fast.merge.read.weight_files import SINGLE_FILE as SINGLE_FILE
-from merit_fast.merge.read.weight_files import weight_files
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

@@ -16,7 +16,7 @@ def input_coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
     """Each input's coefficient; None where it differs between tensors or there is none."""
     combination = inputs.combination
     rules: set[Rule] = set()
-    if combination.from_gram is None:
+    if combination.from_gram is None and not combination.is_by_tower:
         tensors = (tensor for file in inputs.files for tensor in file.tensors)
         entries = (named_entry(tensor) for tensor in tensors if is_float(tensor.inputs[0]))
         for rule in map(combination.rule, entries):
