@@ -168,7 +168,7 @@ class _Engine:
         return grams
 
     def _batches(self, segments: Iterable[Segment]) -> list[list[Segment]]:
-        """Segments by call: sums, or deltas, of one size of chunks and one number of inputs.
+        """Segments by call: those of one kind of rule, size of chunks and number of inputs.
 
         Small arrays of a batch, such as scales and factors, take at most ``_MOST_HELD`` bytes.
         """
@@ -176,8 +176,7 @@ class _Engine:
         room: dict[tuple[str, int, int], tuple[list[Segment], int]] = {}  # open batch, bytes held
         for segment in segments:
             key = (type(segment.rule).__name__, self._step(segment), len(segment.inputs))
-            is_batched = isinstance(segment.rule, (tuple, DeltaRule))
-            batch, held = room.get(key, ([], 0)) if is_batched else ([], 0)
+            batch, held = room.get(key, ([], 0))
             held += sum(held_bytes(entry) for entry in segment.inputs)
             if not batch or held > _MOST_HELD:
                 batch = []
