@@ -42,7 +42,8 @@ static int32_t elect_block(const MixRule& rule, const void* const* inputs, int64
       d[k] = size > below[k] ? weighted : 0.0;
       total += d[k];
     }
-    double mixed = 0.0, divisor = 0.0;
+    double mixed = 0.0;
+    double divisor = 0.0;
 #pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
       const double toward = total >= 0.0 ? d[k] : -d[k];

@@ -19,8 +19,10 @@ static bool mix_near(const void* const* inputs, const DType* types, double t, in
     const int64_t m = n - lo < kMix ? n - lo : kMix;
     load_block(inputs, types, 1, lo, m, base, other);
     for (int64_t i = 0; i < m; i++) {
-      const double d = other[i] - base[i], size = size_of(d);
-      const double ratio = t / (size > 1e-6 ? size : 1e-6), share = ratio < 1.0 ? ratio : 1.0;
+      const double d = other[i] - base[i];
+      const double size = size_of(d);
+      const double ratio = t / (size > 1e-6 ? size : 1e-6);
+      const double share = ratio < 1.0 ? ratio : 1.0;
       bad += !(d - d == 0.0);
       base[i] += share * d;
     }
@@ -50,7 +52,8 @@ static void tally_active(const void* const* inputs, const DType* types, int coun
     count_active(base, models, count, epsilon, m, active);
     for (int k = 0; k < count; k++) {
       const double* __restrict x = models + k * kMix;
-      int32_t several = 0, single = 0;
+      int32_t several = 0;
+      int32_t single = 0;
       for (int64_t i = 0; i < m; i++) {
         const int32_t mine = size_of(x[i] - base[i]) > epsilon;
         several += mine & int32_t(active[i] > 1);
@@ -89,8 +92,10 @@ static bool mix_active(const void* const* inputs, const DType* types, int count,
 
 // e^x for x <= 0, to about 1e-16 of its value; below -700 it is e^-700.
 static inline double exponential(double x) {
-  const double magic = 0x1.8p52, low = x > -700.0 ? x : -700.0;
-  const double shifted = low * 0x1.71547652b82fep0 + magic, k = shifted - magic;
+  const double magic = 0x1.8p52;
+  const double low = x > -700.0 ? x : -700.0;
+  const double shifted = low * 0x1.71547652b82fep0 + magic;
+  const double k = shifted - magic;
   const double r = (low - k * 0x1.62e42fee00000p-1) - k * 0x1.a39ef35793c76p-33;
   double p = 1.0 / 6227020800.0;
   p = p * r + 1.0 / 479001600.0;
@@ -116,7 +121,8 @@ static inline double logarithm(double x) {
   const bool large = fraction > 0x1.6a09e667f3bcdp0;
   const double m = large ? fraction * 0.5 : fraction;
   const double e = double(int32_t(bits >> 52) - 1023 + int32_t(large));
-  const double s = (m - 1.0) / (m + 1.0), z = s * s;
+  const double s = (m - 1.0) / (m + 1.0);
+  const double z = s * s;
   double p = 1.0 / 23.0;
   p = p * z + 1.0 / 21.0;
   p = p * z + 1.0 / 19.0;
@@ -158,12 +164,15 @@ static bool row_importance(const void* const* inputs, const DType* types, int64_
   double* __restrict q = scratch + 3 * n;
   accumulate(inputs[0], types[0], at, 1.0, true, other, n);
   accumulate(inputs[1], types[1], at, 1.0, true, base, n);
-  const double p_sum = exponentials(other, n, p), q_sum = exponentials(base, n, q);
+  const double p_sum = exponentials(other, n, p);
+  const double q_sum = exponentials(base, n, q);
   for (int64_t i = 0; i < n; i++) {
-    const double a = p[i] / p_sum + 1e-8, b = q[i] / q_sum + 1e-8;
+    const double a = p[i] / p_sum + 1e-8;
+    const double b = q[i] / q_sum + 1e-8;
     p[i] = a * logarithm(a / b);
   }
-  const double sum = sum_lanes(p, n), divergence = sum > 0.0 ? sum : 0.0;
+  const double sum = sum_lanes(p, n);
+  const double divergence = sum > 0.0 ? sum : 0.0;
   int64_t bad = 0;
   for (int64_t i = 0; i < n; i++) {
     const double d = other[i] - base[i];

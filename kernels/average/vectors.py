@@ -42,9 +42,11 @@ class VectorRule:
     def grams(self, inputs: Sequence[npt.NDArray[Any]], dtypes: Sequence[str]) -> Array:
         """[V, K, K] Gram matrices of every vector of a whole tensor."""
         branches = len(inputs) - int(self.from_base)
-        base, base_dtype = inputs[-1], dtypes[-1]
+        base = inputs[-1]
+        base_dtype = dtypes[-1]
         if not self.from_base:
-            base, base_dtype = np.zeros(inputs[0].size), "F64"
+            base = np.zeros(inputs[0].size)
+            base_dtype = "F64"
         if self.period:
             return self._column_grams(inputs[:branches], base, dtypes, base_dtype)
         grams = np.empty((inputs[0].size // self.length, branches, branches))

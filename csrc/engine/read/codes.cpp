@@ -7,10 +7,11 @@ namespace {
 
 const int64_t kWordBits = 32;
 
-// The code of `bits` bits at a bit of the bytes, of which one more than the code's last is read only
+// Returns the code of `bits` bits that starts at a bit of the bytes. The second byte is read only
 // where the code reaches into it.
 inline uint32_t code_at(const uint8_t* bytes, int64_t bit, int64_t bits) {
-  const int64_t byte = bit / 8, shift = bit % 8;
+  const int64_t byte = bit / 8;
+  const int64_t shift = bit % 8;
   uint32_t pair = bytes[byte];
   if (shift + bits > 8) pair |= uint32_t(bytes[byte + 1]) << 8;
   return (pair >> shift) & ((1u << bits) - 1);
@@ -39,7 +40,8 @@ int CodesSource::read_codes(const Reading& reading, int64_t first, int64_t n, do
   const Layout& l = layout_;
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(scratch);
   if (is_dense()) {
-    const int64_t start = first * l.bits / 8, stop = ((first + n) * l.bits + 7) / 8;
+    const int64_t start = first * l.bits / 8;
+    const int64_t stop = ((first + n) * l.bits + 7) / 8;
     const int error = read_bytes(reading.remote, l.file, l.offset + start, stop - start, scratch);
     if (error) return error;
     if (l.bits == 8) {
@@ -50,12 +52,14 @@ int CodesSource::read_codes(const Reading& reading, int64_t first, int64_t n, do
     for (int64_t i = 0; i < n; i++, bit += l.bits) out[i] = l.table[code_at(bytes, bit, l.bits)];
     return 0;
   }
-  const int64_t row = first / l.cols, rows = (first + n - 1) / l.cols + 1 - row;
+  const int64_t row = first / l.cols;
+  const int64_t rows = (first + n - 1) / l.cols + 1 - row;
   const int error =
       read_bytes(reading.remote, l.file, l.offset + row * l.row_bytes, rows * l.row_bytes, scratch);
   if (error) return error;
   for (int64_t i = 0; i < n;) {
-    const int64_t col = (first + i) % l.cols, count = std::min(l.cols - col, n - i);
+    const int64_t col = (first + i) % l.cols;
+    const int64_t count = std::min(l.cols - col, n - i);
     const uint8_t* codes = bytes + ((first + i) / l.cols - row) * l.row_bytes;
     for (int64_t j = 0; j < count; j++)
       out[i + j] = l.table[code_at(codes, (col + j) * l.bits, l.bits)];
@@ -88,14 +92,16 @@ int CodesSource::apply_rows(const Reading& reading, const Grid& grid, int64_t fi
   const auto grid_row = [&](int64_t row) {
     return row / grid.rows * grid.grid_rows + row % grid.rows / grid.block_rows;
   };
-  const int64_t low = grid_row(first / cols), high = grid_row((first + n - 1) / cols);
+  const int64_t low = grid_row(first / cols);
+  const int64_t high = grid_row((first + n - 1) / cols);
   const int64_t count = (high + 1 - low) * grid.grid_cols;
   double* numbers = reinterpret_cast<double*>(scratch);
   const int error = read_doubles(reading, *grid.numbers, low * grid.grid_cols, count, numbers,
                                  scratch + round_up(size_t(count) * 8));
   if (error) return error;
   for (int64_t i = 0; i < n;) {
-    const int64_t row = (first + i) / cols, col = (first + i) % cols;
+    const int64_t row = (first + i) / cols;
+    const int64_t col = (first + i) % cols;
     const int64_t stop = std::min(i + cols - col, n);
     const double* line = numbers + (grid_row(row) - low) * grid.grid_cols;
     if (grid.columns) {
@@ -136,9 +142,11 @@ int PackedRowsSource::read(const Reading& reading, int64_t first, int64_t n, cha
   const uint32_t* words = reinterpret_cast<const uint32_t*>(scratch);
   int64_t loaded = -1;  // the word row in scratch, with the next one
   for (int64_t i = 0; i < n;) {
-    const int64_t row = (first + i) / cols_, col = (first + i) % cols_;
+    const int64_t row = (first + i) / cols_;
+    const int64_t col = (first + i) % cols_;
     const int64_t count = std::min(cols_ - col, n - i);
-    const int64_t word = row * bits_ / kWordBits, shift = row * bits_ % kWordBits;
+    const int64_t word = row * bits_ / kWordBits;
+    const int64_t shift = row * bits_ % kWordBits;
     const bool crosses = shift + bits_ > kWordBits;
     const int64_t num_words = crosses ? 2 : 1;
     if (loaded != word || crosses) {

@@ -54,8 +54,8 @@ class CodesSource : public Source {
   std::vector<Grid> scales_;
 };
 
-// A grid whose numbers of one column lie next to each other in 32-bit words: number i of a column at
-// bit i * bits.
+// A grid whose numbers of one column lie next to each other in 32-bit words. Number i of a column
+// starts at bit i * bits.
 class PackedRowsSource : public Source {
  public:
   PackedRowsSource(int64_t file, int64_t offset, int64_t cols, int64_t bits, const double* table)

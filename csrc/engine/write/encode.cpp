@@ -35,7 +35,8 @@ struct CodeValues {
   explicit CodeValues(const CodeKind& kind) {
     const int steps = 1 << kind.mantissa_bits;
     for (int code = 0; code <= kind.largest; code++) {
-      const int exponent = code >> kind.mantissa_bits, fraction = code & (steps - 1);
+      const int exponent = code >> kind.mantissa_bits;
+      const int fraction = code & (steps - 1);
       values[code] =
           exponent ? std::ldexp(double(steps + fraction), exponent - kind.bias - kind.mantissa_bits)
                    : std::ldexp(double(fraction), 1 - kind.bias - kind.mantissa_bits);
@@ -74,7 +75,8 @@ RoundingErrors encode_rows(const BlockRows& rows, const CodeKind& kind, const do
     const double* grid = scales + (rows.first_row + r) / rows.block_rows * grid_cols;
     uint8_t* out = codes + r * rows.cols;
     for (int64_t c = 0; c < rows.cols; c++) {
-      const double scale = grid[c / rows.block_cols], value = line[c];
+      const double scale = grid[c / rows.block_cols];
+      const double value = line[c];
       const int sign = std::signbit(value) ? kSign : 0;
       if (!std::isfinite(value)) {
         out[c] = uint8_t((std::isnan(value) ? kNan : kind.infinity) | sign);

@@ -17,14 +17,16 @@ struct CodeKind {
 };
 
 struct RoundingErrors {
-  double largest = 0.0, squares = 0.0, value_squares = 0.0;
+  double largest = 0.0;
+  double squares = 0.0;
+  double value_squares = 0.0;
 };
 
 // Raises sizes [row blocks, column blocks] to the largest finite absolute value of each block. The
 // first row of sizes is that of the block of the first row.
 void block_sizes(const BlockRows& rows, double* sizes);
 
-// Writes codes [rows, cols]: value / scale to the nearest code, ties to the even one. scales: of the
-// matrix, [row blocks, column blocks].
+// Writes codes [rows, cols]: value / scale to the nearest code, ties to the even one. scales:
+// [row blocks, column blocks] of the whole matrix.
 RoundingErrors encode_rows(const BlockRows& rows, const CodeKind& kind, const double* scales,
                            uint8_t* codes);
