@@ -12,7 +12,6 @@ import argparse
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,16 +240,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path)
-    parser.add_argument(
-        "--mergekit",
-        type=Path,
-        default=mergekit_env.DEFAULT,
-        help="its environment; made if absent",
-    )
-    arguments = parser.parse_args()
-    python, words = mergekit_env.find_or_make(arguments.mergekit)
-    if python is None:
-        sys.exit(words)
+    arguments, python, words = mergekit_env.parse_with_mergekit(parser)
     root = arguments.directory.absolute()
     work = root / "agreement"
     shutil.rmtree(work, ignore_errors=True)

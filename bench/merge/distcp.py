@@ -119,7 +119,8 @@ class Side:
 
     def run(self) -> list[float]:
         """Seconds, CPU seconds, peak MiB."""
-        stdin, stdout = self.process.stdin, self.process.stdout
+        stdin = self.process.stdin
+        stdout = self.process.stdout
         assert stdin is not None and stdout is not None
         stdin.write("\n")
         stdin.flush()

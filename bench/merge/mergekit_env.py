@@ -69,6 +69,24 @@ def find_or_make(directory: Path = DEFAULT) -> tuple[Path | None, str]:
     return _check(python)
 
 
+def parse_with_mergekit(
+    parser: argparse.ArgumentParser,
+) -> tuple[argparse.Namespace, Path, str]:
+    """Parses arguments and ``--mergekit``; exits without the environment.
+
+    Returns:
+        (arguments, the environment's interpreter, one line about it).
+    """
+    parser.add_argument(
+        "--mergekit", type=Path, default=DEFAULT, help="its environment; made if absent"
+    )
+    arguments = parser.parse_args()
+    python, words = find_or_make(arguments.mergekit)
+    if python is None:
+        sys.exit(words)
+    return arguments, python, words
+
+
 def _check(python: Path) -> tuple[Path | None, str]:
     text = (
         "import importlib.metadata as m; "

@@ -221,11 +221,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--mergekit", type=Path, default=mergekit_env.DEFAULT, help="environment")
-    arguments = parser.parse_args()
-    python, words = mergekit_env.find_or_make(arguments.mergekit)
-    if python is None:
-        sys.exit(words)
+    arguments, python, words = mergekit_env.parse_with_mergekit(parser)
     root = arguments.directory.absolute() / "recipes"
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)

@@ -10,7 +10,6 @@ largest difference of a row of embedding or head, and of any other tensor.
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,16 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--mergekit",
-        type=Path,
-        default=mergekit_env.DEFAULT,
-        help="its environment; made if absent",
-    )
-    arguments = parser.parse_args()
-    python, words = mergekit_env.find_or_make(arguments.mergekit)
-    if python is None:
-        sys.exit(words)
+    _, python, words = mergekit_env.parse_with_mergekit(parser)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for seed, (name, (added, rows)) in enumerate(MODELS.items()):
