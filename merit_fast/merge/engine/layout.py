@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from merit_fast.errors import InputError
@@ -44,7 +44,7 @@ class OutputTensor:
 
     @property
     def stored(self) -> tuple["StoredTensor", ...]:
-        """What the file holds for it: itself; or codes, then scales; or what is copied."""
+        """Entries of the file's header: the tensor itself, its codes and scales, or its copies."""
         if self.copied:
             parts = [(name, entry.dtype, entry.shape) for name, entry in self.copied]
             return tuple(StoredTensor(*part) for part in parts)
@@ -213,10 +213,15 @@ def index_text(
 
 
 def header_bytes(file: OutputFile) -> bytes:
+    """``header_of`` the tensors that a file stores."""
+    return header_of(file.stored)
+
+
+def header_of(tensors: Iterable[StoredTensor]) -> bytes:
     """Length and JSON of a safetensors header, padded to a multiple of 8."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for tensor in file.stored:
+    for tensor in tensors:
         end = start + tensor.num_bytes
         header[tensor.name] = {
             "dtype": tensor.dtype,

@@ -17,10 +17,11 @@ from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.manifests.directories import output_directory
 from merit_fast.manifests.io import stage_manifest
+from merit_fast.merge.engine.layout import StoredTensor
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.values import values
 from merit_fast.merge.lora.blocks import Difference
-from merit_fast.merge.lora.files import Array, Planned, rank_keys, spool_weights, write_config
+from merit_fast.merge.lora.files import Array, rank_keys, spool_weights, write_config
 from merit_fast.merge.lora.keys import extracted_config, factor_keys, rank_name, whole_keys
 from merit_fast.merge.lora.models import Pair, read_pair
 from merit_fast.merge.lora.products import Form, stored_factors
@@ -118,19 +119,19 @@ class _Extraction:
         self.lost = {t.name: changed[t.name] for t in targets if t.kind == "left out"}
         self.ranks: dict[str, int] = {}
 
-    def written(self, progress: Progress) -> Iterator[tuple[Planned, Iterable[Array]]]:
+    def written(self, progress: Progress) -> Iterator[tuple[StoredTensor, Iterable[Array]]]:
         keys = factor_keys(self.targets)
         with progress.task("extract", len(self.targets), "tensors") as task:
             for target in self.targets:
                 if target.name in keys:
                     for key, array in zip(keys[target.name], self._factors(target), strict=True):
-                        yield Planned(key, _DTYPE, array.shape), [array]
+                        yield StoredTensor(key, _DTYPE, array.shape), [array]
                 task.advance(1)
         tuned = self.pair.tuned_tensors
         for key, name in whole_keys(self.targets, tuned, self._tied()).items():
             entry = tuned[name]
             dtype = entry.dtype if entry.dtype in FLOAT_DTYPES else _DTYPE
-            yield Planned(key, dtype, entry.shape), self._runs(entry)
+            yield StoredTensor(key, dtype, entry.shape), self._runs(entry)
 
     def _runs(self, entry: TensorEntry) -> Iterator[Array]:
         for at in range(0, entry.num_elements, _RUN):

@@ -5,10 +5,8 @@ import math
 import os
 import re
 import shutil
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ import numpy.typing as npt
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average import average_arrays
-from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.manifests.atomic import write_text
+from merit_fast.merge.engine.layout import StoredTensor, header_of
 from merit_fast.merge.engine.values import finite
 from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG
 from merit_fast.merge.read.checkpoint import ADAPTER_FILE
@@ -26,20 +24,7 @@ from merit_fast.merge.read.checkpoint import ADAPTER_FILE
 Array = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to write; its values are made later, together with those of its group."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-Group = tuple[Sequence[Planned], Callable[[], Sequence[Array]]]
+Group = tuple[Sequence[StoredTensor], Callable[[], Sequence[Array]]]
 
 
 def write_weights(directory: Path, groups: Iterable[Group], advance: Callable[[int], None]) -> None:
@@ -56,7 +41,7 @@ def write_weights(directory: Path, groups: Iterable[Group], advance: Callable[[i
     listed = list(groups)
     part = directory / f"{ADAPTER_FILE}.part"
     with open(part, "wb") as opened:
-        opened.write(_header(planned for tensors, _ in listed for planned in tensors))
+        opened.write(header_of(planned for tensors, _ in listed for planned in tensors))
         for tensors, values in listed:
             for planned, array in zip(tensors, values(), strict=True):
                 if array.size != math.prod(planned.shape):
@@ -66,7 +51,7 @@ def write_weights(directory: Path, groups: Iterable[Group], advance: Callable[[i
     os.replace(part, directory / ADAPTER_FILE)
 
 
-def spool_weights(directory: Path, tensors: Iterable[tuple[Planned, Iterable[Array]]]) -> int:
+def spool_weights(directory: Path, tensors: Iterable[tuple[StoredTensor, Iterable[Array]]]) -> int:
     """Writes adapter_model.safetensors of tensors whose shapes are known only when they are made.
 
     Args:
@@ -88,7 +73,7 @@ def spool_weights(directory: Path, tensors: Iterable[tuple[Planned, Iterable[Arr
             for run in runs:
                 opened.write(_rounded(tensor, run))
     with open(data, "rb") as spooled, open(part, "wb") as opened:
-        opened.write(_header(planned))
+        opened.write(header_of(planned))
         shutil.copyfileobj(spooled, opened, 1 << 20)
     data.unlink()
     os.replace(part, directory / ADAPTER_FILE)
@@ -138,23 +123,7 @@ def _most_common(numbers: Iterable[float]) -> Any:
     return max(counts, key=lambda number: (counts[number], number)) if counts else 1
 
 
-def _header(tensors: Iterable[Planned]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for planned in tensors:
-        end = start + planned.num_bytes
-        header[planned.name] = {
-            "dtype": planned.dtype,
-            "shape": list(planned.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _rounded(planned: Planned, array: Array) -> bytes:
+def _rounded(planned: StoredTensor, array: Array) -> bytes:
     """Bytes of elements of a tensor, rounded once."""
     flat = np.ascontiguousarray(array, np.float64).ravel()
     out = average_arrays([flat], [1.0], dtypes=["F64"], out_dtype=planned.dtype, backend="eager")

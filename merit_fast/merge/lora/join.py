@@ -19,11 +19,11 @@ from merit_fast.manifests.directories import output_directory
 from merit_fast.manifests.io import stage_manifest
 from merit_fast.merge.combine.combination import combine
 from merit_fast.merge.config import FP8_BLOCK, MergeConfig
+from merit_fast.merge.engine.layout import StoredTensor
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.lora.files import (
     Array,
     Group,
-    Planned,
     rank_keys,
     write_config,
     write_weights,
@@ -139,7 +139,7 @@ class JoinedAdapters:
             write_weights(directory, self._groups(opened), lambda count: task.advance(count))
             write_config(directory, self._config())
 
-    def _planned(self) -> Iterator[Planned]:
+    def _planned(self) -> Iterator[StoredTensor]:
         for layer in self.layers:
             yield from _planned(layer, self.dtype)
         yield from self.whole.planned()
@@ -227,11 +227,11 @@ class JoinedAdapters:
         return counts
 
 
-def _planned(layer: JoinedLayer, dtype: str) -> list[Planned]:
+def _planned(layer: JoinedLayer, dtype: str) -> list[StoredTensor]:
     form = layer.form
     return [
-        Planned(form.a_name, dtype, form.a_shape(layer.rank)),
-        Planned(form.b_name, dtype, form.b_shape(layer.rank)),
+        StoredTensor(form.a_name, dtype, form.a_shape(layer.rank)),
+        StoredTensor(form.b_name, dtype, form.b_shape(layer.rank)),
     ]
 
 

@@ -8,8 +8,9 @@ import numpy as np
 from merit_fast.errors import InputError
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.merge.engine.layout import StoredTensor
 from merit_fast.merge.engine.opened import OpenFiles
-from merit_fast.merge.lora.files import Array, Group, Planned
+from merit_fast.merge.lora.files import Array, Group
 from merit_fast.merge.read.adapters.adapter import Adapter
 from merit_fast.merge.read.adapters.tied import same_values
 from merit_fast.merge.read.entries import TensorEntry
@@ -44,9 +45,9 @@ class WholeSums:
             self._entries[name] = entries
             self._factors[name] = factors
 
-    def planned(self) -> Iterator[Planned]:
+    def planned(self) -> Iterator[StoredTensor]:
         for name, entries in self._entries.items():
-            yield Planned(name, entries[0].dtype, entries[0].shape)
+            yield StoredTensor(name, entries[0].dtype, entries[0].shape)
 
     def groups(self, files: OpenFiles) -> Iterator[Group]:
         for planned in self.planned():
