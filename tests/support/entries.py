@@ -127,7 +127,9 @@ class RandomEntries:
         room = [sizes[d] + int(self.rng.integers(0, 3)) for d in order]
         source = self.any(depth, tuple(room))
         flat_strides = [math.prod(room[d + 1 :]) for d in range(len(room))]
-        start, strides, index = 0, [0] * len(sizes), []
+        start = 0
+        strides = [0] * len(sizes)
+        index = []
         for place, d in enumerate(order):
             low = int(self.rng.integers(0, room[place] - sizes[d] + 1))
             is_reversed = bool(self.rng.integers(0, 4) == 0)

@@ -83,7 +83,7 @@ def test_one_named_tower_merges_and_the_others_are_the_base_models(
 
 
 def test_several_towers_have_models_and_numbers_of_their_own(gemmas, monkeypatch, tmp_path):
-    run(
+    summary = run(
         gemmas,
         monkeypatch,
         tmp_path,
@@ -100,6 +100,7 @@ def test_several_towers_have_models_and_numbers_of_their_own(gemmas, monkeypatch
         base_model: m0
         merge_method: linear""",
     )
+    assert {number for _, number in [*summary["models"], *summary["coefficients"]]} == {None}
     zero, one, two = states(gemmas)
     merged = load_whole(type(gemmas[1][0]), tmp_path / "out")
     assert_towers(

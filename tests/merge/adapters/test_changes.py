@@ -69,7 +69,10 @@ def test_a_convolutions_product(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_products(tmp_path: Path, transposed: bool) -> None:
-    experts, out, into, rank = 3, 4, 5, 2
+    experts = 3
+    out = 4
+    into = 5
+    rank = 2
     base, w = stored(tmp_path, experts, *((into, out) if transposed else (out, into)))
     a, a_values = stored(tmp_path, experts * rank, into)
     b, b_values = stored(tmp_path, out, rank * experts)

@@ -104,7 +104,8 @@ def refused(directory, shapes, config=PLAIN, base=None, tied=False):
     header = {}
     end = 0
     for name, shape in base.items():
-        start, end = end, end + math.prod(shape) * 4
+        start = end
+        end += math.prod(shape) * 4
         header[name] = tensor(list(shape), start, end)
     files = {
         "model.safetensors": pack(header, bytes(end)),

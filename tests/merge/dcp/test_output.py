@@ -65,7 +65,8 @@ def test_files_that_a_stopped_merge_left_are_kept_only_if_sound(tmp_path, monkey
 
 def test_safetensors_and_chunks_mix_in_the_first_model_form(saved, tmp_path):
     """The second model lies in other chunks than the first, or in none."""
-    whole, chunked = saved / "model-1", saved / "checkpoint-2"
+    whole = saved / "model-1"
+    chunked = saved / "checkpoint-2"
     merge_models([whole, saved / "model-2"], [0.25, 0.75], out=tmp_path / "wanted")
     wanted = load_file(tmp_path / "wanted" / "model.safetensors")
     for name, paths, weights in (

@@ -3,21 +3,9 @@
 import faulthandler
 
 import pytest
-from support.merge.delta_cases import DTYPES, models_of
+from support.merge.method_fixtures import backend, written
 
-
-@pytest.fixture(params=["cpu", "eager"])
-def backend(request, monkeypatch):
-    monkeypatch.setenv("MERIT_FAST_BACKEND", request.param)
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    return {
-        name: models_of(dtypes, tmp_path_factory.mktemp(name.replace(" ", "-")))
-        for name, (dtypes, _) in DTYPES.items()
-    }
+__all__ = ["backend", "limited", "written"]
 
 
 @pytest.fixture

@@ -51,7 +51,8 @@ def test_codes_are_torchs_own_casts(kind, native):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [(4, 6), (1, 32), (128, 128), (5, 1), (3, 70)])
 def test_the_kernel_gives_the_bits_of_the_reference(kind, block):
-    rows, columns = 13, 70
+    rows = 13
+    columns = 70
     values = spread_values(rows, columns)
     form = encoding(kind, rows, columns, block)
     sizes = np.zeros(form.grid)

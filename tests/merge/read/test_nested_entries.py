@@ -104,7 +104,8 @@ def test_transposed_tensors_are_read_in_runs_that_workers_share(
 @needs_native
 def test_a_vocabulary_of_single_rows_in_any_order_is_read_fast(tmp_path: Path) -> None:
     """150,000 boxes; a reader that looks at all of them for each chunk takes minutes."""
-    rows, width = 150_000, 2
+    rows = 150_000
+    width = 2
     rng = np.random.default_rng(0)
     order = rng.permutation(rows)
     values = rng.standard_normal((rows, width)).astype(np.float32)

@@ -129,7 +129,8 @@ def test_rows_up_to_a_multiple_are_the_mean_of_each_models_rows(models, tmp_path
 
 @BOTH
 def test_rows_of_single_tokens(models, tmp_path, name):
-    base, chat = models["base"], models["chat"]
+    base = models["base"]
+    chat = models["chat"]
     of_chat = {"kind": "model_token", "model": str(chat.path)}
     tokens = {
         "a": {"source": str(chat.path), "force": True},

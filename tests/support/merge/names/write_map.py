@@ -149,7 +149,8 @@ def describe_rules() -> dict[str, Any]:
 
     rules: dict[str, Any] = {}
     aliases = conversion_mapping._MODEL_TO_CONVERSION_PATTERN
-    built = conversion_mapping._build_checkpoint_conversion_mapping()  # type: ignore[no-untyped-call]
+    build: Any = conversion_mapping._build_checkpoint_conversion_mapping
+    built = build()
     for key, transforms in sorted(built.items()):
         described = [describe_rule(transform) for transform in transforms]
         alias = aliases.get(key)
