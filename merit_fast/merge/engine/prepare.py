@@ -49,7 +49,7 @@ class Inputs:
     dequantized: bool  # an input is quantised, and no tensor of the output
     models: tuple[Location, ...]
     base_dtypes: str  # of the base's float tensors, as ``dtypes``; "" without a base
-    notes: tuple[str, ...]  # what was renamed, filled or left out, in sentences
+    notes: tuple[str, ...]  # sentences about tensors that were renamed, filled or left out
     vocabulary: OutputVocabulary | None = None  # None: tokenizer and rows stay as they are
     chat_template: str | None = None  # None: the tokenizer's own
     forms: Forms | None = None  # chose the output's quantised tensors
@@ -174,7 +174,7 @@ class _Matched:
         return next(found, None)
 
     def notes(self, config: MergeConfig) -> list[str]:
-        """What was renamed, or left out while the models were read."""
+        """Sentences about tensors that were renamed or left out while the models were read."""
         of_models = [note for each in self.everyone for note in each.notes]
         left_out = left_out_notes(self.everyone, config.form == "distcp")
         return [*dict.fromkeys(of_models), *left_out]

@@ -79,7 +79,8 @@ def _overlap(
         places = (part.offsets[d] + (part.steps[d] if part.steps else 1) * index) * step
         if d == 0:  # other rows are not looked at
             inside = (places + step > first) & (places < first + count)
-            index, places = index[inside], places[inside]
+            index = index[inside]
+            places = places[inside]
         target = np.add.outer(target, places)
         source = np.add.outer(source, index * part.strides[d])
     target, source = target.ravel(), source.ravel()

@@ -1,1 +1,1 @@
-"""What the summary of a merge says about tensors: filled, left out, counted."""
+"""Sentences of a merge's summary about tensors that it filled, left out or counted."""

@@ -22,7 +22,7 @@ def choose_forms(
     checkpoints: Sequence[Checkpoint],
     companions: Location,
 ) -> Forms | None:
-    """What decides the output's quantised tensors; None where ``dtype`` makes all of them plain.
+    """The forms of the output's quantised tensors; None where ``dtype`` makes all tensors plain.
 
     Args:
         companions: the directory that gives config.json.

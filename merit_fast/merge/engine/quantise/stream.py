@@ -31,7 +31,7 @@ _ITEM = 8
 
 @contextmanager
 def scratch_output(files: OpenFiles, folder: Path) -> Iterator[OpenFiles]:
-    """The same inputs with a nameless file as output, in the folder of the output."""
+    """Open files with the same inputs, and a nameless file in ``folder`` as their output."""
     with tempfile.TemporaryFile(dir=folder) as scratch:
         opened = OpenFiles()
         opened.descriptors = files.descriptors

@@ -180,7 +180,9 @@ def _views(
     groups: dict[str, tuple[Rule, defaultdict[int, list[str]]]] = {}
     plain: dict[str, str] = {}
     for name in sorted(checkpoint.tensors, key=natural_order):
-        target, rule, source = name, None, -1
+        target = name
+        rule = None
+        source = -1
         if numberless(name) not in kind.kept:
             target, rule, source = renamer.converted(renamer.renamed(name))
         target = kind.with_prefix(target)
