@@ -9,6 +9,7 @@ from merit_fast.merge.engine.changes import most_factor_bytes
 from merit_fast.merge.engine.compiled.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK
 from merit_fast.merge.engine.prepare import Inputs
+from merit_fast.merge.engine.quantise.stream import slab_bytes
 from merit_fast.merge.read.entries import is_float, value_dtype
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas
@@ -46,12 +47,13 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     scratch = max((scratch_bytes(entry) for entry in entries if is_float(entry)), default=0)
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
-    tensors = (tensor for file in inputs.files for tensor in file.tensors)
-    wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in tensors), default=0)
+    all_tensors = [tensor for file in inputs.files for tensor in file.tensors]
+    wide = max((sum(map(wide_bytes, tensor.inputs)) for tensor in all_tensors), default=0)
     shared = (2 + config.threads) * elements * wide  # two runs, and those that a worker still reads
     buffers = config.threads * elements * (each + scratch + sizes + ranks)
-    inputs_of = (tensor.inputs for file in inputs.files for tensor in file.tensors)
-    return buffers + shared + most_factor_bytes(inputs_of)
+    encoder = config.threads * slab_bytes(t.encoding for t in all_tensors if t.encoding)
+    factors = most_factor_bytes(tensor.inputs for tensor in all_tensors)
+    return max(buffers + shared + factors, encoder)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:

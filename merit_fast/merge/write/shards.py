@@ -26,6 +26,7 @@ from merit_fast.merge.engine.layout import index_text
 from merit_fast.merge.engine.plan import Plan, Shard
 from merit_fast.merge.engine.prepare import Inputs
 from merit_fast.merge.engine.quantise.rounding import write_roundings
+from merit_fast.merge.engine.quantise.stream import scratch_file_bytes
 from merit_fast.merge.read.checkpoint import INDEX_FILE
 from merit_fast.merge.read.companions import (
     copy_companions,
@@ -182,6 +183,7 @@ class ShardWriter:
         needed = sum(shard.num_bytes for shard in todo)
         if self.upload:
             needed = self.upload.spool_bytes(todo)
+        needed += max((scratch_file_bytes(shard.segments) for shard in todo), default=0)
         parts = sum(
             file.stat().st_size
             for shard in todo

@@ -19,6 +19,7 @@ from transformers import (
 
 from merit_fast.errors import InputError
 from merit_fast.merge import load_merged, merge_models, merge_state_dicts
+from merit_fast.merge.write import shards
 
 SIZES = {
     "hidden_size": 128,
@@ -189,6 +190,24 @@ def test_nonfinite_values_become_nan_where_they_are_allowed(tmp_path):
     merge_models([model], out=tmp_path / "out", dtype="fp8-block128", allow_nonfinite=True)
     values = dequantised(load(tmp_path / "out"), "l.q_proj.weight")
     assert values.isnan().nonzero().tolist() == [[3, 4], [5, 6]]
+
+
+def test_disk_and_memory_of_the_encoder_are_counted_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    models = [llama(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    options = {"out": tmp_path / "out", "dtype": "fp8-block128", "threads": 2}
+    plan = merge_models(models, dry_run=True, **options)
+    largest = 256 * 128  # elements of a projection of the MLP
+    assert plan["buffer_bytes"] >= 2 * largest * 9
+    with pytest.raises(InputError, match="max_memory: must be at least [0-9]+ bytes"):
+        merge_models(models, max_memory="100K", **options)
+    monkeypatch.setattr(shards, "free_bytes", lambda path: plan["bytes_out"] + largest)
+    with pytest.raises(InputError, match=f"needs {plan['bytes_out'] + 8 * largest} bytes"):
+        merge_models(models, **options)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(shards, "free_bytes", lambda path: plan["bytes_out"] + 8 * largest)
+    merge_models(models, **options)
 
 
 def test_a_model_without_such_layers_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +27,21 @@ from merit_fast.merge.engine.quantise.encoding import Encoding
 Slab = tuple[int, int, int]  # first row, rows, row of blocks
 _SLAB_BYTES = 8 << 20  # of float64 values that a thread holds at a time
 _ITEM = 8
+
+
+def scratch_file_bytes(segments: Iterable[Segment]) -> int:
+    """Bytes of the largest nameless file that ``scratch_output`` holds for one of the segments."""
+    encoded = (segment.num_elements for segment in segments if segment.encoding)
+    return _ITEM * max(encoded, default=0)
+
+
+def slab_bytes(encodings: Iterable[Encoding]) -> int:
+    """Bytes that a thread of ``encode_tensor`` holds: a slab's float64 values and its codes."""
+    elements = (
+        min(max(_SLAB_BYTES // _ITEM, encoding.columns), encoding.rows * encoding.columns)
+        for encoding in encodings
+    )
+    return (_ITEM + 1) * max(elements, default=0)
 
 
 @contextmanager
