@@ -57,7 +57,7 @@ struct MomentChunk {
              RandomBits random) const {
     if (job.moments == Moments::F32) return;
     uint32_t bits[kUpdateChunk];
-    if (job.stochastic) fill_random(random, uint32_t(from), bits, n);
+    if (job.stochastic) fill_random(random, uint64_t(t.first + from), bits, n);
     if (job.moments == Moments::BF16 && job.stochastic) {
       store_bf16_stochastic(first, at<uint16_t>(t.exp_avg, from), n, bits, 16);
       store_bf16_stochastic(second, at<uint16_t>(t.exp_avg_sq, from), n, bits, 0);
@@ -107,7 +107,7 @@ struct WeightChunk {
       store_bf16(w, weight, n);
     } else {
       uint32_t bits[kUpdateChunk];
-      fill_random(random, uint32_t(from), bits, n);
+      fill_random(random, uint64_t(t.first + from), bits, n);
       store_bf16_stochastic(w, weight, n, bits, 16);
     }
     if (job.master == Master::NONE && t.average) widen_all(weight, values, n);

@@ -17,6 +17,7 @@ struct AdamWTensor {
   void* master;                             // float [n], or int16_t [n]
   float* average;                           // [n] or null
   uint64_t key;                             // of (seed, step, parameter)
+  int64_t first;                            // index of its first element in the whole parameter
   float rate;                               // lr / (1 - beta1^t)
   float root;                               // 1 / sqrt(1 - beta2^t)
   float average_weight;                     // share of the new weight in the average

@@ -28,9 +28,7 @@ static void average_chunk(float* __restrict average, const float* __restrict w, 
 }
 
 static void update_item(const AdamWJob& job, const AdamWTensor& t, int64_t first, int64_t stop) {
-  // Elements beyond 2^32 have other keys; an item never crosses that border.
-  const uint32_t far = uint32_t(uint64_t(first) >> 32) * 0x9e3779b9u;
-  const uint32_t low = uint32_t(t.key), high = uint32_t(t.key >> 32) ^ far;
+  const uint32_t low = uint32_t(t.key), high = uint32_t(t.key >> 32);
   WeightChunk weights;
   MomentChunk moments;
   alignas(64) float widened[kUpdateChunk];

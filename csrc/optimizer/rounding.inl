@@ -25,8 +25,18 @@ static inline uint16_t stochastic_bf16(float value, uint32_t random16) {
   return uint16_t(size > 0x7f800000u ? 0x7fc0u : cut);
 }
 
-static void fill_random(RandomBits random, uint32_t first, uint32_t* bits, int n) {
-  for (int i = 0; i < n; i++) bits[i] = random(first + uint32_t(i));
+// Fills the bits of n elements of the whole parameter from ``first`` on. Elements beyond 2^32 have
+// other keys.
+static void fill_random(RandomBits random, uint64_t first, uint32_t* bits, int n) {
+  for (int done = 0; done < n;) {
+    const uint32_t low = uint32_t(first + uint64_t(done));
+    const uint32_t far = uint32_t((first + uint64_t(done)) >> 32) * 0x9e3779b9u;
+    const RandomBits near{random.before, random.between ^ far};
+    const uint64_t border = (uint64_t(1) << 32) - low;
+    const int stop = border < uint64_t(n - done) ? done + int(border) : n;
+    for (int i = done; i < stop; i++) bits[i] = near(low + uint32_t(i - done));
+    done = stop;
+  }
 }
 
 static void store_bf16_stochastic(const float* x, uint16_t* out, int n, const uint32_t* bits,

@@ -234,6 +234,7 @@ class FusedAdamW(torch.optim.Optimizer):
                 _key(self.options.seed, step, member.number)
                 for step, member in zip(steps, members, strict=True)
             ],
+            [0] * len(members),
             numbers,
             self.options.rounding == "stochastic",
             self.options.zero_grad,

@@ -39,8 +39,9 @@ def adamw(step: Step, k: int) -> None:
     high = (step.keys[k] >> 32) & _MASK
     bits = moment_bits = None
     if step.stochastic:
-        bits = random_bits(len(weight), low, high, weight.device)
-        moment_bits = random_bits(len(weight), high, low, weight.device)
+        first = step.firsts[k]
+        bits = random_bits(len(weight), low, high, weight.device, first)
+        moment_bits = random_bits(len(weight), high, low, weight.device, first)
     _store_weight(w, weight, master, bits)
     _store_moments((m, v), (exp_avg, exp_avg_sq), scales, moment_bits)
     if average is not None:
@@ -120,10 +121,13 @@ def stochastic_bf16(values: Tensor, bits16: Tensor) -> Tensor:
 
 
 def random_bits(
-    count: int, before: int, between: int, device: torch.device | None = None
+    count: int, before: int, between: int, device: torch.device | None = None, first: int = 0
 ) -> Tensor:
-    """[count] int64 below 2^32: two rounds of Wellons' lowbias32 of the index, each after a key."""
-    index = torch.arange(count, device=device)
+    """[count] int64 below 2^32: two rounds of Wellons' lowbias32 of the index, each after a key.
+
+    The indices are ``first``, ``first`` + 1, ...
+    """
+    index = torch.arange(first, first + count, device=device)
     x = (index & _MASK) ^ before
     x = (x ^ x >> 16) * 0x7FEB352D & _MASK
     x = x ^ between ^ ((index >> 32) * 0x9E3779B9 & _MASK)

@@ -28,6 +28,7 @@ def adamw(step: Step) -> None:
         masters=_addresses(step.masters),
         averages=_addresses(step.averages),
         keys=[key & 0xFFFFFFFFFFFFFFFF for key in step.keys],
+        firsts=list(step.firsts),
         rates=step.rates[0::3],
         roots=step.rates[1::3],
         average_weights=step.rates[2::3],

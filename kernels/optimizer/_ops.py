@@ -28,6 +28,7 @@ def adamw(
     clip: Tensor | None,
     rates: Sequence[float],
     keys: Sequence[int],
+    firsts: Sequence[int],
     numbers: Sequence[float],
     stochastic: bool,
     zero_grad: bool,
@@ -36,7 +37,7 @@ def adamw(
     """Updates the N tensors of a ``Step``, which has the same fields."""
     step = Step(
         weights, grads, exp_avgs, exp_avg_sqs, scales, masters, averages,
-        clip, rates, keys, numbers, stochastic, zero_grad,
+        clip, rates, keys, firsts, numbers, stochastic, zero_grad,
     )  # fmt: skip
     chosen = dispatch.choose("adamw", weights[0].device.type, backend)
     if chosen == "triton":

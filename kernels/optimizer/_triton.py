@@ -1,8 +1,8 @@
 """Launches AdamW's Triton kernel: one launch for all tensors of a step.
 
 The table holds rows of N numbers: first blocks, sizes, the addresses of weights, gradients,
-moments, their scales, masters and averages (0: none), keys, and three float32 as bits: step size,
-root, share in the average.
+moments, their scales, masters and averages (0: none), keys, three float32 as bits (step size,
+root, share in the average), and the index of the first element in the whole parameter.
 """
 
 from collections.abc import Sequence
@@ -60,6 +60,7 @@ def describe(step: Step) -> tuple[Tensor, Kinds, int]:
         averages,
         list(step.keys),
         *rates,
+        list(step.firsts),
     ]
     return _tables.table_of(rows), _kinds(step, aligned), blocks
 

@@ -34,6 +34,7 @@ KEY = tl.constexpr(10)
 RATE = tl.constexpr(11)
 ROOT = tl.constexpr(12)
 SHARE = tl.constexpr(13)
+FIRST = tl.constexpr(14)
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def _store_moments(
 
 @triton.jit
 def _store_weight(
-    weight, master, index, inside, w, key_low, key_high, moment_bits,
+    weight, master, index, place, inside, w, key_low, key_high, moment_bits,
     KINDS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Returns the new weight as it was stored, master included."""
@@ -113,7 +114,7 @@ def _store_weight(
         write(pointer_to(master, tl.float32, ALIGNED) + index, w, inside, FULL)
         store_bf16(weight, index, inside, w, moment_bits, False, ALIGNED, FULL)
     else:
-        bits = random_bits(index, key_low, key_high) >> 16
+        bits = random_bits(place, key_low, key_high) >> 16
         w = store_bf16(weight, index, inside, w, bits, KINDS[6], ALIGNED, FULL)
     return w
 
@@ -161,12 +162,13 @@ def _update(
     denominator = tl.sqrt_rn(v) * number_at(column, ROOT * count) + epsilon
     w = w * decay - number_at(column, RATE * count) * tl.div_rn(m, denominator)
 
-    bits = random_bits(index, key_high, key_low)
+    place = index + tl.load(column + FIRST * count)
+    bits = random_bits(place, key_high, key_low)
     _store_moments(
         first, second, first_scale, second_scale, index, row, inside, full_row, m, v, bits,
         KINDS, FULL,
     )  # fmt: skip
-    w = _store_weight(weight, master, index, inside, w, key_low, key_high, bits, KINDS, FULL)
+    w = _store_weight(weight, master, index, place, inside, w, key_low, key_high, bits, KINDS, FULL)
     if KINDS[5]:
         average = pointer_to(tl.load(column + AVERAGE * count), tl.float32, ALIGNED) + index
         old = read(average, inside, FULL)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.kernels.optimizer_runs import BACKENDS, bits, make_parameters, train
 
-from merit_fast.kernels.optimizer import _eager
+from merit_fast.kernels.optimizer import _eager, _ops
 
 BOTH = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -98,3 +98,50 @@ def test_16_bits_tell_every_master_of_a_weight(raw):
     _eager._store_weight(master, weight, low, None)
     back = _eager.full_weight(weight, low)
     assert torch.equal(bits(back), bits(master)) and bool(weight.isnan()) == bool(master.isnan())
+
+
+def split_in_two(tensors, at):
+    """The tensors of one parameter, cut at an element into two."""
+    return [part for tensor in tensors for part in (tensor[:at], tensor[at:])]
+
+
+@BOTH
+@pytest.mark.parametrize("first", [0, 2**32 - 300, 2**40 + 5])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_two_parts_of_a_parameter_round_as_the_whole_one(backend, kind, first):
+    """A part says where it begins; also across the elements whose index needs 33 bits."""
+    size, at = 1500, 512
+    numbers = torch.Generator().manual_seed(3)
+
+    def tensors():
+        numbers.manual_seed(3)
+        weight = torch.randn(size, generator=numbers).bfloat16()
+        grad = torch.randn(size, generator=numbers).bfloat16()
+        if kind == "int8":
+            codes = [torch.zeros(size, dtype=dtype) for dtype in (torch.int8, torch.uint8)]
+            return [[weight], [grad], [codes[0]], [codes[1]]], [torch.zeros(6), torch.zeros(6)]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+        return [
+            [weight],
+            [grad],
+            [torch.zeros(size, dtype=dtype)],
+            [torch.zeros(size, dtype=dtype)],
+        ], []
+
+    def update(columns, scales, firsts):
+        count = len(firsts)
+        _ops.adamw(
+            *columns, scales, [], [], None, [1e-3, 1.0, 0.0] * count, [77] * count, firsts,
+            [0.999, 0.9, 0.999, 1e-8], True, False, backend,
+        )  # fmt: skip
+
+    whole, whole_scales = tensors()
+    update(whole, whole_scales, [first])
+    parts, scales = tensors()
+    halves = [split_in_two(column, at) for column in parts]
+    update(halves, split_in_two(scales, at // 256), [first, first + at])
+    moved, moved_scales = tensors()
+    update(moved, moved_scales, [first + 1])
+    for column, other in zip(whole, parts, strict=True):
+        assert torch.equal(bits(column[0]), bits(other[0]))
+    assert not torch.equal(whole[0][0], moved[0][0])

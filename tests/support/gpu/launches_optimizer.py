@@ -64,6 +64,7 @@ def launch(
         clip=torch.ones(()) if clipped else None,
         rates=[1e-3, 1.0, 0.1],
         keys=[5],
+        firsts=[0],
         numbers=[0.999, 0.9, 0.999, 1e-8],
         stochastic=stochastic,
         zero_grad=zero_grad,
