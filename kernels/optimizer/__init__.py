@@ -6,24 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.optimizer import _loading
+from merit_fast.kernels.optimizer._backward.hooks import InBackward
+from merit_fast.kernels.optimizer._backward.spent import SpentGradient
+from merit_fast.kernels.optimizer._base import OptimizerWithStates
 from merit_fast.kernels.optimizer._checks import (
     check_group,
     check_in_backward,
-    check_not_replaced,
     refuse_overlaps,
 )
-from merit_fast.kernels.optimizer._in_backward import InBackward
-from merit_fast.kernels.optimizer._norms import Sums, clip_factors, square_sums, total_square_sum
-from merit_fast.kernels.optimizer._sharded import shard_number
-from merit_fast.kernels.optimizer._spent import SpentGradient
-from merit_fast.kernels.optimizer._state import Options, new_state
+from merit_fast.kernels.optimizer._sharding.norms import (
+    Sums,
+    clip_factors,
+    square_sums,
+    total_square_sum,
+)
+from merit_fast.kernels.optimizer._sharding.places import shard_number
+from merit_fast.kernels.optimizer._state import Options
 from merit_fast.kernels.optimizer._update import Group, Member, update
 
 __all__ = ["FusedAdamW", "InBackward", "SpentGradient"]
 
 
-class FusedAdamW(torch.optim.Optimizer):
+class FusedAdamW(OptimizerWithStates):
     """AdamW (Loshchilov & Hutter 2019) that reads and writes every element once a step.
 
     For every parameter p with gradient g, in float32 whatever the dtypes:
@@ -148,9 +152,8 @@ class FusedAdamW(torch.optim.Optimizer):
             norm = self.measured(sums, compare=True)
             clips = self.clips(norm)
             if self.skips(norm):
-                for member in members:
-                    if self.options.zero_grad and member.parameter.grad is not None:
-                        member.parameter.grad.zero_()
+                if self.options.zero_grad:
+                    super().zero_grad(set_to_none=False)
                 return loss
         self.update(members, clips)
         return loss
@@ -199,80 +202,18 @@ class FusedAdamW(torch.optim.Optimizer):
         self._in_backward = InBackward(self, clip, accumulation, ddp)
         return self._in_backward
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's; every group holds the options as text. Leaves out departed parameters."""
-        whole = self.state
-        try:
-            self.state = _loading.states_of_members(whole, self._parameters())
-            state_dict = super().state_dict()
-        finally:
-            self.state = whole
-        counters = {"num_skipped": self.num_skipped, "last_norm": self.last_norm}
-        text = _loading.options_text(self.options, counters)
-        for group in state_dict["param_groups"]:
-            group[_loading.OPTIONS_KEY] = text
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of ours or of ``torch.optim.AdamW``; states keep their own dtypes.
-
-        Raises:
-            ValueError: a state of other rules, kinds or sizes; nothing is changed then.
-        """
-        _loading.check_loadable(state_dict)
-        saved = _loading.read_options(state_dict["param_groups"])
-        _loading.check_kinds(saved, self.options, self._parameters())
-        before = (self.state, self.param_groups)
-        names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        try:
-            # torch casts states to the parameters' dtypes; ``adopted`` gives them those they need.
-            super().load_state_dict(state_dict)
-            for name, parameter in zip(names, self._parameters(), strict=True):
-                if name in state_dict["state"]:
-                    kept = state_dict["state"][name]
-                    self.state[parameter] = _loading.adopted(parameter, kept, self.options)
-        except (KeyError, TypeError, ValueError):
-            self.state, self.param_groups = before
-            raise
-        for group in self.param_groups:
-            group.pop(_loading.OPTIONS_KEY, None)
-        if saved is not None:
-            self.options = _loading.taken_over(saved, self.options)
-            self.num_skipped = saved.get("num_skipped", 0)
-            self.last_norm = saved.get("last_norm")
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("options", "grad_norm", "last_norm", "num_skipped")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # A copy has no hooks and no group of processes.
-        self.__dict__.setdefault("process_group", None)
-        self.__dict__.setdefault("_in_backward", None)
-
-    def members(self) -> list[Member]:
-        """All parameters, numbered through the groups that they are in now."""
-        pairs = ((group, p) for group in self.param_groups for p in group["params"])
-        return [Member(group, number, p) for number, (group, p) in enumerate(pairs)]
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
     def square_sum(self, parameter: Tensor) -> Tensor:
         """Float64 scalar: the sum of squares of the local part of a parameter's gradient."""
         return square_sums([parameter], self.options.backend)[0][1]
 
     def measured(self, sums: Sums, compare: bool = False) -> Tensor:
-        """The norm of whole gradients, left in ``grad_norm``; shards are added, see ``_norms``."""
+        """The norm of whole gradients, left in ``grad_norm``."""
         norm = total_square_sum(self._parameters(), sums, self.process_group, compare).sqrt()
         self.grad_norm = norm
         return norm
 
     def clips(self, norm: Tensor | float) -> dict[torch.device, Tensor]:
         """Float32 factors for the gradients of each device, whose norm is ``norm``."""
-        if not self.options.max_norm:
-            return {}
         return clip_factors(self._parameters(), norm, self.options.max_norm)
 
     def skips(self, norm: Tensor) -> bool:
@@ -286,15 +227,3 @@ class FusedAdamW(torch.optim.Optimizer):
         """Updates members that have a gradient."""
         states = [self.state_of(member.parameter) for member in members]
         update(members, states, self.options, clips, shard_number(self.process_group))
-
-    def state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """The state of a parameter; makes it if needed. Its master exists before the first step.
-
-        Raises:
-            ValueError: a parameter of the same shape left the groups, and its state with it.
-        """
-        state: dict[str, Any] = self.state[parameter]
-        if not state:
-            check_not_replaced(parameter, self._parameters(), self.state)
-            state.update(new_state(parameter, self.options))
-        return state

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.optimizer import _sharded
+from merit_fast.kernels.optimizer._sharding import places
 from merit_fast.kernels.optimizer._state import Options, is_dense
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,7 +35,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 def refuse_overlaps(parameters: Iterable[Tensor]) -> None:
     """Raises ValueError for dense parameters that share memory: threads would write it at once."""
-    parts = [_sharded.local(parameter) for parameter in parameters]
+    parts = [places.local(parameter) for parameter in parameters]
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.numel() * p.itemsize)
         for p in parts
@@ -61,12 +61,12 @@ def local_grad(parameter: Tensor) -> Tensor:
         )
     if grad.dtype not in DTYPES:
         raise TypeError(f"FusedAdamW: gradients must be float32 or bfloat16, got {grad.dtype}")
-    if _sharded.is_sharded(parameter) != _sharded.is_sharded(grad):
+    if places.is_sharded(parameter) != places.is_sharded(grad):
         raise ValueError(
             "FusedAdamW: a parameter and its gradient must both be DTensors or both be plain, got "
             f"{type(parameter.data).__name__} and {type(grad).__name__}"
         )
-    return _sharded.local(_sharded.moved_onto(parameter, grad.detach()))
+    return places.local(places.moved_onto(parameter, grad.detach()))
 
 
 def check_in_backward(
@@ -95,8 +95,8 @@ def check_in_backward(
             'FusedAdamW: step_in_backward with skip_nonfinite needs clip="two-pass": without it '
             "weights are updated before all gradients are known"
         )
-    plain = any(not _sharded.is_sharded(parameter) for parameter in parameters)
-    if plain and ddp is None and not reduced and _sharded.world_size() > 1:
+    plain = any(not places.is_sharded(parameter) for parameter in parameters)
+    if plain and ddp is None and not reduced and places.world_size() > 1:
         raise ValueError(
             "FusedAdamW: hooks see plain gradients before they are reduced over the processes; "
             "pass ddp= (the DistributedDataParallel), or reduced=True if they need no reduction. "

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.optimizer import _eager, _sharded
+from merit_fast.kernels.optimizer import _eager
 from merit_fast.kernels.optimizer._eager import flat
+from merit_fast.kernels.optimizer._sharding import places
 from merit_fast.kernels.optimizer._state import Options, in_layout_of, new_state
 
 # The key of a group in a state dict, not in ``param_groups``, under which the options are.
@@ -78,7 +79,7 @@ def check_kinds(
     Distributed checkpoints copy what they read into tensors of this optimizer's kinds, which loses
     8-bit moments and split masters.
     """
-    if saved is None or not any(_sharded.is_sharded(parameter) for parameter in parameters):
+    if saved is None or not any(places.is_sharded(parameter) for parameter in parameters):
         return
     for name in ("moments", "master"):
         kinds = {saved[name], getattr(options, name)}
@@ -193,10 +194,10 @@ def _adopt_moment(
                     f"FusedAdamW: loaded {key} must be {list(state[key].shape)}, "
                     f"is {list(saved[key].shape)}"
                 )
-            moved = _sharded.moved_onto(parameter, saved[key])
+            moved = places.moved_onto(parameter, saved[key])
             state[key] = moved.to(parameter.device, state[key].dtype)
         return
-    if _sharded.is_sharded(parameter) and (scale in saved) != (scale in state):
+    if places.is_sharded(parameter) and (scale in saved) != (scale in state):
         raise ValueError(
             f"FusedAdamW: {name} of a sharded parameter is loaded by the kind of moments that made "
             f"it; the state has {value.dtype}, this optimizer {state[name].dtype}"
@@ -219,7 +220,7 @@ def _moved(parameter: Tensor, value: Tensor, dtype: torch.dtype, name: str) -> T
         raise ValueError(
             f"FusedAdamW: loaded {name} must be {list(parameter.shape)}, is {list(value.shape)}"
         )
-    value = _sharded.moved_onto(parameter, value).to(device=parameter.device, dtype=dtype)
-    if _sharded.is_sharded(parameter):
-        return _sharded.like(parameter, _sharded.local(value).contiguous())
+    value = places.moved_onto(parameter, value).to(device=parameter.device, dtype=dtype)
+    if places.is_sharded(parameter):
+        return places.like(parameter, places.local(value).contiguous())
     return in_layout_of(parameter, value)

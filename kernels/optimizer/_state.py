@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.optimizer import _eager, _sharded
+from merit_fast.kernels.optimizer import _eager
+from merit_fast.kernels.optimizer._sharding import places
 
 CHOICES = {
     "rounding": ("stochastic", "nearest"),
@@ -90,7 +91,7 @@ def keeps_codes(parameter: Tensor, options: Options) -> bool:
     """
     if options.moments != "int8":
         return False
-    if not _sharded.is_sharded(parameter):
+    if not places.is_sharded(parameter):
         return True
     if parameter.dim() < 2 or parameter.shape[1:].numel() % _eager.BLOCK:
         return False
@@ -110,13 +111,13 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
     8-bit moments are flat, in memory order. Those of a DTensor have its shape [R, ...], and their
     scales are [R, blocks of a row]; all its state but the step has its mesh and placements.
     """
-    part = _sharded.local(parameter.detach())
-    sharded = _sharded.is_sharded(parameter)
+    part = places.local(parameter.detach())
+    sharded = places.is_sharded(parameter)
     if sharded:
         part = part.contiguous()
 
     def zeros(dtype: torch.dtype) -> Tensor:
-        return _sharded.like(parameter, torch.zeros_like(part, dtype=dtype))
+        return places.like(parameter, torch.zeros_like(part, dtype=dtype))
 
     state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     codes = keeps_codes(parameter, options)
@@ -127,7 +128,7 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
             blocks = parameter.shape[1:].numel() // _eager.BLOCK
             scale = torch.zeros((part.shape[0], blocks), device=part.device)
             shape = (parameter.shape[0], blocks)
-            state[f"{name}_scale"] = _sharded.wrapped(parameter, scale, shape)
+            state[f"{name}_scale"] = places.wrapped(parameter, scale, shape)
         elif codes:
             state[name] = torch.zeros(part.numel(), dtype=code, device=part.device)
             blocks = -(-part.numel() // _eager.BLOCK)
@@ -135,7 +136,7 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
         else:
             state[name] = zeros(plain)
     if parameter.dtype == torch.bfloat16 and options.master == "fp32":
-        state["master"] = _sharded.like(parameter, part.to(torch.float32, copy=True))
+        state["master"] = places.like(parameter, part.to(torch.float32, copy=True))
     elif parameter.dtype == torch.bfloat16 and options.master == "split":
         state["low_bits"] = zeros(torch.int16)
     if options.average_decay is not None:

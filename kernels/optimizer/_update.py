@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import _splitmix
-from merit_fast.kernels.optimizer import _ops, _sharded
+from merit_fast.kernels.optimizer import _ops
 from merit_fast.kernels.optimizer._checks import local_grad
+from merit_fast.kernels.optimizer._sharding import places
 from merit_fast.kernels.optimizer._state import Options, in_layout_of, is_dense
 
 Group = dict[str, Any]
@@ -92,8 +93,8 @@ def _in_one_order(
 
     A weight that has to be copied for that is added to ``copies``.
     """
-    original = _sharded.local(parameter.detach())
-    if _sharded.is_sharded(parameter):  # elements are numbered in row-major order
+    original = places.local(parameter.detach())
+    if places.is_sharded(parameter):  # elements are numbered in row-major order
         weight = original.contiguous()
         grad = grad.contiguous()
     else:
@@ -122,14 +123,14 @@ def _pieces(
     root = 1.0 / (1.0 - beta2**step) ** 0.5
 
     def held(*names: str) -> list[Tensor]:
-        return [_sharded.local(state[name]) for name in names if name in state]
+        return [places.local(state[name]) for name in names if name in state]
 
     whole = Piece(
         group=member.group,
         weight=weight,
         grad=grad,
-        exp_avg=_sharded.local(state["exp_avg"]),
-        exp_avg_sq=_sharded.local(state["exp_avg_sq"]),
+        exp_avg=places.local(state["exp_avg"]),
+        exp_avg_sq=places.local(state["exp_avg_sq"]),
         scales=held("exp_avg_scale", "exp_avg_sq_scale"),
         masters=held("master", "low_bits"),
         averages=held("average"),
@@ -137,9 +138,9 @@ def _pieces(
         key=_key(options.seed, step, member.number, shard),
         first=0,
     )
-    if not _sharded.is_sharded(member.parameter) or not _is_random(whole, options):
+    if not places.is_sharded(member.parameter) or not _is_random(whole, options):
         return [whole]
-    runs = _sharded.runs(member.parameter)
+    runs = places.runs(member.parameter)
     if len(runs) == 1:
         return [whole._replace(first=runs[0].first)]
     return [_cut(whole, run) for run in runs]
@@ -153,7 +154,7 @@ def _is_random(piece: Piece, options: Options) -> bool:
     return rounded and options.rounding == "stochastic"
 
 
-def _cut(piece: Piece, run: _sharded.Run) -> Piece:
+def _cut(piece: Piece, run: places.Run) -> Piece:
     """The piece's elements of one run. 8-bit moments never come here."""
 
     def part(tensor: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.optimizer import _ops, _sharded
+from merit_fast.kernels.optimizer import _ops
 from merit_fast.kernels.optimizer._checks import local_grad
+from merit_fast.kernels.optimizer._sharding import places
 from merit_fast.kernels.optimizer._state import is_dense
 
 Sums = Sequence[tuple[Tensor, Tensor]]  # a parameter and a float64 sum of squares of local parts
@@ -29,9 +30,11 @@ def square_sums(parameters: Iterable[Tensor], backend: str | None) -> Sums:
 def clip_factors(
     parameters: Iterable[Tensor], norm: Tensor | float, max_norm: float
 ) -> dict[torch.device, Tensor]:
-    """Float32 factors for the gradients of each device, whose norm is ``norm``."""
+    """Float32 factors for the gradients of each device, whose norm is ``norm``; none for 0."""
+    if not max_norm:
+        return {}
     factor = (max_norm / (torch.as_tensor(norm) + 1e-6)).clamp(max=1.0).float()
-    devices = {_sharded.local(parameter).device for parameter in parameters}
+    devices = {places.local(parameter).device for parameter in parameters}
     return {device: factor.to(device) for device in devices}
 
 
@@ -68,20 +71,20 @@ def total_square_sum(
             whole = _reduced(whole, mesh.get_group(dim))
         if mesh is None and process_group is not None:
             whole = _reduced(whole, process_group)
-        elif mesh is None and compare and _sharded.world_size() > 1:
+        elif mesh is None and compare and places.world_size() > 1:
             _check_equal(whole)
         total = whole if total is None else total + whole.to(total.device)
     return torch.zeros((), dtype=torch.float64) if total is None else total
 
 
 def _spread_of(parameter: Any) -> tuple[Any, tuple[int, ...]]:
-    if not _sharded.is_sharded(parameter):
+    if not places.is_sharded(parameter):
         return None, ()
-    return parameter.device_mesh, _sharded.sharding_dims(parameter)
+    return parameter.device_mesh, places.sharding_dims(parameter)
 
 
 def _zero(parameter: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=_sharded.local(parameter).device)
+    return torch.zeros((), dtype=torch.float64, device=places.local(parameter).device)
 
 
 def _reduced(value: Tensor, group: Any) -> Tensor:

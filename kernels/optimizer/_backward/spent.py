@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.optimizer import _sharded
+from merit_fast.kernels.optimizer._sharding import places
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.detach.default, _aten.alias.default, _aten.view.default)
@@ -105,5 +105,5 @@ def is_spent(gradient: Tensor | None) -> bool:
 
 def spend(parameter: Tensor, square_sum: Tensor) -> None:
     """Puts a spent gradient in the place of the parameter's gradient, whose memory is freed."""
-    spent = SpentGradient(_sharded.local(parameter.detach()), square_sum)
-    parameter.grad = _sharded.like(parameter, spent)
+    spent = SpentGradient(places.local(parameter.detach()), square_sum)
+    parameter.grad = places.like(parameter, spent)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.optimizer._spent import is_spent, spend
+from merit_fast.kernels.optimizer._backward.spent import is_spent, spend
 from merit_fast.kernels.optimizer._update import Member
 
 
