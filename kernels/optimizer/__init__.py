@@ -72,7 +72,7 @@ class FusedAdamW(OptimizerWithStates):
         seed: seed of stochastic rounding.
         skip_nonfinite: leave out a step whose gradients hold a NaN or an infinity: nothing changes,
             no step is counted, ``num_skipped`` grows by one. Costs the norm, and on a GPU a wait.
-        process_group: the processes over which plain tensors are sharded (FSDP1, ZeRO), for the
+        shard_group: the processes over which plain tensors are sharded (FSDP1, ZeRO), for the
             norm and the rounding. None: plain tensors are whole; with a norm and several processes
             every step compares their norms, so every process must take it.
         backend: "eager" (PyTorch), "cpu" (native), "triton"; None chooses by device.
@@ -110,12 +110,12 @@ class FusedAdamW(OptimizerWithStates):
         zero_grad: bool = False,
         seed: int = 0,
         skip_nonfinite: bool = False,
-        process_group: Any = None,
+        shard_group: Any = None,
         backend: str | None = None,
     ) -> None:
         kinds = (rounding, master, moments, average_decay)
         self.options = Options(*kinds, max_norm, zero_grad, seed, backend, skip_nonfinite)
-        self.process_group = process_group
+        self.shard_group = shard_group
         self.grad_norm: Tensor | None = None
         self.last_norm: float | None = None
         self.num_skipped = 0
@@ -208,7 +208,7 @@ class FusedAdamW(OptimizerWithStates):
 
     def measured(self, sums: Sums, compare: bool = False) -> Tensor:
         """The norm of whole gradients, left in ``grad_norm``."""
-        norm = total_square_sum(self._parameters(), sums, self.process_group, compare).sqrt()
+        norm = total_square_sum(self._parameters(), sums, self.shard_group, compare).sqrt()
         self.grad_norm = norm
         return norm
 
@@ -226,4 +226,4 @@ class FusedAdamW(OptimizerWithStates):
     def update(self, members: Sequence[Member], clips: Mapping[torch.device, Tensor]) -> None:
         """Updates members that have a gradient."""
         states = [self.state_of(member.parameter) for member in members]
-        update(members, states, self.options, clips, shard_number(self.process_group))
+        update(members, states, self.options, clips, shard_number(self.shard_group))

@@ -16,7 +16,7 @@ class OptimizerWithStates(torch.optim.Optimizer):
     """What ``FusedAdamW`` is without its step."""
 
     options: Options
-    process_group: Any
+    shard_group: Any
     grad_norm: Tensor | None
     last_norm: float | None
     num_skipped: int
@@ -91,5 +91,5 @@ class OptimizerWithStates(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy has no hooks and no group of processes.
-        self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("shard_group", None)
         self.__dict__.setdefault("_in_backward", None)

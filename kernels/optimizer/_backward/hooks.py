@@ -70,7 +70,7 @@ class InBackward:
         self._measured = False
         self.removed = False
         if ddp is not None:
-            ddp.register_comm_hook(None, self._reduce)
+            self._take_communication(ddp)
         self.refresh()
 
     def refresh(self) -> None:
@@ -185,13 +185,17 @@ class InBackward:
         if self._passes >= self._accumulation:
             self._flush()
 
-    def _reduce(self, state: object, bucket: Any) -> Any:
-        """DDP's communication hook: the mean over processes, and an update when all are there."""
+    def _take_communication(self, ddp: Any) -> None:
+        """Registers DDP's hook: the mean over processes, and an update when all of it is there."""
+        from torch.distributed import GradBucket
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-        if not self.removed:
-            self._begin_pass()
-        return allreduce_hook(self._ddp.process_group, bucket)  # type: ignore[union-attr]
+        def reduce(group: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+            if not self.removed:
+                self._begin_pass()
+            return allreduce_hook(group, bucket)
+
+        ddp.register_comm_hook(ddp.process_group, reduce)
 
     def _flush(self) -> None:
         """Updates the parameters whose gradients are still there, and measures the step."""
