@@ -13,6 +13,7 @@ from merit_fast.kernels.optimizer._checks import (
     check_group,
     check_in_backward,
     refuse_overlaps,
+    take_options,
 )
 from merit_fast.kernels.optimizer._sharding.norms import (
     Sums,
@@ -126,7 +127,9 @@ class FusedAdamW(OptimizerWithStates):
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
+        options = {**vars(self.options), "shard_group": self.shard_group}
         try:
+            take_options(self.param_groups[-1], options)
             check_group(self.param_groups[-1])
             refuse_overlaps(self._parameters())
         except (TypeError, ValueError):

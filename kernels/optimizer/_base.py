@@ -7,7 +7,7 @@ from torch import Tensor
 
 from merit_fast.kernels.optimizer import _loading
 from merit_fast.kernels.optimizer._backward.hooks import InBackward
-from merit_fast.kernels.optimizer._checks import check_not_replaced
+from merit_fast.kernels.optimizer._checks import OF_OPTIMIZER, check_not_replaced
 from merit_fast.kernels.optimizer._state import Options, new_state
 from merit_fast.kernels.optimizer._update import Member
 
@@ -53,6 +53,8 @@ class OptimizerWithStates(torch.optim.Optimizer):
         counters = {"num_skipped": self.num_skipped, "last_norm": self.last_norm}
         text = _loading.options_text(self.options, counters)
         for group in state_dict["param_groups"]:
+            for name in OF_OPTIMIZER:  # ZeroRedundancyOptimizer puts them back at every step
+                group.pop(name, None)
             group[_loading.OPTIONS_KEY] = text
         return state_dict
 

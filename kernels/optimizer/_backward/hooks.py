@@ -187,7 +187,7 @@ class InBackward:
 
     def _take_communication(self, ddp: Any) -> None:
         """Registers DDP's hook: the mean over processes, and an update when all of it is there."""
-        from torch.distributed import GradBucket
+        from torch.distributed import GradBucket  # type: ignore[attr-defined]
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         def reduce(group: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -61,8 +61,11 @@ def fsdp2_rounds_as_one_process(folder: Path) -> None:
         assert_same_states(train(one, **options), train(many, **options))
         assert_same_bits(one.parameters(), many.parameters())
     one, many = Rows(BF16), sharded(Rows(BF16), line())
-    for options in ({"moments": "int8"}, {"moments": "int8", "rounding": "nearest"}):
-        states = [train(each, **options).state[each.first.weight] for each in (one, many)]
+    eight: list[dict[str, Any]] = [{}, {"rounding": "nearest"}]
+    for options in eight:
+        states = [
+            train(each, moments="int8", **options).state[each.first.weight] for each in (one, many)
+        ]
         assert states[1]["exp_avg"].dtype == torch.int8 and states[1]["exp_avg"].shape == (5, 256)
         assert torch.equal(states[0]["exp_avg"], whole(states[1]["exp_avg"]).flatten())
         assert_same_bits([one.first.weight], [many.first.weight])
