@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.merge.read.files import folder_of, list_directory, open_regular, read_json
 from merit_fast.merge.read.remote import Location
 
