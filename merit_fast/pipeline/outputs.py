@@ -33,7 +33,7 @@ from merit_fast.pipeline.plan import Plan, make_plan
 from merit_fast.pipeline.records import Records, sketch_in_force
 from merit_fast.pipeline.reporting import audit_options, report_options
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.train.config import ControlsConfig, TrainConfig
+from merit_fast.train.config import TrainConfig
 
 _RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
 
@@ -231,15 +231,10 @@ class Outputs:
         return stage_manifest(TRAIN.name, self.recipe(branch), inputs)
 
     def recipe(self, branch: Branch) -> TrainConfig:
-        """Options that decide the branch's training; the controls do not."""
-        train = self.config.train
-        return replace(
-            train,
-            seed=train.seed + branch.seed,
-            learning_rate=train.learning_rate * branch.rate_factor,
-            seeds=1,
-            controls=ControlsConfig(),
-        )
+        """Options that decide the branch's training; rows and steps are its content."""
+        train = self.config.train.without_plan()
+        rate = train.learning_rate * branch.rate_factor
+        return replace(train, seed=train.seed + branch.seed, learning_rate=rate)
 
     def merge(self, name: str) -> StageManifest:
         config = self.config.merge

@@ -1,7 +1,7 @@
 """Options of the train stage."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from merit_fast.kernels.average.dtypes import SPELLINGS
@@ -66,6 +66,14 @@ class TrainConfig:
         "lay examples end to end in rows of up to data.max_length tokens, by best fit, without "
         "padding; each row is a micro-batch",
     )
+    budget: Literal["epochs", "equal-steps", "equal-tokens"] = option(
+        "epochs",
+        "epochs: passes over each branch's rows; equal-steps, equal-tokens: the branches "
+        "of an arm share the steps or target tokens of these epochs equally",
+    )
+    mix: float = option(
+        0.0, "share of every other group's rows that a branch also trains on; 0: MERIT"
+    )
     seed: int = option(0, "seed of the data order")
     seeds: int = option(1, "times that every arm is trained: with seed, seed + 1, ...")
     controls: ControlsConfig = option(
@@ -88,8 +96,13 @@ class TrainConfig:
         require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
         for name in ("warmup_fraction", "final_fraction", "beta1", "beta2"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+        require(0 <= self.mix < 1, "mix", "from 0 to below 1", self.mix)
         require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)
+
+    def without_plan(self) -> "TrainConfig":
+        """The options of one branch: without those that decide which branches there are."""
+        return replace(self, seeds=1, budget="epochs", mix=0.0, controls=ControlsConfig())
 
 
 def _is_expression(pattern: str) -> bool:

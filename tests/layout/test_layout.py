@@ -144,8 +144,8 @@ INSIDE = {
         "upkeep",
         "preflight",
         "run",
-        "status",
-        "clean",
+        "rounds",
+        "kept",
     ),
 }
 
