@@ -41,8 +41,11 @@ class FusedAdamW(torch.optim.Optimizer):
     (up or down with the probabilities that make the mean exact; Gupta et al. 2015),
     ``master="fp32"`` (4 more bytes) and ``master="split"`` (2 more bytes: the difference of the
     weight and its float32 master, so that the master is exact; the weight is its master rounded
-    to nearest, halves away from zero). A float32 weight needs none of them and ignores both
-    options.
+    to nearest, halves away from zero). ``master="split8"`` (1 more byte) keeps the upper 8 bits of
+    that difference: the master has 16 significant bits, and a step rounds it to the next of them
+    as ``rounding`` says, off by less than 2^-15 of its size without bias ("stochastic") or by at
+    most 2^-16 ("nearest", which loses smaller updates). A float32 weight needs none of them and
+    ignores both options.
 
     Args:
         params: parameters, named parameters or groups of them, as torch takes them; float32 or
@@ -52,11 +55,11 @@ class FusedAdamW(torch.optim.Optimizer):
         betas: as in ``torch.optim.AdamW``.
         eps: as in ``torch.optim.AdamW``.
         weight_decay: as in ``torch.optim.AdamW``, whose default is 0.01.
-        rounding: "stochastic" or "nearest", for bf16 weights without a master and for moments that
-            are not float32. The random bits are a function of (seed, step, number of the parameter,
+        rounding: "stochastic" or "nearest", for bf16 weights without a master, for 8-bit
+            remainders and for moments that are not float32. The random bits are a function of (seed, step, number of the parameter,
             element): the same on every backend, ISA level and number of threads.
-        master: "none", "fp32" or "split", for bf16 weights. Whoever writes to such a weight by hand
-            must write to ``state[p]["master"]`` too.
+        master: "none", "fp32", "split" or "split8", for bf16 weights. A weight that someone else
+            wrote becomes its float32 master at the next step.
         moments: "fp32", "bf16" or "int8". 8-bit moments share a float32 scale in blocks of 256:
             m = sign * (code / 127)^2 * scale, v = (code / 255)^4 * scale. A v above zero never
             rounds to zero.

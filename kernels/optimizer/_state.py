@@ -12,10 +12,11 @@ from merit_fast.kernels.optimizer._eager import flat
 
 CHOICES = {
     "rounding": ("stochastic", "nearest"),
-    "master": ("none", "fp32", "split"),
+    "master": ("none", "fp32", "split", "split8"),
     "moments": ("fp32", "bf16", "int8"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LOW_BITS = {"split": torch.int16, "split8": torch.int8}  # of a master
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
             state[name] = torch.zeros_like(parameter, dtype=DTYPES[options.moments])
     if parameter.dtype == torch.bfloat16 and options.master == "fp32":
         state["master"] = torch.empty_like(parameter, dtype=torch.float32).copy_(parameter)
-    elif parameter.dtype == torch.bfloat16 and options.master == "split":
-        state["low_bits"] = torch.zeros_like(parameter, dtype=torch.int16)
+    elif parameter.dtype == torch.bfloat16 and options.master in LOW_BITS:
+        state["low_bits"] = torch.zeros_like(parameter, dtype=LOW_BITS[options.master])
     if options.average_decay is not None:
         state["average"] = torch.zeros_like(parameter, dtype=torch.float32)
         state["num_averaged"] = 0
@@ -119,6 +120,13 @@ def adopted(parameter: Tensor, saved: Mapping[str, Any], options: Options) -> di
     state["step"].fill_(float(saved["step"]))
     for name in ("exp_avg", "exp_avg_sq"):
         _adopt_moment(parameter, saved, state, name)
+    if "low_bits" in state and "low_bits" in saved:
+        kinds = saved["low_bits"].dtype, state["low_bits"].dtype
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"FusedAdamW: the loaded low_bits are {kinds[0]}, "
+                f"master={options.master!r} needs {kinds[1]}"
+            )
     for name, other in (("master", "low_bits"), ("low_bits", "master")):
         if name in state and name in saved:
             state[name] = _moved(parameter, saved[name], state[name].dtype, name)
