@@ -56,8 +56,9 @@ class FusedAdamW(torch.optim.Optimizer):
         eps: as in ``torch.optim.AdamW``.
         weight_decay: as in ``torch.optim.AdamW``, whose default is 0.01.
         rounding: "stochastic" or "nearest", for bf16 weights without a master, for 8-bit
-            remainders and for moments that are not float32. The random bits are a function of (seed, step, number of the parameter,
-            element): the same on every backend, ISA level and number of threads.
+            remainders and for moments that are not float32. The random bits are a function of
+            (seed, step, number of the parameter, element): the same on every backend, ISA level
+            and number of threads.
         master: "none", "fp32", "split" or "split8", for bf16 weights. A weight that someone else
             wrote becomes its float32 master at the next step.
         moments: "fp32", "bf16" or "int8". 8-bit moments share a float32 scale in blocks of 256:
