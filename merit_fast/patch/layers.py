@@ -2,7 +2,7 @@
 
 import copy
 import functools
-import types
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merit_fast.kernels.layers import geglu, rms_norm, rope, swiglu
+from merit_fast.kernels.layers import geglu, rms_norm, swiglu
 from merit_fast.patch.classes import Forward, Maker, supported, swap
+from merit_fast.patch.rope import ROPE, attention_forward, rope_function
 
-_ROPE = "apply_rotary_pos_emb"
 _APART = ["gate_proj", "up_proj", "down_proj"]
 _JOINED = ["gate_up_proj", "down_proj"]
 _PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -152,10 +152,12 @@ class _Finder:
 
     def attention(self, module: nn.Module) -> Match | str:
         forward = type(module).forward
-        plain = getattr(forward, "__globals__", {}).get(_ROPE)
+        scope = getattr(forward, "__globals__", {})
+        home = sys.modules.get(scope.get("__name__", ""))
         called = getattr(getattr(forward, "__code__", None), "co_names", ())
-        if plain is None or _ROPE not in called:
-            return f"does not call {_ROPE}"
+        plain = getattr(home, ROPE, None)
+        if plain is None or vars(home) is not scope or ROPE not in called:
+            return f"does not call {ROPE} of its module"
         return self._once((type(module), plain), lambda: self._try_rope(plain))
 
     def _try_rope(self, plain: Forward) -> Match | str:
@@ -163,7 +165,7 @@ class _Finder:
         k = self._random(2, 2, 5, 8, seed=2)
         works = []
         for width in (8, 4):
-            ours = _rope_function(plain, width < 8, self.backend)
+            ours = rope_function(plain, width < 8, self.backend)
             angles = self._random(2, 5, width // 2, seed=3).repeat(1, 1, 2)
             works.append(_equal(plain, ours, q, k, angles.cos(), angles.sin()))
         if not works[0]:
@@ -228,40 +230,6 @@ def mlp_forward(
         return self.down_proj(geglu(gate, up, approximate=approximate, backend=backend))
 
     return forward
-
-
-def attention_forward(original: type[nn.Module], partial: bool, backend: str | None) -> Forward:
-    """Makes an attention's forward: the same code, with our ``apply_rotary_pos_emb``."""
-    plain: Any = original.forward
-    replaced = {
-        **plain.__globals__,
-        _ROPE: _rope_function(plain.__globals__[_ROPE], partial, backend),
-    }
-    forward = types.FunctionType(
-        plain.__code__, replaced, plain.__name__, plain.__defaults__, plain.__closure__
-    )
-    forward.__kwdefaults__ = plain.__kwdefaults__
-    return functools.wraps(plain)(forward)
-
-
-def _rope_function(plain: Forward, partial: bool, backend: str | None) -> Forward:
-    @functools.wraps(plain)
-    def apply_rotary_pos_emb(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        width = cos.shape[-1]
-        head = q.shape[-1]
-        fits = cos.dim() == 3 and (width == head or partial)
-        if args or kwargs or not fits or not supported(q, k, cos, sin):
-            return plain(q, k, cos, sin, *args, **kwargs)
-        if width == head:
-            return rope(q, k, cos, sin, backend=backend)
-        turned = rope(q[..., :width], k[..., :width], cos, sin, backend=backend)
-        return tuple(
-            torch.cat([t, x[..., width:]], -1) for t, x in zip(turned, (q, k), strict=True)
-        )
-
-    return apply_rotary_pos_emb
 
 
 def _twin(module: nn.Module) -> nn.Module:
