@@ -157,7 +157,9 @@ def test_every_way_to_ask_for_a_loss():
         assert patched.logits is None and (patched.hidden_states is None) == (
             plain.hidden_states is None
         )
-    assert len(model(**batch, return_dict=False, use_cache=False)) == 1
+    loss, logits = model(**batch, return_dict=False, use_cache=False)
+    assert_close(loss.detach(), model(**batch).loss.detach())
+    assert logits is None  # its place stays
     assert model(**batch, skip_logits=False).logits.shape[-1] == VOCABULARY
     assert model.eval()(**batch).logits is not None
     assert model(**batch, skip_logits=True).logits is None
