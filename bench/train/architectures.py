@@ -15,7 +15,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,8 +132,8 @@ def measure(model: nn.Module) -> Outcome:
     patch.restore()
     again = run(model, next(batches())[1], True)
     before = expected["plain", True]
-    same_loss = torch.equal(again.loss, before.loss)
-    if not same_loss or not all(torch.equal(again.gradients[n], g) for n, g in before.gradients.items()):
+    same = [torch.equal(again.gradients[name], g) for name, g in before.gradients.items()]
+    if not torch.equal(again.loss, before.loss) or not all(same):
         return Outcome("wrong", replaced, worst, seconds, "does not get its bits back")
     return Outcome("exact", replaced, worst, seconds, note)
 

@@ -84,7 +84,11 @@ def _batch(model: nn.Module, device: torch.device) -> dict[str, Any]:
     labels[0, :4] = IGNORED_LABEL
     inputs = {"input_ids": tokens.to(device), "labels": labels.to(device), "use_cache": False}
     known = inspect.signature(model.forward).parameters
-    return {name: value for name, value in inputs.items() if name in known}
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    takes_labels = "labels" in known or (takes_any and hasattr(model, "loss_function"))
+    if not takes_labels:
+        del inputs["labels"]
+    return {name: value for name, value in inputs.items() if takes_any or name in known}
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def _observe(tiny: Any, batch: Mapping[str, Any]) -> list[_Observed]:
         (True, torch.bfloat16),
     ):
         model = copy.deepcopy(tiny).to(dtype).train(training)  # a forward may change its buffers
-        seed_generator(batch["input_ids"].device)
+        seed_generator(next(model.parameters()).device)
         output = model(**batch)
         first = next(iter(output.values()))  # the loss, or a base model's hidden states
         direction = random_tensor(*first.shape, seed=1, device=first.device)
@@ -128,6 +132,8 @@ def _agrees_with(
     swap_all(plans)
     try:
         actual = _observe(model, batch)
+    except Exception:  # foreign code that meets something it does not expect, such as no logits
+        return False
     finally:
         for module in model.modules():
             swap_back(module)
