@@ -101,10 +101,6 @@ class _View:
         }
         self.__dict__.update(_model=model, _backend=backend, _replaced=replaced)
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return type(self._model)  # which super() of a subclass's forward asks for
-
     def __getattr__(self, name: str) -> Any:
         return self._replaced[name] if name in self._replaced else getattr(self._model, name)
 
