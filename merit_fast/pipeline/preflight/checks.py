@@ -25,13 +25,10 @@ from merit_fast.pipeline.preflight.base import (
 )
 from merit_fast.pipeline.preflight.disk import check_disk
 from merit_fast.pipeline.preflight.pending import pending_branches, pending_stages
-from merit_fast.progress import Progress
 from merit_fast.split.search.partition import partition_datasets
 
 
-def check_stages(
-    outputs: Outputs, data: RunData, stages: Sequence[Stage], progress: Progress
-) -> None:
+def check_stages(outputs: Outputs, data: RunData, stages: Sequence[Stage]) -> None:
     """Checks all that these stages need and that config, headers and rows tell.
 
     Stages that are up to date are not checked. Nothing but tokenized rows is written.
@@ -48,8 +45,8 @@ def check_stages(
         _check_merge(outputs)
     runs_models = [stage for stage in (SKETCH, TRAIN, EVALUATE) if stage in pending]
     if runs_models:
-        model_type = check_architecture(outputs.base)
-        check_kernels(config, model_type, pending, progress)
+        check_architecture(outputs.base)
+        check_kernels(pending)
     if SKETCH in pending:
         check_parts(outputs.base, config.split, config.train.freeze)
     _check_rows(data, pending)
