@@ -17,6 +17,12 @@ from merit_fast.patch.deferred import DeferredLogits, deferred_cross_entropy
 
 def deferred_logits(model: nn.Module, inputs: Mapping[str, Any]) -> DeferredLogits | None:
     """Runs a patched model up to its deferred logits; None if the head is not patched."""
+    output = deferred_output(model, inputs)
+    return None if output is None else output.logits
+
+
+def deferred_output(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The output of a patched model with deferred logits; None if the head is not patched."""
     origin = swap_of(model)
     if origin is None or origin.maker is not head_forward:
         return None
@@ -24,8 +30,7 @@ def deferred_logits(model: nn.Module, inputs: Mapping[str, Any]) -> DeferredLogi
     if not _is_plain(model, name):
         return None
     view = _View(model, name, backend)
-    logits: DeferredLogits = origin.original.forward(view, **inputs, return_dict=True).logits
-    return logits
+    return origin.original.forward(view, **inputs, return_dict=True)
 
 
 def patch_head(model: Any, backend: str | None) -> str | None:

@@ -37,6 +37,7 @@ from merit_fast.merge.read.companions import (
 from merit_fast.merge.read.headers import read_header
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.vocabulary.write import write_template, write_vocabulary
+from merit_fast.merge.write.answers import copy_adapter_answers
 from merit_fast.merge.write.quantization import write_quantization
 from merit_fast.merge.write.upload import Upload
 from merit_fast.merge.write.verified import CHECKSUM_KEY
@@ -224,6 +225,8 @@ def finish_output(
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     dtypes = output_dtypes((tensor.dtype, tensor.num_elements) for tensor in tensors)
     copy_companions(inputs.companions, directory, dtypes, dequantized=inputs.dequantized)
+    if not inputs.vocabulary and inputs.chat_template is None:
+        copy_adapter_answers(branches, directory)
     write_quantization(inputs, directory)
     write_roundings(directory, plan.shards)
     if inputs.vocabulary:
