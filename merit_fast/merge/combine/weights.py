@@ -6,7 +6,6 @@ from typing import Literal
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import read_manifest
-from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.files import folder_of
@@ -92,6 +91,8 @@ def require_numbers(config: MergeConfig) -> None:
 
 
 def _branch_counts(models: Sequence[Location], unit: str) -> list[int]:
+    from merit_fast.manifests.schemas import BranchManifest
+
     branches = []
     for model in models:
         if not (folder_of(model) / _BRANCH_FILE).is_file():

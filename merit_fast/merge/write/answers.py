@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.merge.read.companions import list_companions
 from merit_fast.merge.read.files import (
     copy_file,
