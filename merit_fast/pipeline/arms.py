@@ -25,6 +25,7 @@ from merit_fast.data.shares import (
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.split.config import SplitConfig
+from merit_fast.train.config import TrainConfig
 from merit_fast.train.schedule import num_steps
 
 WARMUP = "warmup"  # the branch that is trained before the sketch
@@ -132,6 +133,19 @@ def whole_mixture(contents: Mapping[str, str], part: Part) -> tuple[Rows, ...]:
 def warmup_branch(contents: Mapping[str, str]) -> Branch:
     """The joint run before the sketch; the branches then start from its result."""
     return Branch(WARMUP, WARMUP, 0, whole_mixture(contents, "warm-up"), "base")
+
+
+def branch_recipe(branch: Branch, train: TrainConfig) -> TrainConfig:
+    """Options that decide the branch's training; the controls and the trackers do not.
+
+    The warm-up's result is a whole model, from which branches can start, and takes all steps.
+    """
+    if branch.name == WARMUP:
+        adapter = replace(train.adapter, save="merged") if train.adapter.is_on else train.adapter
+        train = replace(train, adapter=adapter, evaluate_steps=None, patience=None)
+    rate = train.learning_rate * branch.rate_factor
+    seed = train.seed + branch.seed
+    return replace(train.without_plan(), seed=seed, learning_rate=rate, report_to=())
 
 
 def branches_part(config: RunConfig) -> Part:

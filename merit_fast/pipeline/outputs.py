@@ -6,7 +6,6 @@ have work to do, before anything heavy is imported.
 
 import functools
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.data import dataset_fingerprints, mixture_fingerprint
@@ -27,7 +26,7 @@ from merit_fast.manifests.stages import (
 )
 from merit_fast.merge import method_fingerprint, same_bytes
 from merit_fast.model import model_fingerprint, resolve_model
-from merit_fast.pipeline.arms import WARMUP, Branch, plan_branches, warmup_branch
+from merit_fast.pipeline.arms import WARMUP, Branch, branch_recipe, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig, settle_dtypes
 from merit_fast.pipeline.plan import Plan, make_plan
 from merit_fast.pipeline.records import Records, sketch_in_force
@@ -137,7 +136,7 @@ class Outputs:
         return self.folder(MERGE) / name
 
     def merge_inputs(self, name: str) -> list[Path]:
-        """Directories of the branches of one merge, [K]."""
+        """Directories of a merge's branches, [K]."""
         return [self.branch_path(branch) for branch in self.plan.merges[name]]
 
     @property
@@ -228,13 +227,14 @@ class Outputs:
         inputs = {"start": start, "rows": fingerprint(branch.content(self.config.split))}
         if branch.steps is not None:
             inputs["steps"] = str(branch.steps)
-        return stage_manifest(TRAIN.name, self.recipe(branch), inputs)
+        recipe = self.recipe(branch)
+        if recipe.evaluate_steps is not None:
+            inputs |= self._held_out_rows("the half that chooses")
+        return stage_manifest(TRAIN.name, recipe, inputs)
 
     def recipe(self, branch: Branch) -> TrainConfig:
-        """Options that decide the branch's training; rows and steps are its content."""
-        train = self.config.train.without_plan()
-        rate = train.learning_rate * branch.rate_factor
-        return replace(train, seed=train.seed + branch.seed, learning_rate=rate)
+        """Options that decide the branch's training."""
+        return branch_recipe(branch, self.config.train)
 
     def merge(self, name: str) -> StageManifest:
         config = self.config.merge
@@ -289,6 +289,9 @@ class Outputs:
 
     @property
     def _reporting_rows(self) -> dict[str, str]:
-        """The held-out rows that report: a tuned merge leaves half of them."""
-        half = {"rows": "the half that reports"} if self.config.merge.is_tuned else {}
-        return {"held-out": self.held_out_fingerprint} | half
+        """The held-out rows that report: a tuned merge or an early stop leaves half of them."""
+        return self._held_out_rows("the half that reports")
+
+    def _held_out_rows(self, half: str) -> dict[str, str]:
+        rows = {"rows": half} if self.config.halves_held_out else {}
+        return {"held-out": self.held_out_fingerprint} | rows

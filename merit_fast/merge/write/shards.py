@@ -31,6 +31,7 @@ from merit_fast.merge.read.companions import (
 )
 from merit_fast.merge.read.headers import read_header
 from merit_fast.merge.read.remote import Location
+from merit_fast.merge.write.answers import copy_adapter_answers
 from merit_fast.merge.write.quantization import write_quantization
 
 if TYPE_CHECKING:
@@ -209,9 +210,10 @@ def all_written(plan: Plan, directory: Path) -> bool:
     return not directory.exists() or all((directory / shard.file).exists() for shard in plan.shards)
 
 
-def _write_tokenizer(inputs: Inputs, directory: Path) -> None:
+def _write_tokenizer(inputs: Inputs, models: Sequence[Location], directory: Path) -> None:
     """Writes the tokenizer's files and the chat template, where they are not the companions'."""
     if inputs.vocabulary is None and inputs.chat_template is None:
+        copy_adapter_answers(models, directory)
         return
     from merit_fast.merge.vocabulary.write import write_template, write_vocabulary
 
@@ -244,7 +246,7 @@ def finish_output(
     copy_companions(inputs.companions, directory, dtypes, dequantized=inputs.dequantized)
     write_quantization(inputs, directory)
     write_roundings(directory, plan.shards)
-    _write_tokenizer(inputs, directory)
+    _write_tokenizer(inputs, branches, directory)
     written = {
         entry.name: entry
         for file in plan.files
