@@ -11,14 +11,15 @@ from merit_fast.errors import InputError
 
 if TYPE_CHECKING:
     from merit_fast.integrations.trl.head import use_head
-    from merit_fast.integrations.trl.merging import MergeAtSave
+    from merit_fast.integrations.trl.merging import MergeConfig, MergeModelCallback
     from merit_fast.integrations.trl.packing import pack_rows
     from merit_fast.integrations.trl.trainer import MeritSFTTrainer
 
-__all__ = ["MergeAtSave", "MeritSFTTrainer", "pack_rows", "use_head"]
+__all__ = ["MergeConfig", "MergeModelCallback", "MeritSFTTrainer", "pack_rows", "use_head"]
 
 _MODULES = {
-    "MergeAtSave": "merging",
+    "MergeConfig": "merging",
+    "MergeModelCallback": "merging",
     "MeritSFTTrainer": "trainer",
     "pack_rows": "packing",
     "use_head": "head",
