@@ -6,10 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merit_fast.integrations.per_dataset.callback import MeritCallback
     from merit_fast.integrations.projector import Projector
+    from merit_fast.integrations.training import fused_adamw, use_loss
 
-__all__ = ["MeritCallback", "Projector"]
+__all__ = ["MeritCallback", "Projector", "fused_adamw", "use_loss"]
 
-_MODULES = {"MeritCallback": "per_dataset.callback", "Projector": "projector"}
+_MODULES = {
+    "MeritCallback": "per_dataset.callback",
+    "Projector": "projector",
+    "fused_adamw": "training",
+    "use_loss": "training",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,34 @@ from merit_fast.kernels.cross_entropy import linear_cross_entropy
 from merit_fast.patch.classes import supported
 
 _listener: Callable[[Tensor], None] | None = None
+_terms: "LossTerms | None" = None
+
+
+@dataclass
+class LossTerms:
+    """Terms that a loss without logits gets next to its own.
+
+    Attributes:
+        label_smoothing: in [0, 1), as for ``linear_cross_entropy``.
+        z_loss: at least 0, as for ``linear_cross_entropy``.
+        num_uses: losses that had these terms.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    num_uses: int = 0
+
+
+@contextmanager
+def with_loss_terms(terms: LossTerms) -> Iterator[LossTerms]:
+    """Gives every deferred cross-entropy in a with-block these terms, and counts them."""
+    global _terms
+    before = _terms
+    _terms = terms
+    try:
+        yield terms
+    finally:
+        _terms = before
 
 
 @contextmanager
@@ -122,6 +151,9 @@ def deferred_cross_entropy(
     if scale != 1.0 and bias is not None:
         return None
     hidden = hidden if scale == 1.0 else hidden * scale
+    if _terms is not None:
+        options |= {"label_smoothing": _terms.label_smoothing, "z_loss": _terms.z_loss}
+        _terms.num_uses += 1
     if _listener is None:
         return linear_cross_entropy(
             hidden, weight, labels, bias=bias, softcap=cap, backend=backend, **options

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import sys
 import types
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -102,8 +102,11 @@ def _form_of(forward: Any, trainer: str) -> _HeadForm:
 
 
 def _require_no_adapter(model: Any) -> None:
-    head = model.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):
+    if "peft" not in sys.modules:  # nobody has made an adapter
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise InputError(
             "use_head: the language-model head has an adapter, which a fused head would ignore; "
             "leave the head out of target_modules, or list it in modules_to_save"
@@ -239,23 +242,25 @@ def _mean_logits(operands: _Operands, targets: Tensor, options: Mapping[str, Any
     """
     is_target = targets != IGNORED_LABEL
     rows = operands.hidden[is_target].float()
-    cap = options["softcap"]
+    cap: float | None = options["softcap"]
     weight = operands.weight
     bias = operands.bias
     if cap is None:
-        means = rows @ weight.mean(0, dtype=torch.float32)
+        means: Tensor = rows @ weight.mean(0, dtype=torch.float32)
         if bias is not None:
-            means += bias.mean(dtype=torch.float32)
-        means *= options["scale"]
+            means = means + bias.mean(dtype=torch.float32)
+        means = means * float(options["scale"])
     else:
         whole = weight.float()
         shift = None if bias is None else bias.float()
-        parts = []
+        parts: list[Tensor] = []
         for part in torch.split(rows, _ROWS_AT_ONCE):
-            logits = nn.functional.linear(part, whole, shift) * options["scale"]
-            parts.append((cap * torch.tanh(logits / cap)).mean(-1))
+            logits = nn.functional.linear(part, whole, shift) * float(options["scale"])
+            capped: Tensor = cap * torch.tanh(logits / cap)
+            parts.append(capped.mean(-1))
         means = torch.cat(parts)
-    return means.new_zeros(targets.shape).masked_scatter(is_target, means / options["temperature"])
+    means = means / float(options["temperature"])
+    return means.new_zeros(targets.shape).masked_scatter(is_target, means)
 
 
 def _router_loss(form: _HeadForm, decoded: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -264,10 +269,10 @@ def _router_loss(form: _HeadForm, decoded: Any, kwargs: Mapping[str, Any]) -> Te
         return None
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    loss: Tensor = load_balancing_loss_func(
+    loss = load_balancing_loss_func(
         decoded.router_logits,
         form.text_config.num_experts,
         form.text_config.num_experts_per_tok,
         kwargs.get("attention_mask"),
     )
-    return loss
+    return torch.as_tensor(loss)  # the number 0 where a model has no experts

@@ -167,7 +167,7 @@ class MergeModelCallback(TrainerCallback):  # type: ignore[misc]
     def _recipe(self, checkpoint: str, model: Any) -> dict[str, Any]:
         config = self.merge_config
         if isinstance(config, Mapping):
-            recipe = _replaced(dict(copy.deepcopy(config)), CHECKPOINT, checkpoint)
+            recipe: dict[str, Any] = _replaced(dict(config), CHECKPOINT, checkpoint)
             if checkpoint not in _models_of(recipe):
                 raise InputError(f"merge_config: must have a model named {CHECKPOINT}")
             return recipe

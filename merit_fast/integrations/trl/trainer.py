@@ -20,14 +20,13 @@ class MeritSFTTrainer(SFTTrainer):  # type: ignore[misc]
         trainer.train()         # logs merit/loss/NAME, merit/accuracy/NAME, merit/tokens/NAME
         trainer.save_model()    # with branch.json
 
-    Rows, arguments and results are SFTTrainer's. Packing puts the same tokens into the same rows as
-    SFTTrainer's, and the datasets of the tokens go with them.
+    Rows, arguments and results are SFTTrainer's; it takes two keywords more. Packing puts the same
+    tokens into the same rows as SFTTrainer's, and the datasets of the tokens go with them.
 
     Args:
         merit: options of ``MeritCallback`` and the sketch; None: its defaults.
         head: computes log-probabilities, entropies and top-1 by our kernels, over the target tokens
             only; False: by TRL's own head.
-        all others: as for ``SFTTrainer``.
 
     Raises:
         InputError: rows that say no dataset, or a rule of ``MeritCallback`` or ``use_head``.
