@@ -6,7 +6,6 @@ have work to do, before anything heavy is imported.
 
 import functools
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.data import dataset_fingerprints, mixture_fingerprint
@@ -29,11 +28,17 @@ from merit_fast.merge import method_fingerprint, same_bytes
 from merit_fast.model import model_fingerprint, resolve_model
 from merit_fast.pipeline.arms import WARMUP, Branch, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig, settle_dtypes
-from merit_fast.pipeline.plan import Plan, make_plan
+from merit_fast.pipeline.plan import (
+    Plan,
+    branch_recipe,
+    engine_inputs,
+    make_plan,
+    recorded_recipe,
+)
 from merit_fast.pipeline.records import Records, sketch_in_force
 from merit_fast.pipeline.reporting import audit_options, report_options
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.train.config import ControlsConfig, TrainConfig
+from merit_fast.train.config import TrainConfig
 
 _RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
 
@@ -225,21 +230,16 @@ class Outputs:
     def branch(self, branch: Branch) -> StageManifest:
         """The manifest of a branch: it covers the content, and no name of branch or dataset."""
         _, start = self.start_of(branch)
+        recipe = self.recipe(branch)
         inputs = {"start": start, "rows": fingerprint(branch.content(self.config.split))}
         if branch.steps is not None:
             inputs["steps"] = str(branch.steps)
-        return stage_manifest(TRAIN.name, self.recipe(branch), inputs)
+        inputs |= engine_inputs(recipe)
+        return stage_manifest(TRAIN.name, recorded_recipe(recipe), inputs)
 
     def recipe(self, branch: Branch) -> TrainConfig:
-        """Options that decide the branch's training; the controls do not."""
-        train = self.config.train
-        return replace(
-            train,
-            seed=train.seed + branch.seed,
-            learning_rate=train.learning_rate * branch.rate_factor,
-            seeds=1,
-            controls=ControlsConfig(),
-        )
+        """Options that decide the branch's training."""
+        return branch_recipe(self.config.train, branch)
 
     def merge(self, name: str) -> StageManifest:
         config = self.config.merge

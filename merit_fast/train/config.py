@@ -6,6 +6,7 @@ from typing import Literal
 
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
+from merit_fast.train.engine import Engine, check_engine_options
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,27 @@ class TrainConfig:
     )
     checkpoint_steps: int = option(200, "optimizer steps between checkpoints to resume from")
     max_shard_size: str = option("2GB", "largest weight file of a branch")
+    engine: Engine = option(
+        "builtin", "the stack that trains the branches, in a process of its own", omit_default=True
+    )
+    engine_config: str | None = option(
+        None,
+        "your own YAML of that stack: its keys are kept, its model, rows and output replaced",
+        form="FILE",
+        omit_default=True,
+    )
+    engine_command: str | None = option(
+        None,
+        "engine command: the command of a branch, with {rows}, {config}, {base}, {out}, {branch}, "
+        "{group} and {seed}",
+        omit_default=True,
+    )
+    engine_python: str | None = option(
+        None,
+        "Python of the environment that has the stack; absent: this one",
+        form="FILE",
+        omit_default=True,
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "seeds", "checkpoint_steps"):
@@ -90,6 +112,9 @@ class TrainConfig:
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)
+        check_engine_options(
+            self.engine, self.engine_config, self.engine_command, self.engine_python
+        )
 
 
 def _is_expression(pattern: str) -> bool:
