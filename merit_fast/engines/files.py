@@ -87,7 +87,7 @@ def _own_keys(
     """Keys in which branches differ: seed, learning rate and the name on the hub."""
     own: dict[str, Any] = {}
     if user is None:
-        own["bf16"] = recipe.dtype == "bf16"
+        own |= _precision(recipe)
     elif branch.seed:
         own["seed"] = int(user.get("seed", 0)) + branch.seed
     if user is not None and branch.rate_factor != 1.0:
@@ -101,6 +101,16 @@ def _own_keys(
     if values.get("hub_model_id") and user is not None:
         own["hub_model_id"] = f"{user['hub_model_id']}-{branch.name}"
     return own
+
+
+def _precision(recipe: TrainConfig) -> dict[str, Any]:
+    """Keys of mixed precision; transformers takes bf16 on a CPU only where it is told to use it."""
+    import torch
+
+    is_bf16 = recipe.dtype == "bf16"
+    if not is_bf16 or torch.cuda.is_available():
+        return {"bf16": is_bf16}
+    return {"bf16": False} if recipe.engine == "axolotl" else {"bf16": True, "use_cpu": True}
 
 
 def last_checkpoint(out: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ _GRACE_S = 20.0  # for a stack that is asked to end
 _SHOWN_LINES = 5
 _SHOWN_WIDTH = 200
 _TAIL_BYTES = 64 << 10
+_BAR = re.compile(r"\d%\|")
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:
@@ -59,9 +61,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_lines(log: Path) -> list[str]:
-    """The last lines of a log that hold text; a bar that redraws itself counts once."""
+    """The last lines of a log that hold text; progress bars do not count."""
     with open(log, "rb") as stream:
         stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         text = stream.read().decode("utf-8", "replace")
     lines = [line.rpartition("\r")[2].strip() for line in text.rstrip().split("\n")]
-    return [line[-_SHOWN_WIDTH:] for line in lines if line][-_SHOWN_LINES:]
+    kept = [line[-_SHOWN_WIDTH:] for line in lines if line and not _BAR.search(line)]
+    return kept[-_SHOWN_LINES:]

@@ -23,6 +23,8 @@ class Trained:
 
     Attributes:
         source: the origin of the counts, in one clause.
+        steps: optimizer steps; 0: not known.
+        max_steps: steps that the Trainer planned; 0: not known.
         losses: the losses that the Trainer logged.
     """
 
@@ -30,6 +32,7 @@ class Trained:
     num_tokens: int
     num_target_tokens: int
     steps: int
+    max_steps: int
     losses: tuple[float, ...]
     source: str
 
@@ -55,18 +58,15 @@ def trained_of(out: Path, group: Group, configured_epochs: float, start: str) ->
         float(entry["loss"]) for entry in state.get("log_history", ()) if "loss" in entry
     )
     steps = int(state.get("global_step", 0))
-    if (out / BRANCH_FILE).is_file():
-        measured = read_manifest(BranchManifest, out / BRANCH_FILE)
-        if measured.start_fingerprint != start:
-            raise MeritFastError(
-                f"{out / BRANCH_FILE}: start_fingerprint: must be {start}, "
-                f"got {measured.start_fingerprint}"
-            )
+    max_steps = int(state.get("max_steps", 0))
+    measured = _measured(out, start)
+    if measured is not None:
         return Trained(
             measured.num_examples,
             measured.num_tokens,
             measured.num_target_tokens,
             measured.steps or steps,
+            max_steps,
             losses,
             f"measured in training ({BRANCH_FILE})",
         )
@@ -80,9 +80,28 @@ def trained_of(out: Path, group: Group, configured_epochs: float, start: str) ->
         round(group.num_tokens * epochs),
         round(group.num_target_tokens * epochs),
         steps,
+        max_steps,
         losses,
         source,
     )
+
+
+def _measured(out: Path, start: str) -> BranchManifest | None:
+    """The branch.json that a callback wrote, next to the model or to its last checkpoint.
+
+    Raises:
+        MeritFastError: it is of another start.
+    """
+    folders = (out, last_checkpoint(out))
+    file = next((f / BRANCH_FILE for f in folders if f and (f / BRANCH_FILE).is_file()), None)
+    if file is None:
+        return None
+    measured = read_manifest(BranchManifest, file)
+    if measured.start_fingerprint != start:
+        raise MeritFastError(
+            f"{file}: start_fingerprint: must be {start}, got {measured.start_fingerprint}"
+        )
+    return measured
 
 
 def _state_of(out: Path) -> tuple[Mapping[str, Any], Path | None]:

@@ -6,13 +6,14 @@ import json
 import shlex
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from merit_fast.data.saved import write_data_options
 from merit_fast.engines.files import BranchFiles, write_branch_files
 from merit_fast.engines.process import last_lines, run_logged
-from merit_fast.engines.result import check_result, take_over
+from merit_fast.engines.result import check_result, result_folder, take_over
 from merit_fast.engines.stacks import STACKS, command_of
 from merit_fast.engines.tokens import BRANCH_FILE, Trained, trained_of
 from merit_fast.errors import MeritFastError
@@ -67,10 +68,15 @@ def train_by_engine(
     }
     command = command_of(recipe, files.rows, values)
     seconds = _run(command, branch, recipe, work, progress)
-    check_result(files.out, start, start_fingerprint)
+    result = replace(files, out=result_folder(files.out))
+    check_result(result.out, start, start_fingerprint)
     trained = trained_of(files.out, group, _configured_epochs(files, recipe), start_fingerprint)
+    if trained.steps < trained.max_steps:
+        progress.note(
+            f"{branch.name}: {recipe.engine} stopped at step {trained.steps} of {trained.max_steps}"
+        )
     progress.note(f"{branch.name}: {trained.num_target_tokens:,} target tokens, {trained.source}")
-    return _finish(branch, directory, outputs, files, trained, group, command, seconds)
+    return _finish(branch, directory, outputs, result, trained, group, command, seconds)
 
 
 def _run(

@@ -9,6 +9,13 @@ from merit_fast.merge.read.checkpoint import ADAPTER_FILE, pickle_hint, read_fil
 from merit_fast.merge.read.files import list_directory
 from merit_fast.merge.read.remote import Location
 
+_MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -20,8 +27,15 @@ class Adapter:
 
 
 def is_adapter(path: Location) -> bool:
-    """Whether a directory holds an adapter and no model."""
-    return (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists()
+    """Whether a directory holds an adapter and no model's weights.
+
+    axolotl saves the base's config.json next to its adapters.
+    """
+    if not (path / ADAPTER_CONFIG).exists():
+        return False
+    if not (path / "config.json").exists():
+        return True
+    return not any(name in _MODEL_FILES for name in list_directory(path))
 
 
 def read_adapter(path: Location) -> Adapter:
