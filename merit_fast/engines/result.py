@@ -16,7 +16,7 @@ from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import read_json
 from merit_fast.model import model_fingerprint
 
-_NOT_TAKEN = ("training_args.bin",)  # a pickle
+_NOT_TAKEN = ("training_args.bin", "merit_counts.json")  # a pickle; counts of a checkpoint
 _STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state).*\.(pt|pth|bin)$")  # of a checkpoint
 
 

@@ -83,7 +83,8 @@ def test_rows_that_a_stack_cannot_take_end_the_command(call, split_run, tmp_path
     values = yaml.safe_load(split_run.read_text())
     turns = [
         {"role": role, "content": text, **({"train": False} if text == "no" else {})}
-        for role, text in (("user", "a"), ("assistant", "no"), ("user", "b"), ("assistant", "yes"))
+        for pair in (("a", "one"), ("b", "no"), ("c", "two"))
+        for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     marked = tmp_path / "marked.jsonl"
     marked.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))

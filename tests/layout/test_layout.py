@@ -35,7 +35,7 @@ ARROWS = {
     "report": BASE,
     "tune": BASE | {"data", "evaluate", "merge", "model"},
     "demo": {"errors", "manifests"},
-    "integrations": BASE | {"data", "kernels", "merge", "model", "sketch", "split"},
+    "integrations": BASE | {"data", "kernels", "merge", "model", "patch", "sketch", "split"},
     "pipeline": BASE
     | {"data", "kernels", "model", "patch"}
     | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
