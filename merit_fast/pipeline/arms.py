@@ -143,6 +143,7 @@ def branch_recipe(branch: Branch, train: TrainConfig) -> TrainConfig:
     if branch.name == WARMUP:
         adapter = replace(train.adapter, save="merged") if train.adapter.is_on else train.adapter
         train = replace(train, adapter=adapter, evaluate_steps=None, patience=None)
+        train = train.with_builtin_engine()
     rate = train.learning_rate * branch.rate_factor
     seed = train.seed + branch.seed
     return replace(train.without_plan(), seed=seed, learning_rate=rate, report_to=())

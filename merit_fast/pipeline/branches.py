@@ -77,13 +77,18 @@ def train_planned(
         progress: display of the run.
         noted: notes that the run has shown.
     """
-    from merit_fast.train import train_branch
-    from merit_fast.train.stage import BranchJob
-
     if branch.name != WARMUP:
         _warn_of_few_steps(outputs, progress, noted)
     if outputs.config.merge.is_tuned:
         _ = data.held_out  # too few rows fail now, not after the training
+    if outputs.recipe(branch).engine != "builtin":
+        from merit_fast.engines.train import train_by_engine
+
+        train_by_engine(branch, directory, outputs, data, progress)
+        return
+    from merit_fast.train import train_branch
+    from merit_fast.train.stage import BranchJob
+
     start, start_fingerprint = outputs.start_of(branch)
     recipe = outputs.recipe(branch)
     job = BranchJob(

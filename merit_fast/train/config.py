@@ -7,6 +7,7 @@ from typing import Literal
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
 from merit_fast.train.adapter.config import AdapterConfig
+from merit_fast.train.engine import Engine, check_engine_options
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,27 @@ class TrainConfig:
         omit_default=True,
     )
     max_shard_size: str = option("2GB", "largest weight file of a branch")
+    engine: Engine = option(
+        "builtin", "the stack that trains the branches, in a process of its own", omit_default=True
+    )
+    engine_config: str | None = option(
+        None,
+        "your own YAML of that stack: its keys are kept, its model, rows and output replaced",
+        form="FILE",
+        omit_default=True,
+    )
+    engine_command: str | None = option(
+        None,
+        "engine command: the command of a branch, with {rows}, {config}, {base}, {out}, {branch}, "
+        "{group} and {seed}",
+        omit_default=True,
+    )
+    engine_python: str | None = option(
+        None,
+        "Python of the environment that has the stack; absent: this one",
+        form="FILE",
+        omit_default=True,
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "seeds", "checkpoint_steps"):
@@ -139,6 +161,15 @@ class TrainConfig:
             require(value is None or value >= 1, name, "at least 1", value)
         is_measured = self.patience is None or self.evaluate_steps is not None
         require(is_measured, "patience", "absent without evaluate_steps", self.patience)
+        check_engine_options(
+            self.engine, self.engine_config, self.engine_command, self.engine_python
+        )
+
+    def with_builtin_engine(self) -> "TrainConfig":
+        """The same options for the built-in trainer."""
+        return replace(
+            self, engine="builtin", engine_config=None, engine_command=None, engine_python=None
+        )
 
     def without_plan(self) -> "TrainConfig":
         """The options of one branch: without those that decide which branches there are."""

@@ -53,9 +53,20 @@ def check_stages(outputs: Outputs, data: RunData, stages: Sequence[Stage]) -> No
     if TRAIN in pending:
         check_training(outputs.base, config.train)
     _check_rows(data, pending)
-    if TRAIN in pending and config.train.packing and pending_branches(outputs) != ():
-        check_packing(outputs.base, config, data.branch)
+    if TRAIN in pending and pending_branches(outputs) != ():
+        _check_training(outputs, data)
     check_disk(outputs, data, pending)
+
+
+def _check_training(outputs: Outputs, data: RunData) -> None:
+    """Checks what the trainer of the branches needs: another stack, or packed rows of our own."""
+    config = outputs.config
+    if config.train.engine != "builtin":
+        from merit_fast.engines.check import check_engine
+
+        check_engine(outputs, data)
+    elif config.train.packing:
+        check_packing(outputs.base, config, data.branch)
 
 
 def _check_writable(root: Path) -> None:
