@@ -57,7 +57,7 @@ T* entry(const Addresses& column, size_t k) {
   return column.empty() ? nullptr : pointer<T>(column[k]);
 }
 
-std::vector<AdamWTensor> rows_of(const AdamWTensors& t) {
+std::vector<AdamWTensor> rows_of(const AdamWTensors& t, std::vector<uint8_t>& won) {
   std::vector<AdamWTensor> rows;
   rows.reserve(t.sizes.size());
   for (size_t k = 0; k < t.sizes.size(); k++)
@@ -70,6 +70,7 @@ std::vector<AdamWTensor> rows_of(const AdamWTensors& t) {
                     .exp_avg_sq_scale = entry<float>(t.exp_avg_sq_scales, k),
                     .master = entry<void>(t.masters, k),
                     .average = entry<float>(t.averages, k),
+                    .won = &won[k],
                     .key = t.keys[k],
                     .first = t.firsts[k],
                     .rate = float(t.rates[k]),
@@ -120,9 +121,10 @@ void define_optimizer(nb::module_& m, const OptimizerKernels& kernels) {
                  int master, bool stochastic, bool zero_grad, double decay, double beta1,
                  double beta2, double epsilon, double clip, int threads) {
         if (threads < 1) throw std::invalid_argument("adamw: bad threads");
-        if (moments < 0 || moments > 2 || master < 0 || master > 2)
+        if (moments < 0 || moments > 2 || master < 0 || master > 3)
           throw std::invalid_argument("adamw: bad moments or master");
-        const std::vector<AdamWTensor> rows = rows_of(tensors);
+        std::vector<uint8_t> won(tensors.sizes.size());
+        const std::vector<AdamWTensor> rows = rows_of(tensors, won);
         const AdamWJob job{.tensors = rows.data(),
                            .count = int64_t(rows.size()),
                            .weight_bf16 = weight_bf16,
@@ -139,8 +141,11 @@ void define_optimizer(nb::module_& m, const OptimizerKernels& kernels) {
                            .epsilon = float(epsilon),
                            .clip = float(clip),
                            .threads = threads};
-        nb::gil_scoped_release release;
-        kernels.adamw(job);
+        {
+          nb::gil_scoped_release release;
+          kernels.adamw(job);
+        }
+        return won;
       },
       nb::kw_only(), "tensors"_a, "weight_bf16"_a, "grad_bf16"_a, "moments"_a, "master"_a,
       "stochastic"_a, "zero_grad"_a, "decay"_a, "beta1"_a, "beta2"_a, "epsilon"_a, "clip"_a,

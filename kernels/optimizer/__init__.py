@@ -44,8 +44,11 @@ class FusedAdamW(OptimizerWithStates):
     (up or down with the probabilities that make the mean exact; Gupta et al. 2015),
     ``master="fp32"`` (4 more bytes) and ``master="split"`` (2 more bytes: the difference of the
     weight and its float32 master, so that the master is exact; the weight is its master rounded
-    to nearest, halves away from zero). A float32 weight needs none of them and ignores both
-    options.
+    to nearest, halves away from zero). ``master="split8"`` (1 more byte) keeps the upper 8 bits of
+    that difference: the master has 16 significant bits, and a step rounds it to the next of them
+    as ``rounding`` says, off by less than 2^-15 of its size without bias ("stochastic") or by at
+    most 2^-16 ("nearest", which loses smaller updates). A float32 weight needs none of them and
+    ignores both options.
 
     Args:
         params: parameters, named parameters or groups of them, as torch takes them; float32 or
@@ -55,11 +58,12 @@ class FusedAdamW(OptimizerWithStates):
         betas: as in ``torch.optim.AdamW``.
         eps: as in ``torch.optim.AdamW``.
         weight_decay: as in ``torch.optim.AdamW``, whose default is 0.01.
-        rounding: "stochastic" or "nearest", for bf16 weights without a master and for moments that
-            are not float32. The random bits are a function of (seed, step, number of the parameter,
-            element): the same on every backend, ISA level and number of threads.
-        master: "none", "fp32" or "split", for bf16 weights. Whoever writes to such a weight by hand
-            must write to ``state[p]["master"]`` too.
+        rounding: "stochastic" or "nearest", for bf16 weights without a master, for 8-bit
+            remainders and for moments that are not float32. The random bits are a function of
+            (seed, step, number of the parameter, element): the same on every backend, ISA level
+            and number of threads.
+        master: "none", "fp32", "split" or "split8", for bf16 weights. A weight that someone else
+            wrote becomes its float32 master at the next step.
         moments: "fp32", "bf16" or "int8". 8-bit moments share a float32 scale in blocks of 256:
             m = sign * (code / 127)^2 * scale, v = (code / 255)^4 * scale. A v above zero never
             rounds to zero.
@@ -121,6 +125,7 @@ class FusedAdamW(OptimizerWithStates):
         self.last_norm: float | None = None
         self.num_skipped = 0
         self._in_backward: InBackward | None = None
+        self._written = {}
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
@@ -141,6 +146,7 @@ class FusedAdamW(OptimizerWithStates):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Updates every parameter that has a gradient. Returns the loss of ``closure``, if any."""
+        self.read_notes()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -229,4 +235,5 @@ class FusedAdamW(OptimizerWithStates):
     def update(self, members: Sequence[Member], clips: Mapping[torch.device, Tensor]) -> None:
         """Updates members that have a gradient."""
         states = [self.state_of(member.parameter) for member in members]
-        update(members, states, self.options, clips, shard_number(self.shard_group))
+        shard = shard_number(self.shard_group)
+        self.note_written(update(members, states, self.options, clips, shard))

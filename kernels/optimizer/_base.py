@@ -1,5 +1,7 @@
 """An optimizer's parameters, their states, and the dicts that hold these."""
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ class OptimizerWithStates(torch.optim.Optimizer):
     last_norm: float | None
     num_skipped: int
     _in_backward: InBackward | None
+    _written: dict[torch.device, Tensor]  # on GPUs: whether weights were written, not read yet
+    _noted = False
 
     def members(self) -> list[Member]:
         """All parameters, numbered through the groups that they are in now."""
@@ -41,6 +45,29 @@ class OptimizerWithStates(torch.optim.Optimizer):
             check_not_replaced(parameter, self._parameters(), self.state)
             state.update(new_state(parameter, self.options))
         return state
+
+    def note_written(self, results: Sequence[Tensor]) -> None:
+        """Remembers what the op says of weights that someone else wrote."""
+        if self.options.master != "fp32" or self._noted:
+            return
+        for result in results:
+            before = self._written.get(result.device)
+            found = result.any()
+            self._written[result.device] = found if before is None else found | before
+        if all(device.type == "cpu" for device in self._written):
+            self.read_notes()
+
+    def read_notes(self) -> None:
+        """Warns once of such weights. Called before a step, it waits for no running kernel."""
+        found = any(bool(flag) for flag in self._written.values())
+        self._written = {}
+        if found and not self._noted:
+            self._noted = True
+            warnings.warn(
+                "FusedAdamW: weights were written since the last step; they became their float32 "
+                "masters",
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; every group holds the options as text. Leaves out departed parameters."""
@@ -95,3 +122,4 @@ class OptimizerWithStates(torch.optim.Optimizer):
         # A copy has no hooks and no group of processes.
         self.__dict__.setdefault("shard_group", None)
         self.__dict__.setdefault("_in_backward", None)
+        self.__dict__.setdefault("_written", {})

@@ -169,6 +169,12 @@ def adopted(parameter: Tensor, saved: Mapping[str, Any], options: Options) -> di
         _adopt_moment(parameter, saved, state, name)
     for name, other in (("master", "low_bits"), ("low_bits", "master")):
         if name in state and name in saved:
+            kind, kept = saved[name].dtype, state[name].dtype
+            if name == "low_bits" and kind != kept:
+                raise ValueError(
+                    f"FusedAdamW: the loaded low_bits are {kind}, "
+                    f"master={options.master!r} needs {kept}"
+                )
             state[name] = _moved(parameter, saved[name], state[name].dtype, name)
         elif name in state and other in saved:
             raise ValueError(

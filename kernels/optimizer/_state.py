@@ -11,10 +11,11 @@ from merit_fast.kernels.optimizer._sharding import places
 
 CHOICES = {
     "rounding": ("stochastic", "nearest"),
-    "master": ("none", "fp32", "split"),
+    "master": ("none", "fp32", "split", "split8"),
     "moments": ("fp32", "bf16", "int8"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LOW_BITS = {"split": torch.int16, "split8": torch.int8}  # of a master
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
             state[name] = zeros(plain)
     if parameter.dtype == torch.bfloat16 and options.master == "fp32":
         state["master"] = places.like(parameter, part.to(torch.float32, copy=True))
-    elif parameter.dtype == torch.bfloat16 and options.master == "split":
-        state["low_bits"] = zeros(torch.int16)
+    elif parameter.dtype == torch.bfloat16 and options.master in LOW_BITS:
+        state["low_bits"] = zeros(LOW_BITS[options.master])
     if options.average_decay is not None:
         state["average"] = zeros(torch.float32)
         state["num_averaged"] = 0

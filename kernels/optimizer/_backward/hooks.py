@@ -78,6 +78,8 @@ class InBackward:
         if self._ddp is not None or self.removed:
             return
         wanted = {id(member.parameter): member.parameter for member in self._optimizer.members()}
+        for parameter in wanted.values():
+            self._refuse_other_hooks(parameter)
         for key in list(self._handles):
             if key not in wanted:
                 self._handles.pop(key)[1].remove()
@@ -86,6 +88,15 @@ class InBackward:
                 register: Any = parameter.register_post_accumulate_grad_hook
                 handle = register(self._complete)
                 self._handles[key] = (parameter, handle)
+
+    def _refuse_other_hooks(self, parameter: Tensor) -> None:
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+        if any(isinstance(owner, InBackward) and owner is not self for owner in owners):
+            raise ValueError(
+                "FusedAdamW: another optimizer updates a parameter of shape "
+                f"{list(parameter.shape)} in the backward pass; remove() its hooks first"
+            )
 
     @contextmanager
     def measuring(self) -> Iterator[None]:

@@ -59,7 +59,10 @@ def total_square_sum(
         ValueError: with ``compare``, plain gradients differ among the processes.
     """
     totals: dict[Any, Tensor] = {}
-    for parameter in parameters:
+    everything = list(parameters)
+    if not everything:  # as ZeroRedundancyOptimizer may leave a process, which takes part too
+        totals[None, ()] = torch.zeros((), dtype=torch.float64, device=_device_of(shard_group))
+    for parameter in everything:
         totals.setdefault(_spread_of(parameter), _zero(parameter))
     for parameter, value in sums:
         key = _spread_of(parameter)
@@ -75,6 +78,15 @@ def total_square_sum(
             _check_equal(whole)
         total = whole if total is None else total + whole.to(total.device)
     return torch.zeros((), dtype=torch.float64) if total is None else total
+
+
+def _device_of(group: Any) -> str:
+    """Kind of device whose tensors the processes can send."""
+    if places.world_size() == 1:
+        return "cpu"
+    import torch.distributed as dist
+
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
 
 
 def _spread_of(parameter: Any) -> tuple[Any, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """FusedAdamW's states: exact resume, loading from torch and into it, refusals."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -190,3 +191,18 @@ def test_a_step_with_a_nan_gradient_is_left_out_and_counted(backend):
 def test_float16_parameters_are_refused_in_words():
     with pytest.raises(TypeError, match="got torch.float16, .* load the model in bfloat16"):
         FusedAdamW([torch.nn.Parameter(torch.ones(3, dtype=torch.float16))])
+
+
+@BOTH
+def test_weights_written_by_someone_else_win_over_their_masters_with_one_note(backend):
+    parameters, optimizer = train("bf16", 2, backend=backend, master="fp32")
+    with torch.no_grad():
+        parameters[3].fill_(5.0)
+    with pytest.warns(UserWarning, match="weights were written since the last step"):
+        train("bf16", 1, 2, parameters, optimizer)
+    assert (parameters[3] - 5.0).abs().max() < 0.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parameters[2].data.fill_(3.0)
+        train("bf16", 1, 3, parameters, optimizer)
+    assert (parameters[2] - 3.0).abs().max() < 0.2

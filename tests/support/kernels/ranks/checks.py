@@ -20,6 +20,7 @@ CHECKS: dict[int, dict[str, Callable[[Path], None]]] = {
             sharded.other_kinds_are_refused,
             replicated.fsdp1_needs_a_group,
             replicated.zero_clips_by_the_norm_of_all,
+            replicated.a_rank_without_parameters_takes_part,
             replicated.ddp_steps_as_one_process,
             replicated.ddp_updates_in_the_pass,
             replicated.plain_hooks_are_refused,

@@ -56,6 +56,16 @@ def zero_clips_by_the_norm_of_all(folder: Path) -> None:
         assert sorted(state["state"]) == list(range(5))
 
 
+def a_rank_without_parameters_takes_part(folder: Path) -> None:
+    model = nn.Linear(3, 1, bias=False)
+    nn.init.ones_(model.weight)
+    options: Any = {"max_norm": 1.0, "shard_group": dist.group.WORLD}
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), FusedAdamW, **options)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert torch.allclose(model.weight, torch.full((1, 3), 1 - 1e-3))
+
+
 def ddp_steps_as_one_process(folder: Path) -> None:
     model = DistributedDataParallel(Rows())
     train(model, FusedAdamW(model.parameters(), **SETTINGS, max_norm=0.5))
