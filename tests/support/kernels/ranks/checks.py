@@ -28,6 +28,10 @@ CHECKS: dict[int, dict[str, Callable[[Path], None]]] = {
     },
     4: {
         check.__name__: check
-        for check in (sharded.hybrid_shards_count_once, sharded.other_meshes_load_checkpoints)
+        for check in (
+            sharded.hybrid_shards_count_once,
+            sharded.strided_shards_round_to_nearest_only,
+            sharded.other_meshes_load_checkpoints,
+        )
     },
 }

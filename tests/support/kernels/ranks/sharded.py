@@ -23,7 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as read_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as write_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from merit_fast.kernels.optimizer import FusedAdamW, SpentGradient
 
@@ -235,6 +237,25 @@ def hybrid_shards_count_once(folder: Path) -> None:
         assert_same_bits(one.parameters(), many.parameters())
         if "max_norm" in options:
             assert abs(norm_of(first) / norm_of(second) - 1) < 1e-12
+
+
+def strided_shards_round_to_nearest_only(folder: Path) -> None:
+    """FSDP2 over tensor parallelism of one dimension."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    one, many = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
+    many.weight = nn.Parameter(one.weight.detach().clone())
+    parallelize_module(many, mesh["tensor"], ColwiseParallel())
+    fully_shard(many, mesh=mesh["data"])
+    assert "_StridedShard" in str(many.weight.placements)  # type: ignore[attr-defined]
+    first, second = train(one, max_norm=0.5), train(many, max_norm=0.5)
+    assert_same_bits(one.parameters(), many.parameters())
+    assert abs(norm_of(first) / norm_of(second) - 1) < 1e-12
+    try:
+        train(many, 1, moments="bf16")
+    except ValueError as error:
+        assert "needs the place of every element" in str(error), error
+    else:
+        raise AssertionError("rounded at unknown places")
 
 
 def other_meshes_load_checkpoints(folder: Path) -> None:
