@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from merit_fast.cli.flags import run_flags
 from merit_fast.errors import InputError
-from merit_fast.manifests.stages import MERGE, Stage
+from merit_fast.manifests.stages import MERGE, TRAIN, Stage
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import PlainProgress, Progress, SilentProgress, TerminalProgress
+from merit_fast.train.parallel.world import require_one_process, world_rank, world_size
 
 if TYPE_CHECKING:
     from merit_fast.pipeline.config import RunConfig
@@ -27,13 +28,20 @@ def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str
     check_output(config)
     if stage is not MERGE:  # a merge bounds its memory itself
         keep_freed_memory()
+    if stage is not TRAIN:
+        require_one_process(stage.name)
+    follows = world_size() > 1 and world_rank() > 0
     run = Run(
         config,
-        progress_of(arguments),
+        SilentProgress() if follows else progress_of(arguments),
         f"merit-fast {{stage}} {file or '...'}",
         verify=arguments.verify,
         overwrite=arguments.overwrite,
+        dry_run=follows,
     )
+    if follows:  # the leading process checks, writes and reports
+        run.train()
+        return
     run.preflight([stage])
     worked = getattr(run, stage.name)()
     output = str(Path(config.output) / stage.folder)

@@ -12,10 +12,12 @@ from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss
 from merit_fast.train.metrics.record import DatasetSums, StepRecord
 from merit_fast.train.optimizer import MasterAdamW, NonFiniteGradient
+from merit_fast.train.parallel.ranks import Ranks
 from merit_fast.train.prepare import TrainedModel
 from merit_fast.train.resume import Position
 from merit_fast.train.schedule import learning_rate
 
+ALONE = Ranks()
 _ADVICE = "lower train.learning_rate or look at these rows; the last checkpoint is kept"
 
 
@@ -27,6 +29,7 @@ def train_step(
     steps: int,
     config: TrainConfig,
     position: Position,
+    ranks: Ranks = ALONE,
 ) -> tuple[Position, StepRecord]:
     """Takes one step; its random state depends only on the seed and the number of the step.
 
@@ -38,13 +41,16 @@ def train_step(
         steps: of the whole run.
         config: the recipe.
         position: steps done so far.
+        ranks: the processes that share the batches; each has all of them.
 
     Raises:
         MeritFastError: the loss or the gradient is not finite; the message names the datasets.
     """
     start = time.perf_counter()
-    torch.manual_seed(config.seed * 1_000_003 + position.step)  # dropout, where a model has it
-    sums = _backward(trained, batches, len(names))
+    seed = config.seed * 1_000_003 + position.step
+    torch.manual_seed(seed + ranks.rank * 2**40)  # dropout, where a model has it
+    sums = _backward(trained, batches, len(names), ranks)
+    ranks.add_gradients(optimizer.parameters)
     where = f"at step {position.step}"
     not_finite = [
         name for name, loss in zip(names, sums.losses, strict=True) if not abs(loss) < float("inf")
@@ -74,13 +80,15 @@ def train_step(
     return moved, StepRecord(moved.step, sums, num_tokens, rate, norm, seconds)
 
 
-def _backward(trained: TrainedModel, batches: Sequence[Batch], num_datasets: int) -> DatasetSums:
+def _backward(
+    trained: TrainedModel, batches: Sequence[Batch], num_datasets: int, ranks: Ranks
+) -> DatasetSums:
     """Adds the gradients of the mean loss over the whole step's target tokens."""
     targets = sum(batch.num_target_tokens for batch in batches)
     all_tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     losses = torch.zeros(num_datasets, dtype=torch.float64)
     tokens = torch.zeros(num_datasets, dtype=torch.int64)
-    for batch in batches:
+    for batch in ranks.share(batches):
         # a router's loss is a mean over tokens: a micro-batch counts by its share of them
         share = int(batch.attention_mask.sum()) / all_tokens
         factor = trained.router_factor * share
@@ -88,4 +96,5 @@ def _backward(trained: TrainedModel, batches: Sequence[Batch], num_datasets: int
         loss.loss.backward()  # type: ignore[no-untyped-call]
         losses += loss.dataset_losses
         tokens += loss.dataset_tokens
+    ranks.add(losses, tokens)
     return DatasetSums(tuple(losses.tolist()), tuple(tokens.tolist()))

@@ -220,6 +220,6 @@ def test_a_tracker_that_cannot_run_is_refused_before_the_training(
 
 def test_several_processes_are_refused(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="WORLD_SIZE must be 1, got 2"):
+    with pytest.raises(InputError, match="train_branch without ranks: WORLD_SIZE must be 1, got 2"):
         train(tiny_model, tmp_path / "out", CONFIG, dataset("a", 0))
     assert list((tmp_path / "out").iterdir()) == []
