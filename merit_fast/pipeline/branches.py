@@ -24,6 +24,7 @@ from merit_fast.pipeline.plan import shortest_branch
 from merit_fast.pipeline.records import old_place
 from merit_fast.progress import Progress
 from merit_fast.train.config import TrainConfig
+from merit_fast.train.parallel.world import require_one_process
 from merit_fast.train.schedule import FEW_STEPS
 
 if TYPE_CHECKING:
@@ -86,12 +87,18 @@ def train_planned(
         ranks: the processes that train it together, this one leading; the others are in
             ``follow_leader``. None: this process only.
     """
-    from merit_fast.train import train_branch
-
     if branch.name != WARMUP:
         _warn_of_few_steps(outputs, progress, noted)
     if outputs.config.merge.is_tuned:
         _ = data.held_out  # too few rows fail now, not after the training
+    if outputs.recipe(branch).engine != "builtin":
+        from merit_fast.engines.train import train_by_engine
+
+        require_one_process(f"train.engine {outputs.recipe(branch).engine}")
+        train_by_engine(branch, directory, outputs, data, progress)
+        return
+    from merit_fast.train import train_branch
+
     job, recipe = _job(branch, outputs, data)
     if ranks is not None:
         ranks.tell((branch.name, str(directory)))

@@ -143,6 +143,9 @@ def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str
     template = data.get("chat_template") if isinstance(data, dict) else None
     if isinstance(data, dict) and isinstance(template, str) and template != PLAIN:
         yield data, "chat_template", "data.chat_template"
+    train = values.get("train")
+    if isinstance(train, dict) and isinstance(train.get("engine_config"), str):
+        yield train, "engine_config", "train.engine_config"
 
 
 def _resolve_paths(values: dict[str, Any], overridden: Set[str], file: Path) -> None:
@@ -162,7 +165,8 @@ def _input_path(text: str, name: str, file: Path) -> str:
     Raises:
         InputError: the path is there from the current directory, but not from the YAML's folder.
     """
-    may_be_id = name != "data.chat_template" and not name.endswith(".media")
+    is_file = name in ("data.chat_template", "train.engine_config") or name.endswith(".media")
+    may_be_id = not is_file
     return locate(text, file.parent, f"{file}: {name}", may_be_id=may_be_id)
 
 

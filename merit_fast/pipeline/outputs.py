@@ -28,7 +28,7 @@ from merit_fast.merge import method_fingerprint, same_bytes
 from merit_fast.model import model_fingerprint, resolve_model
 from merit_fast.pipeline.arms import WARMUP, Branch, branch_recipe, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig, settle_dtypes
-from merit_fast.pipeline.plan import Plan, make_plan
+from merit_fast.pipeline.plan import Plan, engine_inputs, make_plan, recorded_recipe
 from merit_fast.pipeline.records import Records, sketch_in_force
 from merit_fast.pipeline.reporting import audit_options, report_options
 from merit_fast.sketch.config import SketchConfig
@@ -224,13 +224,14 @@ class Outputs:
     def branch(self, branch: Branch) -> StageManifest:
         """The manifest of a branch: it covers the content, and no name of branch or dataset."""
         _, start = self.start_of(branch)
+        recipe = self.recipe(branch)
         inputs = {"start": start, "rows": fingerprint(branch.content(self.config.split))}
         if branch.steps is not None:
             inputs["steps"] = str(branch.steps)
-        recipe = self.recipe(branch)
         if recipe.evaluate_steps is not None:
             inputs |= self._held_out_rows("the half that chooses")
-        return stage_manifest(TRAIN.name, recipe, inputs)
+        inputs |= engine_inputs(recipe)
+        return stage_manifest(TRAIN.name, recorded_recipe(recipe), inputs)
 
     def recipe(self, branch: Branch) -> TrainConfig:
         """Options that decide the branch's training."""

@@ -14,7 +14,7 @@ from merit_fast.manifests.atomic import write_text
 from merit_fast.model import peak_memory_bytes
 from merit_fast.progress import Progress
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.held_out import HeldOut
+from merit_fast.train.metrics.held_out import HeldOut
 from merit_fast.train.metrics.log import MetricsLog
 from merit_fast.train.metrics.record import HeldOutRecord, StepRecord
 from merit_fast.train.metrics.trackers import Trackers

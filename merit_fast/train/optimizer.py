@@ -43,7 +43,8 @@ class MasterAdamW:
         """Updates, then frees the gradients; returns their norm before clipping.
 
         Raises:
-            NonFiniteGradient: the norm is not finite. The weights are then lost.
+            NonFiniteGradient: the norm is not finite. Weights and state are as before, and so are
+                the gradients.
         """
         norm = self._adamw.step(learning_rate)
         if not norm < float("inf"):
@@ -116,6 +117,7 @@ class _OnePass:
             master="split" if is_small else "fp32",
             moments="int8" if is_small else "fp32",
             max_norm=config.clip_norm or float("inf"),
+            skip_nonfinite=True,
             backend=backend,
         )
         self.states = [self.optimizer.state_of(parameter) for parameter in parameters]

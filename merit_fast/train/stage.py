@@ -15,9 +15,9 @@ from merit_fast.model import reads_trees, reset_peak_memory
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.train.companions import Companions
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.held_out import HeldOut
 from merit_fast.train.loop import End, Loop
 from merit_fast.train.loss import choose_attention, require_packing, require_text
+from merit_fast.train.metrics.held_out import HeldOut
 from merit_fast.train.metrics.trackers import Trackers
 from merit_fast.train.optimizer import MasterAdamW
 from merit_fast.train.parallel.ranks import Ranks

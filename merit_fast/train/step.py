@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from merit_fast.data import Batch
+from merit_fast.data import IGNORED_LABEL, Batch, PackedBatch
 from merit_fast.errors import MeritFastError
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss
@@ -63,10 +63,12 @@ def train_step(
     try:
         norm = optimizer.step(rate)
     except NonFiniteGradient as error:
-        seen = ", ".join(name for name, count in zip(names, sums.tokens, strict=True) if count)
+        guilty = _guilty_datasets(trained, optimizer, batches, len(names))
+        pairs = zip(names, guilty, strict=True)
+        shown = ", ".join(name for name, is_guilty in pairs if is_guilty)
         what = f"the gradient of {error.parameter}" if error.parameter else "the gradient's norm"
         raise MeritFastError(
-            f"train: {what} is not finite {where} with rows of dataset {seen}; {_ADVICE}"
+            f"train: {what} is not finite {where} with rows of dataset {shown}; {_ADVICE}"
         ) from None
     num_tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     moved = replace(
@@ -78,6 +80,37 @@ def train_step(
     )
     seconds = time.perf_counter() - start
     return moved, StepRecord(moved.step, sums, num_tokens, rate, norm, seconds)
+
+
+def _guilty_datasets(
+    trained: TrainedModel, optimizer: MasterAdamW, batches: Sequence[Batch], num_datasets: int
+) -> list[bool]:
+    """Whether each dataset's rows of the step give a gradient that is not finite by themselves.
+
+    All that have rows in the step, if none does.
+    """
+    guilty = []
+    seen = []
+    for number in range(num_datasets):
+        for parameter in optimizer.parameters:
+            parameter.grad = None
+        own = [_only_of(batch, number) for batch in batches]
+        own = [batch for batch in own if batch.num_target_tokens]
+        for batch in own:
+            loss = batch_loss(trained.model, batch, batch.num_target_tokens, num_datasets)
+            loss.loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
+        guilty.append(not all(bool(gradient.isfinite().all()) for gradient in gradients))
+        seen.append(bool(own))
+    return guilty if any(guilty) else seen
+
+
+def _only_of(batch: Batch, number: int) -> Batch:
+    """The batch with the targets of one dataset only."""
+    is_own = (batch.dataset_ids == number)[:, None]
+    if isinstance(batch, PackedBatch):
+        is_own = is_own[:, 0].repeat_interleave(batch.cu_seqlens.diff())[None]
+    return replace(batch, labels=batch.labels.where(is_own, IGNORED_LABEL))
 
 
 def _backward(

@@ -11,7 +11,6 @@ from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.merge.read.entries import is_float
 from merit_fast.merge.read.files import read_json
 from merit_fast.pipeline.config import RunConfig
-from merit_fast.progress import Progress
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
 
@@ -102,17 +101,13 @@ def check_architecture(base: Path) -> str:
     return str(model_type)
 
 
-def check_kernels(
-    config: RunConfig, model_type: str, stages: tuple[Stage, ...], progress: Progress
-) -> None:
-    """Checks that the backend somebody asked for can run; notes an unknown architecture.
+def check_kernels(stages: tuple[Stage, ...]) -> None:
+    """Checks that the backend somebody asked for can run.
 
     Raises:
         InputError: MERIT_FAST_BACKEND names a backend that cannot run an op of these stages here.
     """
     import torch
-
-    from merit_fast.patch.model import ARCHITECTURES
 
     asked = dispatch.asked(None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,11 +117,6 @@ def check_kernels(
             reason = dispatch.unavailable(op, asked or "", where)
             if reason:
                 raise InputError(f"MERIT_FAST_BACKEND: {asked!r} cannot run {op} here: {reason}")
-    if TRAIN in stages and config.train.kernels == "auto" and model_type not in ARCHITECTURES:
-        progress.note(
-            f"train.kernels: {model_type} is an architecture whose norms, MLPs and loss keep "
-            "transformers' own code"
-        )
 
 
 def check_packing(base: Path, config: RunConfig, datasets: Sequence[Dataset]) -> None:

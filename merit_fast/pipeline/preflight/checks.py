@@ -26,13 +26,10 @@ from merit_fast.pipeline.preflight.base import (
 from merit_fast.pipeline.preflight.disk import check_disk
 from merit_fast.pipeline.preflight.pending import pending_branches, pending_stages
 from merit_fast.pipeline.preflight.training import check_training, check_watched
-from merit_fast.progress import Progress
 from merit_fast.split.search.partition import partition_datasets
 
 
-def check_stages(
-    outputs: Outputs, data: RunData, stages: Sequence[Stage], progress: Progress
-) -> None:
+def check_stages(outputs: Outputs, data: RunData, stages: Sequence[Stage]) -> None:
     """Checks all that these stages need and that config, headers and rows tell.
 
     Stages that are up to date are not checked. Nothing but tokenized rows is written.
@@ -49,16 +46,27 @@ def check_stages(
         _check_merge(outputs)
     runs_models = [stage for stage in (SKETCH, TRAIN, EVALUATE) if stage in pending]
     if runs_models:
-        model_type = check_architecture(outputs.base)
-        check_kernels(config, model_type, pending, progress)
+        check_architecture(outputs.base)
+        check_kernels(pending)
     if SKETCH in pending:
         check_parts(outputs.base, config.split, config.train.freeze)
     if TRAIN in pending:
         check_training(outputs.base, config.train)
     _check_rows(data, pending)
-    if TRAIN in pending and config.train.packing and pending_branches(outputs) != ():
-        check_packing(outputs.base, config, data.branch)
+    if TRAIN in pending and pending_branches(outputs) != ():
+        _check_training(outputs, data)
     check_disk(outputs, data, pending)
+
+
+def _check_training(outputs: Outputs, data: RunData) -> None:
+    """Checks what the trainer of the branches needs: another stack, or packed rows of our own."""
+    config = outputs.config
+    if config.train.engine != "builtin":
+        from merit_fast.engines.check import check_engine
+
+        check_engine(outputs, data)
+    elif config.train.packing:
+        check_packing(outputs.base, config, data.branch)
 
 
 def _check_writable(root: Path) -> None:
