@@ -56,7 +56,14 @@ def _check_options(train: TrainConfig) -> None:
         raise InputError(
             f"train.freeze: must be absent with engine {train.engine}, got {show(train.freeze)}"
         )
-    for name in ("adapter", "gradient_checkpointing", "optimizer", "evaluate_steps", "report_to"):
+    for name in (
+        "adapter",
+        "gradient_checkpointing",
+        "optimizer",
+        "update_in_backward",
+        "evaluate_steps",
+        "report_to",
+    ):
         value = getattr(train, name)
         if value != getattr(TrainConfig(), name):
             raise InputError(

@@ -127,6 +127,11 @@ def _prepare(
     ranks: Ranks,
 ) -> tuple[Loop, Companions, Trackers]:
     """Loads and checks everything before the first step."""
+    if config.update_in_backward is not None and ranks.size > 1:
+        raise InputError(
+            "train.update_in_backward: must be absent with several processes, which add their "
+            f"gradients first; got {config.update_in_backward!r}"
+        )
     examples = ChainedExamples(job.datasets)
     if not len(examples):
         raise InputError(f"{job.branch}: has no example to train on")

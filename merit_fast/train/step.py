@@ -49,7 +49,8 @@ def train_step(
     start = time.perf_counter()
     seed = config.seed * 1_000_003 + position.step
     torch.manual_seed(seed + ranks.rank * 2**40)  # dropout, where a model has it
-    sums = _backward(trained, batches, len(names), ranks)
+    rate = learning_rate(position.step, steps, config)
+    sums = _backward(trained, optimizer, batches, len(names), rate, ranks)
     ranks.add_gradients(optimizer.parameters)
     where = f"at step {position.step}"
     not_finite = [
@@ -59,7 +60,6 @@ def train_step(
         raise MeritFastError(
             f"train: loss is not finite {where} in dataset {', '.join(not_finite)}; {_ADVICE}"
         )
-    rate = learning_rate(position.step, steps, config)
     try:
         norm = optimizer.step(rate)
     except NonFiniteGradient as error:
@@ -91,6 +91,7 @@ def _guilty_datasets(
     """
     guilty = []
     seen = []
+    optimizer.end_updates()
     for number in range(num_datasets):
         for parameter in optimizer.parameters:
             parameter.grad = None
@@ -114,7 +115,12 @@ def _only_of(batch: Batch, number: int) -> Batch:
 
 
 def _backward(
-    trained: TrainedModel, batches: Sequence[Batch], num_datasets: int, ranks: Ranks
+    trained: TrainedModel,
+    optimizer: MasterAdamW,
+    batches: Sequence[Batch],
+    num_datasets: int,
+    rate: float,
+    ranks: Ranks,
 ) -> DatasetSums:
     """Adds the gradients of the mean loss over the whole step's target tokens."""
     targets = sum(batch.num_target_tokens for batch in batches)
@@ -126,7 +132,7 @@ def _backward(
         share = int(batch.attention_mask.sum()) / all_tokens
         factor = trained.router_factor * share
         loss = batch_loss(trained.model, batch, targets, num_datasets, factor)
-        loss.loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.backward(loss.loss, rate)
         losses += loss.dataset_losses
         tokens += loss.dataset_tokens
     ranks.add(losses, tokens)

@@ -160,12 +160,12 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_checkpoint(
     plain = loop.train_step
     saved = {}
 
-    def poisons(trained, optimizer, batches, names, steps, config, position):
+    def poisons(trained, optimizer, batches, names, steps, config, position, ranks):
         if position.step == steps - 1:
             saved["bytes"] = (tmp_path / "resume.safetensors").read_bytes()
             weight = trained.model.get_submodule("model.layers.1.mlp.up_proj").weight
             weight.register_hook(lambda gradient: gradient * float("nan"))
-        return plain(trained, optimizer, batches, names, steps, config, position)
+        return plain(trained, optimizer, batches, names, steps, config, position, ranks)
 
     monkeypatch.setattr(loop, "train_step", poisons)
     message = (
