@@ -12,7 +12,6 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.stages import MERGE, TRAIN, Stage
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import PlainProgress, Progress, SilentProgress, TerminalProgress
-from merit_fast.train.parallel.world import require_one_process, world_rank, world_size
 
 if TYPE_CHECKING:
     from merit_fast.pipeline.config import RunConfig
@@ -22,6 +21,7 @@ def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str
     """Brings one stage up to date and prints where its output is."""
     from merit_fast.model import keep_freed_memory
     from merit_fast.pipeline.run import Run, check_output
+    from merit_fast.train.parallel.world import require_one_process, world_rank, world_size
 
     has_flags = bool(stage.options) and stage is not MERGE
     file, config = read_config(stage.name, arguments, assignments, has_flags=has_flags)
