@@ -56,6 +56,20 @@ def _check_options(train: TrainConfig) -> None:
         raise InputError(
             f"train.freeze: must be absent with engine {train.engine}, got {show(train.freeze)}"
         )
+    for name in (
+        "adapter",
+        "gradient_checkpointing",
+        "optimizer",
+        "update_in_backward",
+        "evaluate_steps",
+        "report_to",
+    ):
+        value = getattr(train, name)
+        if value != getattr(TrainConfig(), name):
+            raise InputError(
+                f"train.{name}: must be absent with engine {train.engine}; give it to the stack by "
+                f"train.engine_config, got {show(value)}"
+            )
     if train.controls.joint_short:
         raise InputError(
             f"train.controls.joint_short: must be absent with engine {train.engine}, which counts "
