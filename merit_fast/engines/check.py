@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merit_fast.engines.keys import check_keys
 from merit_fast.engines.stacks import STACKS, EngineStack, command_of, python_of
 from merit_fast.errors import InputError, show
 from merit_fast.export.chosen import Group, rows_of_branches
@@ -40,6 +41,7 @@ def check_engine(outputs: Outputs, data: RunData) -> None:
     stack = STACKS[train.engine]
     _check_options(train)
     settings_of(outputs.config, str(outputs.start), outputs.root)
+    user: dict[str, Any] = {}
     if train.engine_config is not None:
         user = read_user(Path(train.engine_config).expanduser()) or {}
         _check_user(user, train.engine_config, stack, outputs)
@@ -47,6 +49,9 @@ def check_engine(outputs: Outputs, data: RunData) -> None:
         _check_program(train)
     else:
         _check_packages(train, stack)
+    if train.engine_config is not None:
+        file = str(Path(train.engine_config).expanduser())
+        check_keys(train.engine, python_of(train), file, user)
     _check_rows(stack, outputs, data)
 
 

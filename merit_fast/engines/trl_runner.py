@@ -8,6 +8,7 @@ saved at the end, and the run resumes from ``resume_from_checkpoint``.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -31,10 +32,8 @@ def train(file: str) -> None:
     Raises:
         ValueError: a key is unknown, or a value breaks a rule of TRL.
     """
-    from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
-    from trl.scripts.sft import make_parser
-
-    parser = make_parser()
+    trl: Any = importlib.import_module("trl")
+    parser: Any = importlib.import_module("trl.scripts.sft").make_parser()
     script, training, model, datasets = parser.parse_args_and_config(
         args=["--config", file], fail_with_unknown_args=True
     )
@@ -44,13 +43,13 @@ def train(file: str) -> None:
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    rows = get_dataset(datasets)
-    trainer = SFTTrainer(
+    rows = trl.get_dataset(datasets)
+    trainer = trl.SFTTrainer(
         model=model.model_name_or_path,
         args=training,
         train_dataset=rows[script.dataset_train_split],
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        quantization_config=trl.get_quantization_config(model),
+        peft_config=trl.get_peft_config(model),
         callbacks=[PatchCallback()],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -49,9 +49,11 @@ def test_packed_lora_branches_of_trl_are_merged_and_measured(call, split_run, ow
     assert code == 0, error
 
 
-def test_a_misspelt_key_of_trl_ends_the_training_in_words(call, split_run, own_config):
-    own_config.write_text("learning_rat: 1.0e-3\nuse_cpu: true\nbf16: false\n")
+def test_a_misspelt_key_of_trl_ends_the_run_before_a_branch_is_trained(call, split_run, own_config):
+    own_config.write_text("learning_rat: 1.0e-3\n")
     code, _, error = call(
         "train", split_run, "train.engine=trl", f"train.engine_config={own_config}"
     )
-    assert code == 1 and "learning_rat" in error.splitlines()[-1], error
+    rule = "trl.yml: learning_rat: trl has no such key; did you mean learning_rate?"
+    assert code == 2 and rule in error, error
+    assert not list((split_run.parent / "out").glob("branches/*"))
