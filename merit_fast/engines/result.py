@@ -9,8 +9,7 @@ from pathlib import Path
 from merit_fast.engines.files import last_checkpoint
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.merge import MergeConfig, prepare_merge
-from merit_fast.merge.read.adapters.adapter import is_adapter
-from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG
+from merit_fast.merge.read.adapters.folder import ADAPTER_CONFIG, is_adapter
 from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import read_json

@@ -21,7 +21,7 @@ from merit_fast.export.chosen import Group, rows_of_branches
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
-from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.pipeline.arms import Branch
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs

@@ -25,6 +25,7 @@ from merit_fast.progress import Progress
 from merit_fast.train.schedule import FEW_STEPS
 
 _BRANCH_FILE = "branch.json"
+TRACKERS_FOLDER = "trackers"  # of those that write files
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def train_planned(
     from merit_fast.train.stage import BranchJob
 
     start, start_fingerprint = outputs.start_of(branch)
+    recipe = outputs.recipe(branch)
     job = BranchJob(
         branch=branch.name,
         arm=branch.arm,
@@ -100,8 +102,11 @@ def train_planned(
         steps=branch.steps,
         row_length=outputs.config.data.max_length,
         data=outputs.config.data,
+        held_out=() if recipe.evaluate_steps is None else tuple(data.watched),
+        tracked=outputs.root / TRACKERS_FOLDER / branch.name,
     )
-    train_branch(job, outputs.recipe(branch), directory, progress, noted)
+    recipe = replace(recipe, report_to=outputs.config.train.report_to)
+    train_branch(job, recipe, directory, progress, noted)
 
 
 def _warn_of_few_steps(outputs: Outputs, progress: Progress, noted: set[str]) -> None:

@@ -46,8 +46,16 @@ class RunConfig:
     output: str = option(DEFAULT_OUTPUT, "directory of all outputs")
     threads: int | None = option(None, "CPU threads of torch; absent: as many as torch takes")
 
+    @property
+    def halves_held_out(self) -> bool:
+        """Whether one half of the held-out rows chooses something and the other half reports."""
+        return self.merge.is_tuned or self.train.patience is not None
+
     def __post_init__(self) -> None:
         require(len(self.mixture) > 0, "mixture", "a list of at least one dataset", [])
+        is_four_bits = self.train.adapter.base == "4bit"
+        rule = "0 with train.adapter.base: 4bit, which gives no whole model to start from"
+        require(not (is_four_bits and self.split.warmup), "split.warmup", rule, self.split.warmup)
         require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
 
 

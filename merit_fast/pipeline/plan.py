@@ -14,7 +14,6 @@ from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.table import DEFAULT_METHOD
 from merit_fast.pipeline.arms import (
-    WARMUP,
     Branch,
     joint_arms,
     seeded,
@@ -22,7 +21,7 @@ from merit_fast.pipeline.arms import (
     split_branch_steps,
 )
 from merit_fast.pipeline.config import RunConfig
-from merit_fast.train.config import ControlsConfig, TrainConfig
+from merit_fast.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -155,25 +154,6 @@ def _equal_notes(same_as: Mapping[str, str]) -> Iterator[str]:
     for owner in dict.fromkeys(same_as.values()):
         equal = [arm for arm, other in same_as.items() if other == owner]
         yield f"{', '.join(equal)}: the same model as {owner}, trained and shown once"
-
-
-def branch_recipe(train: TrainConfig, branch: Branch) -> TrainConfig:
-    """Options that decide the branch's training; the controls do not.
-
-    The built-in trainer makes the warm-up, whatever stack trains the branches.
-    """
-    recipe = replace(
-        train,
-        seed=train.seed + branch.seed,
-        learning_rate=train.learning_rate * branch.rate_factor,
-        seeds=1,
-        controls=ControlsConfig(),
-    )
-    if branch.name == WARMUP:
-        return replace(
-            recipe, engine="builtin", engine_config=None, engine_command=None, engine_python=None
-        )
-    return recipe
 
 
 def recorded_recipe(recipe: TrainConfig) -> TrainConfig:

@@ -150,8 +150,8 @@ INSIDE = {
         "upkeep",
         "preflight",
         "run",
-        "status",
-        "clean",
+        "rounds",
+        "kept",
     ),
 }
 

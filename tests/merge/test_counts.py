@@ -99,7 +99,7 @@ def test_automatic_weights_take_counts_of_branch_json_only(models, tmp_path):
 
 
 def test_an_adapter_next_to_the_config_of_its_base_is_an_adapter(models):
-    from merit_fast.merge.read.adapters.adapter import is_adapter
+    from merit_fast.merge.read.adapters.folder import is_adapter
 
     folder = models[0]
     (folder / "adapter_config.json").write_text("{}")

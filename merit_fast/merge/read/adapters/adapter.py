@@ -3,18 +3,12 @@
 from dataclasses import dataclass
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG, AdapterConfig, read_config
+from merit_fast.merge.read.adapters.config import AdapterConfig, read_config
+from merit_fast.merge.read.adapters.folder import ADAPTER_CONFIG
 from merit_fast.merge.read.adapters.keys import Parts, split_keys
 from merit_fast.merge.read.checkpoint import ADAPTER_FILE, pickle_hint, read_files
 from merit_fast.merge.read.files import list_directory
 from merit_fast.merge.read.remote import Location
-
-_MODEL_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 
 @dataclass(frozen=True)
@@ -24,18 +18,6 @@ class Adapter:
     path: Location
     config: AdapterConfig
     parts: Parts
-
-
-def is_adapter(path: Location) -> bool:
-    """Whether a directory holds an adapter and no model's weights.
-
-    axolotl saves the base's config.json next to its adapters.
-    """
-    if not (path / ADAPTER_CONFIG).exists():
-        return False
-    if not (path / "config.json").exists():
-        return True
-    return not any(name in _MODEL_FILES for name in list_directory(path))
 
 
 def read_adapter(path: Location) -> Adapter:
