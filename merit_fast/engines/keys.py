@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from merit_fast.errors import InputError, MeritFastError
-from merit_fast.train.engine import Engine
+from merit_fast.train.stack.options import Engine
 
 _TIMEOUT_S = 600  # of imports on a slow disk
 _MARK = "merit_fast keys: "

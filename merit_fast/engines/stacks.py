@@ -10,7 +10,7 @@ from pathlib import Path
 
 from merit_fast.export.target import Stack
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.engine import Engine
+from merit_fast.train.stack.options import Engine
 
 
 @dataclass(frozen=True)
