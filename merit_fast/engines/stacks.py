@@ -82,8 +82,9 @@ def command_of(recipe: TrainConfig, rows: Sequence[Path], values: Mapping[str, s
             of the dataset's name.
     """
     if recipe.engine != "command":
-        words = [python_of(recipe), "-m", *STACKS[recipe.engine].module, values["config"]]
-        return [*words, values["column"]] if recipe.engine == "trl" else words
+        module = [*STACKS[recipe.engine].module, values["config"]]
+        column = [values["column"]] if recipe.engine == "trl" else []
+        return [python_of(recipe), "-m", *module, *column]
     files = [str(file) for file in rows]
     words: list[str] = []
     for word in shlex.split(recipe.engine_command or ""):
