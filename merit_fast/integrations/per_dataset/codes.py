@@ -5,7 +5,7 @@ at padding. A collator lays codes out as it lays out tokens: it collates the row
 codes in the place of ``input_ids``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,11 @@ class CollatorWithCodes:
             for row in rows
         ]
         batch = self.collator([dict(row) for row in own])
+        if not isinstance(batch, MutableMapping):
+            raise InputError(
+                f"data_collator: {type(self.collator).__name__}: must give a batch with labels, as "
+                "supervised training has; losses per dataset are those of a causal model"
+            )
         if CODES in rows[0]:
             batch[CODES] = self._laid_out(own, [row[CODES] for row in rows], batch)
             return batch
