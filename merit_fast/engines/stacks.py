@@ -78,10 +78,12 @@ def command_of(recipe: TrainConfig, rows: Sequence[Path], values: Mapping[str, s
         recipe: the branch's recipe.
         rows: the files of its training rows. A word that is {rows} becomes a word for each file;
             within a longer word they are joined by commas.
-        values: the other placeholders: config, base, out, branch, group and seed.
+        values: the other placeholders: config, base, out, branch, group and seed; and the column
+            of the dataset's name.
     """
     if recipe.engine != "command":
-        return [python_of(recipe), "-m", *STACKS[recipe.engine].module, values["config"]]
+        words = [python_of(recipe), "-m", *STACKS[recipe.engine].module, values["config"]]
+        return [*words, values["column"]] if recipe.engine == "trl" else words
     files = [str(file) for file in rows]
     words: list[str] = []
     for word in shlex.split(recipe.engine_command or ""):
