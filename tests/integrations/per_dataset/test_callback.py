@@ -109,12 +109,31 @@ def test_a_flattening_collator_and_a_stream_keep_their_datasets(tmp_path, start)
     stream = datasets.Dataset.from_list(data).to_iterable_dataset()
     run = trainer(tmp_path, stream, learning_rate=0.0, max_steps=4)
     run.data_collator = t.DataCollatorWithFlattening()
-    run.args.per_device_train_batch_size = 2
     callback = MeritCallback(start=start).attach(run)
     run.train()
     for name, (loss, targets, _) in truth(data).items():
         assert callback.counts[name].loss_sum == pytest.approx(loss, rel=1e-5)
         assert callback.counts[name].num_target_tokens == targets
+
+
+def test_a_collator_that_makes_labels_of_tokens_keeps_its_datasets(tmp_path, start):
+    """As transformers' DataCollatorForLanguageModeling; rows of equal length have labels too."""
+    import transformers as t
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"a": 0}, "a"))
+    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a")
+    data = [{**row, "labels": row["input_ids"]} for row in mixed_rows()]
+    for rows_of in (data, [{k: v for k, v in row.items() if k != "labels"} for row in data]):
+        size = 1 if "labels" in rows_of[0] else 2
+        options = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": size}
+        run = trainer(tmp_path, rows_of, learning_rate=0.0, **options)
+        run.data_collator = t.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        callback = MeritCallback(start=start).attach(run)
+        run.train()
+        for name, (loss, targets, _) in truth(data).items():
+            assert callback.counts[name].loss_sum == pytest.approx(loss, rel=1e-5)
+            assert callback.counts[name].num_target_tokens == targets
 
 
 def test_the_best_checkpoint_that_is_loaded_keeps_its_own_count(tmp_path, start):
