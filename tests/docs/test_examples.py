@@ -67,12 +67,12 @@ def test_trl_sft(working_directory, run_example):
 @pytest.mark.process
 @pytest.mark.slow
 def test_branches_that_trl_trains_packed_with_lora_are_merged_and_measured(working_directory, call):
-    """Three commands: TRL really trains two branches, each in a process."""
+    """Three commands after the split: TRL really trains two branches, each in a process."""
     pytest.importorskip("trl", reason="trl, which this example is for, is not installed")
     pytest.importorskip("peft", reason="peft, which this example is for, is not installed")
     for name in ("trl_run.yml", "trl_lora.yml"):
         shutil.copy(EXAMPLES / name, name)
-    for command in ("split", "train", "run"):
+    for command in ("sketch", "split", "train", "merge", "evaluate"):
         code, _, error = call(command, "trl_run.yml")
         assert code == 0, error
     out = working_directory / "runs/trl"
