@@ -20,7 +20,8 @@ MERIT_DECLARE_LEVEL(level_avx2)
 MERIT_DECLARE_LEVEL(level_avx512)
 namespace level_avx512_bf16 {
 extern const SketchKernels sketch_kernels;
-}
+extern const HeadKernels head_kernels;
+}  // namespace level_avx512_bf16
 #endif
 
 namespace {
@@ -53,6 +54,7 @@ const Entry kLevels[] = {
                .average = level_avx512::average_kernels,
                .sketch = level_avx512_bf16::sketch_kernels,
                .loss = level_avx512::loss_kernels,
+               .head = &level_avx512_bf16::head_kernels,
                .optimizer = level_avx512::optimizer_kernels,
                .layers = level_avx512::layer_kernels,
                .search = level_avx512::search_kernels},
@@ -61,6 +63,7 @@ const Entry kLevels[] = {
                .average = level_avx512::average_kernels,
                .sketch = level_avx512::sketch_kernels,
                .loss = level_avx512::loss_kernels,
+               .head = nullptr,
                .optimizer = level_avx512::optimizer_kernels,
                .layers = level_avx512::layer_kernels,
                .search = level_avx512::search_kernels},
@@ -69,6 +72,7 @@ const Entry kLevels[] = {
                .average = level_avx2::average_kernels,
                .sketch = level_avx2::sketch_kernels,
                .loss = level_avx2::loss_kernels,
+               .head = nullptr,
                .optimizer = level_avx2::optimizer_kernels,
                .layers = level_avx2::layer_kernels,
                .search = level_avx2::search_kernels},
@@ -78,6 +82,7 @@ const Entry kLevels[] = {
                .average = level_generic::average_kernels,
                .sketch = level_generic::sketch_kernels,
                .loss = level_generic::loss_kernels,
+               .head = nullptr,
                .optimizer = level_generic::optimizer_kernels,
                .layers = level_generic::layer_kernels,
                .search = level_generic::search_kernels},
