@@ -9,7 +9,6 @@ an error if a type is wrong or refused, or fewer are exact or fast than before.
 """
 
 import argparse
-import contextlib
 import sys
 import time
 import warnings
@@ -23,11 +22,11 @@ from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
+from merit_fast.patch.shrink import VOCABULARY, shrink_config
 from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.names import named_parameters
 
 SKETCH = CountSketch(4096, seed=7)
-VOCABULARY = 97
 ROWS = 3
 TOKENS = 16
 MOST_ENTRIES = 200_000_000
@@ -35,36 +34,6 @@ MOST_ENTRIES = 200_000_000
 EXACT_AT_LEAST = 172
 FAST_AT_LEAST = 162
 LIMIT = 2e-5  # of an example's error: the check's own
-
-# Values of a tiny model by the names that configs have for them.
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), 32),
-    **dict.fromkeys(("word_embed_proj_dim", "lru_width", "attention_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_inner", "n_inner", "ffn_hidden_size"), 64),
-    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "d_ff", "mamba_intermediate"), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
-    **dict.fromkeys(("decoder_layers", "encoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads"), 2),
-    **dict.fromkeys(("linear_num_value_heads",), 4),
-    **dict.fromkeys(("head_dim", "kv_channels", "d_kv", "d_head"), 8),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
-    **dict.fromkeys(("state_size", "ssm_state_size", "mamba_d_state"), 8),
-    **dict.fromkeys(("rotary_dim", "rope_head_dim", "mamba_dt_rank", "time_step_rank"), 8),
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "use_cache": False,
-}
 
 
 @dataclass(frozen=True)
@@ -75,56 +44,11 @@ class Outcome:
     note: str = ""
 
 
-# Options that a type needs on top of SIZES, or instead.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
-    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_n_groups": 1},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
-    "granitemoehybrid": {
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_n_groups": 1,
-        "layer_types": ["mamba", "attention"],
-    },
-    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1},
-    "xlstm": {"embedding_dim": 32, "num_heads": 4, "vocab_size": VOCABULARY},
-    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "topk_group": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
-    "xmod": {"default_language": "en_XX"},
-    "reformer": {"is_decoder": True, "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16)},
-}
-
-
-def tiny_config(config: Any) -> Any:
-    """Shrinks a config in place, and those inside it."""
-    optional = ("pad_token_id", "bos_token_id", "eos_token_id", "head_dim", "num_key_value_heads")
-    for key, value in SIZES.items():
-        with contextlib.suppress(Exception):  # some configs forbid what they compute
-            before = getattr(config, key, None)
-            if isinstance(before, int) or (before is None and key in optional):
-                setattr(config, key, value)
-    with contextlib.suppress(Exception):
-        if getattr(config, "kv_lora_rank", None):  # one key head per head
-            config.num_key_value_heads = config.num_attention_heads
-    for key in ("layer_types", "layers_block_type", "mlp_layer_types"):
-        with contextlib.suppress(Exception):
-            if isinstance(kinds := getattr(config, key, None), list):
-                both = list(dict.fromkeys(kinds))[:2]
-                setattr(config, key, (both * 2)[:2])
-    for key, value in OPTIONS.get(config.model_type, {}).items():
-        setattr(config, key, value)
-    for value in list(vars(config).values()):
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            tiny_config(value)
-    return config
-
-
 def build(model_type: str) -> nn.Module:
     """A tiny model of a type, whose norms and biases are not at 1 and 0."""
     import transformers as t
 
-    config = tiny_config(t.AutoConfig.for_model(model_type))
+    config = shrink_config(t.AutoConfig.for_model(model_type))
     return from_config(config)
 
 

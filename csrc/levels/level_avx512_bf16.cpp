@@ -1,5 +1,5 @@
-// Level "avx512_bf16": AVX-512 with dot products of bf16. Only the sketch and the bf16 head have
-// kernels of their own here.
+// Level "avx512_bf16": AVX-512 with dot products of bf16. Only the sketch, the layers and the bf16
+// head have kernels of their own here.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <omp.h>
@@ -24,6 +24,7 @@ namespace level_avx512_bf16 {
 #include "cross_entropy/fresh_pages.inl"
 #include "cross_entropy/head_products.inl"
 #include "cross_entropy/head.inl"
+#include "layers/layers.inl"
 #include "sketch/sketch.inl"
 }  // namespace level_avx512_bf16
 #pragma GCC pop_options

@@ -1,8 +1,9 @@
 """A language model's loss without logits: its own forward runs on a placeholder for them."""
 
-import copy
 import functools
 import inspect
+import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,25 +12,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merit_fast.kernels.labels import IGNORED_LABEL
-from merit_fast.patch.classes import Forward, swap, swap_of
+from merit_fast.patch.classes import Forward, Plan, has_hooks, swap_of
 from merit_fast.patch.deferred import DeferredLogits, deferred_cross_entropy
+from merit_fast.patch.proof import random_tensor, seed_generator, undisturbed
+
+_NARROW = 8
+# Models that have seen a target, or whose user was told that they have not.
+_KNOWN_TO_LEARN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def deferred_logits(model: nn.Module, inputs: Mapping[str, Any]) -> DeferredLogits | None:
     """Runs a patched model up to its deferred logits; None if the head is not patched."""
+    output = deferred_output(model, inputs)
+    return None if output is None else output.logits
+
+
+def deferred_output(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The output of a patched model with deferred logits; None if the head is not patched."""
     origin = swap_of(model)
     if origin is None or origin.maker is not head_forward:
         return None
     name, backend = origin.options
     if not _is_plain(model, name):
         return None
+    if has_hooks(model):  # FSDP2 gathers the weights in them, and this call goes past them
+        return None
     view = _View(model, name, backend)
-    logits: DeferredLogits = origin.original.forward(view, **inputs, return_dict=True).logits
-    return logits
+    return origin.original.forward(view, **inputs, return_dict=True)
 
 
-def patch_head(model: Any, backend: str | None) -> str | None:
-    """Swaps the model's own class for one that defers logits; returns the reason if it cannot."""
+def plan_head(model: Any, backend: str | None) -> Plan | str:
+    """Plans a forward that defers logits; returns the reason if the model cannot have it."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     name = next(
         (name for name, child in model.named_children() if child is head and head is not None), None
@@ -40,10 +53,11 @@ def patch_head(model: Any, backend: str | None) -> str | None:
         return "has a forward of its own on the instance"
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return f"{name}: {type(head).__name__} is no plain linear layer"
-    if not _loses_nothing(model, name, backend):
+    with undisturbed(head.weight.device):
+        is_equal = _loses_nothing(model, name, backend)
+    if not is_equal:
         return f"{name}: the loss without logits is not what the model computes"
-    swap(model, head_forward, name, backend)
-    return None
+    return Plan(model, "head", head_forward, (name, backend))
 
 
 def head_forward(original: type[nn.Module], name: str, backend: str | None) -> Forward:
@@ -63,7 +77,7 @@ def head_forward(original: type[nn.Module], name: str, backend: str | None) -> F
             return plain(self, *args, **kwargs)
         output = plain(_View(self, name, backend), *args, **kwargs)
         if isinstance(output, tuple):
-            return tuple(value for value in output if not isinstance(value, DeferredLogits))
+            return tuple(None if isinstance(value, DeferredLogits) else value for value in output)
         return type(output)(**{key: value for key, value in output.items() if key != "logits"})
 
     return forward
@@ -74,16 +88,10 @@ def _is_plain(model: Any, name: str) -> bool:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     head = getattr(model, name)
-    hooks = (
-        head._forward_hooks,
-        head._forward_pre_hooks,
-        head._backward_hooks,
-        head._backward_pre_hooks,
-    )
     return (
         type(head).forward is nn.Linear.forward
         and "forward" not in head.__dict__
-        and not any(hooks)
+        and not has_hooks(head)
         and model.loss_function is ForCausalLMLoss
     )
 
@@ -120,6 +128,7 @@ class _View:
             if shift_labels is None
             else shift_labels
         )
+        _warn_without_targets(self._model, targets, ignore_index)
         losses = None
         if ignore_index == IGNORED_LABEL and vocab_size == logits.head.weight.shape[0]:
             reduction = "mean" if num_items_in_batch is None else "sum"
@@ -144,6 +153,25 @@ class _View:
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(losses.loss.device)
         return cast(Tensor, losses.loss / num_items_in_batch)
+
+
+def _warn_without_targets(model: nn.Module, targets: Tensor, ignore_index: int) -> None:
+    """Warns once if no batch so far has a target: such a loss is 0 and trains nothing."""
+    if (
+        torch.compiler.is_compiling()
+        or model in _KNOWN_TO_LEARN
+        or type(targets) is not Tensor
+        or targets.is_meta
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return
+    _KNOWN_TO_LEARN.add(model)
+    if not bool((targets != ignore_index).any()):
+        warnings.warn(
+            f"{type(model).__name__}: every label so far is {ignore_index}, so the loss is 0 and "
+            "nothing is learned; check which tokens of the rows have labels",
+            stacklevel=2,
+        )
 
 
 def _defer(head: nn.Linear, hidden: Tensor) -> DeferredLogits:
@@ -173,38 +201,55 @@ class _Decoder(nn.Module):
 
 
 def _loses_nothing(model: Any, name: str, backend: str | None) -> bool:
-    """Compares the model's own losses with ours on a narrow random head."""
-    weight = getattr(model, name).weight
-    generator = torch.Generator().manual_seed(0)
-    twin = copy.copy(model)
-    twin.__dict__["training"] = True
-    hidden = torch.randn(2, 5, 8, generator=generator).to(weight.device)
-    head = nn.Linear(8, len(weight), bias=False, device="meta")
-    head.weight = nn.Parameter(
-        torch.randn(len(weight), 8, generator=generator).to(weight.device), False
-    )
-    twin.__dict__["_modules"] = {child: _Decoder(hidden) for child in model._modules} | {name: head}
-    tokens = torch.tensor([[1, 2, 0, 3, 4], [0, 5, 6, 0, 1]], device=weight.device)
-    labels = tokens % len(weight)
-    labels[0, 2] = IGNORED_LABEL
-    labels[1, 0] = IGNORED_LABEL
-    inputs: dict[str, Any] = {
-        "input_ids": torch.zeros_like(labels),
-        "labels": labels,
-        "return_dict": True,
-    }
-    if "output_router_logits" in inspect.signature(type(model).forward).parameters:
-        inputs["output_router_logits"] = False
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    """Compares the model's own losses and gradients with ours on a narrow random head."""
+    own = getattr(model, name)
+    device = own.weight.device
+    head = nn.Linear(_NARROW, len(own.weight), bias=own.bias is not None, device="meta")
+    head.weight = nn.Parameter(random_tensor(len(own.weight), _NARROW, seed=0, device=device))
+    if own.bias is not None:
+        head.bias = nn.Parameter(random_tensor(len(own.weight), seed=1, device=device))
+    hidden = random_tensor(2, 5, _NARROW, seed=2, device=device).requires_grad_()
+    inputs = _trial_inputs(model, len(own.weight), device)
+    labels = inputs["labels"]
+    for training in (True, False):
+        twin = object.__new__(type(model))
+        vars(twin).update(vars(model))
+        twin.__dict__["training"] = training
+        decoders = {child: _Decoder(hidden) for child in model._modules}
+        twin.__dict__["_modules"] = {**decoders, name: head}
+        plain = functools.partial(type(model).forward, twin)
+        ours = functools.partial(type(model).forward, _View(twin, name, backend))
         for extra in ({}, {"num_items_in_batch": 11}, {"shift_labels": labels}):
+            arguments = {**inputs, **extra}
             try:
-                expected = type(model).forward(twin, **inputs, **extra).loss
+                expected = _loss_and_gradients(plain, arguments, [hidden, *head.parameters()])
             except Exception:  # whatever foreign code raises on the trial: it is not what we know
                 return False
             try:
-                actual = type(model).forward(_View(twin, name, backend), **inputs, **extra).loss
+                actual = _loss_and_gradients(ours, arguments, [hidden, *head.parameters()])
             except (TypeError, AttributeError):  # its logits are more than scaled and capped
                 return False
-            if not torch.allclose(actual, expected, rtol=1e-4, atol=1e-4):
-                return False
+            for mine, theirs in zip(actual, expected, strict=True):
+                if not torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4):
+                    return False
     return True
+
+
+def _trial_inputs(model: Any, vocabulary: int, device: torch.device) -> dict[str, Any]:
+    tokens = torch.tensor([[1, 2, 0, 3, 4], [0, 5, 6, 0, 1]], device=device)
+    labels = tokens % vocabulary
+    labels[0, 2] = IGNORED_LABEL
+    labels[1, 0] = IGNORED_LABEL
+    inputs = {"input_ids": torch.zeros_like(labels), "labels": labels, "return_dict": True}
+    if "output_router_logits" in inspect.signature(type(model).forward).parameters:
+        inputs["output_router_logits"] = False
+    return inputs
+
+
+def _loss_and_gradients(
+    forward: Forward, inputs: Mapping[str, Any], leaves: list[Tensor]
+) -> list[Tensor]:
+    seed_generator(leaves[0].device)
+    loss = forward(**inputs).loss
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [loss.detach(), *gradients]

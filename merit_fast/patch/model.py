@@ -9,39 +9,12 @@ from torch import nn
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.dispatch import BACKENDS
-from merit_fast.patch.classes import swap_back
-from merit_fast.patch.head import patch_head
-from merit_fast.patch.layers import patch_layers
+from merit_fast.patch.classes import Plan, set_classes, swap_all, swap_back
+from merit_fast.patch.head import plan_head
+from merit_fast.patch.plan import Planner
+from merit_fast.patch.whole import differing_ops
 
-# Values of config.model_type; tests compare each with and without our kernels.
-ARCHITECTURES = frozenset(
-    [
-        "cohere",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "granite",
-        "llama",
-        "llava",
-        "llava_next",
-        "llava_onevision",
-        "mistral",
-        "mixtral",
-        "phi3",
-        "qwen2",
-        "qwen2_5_vl",
-        "qwen2_5_vl_text",
-        "qwen2_moe",
-        "qwen2_vl",
-        "qwen3",
-        "qwen3_moe",
-        "qwen3_vl",
-        "qwen3_vl_text",
-        "smollm3",
-        "smolvlm",
-    ]
-)
+OPS = ("rms_norm", "swiglu", "geglu", "rope", "head")
 
 
 @dataclass(frozen=True)
@@ -116,25 +89,46 @@ def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
     if kernels not in ("auto", *BACKENDS):
         raise InputError(f"kernels: must be auto, {', '.join(BACKENDS)}; got {kernels!r}")
     inner = _unwrapped(model)
-    for module in inner.modules():
-        swap_back(module)
-    if kernels == "eager":
-        return Patch(inner, {}, ())
-    name = getattr(getattr(inner, "config", None), "model_type", type(inner).__name__)
-    if name not in ARCHITECTURES:
-        return Patch(inner, {}, (f"{name}: is an architecture that patch_model does not know",))
-    if any(parameter.is_meta for parameter in inner.parameters()):
-        return Patch(inner, {}, ("the model has no weights yet (meta device)",))
-    backend = None if kernels == "auto" else kernels
-    decoder = inner.get_decoder()
-    replaced, notes = patch_layers(decoder, backend)
-    reason = patch_head(inner, backend)
-    if reason is None:
-        replaced["head"] = 1
+    before = [(module, type(module)) for module in inner.modules()]
+    try:
+        for module, _ in before:
+            swap_back(module)
+        if kernels == "eager":
+            return Patch(inner, {}, ())
+        if any(parameter.is_meta for parameter in inner.parameters()):
+            return Patch(inner, {}, ("the model has no weights yet (meta device)",))
+        return _patched(inner, None if kernels == "auto" else kernels)
+    except BaseException:
+        set_classes(before)
+        raise
+
+
+def _patched(inner: Any, backend: str | None) -> Patch:
+    plans, notes = _plans(inner, backend)
+    dropped, whole_notes = differing_ops(inner, backend, plans, _plans)
+    plans = [plan for plan in plans if plan.op not in dropped]
+    swap_all(plans)
+    counts = {op: sum(plan.op == op for plan in plans) for op in OPS}
+    replaced = {op: count for op, count in counts.items() if count}
+    return Patch(inner, replaced, (*notes, *whole_notes))
+
+
+def _plans(inner: Any, backend: str | None) -> tuple[list[Plan], list[str]]:
+    """What each module of a model can run, and a note for each kind that stays."""
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    parameter = next(decoder.parameters(), None)
+    if parameter is None:
+        return [], [f"{type(inner).__name__}: has no parameters"]
+    planner = Planner(parameter.device, backend)
+    plans = planner.layers(decoder.modules())
+    notes = planner.notes
+    head = plan_head(inner, backend)
+    if isinstance(head, Plan):
+        plans.append(head)
     else:
-        notes.append(f"{type(inner).__name__}: {reason}")
+        notes.append(f"{type(inner).__name__}: {head}")
     notes += [f"{tower}: is not the language tower" for tower in _other_towers(inner, decoder)]
-    return Patch(inner, replaced, tuple(notes))
+    return plans, notes
 
 
 def _unwrapped(model: Any) -> Any:
@@ -150,7 +144,7 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _other_towers(model: Any, decoder: nn.Module) -> list[str]:
-    base = getattr(model, model.base_model_prefix, model)
+    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     return [
         name
         for name, child in base.named_children()

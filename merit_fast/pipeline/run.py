@@ -107,7 +107,7 @@ class Run:
         """
         from merit_fast.pipeline.preflight.checks import check_stages
 
-        check_stages(self.outputs, self.data, stages, self.progress)
+        check_stages(self.outputs, self.data, stages)
 
     def all(self) -> dict[str, Any]:
         """Checks the whole run, runs all stages in order and returns ``summary()``."""

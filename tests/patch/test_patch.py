@@ -59,13 +59,15 @@ def test_bf16_losses_are_no_further_from_the_truth():
 def test_notes_name_what_stays_unchanged():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    unknown = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
-    patch = patch_model(unknown)
-    assert not patch.replaced and patch.notes == (
-        "gpt2: is an architecture that patch_model does not know",
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
+    patch = patch_model(gpt2)
+    assert patch.replaced == {"head": 1}
+    assert "1 GPT2Attention: calls no function that rotates positions" in patch.notes
+    assert "kernels: head x 1\n  unchanged: " in str(patch)
+    assert patch_model(torch.nn.Linear(2, 2)).notes == (
+        "Linear: has no language-model head of its own",
     )
-    assert type(unknown) is GPT2LMHeadModel
-    assert "nothing replaced\n  unchanged: gpt2" in str(patch)
+    assert str(patch_model(torch.nn.Linear(2, 2))).startswith("kernels: nothing replaced\n")
     cohere = str(patch_model(make("cohere")))
     assert (
         "kernels: swiglu x 2, head x 1" in cohere

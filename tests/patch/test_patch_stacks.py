@@ -1,13 +1,18 @@
 """patch_model in training stacks: Trainer, PEFT, DDP, autocast, checkpointing, compile, sketch."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support.architectures import VOCABULARY, inputs, make
 from support.checks import assert_close
 from support.patched import assert_same_gradients, loss_and_gradients
+from support.warm import run_together
 from torch import nn
 
 from merit_fast import patch_model
+
+SHARDED = Path(__file__).parents[1] / "support" / "sharded_patch.py"
 
 ROWS = [
     {"input_ids": list(range(3 + i, 12 + i)), "labels": [-100, -100, *range(5 + i, 12 + i)]}
@@ -108,6 +113,15 @@ def test_ddp_wraps_a_patched_model_and_is_patched_inside(tmp_path):
     assert_same_gradients(actual, expected)
 
 
+@pytest.mark.process
+def test_sharded_models_are_patched_before_and_after_fully_shard(tmp_path):
+    """Ranks of equal batches: the mean of their gradients is one process's gradient."""
+    meeting = tmp_path / "rendezvous"
+    results = run_together([[SHARDED, str(rank), meeting] for rank in (0, 1)], timeout=240)
+    for result in results:
+        assert result.returncode == 0, result.stderr
+
+
 def test_autocast_computes_in_its_dtype():
     model = make("llama")
     batch = inputs()
@@ -130,6 +144,26 @@ def test_norms_compile_whole():
         torch.compile(model.model.norm, fullgraph=True, backend="eager")(x).detach(),
         expected.detach(),
     )
+
+
+def test_a_whole_model_compiles_and_follows_later_changes():
+    from transformers.models.llama import modeling_llama
+
+    model = make("llama")
+    batch = inputs()
+    plain, expected = loss_and_gradients(model, batch)
+    patch_model(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    output, actual = loss_and_gradients(compiled, batch)
+    assert output.logits is None
+    assert_close(output.loss.detach(), plain.loss.detach())
+    prefix = "_orig_mod."
+    assert_same_gradients({k.removeprefix(prefix): g for k, g in actual.items()}, expected)
+    other = make("llama")
+    other.model.layers[0].mlp.act_fn = model.model.layers[0].mlp.act_fn = nn.GELU()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *rest: (q * 2, k))
+        assert_close(compiled(**batch).loss.detach(), other(**batch).loss.detach())
 
 
 def test_half_precision_and_double_run_the_models_own_code():
@@ -157,7 +191,9 @@ def test_every_way_to_ask_for_a_loss():
         assert patched.logits is None and (patched.hidden_states is None) == (
             plain.hidden_states is None
         )
-    assert len(model(**batch, return_dict=False, use_cache=False)) == 1
+    loss, logits = model(**batch, return_dict=False, use_cache=False)
+    assert_close(loss.detach(), model(**batch).loss.detach())
+    assert logits is None  # its place stays
     assert model(**batch, skip_logits=False).logits.shape[-1] == VOCABULARY
     assert model.eval()(**batch).logits is not None
     assert model(**batch, skip_logits=True).logits is None

@@ -11,8 +11,8 @@ from merit_fast.merge.read.checkpoint import read_checkpoint
 from merit_fast.merge.read.entries import is_float
 from merit_fast.merge.read.files import read_json
 from merit_fast.pipeline.config import RunConfig
-from merit_fast.progress import Progress
 from merit_fast.split.config import SplitConfig
+from merit_fast.train.config import TrainConfig
 
 # Ops of each stage that have no way around them.
 _OPS = {
@@ -28,14 +28,20 @@ def num_parameters(base: Path) -> int:
     return sum(entry.num_elements for entry in tensors if is_float(entry))
 
 
-def num_trained_parameters(base: Path, freeze: Sequence[str] | None) -> int:
-    """Number of the base's parameters that training changes.
+def num_trained_parameters(base: Path, train: TrainConfig) -> int:
+    """Number of parameters that training changes: the base's, or those of an adapter.
 
     Raises:
-        InputError: an expression of ``train.freeze`` matches no parameter, or all are frozen.
+        InputError: an expression of ``train.freeze`` matches no parameter, or all are frozen; see
+            ``check_adapter``.
     """
     from merit_fast.model import freeze_parameters, make_empty_model
 
+    freeze = train.freeze
+    if train.adapter.is_on:
+        from merit_fast.train.adapter.build import check_adapter
+
+        return check_adapter(base, train.adapter, freeze)
     if freeze is None and read_json(base / "config.json").get("vision_config") is None:
         return num_parameters(base)
     model = make_empty_model(str(base))
@@ -95,17 +101,13 @@ def check_architecture(base: Path) -> str:
     return str(model_type)
 
 
-def check_kernels(
-    config: RunConfig, model_type: str, stages: tuple[Stage, ...], progress: Progress
-) -> None:
-    """Checks that the backend somebody asked for can run; notes an unknown architecture.
+def check_kernels(stages: tuple[Stage, ...]) -> None:
+    """Checks that the backend somebody asked for can run.
 
     Raises:
         InputError: MERIT_FAST_BACKEND names a backend that cannot run an op of these stages here.
     """
     import torch
-
-    from merit_fast.patch.model import ARCHITECTURES
 
     asked = dispatch.asked(None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,11 +117,6 @@ def check_kernels(
             reason = dispatch.unavailable(op, asked or "", where)
             if reason:
                 raise InputError(f"MERIT_FAST_BACKEND: {asked!r} cannot run {op} here: {reason}")
-    if TRAIN in stages and config.train.kernels == "auto" and model_type not in ARCHITECTURES:
-        progress.note(
-            f"train.kernels: {model_type} is an architecture whose norms, MLPs and loss keep "
-            "transformers' own code"
-        )
 
 
 def check_packing(base: Path, config: RunConfig, datasets: Sequence[Dataset]) -> None:

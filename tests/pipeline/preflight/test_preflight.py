@@ -145,21 +145,3 @@ def test_a_stage_checks_only_its_own_part(tmp_path, tiny_model, tiny_mixture, mo
     assert code == 2 and "merge: method slerp needs 2 models, got 4" in err
     code, _, err = call("split", "run.yml", "split.groups=5")
     assert code == 2 and "split.groups: must be at most the number of datasets" in err
-
-
-def test_an_unknown_architecture_is_noted(tmp_path, tiny_mixture, monkeypatch):
-    from support.tiny import make_tokenizer
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    from merit_fast.manifests.stages import TRAIN
-
-    monkeypatch.chdir(tmp_path)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = GPTNeoXConfig(vocab_size=400, num_attention_heads=2, **sizes)
-    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
-    make_tokenizer(tmp_path / "neox")
-    values = run_values(tmp_path / "neox", tiny_mixture)
-    (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
-    progress = Notes()
-    Run(read_run_config(tmp_path / "run.yml"), progress).preflight([TRAIN])
-    assert any("gpt_neox is an architecture whose" in note for note in progress.notes)

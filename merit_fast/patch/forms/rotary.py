@@ -1,0 +1,156 @@
+"""Rotary positions: an attention's own forward, whose rotating function has another name.
+
+The code stays, and so do its globals. Only the name that it looks up is another, and the module
+that holds the function holds ours under that name, where torch.compile finds it. Ours calls
+whatever stands under the old name if that was replaced.
+"""
+
+import dis
+import functools
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merit_fast.kernels.layers import rope
+from merit_fast.patch.classes import Forward, name_of, supported
+from merit_fast.patch.proof import VIEWS, Match, agreement, foreign_operation, random_tensor
+
+_OPERATIONS = VIEWS | {
+    "mul", "neg", "cat", "add", "sub", "stack",
+}  # fmt: skip
+_HEAD = 8
+
+
+def match_rotary(module: nn.Module, device: torch.device, backend: str | None) -> Match | str:
+    """Returns the reason if the module's forward calls no rotation that our kernel computes."""
+    names = rotations_called(type(module).forward)
+    if not names:
+        return "calls no function that rotates positions"
+    scope = _module_of(type(module).forward)
+    if scope is None:
+        return "belongs to no module that can be imported"
+    proven = []
+    for name in names:
+        function = getattr(scope, name)
+        is_partial = _try(function, device, backend)
+        if is_partial is not None:
+            proven.append((name, name_of(function), is_partial))
+    if not proven:
+        return "rotates positions in another layout"
+    return Match("rope", rotary_forward, (tuple(proven),))
+
+
+def rotations_called(forward: Any) -> tuple[str, ...]:
+    """Names of global functions of rotary positions that a forward calls."""
+    code = getattr(forward, "__code__", None)
+    if not isinstance(forward, types.FunctionType) or code is None:
+        return ()
+    as_attribute = {
+        step.argval
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
+    }
+    return tuple(
+        name
+        for name in code.co_names
+        if "rot" in name
+        and name not in as_attribute
+        and callable(forward.__globals__.get(name))
+        and not isinstance(forward.__globals__[name], type)
+    )
+
+
+def rotary_forward(
+    original: type[nn.Module], proven: tuple[tuple[str, str, bool], ...], backend: str | None
+) -> Forward:
+    """Makes an attention's forward: the same code, which looks our functions up."""
+    plain: Any = original.forward
+    scope = _module_of(plain)
+    if scope is None:
+        raise RuntimeError(f"{original.__name__}: its forward belongs to no imported module")
+    names = {}
+    for name, function_name, is_partial in proven:
+        if name_of(getattr(scope, name, None)) != function_name:
+            continue  # this process has another function
+        ours = f"_merit_fast_{name}_{'partial' if is_partial else 'whole'}_{backend}"
+        if not hasattr(scope, ours):
+            setattr(scope, ours, _rotation(scope, name, is_partial, backend))
+        names[name] = ours
+    code = plain.__code__
+    forward = types.FunctionType(
+        code.replace(co_names=tuple(names.get(name, name) for name in code.co_names)),
+        plain.__globals__,
+        plain.__name__,
+        plain.__defaults__,
+        plain.__closure__,
+    )
+    forward.__kwdefaults__ = plain.__kwdefaults__
+    return functools.wraps(plain)(forward)
+
+
+def _rotation(scope: Any, name: str, is_partial: bool, backend: str | None) -> Forward:
+    """Makes a rotation with our kernel, as long as ``scope`` has the function that was compared."""
+    proven = getattr(scope, name)
+
+    @functools.wraps(proven)
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain = getattr(scope, name)
+        if plain is not proven or args or kwargs or not _fits(q, k, cos, sin, is_partial):
+            return plain(q, k, cos, sin, *args, **kwargs)
+        return _rotated(q, k, cos, sin, backend)
+
+    return rotate
+
+
+def _rotated(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    return rope(q, k, cos, sin, backend=backend)
+
+
+def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, is_partial: bool) -> bool:
+    return (
+        cos.dim() == 3
+        and q.dim() == 4
+        and (cos.shape[-1] == q.shape[-1] or is_partial)
+        and not cos.requires_grad
+        and supported(q, k, cos, sin)
+    )
+
+
+def _module_of(forward: Any) -> Any:
+    """The imported module whose globals a function uses; None if there is none."""
+    variables = getattr(forward, "__globals__", None)
+    scope = sys.modules.get((variables or {}).get("__name__", ""))
+    return scope if scope is not None and vars(scope) is variables else None
+
+
+def _try(function: Any, device: torch.device, backend: str | None) -> bool | None:
+    """Whether our kernel rotates parts of heads as ``function`` does, too.
+
+    None if it does not rotate as ``function`` at all.
+    """
+    works = [_agrees(function, width, device, backend) for width in (_HEAD, _HEAD // 2)]
+    return works[1] if works[0] else None
+
+
+def _agrees(function: Any, width: int, device: torch.device, backend: str | None) -> bool:
+    shapes = ((2, 5, 4, 2, 2, 1.0), (1, 1, 2, 1, 1, 30.0), (3, 4, 3, 3, 1, 1e-3))
+    for number, (rows, tokens, heads, kv_heads, angle_rows, scale) in enumerate(shapes):
+        for dtype in (torch.float32, torch.bfloat16):
+            make = functools.partial(random_tensor, device=device, dtype=dtype)
+            q = scale * make(rows, tokens, heads, _HEAD, seed=number).transpose(1, 2)
+            k = scale * make(rows, tokens, kv_heads, _HEAD, seed=9 + number).transpose(1, 2)
+            angles = make(angle_rows, tokens, width // 2, seed=20 + number).repeat(1, 1, 2)
+            cos = angles.cos()
+            sin = angles.sin()
+            plain = functools.partial(function, cos=cos, sin=sin)
+            if foreign_operation(plain, [q, k], _OPERATIONS) is not None:
+                return False
+            ours = functools.partial(_rotated, cos=cos, sin=sin, backend=backend)
+            if not agreement(plain, ours, [q, k]):
+                return False
+    return True

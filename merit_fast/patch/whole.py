@@ -1,0 +1,167 @@
+"""A tiny model of the same class and config, whole, with and without what is planned."""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merit_fast.kernels.labels import IGNORED_LABEL
+from merit_fast.patch.classes import Plan, swap_all, swap_back
+from merit_fast.patch.proof import random_tensor, seed_generator, undisturbed
+from merit_fast.patch.shrink import VOCABULARY, shrunken_model
+
+Plans = Callable[[Any, str | None], tuple[list[Plan], list[str]]]
+
+_FP32 = 5e-5
+_BF16 = 3e-2
+_ROWS = 2
+_TOKENS = 9
+# (model class, config, backend, kinds of plans) -> what differs; tiny models take a second.
+_KNOWN: dict[Any, tuple[frozenset[str], list[str]]] = {}
+
+
+def differing_ops(
+    model: nn.Module, backend: str | None, plans: list[Plan], plans_of: Plans
+) -> tuple[frozenset[str], list[str]]:
+    """Finds the planned ops with which a tiny model of this kind gives other losses or gradients.
+
+    Returns:
+        The ops to leave out, and notes with the reason.
+    """
+    if not plans:
+        return frozenset(), []
+    device = next(model.parameters()).device
+    key = _key(model, backend, plans, device)
+    if key not in _KNOWN:
+        with undisturbed(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            seed_generator(device)
+            _KNOWN[key] = _compare(model, backend, plans_of, device)
+    return _KNOWN[key]
+
+
+def _key(model: nn.Module, backend: str | None, plans: list[Plan], device: torch.device) -> Any:
+    config: Any = getattr(model, "config", None)
+    text = config.to_json_string() if hasattr(config, "to_json_string") else ""
+    attention = getattr(config, "_attn_implementation", None)
+    kinds = frozenset(
+        (type(plan.module), type(plan.module).forward, plan.op, plan.options) for plan in plans
+    )
+    return type(model), text, attention, backend, device.type, kinds
+
+
+def _compare(
+    model: nn.Module, backend: str | None, plans_of: Plans, device: torch.device
+) -> tuple[frozenset[str], list[str]]:
+    tiny = shrunken_model(model, device)
+    if isinstance(tiny, str):
+        return frozenset(), [f"the whole model was not compared: {tiny}"]
+    batch = _batch(tiny, device)
+    try:
+        expected = _observe(tiny, batch)
+    except Exception as error:  # whatever foreign code raises about a tiny model
+        reason = f"a tiny one does not run ({type(error).__name__})"
+        return frozenset(), [f"the whole model was not compared: {reason}"]
+    plans, _ = plans_of(tiny, backend)
+    if _agrees_with(tiny, batch, plans, expected):
+        return frozenset(), []
+    ops = sorted({plan.op for plan in plans})
+    for op in ops:
+        if _agrees_with(tiny, batch, [plan for plan in plans if plan.op != op], expected):
+            return frozenset([op]), [f"{op}: gives the whole model other losses or gradients"]
+    return frozenset(ops), [f"{', '.join(ops)}: give the whole model other losses or gradients"]
+
+
+def _batch(model: nn.Module, device: torch.device) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, VOCABULARY, (_ROWS, _TOKENS), generator=generator)
+    labels = tokens.clone()
+    labels[0, :4] = IGNORED_LABEL
+    inputs = {"input_ids": tokens.to(device), "labels": labels.to(device), "use_cache": False}
+    known = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    takes_labels = "labels" in known or (takes_any and hasattr(model, "loss_function"))
+    if not takes_labels:
+        del inputs["labels"]
+    return {name: value for name, value in inputs.items() if takes_any or name in known}
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """Results of a model in one mode: loss, logits where it computes them, gradients."""
+
+    loss: Tensor
+    logits: Tensor | None
+    gradients: Mapping[str, Tensor]
+
+
+def _observe(tiny: Any, batch: Mapping[str, Any]) -> list[_Observed]:
+    """Results in training, in evaluation, and in training with bfloat16 weights."""
+    results = []
+    for training, dtype in (
+        (True, torch.float32),
+        (False, torch.float32),
+        (True, torch.bfloat16),
+    ):
+        model = copy.deepcopy(tiny).to(dtype).train(training)  # a forward may change its buffers
+        seed_generator(next(model.parameters()).device)
+        output = model(**batch)
+        first = next(iter(output.values()))  # the loss, or a base model's hidden states
+        direction = random_tensor(*first.shape, seed=1, device=first.device)
+        loss = first if first.dim() == 0 else (first.float() * direction).sum()
+        loss.backward()
+        gradients = {
+            name: parameter.grad.float()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        logits = output.get("logits")
+        logits = None if training or logits is None else logits.detach().float()
+        results.append(_Observed(loss.detach().float(), logits, gradients))
+    return results
+
+
+def _agrees_with(
+    model: nn.Module, batch: Mapping[str, Any], plans: list[Plan], expected: list[_Observed]
+) -> bool:
+    swap_all(plans)
+    try:
+        actual = _observe(model, batch)
+    except Exception:  # foreign code that meets something it does not expect, such as no logits
+        return False
+    finally:
+        for module in model.modules():
+            swap_back(module)
+    train, evaluation, low = zip(expected, actual, strict=True)
+    return (
+        _are_equal(*train)
+        and _are_equal(*evaluation)
+        and bool((low[0].loss - low[1].loss).abs() <= _BF16 * low[0].loss.abs())
+        and low[0].gradients.keys() == low[1].gradients.keys()
+    )
+
+
+def _are_equal(theirs: _Observed, ours: _Observed) -> bool:
+    if theirs.gradients.keys() != ours.gradients.keys():
+        return False
+    if not _is_near(ours.loss, theirs.loss, 0.0):
+        return False
+    have_logits = theirs.logits is not None and ours.logits is not None
+    if have_logits and not _is_near(ours.logits, theirs.logits, 0.0):
+        return False
+    norms = [gradient.double().norm() for gradient in theirs.gradients.values()]
+    total = float(torch.stack(norms).norm()) if norms else 0.0
+    return all(
+        _is_near(ours.gradients[name], gradient, 0.01 * total)
+        for name, gradient in theirs.gradients.items()
+    )
+
+
+def _is_near(actual: Tensor, expected: Tensor, floor: float) -> bool:
+    error = (actual.double() - expected.double()).norm()
+    return bool(error <= _FP32 * (expected.double().norm() + floor))
