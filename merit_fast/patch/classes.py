@@ -32,6 +32,10 @@ class Swap:
     options: tuple[Any, ...]
     proven: str
 
+    def is_in_force(self) -> bool:
+        """Whether the class has the forward that was compared."""
+        return name_of(self.original.forward) == self.proven
+
 
 @dataclass(frozen=True)
 class Plan:

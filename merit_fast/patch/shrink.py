@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
     **dict.fromkeys(("state_size", "ssm_state_size", "mamba_d_state"), 8),
     **dict.fromkeys(("rotary_dim", "rope_head_dim", "mamba_dt_rank", "time_step_rank"), 8),
-    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -147,11 +148,11 @@ def _transformers_class(model: nn.Module) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps what transformers says about a tiny model from the user."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)

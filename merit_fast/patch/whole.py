@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.patch.classes import Plan, swap_all, swap_back
-from merit_fast.patch.proof import random_tensor, seed_generator, undisturbed
+from merit_fast.patch.proof import Operations, random_tensor, seed_generator, undisturbed
 from merit_fast.patch.shrink import VOCABULARY, shrunken_model
 
 Plans = Callable[[Any, str | None], tuple[list[Plan], list[str]]]
 
 _FP32 = 5e-5
 _BF16 = 3e-2
+_ONLY_WHOLE = frozenset({"add_rms_norm"})  # what only a trial of the whole model proves
 _ROWS = 2
 _TOKENS = 9
 # (model class, config, backend, kinds of plans) -> what differs; tiny models take a second.
@@ -60,21 +61,37 @@ def _compare(
 ) -> tuple[frozenset[str], list[str]]:
     tiny = shrunken_model(model, device)
     if isinstance(tiny, str):
-        return frozenset(), [f"the whole model was not compared: {tiny}"]
+        return _ONLY_WHOLE, [f"the whole model was not compared: {tiny}"]
     batch = _batch(tiny, device)
     try:
         expected = _observe(tiny, batch)
     except Exception as error:  # whatever foreign code raises about a tiny model
         reason = f"a tiny one does not run ({type(error).__name__})"
-        return frozenset(), [f"the whole model was not compared: {reason}"]
+        return _ONLY_WHOLE, [f"the whole model was not compared: {reason}"]
     plans, _ = plans_of(tiny, backend)
+    unused = frozenset() if _fuses_sums(tiny, batch, plans) else _ONLY_WHOLE
+    plans = [plan for plan in plans if plan.op not in unused]
     if _agrees_with(tiny, batch, plans, expected):
-        return frozenset(), []
+        return unused, []
     ops = sorted({plan.op for plan in plans})
     for op in ops:
         if _agrees_with(tiny, batch, [plan for plan in plans if plan.op != op], expected):
-            return frozenset([op]), [f"{op}: gives the whole model other losses or gradients"]
-    return frozenset(ops), [f"{', '.join(ops)}: give the whole model other losses or gradients"]
+            return unused | {op}, [f"{op}: gives the whole model other losses or gradients"]
+    return unused | set(ops), [f"{', '.join(ops)}: give the whole model other losses or gradients"]
+
+
+def _fuses_sums(model: Any, batch: Mapping[str, Any], plans: list[Plan]) -> bool:
+    """Whether the planned layers add and normalise in one pass at least once."""
+    swap_all(plans)
+    try:
+        with Operations() as operations:
+            model(**batch)
+    except Exception:  # as in _agrees_with, which says it
+        return True
+    finally:
+        for module in model.modules():
+            swap_back(module)
+    return "merit_fast::add_rms_norm" in operations.names
 
 
 def _batch(model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -151,8 +168,8 @@ def _are_equal(theirs: _Observed, ours: _Observed) -> bool:
         return False
     if not _is_near(ours.loss, theirs.loss, 0.0):
         return False
-    have_logits = theirs.logits is not None and ours.logits is not None
-    if have_logits and not _is_near(ours.logits, theirs.logits, 0.0):
+    logits = ours.logits, theirs.logits
+    if logits[0] is not None and logits[1] is not None and not _is_near(*logits, 0.0):  # type: ignore[arg-type]
         return False
     norms = [gradient.double().norm() for gradient in theirs.gradients.values()]
     total = float(torch.stack(norms).norm()) if norms else 0.0

@@ -91,7 +91,13 @@ def test_a_wrong_guess_is_never_silent():
     batch = inputs()
     plain, expected = loss_and_gradients(model, batch)
     patch = patch_model(model)
-    assert dict(patch.replaced) == {"rms_norm": 4, "swiglu": 1, "rope": 2, "head": 1}
+    assert dict(patch.replaced) == {
+        "rms_norm": 4,
+        "add_rms_norm": 2,
+        "swiglu": 1,
+        "rope": 2,
+        "head": 1,
+    }
     assert "1 LlamaRMSNorm: computes no RMSNorm that is known here" in patch.notes
     assert "1 LlamaMLP: activation Tanh is neither SiLU nor GELU" in patch.notes
     patched, actual = loss_and_gradients(model, batch)

@@ -76,7 +76,13 @@ def test_adapters_train_inside_a_patched_model():
     batch = inputs()
     plain, expected = loss_and_gradients(model, batch)
     patch = patch_model(model)
-    assert dict(patch.replaced) == {"rms_norm": 5, "swiglu": 2, "rope": 2, "head": 1}
+    assert dict(patch.replaced) == {
+        "rms_norm": 5,
+        "add_rms_norm": 2,
+        "swiglu": 2,
+        "rope": 2,
+        "head": 1,
+    }
     patched, actual = loss_and_gradients(model, batch)
     assert patched.logits is None
     assert_close(patched.loss.detach(), plain.loss.detach())
