@@ -27,6 +27,7 @@ OPS: Mapping[str, tuple[Backend, ...]] = {
     "flat_sketch": ("cpu", "triton"),
     "linear_grad_sketch": ("cpu", "triton", "cuda"),
     "linear_cross_entropy": ("cpu", "triton"),
+    "linear_token_statistics": ("cpu", "triton"),
     "adamw": ("cpu", "triton"),
     "rms_norm": ("cpu", "triton"),
     "add_rms_norm": ("cpu", "triton"),

@@ -1,6 +1,6 @@
 """AdamW in one pass against torch's.
 
-    python -m bench.train.optimizer [--rounds 9] [--threads 2] [--layers 3]
+    python -m bench.train.optimizer [--rounds 9] [--threads 2] [--layers 3] [--deepspeed PYTHON]
 
 38 tensors of the shapes of Qwen2-0.5B's layers, 48.4 million parameters. Every variant steps once a
 round, each round begins with the next variant, and ratios are those of a round; medians count. The
@@ -10,11 +10,15 @@ same round. Results are compared before anything is timed.
 On a busy machine set OMP_WAIT_POLICY=passive: torch forks threads once a tensor, and waiting for a
 thread that is not scheduled counts as wall and CPU time. By itself that made torch's fused step
 look 2.8 to 6 times slower than it is.
+
+``--deepspeed PYTHON`` names the Python of an environment that holds DeepSpeed and this package, and
+runs only ``bench.train.deepspeed_adam`` there.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -94,6 +98,12 @@ VARIANTS: dict[str, tuple[torch.dtype, float, Callable[[list[Tensor]], Any], boo
     "bf16: ours, 8-bit moments, stochastic": (BF16, 10.06, ours(moments="int8"), False),
     "bf16: ours, fp32 master": (BF16, 28, ours(master="fp32"), False),
     "bf16: ours, split master": (BF16, 26, ours(master="split"), False),
+    "bf16: ours, split8, 8-bit moments": (
+        BF16,
+        12.06,
+        ours(master="split8", moments="int8"),
+        False,
+    ),
     "fp32 all: torch clip, fused, lerp, zero": (FP32, 44, torchs(fused=True), True),
     "fp32 all: ours in one pass": (FP32, 44, ours(**ALL), False),
 }
@@ -107,6 +117,7 @@ RATIOS = [
     ("bf16: torch fused, nearest", "bf16: ours, 8-bit moments, stochastic"),
     ("bf16: torch fused, nearest", "bf16: ours, fp32 master"),
     ("bf16: torch fused, nearest", "bf16: ours, split master"),
+    ("bf16: torch fused, nearest", "bf16: ours, split8, 8-bit moments"),
     ("fp32 all: torch clip, fused, lerp, zero", "fp32 all: ours in one pass"),
 ]
 
@@ -209,7 +220,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--layers", type=int, default=3, help="of Qwen2-0.5B; fewer to see whether it runs"
     )
+    parser.add_argument("--deepspeed", metavar="PYTHON", help="compare with its DeepSpeedCPUAdam")
     options = parser.parse_args(arguments)
+    if options.deepspeed:
+        command = [options.deepspeed, "-m", "bench.train.deepspeed_adam"]
+        numbers = ["--threads", str(options.threads), "--rounds", str(options.rounds)]
+        return subprocess.run([*command, *numbers], check=False).returncode
     torch.set_num_threads(options.threads)
     report: dict[str, Any] = {**machine(), "threads": options.threads, "torch": torch.__version__}
     report["checks"] = check(1)

@@ -108,23 +108,24 @@ def trainer(work: Work, folder: Path, patched: bool) -> Run:
 
 def ours(work: Work, **changes: Any) -> Run:
     """The loop of ``merit-fast train``."""
-    from merit_fast.model import load_model
     from merit_fast.train.optimizer import MasterAdamW
+    from merit_fast.train.prepare import prepare_model
     from merit_fast.train.resume import Position
-    from merit_fast.train.stage import _train_step
+    from merit_fast.train.step import train_step
     from merit_fast.train.steps import micro_batches
 
     config = recipe(work, **changes)
-    model = load_model(work.model, "fp32").train()
-    patch_model(model, config.kernels)
-    optimizer = MasterAdamW(model, config)
+    trained = prepare_model(work.model, config)
+    optimizer = MasterAdamW(trained.model, config)
     run = Run([], [], [])
     position = Position()
     for step in range(work.steps):
         wall = time.perf_counter()
         cpu = time.process_time()
-        batches = micro_batches([[e] for e in work.batch(step)], config, work.padding)
-        position = _train_step(model, optimizer, batches, work.steps, config, position)
+        batches = micro_batches([([e], [0]) for e in work.batch(step)], config, work.padding)
+        position, _ = train_step(
+            trained, optimizer, batches, ("rows",), work.steps, config, position
+        )
         run.wall_s.append(time.perf_counter() - wall)
         run.cpu_s.append(time.process_time() - cpu)
     run.losses = list(position.losses)

@@ -30,6 +30,30 @@ static inline uint16_t bits_to_bf16(uint32_t bits) {
   return uint16_t(nan ? 0x7fc0u : rounded);
 }
 
+// a * b + c, rounded once: an instruction, or on processors without it a function with its bits.
+static inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+// Rounds floats as bits_to_bf16 does. The processor's own instruction flushes subnormal numbers and
+// keeps NaN's payload: vectors with one of these go the other way.
+static inline void round_to_bf16(const float* __restrict values, uint16_t* __restrict out,
+                                 int64_t count) {
+  int64_t i = 0;
+#if MERIT_AVX512_BF16
+  for (; i + 32 <= count; i += 32) {
+    const __m512 low = _mm512_loadu_ps(values + i);
+    const __m512 high = _mm512_loadu_ps(values + i + 16);
+    const int special = 0x01 | 0x20 | 0x80;  // quiet NaN, subnormal, signalling NaN
+    if (__builtin_expect(
+            _mm512_fpclass_ps_mask(low, special) | _mm512_fpclass_ps_mask(high, special), 0)) {
+      for (int64_t j = i; j < i + 32; j++) out[j] = bits_to_bf16(as_bits(values[j]));
+      continue;
+    }
+    _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+#endif
+  for (; i < count; i++) out[i] = bits_to_bf16(as_bits(values[i]));
+}
+
 static inline float widen(uint16_t bf16) { return as_float(uint32_t(bf16) << 16); }
 
 static inline float half_to_float(uint16_t h) {

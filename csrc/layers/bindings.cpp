@@ -143,7 +143,8 @@ void define_rope(nb::module_& m, const LayerKernels& kernels) {
       "rope",
       [&kernels](int64_t batch, int64_t tokens, int64_t width, int64_t rotary, const RopeHeads& q,
                  const RopeHeads& k, const RopeHeads& q_out, const RopeHeads& k_out,
-                 const RopeHeads& cos, const RopeHeads& sin, bool backward, int threads) {
+                 const RopeHeads& cos, const RopeHeads& sin, bool interleaved, bool backward,
+                 int threads) {
         const RopeJob job{.batch = batch,
                           .tokens = tokens,
                           .width = width,
@@ -152,13 +153,14 @@ void define_rope(nb::module_& m, const LayerKernels& kernels) {
                           .out = {q_out, k_out},
                           .cos = cos,
                           .sin = sin,
+                          .interleaved = interleaved,
                           .backward = backward,
                           .threads = threads};
         nb::gil_scoped_release release;
         kernels.rope(job);
       },
       nb::kw_only(), "batch"_a, "tokens"_a, "width"_a, "rotary"_a, "q"_a, "k"_a, "q_out"_a,
-      "k_out"_a, "cos"_a, "sin"_a, "backward"_a, "threads"_a);
+      "k_out"_a, "cos"_a, "sin"_a, "interleaved"_a, "backward"_a, "threads"_a);
 }
 
 }  // namespace

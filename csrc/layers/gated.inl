@@ -28,35 +28,56 @@ struct ExpBounds {
   float low, high;
 };
 
-// A variable, since constants make the compiler emit a branch for each bound, with its own
+// Variables, since constants make the compiler emit a branch for each bound, with its own
 // division.
-ExpBounds exp_bounds = {-86.9f, 88.8f};
+ExpBounds exp_bounds = {-86.9f, 89.3f};
+ExpBounds power_bounds = {-126.f, 129.f};
 
-// 1 + e^x, by the polynomial of exp_of; 1 below -86.9 to the last bit, infinity from 88.73 up.
-static inline float one_plus_exp(float x, ExpBounds bounds) {
+// 2^(n - 1) of shifted = n + 12582912.
+static inline float power_below(float shifted) { return as_float((as_bits(shifted) + 126u) << 23); }
+
+static inline float inside_of(float x, ExpBounds bounds) {
   const float above = x < bounds.low ? bounds.low : x;  // NaN passes
-  const float inside = above > bounds.high ? bounds.high : above;
-  const float shifted = inside * 1.44269504f + 12582912.f;
-  const float n = shifted - 12582912.f;
-  const float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float square = r * r;
-  float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  float q = 8.3334519073e-3f * r + 4.1665795894e-2f;
-  p = p * square + q;
-  q = 1.6666665459e-1f * r + 5.0000001201e-1f;
-  p = (p * square + q) * square + r + 1.f;
-  const float half_power =
-      as_float((as_bits(shifted) + 126u) << 23);  // 2^(n - 1), since 2^128 is no float
-  return p * half_power * 2.f + 1.f;
+  return above > bounds.high ? bounds.high : above;
+}
+
+// (e^x + 1) / 2, so that no finite e^x overflows; infinity from 89.07 up, 1 / 2 below -86.9.
+// e^x is within 2 units in the last place for T = float. For T = bf16, which rounds at 2^-9, one
+// step reduces the argument: the error is 2^-22 + |x| 2^-24 of e^x.
+template <class T>
+static inline float half_of_one_plus_exp(float x) {
+  if constexpr (sizeof(T) == 4) {
+    const float inside = inside_of(x, exp_bounds);
+    const float shifted = inside * 1.44269504f + 12582912.f;
+    const float n = shifted - 12582912.f;
+    const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, inside));
+    float p = fused(1.9875691500e-4f, r, 1.3981999507e-3f);
+    p = fused(p, r, 8.3334519073e-3f);
+    p = fused(p, r, 4.1665795894e-2f);
+    p = fused(p, r, 1.6666665459e-1f);
+    p = fused(p, r, 5.0000001201e-1f);
+    p = fused(p, r * r, r) + 1.f;
+    return fused(p, power_below(shifted), 0.5f);
+  } else {
+    const float inside = inside_of(x * 1.44269504f, power_bounds);
+    const float shifted = inside + 12582912.f;
+    const float r = inside - (shifted - 12582912.f);
+    float p = fused(1.32647272e-3f, r, 9.67151281e-3f);
+    p = fused(p, r, 5.55073374e-2f);
+    p = fused(p, r, 2.40222465e-1f);
+    p = fused(p, r, 6.93146978e-1f);
+    p = fused(p, r, 1.f);
+    return fused(p, power_below(shifted), 0.5f);
+  }
 }
 
 // Returns the activation of x: x times a share.
-template <Activation kind>
-static inline float activation_of(float x, ExpBounds bounds) {
+template <Activation kind, class T>
+static inline float activation_of(float x) {
   if constexpr (kind == Activation::GELU) return x * (0.5f * (1.f + erf_of(x * 0.70710678f)));
-  if constexpr (kind == Activation::GELU_TANH)
-    return x / one_plus_exp(x * (-1.59576912f - 0.07135482f * (x * x)), bounds);
-  return x / one_plus_exp(-x, bounds);
+  const bool cubic = kind == Activation::GELU_TANH;
+  const float below = cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x;
+  return 0.5f * x / half_of_one_plus_exp<T>(below);
 }
 
 struct Slope {
@@ -64,40 +85,77 @@ struct Slope {
 };
 
 // Returns the activation of x and its derivative.
-template <Activation kind>
-static inline Slope slope_of(float x, ExpBounds bounds) {
+template <Activation kind, class T>
+static inline Slope slope_of(float x) {
   if constexpr (kind == Activation::GELU) {
     const float share = 0.5f * (1.f + erf_of(x * 0.70710678f));
     return {x * share, share + x * 0.39894228f * exp_of(-0.5f * x * x)};
   } else {
     constexpr bool cubic = kind == Activation::GELU_TANH;
-    const float share =
-        1.f / one_plus_exp(cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x, bounds);
+    const float below = cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x;
+    const float share = 0.5f / half_of_one_plus_exp<T>(below);
     const float value = x * share;
     const float steep = cubic ? 1.59576912f + 0.21406445f * (x * x) : 1.f;
     return {value, share + value * (1.f - share) * steep};
   }
 }
 
+// Floats that a loop makes and another rounds: the compiler vectorizes each better than both.
+static const int64_t kGatedRun = 512;
+
+template <class T>
+static inline float* floats_of(T* out, float* buffer) {
+  if constexpr (sizeof(T) == 4)
+    return out;
+  else
+    return buffer;
+}
+
+template <class T>
+static inline void store_rounded(const float* __restrict values, T* __restrict out, int64_t count) {
+  if constexpr (sizeof(T) == 2) round_to_bf16(values, out, count);
+}
+
 template <Activation kind, class T>
-static inline void gated_piece(const GatedJob& job, int64_t row, int64_t first, int64_t cols) {
-  const T* __restrict gate = row_of<T>(job.gate, row) + first;
-  const T* __restrict up = row_of<T>(job.up, row) + first;
-  const ExpBounds bounds = exp_bounds;
-  if (!job.dout.data) {
-    T* __restrict out = row_of<T>(job.out, row) + first;
-    for (int64_t c = 0; c < cols; c++)
-      out[c] = rounded_to<T>(activation_of<kind>(value_of(gate[c]), bounds) * value_of(up[c]));
-    return;
-  }
-  const T* __restrict dout = row_of<T>(job.dout, row) + first;
-  T* __restrict dgate = row_of<T>(job.dgate, row) + first;
-  T* __restrict dup = row_of<T>(job.dup, row) + first;
+static inline void gated_run(const T* __restrict gate, const T* __restrict up, T* __restrict out,
+                             int64_t cols) {
+  alignas(64) float buffer[kGatedRun];
+  float* __restrict values = floats_of(out, buffer);
+  for (int64_t c = 0; c < cols; c++)
+    values[c] = activation_of<kind, T>(value_of(gate[c])) * value_of(up[c]);
+  store_rounded(values, out, cols);
+}
+
+template <Activation kind, class T>
+static inline void gated_backward_run(const T* __restrict dout, const T* __restrict gate,
+                                      const T* __restrict up, T* __restrict dgate,
+                                      T* __restrict dup, int64_t cols) {
+  alignas(64) float gate_buffer[kGatedRun], up_buffer[kGatedRun];
+  float* __restrict gate_values = floats_of(dgate, gate_buffer);
+  float* __restrict up_values = floats_of(dup, up_buffer);
   for (int64_t c = 0; c < cols; c++) {
-    const Slope a = slope_of<kind>(value_of(gate[c]), bounds);
+    const Slope a = slope_of<kind, T>(value_of(gate[c]));
     const float gradient = value_of(dout[c]);
-    dgate[c] = rounded_to<T>(gradient * value_of(up[c]) * a.slope);
-    dup[c] = rounded_to<T>(gradient * a.value);
+    gate_values[c] = gradient * value_of(up[c]) * a.slope;
+    up_values[c] = gradient * a.value;
+  }
+  store_rounded(gate_values, dgate, cols);
+  store_rounded(up_values, dup, cols);
+}
+
+template <Activation kind, class T>
+static void gated_piece(const GatedJob& job, int64_t row, int64_t first, int64_t cols) {
+  const T* gate = row_of<T>(job.gate, row) + first;
+  const T* up = row_of<T>(job.up, row) + first;
+  for (int64_t c = 0; c < cols; c += kGatedRun) {
+    const int64_t count = cols - c < kGatedRun ? cols - c : kGatedRun;
+    if (!job.dout.data) {
+      gated_run<kind, T>(gate + c, up + c, row_of<T>(job.out, row) + first + c, count);
+      continue;
+    }
+    gated_backward_run<kind, T>(row_of<T>(job.dout, row) + first + c, gate + c, up + c,
+                                row_of<T>(job.dgate, row) + first + c,
+                                row_of<T>(job.dup, row) + first + c, count);
   }
 }
 

@@ -53,13 +53,14 @@ struct RopeHeads {
   int64_t heads, batch_stride, head_stride, token_stride;
 };
 
-// Rotates each of the first `rotary` entries of a head with its partner, rotary / 2 away; copies
-// the other entries.
+// Rotates each of the first `rotary` entries of a head with its partner, rotary / 2 away or its
+// neighbour; copies the other entries.
 struct RopeJob {
   int64_t batch, tokens, width, rotary;
   RopeHeads in[2];     // queries and keys
   RopeHeads out[2];    // float if in or cos is; in the backward job, if in is
   RopeHeads cos, sin;  // [B or 1, T, rotary], of one type; one head
+  bool interleaved;    // partners are neighbours
   bool backward;       // rotates the other way
   int threads;
 };

@@ -9,18 +9,20 @@ static inline T* head_of(const RopeHeads& x, int64_t b, int64_t head, int64_t to
          token * x.token_stride;
 }
 
-// Rotates one head of one token. Backward is the transposed rotation, also if the halves of cos and
-// sin differ.
-template <class I, class C, class O>
+// Rotates one head of one token. Backward is the transposed rotation, also if cos and sin of
+// partners differ.
+template <class I, class C, class O, bool kNeighbours>
 static inline void rotate(const RopeJob& job, const I* __restrict in, const C* __restrict cos,
                           const C* __restrict sin, O* __restrict out) {
   const int64_t half = job.rotary / 2, rotary = job.rotary, width = job.width;
-  const C *low = job.backward ? sin + half : sin, *high = job.backward ? sin : sin + half;
+  const int64_t step = kNeighbours ? 2 : 1, away = kNeighbours ? 1 : half;
+  const C *low = job.backward ? sin + away : sin, *high = job.backward ? sin : sin + away;
   const float sign = job.backward ? -1.f : 1.f;  // exact
   for (int64_t j = 0; j < half; j++) {
-    const float a = value_of(in[j]), b = value_of(in[half + j]);
-    out[j] = rounded_to<O>(a * value_of(cos[j]) - b * (sign * value_of(low[j])));
-    out[half + j] = rounded_to<O>(b * value_of(cos[half + j]) + a * (sign * value_of(high[j])));
+    const int64_t i = j * step;
+    const float a = value_of(in[i]), b = value_of(in[away + i]);
+    out[i] = rounded_to<O>(a * value_of(cos[i]) - b * (sign * value_of(low[i])));
+    out[away + i] = rounded_to<O>(b * value_of(cos[away + i]) + a * (sign * value_of(high[i])));
   }
   for (int64_t j = rotary; j < width; j++) out[j] = rounded_to<O>(value_of(in[j]));
 }
@@ -30,8 +32,12 @@ template <class I, class C, class O>
 static inline void rotate_heads(const RopeJob& job, const RopeHeads& in, const RopeHeads& out,
                                 int64_t b, int64_t first, int64_t last) {
   const auto rotate_head = [&](int64_t head, int64_t token) {
-    rotate<I, C, O>(job, head_of<I>(in, b, head, token), head_of<C>(job.cos, b, 0, token),
-                    head_of<C>(job.sin, b, 0, token), head_of<O>(out, b, head, token));
+    const I* from = head_of<I>(in, b, head, token);
+    const C* cos = head_of<C>(job.cos, b, 0, token);
+    const C* sin = head_of<C>(job.sin, b, 0, token);
+    O* to = head_of<O>(out, b, head, token);
+    job.interleaved ? rotate<I, C, O, true>(job, from, cos, sin, to)
+                    : rotate<I, C, O, false>(job, from, cos, sin, to);
   };
   if (out.head_stride < out.token_stride) {
     for (int64_t token = first; token < last; token++)

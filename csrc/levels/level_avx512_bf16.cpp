@@ -1,5 +1,5 @@
-// Level "avx512_bf16": AVX-512 with dot products of bf16. Only the sketch has kernels of its own
-// here.
+// Level "avx512_bf16": AVX-512 with dot products of bf16. Only the sketch and
+// the layers have kernels of their own here.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <omp.h>
@@ -16,6 +16,7 @@
 namespace level_avx512_bf16 {
 #include "common/numbers.inl"
 #include "common/splitmix64.inl"
+#include "layers/layers.inl"
 #include "sketch/sketch.inl"
 }  // namespace level_avx512_bf16
 #pragma GCC pop_options

@@ -19,8 +19,9 @@ MERIT_DECLARE_LEVEL(level_generic)
 MERIT_DECLARE_LEVEL(level_avx2)
 MERIT_DECLARE_LEVEL(level_avx512)
 namespace level_avx512_bf16 {
+extern const LayerKernels layer_kernels;
 extern const SketchKernels sketch_kernels;
-}
+}  // namespace level_avx512_bf16
 #endif
 
 namespace {
@@ -54,7 +55,7 @@ const Entry kLevels[] = {
                .sketch = level_avx512_bf16::sketch_kernels,
                .loss = level_avx512::loss_kernels,
                .optimizer = level_avx512::optimizer_kernels,
-               .layers = level_avx512::layer_kernels,
+               .layers = level_avx512_bf16::layer_kernels,
                .search = level_avx512::search_kernels},
      .is_supported = has_avx512_bf16},
     {.level = {.name = "avx512",

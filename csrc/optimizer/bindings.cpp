@@ -18,13 +18,14 @@ namespace {
 
 using Addresses = std::vector<uintptr_t>;
 
-// AdamWTensor by columns, one entry per tensor: Python builds 13 lists faster than one object per
+// AdamWTensor by columns, one entry per tensor: Python builds 14 lists faster than one object per
 // tensor.
 struct AdamWTensors {
   std::vector<int64_t> sizes;
   Addresses weights, grads, exp_avgs, exp_avg_sqs;
   Addresses exp_avg_scales, exp_avg_sq_scales, masters, averages;  // empty: the tensors have none
   std::vector<uint64_t> keys;
+  std::vector<int64_t> firsts;
   std::vector<double> rates, roots, average_weights;
 };
 
@@ -45,6 +46,7 @@ void check(const AdamWTensors& t) {
   check_length("masters", t.masters.size(), count, true);
   check_length("averages", t.averages.size(), count, true);
   check_length("keys", t.keys.size(), count, false);
+  check_length("firsts", t.firsts.size(), count, false);
   check_length("rates", t.rates.size(), count, false);
   check_length("roots", t.roots.size(), count, false);
   check_length("average_weights", t.average_weights.size(), count, false);
@@ -55,7 +57,7 @@ T* entry(const Addresses& column, size_t k) {
   return column.empty() ? nullptr : pointer<T>(column[k]);
 }
 
-std::vector<AdamWTensor> rows_of(const AdamWTensors& t) {
+std::vector<AdamWTensor> rows_of(const AdamWTensors& t, std::vector<uint8_t>& won) {
   std::vector<AdamWTensor> rows;
   rows.reserve(t.sizes.size());
   for (size_t k = 0; k < t.sizes.size(); k++)
@@ -68,7 +70,9 @@ std::vector<AdamWTensor> rows_of(const AdamWTensors& t) {
                     .exp_avg_sq_scale = entry<float>(t.exp_avg_sq_scales, k),
                     .master = entry<void>(t.masters, k),
                     .average = entry<float>(t.averages, k),
+                    .won = &won[k],
                     .key = t.keys[k],
+                    .first = t.firsts[k],
                     .rate = float(t.rates[k]),
                     .root = float(t.roots[k]),
                     .average_weight = float(t.average_weights[k])});
@@ -82,8 +86,8 @@ void define_tensors(nb::module_& m) {
           [](AdamWTensors* self, std::vector<int64_t> sizes, Addresses weights, Addresses grads,
              Addresses exp_avgs, Addresses exp_avg_sqs, Addresses exp_avg_scales,
              Addresses exp_avg_sq_scales, Addresses masters, Addresses averages,
-             std::vector<uint64_t> keys, std::vector<double> rates, std::vector<double> roots,
-             std::vector<double> average_weights) {
+             std::vector<uint64_t> keys, std::vector<int64_t> firsts, std::vector<double> rates,
+             std::vector<double> roots, std::vector<double> average_weights) {
             AdamWTensors tensors{.sizes = std::move(sizes),
                                  .weights = std::move(weights),
                                  .grads = std::move(grads),
@@ -94,6 +98,7 @@ void define_tensors(nb::module_& m) {
                                  .masters = std::move(masters),
                                  .averages = std::move(averages),
                                  .keys = std::move(keys),
+                                 .firsts = std::move(firsts),
                                  .rates = std::move(rates),
                                  .roots = std::move(roots),
                                  .average_weights = std::move(average_weights)};
@@ -101,8 +106,8 @@ void define_tensors(nb::module_& m) {
             new (self) AdamWTensors(std::move(tensors));
           },
           nb::kw_only(), "sizes"_a, "weights"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a,
-          "exp_avg_scales"_a, "exp_avg_sq_scales"_a, "masters"_a, "averages"_a, "keys"_a, "rates"_a,
-          "roots"_a, "average_weights"_a);
+          "exp_avg_scales"_a, "exp_avg_sq_scales"_a, "masters"_a, "averages"_a, "keys"_a,
+          "firsts"_a, "rates"_a, "roots"_a, "average_weights"_a);
 }
 
 }  // namespace
@@ -116,9 +121,10 @@ void define_optimizer(nb::module_& m, const OptimizerKernels& kernels) {
                  int master, bool stochastic, bool zero_grad, double decay, double beta1,
                  double beta2, double epsilon, double clip, int threads) {
         if (threads < 1) throw std::invalid_argument("adamw: bad threads");
-        if (moments < 0 || moments > 2 || master < 0 || master > 2)
+        if (moments < 0 || moments > 2 || master < 0 || master > 3)
           throw std::invalid_argument("adamw: bad moments or master");
-        const std::vector<AdamWTensor> rows = rows_of(tensors);
+        std::vector<uint8_t> won(tensors.sizes.size());
+        const std::vector<AdamWTensor> rows = rows_of(tensors, won);
         const AdamWJob job{.tensors = rows.data(),
                            .count = int64_t(rows.size()),
                            .weight_bf16 = weight_bf16,
@@ -135,8 +141,11 @@ void define_optimizer(nb::module_& m, const OptimizerKernels& kernels) {
                            .epsilon = float(epsilon),
                            .clip = float(clip),
                            .threads = threads};
-        nb::gil_scoped_release release;
-        kernels.adamw(job);
+        {
+          nb::gil_scoped_release release;
+          kernels.adamw(job);
+        }
+        return won;
       },
       nb::kw_only(), "tensors"_a, "weight_bf16"_a, "grad_bf16"_a, "moments"_a, "master"_a,
       "stochastic"_a, "zero_grad"_a, "decay"_a, "beta1"_a, "beta2"_a, "epsilon"_a, "clip"_a,

@@ -4,19 +4,23 @@
 
 // Codes shared with MOMENTS and MASTERS of kernels/optimizer/_native.py.
 enum class Moments : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
-enum class Master : int32_t { NONE = 0, F32 = 1, SPLIT = 2 };  // split: 16 bits that bf16 lacks
+// Split: 16, or 8, of the bits that bf16 lacks.
+enum class Master : int32_t { NONE = 0, F32 = 1, SPLIT = 2, SPLIT8 = 3 };
 
 const int64_t kUpdateItem = 16384;  // elements that one thread takes at a time
 const int kUpdateChunk = 1024;      // elements of an item held in L1; four blocks of 8-bit moments
 const int kMomentBlock = 256;       // 8-bit moments that share a scale
+const int kRandomBlock = 1024;      // elements whose random bits share a key
 
 struct AdamWTensor {
   int64_t n;
   void *weight, *grad, *exp_avg, *exp_avg_sq;
   float *exp_avg_scale, *exp_avg_sq_scale;  // [ceil(n / 256)], of 8-bit moments
-  void* master;                             // float [n], or int16_t [n]
+  void* master;                             // float, int16_t or int8_t [n]
   float* average;                           // [n] or null
+  uint8_t* won;                             // set to 1 if a weight was not its master rounded
   uint64_t key;                             // of (seed, step, parameter)
+  int64_t first;                            // index of the first element in the whole parameter
   float rate;                               // lr / (1 - beta1^t)
   float root;                               // 1 / sqrt(1 - beta2^t)
   float average_weight;                     // share of the new weight in the average

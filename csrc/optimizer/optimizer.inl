@@ -1,56 +1,44 @@
 // AdamW in one pass over each parameter, sums of squares, and the table of both at one level.
 #include "optimizer/rounding.inl"
 #include "optimizer/codes.inl"
-#include "optimizer/chunks.inl"
+#include "optimizer/elements.inl"
+#include "optimizer/update.inl"
 
-// Updates n elements in float. Square roots vectorize because of -fno-math-errno.
-static void update_chunk(const AdamWJob& job, const AdamWTensor& t, int n, float* __restrict w,
-                         const float* __restrict g, float* __restrict m, float* __restrict v) {
-  const bool near = job.rest1 < 0.5f;  // starts from the nearer end, as torch does: exact at both
-  const float step = near ? job.rest1 : -job.beta1;
-  const float clip = job.clip, beta2 = job.beta2, rest2 = job.rest2, decay = job.decay;
-  const float root = t.root, epsilon = job.epsilon, rate = t.rate;
-  for (int i = 0; i < n; i++) {
-    const float gradient = g[i] * clip;
-    const float from = near ? m[i] : gradient;
-    const float first = from + step * (gradient - m[i]);
-    const float second = v[i] * beta2 + rest2 * gradient * gradient;
-    const float denominator = std::sqrt(second) * root + epsilon;
-    m[i] = first;
-    v[i] = second;
-    w[i] = w[i] * decay - rate * (first / denominator);
+// Returns whether a weight won over its master.
+static bool update_chunk(const AdamWJob& job, const AdamWTensor& t, const RandomTable& table,
+                         int64_t from, int n) {
+  bool won = false;
+  if (job.moments == Moments::INT8) {
+    CodedChunk chunk(t, from, n);
+    chunk.decode_all();
+    for_each_run(job, t, table, from, n,
+                 [&](const Run& run, int before) { won |= chunk.update(run, before); });
+    if (job.stochastic)
+      chunk.encode_all<true>();
+    else
+      chunk.encode_all<false>();
+  } else {
+    for_each_run(job, t, table, from, n,
+                 [&](const Run& run, int) { won |= run.update_in_place(); });
   }
-}
-
-static void average_chunk(float* __restrict average, const float* __restrict w, float share,
-                          int n) {
-  for (int i = 0; i < n; i++) average[i] += (w[i] - average[i]) * share;
+  if (job.zero_grad) {
+    const size_t size = job.grad_bf16 ? 2 : 4;
+    std::memset(static_cast<char*>(t.grad) + size_t(from) * size, 0, size_t(n) * size);
+  }
+  return won;
 }
 
 static void update_item(const AdamWJob& job, const AdamWTensor& t, int64_t first, int64_t stop) {
-  // Elements beyond 2^32 have other keys; an item never crosses that border.
-  const uint32_t far = uint32_t(uint64_t(first) >> 32) * 0x9e3779b9u;
-  const uint32_t low = uint32_t(t.key), high = uint32_t(t.key >> 32) ^ far;
-  WeightChunk weights;
-  MomentChunk moments;
-  alignas(64) float widened[kUpdateChunk];
+  RandomTable table;
+  if (job.stochastic) table.fill(t.key);
+  bool won = false;
   for (int64_t from = first; from < stop; from += kUpdateChunk) {
     const int n = stop - from < kUpdateChunk ? int(stop - from) : kUpdateChunk;
-    const float* g = widened;
-    if (job.grad_bf16)
-      widen_all(at<uint16_t>(t.grad, from), widened, n);
-    else
-      g = at<float>(t.grad, from);
-    weights.load(job, t, from, n);
-    moments.load(job, t, from, n);
-    update_chunk(job, t, n, weights.w, g, moments.m, moments.v);
-    weights.store(job, t, from, n, {low, high});
-    moments.store(job, t, from, n, {high, low});
-    if (t.average) average_chunk(t.average + from, weights.w, t.average_weight, n);
-    if (job.zero_grad) {
-      const size_t item = job.grad_bf16 ? 2 : 4;
-      std::memset(static_cast<char*>(t.grad) + size_t(from) * item, 0, size_t(n) * item);
-    }
+    won |= update_chunk(job, t, table, from, n);
+  }
+  if (won) {
+#pragma omp atomic write
+    *t.won = 1;
   }
 }
 

@@ -1,35 +1,60 @@
-// Random bits and stochastic rounding to bf16.
+// Random bits and stochastic rounding.
 
-// Returns 32 random bits of element i: two rounds of Wellons' lowbias32 with a key before each.
-struct RandomBits {
-  uint32_t before, between;
+// Wellons' lowbias32.
+static inline uint32_t mixed(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
 
-  uint32_t operator()(uint32_t i) const {
-    uint32_t x = i ^ before;
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= between;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
+// Random bits of one step of one parameter: two rounds. The first is of an element's place in its
+// kRandomBlock elements, and so a table; the second begins with a key of the block.
+struct RandomTable {
+  uint32_t high;
+  alignas(64) uint32_t places[kRandomBlock];
+
+  void fill(uint64_t key) {
+    high = uint32_t(key >> 32);
+    for (uint32_t i = 0; i < uint32_t(kRandomBlock); i++) places[i] = mixed(i ^ uint32_t(key));
+  }
+};
+
+// Random bits of consecutive elements of one block.
+struct RandomRun {
+  const uint32_t* places;
+  uint32_t weight_key, moment_key;
+
+  RandomRun(const RandomTable& table, uint64_t first) {
+    const uint64_t block = first / kRandomBlock;
+    places = table.places + first % kRandomBlock;
+    weight_key = mixed(mixed(uint32_t(block) ^ table.high) ^ uint32_t(block >> 32));
+    moment_key = mixed(weight_key + 0x9e3779b9u);
+  }
+
+  // The high 16 bits are the best.
+  uint32_t product(int i, uint32_t key) const {
+    const uint32_t x = places[i] ^ key;
+    return (x ^ (x >> 15)) * 0x846ca68bu;
+  }
+
+  uint32_t of_weight(int i) const { return product(i, weight_key); }
+
+  uint32_t of_moments(int i) const {
+    const uint32_t x = product(i, moment_key);
     return x ^ (x >> 16);
   }
 };
 
-// Adds 16 random bits below the last bit of bf16 and cuts them off: rounds up with the probability
-// of the part that is cut. Nothing finite becomes infinite.
+// Adds random bits below the last kept bit; the caller cuts them off: rounds up with the
+// probability of the part that is cut. Nothing finite becomes infinite: from the largest value of
+// bf16 on, nothing is added. NaN stays NaN, since arithmetic has set its first bit.
+static inline uint32_t with_random(float value, uint32_t random) {
+  const uint32_t bits = as_bits(value);
+  return bits + ((bits & 0x7fffffffu) < 0x7f7f0000u ? random : 0u);
+}
+
 static inline uint16_t stochastic_bf16(float value, uint32_t random16) {
-  const uint32_t bits = as_bits(value), size = bits & 0x7fffffffu;
-  const uint32_t sum = bits + random16;
-  const bool past = (sum & 0x7fffffffu) >= 0x7f800000u;  // also for infinity itself
-  const uint32_t cut = (past ? bits : sum) >> 16;
-  return uint16_t(size > 0x7f800000u ? 0x7fc0u : cut);
-}
-
-static void fill_random(RandomBits random, uint32_t first, uint32_t* bits, int n) {
-  for (int i = 0; i < n; i++) bits[i] = random(first + uint32_t(i));
-}
-
-static void store_bf16_stochastic(const float* x, uint16_t* out, int n, const uint32_t* bits,
-                                  int shift) {
-  for (int i = 0; i < n; i++) out[i] = stochastic_bf16(x[i], (bits[i] >> shift) & 0xffffu);
+  return uint16_t(with_random(value, random16) >> 16);
 }

@@ -2,24 +2,40 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from merit_fast.kernels import dispatch
 from merit_fast.kernels.cross_entropy import _eager, _ops
-from merit_fast.kernels.cross_entropy._arguments import Batch, HeadSketch, LossTerms
+from merit_fast.kernels.cross_entropy._arguments import (
+    Batch,
+    HeadSketch,
+    LossTerms,
+    VocabularyShard,
+)
 from merit_fast.kernels.cross_entropy._checks import (
     check_datasets,
     check_head,
     check_sketch,
     check_terms,
+    check_vocabulary,
     checked_offsets,
+    chosen_backend,
+    refuse_sketch,
+    wants_gradients,
 )
 from merit_fast.kernels.cross_entropy._eager import OP
+from merit_fast.kernels.cross_entropy._statistics import TokenStatistics, linear_token_statistics
+from merit_fast.kernels.cross_entropy._vocabulary import op_arguments
 from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.kernels.sketch import CountSketch
 
-__all__ = ["IGNORED_LABEL", "LinearCrossEntropy", "linear_cross_entropy"]
+__all__ = [
+    "IGNORED_LABEL",
+    "LinearCrossEntropy",
+    "TokenStatistics",
+    "VocabularyShard",
+    "linear_cross_entropy",
+    "linear_token_statistics",
+]
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -50,6 +66,7 @@ def linear_cross_entropy(
     sketch: CountSketch | None = None,
     sketch_name: str | None = None,
     sketch_out: Tensor | None = None,
+    vocabulary: VocabularyShard | None = None,
     backend: str | None = None,
 ) -> LinearCrossEntropy:
     """Cross-entropy of a language model's head, without all logits in memory (Wijmans et al. 2024).
@@ -85,6 +102,9 @@ def linear_cross_entropy(
             backward pass without that gradient in memory; weight may be frozen.
         sketch_name: the parameter's name, which selects its hash: a tied head's is its embedding's.
         sketch_out: [B, D] float32, contiguous, added to.
+        vocabulary: where weight and bias have only this process's rows of the head. Every process
+            of the group passes the same hidden and labels and gets the same results; the gradient
+            of hidden is the sum over the processes.
         backend: "eager", "cpu", "triton"; None chooses by device.
 
     Returns:
@@ -95,7 +115,8 @@ def linear_cross_entropy(
             at N.
         BackendUnavailableError: ``backend`` cannot run here.
     """
-    check_head(hidden, weight, labels, bias)
+    check_head(hidden, weight, labels, bias, OP, vocabulary is not None)
+    check_vocabulary(OP, weight, vocabulary)
     offsets = checked_offsets(labels, cu_seqlens)
     examples = offsets.shape[0] - 1
     check_datasets(examples, dataset_ids, num_datasets, dataset_weights)
@@ -115,11 +136,13 @@ def linear_cross_entropy(
     terms = LossTerms(softcap, float(label_smoothing), float(z_loss))
     head_sketch = None
     if sketch is not None and sketch_name is not None and sketch_out is not None:
+        refuse_sketch(vocabulary)
         head_sketch = HeadSketch(sketch, sketch_name, sketch_out)
-    if _chosen(device.type, hidden.dtype, backend) == "eager":
+    sharded = vocabulary is not None
+    if chosen_backend(OP, device.type, hidden.dtype, backend, sharded) == "eager":
         sums = _eager.linear_cross_entropy(batch, terms, head_sketch)
     else:
-        sums = _run_op(batch, terms, head_sketch, backend)
+        sums = _run_op(batch, terms, head_sketch, vocabulary, backend)
     total, example_loss, dataset_loss, dataset_tokens, tokens = sums
     if divisor is None:
         divisor = tokens.clamp(min=1) if reduction == "mean" else 1
@@ -127,13 +150,14 @@ def linear_cross_entropy(
 
 
 def _run_op(
-    batch: Batch, terms: LossTerms, sketch: HeadSketch | None, backend: str | None
+    batch: Batch,
+    terms: LossTerms,
+    sketch: HeadSketch | None,
+    vocabulary: VocabularyShard | None,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     leaves = (batch.hidden, batch.weight, batch.bias)
-    for_backward = torch.is_grad_enabled() and any(
-        leaf is not None and leaf.requires_grad for leaf in leaves
-    )
-    results: tuple[Tensor, ...] = _ops.linear_cross_entropy(
+    results: tuple[Tensor, ...] = _ops.run_linear_cross_entropy(
         *leaves,
         batch.labels,
         batch.offsets,
@@ -146,20 +170,9 @@ def _run_op(
         [] if sketch is None else [sketch.sketch.proj_dim, sketch.sketch.seed],
         "" if sketch is None else sketch.name,
         None if sketch is None else sketch.out,
-        for_backward,
+        *op_arguments(vocabulary, batch.weight),
+        wants_gradients(*leaves),
         backend,
     )
     total, example, dataset, counts, tokens = results[:5]
     return total, example, dataset, counts, tokens
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _chosen(device_type: str, dtype: torch.dtype, backend: str | None) -> str:
-    if dtype == torch.float64 and backend in (None, "eager"):
-        return "eager"
-    chosen = dispatch.choose(OP, device_type, backend)
-    if dtype == torch.float64:
-        raise ValueError(
-            f"{OP}: only the eager backend computes in float64, got backend {backend!r}"
-        )
-    return chosen

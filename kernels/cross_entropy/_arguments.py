@@ -1,10 +1,14 @@
 """Arguments of linear + cross-entropy as every backend receives them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from merit_fast.kernels.sketch import CountSketch
+
+if TYPE_CHECKING:  # some builds of torch lack it
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,15 @@ class Batch:
     dataset_ids: Tensor | None  # [B] int64
     num_datasets: int
     dataset_weights: Tensor | None  # [num_datasets]
+
+
+@dataclass(frozen=True)
+class LogitForm:
+    """Logits of the products: softcap * tanh(scale * (products + bias) / softcap) / temperature."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,3 +50,12 @@ class HeadSketch:
     sketch: CountSketch
     name: str
     out: Tensor  # [B, D] float32
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Rows of a head whose other rows lie in the other processes of a group."""
+
+    group: "ProcessGroup"
+    first_row: int  # word of the vocabulary to which the first row here belongs
+    num_rows: int  # of the whole head, in all processes

@@ -1,8 +1,13 @@
 """Checks of shapes, dtypes and options; backends check values (``_eager.check_values``)."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from merit_fast.errors import BackendUnavailableError
+from merit_fast.kernels import dispatch
+from merit_fast.kernels.cross_entropy._arguments import VocabularyShard
 from merit_fast.kernels.cross_entropy._eager import OP
 from merit_fast.kernels.sketch import CountSketch
 
@@ -23,28 +28,67 @@ def checked_offsets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return cu_seqlens.to(labels.device, torch.int64).contiguous()
 
 
-def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    op: str = OP,
+    may_be_empty: bool = False,
+) -> None:
+    _refuse_distributed(op, hidden=hidden, weight=weight, bias=bias)
     if hidden.dim() not in (2, 3) or hidden.dtype not in DTYPES:
         raise ValueError(
-            f"{OP}: hidden must be [N, H] or [B, T, H] of float32 or bfloat16, "
+            f"{op}: hidden must be [N, H] or [B, T, H] of float32 or bfloat16, "
             f"got {hidden.dtype} {list(hidden.shape)}"
         )
-    fits = weight.dim() == 2 and weight.shape[0] and weight.shape[1] == hidden.shape[-1]
-    if not fits or weight.dtype != hidden.dtype:
+    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1]
+    if not fits or not (may_be_empty or weight.shape[0]) or weight.dtype != hidden.dtype:
         raise ValueError(
-            f"{OP}: weight must be {hidden.dtype} [V, {hidden.shape[-1]}] as hidden is, "
+            f"{op}: weight must be {hidden.dtype} [V, {hidden.shape[-1]}] as hidden is, "
             f"got {weight.dtype} {list(weight.shape)}"
         )
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"{OP}: labels must be int64 {list(hidden.shape[:-1])}, "
+            f"{op}: labels must be int64 {list(hidden.shape[:-1])}, "
             f"got {labels.dtype} {list(labels.shape)}"
         )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(
-            f"{OP}: bias must be {weight.dtype} [{len(weight)}], "
+            f"{op}: bias must be {weight.dtype} [{len(weight)}], "
             f"got {bias.dtype} {list(bias.shape)}"
         )
+
+
+def _refuse_distributed(op: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError for a DTensor: it may lie elsewhere, and its gradient be a sum of ranks."""
+    for name, tensor in tensors.items():
+        if tensor is not None and hasattr(tensor, "placements"):
+            raise ValueError(
+                f"{op}: {name} must be a plain tensor, got a DTensor of {list(tensor.placements)}: "
+                f"call it where FSDP has gathered the parameter, or pass {name}.to_local() and "
+                "vocabulary="
+            )
+
+
+def check_vocabulary(op: str, weight: Tensor, shard: VocabularyShard | None) -> None:
+    if shard is None:
+        return
+    last = shard.first_row + weight.shape[0]
+    if shard.first_row < 0 or last > shard.num_rows:
+        raise ValueError(
+            f"{op}: vocabulary must hold the rows of weight, got first_row {shard.first_row}, "
+            f"{weight.shape[0]} rows and num_rows {shard.num_rows}"
+        )
+
+
+def check_form(op: str, softcap: float | None, scale: float, temperature: float) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
 
 
 def check_datasets(
@@ -99,3 +143,38 @@ def check_sketch(
             f"{OP}: sketch_out must be contiguous float32 {list(shape)}, "
             f"got {out.dtype} {list(out.shape)}"
         )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def chosen_backend(
+    op: str, device_type: str, dtype: torch.dtype, backend: str | None, sharded: bool
+) -> str:
+    """The backend that runs ``op``; float64 takes eager, a part of the vocabulary never does."""
+    eager_only = dtype == torch.float64
+    chosen = "eager" if eager_only and backend is None else None
+    chosen = chosen or dispatch.choose(op, device_type, backend)
+    if eager_only and chosen != "eager":
+        raise ValueError(
+            f"{op}: only the eager backend computes in float64, got backend {backend!r}"
+        )
+    if sharded and chosen == "eager":
+        raise BackendUnavailableError(
+            f"{op}: backend 'eager' computes no part of a vocabulary; it was chosen for {dtype} "
+            f"tensors on {device_type}"
+        )
+    return chosen
+
+
+def wants_gradients(*leaves: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(
+        leaf is not None and leaf.requires_grad for leaf in leaves
+    )
+
+
+def refuse_sketch(vocabulary: VocabularyShard | None) -> None:
+    """Raises ValueError where the gradient of the head is not this call's to sketch."""
+    if vocabulary is not None:
+        raise ValueError(f"{OP}: sketch and vocabulary do not go together")
+    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        raise ValueError(f"{OP}: sketch_out is no value of a function: not under torch.func")

@@ -6,22 +6,28 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import dispatch
+from merit_fast.kernels.cross_entropy._arguments import LogitForm
 
 
 def update(
     logits: Tensor,
     first: int,
     bias: Tensor | None,
-    softcap: float | None,
+    form: LogitForm,
     labels: Tensor,
     state: Tensor,
 ) -> None:
-    """Update state [4, M] float64: maximum, sum of exponentials, label's logit, sum of logits."""
+    """Update the state of each row, float64 [4, M] or [6, M].
+
+    Maximum, sum of exponentials, label's logit, sum of logits; then sum of (logit - maximum) *
+    exponential, and maximum over the words before the label.
+    """
     native = dispatch.native()
     native.loss_update(
-        tile=_tile(native, logits, first, bias, softcap, labels),
+        tile=_tile(native, logits, first, bias, form, labels),
         state=state.data_ptr(),
         stride=state.stride(0),
+        statistics=len(state) == 6,
     )
 
 
@@ -29,19 +35,20 @@ def gradient(
     logits: Tensor,
     first: int,
     bias: Tensor | None,
-    softcap: float | None,
+    form: LogitForm,
     labels: Tensor,
     terms: Tensor,
     out: Tensor,
 ) -> None:
     """Write the gradient of the logits to ``out``, which may be the logits.
 
-    terms [4, M] float32: shift, factor, target, uniform.
+    terms [4, M] or [5, M] float32: shift, factor, target, uniform; then linear.
     """
     native = dispatch.native()
     native.loss_gradient(
-        tile=_tile(native, logits, first, bias, softcap, labels),
+        tile=_tile(native, logits, first, bias, form, labels),
         terms=terms.data_ptr(),
+        linear=len(terms) == 5,
         stride=terms.stride(0),
         out=out.data_ptr(),
     )
@@ -52,7 +59,7 @@ def _tile(
     logits: Tensor,
     first: int,
     bias: Tensor | None,
-    softcap: float | None,
+    form: LogitForm,
     labels: Tensor,
 ) -> Any:
     rows, columns = logits.shape
@@ -63,7 +70,9 @@ def _tile(
         columns=columns,
         first=first,
         bias=0 if bias is None else bias.data_ptr(),
-        softcap=softcap or 0.0,
+        scale=form.scale,
+        softcap=form.softcap or 0.0,
+        sharpness=1.0 / form.temperature,
         labels=labels.data_ptr(),
         threads=torch.get_num_threads(),
     )

@@ -12,14 +12,22 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.cross_entropy import _tiled
-from merit_fast.kernels.cross_entropy._arguments import Batch, HeadSketch, LossTerms
-from merit_fast.kernels.cross_entropy._eager import OP, check_values
-from merit_fast.kernels.sketch import CountSketch
+from merit_fast.kernels._functorch import differentiable, loop_over_batch
+from merit_fast.kernels.cross_entropy import _passes, _tiled
+from merit_fast.kernels.cross_entropy._arguments import Batch, HeadSketch, LogitForm, LossTerms
+from merit_fast.kernels.cross_entropy._coefficients import loss_coefficients, token_losses
+from merit_fast.kernels.cross_entropy._eager import OP, check_values, trainable_offsets
+from merit_fast.kernels.cross_entropy._vocabulary import (
+    add_over_processes,
+    check_shares,
+    combine_states,
+)
+from merit_fast.kernels.sketch import CountSketch, linear_grad_sketch
 
 
-def _epilogue(device_type: str, backend: str | None) -> tuple[str, ModuleType]:
-    chosen = dispatch.choose(OP, device_type, backend)
+def epilogue_of(op: str, device_type: str, backend: str | None) -> tuple[str, ModuleType]:
+    """The backend that runs ``op``, and its module with ``update`` and ``gradient``."""
+    chosen = dispatch.choose(op, device_type, backend)
     if chosen == "triton":
         from merit_fast.kernels.cross_entropy import _triton
 
@@ -45,6 +53,8 @@ def linear_cross_entropy(
     sketch: list[int],
     sketch_name: str,
     sketch_out: Tensor | None,
+    vocabulary: list[int],
+    group: str,
     for_backward: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -55,16 +65,24 @@ def linear_cross_entropy(
         N] (maximum and sum of exponentials of each trainable row) and the logits kept.
     """
     batch = Batch(hidden, weight, bias, labels, offsets, dataset_ids, num_datasets, dataset_weights)
-    check_values(batch)
+    check_values(batch, vocabulary[1])
+    check_shares(OP, vocabulary, weight, labels, group)
     terms = LossTerms(softcap, label_smoothing, z_loss)
-    head = _tiled.TiledHead(batch, terms, *_epilogue(hidden.device.type, backend))
-    softmax = hidden.new_zeros(2, len(labels), dtype=torch.float64)
+    _, epilogue = epilogue_of(OP, hidden.device.type, backend)
+    head = _tiled.TiledHead(
+        hidden, weight, bias, labels, LogitForm(softcap), epilogue, vocabulary[0]
+    )
     numel = _tiled.kept_numel(hidden, weight) if for_backward else 0
     kept = hidden.new_empty(numel, dtype=head.dtype)
-    token_loss = _tiled.forward(head, kept, softmax)
-    *sums, counts = _loss_sums(token_loss, head.offsets, batch)
+    state = _passes.forward(head, kept, statistics=False)
+    combine_states(state, group)
+    softmax = hidden.new_zeros(2, len(labels), dtype=torch.float64)
+    softmax[:, : len(head)] = state[:2]
+    first_rows = trainable_offsets(labels, offsets)
+    token_loss = token_losses(state, terms, vocabulary[1])
+    *sums, counts = _loss_sums(token_loss, first_rows, batch)
     total, example, dataset = (values.float() for values in sums)
-    return total, example, dataset, counts, head.offsets[-1].clone(), softmax, kept
+    return total, example, dataset, counts, first_rows[-1].clone(), softmax, kept
 
 
 def _loss_sums(
@@ -97,7 +115,8 @@ def _segments(values: Tensor, offsets: Tensor) -> Tensor:
 @linear_cross_entropy.register_fake
 def _(  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, offsets, dataset_ids, num_datasets, dataset_weights,
-    softcap, label_smoothing, z_loss, sketch, sketch_name, sketch_out, for_backward, backend,
+    softcap, label_smoothing, z_loss, sketch, sketch_name, sketch_out, vocabulary, group,
+    for_backward, backend,
 ):  # fmt: skip
     def new(*shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         empty: Tensor = hidden.new_empty(shape, dtype=dtype)
@@ -130,6 +149,8 @@ def linear_cross_entropy_backward(
     sketch: list[int],
     sketch_name: str,
     sketch_out: Tensor | None,
+    vocabulary: list[int],
+    group: str,
     backend: str | None,
     softmax: Tensor,
     kept: Tensor,
@@ -141,24 +162,60 @@ def linear_cross_entropy_backward(
     """The gradients of hidden, weight and bias; unwanted ones are empty."""
     batch = Batch(hidden, weight, bias, labels, offsets, dataset_ids, 0, dataset_weights)
     terms = LossTerms(softcap, label_smoothing, z_loss)
-    head = _tiled.TiledHead(batch, terms, *_epilogue(hidden.device.type, backend))
-    d_hidden = torch.empty_like(hidden) if wanted[0] else None
-    d_weight = torch.empty_like(weight) if wanted[1] else None
-    d_bias = None
-    if bias is not None and wanted[2]:
-        d_bias = weight.new_zeros(len(weight), dtype=torch.float32)
-    if not len(head) and d_weight is not None:
-        d_weight.zero_()
-    head_sketch = None
+    chosen, epilogue = epilogue_of(OP, hidden.device.type, backend)
+    head = _tiled.TiledHead(
+        hidden, weight, bias, labels, LogitForm(softcap), epilogue, vocabulary[0]
+    )
+    weights = _row_weights(batch, d_total, d_example, d_dataset)[head.rows]
+    coefficients = loss_coefficients(softmax[:, : len(head)], weights, terms, vocabulary[1])
+    take = None
     if sketch_out is not None:
         head_sketch = HeadSketch(CountSketch(*sketch), sketch_name, sketch_out)
-    weights = _row_weights(batch, d_total, d_example, d_dataset)
-    _tiled.backward(head, kept, softmax, weights, d_hidden, d_weight, d_bias, head_sketch)
+        take = _sketcher(head, trainable_offsets(labels, offsets), head_sketch, chosen)
+    return gradients_of_head(head, hidden, kept, coefficients, wanted, group, take)
+
+
+def gradients_of_head(
+    head: _tiled.TiledHead,
+    hidden: Tensor,
+    kept: Tensor,
+    coefficients: Tensor,
+    wanted: list[bool],
+    group: str,
+    take: _passes.TakeGradient | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden [N, H], weight and bias, in their dtypes; unwanted ones are empty."""
+    weight = head.weight
+    d_weight = torch.empty_like(weight) if wanted[1] else None
+    d_bias = None
+    if head.bias is not None and wanted[2]:
+        d_bias = torch.zeros_like(head.bias)
+    sums = _passes.backward(head, kept, coefficients, d_weight, d_bias, wanted[0], take)
+    d_hidden = weight.new_empty(0)
+    if sums is not None:
+        add_over_processes(sums, group)
+        d_hidden = torch.zeros_like(hidden)
+        d_hidden[head.rows] = sums.to(hidden.dtype)
     return (
-        hidden.new_empty(0) if d_hidden is None else d_hidden,
-        hidden.new_empty(0) if d_weight is None else d_weight,
-        hidden.new_empty(0) if bias is None or d_bias is None else d_bias.to(bias.dtype),
+        d_hidden,
+        weight.new_empty(0) if d_weight is None else d_weight,
+        weight.new_empty(0) if d_bias is None else d_bias.to(weight.dtype),
     )
+
+
+def _sketcher(
+    head: _tiled.TiledHead, offsets: Tensor, sketch: HeadSketch, backend: str
+) -> _passes.TakeGradient:
+    """Adds the sketch of dW, per example, from the gradient of the logits of a tile."""
+
+    def take(d: Tensor, rows: slice, first: int) -> None:
+        inside = (offsets - rows.start).clamp(0, rows.stop - rows.start)
+        linear_grad_sketch(
+            d, head.hidden[rows], sketch.name, sketch.sketch,
+            cu_seqlens=inside, first_row=first, out=sketch.out, backend=backend,
+        )  # fmt: skip
+
+    return take
 
 
 def _row_weights(
@@ -192,20 +249,27 @@ def _(hidden, weight, bias, *arguments):  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = inputs[:6]
-    _, dataset_weights, *options, sketch_out, _, backend = inputs[6:]
+    _, dataset_weights, *options, sketch_out, vocabulary, group, _, backend = inputs[6:]
     ctx.save_for_backward(*tensors, dataset_weights, *output[-2:])
     ctx.set_materialize_grads(False)  # no zeros for results that are no loss
     ctx.options = options
     # Not saved as a tensor: other layers may add to it before this backward pass.
     ctx.sketch_out = sketch_out
-    ctx.backend = backend
+    ctx.vocabulary = vocabulary, group, backend
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, softmax, kept = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[k] for k in range(3)]
     results = linear_cross_entropy_backward(
-        *inputs, *ctx.options, ctx.sketch_out, ctx.backend, softmax, kept, *gradients[:3], wanted
+        *inputs,
+        *ctx.options,
+        ctx.sketch_out,
+        *ctx.vocabulary,
+        softmax,
+        kept,
+        *gradients[:3],
+        wanted,
     )
     gradients_of_inputs = [
         result if want else None for want, result in zip(wanted, results, strict=True)
@@ -213,4 +277,6 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     return *gradients_of_inputs, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
-linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+loop_over_batch(linear_cross_entropy)
+loop_over_batch(linear_cross_entropy_backward)
+run_linear_cross_entropy = differentiable(linear_cross_entropy, _setup_context, _backward)

@@ -150,12 +150,22 @@ def geglu(
 
 
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotary positions (Su et al. 2021) in the layout of transformers' ``apply_rotary_pos_emb``.
 
         rotate = lambda x: torch.cat([-x[..., R // 2 :], x[..., : R // 2]], -1)
+        rotate = lambda x: torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)  # interleaved
         q * cos.unsqueeze(1) + rotate(q) * sin.unsqueeze(1)     # the same for k
+
+    Positions in several dimensions (M-RoPE) are cos and sin whose sections come from different
+    position ids.
 
     Args:
         q: [B, heads, T, D], any strides whose last is 1.
@@ -163,6 +173,8 @@ def rope(
         cos: [B or 1, T, R], R even, without gradients. Where R < D, the rest of every head is
             copied.
         sin: as ``cos``.
+        interleaved: an entry's partner is its neighbour, as in GPT-J, Cohere and GLM; otherwise the
+            entry R / 2 away, as in Llama.
         backend: "eager", "cpu", "triton"; None chooses by device.
 
     Returns:
@@ -175,10 +187,10 @@ def rope(
     _check_rope(q, k, cos, sin)
     chosen = _choose("rope", backend, q, k, cos, sin)
     if chosen == "eager":
-        return _eager.rope(q, k, cos, sin)
+        return _eager.rope(q, k, cos, sin, interleaved)
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rope: cos and sin must not require gradients except on backend='eager'")
-    q_out, k_out = _ops.rope(q, k, cos, sin, chosen)
+    q_out, k_out = _ops.rope(q, k, cos, sin, interleaved, chosen)
     return q_out, k_out
 
 

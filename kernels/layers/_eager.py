@@ -36,14 +36,19 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return GATES[activation](gate) * up
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
     cos = cos.unsqueeze(1)
     sin = sin.unsqueeze(1)
     rotary = cos.shape[-1]
 
     def rotated(x: Tensor) -> Tensor:
         x, rest = x[..., :rotary], x[..., rotary:]
-        turned = torch.cat([-x[..., rotary // 2 :], x[..., : rotary // 2]], -1)
+        if interleaved:
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        else:
+            turned = torch.cat([-x[..., rotary // 2 :], x[..., : rotary // 2]], -1)
         out = x * cos + turned * sin
         return torch.cat([out, rest], -1) if rest.shape[-1] else out
 

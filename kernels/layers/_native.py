@@ -98,7 +98,14 @@ def gated_backward(
 
 
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, backward: bool
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    interleaved: bool,
+    backward: bool,
 ) -> None:
     """Rotate the heads of q and k; ``backward`` rotates the other way."""
     native = dispatch.native()
@@ -115,6 +122,7 @@ def rope(
         k_out=_heads(native, k_out),
         cos=_positions(native, cos),
         sin=_positions(native, sin),
+        interleaved=interleaved,
         backward=backward,
         threads=torch.get_num_threads(),
     )

@@ -180,6 +180,7 @@ def rope_backward(
     dk_out: Tensor,
     cos: Tensor,
     sin: Tensor,
+    interleaved: bool,
     dtype: torch.dtype,
     q_inside: bool,
     k_inside: bool,
@@ -188,25 +189,28 @@ def rope_backward(
     """dq and dk lie as q and k do (``heads_inside``), so that their views need no copy."""
     dq = empty_heads(dq_out, dtype, q_inside)
     dk = empty_heads(dk_out, dtype, k_inside)
-    _kernels(backend).rope(dq_out, dk_out, cos, sin, dq, dk, True)
+    _kernels(backend).rope(dq_out, dk_out, cos, sin, dq, dk, interleaved, True)
     return dq, dk
 
 
 def _save_rope(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, cos, sin, ctx.backend = inputs
+    q, k, cos, sin, ctx.interleaved, ctx.backend = inputs
     ctx.dtype = q.dtype
     ctx.inside = (heads_inside(q), heads_inside(k))
     ctx.save_for_backward(cos, sin)
 
 
 def _rope_gradients(ctx: Any, backward: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = backward(dq, dk, *ctx.saved_tensors, ctx.dtype, *ctx.inside, ctx.backend)
-    return (*gradients, None, None, None)
+    options = (ctx.interleaved, ctx.dtype, *ctx.inside, ctx.backend)
+    gradients = backward(dq, dk, *ctx.saved_tensors, *options)
+    return (*gradients, None, None, None, None)
 
 
 @differentiable(rope_backward, _save_rope, _rope_gradients)
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, cos.dtype)
     q_out, k_out = (empty_heads(x, dtype, heads_inside(x)) for x in (q, k))
-    _kernels(backend).rope(q, k, cos, sin, q_out, k_out, False)
+    _kernels(backend).rope(q, k, cos, sin, q_out, k_out, interleaved, False)
     return q_out, k_out

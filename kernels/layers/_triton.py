@@ -87,7 +87,14 @@ def gated_backward(
 
 
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, backward: bool
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    interleaved: bool,
+    backward: bool,
 ) -> None:
     q, k, cos, sin = (dense_rows(x) for x in (q, k, cos, sin))
     batch, q_heads, tokens, width = q.shape
@@ -105,7 +112,7 @@ def rope(
         _launch(
             rope_kernel, batch * tokens * tiles, q, q, k, cos, sin, q_out, k_out,
             tokens, q_heads, k.shape[1], q_tiles, tiles, half, width, *strides, *positions,
-            backward, HEADS, triton.next_power_of_2(max(half, 1)), rest, num_warps=4,
+            interleaved, backward, HEADS, triton.next_power_of_2(max(half, 1)), rest, num_warps=4,
         )  # fmt: skip
 
 

@@ -149,26 +149,31 @@ def gated_backward_kernel(
 @triton.jit
 def _turn(
     x, out, cos, sin, x_stride, out_stride, first, heads, half, width,
-    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Rotates HEADS heads of one token by its rows of cos and sin; BACKWARD rotates back."""
     col = tl.arange(0, HALF)[None, :]
-    low_cos = tl.load(cos + col, mask=col < half, other=0.0).to(tl.float32)
-    high_cos = tl.load(cos + half + col, mask=col < half, other=0.0).to(tl.float32)
-    low_sin = tl.load(sin + col, mask=col < half, other=0.0).to(tl.float32)
-    high_sin = tl.load(sin + half + col, mask=col < half, other=0.0).to(tl.float32)
+    exists = col < half
+    low = col
+    high = half + col
+    if NEIGHBOURS:
+        low = 2 * col
+        high = 2 * col + 1
+    low_cos = tl.load(cos + low, mask=exists, other=0.0).to(tl.float32)
+    high_cos = tl.load(cos + high, mask=exists, other=0.0).to(tl.float32)
+    low_sin = tl.load(sin + low, mask=exists, other=0.0).to(tl.float32)
+    high_sin = tl.load(sin + high, mask=exists, other=0.0).to(tl.float32)
     if BACKWARD:
         low_sin, high_sin = -high_sin, -low_sin
     head = first + tl.arange(0, HEADS)[:, None]
-    inside = (head < heads) & (col < half)
+    inside = (head < heads) & exists
     source = x + head.to(tl.int64) * x_stride
     target = out + head.to(tl.int64) * out_stride
-    a = tl.load(source + col, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + half + col, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target + col, (a * low_cos - b * low_sin).to(out.dtype.element_ty), mask=inside)
-    tl.store(
-        target + half + col, (b * high_cos + a * high_sin).to(out.dtype.element_ty), mask=inside
-    )
+    a = tl.load(source + low, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + high, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target + low, (a * low_cos - b * low_sin).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + high, (b * high_cos + a * high_sin).to(out.dtype.element_ty), mask=inside)
     if REST > 0:
         rest = 2 * half + tl.arange(0, REST)[None, :]
         inside = (head < heads) & (rest < width)
@@ -182,7 +187,8 @@ def rope_kernel(
     q_batch, q_head, q_token, k_batch, k_head, k_token,
     q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
     cos_batch, cos_token, sin_batch, sin_token,
-    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Rotates heads of a token: queries in ``q_tiles`` of ``tiles`` programs, keys in the rest."""
     program = tl.program_id(0)
@@ -198,7 +204,7 @@ def rope_kernel(
         first = tile * HEADS
         _turn(
             q, q_out, cos, sin, q_head, q_out_head, first, q_heads, half, width,
-            BACKWARD, HEADS, HALF, REST,
+            NEIGHBOURS, BACKWARD, HEADS, HALF, REST,
         )  # fmt: skip
     else:
         k += b * k_batch + t * k_token
@@ -206,5 +212,5 @@ def rope_kernel(
         first = (tile - q_tiles) * HEADS
         _turn(
             k, k_out, cos, sin, k_head, k_out_head, first, k_heads, half, width,
-            BACKWARD, HEADS, HALF, REST,
+            NEIGHBOURS, BACKWARD, HEADS, HALF, REST,
         )  # fmt: skip

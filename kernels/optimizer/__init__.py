@@ -1,31 +1,33 @@
 """AdamW in one pass over each parameter: clip, moments, decay, rounding, average of weights."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from merit_fast.kernels import _splitmix
-from merit_fast.kernels.optimizer import _ops
-from merit_fast.kernels.optimizer._checks import check_group, checked_grad, refuse_overlaps
-from merit_fast.kernels.optimizer._in_backward import InBackward
-from merit_fast.kernels.optimizer._state import Options, adopted, in_layout_of, is_dense, new_state
+from merit_fast.kernels.optimizer._backward.hooks import InBackward
+from merit_fast.kernels.optimizer._backward.spent import SpentGradient
+from merit_fast.kernels.optimizer._base import OptimizerWithStates
+from merit_fast.kernels.optimizer._checks import (
+    check_group,
+    check_in_backward,
+    refuse_overlaps,
+)
+from merit_fast.kernels.optimizer._sharding.norms import (
+    Sums,
+    clip_factors,
+    square_sums,
+    total_square_sum,
+)
+from merit_fast.kernels.optimizer._sharding.places import shard_number
+from merit_fast.kernels.optimizer._state import Options
+from merit_fast.kernels.optimizer._update import Group, Member, update
 
-__all__ = ["FusedAdamW", "InBackward"]
-
-Group = dict[str, Any]
+__all__ = ["FusedAdamW", "InBackward", "SpentGradient"]
 
 
-class _Member(NamedTuple):
-    """A parameter that has a gradient."""
-
-    group: Group
-    number: int  # of the parameter among all groups' parameters
-    parameter: Tensor
-
-
-class FusedAdamW(torch.optim.Optimizer):
+class FusedAdamW(OptimizerWithStates):
     """AdamW (Loshchilov & Hutter 2019) that reads and writes every element once a step.
 
     For every parameter p with gradient g, in float32 whatever the dtypes:
@@ -41,8 +43,11 @@ class FusedAdamW(torch.optim.Optimizer):
     (up or down with the probabilities that make the mean exact; Gupta et al. 2015),
     ``master="fp32"`` (4 more bytes) and ``master="split"`` (2 more bytes: the difference of the
     weight and its float32 master, so that the master is exact; the weight is its master rounded
-    to nearest, halves away from zero). A float32 weight needs none of them and ignores both
-    options.
+    to nearest, halves away from zero). ``master="split8"`` (1 more byte) keeps the upper 8 bits of
+    that difference: the master has 16 significant bits, and a step rounds it to the next of them
+    as ``rounding`` says, off by less than 2^-15 of its size without bias ("stochastic") or by at
+    most 2^-16 ("nearest", which loses smaller updates). A float32 weight needs none of them and
+    ignores both options.
 
     Args:
         params: parameters, named parameters or groups of them, as torch takes them; float32 or
@@ -52,11 +57,12 @@ class FusedAdamW(torch.optim.Optimizer):
         betas: as in ``torch.optim.AdamW``.
         eps: as in ``torch.optim.AdamW``.
         weight_decay: as in ``torch.optim.AdamW``, whose default is 0.01.
-        rounding: "stochastic" or "nearest", for bf16 weights without a master and for moments that
-            are not float32. The random bits are a function of (seed, step, number of the parameter,
-            element): the same on every backend, ISA level and number of threads.
-        master: "none", "fp32" or "split", for bf16 weights. Whoever writes to such a weight by hand
-            must write to ``state[p]["master"]`` too.
+        rounding: "stochastic" or "nearest", for bf16 weights without a master, for 8-bit
+            remainders and for moments that are not float32. The random bits are a function of
+            (seed, step, number of the parameter, element): the same on every backend, ISA level
+            and number of threads.
+        master: "none", "fp32", "split" or "split8", for bf16 weights. A weight that someone else
+            wrote becomes its float32 master at the next step.
         moments: "fp32", "bf16" or "int8". 8-bit moments share a float32 scale in blocks of 256:
             m = sign * (code / 127)^2 * scale, v = (code / 255)^4 * scale. A v above zero never
             rounds to zero.
@@ -64,16 +70,26 @@ class FusedAdamW(torch.optim.Optimizer):
             mean of all weights. It begins as the first updated weight. None: no average.
         max_norm: clip the norm of all gradients together. The norm is computed before the update,
             in float64 sums of fixed order, and left in ``grad_norm``, a float64 scalar; ``p.grad``
-            keeps its values. ``inf`` only measures; 0 turns clipping off.
+            keeps its values. ``inf`` only measures; 0 turns clipping off. Shards count together.
         zero_grad: write zeros into the gradients in the same pass. Where gradients can be None,
             ``zero_grad()`` costs less.
         seed: seed of stochastic rounding.
+        skip_nonfinite: leave out a step whose gradients hold a NaN or an infinity: nothing changes,
+            no step is counted, ``num_skipped`` grows by one. Costs the norm, and on a GPU a wait.
+        process_group: the processes over which plain tensors are sharded (FSDP1, ZeRO), for the
+            norm and the rounding. None: plain tensors are whole; with a norm and several processes
+            every step compares their norms, so every process must take it.
         backend: "eager" (PyTorch), "cpu" (native), "triton"; None chooses by device.
+
+    DTensors (FSDP2, tensor parallelism) are updated in place, with states of the same mesh and
+    placements. Their rounding depends on an element's place in the whole parameter, so no mesh
+    changes a bit of it.
 
     The state has torch's keys (step, exp_avg, exp_avg_sq) and ours (exp_avg_scale,
     exp_avg_sq_scale, master, low_bits, average, num_averaged). With float32 moments
     ``torch.optim.AdamW`` loads it, and the other way round. A run resumed by ``load_state_dict``
-    gives the bits of an unbroken one.
+    gives the bits of an unbroken one. State dicts hold the options: the loaded seed replaces this
+    one, and any other difference is a warning.
 
     Raises:
         ValueError: an option out of its range; parameters that overlap in memory; a sparse
@@ -97,12 +113,17 @@ class FusedAdamW(torch.optim.Optimizer):
         max_norm: float = 0.0,
         zero_grad: bool = False,
         seed: int = 0,
+        skip_nonfinite: bool = False,
+        process_group: Any = None,
         backend: str | None = None,
     ) -> None:
-        self.options = Options(
-            rounding, master, moments, average_decay, max_norm, zero_grad, seed, backend
-        )
+        kinds = (rounding, master, moments, average_decay)
+        self.options = Options(*kinds, max_norm, zero_grad, seed, backend, skip_nonfinite)
+        self.process_group = process_group
         self.grad_norm: Tensor | None = None
+        self.last_norm: float | None = None
+        self.num_skipped = 0
+        self._in_backward: InBackward | None = None
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
@@ -115,6 +136,8 @@ class FusedAdamW(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        if self._in_backward is not None:
+            self._in_backward.refresh()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -123,150 +146,88 @@ class FusedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbered = enumerate(
-            (group, parameter) for group in self.param_groups for parameter in group["params"]
-        )
-        members = [
-            _Member(group, number, parameter)
-            for number, (group, parameter) in numbered
-            if parameter.grad is not None
-        ]
-        clips = self._clip([member.parameter for member in members])
-        self._update(members, clips)
+        if self._in_backward is not None:
+            self._in_backward.finish_step()
+            return loss
+        members = [member for member in self.members() if member.parameter.grad is not None]
+        clips: Mapping[torch.device, Tensor] = {}
+        if self.options.max_norm or self.options.skip_nonfinite:
+            sums = square_sums([member.parameter for member in members], self.options.backend)
+            norm = self.measured(sums, compare=True)
+            clips = self.clips(norm)
+            if self.skips(norm):
+                if self.options.zero_grad:
+                    super().zero_grad(set_to_none=False)
+                return loss
+        self.update(members, clips)
         return loss
 
-    def step_in_backward(self) -> InBackward:
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, spent ones too."""
+        if self._in_backward is not None:
+            self._in_backward.drop_step()
+        super().zero_grad(set_to_none)
+
+    def step_in_backward(
+        self,
+        *,
+        clip: str | None = None,
+        accumulation: int = 1,
+        ddp: Any = None,
+        reduced: bool = False,
+    ) -> InBackward:
         """Updates every parameter inside the backward pass from now on. See ``InBackward``.
 
         A parameter is updated as soon as its gradient is complete, and the gradient is freed, so
-        that only a few gradients are in memory at once.
+        that only a few gradients are in memory at once. Call ``step`` as ever.
+
+        Args:
+            clip: how ``max_norm`` clips, since the norm of all gradients is known only after the
+                pass. "previous": by the norm of the step before; the first step keeps its gradients
+                and clips by its own. "two-pass": by its own norm, which a backward pass inside
+                ``InBackward.measuring()`` takes first. With ``accumulation`` above 1 or ``ddp`` all
+                gradients are in memory anyway, and one pass is enough.
+            accumulation: backward passes that make a step; the last one updates. Counted are the
+                passes that reduce gradients: those inside DDP's ``no_sync`` or FSDP2's
+                ``set_requires_gradient_sync(False)`` only accumulate. A ``step`` after fewer passes
+                takes what is there.
+            ddp: the DistributedDataParallel that holds the parameters. Its communication hook is
+                taken; the update uses reduced gradients, when the pass ends.
+            reduced: promises, for plain parameters among several processes without ``ddp``, that
+                hooks see gradients that need no reduction, as in a model of this process only.
 
         Raises:
-            ValueError: with ``max_norm``, which needs all gradients before the first update.
+            ValueError: ``max_norm`` without ``clip`` or the reverse; ``skip_nonfinite`` without
+                "two-pass"; plain parameters among several processes; hooks that are there already.
         """
-        if self.options.max_norm:
-            raise ValueError(
-                "FusedAdamW: step_in_backward needs max_norm=0, since the norm of all gradients is "
-                f"known only after the backward pass; got {self.options.max_norm}"
-            )
-        return InBackward(self.param_groups, lambda *member: self._update([_Member(*member)], {}))
+        check_in_backward(self._parameters(), self.options, clip, accumulation, ddp, reduced)
+        if self._in_backward is not None and not self._in_backward.removed:
+            raise ValueError("FusedAdamW: step_in_backward is on already; remove() it first")
+        self._in_backward = InBackward(self, clip, accumulation, ddp)
+        return self._in_backward
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of ours or of ``torch.optim.AdamW``; states keep their own dtypes."""
-        for group in state_dict["param_groups"]:
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    raise ValueError(
-                        f"FusedAdamW: has no {name}, the loaded state was made with it"
-                    )
-        # torch casts states to the parameters' dtypes; ``adopted`` puts back the dtypes they need.
-        super().load_state_dict(state_dict)
-        names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        for name, parameter in zip(names, self._parameters(), strict=True):
-            if name in state_dict["state"]:
-                self.state[parameter] = adopted(parameter, state_dict["state"][name], self.options)
+    def square_sum(self, parameter: Tensor) -> Tensor:
+        """Float64 scalar: the sum of squares of the local part of a parameter's gradient."""
+        return square_sums([parameter], self.options.backend)[0][1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "options": self.options, "grad_norm": self.grad_norm}
+    def measured(self, sums: Sums, compare: bool = False) -> Tensor:
+        """The norm of whole gradients, left in ``grad_norm``."""
+        norm = total_square_sum(self._parameters(), sums, self.process_group, compare).sqrt()
+        self.grad_norm = norm
+        return norm
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+    def clips(self, norm: Tensor | float) -> dict[torch.device, Tensor]:
+        """Float32 factors for the gradients of each device, whose norm is ``norm``."""
+        return clip_factors(self._parameters(), norm, self.options.max_norm)
 
-    def _clip(self, parameters: Iterable[Tensor]) -> dict[torch.device, Tensor]:
-        """Factors for the gradients of each device. Leaves the norm of all in ``grad_norm``."""
-        if not self.options.max_norm:
-            return {}
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for parameter in parameters:
-            grad = checked_grad(parameter)
-            grad = grad if is_dense(grad) else grad.contiguous()
-            kinds.setdefault((grad.device, grad.dtype), []).append(grad)
-        sums = [_ops.grad_square_sum(grads, self.options.backend) for grads in kinds.values()]
-        total = torch.zeros((), dtype=torch.float64, device=sums[0].device if sums else None)
-        for each in sums:
-            total += each.to(total.device)
-        self.grad_norm = total.sqrt()
-        clip = (self.options.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0).float()
-        return {device: clip.to(device) for device, _ in kinds}
+    def skips(self, norm: Tensor) -> bool:
+        """Whether a step whose gradients have this norm is left out; counts it."""
+        if not self.options.skip_nonfinite or bool(norm.isfinite()):
+            return False
+        self.num_skipped += 1
+        return True
 
-    def _update(self, members: Iterable[_Member], clips: Mapping[torch.device, Tensor]) -> None:
-        """Updates the members, with one call of the op for all tensors of a group and a kind."""
-        kinds: dict[tuple[Any, ...], list[_Member]] = {}
-        for member in members:
-            parameter = member.parameter
-            grad = checked_grad(parameter)
-            kind = (id(member.group), parameter.device, parameter.dtype, grad.dtype)
-            kinds.setdefault(kind, []).append(member)
-        for (_, device, *_), alike in kinds.items():
-            self._call(alike, clips.get(device))
-
-    def _call(self, members: Sequence[_Member], clip: Tensor | None) -> None:
-        """Updates members of one group and kind."""
-        parameters = [member.parameter.detach() for member in members]
-        originals = [checked_grad(member.parameter) for member in members]
+    def update(self, members: Sequence[Member], clips: Mapping[torch.device, Tensor]) -> None:
+        """Updates members that have a gradient."""
         states = [self.state_of(member.parameter) for member in members]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        steps = [int(state["step"]) for state in states]
-        weights = [p if is_dense(p) else torch.empty_like(p).copy_(p) for p in parameters]
-        grads = [
-            in_layout_of(member.parameter, grad)
-            for member, grad in zip(members, originals, strict=True)
-        ]
-
-        def held(*names: str) -> list[Tensor]:
-            return [state[name] for name in names for state in states if name in state]
-
-        group = members[0].group
-        lr = float(group["lr"])
-        beta1, beta2 = map(float, group["betas"])
-        numbers = [1.0 - lr * float(group["weight_decay"]), beta1, beta2, float(group["eps"])]
-        _ops.adamw(
-            weights,
-            grads,
-            held("exp_avg"),
-            held("exp_avg_sq"),
-            held("exp_avg_scale", "exp_avg_sq_scale"),
-            held("master", "low_bits"),
-            held("average"),
-            clip,
-            list(self._rates(lr, beta1, beta2, steps, states)),
-            [
-                _key(self.options.seed, step, member.number)
-                for step, member in zip(steps, members, strict=True)
-            ],
-            numbers,
-            self.options.rounding == "stochastic",
-            self.options.zero_grad,
-            self.options.backend,
-        )
-        for parameter, weight in zip(parameters, weights, strict=True):
-            if weight is not parameter:
-                parameter.copy_(weight)
-        for grad, original in zip(grads, originals, strict=True):
-            if self.options.zero_grad and grad is not original:
-                original.zero_()
-
-    def _rates(
-        self, lr: float, beta1: float, beta2: float, steps: list[int], states: list[dict[str, Any]]
-    ) -> Iterator[float]:
-        for step, state in zip(steps, states, strict=True):
-            share = 0.0
-            if "average" in state:
-                share = self.options.average_weight(state["num_averaged"])
-                state["num_averaged"] += 1
-            yield from (lr / (1.0 - beta1**step), 1.0 / (1.0 - beta2**step) ** 0.5, share)
-
-    def state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """The state of a parameter; makes it if needed. Its master exists before the first step."""
-        state: dict[str, Any] = self.state[parameter]
-        if not state:
-            state.update(new_state(parameter, self.options))
-        return state
-
-
-def _key(seed: int, step: int, number: int) -> int:
-    """64 signed bits: SplitMix64 of seed, step and parameter number in turn."""
-    key = 0
-    for value in (seed, step, number):
-        key = _splitmix.draw(key + value, 0)
-    return key
+        update(members, states, self.options, clips, shard_number(self.process_group))

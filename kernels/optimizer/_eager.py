@@ -9,13 +9,14 @@ from torch.nn import functional as F
 from merit_fast.kernels.optimizer._step import Step
 
 BLOCK = 256  # 8-bit moments that share a scale
+RANDOM_BLOCK = 1024  # elements whose random bits share a key
 _MASK = 0xFFFFFFFF
 _TINY = torch.finfo(torch.float32).tiny
 _HUGE = torch.finfo(torch.float32).max
 
 
-def adamw(step: Step, k: int) -> None:
-    """Updates tensor ``k`` of a step."""
+def adamw(step: Step, k: int) -> bool:
+    """Updates tensor ``k`` of a step. Returns whether a weight won over its master."""
     weight = flat(step.weights[k])
     grad = flat(step.grads[k])
     exp_avg = flat(step.exp_avgs[k])
@@ -29,24 +30,23 @@ def adamw(step: Step, k: int) -> None:
     g = grad.float() if step.clip is None else grad.float() * step.clip
     m = decoded(exp_avg, scales[0], second=False) if scales else exp_avg.float()
     v = decoded(exp_avg_sq, scales[1], second=True) if scales else exp_avg_sq.float()
+    won = take_over_weights(weight, master)
     w = full_weight(weight, master)
     rest1 = 1.0 - beta1
     m = m + rest1 * (g - m) if _single(rest1) < 0.5 else g + -beta1 * (g - m)
     v = v * beta2 + (1.0 - beta2) * g * g
     w = w * decay - rate * (m / (_sqrt(v) * root + epsilon))
 
-    low = step.keys[k] & _MASK
-    high = (step.keys[k] >> 32) & _MASK
     bits = moment_bits = None
     if step.stochastic:
-        bits = random_bits(len(weight), low, high, weight.device)
-        moment_bits = random_bits(len(weight), high, low, weight.device)
+        bits, moment_bits = random_bits(len(weight), step.keys[k], weight.device, step.firsts[k])
     _store_weight(w, weight, master, bits)
     _store_moments((m, v), (exp_avg, exp_avg_sq), scales, moment_bits)
     if average is not None:
         average += (full_weight(weight, master) - average) * average_weight
     if step.zero_grad:
         grad.zero_()
+    return won
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -61,13 +61,29 @@ def square_sum(grads: Sequence[Tensor]) -> Tensor:
 
 
 def full_weight(weight: Tensor, master: Tensor | None) -> Tensor:
-    """The float32 weight: itself, its master, or the bf16 weight joined with its 16 low bits."""
+    """The float32 weight: itself, its master, or the bf16 weight joined with its low bits.
+
+    16 low bits give all bits of the master, 8 low bits give 24 of them.
+    """
     if master is None or weight.dtype == torch.float32:
         return weight.float()
     if master.dtype == torch.float32:
         return master
     high = weight.view(torch.int16).int() << 16
-    return (high + master.int()).view(torch.float32)
+    low = master.int() << 8 if master.dtype == torch.int8 else master.int()
+    return (high + low).view(torch.float32)
+
+
+def take_over_weights(weight: Tensor, master: Tensor | None) -> bool:
+    """Makes every weight that is not its float32 master rounded the master; whether one was not.
+
+    Such a weight was written by someone else. A weight that is NaN does not count.
+    """
+    if master is None or master.dtype != torch.float32 or weight.dtype == torch.float32:
+        return False
+    differs = master.bfloat16().view(torch.int16) != weight.view(torch.int16)
+    master.copy_(torch.where(differs, weight.float(), master))
+    return bool((differs & ~weight.isnan()).any())
 
 
 def _store_weight(w: Tensor, weight: Tensor, master: Tensor | None, bits: Tensor | None) -> None:
@@ -79,9 +95,13 @@ def _store_weight(w: Tensor, weight: Tensor, master: Tensor | None, bits: Tensor
     else:
         # To nearest, halves away from zero: every weight has 2^16 masters, which 16 bits tell
         # apart.
-        raw = torch.where(w.isnan(), 0x7FC00000, w.view(torch.int32))
+        raw = w.view(torch.int32)
+        if master.dtype == torch.int8:
+            noise = torch.full_like(raw, 0x80) if bits is None else bits >> 24
+            raw = _with_random(w, noise)
+        raw = torch.where(w.isnan(), 0x7FC00000, raw)
         weight.view(torch.int16).copy_((raw + 0x8000) >> 16)
-        master.copy_(raw)
+        master.copy_(raw >> 8 if master.dtype == torch.int8 else raw)
 
 
 def _store_moments(
@@ -112,21 +132,40 @@ def stochastic_bf16(values: Tensor, bits16: Tensor) -> Tensor:
 
     Values that bf16 can express stay as they are, and nothing finite becomes infinite.
     """
-    raw = values.view(torch.int32)
-    total = raw + bits16.int()
-    past = (total & 0x7FFFFFFF) >= 0x7F800000
-    cut = (torch.where(past, raw, total) >> 16).to(torch.int16).view(torch.bfloat16)
+    cut = (_with_random(values, bits16) >> 16).to(torch.int16).view(torch.bfloat16)
     return cut.masked_fill(values.isnan(), float("nan"))
 
 
+def _with_random(values: Tensor, random: Tensor) -> Tensor:
+    """The bits of float32 values, int32, plus ``random`` for sizes below bf16's largest."""
+    raw = values.view(torch.int32)
+    return raw + torch.where((raw & 0x7FFFFFFF) < 0x7F7F0000, random, 0).int()
+
+
 def random_bits(
-    count: int, before: int, between: int, device: torch.device | None = None
-) -> Tensor:
-    """[count] int64 below 2^32: two rounds of Wellons' lowbias32 of the index, each after a key."""
-    index = torch.arange(count, device=device)
-    x = (index & _MASK) ^ before
-    x = (x ^ x >> 16) * 0x7FEB352D & _MASK
-    x = x ^ between ^ ((index >> 32) * 0x9E3779B9 & _MASK)
+    count: int, key: int, device: torch.device | None = None, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Random bits for weights and for moments: two [count] int64 below 2^32.
+
+    They are of the elements ``first``, ``first`` + 1, ... of one step of one parameter, whose
+    64-bit key this is. Two rounds of a hash: the first of the element's place in its 1024, the
+    second begins with a key of the 1024.
+    """
+    index = torch.arange(first, first + count, device=device)
+    place = _mixed((index & RANDOM_BLOCK - 1) ^ (key & _MASK))
+    block = index // RANDOM_BLOCK
+    weight_key = _mixed((block & _MASK) ^ (key >> 32 & _MASK))
+    weight_key = _mixed(weight_key ^ block >> 32)
+    moment_key = _mixed(weight_key + 0x9E3779B9 & _MASK)
+    return _second_round(place ^ weight_key), _second_round(place ^ moment_key)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Wellons' lowbias32 of int64 below 2^32."""
+    return _second_round((x ^ x >> 16) * 0x7FEB352D & _MASK)
+
+
+def _second_round(x: Tensor) -> Tensor:
     x = (x ^ x >> 15) * 0x846CA68B & _MASK
     return x ^ x >> 16
 
@@ -152,19 +191,24 @@ def encode(
     """
     steps, power = (255, 4) if second else (127, 2)
     rows = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
-    size = rows.abs()
-    top = size.amax(1)  # NaN if one is
+    top = rows.abs().amax(1)  # NaN if one is
     usable = (top >= _TINY) & (top <= _HUGE)
-    inverse = 1 / torch.where(usable, top, 1.0)
-    scaled = size * inverse[:, None] * float(steps**power)
-    root = _sqrt(_sqrt(scaled)) if second else _sqrt(scaled)
-    whole = torch.where(root < steps - 1, root, steps - 1.0).trunc()
-    below = _power(whole, power)
-    above = _power(whole + 1, power)
-    share: Tensor | float = 0.5
+    divisor = torch.where(usable, top, 1.0)
+    lift = torch.where(divisor < 2.0**-80, 2.0**64, 1.0)  # else the factor could be infinite
+    factor = torch.tensor(float(steps**power)) / (divisor * lift)
+    scaled = rows.abs() * lift[:, None] * factor[:, None]
+    if second:
+        root_factor = torch.tensor(float(steps**2)) / _sqrt(divisor)
+        root = _sqrt(_sqrt(rows) * root_factor[:, None])
+    else:
+        root = _sqrt(scaled)
+    low = torch.where(root < steps - 1, root, steps - 1.0).trunc()
+    below = _power(low, power)
+    gap = _power(low + 1, power) - below
+    draw: Tensor | float = 0x8000
     if bits is not None:
-        share = F.pad(bits, (0, -len(bits) % BLOCK)).view(-1, BLOCK).float() * 2.0**-16
-    code = whole + (share * (above - below) < scaled - below)
+        draw = F.pad(bits, (0, -len(bits) % BLOCK)).view(-1, BLOCK).float()
+    code = low + (draw * (gap * 2.0**-16) < scaled - below)
     if second:
         code = torch.where((code == 0) & (scaled > 0), 1.0, code)
     else:

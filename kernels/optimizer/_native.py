@@ -10,11 +10,11 @@ from merit_fast.kernels.optimizer._step import Step
 
 # Codes of csrc/optimizer/optimizer.h.
 MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
-MASTERS = (None, torch.float32, torch.int16)
+MASTERS = (None, torch.float32, torch.int16, torch.int8)
 
 
-def adamw(step: Step) -> None:
-    """Updates the tensors of ``step``."""
+def adamw(step: Step) -> Tensor:
+    """Updates the tensors of ``step``. Returns whether a weight of each won over its master."""
     native = dispatch.native()
     count = len(step)
     tensors = native.AdamWTensors(
@@ -28,12 +28,13 @@ def adamw(step: Step) -> None:
         masters=_addresses(step.masters),
         averages=_addresses(step.averages),
         keys=[key & 0xFFFFFFFFFFFFFFFF for key in step.keys],
+        firsts=list(step.firsts),
         rates=step.rates[0::3],
         roots=step.rates[1::3],
         average_weights=step.rates[2::3],
     )
     decay, beta1, beta2, epsilon = step.numbers
-    native.adamw(
+    won = native.adamw(
         tensors=tensors,
         weight_bf16=step.weights[0].dtype == torch.bfloat16,
         grad_bf16=step.grads[0].dtype == torch.bfloat16,
@@ -48,6 +49,7 @@ def adamw(step: Step) -> None:
         clip=1.0 if step.clip is None else float(step.clip),
         threads=torch.get_num_threads(),
     )
+    return torch.tensor(won, dtype=torch.bool)
 
 
 def square_sum(grads: Sequence[Tensor]) -> Tensor:

@@ -28,26 +28,30 @@ def adamw(
     clip: Tensor | None,
     rates: Sequence[float],
     keys: Sequence[int],
+    firsts: Sequence[int],
     numbers: Sequence[float],
     stochastic: bool,
     zero_grad: bool,
     backend: str | None,
-) -> None:
-    """Updates the N tensors of a ``Step``, which has the same fields."""
+) -> Tensor:
+    """Updates the N tensors of a ``Step``, which has the same fields.
+
+    Returns [N] bool: whether some bf16 weight was not its float32 master rounded to nearest. Such
+    a weight, written by someone else, becomes its master before the update.
+    """
     step = Step(
         weights, grads, exp_avgs, exp_avg_sqs, scales, masters, averages,
-        clip, rates, keys, numbers, stochastic, zero_grad,
+        clip, rates, keys, firsts, numbers, stochastic, zero_grad,
     )  # fmt: skip
     chosen = dispatch.choose("adamw", weights[0].device.type, backend)
     if chosen == "triton":
         from merit_fast.kernels.optimizer import _triton
 
-        _triton.adamw(step)
-    elif chosen == "cpu":
-        _native.adamw(step)
-    else:
-        for k in range(len(step)):
-            _eager.adamw(step, k)
+        return _triton.adamw(step)
+    if chosen == "cpu":
+        return _native.adamw(step)
+    won = [_eager.adamw(step, k) for k in range(len(step))]
+    return torch.tensor(won, dtype=torch.bool, device=weights[0].device)
 
 
 @torch.library.custom_op("merit_fast::grad_square_sum", mutates_args=())
@@ -64,8 +68,8 @@ def grad_square_sum(grads: Sequence[Tensor], backend: str | None) -> Tensor:
 
 
 @adamw.register_fake
-def _(*arguments: object) -> None:
-    return None
+def _(weights: Sequence[Tensor], *arguments: object) -> Tensor:
+    return weights[0].new_empty(len(weights), dtype=torch.bool)
 
 
 @grad_square_sum.register_fake

@@ -1,6 +1,5 @@
-"""The state that an optimizer keeps for a parameter: new, or adopted from a loaded one."""
+"""The options of an optimizer and the state that it keeps for a parameter."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,14 +7,15 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels.optimizer import _eager
-from merit_fast.kernels.optimizer._eager import flat
+from merit_fast.kernels.optimizer._sharding import places
 
 CHOICES = {
     "rounding": ("stochastic", "nearest"),
-    "master": ("none", "fp32", "split"),
+    "master": ("none", "fp32", "split", "split8"),
     "moments": ("fp32", "bf16", "int8"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LOW_BITS = {"split": torch.int16, "split8": torch.int8}  # of a master
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Options:
     zero_grad: bool
     seed: int
     backend: str | None
+    skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -80,88 +81,66 @@ def in_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     return tensor if tensor.stride() == like.stride() else like.copy_(tensor)
 
 
+def keeps_codes(parameter: Tensor, options: Options) -> bool:
+    """Whether its moments are 8-bit codes.
+
+    A DTensor's rows must be whole blocks, so that no mesh of row shards parts a block; others keep
+    float32 moments on every mesh.
+
+    Raises:
+        ValueError: a DTensor with 8-bit moments is sharded by anything but rows.
+    """
+    if options.moments != "int8":
+        return False
+    if not places.is_sharded(parameter):
+        return True
+    if parameter.dim() < 2 or parameter.shape[1:].numel() % _eager.BLOCK:
+        return False
+    for placement in parameter.placements:  # type: ignore[attr-defined]
+        if not (placement.is_replicate() or placement.is_shard(0)):
+            raise ValueError(
+                'FusedAdamW: moments="int8" needs DTensors that are sharded by rows, got '
+                f"{placement} of a parameter of shape {list(parameter.shape)}"
+            )
+    return True
+
+
 @torch.no_grad()
 def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
     """A state with torch's keys, from which torch's AdamW can resume, and ours.
 
-    8-bit moments are flat, in memory order.
+    8-bit moments are flat, in memory order. Those of a DTensor have its shape [R, ...], and their
+    scales are [R, blocks of a row]; all its state but the step has its mesh and placements.
     """
+    part = places.local(parameter.detach())
+    sharded = places.is_sharded(parameter)
+    if sharded:
+        part = part.contiguous()
+
+    def zeros(dtype: torch.dtype) -> Tensor:
+        return places.like(parameter, torch.zeros_like(part, dtype=dtype))
+
     state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+    codes = keeps_codes(parameter, options)
+    plain = DTYPES["fp32" if options.moments == "int8" else options.moments]
     for name, code in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
-        if options.moments == "int8":
-            state[name] = torch.zeros(parameter.numel(), dtype=code, device=parameter.device)
-            blocks = -(-parameter.numel() // _eager.BLOCK)
-            state[f"{name}_scale"] = torch.zeros(
-                blocks, dtype=torch.float32, device=parameter.device
-            )
+        if codes and sharded:
+            state[name] = zeros(code)
+            blocks = parameter.shape[1:].numel() // _eager.BLOCK
+            scale = torch.zeros((part.shape[0], blocks), device=part.device)
+            shape = (parameter.shape[0], blocks)
+            state[f"{name}_scale"] = places.wrapped(parameter, scale, shape)
+        elif codes:
+            state[name] = torch.zeros(part.numel(), dtype=code, device=part.device)
+            blocks = -(-part.numel() // _eager.BLOCK)
+            state[f"{name}_scale"] = torch.zeros(blocks, device=part.device)
         else:
-            state[name] = torch.zeros_like(parameter, dtype=DTYPES[options.moments])
+            state[name] = zeros(plain)
     if parameter.dtype == torch.bfloat16 and options.master == "fp32":
-        state["master"] = torch.empty_like(parameter, dtype=torch.float32).copy_(parameter)
-    elif parameter.dtype == torch.bfloat16 and options.master == "split":
-        state["low_bits"] = torch.zeros_like(parameter, dtype=torch.int16)
+        state["master"] = places.like(parameter, part.to(torch.float32, copy=True))
+    elif parameter.dtype == torch.bfloat16 and options.master in LOW_BITS:
+        state["low_bits"] = zeros(LOW_BITS[options.master])
     if options.average_decay is not None:
-        state["average"] = torch.zeros_like(parameter, dtype=torch.float32)
+        state["average"] = zeros(torch.float32)
         state["num_averaged"] = 0
     return state
-
-
-@torch.no_grad()
-def adopted(parameter: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """A loaded state in the dtypes and layout of ``new_state``; missing entries are new.
-
-    Raises:
-        ValueError: it holds a master of the other kind, or tensors of another size.
-    """
-    state = new_state(parameter, options)
-    if not saved:
-        return {}
-    state["step"].fill_(float(saved["step"]))
-    for name in ("exp_avg", "exp_avg_sq"):
-        _adopt_moment(parameter, saved, state, name)
-    for name, other in (("master", "low_bits"), ("low_bits", "master")):
-        if name in state and name in saved:
-            state[name] = _moved(parameter, saved[name], state[name].dtype, name)
-        elif name in state and other in saved:
-            raise ValueError(
-                f"FusedAdamW: the loaded state keeps {other!r}, "
-                f"master={options.master!r} needs {name!r}"
-            )
-    if "average" in state and "average" in saved:
-        state["average"] = _moved(parameter, saved["average"], torch.float32, "average")
-        state["num_averaged"] = int(saved["num_averaged"])
-    return state
-
-
-def _adopt_moment(
-    parameter: Tensor, saved: Mapping[str, Any], state: dict[str, Any], name: str
-) -> None:
-    value = saved[name]
-    second = name == "exp_avg_sq"
-    scale = f"{name}_scale"
-    if scale in saved and scale in state:
-        if saved[scale].shape != state[scale].shape:
-            raise ValueError(
-                f"FusedAdamW: loaded {scale} must be {list(state[scale].shape)}, "
-                f"is {list(saved[scale].shape)}"
-            )
-        state[name] = value.to(state[name].dtype).to(parameter.device)
-        state[scale] = saved[scale].to(parameter.device, torch.float32)
-        return
-    if scale in saved:
-        plain = torch.empty_like(parameter, dtype=torch.float32)
-        flat(plain).copy_(_eager.decoded(value, saved[scale].float(), second=second))
-        value = plain
-    if scale in state:
-        plain = torch.empty_like(parameter, dtype=torch.float32).copy_(value)
-        _eager.encode(flat(plain), state[name], state[scale], second=second, bits=None)
-    else:
-        state[name] = _moved(parameter, value, state[name].dtype, name)
-
-
-def _moved(parameter: Tensor, value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if value.shape != parameter.shape:
-        raise ValueError(
-            f"FusedAdamW: loaded {name} must be {list(parameter.shape)}, is {list(value.shape)}"
-        )
-    return in_layout_of(parameter, value.to(device=parameter.device, dtype=dtype))

@@ -26,6 +26,7 @@ class Step:
         float
     ]  # for each tensor: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), share in average
     keys: Sequence[int]  # 64 bits of (seed, step, parameter), signed, for stochastic rounding
+    firsts: Sequence[int]  # index of each tensor's first element in its whole parameter
     numbers: Sequence[float]  # 1 - lr * weight_decay, beta1, beta2, epsilon
     stochastic: bool
     zero_grad: bool

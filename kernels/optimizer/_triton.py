@@ -1,8 +1,9 @@
 """Launches AdamW's Triton kernel: one launch for all tensors of a step.
 
 The table holds rows of N numbers: first blocks, sizes, the addresses of weights, gradients,
-moments, their scales, masters and averages (0: none), keys, and three float32 as bits: step size,
-root, share in the average.
+moments, their scales, masters and averages (0: none), keys, three float32 as bits (step size,
+root, share in the average), the index of the first element in the whole parameter, and the address
+of the byte that says whether a weight won over its master.
 """
 
 from collections.abc import Sequence
@@ -20,26 +21,28 @@ BLOCK = ROWS * WIDTH
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # Codes in ``KINDS``: moments and masters as in csrc/optimizer/optimizer.h.
 MOMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-MASTERS = {torch.float32: 1, torch.int16: 2}
+MASTERS = {torch.float32: 1, torch.int16: 2, torch.int8: 3}
 
 Kinds = tuple[int | bool, ...]
 
 
-def adamw(step: Step) -> None:
-    """Updates every tensor of a step."""
-    table, kinds, blocks = describe(step)
-    if not blocks:
-        return
+def adamw(step: Step) -> Tensor:
+    """Updates every tensor of a step. Returns whether a weight of each won over its master."""
     weight = step.weights[0]
+    won = torch.zeros(len(step), dtype=torch.bool, device=weight.device)
+    table, kinds, blocks = describe(step, won)
+    if not blocks:
+        return won
     table = _tables.on_device_of(weight, table)
     decay, beta1, beta2, epsilon = step.numbers
     scalars = (decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2, epsilon)
     clip = table if step.clip is None else step.clip
     arguments = (table, len(step), clip, *scalars, kinds, ROWS, WIDTH)
     _tables.launch(adamw_kernel, blocks, weight, arguments, OPTIONS)
+    return won
 
 
-def describe(step: Step) -> tuple[Tensor, Kinds, int]:
+def describe(step: Step, won: Tensor) -> tuple[Tensor, Kinds, int]:
     """The table on the CPU, the kinds that the compiler must know, and the number of blocks."""
     sizes = [weight.numel() for weight in step.weights]
     starts, blocks = _tables.first_blocks(sizes, BLOCK)
@@ -60,6 +63,8 @@ def describe(step: Step) -> tuple[Tensor, Kinds, int]:
         averages,
         list(step.keys),
         *rates,
+        list(step.firsts),
+        [won.data_ptr() + k for k in range(count)],
     ]
     return _tables.table_of(rows), _kinds(step, aligned), blocks
 

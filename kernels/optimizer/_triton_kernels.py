@@ -10,13 +10,18 @@ import triton.language as tl
 
 from merit_fast.kernels._tables import pointer_to, tensor_of_block
 from merit_fast.kernels.optimizer._triton_numbers import (
+    RANDOM_BLOCK,
+    block_keys,
+    first_round,
     load,
     load_codes,
+    nearest_bits,
     number_at,
     random_bits,
     read,
     store_bf16,
     store_codes,
+    with_random,
     write,
 )
 
@@ -34,6 +39,8 @@ KEY = tl.constexpr(10)
 RATE = tl.constexpr(11)
 ROOT = tl.constexpr(12)
 SHARE = tl.constexpr(13)
+FIRST = tl.constexpr(14)
+WON = tl.constexpr(15)
 
 
 @triton.jit
@@ -53,17 +60,27 @@ def _load_moments(
 
 
 @triton.jit
-def _load_weight(weight, master, index, inside, KINDS: tl.constexpr, FULL: tl.constexpr):
-    """The float32 weight: itself, its master, or the bf16 weight joined with its 16 low bits."""
+def _load_weight(weight, master, won, index, inside, KINDS: tl.constexpr, FULL: tl.constexpr):
+    """The float32 weight: itself, its master, or the bf16 weight joined with its low bits.
+
+    A weight that is not its float32 master rounded is the master, and ``won`` becomes 1.
+    """
     ALIGNED: tl.constexpr = KINDS[0]
     KIND: tl.constexpr = KINDS[4] if KINDS[1] else 0
+    w = load(weight, index, inside, KINDS[1], ALIGNED, FULL)
     if KIND == 1:
-        w = load(master, index, inside, False, ALIGNED, FULL)
-    else:
-        w = load(weight, index, inside, KINDS[1], ALIGNED, FULL)
-    if KIND == 2:
-        missing = read(pointer_to(master, tl.int16, ALIGNED) + index, inside, FULL).to(tl.int32)
-        w = (w.to(tl.int32, bitcast=True) + missing).to(tl.float32, bitcast=True)
+        full = load(master, index, inside, False, ALIGNED, FULL)
+        stored = w.to(tl.uint32, bitcast=True)
+        differs = (nearest_bits(full) != (stored >> 16)) & inside
+        counted = differs & ((stored & 0x7FFFFFFF) <= 0x7F800000)  # NaN has many bits
+        tl.store(won, 1, mask=tl.max(tl.max(counted.to(tl.int32), axis=1), axis=0) > 0)
+        w = tl.where(differs, w, full)
+    elif KIND == 2:
+        low = read(pointer_to(master, tl.int16, ALIGNED) + index, inside, FULL).to(tl.int32)
+        w = (w.to(tl.int32, bitcast=True) + low).to(tl.float32, bitcast=True)
+    elif KIND == 3:
+        low = read(pointer_to(master, tl.int8, ALIGNED) + index, inside, FULL).to(tl.int32)
+        w = (w.to(tl.int32, bitcast=True) + low * 256).to(tl.float32, bitcast=True)
     return w
 
 
@@ -94,27 +111,32 @@ def _store_moments(
 
 @triton.jit
 def _store_weight(
-    weight, master, index, inside, w, key_low, key_high, moment_bits,
-    KINDS: tl.constexpr, FULL: tl.constexpr,
+    weight, master, index, inside, w, bits, KINDS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Returns the new weight as it was stored, master included."""
     ALIGNED: tl.constexpr = KINDS[0]
     KIND: tl.constexpr = KINDS[4] if KINDS[1] else 0
     if not KINDS[1]:
         write(pointer_to(weight, tl.float32, ALIGNED) + index, w, inside, FULL)
-    elif KIND == 2:  # to nearest, halves away from zero
+    elif KIND >= 2:  # to nearest, halves away from zero
         raw = w.to(tl.uint32, bitcast=True)
-        raw = tl.where((raw & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, raw).to(tl.uint32)
+        if KIND == 3:
+            raw = with_random(w, bits >> 24 if KINDS[6] else 0x80 + (raw & 0))
+        raw = tl.where(w != w, 0x7FC00000, raw).to(tl.uint32)
         rounded = ((raw + 0x8000) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
         write(pointer_to(weight, tl.int16, ALIGNED) + index, rounded, inside, FULL)
-        low = raw.to(tl.uint16).to(tl.int16, bitcast=True)
-        write(pointer_to(master, tl.int16, ALIGNED) + index, low, inside, FULL)
+        if KIND == 3:
+            low = (raw >> 8).to(tl.uint8).to(tl.int8, bitcast=True)
+            write(pointer_to(master, tl.int8, ALIGNED) + index, low, inside, FULL)
+            w = (raw & 0xFFFFFF00).to(tl.float32, bitcast=True)
+        else:
+            low = raw.to(tl.uint16).to(tl.int16, bitcast=True)
+            write(pointer_to(master, tl.int16, ALIGNED) + index, low, inside, FULL)
     elif KIND == 1:
         write(pointer_to(master, tl.float32, ALIGNED) + index, w, inside, FULL)
-        store_bf16(weight, index, inside, w, moment_bits, False, ALIGNED, FULL)
+        store_bf16(weight, index, inside, w, bits, False, ALIGNED, FULL)
     else:
-        bits = random_bits(index, key_low, key_high) >> 16
-        w = store_bf16(weight, index, inside, w, bits, KINDS[6], ALIGNED, FULL)
+        w = store_bf16(weight, index, inside, w, bits >> 16, KINDS[6], ALIGNED, FULL)
     return w
 
 
@@ -144,8 +166,7 @@ def _update(
     second_scale = tl.load(column + EXP_AVG_SQ_SCALE * count)
     master = tl.load(column + MASTER * count)
     key = tl.load(column + KEY * count)
-    key_low = key & 0xFFFFFFFF
-    key_high = (key >> 32) & 0xFFFFFFFF
+    won = pointer_to(tl.load(column + WON * count), tl.uint8, False)
 
     g = load(grad, index, inside, KINDS[2], ALIGNED, FULL)
     if KINDS[8]:
@@ -153,7 +174,7 @@ def _update(
     m, v = _load_moments(
         first, second, first_scale, second_scale, index, row, inside, full_row, KINDS, FULL
     )
-    w = _load_weight(weight, master, index, inside, KINDS, FULL)
+    w = _load_weight(weight, master, won, index, inside, KINDS, FULL)
 
     near = rest1 < 0.5
     m = tl.where(near, m, g) + tl.where(near, rest1, -beta1) * (g - m)
@@ -161,12 +182,19 @@ def _update(
     denominator = tl.sqrt_rn(v) * number_at(column, ROOT * count) + epsilon
     w = w * decay - number_at(column, RATE * count) * tl.div_rn(m, denominator)
 
-    bits = random_bits(index, key_high, key_low)
+    begin = first_row * WIDTH + tl.load(column + FIRST * count)
+    block = begin // RANDOM_BLOCK  # the program's elements are in this one and the next
+    weight_key, moment_key = block_keys(block, key)
+    next_weight_key, next_moment_key = block_keys(block + 1, key)
+    place = index + tl.load(column + FIRST * count)
+    shared = first_round(place, key)
+    bits = random_bits(shared, place, block, moment_key, next_moment_key)
     _store_moments(
         first, second, first_scale, second_scale, index, row, inside, full_row, m, v, bits,
         KINDS, FULL,
     )  # fmt: skip
-    w = _store_weight(weight, master, index, inside, w, key_low, key_high, bits, KINDS, FULL)
+    bits = random_bits(shared, place, block, weight_key, next_weight_key)
+    w = _store_weight(weight, master, index, inside, w, bits, KINDS, FULL)
     if KINDS[5]:
         average = pointer_to(tl.load(column + AVERAGE * count), tl.float32, ALIGNED) + index
         old = read(average, inside, FULL)

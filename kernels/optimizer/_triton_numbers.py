@@ -14,6 +14,7 @@ from merit_fast.kernels._tables import pointer_to
 # Values of the smallest codes, as shares of a block's scale.
 _FIRST = tl.constexpr(1 / 127**2)
 _SECOND = tl.constexpr(1 / 255**4)
+RANDOM_BLOCK = tl.constexpr(1024)  # elements whose random bits share a key
 
 
 @triton.jit
@@ -43,17 +44,23 @@ def load(address, index, inside, BF16: tl.constexpr, ALIGNED: tl.constexpr, FULL
 
 
 @triton.jit
-def _nearest_bits(value):
+def nearest_bits(value):
     bits = value.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
 
 
 @triton.jit
+def with_random(value, random):
+    """The bits plus ``random``, for sizes below bf16's largest."""
+    bits = value.to(tl.uint32, bitcast=True)
+    return bits + tl.where((bits & 0x7FFFFFFF) < 0x7F7F0000, random.to(tl.uint32), 0)
+
+
+@triton.jit
 def _stochastic_bits(value, random16):
     bits = value.to(tl.uint32, bitcast=True)
-    total = bits + random16
-    cut = tl.where((total & 0x7FFFFFFF) >= 0x7F800000, bits, total) >> 16
+    cut = with_random(value, random16) >> 16
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, cut)
 
 
@@ -69,7 +76,7 @@ def store_bf16(
     FULL: tl.constexpr,
 ):
     """Rounds to bf16; returns the rounded values as float32."""
-    bits = _stochastic_bits(value, random16) if STOCHASTIC else _nearest_bits(value)
+    bits = _stochastic_bits(value, random16) if STOCHASTIC else nearest_bits(value)
     bits = bits.to(tl.uint16)
     write(
         pointer_to(address, tl.int16, ALIGNED) + index,
@@ -81,13 +88,35 @@ def store_bf16(
 
 
 @triton.jit
-def random_bits(index, before, between):
-    """Two rounds of Wellons' lowbias32, a key before each; keys are int64 below 2^32."""
-    x = (index & 0xFFFFFFFF).to(tl.uint32) ^ before.to(tl.uint32)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = x ^ between.to(tl.uint32) ^ ((index >> 32).to(tl.uint32) * 0x9E3779B9)
+def _second_round(x):
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
+
+
+@triton.jit
+def _mixed(x):
+    """Wellons' lowbias32."""
+    return _second_round((x ^ (x >> 16)) * 0x7FEB352D)
+
+
+@triton.jit
+def block_keys(block, key):
+    """Keys of a block's weights and moments; int64 ``block`` and ``key``."""
+    weight = _mixed((block & 0xFFFFFFFF).to(tl.uint32) ^ ((key >> 32) & 0xFFFFFFFF).to(tl.uint32))
+    weight = _mixed(weight ^ (block >> 32).to(tl.uint32))
+    return weight, _mixed(weight + 0x9E3779B9)
+
+
+@triton.jit
+def first_round(place, key):
+    """Bits of an element's place in the parameter that all blocks share."""
+    return _mixed((place & (RANDOM_BLOCK - 1)).to(tl.uint32) ^ (key & 0xFFFFFFFF).to(tl.uint32))
+
+
+@triton.jit
+def random_bits(shared, place, block, block_key, next_key):
+    """Random bits of elements of ``block`` or the next one."""
+    return _second_round(shared ^ tl.where(place // RANDOM_BLOCK == block, block_key, next_key))
 
 
 @triton.jit
@@ -122,19 +151,21 @@ def store_codes(
     size = bits.to(tl.float32, bitcast=True)
     top = tl.max(tl.where(inside, bits, 0), axis=1).to(tl.float32, bitcast=True)
     usable = (top >= 1.17549435e-38) & (top <= 3.40282347e38)
-    scaled = (
-        size
-        * tl.div_rn(tl.full(top.shape, 1.0, tl.float32), tl.where(usable, top, 1.0))[:, None]
-        * MOST
-    )
-    root = tl.sqrt_rn(scaled)
+    divisor = tl.where(usable, top, 1.0)
+    lift = tl.where(divisor < 2.0**-80, 2.0**64, 1.0)  # else the factor could be infinite
+    factor = tl.div_rn(tl.full(top.shape, MOST, tl.float32), divisor * lift)
+    scaled = size * lift[:, None] * factor[:, None]
     if SECOND:
-        root = tl.sqrt_rn(root)
+        most_root = tl.full(top.shape, STEPS * STEPS, tl.float32)
+        root_factor = tl.div_rn(most_root, tl.sqrt_rn(divisor))
+        root = tl.sqrt_rn(tl.sqrt_rn(size) * root_factor[:, None])
+    else:
+        root = tl.sqrt_rn(scaled)
     whole = tl.where(root < STEPS - 1, root, STEPS - 1).to(tl.int32).to(tl.float32)
     below = _power(whole, SECOND)
-    above = _power(whole + 1, SECOND)
-    share = random16.to(tl.int32).to(tl.float32) * (1.0 / 65536) if STOCHASTIC else 0.5
-    code = whole + tl.where(share * (above - below) < scaled - below, 1.0, 0.0)
+    gap = (_power(whole + 1, SECOND) - below) * (1.0 / 65536)
+    draw = random16.to(tl.int32).to(tl.float32) if STOCHASTIC else 32768.0
+    code = whole + tl.where(draw * gap < scaled - below, 1.0, 0.0)
     if SECOND:
         code = tl.where((code == 0) & (scaled > 0), 1.0, code)
     else:

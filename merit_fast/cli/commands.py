@@ -65,7 +65,13 @@ def _add_run(parser: Parser) -> Work:
         help="check everything, then show each stage's rows, tokens, steps, disk and minutes; "
         "write nothing",
     )
-
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split, train and merge N times, each from the merge before, in OUTPUT/round-2, ...",
+    )
     add_run_flags(parser)
     parser.ending = help_of_keys
 
@@ -76,13 +82,14 @@ def _add_run(parser: Parser) -> Work:
         progress = progress_of(arguments)
         name = str(file or "...")
         if arguments.dry_run:
-            show_forecast(config, progress, name, arguments.as_json)
+            show_forecast(config, progress, name, arguments.as_json, arguments.rounds)
             return
         run_all(
             config,
             progress,
             name,
             arguments.as_json,
+            rounds=arguments.rounds,
             verify=arguments.verify,
             overwrite=arguments.overwrite,
         )

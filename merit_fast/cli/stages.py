@@ -77,27 +77,34 @@ def run_all(
     file: str,
     as_json: bool,
     *,
+    rounds: int = 1,
     verify: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Brings every stage up to date and prints the run's summary."""
+    """Brings every stage of every round up to date and prints the last one's summary."""
     from merit_fast.model import keep_freed_memory
-    from merit_fast.pipeline.run import Run, check_output
+    from merit_fast.pipeline.rounds import rounds_lines, run_rounds
+    from merit_fast.pipeline.run import check_output
 
     check_output(config)
     keep_freed_memory()
     command = f"merit-fast {{stage}} {file}"
-    summary = Run(config, progress, command, verify=verify, overwrite=overwrite).all()
+    summaries = run_rounds(config, rounds, progress, command, verify=verify, overwrite=overwrite)
     if as_json:
-        print(json.dumps(summary))
+        print(json.dumps(summaries[-1] if rounds == 1 else {"rounds": summaries}))
         return
     from merit_fast.report import print_summary
 
-    print_summary(Path(config.output))
+    print_summary(Path(summaries[-1]["output"]))
+    if rounds > 1:
+        for line in rounds_lines(summaries):
+            print(line)
 
 
-def show_forecast(config: "RunConfig", progress: Progress, file: str, as_json: bool) -> None:
-    """Checks a run and prints the work that it has still to do; writes nothing."""
+def show_forecast(
+    config: "RunConfig", progress: Progress, file: str, as_json: bool, rounds: int = 1
+) -> None:
+    """Checks a run and prints the work of its first round that is still to do; writes nothing."""
     from merit_fast.pipeline.preflight.forecast import describe_forecast, forecast_run
     from merit_fast.pipeline.run import Run, check_output
 
@@ -105,7 +112,12 @@ def show_forecast(config: "RunConfig", progress: Progress, file: str, as_json: b
     run = Run(config, progress, f"merit-fast {{stage}} {file}", dry_run=True)
     run.preflight()
     forecast = forecast_run(run.outputs, run.data)
-    print(json.dumps(to_plain(forecast)) if as_json else describe_forecast(forecast))
+    if as_json:
+        print(json.dumps({**to_plain(forecast), "rounds": rounds}))
+        return
+    print(describe_forecast(forecast))
+    if rounds > 1:
+        print(f"that is round 1 of {rounds}; each later one takes about as long without controls")
 
 
 def split_inputs(inputs: list[str]) -> tuple[Path | None, list[str]]:

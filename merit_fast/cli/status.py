@@ -12,7 +12,7 @@ from merit_fast.errors import InputError
 from merit_fast.units import human_bytes, human_time
 
 if TYPE_CHECKING:
-    from merit_fast.pipeline.status import OutputStatus
+    from merit_fast.pipeline.kept.status import OutputStatus
 
 
 def add_status(parser: Parser) -> Work:
@@ -46,7 +46,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _clean(arguments: argparse.Namespace) -> None:
-    from merit_fast.pipeline.clean import removable, remove
+    from merit_fast.pipeline.kept.clean import removable, remove
 
     root, rows = _read(arguments.inputs, verify=False)
     rows = removable(rows)
@@ -98,8 +98,8 @@ def _report(
 def _read(inputs: list[str], verify: bool) -> "tuple[Path, list[OutputStatus]]":
     from merit_fast.cli.stages import split_inputs
     from merit_fast.pipeline.config import read_run_config
+    from merit_fast.pipeline.kept.status import config_status, run_status
     from merit_fast.pipeline.run import check_output
-    from merit_fast.pipeline.status import config_status, run_status
 
     file, assignments = split_inputs(inputs)
     if file is None:

@@ -224,9 +224,13 @@ class ChainedExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         number = range(len(self))[index]  # negative indices, and IndexError
-        part = int(np.searchsorted(self._ends, number, side="right"))
+        part = self.dataset_of(number)
         examples = self._datasets[part].examples
         return examples[number - int(self._ends[part]) + len(examples)]
+
+    def dataset_of(self, index: int) -> int:
+        """Number of the dataset that holds an example."""
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Cuts a dataset's rows: warm-up rows and the rest, and equal shares for the iid control.
+"""Cuts a dataset's rows: warm-up rows and the rest, equal shares, and shares to mix in.
 
 The cuts depend on a seed and a key. A run takes the fingerprint of the dataset's content as the
 key, so that a renamed dataset is cut as before.
@@ -57,6 +57,33 @@ def dealt_rows(
     """
     chosen = _dealt(dataset.num_examples, part, parts, seed, dataset.name if key is None else key)
     return dataset.select(np.sort(chosen))
+
+
+def mixed_rows(
+    dataset: Dataset, fraction: float, part: int, parts: int, seed: int, key: str
+) -> Dataset:
+    """Returns ``fraction`` of the rows, others for each of ``parts`` as far as there are enough.
+
+        order = permutation(n) by (seed, key); first = part * n // parts
+        chosen = order[(first + i) % n] for i below round(fraction * n)
+
+    Args:
+        dataset: the rows to choose from; the chosen ones keep their order.
+        fraction: part of the rows, from 0 to 1.
+        part: number of the branch that gets them, from 0.
+        parts: number of branches.
+        seed: seed of the order.
+        key: text that the order depends on, next to the seed.
+    """
+    order = _order(dataset.num_examples, seed, key)
+    count = num_mixed_rows(dataset.num_examples, fraction)
+    first = part * len(order) // parts
+    return dataset.select(np.sort(np.roll(order, -first)[:count]))
+
+
+def num_mixed_rows(num_examples: int, fraction: float) -> int:
+    """Number of rows that ``mixed_rows`` returns."""
+    return round(fraction * num_examples)
 
 
 def draw_rows(content: str, seed: int, num_rows: int) -> NDArray[np.int64]:

@@ -24,7 +24,14 @@ from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.losses import mean_loss
 from merit_fast.evaluate.stage import MergedArm
 from merit_fast.manifests.schemas import Barrier, MergeAudit
-from merit_fast.model import fit_trees, load_model, target_losses, weight_files
+from merit_fast.model import (
+    fit_trees,
+    is_adapter,
+    load_model,
+    target_losses,
+    weight_files,
+    without_router_logits,
+)
 from merit_fast.progress import Progress, Task
 
 # standard deviations of a perturbation, as shares of each tensor's root mean square
@@ -60,9 +67,9 @@ def audit_merges(
     for arm, merge in merges.items():
         pairs = len(merge.branches) * (len(merge.branches) - 1) // 2
         with progress.task(f"audit {arm}", 3 + len(merge.branches) + pairs, "points") as task:
-            auditor = _Auditor(
-                load_model(str(merge.path), "fp32"), examples, pad_token_id, config.batch_size
-            )
+            model = load_model(str(merge.path), "fp32")
+            without_router_logits(model)
+            auditor = _Auditor(model, examples, pad_token_id, config.batch_size)
             paths = {name: branches[name] for name in merge.branches}
             audits[arm] = auditor.audit(paths, merge.weights, start, config.audit_points, task)
     return audits
@@ -105,7 +112,9 @@ class _Auditor:
         center = {name: value.clone() for name, value in self.weights.items()}
         loss = self.loss(center)
         task.advance(1, "merge")
-        deltas = {name: _difference(_read(path, center), center) for name, path in branches.items()}
+        deltas = {}
+        for name, path in branches.items():
+            deltas[name] = _difference(_read(path, center, start), center)
         losses = {}
         for name, delta in deltas.items():
             losses[name] = self.loss(_moved(center, delta))
@@ -195,18 +204,18 @@ class _Auditor:
         return dict(zip(parameters, gradients, strict=True))
 
 
-def _read(directory: Path, like: Weights) -> Weights:
+def _read(directory: Path, like: Weights, start: Path | None = None) -> Weights:
     """The checkpoint's tensors with the names of ``like``, as float32 on the same devices.
 
-    Files that name tensors otherwise are loaded as a model.
+    Files that name tensors otherwise, and adapters of ``start``, are loaded as a model.
     """
     weights: Weights = {}
-    for file in weight_files(directory):
+    for file in [] if is_adapter(directory) else weight_files(directory):
         with safe_open(file, framework="pt") as opened:
             for name in set(opened.keys()) & like.keys():
                 weights[name] = opened.get_tensor(name).to(like[name].device, torch.float32)
     if weights.keys() != like.keys():
-        model = load_model(str(directory), "fp32")
+        model = load_model(str(directory), "fp32", None if start is None else str(start))
         weights = {name: p.detach() for name, p in model.named_parameters() if name in like}
     return weights
 

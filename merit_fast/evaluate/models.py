@@ -28,7 +28,8 @@ class EvaluatedModels:
     ``branches`` holds every trained branch and joint run, ``merges`` every merged model. ``arms``
     names an arm's models, one for each seed, by their keys in these two; without it ``joint`` and
     every merge are arms of one seed. ``joint`` names the branches that are joint runs where the
-    tables have no arm of them, because another arm has the same model.
+    tables have no arm of them, because another arm has the same model. ``starts`` names the model
+    that each branch started from, for branches that are adapters; absent: what the adapter names.
     """
 
     base: Path
@@ -36,6 +37,7 @@ class EvaluatedModels:
     merges: Mapping[str, MergedArm]
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     joint: tuple[str, ...] = ()
+    starts: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def models_of_arms(self) -> dict[str, tuple[str, ...]]:

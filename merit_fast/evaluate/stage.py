@@ -24,7 +24,7 @@ from merit_fast.manifests.schemas import (
     EvaluateManifest,
     MergingGain,
 )
-from merit_fast.model import load_model
+from merit_fast.model import load_model, without_router_logits
 from merit_fast.progress import Progress, Task
 
 __all__ = ["EvaluatedModels", "MergedArm", "evaluate_arms", "mean_result"]
@@ -81,7 +81,7 @@ def evaluate_arms(
         evaluator.measure(BASE, models.base)
         for name in names:
             shares = config.interpolate if name in joints else ()
-            evaluator.measure(name, models.path(name), shares)
+            evaluator.measure(name, models.path(name), shares, models.starts.get(name))
     results = {name: with_training(evaluator.result(name), models, name) for name in names}
     manifest = EvaluateManifest(
         arms=_arms(evaluator, models, config.interpolate, results),
@@ -122,16 +122,26 @@ class _Evaluator:
         self.task = task
         self.of_arms = of_arms  # models whose retention is measured
 
-    def measure(self, name: str, path: Path, shares: Sequence[float] = ()) -> None:
-        """Measures the model at ``path`` and (1 - share) base + share model for every share."""
+    def measure(
+        self,
+        name: str,
+        path: Path,
+        shares: Sequence[float] = (),
+        start: Path | None = None,
+    ) -> None:
+        """Measures the model at ``path`` and (1 - share) base + share model for every share.
+
+        ``start``: the model that an adapter belongs to.
+        """
         wanted = {name: 1.0, **{_interpolated(name, share): share for share in shares}}
         missing = {key: share for key, share in wanted.items() if not self._file(key).exists()}
         for key in wanted.keys() - missing.keys():
             self.task.skip(self.measurer.num_tokens(retention=key in self.of_arms))
         if not missing:
             return
-        model = load_model(str(path), self.config.dtype)
-        moved = displacement(path, self.base)
+        model = load_model(str(path), self.config.dtype, None if start is None else str(start))
+        without_router_logits(model)
+        moved = displacement(path, self.base, start)
         line = Interpolation(model, self.base) if missing.keys() - {name} else None
         for key, share in missing.items():
             if line is not None and key != name:

@@ -1,6 +1,6 @@
 """Compares and mixes checkpoints tensor by tensor: distance from a base, interpolation to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -8,14 +8,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from merit_fast.kernels.average import average_arrays
-from merit_fast.model import load_model, weight_files
+from merit_fast.model import is_adapter, load_model, weight_files
 
 _PIECE = 1 << 17  # entries; a piece in float64 stays in a core's cache
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
-def displacement(checkpoint: Path, base: Path) -> float:
-    """|theta - theta_0| between two checkpoints of the same tensors, summed in float64."""
+def displacement(checkpoint: Path, base: Path, start: Path | None = None) -> float:
+    """|theta - theta_0| between two checkpoints of the same tensors, summed in float64.
+
+    ``start``: the model that the checkpoint belongs to, if it is an adapter.
+    """
+    if is_adapter(checkpoint):
+        return _adapter_displacement(checkpoint, base, start)
     file_of = {name: file for file in weight_files(checkpoint) for name in _names(file)}
     total = 0.0
     for name, tensor in _tensors(base):
@@ -25,6 +30,23 @@ def displacement(checkpoint: Path, base: Path) -> float:
             difference = mine.double() - theirs.double()
             total += float(difference.dot(difference))
     return float(total**0.5)
+
+
+def _adapter_displacement(checkpoint: Path, base: Path, start: Path | None) -> float:
+    model = load_model(str(checkpoint), "fp32", None if start is None else str(start))
+    ends = {name: parameter.detach() for name, parameter in model.cpu().named_parameters()}
+    total = 0.0
+    for name, tensor in _tensors_by_name(base, ends):
+        if name in ends:
+            total += float((ends[name].double() - tensor.double()).square().sum())
+    return float(total**0.5)
+
+
+def _tensors_by_name(base: Path, ends: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The base's parameters by the names in memory; files of some models have other names."""
+    if all(name in ends for file in weight_files(base) for name in _names(file)):
+        return _tensors(base)
+    return iter(load_model(str(base), "fp32").cpu().named_parameters())
 
 
 class Interpolation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from merit_fast.data.config import DatasetConfig, Part
 from merit_fast.data.mixture.select import Selection
 from merit_fast.data.store.examples import StoredExamples
 from merit_fast.export.rows import PartRows
-from merit_fast.pipeline.arms import plan_branches
+from merit_fast.pipeline.arms import Branch, plan_branches
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress
@@ -20,11 +20,13 @@ from merit_fast.progress import Progress
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one group, and its tokens in the loss, without repeated epochs."""
+    """The rows of one group, and their number, tokens and tokens in the loss in one epoch."""
 
     number: int
     train: tuple[PartRows, ...]
     held_out: tuple[PartRows, ...]
+    num_examples: int
+    num_tokens: int
     num_target_tokens: int
 
 
@@ -37,16 +39,23 @@ def groups_of(outputs: Outputs, progress: Progress) -> list[Group]:
         InputError: a source is unreadable or breaks a rule of the mixture.
         MeritFastError: the split is not there.
     """
-    config = outputs.config
-    split = outputs.split_manifest
-    data = RunData(outputs, progress)
+    planned = plan_branches(outputs.config, outputs.split_manifest, outputs.contents)
+    branches = [branch for branch in planned if branch.arm == "merit" and not branch.seed]
+    return rows_of_branches(branches, RunData(outputs, progress))
+
+
+def rows_of_branches(branches: Iterable[Branch], data: RunData) -> list[Group]:
+    """The rows of each branch, training and held-out ones.
+
+    Raises:
+        InputError: a source is unreadable or breaks a rule of the mixture.
+    """
+    config = data.config
     entries = {entry.name: entry for entry in config.mixture}
     held_out = _part_rows(data, "eval", entries)
     train = data.rows.select("train")
     groups = []
-    for branch in plan_branches(config, split, outputs.contents):
-        if branch.arm != "merit" or branch.seed:
-            continue
+    for branch in branches:
         chosen = branch.choose(data.train, config.split)
         parts = tuple(
             PartRows(entries[one.name], config.data, "train", _numbers(one, train[one.name]))
@@ -54,8 +63,16 @@ def groups_of(outputs: Outputs, progress: Progress) -> list[Group]:
             if one.num_examples
         )
         kept = tuple(held_out[part.name] for part in parts if part.name in held_out)
-        tokens = sum(one.num_target_tokens for one in chosen)
-        groups.append(Group(branch.group, parts, kept, tokens))
+        groups.append(
+            Group(
+                branch.group,
+                parts,
+                kept,
+                num_examples=sum(dataset.num_examples for dataset in chosen),
+                num_tokens=sum(dataset.num_tokens for dataset in chosen),
+                num_target_tokens=sum(dataset.num_target_tokens for dataset in chosen),
+            )
+        )
     return groups
 
 

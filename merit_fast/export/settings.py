@@ -107,12 +107,22 @@ def settings_of(config: RunConfig, model: str, output: Path) -> Settings:
         output: the folder below which the stack saves its models.
 
     Raises:
-        InputError: the run has no chat template, which every stack needs.
+        InputError: the run has no chat template, which every stack needs; it trains adapters or
+            stops early, which the minimal configurations do not.
     """
     template = config.data.chat_template
     if template == PLAIN:
         raise InputError("data.chat_template: must be a chat template for export, got 'plain'")
     train = config.train
+    for key, is_on in (
+        ("adapter.kind", train.adapter.is_on),
+        ("patience", train.patience is not None),
+    ):
+        if is_on:
+            raise InputError(
+                f"train.{key}: must be absent for export; give it to the stack by its own "
+                "configuration (--extend)"
+            )
     return Settings(
         model=model,
         is_warm=config.split.warmup > 0,

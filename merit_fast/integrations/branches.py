@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import write_manifest
@@ -9,6 +10,7 @@ from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.model import model_fingerprint, resolve_model
 
 BRANCH_FILE = "branch.json"
+_CONFIGS = ("config.json", "adapter_config.json")
 
 
 def write_branch(
@@ -46,9 +48,8 @@ def write_branch(
         InputError: the directory holds no model, the start is none, or a count is not possible.
     """
     folder = Path(directory)
-    configs = ("config.json", "adapter_config.json")
-    if not any((folder / name).is_file() for name in configs):
-        raise InputError(f"{folder}: is not a model's directory: it has no {' or '.join(configs)}")
+    if not is_model_folder(folder):
+        raise InputError(f"{folder}: is not a model's directory: it has no {' or '.join(_CONFIGS)}")
     if num_target_tokens < 1:
         raise InputError(f"num_target_tokens: must be at least 1, got {num_target_tokens}")
     if num_examples < 0 or steps < 0:
@@ -56,18 +57,32 @@ def write_branch(
             f"num_examples and steps: must be at least 0, got {num_examples} and {steps}"
         )
     fingerprint = model_fingerprint(resolve_model(str(start)))
-    manifest = BranchManifest(
-        branch=folder.resolve().name,
-        arm="merit",
-        group=0,
+    return put_branch(
+        folder,
+        fingerprint,
         datasets=tuple(datasets),
         num_examples=num_examples,
         num_target_tokens=num_target_tokens,
         num_tokens=num_target_tokens,
         steps=steps,
         seed=seed,
-        base_fingerprint=fingerprint,
-        start_fingerprint=fingerprint,
+    )
+
+
+def put_branch(folder: Path, start_fingerprint: str, **counts: Any) -> BranchManifest:
+    """Writes branch.json; the counts are fields of ``BranchManifest``."""
+    manifest = BranchManifest(
+        branch=folder.resolve().name,
+        arm="merit",
+        group=0,
+        base_fingerprint=start_fingerprint,
+        start_fingerprint=start_fingerprint,
+        **counts,
     )
     write_manifest(manifest, folder / BRANCH_FILE)
     return manifest
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds a model or an adapter."""
+    return any((folder / name).is_file() for name in _CONFIGS)

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
-from merit_fast.manifests.schemas import SCHEMA_VERSION
+from merit_fast.manifests.schemas.version import SCHEMA_VERSION
 from merit_fast.options.parser import parse, to_plain
 
 STAGE_FILE = "stage.json"

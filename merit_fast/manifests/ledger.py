@@ -10,7 +10,7 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.hashes import UNKNOWN_TIME, FileRecord, file_record
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, write_manifest
 from merit_fast.manifests.locks import LOCKS_FOLDER, exclusive
-from merit_fast.manifests.schemas import SCHEMA_VERSION
+from merit_fast.manifests.schemas.version import SCHEMA_VERSION
 from merit_fast.manifests.stages import AUDIT, MERGE, STAGES, TRAIN
 
 LEDGER_FILE = "run.json"

@@ -21,7 +21,6 @@ from merit_fast.manifests.kept import remove_records
 from merit_fast.manifests.locks import claim, exclusive, locks_of, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.memory import fit_memory
-from merit_fast.merge.engine.modules import Module, read_modules
 from merit_fast.merge.engine.notes.dtypes import dtype_reason
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import (
@@ -29,20 +28,20 @@ from merit_fast.merge.engine.prepare import (
     make_plan,
     read_inputs,
 )
-from merit_fast.merge.in_memory.lazy import open_merged
-from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
-from merit_fast.merge.read.dcp.checkpoint import described_files
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
 from merit_fast.merge.write.card import CARD_FILE, CardFacts, RunFacts, model_card
 from merit_fast.merge.write.coefficients import input_facts, weighed_models
-from merit_fast.merge.write.distcp.finish import finish_distributed
-from merit_fast.merge.write.distcp.layout import DistributedLayout, distributed_layout
-from merit_fast.merge.write.distcp.plan import distributed_plan, file_sizes
-from merit_fast.merge.write.distcp.whole import write_whole_tensors
 from merit_fast.merge.write.fingerprints import input_fingerprints
 from merit_fast.merge.write.finished import is_up_to_date
+from merit_fast.merge.write.form import (
+    file_sizes,
+    finish_form,
+    layout_of,
+    plan_of_form,
+    write_before,
+)
 from merit_fast.merge.write.same import (
     check_unchanged,
     method_fingerprint,
@@ -53,17 +52,18 @@ from merit_fast.merge.write.shards import (
     ShardWriter,
     Share,
     all_written,
-    finish_output,
     free_bytes,
     share_of,
 )
-from merit_fast.merge.write.upload import Upload, spool_directory
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from merit_fast.merge.engine.modules import Module
+    from merit_fast.merge.write.distcp.layout import DistributedLayout
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class PreparedMerge:
     inputs: Inputs
     slices: tuple[Slice, ...]
     run: RunFacts | None = None
-    modules: tuple[Module, ...] = ()
+    modules: "tuple[Module, ...]" = ()
 
     def summary(self, out: Location) -> dict[str, Any]:
         """JSON-ready facts: weights, coefficients, bytes in and out, memory of the buffers."""
@@ -101,7 +101,7 @@ class PreparedMerge:
         """Writes the whole output into an unfinished directory that the caller owns."""
         plan = self._plan(progress, directory)
         writer = ShardWriter(self.config, directory, progress)
-        write_whole_tensors(plan, writer)
+        write_before(plan, writer)
         writer.write(plan.shards)
         writer.prove(plan.shards)
         self._finish(plan, directory, {})
@@ -139,7 +139,7 @@ class PreparedMerge:
                 directory = begin_directory(out, manifest.fingerprint)
             plan = self._plan(progress, directory)
             writer = ShardWriter(self.config, directory, progress, locks)
-            write_whole_tensors(plan, writer, share)
+            write_before(plan, writer, share)
             writer.write(share_of(plan, share))
             if not all_written(plan, directory):
                 return False
@@ -162,6 +162,8 @@ class PreparedMerge:
         manifest = self._manifest(records or {})
         if self.layout is not None:
             raise InputError(f"{out}: a distributed checkpoint can be written to a local disk only")
+        from merit_fast.merge.write.upload import Upload, spool_directory
+
         upload = Upload(out, file_sizes(self.inputs.files, self.layout))
         config = replace(self.config, fsync=False)  # files pass through the disk only
         if not upload.begin(manifest.fingerprint):
@@ -181,6 +183,9 @@ class PreparedMerge:
 
     def load(self, device: "torch.device") -> "PreTrainedModel":
         """Loads the transformers model of the output, merged while it is loaded."""
+        from merit_fast.merge.in_memory.lazy import open_merged
+        from merit_fast.merge.in_memory.loading import build_model, fit_config, kind_of
+
         companions = self.inputs.companions
         kind = kind_of(companions, self.inputs.vocabulary)
         plan = self._plan(SilentProgress())
@@ -190,17 +195,13 @@ class PreparedMerge:
             return build_model(companions, kind, source, device)
 
     @cached_property
-    def layout(self) -> DistributedLayout | None:
+    def layout(self) -> "DistributedLayout | None":
         """Shards and chunks of the output, if it is a distributed checkpoint."""
-        if self.config.form != "distcp":
-            return None
-        return distributed_layout(self.inputs.checkpoints[0], self.inputs.files)
+        return layout_of(self.inputs, self.config)
 
     def _plan(self, progress: Progress, directory: Path | None = None) -> Plan:
         plan = make_plan(self.inputs, self.config, progress)
-        if self.layout is None or directory is None:
-            return plan
-        return distributed_plan(plan, self.layout, directory)
+        return plan_of_form(plan, self.layout, directory)
 
     def _finish(
         self,
@@ -209,10 +210,7 @@ class PreparedMerge:
         records: Mapping[str, str],
         weights_at: Location | None = None,
     ) -> None:
-        if self.layout is not None:
-            finish_distributed(self.layout, self.inputs, directory)
-        else:
-            finish_output(plan, self.inputs, self.models, self.config, directory, weights_at)
+        finish_form(plan, self.layout, self.inputs, self.models, self.config, directory, weights_at)
         if self.slices:
             write_depth(directory, self.slices)
         for name, text in records.items():
@@ -242,7 +240,8 @@ class PreparedMerge:
 
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
         paths = (*self.models, *([self.base] if self.base else []), self.inputs.companions)
-        files = self.inputs.stored_files() | described_files(self.inputs.checkpoints)
+        described = (each.described_files() for each in self.inputs.checkpoints)
+        files = self.inputs.stored_files().union(*described)
         fingerprints = input_fingerprints([folder_of(path) for path in paths], files)
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)
@@ -267,7 +266,7 @@ def prepare_merge(  # noqa: PLR0913
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
     run: RunFacts | None = None,
-    modules: Sequence[Module] = (),
+    modules: Sequence["Module"] = (),
     to_memory: bool = False,
 ) -> PreparedMerge:
     """Checks everything that headers and configs tell, before a byte is written.
@@ -286,11 +285,12 @@ def prepare_merge(  # noqa: PLR0913
     Raises:
         InputError: see ``read_inputs``, ``read_modules`` and ``fit_memory``.
     """
-    inputs = (
-        read_modules(modules, companions or models[0])
-        if modules
-        else read_inputs(models, weights, base, config, slices, companions, to_memory=to_memory)
-    )
+    if modules:
+        from merit_fast.merge.engine.modules import read_modules
+
+        inputs = read_modules(modules, companions or models[0])
+    else:
+        inputs = read_inputs(models, weights, base, config, slices, companions, to_memory=to_memory)
     config = replace(config, chunk_kib=fit_memory(inputs, config))
     return PreparedMerge(
         tuple(models), tuple(weights), base, config, inputs, tuple(slices), run, tuple(modules)

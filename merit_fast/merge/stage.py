@@ -13,18 +13,13 @@ from merit_fast.merge.combine.weights import (
     weights_reason,
 )
 from merit_fast.merge.config import FP8_BLOCK, MergeConfig, config_of
-from merit_fast.merge.engine.modules import Module
 from merit_fast.merge.engine.quantise.rounding import read_rounding
-from merit_fast.merge.folders.several import FolderMerge, prepare_folders
-from merit_fast.merge.in_memory.loading import checked_device
-from merit_fast.merge.lora.join import JoinedAdapters
 from merit_fast.merge.option_names import options_named
 from merit_fast.merge.prepared import prepare_merge
-from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.merge.read.folders.several import several_models
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
 from merit_fast.merge.read.slices import Slice
-from merit_fast.merge.trajectory import read_trajectory
 from merit_fast.merge.write.answers import answer_notes
 from merit_fast.merge.write.card import RunFacts
 from merit_fast.merge.write.places import check_paths
@@ -34,6 +29,9 @@ from merit_fast.progress import Progress, SilentProgress
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from merit_fast.merge.engine.modules import Module
+    from merit_fast.merge.folders.several import FolderMerge
 
 _OF_FILES = ("form", "shard_size", "stats", "checksum", "fsync", "chat_template")
 
@@ -51,7 +49,7 @@ def merge_models(  # noqa: PLR0913
     dry_run: bool = False,
     share: Share = (1, 1),
     slices: Sequence[Slice] = (),
-    modules: Sequence[Module] = (),
+    modules: Sequence["Module"] = (),
     companions: Location | None = None,
     records: Mapping[str, str] | None = None,
     run: RunFacts | None = None,
@@ -104,14 +102,19 @@ def merge_models(  # noqa: PLR0913
     config = settle_weights(paths, config)
     numbers = resolve_weights(paths, config)
     if start is None and not (slices or modules) and all(is_adapter(path) for path in paths):
+        from merit_fast.merge.lora.join import JoinedAdapters
+
         joined = JoinedAdapters(paths, numbers, config)
         if not dry_run:
             joined.write(out, progress)
         return joined.summary(out) | {"weights_reason": reason}
     if config.rank is not None:
         raise InputError("merge.rank: goes with adapters without a base")
-    folders = None if slices or modules else prepare_folders(paths, numbers, start, config)
-    if folders is not None:
+    several = None if slices or modules else several_models(paths[0])
+    if several is not None:
+        from merit_fast.merge.folders.several import prepare_folders
+
+        folders = prepare_folders(several, paths, numbers, start, config)
         facts = _merge_folders(folders, out, progress, dry_run, share, records)
         return facts | {"weights_reason": reason}
     merge = prepare_merge(paths, numbers, start, config, slices, companions, run, modules)
@@ -129,7 +132,7 @@ def merge_models(  # noqa: PLR0913
 
 
 def _merge_folders(
-    folders: FolderMerge,
+    folders: "FolderMerge",
     out: Location,
     progress: Progress,
     dry_run: bool,
@@ -175,6 +178,8 @@ def merge_trajectory(
     Raises:
         InputError, MeritFastError: as ``read_trajectory`` and ``merge_models``.
     """
+    from merit_fast.merge.trajectory import read_trajectory
+
     trajectory = read_trajectory(pattern, schedule, last)
     summary = merge_models(trajectory.paths, trajectory.weights, out=out, **options)
     rows = zip(trajectory.steps, trajectory.weights, map(str, trajectory.paths), strict=True)
@@ -219,6 +224,8 @@ def load_merged(
             tensors disagree, a value is not finite, or the model's class lacks the checkpoints'
             tensors.
     """
+    from merit_fast.merge.in_memory.loading import checked_device
+
     for name in _OF_FILES:
         if name in options:
             raise InputError(f"load_merged: {name}: concerns an output's files, must be absent")

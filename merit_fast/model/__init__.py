@@ -3,6 +3,7 @@
 Every stage that runs a model uses it.
 """
 
+from merit_fast.model.adapters import is_adapter
 from merit_fast.model.dtype import DTYPES, Dtype, SettledDtype, settle_dtype
 from merit_fast.model.files import (
     copy_processor_files,
@@ -12,8 +13,14 @@ from merit_fast.model.files import (
 )
 from merit_fast.model.freeze import freeze_parameters
 from merit_fast.model.inputs import model_inputs
-from merit_fast.model.load import auto_class, load_model, make_empty_model, no_loading_bar
-from merit_fast.model.losses import TargetLosses, score_targets, target_losses
+from merit_fast.model.load import (
+    auto_class,
+    load_model,
+    make_empty_model,
+    no_loading_bar,
+    without_router_logits,
+)
+from merit_fast.model.losses import TargetLosses, score_batch, score_targets, target_losses
 from merit_fast.model.memory import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 from merit_fast.model.tree_trial import fit_trees, reads_trees
 from merit_fast.model.vision import forget_positions, reads_images, tower_parameters
@@ -28,6 +35,7 @@ __all__ = [
     "fit_trees",
     "forget_positions",
     "freeze_parameters",
+    "is_adapter",
     "keep_freed_memory",
     "load_model",
     "make_empty_model",
@@ -39,9 +47,11 @@ __all__ = [
     "reads_trees",
     "reset_peak_memory",
     "resolve_model",
+    "score_batch",
     "score_targets",
     "settle_dtype",
     "target_losses",
     "tower_parameters",
     "weight_files",
+    "without_router_logits",
 ]

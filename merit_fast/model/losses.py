@@ -29,12 +29,17 @@ def target_losses(
     Only the last ``batch.logits_to_keep`` positions go through the head, if the model's forward has
     an argument for it. ``plain_attention`` chooses attention whose gradient has a gradient.
     """
+    inputs, targets = model_inputs(model, batch, plain_attention)
+    return score_batch(model(**inputs).logits, targets, batch)
+
+
+def score_batch(logits: "Tensor", targets: "Tensor", batch: "Batch") -> TargetLosses:
+    """Losses of a batch's targets by its logits and by the targets of ``model_inputs``."""
     import torch
 
     from merit_fast.data import PackedBatch
 
-    inputs, targets = model_inputs(model, batch, plain_attention)
-    loss, correct, row, column = score_targets(model(**inputs).logits, targets)
+    loss, correct, row, column = score_targets(logits, targets)
     if isinstance(batch, PackedBatch):
         first = batch.input_ids.shape[1] - targets.shape[1] - 1
         row = torch.bucketize(column + first, batch.cu_seqlens[1:].to(row.device), right=True)

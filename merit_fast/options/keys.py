@@ -53,7 +53,7 @@ def _key(field: "dataclasses.Field[Any]", hint: Any) -> tuple[str, str, str]:
 
 
 def _entry(start: str, help: str, width: int) -> list[str]:
-    lines = textwrap.wrap(help, width - _COLUMN, break_long_words=False)
+    lines = textwrap.wrap(help, width - _COLUMN, break_long_words=False, break_on_hyphens=False)
     if len(start) + 2 > _COLUMN:
         return [start, *(" " * _COLUMN + line for line in lines)]
     return [start.ljust(_COLUMN) + lines[0], *(" " * _COLUMN + line for line in lines[1:])]

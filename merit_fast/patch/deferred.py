@@ -1,5 +1,8 @@
 """Logits that are not computed: a placeholder that a model's own forward scales and caps."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,6 +10,52 @@ from torch import Tensor, nn
 
 from merit_fast.kernels.cross_entropy import linear_cross_entropy
 from merit_fast.patch.classes import supported
+
+_listener: Callable[[Tensor], None] | None = None
+_terms: "LossTerms | None" = None
+
+
+@dataclass
+class LossTerms:
+    """Terms that a loss without logits gets next to its own.
+
+    Attributes:
+        label_smoothing: in [0, 1), as for ``linear_cross_entropy``.
+        z_loss: at least 0, as for ``linear_cross_entropy``.
+        num_uses: losses that had these terms.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    num_uses: int = 0
+
+
+@contextmanager
+def with_loss_terms(terms: LossTerms) -> Iterator[LossTerms]:
+    """Gives every deferred cross-entropy in a with-block these terms, and counts them."""
+    global _terms
+    before = _terms
+    _terms = terms
+    try:
+        yield terms
+    finally:
+        _terms = before
+
+
+@contextmanager
+def token_losses_seen_by(listener: Callable[[Tensor], None]) -> Iterator[None]:
+    """Calls ``listener`` with the token losses of each deferred cross-entropy in a with-block.
+
+    The losses are detached, in the labels' shape, and 0 where the label is -100. They come from the
+    pass that gives the loss and cost nothing.
+    """
+    global _listener
+    before = _listener
+    _listener = listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 class DeferredLogits:
@@ -102,6 +151,16 @@ def deferred_cross_entropy(
     if scale != 1.0 and bias is not None:
         return None
     hidden = hidden if scale == 1.0 else hidden * scale
-    return linear_cross_entropy(
-        hidden, weight, labels, bias=bias, softcap=cap, backend=backend, **options
+    if _terms is not None:
+        options |= {"label_smoothing": _terms.label_smoothing, "z_loss": _terms.z_loss}
+        _terms.num_uses += 1
+    if _listener is None:
+        return linear_cross_entropy(
+            hidden, weight, labels, bias=bias, softcap=cap, backend=backend, **options
+        )
+    rows = hidden.flatten(0, -2)  # each row is an example of its own, so its loss is told
+    losses = linear_cross_entropy(
+        rows, weight, labels.flatten(), bias=bias, softcap=cap, backend=backend, **options
     )
+    _listener(losses.example_loss.detach().view(labels.shape))
+    return losses

@@ -23,6 +23,12 @@ _KNOWN_TO_LEARN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def deferred_logits(model: nn.Module, inputs: Mapping[str, Any]) -> DeferredLogits | None:
     """Runs a patched model up to its deferred logits; None if the head is not patched."""
+    output = deferred_output(model, inputs)
+    return None if output is None else output.logits
+
+
+def deferred_output(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The output of a patched model with deferred logits; None if the head is not patched."""
     origin = swap_of(model)
     if origin is None or origin.maker is not head_forward:
         return None
@@ -32,8 +38,7 @@ def deferred_logits(model: nn.Module, inputs: Mapping[str, Any]) -> DeferredLogi
     if has_hooks(model):  # FSDP2 gathers the weights in them, and this call goes past them
         return None
     view = _View(model, name, backend)
-    logits: DeferredLogits = origin.original.forward(view, **inputs, return_dict=True).logits
-    return logits
+    return origin.original.forward(view, **inputs, return_dict=True)
 
 
 def plan_head(model: Any, backend: str | None) -> Plan | str:

@@ -9,15 +9,23 @@ Arms, branches and datasets have names, but no name decides what a branch learns
 is made of the rows, the start, the recipe and the seed.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from merit_fast.data import Dataset
-from merit_fast.data.shares import dealt_rows, num_dealt_rows, warmup_rows
+from merit_fast.data.shares import (
+    dealt_rows,
+    mixed_rows,
+    num_dealt_rows,
+    num_mixed_rows,
+    warmup_rows,
+)
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.split.config import SplitConfig
+from merit_fast.train.config import TrainConfig
 from merit_fast.train.schedule import num_steps
 
 WARMUP = "warmup"  # the branch that is trained before the sketch
@@ -27,7 +35,10 @@ Part = Literal["all", "warm-up", "after the warm-up"]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one dataset that a branch is trained on: share ``share`` of ``num_shares``."""
+    """The rows of one dataset that a branch is trained on: share ``share`` of ``num_shares``.
+
+    With ``mixed`` below 1: this share of the rows, which a branch of another group gets.
+    """
 
     dataset: str
     content: str  # fingerprint of the dataset's examples
@@ -35,6 +46,7 @@ class Rows:
     share: int = 0
     num_shares: int = 1
     draw: int = 0  # 0: the first deal; another number deals in another order
+    mixed: float = 1.0
 
     def choose(self, dataset: Dataset, split: SplitConfig) -> Dataset:
         """Takes these rows of the dataset.
@@ -45,12 +57,18 @@ class Rows:
         if self.part != "all":
             first, rest = warmup_rows(dataset, split.warmup, split.seed, self.content)
             dataset = first if self.part == "warm-up" else rest
-        if self.num_shares > 1:
+        if self.mixed < 1:
+            dataset = mixed_rows(
+                dataset, self.mixed, self.share, self.num_shares, split.seed, self._deck
+            )
+        elif self.num_shares > 1:
             dataset = dealt_rows(dataset, self.share, self.num_shares, split.seed, self._deck)
         return dataset
 
     def count(self, num_examples: int, split: SplitConfig) -> int:
         """Number of these rows, where ``part`` has ``num_examples``."""
+        if self.mixed < 1:
+            return num_mixed_rows(num_examples, self.mixed)
         if self.num_shares == 1:
             return num_examples
         return num_dealt_rows(num_examples, self.share, self.num_shares, split.seed, self._deck)
@@ -62,6 +80,8 @@ class Rows:
             identity.append([self.part, split.warmup, split.seed])
         if self.num_shares > 1:
             identity.append([self.share, self.num_shares, self.draw, split.seed])
+        if self.mixed < 1:
+            identity.append(["mixed", self.mixed, self.share, self.num_shares, split.seed])
         return identity
 
     @property
@@ -113,6 +133,20 @@ def whole_mixture(contents: Mapping[str, str], part: Part) -> tuple[Rows, ...]:
 def warmup_branch(contents: Mapping[str, str]) -> Branch:
     """The joint run before the sketch; the branches then start from its result."""
     return Branch(WARMUP, WARMUP, 0, whole_mixture(contents, "warm-up"), "base")
+
+
+def branch_recipe(branch: Branch, train: TrainConfig) -> TrainConfig:
+    """Options that decide the branch's training; the controls and the trackers do not.
+
+    The warm-up's result is a whole model, from which branches can start, and takes all steps.
+    """
+    if branch.name == WARMUP:
+        adapter = replace(train.adapter, save="merged") if train.adapter.is_on else train.adapter
+        train = replace(train, adapter=adapter, evaluate_steps=None, patience=None)
+        train = train.with_builtin_engine()
+    rate = train.learning_rate * branch.rate_factor
+    seed = train.seed + branch.seed
+    return replace(train.without_plan(), seed=seed, learning_rate=rate, report_to=())
 
 
 def branches_part(config: RunConfig) -> Part:
@@ -167,26 +201,65 @@ def merit_steps(config: RunConfig, split: SplitManifest, contents: Mapping[str, 
 
 def split_branch_steps(branch: Branch, config: RunConfig, split: SplitManifest) -> int:
     """Optimizer steps of a branch of one group, found without its rows."""
+    if branch.steps is not None:
+        return branch.steps
     counts = {row.name: row.num_examples for row in split.datasets}
     return num_steps(branch.num_rows(counts, config.split), config.train)
 
 
 def _branches_of(
     arm: str, config: RunConfig, split: SplitManifest, contents: Mapping[str, str], seed: int
-) -> Iterator[Branch]:
+) -> list[Branch]:
     part = branches_part(config)
     is_iid = arm.startswith("iid")
     labels = dict.fromkeys(contents, -1) if is_iid else split.group_of(arm)
     draw = int(arm.removeprefix("iid") or 1) - 1 if is_iid else 0
+    mix = config.train.mix
+    branches = []
     for group in range(split.groups):
-        rows = tuple(
-            Rows(name, content, part)
-            if labels[name] == group
-            else Rows(name, content, part, group, split.groups, draw)
-            for name, content in contents.items()
-            if labels[name] in (group, -1)
-        )
-        yield Branch(seeded(f"{arm}-{group}", seed), arm, group, rows, seed=seed)
+        rows = []
+        for name, content in contents.items():
+            if labels[name] == group:
+                rows.append(Rows(name, content, part))
+            elif labels[name] == -1:
+                rows.append(Rows(name, content, part, group, split.groups, draw))
+            elif mix:
+                rows.append(Rows(name, content, part, group, split.groups, mixed=mix))
+        branch = Branch(seeded(f"{arm}-{group}", seed), arm, group, tuple(rows), seed=seed)
+        branches.append(branch)
+    steps = budgeted_steps(branches, config, split)
+    return [replace(branch, steps=count) for branch, count in zip(branches, steps, strict=True)]
+
+
+def budgeted_steps(
+    branches: Sequence[Branch], config: RunConfig, split: SplitManifest
+) -> list[int | None]:
+    """Optimizer steps of the branches of one arm by ``train.budget``; None: those of the epochs.
+
+        epochs:       None
+        equal-steps:  ceil(sum_k s_k / K)
+        equal-tokens: round(s_k * (sum_j t_j / K) / t_k), at least 1
+
+    s_k are the steps of branch k's epochs, t_k the target tokens of its rows.
+    """
+    if config.train.budget == "epochs":
+        return [None] * len(branches)
+    steps = [split_branch_steps(branch, config, split) for branch in branches]
+    if config.train.budget == "equal-steps":
+        return [math.ceil(sum(steps) / len(steps))] * len(steps)
+    tokens = [_target_tokens(branch, config, split) for branch in branches]
+    mean = sum(tokens) / len(tokens)
+    return [max(1, round(s * mean / t)) if t else s for s, t in zip(steps, tokens, strict=True)]
+
+
+def _target_tokens(branch: Branch, config: RunConfig, split: SplitManifest) -> float:
+    """Target tokens of a branch's rows in one epoch, from the mean of each dataset's rows."""
+    per_dataset = {row.name: (row.num_target_tokens, row.num_examples) for row in split.datasets}
+    total = 0.0
+    for rows in branch.rows:
+        tokens, count = per_dataset[rows.dataset]
+        total += tokens * rows.count(count, config.split) / max(count, 1)
+    return total
 
 
 def _joint_branch(

@@ -25,6 +25,7 @@ from merit_fast.progress import Progress
 from merit_fast.train.schedule import FEW_STEPS
 
 _BRANCH_FILE = "branch.json"
+TRACKERS_FOLDER = "trackers"  # of those that write files
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,20 @@ def train_planned(
         progress: display of the run.
         noted: notes that the run has shown.
     """
-    from merit_fast.train import train_branch
-    from merit_fast.train.stage import BranchJob
-
     if branch.name != WARMUP:
         _warn_of_few_steps(outputs, progress, noted)
     if outputs.config.merge.is_tuned:
         _ = data.held_out  # too few rows fail now, not after the training
+    if outputs.recipe(branch).engine != "builtin":
+        from merit_fast.engines.train import train_by_engine
+
+        train_by_engine(branch, directory, outputs, data, progress)
+        return
+    from merit_fast.train import train_branch
+    from merit_fast.train.stage import BranchJob
+
     start, start_fingerprint = outputs.start_of(branch)
+    recipe = outputs.recipe(branch)
     job = BranchJob(
         branch=branch.name,
         arm=branch.arm,
@@ -95,8 +102,11 @@ def train_planned(
         steps=branch.steps,
         row_length=outputs.config.data.max_length,
         data=outputs.config.data,
+        held_out=() if recipe.evaluate_steps is None else tuple(data.watched),
+        tracked=outputs.root / TRACKERS_FOLDER / branch.name,
     )
-    train_branch(job, outputs.recipe(branch), directory, progress, noted)
+    recipe = replace(recipe, report_to=outputs.config.train.report_to)
+    train_branch(job, recipe, directory, progress, noted)
 
 
 def _warn_of_few_steps(outputs: Outputs, progress: Progress, noted: set[str]) -> None:

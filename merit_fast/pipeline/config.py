@@ -46,8 +46,16 @@ class RunConfig:
     output: str = option(DEFAULT_OUTPUT, "directory of all outputs")
     threads: int | None = option(None, "CPU threads of torch; absent: as many as torch takes")
 
+    @property
+    def halves_held_out(self) -> bool:
+        """Whether one half of the held-out rows chooses something and the other half reports."""
+        return self.merge.is_tuned or self.train.patience is not None
+
     def __post_init__(self) -> None:
         require(len(self.mixture) > 0, "mixture", "a list of at least one dataset", [])
+        is_four_bits = self.train.adapter.base == "4bit"
+        rule = "0 with train.adapter.base: 4bit, which gives no whole model to start from"
+        require(not (is_four_bits and self.split.warmup), "split.warmup", rule, self.split.warmup)
         require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
 
 
@@ -135,6 +143,9 @@ def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str
     template = data.get("chat_template") if isinstance(data, dict) else None
     if isinstance(data, dict) and isinstance(template, str) and template != PLAIN:
         yield data, "chat_template", "data.chat_template"
+    train = values.get("train")
+    if isinstance(train, dict) and isinstance(train.get("engine_config"), str):
+        yield train, "engine_config", "train.engine_config"
 
 
 def _resolve_paths(values: dict[str, Any], overridden: Set[str], file: Path) -> None:
@@ -154,7 +165,8 @@ def _input_path(text: str, name: str, file: Path) -> str:
     Raises:
         InputError: the path is there from the current directory, but not from the YAML's folder.
     """
-    may_be_id = name != "data.chat_template" and not name.endswith(".media")
+    is_file = name in ("data.chat_template", "train.engine_config") or name.endswith(".media")
+    may_be_id = not is_file
     return locate(text, file.parent, f"{file}: {name}", may_be_id=may_be_id)
 
 

@@ -127,21 +127,32 @@ class RunData:
 
     @functools.cached_property
     def held_out(self) -> tuple[list[Dataset], list[Dataset]]:
-        """Held-out rows that tune a merge, and those that report: all of them without tuning."""
+        """Held-out rows that choose a merge or a checkpoint, and those that report.
+
+        All of them report where nothing is chosen.
+        """
         from merit_fast.tune.rows import split_held_out
 
         rows = self._load("eval")
-        return split_held_out(rows) if self.config.merge.is_tuned else ([], rows)
+        return split_held_out(rows) if self.config.halves_held_out else ([], rows)
 
     @property
     def tuning(self) -> list[Dataset]:
-        """Held-out rows that tune a merge."""
+        """Held-out rows that tune a merge or end a branch."""
         return self.held_out[0]
 
     @property
     def reporting(self) -> list[Dataset]:
         """Held-out rows on which every arm is measured."""
         return self.held_out[1]
+
+    @property
+    def watched(self) -> list[Dataset]:
+        """Held-out rows on which branches are measured while they are trained."""
+        train = self.config.train
+        if train.evaluate_steps is None:
+            return []
+        return self.reporting if train.patience is None else self.tuning
 
     def texts(self) -> dict[str, DecodedTexts]:
         """The branches' rows as text, by dataset; decoded one at a time."""

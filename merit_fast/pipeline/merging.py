@@ -101,7 +101,8 @@ def evaluated_models(outputs: Outputs) -> "EvaluatedModels":
         branches[branch.name] = outputs.branch_path(branch.name)
         outputs.require(branches[branch.name], outputs.branch(branch))
     merges = finished_merges(outputs, plan.merges)
-    return EvaluatedModels(outputs.base, branches, merges, plan.measured_arms, plan.joint)
+    starts = {branch.name: outputs.start_of(branch)[0] for branch in plan.trained}
+    return EvaluatedModels(outputs.base, branches, merges, plan.measured_arms, plan.joint, starts)
 
 
 def audit_arms(directory: Path, outputs: Outputs, data: RunData, progress: Progress) -> None:

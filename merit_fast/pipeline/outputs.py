@@ -6,7 +6,6 @@ have work to do, before anything heavy is imported.
 
 import functools
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.data import dataset_fingerprints, mixture_fingerprint
@@ -27,13 +26,13 @@ from merit_fast.manifests.stages import (
 )
 from merit_fast.merge import method_fingerprint, same_bytes
 from merit_fast.model import model_fingerprint, resolve_model
-from merit_fast.pipeline.arms import WARMUP, Branch, plan_branches, warmup_branch
+from merit_fast.pipeline.arms import WARMUP, Branch, branch_recipe, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig, settle_dtypes
-from merit_fast.pipeline.plan import Plan, make_plan
+from merit_fast.pipeline.plan import Plan, engine_inputs, make_plan, recorded_recipe
 from merit_fast.pipeline.records import Records, sketch_in_force
 from merit_fast.pipeline.reporting import audit_options, report_options
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.train.config import ControlsConfig, TrainConfig
+from merit_fast.train.config import TrainConfig
 
 _RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
 
@@ -137,7 +136,7 @@ class Outputs:
         return self.folder(MERGE) / name
 
     def merge_inputs(self, name: str) -> list[Path]:
-        """Directories of the branches of one merge, [K]."""
+        """Directories of a merge's branches, [K]."""
         return [self.branch_path(branch) for branch in self.plan.merges[name]]
 
     @property
@@ -225,21 +224,18 @@ class Outputs:
     def branch(self, branch: Branch) -> StageManifest:
         """The manifest of a branch: it covers the content, and no name of branch or dataset."""
         _, start = self.start_of(branch)
+        recipe = self.recipe(branch)
         inputs = {"start": start, "rows": fingerprint(branch.content(self.config.split))}
         if branch.steps is not None:
             inputs["steps"] = str(branch.steps)
-        return stage_manifest(TRAIN.name, self.recipe(branch), inputs)
+        if recipe.evaluate_steps is not None:
+            inputs |= self._held_out_rows("the half that chooses")
+        inputs |= engine_inputs(recipe)
+        return stage_manifest(TRAIN.name, recorded_recipe(recipe), inputs)
 
     def recipe(self, branch: Branch) -> TrainConfig:
-        """Options that decide the branch's training; the controls do not."""
-        train = self.config.train
-        return replace(
-            train,
-            seed=train.seed + branch.seed,
-            learning_rate=train.learning_rate * branch.rate_factor,
-            seeds=1,
-            controls=ControlsConfig(),
-        )
+        """Options that decide the branch's training."""
+        return branch_recipe(branch, self.config.train)
 
     def merge(self, name: str) -> StageManifest:
         config = self.config.merge
@@ -294,6 +290,9 @@ class Outputs:
 
     @property
     def _reporting_rows(self) -> dict[str, str]:
-        """The held-out rows that report: a tuned merge leaves half of them."""
-        half = {"rows": "the half that reports"} if self.config.merge.is_tuned else {}
-        return {"held-out": self.held_out_fingerprint} | half
+        """The held-out rows that report: a tuned merge or an early stop leaves half of them."""
+        return self._held_out_rows("the half that reports")
+
+    def _held_out_rows(self, half: str) -> dict[str, str]:
+        rows = {"rows": half} if self.config.halves_held_out else {}
+        return {"held-out": self.held_out_fingerprint} | rows

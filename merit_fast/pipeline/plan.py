@@ -5,8 +5,11 @@ arm's is trained, merged and measured as that arm, and a note tells.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from merit_fast.errors import InputError
+from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.table import DEFAULT_METHOD
@@ -18,6 +21,7 @@ from merit_fast.pipeline.arms import (
     split_branch_steps,
 )
 from merit_fast.pipeline.config import RunConfig
+from merit_fast.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -150,3 +154,24 @@ def _equal_notes(same_as: Mapping[str, str]) -> Iterator[str]:
     for owner in dict.fromkeys(same_as.values()):
         equal = [arm for arm, other in same_as.items() if other == owner]
         yield f"{', '.join(equal)}: the same model as {owner}, trained and shown once"
+
+
+def recorded_recipe(recipe: TrainConfig) -> TrainConfig:
+    """The recipe as a branch's fingerprint covers it: without paths of this machine."""
+    if recipe.engine == "builtin":
+        return recipe
+    return replace(recipe, engine_config=None, engine_python=None)
+
+
+def engine_inputs(recipe: TrainConfig) -> dict[str, str]:
+    """The content of the stack's own configuration, as an input of the branch.
+
+    Raises:
+        InputError: the file is not there.
+    """
+    if recipe.engine_config is None:
+        return {}
+    file = Path(recipe.engine_config).expanduser()
+    if not file.is_file():
+        raise InputError(f"train.engine_config: must be a file, {file} is not there")
+    return {"engine_config": checksum(file)}

@@ -1,11 +1,13 @@
 """Options of the train stage."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
+from merit_fast.train.adapter.config import AdapterConfig
+from merit_fast.train.engine import Engine, check_engine_options
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ControlsConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Full fine-tuning with AdamW; the same recipe for every branch and arm."""
+    """Fine-tuning with AdamW, of all weights or of an adapter; one recipe for all branches."""
 
     epochs: int = option(1, "passes over each branch's examples")
     learning_rate: float = option(2.0e-4, "peak of the cosine schedule")
@@ -66,6 +68,17 @@ class TrainConfig:
         "lay examples end to end in rows of up to data.max_length tokens, by best fit, without "
         "padding; each row is a micro-batch",
     )
+    budget: Literal["epochs", "equal-steps", "equal-tokens"] = option(
+        "epochs",
+        "epochs: passes over each branch's rows; equal-steps, equal-tokens: the branches "
+        "of an arm share the steps or target tokens of these epochs equally",
+        omit_default=True,
+    )
+    mix: float = option(
+        0.0,
+        "share of every other group's rows that a branch also trains on; 0: MERIT",
+        omit_default=True,
+    )
     seed: int = option(0, "seed of the data order")
     seeds: int = option(1, "times that every arm is trained: with seed, seed + 1, ...")
     controls: ControlsConfig = option(
@@ -78,7 +91,59 @@ class TrainConfig:
         "projector of a model that reads images (the paper), []: none",
     )
     checkpoint_steps: int = option(200, "optimizer steps between checkpoints to resume from")
+    adapter: AdapterConfig = option(
+        AdapterConfig(),
+        "low-rank adapter in place of all weights: {kind: lora, rank: 16, targets: all-linear}",
+        omit_default=True,
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "compute the layers again in the backward pass: less memory, about a third more time",
+        omit_default=True,
+    )
+    optimizer: Literal["adamw", "adamw-8bit"] = option(
+        "adamw",
+        "adamw: fp32 masters and moments; adamw-8bit: 8-bit moments, and the master's low half "
+        "next to a bf16 weight",
+        omit_default=True,
+    )
+    evaluate_steps: int | None = option(
+        None,
+        "optimizer steps between measurements of the loss on the branch's held-out rows",
+        omit_default=True,
+    )
+    patience: int | None = option(
+        None,
+        "measurements without a better held-out loss after which a branch ends; it keeps the best",
+        omit_default=True,
+    )
+    report_to: tuple[str, ...] = option(
+        (),
+        "trackers that get the metrics, by their names in transformers: tensorboard, wandb, ...",
+        omit_default=True,
+    )
     max_shard_size: str = option("2GB", "largest weight file of a branch")
+    engine: Engine = option(
+        "builtin", "the stack that trains the branches, in a process of its own", omit_default=True
+    )
+    engine_config: str | None = option(
+        None,
+        "your own YAML of that stack: its keys are kept, its model, rows and output replaced",
+        form="FILE",
+        omit_default=True,
+    )
+    engine_command: str | None = option(
+        None,
+        "engine command: the command of a branch, with {rows}, {config}, {base}, {out}, {branch}, "
+        "{group} and {seed}",
+        omit_default=True,
+    )
+    engine_python: str | None = option(
+        None,
+        "Python of the environment that has the stack; absent: this one",
+        form="FILE",
+        omit_default=True,
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "seeds", "checkpoint_steps"):
@@ -88,8 +153,27 @@ class TrainConfig:
         require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
         for name in ("warmup_fraction", "final_fraction", "beta1", "beta2"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+        require(0 <= self.mix < 1, "mix", "from 0 to below 1", self.mix)
         require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)
+        for name in ("evaluate_steps", "patience"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "at least 1", value)
+        is_measured = self.patience is None or self.evaluate_steps is not None
+        require(is_measured, "patience", "absent without evaluate_steps", self.patience)
+        check_engine_options(
+            self.engine, self.engine_config, self.engine_command, self.engine_python
+        )
+
+    def with_builtin_engine(self) -> "TrainConfig":
+        """The same options for the built-in trainer."""
+        return replace(
+            self, engine="builtin", engine_config=None, engine_command=None, engine_python=None
+        )
+
+    def without_plan(self) -> "TrainConfig":
+        """The options of one branch: without those that decide which branches there are."""
+        return replace(self, seeds=1, budget="epochs", mix=0.0, controls=ControlsConfig())
 
 
 def _is_expression(pattern: str) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,15 +13,16 @@ from merit_fast.data import (
     Batch,
     Dataset,
     Example,
+    PackedBatch,
     count_target_tokens,
     has_images,
     pack,
 )
 from merit_fast.data.tree import expand
-from merit_fast.errors import InputError
-from merit_fast.model import model_inputs, target_losses
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.model import model_inputs, score_batch, target_losses
 from merit_fast.patch.deferred import DeferredLogits, deferred_cross_entropy
-from merit_fast.patch.head import deferred_logits
+from merit_fast.patch.head import deferred_output
 
 # Share of a whole neighbour's effect that is still rounding.
 _LEAK_FP32 = 1e-3
@@ -28,19 +30,94 @@ _LEAK_LOW = 0.1
 _EPS_LOW = 1e-3  # bf16 and fp16 are above
 
 
-def batch_loss(model: nn.Module, batch: Batch, divisor: int) -> tuple[Tensor, float]:
-    """(loss sum / ``divisor``, which has a gradient; loss sum) over the batch's target tokens."""
+class BatchLoss(NamedTuple):
+    """The loss of one micro-batch."""
+
+    loss: Tensor  # scalar with a gradient: loss sum / divisor, and the routers' loss
+    dataset_losses: Tensor  # [D] float64 on the CPU: nats of each dataset's target tokens
+    dataset_tokens: Tensor  # [D] int64 on the CPU: its target tokens
+
+
+def batch_loss(
+    model: nn.Module,
+    batch: Batch,
+    divisor: int,
+    num_datasets: int = 1,
+    router_factor: float = 0.0,
+) -> BatchLoss:
+    """Cross-entropy of the batch's target tokens, without logits where the head is patched.
+
+        loss = sum of the target tokens' losses / divisor + router_factor * aux_loss
+
+    Args:
+        model: in any mode.
+        batch: its ``dataset_ids`` are below ``num_datasets``.
+        divisor: target tokens of the whole step.
+        num_datasets: D.
+        router_factor: of the load-balancing loss that a mixture of experts returns; 0: none.
+
+    Raises:
+        MeritFastError: the model returns no such loss.
+    """
     inputs, targets = model_inputs(model, batch)
-    deferred = deferred_logits(model, inputs)
-    if deferred is not None:
+    ids = batch.dataset_ids
+    output = deferred_output(model, inputs)
+    losses = None
+    if output is not None:
+        count = targets.shape[1]
         kept = DeferredLogits(
-            deferred.hidden[:, -targets.shape[1] - 1 : -1], deferred.head, deferred.steps
+            output.logits.hidden[:, -count - 1 : -1], output.logits.head, output.logits.steps
         )
-        losses = deferred_cross_entropy(kept, targets, None, divisor=float(divisor))
-        if losses is not None:
-            return losses.loss, float(losses.example_loss.detach().double().sum())
-    token_losses = target_losses(model, batch).loss
-    return token_losses.sum() / divisor, float(token_losses.detach().double().sum())
+        options = {"dataset_ids": ids.to(targets.device), "num_datasets": num_datasets}
+        if isinstance(batch, PackedBatch):
+            first = batch.input_ids.shape[1] - count - 1
+            borders = (batch.cu_seqlens - first).clamp(0, count)
+            options["cu_seqlens"] = borders.to(targets.device)
+        losses = deferred_cross_entropy(kept, targets, None, divisor=float(divisor), **options)
+    if losses is not None:
+        router_loss = _router_loss(output, router_factor)
+        sums = losses.dataset_loss.detach().double().cpu()
+        return BatchLoss(losses.loss + router_loss, sums, losses.dataset_tokens.cpu())
+    output = model(**inputs)
+    tokens = score_batch(output.logits, targets, batch)
+    dataset = ids[tokens.example.cpu()]
+    sums = torch.zeros(num_datasets, dtype=torch.float64)
+    sums.index_add_(0, dataset, tokens.loss.detach().double().cpu())
+    counts = torch.bincount(dataset, minlength=num_datasets)
+    loss = tokens.loss.sum() / divisor + _router_loss(output, router_factor)
+    return BatchLoss(loss, sums, counts)
+
+
+def router_coefficient(model: nn.Module) -> float:
+    """The factor of a mixture of experts' load-balancing loss in training; 0 for other models.
+
+    transformers adds ``router_aux_loss_coef * aux_loss`` to the loss where the config has
+    ``output_router_logits: true``.
+
+    Raises:
+        InputError: the config has it, and no coefficient.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    if not getattr(text, "output_router_logits", False):
+        return 0.0
+    factor = getattr(model, "router_aux_loss_coef", getattr(text, "router_aux_loss_coef", None))
+    if factor is None:
+        raise InputError(
+            "train: output_router_logits of the base's config.json must be false, "
+            f"{type(model).__name__} has no router_aux_loss_coef"
+        )
+    return float(factor)
+
+
+def _router_loss(output: Any, factor: float) -> Tensor | float:
+    if not factor:
+        return 0.0
+    auxiliary = getattr(output, "aux_loss", None)
+    if auxiliary is None:
+        raise MeritFastError("train: the model returns no aux_loss with output_router_logits")
+    loss: Tensor = factor * auxiliary
+    return loss
 
 
 def choose_attention(model: nn.Module) -> None:

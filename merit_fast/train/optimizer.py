@@ -9,15 +9,16 @@ from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import FusedAdamW
 from merit_fast.train.config import TrainConfig
 
-_KEYS = ("step", "exp_avg", "exp_avg_sq")
+_WEIGHT = "master"  # the key of the weights themselves, or of their masters
 
 
 class MasterAdamW:
-    """AdamW (Loshchilov & Hutter 2019) with fp32 weights and moments for any model dtype.
+    """AdamW (Loshchilov & Hutter 2019) that loses no update, for any model dtype.
 
-    Plain bf16 loses updates: at a learning rate of 1e-5 a weight moves 11 % of what it should. An
-    fp32 model is its own master. ``backend`` is that of ``FusedAdamW``; "eager" runs torch's fused
-    AdamW on widened gradients.
+    Plain bf16 loses updates: at a learning rate of 1e-5 a weight moves 11 % of what it should. With
+    ``adamw`` weights have fp32 masters and moments; an fp32 model is its own master. With
+    ``adamw-8bit`` moments have 8 bits and a bf16 weight keeps the other half of its master.
+    ``backend`` is that of ``FusedAdamW``; "eager" runs torch's fused AdamW on widened gradients.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, backend: str | None = None) -> None:
@@ -25,17 +26,28 @@ class MasterAdamW:
         self.names = [name for name, _ in named]
         self.parameters: list[Tensor] = [p for _, p in named]
         device = self.parameters[0].device.type if named else "cpu"
-        kernel = _Torch if dispatch.choose("adamw", device, backend) == "eager" else _OnePass
+        is_plain = config.optimizer == "adamw"
+        is_eager = dispatch.choose("adamw", device, backend) == "eager"
+        kernel = _Torch if is_eager and is_plain else _OnePass
         self._adamw = kernel(self.parameters, config, backend)
 
     @property
     def masters(self) -> list[Tensor]:
-        """The fp32 weights: the parameters themselves, or their unrounded copies."""
+        """The fp32 weights: the parameters themselves, or their unrounded copies.
+
+        With ``adamw-8bit`` always the parameters.
+        """
         return self._adamw.masters
 
     def step(self, learning_rate: float) -> float:
-        """Updates, then frees the gradients; returns their norm before clipping."""
+        """Updates, then frees the gradients; returns their norm before clipping.
+
+        Raises:
+            NonFiniteGradient: the norm is not finite. The weights are then lost.
+        """
         norm = self._adamw.step(learning_rate)
+        if not norm < float("inf"):
+            raise NonFiniteGradient(self._first_not_finite())
         for parameter in self.parameters:
             parameter.grad = None
         return norm
@@ -44,25 +56,43 @@ class MasterAdamW:
         """Masters, moments and step counts by parameter name, for ``load_state``."""
         tensors = {}
         for name, master, state in zip(self.names, self.masters, self._adamw.states, strict=True):
-            tensors[f"master.{name}"] = master.detach()
-            for key in _KEYS:
-                if key in state:
-                    tensors[f"{key}.{name}"] = state[key]
+            tensors[f"{_WEIGHT}.{name}"] = master.detach()
+            tensors |= {f"{key}.{name}": value for key, value in state.items() if key != _WEIGHT}
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Resumes from the tensors of ``state``."""
+        """Resumes from the tensors of ``state``.
+
+        Raises:
+            KeyError: a tensor is missing: the checkpoint is of another recipe.
+        """
+        keys = {name.partition(".")[0] for name in tensors} - {_WEIGHT}
         for name, parameter, master, state in zip(
             self.names, self.parameters, self.masters, self._adamw.states, strict=True
         ):
             with torch.no_grad():
-                master.copy_(tensors[f"master.{name}"])
+                master.copy_(tensors[f"{_WEIGHT}.{name}"])
                 if master is not parameter:
                     parameter.copy_(master)
-            for key in _KEYS:
-                if f"{key}.{name}" in tensors:
+            # torch makes the state of a parameter in its first step
+            for key in {*keys, *state} - {_WEIGHT}:
+                if key in state or f"{key}.{name}" in tensors:
                     device = torch.device("cpu") if key == "step" else master.device
                     state[key] = tensors[f"{key}.{name}"].to(device)
+
+    def _first_not_finite(self) -> str | None:
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return name
+        return None
+
+
+class NonFiniteGradient(Exception):
+    """The gradient's norm is not finite. ``parameter``: the first that is not; None: all are."""
+
+    def __init__(self, parameter: str | None) -> None:
+        super().__init__(parameter)
+        self.parameter = parameter
 
 
 def _groups(tensors: list[Tensor], config: TrainConfig) -> list[dict[str, Any]]:
@@ -79,10 +109,12 @@ class _OnePass:
     """Our kernel: reads gradients in their own dtype and clips them in the same pass."""
 
     def __init__(self, parameters: list[Tensor], config: TrainConfig, backend: str | None) -> None:
+        is_small = config.optimizer == "adamw-8bit"
         self.optimizer = FusedAdamW(
             _groups(parameters, config),
             **_settings(config),
-            master="fp32",
+            master="split" if is_small else "fp32",
+            moments="int8" if is_small else "fp32",
             max_norm=config.clip_norm or float("inf"),
             backend=backend,
         )
@@ -114,14 +146,20 @@ class _Torch:
 
     def step(self, learning_rate: float) -> float:
         self._gather_gradients()
-        norm = nn.utils.clip_grad_norm_(self.masters, self.clip_norm or float("inf"), foreach=True)
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        total = nn.utils.get_total_norm(gradients, foreach=True)
+        norm = float(total)
+        if not norm < float("inf"):
+            return norm
+        if self.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.masters, self.clip_norm, total, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         if self.separate:
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, self.masters)
-        return float(norm)
+        return norm
 
     def _gather_gradients(self) -> None:
         """Widens gradients into buffers that are kept: new ones cost a page fault per 4 KiB."""

@@ -1,37 +1,29 @@
-"""The train stage: full fine-tuning of one branch, resumable to the same bytes."""
+"""The train stage: fine-tuning of one branch, resumable to the same bytes."""
 
 import json
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from merit_fast.data import Batch, DataConfig, Dataset
+from merit_fast.data import DataConfig, Dataset
 from merit_fast.data.dataset import ChainedExamples
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
-from merit_fast.model import (
-    freeze_parameters,
-    load_model,
-    no_loading_bar,
-    peak_memory_bytes,
-    reads_trees,
-    reset_peak_memory,
-)
-from merit_fast.patch.model import Patch, patch_model
+from merit_fast.model import reads_trees, reset_peak_memory
 from merit_fast.progress import Progress
 from merit_fast.train.companions import Companions
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.loss import batch_loss, choose_attention, require_packing, require_text
+from merit_fast.train.held_out import HeldOut
+from merit_fast.train.loop import End, Loop
+from merit_fast.train.loss import choose_attention, require_packing, require_text
+from merit_fast.train.metrics.trackers import Trackers
 from merit_fast.train.optimizer import MasterAdamW
-from merit_fast.train.resume import Position, read_checkpoint, remove_checkpoint, write_checkpoint
-from merit_fast.train.schedule import learning_rate, num_steps
+from merit_fast.train.prepare import TrainedModel, prepare_model
+from merit_fast.train.resume import remove_checkpoint
+from merit_fast.train.schedule import num_steps
 from merit_fast.train.steps import Schedule
 
 _EXPANDED = (
@@ -54,6 +46,13 @@ class BranchJob:
     steps: int | None = None  # optimizer steps; None: those of the recipe's epochs
     row_length: int | None = None  # tokens of the longest packed row; None: no limit
     data: DataConfig = DataConfig()  # how the rows became tokens
+    held_out: tuple[Dataset, ...] = ()  # measured every ``evaluate_steps``
+    tracked: Path | None = None  # folder of trackers that write files; None: the branch's
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the datasets."""
+        return tuple(dataset.name for dataset in self.datasets)
 
 
 def train_branch(
@@ -63,7 +62,7 @@ def train_branch(
     progress: Progress,
     noted: set[str] | None = None,
 ) -> BranchManifest:
-    """Fine-tunes the base on the job's datasets; writes a model directory with branch.json.
+    """Fine-tunes the start on the job's datasets; writes a model or adapter with branch.json.
 
     A step's examples, learning rate and random state depend only on (seed, step). A killed run
     therefore resumes from its last checkpoint in ``directory`` and ends with the same bytes.
@@ -76,145 +75,104 @@ def train_branch(
         noted: notes that this run has shown already; a new note is shown and added. None: none yet.
 
     Returns:
-        The manifest of branch.json. Wall time and peak memory go to timing.json, which is no part
-        of the result.
+        The manifest of branch.json. Wall time and peak memory go to timing.json and metrics.jsonl,
+        whose seconds are no part of the result.
 
     Raises:
-        InputError: the job has no example, the start has no chat template, the model cannot take
-            packed rows, or ``config.freeze`` does not fit its parameters.
-        MeritFastError: the loss is not finite.
+        InputError: the job has no example, the start has no chat template, an option does not fit
+            the model or lacks its package or its held-out rows, or several processes run.
+        MeritFastError: the loss or the gradient is not finite.
     """
+    require_one_process()
     examples = ChainedExamples(job.datasets)
     if not len(examples):
         raise InputError(f"{job.branch}: has no example to train on")
     companions = Companions(job.start_path, job.data)
+    held_out = HeldOut(job.branch, job.datasets, job.held_out, config, companions.pad_token_id)
+    trackers = Trackers(config.report_to, job.branch, job.tracked or directory, job.names)
     reset_peak_memory()
     start = time.perf_counter()
-    model = load_model(job.start_path, config.dtype).train()
-    freeze_parameters(model, config.freeze)
-    patch = patch_model(model, config.kernels)
+    trained = prepare_model(job.start_path, config)
     noted = set() if noted is None else noted
-    _note_once(progress, str(patch), noted)
-    expands = _expands_trees(model, examples)
+    _note_once(progress, str(trained.patch), noted)
+    expands = _expands_trees(trained, examples)
     if expands:
         _note_once(progress, _EXPANDED, noted)
     if expands or not len(examples.tree_indices):
-        choose_attention(model)
+        choose_attention(trained.model)
     if config.packing:
         require_text(job.datasets)
-        require_packing(model, examples.shortest(8))
-    optimizer = MasterAdamW(model, config, "eager" if config.kernels == "eager" else None)
-    position, earlier_s = _resume(directory, optimizer)
-    steps = job.steps or num_steps(len(examples), config)
+        require_packing(trained.model, examples.shortest(8))
+    optimizer = MasterAdamW(trained.model, config, "eager" if config.kernels == "eager" else None)
     schedule = Schedule(examples, config, job.row_length, companions.pad_token_id, expands)
-    num_tokens = schedule.count_tokens(steps)
-    with progress.task(f"train {job.branch}", num_tokens, "tokens") as task:
-        task.skip(position.num_tokens)
-        while position.step < steps:
-            before = position.num_tokens
-            batches = schedule.batches(position.step)
-            position = _train_step(model, optimizer, batches, steps, config, position)
-            seen = position.num_examples + schedule.num_examples(position.step - 1)
-            position = replace(position, num_examples=seen)
-            task.advance(position.num_tokens - before, f"loss {position.losses[-1]:.3f}")
-            if position.step % config.checkpoint_steps == 0 and position.step < steps:
-                write_checkpoint(directory, optimizer.state(), position)
-                _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
-    manifest = _write_branch(job, model, config, position, directory, companions)
-    _write_timing(directory, earlier_s + time.perf_counter() - start, patch)
+    steps = job.steps or num_steps(len(examples), config)
+    loop = Loop(
+        job.branch, job.names, config, directory, trained, optimizer, schedule, steps, held_out
+    )
+    loop.start = start
+    end = loop.run(trackers, progress)
+    manifest = _write_branch(job, trained, config, end, directory, companions)
+    loop.write_timing()
     remove_checkpoint(directory)
     return manifest
 
 
-def _expands_trees(model: nn.Module, examples: ChainedExamples) -> bool:
-    """Whether the model reads the texts of trees one by one."""
+def require_one_process() -> None:
+    """Checks that no launcher started this process as one of several.
+
+    Raises:
+        InputError: WORLD_SIZE is above 1: every process would train every branch.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size not in ("", "0", "1"):
+        raise InputError(
+            f"train: WORLD_SIZE must be 1, got {size}: a branch is trained by one process; start "
+            "merit-fast without torchrun or accelerate launch"
+        )
+
+
+def _expands_trees(trained: TrainedModel, examples: ChainedExamples) -> bool:
+    """Whether the model reads the texts of trees one by one.
+
+    Routers' loss needs a mask of two dimensions, which a tree has not.
+    """
     trees = examples.tree_indices
-    if not len(trees):
-        return False
+    if not len(trees) or trained.router_factor:
+        return bool(len(trees))
     lengths = examples.lengths[trees]
     tried = {int(trees[lengths.argmin()]), int(trees[lengths.argmax()])}
-    return not reads_trees(model, [examples[index] for index in sorted(tried)])
-
-
-def _train_step(
-    model: nn.Module,
-    optimizer: MasterAdamW,
-    batches: Sequence[Batch],
-    steps: int,
-    config: TrainConfig,
-    position: Position,
-) -> Position:
-    torch.manual_seed(config.seed * 1_000_003 + position.step)  # dropout, where a model has it
-    targets = sum(batch.num_target_tokens for batch in batches)
-    loss_sum = 0.0
-    for batch in batches:
-        # the mean over the whole step's target tokens
-        loss, summed = batch_loss(model, batch, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        loss_sum += summed
-    if not loss_sum < float("inf"):
-        raise MeritFastError(
-            f"train: loss is not finite at step {position.step}; lower train.learning_rate"
-        )
-    optimizer.step(learning_rate(position.step, steps, config))
-    return replace(
-        position,
-        step=position.step + 1,
-        num_tokens=position.num_tokens + sum(int(batch.attention_mask.sum()) for batch in batches),
-        num_target_tokens=position.num_target_tokens + targets,
-        losses=(*position.losses, loss_sum / targets),
-    )
-
-
-def _resume(directory: Path, optimizer: MasterAdamW) -> tuple[Position, float]:
-    """Loads the last checkpoint; returns the position and the seconds of training so far."""
-    checkpoint = read_checkpoint(directory)
-    if checkpoint is None:
-        return Position(), 0.0
-    tensors, position = checkpoint
-    optimizer.load_state(tensors)
-    timing = directory / "timing.json"
-    return position, json.loads(timing.read_text())["train_s"] if timing.exists() else 0.0
+    return not reads_trees(trained.model, [examples[index] for index in sorted(tried)])
 
 
 def _write_branch(
     job: BranchJob,
-    model: nn.Module,
+    trained: TrainedModel,
     config: TrainConfig,
-    position: Position,
+    end: End,
     directory: Path,
     companions: Companions,
 ) -> BranchManifest:
-    companions.complete(model)
-    with no_loading_bar():
-        save: Any = model.eval().save_pretrained
-        save(directory, max_shard_size=config.max_shard_size)
+    companions.complete(trained.model)
+    trained.write(job.start_path, directory, config)
     companions.write(directory)
+    kept = end.kept
     manifest = BranchManifest(
         branch=job.branch,
         arm=job.arm,
         group=job.group,
-        datasets=tuple(dataset.name for dataset in job.datasets),
-        num_examples=position.num_examples,
-        num_target_tokens=position.num_target_tokens,
-        num_tokens=position.num_tokens,
-        steps=position.step,
+        datasets=job.names,
+        num_examples=kept.num_examples,
+        num_target_tokens=kept.num_target_tokens,
+        num_tokens=kept.num_tokens,
+        steps=kept.step,
         seed=config.seed,
         base_fingerprint=job.base_fingerprint,
         start_fingerprint=job.start_fingerprint,
+        steps_run=None if end.last.step == kept.step else end.last.step,
     )
-    write_text(directory / "losses.json", json.dumps(position.losses) + "\n")
+    write_text(directory / "losses.json", json.dumps(end.last.losses) + "\n")
     write_manifest(manifest, directory / "branch.json")
     return manifest
-
-
-def _write_timing(directory: Path, train_s: float, patch: Patch) -> None:
-    timing = {
-        "train_s": round(train_s, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "kernels": dict(patch.replaced),
-    }
-    write_text(directory / "timing.json", json.dumps(timing) + "\n")
 
 
 def _note_once(progress: Progress, text: str, noted: set[str]) -> None:

@@ -12,6 +12,8 @@ from merit_fast.train.config import TrainConfig
 from merit_fast.train.packing import PackedSchedule
 from merit_fast.train.schedule import count_tokens, step_examples
 
+Texts = tuple[Sequence[Example], Sequence[int]]  # texts, and the dataset of each
+
 
 class Schedule:
     """The micro-batches of every step of a run.
@@ -55,32 +57,35 @@ class Schedule:
         """The micro-batches of one step."""
         if self.packed is not None:
             rows = [self._texts(row) for row in self.packed.rows(step)]
-            return [pack(row, [0] * len(row)) for row in rows]
+            return [pack(texts, ids) for texts, ids in rows]
         chosen = step_examples(step, len(self.examples), self.config)
         return micro_batches([self._texts([i]) for i in chosen], self.config, self.padding)
 
-    def _texts(self, indices: Iterable[int] | npt.NDArray[np.int64]) -> Sequence[Example]:
-        chosen = [self.examples[int(index)] for index in indices]
-        if not self.expands:
-            return chosen
-        return [text for example in chosen for text in expand(example)]
+    def _texts(self, indices: Iterable[int] | npt.NDArray[np.int64]) -> Texts:
+        texts = []
+        ids = []
+        for index in indices:
+            example = self.examples[int(index)]
+            new = expand(example) if self.expands else [example]
+            texts += new
+            ids += [self.examples.dataset_of(int(index))] * len(new)
+        return texts, ids
 
 
-def micro_batches(
-    examples: Sequence[Sequence[Example]], config: TrainConfig, padding: int
-) -> list[Batch]:
+def micro_batches(examples: Sequence[Texts], config: TrainConfig, padding: int) -> list[Batch]:
     """The examples of one step in ``config.accumulation`` padded batches, or fewer.
 
     Args:
-        examples: each as its texts, which stay in one batch.
+        examples: each as its texts, which stay in one batch, with the number of their dataset.
         config: the recipe.
         padding: the id that fills the batches.
     """
     size = -(-len(examples) // config.accumulation)
     batches = []
     for first in range(0, len(examples), size):
-        rows = [text for texts in examples[first : first + size] for text in texts]
-        batches.append(collate(rows, [0] * len(rows), padding))
+        chosen = examples[first : first + size]
+        rows = [text for texts, _ in chosen for text in texts]
+        batches.append(collate(rows, [number for _, ids in chosen for number in ids], padding))
     return batches
 
 

@@ -20,7 +20,7 @@ def split_held_out(datasets: Sequence[Dataset]) -> tuple[list[Dataset], list[Dat
     """
     if not datasets:
         raise InputError(
-            "merge: scale auto and weights fit need held-out rows; "
+            "merge: scale auto, weights fit and train.patience need held-out rows; "
             "give datasets an eval_path or eval_split"
         )
     halves = [_halves(dataset) for dataset in datasets]
@@ -31,8 +31,8 @@ def _halves(dataset: Dataset) -> tuple[Dataset, Dataset]:
     count = dataset.num_examples
     if count < 2:
         raise InputError(
-            f"{dataset.name}: scale auto and weights fit need at least 2 held-out rows per dataset "
-            f"(half of them choose, the others report), got {count}"
+            f"{dataset.name}: scale auto, weights fit and train.patience need at least 2 held-out "
+            f"rows per dataset (half of them choose, the others report), got {count}"
         )
     digest = hashlib.blake2b(f"held-out\n{dataset.name}".encode(), digest_size=8).digest()
     order = np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)

@@ -1,4 +1,4 @@
-"""A help text imports what its command needs and nothing else: counted, not timed."""
+"""Commands import what they need and nothing else: counted, not timed."""
 
 import subprocess
 import sys
@@ -38,3 +38,27 @@ def test_the_help_of_merge_imports_nothing_of_the_engine_or_of_other_commands():
     others = ("merge.engine", "merge.read", "merge.write", "merge.in_memory", "pipeline", "model")
     unwanted = tuple(f"merit_fast.{name}" for name in others)
     assert not [name for name in modules if name.startswith(unwanted)]
+
+
+def test_a_merge_of_plain_checkpoints_imports_no_reader_of_other_formats(branches, tmp_path):
+    models = [word for path in branches for word in ("--model", str(path))]
+    modules = modules_of("merge", str(tmp_path / "out"), *models, "--weights", "uniform")
+    assert not set(modules) & {"torch", "transformers", "rich"}
+    rooms = (
+        "merge.read.adapters.adapter",
+        "merge.read.dcp.metadata",
+        "merge.read.names.model_class",
+        "merge.read.quantised.match",
+        "merge.vocabulary.by_token",
+        "merge.write.distcp",
+        "merge.engine.quantise.stream",
+        "merge.engine.reference",
+        "merge.in_memory",
+        "merge.lora",
+        "merge.folders",
+        "manifests.schemas.split",
+        "integrations",
+    )
+    unwanted = tuple(f"merit_fast.{name}" for name in rooms)
+    assert not [name for name in modules if name.startswith(unwanted)]
+    assert len([name for name in modules if name.startswith("merit_fast")]) <= 150

@@ -77,6 +77,7 @@ def workspace(tmp_path_factory):
 def working_directory(workspace, monkeypatch):
     """The workspace, as the current directory. Merge methods of the pages are forgotten after."""
     monkeypatch.chdir(workspace)
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     yield workspace
     (workspace / "data" / "merit.yml").unlink(missing_ok=True)  # several pages begin with init
     unregister_method("trimmed_mean")

@@ -55,9 +55,8 @@ def test_trainer(working_directory, run_example):
     check_training(working_directory, "trained")
 
 
-def test_trl_sft(working_directory, run_example, monkeypatch):
+def test_trl_sft(working_directory, run_example):
     pytest.importorskip("trl", reason="trl, which this example is for, is not installed")
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     printed = run_example("trl_sft.py", "BASE", "sft", *ROWS, *COUNTS)
     assert "rms_norm x 5, swiglu x 2, rope x 2, head x 1" in printed
     check_training(working_directory, "sft")

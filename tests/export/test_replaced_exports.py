@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from merit_fast.export import groups
+from merit_fast.export import groups, target
 from merit_fast.export.folder import export_folder
 
 
@@ -29,7 +29,7 @@ def test_a_failure_in_the_middle_leaves_the_earlier_export(call, export, plain_r
             raise OSError(28, "No space left on device")
         return 0
 
-    monkeypatch.setattr(groups, "write_rows", fail)
+    monkeypatch.setattr(target, "write_rows", fail)
     call("export", str(plain_run), "--format", "trl", "--out", str(out))
     assert len(written) == 2 and contents(out) == before
     new = out.with_name("new")

@@ -8,10 +8,10 @@ from support.runs import Notes, run_values
 
 import merit_fast.data.store.workers as workers
 from merit_fast.manifests.stages import SKETCH, SPLIT
-from merit_fast.pipeline.clean import removable, remove
 from merit_fast.pipeline.config import read_run_config
+from merit_fast.pipeline.kept.clean import removable, remove
+from merit_fast.pipeline.kept.status import config_status
 from merit_fast.pipeline.run import Run
-from merit_fast.pipeline.status import config_status
 
 
 @pytest.fixture

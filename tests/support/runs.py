@@ -11,6 +11,7 @@ from merit_fast.progress import SilentProgress
 # These hold seconds, memory, times of files, or hashes of files that do: no result.
 MEASURED = (
     "timing.json",
+    "metrics.jsonl",
     "report.html",
     "report.json",
     "arms.csv",

@@ -105,17 +105,17 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_bytes(tiny_model, tmp_pat
     for folder in (whole, parts):
         folder.mkdir()
     train_branch(work, config, whole, SilentProgress())
-    from merit_fast.train import stage
+    from merit_fast.train import loop
 
-    plain = stage._train_step
+    plain = loop.train_step
 
     def stops(*args):
-        position = plain(*args)
+        position, record = plain(*args)
         if position.step == 7:
             raise KeyboardInterrupt
-        return position
+        return position, record
 
-    monkeypatch.setattr(stage, "_train_step", stops)
+    monkeypatch.setattr(loop, "train_step", stops)
     with pytest.raises(KeyboardInterrupt):
         train_branch(work, config, parts, SilentProgress())
     monkeypatch.undo()

@@ -72,7 +72,7 @@ def test_the_output_names_the_kernels_beside_the_result_only(tiny_model, tmp_pat
     replaced = {"rms_norm": 5, "add_rms_norm": 2, "swiglu": 2, "rope": 2, "head": 1}
     assert timing == {"auto": replaced, "eager": {}}
     trees = [
-        tree_bytes(tmp_path / kernels, ("timing.json", "losses.json"))
+        tree_bytes(tmp_path / kernels, ("timing.json", "metrics.jsonl", "losses.json"))
         for kernels in ("auto", "eager")
     ]
     assert trees[0].keys() == trees[1].keys()

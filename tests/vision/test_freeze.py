@@ -91,7 +91,7 @@ def test_the_forecast_counts_what_is_trained(vision_folders, freeze):
     model = load_model(str(folder), "fp32")
     freeze_parameters(model, freeze)
     expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert num_trained_parameters(folder, freeze) == expected
+    assert num_trained_parameters(folder, TrainConfig(freeze=freeze)) == expected
 
 
 def test_a_wrong_expression_is_refused_before_anything_runs(tiny_model, tiny_mixture, tmp_path):

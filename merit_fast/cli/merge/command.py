@@ -3,14 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.cli.merge.folder_lines import folder_lines
-from merit_fast.cli.merge.in_force import branches_in_force
-from merit_fast.cli.merge.joined import describe_adapter
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import manifest_text
-from merit_fast.manifests.schemas import TUNE_FILE, TuneManifest
 from merit_fast.manifests.stages import SPLIT
 from merit_fast.merge import MergeConfig, RunFacts, merge_models
 from merit_fast.merge.combine.weights import require_numbers
@@ -22,8 +19,11 @@ from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.progress import Progress
 from merit_fast.units import human_bytes, human_count
 
+if TYPE_CHECKING:
+    from merit_fast.manifests.schemas import TuneManifest
+
 Tune = Callable[
-    [Sequence[tuple[Location, float | None]], Location | None, MergeConfig], TuneManifest
+    [Sequence[tuple[Location, float | None]], Location | None, MergeConfig], "TuneManifest"
 ]
 
 
@@ -81,13 +81,8 @@ def merge_command(  # noqa: PLR0913
             file, out, progress, assignments, dry_run=dry_run, share=number_and_count
         )
     config = parse(MergeConfig, override({}, assignments), "command line")
-    pairs: list[tuple[Location, float | None]]
     pairs = (
-        [_split_weight(text) for text in models]
-        if models
-        else [
-            (p, None) for p in branches_in_force(Path(run or ""), arm or "merit", seed_index or 0)
-        ]
+        _models_of_run(run, arm, seed_index) if run else [_split_weight(m) for m in models or ()]
     )
     facts = _run_facts(Path(run), arm or "merit") if run else None
     paths = [path for path, _ in pairs]
@@ -116,6 +111,14 @@ def merge_command(  # noqa: PLR0913
     return _merge_tuned(tune, pairs, weights, base, out, config, progress, facts)
 
 
+def _models_of_run(
+    run: str, arm: str | None, seed_index: int | None
+) -> list[tuple[Location, float | None]]:
+    from merit_fast.cli.merge.in_force import branches_in_force
+
+    return [(p, None) for p in branches_in_force(Path(run), arm or "merit", seed_index or 0)]
+
+
 def _merge_tuned(
     tune: Tune,
     pairs: Sequence[tuple[Location, float | None]],
@@ -133,6 +136,8 @@ def _merge_tuned(
     if config.weights == "fit":  # it was pulled towards the models' weights
         weights = None
     config = config.filled(chosen.weights, chosen.scale)
+    from merit_fast.manifests.schemas import TUNE_FILE
+
     records = {TUNE_FILE: manifest_text(chosen)}
     summary = merge_models(
         paths, weights, base, out=out, config=config, progress=progress, records=records, run=run
@@ -186,6 +191,8 @@ def describe(summary: dict[str, Any], dry_run: bool) -> str:
     """The summary for people: a line for each model, for the choices made, and for the sizes."""
     state = "planned" if dry_run else "done"
     if summary.get("adapter"):
+        from merit_fast.cli.merge.joined import describe_adapter
+
         return describe_adapter(summary, state)
     if not summary["finished"]:
         state = "this share is done, others are missing"

@@ -11,7 +11,7 @@ from merit_fast.evaluate.audit import audit_rows
 from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.schemas import TuneManifest
 from merit_fast.merge import MergeConfig
-from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.merge.read.remote import Location
 from merit_fast.options.parser import parse
 from merit_fast.progress import Progress

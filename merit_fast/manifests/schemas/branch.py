@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from merit_fast.manifests.schemas.version import SCHEMA_VERSION
+from merit_fast.options.fields import option
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,7 @@ class BranchManifest:
     base_fingerprint: str
     start_fingerprint: str  # of the model it was trained from: the base, or the warm-up's
     schema_version: int = SCHEMA_VERSION
+    # Counts are those of the weights that are kept; of an earlier checkpoint after an early stop.
+    steps_run: int | None = option(
+        None, "optimizer steps run; absent: as many as steps", omit_default=True
+    )

@@ -5,15 +5,12 @@ from dataclasses import replace
 from typing import Literal
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.io import read_manifest
-from merit_fast.manifests.schemas import BranchManifest
+from merit_fast.merge.combine.counts import BRANCH_FILE, has_branch, read_counts
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.option_names import OptionError
-from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location
 
 Weights = Sequence[float] | Literal["auto", "tokens", "samples", "uniform"]
-_BRANCH_FILE = "branch.json"
 
 
 def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[float]:
@@ -22,7 +19,7 @@ def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[flo
     Models count alike where the method takes no weights, or where ``config.models`` holds them.
 
     Raises:
-        InputError: a model has no branch.json for token or sample counts, or branches disagree
+        InputError: models have no token or sample counts (``read_counts``), or branches disagree
             about their base; a list's length is wrong; weights or scale are still to be chosen.
     """
     require_numbers(config)
@@ -36,7 +33,7 @@ def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[flo
             )
         raw = list(config.weights)
     else:
-        raw = [float(count) for count in _branch_counts(models, config.weights)]
+        raw = list(read_counts(models, config.weights).numbers)
         return [count / sum(raw) for count in raw]  # counts are always normalised
     total = sum(raw) if config.normalize else 1.0
     return [weight / total for weight in raw]
@@ -55,13 +52,13 @@ def settle_weights(models: Sequence[Location], config: MergeConfig) -> MergeConf
         return replace(config, weights="uniform")
     if config.weights != "auto":
         return config
-    lacking = [model for model in models if not (folder_of(model) / _BRANCH_FILE).is_file()]
+    lacking = [model for model in models if not has_branch(model)]
     if len(lacking) == len(models):
         return replace(config, weights="uniform")
     if lacking:
         having = next(model for model in models if model not in lacking)
         names = ", ".join(map(str, lacking))
-        rule = f"{names}: no {_BRANCH_FILE} with token counts here, but {having} has one"
+        rule = f"{names}: no {BRANCH_FILE} with token counts here, but {having} has one"
         raise OptionError(rule, "weights", "give {} as uniform or as numbers")
     return replace(config, weights="tokens")
 
@@ -74,11 +71,12 @@ def weights_reason(models: Sequence[Location], config: MergeConfig) -> str:
     if any(model.weight is not None for model in config.models):
         return "of each model's own settings"
     if config.weights == "auto" and settled == "uniform":
-        return f"equal, because no model has a {_BRANCH_FILE} with token counts"
+        return f"equal, because no model has a {BRANCH_FILE} with token counts"
     if isinstance(settled, tuple):
         return "as given"
-    words = {"tokens": "token counts", "samples": "example counts"}
-    return f"{words[settled]} of each {_BRANCH_FILE}" if settled in words else "equal, as given"
+    if settled == "tokens" or settled == "samples":
+        return read_counts(models, settled).source
+    return "equal, as given"
 
 
 def require_numbers(config: MergeConfig) -> None:
@@ -89,26 +87,3 @@ def require_numbers(config: MergeConfig) -> None:
             f"merge.{option} is chosen on held-out rows: merge by a run's CONFIG.yml, or give "
             "--validation NAME=PATH"
         )
-
-
-def _branch_counts(models: Sequence[Location], unit: str) -> list[int]:
-    branches = []
-    for model in models:
-        if not (folder_of(model) / _BRANCH_FILE).is_file():
-            rule = f"{model}: has no {_BRANCH_FILE} to take its {unit} from"
-            raise OptionError(rule, "weights", "give {} as uniform or as numbers")
-        branches.append(read_manifest(BranchManifest, folder_of(model) / _BRANCH_FILE))
-    for model, branch in zip(models, branches, strict=True):
-        if branch.start_fingerprint != branches[0].start_fingerprint:
-            raise InputError(
-                f"{model / _BRANCH_FILE}: start_fingerprint: must be "
-                f"{branches[0].start_fingerprint} as in {models[0]}, "
-                f"got {branch.start_fingerprint}"
-            )
-    counts = [b.num_target_tokens if unit == "tokens" else b.num_examples for b in branches]
-    for model, count in zip(models, counts, strict=True):
-        if count <= 0:
-            raise InputError(
-                f"{model / _BRANCH_FILE}: {unit} must be positive to weigh the merge, got {count}"
-            )
-    return counts

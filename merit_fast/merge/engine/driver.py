@@ -4,7 +4,7 @@ Memory is threads x (K + 1) x chunk, whatever the model's size.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,17 +18,14 @@ from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine import reference
 from merit_fast.merge.engine.compiled import native
 from merit_fast.merge.engine.compiled.native import Advance
 from merit_fast.merge.engine.compiled.sources import held_bytes
-from merit_fast.merge.engine.geometry import Array, cut_pieces, gram_by_tensor
 from merit_fast.merge.engine.notes.counters import is_counter, largest
 from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Rule, Segment, Shard
 from merit_fast.merge.engine.quantise.rounding import write_shard_roundings
-from merit_fast.merge.engine.quantise.stream import encode_tensor, scratch_output, unencoded
-from merit_fast.merge.engine.values import values
+from merit_fast.merge.engine.values import Array, values
 from merit_fast.merge.read.entries import is_float, stored_entries, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
@@ -61,6 +58,12 @@ def write_shard(
         grams = engine.run([segment for segment in shard.segments if not segment.encoding])
         roundings = {}
         for segment in filter(lambda segment: segment.encoding, shard.segments):
+            from merit_fast.merge.engine.quantise.stream import (
+                encode_tensor,
+                scratch_output,
+                unencoded,
+            )
+
             with scratch_output(opened, path.parent) as scratch:
                 engine.opened = scratch
                 grams |= engine.run([unencoded(segment)])
@@ -153,8 +156,7 @@ class _Engine:
         with native.watch(self.advance) as elements_done:
             for batch in self._batches(segments):
                 pieces, gram = self._pieces(batch)
-                run = native.run if self._runs_native(batch) else reference.run
-                run(
+                self._run(batch)(
                     batch,
                     self.config,
                     self.opened,
@@ -164,7 +166,10 @@ class _Engine:
                     self.from_base,
                     elements_done,
                 )
-                grams |= gram_by_tensor(batch, pieces, gram)
+                if self.takes_gram:
+                    from merit_fast.merge.engine.geometry import gram_by_tensor
+
+                    grams |= gram_by_tensor(batch, pieces, gram)
         return grams
 
     def _batches(self, segments: Iterable[Segment]) -> list[list[Segment]]:
@@ -186,12 +191,19 @@ class _Engine:
             room[key] = (batch, held)
         return batches
 
-    def _runs_native(self, batch: Sequence[Segment]) -> bool:
-        return self.is_native and not isinstance(batch[0].rule, FunctionRule)
+    def _run(self, batch: Sequence[Segment]) -> Callable[..., None]:
+        """The pass over a batch: compiled, or its definition in NumPy."""
+        if self.is_native and not isinstance(batch[0].rule, FunctionRule):
+            return native.run
+        from merit_fast.merge.engine import reference
+
+        return reference.run
 
     def _pieces(self, batch: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], Array]:
         if not self.takes_gram:
             return np.empty((0, 3), np.int64), np.empty((0, 0, 0))
+        from merit_fast.merge.engine.geometry import cut_pieces
+
         pieces = cut_pieces(batch, self._step(batch[0]))
         branches = len(batch[0].inputs) - int(self.from_base)
         return pieces, np.zeros((len(pieces), branches, branches))

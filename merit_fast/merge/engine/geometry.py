@@ -11,7 +11,7 @@ import numpy.typing as npt
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.kept import record_of_file, write_record
-from merit_fast.manifests.schemas import SCHEMA_VERSION
+from merit_fast.manifests.schemas.version import SCHEMA_VERSION
 from merit_fast.merge.engine.plan import Segment, Shard
 from merit_fast.merge.read.remote import Location
 

@@ -5,11 +5,10 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
-from merit_fast.merge.engine.quantise.encoding import Encoding
-from merit_fast.merge.engine.quantise.forms import Form, Forms
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import (
     INDEX_FILE,
@@ -17,6 +16,10 @@ from merit_fast.merge.read.checkpoint import (
     Checkpoint,
 )
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised, own_dtype
+
+if TYPE_CHECKING:
+    from merit_fast.merge.engine.quantise.encoding import Encoding
+    from merit_fast.merge.engine.quantise.forms import Form, Forms
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class OutputTensor:
     dtype: str
     shape: tuple[int, ...]
     inputs: tuple[TensorEntry, ...]
-    encoding: Encoding | None = None  # codes and scales in place of values
+    encoding: "Encoding | None" = None  # codes and scales in place of values
     copied: tuple[tuple[str, TensorEntry], ...] = ()  # stored tensors in place of values
 
     @property
@@ -89,7 +92,7 @@ def lay_out(
     missing: str = "error",
     shard_bytes: int | None = None,
     num_models: int | None = None,
-    forms: Forms | None = None,
+    forms: "Forms | None" = None,
 ) -> tuple[OutputFile, ...]:
     """Checks that the inputs fit together and decides the output's files.
 
@@ -137,7 +140,7 @@ class _Dtypes:
         models: Sequence[Checkpoint],
         base: Checkpoint | None,
         asked: str | None,
-        forms: Forms | None,
+        forms: "Forms | None",
     ) -> None:
         self.forms = forms
         self.models = models
@@ -148,7 +151,7 @@ class _Dtypes:
             own_dtype(entry) for entry in tensors if is_float(entry) and not is_quantised(entry)
         }
 
-    def form(self, name: str, entries: Sequence[TensorEntry]) -> Form | None:
+    def form(self, name: str, entries: Sequence[TensorEntry]) -> "Form | None":
         """How a float tensor is quantised in the output; None if it is not."""
         if self.forms is None:
             return None

@@ -9,7 +9,7 @@ from merit_fast.merge.engine.changes import most_factor_bytes
 from merit_fast.merge.engine.compiled.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK
 from merit_fast.merge.engine.prepare import Inputs
-from merit_fast.merge.engine.quantise.stream import slab_bytes
+from merit_fast.merge.engine.quantise.needs import slab_bytes
 from merit_fast.merge.read.entries import is_float, value_dtype
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas

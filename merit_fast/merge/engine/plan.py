@@ -4,16 +4,18 @@ import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
-from merit_fast.merge.engine.quantise.encoding import Encoding
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
+
+if TYPE_CHECKING:
+    from merit_fast.merge.engine.quantise.encoding import Encoding
 
 Rule = tuple[float, ...] | DeltaRule | ElementRule | VectorRule | FunctionRule
 
@@ -30,7 +32,9 @@ class Segment:
         TensorEntry, ...
     ]  # of the first tensor, one per input; all tensors of an input have its dtype
     rule: Rule = ()  # coefficients of the first inputs, or a rule for deltas from the last input
-    encoding: Encoding | None = None  # the output holds codes; one tensor, its dtype that of codes
+    encoding: "Encoding | None" = (
+        None  # the output holds codes; one tensor, its dtype that of codes
+    )
     scale_offset: int = 0  # of the codes' scales
 
     @property

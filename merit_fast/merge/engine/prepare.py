@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,10 +11,8 @@ from merit_fast.kernels.average.dtypes import SHORT_NAMES
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import gram_shard
-from merit_fast.merge.engine.geometry import Array
 from merit_fast.merge.engine.layout import OutputFile, lay_out
-from merit_fast.merge.engine.made_rows import write_made
-from merit_fast.merge.engine.notes.absence import absence_notes
+from merit_fast.merge.engine.notes.absence import absence_notes, left_out_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.notes.dtypes import words_of_entries, words_of_output
 from merit_fast.merge.engine.plan import Plan, Rule, plan_merge
@@ -22,20 +21,21 @@ from merit_fast.merge.engine.quantise.forms import Forms, SameForms
 from merit_fast.merge.read.adapters.tied import give_heads
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions
-from merit_fast.merge.read.dcp.checkpoint import left_out_notes
 from merit_fast.merge.read.dcp.opening import check_names, companions_of
 from merit_fast.merge.read.decoded import read_input
 from merit_fast.merge.read.entries import TensorEntry, stored_entries
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
-from merit_fast.merge.read.names.towers import Tower
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice, stack_layers
 from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
-from merit_fast.merge.vocabulary.write import check_files
 from merit_fast.progress import Progress
+
+if TYPE_CHECKING:
+    from merit_fast.merge.engine.values import Array
+    from merit_fast.merge.read.names.towers import Tower
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
-    tower: Tower | None = None,
+    tower: "Tower | None" = None,
     to_memory: bool = False,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
@@ -185,7 +185,7 @@ def _match(
     base: Location | None,
     config: MergeConfig,
     companions: Location | None,
-    tower: Tower | None,
+    tower: "Tower | None",
     *,
     any_depth: bool,
 ) -> _Matched:
@@ -207,6 +207,8 @@ def _match(
     )
     vocabulary = matched.output
     if vocabulary:
+        from merit_fast.merge.vocabulary.write import check_files
+
         check_files(companions, vocabulary)
     tokenizer = vocabulary.folder if vocabulary else companions
     template = checked_template(config.chat_template, models, tokenizer)
@@ -225,6 +227,8 @@ def make_plan(inputs: Inputs, config: MergeConfig, progress: Progress) -> Plan:
         InputError: a value is not finite and the method needs lengths; see ``gram_shard``.
     """
     if inputs.vocabulary and inputs.vocabulary.made:
+        from merit_fast.merge.engine.made_rows import write_made
+
         write_made(inputs.vocabulary.made)
     combination = inputs.combination
     from_gram = combination.from_gram

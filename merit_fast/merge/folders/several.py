@@ -121,20 +121,18 @@ class FolderMerge:
 
 
 def prepare_folders(
+    giver: SeveralModels,
     models: Sequence[Location],
     weights: Sequence[float],
     base: Location | None,
     config: MergeConfig,
-) -> FolderMerge | None:
-    """The merge of folders of several models; None where the first model is a folder of one.
+) -> FolderMerge:
+    """The merge of folders of several models, of which ``giver`` is the first.
 
     Raises:
         InputError: the folders have other parts, an option concerns one model only; see
             ``several_models`` and ``prepare_merge``.
     """
-    giver = several_models(models[0])
-    if giver is None:
-        return None
     for name in _OF_ONE_MODEL:
         if getattr(config, name):
             rule = f"must be absent, as {giver.path} holds several models ({giver.listing})"

@@ -18,7 +18,7 @@ from merit_fast.kernels.average import average_arrays
 from merit_fast.manifests.atomic import write_text
 from merit_fast.merge.engine.layout import StoredTensor, header_of
 from merit_fast.merge.engine.values import finite
-from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG
+from merit_fast.merge.read.adapters.folder import ADAPTER_CONFIG
 from merit_fast.merge.read.checkpoint import ADAPTER_FILE
 
 Array = npt.NDArray[np.float64]

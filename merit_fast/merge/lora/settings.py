@@ -5,7 +5,8 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.adapters.adapter import Adapter
-from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG, Scalings
+from merit_fast.merge.read.adapters.config import Scalings
+from merit_fast.merge.read.adapters.folder import ADAPTER_CONFIG
 from merit_fast.merge.read.files import read_json
 
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

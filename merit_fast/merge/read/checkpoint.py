@@ -38,6 +38,24 @@ class Checkpoint:
     shards: tuple[tuple[str, tuple[str, ...]], ...]  # (file name, tensor names by offset)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether the tensors lie in chunks."""
+        return False
+
+    def described_files(self) -> set[Location]:
+        """Files that decide an output and hold none of its tensors."""
+        return set()
+
+    def names_left_out(self, keeps_values: bool) -> tuple[str, ...]:
+        """Names of the checkpoint that are no tensors of the model, and that an output lacks.
+
+        Args:
+            keeps_values: the output keeps values of the model that are no tensors, as another
+                distributed checkpoint does.
+        """
+        return ()
+
 
 def read_checkpoint(path: Location) -> Checkpoint:
     """Reads the headers of a model: a safetensors file, or a directory of them.

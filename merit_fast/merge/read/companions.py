@@ -21,7 +21,6 @@ from merit_fast.merge.read.files import (
     quote,
     read_json,
 )
-from merit_fast.merge.read.names.model_class import are_siblings
 from merit_fast.merge.read.remote import Location
 
 CONFIG_FILE = "config.json"
@@ -165,12 +164,20 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, any_depth: bool = False)
         for key in same:
             mine = _value(wanted, key)
             theirs = _value(values, key)
-            differ = mine is not None and theirs is not None and mine != theirs
-            if differ and not (key == "model_type" and are_siblings(wanted, values)):
-                raise InputError(
-                    f"{folder_of(other.path) / CONFIG_FILE}: {key}: must be {quote(mine)} as in "
-                    f"{first.path}, got {quote(theirs)}"
-                )
+            if mine is None or theirs is None or mine == theirs:
+                continue
+            if key == "model_type" and _are_siblings(wanted, values):
+                continue
+            raise InputError(
+                f"{folder_of(other.path) / CONFIG_FILE}: {key}: must be {quote(mine)} as in "
+                f"{first.path}, got {quote(theirs)}"
+            )
+
+
+def _are_siblings(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    from merit_fast.merge.read.names.model_class import are_siblings
+
+    return are_siblings(config, other)
 
 
 def is_embedding(name: str) -> bool:

@@ -1,10 +1,9 @@
 """Inputs decoded while they are read: quantised tensors, adapters on a base."""
 
 from merit_fast.merge.option_names import OptionError
-from merit_fast.merge.read.adapters.adapter import is_adapter, read_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.dcp.opening import open_checkpoint
-from merit_fast.merge.read.names.adapted import put_on_named_base
 from merit_fast.merge.read.names.wrappers import without_wrappers
 from merit_fast.merge.read.quantised.join import join_scales
 from merit_fast.merge.read.remote import Location
@@ -28,4 +27,7 @@ def read_input(
     if base is None:
         rule = f"{path}: is an adapter and needs the model it was trained on"
         raise OptionError(rule, "base", "give {}")
+    from merit_fast.merge.read.adapters.adapter import read_adapter
+    from merit_fast.merge.read.names.adapted import put_on_named_base
+
     return put_on_named_base(read_adapter(path), base)

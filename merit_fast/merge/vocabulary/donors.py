@@ -6,7 +6,7 @@ from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.merge.option_names import OptionError
-from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.files import folder_of, is_directory
 from merit_fast.merge.read.remote import Location, as_location

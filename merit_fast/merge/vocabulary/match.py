@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import Checkpoint
@@ -10,14 +11,14 @@ from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.tokenizer_options import TokenizerOptions
-from merit_fast.merge.vocabulary.assemble import MadeRows, RowFile, assemble
-from merit_fast.merge.vocabulary.by_id import plan_by_id
-from merit_fast.merge.vocabulary.by_token import plan_by_token
 from merit_fast.merge.vocabulary.donors import Donors, find_donors
 from merit_fast.merge.vocabulary.matrices import Matrix, matrices_of
-from merit_fast.merge.vocabulary.rows import RowPlan
 from merit_fast.merge.vocabulary.tokens import has_vocabulary, read_vocabulary
-from merit_fast.merge.vocabulary.union import OutputTokens
+
+if TYPE_CHECKING:
+    from merit_fast.merge.vocabulary.assemble import MadeRows
+    from merit_fast.merge.vocabulary.rows import RowPlan
+    from merit_fast.merge.vocabulary.union import OutputTokens
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class OutputVocabulary:
     """
 
     folder: Location
-    tokens: OutputTokens | None
+    tokens: "OutputTokens | None"
     num_rows: int
     config_rows: int
     digest: str
     ids: Mapping[int, int] = field(default_factory=dict)
-    made: MadeRows | None = None
+    made: "MadeRows | None" = None
     sentence: str = ""
 
 
@@ -84,12 +85,16 @@ def match_vocabularies(
     if options is None or options.source == "ids":
         if options is None and donors.are_alike():
             return unchanged
+        from merit_fast.merge.vocabulary.by_id import plan_by_id
+
         planned = plan_by_id(donors, companions, checked=options is None)
         if planned is None:
             return unchanged
         plan, namer = planned
         output = _output_by_id(donors, plan, namer, companions)
     else:
+        from merit_fast.merge.vocabulary.by_token import plan_by_token
+
         plan, tokens = plan_by_token(donors, options)
         output = _output_by_token(donors, plan, tokens, companions)
     matched, made = _matched(donors, plan)
@@ -100,8 +105,12 @@ def match_vocabularies(
     )
 
 
-def _matched(donors: Donors, plan: RowPlan) -> tuple[dict[Location, Checkpoint], MadeRows | None]:
+def _matched(
+    donors: Donors, plan: "RowPlan"
+) -> "tuple[dict[Location, Checkpoint], MadeRows | None]":
     """Every input with the plan's rows, by path."""
+    from merit_fast.merge.vocabulary.assemble import RowFile, assemble
+
     checkpoints = donors.checkpoints
     rows = [donor.num_rows for donor in donors.all]
     file = RowFile()
@@ -119,7 +128,7 @@ def _matched(donors: Donors, plan: RowPlan) -> tuple[dict[Location, Checkpoint],
     return matched, file.finished()
 
 
-def _has_other_rows(matrix: Matrix, donors: Donors, plan: RowPlan) -> bool:
+def _has_other_rows(matrix: Matrix, donors: Donors, plan: "RowPlan") -> bool:
     """Whether a matrix counts other tokens than the embedding does, and stays as it is.
 
     Raises:
@@ -140,7 +149,7 @@ def _has_other_rows(matrix: Matrix, donors: Donors, plan: RowPlan) -> bool:
 
 
 def _output_by_id(
-    donors: Donors, plan: RowPlan, namer: int, companions: Location
+    donors: Donors, plan: "RowPlan", namer: int, companions: Location
 ) -> OutputVocabulary:
     count = plan.rows.shape[1]
     lengths = ", ".join(f"{donor.path} {donor.num_rows}" for donor in donors.all)
@@ -154,7 +163,7 @@ def _output_by_id(
 
 
 def _output_by_token(
-    donors: Donors, plan: RowPlan, tokens: OutputTokens, companions: Location
+    donors: Donors, plan: "RowPlan", tokens: "OutputTokens", companions: Location
 ) -> OutputVocabulary:
     texts = tokens.vocabulary.texts
     sentence = (
@@ -182,7 +191,7 @@ def _output_by_token(
     )
 
 
-def _digest(plan: RowPlan, tokens: OutputTokens | None) -> str:
+def _digest(plan: "RowPlan", tokens: "OutputTokens | None") -> str:
     """32 hex digits of all that decides the rows and the tokenizer's files."""
     digest = hashlib.sha256(plan.models.tobytes())
     digest.update(plan.rows.tobytes())
@@ -201,7 +210,7 @@ def _config_rows(donors: Donors, companions: Location) -> int:
     return donors.all[donors.home].num_rows
 
 
-def _moved_ids(tokens: OutputTokens, companions: Location) -> dict[int, int]:
+def _moved_ids(tokens: "OutputTokens", companions: Location) -> dict[int, int]:
     """Ids of the companions' tokens that have another one in the output; -1: it has none."""
     if companions == tokens.vocabulary.folder or not has_vocabulary(companions):
         return {}

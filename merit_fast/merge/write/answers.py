@@ -1,15 +1,24 @@
 """Files that decide how a merged model is asked and where it stops, compared between models."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from merit_fast.merge.read.adapters.adapter import is_adapter
-from merit_fast.merge.read.files import folder_of, list_directory, open_regular, read_json
+from merit_fast.merge.read.adapters.folder import is_adapter
+from merit_fast.merge.read.companions import list_companions
+from merit_fast.merge.read.files import (
+    copy_file,
+    folder_of,
+    list_directory,
+    open_regular,
+    read_json,
+)
 from merit_fast.merge.read.remote import Location
 
 _TEMPLATE = "chat_template.jinja"
 _TOKENIZER = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
+DATA_FILE = "data.json"  # of models that merit-fast trained
 
 
 def answer_notes(
@@ -48,6 +57,21 @@ def answer_notes(
                 f"merge: the output has the {name} of {source}; {whose} has others and {effect}"
             )
     return notes
+
+
+def copy_adapter_answers(models: Sequence[Location], directory: Path) -> None:
+    """Copies tokenizer, chat template and end tokens of adapters into the merge of their weights.
+
+    Only adapters with a data.json have them all: their trainer adds no token to the base's.
+
+    Args:
+        models: of the merge; the first gives the files if all are such adapters.
+        directory: the output, which has the base's files.
+    """
+    if not all(is_adapter(path) and (path / DATA_FILE).exists() for path in models):
+        return
+    for name in list_companions(folder_of(models[0])):
+        copy_file(models[0] / name, directory / name)
 
 
 def _template(folder: Location) -> Any:

@@ -6,16 +6,20 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merit_fast.manifests.io import read_manifest, tool_versions
-from merit_fast.manifests.schemas import TUNE_FILE, BranchManifest, SplitManifest
+from merit_fast.manifests.schemas.tune import TUNE_FILE
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.modules import Module
 from merit_fast.merge.engine.quantise.rounding import read_rounding
 from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.tokenizer_options import TokenizerOptions, with_names
 from merit_fast.merge.write.card_options import changed_flags, shown_parameters, value_text
+
+if TYPE_CHECKING:
+    from merit_fast.manifests.schemas import BranchManifest, SplitManifest
+    from merit_fast.merge.engine.modules import Module
 
 CARD_FILE = "README.md"
 _TAGS = ["merge", "merit"]
@@ -27,7 +31,7 @@ class RunFacts:
     """The run whose branches are merged. ``base``: its ``model`` key. ``arm``: the merged arm."""
 
     base: str
-    split: SplitManifest
+    split: "SplitManifest"
     arm: str
     is_stage: bool  # whether the run merges them itself; config.yml then lies next to the card
 
@@ -46,7 +50,7 @@ class CardFacts:
     dtype: str  # one clause
     slices: tuple[Slice, ...]
     run: RunFacts | None
-    modules: tuple[Module, ...] = ()  # towers that were merged, each by models of its own
+    modules: "tuple[Module, ...]" = ()  # towers that were merged, each by models of its own
 
 
 def model_card(facts: CardFacts, directory: Path) -> str:
@@ -133,12 +137,16 @@ def _opening(facts: CardFacts) -> str:
     )
 
 
-def _branch(model: Location) -> BranchManifest | None:
+def _branch(model: Location) -> "BranchManifest | None":
     file = model / "branch.json"
-    return read_manifest(BranchManifest, file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    from merit_fast.manifests.schemas import BranchManifest
+
+    return read_manifest(BranchManifest, file)
 
 
-def _model_table(facts: CardFacts, branches: Sequence[BranchManifest | None]) -> str:
+def _model_table(facts: CardFacts, branches: "Sequence[BranchManifest | None]") -> str:
     header = ["model", "weight"]
     if any(branches):
         header += ["datasets", "examples", "target tokens", "steps"]

@@ -1,14 +1,17 @@
 """What two merges must share to give the same bytes."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import StageManifest, fingerprint
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.modules import Module
 from merit_fast.merge.read.slices import describe_slices
 from merit_fast.merge.registry import method_source
 from merit_fast.options.parser import to_plain
+
+if TYPE_CHECKING:
+    from merit_fast.merge.engine.modules import Module
 
 
 def same_bytes(config: MergeConfig) -> MergeConfig:
@@ -38,7 +41,7 @@ def check_unchanged(before: StageManifest, now: StageManifest) -> None:
         raise InputError(f"{names}: changed while the merge read it; run the command again")
 
 
-def module_digest(module: Module) -> str:
+def module_digest(module: "Module") -> str:
     """Digest of what decides a tower: models in order, weights, numbers and slices."""
     facts = [*map(str, (*module.models, module.base)), *module.weights]
     return fingerprint([facts, to_plain(same_bytes(module.config)), describe_slices(module.slices)])

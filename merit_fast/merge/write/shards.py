@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import replace_file, write_text
@@ -16,17 +17,11 @@ from merit_fast.manifests.kept import is_proved, read_record, write_record
 from merit_fast.manifests.locks import LockedError, exclusive, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import write_shard
-from merit_fast.merge.engine.geometry import (
-    GEOMETRY_FILE,
-    gram_file,
-    write_geometry,
-    write_shard_grams,
-)
 from merit_fast.merge.engine.layout import index_text
 from merit_fast.merge.engine.plan import Plan, Shard
 from merit_fast.merge.engine.prepare import Inputs
+from merit_fast.merge.engine.quantise.needs import scratch_file_bytes
 from merit_fast.merge.engine.quantise.rounding import write_roundings
-from merit_fast.merge.engine.quantise.stream import scratch_file_bytes
 from merit_fast.merge.read.checkpoint import INDEX_FILE
 from merit_fast.merge.read.companions import (
     copy_companions,
@@ -36,9 +31,11 @@ from merit_fast.merge.read.companions import (
 )
 from merit_fast.merge.read.headers import read_header
 from merit_fast.merge.read.remote import Location
-from merit_fast.merge.vocabulary.write import write_template, write_vocabulary
+from merit_fast.merge.write.answers import copy_adapter_answers
 from merit_fast.merge.write.quantization import write_quantization
-from merit_fast.merge.write.upload import Upload
+
+if TYPE_CHECKING:
+    from merit_fast.merge.write.upload import Upload
 from merit_fast.merge.write.verified import CHECKSUM_KEY
 from merit_fast.progress import Progress, Task
 
@@ -61,7 +58,7 @@ class ShardWriter:
     directory: Path
     progress: Progress
     locks: Path | None = None
-    upload: Upload | None = None
+    upload: "Upload | None" = None
     written: set[str] = field(default_factory=set)
 
     def write(self, shards: Sequence[Shard]) -> None:
@@ -134,6 +131,8 @@ class ShardWriter:
             part = self._new_part(shard)
             grams = write_shard(shard, self.config, part, lambda count: task.advance(count))
             if self.config.stats:
+                from merit_fast.merge.engine.geometry import write_shard_grams
+
                 write_shard_grams(self.directory, shard, grams)
             held = stack.pop_all()  # until the file has its name
             pending.append(background.submit(self._settle, part, shard, held))
@@ -165,6 +164,8 @@ class ShardWriter:
             if self.upload is None or self.config.checksum:
                 write_record(final, part)
                 if self.config.stats:
+                    from merit_fast.merge.engine.geometry import gram_file
+
                     grams = gram_file(self.directory, shard)
                     write_record(grams, grams)
             replace_file(part, final, self.config.fsync)
@@ -175,7 +176,11 @@ class ShardWriter:
     def _is_proved(self, shard: Shard) -> bool:
         if not is_proved(self.directory / shard.file):
             return False
-        if not self.config.stats or is_proved(self.directory / GEOMETRY_FILE):
+        if not self.config.stats:
+            return True
+        from merit_fast.merge.engine.geometry import GEOMETRY_FILE, gram_file
+
+        if is_proved(self.directory / GEOMETRY_FILE):
             return True
         return is_proved(gram_file(self.directory, shard))
 
@@ -205,6 +210,19 @@ def all_written(plan: Plan, directory: Path) -> bool:
     return not directory.exists() or all((directory / shard.file).exists() for shard in plan.shards)
 
 
+def _write_tokenizer(inputs: Inputs, models: Sequence[Location], directory: Path) -> None:
+    """Writes the tokenizer's files and the chat template, where they are not the companions'."""
+    if inputs.vocabulary is None and inputs.chat_template is None:
+        copy_adapter_answers(models, directory)
+        return
+    from merit_fast.merge.vocabulary.write import write_template, write_vocabulary
+
+    if inputs.vocabulary:
+        write_vocabulary(directory, inputs.companions, inputs.vocabulary)
+    if inputs.chat_template is not None:
+        write_template(directory, inputs.chat_template)
+
+
 def finish_output(
     plan: Plan,
     inputs: Inputs,
@@ -220,16 +238,15 @@ def finish_output(
         weights_at: location of the weights. None: ``directory``.
     """
     if config.stats:
+        from merit_fast.merge.engine.geometry import write_geometry
+
         write_geometry(directory, plan.shards, branches)
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     dtypes = output_dtypes((tensor.dtype, tensor.num_elements) for tensor in tensors)
     copy_companions(inputs.companions, directory, dtypes, dequantized=inputs.dequantized)
     write_quantization(inputs, directory)
     write_roundings(directory, plan.shards)
-    if inputs.vocabulary:
-        write_vocabulary(directory, inputs.companions, inputs.vocabulary)
-    if inputs.chat_template is not None:
-        write_template(directory, inputs.chat_template)
+    _write_tokenizer(inputs, branches, directory)
     written = {
         entry.name: entry
         for file in plan.files

@@ -12,6 +12,7 @@ from merit_fast.merge.read.entries import is_float
 from merit_fast.merge.read.files import read_json
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.split.config import SplitConfig
+from merit_fast.train.config import TrainConfig
 
 # Ops of each stage that have no way around them.
 _OPS = {
@@ -27,14 +28,20 @@ def num_parameters(base: Path) -> int:
     return sum(entry.num_elements for entry in tensors if is_float(entry))
 
 
-def num_trained_parameters(base: Path, freeze: Sequence[str] | None) -> int:
-    """Number of the base's parameters that training changes.
+def num_trained_parameters(base: Path, train: TrainConfig) -> int:
+    """Number of parameters that training changes: the base's, or those of an adapter.
 
     Raises:
-        InputError: an expression of ``train.freeze`` matches no parameter, or all are frozen.
+        InputError: an expression of ``train.freeze`` matches no parameter, or all are frozen; see
+            ``check_adapter``.
     """
     from merit_fast.model import freeze_parameters, make_empty_model
 
+    freeze = train.freeze
+    if train.adapter.is_on:
+        from merit_fast.train.adapter.build import check_adapter
+
+        return check_adapter(base, train.adapter, freeze)
     if freeze is None and read_json(base / "config.json").get("vision_config") is None:
         return num_parameters(base)
     model = make_empty_model(str(base))

@@ -25,6 +25,7 @@ from merit_fast.pipeline.preflight.base import (
 )
 from merit_fast.pipeline.preflight.disk import check_disk
 from merit_fast.pipeline.preflight.pending import pending_branches, pending_stages
+from merit_fast.pipeline.preflight.training import check_training, check_watched
 from merit_fast.split.search.partition import partition_datasets
 
 
@@ -49,10 +50,23 @@ def check_stages(outputs: Outputs, data: RunData, stages: Sequence[Stage]) -> No
         check_kernels(pending)
     if SKETCH in pending:
         check_parts(outputs.base, config.split, config.train.freeze)
+    if TRAIN in pending:
+        check_training(outputs.base, config.train)
     _check_rows(data, pending)
-    if TRAIN in pending and config.train.packing and pending_branches(outputs) != ():
-        check_packing(outputs.base, config, data.branch)
+    if TRAIN in pending and pending_branches(outputs) != ():
+        _check_training(outputs, data)
     check_disk(outputs, data, pending)
+
+
+def _check_training(outputs: Outputs, data: RunData) -> None:
+    """Checks what the trainer of the branches needs: another stack, or packed rows of our own."""
+    config = outputs.config
+    if config.train.engine != "builtin":
+        from merit_fast.engines.check import check_engine
+
+        check_engine(outputs, data)
+    elif config.train.packing:
+        check_packing(outputs.base, config, data.branch)
 
 
 def _check_writable(root: Path) -> None:
@@ -124,12 +138,15 @@ def _check_merge(outputs: Outputs) -> None:
 def _check_rows(data: RunData, pending: Sequence[Stage]) -> None:
     """Tokenizes every row that the stages will use; they stay with ``data`` for them."""
     is_tuned = data.config.merge.is_tuned
+    watches = TRAIN in pending and data.config.train.evaluate_steps is not None
     if SKETCH in pending or TRAIN in pending:
         data.rows.select("train")  # a wrong row ends the run before any row is tokenized
     if EVALUATE in pending and not is_tuned:
         check_held_out(data.config.mixture)
-    if EVALUATE in pending or (MERGE in pending and is_tuned):
+    if EVALUATE in pending or (MERGE in pending and is_tuned) or watches:
         _ = data.held_out
+    if watches:
+        check_watched(data.config, data.watched)
     if SKETCH in pending or TRAIN in pending:
         needs_all = SPLIT in pending or TRAIN in pending
         datasets = data.branch if needs_all else data.sketched

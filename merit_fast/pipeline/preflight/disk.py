@@ -12,6 +12,7 @@ from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.preflight.base import num_parameters, num_trained_parameters
 from merit_fast.pipeline.preflight.load import Load, merges_of, sketch_load, train_load, warmup_load
 from merit_fast.pipeline.preflight.pending import warmup_is_pending
+from merit_fast.train.config import TrainConfig
 from merit_fast.units import human_bytes
 
 _ROW_BYTES = 52  # of a stored row, next to its vector in float16
@@ -47,11 +48,11 @@ def disk_of(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Disk:
         load += warmup_load(outputs, data)
     if TRAIN in pending:
         load += train_load(outputs, data)
-    trained = num_trained_parameters(outputs.base, config.train.freeze) if makes_branches else 0
+    trained = num_trained_parameters(outputs.base, config.train) if makes_branches else 0
     checkpointed = load.longest > config.train.checkpoint_steps
     merged = config.merge.dtype or config.train.dtype
     return Disk(
-        branches=load.models * parameters * _item_bytes(config.train.dtype),
+        branches=load.models * _branch_bytes(config.train, parameters, trained),
         checkpoint=2 * _STATE_BYTES * trained * checkpointed,
         merges=merges_of(outputs) * parameters * _item_bytes(merged) * (MERGE in pending),
         rows=rows,
@@ -86,6 +87,13 @@ def check_disk(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Non
             f"output: {outputs.root} must have {human_bytes(disk.total)} free ({parts}), "
             f"the disk has {human_bytes(free)}"
         )
+
+
+def _branch_bytes(train: TrainConfig, parameters: int, trained: int) -> int:
+    """Bytes of a branch's weights: all of the base, or an adapter in float32."""
+    if train.adapter.is_saved_apart:
+        return 4 * trained
+    return parameters * _item_bytes(train.dtype)
 
 
 def _item_bytes(dtype: str) -> int:

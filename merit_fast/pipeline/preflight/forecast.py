@@ -80,7 +80,7 @@ def forecast_run(outputs: Outputs, data: RunData) -> Forecast:
     source = "nothing is left to do"
     if pending:
         disk = disk_of(outputs, data, pending)
-        trained = num_trained_parameters(outputs.base, outputs.config.train.freeze)
+        trained = num_trained_parameters(outputs.base, outputs.config.train)
         rate = rate_of(outputs, num_parameters(outputs.base), trained)
         source = rate.source
         stages = _stage_forecasts(outputs, data, pending, disk, rate)

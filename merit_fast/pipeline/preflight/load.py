@@ -134,6 +134,8 @@ def _rows_load(config: RunConfig, datasets: Sequence[Dataset]) -> Load:
 
 def _split_arm_load(config: RunConfig, datasets: Sequence[Dataset], groups: int) -> Load:
     whole = _rows_load(config, datasets)
-    rows = sum(dataset.num_examples for dataset in datasets)
+    mixed = 1 + config.train.mix * (groups - 1)  # each other branch trains on this share, too
+    rows = round(mixed * sum(dataset.num_examples for dataset in datasets))
     steps = num_steps(-(-rows // groups), config.train)
-    return Load(groups, whole.rows, whole.tokens, steps * groups, steps)
+    tokens = round(mixed * whole.tokens)
+    return Load(groups, round(mixed * whole.rows), tokens, steps * groups, steps)

@@ -44,6 +44,8 @@ def rate_of(outputs: Outputs, num_parameters: int, num_trained: int) -> Rate:
 
         operations of a token = 2 * parameters (forward) + 4 * trained parameters (backward)
 
+    An adapter's gradients go through all layers: 2 * parameters more.
+
     Args:
         outputs: the run's outputs.
         num_parameters: parameters of the base.
@@ -51,6 +53,8 @@ def rate_of(outputs: Outputs, num_parameters: int, num_trained: int) -> Rate:
     """
     forward = _FORWARD_FLOPS * num_parameters
     operations = forward + _BACKWARD_FLOPS * num_trained
+    if outputs.config.train.adapter.is_on:
+        operations += forward
     forward_share = forward / operations
     seconds = 0.0
     tokens = 0

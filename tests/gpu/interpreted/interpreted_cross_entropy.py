@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.kernels.loss_cases import assert_never_worse, batch, everything, packed
 
-from merit_fast.kernels.cross_entropy import _tiled, _triton
+from merit_fast.kernels.cross_entropy import _tiled, _triton, linear_token_statistics
 from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.kernels.sketch import CountSketch
 
@@ -57,3 +57,25 @@ def test_the_sketch_of_the_head():
         everything(of, backend, frozen=("weight",))
         sketches.append(out)
     torch.testing.assert_close(*sketches)
+
+
+@DTYPES
+@pytest.mark.parametrize("form", [{}, dict(softcap=3.0, scale=0.7, temperature=1.3)])
+def test_the_statistics_of_tokens(dtype, form, monkeypatch):
+    monkeypatch.setattr(_tiled, "FEWEST_COLUMNS", 64)
+    monkeypatch.setitem(_tiled.TILE_BYTES, "cpu", 16 * 64)
+    monkeypatch.setattr(_triton, "UPDATE_BLOCK", 32)
+    of = batch(tokens=11, width=9, vocabulary=150, dtype=dtype, bias=True)
+    of.labels[3] = int((of.hidden[3].float() @ of.weight.float().T + of.bias.float()).argmax())
+    results = {}
+    for backend in ("triton", "cpu"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (of.hidden, of.weight, of.bias)]
+        statistics = linear_token_statistics(
+            leaves[0], leaves[1], of.labels, bias=leaves[2],
+            entropy=True, top1=True, backend=backend, **form,
+        )  # fmt: skip
+        (statistics.log_probs * 0.3 + statistics.entropy).sum().backward()
+        results[backend] = (*statistics, *(leaf.grad for leaf in leaves))
+    assert results["triton"][2].any()
+    for ours, native in zip(results["triton"], results["cpu"], strict=True):
+        torch.testing.assert_close(ours, native)

@@ -16,6 +16,8 @@ OPTIONS = [
     ("bf16", {"moments": "int8", "rounding": "nearest"}),
     ("bf16", {"master": "fp32", "moments": "int8"}),
     ("bf16", {"master": "split", "average_decay": 0.5, "max_norm": 0.1}),
+    ("bf16", {"master": "split8", "moments": "int8", "average_decay": 0.5}),
+    ("bf16", {"master": "split8", "rounding": "nearest"}),
 ]
 
 
@@ -39,6 +41,7 @@ def test_nan_and_infinity_stay_where_they_are():
         {"moments": "bf16"},
         {"moments": "int8"},
         {"master": "split"},
+        {"master": "split8"},
         {"master": "fp32"},
     ):
         runs = [

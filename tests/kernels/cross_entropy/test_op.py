@@ -10,6 +10,7 @@ from support.warm import run_python
 
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels.cross_entropy import _native, _ops, linear_cross_entropy
+from merit_fast.kernels.cross_entropy._arguments import LogitForm
 from merit_fast.kernels.sketch import CountSketch
 
 IDS = torch.tensor([2, 0, 0, 2])
@@ -114,7 +115,9 @@ def op_arguments(learns=True, sketch_out=None):
     width = [] if sketch_out is None else [4096, 0]
     leaves = [tensor.requires_grad_(learns) for tensor in (of.hidden, of.weight, of.bias)]
     terms = (5.0, 0.1, 0.01, width, "head", sketch_out)
-    return (*leaves, of.labels, OFFSETS, IDS, 3, torch.tensor([1.0, 2, 0.5]), *terms, learns, None)
+    weights = torch.tensor([1.0, 2, 0.5])
+    vocabulary = ([0, len(of.weight)], "")
+    return (*leaves, of.labels, OFFSETS, IDS, 3, weights, *terms, *vocabulary, learns, None)
 
 
 @pytest.mark.parametrize("learns", [True, False])
@@ -128,7 +131,7 @@ def test_so_is_the_op_of_its_gradients(sketch_out):
     of_forward = _ops.linear_cross_entropy(*arguments)
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
     tensors = detached[:6] + detached[7:8]
-    options = detached[8:14]
+    options = detached[8:16]
     upstream = (torch.ones(()), None, torch.ones(3), [True, False, True])
     torch.library.opcheck(
         _ops.linear_cross_entropy_backward,
@@ -167,19 +170,21 @@ def test_torch_compile_sees_one_graph_and_gives_the_same(sketched):
 EPILOGUES = """
 import hashlib, torch
 from merit_fast.kernels.cross_entropy import _native
+from merit_fast.kernels.cross_entropy._arguments import LogitForm
 torch.manual_seed(0)
 digest = hashlib.sha256()
 labels = torch.randint(0, 2500, (7,))
 for dtype in (torch.float32, torch.bfloat16):
-    for softcap in (None, 3.0):
+    for form in (LogitForm(), LogitForm(3.0), LogitForm(3.0, 0.7, 1.3)):
         logits, bias = (8 * torch.randn(7, 2313)).to(dtype), torch.randn(2313)
-        state = torch.zeros(4, 7, dtype=torch.float64)
-        state[0] = -torch.inf
+        state = torch.zeros(6, 7, dtype=torch.float64)
+        state[0] = state[5] = -torch.inf
         for first in (0, 100):
-            _native.update(logits, first, bias, softcap, labels, state)
-        terms = torch.stack([state[0], 1 / state[1], torch.ones(7), torch.full((7,), 1e-4)]).float()
+            _native.update(logits, first, bias, form, labels, state)
+        uniform, linear = torch.full((2, 7), 0.1)
+        terms = torch.stack([state[0], 1 / state[1], torch.ones(7), uniform, linear]).float()
         out = torch.empty_like(logits)
-        _native.gradient(logits, 100, bias, softcap, labels, terms, out)
+        _native.gradient(logits, 100, bias, form, labels, terms, out)
         digest.update(state.numpy().tobytes() + out.float().numpy().tobytes())
 print(digest.hexdigest())
 """
@@ -200,9 +205,15 @@ def test_the_number_of_threads_changes_no_bit_between_the_products():
             logits = torch.randn(13, 1500)
             labels = torch.randint(0, 1500, (13,))
             state = torch.zeros(4, 13, dtype=torch.float64)
-            _native.update(logits, 0, None, 3.0, labels, state)
+            _native.update(logits, 0, None, LogitForm(3.0), labels, state)
             _native.gradient(
-                logits, 0, None, 3.0, labels, torch.ones(4, 13), out := torch.empty_like(logits)
+                logits,
+                0,
+                None,
+                LogitForm(3.0),
+                labels,
+                torch.ones(4, 13),
+                out := torch.empty_like(logits),
             )
             results.append((state, out))
     finally:

@@ -75,7 +75,7 @@ def test_ops_keep_the_contracts_of_custom_ops():
         OPS.add_rms_norm: [(x, y, weight, 1e-6, 1.0, "gemma", "cpu")],
         OPS.gated: [(x, y, kind, "cpu") for kind in ("silu", "gelu", "gelu_tanh")],
         OPS.gated_packed: [(x, "silu", "cpu")],
-        OPS.rope: [(q.transpose(1, 2), k, cos, sin, "cpu")],
+        OPS.rope: [(q.transpose(1, 2), k, cos, sin, turns, "cpu") for turns in (False, True)],
     }
     detached = [t.detach() for t in (x, y, weight, q, k)]
     x, y, weight, q, k = detached
@@ -86,7 +86,7 @@ def test_ops_keep_the_contracts_of_custom_ops():
         ],
         OPS.gated_backward: [(y, x, y.clone(), "silu", "cpu")],
         OPS.gated_packed_backward: [(y[..., :36], x, "gelu", "cpu")],
-        OPS.rope_backward: [(q.transpose(1, 2), k, cos, sin, F32, True, False, "cpu")],
+        OPS.rope_backward: [(q.transpose(1, 2), k, cos, sin, True, F32, True, False, "cpu")],
     }
     for op, argument_lists in calls.items():
         for each in argument_lists:

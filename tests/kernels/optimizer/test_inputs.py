@@ -141,14 +141,16 @@ def test_the_ops_are_well_formed(backend):
     keys = [0, 1]
     numbers = [1.0, 0.9, 0.99, 1e-8]
     lists = (weights, grads, moments, seconds, [], [], [])
-    torch.library.opcheck(_ops.adamw, (*lists, None, rates, keys, numbers, True, False, backend))
+    torch.library.opcheck(
+        _ops.adamw, (*lists, None, rates, keys, [0] * len(keys), numbers, True, False, backend)
+    )
     torch.library.opcheck(_ops.grad_square_sum, (grads, backend))
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the native kernels were not built")
 def test_columns_of_another_length_are_refused():
     names = ("weights", "grads", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
-    columns = {name: [0] for name in (*names, "masters", "averages", "keys")}
+    columns = {name: [0] for name in (*names, "masters", "averages", "keys", "firsts")}
     columns |= {name: [0.0] for name in ("rates", "roots", "average_weights")}
     for name, column in columns.items():
         with pytest.raises(ValueError, match=f"adamw: {name} must have 1 entries, has 2"):

@@ -87,7 +87,7 @@ def test_one_bf16_step_is_no_further_from_float64_than_torchs(backend, dtype, op
 @BOTH
 @pytest.mark.parametrize("options,share", [
     ({}, 1.0), ({"moments": "bf16"}, 1.0), ({"moments": "int8"}, 1.0), ({"master": "fp32"}, 1.0),
-    ({"master": "split"}, 1.0),
+    ({"master": "split"}, 1.0), ({"master": "split8", "moments": "int8"}, 1.0),
     ({"rounding": "nearest"}, None),
 ], ids=str)  # fmt: skip
 def test_twenty_steps_of_lr_1e_5_move_bf16_weights_as_they_move_fp32(backend, options, share):
@@ -183,6 +183,8 @@ digest = hashlib.sha256()
 for dtype, options in (("fp32", {{}}), ("bf16", {{"moments": "int8", "max_norm": 0.1}}),
                        ("bf16", {{"moments": "bf16"}}),
                        ("bf16", {{"master": "split", "average_decay": 0.9}}),
+                       ("bf16", {{"master": "fp32"}}),
+                       ("bf16", {{"master": "split8", "moments": "int8"}}),
                        ("bf16", {{"rounding": "nearest"}})):
     parameters, optimizer = train(dtype, backend="cpu", **options)
     for p in parameters:

@@ -1,19 +1,17 @@
 """FusedAdamW's rounding: stochastic bf16, 8-bit moments, masters in two halves."""
 
-import itertools
-
 import pytest
 import torch
 from support.kernels.optimizer_runs import BACKENDS, bits, make_parameters, train
 
-from merit_fast.kernels.optimizer import _eager
+from merit_fast.kernels.optimizer import _eager, _ops
 
 BOTH = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def test_stochastic_rounding_is_unbiased_exact_where_it_can_be_and_never_infinite():
     count = 1 << 17
-    draws = _eager.random_bits(count, 12345, 678) >> 16
+    draws = _eager.random_bits(count, 12345)[0] >> 16
     values = torch.tensor([1.0 + 2.0**-9, -3.1415927, 1e-3, 1e-40, 0.3])
     for value in values:
         rounded = _eager.stochastic_bf16(value.expand(count).contiguous(), draws).double()
@@ -31,16 +29,6 @@ def test_stochastic_rounding_is_unbiased_exact_where_it_can_be_and_never_infinit
         )
     largest = torch.full((2,), torch.finfo(torch.float32).max) * torch.tensor([1.0, -1.0])
     assert _eager.stochastic_bf16(largest, torch.tensor([0xFFFF, 0xFFFF])).isfinite().all()
-
-
-def test_random_bits_are_even_and_differ_by_element_and_key():
-    streams = [_eager.random_bits(1 << 15, *keys) for keys in ((1, 2), (1, 3), (2, 2))]
-    for a, b in itertools.combinations(streams, 2):
-        assert (a == b).sum() < 5
-    assert len(streams[0].unique()) == 1 << 15
-    for stream in streams:
-        ones = torch.stack([(stream >> k & 1).double().mean() for k in range(32)])
-        assert (ones - 0.5).abs().max() < 5 * 0.5 / (1 << 15) ** 0.5
 
 
 @BOTH
@@ -98,3 +86,50 @@ def test_16_bits_tell_every_master_of_a_weight(raw):
     _eager._store_weight(master, weight, low, None)
     back = _eager.full_weight(weight, low)
     assert torch.equal(bits(back), bits(master)) and bool(weight.isnan()) == bool(master.isnan())
+
+
+def split_in_two(tensors, at):
+    """The tensors of one parameter, cut at an element into two."""
+    return [part for tensor in tensors for part in (tensor[:at], tensor[at:])]
+
+
+@BOTH
+@pytest.mark.parametrize("first", [0, 2**32 - 300, 2**40 + 5])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_two_parts_of_a_parameter_round_as_the_whole_one(backend, kind, first):
+    """A part says where it begins; also across the elements whose index needs 33 bits."""
+    size, at = 1500, 512
+    numbers = torch.Generator().manual_seed(3)
+
+    def tensors():
+        numbers.manual_seed(3)
+        weight = torch.randn(size, generator=numbers).bfloat16()
+        grad = torch.randn(size, generator=numbers).bfloat16()
+        if kind == "int8":
+            codes = [torch.zeros(size, dtype=dtype) for dtype in (torch.int8, torch.uint8)]
+            return [[weight], [grad], [codes[0]], [codes[1]]], [torch.zeros(6), torch.zeros(6)]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+        return [
+            [weight],
+            [grad],
+            [torch.zeros(size, dtype=dtype)],
+            [torch.zeros(size, dtype=dtype)],
+        ], []
+
+    def update(columns, scales, firsts):
+        count = len(firsts)
+        _ops.adamw(
+            *columns, scales, [], [], None, [1e-3, 1.0, 0.0] * count, [77] * count, firsts,
+            [0.999, 0.9, 0.999, 1e-8], True, False, backend,
+        )  # fmt: skip
+
+    whole, whole_scales = tensors()
+    update(whole, whole_scales, [first])
+    parts, scales = tensors()
+    halves = [split_in_two(column, at) for column in parts]
+    update(halves, split_in_two(scales, at // 256), [first, first + at])
+    moved, moved_scales = tensors()
+    update(moved, moved_scales, [first + 1])
+    for column, other in zip(whole, parts, strict=True):
+        assert torch.equal(bits(column[0]), bits(other[0]))
+    assert not torch.equal(whole[0][0], moved[0][0])

@@ -9,7 +9,8 @@ from support.merge.headers import pack, tensor, write_model
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.adapters.adapter import read_adapter
-from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG, Scalings
+from merit_fast.merge.read.adapters.config import Scalings
+from merit_fast.merge.read.adapters.folder import ADAPTER_CONFIG
 from merit_fast.merge.read.adapters.on_base import put_on_base
 from merit_fast.merge.read.checkpoint import read_checkpoint
 

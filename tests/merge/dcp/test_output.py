@@ -51,7 +51,7 @@ def test_files_that_a_stopped_merge_left_are_kept_only_if_sound(tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("merit_fast.merge.prepared.finish_distributed", stop)
+        patch.setattr("merit_fast.merge.write.distcp.finish.finish_distributed", stop)
         with pytest.raises(KeyboardInterrupt):
             merge_models([model], out=tmp_path / "out", form="distcp")
     (left,) = tmp_path.glob("out.tmp/__0_0.distcp")

@@ -215,7 +215,7 @@ def test_slabs_of_a_few_rows_give_the_same_bytes(tmp_path, monkeypatch, case):
     """Blocks that are higher than a slab take a pass for their scales first."""
     models, _, _, _ = pair(tmp_path, case)
     whole = merge_models(models, out=tmp_path / "whole")
-    monkeypatch.setattr("merit_fast.merge.engine.quantise.stream._SLAB_BYTES", 2 * 8 * 5)
+    monkeypatch.setattr("merit_fast.merge.engine.quantise.stream.SLAB_BYTES", 2 * 8 * 5)
     slabs = merge_models(models, out=tmp_path / "slabs", threads=3)
     for name, number in slabs["rounding"].items():
         np.testing.assert_allclose(number, whole["rounding"][name], rtol=1e-12)

@@ -13,6 +13,7 @@ from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.preflight.base import num_parameters, num_trained_parameters
 from merit_fast.pipeline.preflight.forecast import describe_forecast, forecast_run
 from merit_fast.pipeline.run import Run
+from merit_fast.train.config import TrainConfig
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_frozen_parameters_cost_no_backward(config_file, monkeypatch):
     frozen, fewer = forecast_of(config_file, freeze)
     base = Run(read_run_config(config_file, [freeze]), Notes()).outputs.base
     parameters = num_parameters(base)
-    trained = num_trained_parameters(base, ["layers"])
+    trained = num_trained_parameters(base, TrainConfig(freeze=("layers",)))
     share = (2 * parameters + 4 * trained) / (6 * parameters)
     assert 0 < trained < parameters
     assert fewer["train"].seconds == pytest.approx(share * stages["train"].seconds, rel=0.01)

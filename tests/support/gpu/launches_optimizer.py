@@ -33,6 +33,7 @@ def launches() -> list[GpuLaunch]:
             average=True,
             flags=FULL,
         ),
+        launch("AdamW, bf16, 8-bit remainders and moments", BF16, torch.int8, torch.int8),
         launch("AdamW, bf16, off the 16-byte grid", BF16, shift=1),
     ]
 
@@ -64,11 +65,12 @@ def launch(
         clip=torch.ones(()) if clipped else None,
         rates=[1e-3, 1.0, 0.1],
         keys=[5],
+        firsts=[0],
         numbers=[0.999, 0.9, 0.999, 1e-8],
         stochastic=stochastic,
         zero_grad=zero_grad,
     )
-    table, kinds, _ = _triton.describe(step)
+    table, kinds, _ = _triton.describe(step, torch.zeros(1, dtype=torch.bool))
     scalars = (0.999, 0.9, 0.1, 0.999, 0.001, 1e-8)
     arguments = (
         table,

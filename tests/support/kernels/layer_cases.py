@@ -1,5 +1,6 @@
 """Calls of the layers with relevant shapes, layouts and dtypes, for the tests of every backend."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,13 +118,14 @@ def _rope(
     width: int,
     rotary: int | None = None,
     one_row: bool = True,
+    **options: Any,
 ) -> LayerCase:
     def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         angles = torch.rand(1 if one_row else batch, tokens, rotary or width) * 6
         q, k = (_heads(batch, tokens, heads, width, dtype) for heads in (q_heads, k_heads))
         return q, k, angles.cos().to(dtype), angles.sin().to(dtype)
 
-    return LayerCase(rope, inputs, 2)
+    return LayerCase(functools.partial(rope, **options), inputs, 2)
 
 
 GEMMA: dict[str, Any] = {"casting": "gemma", "offset": 1.0}
@@ -144,4 +146,6 @@ CASES: dict[str, LayerCase] = {
     "rope of the smallest head": _rope(1, 3, 1, 1, 2),
     "rope, ragged, a row of cosines each": _rope(2, 9, 5, 2, 14, one_row=False),
     "partial rope": _rope(2, 5, 4, 4, 40, rotary=10),
+    "interleaved rope": _rope(2, 7, 9, 3, 64, interleaved=True),
+    "interleaved, partial rope": _rope(2, 5, 3, 1, 40, rotary=10, one_row=False, interleaved=True),
 }

@@ -28,6 +28,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("bf16", {"master": "fp32", "moments": "int8", "zero_grad": True}),
     ("bf16", {"master": "split", "average_decay": 0.5, "max_norm": 1.0}),
     ("bf16", {"master": "split", "moments": "bf16", "rounding": "nearest"}),
+    ("bf16", {"master": "split8", "moments": "int8", "average_decay": "mean"}),
+    ("bf16", {"master": "split8", "rounding": "nearest"}),
 ]
 
 

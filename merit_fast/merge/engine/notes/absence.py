@@ -10,6 +10,21 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 _MOST_GROUPS = 4
 
 
+def left_out_notes(checkpoints: Sequence[Checkpoint], keeps_values: bool) -> list[str]:
+    """One sentence for each checkpoint that holds more than the output gets.
+
+    Args:
+        keeps_values: as in ``Checkpoint.names_left_out``.
+    """
+    notes = []
+    for each in checkpoints:
+        names = each.names_left_out(keeps_values)
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            notes.append(f"{each.path}: leaves out what is no tensor of the model: {shown}")
+    return notes
+
+
 def absence_notes(
     models: Sequence[Checkpoint],
     giver: Checkpoint | None,

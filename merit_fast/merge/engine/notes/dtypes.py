@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.merge.engine.layout import OutputTensor
-from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.merge.read.companions import output_dtypes
 from merit_fast.merge.read.entries import TensorEntry, is_quantised, own_dtype, value_dtype
 from merit_fast.merge.read.remote import Location

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.read.entries import DecodedEntry
-from merit_fast.merge.read.quantised.codes import CODES
-from merit_fast.merge.read.quantised.match import stem_of
+from merit_fast.merge.read.quantised.codes import CODES, stem_of
 
 BLOCK = 128
 # Dtypes of scales that are written; 8 bits are E8M0.

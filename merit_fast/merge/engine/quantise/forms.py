@@ -22,7 +22,7 @@ from merit_fast.merge.read.entries import (
     is_quantised,
     quantised_source,
 )
-from merit_fast.merge.read.quantised.match import stem_of
+from merit_fast.merge.read.quantised.codes import stem_of
 
 Untouched = Callable[[str, Sequence[TensorEntry]], bool]
 # Weights that are nn.Linear in every model of transformers that has them. Others stay as they are.

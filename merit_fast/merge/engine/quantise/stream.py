@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,25 +23,9 @@ from merit_fast.merge.engine.quantise.encode import (
     round_scales,
 )
 from merit_fast.merge.engine.quantise.encoding import Encoding
+from merit_fast.merge.engine.quantise.needs import SLAB_BYTES, VALUE_BYTES
 
 Slab = tuple[int, int, int]  # first row, rows, row of blocks
-_SLAB_BYTES = 8 << 20  # of float64 values that a thread holds at a time
-_ITEM = 8
-
-
-def scratch_file_bytes(segments: Iterable[Segment]) -> int:
-    """Bytes of the largest nameless file that ``scratch_output`` holds for one of the segments."""
-    encoded = (segment.num_elements for segment in segments if segment.encoding)
-    return _ITEM * max(encoded, default=0)
-
-
-def slab_bytes(encodings: Iterable[Encoding]) -> int:
-    """Bytes that a thread of ``encode_tensor`` holds: a slab's float64 values and its codes."""
-    elements = (
-        min(max(_SLAB_BYTES // _ITEM, encoding.columns), encoding.rows * encoding.columns)
-        for encoding in encodings
-    )
-    return (_ITEM + 1) * max(elements, default=0)
 
 
 @contextmanager
@@ -80,7 +64,7 @@ def encode_tensor(
             place = _Matrix(
                 encoding,
                 scratch.output,
-                number * matrix * _ITEM,
+                number * matrix * VALUE_BYTES,
                 segment.output_offset + number * matrix,
                 segment.scale_offset + number * grid_bytes,
                 files,
@@ -106,7 +90,7 @@ class _Matrix:
     def encode(self, pool: Executor) -> Iterator[Rounding]:
         """Writes codes and scales; yields the errors slab by slab."""
         encoding = self.encoding
-        fitting = max(_SLAB_BYTES // (encoding.columns * _ITEM), 1)
+        fitting = max(SLAB_BYTES // (encoding.columns * VALUE_BYTES), 1)
         if encoding.block_rows <= fitting:  # whole blocks are held: one pass
             step = fitting // encoding.block_rows * encoding.block_rows
             firsts = range(0, encoding.rows, step)
@@ -150,7 +134,7 @@ class _Matrix:
         columns = self.encoding.columns
         values = np.empty((count, columns))
         left = memoryview(values.data).cast("B")
-        at = self.values_at + first * columns * _ITEM
+        at = self.values_at + first * columns * VALUE_BYTES
         while left:
             num_bytes = os.preadv(self.scratch, [left], at)
             if not num_bytes:

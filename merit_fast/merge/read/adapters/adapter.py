@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG, AdapterConfig, read_config
+from merit_fast.merge.read.adapters.config import AdapterConfig, read_config
+from merit_fast.merge.read.adapters.folder import ADAPTER_CONFIG
 from merit_fast.merge.read.adapters.keys import Parts, split_keys
 from merit_fast.merge.read.checkpoint import ADAPTER_FILE, pickle_hint, read_files
 from merit_fast.merge.read.files import list_directory
@@ -17,11 +18,6 @@ class Adapter:
     path: Location
     config: AdapterConfig
     parts: Parts
-
-
-def is_adapter(path: Location) -> bool:
-    """Whether a directory holds an adapter and no model."""
-    return (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists()
 
 
 def read_adapter(path: Location) -> Adapter:

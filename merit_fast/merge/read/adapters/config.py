@@ -14,7 +14,6 @@ from merit_fast.merge.read.remote import Location
 from merit_fast.options.fields import require
 from merit_fast.options.parser import parse
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Keys without consequence for the merged weights: names of modules stand in the weights' file.
 _WITHOUT_CONSEQUENCE = (
     "alpha",

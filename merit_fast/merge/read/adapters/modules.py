@@ -1,7 +1,7 @@
 """A LoRA layer's changes of one tensor: linear layers, embeddings, convolutions, biases, DoRA."""
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG
+from merit_fast.merge.read.adapters.folder import ADAPTER_CONFIG
 from merit_fast.merge.read.adapters.keys import Layer
 from merit_fast.merge.read.entries import Added, Change, LowRank, Magnitude, TensorEntry, is_float
 

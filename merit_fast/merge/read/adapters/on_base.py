@@ -6,8 +6,9 @@ from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.adapters.adapter import Adapter
-from merit_fast.merge.read.adapters.config import ADAPTER_CONFIG, Scalings
+from merit_fast.merge.read.adapters.config import Scalings
 from merit_fast.merge.read.adapters.experts import ATTENTION, match_parameters, parameter_changes
+from merit_fast.merge.read.adapters.folder import ADAPTER_CONFIG
 from merit_fast.merge.read.adapters.keys import Layer
 from merit_fast.merge.read.adapters.modules import bias_change, layer_changes, stored_transposed
 from merit_fast.merge.read.adapters.tied import embedding_of, named_head, settle_head

@@ -6,13 +6,17 @@ change was trained with two matrices, so the head becomes a tensor of its own.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
-from merit_fast.merge.read.adapters.adapter import Adapter, is_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import CONFIG_FILE, is_embedding
 from merit_fast.merge.read.entries import Change, ChangedEntry, LowRank, Rows, TensorEntry
 from merit_fast.merge.read.files import open_regular, read_json
+
+if TYPE_CHECKING:
+    from merit_fast.merge.read.adapters.adapter import Adapter
 
 _HEADS = ("lm_head", "embed_out")
 _HEAD_OF = {"embed_in.weight": "embed_out.weight"}  # GPT-NeoX; others: lm_head.weight
@@ -41,7 +45,7 @@ def is_head(name: str) -> bool:
     return len(words) >= 2 and words[-2] in _HEADS and words[-1] == "weight"
 
 
-def named_head(adapter: Adapter, base: Checkpoint) -> str | None:
+def named_head(adapter: "Adapter", base: Checkpoint) -> str | None:
     """The tied head that an adapter names though the base's file holds none; None without one.
 
     Raises:
@@ -58,7 +62,7 @@ def named_head(adapter: Adapter, base: Checkpoint) -> str | None:
 
 
 def settle_head(
-    adapter: Adapter, base: Checkpoint, result: Checkpoint, whole: Iterable[str]
+    adapter: "Adapter", base: Checkpoint, result: Checkpoint, whole: Iterable[str]
 ) -> Checkpoint:
     """The adapted model with one matrix for embedding and head, or two where they differ.
 

@@ -1,7 +1,7 @@
 """A distributed checkpoint as a ``Checkpoint``: every tensor assembled from its chunks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -44,6 +44,17 @@ class DistributedCheckpoint(Checkpoint):
     by_bytes: Mapping[tuple[Location, int], str]  # where a tensor begins -> its name in ``saved``
     others: tuple[SavedBytes, ...]  # values of the model that are no tensors
     left_out: tuple[str, ...]  # names of the rest
+
+    @property
+    def is_distributed(self) -> bool:
+        return True
+
+    def described_files(self) -> set[Location]:
+        return {self.metadata.file, *(self.folder / other.item.file for other in self.others)}
+
+    def names_left_out(self, keeps_values: bool) -> tuple[str, ...]:
+        values = () if keeps_values else tuple(other.name for other in self.others)
+        return (*self.left_out, *values)
 
     def saved_as(self, entry: TensorEntry) -> SavedTensor | None:
         """The saved tensor whose values an entry has, under this or an earlier name."""
@@ -177,32 +188,3 @@ def _check_chunk(where: str, tensor: SavedTensor, chunk: Chunk, stored: StoredCh
     if stored.view.sizes != chunk.sizes:
         rule = f"shape must be {list(chunk.sizes)} as in {METADATA_FILE}"
         raise InputError(f"{where}: {rule}, got {list(stored.view.sizes)}")
-
-
-def described_files(checkpoints: Sequence[Checkpoint]) -> set[Location]:
-    """Files of distributed checkpoints that decide an output and hold none of its tensors."""
-    files: set[Location] = set()
-    for each in checkpoints:
-        if isinstance(each, DistributedCheckpoint):
-            files.add(each.metadata.file)
-            files |= {each.folder / other.item.file for other in each.others}
-    return files
-
-
-def left_out_notes(checkpoints: Sequence[Checkpoint], keeps_values: bool) -> list[str]:
-    """One sentence for each distributed checkpoint that holds more than the output gets.
-
-    Args:
-        keeps_values: the output keeps values of the model that are no tensors, as another
-            distributed checkpoint does.
-    """
-    notes = []
-    for each in checkpoints:
-        if not isinstance(each, DistributedCheckpoint):
-            continue
-        values = () if keeps_values else tuple(other.name for other in each.others)
-        names = (*each.left_out, *values)
-        if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            notes.append(f"{each.path}: leaves out what is no tensor of the model: {shown}")
-    return notes

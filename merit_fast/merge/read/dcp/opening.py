@@ -6,9 +6,6 @@ from merit_fast.errors import InputError
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
 from merit_fast.merge.read.companions import CONFIG_FILE
-from merit_fast.merge.read.dcp.checkpoint import DistributedCheckpoint, read_distributed
-from merit_fast.merge.read.dcp.folder import find_dcp, holds_model
-from merit_fast.merge.read.dcp.sharded import read_sharded, sharded_files
 from merit_fast.merge.read.files import folder_of, is_weight_file, list_directory
 from merit_fast.merge.read.remote import Location
 
@@ -31,10 +28,16 @@ def open_checkpoint(
         return read_checkpoint(path)
     present = list_directory(path)
     if not any(name.endswith(".safetensors") for name in present):
+        from merit_fast.merge.read.dcp.folder import find_dcp
+
         folder = find_dcp(path)
         if folder is not None:
+            from merit_fast.merge.read.dcp.checkpoint import read_distributed
+
             return read_distributed(path, folder, subtree, config)
     elif not {INDEX_FILE, SINGLE_FILE} & set(present):
+        from merit_fast.merge.read.dcp.sharded import read_sharded, sharded_files
+
         files = sharded_files(path, present)
         if files:
             return read_sharded(path, files)
@@ -55,7 +58,7 @@ def companions_of(models: Sequence[Checkpoint], given: Location | None) -> Locat
             rule = f"{given}: has no {CONFIG_FILE}"
             raise OptionError(rule, "config_from", "{} must name a directory that has one")
         return given
-    if not isinstance(models[0], DistributedCheckpoint):
+    if not models[0].is_distributed:
         return None
     folders = [folder_of(model.path) for model in models]
     return next((each for each in folders if (each / CONFIG_FILE).exists()), folders[0])
@@ -72,9 +75,12 @@ def check_names(
     Raises:
         InputError: there is no config.json, or the names do not fit it.
     """
-    distributed = [each for each in checkpoints if isinstance(each, DistributedCheckpoint)]
-    if not distributed:
+    if not any(each.is_distributed for each in checkpoints):
         return
+    from merit_fast.merge.read.dcp.checkpoint import DistributedCheckpoint
+    from merit_fast.merge.read.dcp.folder import holds_model
+
+    distributed = [each for each in checkpoints if isinstance(each, DistributedCheckpoint)]
     first = distributed[0]
     if CONFIG_FILE not in list_directory(companions):
         rule = f"{first.path}: has no {CONFIG_FILE}, nor has the folder above it"

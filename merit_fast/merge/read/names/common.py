@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from merit_fast.merge.read.adapters.adapter import is_adapter
+from merit_fast.merge.read.adapters.folder import is_adapter
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.heads import match_heads
 from merit_fast.merge.read.names.matching import match_names
-from merit_fast.merge.read.names.model_class import is_language_model_of, model_class
 from merit_fast.merge.read.remote import Location
 
 
@@ -43,5 +42,8 @@ def in_common_names(
 
 
 def _is_part(text: Checkpoint, whole: Checkpoint) -> bool:
-    names = text.tensors.keys() == whole.tensors.keys()
-    return not names and is_language_model_of(model_class(text.path), model_class(whole.path))
+    if text.tensors.keys() == whole.tensors.keys():
+        return False
+    from merit_fast.merge.read.names.model_class import is_language_model_of, model_class
+
+    return is_language_model_of(model_class(text.path), model_class(whole.path))

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import find_embedding, find_head, head_name, same_bytes
 from merit_fast.merge.read.entries import TensorEntry, is_plain
-from merit_fast.merge.read.names.model_class import model_class
+
+if TYPE_CHECKING:
+    from merit_fast.merge.read.names.model_class import ModelClass
 
 
 def match_heads(donor: Checkpoint, models: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -31,7 +34,7 @@ def match_heads(donor: Checkpoint, models: Sequence[Checkpoint]) -> list[Checkpo
     assert name is not None
     if all(name in model.tensors for model in models):
         return list(models)
-    kind = model_class(donor.path)
+    kind = _class_of(donor)
     if kind.config and not kind.ties_head:
         return [_with_head(model, name) for model in models]
     for model in with_head:
@@ -46,6 +49,12 @@ def match_heads(donor: Checkpoint, models: Sequence[Checkpoint]) -> list[Checkpo
     return [_without(model, name) if name in model.tensors else model for model in models]
 
 
+def _class_of(model: Checkpoint) -> "ModelClass":
+    from merit_fast.merge.read.names.model_class import model_class
+
+    return model_class(model.path)
+
+
 def _repeats(embedding: TensorEntry, head: TensorEntry) -> bool:
     if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
         return False
@@ -57,7 +66,7 @@ def _repeats(embedding: TensorEntry, head: TensorEntry) -> bool:
 def _with_head(model: Checkpoint, name: str) -> Checkpoint:
     """A tied model with its embedding as its head; an untied one lacks a tensor and stays."""
     embedding = find_embedding(model.tensors)
-    if name in model.tensors or embedding is None or not model_class(model.path).ties_head:
+    if name in model.tensors or embedding is None or not _class_of(model).ties_head:
         return model
     tensors = {**model.tensors, name: replace(embedding, name=name)}
     file, names = model.shards[-1]

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry
-from merit_fast.merge.read.names.model_class import ModelClass, is_language_model_of, model_class
-from merit_fast.merge.read.names.modules import ModuleNames, is_whole, module_names
+
+if TYPE_CHECKING:
+    from merit_fast.merge.read.names.model_class import ModelClass
+    from merit_fast.merge.read.names.modules import ModuleNames
 
 
 def match_names(donor: Checkpoint, others: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -31,12 +34,17 @@ def match_names(donor: Checkpoint, others: Sequence[Checkpoint]) -> list[Checkpo
         if other is donor or _is_within(other, donor) or _is_within(donor, other):
             matched.append(other)
             continue
+        from merit_fast.merge.read.names.modules import module_names
+
         names = names or module_names(donor)
         matched.append(_matched(names, other))
     return matched
 
 
-def _matched(mine: ModuleNames, other: Checkpoint) -> Checkpoint:
+def _matched(mine: "ModuleNames", other: Checkpoint) -> Checkpoint:
+    from merit_fast.merge.read.names.model_class import is_language_model_of, model_class
+    from merit_fast.merge.read.names.modules import ModuleNames
+
     kind = model_class(other.path)
     kind = kind if kind.config else mine.kind
     theirs = ModuleNames(other, kind, _shapes(mine.tensors).get)
@@ -58,9 +66,11 @@ def _matched(mine: ModuleNames, other: Checkpoint) -> Checkpoint:
 
 
 def _shown(
-    theirs: ModuleNames, module: str, mine: ModuleNames, taken: Mapping[str, TensorEntry]
+    theirs: "ModuleNames", module: str, mine: "ModuleNames", taken: Mapping[str, TensorEntry]
 ) -> str:
     """The name of a parameter that the donor lacks: its file's, or that in memory."""
+    from merit_fast.merge.read.names.modules import is_whole
+
     stored = theirs.files_of(module)[0] if is_whole(theirs.views[module]) else module
     for name in (stored, module):
         if name not in taken and name not in mine.checkpoint.tensors:
@@ -70,7 +80,7 @@ def _shown(
     raise InputError(f"{entry.file}: {stored}: {rule}")
 
 
-def _inside(module: str, text: ModelClass, whole: ModelClass) -> str:
+def _inside(module: str, text: "ModelClass", whole: "ModelClass") -> str:
     """A language model's parameter by its name in the multimodal model."""
     head, _, rest = module.partition(".")
     if text.prefix in text.roots and head == text.prefix:
@@ -78,7 +88,7 @@ def _inside(module: str, text: ModelClass, whole: ModelClass) -> str:
     return module if text.prefix in text.roots else f"{whole.text_path}.{module}"
 
 
-def _unchanged(module: str, text: ModelClass, whole: ModelClass) -> str:
+def _unchanged(module: str, text: "ModelClass", whole: "ModelClass") -> str:
     return module
 
 

@@ -111,3 +111,8 @@ FLOAT_CODES = (
     "F6_E2M3",
     "F6_E3M2",
 )
+
+
+def stem_of(name: str) -> str:
+    """A tensor's name without ".weight"; the names of its parts begin with it."""
+    return name.removesuffix(".weight")

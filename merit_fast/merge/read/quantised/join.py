@@ -11,7 +11,6 @@ from merit_fast.merge.read.entries import DecodedEntry, TensorEntry
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.quantised.codes import FLOAT_CODES
 from merit_fast.merge.read.quantised.formats import FORMATS, LAYER_SCALES
-from merit_fast.merge.read.quantised.match import match_codes
 from merit_fast.merge.read.quantised.scheme import read_scheme
 from merit_fast.merge.read.remote import Location
 
@@ -50,7 +49,11 @@ def join_scales(checkpoint: Checkpoint, unscaled: bool = False) -> Checkpoint:
     joined: dict[str, TensorEntry] = {}  # by the codes' name
     used: set[str] = set()
     for entry in stored.values():
-        match = match_codes(entry, stored, scheme) if entry.dtype in _CODE_DTYPES else None
+        if entry.dtype not in _CODE_DTYPES:
+            continue
+        from merit_fast.merge.read.quantised.match import match_codes
+
+        match = match_codes(entry, stored, scheme)
         if match is not None:
             tensor, decoded = match
             if tensor.name != entry.name and tensor.name in stored:

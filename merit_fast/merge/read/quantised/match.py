@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from merit_fast.errors import InputError
 from merit_fast.merge.read.entries import AssembledEntry, DecodedEntry, Grid, Part, TensorEntry
 from merit_fast.merge.read.files import open_regular
-from merit_fast.merge.read.quantised.codes import CODES
+from merit_fast.merge.read.quantised.codes import CODES, stem_of
 from merit_fast.merge.read.quantised.formats import FORMATS, LAYER_SCALES, Format
 from merit_fast.merge.read.quantised.grids import find_grid
 from merit_fast.merge.read.quantised.scheme import Scheme
@@ -17,11 +17,6 @@ _WEIGHT = ".weight"
 _WORD_BITS = 32
 _SHAPE_BYTES = {"I64": "<qq", "I32": "<ii"}
 _LARGEST = 2**40  # elements in a row or a column
-
-
-def stem_of(name: str) -> str:
-    """A tensor's name without ".weight"; the names of its parts begin with it."""
-    return name.removesuffix(_WEIGHT)
 
 
 class MisfitError(Exception):

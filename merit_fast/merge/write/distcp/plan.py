@@ -1,12 +1,12 @@
 """The shards of a distributed checkpoint as runs of elements for the engine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.engine.layout import OutputFile, header_bytes
-from merit_fast.merge.engine.plan import Plan, Rule, Segment, Shard, plan_alone, plan_merge
+from merit_fast.merge.engine.plan import Plan, Rule, Segment, Shard, plan_alone
 from merit_fast.merge.read.dcp.boxes import box_of
 from merit_fast.merge.read.entries import TensorEntry, is_float
 from merit_fast.merge.write.distcp.layout import DistributedFile, DistributedLayout, PlacedChunk
@@ -36,13 +36,6 @@ def distributed_plan(plan: Plan, layout: DistributedLayout, directory: Path) -> 
         rules = dict.fromkeys(rules, _COPY)
     shards = tuple(_shard(file, layout, inputs, rules) for file in layout.files)
     return Plan(plan.files, shards, before=plan if is_whole else None)
-
-
-def file_sizes(files: Sequence[OutputFile], layout: DistributedLayout | None) -> dict[str, int]:
-    """Weight file of an output -> bytes; with a layout those of the distributed checkpoint."""
-    if layout is not None:
-        return {file.name: file.num_bytes for file in layout.files}
-    return {shard.file: shard.num_bytes for shard in plan_merge(files).shards}
 
 
 def _shard(

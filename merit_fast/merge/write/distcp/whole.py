@@ -9,13 +9,12 @@ from merit_fast.merge.write.shards import ShardWriter, Share
 
 
 def write_whole_tensors(plan: Plan, writer: ShardWriter, share: Share = (1, 1)) -> None:
-    """Writes the files of ``plan.before``, if it has one, into a folder of the writer's directory.
+    """Writes the files of ``plan.before`` into a folder of the writer's directory.
 
     Raises:
         InputError: several processes share the merge.
     """
-    if plan.before is None:
-        return
+    assert plan.before is not None
     if share != (1, 1):
         rule = f"form distcp and method {writer.config.method} take one process"
         raise InputError(f"merge: share: must be 1/1: {rule}, got {share[0]}/{share[1]}")

@@ -16,7 +16,7 @@ from merit_fast.manifests.locks import (
     stage_lock,
     this_process,
 )
-from merit_fast.pipeline.status import OutputStatus
+from merit_fast.pipeline.kept.status import OutputStatus
 
 _REMOVED = ("not in force", "unfinished")
 

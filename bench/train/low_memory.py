@@ -1,0 +1,114 @@
+"""Loss of FusedAdamW at 7 bytes a parameter against fp32 weights and moments.
+
+    python -m bench.train.low_memory [--steps 1000] [--seeds 3] [--text docs]
+
+A Llama of two layers and 64 columns learns the words of the Markdown files under ``--text``; 512
+words have an id of their own. Each seed chooses the start and the order of the batches. All runs
+of a seed begin with the same bf16 numbers and see the same batches. The loss is the mean over the
+last tenth of the steps. The noise is the spread of fp32 over the seeds; a second fp32 run, whose
+batches are split into other micro-batches, shows what rounding by itself changes.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.support.measure import machine
+from merit_fast.kernels.optimizer import FusedAdamW
+
+VOCABULARY = 512
+BATCH = 4
+LENGTH = 32
+# name -> dtype of weights, options of FusedAdamW, micro-batches of a step
+RUNS: dict[str, tuple[torch.dtype, dict[str, Any], int]] = {
+    "fp32": (torch.float32, {}, 1),
+    "fp32, two micro-batches": (torch.float32, {}, 2),
+    "bf16, split8, int8 moments": (torch.bfloat16, {"master": "split8", "moments": "int8"}, 1),
+    "bf16, split, int8 moments": (torch.bfloat16, {"master": "split", "moments": "int8"}, 1),
+    "bf16, nearest, no master": (torch.bfloat16, {"rounding": "nearest"}, 1),
+}
+
+
+def words_of(folder: Path) -> Tensor:
+    """Ids of all words; 0 stands for every rare one."""
+    text = " ".join(file.read_text() for file in sorted(folder.rglob("*.md")))
+    words = re.findall(r"\w+|[^\w\s]", text)
+    common = Counter(words).most_common(VOCABULARY - 1)
+    ids = {word: number + 1 for number, (word, _) in enumerate(common)}
+    return torch.tensor([ids.get(word, 0) for word in words])
+
+
+def new_model(seed: int, dtype: torch.dtype) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).to(dtype)
+
+
+def train(name: str, words: Tensor, seed: int, steps: int) -> float:
+    """Mean loss of the last tenth of the steps."""
+    dtype, options, parts = RUNS[name]
+    model = new_model(seed, dtype)
+    optimizer = FusedAdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, seed=seed, **options
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    numbers = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(0, len(words) - LENGTH, (BATCH,), generator=numbers)
+        rows = torch.stack([words[start : start + LENGTH] for start in starts.tolist()])
+        total = 0.0
+        for part in rows.chunk(parts):
+            loss = model(input_ids=part, labels=part).loss / parts
+            loss.backward()
+            total += float(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(total)
+    return statistics.mean(losses[-max(1, steps // 10) :])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.train.low_memory", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--text", type=Path, default=Path("docs"))
+    options = parser.parse_args(arguments)
+    words = words_of(options.text)
+    report: dict[str, Any] = {**machine(), "torch": torch.__version__, "steps": options.steps}
+    losses: dict[str, list[float]] = {name: [] for name in RUNS}
+    for seed in range(options.seeds):
+        for name in RUNS:
+            losses[name].append(round(train(name, words, seed, options.steps), 4))
+            difference = losses[name][-1] - losses["fp32"][-1]
+            print(f"seed {seed} {name:28} {losses[name][-1]:.4f} {difference:+.4f}", flush=True)
+    for name, values in losses.items():
+        gaps = [value - exact for value, exact in zip(values, losses["fp32"], strict=True)]
+        print(f"{name:28} {statistics.mean(values):.4f} {statistics.mean(gaps):+.4f}")
+    report["losses"] = losses
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

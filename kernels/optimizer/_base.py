@@ -1,0 +1,95 @@
+"""An optimizer's parameters, their states, and the dicts that hold these."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merit_fast.kernels.optimizer import _loading
+from merit_fast.kernels.optimizer._backward.hooks import InBackward
+from merit_fast.kernels.optimizer._checks import check_not_replaced
+from merit_fast.kernels.optimizer._state import Options, new_state
+from merit_fast.kernels.optimizer._update import Member
+
+
+class OptimizerWithStates(torch.optim.Optimizer):
+    """What ``FusedAdamW`` is without its step."""
+
+    options: Options
+    process_group: Any
+    grad_norm: Tensor | None
+    last_norm: float | None
+    num_skipped: int
+    _in_backward: InBackward | None
+
+    def members(self) -> list[Member]:
+        """All parameters, numbered through the groups that they are in now."""
+        pairs = ((group, p) for group in self.param_groups for p in group["params"])
+        return [Member(group, number, p) for number, (group, p) in enumerate(pairs)]
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The state of a parameter; makes it if needed. Its master exists before the first step.
+
+        Raises:
+            ValueError: a parameter of the same shape left the groups, and its state with it.
+        """
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            check_not_replaced(parameter, self._parameters(), self.state)
+            state.update(new_state(parameter, self.options))
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; every group holds the options as text. Leaves out departed parameters."""
+        whole = self.state
+        try:
+            self.state = _loading.states_of_members(whole, self._parameters())
+            state_dict = super().state_dict()
+        finally:
+            self.state = whole
+        counters = {"num_skipped": self.num_skipped, "last_norm": self.last_norm}
+        text = _loading.options_text(self.options, counters)
+        for group in state_dict["param_groups"]:
+            group[_loading.OPTIONS_KEY] = text
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of ours or of ``torch.optim.AdamW``; states keep their own dtypes.
+
+        Raises:
+            ValueError: a state of other rules, kinds or sizes; nothing is changed then.
+        """
+        _loading.check_loadable(state_dict)
+        saved = _loading.read_options(state_dict["param_groups"])
+        _loading.check_kinds(saved, self.options, self._parameters())
+        before = (self.state, self.param_groups)
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        try:
+            # torch casts states to the parameters' dtypes; ``adopted`` gives them those they need.
+            super().load_state_dict(state_dict)
+            for name, parameter in zip(names, self._parameters(), strict=True):
+                if name in state_dict["state"]:
+                    kept = state_dict["state"][name]
+                    self.state[parameter] = _loading.adopted(parameter, kept, self.options)
+        except (KeyError, TypeError, ValueError):
+            self.state, self.param_groups = before
+            raise
+        for group in self.param_groups:
+            group.pop(_loading.OPTIONS_KEY, None)
+        if saved is not None:
+            self.options = _loading.taken_over(saved, self.options)
+            self.num_skipped = saved.get("num_skipped", 0)
+            self.last_norm = saved.get("last_norm")
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("options", "grad_norm", "last_norm", "num_skipped")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy has no hooks and no group of processes.
+        self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("_in_backward", None)

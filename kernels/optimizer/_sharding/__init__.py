@@ -1,0 +1,1 @@
+"""Parameters that several processes share: places of local elements, norms of whole gradients."""

@@ -1,0 +1,1 @@
+"""One callback for stacks that show no batches: axolotl, LLaMA-Factory and ms-swift."""

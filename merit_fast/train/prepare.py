@@ -1,0 +1,99 @@
+"""The model of a branch, ready to train: frozen parts, our kernels, an adapter, checkpointing."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from merit_fast.errors import InputError
+from merit_fast.model import DTYPES, freeze_parameters, load_model, no_loading_bar, settle_dtype
+from merit_fast.patch.model import Patch, patch_model
+from merit_fast.train.adapter.build import add_adapter, require_peft
+from merit_fast.train.adapter.save import write_adapter
+from merit_fast.train.config import TrainConfig
+from merit_fast.train.loss import router_coefficient
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in training mode. ``adapted``: the ``PeftModel`` around it, where it has one."""
+
+    model: nn.Module
+    patch: Patch
+    router_factor: float
+    adapted: Any = None
+
+    def write(self, start_path: str, directory: Path, config: TrainConfig) -> None:
+        """Writes the branch's weights: a whole model, or a PEFT folder."""
+        if config.adapter.is_saved_apart:
+            write_adapter(self.adapted, start_path, directory)
+            generation: Any = self.model.generation_config
+            generation.save_pretrained(directory)  # a whole model is saved with it
+            return
+        whole: Any = self.model
+        if self.adapted is not None:
+            # PEFT announces its progress on stderr
+            with contextlib.redirect_stderr(io.StringIO()):
+                whole = self.adapted.merge_and_unload(progressbar=False)
+        with no_loading_bar():
+            whole.eval().save_pretrained(directory, max_shard_size=config.max_shard_size)
+
+
+def prepare_model(start_path: str, config: TrainConfig) -> TrainedModel:
+    """Loads the start and makes it trainable by the recipe.
+
+    Raises:
+        InputError: the recipe does not fit the model; a package is missing.
+    """
+    require_peft(config.adapter)
+    quantised = _four_bits(config) if config.adapter.base == "4bit" else {}
+    model = load_model(start_path, config.dtype, **quantised).train()
+    frozen = freeze_parameters(model, config.freeze)
+    router_factor = router_coefficient(model)
+    patch = patch_model(model, config.kernels)
+    adapted = None
+    if config.adapter.is_on:
+        adapted = add_adapter(model, config.adapter, frozen, config.seed)
+        model.train()
+    if config.gradient_checkpointing:
+        _checkpoint_layers(model)
+    return TrainedModel(model, patch, router_factor, adapted)
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Checks that the model can compute its layers again in the backward pass.
+
+    Raises:
+        InputError: transformers offers it for no layer of this model.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise InputError(
+            f"train.gradient_checkpointing: must be false, {type(model).__name__} has no "
+            "checkpointing in transformers"
+        )
+
+
+def _checkpoint_layers(model: Any) -> None:
+    check_checkpointing(model)
+    # the name since transformers 5.23, then that of the releases before
+    new = getattr(model, "activation_checkpointing_enable", None)
+    enable = new or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _four_bits(config: TrainConfig) -> dict[str, Any]:
+    """NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    dtype = getattr(torch, DTYPES[settle_dtype(config.dtype)])
+    options = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization": options}

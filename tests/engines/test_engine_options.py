@@ -1,0 +1,96 @@
+"""Options of `train.engine`: every wrong one ends the command before a stack is started."""
+
+import json
+import re
+import sys
+
+import pytest
+import yaml
+
+
+@pytest.mark.parametrize(
+    "words, rule",
+    [
+        (["train.engine=peft"], "train.engine: must be one of builtin, trl"),
+        (["train.engine_command='x {out}'"], "engine_command: must be absent with engine builtin"),
+        (["train.engine=command"], "engine_command: must be given with engine command, got None"),
+        (
+            ["train.engine=command", "train.engine_command='run {rows}'"],
+            r"engine_command: must be a command with \{out\}",
+        ),
+        (
+            ["train.engine=command", "train.engine_command='run {out}'"],
+            r"engine_command: must be a command with \{rows\} or \{config\}",
+        ),
+        (
+            ["train.engine=command", "train.engine_command='run {rows} {out} {lr}'"],
+            r"must be a command with placeholders of rows, .*, got '\{lr\}'",
+        ),
+        (
+            ["train.engine=command", "train.engine_command='run {rows} {out'"],
+            "must have its braces in pairs",
+        ),
+        (
+            ["train.engine=command", "train.engine_command='no-such-program {rows} {out}'"],
+            "must begin with a program, no-such-program is none",
+        ),
+        (
+            ["train.engine=trl", "train.engine_command='x {out}'"],
+            "engine_command: must be absent with engine trl",
+        ),
+        (["train.engine=trl", "train.engine_config=none.yml"], "none.yml is not there"),
+        (["train.engine=trl", "train.freeze=[lm_head]"], "train.freeze: must be absent"),
+        (
+            ["train.engine=trl", "train.controls={joint_short: true}"],
+            "joint_short: must be absent with engine trl",
+        ),
+        (
+            ["train.engine=llamafactory", f"train.engine_python={sys.executable}"],
+            "llamafactory needs llamafactory in the environment of .*: pip install llamafactory",
+        ),
+        (
+            ["train.engine=axolotl", "train.engine_python=/no/python"],
+            "engine_python: must be an interpreter that runs, got /no/python",
+        ),
+        (["train.engine=trl", "data.chat_template=plain"], "must be a chat template"),
+    ],
+)
+def test_wrong_options_end_the_command_before_anything_is_trained(call, split_run, words, rule):
+    if "llamafactory needs" in rule:
+        pytest.importorskip("torch")
+        import importlib.util
+
+        if importlib.util.find_spec("llamafactory"):
+            pytest.skip("llamafactory is installed here")
+    code, _, error = call("train", split_run, *words)
+    line = error.splitlines()[-1]
+    assert code == 2 and re.search(rule, line), error
+    assert not list((split_run.parent / "out").glob("branches/*"))
+
+
+def test_the_stacks_own_configuration_must_train_the_model_of_the_run(call, split_run, tmp_path):
+    own = tmp_path / "mine.yml"
+    own.write_text("model_name_or_path: some/other\nlearning_rate: 1.0e-4\n")
+    words = ["train.engine=trl", f"train.engine_config={own}"]
+    code, _, error = call("train", split_run, *words)
+    assert code == 2 and "mine.yml: model_name_or_path: must be the run's model" in error
+    own.write_text("- a\n")
+    code, _, error = call("train", split_run, *words)
+    assert code == 2 and "mine.yml: must be a mapping of keys, got list" in error
+
+
+def test_rows_that_a_stack_cannot_take_end_the_command(call, split_run, tmp_path):
+    values = yaml.safe_load(split_run.read_text())
+    turns = [
+        {"role": role, "content": text, **({"train": False} if text == "no" else {})}
+        for pair in (("a", "one"), ("b", "no"), ("c", "two"))
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
+    values["mixture"].append({"name": "marked", "path": str(marked)})
+    values["output"] = "other"
+    split_run.write_text(yaml.safe_dump(values))
+    code, _, error = call("run", split_run, "train.engine=trl")
+    assert code == 2 and "mixture: marked: trl trains every answer" in error, error
+    assert not (split_run.parent / "other" / "sketch").exists()  # before the first heavy step

@@ -1,0 +1,57 @@
+"""`merit-fast train --engine trl`: TRL trains packed LoRA branches, and the run goes on."""
+
+import json
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def own_config(tmp_path):
+    values = {
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "packing": True,
+        "max_length": 64,
+        "bf16": False,
+        "use_cpu": True,
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "down_proj"],
+        "logging_steps": 1,
+        "seed": 5,
+    }
+    file = tmp_path / "trl.yml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_packed_lora_branches_of_trl_are_merged_and_measured(call, split_run, own_config):
+    words = ["train.engine=trl", f"train.engine_config={own_config}"]
+    code, _, error = call("train", split_run, *words)
+    assert code == 0, error
+    out = split_run.parent / "out"
+    for name, tokens in (("merit-0", 52), ("merit-1", 64)):
+        folder = out / "branches" / name
+        branch = json.loads((folder / "branch.json").read_text())
+        assert branch["num_target_tokens"] == 2 * tokens
+        assert branch["seed"] == 0 and branch["steps"] > 0
+        assert (folder / "adapter_model.safetensors").is_file()
+        record = json.loads((folder / "engine.json").read_text())
+        assert record["config"]["seed"] == 5 and record["config"]["use_peft"] is True
+        assert "kernels: rms_norm x 5" in (folder / "engine.log").read_text()
+        losses = json.loads((folder / "losses.json").read_text())
+        assert len(losses) == branch["steps"] and losses[-1] < losses[0]
+    code, _, error = call("merge", split_run, *words)
+    assert code == 0, error
+
+
+def test_a_misspelt_key_of_trl_ends_the_training_in_words(call, split_run, own_config):
+    own_config.write_text("learning_rat: 1.0e-3\nuse_cpu: true\nbf16: false\n")
+    code, _, error = call(
+        "train", split_run, "train.engine=trl", f"train.engine_config={own_config}"
+    )
+    assert code == 1 and "learning_rat" in error.splitlines()[-1], error
