@@ -35,6 +35,7 @@ GRADIENT = 2e-5
 LAYERS = ("rms_norm", "swiglu", "geglu", "rope")
 WORDS = {
     "rms_norm": "norms",
+    "add_rms_norm": "norms",
     "swiglu": "gated MLPs",
     "geglu": "gated MLPs",
     "rope": "rotary positions",

@@ -13,7 +13,7 @@ from merit_fast.patch.classes import Plan, set_classes, swap_all, swap_back
 from merit_fast.patch.forms.residual import plan_sums
 from merit_fast.patch.head import plan_head
 from merit_fast.patch.plan import Planner
-from merit_fast.patch.whole import differing_ops
+from merit_fast.patch.whole import try_whole
 
 OPS = ("rms_norm", "add_rms_norm", "swiglu", "geglu", "rope", "head")
 
@@ -115,12 +115,12 @@ def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
 
 def _patched(inner: Any, backend: str | None) -> Patch:
     plans, notes = _plans(inner, backend)
-    dropped, whole_notes = differing_ops(inner, backend, plans, _plans)
-    plans = [plan for plan in plans if plan.op not in dropped]
+    verdict = try_whole(inner, backend, plans, _plans)
+    plans = [plan for plan in plans if verdict.keeps(plan)]
     swap_all(plans)
     counts = {op: sum(plan.op == op for plan in plans) for op in OPS}
     replaced = {op: count for op, count in counts.items() if count}
-    return Patch(inner, replaced, (*notes, *whole_notes))
+    return Patch(inner, replaced, (*notes, *verdict.notes))
 
 
 def _plans(inner: Any, backend: str | None) -> tuple[list[Plan], list[str]]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from merit_fast.patch.classes import own_class
+
 VOCABULARY = 97
 _HEAD = 8
 _MOST_ENTRIES = 20_000_000
@@ -109,9 +111,11 @@ def _shrink_rope(options: dict[str, Any]) -> None:
 
 def shrunken_model(model: nn.Module, device: torch.device) -> nn.Module | str:
     """A tiny fp32 model of the same class and config; a reason if there is none."""
-    cls = _transformers_class(model)
+    from transformers import PreTrainedModel
+
+    cls: Any = own_class(type(model))
     config = getattr(model, "config", None)
-    if cls is None or config is None:
+    if not issubclass(cls, PreTrainedModel) or config is None:
         return "it has no config of transformers"
     try:
         config = shrink_config(copy.deepcopy(config))
@@ -132,17 +136,6 @@ def shrunken_model(model: nn.Module, device: torch.device) -> nn.Module | str:
             if parameter.dim() == 1:  # norms and biases that are not at 1 and 0
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return tiny
-
-
-def _transformers_class(model: nn.Module) -> Any:
-    """The model's own class; ``fully_shard`` puts one of its own before it."""
-    from transformers import PreTrainedModel
-
-    for cls in type(model).__mro__:
-        sharded = any(base.__name__ == "FSDPModule" for base in cls.__mro__)
-        if issubclass(cls, PreTrainedModel) and not sharded:
-            return cls
-    return None
 
 
 @contextlib.contextmanager

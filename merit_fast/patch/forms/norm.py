@@ -34,7 +34,7 @@ def match_norm(module: nn.Module, device: torch.device, backend: str | None) -> 
     """Returns the reason if the module is no norm that our kernel computes."""
     epsilon = epsilon_of(module)
     if epsilon is None:
-        return "has no weight with an epsilon"
+        return "has other parts than one weight and one epsilon"
     reason = _foreign(module, device)
     if reason is not None:
         return reason

@@ -7,7 +7,7 @@ them first, as the layer would.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,24 +67,39 @@ class _View:
         value = getattr(self._layer, name)
         if not isinstance(value, nn.Module) or name not in self._layer._modules:
             return value
-        return functools.partial(_call, value, self._backend)
+        return _Child(value, self._backend)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._layer, name, value)
 
 
-def _call(module: nn.Module, backend: str | None, *args: Any, **kwargs: Any) -> Any:
-    """Calls a child; its result is marked as one that may be added to a residual."""
-    if len(args) == 1 and not kwargs and isinstance(args[0], _Sum):
-        normed = args[0].normed_by(module, backend)
-        if normed is not None:
-            return normed
-    output = module(*map(_computed, args), **{k: _computed(v) for k, v in kwargs.items()})
-    if isinstance(output, Tensor):
-        return _Branch(output)
-    if type(output) is tuple and output and isinstance(output[0], Tensor):
-        return (_Branch(output[0]), *output[1:])
-    return output
+class _Child:
+    """A child as the layer's forward sees it; its result may wait to be added to a residual."""
+
+    def __init__(self, module: nn.Module, backend: str | None) -> None:
+        self.__dict__.update(_module=module, _backend=backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], _Sum):
+            normed = args[0].normed_by(self._module, self._backend)
+            if normed is not None:
+                return normed
+        output = self._module(*_computed(args), **_computed(kwargs))
+        if type(output) is Tensor:
+            return _Branch(output)
+        if type(output) is tuple and output and type(output[0]) is Tensor:
+            return (_Branch(output[0]), *output[1:])
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._module)  # for isinstance
 
 
 class _Pending:
@@ -100,6 +115,10 @@ class _Pending:
         if function in _SUMS and len(args) == 2 and not kwargs:
             return _added(*args)
         return function(*_computed(args), **_computed(kwargs or {}))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return Tensor  # for isinstance
 
     def __add__(self, other: Any) -> Any:
         return _added(self, other)
@@ -133,38 +152,39 @@ class _Sum(_Pending):
     """residual + the result of a child; a norm of it computes it on the way."""
 
     def __init__(self, residual: Tensor, value: Tensor) -> None:
-        self.residual = residual
-        self.value = value
+        self.terms: tuple[Tensor, Tensor] | None = (residual, value)
         self.total: Tensor | None = None
 
     def computed(self) -> Tensor:
-        if self.total is None:
-            self.total = self.residual + self.value
-        return self.total
+        if self.terms is not None:
+            self._set_total(self.terms[0] + self.terms[1])
+        return cast(Tensor, self.total)
+
+    def _set_total(self, total: Tensor) -> None:
+        self.total = total
+        self.terms = None  # whose memory the layer would have given back
 
     def normed_by(self, norm: nn.Module, backend: str | None) -> Tensor | None:
         """The norm of the sum in one pass; None if the norm must run by itself."""
         arguments = norm_in_use(norm)
-        if arguments is None or self.total is not None or has_hooks(norm):
+        if arguments is None or self.terms is None or has_hooks(norm):
             return None
         weight, options = arguments
-        tensors = (self.value, self.residual, *(() if weight is None else (weight,)))
-        if not supported(*tensors):
+        if not supported(*self.terms, *(() if weight is None else (weight,))):
             return None
-        out, self.total = add_rms_norm(
-            self.value, self.residual, weight, **options, backend=backend
-        )
+        residual, value = self.terms
+        out, total = add_rms_norm(value, residual, weight, **options, backend=backend)
+        self._set_total(total)
         return out
 
 
 def _added(first: Any, second: Any) -> Any:
     """first + second; pending if one is the result of a child and the other is a residual."""
     residual, branch = (second, first) if isinstance(first, _Branch) else (first, second)
-    if isinstance(residual, _Sum):
-        residual = residual.computed()
+    residual = _computed(residual)
     fits = (
         isinstance(branch, _Branch)
-        and isinstance(residual, Tensor)
+        and type(residual) is Tensor
         and residual.shape == branch.value.shape
         and residual.dtype == branch.value.dtype
         and residual.device == branch.value.device
@@ -180,6 +200,8 @@ def _computed(value: Any) -> Any:
         return value.computed()
     if type(value) in (tuple, list):
         return type(value)(map(_computed, value))
-    if type(value) is dict:
-        return {key: _computed(item) for key, item in value.items()}
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            if isinstance(item, _Pending):
+                value[key] = item.computed()
     return value
