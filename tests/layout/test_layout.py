@@ -110,6 +110,17 @@ INSIDE = {
         "gradients",
         "mixture",
     ),
+    "patch": (
+        "classes",
+        "deferred",
+        "proof",
+        "forms",
+        "shrink",
+        "plan",
+        "head",
+        "whole",
+        "model",
+    ),
     "row_store": (
         "identity",
         "writer",
