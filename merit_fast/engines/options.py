@@ -11,7 +11,10 @@ from merit_fast.train.adapter.config import ALL_LINEAR, AdapterConfig
 from merit_fast.train.config import TrainConfig
 
 # The built-in trainer has them only.
-_BUILTIN_ONLY = ("freeze", "optimizer", "evaluate_steps", "patience", "budget")
+_BUILTIN_ONLY = (
+    *("freeze", "optimizer", "update_in_backward"),
+    *("evaluate_steps", "patience", "budget"),
+)
 # The minimal configuration has them; a user's own configuration has its own.
 _OF_RECIPE = ("adapter", "gradient_checkpointing", "report_to")
 _OF_USER = (
