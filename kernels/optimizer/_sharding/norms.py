@@ -63,7 +63,9 @@ def total_square_sum(
     if not everything:  # as ZeroRedundancyOptimizer may leave a process, which takes part too
         totals[None, ()] = torch.zeros((), dtype=torch.float64, device=_device_of(shard_group))
     for parameter in everything:
-        totals.setdefault(_spread_of(parameter), _zero(parameter))
+        spread = _spread_of(parameter)
+        if spread not in totals:
+            totals[spread] = _zero(parameter)
     for parameter, value in sums:
         key = _spread_of(parameter)
         totals[key] = totals[key] + value.to(totals[key].device)

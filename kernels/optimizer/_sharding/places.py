@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 class Run(NamedTuple):
     """Elements of a local part that follow one another in the whole parameter too."""
@@ -23,6 +25,8 @@ class Run(NamedTuple):
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor. A process that never loaded them has none."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
