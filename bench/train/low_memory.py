@@ -57,7 +57,8 @@ def new_model(seed: int, dtype: torch.dtype) -> Any:
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).to(dtype)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16).to(dtype)
 
 
 def train(name: str, words: Tensor, seed: int, steps: int) -> float:
