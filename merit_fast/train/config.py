@@ -7,7 +7,7 @@ from typing import Literal
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
 from merit_fast.train.adapter.config import AdapterConfig
-from merit_fast.train.engine import Engine, check_engine_options
+from merit_fast.train.stack.options import Engine, check_engine_options
 
 
 @dataclass(frozen=True)
