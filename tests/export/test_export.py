@@ -202,6 +202,22 @@ def test_marks_that_a_stack_cannot_follow_are_refused(call, marked_run, tmp_path
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "assignment"),
+    [
+        ("train.adapter.kind", "train.adapter={kind: lora}"),
+        ("train.patience", "train={evaluate_steps: 2, patience: 1}"),
+    ],
+)
+def test_a_recipe_that_a_stack_would_not_follow_is_refused(
+    call, plain_run, tmp_path, key, assignment
+):
+    out = str(tmp_path / "x")
+    code, _, error = call("export", str(plain_run), assignment, "--format", "trl", "--out", out)
+    assert code == 2 and f"{key}: must be absent for export" in error
+    assert not (tmp_path / "x").exists()
+
+
 def test_export_needs_a_split(call, tmp_path, tiny_model, tiny_mixture):
     config = tmp_path / "run.yml"
     config.write_text(yaml.safe_dump(run_values(tiny_model, tiny_mixture)))
