@@ -3,8 +3,9 @@
     python -m bench.train.architectures [TYPE ...]
 
 Prints one line per type: what is replaced; the largest error of losses, logits and gradients over
-plain, left-padded, packed rows and ``num_items_in_batch``; seconds of ``patch_model``. Ends with an
-error if a type differs or does not get its bits back, or fewer have the head or layers than before.
+plain, left-padded, packed rows and ``num_items_in_batch``, in units of what is allowed; seconds of
+``patch_model``. The table after them is that of docs/kernels.md. Ends with an error if a type
+differs or does not get its bits back, or fewer have the head or layers than before.
 """
 
 import argparse
@@ -32,6 +33,14 @@ LAYERS_AT_LEAST = 85
 LOSS = 1e-5
 GRADIENT = 2e-5
 LAYERS = ("rms_norm", "swiglu", "geglu", "rope")
+WORDS = {
+    "rms_norm": "norms",
+    "add_rms_norm": "norms",
+    "swiglu": "gated MLPs",
+    "geglu": "gated MLPs",
+    "rope": "rotary positions",
+    "head": "head",
+}
 
 
 @dataclass(frozen=True)
@@ -105,37 +114,58 @@ def error_of(actual: Result, expected: Result) -> float:
     return max(errors)
 
 
-def measure(model: nn.Module) -> Outcome:
-    expected = {}
+def run_all(model: nn.Module) -> dict[tuple[str, bool], Result]:
+    """Results of every batch that the model takes, in training and in evaluation."""
+    results = {}
     for name, batch in batches():
         for training in (True, False):
             try:
-                expected[name, training] = run(model, batch, training)
-            except Exception as error:  # this model takes no such batch
-                note = f"{name}: {one_line(error)}"
+                results[name, training] = run(model, batch, training)
+            except Exception:  # this model takes no such batch
                 if name == "plain":
-                    return Outcome("not built", note=note)
+                    raise
+    return results
+
+
+def error_of_all(
+    model: nn.Module, plain: nn.Module, expected: dict[tuple[str, bool], Result]
+) -> tuple[float, str]:
+    """The largest error of a patched model, and where it is."""
+    worst = 0.0, ""
+    for name, batch in batches():
+        for training in (True, False):
+            if (name, training) not in expected:
+                continue
+            actual = run(model, batch, training)
+            error = error_of(actual, expected[name, training])
+            if error > 1:  # where the model's own code is far from float64, too, we must be as near
+                truth = run(copy.deepcopy(plain).double(), batch, training)
+                own_error = error_of(expected[name, training], truth)
+                error = min(error, error_of(actual, truth) / (2 * own_error))
+            worst = max(worst, (error, f"{name}, {'training' if training else 'evaluation'}"))
+    return worst
+
+
+def measure(model: nn.Module) -> Outcome:
+    plain = copy.deepcopy(model)
+    try:
+        expected = run_all(model)
+    except Exception as error:  # the model itself does not run
+        return Outcome("not built", note=one_line(error))
     start = time.perf_counter()
     patch: Patch = patch_model(model)
     seconds = time.perf_counter() - start
     replaced = tuple(patch.replaced.items())
-    worst = 0.0
-    note = "; ".join(patch.notes)
-    for name, batch in batches():
-        for training in (True, False):
-            if (name, training) in expected:
-                error = error_of(run(model, batch, training), expected[name, training])
-                if not error <= 1:
-                    note = f"{name}, {'training' if training else 'evaluation'}"
-                    return Outcome("wrong", replaced, error, seconds, note)
-                worst = max(worst, error)
+    worst, place = error_of_all(model, plain, expected)
+    if not worst <= 1:
+        return Outcome("wrong", replaced, worst, seconds, place)
     patch.restore()
     again = run(model, next(batches())[1], True)
     before = expected["plain", True]
     same = [torch.equal(again.gradients[name], g) for name, g in before.gradients.items()]
     if not torch.equal(again.loss, before.loss) or not all(same):
         return Outcome("wrong", replaced, worst, seconds, "does not get its bits back")
-    return Outcome("exact", replaced, worst, seconds, note)
+    return Outcome("exact", replaced, worst, seconds, "; ".join(patch.notes))
 
 
 def measure_type(model_type: str) -> Outcome:
@@ -144,6 +174,36 @@ def measure_type(model_type: str) -> Outcome:
     except Exception as error:  # no tiny model of this type
         return Outcome("not built", note=one_line(error))
     return measure(model)
+
+
+def ops_in_words(outcome: Outcome) -> str:
+    """What of a type is replaced, in the words of docs/kernels.md."""
+    words = list(dict.fromkeys(WORDS[op] for op, _ in outcome.replaced))
+    return ", ".join(words) or "nothing"
+
+
+def table_of(outcomes: dict[str, Outcome]) -> str:
+    """The table of docs/kernels.md: types by what is replaced, most types first."""
+    groups: dict[str, list[str]] = {}
+    for model_type, outcome in sorted(outcomes.items()):
+        if outcome.kind == "exact":
+            groups.setdefault(ops_in_words(outcome), []).append(model_type)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    rows = [f"| {words} | {len(types)} | {', '.join(types)} |" for words, types in ordered]
+    return "\n".join(["| replaced | types | model types |", "|---|---|---|", *rows])
+
+
+def read_table(text: str) -> dict[str, str]:
+    """Model type -> what is replaced, from a page with ``table_of``."""
+    start = text.index("| replaced | types | model types |")
+    lines = text[start:].splitlines()[2:]
+    found = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        words, _, types = (cell.strip() for cell in line.strip("|").split("|"))
+        found.update(dict.fromkeys(types.split(", "), words))
+    return found
 
 
 def line_of(model_type: str, outcome: Outcome) -> str:
@@ -169,6 +229,7 @@ def main() -> None:
     counts = Counter(outcome.kind for outcome in outcomes.values())
     heads = sum(outcome.has_head for outcome in outcomes.values())
     layers = sum(outcome.has_layers for outcome in outcomes.values())
+    print("\n" + table_of(outcomes))
     print("\n" + ", ".join(f"{number} {kind}" for kind, number in counts.most_common()))
     print(f"{heads} with head, {layers} with layers")
     if counts["wrong"]:

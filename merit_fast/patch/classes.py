@@ -32,6 +32,10 @@ class Swap:
     options: tuple[Any, ...]
     proven: str
 
+    def is_in_force(self) -> bool:
+        """Whether the class has the forward that was compared."""
+        return name_of(self.original.forward) == self.proven
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -118,16 +122,23 @@ def _guarded_forward(origin: Swap) -> Forward:
     """Runs our forward as long as the class has the one that was compared, else the class's."""
     original = origin.original
     plain = original.forward
-    ours = origin.maker(original, *origin.options)
-    is_proven = name_of(plain) == origin.proven
+    ours = origin.maker(original, *origin.options) if origin.is_in_force() else None
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_proven and original.forward is plain:
+        if ours is not None and original.forward is plain:
             return ours(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs)
 
     return forward
+
+
+def own_class(cls: type) -> type:
+    """The class that ``fully_shard`` has put its own before; any other class itself."""
+    for ancestor in cls.__mro__:
+        if not any(base.__name__ == "FSDPModule" for base in ancestor.__mro__):
+            return ancestor
+    return cls
 
 
 def has_hooks(module: nn.Module) -> bool:

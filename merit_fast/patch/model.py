@@ -10,11 +10,12 @@ from torch import nn
 from merit_fast.errors import InputError
 from merit_fast.kernels.dispatch import BACKENDS
 from merit_fast.patch.classes import Plan, set_classes, swap_all, swap_back
+from merit_fast.patch.forms.residual import plan_sums
 from merit_fast.patch.head import plan_head
 from merit_fast.patch.plan import Planner
-from merit_fast.patch.whole import differing_ops
+from merit_fast.patch.whole import try_whole
 
-OPS = ("rms_norm", "swiglu", "geglu", "rope", "head")
+OPS = ("rms_norm", "add_rms_norm", "swiglu", "geglu", "rope", "head")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Patch:
 
     Attributes:
         model: the model without its wrappers.
-        replaced: number of modules that run each op: rms_norm, swiglu, geglu, rope, head.
+        replaced: number of modules that run each op: rms_norm, add_rms_norm (in layers), swiglu,
+            geglu, rope, head.
         notes: one line per kind of module that stays as it was, with the reason.
     """
 
@@ -64,15 +66,22 @@ def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
 
     Only this instance changes, in place. Its parameters, state dict and hooks stay, and so do other
     models of the class. Copies and pickles stay patched, in other processes too. Models inside
-    PEFT, DistributedDataParallel or torch.compile are patched; layers with adapters are called as
-    they are. Before it replaces a module, ``patch_model`` compares the module's own forward with
-    ours on small random inputs and keeps any module that differs. In a vision-language model
-    it patches only the language tower.
+    PEFT, DistributedDataParallel or torch.compile are patched, before or after FSDP2's
+    ``fully_shard``; layers with adapters are called as they are. In a vision-language model only
+    the language tower is patched.
+
+    Any architecture may come. A module is replaced only if trials show that it computes what a
+    kernel does: values and gradients on small random inputs (training and evaluation, fp32 and
+    bf16, several scales and shapes), no other operation such as dropout, and a tiny model of the
+    same config that is equal as a whole. The trials take about a second, draw no number from
+    torch's generators and change nothing in the model. Every call checks what the trials assumed,
+    and runs the module's own forward if its activation, its class's forward or the function that
+    rotates positions was replaced since.
 
     In training with ``labels``, the loss comes from the hidden states, and the output's ``logits``
-    are None (a batch without any target gives 0, not NaN). The model's own forward runs in
-    evaluation, without labels, with hooks or adapters on the head, and with ``skip_logits=False``.
-    A second call starts from the model's own forwards again.
+    are None (a batch without any target gives 0, not NaN, and a warning if it is the first). The
+    model's own forward runs in evaluation, without labels, with hooks or adapters on the head, and
+    with ``skip_logits=False``. A second call starts from the model's own forwards again.
 
     Args:
         model: a transformers model, or a wrapper around one.
@@ -80,11 +89,12 @@ def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
             or the backend that must run ("cpu", "triton").
 
     Returns:
-        The record of what changed. An unknown architecture stays as it is, with a note.
+        The record of what changed; its notes say what stays, and why.
 
     Raises:
         InputError: ``kernels`` has another value.
         BackendUnavailableError: the backend cannot run here.
+        BaseException: any other error of a trial. Every module then has the class it had before.
     """
     if kernels not in ("auto", *BACKENDS):
         raise InputError(f"kernels: must be auto, {', '.join(BACKENDS)}; got {kernels!r}")
@@ -105,12 +115,12 @@ def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
 
 def _patched(inner: Any, backend: str | None) -> Patch:
     plans, notes = _plans(inner, backend)
-    dropped, whole_notes = differing_ops(inner, backend, plans, _plans)
-    plans = [plan for plan in plans if plan.op not in dropped]
+    verdict = try_whole(inner, backend, plans, _plans)
+    plans = [plan for plan in plans if verdict.keeps(plan)]
     swap_all(plans)
     counts = {op: sum(plan.op == op for plan in plans) for op in OPS}
     replaced = {op: count for op, count in counts.items() if count}
-    return Patch(inner, replaced, (*notes, *whole_notes))
+    return Patch(inner, replaced, (*notes, *verdict.notes))
 
 
 def _plans(inner: Any, backend: str | None) -> tuple[list[Plan], list[str]]:
@@ -120,7 +130,9 @@ def _plans(inner: Any, backend: str | None) -> tuple[list[Plan], list[str]]:
     if parameter is None:
         return [], [f"{type(inner).__name__}: has no parameters"]
     planner = Planner(parameter.device, backend)
-    plans = planner.layers(decoder.modules())
+    modules = list(decoder.modules())
+    plans = planner.layers(modules)
+    plans += plan_sums(plans, modules, backend)
     notes = planner.notes
     head = plan_head(inner, backend)
     if isinstance(head, Plan):

@@ -156,7 +156,9 @@ def _agree(theirs: Tensor, ours: Tensor) -> bool:
     return bool(((ours.float() - theirs).abs() <= bound).all())
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names of the operations that run, and of those that draw random numbers."""
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
@@ -190,7 +192,7 @@ def foreign_operation(
     function: Callable[..., Any], inputs: Sequence[Tensor], known: frozenset[str]
 ) -> str | None:
     """An operation of ``function`` that is not in ``known``; None if there is none."""
-    operations = _Operations()
+    operations = Operations()
     dropouts = _Dropouts()
     try:
         with dropouts, operations:

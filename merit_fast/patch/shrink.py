@@ -2,11 +2,14 @@
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from merit_fast.patch.classes import own_class
 
 VOCABULARY = 97
 _HEAD = 8
@@ -35,7 +38,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
     **dict.fromkeys(("state_size", "ssm_state_size", "mamba_d_state"), 8),
     **dict.fromkeys(("rotary_dim", "rope_head_dim", "mamba_dt_rank", "time_step_rank"), 8),
-    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -108,9 +111,11 @@ def _shrink_rope(options: dict[str, Any]) -> None:
 
 def shrunken_model(model: nn.Module, device: torch.device) -> nn.Module | str:
     """A tiny fp32 model of the same class and config; a reason if there is none."""
-    cls = _transformers_class(model)
+    from transformers import PreTrainedModel
+
+    cls: Any = own_class(type(model))
     config = getattr(model, "config", None)
-    if cls is None or config is None:
+    if not issubclass(cls, PreTrainedModel) or config is None:
         return "it has no config of transformers"
     try:
         config = shrink_config(copy.deepcopy(config))
@@ -133,25 +138,14 @@ def shrunken_model(model: nn.Module, device: torch.device) -> nn.Module | str:
     return tiny
 
 
-def _transformers_class(model: nn.Module) -> Any:
-    """The model's own class; ``fully_shard`` puts one of its own before it."""
-    from transformers import PreTrainedModel
-
-    for cls in type(model).__mro__:
-        sharded = any(base.__name__ == "FSDPModule" for base in cls.__mro__)
-        if issubclass(cls, PreTrainedModel) and not sharded:
-            return cls
-    return None
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps what transformers says about a tiny model from the user."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)

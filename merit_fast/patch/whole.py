@@ -11,30 +11,47 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.kernels.labels import IGNORED_LABEL
-from merit_fast.patch.classes import Plan, swap_all, swap_back
-from merit_fast.patch.proof import random_tensor, seed_generator, undisturbed
+from merit_fast.patch.classes import Plan, own_class, swap_all, swap_back
+from merit_fast.patch.proof import Operations, random_tensor, seed_generator, undisturbed
 from merit_fast.patch.shrink import VOCABULARY, shrunken_model
 
 Plans = Callable[[Any, str | None], tuple[list[Plan], list[str]]]
 
 _FP32 = 5e-5
 _BF16 = 3e-2
+_SUMS = "add_rms_norm"  # what only a trial of the whole model proves
 _ROWS = 2
 _TOKENS = 9
-# (model class, config, backend, kinds of plans) -> what differs; tiny models take a second.
-_KNOWN: dict[Any, tuple[frozenset[str], list[str]]] = {}
 
 
-def differing_ops(
-    model: nn.Module, backend: str | None, plans: list[Plan], plans_of: Plans
-) -> tuple[frozenset[str], list[str]]:
-    """Finds the planned ops with which a tiny model of this kind gives other losses or gradients.
+@dataclass(frozen=True)
+class Verdict:
+    """What a tiny model has shown.
 
-    Returns:
-        The ops to leave out, and notes with the reason.
+    Attributes:
+        dropped: ops with which it gives other losses or gradients.
+        layers: classes of layers that add to the residual and normalise in one pass.
+        notes: the reasons.
     """
+
+    dropped: frozenset[str]
+    layers: frozenset[type]
+    notes: tuple[str, ...]
+
+    def keeps(self, plan: Plan) -> bool:
+        if plan.op == _SUMS and own_class(type(plan.module)) not in self.layers:
+            return False
+        return plan.op not in self.dropped
+
+
+# (model class, config, backend, kinds of plans) -> what differs; tiny models take a second.
+_KNOWN: dict[Any, Verdict] = {}
+
+
+def try_whole(model: nn.Module, backend: str | None, plans: list[Plan], plans_of: Plans) -> Verdict:
+    """Compares a tiny model of this kind, whole, with and without what is planned."""
     if not plans:
-        return frozenset(), []
+        return Verdict(frozenset(), frozenset(), ())
     device = next(model.parameters()).device
     key = _key(model, backend, plans, device)
     if key not in _KNOWN:
@@ -57,24 +74,49 @@ def _key(model: nn.Module, backend: str | None, plans: list[Plan], device: torch
 
 def _compare(
     model: nn.Module, backend: str | None, plans_of: Plans, device: torch.device
-) -> tuple[frozenset[str], list[str]]:
+) -> Verdict:
     tiny = shrunken_model(model, device)
     if isinstance(tiny, str):
-        return frozenset(), [f"the whole model was not compared: {tiny}"]
+        return _not_compared(tiny)
     batch = _batch(tiny, device)
     try:
         expected = _observe(tiny, batch)
     except Exception as error:  # whatever foreign code raises about a tiny model
-        reason = f"a tiny one does not run ({type(error).__name__})"
-        return frozenset(), [f"the whole model was not compared: {reason}"]
+        return _not_compared(f"a tiny one does not run ({type(error).__name__})")
     plans, _ = plans_of(tiny, backend)
+    layers = frozenset(
+        cls
+        for cls in {type(plan.module) for plan in plans if plan.op == _SUMS}
+        if _adds_in(cls, tiny, batch, plans)
+    )
+    plans = [plan for plan in plans if plan.op != _SUMS or type(plan.module) in layers]
     if _agrees_with(tiny, batch, plans, expected):
-        return frozenset(), []
+        return Verdict(frozenset(), layers, ())
     ops = sorted({plan.op for plan in plans})
     for op in ops:
         if _agrees_with(tiny, batch, [plan for plan in plans if plan.op != op], expected):
-            return frozenset([op]), [f"{op}: gives the whole model other losses or gradients"]
-    return frozenset(ops), [f"{', '.join(ops)}: give the whole model other losses or gradients"]
+            note = f"{op}: gives the whole model other losses or gradients"
+            return Verdict(frozenset([op]), layers, (note,))
+    note = f"{', '.join(ops)}: give the whole model other losses or gradients"
+    return Verdict(frozenset(ops), layers, (note,))
+
+
+def _not_compared(reason: str) -> Verdict:
+    return Verdict(frozenset(), frozenset(), (f"the whole model was not compared: {reason}",))
+
+
+def _adds_in(cls: type, model: Any, batch: Mapping[str, Any], plans: list[Plan]) -> bool:
+    """Whether layers of this class add and normalise in one pass at least once."""
+    swap_all(plan for plan in plans if plan.op != _SUMS or type(plan.module) is cls)
+    try:
+        with Operations() as operations:
+            model(**batch)
+    except Exception:  # foreign code on a view of the layer
+        return False
+    finally:
+        for module in model.modules():
+            swap_back(module)
+    return f"merit_fast::{_SUMS}" in operations.names
 
 
 def _batch(model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -151,8 +193,8 @@ def _are_equal(theirs: _Observed, ours: _Observed) -> bool:
         return False
     if not _is_near(ours.loss, theirs.loss, 0.0):
         return False
-    have_logits = theirs.logits is not None and ours.logits is not None
-    if have_logits and not _is_near(ours.logits, theirs.logits, 0.0):
+    logits = ours.logits, theirs.logits
+    if logits[0] is not None and logits[1] is not None and not _is_near(*logits, 0.0):  # type: ignore[arg-type]
         return False
     norms = [gradient.double().norm() for gradient in theirs.gradients.values()]
     total = float(torch.stack(norms).norm()) if norms else 0.0

@@ -1,5 +1,7 @@
 """What changes after patch_model is followed: the model's own code runs, with what is there now."""
 
+import pickle
+
 import pytest
 import torch
 from support.architectures import inputs, make
@@ -9,6 +11,7 @@ from transformers import activations
 from transformers.models.llama import modeling_llama
 
 from merit_fast import patch_model
+from merit_fast.patch.classes import patched_class
 
 
 def other_rotation(q, k, cos, sin, unsqueeze_dim=1):
@@ -98,6 +101,20 @@ def test_a_later_change_has_its_effect(change):
     if change is not attention_implementation:
         unchanged = make("llama")(**batch).loss.detach()
         assert not torch.isclose(plain.loss.detach(), unchanged, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [norm_class, mlp_class, rotation, attention_class])
+def test_a_process_with_other_classes_opens_a_pickle_with_them(change, monkeypatch):
+    """The proof was of another forward, so that the class's own runs."""
+    model = make("llama")
+    patch_model(model)
+    data = pickle.dumps(model)
+    patched_class.cache_clear()  # as in a process that has not made the classes
+    for name in [name for name in vars(modeling_llama) if name.startswith("_merit_fast")]:
+        monkeypatch.delattr(modeling_llama, name)
+    change(model, monkeypatch)
+    opened = pickle.loads(data)
+    assert_close(opened(**inputs()).loss.detach(), make("llama")(**inputs()).loss.detach())
 
 
 @pytest.mark.filterwarnings("error")

@@ -70,8 +70,8 @@ def test_notes_name_what_stays_unchanged():
     assert str(patch_model(torch.nn.Linear(2, 2))).startswith("kernels: nothing replaced\n")
     cohere = str(patch_model(make("cohere")))
     assert (
-        "kernels: swiglu x 2, head x 1" in cohere
-        and "2 CohereAttention: rotates positions in another" in cohere
+        "kernels: swiglu x 2, rope x 2, head x 1" in cohere
+        and "3 CohereLayerNorm: computes no RMSNorm that is known here (sub)" in cohere
     )
     assert "visual: is not the language tower" in str(patch_model(make("qwen3_vl")))
     assert patch_model(make("llama").model).notes == (
@@ -91,7 +91,13 @@ def test_a_wrong_guess_is_never_silent():
     batch = inputs()
     plain, expected = loss_and_gradients(model, batch)
     patch = patch_model(model)
-    assert dict(patch.replaced) == {"rms_norm": 4, "swiglu": 1, "rope": 2, "head": 1}
+    assert dict(patch.replaced) == {
+        "rms_norm": 4,
+        "add_rms_norm": 2,
+        "swiglu": 1,
+        "rope": 2,
+        "head": 1,
+    }
     assert "1 LlamaRMSNorm: computes no RMSNorm that is known here" in patch.notes
     assert "1 LlamaMLP: activation Tanh is neither SiLU nor GELU" in patch.notes
     patched, actual = loss_and_gradients(model, batch)

@@ -1,4 +1,4 @@
-"""Tiny models of every architecture that ``patch_model`` knows, with the modules it replaces."""
+"""Tiny models with options of their own, and the modules that ``patch_model`` replaces."""
 
 from typing import Any
 
@@ -16,34 +16,36 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 
 VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48)
 
 # name -> (class, config class, options, what is replaced)
-DENSE = {"rms_norm": 5, "swiglu": 2, "rope": 2, "head": 1}
+DENSE = {"rms_norm": 5, "add_rms_norm": 2, "swiglu": 2, "rope": 2, "head": 1}
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}, DENSE),
     "mistral": ("MistralForCausalLM", "MistralConfig", {}, DENSE),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}, DENSE),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}, {**DENSE, "rms_norm": 9}),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", {},
-              {"rms_norm": 5, "geglu": 2, "rope": 2, "head": 1}),
+              {"rms_norm": 5, "add_rms_norm": 2, "geglu": 2, "rope": 2, "head": 1}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config",
                {"final_logit_softcapping": 3.0, "sliding_window": 8},
-               {"rms_norm": 9, "geglu": 2, "rope": 2, "head": 1}),
+               {"rms_norm": 9, "add_rms_norm": 2, "geglu": 2, "rope": 2, "head": 1}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"sliding_window": 8},
-               {"rms_norm": 13, "geglu": 2, "rope": 2, "head": 1}),
+               {"rms_norm": 13, "add_rms_norm": 2, "geglu": 2, "rope": 2, "head": 1}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {}, DENSE),
     "phi3 partial": ("Phi3ForCausalLM", "Phi3Config",
                      {"rope_parameters": PARTIAL_ROPE}, DENSE),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {}, DENSE),
-    "granite": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 4.0}, DENSE),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 4.0},
+                {"rms_norm": 5, "swiglu": 2, "rope": 2, "head": 1}),
     "cohere": ("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.25},
-               {"swiglu": 2, "head": 1}),
+               {"swiglu": 2, "rope": 2, "head": 1}),
+    "glm": ("GlmForCausalLM", "GlmConfig", {"head_dim": 16}, DENSE),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig",
                 {"num_local_experts": 4, "output_router_logits": True},
-                {"rms_norm": 5, "rope": 2, "head": 1}),
+                {"rms_norm": 5, "add_rms_norm": 2, "rope": 2, "head": 1}),
     "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig",
                   {**MOE, "shared_expert_intermediate_size": 24, "output_router_logits": True},
                   DENSE),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "output_router_logits": True},
-                  {"rms_norm": 9, "rope": 2, "head": 1}),
+                  {"rms_norm": 9, "add_rms_norm": 2, "rope": 2, "head": 1}),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
                    {"vision_config": {**VISION, "fullatt_block_indexes": [0]},
                     "text_config": {**TEXT, "rope_parameters": MROPE}}, DENSE),

@@ -4,10 +4,10 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merit_fast.kernels.layers import rms_norm
-from merit_fast.patch.classes import Forward, supported
+from merit_fast.patch.classes import Forward, supported, swap_of
 from merit_fast.patch.proof import (
     CASES,
     VIEWS,
@@ -34,7 +34,7 @@ def match_norm(module: nn.Module, device: torch.device, backend: str | None) -> 
     """Returns the reason if the module is no norm that our kernel computes."""
     epsilon = epsilon_of(module)
     if epsilon is None:
-        return "has no weight with an epsilon"
+        return "has other parts than one weight and one epsilon"
     reason = _foreign(module, device)
     if reason is not None:
         return reason
@@ -100,6 +100,18 @@ def rms_norm_forward(
         )
 
     return forward
+
+
+def norm_in_use(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]] | None:
+    """(weight, other arguments) with which a patched norm calls the kernel; None if it does not."""
+    origin = swap_of(module)
+    if origin is None or origin.maker is not rms_norm_forward or not origin.is_in_force():
+        return None
+    epsilon, weighted, offset, casting, constants, _ = origin.options
+    if not has_constants(module, constants):
+        return None
+    options = {"epsilon": getattr(module, epsilon), "offset": offset, "casting": casting}
+    return (module.weight if weighted else None), options  # type: ignore[return-value]
 
 
 def _width(module: nn.Module) -> int:

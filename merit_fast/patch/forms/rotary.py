@@ -9,6 +9,7 @@ import dis
 import functools
 import sys
 import types
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,26 @@ _OPERATIONS = VIEWS | {
 _HEAD = 8
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a function rotates heads.
+
+    Attributes:
+        interleaved: an entry's partner is its neighbour, not the one half a head away.
+        repeats: it takes the first half of the angles, once for each neighbour (GLM).
+        partial: it copies the rest of heads that are wider than the angles.
+    """
+
+    interleaved: bool
+    repeats: bool
+    partial: bool
+
+    @property
+    def name(self) -> str:
+        """A part of a Python name."""
+        return f"{self.interleaved:d}{self.repeats:d}{self.partial:d}"
+
+
 def match_rotary(module: nn.Module, device: torch.device, backend: str | None) -> Match | str:
     """Returns the reason if the module's forward calls no rotation that our kernel computes."""
     names = rotations_called(type(module).forward)
@@ -35,9 +56,9 @@ def match_rotary(module: nn.Module, device: torch.device, backend: str | None) -
     proven = []
     for name in names:
         function = getattr(scope, name)
-        is_partial = _try(function, device, backend)
-        if is_partial is not None:
-            proven.append((name, name_of(function), is_partial))
+        layout = _layout_of(function, device, backend)
+        if layout is not None:
+            proven.append((name, name_of(function), layout))
     if not proven:
         return "rotates positions in another layout"
     return Match("rope", rotary_forward, (tuple(proven),))
@@ -64,7 +85,7 @@ def rotations_called(forward: Any) -> tuple[str, ...]:
 
 
 def rotary_forward(
-    original: type[nn.Module], proven: tuple[tuple[str, str, bool], ...], backend: str | None
+    original: type[nn.Module], proven: tuple[tuple[str, str, Layout], ...], backend: str | None
 ) -> Forward:
     """Makes an attention's forward: the same code, which looks our functions up."""
     plain: Any = original.forward
@@ -72,12 +93,12 @@ def rotary_forward(
     if scope is None:
         raise RuntimeError(f"{original.__name__}: its forward belongs to no imported module")
     names = {}
-    for name, function_name, is_partial in proven:
+    for name, function_name, layout in proven:
         if name_of(getattr(scope, name, None)) != function_name:
             continue  # this process has another function
-        ours = f"_merit_fast_{name}_{'partial' if is_partial else 'whole'}_{backend}"
+        ours = f"_merit_fast_{name}_{layout.name}_{backend}"
         if not hasattr(scope, ours):
-            setattr(scope, ours, _rotation(scope, name, is_partial, backend))
+            setattr(scope, ours, _rotation(scope, name, layout, backend))
         names[name] = ours
     code = plain.__code__
     forward = types.FunctionType(
@@ -91,31 +112,33 @@ def rotary_forward(
     return functools.wraps(plain)(forward)
 
 
-def _rotation(scope: Any, name: str, is_partial: bool, backend: str | None) -> Forward:
+def _rotation(scope: Any, name: str, layout: Layout, backend: str | None) -> Forward:
     """Makes a rotation with our kernel, as long as ``scope`` has the function that was compared."""
     proven = getattr(scope, name)
 
     @functools.wraps(proven)
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         plain = getattr(scope, name)
-        if plain is not proven or args or kwargs or not _fits(q, k, cos, sin, is_partial):
+        if plain is not proven or args or kwargs or not _fits(q, k, cos, sin, layout):
             return plain(q, k, cos, sin, *args, **kwargs)
-        return _rotated(q, k, cos, sin, backend)
+        return _rotated(q, k, cos, sin, layout, backend)
 
     return rotate
 
 
 def _rotated(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str | None
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: Layout, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    return rope(q, k, cos, sin, backend=backend)
+    if layout.repeats:
+        cos, sin = (x[..., : x.shape[-1] // 2].repeat_interleave(2, -1) for x in (cos, sin))
+    return rope(q, k, cos, sin, interleaved=layout.interleaved, backend=backend)
 
 
-def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, is_partial: bool) -> bool:
+def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> bool:
     return (
         cos.dim() == 3
         and q.dim() == 4
-        and (cos.shape[-1] == q.shape[-1] or is_partial)
+        and (cos.shape[-1] == q.shape[-1] or layout.partial)
         and not cos.requires_grad
         and supported(q, k, cos, sin)
     )
@@ -128,29 +151,40 @@ def _module_of(forward: Any) -> Any:
     return scope if scope is not None and vars(scope) is variables else None
 
 
-def _try(function: Any, device: torch.device, backend: str | None) -> bool | None:
-    """Whether our kernel rotates parts of heads as ``function`` does, too.
+def _layout_of(function: Any, device: torch.device, backend: str | None) -> Layout | None:
+    """The layout in which our kernel rotates as ``function`` does; None if there is none."""
+    for interleaved, repeats in ((False, False), (True, False), (True, True)):
+        layout = Layout(interleaved, repeats, partial=True)
+        if _agrees(function, layout, _HEAD, device, backend):
+            partial = _agrees(function, layout, _HEAD // 2, device, backend)
+            return replace(layout, partial=partial)
+    return None
 
-    None if it does not rotate as ``function`` at all.
-    """
-    works = [_agrees(function, width, device, backend) for width in (_HEAD, _HEAD // 2)]
-    return works[1] if works[0] else None
 
-
-def _agrees(function: Any, width: int, device: torch.device, backend: str | None) -> bool:
+def _agrees(
+    function: Any, layout: Layout, width: int, device: torch.device, backend: str | None
+) -> bool:
     shapes = ((2, 5, 4, 2, 2, 1.0), (1, 1, 2, 1, 1, 30.0), (3, 4, 3, 3, 1, 1e-3))
     for number, (rows, tokens, heads, kv_heads, angle_rows, scale) in enumerate(shapes):
         for dtype in (torch.float32, torch.bfloat16):
             make = functools.partial(random_tensor, device=device, dtype=dtype)
             q = scale * make(rows, tokens, heads, _HEAD, seed=number).transpose(1, 2)
             k = scale * make(rows, tokens, kv_heads, _HEAD, seed=9 + number).transpose(1, 2)
-            angles = make(angle_rows, tokens, width // 2, seed=20 + number).repeat(1, 1, 2)
+            angles = make(angle_rows, tokens, width // 2, seed=20 + number)
+            angles = _both(angles, layout)
             cos = angles.cos()
             sin = angles.sin()
             plain = functools.partial(function, cos=cos, sin=sin)
             if foreign_operation(plain, [q, k], _OPERATIONS) is not None:
                 return False
-            ours = functools.partial(_rotated, cos=cos, sin=sin, backend=backend)
+            ours = functools.partial(_rotated, cos=cos, sin=sin, layout=layout, backend=backend)
             if not agreement(plain, ours, [q, k]):
                 return False
     return True
+
+
+def _both(angles: Tensor, layout: Layout) -> Tensor:
+    """Angles for both entries of each pair, where the caller of a rotation puts them."""
+    if layout.interleaved and not layout.repeats:
+        return angles.repeat_interleave(2, -1)
+    return angles.repeat(1, 1, 2)
