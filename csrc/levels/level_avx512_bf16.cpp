@@ -21,9 +21,9 @@ namespace level_avx512_bf16 {
 #include "common/numbers.inl"
 #include "common/splitmix64.inl"
 #include "cross_entropy/logits.inl"
-#include "cross_entropy/fresh_pages.inl"
-#include "cross_entropy/head_products.inl"
-#include "cross_entropy/head.inl"
+#include "head/fresh_pages.inl"
+#include "head/products.inl"
+#include "head/head.inl"
 #include "layers/layers.inl"
 #include "sketch/sketch.inl"
 }  // namespace level_avx512_bf16

@@ -4,7 +4,7 @@
 #pragma once
 #include "average/average.h"
 #include "cross_entropy/cross_entropy.h"
-#include "cross_entropy/head.h"
+#include "head/head.h"
 #include "layers/layers.h"
 #include "optimizer/optimizer.h"
 #include "search/search.h"

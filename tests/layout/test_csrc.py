@@ -16,13 +16,14 @@ FAMILIES = ("average", "sketch", "cross_entropy", "layers", "optimizer", "search
 ARROWS = {
     "common": set(),
     **{family: {"common"} for family in FAMILIES},
+    "head": {"common"},
     "header": {"common"},
     "engine": {"common", "average", "engine/read", "engine/boxes", "engine/write"},
     "engine/read": {"common", "average", "engine/boxes"},
     "engine/write": set(),
     "engine/boxes": {"common", "average", "engine", "engine/read"},
     "elements": {"common", "average", "engine", "engine/read", "engine/boxes"},
-    "levels": {"common", *FAMILIES},
+    "levels": {"common", "head", *FAMILIES},
     ".": {"common", "levels"},
 }
 

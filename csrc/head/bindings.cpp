@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "common/bindings.h"
-#include "cross_entropy/head.h"
+#include "head/head.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
