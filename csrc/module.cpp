@@ -12,6 +12,7 @@ NB_MODULE(_C, m) {
   define_average(m, level.average);
   define_sketch(m, level.sketch);
   define_cross_entropy(m, level.loss);
+  define_head(m, level.head);
   define_optimizer(m, level.optimizer);
   define_layers(m, level.layers);
   define_search(m, level.search);

@@ -10,6 +10,7 @@ loaders and trainers import on a CPU is installed; `tests/engines/test_real_stac
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,15 +87,15 @@ def make_environment(stack: str, directory: Path = DEFAULT) -> str:
         (packages / "zz_parent.pth").write_text("\n".join(ours) + "\n")
         for name in environment.stand_ins:
             (packages / f"{name}.py").write_text(f'"""Stands in for {name}: text needs none."""\n')
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        words = ["--no-deps", "--upgrade", "--target", packages, *environment.packages]
-        failure = _run([*pip, *words])
+        command: list[str | Path] = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+        command += ["--disable-pip-version-check", "--upgrade", "--target", packages]
+        failure = _run([*command, *environment.packages])
         if failure:
             return failure
     return _run([python, "-c", f"import {', '.join(environment.check)}"])
 
 
-def _run(command: list[str | Path]) -> str:
+def _run(command: Sequence[str | Path]) -> str:
     """Runs a command; returns the last line of its errors, or ""."""
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = process.stderr.strip().splitlines() or [f"exit {process.returncode}"]

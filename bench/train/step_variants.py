@@ -122,7 +122,7 @@ def ours(work: Work, **changes: Any) -> Run:
     for step in range(work.steps):
         wall = time.perf_counter()
         cpu = time.process_time()
-        batches = micro_batches([([e], [0]) for e in work.batch(step)], config, work.padding)
+        batches = micro_batches([([e], [0]) for e in work.batch(step)], 1, work.padding)
         position, _ = train_step(
             trained, optimizer, batches, ("rows",), work.steps, config, position
         )

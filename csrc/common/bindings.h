@@ -11,6 +11,7 @@
 struct AverageKernels;
 struct SketchKernels;
 struct LossKernels;
+struct HeadKernels;
 struct OptimizerKernels;
 struct LayerKernels;
 struct SearchKernels;
@@ -21,6 +22,7 @@ void define_header(nanobind::module_& m);
 void define_sources(nanobind::module_& m);
 void define_sketch(nanobind::module_& m, const SketchKernels& kernels);
 void define_cross_entropy(nanobind::module_& m, const LossKernels& kernels);
+void define_head(nanobind::module_& m, const HeadKernels* kernels);
 void define_optimizer(nanobind::module_& m, const OptimizerKernels& kernels);
 void define_layers(nanobind::module_& m, const LayerKernels& kernels);
 void define_search(nanobind::module_& m, const SearchKernels& kernels);

@@ -107,6 +107,18 @@ static inline void norm_backward_row(const NormBackward& job, int64_t row, float
     for (c = 0; c < cols; c++) sums[c] += value_of(dout[c]) * (value_of(x[c]) * inverse);
 }
 
+// Adds the rows of sums [blocks, cols] in double. All threads of a parallel region call it.
+static inline void add_blocks(const float* sums, int64_t blocks, int64_t cols, float* out) {
+#pragma omp for schedule(static)
+  for (int64_t first = 0; first < cols; first += 64) {
+    const int64_t count = cols - first < 64 ? cols - first : 64;
+    double total[64] = {};
+    for (int64_t block = 0; block < blocks; block++)
+      for (int64_t c = 0; c < count; c++) total[c] += double(sums[block * cols + first + c]);
+    for (int64_t c = 0; c < count; c++) out[first + c] = float(total[c]);
+  }
+}
+
 // Sums of the scale's gradient belong to blocks of rows, not to threads, so the thread count
 // changes no bit.
 template <class G, class X, bool kTotal>
@@ -123,15 +135,7 @@ static void norm_backward_rows(const NormBackward& job) {
       for (int64_t row = block * kNormRows; row < end; row++)
         norm_backward_row<G, X, kTotal>(job, row, sums);
     }
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < (job.sums ? job.cols : 0); first += 64) {
-      const int64_t cols = job.cols - first < 64 ? job.cols - first : 64;
-      double total[64] = {};
-      for (int64_t block = 0; block < blocks; block++)
-        for (int64_t c = 0; c < cols; c++)
-          total[c] += double(job.sums[block * job.cols + first + c]);
-      for (int64_t c = 0; c < cols; c++) job.dscale[first + c] = float(total[c]);
-    }
+    if (job.sums) add_blocks(job.sums, blocks, job.cols, job.dscale);
   }
 }
 

@@ -3,6 +3,7 @@
 #include "common/numbers.inl"
 #include "common/splitmix64.inl"
 #include "average/average.inl"
+#include "cross_entropy/logits.inl"
 #include "cross_entropy/cross_entropy.inl"
 #include "layers/layers.inl"
 #include "optimizer/optimizer.inl"

@@ -21,6 +21,7 @@ MERIT_DECLARE_LEVEL(level_avx512)
 namespace level_avx512_bf16 {
 extern const LayerKernels layer_kernels;
 extern const SketchKernels sketch_kernels;
+extern const HeadKernels head_kernels;
 }  // namespace level_avx512_bf16
 #endif
 
@@ -54,6 +55,7 @@ const Entry kLevels[] = {
                .average = level_avx512::average_kernels,
                .sketch = level_avx512_bf16::sketch_kernels,
                .loss = level_avx512::loss_kernels,
+               .head = &level_avx512_bf16::head_kernels,
                .optimizer = level_avx512::optimizer_kernels,
                .layers = level_avx512_bf16::layer_kernels,
                .search = level_avx512::search_kernels},
@@ -62,6 +64,7 @@ const Entry kLevels[] = {
                .average = level_avx512::average_kernels,
                .sketch = level_avx512::sketch_kernels,
                .loss = level_avx512::loss_kernels,
+               .head = nullptr,
                .optimizer = level_avx512::optimizer_kernels,
                .layers = level_avx512::layer_kernels,
                .search = level_avx512::search_kernels},
@@ -70,6 +73,7 @@ const Entry kLevels[] = {
                .average = level_avx2::average_kernels,
                .sketch = level_avx2::sketch_kernels,
                .loss = level_avx2::loss_kernels,
+               .head = nullptr,
                .optimizer = level_avx2::optimizer_kernels,
                .layers = level_avx2::layer_kernels,
                .search = level_avx2::search_kernels},
@@ -79,6 +83,7 @@ const Entry kLevels[] = {
                .average = level_generic::average_kernels,
                .sketch = level_generic::sketch_kernels,
                .loss = level_generic::loss_kernels,
+               .head = nullptr,
                .optimizer = level_generic::optimizer_kernels,
                .layers = level_generic::layer_kernels,
                .search = level_generic::search_kernels},

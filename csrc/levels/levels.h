@@ -1,9 +1,10 @@
 // ISA levels: one table of kernels per family and level, and the choice of a level when the module
 // loads. All levels give the same bits, because contraction is off; only the sums of
-// SketchKernels::linear depend on the level.
+// SketchKernels::linear and of the bf16 head depend on the level.
 #pragma once
 #include "average/average.h"
 #include "cross_entropy/cross_entropy.h"
+#include "cross_entropy/head.h"
 #include "layers/layers.h"
 #include "optimizer/optimizer.h"
 #include "search/search.h"
@@ -14,6 +15,7 @@ struct Level {
   const AverageKernels& average;
   const SketchKernels& sketch;
   const LossKernels& loss;
+  const HeadKernels* head;  // null where the level has none
   const OptimizerKernels& optimizer;
   const LayerKernels& layers;
   const SearchKernels& search;

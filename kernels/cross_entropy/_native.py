@@ -7,6 +7,10 @@ from torch import Tensor
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.cross_entropy._arguments import LogitForm
+from merit_fast.kernels.cross_entropy._tiled import TiledHead
+
+ROW_STEP = 16  # rows in a vector: divides the padded rows and the width
+WORD_STEP = 64  # words that a thread takes at a time
 
 
 def update(
@@ -76,3 +80,92 @@ def _tile(
         labels=labels.data_ptr(),
         threads=torch.get_num_threads(),
     )
+
+
+def has_head_passes(weight: Tensor) -> bool:
+    """Whether ``head_forward`` and ``head_backward`` run here for a head of this width and dtype.
+
+    Where oneDNN has AMX its products are faster than pairs of bf16 in vectors.
+    """
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.shape[1] % ROW_STEP == 0
+        and weight.is_contiguous()
+        and dispatch.native().has_head_passes
+        and not torch.cpu._is_amx_tile_supported()
+    )
+
+
+def head_forward(head: TiledHead, kept: Tensor, state: Tensor) -> None:
+    """Adds all words of a head to the state of its rows, as ``update`` does tile by tile."""
+    native = dispatch.native()
+    description, _tensors = _head_pass(native, head, kept)
+    native.head_forward(
+        head=description,
+        state=state.data_ptr(),
+        stride=state.stride(0),
+        statistics=len(state) == 6,
+    )
+
+
+def head_backward(
+    head: TiledHead,
+    kept: Tensor,
+    terms: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    """Gradients of a head's padded rows [R, H] float32, weight and bias, of terms as above."""
+    native = dispatch.native()
+    description, tensors = _head_pass(native, head, kept)
+    rows = tensors[0]
+    padded = terms.new_zeros(5, len(rows))
+    padded[0] = torch.inf  # a row of padding has exponentials of 0
+    padded[: len(terms), : len(head)] = terms
+    token_pairs = rows.view(-1, 2, rows.shape[1]).transpose(1, 2).contiguous()
+    native.head_backward(
+        head=description,
+        token_pairs=token_pairs.data_ptr(),
+        terms=padded.data_ptr(),
+        d_hidden=_address(d_hidden),
+        d_weight=_address(d_weight),
+        d_bias=_address(d_bias),
+    )
+
+
+def padded_rows(rows: int) -> int:
+    return -(-rows // ROW_STEP) * ROW_STEP
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _head_pass(native: Any, head: TiledHead, kept: Tensor) -> tuple[Any, list[Tensor]]:
+    """The native description, and the tensors that must outlive it: first the padded rows."""
+    count = padded_rows(len(head))
+    width = head.weight.shape[1]
+    rows = head.hidden.new_zeros(count, width)
+    rows[: len(head)] = head.hidden
+    pairs = rows.view(count, -1, 2).transpose(0, 1).contiguous()
+    words = len(head.weight)
+    fitting = len(kept) // max(count, 1)
+    description = native.HeadPass(
+        hidden=pairs.data_ptr(),
+        weight=head.weight.data_ptr(),
+        rows=count,
+        tokens=len(head),
+        width=width,
+        words=words,
+        first=head.first_row,
+        bias=_address(head.bias),
+        scale=head.form.scale,
+        softcap=head.form.softcap or 0.0,
+        sharpness=1.0 / head.form.temperature,
+        labels=head.labels.data_ptr(),
+        kept=kept.data_ptr(),
+        kept_words=words if fitting >= words else fitting // WORD_STEP * WORD_STEP,
+        threads=torch.get_num_threads(),
+    )
+    return description, [rows, pairs]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels._functorch import differentiable, loop_over_batch
-from merit_fast.kernels.cross_entropy import _passes, _tiled
+from merit_fast.kernels.cross_entropy import _native, _passes, _tiled
 from merit_fast.kernels.cross_entropy._arguments import Batch, HeadSketch, LogitForm, LossTerms
 from merit_fast.kernels.cross_entropy._coefficients import loss_coefficients, token_losses
 from merit_fast.kernels.cross_entropy._eager import OP, check_values, trainable_offsets
@@ -25,16 +25,28 @@ from merit_fast.kernels.cross_entropy._vocabulary import (
 from merit_fast.kernels.sketch import CountSketch, linear_grad_sketch
 
 
-def epilogue_of(op: str, device_type: str, backend: str | None) -> tuple[str, ModuleType]:
+def _epilogue(op: str, device_type: str, backend: str | None) -> tuple[str, ModuleType]:
     """The backend that runs ``op``, and its module with ``update`` and ``gradient``."""
     chosen = dispatch.choose(op, device_type, backend)
     if chosen == "triton":
         from merit_fast.kernels.cross_entropy import _triton
 
         return chosen, _triton
-    from merit_fast.kernels.cross_entropy import _native
-
     return chosen, _native
+
+
+def head_of(
+    op: str,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    form: LogitForm,
+    vocabulary: list[int],
+    backend: str | None,
+    sketched: bool = False,
+) -> tuple[_tiled.TiledHead, str]:
+    """The head of (hidden, weight, bias, labels), and the backend that runs ``op``."""
+    chosen, epilogue = _epilogue(op, tensors[0].device.type, backend)
+    in_one_call = chosen == "cpu" and not sketched and _native.has_head_passes(tensors[1])
+    return _tiled.TiledHead(*tensors, form, epilogue, vocabulary[0], in_one_call), chosen
 
 
 @torch.library.custom_op("merit_fast::linear_cross_entropy", mutates_args=())
@@ -68,10 +80,8 @@ def linear_cross_entropy(
     check_values(batch, vocabulary[1])
     check_shares(OP, vocabulary, weight, labels, group)
     terms = LossTerms(softcap, label_smoothing, z_loss)
-    _, epilogue = epilogue_of(OP, hidden.device.type, backend)
-    head = _tiled.TiledHead(
-        hidden, weight, bias, labels, LogitForm(softcap), epilogue, vocabulary[0]
-    )
+    tensors = (hidden, weight, bias, labels)
+    head, _ = head_of(OP, tensors, LogitForm(softcap), vocabulary, backend, bool(sketch))
     numel = _tiled.kept_numel(hidden, weight) if for_backward else 0
     kept = hidden.new_empty(numel, dtype=head.dtype)
     state = _passes.forward(head, kept, statistics=False)
@@ -162,10 +172,8 @@ def linear_cross_entropy_backward(
     """The gradients of hidden, weight and bias; unwanted ones are empty."""
     batch = Batch(hidden, weight, bias, labels, offsets, dataset_ids, 0, dataset_weights)
     terms = LossTerms(softcap, label_smoothing, z_loss)
-    chosen, epilogue = epilogue_of(OP, hidden.device.type, backend)
-    head = _tiled.TiledHead(
-        hidden, weight, bias, labels, LogitForm(softcap), epilogue, vocabulary[0]
-    )
+    tensors = (hidden, weight, bias, labels)
+    head, chosen = head_of(OP, tensors, LogitForm(softcap), vocabulary, backend, bool(sketch))
     weights = _row_weights(batch, d_total, d_example, d_dataset)[head.rows]
     coefficients = loss_coefficients(softmax[:, : len(head)], weights, terms, vocabulary[1])
     take = None
@@ -190,7 +198,11 @@ def gradients_of_head(
     d_bias = None
     if head.bias is not None and wanted[2]:
         d_bias = torch.zeros_like(head.bias)
-    sums = _passes.backward(head, kept, coefficients, d_weight, d_bias, wanted[0], take)
+    arguments = (head, kept, coefficients, d_weight, d_bias, wanted[0])
+    if head.in_one_call and len(head):
+        sums = _passes.backward_in_one_call(*arguments)
+    else:
+        sums = _passes.backward(*arguments, take)
     d_hidden = weight.new_empty(0)
     if sums is not None:
         add_over_processes(sums, group)

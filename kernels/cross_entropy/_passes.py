@@ -5,6 +5,9 @@ to each row's state: maximum, sum of exponentials, label's logit. Backward: the 
 again (the first ones may have been kept), ``gradient`` turns them into their gradient d, then
 dW[tile] = d.T @ hidden, written once, and d_hidden += d @ W[tile]. Very many tokens come in chunks
 inside a tile, so that W[tile] and dW[tile] stay in the cache.
+
+On CPUs with products of bf16 pairs one native call does all of a pass for up to MOST_ROWS rows
+(csrc/cross_entropy/head.inl): four products instead of five, and logits that are not rounded.
 """
 
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from merit_fast.kernels.cross_entropy import _native
 from merit_fast.kernels.cross_entropy._tiled import TiledHead
 
 # torch.mm(out_dtype=), from torch 2.8 on.
@@ -31,6 +35,10 @@ def forward(head: TiledHead, kept: Tensor, statistics: bool) -> Tensor:
     state[0] = -torch.inf
     if statistics:
         state[5] = -torch.inf
+    if head.in_one_call and len(head):
+        kept.zero_()
+        _native.head_forward(head, kept, state)
+        return state
     filled = 0
     for first, last, weight in head.tiles() if len(head) else ():
         keep = head.kept(kept, first, last)
@@ -81,6 +89,23 @@ def backward(
     if d_weight is not None and not len(head):
         d_weight.zero_()
     return sums
+
+
+def backward_in_one_call(
+    head: TiledHead,
+    kept: Tensor,
+    terms: Tensor,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    wants_hidden: bool,
+) -> Tensor | None:
+    """``backward`` by one native call, for a head that has ``in_one_call`` and rows."""
+    sums = None
+    if wants_hidden:
+        shape = (_native.padded_rows(len(head)), head.hidden.shape[1])
+        sums = torch.zeros(shape, dtype=torch.float32)
+    _native.head_backward(head, kept, terms, sums, d_weight, d_bias)
+    return None if sums is None else sums[: len(head)]
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -16,7 +16,7 @@ from merit_fast.kernels.cross_entropy._coefficients import (
     token_statistics,
 )
 from merit_fast.kernels.cross_entropy._eager import check_labels
-from merit_fast.kernels.cross_entropy._ops import epilogue_of, gradients_of_head
+from merit_fast.kernels.cross_entropy._ops import gradients_of_head, head_of
 from merit_fast.kernels.cross_entropy._vocabulary import check_shares, combine_states
 
 OP = "linear_token_statistics"
@@ -44,8 +44,7 @@ def token_statistics_op(
     check_labels(OP, labels, vocabulary[1])
     check_shares(OP, vocabulary, weight, labels, group)
     form = LogitForm(softcap, scale, temperature)
-    _, epilogue = epilogue_of(OP, hidden.device.type, backend)
-    head = _tiled.TiledHead(hidden, weight, bias, labels, form, epilogue, vocabulary[0])
+    head, _ = head_of(OP, (hidden, weight, bias, labels), form, vocabulary, backend)
     numel = _tiled.kept_numel(hidden, weight) if for_backward else 0
     kept = hidden.new_empty(numel, dtype=head.dtype)
     state = _passes.forward(head, kept, statistics=True)
@@ -98,8 +97,7 @@ def token_statistics_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias; unwanted ones are empty."""
     form = LogitForm(softcap, scale, temperature)
-    _, epilogue = epilogue_of(OP, hidden.device.type, backend)
-    head = _tiled.TiledHead(hidden, weight, bias, labels, form, epilogue, vocabulary[0])
+    head, _ = head_of(OP, (hidden, weight, bias, labels), form, vocabulary, backend)
     of_rows = (
         None if values is None else values[head.rows] for values in (d_log_probs, d_entropy, d_lse)
     )

@@ -15,6 +15,7 @@ TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 KEPT_TILES = 3
 # Narrower products are slow: many tokens take up to 4 TILE_BYTES, then come in chunks.
 FEWEST_COLUMNS = 1024
+MOST_ROWS = 768  # of a native pass: hidden stays in the L2 cache
 STEP = 64  # divides the columns of a tile, as vectors and the sketch's tiles require
 
 
@@ -46,7 +47,8 @@ class TiledHead:
     """The trainable rows of a batch, and the tiles of their product with the head.
 
     ``epilogue`` is the module with ``update`` and ``gradient``; ``first_row`` is the word of the
-    vocabulary to which the first row of ``weight`` belongs.
+    vocabulary to which the first row of ``weight`` belongs. ``in_one_call``: native passes are
+    available for the whole head, and nobody needs the gradient of its logits.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class TiledHead:
         form: LogitForm,
         epilogue: ModuleType,
         first_row: int = 0,
+        in_one_call: bool = False,
     ) -> None:
         self.rows = (labels != IGNORED_LABEL).nonzero().squeeze(1)
         self.dtype = work_dtype(weight)
@@ -68,7 +71,10 @@ class TiledHead:
         self.form = form
         self.epilogue = epilogue
         self.first_row = first_row
+        self.in_one_call = in_one_call and len(self.rows) <= MOST_ROWS
         self.bias = None if bias is None else bias.float().contiguous()
+        if self.in_one_call:
+            return
         self.chunk, self.columns = tile_shape(len(self.rows), weight, self.dtype)
         self.logits = hidden.new_empty(self.chunk * self.columns, dtype=self.dtype)
         wide = self.columns * weight.shape[1] if self.dtype != weight.dtype else 0

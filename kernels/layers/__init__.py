@@ -14,10 +14,10 @@ from torch import Tensor
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.layers import _eager, _ops
+from merit_fast.kernels.layers._checks import check_layer_norm, check_norm, check_rope
 
-__all__ = ["add_rms_norm", "geglu", "rms_norm", "rope", "swiglu"]
+__all__ = ["add_rms_norm", "geglu", "layer_norm", "rms_norm", "rope", "swiglu"]
 
-CASTINGS = ("llama", "gemma")
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -52,7 +52,7 @@ def rms_norm(
         ValueError: shapes disagree or casting is unknown.
         BackendUnavailableError: ``backend`` cannot run here.
     """
-    _check_norm("rms_norm", x, weight, casting)
+    check_norm("rms_norm", x, weight, casting)
     chosen = _choose("rms_norm", backend, x, weight)
     if chosen == "eager":
         return _eager.rms_norm(x, weight, epsilon, offset, casting)
@@ -91,7 +91,7 @@ def add_rms_norm(
         ValueError: shapes disagree or casting is unknown.
         BackendUnavailableError: ``backend`` cannot run here.
     """
-    _check_norm("add_rms_norm", x, weight, casting)
+    check_norm("add_rms_norm", x, weight, casting)
     if x.shape != residual.shape:
         raise ValueError(
             f"add_rms_norm: residual must be as x, {list(x.shape)}, got {list(residual.shape)}"
@@ -101,6 +101,40 @@ def add_rms_norm(
         return _eager.add_rms_norm(x, residual, weight, epsilon, offset, casting)
     out, total = _ops.add_rms_norm(x, residual, weight, epsilon, offset, casting, chosen)
     return out, total
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm (Ba et al. 2016) over the last dimension.
+
+        F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+    Args:
+        x: as in ``rms_norm``.
+        weight: [H], of any of the dtypes; None: ones.
+        bias: [H], of any of the dtypes; None: zeros.
+        epsilon: added to the variance.
+        backend: as in ``rms_norm``.
+
+    Returns:
+        x's shape, layout and dtype.
+
+    Raises:
+        ValueError: shapes disagree.
+        BackendUnavailableError: ``backend`` cannot run here.
+    """
+    check_layer_norm(x, weight, bias)
+    chosen = _choose("layer_norm", backend, x, weight, bias)
+    if chosen == "eager":
+        return _eager.layer_norm(x, weight, bias, epsilon)
+    result: Tensor = _ops.layer_norm(x, weight, bias, epsilon, chosen)
+    return result
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -184,7 +218,7 @@ def rope(
         ValueError: shapes or dtypes disagree, or cos or sin require gradients.
         BackendUnavailableError: ``backend`` cannot run here.
     """
-    _check_rope(q, k, cos, sin)
+    check_rope(q, k, cos, sin)
     chosen = _choose("rope", backend, q, k, cos, sin)
     if chosen == "eager":
         return _eager.rope(q, k, cos, sin, interleaved)
@@ -214,38 +248,6 @@ def _gated(
     dtype = torch.promote_types(gate.dtype, up.dtype)
     result = _ops.gated(gate.to(dtype), up.to(dtype), activation, chosen)
     return result
-
-
-def _check_norm(op: str, x: Tensor, weight: Tensor | None, casting: str) -> None:
-    if casting not in CASTINGS:
-        raise ValueError(f"{op}: casting must be one of {', '.join(CASTINGS)}, got {casting!r}")
-    if x.dim() == 0 or (weight is not None and weight.shape != x.shape[-1:]):
-        got = None if weight is None else list(weight.shape)
-        raise ValueError(f"{op}: x must be [..., H] and weight [H], got {list(x.shape)}, {got}")
-
-
-def _check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(
-            f"rope: q and k must be [B, heads, T, D], got {list(q.shape)}, {list(k.shape)}"
-        )
-    batch, _, tokens, width = q.shape
-    fits = (
-        cos.dim() == 3
-        and cos.shape == sin.shape
-        and cos.shape[0] in (1, batch)
-        and cos.shape[1] == tokens
-    )
-    if not fits or cos.shape[2] % 2 or cos.shape[2] > width:
-        raise ValueError(
-            f"rope: cos and sin must be [{batch} or 1, {tokens}, R] with an even R <= {width}, "
-            f"got {list(cos.shape)}, {list(sin.shape)}"
-        )
-    if q.dtype != k.dtype or cos.dtype != sin.dtype:
-        raise ValueError(
-            "rope: q and k, cos and sin must have one dtype each, "
-            f"got {q.dtype}, {k.dtype}, {cos.dtype}, {sin.dtype}"
-        )
 
 
 def _choose(op: str, backend: str | None, first: Tensor, *others: Tensor | None) -> str:

@@ -47,7 +47,14 @@ def differentiable(
         # torch.func asks for setup_context, which costs 80 us a call and which custom ops do not
         # have.
         direct = _function(forward=direct_forward, backward=direct_backward)
-        transformed = _function(forward=forward, setup_context=save, backward=transformed_backward)
+        transformed = _function(
+            forward=forward,
+            setup_context=save,
+            backward=transformed_backward,
+            vmap=lambda info, dimensions, *inputs: _entrywise(
+                transformed.apply, info, dimensions, *inputs
+            ),
+        )
 
         def run(*arguments: Any) -> Any:
             if torch._C._are_functorch_transforms_active():
@@ -68,9 +75,30 @@ def _function(backward: Callable[..., Any], **members: Callable[..., Any]) -> An
 
 @functools.cache
 def _custom_op(function: Callable[..., Any]) -> Any:
-    op = torch.library.custom_op(f"merit_fast::{function.__name__}", function, mutates_args=())
+    # Fakes tell strides, so a compiler must hand over those that it traced. No op reads a value on
+    # the host: none is cudagraph_unsafe.
+    op = torch.library.custom_op(
+        f"merit_fast::{function.__name__}",
+        function,
+        mutates_args=(),
+        tags=torch.Tag.needs_exact_strides,
+    )
     op.register_fake(lambda *arguments: function(*arguments[:-1], "none"))
+    op.register_vmap(functools.partial(_entrywise, op))
     return op
+
+
+def _entrywise(
+    call: Callable[..., Any], info: Any, dimensions: tuple[int | None, ...], *inputs: Any
+) -> Any:
+    """Calls once for each entry under torch.vmap: sums over rows must not cross entries."""
+    outputs = []
+    for entry in range(info.batch_size):
+        pairs = zip(inputs, dimensions, strict=True)
+        outputs.append(call(*(x if d is None else x.select(d, entry) for x, d in pairs)))
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
+    return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
 
 
 def _is_unwatched(arguments: tuple[Any, ...]) -> bool:

@@ -32,6 +32,13 @@ def add_rms_norm(
     return rms_norm(total, weight, epsilon, offset, casting), total
 
 
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    if all(t is None or t.dtype == x.dtype for t in (weight, bias)):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+    weight, bias = (None if t is None else _at_least_float32(t) for t in (weight, bias))
+    return F.layer_norm(_at_least_float32(x), x.shape[-1:], weight, bias, epsilon).to(x.dtype)
+
+
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return GATES[activation](gate) * up
 

@@ -61,6 +61,39 @@ def norm_backward(
     )
 
 
+def layer_norm(x: Tensor, out: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> None:
+    """out = LayerNorm(x) * scale + shift."""
+    rows = _Rows(out)
+    rows.native.layer_norm(
+        rows=rows.count,
+        cols=rows.cols,
+        x=rows.matrix(x),
+        out=rows.dense(out),
+        scale=scale.data_ptr(),
+        shift=shift.data_ptr(),
+        epsilon=epsilon,
+        threads=torch.get_num_threads(),
+    )
+
+
+def layer_norm_backward(
+    dout: Tensor, x: Tensor, dx: Tensor, scale: Tensor, epsilon: float, dparameters: Tensor | None
+) -> None:
+    """Write the gradients of ``layer_norm``: of x, and of scale and shift, [2, H], if wanted."""
+    rows = _Rows(dx)
+    rows.native.layer_norm_backward(
+        rows=rows.count,
+        cols=rows.cols,
+        dout=rows.matrix(dout),
+        x=rows.matrix(x),
+        dx=rows.dense(dx),
+        scale=scale.data_ptr(),
+        epsilon=epsilon,
+        dparameters=0 if dparameters is None else dparameters.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+
+
 def gated(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     """out = activation(gate) * up."""
     rows = _Rows(out)

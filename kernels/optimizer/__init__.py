@@ -13,6 +13,7 @@ from merit_fast.kernels.optimizer._checks import (
     check_group,
     check_in_backward,
     refuse_overlaps,
+    take_options,
 )
 from merit_fast.kernels.optimizer._sharding.norms import (
     Sums,
@@ -76,7 +77,7 @@ class FusedAdamW(OptimizerWithStates):
         seed: seed of stochastic rounding.
         skip_nonfinite: leave out a step whose gradients hold a NaN or an infinity: nothing changes,
             no step is counted, ``num_skipped`` grows by one. Costs the norm, and on a GPU a wait.
-        process_group: the processes over which plain tensors are sharded (FSDP1, ZeRO), for the
+        shard_group: the processes over which plain tensors are sharded (FSDP1, ZeRO), for the
             norm and the rounding. None: plain tensors are whole; with a norm and several processes
             every step compares their norms, so every process must take it.
         backend: "eager" (PyTorch), "cpu" (native), "triton"; None chooses by device.
@@ -114,23 +115,26 @@ class FusedAdamW(OptimizerWithStates):
         zero_grad: bool = False,
         seed: int = 0,
         skip_nonfinite: bool = False,
-        process_group: Any = None,
+        shard_group: Any = None,
         backend: str | None = None,
     ) -> None:
         kinds = (rounding, master, moments, average_decay)
         self.options = Options(*kinds, max_norm, zero_grad, seed, backend, skip_nonfinite)
-        self.process_group = process_group
+        self.shard_group = shard_group
         self.grad_norm: Tensor | None = None
         self.last_norm: float | None = None
         self.num_skipped = 0
         self._in_backward: InBackward | None = None
+        self._written = {}
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
+        options = {**vars(self.options), "shard_group": self.shard_group}
         try:
+            take_options(self.param_groups[-1], options)
             check_group(self.param_groups[-1])
             refuse_overlaps(self._parameters())
         except (TypeError, ValueError):
@@ -142,6 +146,7 @@ class FusedAdamW(OptimizerWithStates):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Updates every parameter that has a gradient. Returns the loss of ``closure``, if any."""
+        self.read_notes()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -212,7 +217,7 @@ class FusedAdamW(OptimizerWithStates):
 
     def measured(self, sums: Sums, compare: bool = False) -> Tensor:
         """The norm of whole gradients, left in ``grad_norm``."""
-        norm = total_square_sum(self._parameters(), sums, self.process_group, compare).sqrt()
+        norm = total_square_sum(self._parameters(), sums, self.shard_group, compare).sqrt()
         self.grad_norm = norm
         return norm
 
@@ -230,4 +235,5 @@ class FusedAdamW(OptimizerWithStates):
     def update(self, members: Sequence[Member], clips: Mapping[torch.device, Tensor]) -> None:
         """Updates members that have a gradient."""
         states = [self.state_of(member.parameter) for member in members]
-        update(members, states, self.options, clips, shard_number(self.process_group))
+        shard = shard_number(self.shard_group)
+        self.note_written(update(members, states, self.options, clips, shard))

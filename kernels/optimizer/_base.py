@@ -1,5 +1,7 @@
 """An optimizer's parameters, their states, and the dicts that hold these."""
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from merit_fast.kernels.optimizer import _loading
 from merit_fast.kernels.optimizer._backward.hooks import InBackward
-from merit_fast.kernels.optimizer._checks import check_not_replaced
+from merit_fast.kernels.optimizer._checks import OF_OPTIMIZER, check_not_replaced
 from merit_fast.kernels.optimizer._state import Options, new_state
 from merit_fast.kernels.optimizer._update import Member
 
@@ -16,11 +18,13 @@ class OptimizerWithStates(torch.optim.Optimizer):
     """What ``FusedAdamW`` is without its step."""
 
     options: Options
-    process_group: Any
+    shard_group: Any
     grad_norm: Tensor | None
     last_norm: float | None
     num_skipped: int
     _in_backward: InBackward | None
+    _written: dict[torch.device, Tensor]  # on GPUs: whether weights were written, not read yet
+    _noted = False
 
     def members(self) -> list[Member]:
         """All parameters, numbered through the groups that they are in now."""
@@ -42,6 +46,29 @@ class OptimizerWithStates(torch.optim.Optimizer):
             state.update(new_state(parameter, self.options))
         return state
 
+    def note_written(self, results: Sequence[Tensor]) -> None:
+        """Remembers what the op says of weights that someone else wrote."""
+        if self.options.master != "fp32" or self._noted:
+            return
+        for result in results:
+            before = self._written.get(result.device)
+            found = result.any()
+            self._written[result.device] = found if before is None else found | before
+        if all(device.type == "cpu" for device in self._written):
+            self.read_notes()
+
+    def read_notes(self) -> None:
+        """Warns once of such weights. Called before a step, it waits for no running kernel."""
+        found = any(bool(flag) for flag in self._written.values())
+        self._written = {}
+        if found and not self._noted:
+            self._noted = True
+            warnings.warn(
+                "FusedAdamW: weights were written since the last step; they became their float32 "
+                "masters",
+                stacklevel=3,
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's; every group holds the options as text. Leaves out departed parameters."""
         whole = self.state
@@ -53,6 +80,8 @@ class OptimizerWithStates(torch.optim.Optimizer):
         counters = {"num_skipped": self.num_skipped, "last_norm": self.last_norm}
         text = _loading.options_text(self.options, counters)
         for group in state_dict["param_groups"]:
+            for name in OF_OPTIMIZER:  # ZeroRedundancyOptimizer puts them back at every step
+                group.pop(name, None)
             group[_loading.OPTIONS_KEY] = text
         return state_dict
 
@@ -91,5 +120,6 @@ class OptimizerWithStates(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy has no hooks and no group of processes.
-        self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("shard_group", None)
         self.__dict__.setdefault("_in_backward", None)
+        self.__dict__.setdefault("_written", {})

@@ -10,6 +10,19 @@ from merit_fast.kernels.optimizer._sharding import places
 from merit_fast.kernels.optimizer._state import Options, is_dense
 
 DTYPES = (torch.float32, torch.bfloat16)
+# Options that groups cannot set.
+OF_OPTIMIZER = (
+    "rounding",
+    "master",
+    "moments",
+    "average_decay",
+    "max_norm",
+    "zero_grad",
+    "seed",
+    "skip_nonfinite",
+    "shard_group",
+    "backend",
+)
 CLIPS = (None, "previous", "two-pass")
 
 
@@ -30,6 +43,19 @@ def check_group(group: dict[str, Any]) -> None:
         if parameter.dtype not in DTYPES:
             raise TypeError(
                 f"FusedAdamW: parameters must be float32 or bfloat16, got {parameter.dtype}"
+            )
+
+
+def take_options(group: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Removes the optimizer's options from a group, where ZeroRedundancyOptimizer puts them.
+
+    Raises:
+        ValueError: a group has another value, which nothing would read.
+    """
+    for name in OF_OPTIMIZER:
+        if name in group and group.pop(name) != values[name]:
+            raise ValueError(
+                f"FusedAdamW: {name} is an option of the optimizer, not of a group of parameters"
             )
 
 

@@ -128,7 +128,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(f"FusedAdamW: has no {name}, the loaded state was made with it")
     if group.get("decoupled_weight_decay") is False:
         if "amsgrad" not in group:
-            raise ValueError("FusedAdamW: the loaded state is of RAdam, not of AdamW")
+            raise ValueError("FusedAdamW: the loaded state is of RAdam or NAdam, not of AdamW")
         if group.get("weight_decay", 0):
             raise ValueError(
                 "FusedAdamW: weight decay is decoupled, the loaded state was made with L2 decay "

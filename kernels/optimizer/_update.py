@@ -149,7 +149,8 @@ def _pieces(
 def _is_random(piece: Piece, options: Options) -> bool:
     """Whether any of its tensors is rounded with random bits."""
     rounded = piece.exp_avg.dtype != torch.float32
-    if piece.weight.dtype == torch.bfloat16 and not piece.masters:
+    exact = any(master.dtype != torch.int8 for master in piece.masters)
+    if piece.weight.dtype == torch.bfloat16 and not exact:
         rounded = True
     return rounded and options.rounding == "stochastic"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from merit_fast.cli.flags import run_flags
 from merit_fast.errors import InputError
-from merit_fast.manifests.stages import MERGE, Stage
+from merit_fast.manifests.stages import MERGE, TRAIN, Stage
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import PlainProgress, Progress, SilentProgress, TerminalProgress
 
@@ -21,19 +21,27 @@ def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str
     """Brings one stage up to date and prints where its output is."""
     from merit_fast.model import keep_freed_memory
     from merit_fast.pipeline.run import Run, check_output
+    from merit_fast.train.parallel.world import require_one_process, world_rank, world_size
 
     has_flags = bool(stage.options) and stage is not MERGE
     file, config = read_config(stage.name, arguments, assignments, has_flags=has_flags)
     check_output(config)
     if stage is not MERGE:  # a merge bounds its memory itself
         keep_freed_memory()
+    if stage is not TRAIN:
+        require_one_process(stage.name)
+    follows = world_size() > 1 and world_rank() > 0
     run = Run(
         config,
-        progress_of(arguments),
+        SilentProgress() if follows else progress_of(arguments),
         f"merit-fast {{stage}} {file or '...'}",
         verify=arguments.verify,
         overwrite=arguments.overwrite,
+        dry_run=follows,
     )
+    if follows:  # the leading process checks, writes and reports
+        run.train()
+        return
     run.preflight([stage])
     worked = getattr(run, stage.name)()
     output = str(Path(config.output) / stage.folder)

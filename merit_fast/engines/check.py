@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merit_fast.engines.keys import check_keys
+from merit_fast.engines.options import check_options, given_options, recipe_note
 from merit_fast.engines.stacks import STACKS, EngineStack, command_of, python_of
 from merit_fast.errors import InputError, show
 from merit_fast.export.chosen import Group, rows_of_branches
@@ -38,8 +40,9 @@ def check_engine(outputs: Outputs, data: RunData) -> None:
     """
     train = outputs.config.train
     stack = STACKS[train.engine]
-    _check_options(train)
+    check_options(train)
     settings_of(outputs.config, str(outputs.start), outputs.root)
+    user: dict[str, Any] = {}
     if train.engine_config is not None:
         user = read_user(Path(train.engine_config).expanduser()) or {}
         _check_user(user, train.engine_config, stack, outputs)
@@ -47,20 +50,12 @@ def check_engine(outputs: Outputs, data: RunData) -> None:
         _check_program(train)
     else:
         _check_packages(train, stack)
+    if train.engine_config is not None:
+        file = str(Path(train.engine_config).expanduser())
+        check_keys(train.engine, python_of(train), file, user)
     _check_rows(stack, outputs, data)
-
-
-def _check_options(train: TrainConfig) -> None:
-    """Refuses options that only the built-in trainer has."""
-    if train.freeze is not None:
-        raise InputError(
-            f"train.freeze: must be absent with engine {train.engine}, got {show(train.freeze)}"
-        )
-    if train.controls.joint_short:
-        raise InputError(
-            f"train.controls.joint_short: must be absent with engine {train.engine}, which counts "
-            "its steps itself"
-        )
+    if note := recipe_note(train, given_options(train)):
+        data.progress.note(note)
 
 
 def _check_user(user: Mapping[str, Any], file: str, stack: EngineStack, outputs: Outputs) -> None:

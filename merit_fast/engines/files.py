@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from merit_fast.engines.options import minimal_keys
 from merit_fast.engines.stacks import STACKS
 from merit_fast.errors import InputError, show
 from merit_fast.export.chosen import Group
@@ -37,6 +38,7 @@ class BranchFiles:
     config: Path
     values: dict[str, Any]  # of the configuration
     out: Path
+    column: str  # of the rows, with the dataset's name
 
 
 def write_branch_files(
@@ -69,13 +71,17 @@ def write_branch_files(
     values |= {stack.model_key: start, "output_dir": str(out)}
     if recipe.engine == "axolotl":
         values["dataset_prepared_path"] = str(folder / "prepared")
+    if recipe.engine == "trl":
+        for entry in values["datasets"]:  # the runner tells them apart
+            entry["columns"] = [*entry["columns"], names.dataset]
     if checkpoint := last_checkpoint(out):
         values["resume_from_checkpoint"] = str(checkpoint)
     if info:
         write_text(rows / INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
     file = folder / "config.yml"
     write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    return BranchFiles(tuple(rows / file.name for file in planned[0]), file, values, out)
+    trained = tuple(rows / file.name for file in planned[0])
+    return BranchFiles(trained, file, values, out, names.dataset)
 
 
 def _own_keys(
@@ -87,7 +93,7 @@ def _own_keys(
     """Keys in which branches differ: seed, learning rate and the name on the hub."""
     own: dict[str, Any] = {}
     if user is None:
-        own |= _precision(recipe)
+        own |= _precision(recipe) | minimal_keys(recipe)
     elif branch.seed:
         own["seed"] = int(user.get("seed", 0)) + branch.seed
     if user is not None and branch.rate_factor != 1.0:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from merit_fast.export.target import Stack
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.engine import Engine
+from merit_fast.train.stack.options import Engine
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,13 @@ def command_of(recipe: TrainConfig, rows: Sequence[Path], values: Mapping[str, s
         recipe: the branch's recipe.
         rows: the files of its training rows. A word that is {rows} becomes a word for each file;
             within a longer word they are joined by commas.
-        values: the other placeholders: config, base, out, branch, group and seed.
+        values: the other placeholders: config, base, out, branch, group and seed; and the column
+            of the dataset's name.
     """
     if recipe.engine != "command":
-        return [python_of(recipe), "-m", *STACKS[recipe.engine].module, values["config"]]
+        module = [*STACKS[recipe.engine].module, values["config"]]
+        column = [values["column"]] if recipe.engine == "trl" else []
+        return [python_of(recipe), "-m", *module, *column]
     files = [str(file) for file in rows]
     words: list[str] = []
     for word in shlex.split(recipe.engine_command or ""):

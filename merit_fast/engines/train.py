@@ -65,6 +65,7 @@ def train_by_engine(
         "branch": branch.name,
         "group": str(branch.group),
         "seed": str(recipe.seed),
+        "column": files.column,
     }
     command = command_of(recipe, files.rows, values)
     seconds = _run(command, branch, recipe, work, progress)

@@ -1,18 +1,23 @@
 """Trains one branch with TRL's SFTTrainer, from the configuration that ``trl sft`` reads.
 
-    python -m merit_fast.engines.trl_runner CONFIG.yml
+    python -m merit_fast.engines.trl_runner CONFIG.yml COLUMN
 
-It differs from ``trl sft`` in three points: our kernels are in the model, the Trainer's state is
-saved at the end, and the run resumes from ``resume_from_checkpoint``.
+It differs from ``trl sft`` in four points: our kernels are in the model, the rows' COLUMN names
+their dataset, so that losses per dataset and branch.json come out, the Trainer's state is saved at
+the end, and the run resumes from ``resume_from_checkpoint``. Rows with images, and a model that
+``torch_compile`` compiles, are trained without losses per dataset and branch.json.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
 from transformers import TrainerCallback
 
+from merit_fast.integrations import MeritCallback
+from merit_fast.integrations.trl import MeritSFTTrainer
 from merit_fast.patch.model import patch_model
 
 
@@ -25,16 +30,14 @@ class PatchCallback(TrainerCallback):  # type: ignore[misc]
         print(patch_model(model))
 
 
-def train(file: str) -> None:
+def train(file: str, column: str) -> None:
     """Trains by ``file``; every key must be one of TRL's.
 
     Raises:
         ValueError: a key is unknown, or a value breaks a rule of TRL.
     """
-    from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
-    from trl.scripts.sft import make_parser
-
-    parser = make_parser()
+    trl: Any = importlib.import_module("trl")
+    parser: Any = importlib.import_module("trl.scripts.sft").make_parser()
     script, training, model, datasets = parser.parse_args_and_config(
         args=["--config", file], fail_with_unknown_args=True
     )
@@ -44,14 +47,22 @@ def train(file: str) -> None:
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    rows = get_dataset(datasets)
-    trainer = SFTTrainer(
+    rows = trl.get_dataset(datasets)[script.dataset_train_split]
+    trainer_class: Any = trl.SFTTrainer
+    further: dict[str, Any] = {}
+    if "images" in rows.column_names or training.torch_compile:
+        rows = rows.remove_columns(column)
+    else:
+        trainer_class = MeritSFTTrainer
+        further["merit"] = MeritCallback(column=column, start=model.model_name_or_path)
+    trainer = trainer_class(
         model=model.model_name_or_path,
         args=training,
-        train_dataset=rows[script.dataset_train_split],
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        train_dataset=rows,
+        quantization_config=trl.get_quantization_config(model),
+        peft_config=trl.get_peft_config(model),
         callbacks=[PatchCallback()],
+        **further,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
@@ -59,4 +70,4 @@ def train(file: str) -> None:
 
 
 if __name__ == "__main__":
-    train(sys.argv[1])
+    train(sys.argv[1], sys.argv[2])

@@ -21,7 +21,9 @@ def check_trainer(trainer: Any, column: str) -> None:
     dispatched = loading.dispatch_batches or (is_stream and loading.dispatch_batches is None)
     refused = {
         # TRL packs examples of several datasets in one row and drops their ids.
-        "packing": getattr(args, "packing", False),
+        "packing; MeritCallback(sketch_every=N) sketches packed batches": getattr(
+            args, "packing", False
+        ),
         "fp16": args.fp16,  # its loss scale changes during training; bf16 has none
         "a Trainer that sets loss_is_scaled_for_ga": scaled_loss,
         "DataParallel (several GPUs in one process)": args.n_gpu > 1,

@@ -85,7 +85,7 @@ def use_loss(trainer: Any, z_loss: float = 0.0) -> None:
         if not terms.num_uses:
             raise MeritFastError(
                 "use_loss: the loss did not come from a patched head; call patch_model(model) "
-                "before training, and see why its notes leave the head alone"
+                "before training, and read in its notes why the head stays"
             )
         return result
 

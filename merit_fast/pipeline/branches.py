@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.directories import recover_directory
@@ -22,7 +23,13 @@ from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.plan import shortest_branch
 from merit_fast.pipeline.records import old_place
 from merit_fast.progress import Progress
+from merit_fast.train.config import TrainConfig
+from merit_fast.train.parallel.world import require_one_process
 from merit_fast.train.schedule import FEW_STEPS
+
+if TYPE_CHECKING:
+    from merit_fast.train.parallel.ranks import Ranks
+    from merit_fast.train.stage import BranchJob
 
 _BRANCH_FILE = "branch.json"
 TRACKERS_FOLDER = "trackers"  # of those that write files
@@ -66,6 +73,7 @@ def train_planned(
     data: RunData,
     progress: Progress,
     noted: set[str],
+    ranks: "Ranks | None" = None,
 ) -> None:
     """Trains one branch of the plan, or the warm-up, in ``directory``.
 
@@ -76,6 +84,8 @@ def train_planned(
         data: rows of the run.
         progress: display of the run.
         noted: notes that the run has shown.
+        ranks: the processes that train it together, this one leading; the others are in
+            ``follow_leader``. None: this process only.
     """
     if branch.name != WARMUP:
         _warn_of_few_steps(outputs, progress, noted)
@@ -84,9 +94,28 @@ def train_planned(
     if outputs.recipe(branch).engine != "builtin":
         from merit_fast.engines.train import train_by_engine
 
+        require_one_process(f"train.engine {outputs.recipe(branch).engine}")
         train_by_engine(branch, directory, outputs, data, progress)
         return
     from merit_fast.train import train_branch
+
+    job, recipe = _job(branch, outputs, data)
+    if ranks is not None:
+        ranks.tell((branch.name, str(directory)))
+    train_branch(job, recipe, directory, progress, noted, ranks)
+
+
+def follow_leader(outputs: Outputs, data: RunData, ranks: "Ranks") -> None:
+    """Takes this process's part of every branch that the leading process trains, till it ends."""
+    from merit_fast.train.stage import follow_branch
+
+    while (message := ranks.tell(None)) is not None:
+        name, directory = message
+        job, recipe = _job(outputs.branches[name], outputs, data)
+        follow_branch(job, recipe, Path(directory), ranks)
+
+
+def _job(branch: Branch, outputs: Outputs, data: RunData) -> "tuple[BranchJob, TrainConfig]":
     from merit_fast.train.stage import BranchJob
 
     start, start_fingerprint = outputs.start_of(branch)
@@ -105,8 +134,7 @@ def train_planned(
         held_out=() if recipe.evaluate_steps is None else tuple(data.watched),
         tracked=outputs.root / TRACKERS_FOLDER / branch.name,
     )
-    recipe = replace(recipe, report_to=outputs.config.train.report_to)
-    train_branch(job, recipe, directory, progress, noted)
+    return job, replace(recipe, report_to=outputs.config.train.report_to)
 
 
 def _warn_of_few_steps(outputs: Outputs, progress: Progress, noted: set[str]) -> None:

@@ -6,7 +6,7 @@ Stages meet only in files; ``outputs`` knows their paths and when they are up to
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import StageManifest, read_manifest, write_manifest
@@ -14,7 +14,7 @@ from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
 from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES, Stage
 from merit_fast.options.parser import to_plain
 from merit_fast.pipeline.arms import Branch
-from merit_fast.pipeline.branches import adopt_branches, train_planned
+from merit_fast.pipeline.branches import adopt_branches, follow_leader, train_planned
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.merging import audit_arms, evaluated_models, merge_model
@@ -23,6 +23,10 @@ from merit_fast.pipeline.reporting import report_options, sketch_position
 from merit_fast.pipeline.upkeep import Upkeep
 from merit_fast.progress import Progress, SilentProgress
 from merit_fast.report import split_lines
+from merit_fast.train.parallel.world import require_one_process, world_size
+
+if TYPE_CHECKING:
+    from merit_fast.train.parallel.ranks import Ranks
 
 
 class Run:
@@ -73,13 +77,27 @@ class Run:
         return worked
 
     def train(self) -> bool:
+        """Trains the branches; the processes that torchrun started train each one together."""
+        if world_size() == 1:
+            return self._train_all(None)
+        from merit_fast.train.parallel.ranks import joined_ranks
+
+        with joined_ranks() as ranks:
+            if not ranks.leads:
+                follow_leader(self.outputs, self.data, ranks)
+                return False
+            worked = self._train_all(ranks)
+            ranks.tell(None)
+            return worked
+
+    def _train_all(self, ranks: "Ranks | None") -> bool:
         plan = self.outputs.plan
         with self._upkeep.claim():
             self.outputs.put_in_force(again=True)
             for note in plan.notes:
                 self.progress.note(note)
             adopt_branches(plan.trained, self.outputs, self.progress)
-            jobs = [functools.partial(self._train, branch) for branch in plan.trained]
+            jobs = [functools.partial(self._train, branch, ranks) for branch in plan.trained]
             return self._upkeep.in_any_order(jobs)
 
     def merge(self) -> bool:
@@ -111,6 +129,7 @@ class Run:
 
     def all(self) -> dict[str, Any]:
         """Checks the whole run, runs all stages in order and returns ``summary()``."""
+        require_one_process("run")
         self.preflight()
         with self._upkeep.claim():
             for stage in STAGES:
@@ -180,9 +199,10 @@ class Run:
         for line in split_lines(manifest, self.data.branch_steps(manifest)):
             self.progress.note(line)
 
-    def _train(self, branch: Branch) -> bool:
+    def _train(self, branch: Branch, ranks: "Ranks | None" = None) -> bool:
         def work(directory: Path) -> None:
-            train_planned(branch, directory, self.outputs, self.data, self.progress, self._noted)
+            shown = (self.progress, self._noted)
+            train_planned(branch, directory, self.outputs, self.data, *shown, ranks)
 
         path = self.outputs.branch_path(branch.name)
         return self._bring_up_to_date(path, self.outputs.branch(branch), work)

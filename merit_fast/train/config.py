@@ -7,7 +7,7 @@ from typing import Literal
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
 from merit_fast.train.adapter.config import AdapterConfig
-from merit_fast.train.engine import Engine, check_engine_options
+from merit_fast.train.stack.options import Engine, check_engine_options
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,12 @@ class TrainConfig:
         "next to a bf16 weight",
         omit_default=True,
     )
+    update_in_backward: Literal["previous", "two-pass"] | None = option(
+        None,
+        "update each weight inside the backward pass, so that few gradients are in memory; clips "
+        "by the norm of the step before (previous) or of a backward pass before (two-pass)",
+        omit_default=True,
+    )
     evaluate_steps: int | None = option(
         None,
         "optimizer steps between measurements of the loss on the branch's held-out rows",
@@ -159,6 +165,9 @@ class TrainConfig:
         for name in ("evaluate_steps", "patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
+        for name, value in (("packing", self.packing), ("accumulation", self.accumulation > 1)):
+            rule = "absent with update_in_backward, which needs one micro-batch a step"
+            require(not (value and self.update_in_backward), name, rule, getattr(self, name))
         is_measured = self.patience is None or self.evaluate_steps is not None
         require(is_measured, "patience", "absent without evaluate_steps", self.patience)
         check_engine_options(

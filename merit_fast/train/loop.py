@@ -14,11 +14,12 @@ from merit_fast.manifests.atomic import write_text
 from merit_fast.model import peak_memory_bytes
 from merit_fast.progress import Progress
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.held_out import HeldOut
+from merit_fast.train.metrics.held_out import HeldOut
 from merit_fast.train.metrics.log import MetricsLog
-from merit_fast.train.metrics.record import HeldOutRecord
+from merit_fast.train.metrics.record import HeldOutRecord, StepRecord
 from merit_fast.train.metrics.trackers import Trackers
 from merit_fast.train.optimizer import MasterAdamW
+from merit_fast.train.parallel.ranks import Ranks
 from merit_fast.train.prepare import TrainedModel
 from merit_fast.train.resume import BEST_FILE, Position, read_checkpoint, write_checkpoint
 from merit_fast.train.step import train_step
@@ -47,6 +48,7 @@ class Loop:
     schedule: Schedule
     steps: int
     held_out: HeldOut
+    ranks: Ranks
     start: float = field(default_factory=time.perf_counter)
     earlier_s: float = 0.0  # of training before the last checkpoint
 
@@ -58,7 +60,8 @@ class Loop:
             MeritFastError: a loss or a gradient is not finite.
         """
         position = self._resume()
-        log = MetricsLog(self.directory, position.step, len(position.held_out))
+        num_measured = len(position.held_out)
+        log = MetricsLog(self.directory, position.step, num_measured) if self.ranks.leads else None
         num_tokens = self.schedule.count_tokens(self.steps)
         try:
             trackers.begin(self.trained.model, position.step, self.steps)
@@ -70,9 +73,10 @@ class Loop:
                     task.advance(position.num_tokens - before, f"loss {position.losses[-1]:.3f}")
                     self._checkpoint(position, log)
         finally:
-            log.close()
+            if log is not None:
+                log.close()
             trackers.end()
-        if self.config.patience is None:
+        if self.config.patience is None or not self.ranks.leads:
             return End(position, position)
         kept = self._take_best()
         progress.note(
@@ -91,7 +95,7 @@ class Loop:
         }
         write_text(self.directory / _TIMING_FILE, json.dumps(timing) + "\n")
 
-    def _step(self, position: Position, log: MetricsLog, trackers: Trackers) -> Position:
+    def _step(self, position: Position, log: MetricsLog | None, trackers: Trackers) -> Position:
         moved, record = train_step(
             self.trained,
             self.optimizer,
@@ -100,31 +104,33 @@ class Loop:
             self.steps,
             self.config,
             position,
+            self.ranks,
         )
         seen = position.num_examples + self.schedule.num_examples(position.step)
         moved = replace(moved, num_examples=seen)
-        log.write(record)
-        trackers.log(record)
+        _report(record, log, trackers)
         if self.held_out.is_due(moved.step, self.steps):
             moved = self._measure(moved, log, trackers)
         return moved
 
-    def _measure(self, position: Position, log: MetricsLog, trackers: Trackers) -> Position:
-        sums = self.held_out.measure(self.trained.model)
+    def _measure(self, position: Position, log: MetricsLog | None, trackers: Trackers) -> Position:
+        sums = self.held_out.measure(self.trained.model, self.ranks)
         if not sums.mean < float("inf"):
             raise MeritFastError(
                 f"train: {self.branch}: held-out loss is not finite at step {position.step}; the "
                 "last checkpoint is kept"
             )
         measured = replace(position, held_out=(*position.held_out, sums.mean))
-        if self.config.patience is not None and measured.best == len(measured.held_out) - 1:
+        is_best = measured.best == len(measured.held_out) - 1
+        if self.config.patience is not None and is_best and self.ranks.leads:
             write_checkpoint(self.directory, self._weights(), measured, BEST_FILE)
         record = HeldOutRecord(position.step, sums)
-        log.write(record)
-        trackers.log(record)
+        _report(record, log, trackers)
         return measured
 
-    def _checkpoint(self, position: Position, log: MetricsLog) -> None:
+    def _checkpoint(self, position: Position, log: MetricsLog | None) -> None:
+        if log is None:
+            return
         if position.step % self.config.checkpoint_steps == 0 and position.step < self.steps:
             log.sync()
             write_checkpoint(self.directory, self.optimizer.state(), position)
@@ -155,3 +161,9 @@ class Loop:
         timing = self.directory / _TIMING_FILE
         self.earlier_s = json.loads(timing.read_text())["train_s"] if timing.exists() else 0.0
         return position
+
+
+def _report(record: StepRecord | HeldOutRecord, log: MetricsLog | None, trackers: Trackers) -> None:
+    if log is not None:
+        log.write(record)
+    trackers.log(record)

@@ -9,6 +9,7 @@ from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import FusedAdamW
 from merit_fast.train.config import TrainConfig
 
+_LAST_NORM = "last_norm."  # no parameter has this name
 _WEIGHT = "master"  # the key of the weights themselves, or of their masters
 
 
@@ -26,7 +27,7 @@ class MasterAdamW:
         self.names = [name for name, _ in named]
         self.parameters: list[Tensor] = [p for _, p in named]
         device = self.parameters[0].device.type if named else "cpu"
-        is_plain = config.optimizer == "adamw"
+        is_plain = config.optimizer == "adamw" and config.update_in_backward is None
         is_eager = dispatch.choose("adamw", device, backend) == "eager"
         kernel = _Torch if is_eager and is_plain else _OnePass
         self._adamw = kernel(self.parameters, config, backend)
@@ -39,11 +40,16 @@ class MasterAdamW:
         """
         return self._adamw.masters
 
+    def backward(self, loss: Tensor, learning_rate: float) -> None:
+        """Adds the gradients of a micro-batch, or updates the weights by them in the same pass."""
+        self._adamw.backward(loss, learning_rate)
+
     def step(self, learning_rate: float) -> float:
         """Updates, then frees the gradients; returns their norm before clipping.
 
         Raises:
-            NonFiniteGradient: the norm is not finite. The weights are then lost.
+            NonFiniteGradient: the norm is not finite. Weights, state and gradients are as before;
+                with ``update_in_backward: previous`` they are lost.
         """
         norm = self._adamw.step(learning_rate)
         if not norm < float("inf"):
@@ -52,13 +58,17 @@ class MasterAdamW:
             parameter.grad = None
         return norm
 
+    def end_updates(self) -> None:
+        """Lets a backward pass only add gradients, as without ``update_in_backward``."""
+        self._adamw.end_updates()
+
     def state(self) -> dict[str, Tensor]:
         """Masters, moments and step counts by parameter name, for ``load_state``."""
         tensors = {}
         for name, master, state in zip(self.names, self.masters, self._adamw.states, strict=True):
             tensors[f"{_WEIGHT}.{name}"] = master.detach()
             tensors |= {f"{key}.{name}": value for key, value in state.items() if key != _WEIGHT}
-        return tensors
+        return tensors | self._adamw.own_state()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Resumes from the tensors of ``state``.
@@ -66,7 +76,8 @@ class MasterAdamW:
         Raises:
             KeyError: a tensor is missing: the checkpoint is of another recipe.
         """
-        keys = {name.partition(".")[0] for name in tensors} - {_WEIGHT}
+        self._adamw.load_own_state(tensors)
+        keys = {name.partition(".")[0] for name in tensors} - {_WEIGHT, "last_norm"}
         for name, parameter, master, state in zip(
             self.names, self.parameters, self.masters, self._adamw.states, strict=True
         ):
@@ -116,16 +127,45 @@ class _OnePass:
             master="split" if is_small else "fp32",
             moments="int8" if is_small else "fp32",
             max_norm=config.clip_norm or float("inf"),
+            skip_nonfinite=config.update_in_backward != "previous",
             backend=backend,
         )
+        self.in_backward = None
+        self.measures = config.update_in_backward == "two-pass"
+        if config.update_in_backward is not None:
+            self.in_backward = self.optimizer.step_in_backward(clip=config.update_in_backward)
         self.states = [self.optimizer.state_of(parameter) for parameter in parameters]
         self.masters = [
             state.get("master", p) for p, state in zip(parameters, self.states, strict=True)
         ]
 
-    def step(self, learning_rate: float) -> float:
+    def backward(self, loss: Tensor, learning_rate: float) -> None:
+        self._set_rate(learning_rate)
+        if self.in_backward is not None and self.measures:
+            with self.in_backward.measuring():
+                loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The norm of the last step, by which the next one is clipped."""
+        norm = self.optimizer.last_norm
+        return {} if norm is None else {_LAST_NORM: torch.tensor(norm, dtype=torch.float64)}
+
+    def load_own_state(self, tensors: dict[str, Tensor]) -> None:
+        if _LAST_NORM in tensors:
+            self.optimizer.last_norm = float(tensors[_LAST_NORM])
+
+    def end_updates(self) -> None:
+        """Lets a backward pass only add gradients again."""
+        if self.in_backward is not None:
+            self.in_backward.remove()
+
+    def _set_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+
+    def step(self, learning_rate: float) -> float:
+        self._set_rate(learning_rate)
         self.optimizer.step()
         assert self.optimizer.grad_norm is not None
         return float(self.optimizer.grad_norm)
@@ -143,6 +183,18 @@ class _Torch:
             _groups(self.masters, config), **_settings(config), fused=True
         )
         self.states = [self.optimizer.state[master] for master in self.masters]
+
+    def backward(self, loss: Tensor, learning_rate: float) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_own_state(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing: all of the state belongs to parameters."""
+
+    def end_updates(self) -> None:
+        """Nothing: a backward pass only adds gradients."""
 
     def step(self, learning_rate: float) -> float:
         self._gather_gradients()

@@ -1,9 +1,8 @@
 """The train stage: fine-tuning of one branch, resumable to the same bytes."""
 
 import json
-import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merit_fast.data import DataConfig, Dataset
@@ -13,14 +12,16 @@ from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.model import reads_trees, reset_peak_memory
-from merit_fast.progress import Progress
+from merit_fast.progress import Progress, SilentProgress
 from merit_fast.train.companions import Companions
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.held_out import HeldOut
 from merit_fast.train.loop import End, Loop
 from merit_fast.train.loss import choose_attention, require_packing, require_text
+from merit_fast.train.metrics.held_out import HeldOut
 from merit_fast.train.metrics.trackers import Trackers
 from merit_fast.train.optimizer import MasterAdamW
+from merit_fast.train.parallel.ranks import Ranks
+from merit_fast.train.parallel.world import require_one_process
 from merit_fast.train.prepare import TrainedModel, prepare_model
 from merit_fast.train.resume import remove_checkpoint
 from merit_fast.train.schedule import num_steps
@@ -61,6 +62,7 @@ def train_branch(
     directory: Path,
     progress: Progress,
     noted: set[str] | None = None,
+    ranks: Ranks | None = None,
 ) -> BranchManifest:
     """Fine-tunes the start on the job's datasets; writes a model or adapter with branch.json.
 
@@ -73,6 +75,8 @@ def train_branch(
         directory: an output directory that still has its temporary name.
         progress: display of the run.
         noted: notes that this run has shown already; a new note is shown and added. None: none yet.
+        ranks: the processes that train the branch together; the others call ``follow_branch``.
+            None: this process only.
 
     Returns:
         The manifest of branch.json. Wall time and peak memory go to timing.json and metrics.jsonl,
@@ -80,20 +84,64 @@ def train_branch(
 
     Raises:
         InputError: the job has no example, the start has no chat template, an option does not fit
-            the model or lacks its package or its held-out rows, or several processes run.
+            the model or lacks its package or its held-out rows, or a launcher started several
+            processes without ``ranks``.
         MeritFastError: the loss or the gradient is not finite.
     """
-    require_one_process()
+    if ranks is None:
+        require_one_process("train_branch without ranks")
+        ranks = Ranks()
+    noted = set() if noted is None else noted
+    loop, companions, trackers = _prepare(job, config, directory, progress, noted, ranks)
+    end = loop.run(trackers, progress)
+    manifest = _write_branch(job, loop.trained, config, end, directory, companions)
+    loop.write_timing()
+    remove_checkpoint(directory)
+    return manifest
+
+
+def follow_branch(job: BranchJob, config: TrainConfig, directory: Path, ranks: Ranks) -> None:
+    """Takes this process's part of a branch whose ``train_branch`` runs in the leading process.
+
+    Args:
+        job: as in the leading process.
+        config: as in the leading process.
+        directory: as in the leading process; this one reads its checkpoint and writes nothing.
+        ranks: the processes that train the branch together.
+
+    Raises:
+        InputError, MeritFastError: as ``train_branch``.
+    """
+    progress = SilentProgress()
+    config = replace(config, report_to=())
+    loop, _, trackers = _prepare(job, config, directory, progress, set(), ranks)
+    loop.run(trackers, progress)
+
+
+def _prepare(
+    job: BranchJob,
+    config: TrainConfig,
+    directory: Path,
+    progress: Progress,
+    noted: set[str],
+    ranks: Ranks,
+) -> tuple[Loop, Companions, Trackers]:
+    """Loads and checks everything before the first step."""
+    if config.update_in_backward is not None and ranks.size > 1:
+        raise InputError(
+            "train.update_in_backward: must be absent with several processes, which add their "
+            f"gradients first; got {config.update_in_backward!r}"
+        )
     examples = ChainedExamples(job.datasets)
     if not len(examples):
         raise InputError(f"{job.branch}: has no example to train on")
     companions = Companions(job.start_path, job.data)
-    held_out = HeldOut(job.branch, job.datasets, job.held_out, config, companions.pad_token_id)
+    padding = companions.pad_token_id
+    held_out = HeldOut(job.branch, job.datasets, job.held_out, config, padding)
     trackers = Trackers(config.report_to, job.branch, job.tracked or directory, job.names)
     reset_peak_memory()
     start = time.perf_counter()
     trained = prepare_model(job.start_path, config)
-    noted = set() if noted is None else noted
     _note_once(progress, str(trained.patch), noted)
     expands = _expands_trees(trained, examples)
     if expands:
@@ -103,32 +151,24 @@ def train_branch(
     if config.packing:
         require_text(job.datasets)
         require_packing(trained.model, examples.shortest(8))
-    optimizer = MasterAdamW(trained.model, config, "eager" if config.kernels == "eager" else None)
-    schedule = Schedule(examples, config, job.row_length, companions.pad_token_id, expands)
-    steps = job.steps or num_steps(len(examples), config)
     loop = Loop(
-        job.branch, job.names, config, directory, trained, optimizer, schedule, steps, held_out
+        branch=job.branch,
+        datasets=job.names,
+        config=config,
+        directory=directory,
+        trained=trained,
+        optimizer=MasterAdamW(trained.model, config, _backend(config)),
+        schedule=Schedule(examples, config, job.row_length, padding, expands, ranks.size),
+        steps=job.steps or num_steps(len(examples), config),
+        held_out=held_out,
+        ranks=ranks,
+        start=start,
     )
-    loop.start = start
-    end = loop.run(trackers, progress)
-    manifest = _write_branch(job, trained, config, end, directory, companions)
-    loop.write_timing()
-    remove_checkpoint(directory)
-    return manifest
+    return loop, companions, trackers
 
 
-def require_one_process() -> None:
-    """Checks that no launcher started this process as one of several.
-
-    Raises:
-        InputError: WORLD_SIZE is above 1: every process would train every branch.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size not in ("", "0", "1"):
-        raise InputError(
-            f"train: WORLD_SIZE must be 1, got {size}: a branch is trained by one process; start "
-            "merit-fast without torchrun or accelerate launch"
-        )
+def _backend(config: TrainConfig) -> str | None:
+    return "eager" if config.kernels == "eager" else None
 
 
 def _expands_trees(trained: TrainedModel, examples: ChainedExamples) -> bool:

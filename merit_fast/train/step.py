@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import torch
 
-from merit_fast.data import Batch
+from merit_fast.data import IGNORED_LABEL, Batch, PackedBatch
 from merit_fast.errors import MeritFastError
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss
 from merit_fast.train.metrics.record import DatasetSums, StepRecord
 from merit_fast.train.optimizer import MasterAdamW, NonFiniteGradient
+from merit_fast.train.parallel.ranks import Ranks
 from merit_fast.train.prepare import TrainedModel
 from merit_fast.train.resume import Position
 from merit_fast.train.schedule import learning_rate
 
+ALONE = Ranks()
 _ADVICE = "lower train.learning_rate or look at these rows; the last checkpoint is kept"
 
 
@@ -27,6 +29,7 @@ def train_step(
     steps: int,
     config: TrainConfig,
     position: Position,
+    ranks: Ranks = ALONE,
 ) -> tuple[Position, StepRecord]:
     """Takes one step; its random state depends only on the seed and the number of the step.
 
@@ -38,13 +41,17 @@ def train_step(
         steps: of the whole run.
         config: the recipe.
         position: steps done so far.
+        ranks: the processes that share the batches; each has all of them.
 
     Raises:
         MeritFastError: the loss or the gradient is not finite; the message names the datasets.
     """
     start = time.perf_counter()
-    torch.manual_seed(config.seed * 1_000_003 + position.step)  # dropout, where a model has it
-    sums = _backward(trained, batches, len(names))
+    seed = config.seed * 1_000_003 + position.step
+    torch.manual_seed(seed + ranks.rank * 2**40)  # dropout, where a model has it
+    rate = learning_rate(position.step, steps, config)
+    sums = _backward(trained, optimizer, batches, len(names), rate, ranks)
+    ranks.add_gradients(optimizer.parameters)
     where = f"at step {position.step}"
     not_finite = [
         name for name, loss in zip(names, sums.losses, strict=True) if not abs(loss) < float("inf")
@@ -53,14 +60,15 @@ def train_step(
         raise MeritFastError(
             f"train: loss is not finite {where} in dataset {', '.join(not_finite)}; {_ADVICE}"
         )
-    rate = learning_rate(position.step, steps, config)
     try:
         norm = optimizer.step(rate)
     except NonFiniteGradient as error:
-        seen = ", ".join(name for name, count in zip(names, sums.tokens, strict=True) if count)
+        guilty = _guilty_datasets(trained, optimizer, batches, len(names))
+        pairs = zip(names, guilty, strict=True)
+        shown = ", ".join(name for name, is_guilty in pairs if is_guilty)
         what = f"the gradient of {error.parameter}" if error.parameter else "the gradient's norm"
         raise MeritFastError(
-            f"train: {what} is not finite {where} with rows of dataset {seen}; {_ADVICE}"
+            f"train: {what} is not finite {where} with rows of dataset {shown}; {_ADVICE}"
         ) from None
     num_tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     moved = replace(
@@ -74,18 +82,58 @@ def train_step(
     return moved, StepRecord(moved.step, sums, num_tokens, rate, norm, seconds)
 
 
-def _backward(trained: TrainedModel, batches: Sequence[Batch], num_datasets: int) -> DatasetSums:
+def _guilty_datasets(
+    trained: TrainedModel, optimizer: MasterAdamW, batches: Sequence[Batch], num_datasets: int
+) -> list[bool]:
+    """Whether each dataset's rows of the step give a gradient that is not finite by themselves.
+
+    All that have rows in the step, if none does.
+    """
+    guilty = []
+    seen = []
+    optimizer.end_updates()
+    for number in range(num_datasets):
+        for parameter in optimizer.parameters:
+            parameter.grad = None
+        own = [_only_of(batch, number) for batch in batches]
+        own = [batch for batch in own if batch.num_target_tokens]
+        for batch in own:
+            loss = batch_loss(trained.model, batch, batch.num_target_tokens, num_datasets)
+            loss.loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
+        guilty.append(not all(bool(gradient.isfinite().all()) for gradient in gradients))
+        seen.append(bool(own))
+    return guilty if any(guilty) else seen
+
+
+def _only_of(batch: Batch, number: int) -> Batch:
+    """The batch with the targets of one dataset only."""
+    is_own = (batch.dataset_ids == number)[:, None]
+    if isinstance(batch, PackedBatch):
+        is_own = is_own[:, 0].repeat_interleave(batch.cu_seqlens.diff())[None]
+    return replace(batch, labels=batch.labels.where(is_own, IGNORED_LABEL))
+
+
+def _backward(
+    trained: TrainedModel,
+    optimizer: MasterAdamW,
+    batches: Sequence[Batch],
+    num_datasets: int,
+    rate: float,
+    ranks: Ranks,
+) -> DatasetSums:
     """Adds the gradients of the mean loss over the whole step's target tokens."""
     targets = sum(batch.num_target_tokens for batch in batches)
     all_tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     losses = torch.zeros(num_datasets, dtype=torch.float64)
     tokens = torch.zeros(num_datasets, dtype=torch.int64)
-    for batch in batches:
+    for batch in ranks.share(batches):
         # a router's loss is a mean over tokens: a micro-batch counts by its share of them
         share = int(batch.attention_mask.sum()) / all_tokens
         factor = trained.router_factor * share
         loss = batch_loss(trained.model, batch, targets, num_datasets, factor)
-        loss.loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.backward(loss.loss, rate)
         losses += loss.dataset_losses
         tokens += loss.dataset_tokens
+    ranks.add(losses, tokens)
     return DatasetSums(tuple(losses.tolist()), tuple(tokens.tolist()))

@@ -24,6 +24,7 @@ class Schedule:
         row_length: tokens of the longest packed row; None: no limit.
         padding: the id that fills padded batches.
         expands: the model reads the texts of a tree one by one; they stay in one batch.
+        num_parts: padded micro-batches are cut into so many, one for each process.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Schedule:
         row_length: int | None,
         padding: int,
         expands: bool = False,
+        num_parts: int = 1,
     ) -> None:
         self.examples = examples
         self.config = config
         self.padding = padding
         self.expands = expands
+        self.num_batches = config.accumulation * num_parts
         self.lengths = _expanded_lengths(examples) if expands else examples.lengths
         self.packed = PackedSchedule(self.lengths, config, row_length) if config.packing else None
 
@@ -59,7 +62,7 @@ class Schedule:
             rows = [self._texts(row) for row in self.packed.rows(step)]
             return [pack(texts, ids) for texts, ids in rows]
         chosen = step_examples(step, len(self.examples), self.config)
-        return micro_batches([self._texts([i]) for i in chosen], self.config, self.padding)
+        return micro_batches([self._texts([i]) for i in chosen], self.num_batches, self.padding)
 
     def _texts(self, indices: Iterable[int] | npt.NDArray[np.int64]) -> Texts:
         texts = []
@@ -72,15 +75,15 @@ class Schedule:
         return texts, ids
 
 
-def micro_batches(examples: Sequence[Texts], config: TrainConfig, padding: int) -> list[Batch]:
-    """The examples of one step in ``config.accumulation`` padded batches, or fewer.
+def micro_batches(examples: Sequence[Texts], num_batches: int, padding: int) -> list[Batch]:
+    """The examples of one step in ``num_batches`` padded batches, or fewer.
 
     Args:
         examples: each as its texts, which stay in one batch, with the number of their dataset.
-        config: the recipe.
+        num_batches: the most batches.
         padding: the id that fills the batches.
     """
-    size = -(-len(examples) // config.accumulation)
+    size = -(-len(examples) // num_batches)
     batches = []
     for first in range(0, len(examples), size):
         chosen = examples[first : first + size]

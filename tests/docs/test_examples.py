@@ -22,6 +22,8 @@ def test_every_example_is_tested():
         "recipe.yml",
         "trainer.py",
         "trl_sft.py",
+        "trl_run.yml",
+        "trl_lora.yml",
         "merge_branches.py",
         "first_steps.ipynb",
         "paper",  # test_paper_examples.py
@@ -60,6 +62,36 @@ def test_trl_sft(working_directory, run_example):
     printed = run_example("trl_sft.py", "BASE", "sft", *ROWS, *COUNTS)
     assert "rms_norm x 5, swiglu x 2, rope x 2, head x 1" in printed
     check_training(working_directory, "sft")
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_branches_that_trl_trains_packed_with_lora_are_merged_and_measured(working_directory, call):
+    """Three commands after the split: TRL really trains two branches, each in a process."""
+    pytest.importorskip("trl", reason="trl, which this example is for, is not installed")
+    pytest.importorskip("peft", reason="peft, which this example is for, is not installed")
+    for name in ("trl_run.yml", "trl_lora.yml"):
+        shutil.copy(EXAMPLES / name, name)
+    for command in ("sketch", "split", "train", "merge", "evaluate"):
+        code, _, error = call(command, "trl_run.yml")
+        assert code == 0, error
+    out = working_directory / "runs/trl"
+    seen = set()
+    for name in ("merit-0", "merit-1"):
+        folder = out / "branches" / name
+        branch = json.loads((folder / "branch.json").read_text())
+        counts = json.loads((folder / "dataset_counts.json").read_text())["datasets"]
+        assert set(branch["datasets"]) == set(counts)
+        assert branch["num_target_tokens"] == sum(c["num_target_tokens"] for c in counts.values())
+        assert (folder / "adapter_model.safetensors").is_file()
+        engine = json.loads((folder / "engine.json").read_text())
+        assert "measured in training" in json.dumps(engine)
+        log = (folder / "engine.log").read_text()
+        assert all(f"merit/loss/{dataset}" in log for dataset in counts)
+        seen |= set(counts)
+    assert seen == {"capitals", "codes", "plurals"}
+    arms = json.loads((out / "evaluate/evaluate.json").read_text())["arms"]
+    assert arms["merit"]["loss"] < arms["base"]["loss"]
 
 
 def check_training(folder, name):

@@ -40,6 +40,12 @@ import yaml
         ),
         (["train.engine=trl", "train.engine_config=none.yml"], "none.yml is not there"),
         (["train.engine=trl", "train.freeze=[lm_head]"], "train.freeze: must be absent"),
+        (["train.engine=trl", "train.optimizer=adamw-8bit"], "train.optimizer: must be absent"),
+        (["train.engine=trl", "train.budget=equal-steps"], "train.budget: must be absent"),
+        (
+            ["train.engine=trl", "train.adapter={kind: lora, save: merged}"],
+            "train.adapter.save: must be adapter with engine trl, got merged",
+        ),
         (
             ["train.engine=trl", "train.controls={joint_short: true}"],
             "joint_short: must be absent with engine trl",
@@ -74,6 +80,9 @@ def test_the_stacks_own_configuration_must_train_the_model_of_the_run(call, spli
     words = ["train.engine=trl", f"train.engine_config={own}"]
     code, _, error = call("train", split_run, *words)
     assert code == 2 and "mine.yml: model_name_or_path: must be the run's model" in error
+    own.write_text("use_peft: true\n")
+    code, _, error = call("train", split_run, *words, "train.adapter.kind=lora")
+    assert code == 2 and "train.adapter: must be absent with engine_config" in error
     own.write_text("- a\n")
     code, _, error = call("train", split_run, *words)
     assert code == 2 and "mine.yml: must be a mapping of keys, got list" in error

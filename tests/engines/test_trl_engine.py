@@ -33,25 +33,37 @@ def test_packed_lora_branches_of_trl_are_merged_and_measured(call, split_run, ow
     words = ["train.engine=trl", f"train.engine_config={own_config}"]
     code, _, error = call("train", split_run, *words)
     assert code == 0, error
+    assert "not used: train.epochs, train.learning_rate, train.batch_size, train.dtype" in error
     out = split_run.parent / "out"
     for name, tokens in (("merit-0", 52), ("merit-1", 64)):
         folder = out / "branches" / name
         branch = json.loads((folder / "branch.json").read_text())
-        assert branch["num_target_tokens"] == 2 * tokens
+        # TRL also trains the line break that ends each of the 16 completions.
+        assert branch["num_target_tokens"] == 2 * (tokens + 16)
+        assert branch["num_examples"] == 32
         assert branch["seed"] == 0 and branch["steps"] > 0
         assert (folder / "adapter_model.safetensors").is_file()
         record = json.loads((folder / "engine.json").read_text())
+        assert record["tokens"] == "measured in training (branch.json)"
         assert record["config"]["seed"] == 5 and record["config"]["use_peft"] is True
-        assert "kernels: rms_norm x 5" in (folder / "engine.log").read_text()
+        log = (folder / "engine.log").read_text()
+        assert "kernels: rms_norm x 5" in log
+        assert all(f"merit/loss/{dataset}" in log for dataset in branch["datasets"])
         losses = json.loads((folder / "losses.json").read_text())
         assert len(losses) == branch["steps"] and losses[-1] < losses[0]
     code, _, error = call("merge", split_run, *words)
     assert code == 0, error
+    code, _, error = call("evaluate", split_run, *words)
+    assert code == 0, error
+    arms = json.loads((out / "evaluate" / "evaluate.json").read_text())["arms"]
+    assert arms["merit"]["loss"] < arms["base"]["loss"]
 
 
-def test_a_misspelt_key_of_trl_ends_the_training_in_words(call, split_run, own_config):
-    own_config.write_text("learning_rat: 1.0e-3\nuse_cpu: true\nbf16: false\n")
+def test_a_misspelt_key_of_trl_ends_the_run_before_a_branch_is_trained(call, split_run, own_config):
+    own_config.write_text("learning_rat: 1.0e-3\n")
     code, _, error = call(
         "train", split_run, "train.engine=trl", f"train.engine_config={own_config}"
     )
-    assert code == 1 and "learning_rat" in error.splitlines()[-1], error
+    rule = "trl.yml: learning_rat: trl has no such key; did you mean learning_rate?"
+    assert code == 2 and rule in error, error
+    assert not list((split_run.parent / "out").glob("branches/*"))

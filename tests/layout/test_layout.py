@@ -41,7 +41,8 @@ ARROWS = {
     | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
     "init": BASE | {"data", "model", "pipeline"},
     "export": BASE | {"data", "pipeline"},
-    "engines": BASE | {"data", "export", "merge", "model", "patch", "pipeline", "train"},
+    "engines": BASE
+    | {"data", "export", "integrations", "merge", "model", "patch", "pipeline", "train"},
     "selection": BASE | {"data", "export", "pipeline", "row_store", "sketch"},
     "cli": BASE
     | {

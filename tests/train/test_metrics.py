@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.checks import tree_bytes
 from support.runs import MEASURED
+from support.tiny import make_model, make_tokenizer
 from support.training import CONFIG, dataset, job, train, weights
 from torch.nn import functional as F
 
@@ -159,12 +160,12 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_checkpoint(
     plain = loop.train_step
     saved = {}
 
-    def poisons(trained, optimizer, batches, names, steps, config, position):
+    def poisons(trained, optimizer, batches, names, steps, config, position, ranks):
         if position.step == steps - 1:
             saved["bytes"] = (tmp_path / "resume.safetensors").read_bytes()
             weight = trained.model.get_submodule("model.layers.1.mlp.up_proj").weight
             weight.register_hook(lambda gradient: gradient * float("nan"))
-        return plain(trained, optimizer, batches, names, steps, config, position)
+        return plain(trained, optimizer, batches, names, steps, config, position, ranks)
 
     monkeypatch.setattr(loop, "train_step", poisons)
     message = (
@@ -175,6 +176,35 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_checkpoint(
         train_branch(job(tiny_model, dataset("a", 0)), config, tmp_path, SilentProgress())
     assert not (tmp_path / "branch.json").exists() and not list(tmp_path.glob("model*"))
     assert (tmp_path / "resume.safetensors").read_bytes() == saved["bytes"]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_dataset_of_a_gradient_that_is_not_finite_is_named(
+    tmp_path, monkeypatch, kernels, packing
+):
+    """Only rows of b hold token 399, whose embedding has no finite gradient."""
+    base = tmp_path / "base"
+    make_tokenizer(base)
+    make_model(base, tie_word_embeddings=False)
+    bad = np.array([5, 399, 7, 8], np.int32)
+    labels = np.where(np.arange(4) < 2, -100, bad).astype(np.int32)
+    sets = [dataset("a", 0, rows=3), Dataset("b", (Example(bad, labels),)), dataset("c", 1, rows=3)]
+    for rows in sets[::2]:
+        assert not any((example.input_ids == 399).any() for example in rows.examples)
+    plain = loop.train_step
+
+    def poisons(trained, *arguments):
+        def poisoned(gradient):
+            return gradient * float("nan") if gradient[399].any() else gradient
+
+        trained.model.get_input_embeddings().weight.register_hook(poisoned)
+        return plain(trained, *arguments)
+
+    monkeypatch.setattr(loop, "train_step", poisons)
+    config = replace(CONFIG, kernels=kernels, packing=packing, batch_size=7)
+    with pytest.raises(MeritFastError, match=r"is not finite at step 0 .*dataset b; lower"):
+        train(base, tmp_path / "out", config, *sets)
 
 
 def test_trackers_get_every_step_under_the_names_of_the_datasets(tiny_model, tmp_path, monkeypatch):
@@ -220,6 +250,6 @@ def test_a_tracker_that_cannot_run_is_refused_before_the_training(
 
 def test_several_processes_are_refused(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="WORLD_SIZE must be 1, got 2"):
+    with pytest.raises(InputError, match="train_branch without ranks: WORLD_SIZE must be 1, got 2"):
         train(tiny_model, tmp_path / "out", CONFIG, dataset("a", 0))
     assert list((tmp_path / "out").iterdir()) == []

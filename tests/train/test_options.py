@@ -88,7 +88,7 @@ def test_the_8_bit_optimizer_stays_near_the_other_and_resumes_to_the_bit(
     plain = loop.train_step
 
     def stops(*arguments):
-        if arguments[-1].step == 5:
+        if arguments[6].step == 5:
             raise KeyboardInterrupt
         return plain(*arguments)
 
@@ -112,6 +112,70 @@ def test_bytes_of_the_state_for_each_bf16_parameter(optimizer, most):
     state = {name: t for name, t in adamw.state().items() if t.data_ptr() != weight.data_ptr()}
     total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     assert most - 0.2 < total / weight.numel() < most
+
+
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+@pytest.mark.parametrize("mode", ["two-pass", "previous"])
+def test_updates_in_the_backward_pass_resume_to_the_bit(
+    tiny_model, tmp_path, monkeypatch, kernels, mode
+):
+    """Two passes clip as one step does; the norm of the step before clips nearly so."""
+    from merit_fast.train import loop
+
+    config = replace(
+        CONFIG,
+        kernels=kernels,
+        update_in_backward=mode,
+        checkpoint_steps=2,
+        gradient_checkpointing=True,
+    )
+    rows = dataset("a", 0)
+    plain_config = replace(config, update_in_backward=None)
+    train(tiny_model, tmp_path / "plain", plain_config, rows)
+    train(tiny_model, tmp_path / "inside", config, rows)
+    rel = 1e-5 if mode == "two-pass" else 2e-2
+    assert losses_of(tmp_path / "inside") == pytest.approx(losses_of(tmp_path / "plain"), rel=rel)
+    (tmp_path / "broken").mkdir()
+    plain = loop.train_step
+
+    def stops(*arguments):
+        if arguments[6].step == 5:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_branch(job(tiny_model, rows), config, tmp_path / "broken", SilentProgress())
+    monkeypatch.undo()
+    train_branch(job(tiny_model, rows), config, tmp_path / "broken", SilentProgress())
+    assert tree_bytes(tmp_path / "inside", MEASURED) == tree_bytes(tmp_path / "broken", MEASURED)
+
+
+def test_updates_in_the_backward_pass_leave_no_gradient(tiny_model):
+    config = replace(CONFIG, update_in_backward="previous")
+    trained = prepare_model(str(tiny_model), config)
+    optimizer = MasterAdamW(trained.model, config)
+    batch = collate(dataset("a", 0).examples[:2], [0, 0], 0)
+    for step in range(2):
+        most = 0
+
+        def counts(parameter):
+            nonlocal most
+            alive = [p for p in optimizer.parameters if type(p.grad) is torch.Tensor]
+            most = max(most, len(alive))
+
+        handles = [p.register_post_accumulate_grad_hook(counts) for p in optimizer.parameters]
+        train_step(trained, optimizer, [batch], ("a",), 4, config, Position(step=step))
+        for handle in handles:
+            handle.remove()
+        if step:  # the first step has no norm of a step before
+            assert most <= 2
+
+
+@pytest.mark.parametrize("changes", [dict(packing=True), dict(accumulation=2)])
+def test_updates_in_the_backward_pass_need_one_batch_a_step(changes):
+    with pytest.raises(InputError, match=f"{next(iter(changes))}: must be absent with update_in"):
+        replace(CONFIG, update_in_backward="previous", **changes)
 
 
 # ---- mixtures of experts

@@ -70,7 +70,7 @@ class InBackward:
         self._measured = False
         self.removed = False
         if ddp is not None:
-            ddp.register_comm_hook(None, self._reduce)
+            self._take_communication(ddp)
         self.refresh()
 
     def refresh(self) -> None:
@@ -78,6 +78,8 @@ class InBackward:
         if self._ddp is not None or self.removed:
             return
         wanted = {id(member.parameter): member.parameter for member in self._optimizer.members()}
+        for parameter in wanted.values():
+            self._refuse_other_hooks(parameter)
         for key in list(self._handles):
             if key not in wanted:
                 self._handles.pop(key)[1].remove()
@@ -86,6 +88,15 @@ class InBackward:
                 register: Any = parameter.register_post_accumulate_grad_hook
                 handle = register(self._complete)
                 self._handles[key] = (parameter, handle)
+
+    def _refuse_other_hooks(self, parameter: Tensor) -> None:
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+        if any(isinstance(owner, InBackward) and owner is not self for owner in owners):
+            raise ValueError(
+                "FusedAdamW: another optimizer updates a parameter of shape "
+                f"{list(parameter.shape)} in the backward pass; remove() its hooks first"
+            )
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -185,13 +196,17 @@ class InBackward:
         if self._passes >= self._accumulation:
             self._flush()
 
-    def _reduce(self, state: object, bucket: Any) -> Any:
-        """DDP's communication hook: the mean over processes, and an update when all are there."""
+    def _take_communication(self, ddp: Any) -> None:
+        """Registers DDP's hook: the mean over processes, and an update when all of it is there."""
+        from torch.distributed import GradBucket  # type: ignore[attr-defined]
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-        if not self.removed:
-            self._begin_pass()
-        return allreduce_hook(self._ddp.process_group, bucket)  # type: ignore[union-attr]
+        def reduce(group: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+            if not self.removed:
+                self._begin_pass()
+            return allreduce_hook(group, bucket)
+
+        ddp.register_comm_hook(ddp.process_group, reduce)
 
     def _flush(self) -> None:
         """Updates the parameters whose gradients are still there, and measures the step."""

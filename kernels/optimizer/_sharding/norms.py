@@ -41,7 +41,7 @@ def clip_factors(
 def total_square_sum(
     parameters: Iterable[Tensor],
     sums: Sums,
-    process_group: Any,
+    shard_group: Any,
     compare: bool,
 ) -> Tensor:
     """Float64 scalar: the sum of squares of whole gradients, from those of local parts.
@@ -52,14 +52,17 @@ def total_square_sum(
     Args:
         parameters: all parameters of the optimizer, the same ones in every process.
         sums: parameters and the float64 sums of squares of their local gradients.
-        process_group: the processes over which plain tensors are sharded, or None.
+        shard_group: the processes over which plain tensors are sharded, or None.
         compare: whether plain tensors without a group must have one norm in all processes.
 
     Raises:
         ValueError: with ``compare``, plain gradients differ among the processes.
     """
     totals: dict[Any, Tensor] = {}
-    for parameter in parameters:
+    everything = list(parameters)
+    if not everything:  # as ZeroRedundancyOptimizer may leave a process, which takes part too
+        totals[None, ()] = torch.zeros((), dtype=torch.float64, device=_device_of(shard_group))
+    for parameter in everything:
         totals.setdefault(_spread_of(parameter), _zero(parameter))
     for parameter, value in sums:
         key = _spread_of(parameter)
@@ -69,12 +72,21 @@ def total_square_sum(
         whole = value
         for dim in dims:
             whole = _reduced(whole, mesh.get_group(dim))
-        if mesh is None and process_group is not None:
-            whole = _reduced(whole, process_group)
+        if mesh is None and shard_group is not None:
+            whole = _reduced(whole, shard_group)
         elif mesh is None and compare and places.world_size() > 1:
             _check_equal(whole)
         total = whole if total is None else total + whole.to(total.device)
     return torch.zeros((), dtype=torch.float64) if total is None else total
+
+
+def _device_of(group: Any) -> str:
+    """Kind of device whose tensors the processes can send."""
+    if places.world_size() == 1:
+        return "cpu"
+    import torch.distributed as dist
+
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
 
 
 def _spread_of(parameter: Any) -> tuple[Any, tuple[int, ...]]:
@@ -108,6 +120,6 @@ def _check_equal(value: Tensor) -> None:
         raise ValueError(
             "FusedAdamW: the norm of the gradients differs between processes "
             f"({(-smallest) ** 0.5:.6g} to {largest**0.5:.6g}), so they are shards or were not "
-            "reduced. For shards (FSDP1, ZeroRedundancyOptimizer) pass process_group=, over which "
+            "reduced. For shards (FSDP1, ZeroRedundancyOptimizer) pass shard_group=, over which "
             "they are spread; for a model of this process alone, a group of this process"
         )

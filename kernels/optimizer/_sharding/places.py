@@ -68,8 +68,7 @@ def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
 def moved_onto(parameter: Any, value: Any) -> Tensor:
     """``value`` with the mesh and placements of ``parameter``, or whole if that is not sharded."""
     if not is_sharded(parameter):
-        whole: Tensor = value.full_tensor() if is_sharded(value) else value
-        return whole
+        return whole(value)
     if not is_sharded(value):
         from torch.distributed.tensor import distribute_tensor
 
@@ -81,8 +80,22 @@ def moved_onto(parameter: Any, value: Any) -> Tensor:
         )
     if value.device_mesh == parameter.device_mesh and value.placements == parameter.placements:
         return value  # type: ignore[no-any-return]
-    moved: Tensor = value.redistribute(parameter.device_mesh, parameter.placements)
+    sent = _sendable(value)
+    moved: Tensor = sent.redistribute(parameter.device_mesh, parameter.placements).to(value.dtype)
     return moved
+
+
+def whole(value: Any) -> Tensor:
+    """All elements of a tensor that may be sharded."""
+    if not is_sharded(value):
+        return value  # type: ignore[no-any-return]
+    gathered: Tensor = _sendable(value).full_tensor()
+    return gathered.to(value.dtype)
+
+
+def _sendable(value: Any) -> Any:
+    """``value`` in a dtype that gloo and NCCL can send: they have no int16."""
+    return value.to(torch.int32) if value.dtype == torch.int16 else value
 
 
 def sharding_dims(parameter: Any) -> tuple[int, ...]:
@@ -138,19 +151,19 @@ def runs_of_block(
     return tuple(Run(first, k * length, length) for k, first in enumerate(firsts))
 
 
-def shard_number(process_group: Any) -> int | None:
-    """The number of this process in ``process_group``; None without one.
+def shard_number(shard_group: Any) -> int | None:
+    """The number of this process in ``shard_group``; None without one.
 
     Raises:
         ValueError: this process is not in the group.
     """
-    if process_group is None:
+    if shard_group is None:
         return None
     import torch.distributed as dist
 
-    rank = dist.get_rank(process_group)
+    rank = dist.get_rank(shard_group)
     if rank < 0:
-        raise ValueError("FusedAdamW: this process is not in process_group")
+        raise ValueError("FusedAdamW: this process is not in shard_group")
     return rank
 
 

@@ -47,7 +47,7 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
     sampler repeats count twice. Losses are plain -log p(label), whatever loss is trained.
 
     Each save holds branch.json, with the target tokens really trained on, epochs counted, and
-    dataset_counts.json, from which a resumed run goes on counting. With
+    dataset_counts.json, from which a resumed run continues to count. With
     ``load_best_model_at_end`` they are those of the best checkpoint.
 
     With ``sketch_every=N``, every N-th micro-batch is sketched as well, exactly: its examples run

@@ -14,6 +14,9 @@ def check_trainer(trainer: Any, column: str, sketches: bool) -> None:
     """
     args = trainer.args
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    loading = args.accelerator_config
+    is_stream = not hasattr(trainer.train_dataset, "__len__")
+    is_dispatched = loading.dispatch_batches or (is_stream and loading.dispatch_batches is None)
     cuts_rows = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
     refused = {
         "DataParallel (several GPUs in one process)": args.n_gpu > 1,
@@ -22,7 +25,7 @@ def check_trainer(trainer: Any, column: str, sketches: bool) -> None:
         "torch_compile, which hides the forward pass": args.torch_compile,
         "batches dispatched to several processes "
         "(accelerator_config.dispatch_batches must be false)": args.world_size > 1
-        and args.accelerator_config.dispatch_batches,
+        and is_dispatched,
     }
     if sketches:
         refused |= {
@@ -45,6 +48,6 @@ def check_trainer(trainer: Any, column: str, sketches: bool) -> None:
 
 
 def has_datasets(rows: Any, column: str) -> bool:
-    """Whether rows tell their dataset; True where only the rows themselves can tell."""
+    """Tells whether rows have a dataset; True where only the rows themselves can tell."""
     names = getattr(rows, "column_names", None)
     return names is None or column in names or CODES in names

@@ -1,11 +1,11 @@
-"""Which dataset each token of a batch belongs to, whatever a collator does with the rows.
+"""Numbers the dataset of each token of a batch, whatever a collator does with the rows.
 
 A code is ``2 * dataset + 1`` at the first token of an example, ``2 * dataset`` at its others and -1
 at padding. A collator lays codes out as it lays out tokens: it collates the rows a second time with
 codes in the place of ``input_ids``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,11 @@ class CollatorWithCodes:
             for row in rows
         ]
         batch = self.collator([dict(row) for row in own])
+        if not isinstance(batch, MutableMapping):
+            raise InputError(
+                f"data_collator: {type(self.collator).__name__}: must give a batch with labels, as "
+                "supervised training has; losses per dataset are those of a causal model"
+            )
         if CODES in rows[0]:
             batch[CODES] = self._laid_out(own, [row[CODES] for row in rows], batch)
             return batch
@@ -112,7 +117,7 @@ class CollatorWithCodes:
         )
         laid_out = torch.where(again["input_ids"] >= _OFFSET, again["input_ids"] - _OFFSET, PADDING)
         same = laid_out.shape == batch["input_ids"].shape
-        if same and "labels" in own[0] and "labels" in batch:
+        if same and "labels" in own[0] and not _made_of_tokens(again):
             same = torch.equal(again["labels"], batch["labels"])
         if same and "labels" in batch:
             same = bool((laid_out[batch["labels"] != IGNORED_LABEL] >= 0).all())
@@ -124,7 +129,7 @@ class CollatorWithCodes:
         return laid_out
 
     def _by_line(self, numbers: list[int], batch: Any) -> Tensor:
-        """One line of the batch is one row."""
+        """Gives every line of the batch the dataset of its row."""
         shape = batch["labels"].shape if "labels" in batch else batch["input_ids"].shape
         if shape[0] != len(numbers):
             raise InputError(
@@ -134,6 +139,11 @@ class CollatorWithCodes:
         codes = 2 * torch.tensor(numbers)[:, None].repeat(1, shape[1])
         codes[:, 0] += 1
         return codes
+
+
+def _made_of_tokens(batch: Any) -> bool:
+    """Tells whether a collator copies labels from tokens; codes are no row's own labels."""
+    return "labels" not in batch or bool((batch["labels"] >= _OFFSET).any())
 
 
 def _of_same_kind(codes: list[int], tokens: Any) -> Any:

@@ -61,8 +61,9 @@ def count_batch(inputs: Mapping[str, Any]) -> StackCounts:
     ids: Tensor | None = inputs.get("input_ids")
     shape = targets.shape if ids is None else ids.shape
     mask = inputs.get("attention_mask")
-    is_flat = isinstance(mask, Tensor) and mask.dim() == 2
-    real = mask != 0 if is_flat else torch.ones(shape, dtype=torch.bool)  # type: ignore[union-attr]
+    real = torch.ones(shape, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        real = mask.ne(0)
     return StackCounts(
         _num_examples(inputs.get("position_ids"), real),
         int(real.sum()),

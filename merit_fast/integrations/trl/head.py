@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _HeadForm:
-    """What a trainer asks of its fused head, as it told TRL's ``add_fused_lm_head``."""
+    """Options of a trainer's fused head, as the trainer gave them to ``add_fused_lm_head``."""
 
     temperature: float
     cast_lm_head_to_fp32: bool

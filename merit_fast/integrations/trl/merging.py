@@ -188,7 +188,7 @@ def _start_of(model: Any) -> str:
 
 
 def _models_of(value: Any) -> list[str]:
-    """Every model that a recipe names by a text."""
+    """Lists the models that a recipe names by a text."""
     if isinstance(value, Mapping):
         named = [
             text

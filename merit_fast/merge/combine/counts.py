@@ -108,15 +108,23 @@ def _of_export(models: Sequence[Location], unit: Unit) -> Counts | None:
         return None
     key = "num_target_tokens" if unit == "tokens" else "num_rows"
     groups = {_resolved(group["model"]): group.get(key) for group in _groups(file)}
-    counts = [groups[_resolved(model)] for model in models]
-    for model, count in zip(models, counts, strict=True):
+    numbers = []
+    for model in models:
+        count = groups[_resolved(model)]
         if not isinstance(count, int) or count <= 0:
             raise InputError(f"{file}: {key} of {model}: must be above 0, got {show(count)}")
-    epochs = [_state(model).get("epoch") for model in models]
-    if all(isinstance(value, int | float) and value > 0 for value in epochs):
-        numbers = tuple(count * float(value) for count, value in zip(counts, epochs, strict=True))
-        return Counts(numbers, f"{key} of {file}, times the epochs of each {STATE_FILE}")
-    return Counts(tuple(map(float, counts)), f"{key} of {file}, in one epoch of its rows")
+        numbers.append(float(count))
+    epochs = [_epochs(model) for model in models]
+    if all(epochs):
+        numbers = [count * epoch for count, epoch in zip(numbers, epochs, strict=True)]
+        return Counts(tuple(numbers), f"{key} of {file}, times the epochs of each {STATE_FILE}")
+    return Counts(tuple(numbers), f"{key} of {file}, in one epoch of its rows")
+
+
+def _epochs(model: Location) -> float:
+    """Epochs of the model's training; 0: not known."""
+    epochs = _state(model).get("epoch")
+    return float(epochs) if isinstance(epochs, int | float) else 0.0
 
 
 def _export_of(model: Location) -> Path | None:

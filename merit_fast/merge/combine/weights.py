@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal
 
 from merit_fast.errors import InputError
-from merit_fast.merge.combine.counts import BRANCH_FILE, has_branch, read_counts
+from merit_fast.merge.combine.counts import BRANCH_FILE, Unit, has_branch, read_counts
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.remote import Location
@@ -33,7 +33,8 @@ def resolve_weights(models: Sequence[Location], config: MergeConfig) -> list[flo
             )
         raw = list(config.weights)
     else:
-        raw = list(read_counts(models, config.weights).numbers)
+        unit: Unit = "samples" if config.weights == "samples" else "tokens"
+        raw = list(read_counts(models, unit).numbers)
         return [count / sum(raw) for count in raw]  # counts are always normalised
     total = sum(raw) if config.normalize else 1.0
     return [weight / total for weight in raw]

@@ -1,4 +1,4 @@
-"""The recipe of the branches before a model is loaded: packages, processes, modules, rows."""
+"""The recipe of the branches before a model is loaded: packages, modules, rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +13,14 @@ def check_training(base: Path, train: TrainConfig) -> None:
     """Checks that the recipe fits the base, on a model without weights where it must be asked.
 
     Raises:
-        InputError: see ``require_one_process``, ``check_trackers``, ``check_adapter`` and
-            ``check_checkpointing``.
+        InputError: see ``check_trackers``, ``check_adapter`` and ``check_checkpointing``.
     """
     from merit_fast.model import make_empty_model
     from merit_fast.train.adapter.build import check_adapter
     from merit_fast.train.loss import router_coefficient
     from merit_fast.train.metrics.trackers import check_trackers
     from merit_fast.train.prepare import check_checkpointing
-    from merit_fast.train.stage import require_one_process
 
-    require_one_process()
     check_trackers(train.report_to)
     if train.adapter.is_on:
         check_adapter(base, train.adapter, train.freeze)

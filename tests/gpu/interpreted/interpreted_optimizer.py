@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.kernels.optimizer_runs import assert_same_run, train
 
-from merit_fast.kernels.optimizer import _triton
+from merit_fast.kernels.optimizer import _ops, _triton
 
 OPTIONS = [
     ("fp32", {}),
@@ -64,3 +64,24 @@ def test_many_tensors_are_one_launch(monkeypatch):
     monkeypatch.setattr(_triton, "adamw_kernel", Counted())
     parameters, _ = train("fp32", backend="triton", steps=1)
     assert launches == [(sum(-(-p.numel() // _triton.BLOCK) for p in parameters),)]
+
+
+def test_a_weight_written_by_someone_else_wins_over_its_master():
+    runs = []
+    for backend in ("triton", "eager"):
+        parameters, optimizer = train("bf16", 1, master="fp32", backend=backend)
+        with torch.no_grad():
+            parameters[3][-1] = 5.0
+        won = []
+        original = _ops.adamw
+
+        def keeping(*given, original=original, won=won):
+            won.append(original(*given))
+            return won[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_ops, "adamw", keeping)
+            train("bf16", 1, 1, parameters, optimizer)
+        assert [flags.tolist() for flags in won] == [[False, False, False, True, False, False]]
+        runs.append((parameters, optimizer))
+    assert_same_run(*runs)

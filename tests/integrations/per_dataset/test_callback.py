@@ -1,11 +1,14 @@
 """MeritCallback in transformers' Trainer: mixed batches, patched models, sketches, refusals."""
 
 import json
+import os
 
 import pytest
 import torch
 from support.checks import assert_close
+from support.paths import ROOT, TESTS
 from support.sketch.trainer_runs import NAMES, PROJ_DIM, gradient_sketch, llama, pad, rows, trainer
+from support.warm import run_together
 from torch.nn import functional as F
 
 from merit_fast import patch_model
@@ -106,12 +109,31 @@ def test_a_flattening_collator_and_a_stream_keep_their_datasets(tmp_path, start)
     stream = datasets.Dataset.from_list(data).to_iterable_dataset()
     run = trainer(tmp_path, stream, learning_rate=0.0, max_steps=4)
     run.data_collator = t.DataCollatorWithFlattening()
-    run.args.per_device_train_batch_size = 2
     callback = MeritCallback(start=start).attach(run)
     run.train()
     for name, (loss, targets, _) in truth(data).items():
         assert callback.counts[name].loss_sum == pytest.approx(loss, rel=1e-5)
         assert callback.counts[name].num_target_tokens == targets
+
+
+def test_a_collator_that_makes_labels_of_tokens_keeps_its_datasets(tmp_path, start):
+    """As transformers' DataCollatorForLanguageModeling; rows of equal length have labels too."""
+    import transformers as t
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"a": 0}, "a"))
+    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a")
+    data = [{**row, "labels": row["input_ids"]} for row in mixed_rows()]
+    for rows_of in (data, [{k: v for k, v in row.items() if k != "labels"} for row in data]):
+        size = 1 if "labels" in rows_of[0] else 2
+        options = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": size}
+        run = trainer(tmp_path, rows_of, learning_rate=0.0, **options)
+        run.data_collator = t.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        callback = MeritCallback(start=start).attach(run)
+        run.train()
+        for name, (loss, targets, _) in truth(data).items():
+            assert callback.counts[name].loss_sum == pytest.approx(loss, rel=1e-5)
+            assert callback.counts[name].num_target_tokens == targets
 
 
 def test_the_best_checkpoint_that_is_loaded_keeps_its_own_count(tmp_path, start):
@@ -138,6 +160,77 @@ def test_the_best_checkpoint_that_is_loaded_keeps_its_own_count(tmp_path, start)
     last = json.loads((tmp_path / "branch.json").read_text())
     assert run.state.best_global_step < run.state.global_step
     assert (last["steps"], last["num_target_tokens"]) == (best["steps"], best["num_target_tokens"])
+
+
+RANK = """
+import json, os, sys
+sys.path[:0] = sys.argv[3:]
+import datasets
+from merit_fast.integrations import MeritCallback
+from support.sketch.trainer_runs import PROJ_DIM, rows, trainer
+folder, start = sys.argv[1:3]
+held_out = datasets.Dataset.from_list(rows(4, mixed=True))
+
+def train(name, resume=None):
+    run = trainer(
+        f"{folder}/{name}", rows(8, mixed=True), held_out=held_out, learning_rate=0.0,
+        max_steps=-1, num_train_epochs=2, ddp_backend="gloo", save_strategy="steps", save_steps=3
+    )
+    MeritCallback(start=start, sketch_every=1, proj_dim=PROJ_DIM).attach(run)
+    run.train(resume_from_checkpoint=resume)
+    run.save_model()
+    return run
+
+run = train("whole")
+metrics = run.evaluate()
+if run.args.process_index == 0:
+    logged = {"evaluated": metrics, "history": run.state.log_history}
+    with open(f"{folder}/logged.json", "w") as file:
+        json.dump(logged, file)
+train("resumed", f"{folder}/whole/checkpoint-3")
+import torch.distributed as dist
+dist.barrier()
+dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may otherwise be torn down while they run, which aborts the process
+"""
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_two_ranks_count_as_one_process(tmp_path, start):
+    command = ["-c", RANK, tmp_path, start, TESTS, ROOT]
+    common = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(31500 + os.getpid() % 2000),
+    }
+    environments = [
+        {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)
+    ]
+    ranks = run_together([command] * 2, environments=environments, timeout=300)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    data = mixed_rows(8)
+    expected = truth(data)
+    branch = json.loads((tmp_path / "whole" / "branch.json").read_text())
+    assert branch["num_target_tokens"] == 2 * sum(targets for _, targets, _ in expected.values())
+    assert branch["num_examples"] == 2 * len(data)
+    resumed = json.loads((tmp_path / "resumed" / "branch.json").read_text())
+    assert {**resumed, "branch": "whole"} == branch
+    counts = json.loads((tmp_path / "resumed" / "dataset_counts.json").read_text())["datasets"]
+    logged = json.loads((tmp_path / "logged.json").read_text())
+    last = [entry for entry in logged["history"] if "loss" in entry][-1]
+    held_out = truth(mixed_rows(4))
+    states = read_states(tmp_path / "resumed" / "sketches")
+    for name, (loss, targets, correct) in expected.items():
+        assert counts[name]["loss_sum"] == pytest.approx(2 * loss, rel=1e-5)
+        assert counts[name]["num_correct"] == 2 * correct
+        assert last[f"merit/tokens/{name}"] == 2 * targets
+        found = logged["evaluated"][f"eval_merit/loss/{name}"]
+        assert found == pytest.approx(held_out[name][0] / held_out[name][1], rel=1e-5)
+        own = [row for row in data if row["dataset_id"] == name]
+        exact = sum(gradient_sketch(llama(), [row])[0] for row in own)
+        assert_close(states[name].block_sums.sum(0), 2 * exact)
 
 
 class ShufflingCollator:
@@ -172,6 +265,11 @@ def test_what_would_count_wrongly_is_refused(tmp_path, start):
     with pytest.raises(InputError, match=r"checkpoint-2/dataset_counts.json: is missing"):
         again.train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-2"))
 
+    run = trainer(tmp_path / "f", mixed_rows())
+    run.data_collator = list  # as a trainer of preferences has
+    MeritCallback(start=start).attach(run)
+    with pytest.raises(InputError, match="data_collator: type: must give a batch with labels"):
+        run.train()
     run = trainer(tmp_path / "d")
     run.add_callback(MeritCallback(start=start))
     with pytest.raises(MeritFastError, match=r"give it the Trainer by attach\(trainer\)"):

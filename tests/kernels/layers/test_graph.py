@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swiglu
+from merit_fast.kernels.layers import add_rms_norm, geglu, layer_norm, rms_norm, rope, swiglu
 
 pytestmark = pytest.mark.skipif(
     dispatch.native_module() is None, reason="the native kernels were not built"
@@ -19,12 +19,13 @@ def block(x, weight, q, k, cos, sin):
     """Every layer once; the ropes' heads in both layouts."""
     normed, total = add_rms_norm(x, 0.5 * x, weight, 1e-6)
     other = rms_norm(total, weight, 1e-6, casting="gemma", offset=1.0)
+    other = layer_norm(other, weight, weight, 1e-5)
     gated = (
         swiglu(normed, other)
         + geglu(normed, other, approximate="none")
         + geglu(torch.cat([normed, other], -1))
     )
-    turned = rope(q.transpose(1, 2), k, cos, sin)
+    turned = rope(*rope(q.transpose(1, 2), k, cos, sin), cos, sin, interleaved=True)
     return gated.sum() + sum((y * y.detach().cos()).sum() for y in turned)
 
 
@@ -73,6 +74,7 @@ def test_ops_keep_the_contracts_of_custom_ops():
             (q.transpose(1, 2), None, 1e-6, 0.0, "gemma", "cpu"),
         ],
         OPS.add_rms_norm: [(x, y, weight, 1e-6, 1.0, "gemma", "cpu")],
+        OPS.layer_norm: [(x, weight, weight, 1e-5, "cpu"), (x, None, None, 1e-5, "cpu")],
         OPS.gated: [(x, y, kind, "cpu") for kind in ("silu", "gelu", "gelu_tanh")],
         OPS.gated_packed: [(x, "silu", "cpu")],
         OPS.rope: [(q.transpose(1, 2), k, cos, sin, turns, "cpu") for turns in (False, True)],
@@ -84,6 +86,7 @@ def test_ops_keep_the_contracts_of_custom_ops():
             (y, y.clone(), x, weight, 1e-6, 0.0, True, "cpu"),
             (y, None, x, None, 1e-6, 0.0, False, "cpu"),
         ],
+        OPS.layer_norm_backward: [(y, x, weight, 1e-5, wants, "cpu") for wants in (True, False)],
         OPS.gated_backward: [(y, x, y.clone(), "silu", "cpu")],
         OPS.gated_packed_backward: [(y[..., :36], x, "gelu", "cpu")],
         OPS.rope_backward: [(q.transpose(1, 2), k, cos, sin, True, F32, True, False, "cpu")],
@@ -121,6 +124,65 @@ def test_function_transforms_take_the_gradient():
     loss = lambda x: swiglu(rms_norm(x, weight, 1e-6)).square().sum()  # noqa: E731
     leaf = x.clone().requires_grad_()
     assert torch.equal(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
+def test_function_transforms_map_over_examples():
+    """vmap, gradients of every example, and the gradient of a mapped function are eager's."""
+    torch.manual_seed(0)
+    heads = (torch.randn(3, 1, 2, 4, 6), torch.randn(3, 1, 1, 4, 6))
+    angles = torch.rand(1, 4, 6)
+    mapped = (None, 0, 0, 0)
+
+    def loss_of(backend):
+        def loss(weight, x, q, k):
+            normed, total = add_rms_norm(x, 0.5 * x, weight, 1e-6, backend=backend)
+            other = rms_norm(normed, weight, 1e-6, backend=backend)
+            y = swiglu(other, layer_norm(total, weight, weight, 1e-5, backend=backend))
+            turned = rope(q, k, angles.cos(), angles.sin(), backend=backend)
+            sums = [(t * t.detach().cos()).sum() for t in turned]
+            return y.square().sum() + geglu(y, backend=backend).sum() + sum(sums)
+
+        return loss
+
+    inputs = (torch.randn(8), torch.randn(3, 5, 8), *heads)
+    results = []
+    for backend in ("cpu", "eager"):
+        loss = loss_of(backend)
+        each = torch.vmap(loss, mapped)
+        gradients = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)), mapped)(*inputs)
+        of_sum = torch.func.grad(lambda *x, each=each: each(*x).sum())(*inputs)
+        results.append([each(*inputs), *gradients, of_sum])
+    for ours, eager in zip(*results, strict=True):
+        assert torch.allclose(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_functional_calls_reach_the_layers():
+    class Norm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return rms_norm(x, self.weight, 1e-6, backend="cpu")
+
+    x = torch.randn(3, 8)
+    weight = torch.randn(8)
+
+    def call(weight):
+        return torch.func.functional_call(Norm(), {"weight": weight}, x).square().sum()
+
+    leaf = weight.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(rms_norm(x, leaf, 1e-6).square().sum(), leaf)
+    assert torch.equal(torch.func.grad(call)(weight), expected)
+
+
+def test_ops_may_be_captured_in_cuda_graphs():
+    """A compiler keeps traced strides, and no op is excluded from captured graphs."""
+    names = ("rms_norm", "add_rms_norm", "layer_norm", "gated", "gated_packed", "rope")
+    backwards = ("rms_norm", "layer_norm", "gated", "gated_packed", "rope")
+    for name in (*names, *(f"{name}_backward" for name in backwards)):
+        tags = getattr(OPS, name).default.tags
+        assert torch.Tag.needs_exact_strides in tags and torch.Tag.cudagraph_unsafe not in tags
 
 
 def test_dispatch_modes_see_the_ops():

@@ -6,7 +6,15 @@ from support.kernels.layer_cases import BF16, CASES, F32
 
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.layers import _eager, add_rms_norm, geglu, rms_norm, rope, swiglu
+from merit_fast.kernels.layers import (
+    _eager,
+    add_rms_norm,
+    geglu,
+    layer_norm,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 pytestmark = pytest.mark.skipif(
     dispatch.native_module() is None, reason="the native kernels were not built"
@@ -31,12 +39,14 @@ def test_layouts_change_no_bit(dtype):
     angles = torch.rand(1, 4, 8).to(dtype)
     calls = {
         "norm": lambda x: rms_norm(x, weight, 1e-6),
+        "layer norm": lambda x: layer_norm(x, weight, None, 1e-6),
         "add x": lambda x: add_rms_norm(x, other, weight, 1e-6),
         "add residual": lambda x: add_rms_norm(other, x, weight, 1e-6),
         "gate": lambda x: swiglu(x, other),
         "up": lambda x: swiglu(other, x),
         "packed": swiglu,
         "rope": lambda x: rope(x, other[:, :2], angles.cos(), angles.sin()),
+        "interleaved rope": lambda x: rope(x, x, angles.cos(), angles.sin(), interleaved=True),
     }
     for call in calls.values():
         expected = with_gradient(call, x)
@@ -64,7 +74,15 @@ def test_results_lie_in_memory_as_the_inputs_do():
 
 
 @pytest.mark.parametrize(
-    "name", ["norm of 72", "add and norm of 72", "swiglu of 72", "packed swiglu of 72", "rope"]
+    "name",
+    [
+        "norm of 72",
+        "add and norm of 72",
+        "layer norm of 72",
+        "swiglu of 72",
+        "packed swiglu of 72",
+        "rope",
+    ],
 )
 def test_gradients_that_are_expanded_scalars(name):
     case = CASES[name]
@@ -137,6 +155,10 @@ def test_wrong_arguments_are_named():
         (
             lambda: swiglu(x, x[:1]),
             r"swiglu: gate and up must be \[..., I\] of one shape, got \[2, 8\], \[1, 8\]",
+        ),
+        (
+            lambda: layer_norm(x, weight, torch.zeros(7), 1e-5),
+            r"layer_norm: x must be \[..., H\], weight and bias \[H\], got \[2, 8\], \[8\], \[7\]",
         ),
         (lambda: swiglu(x[:, :7]), r"swiglu: gate without up must be \[..., 2 I\], got \[2, 7\]"),
         (

@@ -7,7 +7,7 @@ from support.kernels.layer_cases import BF16, CASES, F32, compared, results
 from support.paths import TESTS
 
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swiglu
+from merit_fast.kernels.layers import add_rms_norm, geglu, layer_norm, rms_norm, rope, swiglu
 
 pytestmark = pytest.mark.skipif(
     dispatch.native_module() is None, reason="the native kernels were not built"
@@ -64,6 +64,69 @@ def test_what_is_not_finite_spreads_as_in_eager(name, value):
         # Squares of 3e38 overflow: the order of products decides between infinity and NaN.
         if value != 3e38:
             assert torch.equal(ours.isnan(), eager.isnan())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_spoils_its_own_layer_norm_only(value):
+    x = torch.randn(4, 72)
+    x[1, 3] = value
+    weight = torch.randn(72)
+    ours, eager = (layer_norm(x, weight, weight, 1e-5, backend=b) for b in ("cpu", "eager"))
+    assert torch.equal(ours.isnan(), eager.isnan()) and ours[1].isnan().all()
+    assert torch.allclose(ours[[0, 2, 3]], eager[[0, 2, 3]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [31, 64, 700])
+def test_subnormal_and_undefined_results_round_as_all_others(columns):
+    """The processor's own conversion to bf16 would flush the former and change the latter."""
+    gate = torch.full((3, columns), 90.0)  # its SiLU is 90
+    up = torch.randn(3, columns) * torch.tensor([[1e-40], [1e-38], [1.0]])
+    up[2, 7] = float("nan")
+    up[2, 9] = -float("inf")
+    up = up.to(BF16)
+    ours = swiglu(gate.to(BF16), up, backend="cpu")
+    exact = (90.0 * up.float()).to(BF16)
+    assert torch.equal(ours.isnan(), exact.isnan())
+    assert torch.equal(ours.nan_to_num(), exact.nan_to_num())
+    assert ours[0].count_nonzero() > columns // 2
+
+
+def test_a_layer_norm_far_from_zero_is_not_worse_than_eager():
+    """The variance is one of distances from the mean: squares of 4096 would leave no digit."""
+    far = 4096.0 + torch.randn(50, 72)
+    weight = torch.randn(72)
+    exact = layer_norm(far.double(), weight.double(), None, 1e-5, backend="eager")
+    ours, eager = (layer_norm(far, weight, None, 1e-5, backend=b) for b in ("cpu", "eager"))
+    assert_never_worse(ours, eager, exact)
+    assert (ours - exact).abs().max() < 5e-3
+
+
+def test_positions_in_sections_are_rope_of_combined_angles():
+    """M-RoPE (Qwen2-VL): pairs of a head turn by the position id of their section."""
+    q = torch.randn(2, 4, 5, 16)
+    k = torch.randn(2, 2, 5, 16)
+    ids = torch.randint(0, 50, (3, 2, 5))  # time, height, width
+    section_of = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    frequencies = 100.0 ** (-torch.arange(8) / 8)
+    angles = ids[section_of].permute(1, 2, 0) * frequencies  # [B, T, R / 2]
+    both = angles.repeat(1, 1, 2)
+    turns = torch.polar(torch.ones_like(angles, dtype=torch.float64), angles.double()).unsqueeze(1)
+    for ours, x in zip(rope(q, k, both.cos(), both.sin(), backend="cpu"), (q, k), strict=True):
+        low, high = x.double().chunk(2, -1)
+        exact = torch.complex(low, high) * turns
+        assert torch.allclose(ours.double(), torch.cat([exact.real, exact.imag], -1), atol=1e-5)
+
+
+@DTYPES
+def test_interleaved_rope_is_that_of_cohere(dtype):
+    modeling = pytest.importorskip("transformers.models.cohere.modeling_cohere")
+    q = torch.randn(2, 4, 5, 16).to(dtype)
+    k = torch.randn(2, 2, 5, 16).to(dtype)
+    angles = (torch.rand(1, 5, 8) * 6).repeat_interleave(2, -1).to(dtype)
+    theirs = modeling.apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
+    ours = rope(q, k, angles.cos(), angles.sin(), interleaved=True, backend="cpu")
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype and torch.allclose(mine, other, rtol=2**-8, atol=1e-6)
 
 
 def test_dtypes_may_differ_as_in_autocast():
@@ -148,6 +211,7 @@ def test_the_number_of_threads_changes_no_bit(dtype):
             outputs = [
                 rms_norm(*leaves[:2], 1e-6),
                 swiglu(leaves[2]),
+                layer_norm(*leaves[:2], None, 1e-6),
                 *rope(leaves[3], leaves[3], angles, angles),
             ]
             outputs += add_rms_norm(leaves[0], leaves[0], leaves[1], 1e-6)

@@ -155,3 +155,12 @@ def test_columns_of_another_length_are_refused():
     for name, column in columns.items():
         with pytest.raises(ValueError, match=f"adamw: {name} must have 1 entries, has 2"):
             dispatch.native().AdamWTensors(sizes=[1], **{**columns, name: column * 2})
+
+
+def test_options_of_the_optimizer_are_refused_in_groups():
+    """torch takes any name in a group; nothing would read these."""
+    groups = [{"params": make_parameters("fp32"), "max_norm": 1.0}]
+    with pytest.raises(ValueError, match="max_norm is an option of the optimizer, not of a group"):
+        FusedAdamW(groups)
+    same = FusedAdamW(groups, max_norm=1.0)
+    assert "max_norm" not in same.param_groups[0]

@@ -5,11 +5,16 @@ import itertools
 import pytest
 import torch
 
-from merit_fast.kernels.optimizer import _eager, _key
+from merit_fast.kernels.optimizer import _eager
+from merit_fast.kernels.optimizer._update import _key
 
 BLOCK = _eager.RANDOM_BLOCK
 ROWS = 256
 COUNT = ROWS * BLOCK
+
+
+def key_of(seed, step, number):
+    return _key(seed, step, number, None)
 
 
 def uniform(raw, shift=16):
@@ -28,14 +33,14 @@ def correlation(a, b):
 
 
 def test_every_bit_is_even():
-    for raw in _eager.random_bits(COUNT, _key(0, 1, 0)):
+    for raw in _eager.random_bits(COUNT, key_of(0, 1, 0)):
         assert len(raw.unique()) > COUNT - 60  # a few meet by chance, 8 on average
         ones = torch.stack([(raw >> k & 1).double().mean() for k in range(32)])
         assert (ones - 0.5).abs().max() < 5 * 0.5 / COUNT**0.5
 
 
 def test_streams_of_other_kinds_seeds_steps_parameters_and_places_are_independent():
-    keys = [_key(*names) for names in ((0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0))]
+    keys = [key_of(*names) for names in ((0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0))]
     streams = [stream for key in keys for stream in streams_of(key).values()]
     streams += streams_of(keys[0], first=BLOCK * ROWS * 2**40).values()
     for a, b in itertools.combinations(streams, 2):
@@ -54,14 +59,14 @@ def test_roundings_of_a_matrix_have_no_direction(kind, probability):
     sqrt(columns); of rows that are alike it is sqrt(rows * columns).
     """
     edge = (probability - 0.5) * 12**0.5
-    ups = (streams_of(_key(3, 7, 2))[kind].view(ROWS, BLOCK) < edge).double()
+    ups = (streams_of(key_of(3, 7, 2))[kind].view(ROWS, BLOCK) < edge).double()
     noise = (ups - probability) / (probability * (1 - probability)) ** 0.5
     largest = float(torch.linalg.matrix_norm(noise, 2))
     assert largest < 1.1 * (ROWS**0.5 + BLOCK**0.5)
 
 
 def test_a_part_draws_the_bits_of_its_elements():
-    key = _key(0, 5, 9)
+    key = key_of(0, 5, 9)
     for first in (0, 1000, 2**32 - 300, 2**42 + 5):
         whole = _eager.random_bits(3000, key, first=first)
         part = _eager.random_bits(1500, key, first=first + 700)

@@ -127,6 +127,14 @@ def test_hooks_are_not_set_twice():
     optimizer.step_in_backward().remove()
 
 
+def test_two_optimizers_do_not_update_one_parameter_in_the_pass():
+    layers = model()
+    first, second = (FusedAdamW(layers.parameters()) for _ in range(2))
+    with first.step_in_backward(), pytest.raises(ValueError, match="another optimizer updates"):
+        second.step_in_backward()
+    second.step_in_backward()
+
+
 def test_a_step_with_a_nan_is_left_out_in_the_pass():
     layers = model()
     optimizer = FusedAdamW(layers.parameters(), lr=1e-2, max_norm=1.0, skip_nonfinite=True)

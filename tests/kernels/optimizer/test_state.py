@@ -1,6 +1,7 @@
 """FusedAdamW's states: exact resume, loading from torch and into it, refusals."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -46,9 +47,11 @@ def test_loaded_moments_take_the_kind_asked_for():
     parameters, optimizer = train("fp32", 3)
     state = copy.deepcopy(optimizer.state_dict())
     eight = FusedAdamW(parameters, moments="int8")
-    eight.load_state_dict(state)
+    with pytest.warns(UserWarning, match="moments 'fp32' .now 'int8'.; the seed is taken over"):
+        eight.load_state_dict(state)
     back = FusedAdamW(parameters, moments="fp32")
-    back.load_state_dict(copy.deepcopy(eight.state_dict()))
+    with pytest.warns(UserWarning, match="moments 'int8' .now 'fp32'."):
+        back.load_state_dict(copy.deepcopy(eight.state_dict()))
     for p in parameters:
         assert (
             eight.state[p]["exp_avg"].dtype == torch.int8
@@ -73,3 +76,133 @@ def test_copies_keep_their_options():
     twin = copy.deepcopy(optimizer)
     assert twin.options == optimizer.options and twin.options.seed == 9
     twin.step()
+
+
+def state_of(make, **options):
+    """The state dict of another optimizer after a step."""
+    parameters, optimizer = train("fp32", 1, make=make, **options)
+    return parameters, optimizer.state_dict()
+
+
+class BitsAndBytes(torch.optim.Optimizer):
+    """Keeps its state under bitsandbytes' names."""
+
+    def __init__(self, parameters, lr, weight_decay):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in ("state1", "state2")}
+            self.state[parameter] = {"step": 1, **moments}
+
+
+OTHER_RULES = [
+    (torch.optim.Adam, {"weight_decay": 0.1}, "made with L2 decay .*weight_decay=0.1"),
+    (torch.optim.AdamW, {"amsgrad": True}, "has no amsgrad"),
+    (torch.optim.AdamW, {"maximize": True}, "has no maximize"),
+    (torch.optim.RAdam, {}, "is of RAdam"),
+    (torch.optim.NAdam, {"weight_decay": 0.0}, "is of RAdam or NAdam"),
+    (torch.optim.Adamax, {}, "not AdamW's"),
+    (torch.optim.Adagrad, {}, "not AdamW's"),
+    (BitsAndBytes, {}, "is of bitsandbytes"),
+]
+
+
+@pytest.mark.parametrize("make,options,words", OTHER_RULES, ids=str)
+def test_states_of_other_rules_are_refused_and_change_nothing(make, options, words):
+    parameters, state = state_of(make, **options)
+    optimizer = FusedAdamW(parameters, lr=3.0)
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 3.0
+
+
+def test_adam_without_decay_is_adamw():
+    parameters, state = state_of(torch.optim.Adam, weight_decay=0.0)
+    optimizer = FusedAdamW(parameters)
+    optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.state[parameters[0]]["exp_avg"], state["state"][0]["exp_avg"])
+
+
+def test_the_seed_of_a_state_replaces_ours_and_other_options_are_named():
+    parameters, optimizer = train("bf16", 1, seed=7, max_norm=1.0)
+    other = FusedAdamW(parameters, seed=8, max_norm=2.0)
+    with pytest.warns(UserWarning, match=r"max_norm 1.0 \(now 2.0\), seed 7 \(now 8\)"):
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.options.seed == 7 and other.options.max_norm == 2.0
+    assert "fused_adamw" not in other.param_groups[0]
+
+
+def test_a_state_that_fails_half_way_changes_nothing():
+    parameters, optimizer = train("fp32", 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 9.0
+    saved["state"][4]["exp_avg"] = torch.zeros(5)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="loaded exp_avg must be"):
+        optimizer.load_state_dict(saved)
+    assert_same_dicts(before, optimizer.state_dict())
+    train("fp32", 1, 2, parameters, optimizer)
+
+
+def assert_same_dicts(a, b):
+    assert a["param_groups"] == b["param_groups"]
+    for name, state in a["state"].items():
+        assert all(torch.equal(state[key], b["state"][name][key]) for key in state)
+
+
+def test_departed_parameters_leave_the_state_dict_in_words():
+    parameters, optimizer = train("fp32", 1)
+    optimizer.param_groups[0]["params"] = parameters[1:]
+    with pytest.warns(UserWarning, match=r"in no group, of shapes \[3, 7\]"):
+        state = optimizer.state_dict()
+    assert len(state["state"]) == len(parameters) - 1
+    assert len(optimizer.state) == len(parameters)
+
+
+def test_a_parameter_put_in_the_place_of_another_does_not_lose_its_state():
+    parameters, optimizer = train("fp32", 1)
+    new = torch.nn.Parameter(parameters[0].detach().clone())
+    optimizer.param_groups[0]["params"] = [new, *parameters[1:]]
+    new.grad = torch.ones_like(new)
+    with pytest.raises(ValueError, match=r"shape \[3, 7\] was replaced after the first step"):
+        optimizer.step()
+
+
+@BOTH
+def test_a_step_with_a_nan_gradient_is_left_out_and_counted(backend):
+    parameters, optimizer = train("bf16", 2, backend=backend, skip_nonfinite=True, zero_grad=True)
+    before = copy.deepcopy((parameters, optimizer.state_dict()))
+    for bad in (float("nan"), float("inf")):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        parameters[3].grad[5, 7] = bad
+        optimizer.step()
+        assert not any(parameter.grad.any() for parameter in parameters)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], parameters, strict=True))
+    assert optimizer.num_skipped == 2 and not optimizer.grad_norm.isfinite()
+    resumed = FusedAdamW(parameters, skip_nonfinite=True, zero_grad=True)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.num_skipped == 2
+    train("bf16", 1, 2, parameters, optimizer)
+    assert optimizer.num_skipped == 2 and optimizer.state[parameters[0]]["step"] == 3
+
+
+def test_float16_parameters_are_refused_in_words():
+    with pytest.raises(TypeError, match="got torch.float16, .* load the model in bfloat16"):
+        FusedAdamW([torch.nn.Parameter(torch.ones(3, dtype=torch.float16))])
+
+
+@BOTH
+def test_weights_written_by_someone_else_win_over_their_masters_with_one_note(backend):
+    parameters, optimizer = train("bf16", 2, backend=backend, master="fp32")
+    with torch.no_grad():
+        parameters[3].fill_(5.0)
+    with pytest.warns(UserWarning, match="weights were written since the last step"):
+        train("bf16", 1, 2, parameters, optimizer)
+    assert (parameters[3] - 5.0).abs().max() < 0.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parameters[2].data.fill_(3.0)
+        train("bf16", 1, 3, parameters, optimizer)
+    assert (parameters[2] - 3.0).abs().max() < 0.2

@@ -84,7 +84,7 @@ def test_every_row_of_every_held_out_file_is_read_first(refused, tmp_path, tiny_
 def test_held_out_rows_are_needed_for_evaluation_and_tuning(refused, tmp_path, tiny_mixture):
     bare = [{"name": each["name"], "path": each["path"]} for each in tiny_mixture]
     assert "evaluate: no dataset of the mixture has held-out rows" in refused(mixture=bare)
-    assert "merge: scale auto and weights fit need held-out rows" in refused(
+    assert "merge: scale auto, weights fit and train.patience need held-out rows" in refused(
         "merge.scale=auto", mixture=bare
     )
     one = tmp_path / "one.jsonl"

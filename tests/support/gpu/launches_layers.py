@@ -8,11 +8,21 @@ import torch
 from support.gpu.code import GpuLaunch
 from torch import Tensor
 
-from merit_fast.kernels.layers import _triton, add_rms_norm, geglu, rms_norm, rope, swiglu
+from merit_fast.kernels.layers import (
+    _triton,
+    add_rms_norm,
+    geglu,
+    layer_norm,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 KERNELS = (
     "norm_kernel",
     "norm_backward_kernel",
+    "layer_norm_kernel",
+    "layer_norm_backward_kernel",
     "gated_kernel",
     "gated_backward_kernel",
     "rope_kernel",
@@ -34,6 +44,8 @@ def launches() -> list[GpuLaunch]:
             lambda x, r, w: add_rms_norm(x, r, w, 1e-6)[0],
             [(8, 4096)] * 2 + [(4096,)],
         ),
+        *layer_norms("layer norm, bf16, 4096", BF16, 4096),
+        *layer_norms("layer norm, fp32, 768", F32, 768),
         *pair("swiglu, bf16", swiglu, [(8, 11008)] * 2),
         *pair("swiglu, packed, bf16", swiglu, [(8, 2 * 11008)]),
         *pair("geglu, fp32", geglu, [(8, 11008)] * 2, F32),
@@ -43,6 +55,7 @@ def launches() -> list[GpuLaunch]:
         *heads("rope, bf16, 128", BF16, 128, 128),
         *heads("rope, fp32, 64", F32, 64, 64),
         *heads("rope, bf16, partial", BF16, 80, 32),
+        *heads("rope, interleaved, bf16, 128", BF16, 128, 128, interleaved=True),
         *heads("rope, bf16, partial, fills no tile", BF16, 80, 20),
         *ones(),
     ]
@@ -56,6 +69,7 @@ def ones() -> list[GpuLaunch]:
     """Rows, columns, strides, heads and tokens of 1, of which Triton makes constants."""
     return [
         *norm("norm of one", F32, 1),
+        *layer_norms("layer norm of one", F32, 1),
         *pair("swiglu of one", swiglu, [(1, 1)] * 2),
         *pair("packed swiglu of one", swiglu, [(1, 2)]),
         *heads("rope of one pair", F32, 2, 2),
@@ -66,11 +80,19 @@ def norm(name: str, dtype: torch.dtype, columns: int) -> list[GpuLaunch]:
     return pair(name, lambda x, w: rms_norm(x, w, 1e-6), [(8, columns), (columns,)], dtype)
 
 
-def heads(name: str, dtype: torch.dtype, width: int, rotary: int) -> list[GpuLaunch]:
+def layer_norms(name: str, dtype: torch.dtype, columns: int) -> list[GpuLaunch]:
+    shapes = [(8, columns), (columns,), (columns,)]
+    return pair(name, lambda x, w, b: layer_norm(x, w, b, 1e-5), shapes, dtype)
+
+
+def heads(
+    name: str, dtype: torch.dtype, width: int, rotary: int, interleaved: bool = False
+) -> list[GpuLaunch]:
     positions = torch.zeros(1, 4, rotary, dtype=dtype)
 
     def turn(q: Tensor, k: Tensor) -> Tensor:
-        return rope(q.transpose(1, 2), k.transpose(1, 2), positions, positions)[0]
+        heads_of = (q.transpose(1, 2), k.transpose(1, 2))
+        return rope(*heads_of, positions, positions, interleaved=interleaved)[0]
 
     return pair(name, turn, [(2, 4, 32, width), (2, 4, 8, width)], dtype)
 

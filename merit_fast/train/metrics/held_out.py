@@ -11,6 +11,7 @@ from merit_fast.model import fit_trees
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss
 from merit_fast.train.metrics.record import DatasetSums
+from merit_fast.train.parallel.ranks import Ranks
 from merit_fast.train.resume import Position
 
 
@@ -63,17 +64,18 @@ class HeldOut:
             return False
         return len(position.held_out) - 1 - best >= patience
 
-    def measure(self, model: nn.Module) -> DatasetSums:
-        """Nats and target tokens of every dataset, in evaluation mode."""
+    def measure(self, model: nn.Module, ranks: Ranks) -> DatasetSums:
+        """Nats and target tokens of every dataset, in evaluation mode; the processes share rows."""
         losses = torch.zeros(len(self.datasets), dtype=torch.float64)
         tokens = torch.zeros(len(self.datasets), dtype=torch.int64)
         model.eval()
         with torch.no_grad():
-            for batch in self._batches(model):
+            for batch in ranks.share(list(self._batches(model))):
                 loss = batch_loss(model, batch, 1, len(self.datasets))
                 losses += loss.dataset_losses
                 tokens += loss.dataset_tokens
         model.train()
+        ranks.add(losses, tokens)
         return DatasetSums(tuple(losses.tolist()), tuple(tokens.tolist()))
 
     def _batches(self, model: nn.Module) -> Iterator[Batch]:

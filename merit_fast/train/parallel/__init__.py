@@ -1,0 +1,1 @@
+"""Several processes that train one branch: ``world`` tells how many, ``ranks`` lets them add."""

@@ -1,0 +1,113 @@
+"""merit-fast train in two processes, as torchrun starts them: the branches of one process."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support.runs import run_values
+from support.warm import run_together
+
+from merit_fast.cli.main import main
+from merit_fast.model import load_model
+from merit_fast.pipeline.config import read_run_config
+from merit_fast.pipeline.run import Run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model, tiny_mixture):
+    """One split, its branches trained in this process, and in a copy by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    values = run_values(tiny_model, tiny_mixture[:2])
+    values["train"] |= {
+        "learning_rate": 5e-3,
+        "evaluate_steps": 2,
+        "patience": 3,
+        "controls": {},
+        "packing": True,
+        "adapter": {"kind": "lora", "rank": 2, "targets": ["q_proj", "down_proj"]},
+    }
+    (folder / "one").mkdir()
+    (folder / "one" / "run.yml").write_text(yaml.safe_dump(values))
+    with contextlib.chdir(folder / "one"):
+        run = Run(read_run_config(Path("run.yml")))
+        run.sketch()
+        run.split()
+        shutil.copytree(folder / "one", folder / "two")
+        run.train()
+    file = str(folder / "two" / "run.yml")
+    common = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29500 + os.getpid() % 2000),
+    }
+    results = run_together(
+        [["-m", "merit_fast", "train", file]] * 2,
+        environments=[{**os.environ, **common, "RANK": str(rank)} for rank in range(2)],
+        timeout=240,
+    )
+    assert [result.returncode for result in results] == [0, 0], results
+    return folder, results
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_none(values):
+    return [value or 0 for value in values] if isinstance(values, list) else values
+
+
+@pytest.mark.process
+def test_two_processes_train_the_branches_of_one(runs):
+    folder, results = runs
+    assert [result.stdout.count("train: done") for result in results] == [1, 0]
+    names = sorted(path.name for path in (folder / "one" / "out" / "branches").iterdir())
+    assert names
+    for name in names:
+        one, two = (folder / run / "out" / "branches" / name for run in ("one", "two"))
+        assert sorted(path.name for path in one.iterdir()) == sorted(
+            path.name for path in two.iterdir()
+        )
+        assert (one / "branch.json").read_text() == (two / "branch.json").read_text()
+        assert len(metrics(one)) == len(metrics(two))
+        for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+            assert ours.keys() == theirs.keys()
+            for key in ours.keys() - {"seconds"}:
+                assert without_none(ours[key]) == pytest.approx(without_none(theirs[key]), rel=1e-4)
+        ends = [load_model(str(path), "fp32").state_dict() for path in (one, two)]
+        for key, tensor in ends[0].items():
+            torch.testing.assert_close(ends[1][key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("command", ["run", "split", "evaluate"])
+def test_other_commands_refuse_several_processes(
+    tmp_path, tiny_model, tiny_mixture, monkeypatch, capsys, command
+):
+    file = tmp_path / "run.yml"
+    file.write_text(yaml.safe_dump(run_values(tiny_model, tiny_mixture)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["merit-fast", command, str(file)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert f"{command}: WORLD_SIZE must be 1, got 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_that_do_not_fit_are_refused(monkeypatch):
+    from merit_fast.errors import InputError
+    from merit_fast.train.parallel.world import world_size
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(InputError, match="RANK: must be below WORLD_SIZE 2, got 2"):
+        world_size()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="WORLD_SIZE: must be a number, got 'two'"):
+        world_size()

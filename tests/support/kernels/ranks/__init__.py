@@ -1,0 +1,1 @@
+"""Checks of FusedAdamW that several processes run together."""
