@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.patch.classes import Plan, own_class, swap_all, swap_back
+from merit_fast.patch.forms.residual import only_plain_forms
 from merit_fast.patch.proof import Operations, random_tensor, seed_generator, undisturbed
 from merit_fast.patch.shrink import VOCABULARY, shrunken_model
 
@@ -20,6 +22,7 @@ Plans = Callable[[Any, str | None], tuple[list[Plan], list[str]]]
 _FP32 = 5e-5
 _BF16 = 3e-2
 _SUMS = "add_rms_norm"  # what only a trial of the whole model proves
+_MOST_SECONDS = 2.0  # of one pass; some models loop over tokens in Python
 _ROWS = 2
 _TOKENS = 9
 
@@ -106,11 +109,12 @@ def _not_compared(reason: str) -> Verdict:
 
 
 def _adds_in(cls: type, model: Any, batch: Mapping[str, Any], plans: list[Plan]) -> bool:
-    """Whether layers of this class add and normalise in one pass at least once."""
+    """Whether layers of this class only add and normalise, and do both in one pass somewhere."""
     swap_all(plan for plan in plans if plan.op != _SUMS or type(plan.module) is cls)
     try:
-        with Operations() as operations:
-            model(**batch)
+        with only_plain_forms(), Operations() as operations:
+            for training in (True, False):
+                model.train(training)(**batch)
     except Exception:  # foreign code on a view of the layer
         return False
     finally:
@@ -152,11 +156,14 @@ def _observe(tiny: Any, batch: Mapping[str, Any]) -> list[_Observed]:
     ):
         model = copy.deepcopy(tiny).to(dtype).train(training)  # a forward may change its buffers
         seed_generator(next(model.parameters()).device)
+        start = time.process_time()
         output = model(**batch)
         first = next(iter(output.values()))  # the loss, or a base model's hidden states
         direction = random_tensor(*first.shape, seed=1, device=first.device)
         loss = first if first.dim() == 0 else (first.float() * direction).sum()
         loss.backward()
+        if time.process_time() - start > _MOST_SECONDS:
+            raise TimeoutError
         gradients = {
             name: parameter.grad.float()
             for name, parameter in model.named_parameters()

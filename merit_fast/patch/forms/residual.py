@@ -6,7 +6,9 @@ a norm of a pending sum is ``add_rms_norm``. Anything else that the forward does
 them first, as the layer would.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -17,6 +19,7 @@ from merit_fast.patch.classes import Forward, Plan, has_hooks, supported
 from merit_fast.patch.forms.norm import norm_in_use
 
 _SUMS = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__})
+_is_trial: list[bool] = []
 _OPERATORS = (
     "__mul__", "__rmul__", "__sub__", "__rsub__", "__truediv__", "__rtruediv__", "__neg__",
     "__pow__", "__matmul__", "__rmatmul__", "__getitem__", "__setitem__", "__len__", "__iter__",
@@ -102,6 +105,21 @@ class _Child:
         return type(self._module)  # for isinstance
 
 
+@contextlib.contextmanager
+def only_plain_forms() -> Iterator[None]:
+    """Makes a TypeError of all that a layer does with its branches but to add and to normalise."""
+    _is_trial.append(True)
+    try:
+        yield
+    finally:
+        _is_trial.pop()
+
+
+def _refuse_in_trials(name: str) -> None:
+    if _is_trial:
+        raise TypeError(f"the layer calls {name} of a residual or of what it adds to it")
+
+
 class _Pending:
     """A tensor that a layer's forward holds before it needs its values."""
 
@@ -114,11 +132,8 @@ class _Pending:
     ) -> Any:
         if function in _SUMS and len(args) == 2 and not kwargs:
             return _added(*args)
+        _refuse_in_trials(getattr(function, "__name__", ""))
         return function(*_computed(args), **_computed(kwargs or {}))
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return Tensor  # for isinstance
 
     def __add__(self, other: Any) -> Any:
         return _added(self, other)
@@ -127,11 +142,16 @@ class _Pending:
         return _added(other, self)
 
     def __getattr__(self, name: str) -> Any:
+        _refuse_in_trials(name)
         return getattr(self.computed(), name)
 
 
 def _forwarded(name: str) -> Any:
-    return lambda self, *args: getattr(self.computed(), name)(*_computed(args))
+    def operator(self: _Pending, *args: Any) -> Any:
+        _refuse_in_trials(name)
+        return getattr(self.computed(), name)(*_computed(args))
+
+    return operator
 
 
 for _name in _OPERATORS:
