@@ -1,6 +1,6 @@
 """One rank of two: patch_model before and after fully_shard, against one process without either.
 
-python tests/support/sharded_patch.py RANK MEETING_FILE
+python tests/support/kernels/sharded_patch.py RANK MEETING_FILE
 """
 
 import datetime
