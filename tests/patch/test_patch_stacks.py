@@ -12,7 +12,7 @@ from torch import nn
 
 from merit_fast import patch_model
 
-SHARDED = Path(__file__).parents[1] / "support" / "sharded_patch.py"
+SHARDED = Path(__file__).parents[1] / "support" / "kernels" / "sharded_patch.py"
 
 ROWS = [
     {"input_ids": list(range(3 + i, 12 + i)), "labels": [-100, -100, *range(5 + i, 12 + i)]}
