@@ -1,6 +1,10 @@
 """One rank of two: patch_model before and after fully_shard, against one process without either.
 
+<<<<<<<< HEAD:tests/patch/sharded.py
 python tests/patch/sharded.py RANK MEETING_FILE
+========
+python tests/support/kernels/sharded_patch.py RANK MEETING_FILE
+>>>>>>>> stacks:tests/support/kernels/sharded_patch.py
 """
 
 import datetime
@@ -8,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.distributed as dist

@@ -208,11 +208,8 @@ def test_too_few_held_out_rows_are_refused_before_the_training(
     (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
     monkeypatch.chdir(tmp_path)
     code, _, errors = call("run", "run.yml", "--json")
-    assert (
-        code == 2
-        and "codes: scale auto, weights fit and train.patience need at least 2 held-out rows"
-        in errors
-    )
+    rule = "codes: scale auto, weights fit and train.patience need at least 2 held-out rows"
+    assert code == 2 and rule in errors
     assert not (tmp_path / "out" / "branches" / "joint").exists()
 
 
