@@ -1,10 +1,6 @@
 """One rank of two: patch_model before and after fully_shard, against one process without either.
 
-<<<<<<<< HEAD:tests/patch/sharded.py
 python tests/patch/sharded.py RANK MEETING_FILE
-========
-python tests/support/kernels/sharded_patch.py RANK MEETING_FILE
->>>>>>>> stacks:tests/support/kernels/sharded_patch.py
 """
 
 import datetime

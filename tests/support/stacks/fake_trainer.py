@@ -20,7 +20,7 @@ EPOCHS = 3.0
 
 def save_model(base: Path, folder: Path, shift: float, cut: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for file in sorted(base.glob("*.safetensors")):
         tensors |= load_file(file)
     for name in tensors:
