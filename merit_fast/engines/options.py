@@ -11,15 +11,16 @@ from merit_fast.train.adapter.config import ALL_LINEAR, AdapterConfig
 from merit_fast.train.config import TrainConfig
 
 # The built-in trainer has them only.
-_BUILTIN_ONLY = (
+BUILTIN_ONLY = (
     *("freeze", "optimizer", "update_in_backward"),
-    *("evaluate_steps", "patience", "budget"),
+    *("evaluate_steps", "patience", "budget", "kernels", "max_shard_size"),
 )
 # The minimal configuration has them; a user's own configuration has its own.
-_OF_RECIPE = ("adapter", "gradient_checkpointing", "report_to")
-_OF_USER = (
+OF_RECIPE = ("adapter", "gradient_checkpointing", "report_to")
+OF_USER = (
     *("epochs", "learning_rate", "batch_size", "accumulation", "warmup_fraction"),
     *("final_fraction", "weight_decay", "beta1", "beta2", "clip_norm", "packing", "dtype"),
+    "checkpoint_steps",
 )
 
 
@@ -30,7 +31,7 @@ def check_options(train: TrainConfig) -> None:
         InputError: an option belongs to the built-in trainer, or into ``engine_config``.
     """
     default = TrainConfig()
-    for name in _BUILTIN_ONLY:
+    for name in BUILTIN_ONLY:
         value = getattr(train, name)
         if value != getattr(default, name):
             raise InputError(
@@ -41,7 +42,7 @@ def check_options(train: TrainConfig) -> None:
             f"train.controls.joint_short: must be absent with engine {train.engine}, which counts "
             "its steps itself"
         )
-    for name in _OF_RECIPE if train.engine_config is not None else ():
+    for name in OF_RECIPE if train.engine_config is not None else ():
         if getattr(train, name) != getattr(default, name):
             raise InputError(
                 f"train.{name}: must be absent with engine_config, whose own keys hold it"
@@ -58,7 +59,7 @@ def recipe_note(train: TrainConfig, given: Sequence[str]) -> str:
         train: the recipe.
         given: names of the options that differ from their defaults.
     """
-    names = [f"train.{name}" for name in _OF_USER if name in given]
+    names = [f"train.{name}" for name in OF_USER if name in given]
     if train.engine_config is None or not names:
         return ""
     return f"train: the recipe is that of {train.engine_config}; not used: {', '.join(names)}"
@@ -72,8 +73,8 @@ def given_options(train: TrainConfig) -> list[str]:
 
 
 def minimal_keys(train: TrainConfig) -> dict[str, Any]:
-    """Keys of the stack for an adapter, checkpointing of activations, and trackers."""
-    keys: dict[str, Any] = {}
+    """Keys of the stack for saving, an adapter, checkpointing of activations, and trackers."""
+    keys: dict[str, Any] = {"save_steps": train.checkpoint_steps}
     if train.gradient_checkpointing:
         keys["gradient_checkpointing"] = True
     if train.report_to:

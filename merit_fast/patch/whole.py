@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merit_fast.errors import one_line
 from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.patch.classes import Plan, own_class, swap_all, swap_back
 from merit_fast.patch.forms.residual import only_plain_forms
@@ -93,15 +94,14 @@ def _compare(
         if _adds_in(cls, tiny, batch, plans)
     )
     plans = [plan for plan in plans if plan.op != _SUMS or type(plan.module) in layers]
-    if _agrees_with(tiny, batch, plans, expected):
+    difference = _difference(tiny, batch, plans, expected)
+    if not difference:
         return Verdict(frozenset(), layers, ())
     ops = sorted({plan.op for plan in plans})
     for op in ops:
-        if _agrees_with(tiny, batch, [plan for plan in plans if plan.op != op], expected):
-            note = f"{op}: gives the whole model other losses or gradients"
-            return Verdict(frozenset([op]), layers, (note,))
-    note = f"{', '.join(ops)}: give the whole model other losses or gradients"
-    return Verdict(frozenset(ops), layers, (note,))
+        if not _difference(tiny, batch, [plan for plan in plans if plan.op != op], expected):
+            return Verdict(frozenset([op]), layers, (f"{op}: {difference}",))
+    return Verdict(frozenset(ops), layers, (f"{', '.join(ops)}: {difference}",))
 
 
 def _not_compared(reason: str) -> Verdict:
@@ -175,24 +175,26 @@ def _observe(tiny: Any, batch: Mapping[str, Any]) -> list[_Observed]:
     return results
 
 
-def _agrees_with(
+def _difference(
     model: nn.Module, batch: Mapping[str, Any], plans: list[Plan], expected: list[_Observed]
-) -> bool:
+) -> str:
+    """How the model with these plans differs from what it gave without any; "": it does not."""
     swap_all(plans)
     try:
         actual = _observe(model, batch)
-    except Exception:  # foreign code that meets something it does not expect, such as no logits
-        return False
+    except Exception as error:  # foreign code that meets something it does not expect
+        return f"the whole model then fails: {type(error).__name__}: {one_line(error)}"
     finally:
         for module in model.modules():
             swap_back(module)
     train, evaluation, low = zip(expected, actual, strict=True)
-    return (
+    are_equal = (
         _are_equal(*train)
         and _are_equal(*evaluation)
         and bool((low[0].loss - low[1].loss).abs() <= _BF16 * low[0].loss.abs())
         and low[0].gradients.keys() == low[1].gradients.keys()
     )
+    return "" if are_equal else "the whole model then has other losses or gradients"
 
 
 def _are_equal(theirs: _Observed, ours: _Observed) -> bool:

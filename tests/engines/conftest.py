@@ -21,6 +21,7 @@ def split_folder(tmp_path_factory, tiny_model, tiny_mixture):
     values = run_values(tiny_model, tiny_mixture)
     values["train"]["controls"] = {}
     values["train"]["epochs"] = 3
+    del values["train"]["max_shard_size"]  # of the built-in trainer only
     (folder / "run.yml").write_text(yaml.safe_dump(values))
     run = Run(read_run_config(folder / "run.yml"), SilentProgress())
     run.sketch()

@@ -3,9 +3,13 @@
 import json
 import re
 import sys
+from dataclasses import fields
 
 import pytest
 import yaml
+
+from merit_fast.engines import options
+from merit_fast.train.config import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,8 @@ import yaml
         (["train.engine=trl", "train.engine_config=none.yml"], "none.yml is not there"),
         (["train.engine=trl", "train.freeze=[lm_head]"], "train.freeze: must be absent"),
         (["train.engine=trl", "train.optimizer=adamw-8bit"], "train.optimizer: must be absent"),
+        (["train.engine=trl", "train.kernels=eager"], "train.kernels: must be absent"),
+        (["train.engine=trl", "train.update_in_backward=previous"], "update_in_backward: must be"),
         (["train.engine=trl", "train.budget=equal-steps"], "train.budget: must be absent"),
         (
             ["train.engine=trl", "train.adapter={kind: lora, save: merged}"],
@@ -72,6 +78,15 @@ def test_wrong_options_end_the_command_before_anything_is_trained(call, split_ru
     line = error.splitlines()[-1]
     assert code == 2 and re.search(rule, line), error
     assert not list((split_run.parent / "out").glob("branches/*"))
+
+
+def test_every_option_of_train_reaches_a_stack_or_is_refused():
+    of_the_plan = {"seed", "seeds", "mix", "controls"}  # which branches there are, on which rows
+    of_the_engine = {"engine", "engine_config", "engine_command", "engine_python"}
+    names = [*options.BUILTIN_ONLY, *options.OF_RECIPE, *options.OF_USER]
+    assert len(names) == len(set(names))
+    known = {*names, *of_the_plan, *of_the_engine}
+    assert known == {field.name for field in fields(TrainConfig)}
 
 
 def test_the_stacks_own_configuration_must_train_the_model_of_the_run(call, split_run, tmp_path):
