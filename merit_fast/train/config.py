@@ -103,8 +103,8 @@ class TrainConfig:
     )
     optimizer: Literal["adamw", "adamw-8bit"] = option(
         "adamw",
-        "adamw: fp32 masters and moments; adamw-8bit: 8-bit moments, and the master's low half "
-        "next to a bf16 weight",
+        "adamw: fp32 masters and moments; adamw-8bit: 8-bit moments, and 8 more bits of the "
+        "master next to a bf16 weight",
         omit_default=True,
     )
     update_in_backward: Literal["previous", "two-pass"] | None = option(

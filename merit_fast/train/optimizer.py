@@ -18,7 +18,7 @@ class MasterAdamW:
 
     Plain bf16 loses updates: at a learning rate of 1e-5 a weight moves 11 % of what it should. With
     ``adamw`` weights have fp32 masters and moments; an fp32 model is its own master. With
-    ``adamw-8bit`` moments have 8 bits and a bf16 weight keeps the other half of its master.
+    ``adamw-8bit`` moments have 8 bits and a bf16 weight keeps 8 more bits of its master.
     ``backend`` is that of ``FusedAdamW``; "eager" runs torch's fused AdamW on widened gradients.
     """
 
@@ -124,7 +124,7 @@ class _OnePass:
         self.optimizer = FusedAdamW(
             _groups(parameters, config),
             **_settings(config),
-            master="split" if is_small else "fp32",
+            master="split8" if is_small else "fp32",
             moments="int8" if is_small else "fp32",
             max_norm=config.clip_norm or float("inf"),
             skip_nonfinite=config.update_in_backward != "previous",
