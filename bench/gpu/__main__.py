@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.gpu.average import AVERAGE
 from bench.gpu.cases import Case, Op
-from bench.gpu.cross_entropy import CROSS_ENTROPY
+from bench.gpu.cross_entropy import CROSS_ENTROPY, STATISTICS
 from bench.gpu.layers import LAYERS
 from bench.gpu.optimizer import ADAMW
 from bench.gpu.search import SEARCH
@@ -27,7 +27,7 @@ from bench.support.dtypes import DTYPES
 from merit_fast.errors import one_line
 from merit_fast.kernels import dispatch
 
-OPS = [AVERAGE, *SKETCHES, CROSS_ENTROPY, *LAYERS, ADAMW, SEARCH]
+OPS = [AVERAGE, *SKETCHES, CROSS_ENTROPY, STATISTICS, *LAYERS, ADAMW, SEARCH]
 BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 # What a backend's error may exceed that of eager on the same device by, relative: the order of
 # float32 sums.

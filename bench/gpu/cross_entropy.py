@@ -1,4 +1,4 @@
-"""Linear + cross-entropy for ``bench.gpu``: loss, sums and gradients, forward and backward."""
+"""The head for ``bench.gpu``: losses, statistics of tokens, gradients, forward and backward."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bench.gpu.cases import Case, Op, random, with_compiled
 from bench.support.dtypes import DTYPES
-from merit_fast.kernels.cross_entropy import linear_cross_entropy
+from merit_fast.kernels.cross_entropy import linear_cross_entropy, linear_token_statistics
 
 
 def case(
@@ -74,4 +74,47 @@ def large(device: torch.device) -> Iterator[Case]:
         yield case("N=4096 [151936, 896]", 4096, 896, 151936, dtype, device, timed=True)
 
 
+def statistics_case(
+    name: str, tokens: int, width: int, vocabulary: int, dtype: str, device: torch.device
+) -> Case:
+    """Log-probabilities and entropies of one size of the head, with their gradients."""
+    hidden, weight = (
+        random(n, width, dtype=dtype, device=device) / width**0.5 for n in (tokens, vocabulary)
+    )
+    labels = torch.randint(0, vocabulary, (tokens,), device=device)
+    labels[::4] = -100
+
+    def step(backend: str, to: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.detach().to(to).requires_grad_() for tensor in (hidden, weight)]
+        found = linear_token_statistics(
+            leaves[0], leaves[1], labels, entropy=True, temperature=0.7, backend=backend
+        )
+        assert found.entropy is not None
+        (found.log_probs + found.entropy).sum().backward()  # type: ignore[no-untyped-call]
+        gradients = [leaf.grad for leaf in leaves]
+        return [found.log_probs.detach(), found.entropy.detach(), *gradients]
+
+    return Case(
+        name,
+        dtype,
+        run=lambda backend: step(backend, DTYPES[dtype]),
+        truth=lambda: [value.double() for value in step("eager", torch.float64)],
+        moved_bytes=2 * (hidden.nbytes + weight.nbytes),
+        operations=8 * int((labels >= 0).sum()) * width * vocabulary,
+    )
+
+
+def small_statistics(device: torch.device) -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield statistics_case("N=37 [1003, 45]", 37, 45, 1003, dtype, device)
+
+
+def large_statistics(device: torch.device) -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield statistics_case("N=4096 [151936, 896]", 4096, 896, 151936, dtype, device)
+
+
+STATISTICS = Op(
+    "linear_token_statistics", "linear_token_statistics", small_statistics, large_statistics
+)
 CROSS_ENTROPY = Op("linear_cross_entropy", "linear_cross_entropy", small, large)

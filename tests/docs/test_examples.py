@@ -53,14 +53,14 @@ COUNTS = ["--steps", "12", "--batch-size", "2"]  # each row once
 
 def test_trainer(working_directory, run_example):
     printed = run_example("trainer.py", "BASE", "trained", *ROWS, *COUNTS)
-    assert "rms_norm x 5, swiglu x 2, rope x 2, head x 1" in printed
+    assert "rms_norm x 5, add_rms_norm x 2, swiglu x 2, rope x 2, head x 1" in printed
     check_training(working_directory, "trained")
 
 
 def test_trl_sft(working_directory, run_example):
     pytest.importorskip("trl", reason="trl, which this example is for, is not installed")
     printed = run_example("trl_sft.py", "BASE", "sft", *ROWS, *COUNTS)
-    assert "rms_norm x 5, swiglu x 2, rope x 2, head x 1" in printed
+    assert "rms_norm x 5, add_rms_norm x 2, swiglu x 2, rope x 2, head x 1" in printed
     check_training(working_directory, "sft")
 
 

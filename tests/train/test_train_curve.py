@@ -90,4 +90,6 @@ def test_a_run_shows_a_note_once_and_the_next_run_shows_it_again(tiny_model, tmp
             directory = tmp_path / run / branch
             directory.mkdir(parents=True)
             train_branch(job(tiny_model, rows), config, directory, display, noted)
-    assert display.notes == 2 * ["kernels: rms_norm x 5, swiglu x 2, rope x 2, head x 1"]
+    assert display.notes == 2 * [
+        "kernels: rms_norm x 5, add_rms_norm x 2, swiglu x 2, rope x 2, head x 1"
+    ]

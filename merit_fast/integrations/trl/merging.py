@@ -11,10 +11,11 @@ from merit_fast.errors import InputError
 from merit_fast.integrations.branches import is_model_folder
 from merit_fast.integrations.mergekit.document import document_of
 from merit_fast.integrations.mergekit.recipe import locate, merge_recipe, recipe_of
+from merit_fast.merge.table import DEFAULT_METHOD
 from merit_fast.progress import SilentProgress
 
 CHECKPOINT = "CHECKPOINT"  # in a recipe: the checkpoint that was saved
-_METHODS = ("linear", "ties", "dare_ties", "slerp")
+_METHODS = (DEFAULT_METHOD, "ties", "dare_ties", "slerp")
 _POLICY_DENSITY = [1.0, 0.7, 0.1]  # from the first layer to the last, as TRL has it
 
 
@@ -22,7 +23,7 @@ class MergeConfig:
     """TRL's MergeConfig: fields and defaults are the same; no mergekit is needed.
 
     Args:
-        method: "linear", "ties", "dare_ties" or "slerp".
+        method: linear, ties, dare_ties or slerp.
 
     Attributes:
         policy_model_path: the checkpoint; the callback sets it.
@@ -40,10 +41,10 @@ class MergeConfig:
         InputError: another method.
     """
 
-    def __init__(self, method: str = "linear") -> None:
+    def __init__(self, method: str = DEFAULT_METHOD) -> None:
         if method not in _METHODS:
             raise InputError(f"method: must be {', '.join(_METHODS)}; got {method!r}")
-        is_linear = method == "linear"
+        is_linear = method == DEFAULT_METHOD
         self.method = method
         self.policy_model_path: str | None = None
         self.target_model_path: str | None = None
@@ -64,7 +65,7 @@ class MergeConfig:
             models = [{"model": target}]
             return {**recipe, "base_model": policy, "models": models, "parameters": self._slerp()}
         weights = {"policy": self.policy_model_weight, "target": self.target_model_weight}
-        if self.method == "linear":
+        if self.method == DEFAULT_METHOD:
             return {
                 **recipe,
                 "models": [
@@ -130,7 +131,7 @@ class MergeModelCallback(TrainerCallback):  # type: ignore[misc]
                 locate(reference)
         if hasattr(model, "peft_config") and isinstance(self.merge_config, MergeConfig):
             method = self.merge_config.method
-            if method != "linear":
+            if method != DEFAULT_METHOD:
                 raise InputError(
                     f"merge_config.method: must be linear where the checkpoints are adapters, got "
                     f"{method}"

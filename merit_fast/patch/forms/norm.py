@@ -107,6 +107,8 @@ def norm_in_use(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]] | Non
     origin = swap_of(module)
     if origin is None or origin.maker is not rms_norm_forward or not origin.is_in_force():
         return None
+    if "forward" in module.__dict__:  # sketches and accelerate wrap it there
+        return None
     epsilon, weighted, offset, casting, constants, _ = origin.options
     if not has_constants(module, constants):
         return None
