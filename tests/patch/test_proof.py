@@ -170,7 +170,7 @@ def test_a_model_that_differs_as_a_whole_loses_the_op(monkeypatch):
     model.__class__ = LlamaForCausalLM
     patch = patch_model(model)
     assert "head" not in patch.replaced and patch.replaced["rms_norm"] == 5
-    assert "head: the whole model then has other losses or gradients" in patch.notes
+    assert any(note.startswith("head: the whole model then ") for note in patch.notes)
 
 
 def test_trials_leave_generators_and_the_model_as_they_were():
