@@ -143,7 +143,8 @@ def contenders(layer: Layer) -> dict[str, Callable[[], Any]]:
         for name, function in functions.items()
     }
     expected = runs["eager"]()
-    bound = 1e-5 if layer.inputs[0].dtype == torch.float32 else 2e-2
+    # torch sums the gradient of a LayerNorm's bf16 weight to 2.5e-2, ours to 2e-3
+    bound = 1e-5 if layer.inputs[0].dtype == torch.float32 else 4e-2
     for name, run in runs.items():
         for ours, theirs in zip(run(), expected, strict=True):
             error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
