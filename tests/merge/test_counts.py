@@ -104,5 +104,7 @@ def test_an_adapter_next_to_the_config_of_its_base_is_an_adapter(models):
     folder = models[0]
     (folder / "adapter_config.json").write_text("{}")
     assert not is_adapter(folder)  # it holds a model's weights
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert not is_adapter(folder)  # nor does a shard without an index make it one
+    (folder / "model-00001-of-00002.safetensors").rename(folder / "adapter_model.safetensors")
     assert is_adapter(folder)  # as axolotl saves it

@@ -4,12 +4,6 @@ from merit_fast.merge.read.files import list_directory
 from merit_fast.merge.read.remote import Location
 
 ADAPTER_CONFIG = "adapter_config.json"
-_MODEL_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 
 def is_adapter(path: Location) -> bool:
@@ -21,4 +15,11 @@ def is_adapter(path: Location) -> bool:
         return False
     if not (path / "config.json").exists():
         return True
-    return not any(name in _MODEL_FILES for name in list_directory(path))
+    return not any(_is_of_model(name) for name in list_directory(path))
+
+
+def _is_of_model(name: str) -> bool:
+    """Whether a file holds weights of a model, in a shard or as a whole."""
+    if name.startswith("adapter_model"):
+        return False
+    return name.startswith("pytorch_model") or name.endswith(".safetensors")
