@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ FIELDS = ("log_probs", "entropy", "is_top1")
 
 
 def twin_models(layers: int, dtype: str) -> dict[str, Any]:
-    """The same model with TRL's head and with ours."""
+    """A step of one model with TRL's head, and with ours."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl.trainer.utils import add_fused_lm_head
@@ -59,7 +60,7 @@ def steps(models: dict[str, Any], tokens: int, share: float) -> dict[str, Callab
         output.loss.backward()
         return float(output.loss.detach())
 
-    return {name: lambda model=model: step(model) for name, model in models.items()}  # type: ignore[misc]
+    return {name: partial(step, model) for name, model in models.items()}
 
 
 def measure(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
