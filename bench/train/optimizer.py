@@ -8,8 +8,8 @@ floor is the traffic that every way of computing has, at the rate of an in-place
 same round. Results are compared before anything is timed.
 
 On a busy machine set OMP_WAIT_POLICY=passive: torch forks threads once a tensor, and waiting for a
-thread that is not scheduled counts as wall and CPU time. By itself that made torch's fused step
-look 2.8 to 6 times slower than it is.
+thread that is not scheduled counts as wall and CPU time. This made torch's fused step look 2.8 to
+6 times slower than it is.
 
 ``--deepspeed PYTHON`` names the Python of an environment that holds DeepSpeed and this package, and
 runs only ``bench.train.deepspeed_adam`` there.

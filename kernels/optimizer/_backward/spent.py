@@ -1,4 +1,4 @@
-"""What stands in ``p.grad`` for a gradient that an update inside the backward pass has used."""
+"""The tensor in ``p.grad`` for a gradient that an update inside the backward pass has used."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

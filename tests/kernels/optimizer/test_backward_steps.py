@@ -76,6 +76,22 @@ def test_accumulated_gradients_are_clipped_by_their_own_norm_in_one_pass():
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
+def test_a_parameter_that_was_unfrozen_is_measured_and_updated_once():
+    layers, twin = model(), model()
+    layers[0].weight.requires_grad_(False)
+    optimizer = FusedAdamW(layers.parameters(), lr=1e-2, max_norm=0.5)
+    optimizer.layerwise = optimizer.step_in_backward(clip="two-pass")
+    layers[0].weight.requires_grad_(True)
+    measured(layers, optimizer, 0, 1)
+    optimizer.step()
+    other = FusedAdamW(twin.parameters(), lr=1e-2, max_norm=0.5)
+    loss_of(twin, 0).backward()
+    other.step()
+    assert float(optimizer.grad_norm) == pytest.approx(float(other.grad_norm), rel=1e-5)
+    moments = [each.state[each.members()[0].parameter]["exp_avg"] for each in (optimizer, other)]
+    assert torch.allclose(*moments, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_clip_by_the_previous_norm_is_that_of_torch_with_this_factor(parts):
     limit = 0.5

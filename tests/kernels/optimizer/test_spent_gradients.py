@@ -133,6 +133,11 @@ def test_two_optimizers_do_not_update_one_parameter_in_the_pass():
     with first.step_in_backward(), pytest.raises(ValueError, match="another optimizer updates"):
         second.step_in_backward()
     second.step_in_backward()
+    third = FusedAdamW([torch.nn.Parameter(torch.ones(3))])
+    third.step_in_backward()
+    with pytest.raises(ValueError, match="another optimizer updates"):
+        third.add_param_group({"params": list(layers.parameters())})
+    assert len(third.param_groups) == 1
 
 
 def test_a_step_with_a_nan_is_left_out_in_the_pass():
