@@ -23,10 +23,10 @@ from merit_fast.kernels.optimizer._sharding.norms import (
     total_square_sum,
 )
 from merit_fast.kernels.optimizer._sharding.places import shard_number
-from merit_fast.kernels.optimizer._state import Options
+from merit_fast.kernels.optimizer._state import Options, second_moments
 from merit_fast.kernels.optimizer._update import Group, Member, update
 
-__all__ = ["FusedAdamW", "InBackward", "SpentGradient"]
+__all__ = ["FusedAdamW", "InBackward", "SpentGradient", "second_moments"]
 
 
 class FusedAdamW(OptimizerWithStates):

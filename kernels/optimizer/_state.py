@@ -1,5 +1,6 @@
 """The options of an optimizer and the state that it keeps for a parameter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +187,15 @@ def decoded_moment(codes: Tensor, scale: Tensor, name: str) -> Tensor:
     second = name == "exp_avg_sq"
     flat(values).copy_(_eager.decoded(flat(codes), scale.float().view(-1), second=second))
     return values
+
+
+def second_moments(state: Mapping[str, Any]) -> Tensor:
+    """Adam's second moments of a parameter, decoded if they are ours of 8 bits."""
+    moments: Tensor = state["exp_avg_sq"]
+    scale = state.get("exp_avg_sq_scale")
+    if scale is None:
+        return moments
+    return decoded_moment(places.whole(moments), places.whole(scale), "exp_avg_sq")
 
 
 def encoded_moment(parameter: Tensor, values: Tensor, scale: Tensor, name: str) -> Tensor:
