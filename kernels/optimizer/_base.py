@@ -73,7 +73,7 @@ class OptimizerWithStates(torch.optim.Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; every group holds the options as text. Leaves out departed parameters."""
+        """torch's dict, with the options as text in every group. Leaves out departed parameters."""
         whole = self.state
         try:
             self.state = _loading.states_of_members(whole, self._parameters())

@@ -126,5 +126,5 @@ def _check_equal(value: Tensor) -> None:
             "FusedAdamW: the norm of the gradients differs between processes "
             f"({(-smallest) ** 0.5:.6g} to {largest**0.5:.6g}), so they are shards or were not "
             "reduced. For shards (FSDP1, ZeroRedundancyOptimizer) pass shard_group=, over which "
-            "they are spread; for a model of this process alone, a group of this process"
+            "they are spread; for a model of only this process, a group of this process"
         )

@@ -140,7 +140,7 @@ def test_a_resumed_run_clips_by_the_norm_before_the_break():
 
 
 def test_a_step_after_fewer_passes_takes_what_is_there():
-    """As at the end of an epoch, where a Trainer steps after the micro-batches that are left."""
+    """A Trainer does so at the end of an epoch, after the micro-batches that are left."""
     passes = [3, 3, 1, 3]
 
     def loop(layers, optimizer, step, parts):

@@ -108,7 +108,7 @@ def torchs(parts: int, steps: int = 4, max_norm: float = 0.5) -> list[nn.Paramet
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     for step in range(steps):
         for part in range(parts):
-            (loss_of(model, step, part, parts) / parts).backward()  # type: ignore[no-untyped-call]
+            (loss_of(model, step, part, parts) / parts).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         schedule.step()
@@ -122,7 +122,7 @@ def fsdp2_trains_as_torch_does(folder: Path) -> None:
     optimizer = FusedAdamW(model.parameters(), **SETTINGS, max_norm=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     for step in range(4):
-        loss_of(model, step, dist.get_rank(), ranks).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, step, dist.get_rank(), ranks).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -141,7 +141,7 @@ def fsdp2_updates_in_the_pass(folder: Path) -> None:
         for step in range(3):
             for part in range(2):
                 model.set_requires_gradient_sync(part == 1)
-                loss_of(model, step, 2 * part + dist.get_rank(), 4).backward()  # type: ignore[no-untyped-call]
+                loss_of(model, step, 2 * part + dist.get_rank(), 4).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
             local = model.first.weight.grad.to_local()
             assert isinstance(local, SpentGradient) == in_backward
@@ -152,9 +152,9 @@ def fsdp2_updates_in_the_pass(folder: Path) -> None:
     assert_same_bits(results[0][0], results[1][0])
     assert torch.allclose(results[0][1], results[1][1])
     assert abs(results[0][2] / results[1][2] - 1) < 1e-6
-    loss_of(model, 0, 0, 4).backward()  # type: ignore[no-untyped-call]
+    loss_of(model, 0, 0, 4).backward()
     try:
-        loss_of(model, 0, 0, 4).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, 0, 0, 4).backward()
     except RuntimeError as error:
         assert "pass accumulation=N" in str(error), error
     else:
@@ -200,7 +200,7 @@ def load(folder: Path, model: nn.Module, optimizer: FusedAdamW) -> None:
 
 
 def whole_states_load_into_shards(folder: Path) -> None:
-    """And the reverse: a plain model takes the states of shards."""
+    """A plain model takes the states of shards too."""
     for dtype, options in KINDS:
         one = Rows(dtype)
         optimizer = train(one, **options)
