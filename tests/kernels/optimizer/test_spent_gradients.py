@@ -56,6 +56,20 @@ def test_a_clip_that_changes_nothing_reads_the_true_norm(foreach):
         assert float(norm) == pytest.approx(float(true), rel=1e-6)
 
 
+def test_views_of_a_spent_gradient_have_their_own_shape():
+    layers = model()
+    FusedAdamW(layers.parameters()).step_in_backward()
+    loss_of(layers, 0).backward()
+    spent = layers[0].weight.grad
+    for view, shape in (
+        (spent.view(-1), (35,)),
+        (spent.flatten(), (35,)),
+        (spent.detach(), (7, 5)),
+    ):
+        assert view.shape == shape and view.device == spent.device
+        assert float(view.norm()) == float(spent.norm())
+
+
 def test_more_passes_than_promised_and_a_missing_measure_raise():
     layers = model()
     optimizer = FusedAdamW(layers.parameters(), max_norm=1.0)
