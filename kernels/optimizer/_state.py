@@ -146,7 +146,6 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
     return state
 
 
-@torch.no_grad()
 def refit(parameter: Tensor, state: dict[str, Any], options: Options) -> None:
     """Brings a state into the order of elements that a parameter has now, and gives it a master.
 
@@ -156,7 +155,7 @@ def refit(parameter: Tensor, state: dict[str, Any], options: Options) -> None:
     Raises:
         ValueError: the data has another shape or is on another device.
     """
-    part = places.local(parameter.detach())
+    part = places.local(parameter)
     moment = places.local(state["exp_avg"])
     if moment.shape != part.shape or moment.device != part.device:
         raise ValueError(
@@ -172,6 +171,12 @@ def refit(parameter: Tensor, state: dict[str, Any], options: Options) -> None:
         return
     if moment.stride() == torch.empty_like(part, device="meta").stride():  # the data has gaps
         return
+    _reorder(part.detach(), state)
+
+
+@torch.no_grad()
+def _reorder(part: Tensor, state: dict[str, Any]) -> None:
+    """Puts the elements of a state in the order of those of a parameter."""
     for name in ("exp_avg", "exp_avg_sq", "master", "low_bits", "average"):
         if f"{name}_scale" in state:
             scale = state[f"{name}_scale"]
