@@ -8,8 +8,8 @@ floor is the traffic that every way of computing has, at the rate of an in-place
 same round. Results are compared before anything is timed.
 
 On a busy machine set OMP_WAIT_POLICY=passive: torch forks threads once a tensor, and waiting for a
-thread that is not scheduled counts as wall and CPU time. By itself that made torch's fused step
-look 2.8 to 6 times slower than it is.
+thread that is not scheduled counts as wall and CPU time. This made torch's fused step look 2.8 to
+6 times slower than it is.
 
 ``--deepspeed PYTHON`` names the Python of an environment that holds DeepSpeed and this package, and
 runs only ``bench.train.deepspeed_adam`` there.
@@ -158,6 +158,11 @@ def floor_rate() -> float:
     return 2 * values.nbytes / (time.perf_counter() - start)
 
 
+def ratio_of(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median of the ratios of a round; the first step makes the states."""
+    return statistics.median(a / b for a, b in zip(slow[1:], fast[1:], strict=True))
+
+
 def measure(names: Sequence[str], layers: int, rounds: int) -> dict[str, Any]:
     """Only one family of variants is in memory at a time; all of it takes part in every round."""
     variants = {
@@ -178,7 +183,7 @@ def measure(names: Sequence[str], layers: int, rounds: int) -> dict[str, Any]:
     rate = statistics.median(rates[1:])
     rows = {}
     for name, variant in variants.items():
-        median, quartiles = spread(seconds[name][1:])  # the first step makes the states
+        median, quartiles = spread(seconds[name][1:])
         floor = variant.elements * variant.floor_bytes / rate
         rows[name] = {
             "ms": round(median * 1e3, 2),
@@ -186,27 +191,16 @@ def measure(names: Sequence[str], layers: int, rounds: int) -> dict[str, Any]:
             "cpu_ms": round(statistics.median(cpu[name][1:]) * 1e3, 1),
             "of_floor": round(median / floor, 2),
         }
-    ratios = {
-        f"{slow} / {fast}": round(
-            statistics.median(
-                a / b for a, b in zip(seconds[slow][1:], seconds[fast][1:], strict=True)
-            ),
-            2,
-        )
-        for slow, fast in RATIOS
-        if slow in seconds and fast in seconds
-    }
-    cpu_ratios = {
-        f"{slow} / {fast}": round(
-            statistics.median(cpu[slow][1:]) / statistics.median(cpu[fast][1:]), 2
-        )
-        for slow, fast in RATIOS
-        if slow in seconds and fast in seconds
-    }
+    pairs = [pair for pair in RATIOS if variants.keys() >= set(pair)]
     return {
         "rows": rows,
-        "ratios": ratios,
-        "cpu_ratios": cpu_ratios,
+        "ratios": {
+            f"{slow} / {fast}": round(ratio_of(seconds[slow], seconds[fast]), 2)
+            for slow, fast in pairs
+        },
+        "cpu_ratios": {
+            f"{slow} / {fast}": round(ratio_of(cpu[slow], cpu[fast]), 2) for slow, fast in pairs
+        },
         "gb_per_s": round(rate / 1e9, 1),
     }
 

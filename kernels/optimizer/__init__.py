@@ -1,5 +1,6 @@
 """AdamW in one pass over each parameter: clip, moments, decay, rounding, average of weights."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,10 +23,10 @@ from merit_fast.kernels.optimizer._sharding.norms import (
     total_square_sum,
 )
 from merit_fast.kernels.optimizer._sharding.places import shard_number
-from merit_fast.kernels.optimizer._state import Options
+from merit_fast.kernels.optimizer._state import Options, second_moments
 from merit_fast.kernels.optimizer._update import Group, Member, update
 
-__all__ = ["FusedAdamW", "InBackward", "SpentGradient"]
+__all__ = ["FusedAdamW", "InBackward", "SpentGradient", "second_moments"]
 
 
 class FusedAdamW(OptimizerWithStates):
@@ -63,15 +64,17 @@ class FusedAdamW(OptimizerWithStates):
             (seed, step, number of the parameter, element): the same on every backend, ISA level
             and number of threads.
         master: "none", "fp32", "split" or "split8", for bf16 weights. A weight that someone else
-            wrote becomes its float32 master at the next step.
+            wrote becomes its "fp32" master at the next step; with "split" and "split8" it keeps the
+            remainder of the old one, which is at most half a unit of its last place.
         moments: "fp32", "bf16" or "int8". 8-bit moments share a float32 scale in blocks of 256:
             m = sign * (code / 127)^2 * scale, v = (code / 255)^4 * scale. A v above zero never
             rounds to zero.
         average_decay: keep ``state[p]["average"]`` in float32: 0 <= decay < 1, or "mean" for the
             mean of all weights. It begins as the first updated weight. None: no average.
         max_norm: clip the norm of all gradients together. The norm is computed before the update,
-            in float64 sums of fixed order, and left in ``grad_norm``, a float64 scalar; ``p.grad``
-            keeps its values. ``inf`` only measures; 0 turns clipping off. Shards count together.
+            in float64 sums of fixed order (on a GPU in torch's float32 norms, one a gradient), and
+            left in ``grad_norm``, a float64 scalar; ``p.grad`` keeps its values. ``inf`` only
+            measures; 0 turns clipping off. Shards count together.
         zero_grad: write zeros into the gradients in the same pass. Where gradients can be None,
             ``zero_grad()`` costs less.
         seed: seed of stochastic rounding.
@@ -118,8 +121,18 @@ class FusedAdamW(OptimizerWithStates):
         shard_group: Any = None,
         backend: str | None = None,
     ) -> None:
-        kinds = (rounding, master, moments, average_decay)
-        self.options = Options(*kinds, max_norm, zero_grad, seed, backend, skip_nonfinite)
+        # State dicts hold the options as JSON, which knows no numbers of NumPy or torch.
+        self.options = Options(
+            rounding=rounding,
+            master=master,
+            moments=moments,
+            average_decay=average_decay,
+            max_norm=float(max_norm),
+            zero_grad=bool(zero_grad),
+            seed=operator.index(seed),
+            backend=backend,
+            skip_nonfinite=bool(skip_nonfinite),
+        )
         self.shard_group = shard_group
         self.grad_norm: Tensor | None = None
         self.last_norm: float | None = None
@@ -137,11 +150,11 @@ class FusedAdamW(OptimizerWithStates):
             take_options(self.param_groups[-1], options)
             check_group(self.param_groups[-1])
             refuse_overlaps(self._parameters())
+            if self._in_backward is not None:
+                self._in_backward.refresh()
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        if self._in_backward is not None:
-            self._in_backward.refresh()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -151,7 +164,7 @@ class FusedAdamW(OptimizerWithStates):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._in_backward is not None:
+        if self._in_backward is not None and not self._in_backward.removed:
             self._in_backward.finish_step()
             return loss
         members = [member for member in self.members() if member.parameter.grad is not None]

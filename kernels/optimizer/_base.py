@@ -10,12 +10,12 @@ from torch import Tensor
 from merit_fast.kernels.optimizer import _loading
 from merit_fast.kernels.optimizer._backward.hooks import InBackward
 from merit_fast.kernels.optimizer._checks import OF_OPTIMIZER, check_not_replaced
-from merit_fast.kernels.optimizer._state import Options, new_state
+from merit_fast.kernels.optimizer._state import Options, new_state, refit
 from merit_fast.kernels.optimizer._update import Member
 
 
 class OptimizerWithStates(torch.optim.Optimizer):
-    """What ``FusedAdamW`` is without its step."""
+    """The parameters and states of ``FusedAdamW``, without its step."""
 
     options: Options
     shard_group: Any
@@ -38,12 +38,15 @@ class OptimizerWithStates(torch.optim.Optimizer):
         """The state of a parameter; makes it if needed. Its master exists before the first step.
 
         Raises:
-            ValueError: a parameter of the same shape left the groups, and its state with it.
+            ValueError: a parameter of the same shape left the groups, and its state with it; or
+                the parameter's data was replaced by data that the state does not fit.
         """
         state: dict[str, Any] = self.state[parameter]
         if not state:
             check_not_replaced(parameter, self._parameters(), self.state)
             state.update(new_state(parameter, self.options))
+        else:
+            refit(parameter, state, self.options)
         return state
 
     def note_written(self, results: Sequence[Tensor]) -> None:
@@ -70,7 +73,7 @@ class OptimizerWithStates(torch.optim.Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; every group holds the options as text. Leaves out departed parameters."""
+        """torch's dict, with the options as text in every group. Leaves out departed parameters."""
         whole = self.state
         try:
             self.state = _loading.states_of_members(whole, self._parameters())
@@ -103,7 +106,7 @@ class OptimizerWithStates(torch.optim.Optimizer):
                 if name in state_dict["state"]:
                     kept = state_dict["state"][name]
                     self.state[parameter] = _loading.adopted(parameter, kept, self.options)
-        except (KeyError, TypeError, ValueError):
+        except Exception:
             self.state, self.param_groups = before
             raise
         for group in self.param_groups:

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.optimizer import _eager
 from merit_fast.kernels.optimizer._eager import flat
 from merit_fast.kernels.optimizer._sharding import places
-from merit_fast.kernels.optimizer._state import Options, in_layout_of, new_state
+from merit_fast.kernels.optimizer._state import (
+    Options,
+    decoded_moment,
+    encoded_moment,
+    in_layout_of,
+    new_state,
+)
 
 # The key of a group in a state dict, not in ``param_groups``, under which the options are.
 OPTIONS_KEY = "fused_adamw"
@@ -191,16 +196,18 @@ def _adopt_moment(
     parameter: Tensor, saved: Mapping[str, Any], state: dict[str, Any], name: str
 ) -> None:
     value = saved[name]
-    second = name == "exp_avg_sq"
     scale = f"{name}_scale"
-    if scale in saved and scale in state:
-        for key in (name, scale):
-            if saved[key].shape != state[key].shape:
-                raise ValueError(
-                    f"FusedAdamW: loaded {key} must be {list(state[key].shape)}, "
-                    f"is {list(saved[key].shape)}"
-                )
-            moved = places.moved_onto(parameter, saved[key])
+    if scale in saved and value.shape == (parameter.numel(),):  # flat, as version 0.2.0 wrote them
+        value = torch.empty_like(parameter, dtype=value.dtype)
+        flat(value).copy_(saved[name])
+    if not places.is_sharded(parameter) and value.shape != parameter.shape:
+        raise _of_another_size(name, value, parameter)
+    alike = places.is_sharded(parameter) or value.stride() == state[name].stride()
+    if scale in saved and scale in state and alike:
+        for key, loaded in ((name, value), (scale, saved[scale])):
+            if loaded.shape != state[key].shape:
+                raise _of_another_size(key, loaded, state[key])
+            moved = places.moved_onto(parameter, loaded)
             state[key] = moved.to(parameter.device, state[key].dtype)
         return
     if places.is_sharded(parameter) and (scale in saved) != (scale in state):
@@ -211,22 +218,24 @@ def _adopt_moment(
     if not value.is_floating_point() and scale not in saved:
         raise ValueError(f"FusedAdamW: loaded {name} is {value.dtype} and has no {scale}")
     if scale in saved:
-        plain = torch.empty_like(parameter, dtype=torch.float32)
-        flat(plain).copy_(_eager.decoded(value, saved[scale].float(), second=second))
-        value = plain
+        value = decoded_moment(places.whole(value), places.whole(saved[scale]), name)
     if scale in state:
-        plain = torch.empty_like(parameter, dtype=torch.float32).copy_(value)
-        _eager.encode(flat(plain), state[name], state[scale], second=second, bits=None)
+        value = places.whole(value).to(parameter.device, torch.float32)
+        state[name] = encoded_moment(parameter, value, state[scale], name)
     else:
         state[name] = _moved(parameter, value, state[name].dtype, name)
 
 
 def _moved(parameter: Tensor, value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if value.shape != parameter.shape:
-        raise ValueError(
-            f"FusedAdamW: loaded {name} must be {list(parameter.shape)}, is {list(value.shape)}"
-        )
+        raise _of_another_size(name, value, parameter)
     value = places.moved_onto(parameter, value).to(device=parameter.device, dtype=dtype)
     if places.is_sharded(parameter):
         return places.like(parameter, places.local(value).contiguous())
     return in_layout_of(parameter, value)
+
+
+def _of_another_size(name: str, value: Tensor, expected: Tensor) -> ValueError:
+    return ValueError(
+        f"FusedAdamW: loaded {name} must be {list(expected.shape)}, is {list(value.shape)}"
+    )

@@ -1,5 +1,6 @@
 """The options of an optimizer and the state that it keeps for a parameter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels.optimizer import _eager
+from merit_fast.kernels.optimizer._eager import flat
 from merit_fast.kernels.optimizer._sharding import places
 
 CHOICES = {
@@ -109,8 +111,9 @@ def keeps_codes(parameter: Tensor, options: Options) -> bool:
 def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
     """A state with torch's keys, from which torch's AdamW can resume, and ours.
 
-    8-bit moments are flat, in memory order. Those of a DTensor have its shape [R, ...], and their
-    scales are [R, blocks of a row]; all its state but the step has its mesh and placements.
+    All tensors but the step and the scales have the parameter's shape and its order of elements in
+    memory, by which 8-bit moments form blocks. Scales of a DTensor [R, ...] are [R, blocks of a
+    row]; all its state but the step has its mesh and placements.
     """
     part = places.local(parameter.detach())
     sharded = places.is_sharded(parameter)
@@ -124,18 +127,15 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
     codes = keeps_codes(parameter, options)
     plain = DTYPES["fp32" if options.moments == "int8" else options.moments]
     for name, code in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+        state[name] = zeros(code if codes else plain)
         if codes and sharded:
-            state[name] = zeros(code)
             blocks = parameter.shape[1:].numel() // _eager.BLOCK
             scale = torch.zeros((part.shape[0], blocks), device=part.device)
             shape = (parameter.shape[0], blocks)
             state[f"{name}_scale"] = places.wrapped(parameter, scale, shape)
         elif codes:
-            state[name] = torch.zeros(part.numel(), dtype=code, device=part.device)
             blocks = -(-part.numel() // _eager.BLOCK)
             state[f"{name}_scale"] = torch.zeros(blocks, device=part.device)
-        else:
-            state[name] = zeros(plain)
     if parameter.dtype == torch.bfloat16 and options.master == "fp32":
         state["master"] = places.like(parameter, part.to(torch.float32, copy=True))
     elif parameter.dtype == torch.bfloat16 and options.master in LOW_BITS:
@@ -144,3 +144,69 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
         state["average"] = zeros(torch.float32)
         state["num_averaged"] = 0
     return state
+
+
+def refit(parameter: Tensor, state: dict[str, Any], options: Options) -> None:
+    """Brings a state into the order of elements that a parameter has now, and gives it a master.
+
+    Someone may have given it other ``data``, as ``model.to(memory_format=...)`` and
+    ``model.bfloat16()`` do. Kernels take elements in memory order: an old order would mix them up.
+
+    Raises:
+        ValueError: the data has another shape or is on another device.
+    """
+    part = places.local(parameter)
+    moment = places.local(state["exp_avg"])
+    if moment.shape != part.shape or moment.device != part.device:
+        raise ValueError(
+            f"FusedAdamW: a parameter's data is of shape {list(part.shape)} on {part.device}, its "
+            f"state of shape {list(moment.shape)} on {moment.device}: the data was replaced after "
+            "the first step; make a new optimizer"
+        )
+    needs_master = part.dtype == torch.bfloat16 and options.master != "none"
+    if needs_master and not state.keys() & {"master", "low_bits"}:
+        fresh = new_state(parameter, options)
+        state.update({name: fresh[name] for name in ("master", "low_bits") if name in fresh})
+    if moment.stride() == part.stride() or places.is_sharded(parameter):
+        return
+    if moment.stride() == torch.empty_like(part, device="meta").stride():  # the data has gaps
+        return
+    _reorder(part.detach(), state)
+
+
+@torch.no_grad()
+def _reorder(part: Tensor, state: dict[str, Any]) -> None:
+    """Puts the elements of a state in the order of those of a parameter."""
+    for name in ("exp_avg", "exp_avg_sq", "master", "low_bits", "average"):
+        if f"{name}_scale" in state:
+            scale = state[f"{name}_scale"]
+            values = decoded_moment(state[name], scale, name)
+            state[name] = encoded_moment(part, values, scale, name)
+        elif name in state:
+            state[name] = in_layout_of(part, state[name])
+
+
+def decoded_moment(codes: Tensor, scale: Tensor, name: str) -> Tensor:
+    """8-bit moments as float32, in the same order of elements."""
+    values = torch.empty_like(codes, dtype=torch.float32)
+    second = name == "exp_avg_sq"
+    flat(values).copy_(_eager.decoded(flat(codes), scale.float().view(-1), second=second))
+    return values
+
+
+def second_moments(state: Mapping[str, Any]) -> Tensor:
+    """Adam's second moments of a parameter, decoded if they are ours of 8 bits."""
+    moments: Tensor = state["exp_avg_sq"]
+    scale = state.get("exp_avg_sq_scale")
+    if scale is None:
+        return moments
+    return decoded_moment(places.whole(moments), places.whole(scale), "exp_avg_sq")
+
+
+def encoded_moment(parameter: Tensor, values: Tensor, scale: Tensor, name: str) -> Tensor:
+    """8-bit codes in the parameter's order of elements; writes their scales."""
+    second = name == "exp_avg_sq"
+    codes = torch.empty_like(parameter, dtype=torch.uint8 if second else torch.int8)
+    values = in_layout_of(parameter, values)
+    _eager.encode(flat(values), flat(codes), scale, second=second, bits=None)
+    return codes

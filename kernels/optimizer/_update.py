@@ -67,14 +67,14 @@ def update(
     """
     if not members:
         return []
+    grads = [local_grad(member.parameter) for member in members]  # may refuse one: nothing changes
     torch._foreach_add_([state["step"] for state in states], 1)
     kinds: dict[tuple[Any, ...], list[Piece]] = {}
     copies: list[tuple[Tensor, Tensor]] = []
-    zeroed: list[Tensor] = []
-    for member, state in zip(members, states, strict=True):
-        given = local_grad(member.parameter)
+    zeroed: list[Any] = []  # gradients of which the op gets a copy
+    for member, state, given in zip(members, states, grads, strict=True):
         weight, grad = _in_one_order(member.parameter, given, copies)
-        if options.zero_grad and grad is not given and member.parameter.grad is not None:
+        if options.zero_grad and not _shares_memory(grad, member.parameter.grad):
             zeroed.append(member.parameter.grad)
         for piece in _pieces(member, state, weight, grad, options, shard):
             kinds.setdefault(piece.kind, []).append(piece)
@@ -103,6 +103,10 @@ def _in_one_order(
     if weight is not original:
         copies.append((original, weight))
     return weight, grad
+
+
+def _shares_memory(tensor: Tensor, gradient: Any) -> bool:
+    return tensor.data_ptr() == places.local(gradient).data_ptr()
 
 
 def _pieces(

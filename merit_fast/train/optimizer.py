@@ -89,7 +89,7 @@ class MasterAdamW:
             for key in {*keys, *state} - {_WEIGHT}:
                 if key in state or f"{key}.{name}" in tensors:
                     device = torch.device("cpu") if key == "step" else master.device
-                    state[key] = tensors[f"{key}.{name}"].to(device)
+                    state[key] = _in_layout_of(state.get(key), tensors[f"{key}.{name}"].to(device))
 
     def _first_not_finite(self) -> str | None:
         for name, parameter in zip(self.names, self.parameters, strict=True):
@@ -104,6 +104,13 @@ class NonFiniteGradient(Exception):
     def __init__(self, parameter: str | None) -> None:
         super().__init__(parameter)
         self.parameter = parameter
+
+
+def _in_layout_of(tensor: Tensor | None, loaded: Tensor) -> Tensor:
+    """``loaded`` in the order of elements of a tensor of its kind: files are in row-major order."""
+    if tensor is None or (tensor.shape, tensor.dtype) != (loaded.shape, loaded.dtype):
+        return loaded
+    return torch.empty_like(tensor).copy_(loaded)
 
 
 def _groups(tensors: list[Tensor], config: TrainConfig) -> list[dict[str, Any]]:

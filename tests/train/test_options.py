@@ -114,6 +114,31 @@ def test_bytes_of_the_state_for_each_bf16_parameter(optimizer, most):
     assert most - 0.2 < total / weight.numel() < most
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_a_weight_that_is_not_row_major_resumes_to_the_bit(optimizer):
+    """The file of a checkpoint holds every tensor in row-major order."""
+
+    def made():
+        values = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+        model = torch.nn.Module()
+        model.register_parameter("w", torch.nn.Parameter(values.t()))
+        return model, MasterAdamW(model, replace(CONFIG, optimizer=optimizer))
+
+    def step(model, adamw, seed):
+        numbers = torch.Generator().manual_seed(seed)
+        model.w.grad = torch.randn(300, 6, generator=numbers).bfloat16()
+        adamw.step(1e-2)
+
+    (whole, unbroken), (resumed, other) = made(), made()
+    step(whole, unbroken, 1)
+    other.load_state({name: t.clone().contiguous() for name, t in unbroken.state().items()})
+    for model, adamw in ((whole, unbroken), (resumed, other)):
+        step(model, adamw, 2)
+    ours, theirs = other.state(), unbroken.state()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "eager"])
 @pytest.mark.parametrize("mode", ["two-pass", "previous"])
 def test_updates_in_the_backward_pass_resume_to_the_bit(

@@ -1,1 +1,1 @@
-"""Updates inside the backward pass: the hooks, and what stands for a used gradient."""
+"""Updates inside the backward pass: the hooks, and the tensor in the place of a used gradient."""

@@ -12,7 +12,7 @@ from merit_fast.kernels.optimizer._update import Member
 
 
 class Updates(Protocol):
-    """What ``InBackward`` asks of its optimizer."""
+    """The part of an optimizer that ``InBackward`` uses."""
 
     grad_norm: Tensor | None
     last_norm: float | None
@@ -117,6 +117,7 @@ class InBackward:
                 'FusedAdamW: measuring() is for step_in_backward(clip="two-pass") with one pass a '
                 "step; with accumulation or ddp the norm is known without it"
             )
+        self.refresh()  # a parameter without a hook would keep the gradient of this pass
         self._measuring = True
         try:
             yield

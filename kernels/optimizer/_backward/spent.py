@@ -1,4 +1,4 @@
-"""What stands in ``p.grad`` for a gradient that an update inside the backward pass has used."""
+"""The tensor in ``p.grad`` for a gradient that an update inside the backward pass has used."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -31,14 +31,23 @@ class SpentGradient(Tensor):
     square_sum: Tensor  # float64 scalar
 
     @staticmethod
-    def __new__(cls, like: Tensor, square_sum: Tensor) -> "SpentGradient":
+    def __new__(
+        cls, like: Tensor, square_sum: Tensor, device: torch.device | None = None
+    ) -> "SpentGradient":
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device or like.device
         )
         return made  # type: ignore[no-any-return]
 
-    def __init__(self, like: Tensor, square_sum: Tensor) -> None:
+    def __init__(
+        self, like: Tensor, square_sum: Tensor, device: torch.device | None = None
+    ) -> None:
         self.square_sum = square_sum
+
+    def _viewed(self, view: Callable[..., Tensor], arguments: Sequence[Any]) -> "SpentGradient":
+        """A view of all elements, whose norm is that of this gradient."""
+        like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
+        return SpentGradient(view(like, *arguments), self.square_sum, self.device)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"SpentGradient(shape={list(self.shape)}, norm={float(self.square_sum.sqrt()):.6g})"
@@ -52,7 +61,7 @@ class SpentGradient(Tensor):
         kwargs: Any = None,
     ) -> Any:
         if func in _VIEWS:
-            return cls(args[0], args[0].square_sum)
+            return args[0]._viewed(func, args[1:])
         if func in _NORMS and _is_whole_2_norm(args, kwargs):
             if isinstance(args[0], Tensor):
                 return _norm(args[0])

@@ -30,8 +30,11 @@ def square_sums(parameters: Iterable[Tensor], backend: str | None) -> Sums:
 def clip_factors(
     parameters: Iterable[Tensor], norm: Tensor | float, max_norm: float
 ) -> dict[torch.device, Tensor]:
-    """Float32 factors for the gradients of each device, whose norm is ``norm``; none for 0."""
-    if not max_norm:
+    """Float32 factors for the gradients of each device, whose norm is ``norm``.
+
+    There is none for 0, and none for infinity: a norm that is not finite would make it NaN.
+    """
+    if not 0 < max_norm < float("inf"):
         return {}
     factor = (max_norm / (torch.as_tensor(norm) + 1e-6)).clamp(max=1.0).float()
     devices = {places.local(parameter).device for parameter in parameters}
@@ -123,5 +126,5 @@ def _check_equal(value: Tensor) -> None:
             "FusedAdamW: the norm of the gradients differs between processes "
             f"({(-smallest) ** 0.5:.6g} to {largest**0.5:.6g}), so they are shards or were not "
             "reduced. For shards (FSDP1, ZeroRedundancyOptimizer) pass shard_group=, over which "
-            "they are spread; for a model of this process alone, a group of this process"
+            "they are spread; for a model of only this process, a group of this process"
         )

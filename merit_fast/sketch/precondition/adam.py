@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.errors import InputError, MeritFastError, one_line, show
+from merit_fast.kernels.optimizer import second_moments
 from merit_fast.kernels.sketch import matrix_shape
 from merit_fast.sketch.names import canonical_name, named_parameters
 
@@ -40,8 +41,7 @@ def adam_scales(model: nn.Module, optimizer: Any, names: Iterable[str]) -> dict[
 
         scale = 1 / (sqrt(v / (1 - beta2 ** step)) + eps)
 
-    with v = exp_avg_sq, or max_exp_avg_sq with amsgrad.
-
+    with v = exp_avg_sq, or max_exp_avg_sq with amsgrad; ``FusedAdamW``'s 8-bit codes are decoded.
 
     A sketch of ``scale * g`` is linear in g, so means over examples, blocks and ranks stay sums.
     LESS (Xia et al. 2024, arXiv 2402.04333) instead puts every example through Adam's whole update,
@@ -132,12 +132,13 @@ def _scale(
 ) -> Tensor:
     if "betas" not in group or "eps" not in group:
         raise MeritFastError(f"adam_scales: parameter {name} is not optimized by Adam or AdamW")
-    moments = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
-    if moments is None or "step" not in state:
+    key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+    if key not in state or "step" not in state:
         raise MeritFastError(
             f"adam_scales: parameter {name} has no second moments yet: "
             "the optimizer never stepped it"
         )
+    moments = state[key] if group.get("amsgrad") else second_moments(state)
     if moments.shape != parameter.shape:
         raise MeritFastError(
             f"adam_scales: parameter {name} is {list(parameter.shape)}, its second moments "

@@ -1,5 +1,7 @@
 """Updates in the backward pass: a step's bits, no gradient kept, tied weights updated once."""
 
+import copy
+
 import pytest
 import torch
 from support.kernels.optimizer_runs import bits
@@ -74,6 +76,24 @@ def test_a_removed_handle_leaves_gradients_to_step():
     assert torch.equal(model.layer.weight, before) and model.layer.weight.grad is not None
     optimizer.step()
     assert not torch.equal(model.layer.weight, before)
+
+
+@pytest.mark.parametrize("clip", ["previous", "two-pass"])
+def test_after_removal_a_step_clips_by_its_own_norm_and_keeps_its_gradients(clip):
+    models = [Tied(torch.float32), Tied(torch.float32)]
+    ours, plain = (FusedAdamW(m.parameters(), lr=1e-2, eps=1.0, max_norm=0.1) for m in models)
+    with ours.step_in_backward(clip=clip, accumulation=2):
+        for part in range(2):
+            (losses(models[0], part) * 100).backward()
+        ours.step()
+    models[1].load_state_dict(models[0].state_dict())
+    plain.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for model, optimizer in zip(models, (ours, plain), strict=True):
+        losses(model, 2).backward()
+        optimizer.step()
+        assert in_memory(model.layer.weight.grad)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(bits(a), bits(b))
 
 
 def test_a_clip_by_the_norm_of_all_gradients_is_refused():

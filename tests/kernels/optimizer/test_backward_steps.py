@@ -76,6 +76,22 @@ def test_accumulated_gradients_are_clipped_by_their_own_norm_in_one_pass():
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
+def test_a_parameter_that_was_unfrozen_is_measured_and_updated_once():
+    layers, twin = model(), model()
+    layers[0].weight.requires_grad_(False)
+    optimizer = FusedAdamW(layers.parameters(), lr=1e-2, max_norm=0.5)
+    optimizer.layerwise = optimizer.step_in_backward(clip="two-pass")
+    layers[0].weight.requires_grad_(True)
+    measured(layers, optimizer, 0, 1)
+    optimizer.step()
+    other = FusedAdamW(twin.parameters(), lr=1e-2, max_norm=0.5)
+    loss_of(twin, 0).backward()
+    other.step()
+    assert float(optimizer.grad_norm) == pytest.approx(float(other.grad_norm), rel=1e-5)
+    moments = [each.state[each.members()[0].parameter]["exp_avg"] for each in (optimizer, other)]
+    assert torch.allclose(*moments, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_clip_by_the_previous_norm_is_that_of_torch_with_this_factor(parts):
     limit = 0.5
@@ -124,7 +140,7 @@ def test_a_resumed_run_clips_by_the_norm_before_the_break():
 
 
 def test_a_step_after_fewer_passes_takes_what_is_there():
-    """As at the end of an epoch, where a Trainer steps after the micro-batches that are left."""
+    """A Trainer does so at the end of an epoch, after the micro-batches that are left."""
     passes = [3, 3, 1, 3]
 
     def loop(layers, optimizer, step, parts):

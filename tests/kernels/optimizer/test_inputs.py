@@ -80,6 +80,19 @@ def test_any_layout_of_weights_and_gradients(backend, layout, options, same):
     assert (weight - plain).norm() <= limit * 3e-2 * plain.numel() ** 0.5
 
 
+def test_a_step_that_is_refused_counts_for_no_parameter():
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = FusedAdamW(parameters, average_decay=0.9)
+    parameters[0].grad = torch.ones(3)
+    parameters[1].grad = torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match="gradients must be dense"):
+        optimizer.step()
+    parameters[1].grad = torch.ones(3)
+    optimizer.step()
+    states = [optimizer.state[p] for p in parameters]
+    assert [(float(s["step"]), s["num_averaged"]) for s in states] == [(1.0, 1)] * 2
+
+
 @BOTH
 def test_flat_buffers_may_hold_many_parameters_but_none_may_overlap(backend):
     buffer = torch.randn(100)

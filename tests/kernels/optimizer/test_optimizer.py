@@ -128,6 +128,21 @@ def test_a_clip_is_clip_grad_norm_then_a_step(backend, max_norm):
 
 
 @BOTH
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_norm_that_is_only_measured_changes_no_weight(backend, bad):
+    runs = []
+    for max_norm in (0.0, float("inf")):
+        parameters = make_parameters("fp32")
+        optimizer = FusedAdamW(parameters, **SETTINGS, backend=backend, max_norm=max_norm)
+        set_gradients(parameters, 0)
+        parameters[3].grad[5, 7] = bad
+        optimizer.step()
+        runs.append((parameters, optimizer))
+    assert_same_run(*runs)
+    assert not optimizer.grad_norm.isfinite() and runs[1][0][2].isfinite().all()
+
+
+@BOTH
 @pytest.mark.parametrize("decay", [0.0, 0.75, "mean"])
 def test_the_average_is_that_of_all_weights_so_far(backend, decay):
     parameters, optimizer = train("bf16", 1, backend=backend, average_decay=decay)

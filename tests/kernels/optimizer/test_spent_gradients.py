@@ -56,6 +56,20 @@ def test_a_clip_that_changes_nothing_reads_the_true_norm(foreach):
         assert float(norm) == pytest.approx(float(true), rel=1e-6)
 
 
+def test_views_of_a_spent_gradient_have_their_own_shape():
+    layers = model()
+    FusedAdamW(layers.parameters()).step_in_backward()
+    loss_of(layers, 0).backward()
+    spent = layers[0].weight.grad
+    for view, shape in (
+        (spent.view(-1), (35,)),
+        (spent.flatten(), (35,)),
+        (spent.detach(), (7, 5)),
+    ):
+        assert view.shape == shape and view.device == spent.device
+        assert float(view.norm()) == float(spent.norm())
+
+
 def test_more_passes_than_promised_and_a_missing_measure_raise():
     layers = model()
     optimizer = FusedAdamW(layers.parameters(), max_norm=1.0)
@@ -133,6 +147,11 @@ def test_two_optimizers_do_not_update_one_parameter_in_the_pass():
     with first.step_in_backward(), pytest.raises(ValueError, match="another optimizer updates"):
         second.step_in_backward()
     second.step_in_backward()
+    third = FusedAdamW([torch.nn.Parameter(torch.ones(3))])
+    third.step_in_backward()
+    with pytest.raises(ValueError, match="another optimizer updates"):
+        third.add_param_group({"params": list(layers.parameters())})
+    assert len(third.param_groups) == 1
 
 
 def test_a_step_with_a_nan_is_left_out_in_the_pass():

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from support.kernels.optimizer_runs import BACKENDS, OPTIONS, SETTINGS, assert_same_run, train
@@ -30,7 +31,7 @@ def test_a_resumed_run_gives_the_bits_of_an_unbroken_one(backend, dtype, options
 
 
 @BOTH
-def test_torch_goes_on_from_our_state_and_we_from_torchs(backend):
+def test_torch_resumes_from_our_state_and_we_from_torchs(backend):
     whole, _ = train("fp32", 6, make=torch.optim.AdamW)
     for first, second in ((FusedAdamW, torch.optim.AdamW), (torch.optim.AdamW, FusedAdamW)):
         parameters, optimizer = train("fp32", 3, make=first)
@@ -143,6 +144,41 @@ def test_a_state_that_fails_half_way_changes_nothing():
         optimizer.load_state_dict(saved)
     assert_same_dicts(before, optimizer.state_dict())
     train("fp32", 1, 2, parameters, optimizer)
+
+
+@pytest.mark.parametrize("wrong", [(7,), (1, 7), (2, 7), (1,)])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+def test_loaded_moments_of_another_shape_are_refused_and_change_nothing(moments, wrong):
+    """Also those that could be broadcast to the parameter's shape."""
+    parameters, optimizer = train("fp32", 2, moments=moments)
+    _, other = train("fp32", 2)
+    saved = copy.deepcopy(other.state_dict())
+    saved["state"][0]["exp_avg_sq"] = torch.ones(wrong)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="loaded exp_avg_sq must be"):
+        optimizer.load_state_dict(saved)
+    assert_same_dicts(before, optimizer.state_dict())
+
+
+def test_a_state_of_an_unknown_kind_that_fails_changes_nothing():
+    _, optimizer = train("fp32", 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][4]["exp_avg"] = None
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(AttributeError):
+        optimizer.load_state_dict(saved)
+    assert_same_dicts(before, optimizer.state_dict())
+
+
+def test_numbers_of_numpy_are_saved_as_those_of_python():
+    parameters = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = FusedAdamW(
+        parameters, seed=np.int64(3), max_norm=np.float32(0.5), skip_nonfinite=np.bool_(True)
+    )
+    twin = FusedAdamW(parameters, seed=3, max_norm=0.5, skip_nonfinite=True)
+    assert optimizer.state_dict() == twin.state_dict()
+    with pytest.raises(TypeError):
+        FusedAdamW(parameters, seed=1.5)
 
 
 def assert_same_dicts(a, b):

@@ -19,7 +19,7 @@ from merit_fast.kernels.optimizer import FusedAdamW
 def train(model: nn.Module, optimizer: Any, steps: int = 4) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     for step in range(steps):
-        loss_of(model, step, dist.get_rank(), dist.get_world_size()).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, step, dist.get_rank(), dist.get_world_size()).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -87,9 +87,9 @@ def ddp_updates_in_the_pass(folder: Path) -> None:
             for step in range(4):
                 for part in range(parts):
                     place = part * ranks + dist.get_rank()
-                    alone = no_sync and part < parts - 1
-                    with model.no_sync() if alone else nullcontext():
-                        (loss_of(model, step, place, ranks * parts) / parts).backward()  # type: ignore[no-untyped-call]
+                    unsynced = no_sync and part < parts - 1
+                    with model.no_sync() if unsynced else nullcontext():
+                        (loss_of(model, step, place, ranks * parts) / parts).backward()
                 before = model.module.first.weight.detach().clone()
                 optimizer.step()  # nothing is left to it
                 assert torch.equal(before, model.module.first.weight)
@@ -114,6 +114,6 @@ def plain_hooks_are_refused(folder: Path) -> None:
     model = Rows()
     optimizer = FusedAdamW(model.parameters())
     optimizer.step_in_backward(reduced=True)
-    loss_of(model, 0, dist.get_rank(), 2).backward()  # type: ignore[no-untyped-call]
+    loss_of(model, 0, dist.get_rank(), 2).backward()
     optimizer.step()
     assert int(optimizer.state[model.first.weight]["step"]) == 1
