@@ -1,4 +1,4 @@
-"""The CUDA device on which Triton launches its kernels."""
+"""Where tensors lie: the CUDA device on which Triton launches, addresses for native code."""
 
 import contextlib
 
@@ -11,3 +11,8 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def address(tensor: Tensor | None) -> int:
+    """The tensor's address, or 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()

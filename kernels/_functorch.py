@@ -1,5 +1,6 @@
 """Custom ops under torch.func: gradients and vmap of ops that read tensors' memory."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,24 +33,30 @@ def differentiable(
     return run
 
 
-def loop_over_batch(op: Any) -> None:
-    """Gives a custom op of tensor results its vmap: one call for each element of the batch."""
-
-    def in_turn(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = []
-        for index in range(info.batch_size):
-            element = [
-                _element(argument, axis, index)
-                for argument, axis in zip(arguments, in_dims, strict=True)
-            ]
-            results.append(op(*element))
-        stacked = tuple(torch.stack(values) for values in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
-
-    op.register_vmap(in_turn)
+def entry_by_entry(op: Any) -> None:
+    """Gives a custom op its vmap: ``call_by_entry``."""
+    op.register_vmap(functools.partial(call_by_entry, op))
 
 
-def _element(argument: Any, axis: Any, index: int) -> Any:
-    if isinstance(argument, Tensor) and axis is not None:
-        return argument.select(axis, index)
-    return argument
+def call_by_entry(
+    call: Callable[..., Any], info: Any, dimensions: tuple[Any, ...], *inputs: Any
+) -> tuple[Any, Any]:
+    """Calls once for each entry under torch.vmap: sums over rows must not cross entries.
+
+    Raises:
+        ValueError: there is no entry, so that nothing tells the results' shapes.
+    """
+    if not info.batch_size:
+        raise ValueError("torch.vmap: a batch must have an entry, got a dimension of 0")
+    outputs = []
+    for entry in range(info.batch_size):
+        pairs = zip(inputs, dimensions, strict=True)
+        outputs.append(call(*(x.select(d, entry) if isinstance(d, int) else x for x, d in pairs)))
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
+    return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+
+
+def tags(*names: str) -> list[torch.Tag]:
+    """torch's tags of these names, without those that an older torch lacks."""
+    return [getattr(torch.Tag, name) for name in names if hasattr(torch.Tag, name)]

@@ -24,7 +24,7 @@ def draw(key: Any, counters: Any) -> Any:
     """Returns the 64 random bits at each position ``counters`` of the stream ``key``.
 
     Args:
-        key: an int, for arrays below 2^63 in size.
+        key: an int, for arrays below 2^63 in size; or an int64 array of a stream per position.
         counters: an int, or an int64 array of NumPy or torch, at least one-dimensional.
 
     Returns:

@@ -13,6 +13,7 @@ from merit_fast.kernels.cross_entropy._arguments import (
 )
 from merit_fast.kernels.cross_entropy._checks import (
     check_datasets,
+    check_devices,
     check_head,
     check_sketch,
     check_terms,
@@ -39,7 +40,10 @@ __all__ = [
 
 
 class LinearCrossEntropy(NamedTuple):
-    """Results of ``linear_cross_entropy``; all but the counts carry a gradient."""
+    """Results of ``linear_cross_entropy``; all but the counts carry a gradient.
+
+    Losses are float64 where hidden is.
+    """
 
     loss: Tensor  # scalar float32
     # [B] float32: sums over each example's target tokens, without dataset weights
@@ -96,8 +100,8 @@ def linear_cross_entropy(
         reduction: "mean" divides ``loss`` by the number of target tokens, "sum" by 1.
         divisor: instead of reduction, e.g. the target tokens of all micro-batches of a step.
         label_smoothing: in [0, 1]: this share of the target is spread evenly over the vocabulary.
-        softcap: positive; as above.
-        z_loss: positive; as above.
+        softcap: positive and finite; as above.
+        z_loss: finite and not negative; as above.
         sketch: width and seed of a CountSketch of weight's gradient, taken per example in the
             backward pass without that gradient in memory; weight may be frozen.
         sketch_name: the parameter's name, which selects its hash: a tied head's is its embedding's.
@@ -122,6 +126,7 @@ def linear_cross_entropy(
     check_datasets(examples, dataset_ids, num_datasets, dataset_weights)
     check_terms(reduction, label_smoothing, softcap, z_loss)
     check_sketch(examples, sketch, sketch_name, sketch_out)
+    check_devices(OP, hidden, sketch_out=sketch_out)
     device = hidden.device
     batch = Batch(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
@@ -139,10 +144,11 @@ def linear_cross_entropy(
         refuse_sketch(vocabulary)
         head_sketch = HeadSketch(sketch, sketch_name, sketch_out)
     sharded = vocabulary is not None
-    if chosen_backend(OP, device.type, hidden.dtype, backend, sharded) == "eager":
+    chosen = chosen_backend(OP, device.type, hidden.dtype, backend, sharded)
+    if chosen == "eager":
         sums = _eager.linear_cross_entropy(batch, terms, head_sketch)
     else:
-        sums = _run_op(batch, terms, head_sketch, vocabulary, backend)
+        sums = _run_op(batch, terms, head_sketch, vocabulary, chosen)
     total, example_loss, dataset_loss, dataset_tokens, tokens = sums
     if divisor is None:
         divisor = tokens.clamp(min=1) if reduction == "mean" else 1
@@ -154,7 +160,7 @@ def _run_op(
     terms: LossTerms,
     sketch: HeadSketch | None,
     vocabulary: VocabularyShard | None,
-    backend: str | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     leaves = (batch.hidden, batch.weight, batch.bias)
     results: tuple[Tensor, ...] = _ops.run_linear_cross_entropy(

@@ -37,6 +37,7 @@ def check_head(
     may_be_empty: bool = False,
 ) -> None:
     _refuse_distributed(op, hidden=hidden, weight=weight, bias=bias)
+    check_devices(op, hidden, weight=weight, labels=labels, bias=bias)
     if hidden.dim() not in (2, 3) or hidden.dtype not in DTYPES:
         raise ValueError(
             f"{op}: hidden must be [N, H] or [B, T, H] of float32 or bfloat16, "
@@ -58,6 +59,18 @@ def check_head(
             f"{op}: bias must be {weight.dtype} [{len(weight)}], "
             f"got {bias.dtype} {list(bias.shape)}"
         )
+
+
+def check_devices(op: str, hidden: Tensor, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless all are on hidden's device: kernels take addresses on trust.
+
+    Weights on the meta device, as offloading leaves them, would otherwise be read as zeros.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{op}: {name} must be on hidden's device, {hidden.device}, got {tensor.device}"
+            )
 
 
 def _refuse_distributed(op: str, **tensors: Tensor | None) -> None:
@@ -83,12 +96,16 @@ def check_vocabulary(op: str, weight: Tensor, shard: VocabularyShard | None) -> 
 
 
 def check_form(op: str, softcap: float | None, scale: float, temperature: float) -> None:
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+    _check_softcap(op, softcap)
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+
+
+def _check_softcap(op: str, softcap: float | None) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
 
 
 def check_datasets(
@@ -122,10 +139,9 @@ def check_terms(
         raise ValueError(f"{OP}: reduction must be 'mean' or 'sum', got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{OP}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{OP}: softcap must be positive, got {softcap}")
-    if not z_loss >= 0:
-        raise ValueError(f"{OP}: z_loss must not be negative, got {z_loss}")
+    _check_softcap(OP, softcap)
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{OP}: z_loss must be finite and not negative, got {z_loss}")
 
 
 def check_sketch(

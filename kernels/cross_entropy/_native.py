@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import dispatch
+from merit_fast.kernels._devices import address
 from merit_fast.kernels.cross_entropy._arguments import LogitForm
-from merit_fast.kernels.cross_entropy._tiled import TiledHead
+from merit_fast.kernels.cross_entropy._tiled import TiledHead, work_dtype
 
 ROW_STEP = 16  # rows in a vector: divides the padded rows and the width
 WORD_STEP = 64  # words that a thread takes at a time
@@ -73,7 +74,7 @@ def _tile(
         rows=rows,
         columns=columns,
         first=first,
-        bias=0 if bias is None else bias.data_ptr(),
+        bias=address(bias),
         scale=form.scale,
         softcap=form.softcap or 0.0,
         sharpness=1.0 / form.temperature,
@@ -88,7 +89,7 @@ def has_head_passes(weight: Tensor) -> bool:
     Where oneDNN has AMX its products are faster than pairs of bf16 in vectors.
     """
     return (
-        weight.dtype == torch.bfloat16
+        weight.dtype == work_dtype(weight) == torch.bfloat16
         and weight.shape[1] % ROW_STEP == 0
         and weight.is_contiguous()
         and dispatch.native().has_head_passes
@@ -128,18 +129,14 @@ def head_backward(
         head=description,
         token_pairs=token_pairs.data_ptr(),
         terms=padded.data_ptr(),
-        d_hidden=_address(d_hidden),
-        d_weight=_address(d_weight),
-        d_bias=_address(d_bias),
+        d_hidden=address(d_hidden),
+        d_weight=address(d_weight),
+        d_bias=address(d_bias),
     )
 
 
 def padded_rows(rows: int) -> int:
     return -(-rows // ROW_STEP) * ROW_STEP
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _head_pass(native: Any, head: TiledHead, kept: Tensor) -> tuple[Any, list[Tensor]]:
@@ -159,7 +156,7 @@ def _head_pass(native: Any, head: TiledHead, kept: Tensor) -> tuple[Any, list[Te
         width=width,
         words=words,
         first=head.first_row,
-        bias=_address(head.bias),
+        bias=address(head.bias),
         scale=head.form.scale,
         softcap=head.form.softcap or 0.0,
         sharpness=1.0 / head.form.temperature,

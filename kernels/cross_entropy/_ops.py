@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels import dispatch
-from merit_fast.kernels._functorch import differentiable, loop_over_batch
+from merit_fast.kernels._functorch import differentiable, entry_by_entry, tags
 from merit_fast.kernels.cross_entropy import _native, _passes, _tiled
 from merit_fast.kernels.cross_entropy._arguments import Batch, HeadSketch, LogitForm, LossTerms
 from merit_fast.kernels.cross_entropy._coefficients import loss_coefficients, token_losses
@@ -24,32 +23,35 @@ from merit_fast.kernels.cross_entropy._vocabulary import (
 )
 from merit_fast.kernels.sketch import CountSketch, linear_grad_sketch
 
+# The rows with a label are counted on the host.
+TAGS = tags("needs_exact_strides", "cudagraph_unsafe")
 
-def _epilogue(op: str, device_type: str, backend: str | None) -> tuple[str, ModuleType]:
-    """The backend that runs ``op``, and its module with ``update`` and ``gradient``."""
-    chosen = dispatch.choose(op, device_type, backend)
-    if chosen == "triton":
+
+def _epilogue(backend: str) -> ModuleType:
+    """The backend's module with ``update`` and ``gradient``."""
+    if backend == "triton":
         from merit_fast.kernels.cross_entropy import _triton
 
-        return chosen, _triton
-    return chosen, _native
+        return _triton
+    return _native
 
 
 def head_of(
-    op: str,
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
     form: LogitForm,
     vocabulary: list[int],
-    backend: str | None,
+    backend: str,
     sketched: bool = False,
-) -> tuple[_tiled.TiledHead, str]:
-    """The head of (hidden, weight, bias, labels), and the backend that runs ``op``."""
-    chosen, epilogue = _epilogue(op, tensors[0].device.type, backend)
-    in_one_call = chosen == "cpu" and not sketched and _native.has_head_passes(tensors[1])
-    return _tiled.TiledHead(*tensors, form, epilogue, vocabulary[0], in_one_call), chosen
+) -> _tiled.TiledHead:
+    """The head of (hidden, weight, bias, labels).
+
+    Both ops get the chosen backend, never None: it decides the layout of the logits kept.
+    """
+    in_one_call = backend == "cpu" and not sketched and _native.has_head_passes(tensors[1])
+    return _tiled.TiledHead(*tensors, form, _epilogue(backend), vocabulary[0], in_one_call)
 
 
-@torch.library.custom_op("merit_fast::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op("merit_fast::linear_cross_entropy", mutates_args=(), tags=TAGS)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -68,7 +70,7 @@ def linear_cross_entropy(
     vocabulary: list[int],
     group: str,
     for_backward: bool,
-    backend: str | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sums of a ``Batch``, and what the backward op needs.
 
@@ -77,11 +79,12 @@ def linear_cross_entropy(
         N] (maximum and sum of exponentials of each trainable row) and the logits kept.
     """
     batch = Batch(hidden, weight, bias, labels, offsets, dataset_ids, num_datasets, dataset_weights)
-    check_values(batch, vocabulary[1])
+    # First, so that no process waits for one that has raised.
     check_shares(OP, vocabulary, weight, labels, group)
+    check_values(batch, vocabulary[1])
     terms = LossTerms(softcap, label_smoothing, z_loss)
     tensors = (hidden, weight, bias, labels)
-    head, _ = head_of(OP, tensors, LogitForm(softcap), vocabulary, backend, bool(sketch))
+    head = head_of(tensors, LogitForm(softcap), vocabulary, backend, bool(sketch))
     numel = _tiled.kept_numel(hidden, weight) if for_backward else 0
     kept = hidden.new_empty(numel, dtype=head.dtype)
     state = _passes.forward(head, kept, statistics=False)
@@ -144,7 +147,9 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("merit_fast::linear_cross_entropy_backward", mutates_args={"sketch_out"})
+@torch.library.custom_op(
+    "merit_fast::linear_cross_entropy_backward", mutates_args={"sketch_out"}, tags=TAGS
+)
 def linear_cross_entropy_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -161,7 +166,7 @@ def linear_cross_entropy_backward(
     sketch_out: Tensor | None,
     vocabulary: list[int],
     group: str,
-    backend: str | None,
+    backend: str,
     softmax: Tensor,
     kept: Tensor,
     d_total: Tensor | None,
@@ -173,13 +178,13 @@ def linear_cross_entropy_backward(
     batch = Batch(hidden, weight, bias, labels, offsets, dataset_ids, 0, dataset_weights)
     terms = LossTerms(softcap, label_smoothing, z_loss)
     tensors = (hidden, weight, bias, labels)
-    head, chosen = head_of(OP, tensors, LogitForm(softcap), vocabulary, backend, bool(sketch))
+    head = head_of(tensors, LogitForm(softcap), vocabulary, backend, bool(sketch))
     weights = _row_weights(batch, d_total, d_example, d_dataset)[head.rows]
     coefficients = loss_coefficients(softmax[:, : len(head)], weights, terms, vocabulary[1])
     take = None
     if sketch_out is not None:
         head_sketch = HeadSketch(CountSketch(*sketch), sketch_name, sketch_out)
-        take = _sketcher(head, trainable_offsets(labels, offsets), head_sketch, chosen)
+        take = _sketcher(head, trainable_offsets(labels, offsets), head_sketch, backend)
     return gradients_of_head(head, hidden, kept, coefficients, wanted, group, take)
 
 
@@ -251,7 +256,8 @@ def _row_weights(
 
 
 @linear_cross_entropy_backward.register_fake
-def _(hidden, weight, bias, *arguments):  # type: ignore[no-untyped-def]
+def fake_gradients(hidden, weight, bias, *arguments):  # type: ignore[no-untyped-def]
+    """Unfilled results of ``gradients_of_head``; the last argument of its ops is ``wanted``."""
     wanted = arguments[-1]
     return tuple(
         torch.empty_like(like) if want and like is not None else hidden.new_empty(0)
@@ -283,12 +289,10 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         *gradients[:3],
         wanted,
     )
-    gradients_of_inputs = [
-        result if want else None for want, result in zip(wanted, results, strict=True)
-    ]
-    return *gradients_of_inputs, *[None] * (len(ctx.needs_input_grad) - 3)
+    of_inputs = [result if want else None for want, result in zip(wanted, results, strict=True)]
+    return *of_inputs, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
-loop_over_batch(linear_cross_entropy)
-loop_over_batch(linear_cross_entropy_backward)
+entry_by_entry(linear_cross_entropy)
+entry_by_entry(linear_cross_entropy_backward)
 run_linear_cross_entropy = differentiable(linear_cross_entropy, _setup_context, _backward)

@@ -7,7 +7,8 @@ dW[tile] = d.T @ hidden, written once, and d_hidden += d @ W[tile]. Very many to
 inside a tile, so that W[tile] and dW[tile] stay in the cache.
 
 On CPUs with products of bf16 pairs one native call does all of a pass for up to MOST_ROWS rows
-(csrc/head/head.inl): four products instead of five, and logits that are not rounded.
+(csrc/head/head.inl): four products instead of five, and logits that are rounded only where they
+are kept.
 """
 
 from collections.abc import Callable

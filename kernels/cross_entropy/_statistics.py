@@ -18,12 +18,15 @@ from merit_fast.kernels.cross_entropy._vocabulary import op_arguments
 
 
 class TokenStatistics(NamedTuple):
-    """Results of ``linear_token_statistics``, 0 or False where the label is ignored."""
+    """Results of ``linear_token_statistics``, 0 or False where the label is ignored.
 
-    log_probs: Tensor  # [N] float32, of the labels
-    entropy: Tensor | None  # [N] float32, in nats
-    is_top1: Tensor | None  # [N] bool: the label is the first of the largest logits
-    log_sum_exp: Tensor  # [N] float32
+    Their shape is that of labels; numbers are float32, or float64 where hidden is.
+    """
+
+    log_probs: Tensor  # of the labels
+    entropy: Tensor | None  # in nats
+    is_top1: Tensor | None  # bool: the label is the first of the largest logits
+    log_sum_exp: Tensor
 
 
 def linear_token_statistics(
@@ -60,7 +63,7 @@ def linear_token_statistics(
         labels: [N] or [B, T] int64, already shifted. Rows whose label is ``IGNORED_LABEL`` (-100)
             enter no matrix product.
         bias: [V], the dtype of hidden.
-        softcap: positive; as above.
+        softcap: positive and finite; as above.
         scale: any finite number; 0 makes all words equally likely.
         temperature: positive.
         entropy: whether to return the entropy.
@@ -70,7 +73,7 @@ def linear_token_statistics(
         backend: "eager", "cpu", "triton"; None chooses by device.
 
     Returns:
-        See ``TokenStatistics``; its tensors have the shape of labels.
+        See ``TokenStatistics``.
 
     Raises:
         ValueError: shapes or dtypes disagree, a label or number is out of range.
@@ -83,12 +86,13 @@ def linear_token_statistics(
     rows = hidden.reshape(-1, hidden.shape[-1])
     flat = labels.reshape(-1)
     sharded = vocabulary is not None
-    if chosen_backend(OP, hidden.device.type, hidden.dtype, backend, sharded) == "eager":
+    chosen = chosen_backend(OP, hidden.device.type, hidden.dtype, backend, sharded)
+    if chosen == "eager":
         results = _eager.linear_token_statistics(rows, weight, bias, flat, form)
     else:
         results = run_token_statistics(
             rows, weight, bias, flat, softcap, form.scale, form.temperature,
-            *op_arguments(vocabulary, weight), wants_gradients(rows, weight, bias), backend,
+            *op_arguments(vocabulary, weight), wants_gradients(rows, weight, bias), chosen,
         )[:4]  # fmt: skip
     log_probs, entropies, is_top1, lse = (values.view(labels.shape) for values in results)
     return TokenStatistics(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels._functorch import differentiable, loop_over_batch
+from merit_fast.kernels._functorch import differentiable, entry_by_entry
 from merit_fast.kernels.cross_entropy import _passes, _tiled
 from merit_fast.kernels.cross_entropy._arguments import LogitForm
 from merit_fast.kernels.cross_entropy._coefficients import (
@@ -16,13 +16,13 @@ from merit_fast.kernels.cross_entropy._coefficients import (
     token_statistics,
 )
 from merit_fast.kernels.cross_entropy._eager import check_labels
-from merit_fast.kernels.cross_entropy._ops import gradients_of_head, head_of
+from merit_fast.kernels.cross_entropy._ops import TAGS, fake_gradients, gradients_of_head, head_of
 from merit_fast.kernels.cross_entropy._vocabulary import check_shares, combine_states
 
 OP = "linear_token_statistics"
 
 
-@torch.library.custom_op("merit_fast::linear_token_statistics", mutates_args=())
+@torch.library.custom_op("merit_fast::linear_token_statistics", mutates_args=(), tags=TAGS)
 def token_statistics_op(
     hidden: Tensor,
     weight: Tensor,
@@ -34,17 +34,17 @@ def token_statistics_op(
     vocabulary: list[int],
     group: str,
     for_backward: bool,
-    backend: str | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics of N tokens, and what the backward op needs.
 
     Returns:
         log_probs, entropy, is_top1 and log_sum_exp [N], then softmax [2, N] and the logits kept.
     """
-    check_labels(OP, labels, vocabulary[1])
     check_shares(OP, vocabulary, weight, labels, group)
+    check_labels(OP, labels, vocabulary[1])
     form = LogitForm(softcap, scale, temperature)
-    head, _ = head_of(OP, (hidden, weight, bias, labels), form, vocabulary, backend)
+    head = head_of((hidden, weight, bias, labels), form, vocabulary, backend)
     numel = _tiled.kept_numel(hidden, weight) if for_backward else 0
     kept = hidden.new_empty(numel, dtype=head.dtype)
     state = _passes.forward(head, kept, statistics=True)
@@ -75,7 +75,7 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("merit_fast::linear_token_statistics_backward", mutates_args=())
+@torch.library.custom_op("merit_fast::linear_token_statistics_backward", mutates_args=(), tags=TAGS)
 def token_statistics_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -86,7 +86,7 @@ def token_statistics_backward(
     temperature: float,
     vocabulary: list[int],
     group: str,
-    backend: str | None,
+    backend: str,
     entropy: Tensor,
     softmax: Tensor,
     kept: Tensor,
@@ -97,21 +97,12 @@ def token_statistics_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias; unwanted ones are empty."""
     form = LogitForm(softcap, scale, temperature)
-    head, _ = head_of(OP, (hidden, weight, bias, labels), form, vocabulary, backend)
+    head = head_of((hidden, weight, bias, labels), form, vocabulary, backend)
     of_rows = (
         None if values is None else values[head.rows] for values in (d_log_probs, d_entropy, d_lse)
     )
     coefficients = statistics_coefficients(softmax[:, : len(head)], entropy[head.rows], *of_rows)
     return gradients_of_head(head, hidden, kept, coefficients, wanted, group)
-
-
-@token_statistics_backward.register_fake
-def _(hidden, weight, bias, *arguments):  # type: ignore[no-untyped-def]
-    wanted = arguments[-1]
-    return tuple(
-        torch.empty_like(like) if want and like is not None else hidden.new_empty(0)
-        for want, like in zip(wanted, (hidden, weight, bias), strict=True)
-    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -133,6 +124,7 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]
     return *of_inputs, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
-loop_over_batch(token_statistics_op)
-loop_over_batch(token_statistics_backward)
+token_statistics_backward.register_fake(fake_gradients)
+entry_by_entry(token_statistics_op)
+entry_by_entry(token_statistics_backward)
 run_token_statistics = differentiable(token_statistics_op, _save, _gradients)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merit_fast.kernels import _splitmix
 from merit_fast.kernels.cross_entropy._arguments import VocabularyShard
 
 SMALLEST_EXPONENT = -800.0  # of a float64 power that is 0
@@ -30,8 +31,9 @@ def check_shares(op: str, vocabulary: list[int], weight: Tensor, labels: Tensor,
     if not name:
         return
     dist, group = _distributed(name)
-    odd = 2 * torch.arange(len(labels), device=labels.device) + 1
-    facts = [vocabulary[0], len(weight), vocabulary[1], len(labels), int((labels * odd).sum())]
+    places = torch.arange(len(labels), device=labels.device)
+    checksum = int(_splitmix.draw(labels, places).sum())
+    facts = [vocabulary[0], len(weight), vocabulary[1], len(labels), checksum]
     own = torch.tensor(facts, device=weight.device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)

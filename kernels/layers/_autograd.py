@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from merit_fast.kernels._functorch import call_by_entry, entry_by_entry, tags
+
 
 def differentiable(
     backward: Callable[..., Any],
@@ -51,9 +53,7 @@ def differentiable(
             forward=forward,
             setup_context=save,
             backward=transformed_backward,
-            vmap=lambda info, dimensions, *inputs: _entrywise(
-                transformed.apply, info, dimensions, *inputs
-            ),
+            vmap=lambda *arguments: call_by_entry(transformed.apply, *arguments),
         )
 
         def run(*arguments: Any) -> Any:
@@ -81,24 +81,11 @@ def _custom_op(function: Callable[..., Any]) -> Any:
         f"merit_fast::{function.__name__}",
         function,
         mutates_args=(),
-        tags=torch.Tag.needs_exact_strides,
+        tags=tags("needs_exact_strides"),
     )
     op.register_fake(lambda *arguments: function(*arguments[:-1], "none"))
-    op.register_vmap(functools.partial(_entrywise, op))
+    entry_by_entry(op)
     return op
-
-
-def _entrywise(
-    call: Callable[..., Any], info: Any, dimensions: tuple[int | None, ...], *inputs: Any
-) -> Any:
-    """Calls once for each entry under torch.vmap: sums over rows must not cross entries."""
-    outputs = []
-    for entry in range(info.batch_size):
-        pairs = zip(inputs, dimensions, strict=True)
-        outputs.append(call(*(x if d is None else x.select(d, entry) for x, d in pairs)))
-    if isinstance(outputs[0], Tensor):
-        return torch.stack(outputs), 0
-    return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
 
 
 def _is_unwatched(arguments: tuple[Any, ...]) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from merit_fast.kernels import dispatch
+from merit_fast.kernels._devices import address
 from merit_fast.kernels.layers._layout import as_rows, dense_rows
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -23,8 +24,7 @@ def norm(
     """out = RMSNorm(x) * scale, or of x + residual, which goes to ``total``."""
     rows = _Rows(out)
     rows.native.norm(
-        rows=rows.count,
-        cols=rows.cols,
+        **rows.sizes(),
         x=rows.matrix(x),
         residual=rows.optional(residual),
         total=rows.optional(total),
@@ -32,7 +32,6 @@ def norm(
         scale=scale.data_ptr(),
         epsilon=epsilon,
         round_first=rounds,
-        threads=torch.get_num_threads(),
     )
 
 
@@ -48,16 +47,14 @@ def norm_backward(
     """Write the gradients of ``norm``; ``dtotal`` is added to that of x."""
     rows = _Rows(dx)
     rows.native.norm_backward(
-        rows=rows.count,
-        cols=rows.cols,
+        **rows.sizes(),
         dout=rows.matrix(dout),
         x=rows.matrix(x),
         dtotal=rows.optional(dtotal),
         dx=rows.dense(dx),
         scale=scale.data_ptr(),
         epsilon=epsilon,
-        dscale=0 if dscale is None else dscale.data_ptr(),
-        threads=torch.get_num_threads(),
+        dscale=address(dscale),
     )
 
 
@@ -65,14 +62,12 @@ def layer_norm(x: Tensor, out: Tensor, scale: Tensor, shift: Tensor, epsilon: fl
     """out = LayerNorm(x) * scale + shift."""
     rows = _Rows(out)
     rows.native.layer_norm(
-        rows=rows.count,
-        cols=rows.cols,
+        **rows.sizes(),
         x=rows.matrix(x),
         out=rows.dense(out),
         scale=scale.data_ptr(),
         shift=shift.data_ptr(),
         epsilon=epsilon,
-        threads=torch.get_num_threads(),
     )
 
 
@@ -82,15 +77,13 @@ def layer_norm_backward(
     """Write the gradients of ``layer_norm``: of x, and of scale and shift, [2, H], if wanted."""
     rows = _Rows(dx)
     rows.native.layer_norm_backward(
-        rows=rows.count,
-        cols=rows.cols,
+        **rows.sizes(),
         dout=rows.matrix(dout),
         x=rows.matrix(x),
         dx=rows.dense(dx),
         scale=scale.data_ptr(),
         epsilon=epsilon,
-        dparameters=0 if dparameters is None else dparameters.data_ptr(),
-        threads=torch.get_num_threads(),
+        dparameters=address(dparameters),
     )
 
 
@@ -100,11 +93,9 @@ def gated(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     matrices = {"gate": rows.matrix(gate), "up": rows.matrix(up), "out": rows.dense(out)}
     rows.join_if_dense()
     rows.native.gated(
-        rows=rows.count,
-        cols=rows.cols,
+        **rows.sizes(),
         **matrices,
         activation=ACTIVATIONS[activation],
-        threads=torch.get_num_threads(),
     )
 
 
@@ -122,11 +113,9 @@ def gated_backward(
     }
     rows.join_if_dense()
     rows.native.gated_backward(
-        rows=rows.count,
-        cols=rows.cols,
+        **rows.sizes(),
         **matrices,
         activation=ACTIVATIONS[activation],
-        threads=torch.get_num_threads(),
     )
 
 
@@ -171,6 +160,10 @@ class _Rows:
         self.count = like.numel() // self.cols if self.cols else 0
         self._kept: list[Tensor] = []
         self._are_dense = True
+
+    def sizes(self) -> dict[str, int]:
+        """Arguments of every native function of rows."""
+        return {"rows": self.count, "cols": self.cols, "threads": torch.get_num_threads()}
 
     def matrix(self, x: Tensor) -> Any:
         values, stride = as_rows(x, self.like)

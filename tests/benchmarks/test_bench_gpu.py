@@ -11,6 +11,7 @@ from support.paths import ROOT
 
 from bench.gpu import __main__ as gpu
 from bench.gpu import average as gpu_average
+from bench.gpu import cross_entropy as gpu_cross_entropy
 from bench.gpu import sketch as gpu_sketch
 from merit_fast.kernels import dispatch
 
@@ -148,6 +149,14 @@ def test_peers_compute_what_the_op_computes():
         )
         assert max(gpu.errors(result, case.truth())) < 1e-6
         assert "torch.compile" in case.peers and case.moved_bytes and case.operations
+
+
+@pytest.mark.parametrize("make", [gpu_cross_entropy.case, gpu_cross_entropy.statistics_case])
+def test_peers_of_a_head_compute_its_gradients(make):
+    case = make("", 37, 45, 1003, "fp32", CPU, timed=True)
+    gradients = case.truth()[2:]
+    assert max(gpu.errors(case.peers["eager"](), gradients)) < 1e-6
+    assert "torch.compile" in case.peers and case.moved_bytes and case.operations
 
 
 def test_ceilings_are_of_bytes_and_of_operations():

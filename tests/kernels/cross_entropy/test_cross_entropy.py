@@ -10,7 +10,7 @@ from support.kernels.loss_cases import assert_never_worse, batch, everything, pa
 from support.warm import run_python
 from torch.nn import functional as F
 
-from merit_fast.kernels.cross_entropy import _tiled, linear_cross_entropy
+from merit_fast.kernels.cross_entropy import _passes, _tiled, linear_cross_entropy
 from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.kernels.sketch import CountSketch, embedding_grad_sketch, flat_sketch
 
@@ -150,6 +150,20 @@ def test_padded_and_packed_batches_agree_bit_by_bit(dtype):
         int(target_tokens[1]),
         int(target_tokens[0] + target_tokens[2]),
     ]
+
+
+@pytest.mark.skipif(
+    _tiled.work_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.float32,
+    reason="products are float32 on a CPU without bf16 instructions",
+)
+@pytest.mark.parametrize("shape", [(1, 64, 1), (17, 1003, 45), (64, 2048, 128)])
+def test_a_product_of_bf16_is_added_before_it_is_rounded(shape):
+    rows, between, columns = shape
+    a, b = torch.randn(rows, between).bfloat16(), torch.randn(between, columns).bfloat16()
+    out = torch.ones(rows, columns)
+    _passes.add_product(out, a, b)
+    exact = a.double() @ b.double() + 1
+    assert (out - exact).abs().max() < 2e-5 * exact.abs().max()  # bf16 has 4e-3
 
 
 def test_the_reference_has_the_gradients_that_finite_differences_have():

@@ -6,7 +6,12 @@ from support import checks
 from support.kernels.loss_cases import batch, everything, packed
 
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.cross_entropy import _native, _tiled, linear_token_statistics
+from merit_fast.kernels.cross_entropy import (
+    _native,
+    _tiled,
+    linear_cross_entropy,
+    linear_token_statistics,
+)
 from merit_fast.kernels.sketch import CountSketch
 
 BF16 = torch.bfloat16
@@ -76,6 +81,38 @@ def test_odd_shapes(tokens, width, vocabulary, passes):
     shape = dict(tokens=tokens, width=width, vocabulary=vocabulary, dtype=BF16, bias=True)
     assert_never_worse_over([batch(**shape) for _ in range(checks.DRAWS)])
     assert passes
+
+
+def test_the_backward_pass_takes_the_backend_of_the_forward_pass(monkeypatch, passes):
+    """The layout of the logits that the forward pass keeps is its backend's own."""
+    of = packed(width=48, dtype=BF16)
+    hidden, weight = (tensor.requires_grad_() for tensor in (of.hidden, of.weight))
+    loss = linear_cross_entropy(hidden, weight, of.labels, **of.options).loss
+    statistics = linear_token_statistics(hidden, weight, of.labels).log_probs.sum()
+    results = []
+    for environment in (None, "eager"):
+        if environment:
+            monkeypatch.setenv("MERIT_FAST_BACKEND", environment)
+        results.append(
+            [
+                gradient
+                for value in (loss, statistics)
+                for gradient in torch.autograd.grad(value, (hidden, weight), retain_graph=True)
+            ]
+        )
+    assert passes.count("head_backward") == 4
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_without_products_of_bf16_in_torch_the_head_takes_the_tiles(monkeypatch, passes):
+    """The tiles widen the logits that they keep; a native pass would read those as bf16."""
+    of = packed(width=48, dtype=BF16)
+    for module in (_tiled, _native):
+        monkeypatch.setattr(module, "work_dtype", lambda weight: torch.float32)
+    ours = everything(of, "cpu")
+    assert not passes
+    for name, value in everything(of, "eager").items():
+        torch.testing.assert_close(ours[name], value, rtol=2e-2, atol=2e-2)
 
 
 def test_more_rows_than_a_pass_takes_give_the_same(monkeypatch, passes):

@@ -45,8 +45,10 @@ BACKENDS = pytest.mark.parametrize("backend", ["cpu", "eager"])
         ({"cu_seqlens": torch.zeros(1, dtype=torch.int64)}, "cu_seqlens must be int64 [B + 1]"),
         ({"reduction": "none"}, "reduction must be 'mean' or 'sum', got 'none'"),
         ({"label_smoothing": 1.5}, "label_smoothing must be in [0, 1], got 1.5"),
-        ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
-        ({"z_loss": -1.0}, "z_loss must not be negative, got -1.0"),
+        ({"softcap": 0.0}, "softcap must be positive and finite, got 0.0"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite, got inf"),
+        ({"z_loss": -1.0}, "z_loss must be finite and not negative, got -1.0"),
+        ({"z_loss": float("inf")}, "z_loss must be finite and not negative, got inf"),
         ({"sketch": CountSketch(4096)}, "sketch, sketch_name and sketch_out go together"),
         (
             {"sketch": CountSketch(4096), "sketch_name": "w", "sketch_out": torch.zeros(3, 4096)},
@@ -117,7 +119,28 @@ def op_arguments(learns=True, sketch_out=None):
     terms = (5.0, 0.1, 0.01, width, "head", sketch_out)
     weights = torch.tensor([1.0, 2, 0.5])
     vocabulary = ([0, len(of.weight)], "")
-    return (*leaves, of.labels, OFFSETS, IDS, 3, weights, *terms, *vocabulary, learns, None)
+    return (*leaves, of.labels, OFFSETS, IDS, 3, weights, *terms, *vocabulary, learns, "cpu")
+
+
+def test_no_op_of_a_head_is_captured_in_a_cuda_graph():
+    """They count the rows that have a label, on the host; a compiler keeps traced strides."""
+    for name in ("linear_cross_entropy", "linear_token_statistics"):
+        for op in (name, f"{name}_backward"):
+            tags = getattr(torch.ops.merit_fast, op).default.tags
+            assert {torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides} <= set(tags)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["weight", "labels", "bias", "sketch_out"])
+def test_a_tensor_on_another_device_is_refused(name, backend):
+    """An offloaded weight lies on the meta device, where its address is null."""
+    of = packed(bias=True)
+    arguments = {"hidden": of.hidden, "weight": of.weight, "labels": of.labels, "bias": of.bias}
+    sketch = {"sketch": CountSketch(4096), "sketch_name": "w", "sketch_out": torch.zeros(4, 4096)}
+    arguments |= {**of.options, **sketch}
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} must be on hidden's device, cpu, got meta"):
+        linear_cross_entropy(**arguments, backend=backend)
 
 
 @pytest.mark.parametrize("learns", [True, False])
@@ -135,7 +158,7 @@ def test_so_is_the_op_of_its_gradients(sketch_out):
     upstream = (torch.ones(()), None, torch.ones(3), [True, False, True])
     torch.library.opcheck(
         _ops.linear_cross_entropy_backward,
-        (*tensors, *options, None, *(value.detach() for value in of_forward[-2:]), *upstream),
+        (*tensors, *options, "cpu", *(value.detach() for value in of_forward[-2:]), *upstream),
     )
 
 

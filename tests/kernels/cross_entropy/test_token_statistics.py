@@ -218,7 +218,8 @@ def test_trl_s_function_gives_the_same(form):
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be positive, got nan"),
         ({"scale": float("inf")}, "scale must be finite, got inf"),
-        ({"softcap": -1.0}, "softcap must be positive, got -1.0"),
+        ({"softcap": -1.0}, "softcap must be positive and finite, got -1.0"),
+        ({"weight": torch.zeros(1003, 45, device="meta")}, "weight must be on hidden's device"),
         ({"labels": torch.full((37,), 1003)}, "labels must be -100 or in [0, 1003), got 1003"),
         ({"labels": torch.zeros(36, dtype=torch.int64)}, "labels must be int64 [37]"),
         ({"weight": torch.zeros(9, 44)}, "weight must be torch.float32 [V, 45] as hidden is"),
@@ -247,13 +248,13 @@ def test_the_ops_are_what_torch_library_asks_for():
     leaves = [tensor.requires_grad_() for tensor in (of.hidden, of.weight, of.bias)]
     form = (5.0, 0.5, 2.0, [0, 1003], "")
     op = _statistics_ops.token_statistics_op
-    torch.library.opcheck(op, (*leaves, of.labels, *form, True, None))
+    torch.library.opcheck(op, (*leaves, of.labels, *form, True, "cpu"))
     detached = [leaf.detach() for leaf in leaves]
-    _, entropy, _, _, softmax, kept = op(*detached, of.labels, *form, True, None)
+    _, entropy, _, _, softmax, kept = op(*detached, of.labels, *form, True, "cpu")
     upstream = (torch.randn(37), None, torch.randn(37), [True, False, True])
     torch.library.opcheck(
         _statistics_ops.token_statistics_backward,
-        (*detached, of.labels, *form, None, entropy, softmax, kept, *upstream),
+        (*detached, of.labels, *form, "cpu", entropy, softmax, kept, *upstream),
     )
 
 

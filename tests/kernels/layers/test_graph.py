@@ -156,6 +156,12 @@ def test_function_transforms_map_over_examples():
         assert torch.allclose(ours, eager, rtol=1e-4, atol=1e-4)
 
 
+def test_a_map_over_no_example_is_refused():
+    x = torch.zeros(0, 3, 8)
+    with pytest.raises(ValueError, match="torch.vmap: a batch must have an entry, got"):
+        torch.vmap(swiglu)(x)
+
+
 def test_functional_calls_reach_the_layers():
     class Norm(torch.nn.Module):
         def __init__(self):

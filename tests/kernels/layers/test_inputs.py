@@ -191,6 +191,9 @@ def test_other_dtypes_run_in_eager_unless_a_kernel_was_asked_for():
     x = torch.randn(2, 8).half()
     weight = torch.ones(8).half()
     assert torch.equal(rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6, backend="eager"))
+    wide = torch.randn(8, dtype=torch.float64)
+    mixed = layer_norm(x.float(), wide, None, 1e-5)
+    assert torch.equal(mixed, layer_norm(x.double(), wide, None, 1e-5).float())
     with pytest.raises(
         BackendUnavailableError,
         match="rms_norm: backend 'cpu' takes float32 and bfloat16, got torch.float16",

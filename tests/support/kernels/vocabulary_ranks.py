@@ -86,6 +86,15 @@ def check_refusals(rank: int) -> None:
     labels = of.labels.roll(rank)
     with pytest.raises(ValueError, match="labels must be equal in every process"):
         linear_cross_entropy(of.hidden, weight, labels, vocabulary=shard)
+    for function in (linear_cross_entropy, linear_token_statistics):
+        wrong = of.labels.clone()
+        wrong[0] = 5 * WORDS if rank else 0  # no word, in one process: the other one must not wait
+        with pytest.raises(ValueError, match="labels must be equal in every process"):
+            function(of.hidden, weight, wrong, vocabulary=shard)
+    close = of.labels.clone()
+    close[:2] = torch.tensor([3, 0] if rank else [0, 1])  # of equal sums, also weighted by 1, 3
+    with pytest.raises(ValueError, match="labels must be equal in every process"):
+        linear_cross_entropy(of.hidden, weight, close, vocabulary=shard)
     shifted = VocabularyShard(shard.group, 1 if rank else 0, WORDS)
     with pytest.raises(ValueError, match="rows of the processes must follow one another"):
         linear_token_statistics(of.hidden, weight, of.labels, vocabulary=shifted)
