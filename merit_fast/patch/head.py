@@ -139,7 +139,7 @@ class _View:
         )
         _warn_without_targets(self._model, targets, ignore_index)
         losses = None
-        if ignore_index == IGNORED_LABEL and vocab_size == logits.head.weight.shape[0]:
+        if ignore_index == IGNORED_LABEL and vocab_size == logits.weight.shape[0]:
             reduction = "mean" if num_items_in_batch is None else "sum"
             targets = targets.to(logits.hidden.device)
             losses = deferred_cross_entropy(logits, targets, self._backend, reduction=reduction)
@@ -184,7 +184,8 @@ def _warn_without_targets(model: nn.Module, targets: Tensor, ignore_index: int) 
 
 
 def _defer(head: nn.Linear, hidden: Tensor) -> DeferredLogits:
-    return DeferredLogits(hidden, head)
+    # A parametrised weight is computed once, as in the head's own forward.
+    return DeferredLogits(hidden, head.weight, head.bias)
 
 
 class _AnyOutput:

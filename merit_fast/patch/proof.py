@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from merit_fast.patch.classes import Forward, Maker
-from merit_fast.patch.reads import is_constant, names_used
+from merit_fast.patch.reads import is_config, is_constant, names_used
 
 VIEWS = frozenset(
     {
@@ -231,7 +231,7 @@ def foreign_part(
             return "changes itself when it runs"
     for name in sorted(names_used(type(module), "forward") - {"training", *parts}):
         value = getattr(module, name, None)
-        if isinstance(value, nn.Module | nn.Parameter):
+        if isinstance(value, nn.Module | nn.Parameter) or is_config(value):
             continue
         is_method = callable(value) and name not in vars(module)
         if not is_method and not is_constant(value):  # two modules differ, or a later call

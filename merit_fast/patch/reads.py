@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_CONFIG = "config."
+
 
 def name_of(function: Any) -> str:
     """Where a function is defined; a replaced one has another.
@@ -55,10 +57,28 @@ def _names_in(function: Any) -> Iterator[str]:
 
 
 def constants_read(module: nn.Module, followed: Sequence[str] = ()) -> tuple[tuple[str, Any], ...]:
-    """The plain values of ``module`` that its forward names, in so far as ours ignores them."""
+    """The plain values that a module's forward names, in so far as ours ignores them.
+
+    They are the module's own and, if it names its config, the config's.
+    """
     names = names_used(type(module), "forward") - {"training", *followed}
     values = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    config = values.get("config")
+    if is_config(config):
+        values |= {_CONFIG + name: getattr(config, name) for name in names if hasattr(config, name)}
     return tuple(sorted((name, value) for name, value in values.items() if is_constant(value)))
+
+
+def value_of(module: nn.Module, name: str) -> Any:
+    """The value under a name of ``constants_read``; None if there is none."""
+    if name.startswith(_CONFIG):
+        return getattr(getattr(module, "config", None), name.removeprefix(_CONFIG), None)
+    return getattr(module, name, None)
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value is a config of transformers."""
+    return hasattr(value, "to_dict") and hasattr(value, "model_type")
 
 
 def is_constant(value: Any) -> bool:
@@ -71,7 +91,7 @@ def is_constant(value: Any) -> bool:
 def has_constants(module: nn.Module, constants: tuple[tuple[str, Any], ...]) -> bool:
     """Whether a module still has the values of ``constants_read``."""
     for name, value in constants:  # a loop that torch.compile unrolls
-        current = getattr(module, name, None)
+        current = value_of(module, name)
         if type(current) is not type(value) or current != value:
             return False
     return True

@@ -26,6 +26,12 @@ class FactorMLP(LlamaMLP):
         return super().forward(x) * self.factor
 
 
+class ConfiguredMLP(LlamaMLP):
+    def forward(self, x):
+        output = super().forward(x)
+        return output if self.config.pretraining_tp == 1 else 2 * output
+
+
 class InheritingMLP(FactorMLP):
     def forward(self, x):
         return super().forward(x)
@@ -97,6 +103,19 @@ def test_plain_values_that_a_forward_reads_are_followed(cls, name, value):
             assert patch_model(model).replaced["swiglu"] == 2
         for layer in model.model.layers:
             setattr(layer.mlp, name, value)
+        losses.append(model(**inputs()).loss.detach())
+    assert_close(losses[1], losses[0])
+    assert not torch.isclose(losses[0], make("llama")(**inputs()).loss, rtol=1e-5)
+
+
+def test_a_value_of_the_config_that_a_forward_reads_is_followed():
+    losses = []
+    for patched in (False, True):
+        model = with_classes(ConfiguredMLP)
+        model.config.pretraining_tp = 1
+        if patched:
+            assert patch_model(model).replaced["swiglu"] == 2
+        model.config.pretraining_tp = 2
         losses.append(model(**inputs()).loss.detach())
     assert_close(losses[1], losses[0])
     assert not torch.isclose(losses[0], make("llama")(**inputs()).loss, rtol=1e-5)

@@ -22,7 +22,7 @@ from merit_fast.patch.proof import (
     random_tensor,
     twin_of,
 )
-from merit_fast.patch.reads import constants_read, has_constants, scalars_of
+from merit_fast.patch.reads import constants_read, has_constants, scalars_of, value_of
 
 _OPERATIONS = VIEWS | {
     "mm", "addmm", "bmm", "mv", "addmv", "dot", "silu", "gelu", "mul", "sigmoid", "tanh", "pow",
@@ -192,7 +192,7 @@ class _Trial:
         for number, case in enumerate(CASES):
             twin = self.twin(case.training, case.dtype)
             # The constants are those of the real sizes.
-            narrow = {name: getattr(twin, name) for name, _ in form.constants}
+            narrow = {name: value_of(twin, name) for name, _ in form.constants}
             fitting = Gated(**{**vars(form), "constants": tuple(narrow.items())})
             ours = gated_forward(type(self.module), fitting, backend)
             x = case.scale * random_tensor(
