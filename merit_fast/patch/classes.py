@@ -1,6 +1,7 @@
 """Swaps a module's class for a subclass with another forward; copies and pickles keep it."""
 
 import functools
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merit_fast.patch.reads import name_of, names_used
+
 Forward = Callable[..., Any]
 # (original class, *options) -> the subclass's forward. A function of a module, since pickles name
 # it.
 Maker = Callable[..., Forward]
 _SWAP = "_merit_fast_swap"
+_OURS = "_merit_fast_forward"
+_PROVEN = "_merit_fast_proven"
 
 
 @dataclass(frozen=True)
@@ -23,18 +28,14 @@ class Swap:
         original: the class it replaces.
         maker: makes the forward that runs instead, of ``original`` and ``options``.
         options: hashable and picklable.
-        proven: name of the forward that the proof compared: a process that opens a pickle may
-            have another.
+        proven: names of the functions that the proof compared: a process that opens a pickle may
+            have others.
     """
 
     original: Any
     maker: Maker
     options: tuple[Any, ...]
-    proven: str
-
-    def is_in_force(self) -> bool:
-        """Whether the class has the forward that was compared."""
-        return name_of(self.original.forward) == self.proven
+    proven: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def swap_all(plans: Iterable[Plan]) -> None:
     try:
         for plan in plans:
             before = type(plan.module)
-            origin = Swap(before, plan.maker, plan.options, name_of(before.forward))
+            origin = Swap(before, plan.maker, plan.options, _names_of_methods(before))
             plan.module.__class__ = patched_class(origin)  # type: ignore[assignment]
             done.append((plan.module, before))
     except BaseException:
@@ -99,6 +100,9 @@ def _unpatched(cls: type) -> type:
 def patched_class(origin: Swap) -> type[nn.Module]:
     """Makes a subclass with its parent's name: transformers looks names up."""
     original = origin.original
+    is_proven = _names_of_methods(original) == origin.proven
+    methods = _methods_run(original) if is_proven else ()
+    forward = _guarded_forward(origin, methods)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         state = object.__reduce_ex__(self, protocol)[2]  # type: ignore[misc]
@@ -113,24 +117,66 @@ def patched_class(origin: Swap) -> type[nn.Module]:
             "__doc__": original.__doc__,
             "__reduce_ex__": __reduce_ex__,
             _SWAP: origin,
-            "forward": _guarded_forward(origin),
+            _OURS: forward,
+            _PROVEN: methods,
+            "forward": forward,
         },
     )
 
 
-def _guarded_forward(origin: Swap) -> Forward:
-    """Runs our forward as long as the class has the one that was compared, else the class's."""
-    original = origin.original
-    plain = original.forward
-    ours = origin.maker(original, *origin.options) if origin.is_in_force() else None
+def _guarded_forward(origin: Swap, methods: tuple[tuple[str, Any], ...]) -> Forward:
+    """Runs our forward as long as the module has the methods that were compared, else its own.
 
-    @functools.wraps(plain)
+    None are given if the class has other methods than those.
+    """
+    original = origin.original
+    ours = origin.maker(original, *origin.options) if methods else original.forward
+
+    @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if ours is not None and original.forward is plain:
+        if methods and _has_methods(self, original, methods):
             return ours(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _has_methods(module: Any, original: type, methods: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether a module still runs the methods of ``original``, none of them on the instance."""
+    for name, method in methods:
+        if getattr(original, name, None) is not method:
+            return False
+        if name != "forward" and name in module.__dict__:
+            return False
+    return True
+
+
+def runs_ours(module: nn.Module) -> bool:
+    """Whether a call of this module, but for its hooks, is a call of the forward put into it."""
+    origin = swap_of(module)
+    if origin is None or "forward" in module.__dict__:  # sketches and accelerate wrap it there
+        return False
+    cls: Any = type(module)
+    methods = getattr(cls, _PROVEN)
+    is_ours = bool(methods) and cls.forward is getattr(cls, _OURS)
+    return is_ours and _has_methods(module, origin.original, methods)
+
+
+def method_on_instance(module: nn.Module) -> str | None:
+    """A method that the forward of a module's class runs, replaced on the instance."""
+    return next((name for name, _ in _methods_run(type(module)) if name in module.__dict__), None)
+
+
+def _methods_run(cls: type[nn.Module]) -> tuple[tuple[str, Any], ...]:
+    """The forward of a class and its other methods that the forward may call."""
+    names = sorted(name for name in names_used(cls, "forward") if not hasattr(nn.Module, name))
+    methods = [(name, getattr(cls, name, None)) for name in names]
+    functions = [pair for pair in methods if isinstance(pair[1], types.FunctionType)]
+    return (("forward", cls.forward), *functions)
+
+
+def _names_of_methods(cls: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(name_of(method) for _, method in _methods_run(cls))
 
 
 def own_class(cls: type) -> type:
@@ -142,17 +188,14 @@ def own_class(cls: type) -> type:
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether something looks at calls of this module, or at those of every module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     )
-
-
-def name_of(function: Any) -> str:
-    """Where a function is defined; a replaced one has another."""
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
 
 
 def _new_instance(origin: Swap) -> nn.Module:

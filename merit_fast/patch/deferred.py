@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from merit_fast.kernels.cross_entropy import linear_cross_entropy
 from merit_fast.patch.classes import supported
@@ -59,14 +60,23 @@ def token_losses_seen_by(listener: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 class DeferredLogits:
-    """A placeholder for ``head(hidden)`` that records how a forward scales and caps it."""
+    """A placeholder for ``F.linear(hidden, weight, bias)``; records how a forward changes it."""
 
     def __init__(
-        self, hidden: Tensor, head: nn.Linear, steps: tuple[tuple[str, float], ...] = ()
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        steps: tuple[tuple[str, float], ...] = (),
     ) -> None:
         self.hidden = hidden
-        self.head = head
+        self.weight = weight
+        self.bias = bias
         self.steps = steps
+
+    def of(self, hidden: Tensor) -> "DeferredLogits":
+        """The logits of other hidden states, changed in the same way."""
+        return DeferredLogits(hidden, self.weight, self.bias, self.steps)
 
     def __mul__(self, factor: float) -> "DeferredLogits":
         return self._with("mul", factor)
@@ -87,12 +97,13 @@ class DeferredLogits:
     def _with(self, step: str, number: float) -> "DeferredLogits":
         if not isinstance(number, int | float):
             return NotImplemented
-        return DeferredLogits(self.hidden, self.head, (*self.steps, (step, float(number))))
+        steps = (*self.steps, (step, float(number)))
+        return DeferredLogits(self.hidden, self.weight, self.bias, steps)
 
     def scale_and_cap(self) -> tuple[float, float | None] | None:
-        """(scale, cap) of logits = cap * tanh(scale * head(hidden) / cap).
+        """(scale, cap) of logits = cap * tanh(scale * linear / cap).
 
-        Without a cap: logits = scale * head(hidden).
+        Without a cap: logits = scale * linear.
 
         None if the recorded steps are something else.
         """
@@ -113,7 +124,7 @@ class DeferredLogits:
 
     def computed(self) -> Tensor:
         """The logits, computed after all."""
-        logits: Tensor = self.head(self.hidden)
+        logits = F.linear(self.hidden, self.weight, self.bias)
         for step, number in self.steps:
             if step == "mul":
                 logits = logits * number
@@ -125,11 +136,7 @@ class DeferredLogits:
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Hidden, weight and bias as F.linear takes them; None where our kernels cannot."""
-        tensors = [
-            self.hidden,
-            self.head.weight,
-            *([] if self.head.bias is None else [self.head.bias]),
-        ]
+        tensors = [self.hidden, self.weight, *([] if self.bias is None else [self.bias])]
         device = self.hidden.device.type
         if torch.is_autocast_enabled(device):
             tensors = [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]

@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merit_fast.kernels.labels import IGNORED_LABEL
-from merit_fast.patch.classes import Forward, Plan, has_hooks, swap_of
+from merit_fast.patch.classes import (
+    Forward,
+    Plan,
+    has_hooks,
+    method_on_instance,
+    runs_ours,
+    swap_of,
+)
 from merit_fast.patch.deferred import DeferredLogits, deferred_cross_entropy
 from merit_fast.patch.proof import random_tensor, seed_generator, undisturbed
 
 _NARROW = 8
+_LINEAR = nn.Linear.forward
 # Models that have seen a target, or whose user was told that they have not.
 _KNOWN_TO_LEARN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -30,7 +38,7 @@ def deferred_logits(model: nn.Module, inputs: Mapping[str, Any]) -> DeferredLogi
 def deferred_output(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """The output of a patched model with deferred logits; None if the head is not patched."""
     origin = swap_of(model)
-    if origin is None or origin.maker is not head_forward:
+    if origin is None or origin.maker is not head_forward or not runs_ours(model):
         return None
     name, backend = origin.options
     if not _is_plain(model, name):
@@ -49,9 +57,10 @@ def plan_head(model: Any, backend: str | None) -> Plan | str:
     )
     if name is None:
         return "has no language-model head of its own"
-    if "forward" in model.__dict__:
-        return "has a forward of its own on the instance"
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    method = method_on_instance(model)
+    if method is not None:
+        return f"has a {method} of its own on the instance"
+    if not isinstance(head, nn.Linear) or type(head).forward is not _LINEAR:
         return f"{name}: {type(head).__name__} is no plain linear layer"
     with undisturbed(head.weight.device):
         is_equal = _loses_nothing(model, name, backend)
@@ -89,7 +98,7 @@ def _is_plain(model: Any, name: str) -> bool:
 
     head = getattr(model, name)
     return (
-        type(head).forward is nn.Linear.forward
+        type(head).forward is _LINEAR
         and "forward" not in head.__dict__
         and not has_hooks(head)
         and model.loss_function is ForCausalLMLoss
@@ -130,7 +139,7 @@ class _View:
         )
         _warn_without_targets(self._model, targets, ignore_index)
         losses = None
-        if ignore_index == IGNORED_LABEL and vocab_size == logits.head.weight.shape[0]:
+        if ignore_index == IGNORED_LABEL and vocab_size == logits.weight.shape[0]:
             reduction = "mean" if num_items_in_batch is None else "sum"
             targets = targets.to(logits.hidden.device)
             losses = deferred_cross_entropy(logits, targets, self._backend, reduction=reduction)
@@ -175,7 +184,8 @@ def _warn_without_targets(model: nn.Module, targets: Tensor, ignore_index: int) 
 
 
 def _defer(head: nn.Linear, hidden: Tensor) -> DeferredLogits:
-    return DeferredLogits(hidden, head)
+    # A parametrised weight is computed once, as in the head's own forward.
+    return DeferredLogits(hidden, head.weight, head.bias)
 
 
 class _AnyOutput:

@@ -75,8 +75,9 @@ def patch_model(model: nn.Module, kernels: str = "auto") -> Patch:
     bf16, several scales and shapes), no other operation such as dropout, and a tiny model of the
     same config that is equal as a whole. The trials take about a second, draw no number from
     torch's generators and change nothing in the model. Every call checks what the trials assumed,
-    and runs the module's own forward if its activation, its class's forward or the function that
-    rotates positions was replaced since.
+    and runs the module's own forward if its activation, a number or word that the forward reads,
+    the forward or a method that it calls, or the function that rotates positions was replaced
+    since.
 
     In training with ``labels``, the loss comes from the hidden states, and the output's ``logits``
     are None (a batch without any target gives 0, not NaN, and a warning if it is the first). The

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from merit_fast.patch.classes import Plan, name_of
+from merit_fast.patch.classes import Plan, method_on_instance
 from merit_fast.patch.forms.gated import gated_parts, match_gated
 from merit_fast.patch.forms.norm import epsilon_of, match_norm
 from merit_fast.patch.forms.rotary import match_rotary, rotations_called
-from merit_fast.patch.proof import Match, constants_read, scalars_of, undisturbed
+from merit_fast.patch.proof import Match, undisturbed
+from merit_fast.patch.reads import constants_read, name_of, scalars_of
 
 Matcher = Callable[[nn.Module, torch.device, str | None], Match | str]
 
@@ -48,8 +49,9 @@ class Planner:
     def _match(self, module: nn.Module, matcher: Matcher) -> Match | str:
         # accelerate's hooks and transformers' hub kernels sit on the instance: ours would not be
         # reached
-        if "forward" in module.__dict__:
-            return "has a forward of its own on the instance"
+        method = method_on_instance(module)
+        if method is not None:
+            return f"has a {method} of its own on the instance"
         key = matcher, type(module), type(module).forward, _settings(module)
         if key not in self._tried:
             with undisturbed(self.device):

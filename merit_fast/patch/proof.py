@@ -1,8 +1,9 @@
 """Trials: a module's own code and ours on the same random inputs, values and gradients compared."""
 
 import contextlib
+import functools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from merit_fast.patch.classes import Forward, Maker
+from merit_fast.patch.reads import is_config, is_constant, names_used
 
 VIEWS = frozenset(
     {
@@ -21,6 +23,9 @@ VIEWS = frozenset(
         "expand", "as_strided", "alias", "detach", "clone", "contiguous", "_to_copy",
     }
 )  # fmt: skip
+
+
+RUNS = 2  # of each twin in ``foreign_part``
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def seed_generator(device: torch.device) -> None:
 def random_tensor(
     *shape: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     return values.to(device, dtype)
 
 
@@ -205,11 +211,41 @@ def foreign_operation(
     return foreign[0] if foreign else None
 
 
-def changes_itself(module: nn.Module, function: Callable[[], Any]) -> bool:
+def foreign_part(
+    module: nn.Module,
+    twins: Sequence[nn.Module],
+    x: Tensor,
+    known: frozenset[str],
+    parts: Sequence[str] = (),
+) -> str | None:
+    """What a module's own forward does, or reads, that none of our forms has; None if nothing.
+
+    ``twins`` stand for the module in evaluation and in training; ``parts`` are what ours reads too.
+    """
+    for twin in twins:
+        plain = functools.partial(type(module).forward, twin)
+        name = foreign_operation(plain, [x], known)
+        if name is not None:
+            return name
+        if _changes_itself(twin, functools.partial(plain, x)):
+            return "changes itself when it runs"
+    for name in sorted(names_used(type(module), "forward") - {"training", *parts}):
+        value = getattr(module, name, None)
+        if isinstance(value, nn.Module | nn.Parameter) or is_config(value):
+            continue
+        is_method = callable(value) and name not in vars(module)
+        if not is_method and not is_constant(value):  # two modules differ, or a later call
+            return f"reads {name}, which is no plain number or word"
+    return None
+
+
+def _changes_itself(module: nn.Module, function: Callable[[], Any]) -> bool:
     """Whether a call of ``function`` changes attributes or buffers of ``module``."""
     members = dict(vars(module))
     containers = {
-        name: value.copy() for name, value in members.items() if isinstance(value, dict | list)
+        name: value.copy()
+        for name, value in members.items()
+        if isinstance(value, dict | list | set)
     }
     buffers = [buffer.clone() for buffer in module.buffers()]
     function()
@@ -228,46 +264,6 @@ def changes_itself(module: nn.Module, function: Callable[[], Any]) -> bool:
 
 
 def _flat(container: Any) -> list[Any]:
+    if isinstance(container, set):
+        return sorted(container, key=id)
     return list(container.values()) if isinstance(container, dict) else container
-
-
-def constants_read(module: nn.Module, followed: Sequence[str] = ()) -> tuple[tuple[str, Any], ...]:
-    """The plain values of ``module`` that its forward names, in so far as ours ignores them."""
-    names = _names_in(type(module), "forward", set())
-    values = {name: getattr(module, name, None) for name in names - {"training", *followed} if name}
-    return tuple(
-        sorted((n, v) for n, v in values.items() if isinstance(v, bool | int | float | str))
-    )
-
-
-def _names_in(cls: type, method: str, seen: set[str]) -> set[str]:
-    """Names that a method uses, and those of the methods that it calls."""
-    code = getattr(getattr(cls, method, None), "__code__", None)
-    if code is None or method in seen:
-        return set()
-    seen.add(method)
-    names = set(code.co_names)
-    for name in code.co_names:
-        names |= _names_in(cls, name, seen)
-    return names
-
-
-def has_constants(module: nn.Module, constants: tuple[tuple[str, Any], ...]) -> bool:
-    for name, value in constants:  # noqa: SIM110  (a loop that torch.compile unrolls)
-        if getattr(module, name, None) != value:
-            return False
-    return True
-
-
-def scalars_of(module: Any) -> tuple[tuple[str, Any], ...]:
-    """The plain values among an activation's attributes."""
-    members: Mapping[str, Any] = vars(module) if isinstance(module, nn.Module) else {}
-    return tuple(
-        sorted(
-            (name, value)
-            for name, value in members.items()
-            if name != "training"
-            and not name.startswith("_")
-            and isinstance(value, bool | int | float | str)
-        )
-    )

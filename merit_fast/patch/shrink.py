@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from merit_fast.patch.classes import own_class
+from merit_fast.patch.reads import is_config
 
 VOCABULARY = 97
 _HEAD = 8
@@ -80,7 +81,7 @@ def shrink_config(config: Any) -> Any:
     for key, value in _OPTIONS.get(config.model_type, {}).items():
         setattr(config, key, value)
     for value in list(vars(config).values()):
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+        if is_config(value):
             shrink_config(value)
     return config
 

@@ -21,7 +21,7 @@ from merit_fast.data import (
 from merit_fast.data.tree import expand
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.model import model_inputs, score_batch, target_losses
-from merit_fast.patch.deferred import DeferredLogits, deferred_cross_entropy
+from merit_fast.patch.deferred import deferred_cross_entropy
 from merit_fast.patch.head import deferred_output
 
 # Share of a whole neighbour's effect that is still rounding.
@@ -65,9 +65,7 @@ def batch_loss(
     losses = None
     if output is not None:
         count = targets.shape[1]
-        kept = DeferredLogits(
-            output.logits.hidden[:, -count - 1 : -1], output.logits.head, output.logits.steps
-        )
+        kept = output.logits.of(output.logits.hidden[:, -count - 1 : -1])
         options = {"dataset_ids": ids.to(targets.device), "num_datasets": num_datasets}
         if isinstance(batch, PackedBatch):
             first = batch.input_ids.shape[1] - count - 1

@@ -216,6 +216,21 @@ def test_a_loss_function_or_hook_of_the_users_own_is_obeyed():
     assert model(**inputs()).logits is None
 
 
+def test_the_weight_of_a_parametrised_head_is_computed_once():
+    """Each computation in training changes the vectors that estimate the norm."""
+    results = []
+    for patched in (False, True):
+        model = make("llama")
+        if patched:
+            patch_model(model)
+        nn.utils.parametrizations.spectral_norm(model.lm_head)
+        output, gradients = loss_and_gradients(model, inputs())
+        assert (output.logits is None) == patched
+        results.append((output.loss.detach(), gradients))
+    assert_close(results[1][0], results[0][0])
+    assert_same_gradients(results[1][1], results[0][1])
+
+
 def test_generation_is_unchanged():
     model = make("qwen3").eval()
     ids = inputs()["input_ids"][1:]

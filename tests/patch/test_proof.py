@@ -1,11 +1,12 @@
 """patch_model replaces a module only if the trial shows that it computes the same everywhere."""
 
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
-from support.architectures import inputs, make
+from support.architectures import CASES, inputs, make
 from support.checks import assert_close
 from support.patched import assert_same_gradients, loss_and_gradients
 from torch.nn import functional as F
@@ -13,7 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from merit_fast import patch_model
 from merit_fast.patch import model as patch_module
+from merit_fast.patch import whole
 from merit_fast.patch.classes import swap_of
+from merit_fast.patch.forms import gated
 
 
 class DropoutMLP(LlamaMLP):
@@ -128,6 +131,38 @@ def test_a_norm_that_differs_somewhere_stays(norm):
     assert patch.replaced["rms_norm"] == 3
     assert any(norm.__name__ in note for note in patch.notes)
     assert not any(vars(module).get("calls") for module in model.modules())
+
+
+def test_a_default_device_changes_no_trial():
+    model = make("llama", sliding_window=5)  # a config that no other test has compared
+    with torch.device("meta"):
+        patch = patch_model(model)
+    assert dict(patch.replaced) == CASES["llama"][3]
+
+
+def test_a_first_pass_that_compiles_kernels_may_take_long(monkeypatch):
+    """The limit is one of the model's own code."""
+    passes = []
+    observe = whole._observe
+    plain = gated.swiglu
+
+    def slow(*args, **options):
+        end = time.thread_time() + 0.3
+        while time.thread_time() < end:
+            pass
+        return plain(*args, **options)
+
+    def observe_with_slow_kernels(*args):
+        passes.append(args)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(gated, "swiglu", slow)
+            return observe(*args)
+
+    monkeypatch.setattr(whole, "_MOST_SECONDS", 0.5)  # two layers take longer
+    monkeypatch.setattr(whole, "_observe", observe_with_slow_kernels)
+    model = make("llama", sliding_window=6)  # a config that no other test has compared
+    patch = patch_model(model)
+    assert len(passes) == 2 and dict(patch.replaced) == CASES["llama"][3], str(patch)
 
 
 def test_projections_of_other_names_and_orders_are_found_by_trial():

@@ -58,6 +58,14 @@ class Looks(Plain):
         return residual.clamp(-9, 9)
 
 
+class Keeps(Plain):
+    @staticmethod
+    def finish(self, residual, hidden_states):
+        self.kept = hidden_states
+        self.mlp.kept = hidden_states
+        return Plain.finish(self, residual, hidden_states)
+
+
 class NormsTwice(Plain):
     @staticmethod
     def finish(self, residual, hidden_states):
@@ -104,6 +112,15 @@ def test_any_forward_of_a_layer_gives_what_it_gave(cls, is_added, monkeypatch):
     torch.manual_seed(1)
     _, again = loss_and_gradients(model, batch)
     assert_same_gradients(again, expected)
+
+
+def test_what_a_layer_keeps_is_a_tensor(monkeypatch):
+    monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", Keeps)
+    model = make("llama")
+    assert patch_model(model).replaced["add_rms_norm"] == 2
+    model(**inputs())
+    for layer in model.model.layers:
+        assert type(layer.kept) is torch.Tensor and type(layer.mlp.kept) is torch.Tensor
 
 
 def test_a_layer_that_the_tiny_model_lacks_keeps_its_class():

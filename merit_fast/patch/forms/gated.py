@@ -14,17 +14,15 @@ from merit_fast.kernels.layers import geglu, swiglu
 from merit_fast.patch.classes import Forward, has_hooks, supported
 from merit_fast.patch.proof import (
     CASES,
+    RUNS,
     VIEWS,
     Match,
     agreement,
-    changes_itself,
-    constants_read,
-    foreign_operation,
-    has_constants,
+    foreign_part,
     random_tensor,
-    scalars_of,
     twin_of,
 )
+from merit_fast.patch.reads import constants_read, has_constants, scalars_of, value_of
 
 _OPERATIONS = VIEWS | {
     "mm", "addmm", "bmm", "mv", "addmv", "dot", "silu", "gelu", "mul", "sigmoid", "tanh", "pow",
@@ -79,7 +77,7 @@ def match_gated(module: nn.Module, device: torch.device, backend: str | None) ->
             "SiLU nor GELU"
         )
     trial = _Trial(module, linears, device)
-    reason = trial.foreign()
+    reason = trial.foreign(act)
     if reason is not None:
         return reason
     kind = type(function) if isinstance(function, nn.Module) else function
@@ -151,7 +149,7 @@ class _Trial:
         small = 8 if inner == width else 4 if width == 2 * inner else 6
         self.width = 8
         self.sizes = {2 * inner: 2 * small, inner: small, width: self.width}
-        self.called: list[str] = []
+        self.called: list[tuple[bool, str]] = []
 
     def twin(self, training: bool, dtype: torch.dtype) -> nn.Module:
         twin = twin_of(self.module, training)
@@ -170,31 +168,31 @@ class _Trial:
                         *shape, seed=10 * seed + number, device=self.device, dtype=dtype
                     )
                     linear._parameters[parameter] = nn.Parameter(values)
-            linear.register_forward_hook(lambda *_, name=name: self.called.append(name))  # type: ignore[misc]
+            linear.register_forward_hook(functools.partial(self._record, (training, name)))
             twin._modules[name] = linear
         return twin
 
-    def foreign(self) -> str | None:
+    def _record(self, call: tuple[bool, str], *_: Any) -> None:
+        self.called.append(call)
+
+    def foreign(self, act: str) -> str | None:
         """The reason why the module's own forward is no form of ours, if it shows in its calls."""
-        for training in (False, True):
-            twin = self.twin(training, torch.float32)
-            x = random_tensor(3, self.width, seed=50, device=self.device)
-            plain = functools.partial(type(self.module).forward, twin)
-            self.called.clear()
-            name = foreign_operation(plain, [x], _OPERATIONS)
-            if name is not None:
-                return f"does more than down(act(gate(x)) * up(x)) ({name})"
-            if sorted(self.called) != sorted(self.linears):
-                return "does not call each of its projections once"
-            if changes_itself(twin, functools.partial(plain, x)):
-                return "changes itself when it runs"
+        twins = [self.twin(training, torch.float32) for training in (False, True)]
+        x = random_tensor(3, self.width, seed=50, device=self.device)
+        self.called.clear()
+        name = foreign_part(self.module, twins, x, _OPERATIONS, [act])
+        if name is not None:
+            return f"does more than down(act(gate(x)) * up(x)) ({name})"
+        calls = itertools.product((False, True), self.linears)
+        if any(self.called.count(call) != RUNS for call in calls):
+            return "does not call each of its projections once"
         return None
 
     def proves(self, form: Gated, backend: str | None) -> bool:
         for number, case in enumerate(CASES):
             twin = self.twin(case.training, case.dtype)
             # The constants are those of the real sizes.
-            narrow = {name: getattr(twin, name) for name, _ in form.constants}
+            narrow = {name: value_of(twin, name) for name, _ in form.constants}
             fitting = Gated(**{**vars(form), "constants": tuple(narrow.items())})
             ours = gated_forward(type(self.module), fitting, backend)
             x = case.scale * random_tensor(

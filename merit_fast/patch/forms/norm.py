@@ -7,19 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.kernels.layers import rms_norm
-from merit_fast.patch.classes import Forward, supported, swap_of
+from merit_fast.patch.classes import Forward, runs_ours, supported, swap_of
 from merit_fast.patch.proof import (
     CASES,
     VIEWS,
     Match,
     agreement,
-    changes_itself,
-    constants_read,
-    foreign_operation,
-    has_constants,
+    foreign_part,
     random_tensor,
     twin_of,
 )
+from merit_fast.patch.reads import constants_read, has_constants
 
 _VARIANTS = ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"), (1.0, "llama"))  # offset, casting
 _OPERATIONS = VIEWS | {
@@ -35,9 +33,11 @@ def match_norm(module: nn.Module, device: torch.device, backend: str | None) -> 
     epsilon = epsilon_of(module)
     if epsilon is None:
         return "has other parts than one weight and one epsilon"
-    reason = _foreign(module, device)
-    if reason is not None:
-        return reason
+    twins = [_twin(module, training, device, torch.float32) for training in (False, True)]
+    x = random_tensor(3, _width(module), seed=2, device=device)
+    foreign = foreign_part(module, twins, x, _OPERATIONS, [epsilon])
+    if foreign is not None:
+        return f"computes no RMSNorm that is known here ({foreign})"
     best = 0
     match = None
     for offset, casting in _VARIANTS:
@@ -105,9 +105,7 @@ def rms_norm_forward(
 def norm_in_use(module: nn.Module) -> tuple[Tensor | None, dict[str, Any]] | None:
     """(weight, other arguments) with which a patched norm calls the kernel; None if it does not."""
     origin = swap_of(module)
-    if origin is None or origin.maker is not rms_norm_forward or not origin.is_in_force():
-        return None
-    if "forward" in module.__dict__:  # sketches and accelerate wrap it there
+    if origin is None or origin.maker is not rms_norm_forward or not runs_ours(module):
         return None
     epsilon, weighted, offset, casting, constants, _ = origin.options
     if not has_constants(module, constants):
@@ -128,19 +126,6 @@ def _twin(module: nn.Module, training: bool, device: torch.device, dtype: torch.
         weight = random_tensor(_width(module), seed=1, device=device, dtype=dtype)
         twin._parameters["weight"] = nn.Parameter(weight)
     return twin
-
-
-def _foreign(module: nn.Module, device: torch.device) -> str | None:
-    for training in (False, True):
-        twin = _twin(module, training, device, torch.float32)
-        x = random_tensor(3, _width(module), seed=2, device=device)
-        plain = functools.partial(type(module).forward, twin)
-        name = foreign_operation(plain, [x], _OPERATIONS)
-        if name is not None:
-            return f"computes no RMSNorm that is known here ({name})"
-        if changes_itself(twin, functools.partial(plain, x)):
-            return "changes itself when it runs"
-    return None
 
 
 def _equal_bits(module: nn.Module, epsilon: str, ours: Forward, device: torch.device) -> int:

@@ -6,8 +6,10 @@ a norm of a pending sum is ``add_rms_norm``. Anything else that the forward does
 them first, as the layer would.
 """
 
+import abc
 import contextlib
 import functools
+import operator
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.kernels.layers import add_rms_norm
-from merit_fast.patch.classes import Forward, Plan, has_hooks, supported
+from merit_fast.patch.classes import Forward, Plan, has_hooks, method_on_instance, supported
 from merit_fast.patch.forms.norm import norm_in_use
 
 _SUMS = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__})
@@ -35,7 +37,7 @@ def plan_sums(plans: list[Plan], modules: list[nn.Module], backend: str | None) 
     return [
         Plan(module, "add_rms_norm", layer_forward, (backend,))
         for module in modules
-        if module not in planned and "forward" not in module.__dict__ and _may_add(module, norms)
+        if module not in planned and method_on_instance(module) is None and _may_add(module, norms)
     ]
 
 
@@ -73,7 +75,7 @@ class _View:
         return _Child(value, self._backend)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._layer, name, value)
+        setattr(self._layer, name, _computed(value))
 
 
 class _Child:
@@ -98,7 +100,7 @@ class _Child:
         return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._module, name, value)
+        setattr(self._module, name, _computed(value))
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -120,11 +122,12 @@ def _refuse_in_trials(name: str) -> None:
         raise TypeError(f"the layer calls {name} of a residual or of what it adds to it")
 
 
-class _Pending:
+class _Pending(abc.ABC):
     """A tensor that a layer's forward holds before it needs its values."""
 
+    @abc.abstractmethod
     def computed(self) -> Tensor:
-        raise NotImplementedError
+        """The tensor's values."""
 
     @classmethod
     def __torch_function__(
@@ -147,11 +150,11 @@ class _Pending:
 
 
 def _forwarded(name: str) -> Any:
-    def operator(self: _Pending, *args: Any) -> Any:
+    def forwarded(self: _Pending, *args: Any) -> Any:
         _refuse_in_trials(name)
         return getattr(self.computed(), name)(*_computed(args))
 
-    return operator
+    return forwarded
 
 
 for _name in _OPERATORS:
@@ -219,9 +222,11 @@ def _computed(value: Any) -> Any:
     if isinstance(value, _Pending):
         return value.computed()
     if type(value) in (tuple, list):
-        return type(value)(map(_computed, value))
+        computed = [_computed(item) for item in value]
+        return value if all(map(operator.is_, computed, value)) else type(value)(computed)
     if isinstance(value, dict):
         for key, item in list(value.items()):
-            if isinstance(item, _Pending):
-                value[key] = item.computed()
+            computed = _computed(item)
+            if computed is not item:
+                value[key] = computed
     return value

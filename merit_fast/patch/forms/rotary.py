@@ -7,6 +7,7 @@ whatever stands under the old name if that was replaced.
 
 import dis
 import functools
+import re
 import sys
 import types
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.kernels.layers import rope
-from merit_fast.patch.classes import Forward, name_of, supported
+from merit_fast.patch.classes import Forward, supported
 from merit_fast.patch.proof import VIEWS, Match, agreement, foreign_operation, random_tensor
+from merit_fast.patch.reads import name_of
 
 _OPERATIONS = VIEWS | {
     "mul", "neg", "cat", "add", "sub", "stack",
@@ -96,7 +98,8 @@ def rotary_forward(
     for name, function_name, layout in proven:
         if name_of(getattr(scope, name, None)) != function_name:
             continue  # this process has another function
-        ours = f"_merit_fast_{name}_{layout.name}_{backend}"
+        # Another function under this name, at another time, has a rotation of its own.
+        ours = f"_merit_fast_{re.sub(r'[^0-9A-Za-z_]', '_', function_name)}_{layout.name}_{backend}"
         if not hasattr(scope, ours):
             setattr(scope, ours, _rotation(scope, name, layout, backend))
         names[name] = ours
