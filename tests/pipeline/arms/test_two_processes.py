@@ -111,3 +111,23 @@ def test_ranks_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(InputError, match="WORLD_SIZE: must be a number, got 'two'"):
         world_size()
+
+
+def test_processes_on_gpus_add_cpu_tensors_too(monkeypatch):
+    """Sums of losses and counts are CPU tensors, which nccl refuses."""
+    from torch import distributed
+
+    from merit_fast.train.parallel import ranks
+
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "init_process_group", asked.append)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    with ranks.joined_ranks():
+        pass
+    backends = distributed.distributed_c10d.BackendConfig(distributed.Backend(asked[0]))
+    devices = backends.get_device_backend_map()
+    assert devices["cpu"] == "gloo" and devices["cuda"] == "nccl"
