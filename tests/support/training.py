@@ -63,6 +63,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the training raise KeyboardInterrupt after so many steps, as a lost machine ends it."""
+
     def stops(*arguments: Any) -> Any:
         result = train_step(*arguments)
         if result[0].step == step:
