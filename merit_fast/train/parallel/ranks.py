@@ -5,6 +5,7 @@ rounding; every process takes the same optimizer step.
 """
 
 import contextlib
+import datetime
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 # losses and counts are on the CPU, gradients where the model is; nccl adds no CPU tensors
 ON_GPU = "cpu:gloo,cuda:nccl"
+# the others wait while the leader writes a branch, or while another machine trains one
+PATIENCE = datetime.timedelta(days=7)
 
 
 class Ranks:
@@ -82,7 +85,7 @@ def joined_ranks() -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(world_rank() % torch.cuda.device_count())
     try:
-        dist.init_process_group(ON_GPU if on_gpu else "gloo")
+        dist.init_process_group(ON_GPU if on_gpu else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"train: WORLD_SIZE is {size}: {one_line(error)}") from None
     try:
