@@ -194,6 +194,8 @@ def _commit(move: _Move, needed: set[str], outputs: Outputs) -> None:
     keep_old = None
     if before is not None and before.fingerprint not in needed:
         keep_old = old_place(outputs.root, name, before.fingerprint)
+    if move.source == move.target:
+        records.remove(name)  # it has the old branch.json; the stage.json of the copy has the new
     recover_directory(move.target, move.fingerprint, keep_old)
     if not records.check(move.target, move.fingerprint, keep=True).is_current:
         raise InputError(f"{move.source}: its files changed while they were copied")
