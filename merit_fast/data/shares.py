@@ -62,7 +62,7 @@ def dealt_rows(
 def mixed_rows(
     dataset: Dataset, fraction: float, part: int, parts: int, seed: int, key: str
 ) -> Dataset:
-    """Returns ``fraction`` of the rows, others for each of ``parts`` as far as there are enough.
+    """Returns ``fraction`` of the rows; up to 1 / ``parts`` no row goes to two of them.
 
         order = permutation(n) by (seed, key); first = part * n // parts
         chosen = order[(first + i) % n] for i below round(fraction * n)

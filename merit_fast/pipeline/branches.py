@@ -24,7 +24,6 @@ from merit_fast.pipeline.plan import shortest_branch
 from merit_fast.pipeline.records import old_place
 from merit_fast.progress import Progress
 from merit_fast.train.config import TrainConfig
-from merit_fast.train.parallel.world import require_one_process
 from merit_fast.train.schedule import FEW_STEPS
 
 if TYPE_CHECKING:
@@ -94,7 +93,6 @@ def train_planned(
     if outputs.recipe(branch).engine != "builtin":
         from merit_fast.engines.train import train_by_engine
 
-        require_one_process(f"train.engine {outputs.recipe(branch).engine}")
         train_by_engine(branch, directory, outputs, data, progress)
         return
     from merit_fast.train import train_branch
@@ -196,6 +194,8 @@ def _commit(move: _Move, needed: set[str], outputs: Outputs) -> None:
     keep_old = None
     if before is not None and before.fingerprint not in needed:
         keep_old = old_place(outputs.root, name, before.fingerprint)
+    if move.source == move.target:
+        records.remove(name)  # it has the old branch.json; the stage.json of the copy has the new
     recover_directory(move.target, move.fingerprint, keep_old)
     if not records.check(move.target, move.fingerprint, keep=True).is_current:
         raise InputError(f"{move.source}: its files changed while they were copied")

@@ -8,7 +8,6 @@ from typing import Any, overload
 from merit_fast.data import (
     Dataset,
     Example,
-    dataset_fingerprints,
     load_mixture,
     load_tokenizer_or_processor,
     pad_token_id,
@@ -29,14 +28,6 @@ from merit_fast.train.schedule import num_steps
 
 TOKENS_FOLDER = "tokens"  # of a run's output: a cache, and no result
 TARGETS_FOLDER = "targets"  # the same, for sketches of rows that are not in the mixture
-
-
-def held_out_contents(outputs: Outputs) -> dict[str, str]:
-    """Name -> fingerprint of each dataset's held-out examples."""
-    config = outputs.config
-    base = str(outputs.base)
-    hashes = outputs.records.hashes
-    return dataset_fingerprints(config.mixture, config.data, base, part="eval", file_hash=hashes)
 
 
 class DecodedTexts(Sequence[str]):
@@ -171,7 +162,7 @@ class RunData:
 
     def _store(self, part: Part, draw: Draw | None) -> TokenStore:
         """The place of the tokenized rows of this part."""
-        prints = self.outputs.contents if part == "train" else held_out_contents(self.outputs)
+        prints = self.outputs.contents if part == "train" else self.outputs.held_out_contents
         return TokenStore(self._tokens, prints, self.outputs.records.whole, self.writes, draw)
 
     @property

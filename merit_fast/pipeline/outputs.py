@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from merit_fast.data import dataset_fingerprints, mixture_fingerprint
-from merit_fast.data.config import Part
+from merit_fast.data.config import DataConfig, DatasetConfig, Part
 from merit_fast.errors import MeritFastError
 from merit_fast.manifests.io import StageManifest, fingerprint, read_manifest, stage_manifest
 from merit_fast.manifests.schemas import SplitManifest
@@ -28,7 +28,7 @@ from merit_fast.merge import method_fingerprint, same_bytes
 from merit_fast.model import model_fingerprint, resolve_model
 from merit_fast.pipeline.arms import WARMUP, Branch, branch_recipe, plan_branches, warmup_branch
 from merit_fast.pipeline.config import RunConfig, settle_dtypes
-from merit_fast.pipeline.plan import Plan, engine_inputs, make_plan, recorded_recipe
+from merit_fast.pipeline.plan import Plan, engine_inputs, make_plan, recorded_recipe, watched_rows
 from merit_fast.pipeline.records import Records, sketch_in_force
 from merit_fast.pipeline.reporting import audit_options, report_options
 from merit_fast.sketch.config import SketchConfig
@@ -176,20 +176,23 @@ class Outputs:
     @functools.cached_property
     def contents(self) -> dict[str, str]:
         """Name -> fingerprint of each dataset's training examples, in the mixture's order."""
-        config = self.config
-        return dataset_fingerprints(
-            config.mixture, config.data, str(self.base), part="train", file_hash=self.records.hashes
-        )
+        return dataset_fingerprints(*self._rows, part="train", file_hash=self.records.hashes)
+
+    @functools.cached_property
+    def held_out_contents(self) -> dict[str, str]:
+        """Name -> fingerprint of each dataset's held-out examples."""
+        return dataset_fingerprints(*self._rows, part="eval", file_hash=self.records.hashes)
 
     @functools.cached_property
     def held_out_fingerprint(self) -> str:
         return self._rows_fingerprint("eval")
 
     def _rows_fingerprint(self, part: Part) -> str:
-        config = self.config
-        base = str(self.base)
-        hashes = self.records.hashes
-        return mixture_fingerprint(config.mixture, config.data, base, part=part, file_hash=hashes)
+        return mixture_fingerprint(*self._rows, part=part, file_hash=self.records.hashes)
+
+    @property
+    def _rows(self) -> tuple[tuple[DatasetConfig, ...], DataConfig, str]:
+        return self.config.mixture, self.config.data, str(self.base)
 
     # ---- manifests of the stages
     @property
@@ -229,7 +232,7 @@ class Outputs:
         if branch.steps is not None:
             inputs["steps"] = str(branch.steps)
         if recipe.evaluate_steps is not None:
-            inputs |= self._held_out_rows("the half that chooses")
+            inputs["held-out"] = watched_rows(branch, self.config, self.held_out_contents)
         inputs |= engine_inputs(recipe)
         return stage_manifest(TRAIN.name, recorded_recipe(recipe), inputs)
 
@@ -291,8 +294,5 @@ class Outputs:
     @property
     def _reporting_rows(self) -> dict[str, str]:
         """The held-out rows that report: a tuned merge or an early stop leaves half of them."""
-        return self._held_out_rows("the half that reports")
-
-    def _held_out_rows(self, half: str) -> dict[str, str]:
-        rows = {"rows": half} if self.config.halves_held_out else {}
+        rows = {"rows": "the half that reports"} if self.config.halves_held_out else {}
         return {"held-out": self.held_out_fingerprint} | rows

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.hashes import checksum
+from merit_fast.manifests.io import fingerprint
 from merit_fast.manifests.schemas import SplitManifest
 from merit_fast.merge import MergeConfig
 from merit_fast.merge.table import DEFAULT_METHOD
@@ -161,6 +162,23 @@ def recorded_recipe(recipe: TrainConfig) -> TrainConfig:
     if recipe.engine == "builtin":
         return recipe
     return replace(recipe, engine_config=None, engine_python=None)
+
+
+def watched_rows(branch: Branch, config: RunConfig, contents: Mapping[str, str]) -> str:
+    """The fingerprint of the held-out rows on which a branch is measured while it is trained.
+
+    A dataset's name counts only where it decides which half of its rows is meant.
+
+    Args:
+        branch: the branch.
+        config: the run's config.
+        contents: name -> fingerprint of each dataset's held-out examples.
+    """
+    rows: list[object] = [contents[name] for name in branch.datasets]
+    if config.halves_held_out:
+        half = "reports" if config.train.patience is None else "chooses"
+        rows += ["the half that " + half, branch.datasets]
+    return fingerprint(rows)
 
 
 def engine_inputs(recipe: TrainConfig) -> dict[str, str]:

@@ -80,6 +80,8 @@ class Run:
         """Trains the branches; the processes that torchrun started train each one together."""
         if world_size() == 1:
             return self._train_all(None)
+        if self.config.train.engine != "builtin":
+            require_one_process(f"train.engine {self.config.train.engine}")
         from merit_fast.train.parallel.ranks import joined_ranks
 
         with joined_ranks() as ranks:

@@ -175,13 +175,13 @@ class TrainConfig:
         )
 
     def with_builtin_engine(self) -> "TrainConfig":
-        """The same options for the built-in trainer."""
+        """Returns these options for the built-in trainer."""
         return replace(
             self, engine="builtin", engine_config=None, engine_command=None, engine_python=None
         )
 
     def without_plan(self) -> "TrainConfig":
-        """The options of one branch: without those that decide which branches there are."""
+        """Returns the options of one branch, without those that decide which branches there are."""
         return replace(self, seeds=1, budget="epochs", mix=0.0, controls=ControlsConfig())
 
 

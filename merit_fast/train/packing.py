@@ -21,8 +21,8 @@ class PackedSchedule:
 
         limit = max(longest example, min(row_length, tokens / (S * accumulation)))
 
-    tokens at most, each row goes through the model by itself. Rows depend only on the lengths, the
-    seed and the epoch.
+    tokens at most, the model reads one row at a time. Rows depend only on the lengths, the seed and
+    the epoch.
 
     Args:
         lengths: [N] tokens of each example.

@@ -138,7 +138,7 @@ def _prepare(
     companions = Companions(job.start_path, job.data)
     padding = companions.pad_token_id
     held_out = HeldOut(job.branch, job.datasets, job.held_out, config, padding)
-    trackers = Trackers(config.report_to, job.branch, job.tracked or directory, job.names)
+    trackers = Trackers(config, job.branch, job.tracked or directory, job.names)
     reset_peak_memory()
     start = time.perf_counter()
     trained = prepare_model(job.start_path, config)

@@ -85,9 +85,9 @@ def train_step(
 def _guilty_datasets(
     trained: TrainedModel, optimizer: MasterAdamW, batches: Sequence[Batch], num_datasets: int
 ) -> list[bool]:
-    """Whether each dataset's rows of the step give a gradient that is not finite by themselves.
+    """Tells of each dataset whether its rows of the step give a gradient that is not finite.
 
-    All that have rows in the step, if none does.
+    If none does, all datasets with rows in the step are guilty.
     """
     guilty = []
     seen = []

@@ -1,15 +1,19 @@
 """Branches of the tiny model, trained on random rows."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from torch import Tensor
 
 from merit_fast.data import Dataset, Example
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.progress import SilentProgress
-from merit_fast.train import TrainConfig
+from merit_fast.train import TrainConfig, loop
 from merit_fast.train.stage import BranchJob, train_branch
+from merit_fast.train.step import train_step
 
 
 def dataset(name: str, seed: int, rows: int = 10) -> Dataset:
@@ -40,6 +44,45 @@ def weights(directory: Path) -> dict[str, Tensor]:
         for file in sorted(directory.glob("model*.safetensors"))
         for k, v in load_file(file).items()
     }
+
+
+def held_out_rows(seed: int = 7) -> Dataset:
+    """Rows unlike those of training, on which the loss rises as the model overfits."""
+    generator = np.random.default_rng(seed)
+    examples = []
+    for length in (9, 6, 11, 7):
+        ids = generator.integers(2, 400, length).astype(np.int32)
+        labels = np.where(np.arange(length) < 2, -100, ids).astype(np.int32)
+        examples.append(Example(ids, labels))
+    return Dataset("a", tuple(examples))
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the training raise KeyboardInterrupt after so many steps, as a lost machine ends it."""
+
+    def stops(*arguments: Any) -> Any:
+        result = train_step(*arguments)
+        if result[0].step == step:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(loop, "train_step", stops)
+
+
+def train_in_two_parts(
+    work: BranchJob, config: TrainConfig, out: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> BranchManifest:
+    """Trains a branch that is stopped after ``step`` steps and resumes."""
+    out.mkdir()
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_branch(work, config, out, SilentProgress())
+    return train_branch(work, config, out, SilentProgress())
 
 
 CONFIG = TrainConfig(

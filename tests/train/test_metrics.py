@@ -1,6 +1,5 @@
 """metrics.jsonl, held-out losses, early stop and trackers of a branch."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,16 @@ import torch
 from support.checks import tree_bytes
 from support.runs import MEASURED
 from support.tiny import make_model, make_tokenizer
-from support.training import CONFIG, dataset, job, train, weights
+from support.training import (
+    CONFIG,
+    dataset,
+    held_out_rows,
+    job,
+    read_metrics,
+    stop_after,
+    train,
+    weights,
+)
 from torch.nn import functional as F
 
 from merit_fast.data import Dataset, Example
@@ -19,10 +27,6 @@ from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig, loop, train_branch
 from merit_fast.train.adapter.config import AdapterConfig
 from merit_fast.train.schedule import learning_rate
-
-
-def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def own_losses(model_path, rows):
@@ -57,26 +61,6 @@ def test_a_line_of_metrics_is_what_single_rows_give(tiny_model, tmp_path, kernel
     assert line["norm"] == pytest.approx(float(norm), rel=1e-4)
     assert line["step"] == 1 and line["learning_rate"] == learning_rate(0, 1, config)
     assert line["num_tokens"] == sum(rows.num_tokens for rows in sets) and line["seconds"] > 0
-
-
-def stop_after(step, monkeypatch):
-    plain = loop.train_step
-
-    def stops(*arguments):
-        position, record = plain(*arguments)
-        if position.step == step:
-            raise KeyboardInterrupt
-        return position, record
-
-    monkeypatch.setattr(loop, "train_step", stops)
-
-
-def held_out_rows(seed=7):
-    """Rows unlike those of training, on which the loss rises as the model overfits."""
-    rng = np.random.default_rng(seed)
-    rows = [rng.integers(2, 400, length).astype(np.int32) for length in (9, 6, 11, 7)]
-    return Dataset("a", tuple(Example(ids, np.where(np.arange(len(ids)) < 2, -100, ids)
-                                      .astype(np.int32)) for ids in rows))  # fmt: skip
 
 
 ADAPTER = AdapterConfig("lora", rank=4, targets=("q_proj", "down_proj"))
@@ -205,47 +189,6 @@ def test_the_dataset_of_a_gradient_that_is_not_finite_is_named(
     config = replace(CONFIG, kernels=kernels, packing=packing, batch_size=7)
     with pytest.raises(MeritFastError, match=r"is not finite at step 0 .*dataset b; lower"):
         train(base, tmp_path / "out", config, *sets)
-
-
-def test_trackers_get_every_step_under_the_names_of_the_datasets(tiny_model, tmp_path, monkeypatch):
-    from transformers import TrainerCallback
-    from transformers.integrations import integration_utils
-
-    events = []
-
-    class Recorder(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            events.append(("begin", args.run_name, state.max_steps, type(model).__name__))
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            events.append((state.global_step, logs))
-
-        def on_train_end(self, args, state, control, **kwargs):
-            events.append(("end",))
-
-    registry = integration_utils.INTEGRATION_TO_CALLBACK | {"recorder": Recorder}
-    monkeypatch.setattr(integration_utils, "INTEGRATION_TO_CALLBACK", registry)
-    config = replace(CONFIG, report_to=("recorder",), evaluate_steps=3, epochs=1)
-    work = replace(job(tiny_model, dataset("a", 0)), held_out=(held_out_rows(),))
-    train_branch(work, config, tmp_path, SilentProgress())
-    assert events[0][:3] == ("begin", "merit-0", 3) and events[-1] == ("end",)
-    logged = events[1:-1]
-    assert [step for step, _ in logged] == [1, 2, 3, 3]
-    lines = read_metrics(tmp_path)
-    assert logged[0][1]["loss_a"] == lines[0]["dataset_losses"][0]
-    assert logged[0][1]["grad_norm"] == lines[0]["norm"]
-    assert logged[3][1]["eval_loss"] == lines[3]["held_out_loss"]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("tensorbord", "must be among .*wandb"), ("dvclive", "cannot be used")]
-)
-def test_a_tracker_that_cannot_run_is_refused_before_the_training(
-    tiny_model, tmp_path, name, message
-):
-    with pytest.raises(InputError, match=f"train.report_to: {name if 'used' in message else ''}"):
-        train(tiny_model, tmp_path / "out", replace(CONFIG, report_to=(name,)), dataset("a", 0))
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_several_processes_are_refused(tiny_model, tmp_path, monkeypatch):

@@ -9,15 +9,13 @@ import torch
 from support.checks import tree_bytes
 from support.runs import MEASURED
 from support.tiny import make_tokenizer
-from support.training import CONFIG, dataset, job, train, weights
+from support.training import CONFIG, dataset, job, train, train_in_two_parts, weights
 
 import merit_fast.train.adapter.build as build
 from merit_fast.data import collate
 from merit_fast.errors import InputError
 from merit_fast.evaluate.retention import greedy_answers
 from merit_fast.model import load_model, model_inputs, without_router_logits
-from merit_fast.progress import SilentProgress
-from merit_fast.train import train_branch
 from merit_fast.train.adapter.config import AdapterConfig
 from merit_fast.train.optimizer import MasterAdamW
 from merit_fast.train.prepare import prepare_model
@@ -74,8 +72,6 @@ def test_a_model_without_checkpointing_is_refused(tiny_model, monkeypatch):
 def test_the_8_bit_optimizer_stays_near_the_other_and_resumes_to_the_bit(
     tiny_model, tmp_path, monkeypatch, dtype, kernels
 ):
-    from merit_fast.train import loop
-
     config = replace(
         CONFIG, optimizer="adamw-8bit", dtype=dtype, kernels=kernels, checkpoint_steps=2, epochs=3
     )
@@ -84,19 +80,7 @@ def test_the_8_bit_optimizer_stays_near_the_other_and_resumes_to_the_bit(
     train(tiny_model, tmp_path / "small", config, rows)
     assert losses_of(tmp_path / "small") == pytest.approx(losses_of(tmp_path / "plain"), rel=2e-2)
     assert losses_of(tmp_path / "small") != losses_of(tmp_path / "plain")
-    (tmp_path / "broken").mkdir()
-    plain = loop.train_step
-
-    def stops(*arguments):
-        if arguments[6].step == 5:
-            raise KeyboardInterrupt
-        return plain(*arguments)
-
-    monkeypatch.setattr(loop, "train_step", stops)
-    with pytest.raises(KeyboardInterrupt):
-        train_branch(job(tiny_model, rows), config, tmp_path / "broken", SilentProgress())
-    monkeypatch.undo()
-    train_branch(job(tiny_model, rows), config, tmp_path / "broken", SilentProgress())
+    train_in_two_parts(job(tiny_model, rows), config, tmp_path / "broken", 5, monkeypatch)
     assert tree_bytes(tmp_path / "small", MEASURED) == tree_bytes(tmp_path / "broken", MEASURED)
 
 
@@ -145,8 +129,6 @@ def test_updates_in_the_backward_pass_resume_to_the_bit(
     tiny_model, tmp_path, monkeypatch, kernels, mode
 ):
     """Two passes clip as one step does; the norm of the step before clips nearly so."""
-    from merit_fast.train import loop
-
     config = replace(
         CONFIG,
         kernels=kernels,
@@ -160,19 +142,7 @@ def test_updates_in_the_backward_pass_resume_to_the_bit(
     train(tiny_model, tmp_path / "inside", config, rows)
     rel = 1e-5 if mode == "two-pass" else 2e-2
     assert losses_of(tmp_path / "inside") == pytest.approx(losses_of(tmp_path / "plain"), rel=rel)
-    (tmp_path / "broken").mkdir()
-    plain = loop.train_step
-
-    def stops(*arguments):
-        if arguments[6].step == 5:
-            raise KeyboardInterrupt
-        return plain(*arguments)
-
-    monkeypatch.setattr(loop, "train_step", stops)
-    with pytest.raises(KeyboardInterrupt):
-        train_branch(job(tiny_model, rows), config, tmp_path / "broken", SilentProgress())
-    monkeypatch.undo()
-    train_branch(job(tiny_model, rows), config, tmp_path / "broken", SilentProgress())
+    train_in_two_parts(job(tiny_model, rows), config, tmp_path / "broken", 5, monkeypatch)
     assert tree_bytes(tmp_path / "inside", MEASURED) == tree_bytes(tmp_path / "broken", MEASURED)
 
 

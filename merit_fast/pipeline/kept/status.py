@@ -14,7 +14,7 @@ from merit_fast.manifests.locks import LOCKS_FOLDER, owner_of, stage_lock
 from merit_fast.manifests.stages import AUDIT, EVALUATE, MERGE, REPORT, SKETCH, SPLIT, STAGES, TRAIN
 from merit_fast.manifests.state import OutputState, check_output, differences
 from merit_fast.pipeline.config import RunConfig
-from merit_fast.pipeline.data import TARGETS_FOLDER, TOKENS_FOLDER, held_out_contents
+from merit_fast.pipeline.data import TARGETS_FOLDER, TOKENS_FOLDER
 from merit_fast.pipeline.outputs import Outputs
 
 Word = Literal[
@@ -59,7 +59,7 @@ def _caches(outputs: Outputs) -> Iterator[OutputStatus]:
             name = f"{TARGETS_FOLDER}/{path.name}"
             yield OutputStatus(name, "not in force", "a target of select", None, folder_bytes(path))
     folder = outputs.root / TOKENS_FOLDER
-    used = {*outputs.contents.values(), *held_out_contents(outputs).values()}
+    used = {*outputs.contents.values(), *outputs.held_out_contents.values()}
     detail = "tokenized rows of another config"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_dir() and path.name not in used | {LOCKS_FOLDER}:

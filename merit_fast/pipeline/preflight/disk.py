@@ -16,9 +16,8 @@ from merit_fast.train.config import TrainConfig
 from merit_fast.units import human_bytes
 
 _ROW_BYTES = 52  # of a stored row, next to its vector in float16
-_STATE_BYTES = (
-    12  # of a trained parameter in a checkpoint to resume from: fp32 master and two moments
-)
+# of a trained parameter in a checkpoint to resume from: its master and two moments
+_STATE_BYTES = {"adamw": 12, "adamw-8bit": 6}
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,19 @@ def disk_of(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Disk:
         return Disk(rows=rows)
     config = outputs.config
     parameters = num_parameters(outputs.base)
+    warmup = Load()
     load = Load()
     if SKETCH in pending and warmup_is_pending(outputs):
-        load += warmup_load(outputs, data)
+        warmup = warmup_load(outputs, data)
     if TRAIN in pending:
-        load += train_load(outputs, data)
+        load = train_load(outputs, data)
+    whole = parameters * _item_bytes(config.train.dtype)
     trained = num_trained_parameters(outputs.base, config.train) if makes_branches else 0
-    checkpointed = load.longest > config.train.checkpoint_steps
+    each = 4 * trained if config.train.adapter.is_saved_apart else whole
     merged = config.merge.dtype or config.train.dtype
     return Disk(
-        branches=load.models * _branch_bytes(config.train, parameters, trained),
-        checkpoint=2 * _STATE_BYTES * trained * checkpointed,
+        branches=warmup.models * whole + load.models * each,
+        checkpoint=2 * trained * _checkpoint_bytes(config.train, (warmup + load).longest),
         merges=merges_of(outputs) * parameters * _item_bytes(merged) * (MERGE in pending),
         rows=rows,
     )
@@ -89,11 +90,11 @@ def check_disk(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Non
         )
 
 
-def _branch_bytes(train: TrainConfig, parameters: int, trained: int) -> int:
-    """Bytes of a branch's weights: all of the base, or an adapter in float32."""
-    if train.adapter.is_saved_apart:
-        return 4 * trained
-    return parameters * _item_bytes(train.dtype)
+def _checkpoint_bytes(train: TrainConfig, longest: int) -> int:
+    """Bytes for each trained parameter: the state of the optimizer, and the best weights."""
+    state = _STATE_BYTES[train.optimizer] * (longest > train.checkpoint_steps)
+    best = 4 if train.adapter.is_on else _item_bytes(train.dtype)
+    return state + best * (train.patience is not None)
 
 
 def _item_bytes(dtype: str) -> int:

@@ -84,8 +84,9 @@ def train_load(outputs: Outputs, data: RunData) -> Load:
         return sum(loads, Load())
     groups = num_groups(outputs, data)
     controls = config.train.controls
-    split_arms = 1 + controls.random + controls.num_iid
-    total = sum((_split_arm_load(config, data.branch, groups) for _ in range(split_arms)), Load())
+    mixed = 1 + config.train.mix * (groups - 1)  # each other group trains on this share, too
+    total = _split_arm_load(config, data.branch, groups, mixed).times(1 + controls.random)
+    total += _split_arm_load(config, data.branch, groups).times(controls.num_iid)
     whole = _rows_load(config, data.train)
     for arm in joint_arms(config):
         share = groups if arm == "joint-short" else 1
@@ -132,9 +133,11 @@ def _rows_load(config: RunConfig, datasets: Sequence[Dataset]) -> Load:
     return Load(1, rows * epochs, count_tokens(datasets) * epochs, steps, steps)
 
 
-def _split_arm_load(config: RunConfig, datasets: Sequence[Dataset], groups: int) -> Load:
+def _split_arm_load(
+    config: RunConfig, datasets: Sequence[Dataset], groups: int, mixed: float = 1.0
+) -> Load:
+    """The training of an arm whose branches take each row ``mixed`` times on average."""
     whole = _rows_load(config, datasets)
-    mixed = 1 + config.train.mix * (groups - 1)  # each other branch trains on this share, too
     rows = round(mixed * sum(dataset.num_examples for dataset in datasets))
     steps = num_steps(-(-rows // groups), config.train)
     tokens = round(mixed * whole.tokens)

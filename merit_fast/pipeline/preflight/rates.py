@@ -21,17 +21,19 @@ _MATMUL_S = 0.5
 class Rate:
     """Seconds for a token in training, and where they come from.
 
-    ``forward_share``: part of ``train_s`` that a token takes without its gradient.
+    ``forward_share``: part of ``train_s`` that a token takes without its gradient;
+    ``sketch_share``: that it takes with the gradient of all weights that are not frozen.
     """
 
     train_s: float
     source: str
     forward_share: float
+    sketch_share: float = 1.0
 
     @property
     def sketch_s(self) -> float:
-        """Seconds to sketch a token's gradient: about those of training."""
-        return self.train_s
+        """Seconds to sketch a token's gradient."""
+        return self.train_s * self.sketch_share
 
     @property
     def forward_s(self) -> float:
@@ -44,18 +46,25 @@ def rate_of(outputs: Outputs, num_parameters: int, num_trained: int) -> Rate:
 
         operations of a token = 2 * parameters (forward) + 4 * trained parameters (backward)
 
-    An adapter's gradients go through all layers: 2 * parameters more.
+    An adapter's gradients go through all layers, and gradient checkpointing runs them once more:
+    2 * parameters each. Two passes add the operations of a backward pass.
 
     Args:
         outputs: the run's outputs.
         num_parameters: parameters of the base.
         num_trained: those of them that training changes.
     """
+    train = outputs.config.train
     forward = _FORWARD_FLOPS * num_parameters
-    operations = forward + _BACKWARD_FLOPS * num_trained
-    if outputs.config.train.adapter.is_on:
-        operations += forward
-    forward_share = forward / operations
+    backward = _BACKWARD_FLOPS * num_trained
+    sketch = forward + backward
+    if train.adapter.is_on:
+        sketch = forward + _BACKWARD_FLOPS * num_parameters
+        backward += forward
+    if train.gradient_checkpointing:
+        backward += forward
+    operations = forward + backward * (2 if train.update_in_backward == "two-pass" else 1)
+    shares = (forward / operations, sketch / operations)
     seconds = 0.0
     tokens = 0
     for name, record in outputs.records.ledger().outputs.items():
@@ -68,17 +77,17 @@ def rate_of(outputs: Outputs, num_parameters: int, num_trained: int) -> Rate:
         branch = read_manifest(BranchManifest, path / "branch.json")
         if branch.base_fingerprint == outputs.base_fingerprint and timing.is_file():
             seconds += json.loads(timing.read_text())["train_s"]
-            tokens += branch.num_tokens
+            tokens += branch.num_tokens * (branch.steps_run or branch.steps) // branch.steps
     if seconds and tokens:
         source = f"measured: this run trained {human_count(tokens)} tokens"
-        return Rate(seconds / tokens, source, forward_share)
+        return Rate(seconds / tokens, source, *shares)
     flops = _matmul_flops(outputs.config.train.dtype)
     frozen = "" if num_trained == num_parameters else f" ({human_count(num_trained)} trained)"
     return Rate(
         operations / (_EFFICIENCY * flops),
         f"estimated from {human_count(num_parameters)} parameters{frozen} and products at "
         f"{human_count(flops)}FLOP/s here",
-        forward_share,
+        *shares,
     )
 
 

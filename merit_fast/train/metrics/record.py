@@ -53,7 +53,7 @@ class StepRecord:
         }
 
     def scalars(self, names: Sequence[str]) -> dict[str, float]:
-        """The same for a tracker, which knows scalars only."""
+        """Numbers of ``values`` for a tracker, which knows scalars only."""
         scalars = {
             "loss": self.sums.mean,
             "learning_rate": self.learning_rate,

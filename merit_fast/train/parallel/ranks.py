@@ -5,6 +5,7 @@ rounding; every process takes the same optimizer step.
 """
 
 import contextlib
+import datetime
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,11 @@ from merit_fast.errors import InputError, one_line
 from merit_fast.train.parallel.world import world_rank, world_size
 
 T = TypeVar("T")
+
+# losses and counts are on the CPU, gradients where the model is; nccl adds no CPU tensors
+ON_GPU = "cpu:gloo,cuda:nccl"
+# the others wait while the leader writes a branch, or while another machine trains one
+PATIENCE = datetime.timedelta(days=7)
 
 
 class Ranks:
@@ -66,7 +72,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """Joins the processes that a launcher started: gloo on CPUs, nccl on GPUs.
+    """Joins the processes that a launcher started: gloo for CPU tensors, nccl for those on GPUs.
 
     Raises:
         InputError: they cannot find each other.
@@ -79,7 +85,7 @@ def joined_ranks() -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(world_rank() % torch.cuda.device_count())
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group(ON_GPU if on_gpu else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"train: WORLD_SIZE is {size}: {one_line(error)}") from None
     try:

@@ -154,3 +154,30 @@ def test_seeds_and_flipped_groups_survive_kill_9(train, tmp_path):
     whole["merit-0.seed1"].pop("branch.json")
     assert flipped == whole["merit-0.seed1"]
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_a_renamed_dataset_changes_its_branch_in_place(train, tmp_path, tiny_mixture):
+    assert train(HALVES)[0] == ["merit-0", "merit-1"]
+    first = weights(tmp_path, "merit-0")
+    renamed = [{**tiny_mixture[0], "name": "cities"}, *tiny_mixture[1:]]
+    groups = [["cities", "codes"], HALVES[1]]
+    trained, notes = train(groups, renamed)
+    assert trained == [] and "branches/merit-0: has other names of datasets" in str(notes)
+    assert branch_json(tmp_path, "merit-0").datasets == ("cities", "codes")
+    assert weights(tmp_path, "merit-0") == first
+    assert train(groups, renamed)[0] == []
+
+
+def test_branches_that_are_measured_keep_their_rows_by_content(train, tiny_mixture):
+    """A name decides which half of the held-out rows chooses a checkpoint, and nothing else."""
+    watched = {"evaluate_steps": 2}
+    assert train(HALVES, **watched)[0] == ["merit-0", "merit-1"]
+    renamed = [{**entry, "name": f"my-{entry['name']}"} for entry in tiny_mixture]
+    groups = [[f"my-{name}" for name in group] for group in HALVES]
+    assert train(groups, renamed, **watched)[0] == []
+    halved = watched | {"patience": 2}
+    assert train(groups, renamed, **halved)[0] == ["merit-0", "merit-1"]
+    assert train(HALVES, **halved)[0] == ["merit-0", "merit-1"]
+    first, *others = tiny_mixture
+    fewer = [{**first, "eval_path": others[0]["eval_path"]}, *others]
+    assert train(HALVES, fewer, **halved)[0] == ["merit-0"]

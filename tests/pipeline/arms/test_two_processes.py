@@ -13,6 +13,7 @@ from support.runs import run_values
 from support.warm import run_together
 
 from merit_fast.cli.main import main
+from merit_fast.errors import InputError
 from merit_fast.model import load_model
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
@@ -100,8 +101,21 @@ def test_other_commands_refuse_several_processes(
     assert not (tmp_path / "out").exists()
 
 
+def test_another_stack_refuses_several_processes_before_they_join(
+    tmp_path, tiny_model, tiny_mixture, monkeypatch
+):
+    """Each process is refused; one that waited for a refused leader would end in a traceback."""
+    values = run_values(tiny_model, tiny_mixture)
+    values["train"]["engine"] = "trl"
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="train.engine trl: WORLD_SIZE must be 1, got 2"):
+        Run(read_run_config(Path("run.yml"))).train()
+
+
 def test_ranks_that_do_not_fit_are_refused(monkeypatch):
-    from merit_fast.errors import InputError
     from merit_fast.train.parallel.world import world_size
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -111,3 +125,27 @@ def test_ranks_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(InputError, match="WORLD_SIZE: must be a number, got 'two'"):
         world_size()
+
+
+def test_processes_on_gpus_add_cpu_tensors_too(monkeypatch):
+    """Sums of losses and counts are CPU tensors, which nccl refuses."""
+    from torch import distributed
+
+    from merit_fast.train.parallel import ranks
+
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        distributed, "init_process_group", lambda *words, timeout: asked.append((*words, timeout))
+    )
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    with ranks.joined_ranks():
+        pass
+    ((backend, timeout),) = asked
+    assert timeout.days >= 1  # the others wait while the leader writes a large model
+    backends = distributed.distributed_c10d.BackendConfig(distributed.Backend(backend))
+    devices = backends.get_device_backend_map()
+    assert devices["cpu"] == "gloo" and devices["cuda"] == "nccl"

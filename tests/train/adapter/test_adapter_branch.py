@@ -9,13 +9,11 @@ import torch
 from support.checks import tree_bytes
 from support.runs import MEASURED
 from support.tiny import make_model, make_tokenizer
-from support.training import CONFIG, dataset, job, train
+from support.training import CONFIG, dataset, job, train, train_in_two_parts
 from torch.nn import functional as F
 
 from merit_fast.errors import InputError
 from merit_fast.model import load_model
-from merit_fast.progress import SilentProgress
-from merit_fast.train import train_branch
 from merit_fast.train.adapter.config import AdapterConfig
 
 LORA = AdapterConfig("lora", rank=4, alpha=8.0, targets=("q_proj", "down_proj"))
@@ -40,21 +38,6 @@ def recipe(adapter, **changes):
     return replace(CONFIG, adapter=adapter, learning_rate=5e-3, **changes)
 
 
-def stop_after(step, monkeypatch):
-    """Raises after so many steps, as a lost machine would."""
-    from merit_fast.train import loop
-
-    plain = loop.train_step
-
-    def stops(*arguments):
-        position, record = plain(*arguments)
-        if position.step == step:
-            raise KeyboardInterrupt
-        return position, record
-
-    monkeypatch.setattr(loop, "train_step", stops)
-
-
 def losses_of(folder):
     return json.loads((folder / "losses.json").read_text())
 
@@ -69,12 +52,7 @@ def test_a_resumed_adapter_has_the_same_bytes_and_peft_loads_it(
     config = recipe(KINDS[name], checkpoint_steps=2)
     rows = dataset("a", 0)
     train(tiny_model, tmp_path / "whole", config, rows)
-    (tmp_path / "broken").mkdir()
-    stop_after(5, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train_branch(job(tiny_model, rows), config, tmp_path / "broken", SilentProgress())
-    monkeypatch.undo()
-    train_branch(job(tiny_model, rows), config, tmp_path / "broken", SilentProgress())
+    train_in_two_parts(job(tiny_model, rows), config, tmp_path / "broken", 5, monkeypatch)
     whole = tree_bytes(tmp_path / "whole", MEASURED)
     assert whole == tree_bytes(tmp_path / "broken", MEASURED)
     assert {"adapter_config.json", "adapter_model.safetensors", "branch.json"} <= whole.keys()
