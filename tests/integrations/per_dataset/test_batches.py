@@ -11,7 +11,9 @@ from support.sketch.trainer_runs import NAMES, arguments, llama, pad, rows, trai
 from merit_fast.errors import InputError
 from merit_fast.integrations import MeritCallback
 from merit_fast.integrations.per_dataset.codes import BatchDatasets
+from merit_fast.integrations.per_dataset.outputs import write_outputs
 from merit_fast.integrations.per_dataset.sketches import unpacked
+from merit_fast.integrations.per_dataset.sums import Counts
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +126,9 @@ def test_rows_whose_examples_see_one_another_are_not_sketched(positions):
         [3, 4, 5],
         [6, 7, 8],
     ]
+
+
+def test_a_run_without_target_tokens_leaves_no_branch_json(tmp_path):
+    (tmp_path / "branch.json").write_text("of an earlier run")
+    write_outputs(tmp_path, Counts({}, "0" * 32, 0), steps=0, seed=0)
+    assert not (tmp_path / "branch.json").exists()

@@ -117,7 +117,7 @@ def test_a_flattening_collator_and_a_stream_keep_their_datasets(tmp_path, start)
 
 
 def test_a_collator_that_makes_labels_of_tokens_keeps_its_datasets(tmp_path, start):
-    """As transformers' DataCollatorForLanguageModeling; rows of equal length have labels too."""
+    """Collates as transformers' DataCollatorForLanguageModeling; rows of equal length have labels too."""
     import transformers as t
     from tokenizers import Tokenizer, models
 
