@@ -1,4 +1,4 @@
-"""`merit-fast train --engine trl`: TRL trains packed LoRA branches, and merge and evaluate follow."""
+"""`merit-fast train --engine trl`: TRL trains packed LoRA branches of a run."""
 
 import json
 
