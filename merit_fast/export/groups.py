@@ -58,7 +58,7 @@ def export_groups(
     user = read_user(extend)
     folder = out.expanduser().absolute()
     check_folder(folder)
-    check_exported(outputs.config.train)
+    check_exported(outputs.config)
     settings = settings_of(outputs.config, str(outputs.start), folder / "models")
     groups = groups_of(outputs, progress or SilentProgress())
     surveys = surveys_of(groups)

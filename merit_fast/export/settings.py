@@ -8,7 +8,6 @@ from typing import Any
 from merit_fast.data.template import PLAIN
 from merit_fast.errors import InputError
 from merit_fast.pipeline.config import RunConfig
-from merit_fast.train.config import TrainConfig
 
 # keys of transformers and axolotl that ask for held-out rows
 EVAL_KEYS = (
@@ -135,12 +134,13 @@ def settings_of(config: RunConfig, model: str, output: Path) -> Settings:
     )
 
 
-def check_exported(train: TrainConfig) -> None:
+def check_exported(config: RunConfig) -> None:
     """Refuses options of a recipe that the minimal configurations leave out.
 
     Raises:
         InputError: the run trains adapters, freezes parameters, or stops early.
     """
+    train = config.train
     for key, is_on in (
         ("adapter.kind", train.adapter.is_on),
         ("freeze", bool(train.freeze)),
