@@ -111,11 +111,11 @@ def _missing(python: str, packages: Sequence[str]) -> list[str]:
 
 
 def _check_rows(stack: EngineStack, outputs: Outputs, data: RunData) -> None:
-    """Plans the files of every dataset by itself; nothing is written."""
+    """Plans the files of each dataset, one after the other; nothing is written."""
     everything = Branch("check", "check", 0, whole_mixture(outputs.contents, "all"))
     (group,) = rows_of_branches([everything], data)
     surveys = surveys_of([group])
     names = free_names(surveys.values())
     for part in group.train:
-        alone: Group = replace(group, train=(part,), held_out=())
-        plan_files(stack.form, alone, surveys, names)
+        single: Group = replace(group, train=(part,), held_out=())
+        plan_files(stack.form, single, surveys, names)

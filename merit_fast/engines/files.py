@@ -28,6 +28,7 @@ from merit_fast.train.config import TrainConfig
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "trainer_state.json"
+COUNTS_FILES = ("dataset_counts.json", "merit_counts.json")  # of our callbacks
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,13 @@ def _own_keys(
         own["seed"] = int(user.get("seed", 0)) + branch.seed
     if user is not None and branch.rate_factor != 1.0:
         rate = user.get("learning_rate")
-        if not isinstance(rate, int | float | str):
+        try:
+            own["learning_rate"] = float(rate) * branch.rate_factor  # type: ignore[arg-type]
+        except (TypeError, ValueError):
             raise InputError(
-                f"{recipe.engine_config}: learning_rate: must be given for the arm {branch.arm}, "
-                f"got {show(rate)}"
-            )
-        own["learning_rate"] = float(rate) * branch.rate_factor
+                f"{recipe.engine_config}: learning_rate: must be a number for the arm "
+                f"{branch.arm}, got {show(rate)}"
+            ) from None
     if values.get("hub_model_id") and user is not None:
         own["hub_model_id"] = f"{user['hub_model_id']}-{branch.name}"
     return own
@@ -120,10 +122,20 @@ def _precision(recipe: TrainConfig) -> dict[str, Any]:
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The latest checkpoint that has its trainer_state.json, which a Trainer writes last."""
+    """The latest whole checkpoint: one with trainer_state.json, which a Trainer writes last.
+
+    A callback may add its counts even later. Where one checkpoint has them, those without are of a
+    killed training, and no callback would resume from them.
+    """
     numbered = {
         int(match[1]): path
         for path in (out.iterdir() if out.is_dir() else ())
         if (match := _CHECKPOINT.fullmatch(path.name)) and (path / STATE_FILE).is_file()
     }
-    return numbered[max(numbered)] if numbered else None
+    counted = {
+        number: path
+        for number, path in numbered.items()
+        if any((path / name).is_file() for name in COUNTS_FILES)
+    }
+    whole = counted or numbered
+    return whole[max(whole)] if whole else None

@@ -51,13 +51,18 @@ def check_keys(engine: Engine, python: str, file: str, values: Mapping[str, Any]
         InputError: a key is unknown; the nearest is named.
         MeritFastError: the stack's environment fails before it tells its keys.
     """
-    process = subprocess.run(
-        [python, "-c", _SCRIPTS[engine] + _PRINT, file],
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-    )
+    try:
+        process = subprocess.run(
+            [python, "-c", _SCRIPTS[engine] + _PRINT, file],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise MeritFastError(
+            f"train.engine: {engine} is not imported by {python} within {_TIMEOUT_S} s"
+        ) from None
     line = next((x for x in process.stdout.splitlines() if x.startswith(_MARK)), None)
     if line is None:
         last = (process.stderr.strip().splitlines() or ["no output"])[-1]

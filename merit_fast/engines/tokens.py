@@ -19,7 +19,7 @@ BRANCH_FILE = "branch.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stack has trained on.
+    """Examples, tokens and steps that a stack has trained on.
 
     Attributes:
         source: the origin of the counts, in one clause.
@@ -59,7 +59,7 @@ def trained_of(out: Path, group: Group, configured_epochs: float, start: str) ->
     )
     steps = int(state.get("global_step", 0))
     max_steps = int(state.get("max_steps", 0))
-    measured = _measured(out, start)
+    measured = _measured(out, start, steps)
     if measured is not None:
         return Trained(
             measured.num_examples,
@@ -86,8 +86,10 @@ def trained_of(out: Path, group: Group, configured_epochs: float, start: str) ->
     )
 
 
-def _measured(out: Path, start: str) -> BranchManifest | None:
+def _measured(out: Path, start: str, steps: int) -> BranchManifest | None:
     """The branch.json that a callback wrote, next to the model or to its last checkpoint.
+
+    That of a checkpoint before the last step counts a part of the training, and is none.
 
     Raises:
         MeritFastError: it is of another start.
@@ -101,7 +103,7 @@ def _measured(out: Path, start: str) -> BranchManifest | None:
         raise MeritFastError(
             f"{file}: start_fingerprint: must be {start}, got {measured.start_fingerprint}"
         )
-    return measured
+    return measured if file.parent == out or measured.steps == steps else None
 
 
 def _state_of(out: Path) -> tuple[Mapping[str, Any], Path | None]:

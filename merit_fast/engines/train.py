@@ -12,7 +12,7 @@ from typing import Any
 
 from merit_fast.data.saved import write_data_options
 from merit_fast.engines.files import BranchFiles, write_branch_files
-from merit_fast.engines.process import last_lines, run_logged
+from merit_fast.engines.process import last_lines, only_stack, run_logged
 from merit_fast.engines.result import check_result, result_folder, take_over
 from merit_fast.engines.stacks import STACKS, command_of
 from merit_fast.engines.tokens import BRANCH_FILE, Trained, trained_of
@@ -50,12 +50,27 @@ def train_by_engine(
 
     Raises:
         InputError: the stack cannot train on a row as the run does.
-        MeritFastError: the stack fails, or gives back no model of this start.
+        MeritFastError: the stack fails, gives back no model of this start, or still runs from an
+            earlier call.
     """
-    recipe = outputs.recipe(branch)
     (group,) = rows_of_branches([branch], data)
     work = directory.absolute() / _WORK
     work.mkdir(exist_ok=True)
+    with only_stack(work) as lock:
+        return _train(branch, group, directory, outputs, lock, progress)
+
+
+def _train(
+    branch: Branch,
+    group: Group,
+    directory: Path,
+    outputs: Outputs,
+    lock: int,
+    progress: Progress,
+) -> BranchManifest:
+    """Writes the files, runs the stack, and checks and takes over its model."""
+    recipe = outputs.recipe(branch)
+    work = directory.absolute() / _WORK
     files = write_branch_files(branch, group, outputs, work, recipe)
     start, start_fingerprint = outputs.start_of(branch)
     values = {
@@ -68,7 +83,7 @@ def train_by_engine(
         "column": files.column,
     }
     command = command_of(recipe, files.rows, values)
-    seconds = _run(command, branch, recipe, work, progress)
+    seconds = _run(command, branch, recipe, work, lock, progress)
     result = replace(files, out=result_folder(files.out))
     check_result(result.out, start, start_fingerprint)
     trained = trained_of(files.out, group, _configured_epochs(files, recipe), start_fingerprint)
@@ -81,7 +96,12 @@ def train_by_engine(
 
 
 def _run(
-    command: list[str], branch: Branch, recipe: TrainConfig, work: Path, progress: Progress
+    command: list[str],
+    branch: Branch,
+    recipe: TrainConfig,
+    work: Path,
+    lock: int,
+    progress: Progress,
 ) -> float:
     """Runs the stack; returns the seconds that it took.
 
@@ -91,7 +111,7 @@ def _run(
     log = work / LOG_FILE
     progress.note(f"train {branch.name}: {recipe.engine} trains it; its log: {log}")
     began = time.perf_counter()
-    code = run_logged(command, log)
+    code = run_logged(command, log, lock)
     if code:
         for line in last_lines(log):
             progress.note(f"{recipe.engine}: {line}")

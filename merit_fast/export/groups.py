@@ -14,7 +14,7 @@ from merit_fast.errors import InputError
 from merit_fast.export.chosen import Group, groups_of
 from merit_fast.export.folder import GROUPS, INFO, check_folder, export_folder
 from merit_fast.export.form import free_names
-from merit_fast.export.settings import settings_of
+from merit_fast.export.settings import check_exported, settings_of
 from merit_fast.export.target import (
     RowFile,
     Stack,
@@ -58,6 +58,7 @@ def export_groups(
     user = read_user(extend)
     folder = out.expanduser().absolute()
     check_folder(folder)
+    check_exported(outputs.config)
     settings = settings_of(outputs.config, str(outputs.start), folder / "models")
     groups = groups_of(outputs, progress or SilentProgress())
     surveys = surveys_of(groups)

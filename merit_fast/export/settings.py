@@ -107,22 +107,12 @@ def settings_of(config: RunConfig, model: str, output: Path) -> Settings:
         output: the folder below which the stack saves its models.
 
     Raises:
-        InputError: the run has no chat template, which every stack needs; it trains adapters or
-            stops early, which the minimal configurations do not.
+        InputError: the run has no chat template, which every stack needs.
     """
     template = config.data.chat_template
     if template == PLAIN:
         raise InputError("data.chat_template: must be a chat template for export, got 'plain'")
     train = config.train
-    for key, is_on in (
-        ("adapter.kind", train.adapter.is_on),
-        ("patience", train.patience is not None),
-    ):
-        if is_on:
-            raise InputError(
-                f"train.{key}: must be absent for export; give it to the stack by its own "
-                "configuration (--extend)"
-            )
     return Settings(
         model=model,
         is_warm=config.split.warmup > 0,
@@ -142,3 +132,22 @@ def settings_of(config: RunConfig, model: str, output: Path) -> Settings:
         packing=train.packing,
         seed=train.seed,
     )
+
+
+def check_exported(config: RunConfig) -> None:
+    """Refuses options of a recipe that the minimal configurations leave out.
+
+    Raises:
+        InputError: the run trains adapters, freezes parameters, or stops early.
+    """
+    train = config.train
+    for key, is_on in (
+        ("adapter.kind", train.adapter.is_on),
+        ("freeze", bool(train.freeze)),
+        ("patience", train.patience is not None),
+    ):
+        if is_on:
+            raise InputError(
+                f"train.{key}: must be absent for export; give it to the stack by its own "
+                "configuration (--extend)"
+            )

@@ -23,6 +23,7 @@ except ImportError as error:
     ) from error
 
 from merit_fast.integrations.stacks.callback import StackCallback
+from merit_fast.integrations.training import fused_adamw
 from merit_fast.kernels.optimizer import FusedAdamW
 
 _PREFIX = "merit_"
@@ -128,10 +129,5 @@ def optimizer_kwargs(options: Any, args: Any) -> dict[str, Any]:
     """
     if args.optim_args:
         raise InputError(f"optim_args: must be absent with merit_optimizer, got {args.optim_args}")
-    chosen = OptimizerArgs(**dict(options))
-    return {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        **chosen.model_dump(),
-    }
+    chosen = OptimizerArgs(**dict(options)).model_dump()
+    return fused_adamw(args, **chosen)[1]

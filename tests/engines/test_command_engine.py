@@ -141,3 +141,18 @@ def test_controls_and_seeds_are_trained_too_with_seeds_of_their_own(call, split_
     joint = branch_json(split_run, "joint")["num_target_tokens"]
     parts = [branch_json(split_run, f"merit-{k}")["num_target_tokens"] for k in range(2)]
     assert joint == sum(parts)
+
+
+def test_an_adapter_of_the_run_is_in_the_configuration_of_the_stack(call, split_run, by_command):
+    adapter = "train.adapter={kind: rslora, rank: 2, targets: [q_proj, down_proj]}"
+    code, _, error = call("train", split_run, *by_command("adapter"), adapter)
+    assert code == 0, error
+    record = json.loads((split_run.parent / "out/branches/merit-0/engine.json").read_text())
+    expected = {
+        "use_peft": True,
+        "lora_r": 2,
+        "lora_target_modules": ["q_proj", "down_proj"],
+        "use_rslora": True,
+        "use_dora": False,
+    }
+    assert {key: record["config"][key] for key in expected} == expected

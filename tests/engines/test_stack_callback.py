@@ -1,6 +1,10 @@
 """The callback that any stack takes: kernels, counts and branch.json, with a plain Trainer."""
 
+import importlib
 import json
+import shutil
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +97,78 @@ def test_a_resumed_run_counts_on_from_its_checkpoint(base, tmp_path):
         train(tmp_path / "run", base, StackCallback(), resume=str(tmp_path / "run/checkpoint-2"))
 
 
+def test_counts_are_those_of_the_checkpoint_that_the_run_resumes_from(base, tmp_path):
+    """Not those of an earlier run that left a checkpoint of the same step in the output."""
+    options = {"logging_steps": 1, "gradient_accumulation_steps": 1}
+    train(tmp_path / "first", base, StackCallback(), **options)
+    train(tmp_path / "other", base, StackCallback(), learning_rate=1e-2, **options)
+    counts = tmp_path / "other" / "checkpoint-2" / COUNTS_FILE
+    counts.write_text(json.dumps({"num_examples": 90, "num_tokens": 90, "num_target_tokens": 90}))
+    named = str(tmp_path / "first" / "checkpoint-2")
+    with pytest.raises(InputError, match="is not the checkpoint that this run resumes from"):
+        train(tmp_path / "other", base, StackCallback(), resume=named, **options)
+    told = {**options, "resume_from_checkpoint": named}
+    train(tmp_path / "other", base, StackCallback(), resume=named, **told)
+    branches = [json.loads((tmp_path / x / "branch.json").read_text()) for x in ("first", "other")]
+    assert {**branches[1], "branch": "first"} == branches[0]
+    state = tmp_path / "first" / "checkpoint-2" / "trainer_state.json"
+    values = json.loads(state.read_text())
+    values["log_history"][0]["grad_norm"] = float("nan")
+    state.write_text(json.dumps(values))
+    shutil.rmtree(tmp_path / "first" / "checkpoint-4")
+    train(tmp_path / "first", base, StackCallback(), resume=named, **options)
+
+
+def test_a_callback_of_two_trainers_counts_each_of_them_once(base, tmp_path, capsys):
+    callback = StackCallback()
+    for name in ("one", "two"):
+        train(tmp_path / name, base, callback)
+        assert "merit_fast: kernels: rms_norm" in capsys.readouterr().out
+        branch = json.loads((tmp_path / name / "branch.json").read_text())
+        assert branch["num_examples"] == 2 * len(ROWS)
+    other = LlamaForCausalLM.from_pretrained(base).train()
+    callback.watch(other)
+    callback.watch(other)
+    other(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]]))
+    assert callback.counts.num_examples == 2 * len(ROWS) + 1
+
+
+def test_a_run_without_target_tokens_leaves_no_branch_json(base, tmp_path):
+    folder = tmp_path / "run"
+    train(folder, base, StackCallback())
+    arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True)
+    state = SimpleNamespace(global_step=0, best_model_checkpoint=None)
+    StackCallback().on_train_end(arguments, state, None)
+    assert not (folder / "branch.json").exists()
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Our axolotl plugin, next to an axolotl that has its base class only."""
+    pytest.importorskip("pydantic", reason="pydantic is not installed")
+    name = "merit_fast.integrations.axolotl"
+    modules = {n: ModuleType(n) for n in ("axolotl", "axolotl.integrations")}
+    modules["axolotl.integrations.base"] = ModuleType("axolotl.integrations.base")
+    modules["axolotl.integrations.base"].BasePlugin = object
+    for key, module in modules.items():
+        monkeypatch.setitem(sys.modules, key, module)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    sys.modules.pop(name)
+
+
+def test_the_optimizer_of_axolotl_gets_the_rate_and_the_seed_of_its_arguments(plugin, tmp_path):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), learning_rate=3e-4, adam_beta2=0.9, seed=7, use_cpu=True
+    )
+    options = plugin.optimizer_kwargs({"moments": "int8"}, arguments)
+    expected = {"lr": 3e-4, "betas": (0.9, 0.9), "eps": 1e-8, "seed": 7, "moments": "int8"}
+    assert {key: options[key] for key in expected} == expected
+    arguments.optim_args = "a=1"
+    with pytest.raises(InputError, match="optim_args: must be absent with merit_optimizer"):
+        plugin.optimizer_kwargs({}, arguments)
+
+
 def test_a_batch_is_counted_by_its_labels_mask_and_positions():
     labels = torch.tensor([[-100, 4, 5, -100, 7, 8]])
     packed = count_batch(
@@ -108,6 +184,8 @@ def test_a_batch_is_counted_by_its_labels_mask_and_positions():
     assert (masked.num_examples, masked.num_tokens) == (1, 5)
     shifted = count_batch({"input_ids": labels.abs(), "shift_labels": labels})
     assert shifted.num_target_tokens == 4
+    embedded = count_batch({"inputs_embeds": torch.ones(1, 6, 2), "labels": labels})
+    assert embedded.num_tokens == 6
     with pytest.raises(MeritFastError, match="has no labels"):
         count_batch({"input_ids": labels})
 

@@ -1,4 +1,4 @@
-"""`merit-fast train --engine trl`: TRL trains packed LoRA branches, and the run goes on."""
+"""`merit-fast train --engine trl`: TRL trains packed LoRA branches of a run."""
 
 import json
 
@@ -67,3 +67,12 @@ def test_a_misspelt_key_of_trl_ends_the_run_before_a_branch_is_trained(call, spl
     rule = "trl.yml: learning_rat: trl has no such key; did you mean learning_rate?"
     assert code == 2 and rule in error, error
     assert not list((split_run.parent / "out").glob("branches/*"))
+
+
+def test_trl_trains_the_adapter_of_the_run_without_a_configuration_of_its_own(call, split_run):
+    adapter = "train.adapter={kind: lora, rank: 4, targets: [q_proj, down_proj]}"
+    code, _, error = call("train", split_run, "train.engine=trl", adapter, "train.epochs=1")
+    assert code == 0, error
+    folder = split_run.parent / "out" / "branches" / "merit-0"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == 4 and set(config["target_modules"]) == {"q_proj", "down_proj"}

@@ -206,6 +206,7 @@ def test_marks_that_a_stack_cannot_follow_are_refused(call, marked_run, tmp_path
     ("key", "assignment"),
     [
         ("train.adapter.kind", "train.adapter={kind: lora}"),
+        ("train.freeze", "train.freeze=[lm_head]"),
         ("train.patience", "train={evaluate_steps: 2, patience: 1}"),
     ],
 )

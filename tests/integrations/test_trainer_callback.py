@@ -1,11 +1,8 @@
 """SketchCallback in real Trainers: exact states, untouched training, files, ranks, refusals."""
 
-import os
-
 import pytest
 import torch
 from support.checks import assert_close
-from support.paths import ROOT, TESTS
 from support.sketch.trainer_runs import (
     NAMES,
     PROJ_DIM,
@@ -13,9 +10,9 @@ from support.sketch.trainer_runs import (
     llama,
     losses,
     rows,
+    run_ranks,
     trainer,
 )
-from support.warm import run_together
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.integrations.trainer import SketchCallback, batches_of_one_dataset, read_states
@@ -160,17 +157,7 @@ def test_ranks_add_up_to_the_states_of_one_process(tmp_path):
     )
     SketchCallback(PROJ_DIM).attach(single)
     single.train()
-    command = ["-c", RANK, tmp_path, TESTS, ROOT]
-    common = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(29500 + os.getpid() % 2000),
-    }
-    environments = [
-        {**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)
-    ]
-    ranks = run_together([command] * 2, environments=environments, timeout=300)
-    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    run_ranks(RANK, [tmp_path], port=29500)
     expected = read_states(tmp_path / "one" / "sketches")
     summed = read_states(tmp_path / "still" / "sketches")
     assert {name: state.num_examples for name, state in summed.items()} == {

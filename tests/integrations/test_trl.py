@@ -3,6 +3,7 @@
 import pytest
 from support.checks import assert_close
 from support.sketch.trainer_runs import PROJ_DIM, gradient_sketch
+from support.stacks.trl_runs import sft_run
 from support.tiny import TASKS, make_model, make_tokenizer
 
 from merit_fast import patch_model
@@ -27,36 +28,14 @@ def base(tmp_path_factory):
 
 
 def sft_trainer(base, out, model=None, optimizer=None, column="dataset_id", **changes):
-    import transformers as t
-    from datasets import Dataset
-
     rows = [
         {"prompt": f"{instruction} {question}", "completion": f" {answer}", column: name}
         for name, (instruction, facts) in TASKS.items()
         for question, answer in list(facts.items())[: 5 if name == "codes" else 6]
     ]
-    options = dict(
-        num_train_epochs=1,
-        per_device_train_batch_size=4,
-        learning_rate=0.0,
-        max_grad_norm=0.0,
-        bf16=False,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=1,
-        dataloader_pin_memory=False,
-    )
-    run = trl.SFTTrainer(
-        model or t.AutoModelForCausalLM.from_pretrained(base),
-        trl.SFTConfig(str(out), **{**options, **changes}),
-        train_dataset=Dataset.from_list(rows).shuffle(seed=1),
-        processing_class=t.AutoTokenizer.from_pretrained(base),
-        optimizers=(optimizer, None),
-    )
-    run.remove_callback(t.PrinterCallback)
-    return run
+    further = {"optimizers": (optimizer, None)}
+    options = {"max_grad_norm": 0.0, "rows": rows, "kwargs": further, **changes}
+    return sft_run(trl.SFTTrainer, base, out, model, **options)
 
 
 @pytest.mark.parametrize(

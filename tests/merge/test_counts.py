@@ -68,6 +68,11 @@ def test_the_rows_of_an_export_come_last_times_the_epochs_that_all_states_tell(m
     assert value == 5.0 and "in one epoch of its rows" in reason
     value, reason = merged(models, "samples", tmp_path / "rows")
     assert value == 7.0 and reason.startswith("num_rows of ")
+    for broken in (float("nan"), -1.0, True, "3"):
+        for model in models:
+            write_state(model, num_input_tokens_seen=broken, epoch=broken)
+        value, reason = merged(models, "tokens", tmp_path / f"broken {broken}")
+        assert value == 5.0 and "in one epoch of its rows" in reason
     for model, epoch in zip(models, (1.0, 3.0), strict=True):
         write_state(model, num_input_tokens_seen=0, epoch=epoch)
     value, reason = merged(models, "tokens", tmp_path / "three")

@@ -93,6 +93,7 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
         self._sketches = RunSketches(sketch_every, CountSketch(proj_dim, seed), parameters, blocks)
         self.counts: Sums = {}
         self._trainer: Any = None
+        self._watch = TokenWatch()
         self._window: Sums = {}
         self._evaluated: Sums = {}
         self._final: Counts | None = None  # of all ranks, at the end of training
@@ -108,7 +109,6 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
         check_trainer(trainer, self.column, self._sketches.every > 0)
         self._fingerprint = self._start_fingerprint(trainer.model)
         self._trainer = trainer
-        self._watch = TokenWatch(trainer.model)
         wrap_loaders(trainer, self.column)
         self._wrap_steps(trainer)
         self._wrap_outputs(trainer)
@@ -135,7 +135,7 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
             labels = shifted_labels(inputs)
             self._sketches.see(self._micro_batches, inputs, datasets)
             self._micro_batches += 1
-            with self._watch.watching(labels):
+            with self._watch.watching(trainer.model, labels):
                 loss = plain_step(model, inputs, *args, **kwargs)
             sums = batch_sums(datasets, labels, self._watch.values())
             add_sums(self.counts, sums)
@@ -147,7 +147,7 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
             if datasets is None:
                 return plain_prediction(model, inputs, *args, **kwargs)
             labels = shifted_labels(inputs)
-            with self._watch.watching(labels):
+            with self._watch.watching(trainer.model, labels):
                 result = plain_prediction(model, inputs, *args, **kwargs)
             add_sums(self._evaluated, batch_sums(datasets, labels, self._watch.values()))
             return result
@@ -180,8 +180,11 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
 
         def save_model(output_dir: Any = None, _internal_call: bool = False) -> None:
             plain_save(output_dir, _internal_call)
-            if not _internal_call:  # on_save writes a checkpoint's
-                self._write_after_save(Path(output_dir or trainer.args.output_dir))
+            folder = Path(output_dir or trainer.args.output_dir)
+            if not _internal_call:
+                self._write_after_save(folder)
+            elif folder.name == f"checkpoint-{trainer.state.global_step}":
+                self._write_checkpoint(folder)
 
         trainer.train = train
         trainer.log = log
@@ -205,6 +208,9 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
             )
         if state.is_hyper_param_search:
             raise MeritFastError("MeritCallback: does not work with a hyperparameter search")
+        if self._trainer.model_init is not None:  # it has made a new model, of no token yet
+            self.counts = {}
+            self._micro_batches = 0
         checkpoint = self._checkpoint(args) if state.global_step else None
         if checkpoint is not None:
             counts = read_counts(checkpoint)
@@ -221,8 +227,13 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
             return Path(get_last_checkpoint(args.output_dir))  # type: ignore[no-untyped-call]
         return Path(self._resume)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Writes a checkpoint's files before its trainer_state.json, which makes it whole.
+
+        So no kill leaves a whole checkpoint whose tokens are not known.
+        """
+        args = self._trainer.args
+        state = self._trainer.state
         counts = self._counts_of_ranks()
         if args.process_index == 0:
             write_outputs(folder, counts, state.global_step, args.seed)

@@ -77,11 +77,16 @@ def take_datasets(inputs: dict[str, Any], names: Sequence[str] | None) -> BatchD
 class CollatorWithCodes:
     """Hides the datasets of rows from a collator and adds them to its batch, token by token."""
 
-    def __init__(self, collator: Callable[[list[Any]], Any], column: str) -> None:
+    def __init__(
+        self, collator: Callable[[list[Any]], Any], column: str, optional: bool = False
+    ) -> None:
         self.collator = collator
         self.column = column
+        self.optional = optional  # rows that say no dataset give a batch without codes
 
     def __call__(self, rows: list[Any]) -> Any:
+        if self.optional and not any(self.column in row or CODES in row for row in rows):
+            return self.collator(rows)
         own = [
             {key: value for key, value in row.items() if key not in (self.column, CODES)}
             for row in rows
@@ -129,7 +134,7 @@ class CollatorWithCodes:
         return laid_out
 
     def _by_line(self, numbers: list[int], batch: Any) -> Tensor:
-        """Gives every line of the batch the dataset of its row."""
+        """Gives every line of the batch the dataset of its row; padding is what its mask hides."""
         shape = batch["labels"].shape if "labels" in batch else batch["input_ids"].shape
         if shape[0] != len(numbers):
             raise InputError(
@@ -137,8 +142,12 @@ class CollatorWithCodes:
                 f"batch became {shape[0]} lines, so that no line tells its dataset"
             )
         codes = 2 * torch.tensor(numbers)[:, None].repeat(1, shape[1])
-        codes[:, 0] += 1
-        return codes
+        mask = batch.get("attention_mask")
+        is_token = torch.ones(shape, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.shape == shape:
+            is_token = mask != 0
+        codes += is_token & (is_token.cumsum(1) == 1)  # the first token of each line
+        return torch.where(is_token, codes, PADDING)
 
 
 def _made_of_tokens(batch: Any) -> bool:

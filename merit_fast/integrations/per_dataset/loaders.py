@@ -26,7 +26,7 @@ def wrap_loaders(trainer: Any, column: str) -> None:
         rows = trainer.eval_dataset[rows] if isinstance(rows, str) else rows
         if not has_datasets(rows, column):
             return plain_eval(eval_dataset)
-        with _datasets_kept(trainer, column):
+        with _datasets_kept(trainer, column, optional=True):
             return plain_eval(eval_dataset)
 
     trainer.get_train_dataloader = get_train_dataloader
@@ -34,12 +34,12 @@ def wrap_loaders(trainer: Any, column: str) -> None:
 
 
 @contextmanager
-def _datasets_kept(trainer: Any, column: str) -> Iterator[None]:
+def _datasets_kept(trainer: Any, column: str, optional: bool = False) -> Iterator[None]:
     trainer._set_signature_columns_if_needed()
     columns = trainer._signature_columns
     collator = trainer.data_collator
     trainer._signature_columns = [*columns, column, CODES]
-    trainer.data_collator = CollatorWithCodes(collator, column)
+    trainer.data_collator = CollatorWithCodes(collator, column, optional)
     try:
         yield
     finally:

@@ -46,23 +46,24 @@ def shifted_labels(inputs: Mapping[str, Any]) -> Tensor:
 
 
 class TokenWatch:
-    """Reads the token losses of the forward passes of ``model`` within a with-block.
+    """Reads the token losses of a model's forward passes within a with-block.
 
     Three sources, the first that a pass has: the log-probabilities of TRL's fused head, the losses
     of a patched head, the logits. The last costs one more pass over the target tokens' logits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self) -> None:
+        self._model_name = ""
         self._labels: Tensor | None = None
         self._found: dict[str, TokenValues] = {}
 
     @contextmanager
-    def watching(self, labels: Tensor) -> Iterator["TokenWatch"]:
-        """Watches the passes within the block, of a batch with these shifted labels."""
+    def watching(self, model: nn.Module, labels: Tensor) -> Iterator["TokenWatch"]:
+        """Watches the model's passes within the block, of a batch with these shifted labels."""
+        self._model_name = type(model).__name__
         self._labels = labels
         self._found = {}
-        handle = self.model.register_forward_hook(self._hook)
+        handle = model.register_forward_hook(self._hook)
         try:
             with token_losses_seen_by(self._see_losses):
                 yield self
@@ -79,7 +80,7 @@ class TokenWatch:
             if source in self._found:
                 return self._found[source]
         raise MeritFastError(
-            f"MeritCallback: {type(self.model).__name__}: its forward pass gave neither logits nor "
+            f"MeritCallback: {self._model_name}: its forward pass gave neither logits nor "
             "token losses, so that no loss per dataset can be told"
         )
 

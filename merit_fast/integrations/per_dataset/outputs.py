@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from merit_fast.integrations.branches import is_model_folder, put_branch
+from merit_fast.integrations.branches import BRANCH_FILE, is_model_folder, put_branch
 from merit_fast.integrations.per_dataset.sums import Counts, total_of, write_counts
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ def write_outputs(folder: Path, counts: Counts, steps: int, seed: int) -> None:
     total = total_of(counts.sums.values())
     if not total.num_target_tokens:
         logger.warning("%s: gets no branch.json: no target token was trained on", folder)
+        (folder / BRANCH_FILE).unlink(missing_ok=True)  # of an earlier run
         return
     write_counts(folder, counts)
     if is_model_folder(folder):

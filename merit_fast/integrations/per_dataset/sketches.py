@@ -54,15 +54,16 @@ def unpacked(inputs: Mapping[str, Any], datasets: BatchDatasets) -> dict[str, li
     examples: dict[str, list[TextExample]] = {}
     for line, owners in enumerate(datasets.of_tokens):
         places = (owners >= 0).nonzero()[:, 0]
-        if positions is None:
-            if int(datasets.starts[line].sum()) > 1:
-                raise InputError(
-                    "MeritCallback: sketch_every: needs rows whose examples do not attend to one "
-                    "another: packing_strategy must be bfd or bfd_split, got wrapped"
-                )
-            firsts = places[:1]
-        else:
-            firsts = places[positions[line, places] == 0]
+        is_first = torch.zeros_like(places, dtype=torch.bool)
+        if positions is not None:
+            is_first = positions[line, places] == 0
+        is_first[:1] = True  # of an example, or of its part that was cut off
+        if (datasets.starts[line, places] & ~is_first).any():
+            raise InputError(
+                "MeritCallback: sketch_every: needs rows whose examples do not attend to one "
+                "another: packing_strategy must be bfd or bfd_split, got wrapped"
+            )
+        firsts = places[is_first]
         ends = [*firsts[1:].tolist(), int(places[-1]) + 1] if len(places) else []
         for first, end in zip(firsts.tolist(), ends, strict=True):
             example = TextExample(

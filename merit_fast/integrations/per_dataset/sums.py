@@ -13,6 +13,7 @@ from torch import distributed as dist
 from merit_fast.errors import InputError, one_line
 from merit_fast.integrations.per_dataset.codes import BatchDatasets
 from merit_fast.integrations.per_dataset.losses import TokenValues
+from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.manifests.atomic import write_text
 
 COUNTS_FILE = "dataset_counts.json"
@@ -59,11 +60,11 @@ def batch_sums(datasets: BatchDatasets, labels: Tensor, values: TokenValues) -> 
     """
     owners = datasets.of_tokens
     of_labels = owners if labels.shape == owners.shape else owners[:, 1:]
-    is_target = labels != -100
+    is_target = labels != IGNORED_LABEL
     count = len(datasets.names)
     of_targets = of_labels[is_target]
     losses = torch.zeros(count, dtype=torch.float64, device=of_targets.device)
-    losses.index_add_(0, of_targets, values.losses[is_target].double())
+    losses.index_add_(0, of_targets, values.losses[is_target].double().to(losses.device))
     correct = [-1] * count
     if values.is_correct is not None:
         correct = of_targets[values.is_correct[is_target]].bincount(minlength=count).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +23,11 @@ from merit_fast.integrations.stacks.counts import (
 )
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
+from merit_fast.merge.read.files import read_json
 from merit_fast.model import model_fingerprint, resolve_model
 from merit_fast.patch.model import patch_model
+
+_STATE_FILE = "trainer_state.json"
 
 
 class StackCallback(TrainerCallback):  # type: ignore[misc]
@@ -31,7 +36,7 @@ class StackCallback(TrainerCallback):  # type: ignore[misc]
     Any stack that takes callbacks of transformers takes it: it needs no Trainer, no batch and no
     column of ids. It counts in a hook on the model's forward, in training only, over all ranks.
     Every checkpoint and the output folder get branch.json, and merges weigh them by it; a resumed
-    run goes on counting from its checkpoint. With ``load_best_model_at_end`` the output folder
+    run continues to count from its checkpoint. With ``load_best_model_at_end`` the output folder
     gets the counts of the best checkpoint.
 
     Args:
@@ -42,7 +47,7 @@ class StackCallback(TrainerCallback):  # type: ignore[misc]
         branch: name for branch.json; "": that of the output folder.
 
     Raises:
-        InputError: the start is no model, or a resumed checkpoint has no counts.
+        InputError: the start is no model; a resumed checkpoint has no counts, or is not found.
         MeritFastError: a batch has no labels.
     """
 
@@ -58,7 +63,7 @@ class StackCallback(TrainerCallback):  # type: ignore[misc]
         self.datasets = tuple(datasets)
         self.branch = branch
         self.counts = StackCounts()
-        self.is_patched = False
+        self._patched: weakref.ref[nn.Module] | None = None
         self._fingerprint = ""
         self._hook: Any = None
 
@@ -70,18 +75,20 @@ class StackCallback(TrainerCallback):  # type: ignore[misc]
 
     def patch(self, model: nn.Module) -> None:
         """Puts our kernels into the model, once; prints what was replaced."""
-        if self.is_patched:
+        if self._patched is not None and self._patched() is model:
             return
-        self.is_patched = True
+        self._patched = weakref.ref(model)
         print(f"merit_fast: {patch_model(model, self.kernels)}", flush=True)
 
     def watch(self, model: nn.Module) -> None:
-        """Counts the batches of the model from now on.
+        """Counts the batches of the model from now on, and of no other.
 
         Raises:
             InputError: the start is no model.
         """
         self._fingerprint = model_fingerprint(resolve_model(str(self.start or loaded_from(model))))
+        if self._hook is not None:
+            self._hook.remove()
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -94,10 +101,7 @@ class StackCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.counts = StackCounts()
         if state.global_step:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            named = getattr(args, "resume_from_checkpoint", None)
-            if not folder.is_dir() and isinstance(named, str):
-                folder = Path(named)
+            folder = _checkpoint_of(args, state)
             self.counts = read_counts(folder) if args.process_index == 0 else StackCounts()
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
@@ -123,6 +127,7 @@ class StackCallback(TrainerCallback):  # type: ignore[misc]
     def _write(self, folder: Path, counts: StackCounts, steps: int, seed: int) -> None:
         """Writes branch.json; a run that has trained on no target token gets none."""
         if not counts.num_target_tokens:
+            (folder / BRANCH_FILE).unlink(missing_ok=True)  # of an earlier run
             return
         manifest = BranchManifest(
             branch=self.branch or folder.resolve().name,
@@ -136,6 +141,29 @@ class StackCallback(TrainerCallback):  # type: ignore[misc]
             start_fingerprint=self._fingerprint,
         )
         write_manifest(manifest, folder / BRANCH_FILE)
+
+
+def _checkpoint_of(args: Any, state: Any) -> Path:
+    """The checkpoint that a run resumes from; a callback is not told.
+
+    It is the named one, or the output folder's of this step. The history of losses that the
+    Trainer has read proves it.
+
+    Raises:
+        InputError: neither has that history.
+    """
+    own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    named = getattr(args, "resume_from_checkpoint", None)
+    folders = [Path(named), own] if isinstance(named, str) else [own]
+    history = json.dumps(state.log_history)  # as text: a NaN is no other NaN's equal
+    for folder in folders:
+        file = folder / _STATE_FILE
+        if file.is_file() and json.dumps(read_json(file).get("log_history")) == history:
+            return folder
+    raise InputError(
+        f"{own}: is not the checkpoint that this run resumes from, so that the tokens before it "
+        "are not known; name that one in the argument resume_from_checkpoint"
+    )
 
 
 def loaded_from(model: Any) -> str:

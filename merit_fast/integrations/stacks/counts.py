@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from merit_fast.errors import InputError, MeritFastError
+from merit_fast.kernels.labels import IGNORED_LABEL
 from merit_fast.manifests.atomic import write_text
 from merit_fast.options.parser import parse
 
 COUNTS_FILE = "merit_counts.json"
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
 class StackCounts:
-    """What a model has been trained on, epochs counted."""
+    """Examples and tokens that a model has been trained on, epochs counted."""
 
     num_examples: int = 0
     num_tokens: int = 0
@@ -59,7 +59,9 @@ def count_batch(inputs: Mapping[str, Any]) -> StackCounts:
         )
     targets = labels[..., 1:] if shifted is None else shifted  # type: ignore[index]
     ids: Tensor | None = inputs.get("input_ids")
-    shape = targets.shape if ids is None else ids.shape
+    if ids is None:
+        ids = shifted if labels is None else labels
+    shape = ids.shape  # type: ignore[union-attr]
     mask = inputs.get("attention_mask")
     real = torch.ones(shape, dtype=torch.bool)
     if isinstance(mask, Tensor) and mask.dim() == 2:

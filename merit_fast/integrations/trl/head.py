@@ -65,6 +65,7 @@ def use_head(trainer: Any) -> int:
         MeritFastError: this TRL's head differs from the one that this adapter knows.
     """
     replaced = 0
+    warned: set[str] = set()  # reasons: a warning for each trainer
     for role in ("model", "ref_model"):
         model = getattr(trainer, role, None)
         if model is None:
@@ -75,7 +76,7 @@ def use_head(trainer: Any) -> int:
             continue
         form = _form_of(forward, type(trainer).__name__)
         _require_no_adapter(base)
-        base.forward = types.MethodType(_forward_of(type(base), forward, form), base)
+        base.forward = types.MethodType(_forward_of(type(base), forward, form, warned), base)
         replaced += 1
     return replaced
 
@@ -113,7 +114,9 @@ def _require_no_adapter(model: Any) -> None:
         )
 
 
-def _forward_of(cls: type[nn.Module], theirs: Any, form: _HeadForm) -> Callable[..., Any]:
+def _forward_of(
+    cls: type[nn.Module], theirs: Any, form: _HeadForm, warned: set[str]
+) -> Callable[..., Any]:
     """A forward with our head where TRL asks for a fused one, and their own forward elsewhere."""
 
     @functools.wraps(cls.forward)  # generate reads the signature
@@ -121,19 +124,14 @@ def _forward_of(cls: type[nn.Module], theirs: Any, form: _HeadForm) -> Callable[
         if not fused_lm_head:
             return theirs(*args, **kwargs)
         _require_no_adapter(self)
-        if not _takes(self.get_output_embeddings(), form):
+        if not _takes(self.get_output_embeddings(), form, warned):
             return theirs(*args, fused_lm_head=True, **kwargs)
         return _fused_output(self, form, args, kwargs)
 
     return forward
 
 
-@functools.cache
-def _warn_once(reason: str) -> None:
-    logger.warning("use_head: TRL's own head runs: %s", reason)
-
-
-def _takes(head: Any, form: _HeadForm) -> bool:
+def _takes(head: Any, form: _HeadForm, warned: set[str]) -> bool:
     tensors = [head.weight] if head.bias is None else [head.weight, head.bias]
     if form.cast_lm_head_to_fp32 and not hasattr(head.weight, "device_mesh"):
         return True
@@ -145,7 +143,10 @@ def _takes(head: Any, form: _HeadForm) -> bool:
         dtype = head.weight.dtype
         taken = supported(*tensors)
     if not taken:
-        _warn_once(f"our kernels take whole float32 or bfloat16 heads, got {dtype}")
+        reason = f"our kernels take whole float32 or bfloat16 heads, got {dtype}"
+        if reason not in warned:
+            warned.add(reason)
+            logger.warning("use_head: TRL's own head runs: %s", reason)
     return taken
 
 

@@ -26,7 +26,7 @@ class MergeConfig:
         method: linear, ties, dare_ties or slerp.
 
     Attributes:
-        policy_model_path: the checkpoint; the callback sets it.
+        policy_model_path: the checkpoint; the callback sets it in a copy.
         target_model_path: the other model; None: the model that training started from.
         policy_model_weight: weight of the checkpoint (linear, ties, dare_ties).
         target_model_weight: weight of the other model.
@@ -172,6 +172,7 @@ class MergeModelCallback(TrainerCallback):  # type: ignore[misc]
             if checkpoint not in _models_of(recipe):
                 raise InputError(f"merge_config: must have a model named {CHECKPOINT}")
             return recipe
+        config = copy.copy(config)  # the user's may serve several trainers
         config.policy_model_path = checkpoint
         if config.target_model_path is None:
             config.target_model_path = _start_of(model)

@@ -1,5 +1,6 @@
 """Token and example counts of trained models: from branch.json, a Trainer's state, or an export."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +90,10 @@ def _of_states(models: Sequence[Location], unit: Unit) -> Counts | None:
         return None
     counts = []
     for model in models:
-        state = _state(model)
-        seen = state.get("num_input_tokens_seen", 0)
-        if not isinstance(seen, int | float) or seen <= 0:
+        seen = _positive(_state(model).get("num_input_tokens_seen"))
+        if not seen:
             return None
-        counts.append(float(seen))
+        counts.append(seen)
     source = (
         f"num_input_tokens_seen of each {STATE_FILE}: input tokens, prompts among them, and not "
         "the tokens in the loss"
@@ -111,9 +111,9 @@ def _of_export(models: Sequence[Location], unit: Unit) -> Counts | None:
     numbers = []
     for model in models:
         count = groups[_resolved(model)]
-        if not isinstance(count, int) or count <= 0:
+        if not _positive(count):
             raise InputError(f"{file}: {key} of {model}: must be above 0, got {show(count)}")
-        numbers.append(float(count))
+        numbers.append(_positive(count))
     epochs = [_epochs(model) for model in models]
     if all(epochs):
         numbers = [count * epoch for count, epoch in zip(numbers, epochs, strict=True)]
@@ -123,8 +123,13 @@ def _of_export(models: Sequence[Location], unit: Unit) -> Counts | None:
 
 def _epochs(model: Location) -> float:
     """Epochs of the model's training; 0: not known."""
-    epochs = _state(model).get("epoch")
-    return float(epochs) if isinstance(epochs, int | float) else 0.0
+    return _positive(_state(model).get("epoch"))
+
+
+def _positive(value: Any) -> float:
+    """The number if it is finite and above 0; else 0: a state that was cut or edited tells none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value < math.inf else 0.0
 
 
 def _export_of(model: Location) -> Path | None:

@@ -1,14 +1,20 @@
 """MeritCallback in transformers' Trainer: mixed batches, patched models, sketches, refusals."""
 
 import json
-import os
 
 import pytest
 import torch
 from support.checks import assert_close
-from support.paths import ROOT, TESTS
-from support.sketch.trainer_runs import NAMES, PROJ_DIM, gradient_sketch, llama, pad, rows, trainer
-from support.warm import run_together
+from support.sketch.trainer_runs import (
+    NAMES,
+    PROJ_DIM,
+    gradient_sketch,
+    llama,
+    pad,
+    rows,
+    run_ranks,
+    trainer,
+)
 from torch.nn import functional as F
 
 from merit_fast import patch_model
@@ -117,7 +123,7 @@ def test_a_flattening_collator_and_a_stream_keep_their_datasets(tmp_path, start)
 
 
 def test_a_collator_that_makes_labels_of_tokens_keeps_its_datasets(tmp_path, start):
-    """As transformers' DataCollatorForLanguageModeling; rows of equal length have labels too."""
+    """Collates as DataCollatorForLanguageModeling; rows of equal length have labels too."""
     import transformers as t
     from tokenizers import Tokenizer, models
 
@@ -199,17 +205,7 @@ os._exit(0)  # gloo's threads may otherwise be torn down while they run, which a
 @pytest.mark.process
 @pytest.mark.slow
 def test_two_ranks_count_as_one_process(tmp_path, start):
-    command = ["-c", RANK, tmp_path, start, TESTS, ROOT]
-    common = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(31500 + os.getpid() % 2000),
-    }
-    environments = [
-        {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)
-    ]
-    ranks = run_together([command] * 2, environments=environments, timeout=300)
-    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    run_ranks(RANK, [tmp_path, start], port=31500)
     data = mixed_rows(8)
     expected = truth(data)
     branch = json.loads((tmp_path / "whole" / "branch.json").read_text())

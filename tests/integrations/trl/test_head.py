@@ -236,3 +236,14 @@ def test_what_a_fused_head_would_ignore_is_refused():
     whole(**inputs_of(), fused_lm_head=True).loss.backward()
     trained = {name for name, p in whole.named_parameters() if p.grad is not None and p.grad.any()}
     assert any("lm_head.modules_to_save" in name for name in trained)
+
+
+def test_every_trainer_with_a_head_in_float16_is_warned_once(caplog):
+    for number in (1, 2):
+        model = architectures.make("llama").half()
+        utils.add_fused_lm_head(model)
+        use_head(SimpleNamespace(model=model))
+        for _ in range(2):
+            model(**inputs_of(), fused_lm_head=True)
+        found = [line for line in caplog.messages if "TRL's own head runs" in line]
+        assert len(found) == number

@@ -50,6 +50,22 @@ def test_a_drop_in_for_trls_callback_merges_the_last_checkpoint_with_the_start(b
     assert any((trained[name] != start[name]).any() for name in start)
 
 
+def test_one_config_serves_trainers_of_different_starts(base, tmp_path):
+    other = tmp_path / "other"
+    make_tokenizer(other)
+    make_model(other, seed=5)
+    config = MergeConfig()
+    config.dtype = "float32"
+    for number, start in enumerate((base, other)):
+        out = tmp_path / f"run-{number}"
+        train(start, out, MergeModelCallback(config), max_steps=2)
+        before = weights(start)
+        trained = weights(out / "checkpoint-2")
+        for name, value in weights(out / "checkpoint-2" / "merged").items():
+            expected = 0.5 * before[name] + 0.5 * trained[name]
+            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_every_checkpoint_by_another_method_with_another_model(base, tmp_path):
     other = tmp_path / "other"
     make_tokenizer(other)

@@ -1,10 +1,13 @@
 """Tiny Trainer runs on rows of two datasets, and exact sketches of their losses, for tests."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from support.paths import ROOT, TESTS
+from support.warm import run_together
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -111,3 +114,24 @@ def gradient_sketch(model: nn.Module, features: Sequence[Row]) -> tuple[Tensor, 
 
 def losses(run: "Trainer") -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def run_ranks(script: str, arguments: Sequence[Path], port: int) -> None:
+    """Runs a script in two processes of one group; both must end well.
+
+    Args:
+        script: its arguments are ``arguments``, then the folders to import from.
+        arguments: the folders that it works on.
+        port: first of the 2000 ports from which the group takes one.
+    """
+    command = ["-c", script, *arguments, TESTS, ROOT]
+    group = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port + os.getpid() % 2000),
+    }
+    environments = [
+        {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)
+    ]
+    ranks = run_together([command] * 2, environments=environments, timeout=300)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
