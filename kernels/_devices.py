@@ -1,4 +1,4 @@
-"""Where tensors lie: the CUDA device on which Triton launches, addresses for native code."""
+"""Places of tensors: the CUDA device on which Triton launches, addresses for native code."""
 
 import contextlib
 

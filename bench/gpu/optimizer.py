@@ -1,7 +1,7 @@
 """AdamW for ``bench.gpu``: one step from the same numbers; the results are the weights."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ def _peers(
     """Steps of optimizers that exist already; ``run`` also makes weights and states."""
 
     def step(make: Callable[..., Any], **more: Any) -> Callable[[], Any]:
-        return make(parameters(values, gradients), **SETTINGS, **more).step  # type: ignore[no-any-return]
+        optimizer: Any = make(parameters(values, gradients), **SETTINGS, **more)
+        return cast(Callable[[], Any], optimizer.step)
 
     return {
         "torch fused": step(torch.optim.AdamW, fused=True),

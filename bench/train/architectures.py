@@ -177,7 +177,7 @@ def measure_type(model_type: str) -> Outcome:
 
 
 def ops_in_words(outcome: Outcome) -> str:
-    """What of a type is replaced, in the words of docs/kernels.md."""
+    """The replaced parts of a type, in the words of docs/kernels.md."""
     words = list(dict.fromkeys(WORDS[op] for op, _ in outcome.replaced))
     return ", ".join(words) or "nothing"
 

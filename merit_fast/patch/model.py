@@ -125,7 +125,7 @@ def _patched(inner: Any, backend: str | None) -> Patch:
 
 
 def _plans(inner: Any, backend: str | None) -> tuple[list[Plan], list[str]]:
-    """What each module of a model can run, and a note for each kind that stays."""
+    """Find what each module of a model can run, with a note for each kind that stays."""
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
     parameter = next(decoder.parameters(), None)
     if parameter is None:

@@ -1,4 +1,4 @@
-"""Which modules of a model run which of our kernels: every kind is tried once."""
+"""Choose the kernels that each module of a model runs: every kind is tried once."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -76,7 +76,7 @@ def _is_worth_a_note(module: nn.Module) -> bool:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What makes two modules of one class differ for a trial."""
+    """Everything that makes two modules of one class differ for a trial."""
     parts = gated_parts(module)
     act = getattr(module, parts[1]) if parts and parts[1] else None
     rotations = rotations_called(type(module).forward)

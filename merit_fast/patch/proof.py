@@ -218,7 +218,7 @@ def foreign_part(
     known: frozenset[str],
     parts: Sequence[str] = (),
 ) -> str | None:
-    """What a module's own forward does, or reads, that none of our forms has; None if nothing.
+    """Find what a module's own forward does, or reads, that none of our forms has; None if nothing.
 
     ``twins`` stand for the module in evaluation and in training; ``parts`` are what ours reads too.
     """

@@ -12,7 +12,7 @@ _CONFIG = "config."
 
 
 def name_of(function: Any) -> str:
-    """Where a function is defined; a replaced one has another.
+    """The place of a function's definition; a replaced one has another.
 
     A wrapper takes the name of what it wraps, but its code keeps its own.
     """

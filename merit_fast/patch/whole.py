@@ -31,7 +31,7 @@ _TOKENS = 9
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a tiny model has shown.
+    """Findings of a tiny model.
 
     Attributes:
         dropped: ops with which it gives other losses or gradients.
@@ -185,7 +185,7 @@ def _observe(
 def _difference(
     model: nn.Module, batch: Mapping[str, Any], plans: list[Plan], expected: list[_Observed]
 ) -> str:
-    """How the model with these plans differs from what it gave without any; "": it does not."""
+    """Describe how these plans change what the model gives; "" if they do not."""
     swap_all(plans)
     try:
         actual = _observe(model, batch)
@@ -207,10 +207,10 @@ def _difference(
 def _are_equal(theirs: _Observed, ours: _Observed) -> bool:
     if theirs.gradients.keys() != ours.gradients.keys():
         return False
-    if not _is_near(ours.loss, theirs.loss, 0.0):
-        return False
-    logits = ours.logits, theirs.logits
-    if logits[0] is not None and logits[1] is not None and not _is_near(*logits, 0.0):  # type: ignore[arg-type]
+    pairs = [(ours.loss, theirs.loss)]
+    if ours.logits is not None and theirs.logits is not None:
+        pairs.append((ours.logits, theirs.logits))
+    if not all(_is_near(our, their, 0.0) for our, their in pairs):
         return False
     norms = [gradient.double().norm() for gradient in theirs.gradients.values()]
     total = float(torch.stack(norms).norm()) if norms else 0.0

@@ -98,7 +98,7 @@ def test_a_resumed_run_counts_on_from_its_checkpoint(base, tmp_path):
 
 
 def test_counts_are_those_of_the_checkpoint_that_the_run_resumes_from(base, tmp_path):
-    """Not those of an earlier run that left a checkpoint of the same step in the output."""
+    """Counts of an earlier run, which left a checkpoint of the same step, are not taken."""
     options = {"logging_steps": 1, "gradient_accumulation_steps": 1}
     train(tmp_path / "first", base, StackCallback(), **options)
     train(tmp_path / "other", base, StackCallback(), learning_rate=1e-2, **options)

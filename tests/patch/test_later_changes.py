@@ -1,4 +1,4 @@
-"""What changes after patch_model is followed: the model's own code runs, with what is there now."""
+"""Changes after patch_model are followed: the model's own code runs, with what is there now."""
 
 import functools
 import pickle

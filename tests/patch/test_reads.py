@@ -1,4 +1,4 @@
-"""What a forward reads of its module is followed at every call, or the module stays."""
+"""Attributes that a forward reads are followed at every call, or the module stays."""
 
 import pytest
 import torch

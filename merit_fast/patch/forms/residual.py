@@ -218,7 +218,7 @@ def _added(first: Any, second: Any) -> Any:
 
 
 def _computed(value: Any) -> Any:
-    """What a forward holds, with tensors in place of what is pending."""
+    """Values that a forward holds, with tensors in place of what is pending."""
     if isinstance(value, _Pending):
         return value.computed()
     if type(value) in (tuple, list):

@@ -29,7 +29,7 @@ _HEAD = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """How a function rotates heads.
+    """The way in which a function rotates heads.
 
     Attributes:
         interleaved: an entry's partner is its neighbour, not the one half a head away.

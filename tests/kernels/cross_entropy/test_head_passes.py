@@ -37,7 +37,7 @@ def passes(monkeypatch):
 
 @pytest.fixture(params=["kept", "some kept", "computed again"])
 def kept(request, monkeypatch):
-    """How many logits are kept for the backward pass: of all words, of some chunks, or none."""
+    """A budget that keeps logits for the backward pass: of all words, of some chunks, or none."""
     numel = {"some kept": 150 * 48, "computed again": 0}.get(request.param)
     if numel is not None:
         monkeypatch.setattr(_tiled, "kept_numel", lambda hidden, weight: numel)

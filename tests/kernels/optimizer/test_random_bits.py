@@ -28,7 +28,7 @@ def streams_of(key, first=0):
 
 
 def correlation(a, b):
-    """In standard deviations of what independent numbers have."""
+    """Correlation of numbers, in standard deviations of what independent ones have."""
     return float((a * b).mean()) * len(a) ** 0.5
 
 

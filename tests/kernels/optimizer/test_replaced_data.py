@@ -38,7 +38,7 @@ def made(weight, options, backend=None):
 
 
 def assert_same(ours, theirs, options):
-    """To the bit; 8-bit moments form other blocks in another order of elements."""
+    """Steps are equal to the bit; 8-bit moments form other blocks in another order of elements."""
     if options.get("moments") == "int8":
         assert (ours - theirs).norm() < 0.02 * 1e-2 * ours.numel() ** 0.5
     else:
@@ -107,7 +107,7 @@ def test_weights_that_became_bf16_get_a_master(master):
 
 
 def test_flat_codes_of_version_0_2_load():
-    """In memory order, which the parameter has too."""
+    """Values in memory order, which the parameter has too."""
     weight = torch.nn.Parameter(parameter().detach().to(memory_format=torch.channels_last))
     optimizer = made(weight, {"moments": "int8"})
     train(weight, optimizer, range(2))

@@ -149,7 +149,7 @@ def test_a_state_that_fails_half_way_changes_nothing():
 @pytest.mark.parametrize("wrong", [(7,), (1, 7), (2, 7), (1,)])
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 def test_loaded_moments_of_another_shape_are_refused_and_change_nothing(moments, wrong):
-    """Also those that could be broadcast to the parameter's shape."""
+    """Tensors of another shape are refused, also those that broadcast to the parameter's."""
     parameters, optimizer = train("fp32", 2, moments=moments)
     _, other = train("fp32", 2)
     saved = copy.deepcopy(other.state_dict())

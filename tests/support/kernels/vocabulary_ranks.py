@@ -45,7 +45,8 @@ def leaves_of(of: Batch, rows: slice) -> dict[str, Any]:
 def loss_results(of: Batch, rows: slice, vocabulary: VocabularyShard | None) -> list[Any]:
     leaves = leaves_of(of, rows)
     result = linear_cross_entropy(labels=of.labels, vocabulary=vocabulary, **leaves, **of.options)
-    (result.loss + result.example_loss.sum() + 2 * result.dataset_loss.sum()).backward()  # type: ignore[no-untyped-call]
+    objective: Any = result.loss + result.example_loss.sum() + 2 * result.dataset_loss.sum()
+    objective.backward()
     return [*result, *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)]
 
 
@@ -67,7 +68,9 @@ def check_one_process_s_results(rank: int) -> None:
         torch.manual_seed(0)
         of = packed(dtype=dtype, **TERMS)
         plain = batch(dtype=dtype, bias=True)
-        best = (plain.hidden.float() @ plain.weight.float().T + plain.bias.float()).argmax(-1)  # type: ignore[union-attr]
+        assert plain.bias is not None
+        logits = plain.hidden.float() @ plain.weight.float().T + plain.bias.float()
+        best = logits.argmax(-1)
         plain.labels[::3] = best[::3]
         for split in SPLITS:
             rows, shard = shard_of(rank, split)

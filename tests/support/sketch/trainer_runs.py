@@ -124,7 +124,7 @@ def run_ranks(script: str, arguments: Sequence[Path], port: int) -> None:
         arguments: the folders that it works on.
         port: first of the 2000 ports from which the group takes one.
     """
-    command = ["-c", script, *arguments, TESTS, ROOT]
+    command: list[str | os.PathLike[str]] = ["-c", script, *arguments, TESTS, ROOT]
     group = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
