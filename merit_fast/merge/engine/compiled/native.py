@@ -27,6 +27,7 @@ from merit_fast.merge.engine.plan import Rule, Segment
 from merit_fast.merge.engine.values import nonfinite_error
 
 _RULE_FIELDS = tuple(field.name for field in fields(DeltaRule))
+_KEPT_BYTES = 8 << 20
 Advance = Callable[[int], None]  # receives the number of elements done since the last call
 
 
@@ -65,7 +66,10 @@ def run(
     number = None
     if isinstance(rule, DeltaRule):
         rules = [_tensor_rule(native, segment.rule) for segment in batch]
-        result = native.merge_deltas(tensors=segments, rules=rules, **shared, **sums)
+        kept_bytes = kept_chunk_bytes(config)
+        result = native.merge_deltas(
+            tensors=segments, rules=rules, kept_bytes=kept_bytes, **shared, **sums
+        )
     elif isinstance(rule, (ElementRule, VectorRule)):
         result, number = _merge_one_by_one(native, batch, segments, shared)
     else:
@@ -82,6 +86,11 @@ def run(
         where = segment.inputs[result.input].file if result.input >= 0 else "output"
         reason = os.strerror(result.error)
         raise MeritFastError(f"{where}: {reason} while merging {segment.names[0]}")
+
+
+def kept_chunk_bytes(config: MergeConfig) -> int:
+    """Bytes of a tensor's inputs that a method of several passes holds from one to the next."""
+    return 0 if config.max_memory else _KEPT_BYTES
 
 
 def _merge_one_by_one(
