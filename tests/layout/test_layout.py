@@ -39,6 +39,7 @@ ARROWS = {
     "pipeline": BASE
     | {"data", "kernels", "model", "patch"}
     | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
+    "execution": BASE | {"pipeline"},
     "init": BASE | {"data", "model", "pipeline"},
     "export": BASE | {"data", "pipeline"},
     "engines": BASE
@@ -49,6 +50,7 @@ ARROWS = {
         "data",
         "demo",
         "evaluate",
+        "execution",
         "export",
         "init",
         "integrations",
@@ -160,8 +162,10 @@ INSIDE = {
         "branches",
         "merging",
         "upkeep",
+        "work",
         "preflight",
         "run",
+        "units",
         "rounds",
         "kept",
     ),

@@ -190,7 +190,14 @@ def staged(model, folder, earlier=None, chosen=None, **options):
     progress = Notes()
     rows = chosen or datasets()
     sketch_mixture(
-        str(model), "fingerprint", rows, 1, SketchConfig(**options), folder, progress, earlier
+        str(model),
+        "fingerprint",
+        rows,
+        1,
+        SketchConfig(**options),
+        folder,
+        progress,
+        [earlier] if earlier else (),
     )
     return files_of(folder), progress.notes
 
