@@ -118,6 +118,12 @@ def add_executor_flags(parser: argparse.ArgumentParser) -> None:
     add("--unit-threads", type=int, metavar="N", help="CPU threads of a unit")
     help = "processes of each training, started by torchrun, each on a GPU of its own [default: 1]"
     add("--unit-processes", type=int, metavar="N", help=help)
+    add("--unit-gpus", type=int, metavar="N", help="GPUs of a unit on Ray or SLURM [default: 0]")
+    help = (
+        "of the executor: address of Ray; cluster and the options of submitit, such as "
+        "slurm_partition; repeat for each"
+    )
+    add("--executor-option", action="append", metavar="KEY=VALUE", help=help)
 
 
 def check_executor_flags(arguments: argparse.Namespace) -> None:
@@ -130,12 +136,15 @@ def check_executor_flags(arguments: argparse.Namespace) -> None:
         "--workers": arguments.workers,
         "--unit-threads": arguments.unit_threads,
         "--unit-processes": arguments.unit_processes,
+        "--unit-gpus": arguments.unit_gpus,
     }
-    for flag, value in numbers.items():
+    given = {**numbers, "--executor-option": arguments.executor_option}
+    for flag, value in given.items():
         if value is not None and arguments.executor is None:
             raise InputError(f"command line: {flag}: goes with --executor, which is not given")
-        if value is not None and value < 1:
-            raise InputError(f"command line: {flag}: must be at least 1, got {value}")
+    for flag, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"command line: {flag}: must be at least 1, got {number}")
     if arguments.executor is not None and (arguments.rounds != 1 or arguments.overwrite):
         flag = "--overwrite" if arguments.overwrite else f"--rounds {arguments.rounds}"
         raise InputError(f"command line: --executor: does not go with {flag}")

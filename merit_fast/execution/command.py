@@ -31,6 +31,16 @@ class UnitCommand:
     log: str
     environment: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def is_training(self) -> bool:
+        """Whether torchrun may start it as several processes."""
+        return is_training(self.unit)
+
+
+def is_training(unit: str) -> bool:
+    """Whether a unit trains a branch."""
+    return unit.startswith(f"{TRAIN.name}/")
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -68,7 +78,7 @@ def unit_command(
         processes: of a training, started by torchrun; other units have one.
     """
     python: tuple[str, ...] = (sys.executable,)
-    if processes > 1 and unit.startswith(f"{TRAIN.name}/"):
+    if processes > 1 and is_training(unit):
         count = ("--nproc-per-node", str(processes))
         python += ("-m", "torch.distributed.run", "--standalone", *count)
     words = (*python, "-m", "merit_fast", "unit", str(config), unit, "--json")

@@ -42,7 +42,7 @@ class LocalExecutor:
         return self.workers - len(self._running)
 
     def start(self, command: UnitCommand) -> None:
-        gpus = self._free.pop(0) if self._free else ()
+        gpus = self._free.pop(0) if self._free else ()  # one group for a unit, training or not
         if gpus:
             visible = ("CUDA_VISIBLE_DEVICES", ",".join(gpus))
             command = replace(command, environment=(*command.environment, visible))
