@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.layout.rooms import ARROWS, EXCEPTIONS, INSIDE
 from support.paths import PACKAGE, ROOT, package_files
-from support.rooms import ARROWS, EXCEPTIONS, INSIDE
 
 FILES = package_files()
 
