@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.errors import InputError
@@ -19,6 +18,7 @@ from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, wr
 from merit_fast.manifests.kept import RECORD_SUFFIX, read_records, remove_records
 from merit_fast.manifests.ledger import adopt
 from merit_fast.manifests.locks import check_owners, claim, exclusive, locks_of, this_process
+from merit_fast.records import replace
 
 _MARKER = "fingerprint"  # file in NAME.tmp: only a run of this fingerprint resumes it
 

@@ -4,8 +4,9 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+from merit_fast.records import record
 
 FileRecord = tuple[int, int, str]  # bytes, mtime_ns, xxh3_128
 UNKNOWN_TIME = -1  # a mtime_ns that no file has: the next check hashes the file
@@ -16,7 +17,7 @@ _NOT_HIDDEN = (".metadata",)  # of torch's distributed checkpoints
 _BLOCK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@record
 class Damage:
     """One file that is not as it was written."""
 
@@ -113,15 +114,15 @@ def compare_files(
         if name not in recorded:
             return Damage(name, "is not a file of this output", is_surplus=True), {}
     refreshed = dict(recorded)
-    for name, record in recorded.items():
+    for name, (size, time_ns, digest) in recorded.items():
         file = directory / name
         status = file.stat()
-        if status.st_size != record[0]:
-            return Damage(name, f"{status.st_size:,} bytes instead of {record[0]:,}"), {}
-        if whole or record[0] < SMALL_BYTES or status.st_mtime_ns != record[1]:
-            if checksum(file) != record[2]:
+        if status.st_size != size:
+            return Damage(name, f"{status.st_size:,} bytes instead of {size:,}"), {}
+        if whole or size < SMALL_BYTES or status.st_mtime_ns != time_ns:
+            if checksum(file) != digest:
                 return Damage(name, "has the same size and other content"), {}
-            refreshed[name] = (record[0], status.st_mtime_ns, record[2])
+            refreshed[name] = (size, status.st_mtime_ns, digest)
     return None, refreshed
 
 

@@ -6,7 +6,6 @@ expected fingerprint is up to date.
 
 import hashlib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,13 +13,14 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.schemas.version import SCHEMA_VERSION
 from merit_fast.options.parser import parse, to_plain
+from merit_fast.records import field, record
 
 STAGE_FILE = "stage.json"
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@record
 class StageManifest:
     """stage.json, written last into a stage's output: the stage, its options and its inputs.
 
@@ -68,7 +68,7 @@ def read_manifest(cls: type[T], path: Readable) -> T:
 
 
 def write_manifest(manifest: Any, path: Path) -> None:
-    """Writes a manifest dataclass as JSON: the same object gives the same bytes."""
+    """Writes a manifest's record as JSON: the same object gives the same bytes."""
     write_text(path, manifest_text(manifest))
 
 

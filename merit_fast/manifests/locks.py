@@ -13,11 +13,11 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
 from merit_fast.errors import InputError
+from merit_fast.records import record, to_dict
 
 LOCKS_FOLDER = ".locks"
 _GUARD = "guard"
@@ -30,7 +30,7 @@ class LockedError(InputError):
     """Another process works here."""
 
 
-@dataclass(frozen=True)
+@record
 class Owner:
     """A process that works on an output."""
 
@@ -243,7 +243,7 @@ def _read_owner(descriptor: int) -> Owner:
 
 def _write_owner(descriptor: int, owner: Owner) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(asdict(owner)).encode(), 0)
+    os.pwrite(descriptor, json.dumps(to_dict(owner)).encode(), 0)
 
 
 def _release(lock: Path, descriptor: int) -> None:

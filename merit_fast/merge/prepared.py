@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +56,7 @@ from merit_fast.merge.write.shards import (
 )
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, SilentProgress
+from merit_fast.records import record, replace
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from merit_fast.merge.write.distcp.layout import DistributedLayout
 
 
-@dataclass(frozen=True)
+@record
 class PreparedMerge:
     """A checked merge. ``weights`` are final; ``config.chunk_kib`` keeps within ``max_memory``."""
 

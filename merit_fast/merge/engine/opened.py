@@ -1,5 +1,7 @@
 """Open files of a running merge: descriptors or URLs for the engine, checked reads for Python."""
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import os
@@ -7,11 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.remote import Location, RemotePath
 

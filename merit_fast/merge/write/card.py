@@ -4,7 +4,6 @@ for any number of threads or processes.
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.tokenizer_options import TokenizerOptions, with_names
 from merit_fast.merge.write.card_options import changed_flags, shown_parameters, value_text
+from merit_fast.records import record, replace
 
 if TYPE_CHECKING:
     from merit_fast.manifests.schemas import BranchManifest, SplitManifest
@@ -26,7 +26,7 @@ _TAGS = ["merge", "merit"]
 _LIBRARY = "transformers"
 
 
-@dataclass(frozen=True)
+@record
 class RunFacts:
     """The run whose branches are merged. ``base``: its ``model`` key. ``arm``: the merged arm."""
 
@@ -36,7 +36,7 @@ class RunFacts:
     is_stage: bool  # whether the run merges them itself; config.yml then lies next to the card
 
 
-@dataclass(frozen=True)
+@record
 class CardFacts:
     """The merge that a card describes.
 

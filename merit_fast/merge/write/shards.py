@@ -6,7 +6,6 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +37,13 @@ if TYPE_CHECKING:
     from merit_fast.merge.write.upload import Upload
 from merit_fast.merge.write.verified import CHECKSUM_KEY
 from merit_fast.progress import Progress, Task
+from merit_fast.records import field, record
 
 Share = tuple[int, int]  # this process's number from 1, and of how many
 _THREADS = 4
 
 
-@dataclass
+@record(eq=False)
 class ShardWriter:
     """Writes shards of one output into ``directory``.
 

@@ -17,13 +17,13 @@ from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.engine.quantise.encode import (
     Array,
     Codes,
-    Rounding,
     encode_rows,
     raise_sizes,
     round_scales,
 )
 from merit_fast.merge.engine.quantise.encoding import Encoding
 from merit_fast.merge.engine.quantise.needs import SLAB_BYTES, VALUE_BYTES
+from merit_fast.merge.engine.quantise.rounding import Rounding
 
 Slab = tuple[int, int, int]  # first row, rows, row of blocks
 
@@ -71,7 +71,7 @@ def encode_tensor(
                 is_native,
             )
             for rounding in place.encode(pool):
-                total.add(rounding)
+                total += rounding
     return total
 
 
