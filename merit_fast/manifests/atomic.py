@@ -5,7 +5,6 @@ power cut.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 
@@ -45,4 +44,6 @@ def link_file(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
+        import shutil
+
         shutil.copyfile(source, target)

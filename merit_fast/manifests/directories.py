@@ -7,7 +7,6 @@ resumes.
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def begin_directory(path: Path, fingerprint: str, keep_work: bool = False) -> Pa
             _require_own(temporary)
             same = marker.exists() and marker.read_text() == fingerprint
             if temporary.exists() and not same and not keep_work:
-                shutil.rmtree(temporary)
+                _remove(temporary)
             temporary.mkdir(exist_ok=True)
             if not same:
                 write_text(marker, fingerprint)
@@ -153,13 +152,21 @@ def commit_directory(
         fsync_path(temporary)
     old = path.with_name(path.name + ".old")
     if path.exists():
-        shutil.rmtree(keep_old or old, ignore_errors=True)
+        _remove(keep_old or old, ignore_errors=True)
         (keep_old or old).parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, keep_old or old)
     os.rename(temporary, path)
     if fsync:
         fsync_path(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old, ignore_errors=True)
+
+
+def _remove(folder: Path, ignore_errors: bool = False) -> None:
+    """Removes a folder with all it holds, if it exists; most outputs replace none."""
+    if folder.exists():
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def recover_directory(path: Path, expected_fingerprint: str, keep_old: Path | None = None) -> None:
@@ -177,7 +184,7 @@ def recover_directory(path: Path, expected_fingerprint: str, keep_old: Path | No
         if damage is None:
             commit_directory(temporary, path, keep_old=keep_old)
         else:
-            shutil.rmtree(temporary)
+            _remove(temporary)
 
 
 def is_complete(path: Path, expected_fingerprint: str) -> bool:

@@ -1,6 +1,5 @@
 """A merge with checked inputs: it can be summarised, written, uploaded, or loaded as a model."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -89,7 +88,7 @@ class PreparedMerge:
             "dtype_reason": self._dtype_reason(),
             "weights": list(self.weights),
         }
-        local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
+        local = out if isinstance(out, Path) else _temporary_folder()
         return facts | input_facts(self.inputs, self.config, sizes, free_bytes(local))
 
     @property
@@ -256,6 +255,12 @@ class PreparedMerge:
         fingerprints |= method_fingerprint(self.config)
         fingerprints |= {name: fingerprint(text) for name, text in records.items()}
         return stage_manifest("merge", same_bytes(self.config), fingerprints)
+
+
+def _temporary_folder() -> Path:
+    import tempfile
+
+    return Path(tempfile.gettempdir())
 
 
 def prepare_merge(  # noqa: PLR0913

@@ -19,7 +19,8 @@ T = TypeVar("T")
 _SCALARS = frozenset({int, float, str, bool, type(None)})
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # the same in JSON and YAML
 _WORD = re.compile("[A-Za-z][A-Za-z0-9_]*")
-_NO_TEXTS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
+# Words that YAML reads as something else than a text, in any case.
+NO_TEXTS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -108,10 +109,12 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 
 
 def _yaml_value(text: str, path: str) -> Any:
-    """The value of one line of YAML; plain words and numbers need no import."""
+    """The value of one line of YAML; plain words, numbers, true and false need no import."""
+    if text in ("true", "false"):
+        return text == "true"
     if _NUMBER.fullmatch(text):
         return json.loads(text)
-    if _WORD.fullmatch(text) and text.lower() not in _NO_TEXTS:
+    if _WORD.fullmatch(text) and text.lower() not in NO_TEXTS:
         return text
     import yaml
 

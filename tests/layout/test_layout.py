@@ -12,15 +12,15 @@ from support.paths import PACKAGE, ROOT, package_files
 FILES = package_files()
 
 # Which rooms a room may import, next to itself. A room is a folder or a file of merit_fast/.
-BASE = {"errors", "records", "options", "manifests", "progress", "units"}
+BASE = {"errors", "records", "threads", "options", "manifests", "progress", "units"}
 TORCH_STAGE = BASE | {"data", "model", "kernels"}
 ARROWS = {
-    **dict.fromkeys(("errors", "records", "units", "block_estimates"), set()),
+    **dict.fromkeys(("errors", "records", "threads", "units", "block_estimates"), set()),
     "progress": {"progress_lines"},
     "progress_lines": {"units"},
     "kernels": {"errors", "records"},
     "options": {"errors", "records"},
-    "manifests": {"errors", "records", "options", "kernels"},
+    "manifests": {"errors", "records", "threads", "options", "kernels"},
     "data": {"errors", "records", "options", "manifests", "kernels", "progress"},
     "model": {"errors", "data", "manifests"},
     "patch": {"errors", "kernels"},

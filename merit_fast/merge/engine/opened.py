@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -62,7 +61,7 @@ class OpenFiles:
     def write(self, data: bytes, at: int) -> None:
         """Writes bytes at an offset of the output, or at an address if no output is open."""
         if self.output < 0:
-            ctypes.memmove(at, data, len(data))
+            _fill(at, data)
         else:
             os.pwrite(self.output, data, at)
 
@@ -81,8 +80,15 @@ class OpenFiles:
             return errno.EIO
         if len(data) != num_bytes:
             return errno.ENODATA
-        ctypes.memmove(address, data, num_bytes)
+        _fill(address, data)
         return 0
+
+
+def _fill(address: int, data: bytes) -> None:
+    """Copies bytes to an address; a merge of local files into files needs no ctypes."""
+    import ctypes
+
+    ctypes.memmove(address, data, len(data))
 
 
 @contextmanager

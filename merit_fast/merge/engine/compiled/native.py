@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import threading
@@ -140,6 +139,8 @@ def _merge_vectors(
 
 def _array_at(address: int, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Memory of C++ as an array, for the time of a call."""
+    import ctypes
+
     memory = (ctypes.c_double * math.prod(shape)).from_address(address)
     return np.ctypeslib.as_array(memory).reshape(shape)
 
