@@ -62,7 +62,9 @@ def own_directory(path: Path, fingerprint: str) -> contextlib.AbstractContextMan
     return claim(locks_of(path), this_process(fingerprint, alone=True), path)
 
 
-def begin_directory(path: Path, fingerprint: str, keep_work: bool = False) -> Path:
+def begin_directory(
+    path: Path, fingerprint: str, keep_work: bool = False, fsync: bool = True
+) -> Path:
     """Makes ``path.tmp`` and returns it; several processes may call this at once.
 
     Empties the directory unless a run of the same fingerprint left it, or ``keep_work``.
@@ -83,7 +85,7 @@ def begin_directory(path: Path, fingerprint: str, keep_work: bool = False) -> Pa
                 _remove(temporary)
             temporary.mkdir(exist_ok=True)
             if not same:
-                write_text(marker, fingerprint)
+                write_text(marker, fingerprint, fsync)
                 (temporary / STAGE_FILE).unlink(missing_ok=True)  # of the other fingerprint
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
@@ -124,7 +126,7 @@ def finish_directory(
         for name, (size, _, digest) in records.items()
         if name not in (_MARKER, STAGE_FILE) and not name.endswith(RECORD_SUFFIX)
     }
-    write_manifest(replace(manifest, files=files), temporary / STAGE_FILE)
+    write_manifest(replace(manifest, files=files), temporary / STAGE_FILE, fsync)
     remove_records(temporary)
     (temporary / _MARKER).unlink()
     commit_directory(temporary, path, fsync, keep_old)

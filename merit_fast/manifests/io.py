@@ -71,9 +71,9 @@ def read_manifest(cls: type[T], path: Readable) -> T:
     return parse(cls, data, where=str(path))
 
 
-def write_manifest(manifest: Any, path: Path) -> None:
+def write_manifest(manifest: Any, path: Path, fsync: bool = True) -> None:
     """Writes a manifest's record as JSON: the same object gives the same bytes."""
-    write_text(path, manifest_text(manifest))
+    write_text(path, manifest_text(manifest), fsync)
 
 
 def manifest_text(manifest: Any) -> str:

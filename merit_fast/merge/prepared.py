@@ -135,7 +135,7 @@ class PreparedMerge:
             with exclusive(locks / "turn"):  # nobody gives the output its name meanwhile
                 if is_up_to_date(out, manifest, progress):
                     return True
-                directory = begin_directory(out, manifest.fingerprint)
+                directory = begin_directory(out, manifest.fingerprint, fsync=self.config.fsync)
             plan = self._plan(progress, directory)
             writer = ShardWriter(self.config, directory, progress, locks)
             write_before(plan, writer, share)
@@ -213,8 +213,9 @@ class PreparedMerge:
         if self.slices:
             write_depth(directory, self.slices)
         for name, text in records.items():
-            write_text(directory / name, text)
-        write_text(directory / CARD_FILE, model_card(self._card_facts(), directory))
+            write_text(directory / name, text, self.config.fsync)
+        card = model_card(self._card_facts(), directory)
+        write_text(directory / CARD_FILE, card, self.config.fsync)
 
     def _card_facts(self) -> CardFacts:
         reason = self._dtype_reason()

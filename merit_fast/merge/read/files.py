@@ -101,6 +101,8 @@ def check_link(file: Path) -> None:
     Raises:
         InputError: the link leads elsewhere; the message names its target.
     """
+    if not os.path.islink(file):
+        return
     folder = os.path.realpath(file.parent)
     target = os.path.realpath(file)
     allowed = [folder]

@@ -154,7 +154,7 @@ class ShardWriter:
         final = self.directory / shard.file
         with held:
             if self.upload is None or self.config.checksum:
-                write_record(final, part)
+                write_record(final, part, self.config.fsync)
                 if self.config.stats:
                     from merit_fast.merge.engine.geometry import gram_file
 
@@ -255,7 +255,7 @@ def finish_output(
         }
     text = index_text(plan.files, metadata)
     if text is not None:
-        write_text(directory / INDEX_FILE, text)
+        write_text(directory / INDEX_FILE, text, config.fsync)
 
 
 def _known_checksum(file: Path) -> str:
