@@ -38,6 +38,7 @@ class Field:
     """
 
     __slots__ = ("default", "default_factory", "kw_only", "metadata", "name", "type")
+    __hash__ = None  # type: ignore[assignment]  # ``dataclass`` refuses it as a default value
 
     def __init__(
         self,
