@@ -3,7 +3,6 @@
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from merit_fast.kernels.average.deltas import DeltaRule
@@ -13,6 +12,7 @@ from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
+from merit_fast.records import record, replace
 
 if TYPE_CHECKING:
     from merit_fast.merge.engine.quantise.encoding import Encoding
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Rule = tuple[float, ...] | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
-@dataclass(frozen=True)
+@record
 class Segment:
     """A run of elements that is contiguous in every input and in the output. Offsets in bytes."""
 
@@ -56,7 +56,7 @@ class Frame(Protocol):
         """Writes what follows from the values, such as checksums."""
 
 
-@dataclass(frozen=True)
+@record
 class Shard:
     """One output file: header, size, merged segments and tensors that are copied."""
 
@@ -72,7 +72,7 @@ class Shard:
         return sum(segment.num_elements for segment in self.segments)
 
 
-@dataclass(frozen=True)
+@record
 class Plan:
     """The output's tensors and files. ``before``: a plan whose files these are made of."""
 

@@ -263,11 +263,8 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _ending(tensors: Iterable[str], endings: Sequence[str]) -> list[str]:
-    return [
-        name
-        for name in tensors
-        if name in endings or name.endswith(tuple(f".{ending}" for ending in endings))
-    ]
+    tails = tuple(f".{ending}" for ending in endings)
+    return [name for name in tensors if name in endings or name.endswith(tails)]
 
 
 def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:

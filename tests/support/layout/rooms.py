@@ -1,18 +1,16 @@
 """The rooms of the package: which may import which, and the order of files inside the large."""
 
 # Which rooms a room may import, next to itself. A room is a folder or a file of merit_fast/.
-BASE = {"errors", "options", "manifests", "progress", "units"}
+BASE = {"errors", "records", "threads", "options", "manifests", "progress", "units"}
 TORCH_STAGE = BASE | {"data", "model", "kernels"}
 ARROWS = {
-    "errors": set(),
+    **dict.fromkeys(("errors", "records", "threads", "units", "block_estimates"), set()),
     "progress": {"progress_lines"},
     "progress_lines": {"units"},
-    "units": set(),
-    "block_estimates": set(),
-    "kernels": {"errors"},
-    "options": {"errors"},
-    "manifests": {"errors", "options", "kernels"},
-    "data": {"errors", "options", "manifests", "kernels", "progress"},
+    "kernels": {"errors", "records"},
+    "options": {"errors", "records"},
+    "manifests": {"errors", "records", "threads", "options", "kernels"},
+    "data": {"errors", "records", "options", "manifests", "kernels", "progress"},
     "model": {"errors", "data", "manifests"},
     "patch": {"errors", "kernels"},
     "row_store": {"errors", "manifests", "kernels", "block_estimates"},
