@@ -4,8 +4,8 @@
 
 It differs from ``trl sft`` in four points: our kernels are in the model, the rows' COLUMN names
 their dataset, so that losses per dataset and branch.json come out, the Trainer's state is saved at
-the end, and the run resumes from ``resume_from_checkpoint``. Rows with images, and a model that
-``torch_compile`` compiles, are trained without losses per dataset and branch.json.
+the end, and the run resumes from ``resume_from_checkpoint``. Rows with images are trained without
+losses per dataset and branch.json.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def train(file: str, column: str) -> None:
     rows = trl.get_dataset(datasets)[script.dataset_train_split]
     trainer_class: Any = trl.SFTTrainer
     further: dict[str, Any] = {}
-    if "images" in rows.column_names or training.torch_compile:
+    if "images" in rows.column_names:
         rows = rows.remove_columns(column)
     else:
         trainer_class = MeritSFTTrainer

@@ -22,7 +22,6 @@ def check_trainer(trainer: Any, column: str, sketches: bool) -> None:
         "DataParallel (several GPUs in one process)": args.n_gpu > 1,
         "context or sequence parallelism": cuts_rows,
         "tensor parallelism": parallel is not None and parallel.tp_enabled,
-        "torch_compile, which hides the forward pass": args.torch_compile,
         "batches dispatched to several processes "
         "(accelerator_config.dispatch_batches must be false)": args.world_size > 1
         and is_dispatched,
