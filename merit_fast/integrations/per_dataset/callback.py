@@ -76,7 +76,8 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         InputError: rows without the column, a start that is no model, context, sequence or tensor
-            parallelism, DataParallel. Raised by ``attach`` or with the first batch.
+            parallelism, DataParallel, a trainer of TRL but SFTTrainer. Raised by ``attach`` or with
+            the first batch.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ class _Operands:
 def use_head(trainer: Any) -> int:
     """Replaces TRL's fused head of a trainer's model and reference model by ours.
 
-        trainer = SFTTrainer(...)          # also DPOTrainer, GRPOTrainer
+        trainer = SFTTrainer(...)          # also DPO-, KTO-, GRPO- and RLOOTrainer
         use_head(trainer)                  # before train()
 
     Log-probabilities, entropies, top-1, losses and their gradients are those of TRL's head to
