@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from merit_fast.errors import InputError
-from merit_fast.model import DTYPES, freeze_parameters, load_model, no_loading_bar, settle_dtype
+from merit_fast.model import (
+    DTYPES,
+    freeze_parameters,
+    load_model,
+    no_loading_bar,
+    return_freed_memory,
+    settle_dtype,
+)
 from merit_fast.patch.model import Patch, patch_model
 from merit_fast.train.adapter.build import add_adapter, require_peft
 from merit_fast.train.adapter.save import write_adapter
@@ -79,6 +86,7 @@ def prepare_model(start_path: str, config: TrainConfig, ranks: Ranks = ONE_PROCE
     require_peft(config.adapter)
     shards = None
     if config.shard == "full" and ranks.size > 1:
+        return_freed_memory()  # else gathered weights stay as holes in the heap
         model = make_hollow_model(start_path, config.dtype).train()
         frozen = freeze_parameters(model, config.freeze)
         shards = divide_model(model, ranks)

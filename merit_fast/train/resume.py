@@ -12,6 +12,7 @@ from torch import Tensor
 from merit_fast.errors import InputError, one_line
 from merit_fast.manifests.atomic import replace_file
 from merit_fast.train.parallel.files import fill_tensor, write_tensors
+from merit_fast.train.parallel.pieces import is_divided
 from merit_fast.train.parallel.ranks import ONE_PROCESS, Ranks
 
 _FILE = "resume.safetensors"
@@ -57,6 +58,8 @@ def write_checkpoint(
         write_tensors(temporary, tensors, {"run": _dump(position)}, ranks)
         if ranks.leads:
             replace_file(temporary, directory / name)
+        if any(is_divided(tensor) for tensor in tensors.values()):
+            ranks.wait()  # every process may read the file next
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(

@@ -52,6 +52,8 @@ def train_step(
     rate = learning_rate(position.step, steps, config)
     sums = _backward(trained, optimizer, batches, len(names), rate, ranks)
     ranks.add_gradients([p for p in optimizer.parameters if not is_divided(p)])
+    if optimizer.is_divided:
+        _drop_unused(trained, optimizer, config)
     where = f"at step {position.step}"
     not_finite = [
         name for name, loss in zip(names, sums.losses, strict=True) if not abs(loss) < float("inf")
@@ -80,6 +82,20 @@ def train_step(
     )
     seconds = time.perf_counter() - start
     return moved, StepRecord(moved.step, sums, num_tokens, rate, norm, seconds)
+
+
+def _drop_unused(trained: TrainedModel, optimizer: MasterAdamW, config: TrainConfig) -> None:
+    """Leaves parameters as they are that had no part in the step, as in one process."""
+    assert trained.shards is not None
+    unused = {*trained.shards.take_unused(optimizer.names)}
+    if unused and config.update_in_backward is not None:
+        raise MeritFastError(
+            f"train: {min(unused)} has no part in the loss; freeze it (train.freeze) or leave "
+            "train.update_in_backward out"
+        )
+    for name, parameter in zip(optimizer.names, optimizer.parameters, strict=True):
+        if name in unused:
+            parameter.grad = None
 
 
 def _guilty_datasets(

@@ -45,6 +45,11 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def wait(self) -> None:
+        """Waits until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replaces gradients by their sums; one that no process has stays None."""
         if self.size == 1 or not parameters:

@@ -4,6 +4,7 @@ Each process holds some rows of every weight, gradient, master and moment. A lay
 computes, and the head and what lies outside of the layers while the model does.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from merit_fast.data import IGNORED_LABEL, Batch
 from merit_fast.errors import InputError
+from merit_fast.train.parallel.pieces import is_divided
 from merit_fast.train.parallel.ranks import Ranks
 
 KEY = "train.shard"
@@ -31,7 +33,7 @@ class Shards(nn.Module):
         super().__init__()
         self.model = model
         self.ranks = ranks
-        self.used: dict[str, bool] = {}
+        self.used: set[str] = set()  # names of parameters with a gradient since the last step
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self.model, *arguments)
@@ -48,6 +50,32 @@ class Shards(nn.Module):
             empty = replace(smallest, labels=torch.full_like(smallest.labels, IGNORED_LABEL))
             own += [empty] * missing
         return own
+
+    def take_unused(self, names: Sequence[str]) -> list[str]:
+        """Names of parameters that had no gradient in any process since the last call.
+
+        FSDP2 gives them zeros, with which AdamW would still move and decay them.
+        """
+        counts = torch.tensor([name in self.used for name in names], dtype=torch.int32)
+        self.ranks.add(counts)
+        self.used.clear()
+        return [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+
+    def note_gradients(self, module: nn.Module, prefix: str) -> None:
+        """Lets gathered parameters of a module note their gradients; FSDP2 keeps their objects."""
+
+        def before(module: nn.Module, arguments: Any) -> None:
+            for last, parameter in module.named_parameters():
+                if parameter.requires_grad and not is_divided(parameter):
+                    name = (prefix + last).removeprefix("model.")
+                    note = functools.partial(self._note, name)
+                    parameter.register_post_accumulate_grad_hook(note)
+            handle.remove()
+
+        handle = module.register_forward_pre_hook(before)
+
+    def _note(self, name: str, parameter: nn.Parameter) -> None:
+        self.used.add(name)
 
 
 def divide_model(model: nn.Module, ranks: Ranks) -> Shards:
@@ -71,8 +99,9 @@ def divide_model(model: nn.Module, ranks: Ranks) -> Shards:
         fully_shard(embedding, **options)
         embedding.set_unshard_in_backward(False)
     fully_shard(shards, **options)
-    for module in shards.modules():
+    for name, module in shards.named_modules():
         if isinstance(module, FSDPModule):
+            shards.note_gradients(module, f"{name}." if name else "")
             module.set_gradient_divide_factor(1.0)  # of this module only
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
             module.set_reduce_scatter_unused_params(True)
