@@ -58,7 +58,7 @@ ARROWS = {
         "pipeline",
     }
     | {"report", "row_store", "selection", "sketch", "split", "train", "tune"},
-    "__init__": {"errors", "merge", "patch", "pipeline", "row_store", "sketch"},
+    "__init__": {"errors", "merge", "model", "patch", "pipeline", "row_store", "sketch"},
     "__main__": {"cli"},
 }
 EXCEPTIONS = {
@@ -109,6 +109,20 @@ INSIDE = {
         "collector",
         "gradients",
         "mixture",
+    ),
+    "model": (
+        "adapters",
+        "dtype",
+        "files",
+        "freeze",
+        "memory",
+        "trees",
+        "vision",
+        "inputs",
+        "load",
+        "losses",
+        "tree_trial",
+        "layered",
     ),
     "patch": (
         "classes",
