@@ -84,6 +84,9 @@ _streams: "WeakKeyDictionary[nn.Module, tuple[LayerStream, Unit]]" = WeakKeyDict
 class _Streamed:
     """Base of a layer's class that runs the layer by its stream."""
 
+    def __init_subclass__(cls) -> None:
+        """Leaves the layer's class as it is: transformers' would wrap its forward once more."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stream, unit = _streams[self]  # type: ignore[index]
         return stream.call(unit, super().__call__, args, kwargs)  # type: ignore[misc]

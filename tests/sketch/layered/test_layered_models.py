@@ -1,4 +1,4 @@
-"""Models whose layers stay in their files: the bytes of the model in memory, one layer at a time."""
+"""Models whose layers stay in their files have the bytes of the model in memory."""
 
 import json
 
