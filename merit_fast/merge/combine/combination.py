@@ -1,7 +1,6 @@
 """A merge's method applied to its models: coefficients or a delta rule for each tensor."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.errors import InputError
@@ -19,11 +18,12 @@ from merit_fast.merge.rules.function import FunctionRule, UserFunction
 from merit_fast.merge.rules.gram import Array
 from merit_fast.merge.rules.kinds import ElementByElement, FromGram, ThinnedDeltas, WeightedSum
 from merit_fast.merge.rules.values import Coefficients, MethodValues
+from merit_fast.records import record
 
 Rule = Coefficients | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
-@dataclass(frozen=True)
+@record
 class Combination:
     """The rule for every tensor. ``paths``: the models, then the base where it takes part.
 

@@ -4,7 +4,6 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING
@@ -18,13 +17,14 @@ from merit_fast.merge.read.checkpoint import (
     Checkpoint,
 )
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised, own_dtype
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     from merit_fast.merge.engine.quantise.encoding import Encoding
     from merit_fast.merge.engine.quantise.forms import Form, Forms
 
 
-@dataclass(frozen=True)
+@record
 class OutputTensor:
     """One tensor of the output, and the input entries it is made of, in the order of the inputs."""
 
@@ -60,7 +60,7 @@ class OutputTensor:
         return own, StoredTensor(scale.scale_name, scale.scale_dtype, scale.scale_shape)
 
 
-@dataclass(frozen=True, slots=True)
+@record(many=True)
 class StoredTensor:
     """One entry of a safetensors header."""
 
@@ -73,7 +73,7 @@ class StoredTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
+@record
 class OutputFile:
     name: str
     tensors: tuple[OutputTensor, ...]

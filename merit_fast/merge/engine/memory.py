@@ -1,7 +1,5 @@
 """Memory of the engine's buffers, and chunks that keep it within ``max_memory``."""
 
-from dataclasses import replace
-
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.config import MergeConfig
@@ -15,6 +13,7 @@ from merit_fast.merge.read.entries import is_float, is_plain, value_dtype
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ElementByElement, ThinnedDeltas
 from merit_fast.merge.sizes import parse_bytes
+from merit_fast.records import replace
 
 _LEAST_CHUNK_KIB = 4
 

@@ -2,7 +2,6 @@
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from merit_fast.kernels.average.deltas import DeltaRule
@@ -12,6 +11,7 @@ from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     from merit_fast.merge.engine.quantise.encoding import Encoding
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Rule = tuple[float, ...] | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
-@dataclass(frozen=True)
+@record
 class Segment:
     """A run of elements that is contiguous in every input and in the output. Offsets in bytes."""
 
@@ -55,7 +55,7 @@ class Frame(Protocol):
         """Writes what follows from the values, such as checksums."""
 
 
-@dataclass(frozen=True)
+@record
 class Shard:
     """One output file: header, size, merged segments and tensors that are copied."""
 
@@ -71,7 +71,7 @@ class Shard:
         return sum(segment.num_elements for segment in self.segments)
 
 
-@dataclass(frozen=True)
+@record
 class Plan:
     """The output's tensors and files. ``before``: a plan whose files these are made of."""
 

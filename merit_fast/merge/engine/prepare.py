@@ -1,14 +1,14 @@
 """Decisions before a merge writes: checked headers, the method's rules, the plan."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import SHORT_NAMES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import gram_shard
@@ -33,13 +33,14 @@ from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
 from merit_fast.progress import Progress
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     from merit_fast.merge.engine.values import Array
     from merit_fast.merge.read.names.towers import Tower
 
 
-@dataclass(frozen=True)
+@record
 class Inputs:
     """Checked headers of a merge. ``companions``: the directory that gives config and tokenizer."""
 
@@ -94,7 +95,7 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
-    tower: "Tower | None" = None,
+    tower: Tower | None = None,
     to_memory: bool = False,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
@@ -150,7 +151,7 @@ def read_inputs(
     )
 
 
-@dataclass(frozen=True)
+@record
 class _Matched:
     """Models whose tensors have common names and, for each token, a common row."""
 
@@ -182,7 +183,7 @@ def _match(
     base: Location | None,
     config: MergeConfig,
     companions: Location | None,
-    tower: "Tower | None",
+    tower: Tower | None,
     *,
     any_depth: bool,
 ) -> _Matched:

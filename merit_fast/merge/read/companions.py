@@ -267,8 +267,8 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _ending(tensors: Iterable[str], endings: Sequence[str]) -> list[str]:
-    after_dot = tuple(f".{ending}" for ending in endings)
-    return [name for name in tensors if name.endswith(after_dot) or name in endings]
+    tails = tuple(f".{ending}" for ending in endings)
+    return [name for name in tensors if name in endings or name.endswith(tails)]
 
 
 def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:

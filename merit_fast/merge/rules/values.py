@@ -1,15 +1,15 @@
 """The parameters of a merge, looked up tensor by tensor."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from merit_fast.errors import InputError
 from merit_fast.merge.parameters import Layers, ModelSettings, Setting, setting_at
+from merit_fast.records import record
 
 Coefficients = tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@record
 class MethodValues:
     """All parameters of one merge.
 
@@ -39,7 +39,7 @@ class MethodValues:
         return TensorValues(self, name, shape, num_elements, from_base)
 
 
-@dataclass(frozen=True)
+@record
 class TensorValues:
     """Parameters of one tensor of K models. ``from_base``: the method sees deltas from a base."""
 

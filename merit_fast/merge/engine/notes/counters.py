@@ -1,10 +1,11 @@
 """Integer counters, such as BatchNorm's num_batches_tracked: the largest of all models is kept."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor
 from merit_fast.merge.engine.opened import open_files
 from merit_fast.merge.engine.values import values

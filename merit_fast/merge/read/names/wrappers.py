@@ -1,9 +1,8 @@
 """Names as wrappers of training loops write them: compiled, distributed, checkpointed modules."""
 
-from dataclasses import replace
-
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import Checkpoint
+from merit_fast.records import replace
 
 # torch.compile, FSDP and activation checkpointing; no module of a model has such a name.
 _INSIDE = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))

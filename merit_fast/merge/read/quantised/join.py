@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 
 from merit_fast.errors import InputError
 from merit_fast.merge.option_names import OptionError
@@ -13,6 +12,7 @@ from merit_fast.merge.read.quantised.codes import FLOAT_CODES
 from merit_fast.merge.read.quantised.formats import FORMATS, LAYER_SCALES
 from merit_fast.merge.read.quantised.scheme import read_scheme
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import replace
 
 _CODE_DTYPES = {dtype for form in FORMATS for dtype in form.stored}
 # Names that mean a quantised tensor; a checkpoint in which nobody uses one is not understood.

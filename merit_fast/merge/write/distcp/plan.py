@@ -1,7 +1,6 @@
 """The shards of a distributed checkpoint as runs of elements for the engine."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
@@ -10,6 +9,7 @@ from merit_fast.merge.engine.plan import Plan, Rule, Segment, Shard, plan_alone
 from merit_fast.merge.read.dcp.boxes import box_of
 from merit_fast.merge.read.entries import TensorEntry, is_float
 from merit_fast.merge.write.distcp.layout import DistributedFile, DistributedLayout, PlacedChunk
+from merit_fast.records import replace
 
 WHOLE_FOLDER = "whole"  # of an unfinished output, for tensors whose rule needs all of their chunks
 _COPY: Rule = (1.0,)
