@@ -45,6 +45,16 @@ def call_library(out: Path, models: Sequence[Path], fsync: bool = False) -> dict
     return {**clock(), "inner_peak_mib": peak_mib(), "imports_mib": imported}
 
 
+def call_ties(out: Path, models: Sequence[Path]) -> dict[str, float]:
+    """``merge_models`` by TIES; the last of the models is the base."""
+    from merit_fast.merge import MergeConfig, merge_models
+
+    config = MergeConfig(weights="uniform", method="ties", density=0.5, **no_fsync())
+    clock = start_clock()
+    merge_models(models[:-1], base=models[-1], out=out, config=config)
+    return {**clock(), "inner_peak_mib": peak_mib()}
+
+
 def no_fsync() -> dict[str, bool]:
     """The option that skips the fsync, if this version has it."""
     from merit_fast.merge import MergeConfig
@@ -98,6 +108,7 @@ def average_transformers(out: Path, models: Sequence[Path]) -> dict[str, float]:
 PROGRAMS: dict[str, Callable[[Path, Sequence[Path]], dict[str, float]]] = {
     "library": call_library,
     "library-fsync": lambda out, models: call_library(out, models, fsync=True),
+    "ties": call_ties,
     "import": import_library,
     "safetensors": loop_safetensors,
     "transformers": average_transformers,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _RULE_FIELDS = tuple(field.name for field in fields(DeltaRule))
-_KEPT_BYTES = 8 << 20
+_KEPT_BYTES = 16 << 20
 NO_PIECES = memoryview(bytes(24)).cast("q", (1, 3))[:0]  # [0, 3]: a sum needs no NumPy
 NO_GRAMS = memoryview(bytearray(8)).cast("d", (1, 1, 1))[:0]  # [0, 1, 1]
 Advance = Callable[[int], None]  # receives the number of elements done since the last call
