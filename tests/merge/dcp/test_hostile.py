@@ -149,6 +149,14 @@ def test_a_shape_that_differs_in_the_item(folder):
     refuse(folder, r"shape must be \[3, 2\] as in .metadata, got \[2, 3\]")
 
 
+def test_the_name_of_a_storage_may_hold_any_character(folder):
+    file = folder / "__0_0.distcp"
+    data = file.read_bytes()
+    assert data.count(b"X\1\0\0\x000") == 1  # the key "0" in data.pkl
+    file.write_bytes(data.replace(b"X\1\0\0\x000", b"X\1\0\0\0\2"))
+    refuse(folder, r"record 'data/\\x02' must hold 24 bytes, got none")
+
+
 def test_a_record_marked_as_a_folder_is_refused(folder):
     """torch 2.13 reads nothing from it, and gives what the memory held before."""
     file = folder / "__0_0.distcp"

@@ -165,8 +165,9 @@ class _Item:
         num_bytes = view.num_elements * ITEM_BYTES[view.dtype]
         if record is None or record.num_bytes != num_bytes:
             found = "none" if record is None else record.num_bytes
+            record_name = quote(f"data/{view.key}")
             raise InputError(
-                f"{self.where}: record data/{view.key} must hold {num_bytes} bytes, got {found}"
+                f"{self.where}: record {record_name} must hold {num_bytes} bytes, got {found}"
             )
         return StoredChunk(self.start_of(record), view)
 
