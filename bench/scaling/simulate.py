@@ -142,19 +142,18 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        gigabytes = [row[f"{kind}_sent_bytes"] / 1e12 for kind in ("synchronous", "units")]
+        terabytes = [row[f"{kind}_sent_bytes"] / 1e12 for kind in ("synchronous", "units")]
         print(
             f"| {row['parameters'] / 1e9:.0f}B | {row['hosts']:.0f} "
             f"| {row['bandwidth'] * 8 / 1e9:.0f} Gbit/s "
             f"| {row['synchronous_h']:.1f} | {row['units_h']:.1f} "
             f"| {row['synchronous_with_deaths_h']:.1f} / {row['units_with_deaths_h']:.1f} "
-            f"| {gigabytes[0]:.0f} / {gigabytes[1]:.2g} TB |"
+            f"| {terabytes[0]:.0f} / {terabytes[1]:.3g} TB |"
         )
     first = rows[0]
-    print(
-        f"sketch, split and merge: {first['overhead']:.2%} of training with 200 examples a", end=""
-    )
-    print(f" dataset, {first['overhead_of_40_examples']:.2%} with 40 (7B, 8 hosts)")
+    shares = (first["overhead"], first["overhead_of_40_examples"])
+    print("sketch, split and merge of 7B on 8 hosts, as a share of training: ", end="")
+    print(f"{shares[0]:.2%} with 200 examples a dataset, {shares[1]:.2%} with 40")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_deaths_cost_time_and_the_table_has_no_other_figures():
     for row in rows:
         assert row["units_with_deaths_h"] >= row["units_h"]
         assert row["synchronous_with_deaths_h"] >= row["synchronous_h"]
-        assert 0 < row["overhead_of_40_examples"] < row["overhead"] < 0.05
+        assert 0 < row["overhead_of_40_examples"] < row["overhead"] < 0.1
 
 
 def test_the_overhead_of_a_run_is_read_from_its_ledger(finished_run_ledger):
