@@ -1,9 +1,7 @@
 """``train.shard: full``: the branch of whole models, from processes that hold a part of it."""
 
 import json
-import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
