@@ -1,4 +1,4 @@
-"""Resident memory of this process, and what glibc does with freed memory."""
+"""Memory of this process and of the machine, and what glibc does with freed memory."""
 
 import os
 from pathlib import Path
@@ -20,6 +20,25 @@ def reset_peak_memory() -> None:
     clear = Path("/proc/self/clear_refs")
     if os.access(clear, os.W_OK):
         clear.write_text("5")
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that a process can take now: the system's, or less by the limit of its control group.
+
+    Args:
+        root: of the file system; for tests.
+    """
+    meminfo = (root / "proc/meminfo").read_text()
+    available = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+    group = root / "sys/fs/cgroup"
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        held = (group / "memory.stat").read_text()
+        cache = int(held.split("inactive_file ")[1].split()[0])  # the system frees it on demand
+    except (OSError, ValueError, IndexError):
+        return available  # no such group, or one without a limit ("max")
+    return min(available, limit - used + cache)
 
 
 def keep_freed_memory() -> None:

@@ -1,16 +1,16 @@
 """Options of the train stage."""
 
 import re
-from dataclasses import dataclass, replace
 from typing import Literal
 
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
+from merit_fast.records import record, replace
 from merit_fast.train.adapter.config import AdapterConfig
 from merit_fast.train.stack.options import Engine, check_engine_options
 
 
-@dataclass(frozen=True)
+@record
 class ControlsConfig:
     """Arms that are trained next to ``merit``, to compare it with."""
 
@@ -39,7 +39,7 @@ class ControlsConfig:
         return int(self.random > 0) if self.iid is None else self.iid
 
 
-@dataclass(frozen=True)
+@record
 class TrainConfig:
     """Fine-tuning with AdamW, of all weights or of an adapter; one recipe for all branches."""
 
