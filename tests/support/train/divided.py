@@ -1,6 +1,6 @@
 """One of the processes that train branches together, whole and divided.
 
-    python -m support.divided RANK SIZE FOLDER CASE...
+    python -m support.train.divided RANK SIZE FOLDER CASE...
 
 FOLDER has the starts ``tied`` and ``untied``. A case trains into FOLDER/CASE.whole and
 FOLDER/CASE.divided; ``killed`` ends with kill -9 of the leader, ``resumed`` takes that up.
