@@ -5,8 +5,8 @@ import signal
 
 import pytest
 import torch
-from support.train.divided import CASES, RESUMED, job_of
 from support.tiny import make_model, make_tokenizer
+from support.train.divided import CASES, RESUMED, job_of
 from support.training import read_metrics, weights
 from support.warm import run_together
 
