@@ -140,13 +140,13 @@ def branch_recipe(branch: Branch, train: TrainConfig) -> TrainConfig:
 
     The warm-up's result is a whole model, from which branches can start, and takes all steps.
     """
+    train = replace(train, report_to=(), shard="none")
     if branch.name == WARMUP:
         adapter = replace(train.adapter, save="merged") if train.adapter.is_on else train.adapter
         train = replace(train, adapter=adapter, evaluate_steps=None, patience=None)
         train = train.with_builtin_engine()
     rate = train.learning_rate * branch.rate_factor
     seed = train.seed + branch.seed
-    train = replace(train, report_to=(), shard="none")
     return replace(train.without_plan(), seed=seed, learning_rate=rate)
 
 

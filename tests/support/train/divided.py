@@ -1,6 +1,6 @@
 """One of the processes that train branches together, whole and divided.
 
-    python -m support.divided RANK SIZE FOLDER CASE...
+    python -m support.train.divided RANK SIZE FOLDER CASE...
 
 FOLDER has the starts ``tied`` and ``untied``. A case trains into FOLDER/CASE.whole and
 FOLDER/CASE.divided; ``killed`` ends with kill -9 of the leader, ``resumed`` takes that up.
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, TrainConfig]] = {
     "packed": ("tied", replace(_EAGER, packing=True, accumulation=3, epochs=1)),
     "small_moments": ("tied", replace(_EAGER, optimizer="adamw-8bit", epochs=1)),
 }
-RESUMED = ("tied", replace(CONFIG, checkpoint_steps=2, clip_norm=0.5))
+RESUMED = ("tied", replace(_EAGER, checkpoint_steps=2, clip_norm=0.5))
 IN_BACKWARD = ("tied", replace(_EAGER, update_in_backward="two-pass", clip_norm=0.1, epochs=1))
 
 
@@ -69,8 +69,7 @@ def train_in(out: Path, base: Path, config: TrainConfig, ranks: Ranks) -> None:
         train_branch(work, config, out, SilentProgress(), ranks=ranks)
     else:
         follow_branch(work, config, out, ranks)
-    if ranks.size > 1:
-        dist.barrier()
+    dist.barrier()
 
 
 def run_case(folder: Path, name: str, ranks: Ranks) -> None:
@@ -98,15 +97,14 @@ def killed(folder: Path, ranks: Ranks) -> None:
 
 
 def resumed(folder: Path, ranks: Ranks) -> None:
-    """Takes a copy of the killed run up; in two processes, next to runs that were not killed."""
+    """Takes a copy of the killed run up; two processes also train one that was not killed."""
     start, config = RESUMED
     out = folder / f"resumed{ranks.size}"
     if ranks.leads:
         shutil.copytree(folder / "killed", out)
-    if ranks.size > 1:
-        dist.barrier()
-    shard: Any = "full" if ranks.size > 1 else "none"
-    train_in(out, folder / start, replace(config, shard=shard), ranks)
+    dist.barrier()
+    config = replace(config, shard="full")
+    train_in(out, folder / start, config, ranks)
     if ranks.size == 2:
         train_in(folder / "unbroken", folder / start, config, ranks)
 
