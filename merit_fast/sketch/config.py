@@ -4,7 +4,6 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -12,9 +11,10 @@ from merit_fast.errors import InputError, show
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.manifests.hashes import checksum
 from merit_fast.options.fields import option, require
+from merit_fast.records import record, replace
 
 
-@dataclass(frozen=True)
+@record
 class SketchConfig:
     """Options that decide the sketches."""
 
