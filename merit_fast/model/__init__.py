@@ -36,6 +36,7 @@ __all__ = [
     "SettledDtype",
     "TargetLosses",
     "auto_class",
+    "available_memory_bytes",
     "copy_processor_files",
     "fit_trees",
     "forget_positions",
