@@ -22,6 +22,7 @@ from merit_fast.model.load import (
 )
 from merit_fast.model.losses import TargetLosses, score_batch, score_targets, target_losses
 from merit_fast.model.memory import (
+    available_memory_bytes,
     keep_freed_memory,
     peak_memory_bytes,
     reset_peak_memory,
