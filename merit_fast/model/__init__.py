@@ -22,7 +22,6 @@ from merit_fast.model.load import (
 )
 from merit_fast.model.losses import TargetLosses, score_batch, score_targets, target_losses
 from merit_fast.model.memory import (
-    available_memory_bytes,
     keep_freed_memory,
     peak_memory_bytes,
     reset_peak_memory,
@@ -37,7 +36,6 @@ __all__ = [
     "SettledDtype",
     "TargetLosses",
     "auto_class",
-    "available_memory_bytes",
     "copy_processor_files",
     "fit_trees",
     "forget_positions",
