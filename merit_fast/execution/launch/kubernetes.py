@@ -90,4 +90,4 @@ def _pod(launch: Launch, step: Step) -> dict[str, Any]:
 
 def _escaped(text: str) -> str:
     """The text with ``$(`` and ``$$`` as Kubernetes leaves them to bash."""
-    return re.sub(r"\$(?=[$(])", "$$$$", text)
+    return re.sub(r"\$(?=[$(])", "$$", text)

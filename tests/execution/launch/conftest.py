@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.launches import HARD, OPTIONS, WORDS, Programs, sorted_as, write_config
+from support.execution.launches import HARD, OPTIONS, WORDS, Programs, sorted_as, write_config
 
 
 @pytest.fixture

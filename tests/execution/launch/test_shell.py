@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.launches import CONFIG, check_order, write_config
+from support.execution.launches import CONFIG, check_order, write_config
 from support.paths import ROOT
 from support.runs import run_values
 

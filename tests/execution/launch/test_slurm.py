@@ -4,7 +4,7 @@ import re
 import subprocess
 
 import pytest
-from support.launches import CONFIG, check_order
+from support.execution.launches import CONFIG, check_order
 
 # Options of sbatch in the manual of SLURM 24.11 that these scripts may have.
 KNOWN = {
@@ -19,9 +19,8 @@ options = [word for word in words[:-1] if word.startswith("--")]
 if os.environ.get("FAILS") != script.name:
     ids.write_text("x" * (number + 1))
     print(f"{100 + number};cluster")
-    array = next(
-        (line for line in script.read_text().splitlines() if line.startswith("#SBATCH --array=")), ""
-    )
+    lines = script.read_text().splitlines()
+    array = next((line for line in lines if line.startswith("#SBATCH --array=")), "")
     last = int(array.rpartition("-")[2].partition("%")[0]) if array else 0
     for index in range(last + 1):
         more = {"SLURM_ARRAY_TASK_ID": str(index)} if array else {}
@@ -86,19 +85,8 @@ def test_a_refused_job_ends_the_submission(project, programs, make_jobs, submit)
 
 
 def test_options_are_those_of_sbatch(project, make_jobs):
-    words = [
-        "--gpus",
-        "8",
-        "--cpus",
-        "64",
-        "--workers",
-        "2",
-        "--time",
-        "36h",
-        "--partition",
-        "a100,h100",
-    ]
-    jobs = make_jobs("slurm", *words)
+    words = ("--gpus", 8, "--cpus", 64, "--workers", 2)
+    jobs = make_jobs("slurm", *words, "--time", "36h", "--partition", "a100,h100")
     scripts = {script.stem: options_of(script) for script in jobs.glob("*.sbatch")}
     for options in scripts.values():
         assert set(options) <= KNOWN

@@ -15,7 +15,7 @@ import yaml
 HARD = 'it\'s "my" $HOME `run`'  # a folder
 PROGRAM = """\
 #!{python} -ISs
-import json, os, subprocess, sys, time
+import json, os, sys, time
 from pathlib import Path
 name = Path(sys.argv[0]).name
 words = sys.argv[1:]
@@ -62,6 +62,7 @@ class Programs:
     def add(self, name: str, body: str = "") -> None:
         """A program; ``body`` is Python that sees ``words`` and may set ``code``."""
         file = self.folder / name
+        body = f"import subprocess\n{body}" if "subprocess" in body else body
         text = PROGRAM.format(python=sys.executable, body=body, log=str(self.log))
         file.write_text(text)
         file.chmod(0o755)
