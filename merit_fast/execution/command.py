@@ -1,5 +1,6 @@
 """One unit as a process: its command line, its log and its result, on whatever machine it runs."""
 
+import contextlib
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 from merit_fast.manifests.stages import TRAIN
 
+_LOOK_S = 0.5
 _TAIL = 4000  # bytes of a log that are searched for its last line
 
 
@@ -114,12 +116,19 @@ def run_to_end(command: UnitCommand) -> Ended:
     """Runs a unit and waits for it; ends the unit if this process is interrupted."""
     process = start_process(command)
     try:
-        output, _ = process.communicate()
+        output = _output(process)
     except BaseException:
         process.terminate()
         process.wait()
         raise
     return ended(command, process.returncode, output)
+
+
+def _output(process: "subprocess.Popen[bytes]") -> bytes:
+    """Standard output to the end; Ray interrupts Python's lines only, no wait that is one line."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=_LOOK_S)[0]
 
 
 def last_line(log: Path) -> str:

@@ -16,16 +16,17 @@ from typing import Any, Protocol
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.execution.board import Board
 from merit_fast.execution.command import Ended, UnitCommand, unit_command
+from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.run import Run
-from merit_fast.pipeline.units.listing import CONFIG_FILE, UNITS_FOLDER
+from merit_fast.pipeline.units.listing import CONFIG_FILE
 from merit_fast.progress import Progress
 from merit_fast.units import human_bytes, human_time
 
 JOURNAL = "units.jsonl"  # in UNITS_FOLDER: a line for each start and end, of the last driver too
 RETRIES = 2
-_PATIENCE_S = 20.0  # until another machine's rename must be seen here
+PATIENCE_S = 20.0  # until another machine's rename must be seen here
 
 
 class Executor(Protocol):
@@ -72,16 +73,22 @@ def drive(
     folder.mkdir(parents=True, exist_ok=True)
     write_run_config(config, folder / CONFIG_FILE)
     board = Board(lambda: Outputs(config, command, verify))
-    driver = _Driver(board, executor, progress, folder, retries)
     with _stopped_at_the_end(executor):
-        while board.missing:
-            driver.start_ready()
-            for result in executor.wait():
-                driver.settle(result)
+        Driver(board, executor, progress, folder, retries).run()
     return Run(config, progress, command).summary()
 
 
-class _Driver:
+class Driver:
+    """The loop of ``drive``.
+
+    Args:
+        board: the run's units.
+        executor: runs them.
+        progress: gets a note for each.
+        folder: for the journal and the logs.
+        retries: times that a unit that dies is started again.
+    """
+
     def __init__(
         self, board: Board, executor: Executor, progress: Progress, folder: Path, retries: int
     ) -> None:
@@ -92,6 +99,17 @@ class _Driver:
         self.retries = retries
         self.running: dict[str, float] = {}  # unit -> its start
         self.failures: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Runs until no unit is missing.
+
+        Raises:
+            MeritFastError: a unit has failed for good.
+        """
+        while self.board.missing:
+            self.start_ready()
+            for result in self.executor.wait():
+                self.settle(result)
 
     def start_ready(self) -> None:
         """Starts as many units as there is room for."""
@@ -125,7 +143,7 @@ class _Driver:
             return
         log = self.folder / "logs" / f"{name.replace('/', '.')}.log"
         if result.code == 0:
-            text = f"ended on {result.host} without its output {self.board.units[name].path}"
+            text = f"ended on {result.host} without its output"
         else:
             text = result.text or f"ended with exit code {result.code}"
         if result.is_bad_input:
@@ -137,7 +155,7 @@ class _Driver:
 
     def _is_seen(self, name: str) -> bool:
         """Whether the output is here; another machine's rename may take seconds to be seen."""
-        end = time.monotonic() + _PATIENCE_S
+        end = time.monotonic() + PATIENCE_S
         while not self.board.is_done(name):
             if time.monotonic() > end:
                 return False

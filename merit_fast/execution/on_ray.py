@@ -5,9 +5,8 @@ Weights never pass through Ray's object store: a task gets a command line and gi
 
 import os
 import secrets
+from types import ModuleType
 from typing import Any
-
-import ray
 
 from merit_fast.execution.command import Ended, UnitCommand, run_to_end
 
@@ -38,11 +37,8 @@ class RayExecutor:
         self.processes = processes
         self._gpus = gpus
         self._tasks: dict[Any, UnitCommand] = {}
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            _connect(address)
-        # A unit that dies is started again by the driver, which counts its attempts.
-        self._remote = ray.remote(run_to_end).options(max_retries=0, scheduling_strategy="SPREAD")
+        self._ray, self._owns_ray = _connected(address)
+        self._remote = self._ray.remote(run_to_end)
 
     def room(self) -> int:
         return (self.workers or len(self._tasks) + 1) - len(self._tasks)
@@ -53,39 +49,49 @@ class RayExecutor:
             name=command.unit,
             num_cpus=(self.threads or 1) * processes,
             num_gpus=self._gpus * processes,
+            max_retries=0,  # the driver starts a unit again, and counts
+            scheduling_strategy="SPREAD",
         ).remote(command)
         self._tasks[task] = command
 
     def wait(self) -> list[Ended]:
         over: list[Any] = []
         while self._tasks and not over:
-            over, _ = ray.wait(list(self._tasks), timeout=_LOOK_S)
-        return [_result(task, self._tasks.pop(task)) for task in over]
+            over, _ = self._ray.wait(list(self._tasks), timeout=_LOOK_S)
+        return [self._result(task, self._tasks.pop(task)) for task in over]
 
     def stop(self) -> None:
         for task in self._tasks:
-            ray.cancel(task)  # interrupts the task, which ends its unit
+            self._ray.cancel(task)  # interrupts the task, which ends its unit
         if self._tasks:
-            ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=30)
+            self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=30)
         self._tasks.clear()
         if self._owns_ray:
-            ray.shutdown()
+            self._ray.shutdown()
+
+    def _result(self, task: Any, command: UnitCommand) -> Ended:
+        """A task's result; the death of its worker or node is the end of the unit."""
+        try:
+            result: Ended = self._ray.get(task)
+            return result
+        except self._ray.exceptions.RayError as error:
+            text = str(error).strip().splitlines()[0]
+            return Ended(command.unit, 1, "Ray", f"{type(error).__name__}: {text}")
 
 
-def _connect(address: str | None) -> None:
-    """Connects to a cluster, or starts one that writes no token into the home folder."""
+def _connected(address: str | None) -> tuple[ModuleType, bool]:
+    """Ray, connected to a cluster; and whether this call has connected it.
+
+    A cluster that starts here gets a token by its environment, or Ray would write one into the
+    home folder. Ray reads the environment when it is imported.
+    """
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+    import ray
+
+    if ray.is_initialized():
+        return ray, False
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
-
-
-def _result(task: Any, command: UnitCommand) -> Ended:
-    """A task's result; the death of its worker or node is the end of the unit."""
-    try:
-        result: Ended = ray.get(task)
-        return result
-    except ray.exceptions.RayError as error:
-        text = str(error).strip().splitlines()[0]
-        return Ended(command.unit, 1, "Ray", f"{type(error).__name__}: {text}")
+    return ray, True

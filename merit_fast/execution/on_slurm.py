@@ -67,7 +67,7 @@ class SubmititExecutor:
         self._ready.append(command)
 
     def wait(self) -> list[Ended]:
-        self._submit()
+        self.submit()
         while self._jobs:
             over = [job for job in self._jobs if job.done(force_check=False)]
             if over:
@@ -81,7 +81,7 @@ class SubmititExecutor:
         self._jobs.clear()
         self._ready.clear()
 
-    def _submit(self) -> None:
+    def submit(self) -> None:
         """Submits what has been started since the last call, as one array."""
         if not self._ready:
             return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from merit_fast.errors import InputError
-from merit_fast.pipeline.units.listing import UNITS_FOLDER
+from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.progress import Progress
 
 if TYPE_CHECKING:
@@ -65,13 +65,13 @@ def _local(
 
 def _ray(config: "RunConfig", arguments: argparse.Namespace, options: dict[str, Any]) -> "Executor":
     _refuse_others(options, ("address",))
-    with _extra("ray"):
-        from merit_fast.execution.on_ray import RayExecutor
+    from merit_fast.execution.on_ray import RayExecutor
 
     processes = arguments.unit_processes or 1
     threads = arguments.unit_threads or config.threads or 1
     gpus = (arguments.unit_gpus or 0) / processes
-    return RayExecutor(arguments.workers, threads, processes, gpus, options.get("address"))
+    with _extra("ray"):
+        return RayExecutor(arguments.workers, threads, processes, gpus, options.get("address"))
 
 
 def _submitit(

@@ -37,13 +37,12 @@ def _unit(arguments: argparse.Namespace) -> None:
     from merit_fast.train.parallel.world import require_one_process, world_rank, world_size
 
     source, name, assignments = _words(arguments.inputs)
-    config = read_unit_config(source, assignments, arguments.threads)
+    file, config = read_unit_config(source, assignments, arguments.threads)
     follows = world_size() > 1 and world_rank() > 0
     progress: Progress = SilentProgress()
     if not follows:  # with --json too: an executor keeps the lines as the unit's log
         progress = PlainProgress() if arguments.as_json else progress_of(arguments)
-    command = f"merit-fast unit {source} {{stage}}"
-    run = Run(config, progress, command, dry_run=follows or name is None)
+    run = Run(config, progress, f"merit-fast {{stage}} {file}", dry_run=follows or name is None)
     if name is None:
         _show_units(run, arguments.as_json)
         return
@@ -56,8 +55,10 @@ def _unit(arguments: argparse.Namespace) -> None:
     _do(run, name, arguments.as_json)
 
 
-def read_unit_config(source: Path, assignments: list[str], threads: int | None) -> "RunConfig":
-    """The config of a run's output, or of a YAML file and values that override its keys.
+def read_unit_config(
+    source: Path, assignments: list[str], threads: int | None
+) -> "tuple[Path, RunConfig]":
+    """The YAML of a run's output, or ``source`` itself, and its config with overridden values.
 
     Raises:
         InputError: the folder holds no config, or a key breaks a rule.
@@ -67,7 +68,7 @@ def read_unit_config(source: Path, assignments: list[str], threads: int | None) 
 
     file = config_in(source) if source.is_dir() else source
     config = read_run_config(file, assignments)
-    return config if threads is None else replace(config, threads=threads)
+    return file, config if threads is None else replace(config, threads=threads)
 
 
 def _words(inputs: list[str]) -> tuple[Path, str | None, list[str]]:

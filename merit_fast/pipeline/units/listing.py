@@ -14,6 +14,7 @@ from typing import Literal
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import StageManifest, stage_manifest
+from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.manifests.locks import owner_of, stage_lock
 from merit_fast.manifests.stages import (
     AUDIT,
@@ -27,8 +28,7 @@ from merit_fast.manifests.stages import (
 from merit_fast.pipeline.arms import WARMUP
 from merit_fast.pipeline.outputs import Outputs
 
-UNITS_FOLDER = "units"  # of a run's output: parts of stages, and what executors write
-CONFIG_FILE = "config.yml"  # in it and in every stage's output
+CONFIG_FILE = "config.yml"  # of every stage's output and of UNITS_FOLDER
 BASE = f"{EVALUATE.name}/base"
 
 
