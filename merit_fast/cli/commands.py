@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merit_fast.cli.flags import (
@@ -26,6 +25,7 @@ from merit_fast.cli.flags import (
     options_of,
 )
 from merit_fast.manifests.stages import MERGE, STAGES, Stage
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     import argparse
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Arguments = argparse.Namespace
 
 
-@dataclass(frozen=True)
+@record
 class Command:
     """One command of ``merit-fast``."""
 

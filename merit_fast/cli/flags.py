@@ -1,7 +1,6 @@
-"""Makes command-line flags of the stages' config dataclasses: each help text exists once."""
+"""Makes command-line flags of the stages' config records: each help text exists once."""
 
 import argparse
-import dataclasses
 import importlib
 import os
 import typing
@@ -12,6 +11,7 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.stages import Stage
 from merit_fast.options.forms import flag_of, form_of, help_of
 from merit_fast.options.keys import key_lines
+from merit_fast.records import fields
 
 Work = Callable[[argparse.Namespace], None]
 _NO_TERMINAL = 80  # columns
@@ -177,7 +177,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     no flag) is set only in YAML or by KEY=VALUE.
     """
     hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         flag = flag_of(field, hints[field.name])
         if not flag:
             continue
@@ -192,7 +192,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
 def assignments_of(arguments: argparse.Namespace, config: type[Any], prefix: str = "") -> list[str]:
     """The flags on the command line as ``key=value`` in YAML."""
     assignments = []
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         value = getattr(arguments, field.name, None)
         if value is not None:
             text = str(value).lower() if isinstance(value, bool) else value

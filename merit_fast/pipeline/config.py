@@ -1,8 +1,7 @@
-"""The run's YAML: a section for each stage, declared as a frozen dataclass in its folder."""
+"""The run's YAML: a section for each stage, declared as a record in its folder."""
 
 import os
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from merit_fast.model import settle_dtype
 from merit_fast.options.fields import REQUIRED, option, require
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.options.yaml import read_yaml
+from merit_fast.records import field, record, replace
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
 
 DEFAULT_OUTPUT = "runs/merit"
 
 
-@dataclass(frozen=True)
+@record
 class RunConfig:
     """Everything a run needs. ``model`` and ``mixture`` are required."""
 

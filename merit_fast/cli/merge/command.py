@@ -1,7 +1,6 @@
 """The command `merge`, of checkpoints, a run's branches, or a mergekit recipe. Imports no torch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from merit_fast.merge.table import DEFAULT_METHOD, METHODS
 from merit_fast.merge.write.places import check_paths
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.progress import Progress
+from merit_fast.records import fields
 from merit_fast.units import human_bytes, human_count
 
 if TYPE_CHECKING:

@@ -1,18 +1,16 @@
 """The rooms of the package: which may import which, and the order of files inside the large."""
 
 # Which rooms a room may import, next to itself. A room is a folder or a file of merit_fast/.
-BASE = {"errors", "options", "manifests", "progress", "units"}
+BASE = {"errors", "records", "threads", "options", "manifests", "progress", "units"}
 TORCH_STAGE = BASE | {"data", "model", "kernels"}
 ARROWS = {
-    "errors": set(),
+    **dict.fromkeys(("errors", "records", "threads", "units", "block_estimates"), set()),
     "progress": {"progress_lines"},
     "progress_lines": {"units"},
-    "units": set(),
-    "block_estimates": set(),
-    "kernels": {"errors"},
-    "options": {"errors"},
-    "manifests": {"errors", "options", "kernels"},
-    "data": {"errors", "options", "manifests", "kernels", "progress"},
+    "kernels": {"errors", "records"},
+    "options": {"errors", "records"},
+    "manifests": {"errors", "records", "threads", "options", "kernels"},
+    "data": {"errors", "records", "options", "manifests", "kernels", "progress"},
     "model": {"errors", "data", "manifests"},
     "patch": {"errors", "kernels"},
     "row_store": {"errors", "manifests", "kernels", "block_estimates"},
@@ -28,7 +26,7 @@ ARROWS = {
     "pipeline": BASE
     | {"data", "kernels", "model", "patch"}
     | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
-    "execution": BASE | {"pipeline"},
+    "execution": BASE | {"model", "pipeline"},
     "init": BASE | {"data", "model", "pipeline"},
     "export": BASE | {"data", "pipeline"},
     "engines": BASE
@@ -49,7 +47,7 @@ ARROWS = {
         "pipeline",
     }
     | {"report", "row_store", "selection", "sketch", "split", "train", "tune"},
-    "__init__": {"errors", "merge", "patch", "pipeline", "row_store", "sketch"},
+    "__init__": {"errors", "merge", "model", "patch", "pipeline", "row_store", "sketch"},
     "__main__": {"cli"},
 }
 EXCEPTIONS = {
