@@ -15,6 +15,7 @@ from merit_fast.records import field, record, replace
 
 LEDGER_FILE = "run.json"
 OLD_BRANCHES = f"old/{TRAIN.folder}"
+UNITS_FOLDER = "units"  # parts of stages: each has a stage.json, and no record here
 _DEEP = (TRAIN.folder, MERGE.folder, OLD_BRANCHES)  # folders of outputs; other outputs lie above
 
 

@@ -44,7 +44,9 @@ def sketched(model, folder, rows, earlier=None, **options):
     folder.mkdir(parents=True, exist_ok=True)
     progress = Notes()
     config = SketchConfig(**options)
-    sketch_mixture(str(model), "fingerprint", rows, 1, config, folder, progress, earlier)
+    sketch_mixture(
+        str(model), "fingerprint", rows, 1, config, folder, progress, [earlier] if earlier else ()
+    )
     return files_of(folder), progress.notes
 
 

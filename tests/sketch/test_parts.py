@@ -188,10 +188,8 @@ def files_of(folder):
 def staged(model, folder, earlier=None, chosen=None, **options):
     options = {"proj_dim": 4096, "dtype": "fp32", "batch_size": 4, "examples": 8, **options}
     progress = Notes()
-    rows = chosen or datasets()
-    sketch_mixture(
-        str(model), "fingerprint", rows, 1, SketchConfig(**options), folder, progress, earlier
-    )
+    inputs = (str(model), "fingerprint", chosen or datasets(), 1, SketchConfig(**options))
+    sketch_mixture(*inputs, folder, progress, [earlier] if earlier else ())
     return files_of(folder), progress.notes
 
 

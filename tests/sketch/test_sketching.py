@@ -63,7 +63,14 @@ def sketched(model, folder, rows, earlier=None, fingerprint="fingerprint", **opt
     folder.mkdir(parents=True)
     progress = Notes()
     sketch_mixture(
-        str(model), fingerprint, rows, 1, SketchConfig(**options), folder, progress, earlier
+        str(model),
+        fingerprint,
+        rows,
+        1,
+        SketchConfig(**options),
+        folder,
+        progress,
+        [earlier] if earlier else (),
     )
     return {file.name: file.read_bytes() for file in folder.iterdir()}, progress.notes
 

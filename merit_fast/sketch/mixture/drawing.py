@@ -62,6 +62,11 @@ class DrawnMixture:
         """Number of examples of the largest draw."""
         return max(len(drawn.indices) for drawn in self.datasets)
 
+    def only(self, name: str) -> "DrawnMixture":
+        """The mixture with one dataset, whose blocks stay those of the whole mixture."""
+        drawn = tuple(drawn for drawn in self.datasets if drawn.name == name)
+        return dataclasses.replace(self, datasets=drawn)
+
 
 def draw_mixture(
     datasets: Sequence[Dataset],

@@ -37,9 +37,10 @@ def sketch_mixture(  # noqa: PLR0913
     config: SketchConfig,
     directory: Path,
     progress: Progress,
-    earlier: Path | None = None,
+    earlier: Sequence[Path] = (),
     freeze: Sequence[str] | None = None,
     factors: Path | None = None,
+    only: str | None = None,
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
@@ -50,12 +51,14 @@ def sketch_mixture(  # noqa: PLR0913
     the options are as they were.
 
     Args:
-        earlier: a finished output of any mixture and options. Its undamaged files with equal
+        earlier: finished outputs of any mixture and options. Their undamaged files with equal
             fingerprints are reused; they have the bytes that sketching would give.
         freeze: parameters that training leaves as they are, as ``freeze_parameters`` takes them;
             they are not sketched.
         factors: file of the K-FAC factors that ``normalize`` kfac multiplies by; None: those of
             these datasets are collected first.
+        only: the one dataset to sketch; the others only decide the blocks of shared rows. None:
+            all.
 
     Raises:
         InputError: a dataset of one example, or of too few rows that no other dataset has; a part
@@ -65,6 +68,8 @@ def sketch_mixture(  # noqa: PLR0913
     mixture = draw_mixture(datasets, model_fingerprint, config, freeze, factors)
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, mixture.most_examples, ERROR_RATE)
+    if only is not None:
+        mixture = mixture.only(only)
     missing = _reuse(mixture, config, directory, progress, earlier)
     if missing:
         work = SketchWork(
@@ -91,7 +96,7 @@ def _reuse(
     config: SketchConfig,
     directory: Path,
     progress: Progress,
-    earlier: Path | None,
+    earlier: Sequence[Path],
 ) -> list[DrawnDataset]:
     """Takes over what is known already; returns the datasets that are not."""
     sums = {drawn.name: drawn.sums for drawn in mixture.datasets}

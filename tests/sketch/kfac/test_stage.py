@@ -106,7 +106,7 @@ def test_sums_of_another_mixture_are_not_reused(tiny_model, kfac_run, tmp_path):
         options = dict(proj_dim=4096, dtype="fp32", normalize="kfac", **SMALL)
         config = SketchConfig(**options)
         sketch_mixture(
-            str(tiny_model), "fingerprint", datasets()[:keep], 1, config, target, progress, folder
+            str(tiny_model), "fingerprint", datasets()[:keep], 1, config, target, progress, [folder]
         )
         reused = [note for note in progress.notes if "are reused" in note]
         assert len(reused) == (1 if expected else 0)
