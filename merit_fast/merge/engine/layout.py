@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from merit_fast.merge.engine.quantise.forms import Form, Forms
 
 
-@record
+@record(many=True)
 class OutputTensor:
     """One tensor of the output, and the input entries it is made of, in the order of the inputs."""
 
@@ -58,7 +58,7 @@ class OutputTensor:
         return own, StoredTensor(scale.scale_name, scale.scale_dtype, scale.scale_shape)
 
 
-@record
+@record(many=True)
 class StoredTensor:
     """One entry of a safetensors header."""
 

@@ -231,7 +231,9 @@ def own_dtype(entry: TensorEntry) -> str:
 
 def stored_entries(entry: TensorEntry) -> Iterator[TensorEntry]:
     """Every tensor in a file from which an entry's values are made, scales and factors included."""
-    if isinstance(entry, AssembledEntry):
+    if type(entry) is TensorEntry:
+        yield entry
+    elif isinstance(entry, AssembledEntry):
         for part in entry.parts:
             yield from stored_entries(part.source)
     elif isinstance(entry, DecodedEntry):
@@ -263,6 +265,8 @@ def quantised_source(entry: TensorEntry) -> DecodedEntry | None:
 
 def is_quantised(entry: TensorEntry) -> bool:
     """Whether some of the values are decoded from codes."""
+    if type(entry) is TensorEntry:
+        return False
     if isinstance(entry, AssembledEntry):
         return any(is_quantised(part.source) for part in entry.parts)
     if isinstance(entry, ChangedEntry):
