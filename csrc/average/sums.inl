@@ -54,15 +54,47 @@ static void accumulate(const void* data, DType type, int64_t at, double w, bool 
   }
 }
 
-// Rounds m doubles to out[at..at+m); any NaN becomes the type's positive quiet NaN. Returns the
-// number that are not finite.
+#ifdef MERIT_AVX512
+// Rounds eight doubles as round_to_odd: toward zero, and with the last bit set if that is inexact.
+static inline __m256i eight_to_odd(const double* acc) {
+  const __m512d d = _mm512_loadu_pd(acc);
+  const __m256 f = _mm512_cvt_roundpd_ps(d, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  const __mmask8 inexact = _mm512_cmp_pd_mask(_mm512_cvtps_pd(f), d, _CMP_NEQ_OQ);
+  const __m256i bits = _mm256_castps_si256(f);
+  return _mm256_mask_or_epi32(bits, inexact, bits, _mm256_set1_epi32(1));
+}
+
+// Rounds 16 doubles to bf16 as bits_to_bf16 of round_to_odd. Returns which are not finite.
+static inline __mmask16 store_sixteen(const double* acc, uint16_t* y) {
+  const __m512i low = _mm512_castsi256_si512(eight_to_odd(acc));
+  const __m512i bits = _mm512_inserti64x4(low, eight_to_odd(acc + 8), 1);
+  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
+  const __m512i result = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+  const __m512i exponent = _mm512_set1_epi32(0x7f80);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtepi32_epi16(result));
+  return _mm512_cmpeq_epi32_mask(_mm512_and_si512(result, exponent), exponent);
+}
+#endif
+
+// Rounds m doubles to out[at..at+m); any NaN becomes the type's positive quiet NaN. Returns 0
+// where all are finite.
 static int64_t store(const double* acc, void* out, DType type, int64_t at, int64_t m) {
   int64_t nonfinite = 0;
   switch (type) {
     case DType::BF16: {
       uint16_t* __restrict y = static_cast<uint16_t*>(out) + at;
-      for (int64_t i = 0; i < m; i++) y[i] = bits_to_bf16(round_to_odd(acc[i]));
-      for (int64_t i = 0; i < m; i++) nonfinite += (y[i] & 0x7f80u) == 0x7f80u;
+      int64_t i = 0;
+#ifdef MERIT_AVX512
+      for (; i + 16 <= m; i += 16) nonfinite += store_sixteen(acc + i, y + i) != 0;
+#endif
+      for (; i < m; i++) {
+        y[i] = bits_to_bf16(round_to_odd(acc[i]));
+        nonfinite += (y[i] & 0x7f80u) == 0x7f80u;
+      }
       return nonfinite;
     }
     case DType::F16: {

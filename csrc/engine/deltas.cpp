@@ -74,9 +74,10 @@ class TensorMerge {
 
   bool rank_variances() {
     std::vector<int64_t> above(size_t(reader_.chunks()), 0);
-    std::vector<int64_t> equal(size_t(reader_.chunks()), 0);
     const auto count = [&](int, int64_t chunk, size_t, const float* sizes, int64_t n) {
-      engine_.kernels.count_sizes(sizes, n, 0.0f, &above[size_t(chunk)], &equal[size_t(chunk)]);
+      int64_t more = 0, same = 0;
+      engine_.kernels.count_sizes(sizes, n, 0.0f, &more, &same);
+      above[size_t(chunk)] += more;
     };
     if (!reader_.scan({kVariance}, count)) return false;
     int64_t nonzero = 0;
@@ -182,7 +183,7 @@ class TensorMerge {
 
   void rank_rows(Buffers* b, int64_t n) const {
     for (int k = 0; k < branches_; k++) {
-      reader_.delta_sizes(b, k, n);
+      reader_.delta_sizes(b, k, 0, n);
       for (int64_t at = 0; at < n; at += rule_.row)
         rank_row(b->sizes + at, rule_.row, b->ranks + k * n + at, b->rank_space);
     }

@@ -55,11 +55,11 @@ class TensorReader {
 
   bool read_all_inputs(Buffers* b, int64_t chunk);
 
-  // Writes the sizes of one ranking of the first n elements in the buffers to b->sizes.
-  void delta_sizes(Buffers* b, int ranking, int64_t n) const;
+  // Writes the sizes of one ranking of n elements in the buffers, from `first` on, to b->sizes.
+  void delta_sizes(Buffers* b, int ranking, int64_t first, int64_t n) const;
 
-  // Calls `use` with the sizes of every wanted ranking of every chunk; returns false after an
-  // error.
+  // Calls `use` with the sizes of every wanted ranking of every chunk, block by block in order;
+  // returns false after an error.
   bool scan(const std::vector<int>& wanted, const UseSizes& use);
 
   // Collects sizes of runs of elements spread evenly over the tensor; of all elements if it is

@@ -7,9 +7,9 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from merit_fast.execution.command import Ended, UnitCommand, ended, start_process
+from merit_fast.model.memory import available_memory_bytes
 
 _CORES_OF_A_UNIT = 4  # where nothing is said and there is no GPU
 _STOP_S = 30.0  # that a unit has to end by itself
@@ -118,7 +118,7 @@ def workers_here(model_bytes: int, processes: int, gpus: Sequence[str]) -> int:
         return max(1, len(gpus) // processes)
     cores = len(os.sched_getaffinity(0))
     by_cores = cores // (_CORES_OF_A_UNIT * processes)
-    by_memory = free_memory_bytes() // (6 * model_bytes * processes + (1 << 30))
+    by_memory = available_memory_bytes() // (6 * model_bytes * processes + (1 << 30))
     return max(1, min(by_cores, by_memory))
 
 
@@ -132,11 +132,3 @@ def visible_gpus() -> tuple[str, ...]:
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     lines = listed.stdout.splitlines() if listed.returncode == 0 else []
     return tuple(str(number) for number, line in enumerate(lines) if line.startswith("GPU "))
-
-
-def free_memory_bytes() -> int:
-    """Memory that is free or can be freed, by /proc/meminfo."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise OSError("/proc/meminfo: has no MemAvailable")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from merit_fast.options.fields import option, require
@@ -119,8 +120,13 @@ class Layers:
     """Layers of a model, by the first number between dots in a name (``model.layers.7.mlp``)."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        numbers = [number for name in names if (number := layer_of(name)) is not None]
-        self.count = max(numbers, default=-1) + 1
+        self._names = names
+
+    @cached_property
+    def count(self) -> int:
+        """The number of layers, which only gradients over them need."""
+        numbers = [number for name in self._names if (number := layer_of(name)) is not None]
+        return max(numbers, default=-1) + 1
 
     def position(self, name: str) -> float:
         """Position of a tensor: 0 at the first layer and outside layers, 1 at the last one."""

@@ -240,7 +240,7 @@ class PreparedMerge:
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
         paths = (*self.models, *([self.base] if self.base else []), self.inputs.companions)
         described = (each.described_files() for each in self.inputs.checkpoints)
-        files = self.inputs.stored_files().union(*described)
+        files = self.inputs.stored_files.union(*described)
         fingerprints = input_fingerprints([folder_of(path) for path in paths], files)
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)

@@ -136,7 +136,7 @@ def warmup_branch(contents: Mapping[str, str]) -> Branch:
 
 
 def branch_recipe(branch: Branch, train: TrainConfig) -> TrainConfig:
-    """Options that decide the branch's training; the controls and the trackers do not.
+    """Options that decide the branch's training; controls, trackers and ``shard`` do not.
 
     The warm-up's result is a whole model, from which branches can start, and takes all steps.
     """
@@ -146,7 +146,8 @@ def branch_recipe(branch: Branch, train: TrainConfig) -> TrainConfig:
         train = train.with_builtin_engine()
     rate = train.learning_rate * branch.rate_factor
     seed = train.seed + branch.seed
-    return replace(train.without_plan(), seed=seed, learning_rate=rate, report_to=())
+    train = replace(train, report_to=(), shard="none")
+    return replace(train.without_plan(), seed=seed, learning_rate=rate)
 
 
 def branches_part(config: RunConfig) -> Part:

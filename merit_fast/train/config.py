@@ -107,6 +107,12 @@ class TrainConfig:
         "master next to a bf16 weight",
         omit_default=True,
     )
+    shard: Literal["none", "full"] = option(
+        "none",
+        "what the processes of torchrun divide. none: the steps only; full: also weights, "
+        "gradients, masters and moments (FSDP2)",
+        omit_default=True,
+    )
     update_in_backward: Literal["previous", "two-pass"] | None = option(
         None,
         "update each weight inside the backward pass, so that few gradients are in memory; clips "
@@ -170,9 +176,27 @@ class TrainConfig:
             require(not (value and self.update_in_backward), name, rule, getattr(self, name))
         is_measured = self.patience is None or self.evaluate_steps is not None
         require(is_measured, "patience", "absent without evaluate_steps", self.patience)
+        self._check_shard()
         check_engine_options(
             self.engine, self.engine_config, self.engine_command, self.engine_python
         )
+
+    def _check_shard(self) -> None:
+        """Checks that the options go with a divided model."""
+        if self.shard == "none":
+            return
+        adapter = self.adapter
+        apart = f"absent with shard {self.shard}"
+        for key, holds, value in (
+            ("engine", self.engine == "builtin", self.engine),
+            ("adapter.kind", adapter.kind != "dora", adapter.kind),
+            ("adapter.base", adapter.base == "as-is", adapter.base),
+            ("adapter.save", not adapter.is_on or adapter.is_saved_apart, adapter.save),
+            ("adapter.modules_to_save", not adapter.modules_to_save, adapter.modules_to_save),
+        ):
+            require(holds, key, apart, value)
+        updates = self.update_in_backward if adapter.is_on else None
+        require(updates is None, "update_in_backward", f"{apart} and an adapter", updates)
 
     def with_builtin_engine(self) -> "TrainConfig":
         """Returns these options for the built-in trainer."""

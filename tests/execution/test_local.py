@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from merit_fast.execution.command import UnitCommand, unit_command
-from merit_fast.execution.local import LocalExecutor, free_memory_bytes, workers_here
+from merit_fast.execution.local import LocalExecutor, workers_here
+from merit_fast.model.memory import available_memory_bytes
 
 ANSWER = 'print("noise"); print(\'{"worked": true}\')'
 
@@ -89,7 +90,7 @@ def test_a_training_of_several_processes_starts_by_torchrun(tmp_path):
 def test_as_many_units_as_the_machine_holds():
     cores = len(os.sched_getaffinity(0))
     assert workers_here(0, 1, []) == max(1, cores // 4)
-    assert workers_here(free_memory_bytes(), 1, []) == 1  # six times a model, or one at a time
+    assert workers_here(available_memory_bytes(), 1, []) == 1  # six times a model, or one at a time
     assert workers_here(1 << 50, 2, ["0", "1", "2", "3"]) == 2  # GPUs bring their own memory
 
 

@@ -134,7 +134,21 @@ def _weighted_sums(
         return (*of_models, of_base) if moves_base else tuple(of_models)
 
     takes_part = base is not None and (moves_base or config.stats)
-    return Combination((*models, base) if takes_part and base else tuple(models), coefficients)
+    paths = (*models, base) if takes_part and base else tuple(models)
+    rule = _asked_once(coefficients) if values.are_uniform else coefficients
+    return Combination(paths, rule)
+
+
+def _asked_once(rule: Callable[[TensorEntry], Coefficients]) -> Callable[[TensorEntry], Rule]:
+    """A rule that gives all tensors the same numbers; it computes them for the first tensor."""
+    known: list[Coefficients] = []
+
+    def same(entry: TensorEntry) -> Coefficients:
+        if not known:
+            known.append(rule(entry))
+        return known[0]
+
+    return same
 
 
 def _from_gram(

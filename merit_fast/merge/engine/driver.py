@@ -26,7 +26,7 @@ from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Rule, Segment, Shard
 from merit_fast.merge.engine.quantise.rounding import write_shard_roundings
 from merit_fast.merge.engine.values import Array, values
-from merit_fast.merge.read.entries import is_float, stored_entries, value_dtype
+from merit_fast.merge.read.entries import files_of, is_float, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
 from merit_fast.records import replace
@@ -123,8 +123,7 @@ def merge_tensor(
 
 def input_files(segments: Iterable[Segment]) -> set[Location]:
     """Files that hold the inputs of segments."""
-    entries = (entry for segment in segments for entry in segment.inputs)
-    return {stored.file for entry in entries for stored in stored_entries(entry)}
+    return files_of(entry for segment in segments for entry in segment.inputs)
 
 
 def chunk_elements(segment: Segment, chunk_bytes: int) -> int:

@@ -6,7 +6,7 @@ Four forms, which nest: bytes of a file (``TensorEntry``), codes with scales in 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.read.remote import Location
@@ -231,9 +231,7 @@ def own_dtype(entry: TensorEntry) -> str:
 
 def stored_entries(entry: TensorEntry) -> Iterator[TensorEntry]:
     """Every tensor in a file from which an entry's values are made, scales and factors included."""
-    if type(entry) is TensorEntry:
-        yield entry
-    elif isinstance(entry, AssembledEntry):
+    if isinstance(entry, AssembledEntry):
         for part in entry.parts:
             yield from stored_entries(part.source)
     elif isinstance(entry, DecodedEntry):
@@ -248,6 +246,19 @@ def stored_entries(entry: TensorEntry) -> Iterator[TensorEntry]:
             yield from change.stored
     else:
         yield entry
+
+
+def files_of(entries: Iterable[TensorEntry]) -> set[Location]:
+    """The files that hold some part of entries."""
+    files: set[Location] = set()
+    last: Location | None = None
+    for entry in entries:
+        if type(entry) is not TensorEntry:
+            files.update(stored.file for stored in stored_entries(entry))
+        elif entry.file is not last:  # neighbours share their file, whose hash takes longer
+            last = entry.file
+            files.add(last)
+    return files
 
 
 def is_plain(entry: TensorEntry) -> bool:
@@ -265,7 +276,7 @@ def quantised_source(entry: TensorEntry) -> DecodedEntry | None:
 
 def is_quantised(entry: TensorEntry) -> bool:
     """Whether some of the values are decoded from codes."""
-    if type(entry) is TensorEntry:
+    if type(entry) is TensorEntry:  # nearly all, and there are many
         return False
     if isinstance(entry, AssembledEntry):
         return any(is_quantised(part.source) for part in entry.parts)

@@ -26,6 +26,12 @@ class MethodValues:
     count: int  # of models
     rescale: bool | None = None  # None: as the method does it
 
+    @property
+    def are_uniform(self) -> bool:
+        """Whether no parameter differs between tensors."""
+        numbers = (int, float, type(None))
+        return not self.models and all(isinstance(v, numbers) for v in self.settings.values())
+
     def at(
         self, name: str, shape: tuple[int, ...] = (), num_elements: int = 0, from_base: bool = False
     ) -> "TensorValues":

@@ -23,8 +23,9 @@ class Matrix:
 
 def embedding_of(checkpoint: Checkpoint) -> TensorEntry | None:
     """The input embedding: of several, the one with the most rows; None where there is none."""
+    likely = [name for name in checkpoint.tensors if name.endswith(EMBEDDINGS)]
     for ending in EMBEDDINGS:
-        found = [e for name, e in checkpoint.tensors.items() if ends_with(name, ending)]
+        found = [checkpoint.tensors[name] for name in likely if ends_with(name, ending)]
         found = [entry for entry in found if len(entry.shape) == 2]
         if found:
             return max(found, key=lambda entry: entry.shape[0])

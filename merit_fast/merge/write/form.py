@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merit_fast.merge.config import MergeConfig
-from merit_fast.merge.engine.layout import OutputFile, StoredTensor, header_of
+from merit_fast.merge.engine.layout import OutputFile
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import Inputs
 from merit_fast.merge.read.remote import Location
@@ -28,12 +28,7 @@ def file_sizes(files: Sequence[OutputFile], layout: "DistributedLayout | None") 
     """Weight file of an output -> bytes; with a layout those of the distributed checkpoint."""
     if layout is not None:
         return {file.name: file.num_bytes for file in layout.files}
-    return {file.name: _num_bytes(file.stored) for file in files}
-
-
-def _num_bytes(stored: Sequence[StoredTensor]) -> int:
-    """Bytes of a safetensors file."""
-    return len(header_of(stored)) + sum(tensor.num_bytes for tensor in stored)
+    return {file.name: file.num_bytes for file in files}
 
 
 def plan_of_form(plan: Plan, layout: "DistributedLayout | None", directory: Path | None) -> Plan:

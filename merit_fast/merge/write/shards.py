@@ -22,9 +22,11 @@ from merit_fast.merge.read.checkpoint import INDEX_FILE
 from merit_fast.merge.read.companions import (
     copy_companions,
     find_head,
+    head_pair,
     output_dtypes,
     untie_if_different,
 )
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.headers import read_header
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.write.answers import copy_adapter_answers
@@ -239,12 +241,7 @@ def finish_output(
     write_quantization(inputs, directory)
     write_roundings(directory, plan.shards)
     _write_tokenizer(inputs, branches, directory)
-    written = {
-        entry.name: entry
-        for file in plan.files
-        for entry in read_header((weights_at or directory) / file.name)
-    }
-    if pair := find_head(written):
+    if pair := _written_head(plan, weights_at or directory):
         untie_if_different(directory, *pair)
     metadata: dict[str, object] = {}
     if config.checksum:
@@ -256,6 +253,20 @@ def finish_output(
     text = index_text(plan.files, metadata)
     if text is not None:
         write_text(directory / INDEX_FILE, text, config.fsync)
+
+
+def _written_head(plan: Plan, folder: Location) -> tuple[TensorEntry, TensorEntry] | None:
+    """(input embedding, output head) in the files just written, if the output has one of each."""
+    files = {stored.name: file.name for file in plan.files for stored in file.stored}
+    names = head_pair(files)
+    if names is None:
+        return None
+    written = {
+        entry.name: entry
+        for file in {files[name] for name in names}
+        for entry in read_header(folder / file)
+    }
+    return find_head(written)
 
 
 def _known_checksum(file: Path) -> str:

@@ -21,7 +21,7 @@ from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.mixture.blocks import RowBlocks, add_content, assign_blocks, row_digests
 
 # Options that change no sum beyond rounding, or count by their content.
-_NO_SUM = ("check", "uncovered", "batch_size", "store", "store_dim", "optimizer")
+_NO_SUM = ("check", "uncovered", "batch_size", "store", "store_dim", "optimizer", "memory")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from merit_fast.data import Dataset
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.manifests.sketch_state import SketchState, state_path
-from merit_fast.model import freeze_parameters, load_model
+from merit_fast.model import freeze_parameters
+from merit_fast.model.layered.choose import load_model_for
 from merit_fast.progress import Progress, Task
 from merit_fast.row_store.identity import StoreIdentity
 from merit_fast.row_store.reuse import reuse_rows
@@ -123,7 +124,10 @@ def _sketch_datasets(
     progress: Progress,
 ) -> None:
     config = work.config
-    model = load_model(work.model_path, config.dtype)
+    memory = "whole" if config.normalize == "adam" else config.memory
+    model = load_model_for(
+        work.model_path, config.dtype, memory, lambda line: progress.note(f"sketch: {line}")
+    )
     freeze_parameters(model, work.freeze)
     parameters = select_parameters(model, config.parameters)
     multipliers = stage_multipliers(

@@ -26,7 +26,7 @@ ARROWS = {
     "pipeline": BASE
     | {"data", "kernels", "model", "patch"}
     | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
-    "execution": BASE | {"pipeline"},
+    "execution": BASE | {"model", "pipeline"},
     "init": BASE | {"data", "model", "pipeline"},
     "export": BASE | {"data", "pipeline"},
     "engines": BASE
@@ -47,7 +47,7 @@ ARROWS = {
         "pipeline",
     }
     | {"report", "row_store", "selection", "sketch", "split", "train", "tune"},
-    "__init__": {"errors", "merge", "patch", "pipeline", "row_store", "sketch"},
+    "__init__": {"errors", "merge", "model", "patch", "pipeline", "row_store", "sketch"},
     "__main__": {"cli"},
 }
 EXCEPTIONS = {

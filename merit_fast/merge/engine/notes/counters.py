@@ -14,7 +14,7 @@ from merit_fast.merge.read.entries import TensorEntry, stored_entries
 
 def is_counter(entry: TensorEntry) -> bool:
     """Whether a tensor is a single integer. Others are no counts and must be equal."""
-    return entry.num_elements == 1 and entry.dtype[0] in "IU"
+    return entry.dtype[0] in "IU" and entry.num_elements == 1
 
 
 def largest(entry: TensorEntry, chunks: Sequence[bytes]) -> bytes:

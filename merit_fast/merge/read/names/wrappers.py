@@ -15,9 +15,7 @@ def without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         InputError: two tensors differ in wrappers only.
     """
-    text = "\n".join(checkpoint.tensors)
-    is_around = all(name.startswith(_AROUND) for name in checkpoint.tensors)
-    if not is_around and not any(part in text for part in _INSIDE):  # nearly all checkpoints
+    if not _may_be_wrapped(checkpoint):
         return checkpoint
     names = {name: _inner(name) for name in checkpoint.tensors}
     removed = sorted({part for name in names for part in name.split(".")} & _INSIDE)
@@ -38,6 +36,13 @@ def without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
     shards = tuple((file, tuple(names[name] for name in held)) for file, held in checkpoint.shards)
     note = f"{checkpoint.path}: names are read without {', '.join(dict.fromkeys(removed))}"
     return replace(checkpoint, tensors=tensors, shards=shards, notes=(*checkpoint.notes, note))
+
+
+def _may_be_wrapped(checkpoint: Checkpoint) -> bool:
+    """Whether a wrapper's name stands anywhere in the names, found without a look at each part."""
+    text = "\n".join(checkpoint.tensors)
+    first = next(iter(checkpoint.tensors), "")
+    return first.startswith(_AROUND) or any(part in text for part in _INSIDE)
 
 
 def _inner(name: str) -> str:
