@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
     from merit_fast.cli.merge.in_force import RunSource
     from merit_fast.progress import Progress
 
+_MOST_NEW_OBJECTS = 10_000  # between two looks for garbage; Python's own 700
+
 
 def add_merge(parser: Parser) -> Work:
     """Adds the arguments of `merge`, which also takes checkpoints without a run."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy multiplies no matrices here
+    gc.set_threshold(_MOST_NEW_OBJECTS)  # imports and plans make many objects and little garbage
     options = options_of(MERGE)
     help = "output directory; or the run's YAML file and values that override its keys"
     form = "OUT | CONFIG.yml [SECTION.KEY=VALUE ...]"
