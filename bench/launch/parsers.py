@@ -92,7 +92,7 @@ def write_jobs(target: str, options: Options, folder: Path) -> Path:
     return jobs
 
 
-def failure(words: Sequence[str | Path], **options: str) -> str:
+def failure(words: Sequence[str], **options: str) -> str:
     """The output of a command that fails; "" if it does not."""
     environment = {**os.environ, **options}
     result = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
@@ -112,18 +112,18 @@ def read_scripts(environments: Path, jobs: Path) -> str:
         inner.write_text(text)
         scripts.append(inner)
     python = python_of(environments, "sky")
-    check = [python.with_name("shellcheck"), "--shell", "bash", "--severity", "warning"]
-    return failure([*check, *sorted(scripts)])
+    check = [str(python.with_name("shellcheck")), "--shell", "bash", "--severity", "warning"]
+    return failure([*check, *map(str, sorted(scripts))])
 
 
 def read_kubernetes(environments: Path, jobs: Path) -> str:
     validate = python_of(environments, "sky").with_name("kubernetes-validate")
-    return failure([validate, "--strict", *sorted(jobs.glob("*.yaml"))])
+    return failure([str(validate), "--strict", *map(str, sorted(jobs.glob("*.yaml")))])
 
 
 def read_sky(environments: Path, jobs: Path) -> str:
     python = python_of(environments, "sky")
-    words = [python, "-c", READ_TASK, *sorted(jobs.glob("*.yaml"))]
+    words = [str(python), "-c", READ_TASK, *map(str, sorted(jobs.glob("*.yaml")))]
     return failure(words, HOME=str(environments))  # SkyPilot writes into the home folder
 
 

@@ -141,14 +141,15 @@ def daemons(packages: Path, folder: Path) -> Iterator[dict[str, str]]:
         "PATH": f"{folder}/programs:{packages}/usr/bin:{os.environ['PATH']}",
     }
     programs = packages / "usr/sbin"
-    commands = (
-        [programs / "slurmctld-wlm", "-D"],
-        [programs / "slurmd-wlm", "-D", "-d", programs / "slurmstepd-wlm"],
-    )
+    commands = {
+        "slurmctld-wlm": ["-D"],
+        "slurmd-wlm": ["-D", "-d", str(programs / "slurmstepd-wlm")],
+    }
     started = []
     try:
-        for words in commands:
-            with (folder / f"{words[0].name}.log").open("wb") as log:
+        for name, options in commands.items():
+            words = [str(programs / name), *options]
+            with (folder / f"{name}.log").open("wb") as log:
                 started.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
             time.sleep(3)
         yield environment

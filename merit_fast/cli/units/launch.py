@@ -7,10 +7,13 @@ import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.cli.flags import Parser, Work
 from merit_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from merit_fast.execution.launch.job import Launch
 
 _MINUTES = {"m": 1, "h": 60, "d": 24 * 60}
 _MARK = "# Made by: merit-fast "  # in every file
@@ -66,7 +69,7 @@ def _launch(arguments: argparse.Namespace) -> None:
     made_by = shlex.join(["merit-fast", *sys.argv[1:]])
     launch = prepare_launch(config, words, arguments.to, Options(**values), made_by)
     files = launch_files(launch)
-    _show(arguments, files, config.output)
+    _show(arguments, files, launch)
     if files and launch.undecided and launch.target != "shell":
         print(
             f"the split decides the branches ({launch.undecided}): these files end with it; the "
@@ -85,14 +88,14 @@ def _minutes(text: str | None) -> int | None:
     return int(match.group(1)) * _MINUTES[match.group(2)]
 
 
-def _show(arguments: argparse.Namespace, files: dict[str, str], output: str) -> None:
+def _show(arguments: argparse.Namespace, files: dict[str, str], launch: "Launch") -> None:
     """Prints the files, or writes them."""
     if arguments.out is not None and files:
         _write(Path(arguments.out), files)
     if arguments.as_json:
-        print(json.dumps({"to": arguments.to, "output": output, "files": files}))
+        print(json.dumps({"to": launch.target, "undecided": launch.undecided, "files": files}))
     elif not files:
-        print(f"{output}: every unit is done; there is nothing to launch")
+        print(f"{launch.output}: every unit is done; there is nothing to launch")
     elif arguments.out is not None:
         print("\n".join(str(Path(arguments.out) / name) for name in files))
     elif len(files) == 1:

@@ -4,9 +4,11 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from merit_fast.execution.launch.steps import Step
 
+_LONGEST = 30  # characters of a run's name in names of jobs
 _UNSAFE = re.compile(r"[^a-z0-9]+")
 
 
@@ -36,7 +38,7 @@ class Launch:
     Attributes:
         target: the name of the target.
         made_by: the command line that makes the files again.
-        name: of the run, with which names of jobs begin.
+        output: of the run.
         folder: absolute path of the folder in which every command runs.
         words: CONFIG.yml and the values that override its keys.
         steps: the units that are to be done.
@@ -45,12 +47,18 @@ class Launch:
 
     target: str
     made_by: str
-    name: str
+    output: str
     folder: str
     words: tuple[str, ...]
     steps: tuple[Step, ...]
     undecided: str = ""
     options: Options = field(default=Options())
+
+    @property
+    def name(self) -> str:
+        """The output's own name, with which names of jobs begin: they must be short and plain."""
+        plain = _UNSAFE.sub("-", Path(self.output).name.lower()).strip("-")
+        return plain[:_LONGEST].strip("-") or "merit"
 
     @property
     def gpus(self) -> int:
@@ -59,11 +67,6 @@ class Launch:
 
     def job_name(self, step: Step) -> str:
         return f"{self.name}-{step.name}"
-
-
-def job_prefix(text: str) -> str:
-    """The text as the beginning of names of jobs, which must be short and plain."""
-    return _UNSAFE.sub("-", text.lower()).strip("-")[:30].strip("-") or "merit"
 
 
 def unit_words(launch: Launch, step: Step) -> list[str]:

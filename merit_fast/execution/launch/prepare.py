@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merit_fast.data.paths import is_hub_id, is_url
 from merit_fast.errors import InputError
-from merit_fast.execution.launch.job import Launch, Options, job_prefix
+from merit_fast.execution.launch.job import Launch, Options
 from merit_fast.execution.launch.steps import Step, only, predicted_units, steps_of, undecided
 from merit_fast.execution.launch.targets import TARGETS, Target
 from merit_fast.manifests.stages import SPLIT
@@ -51,8 +51,16 @@ def prepare_launch(
     steps, open_keys = _steps(config, options.gpus or 0, made_by)
     if table.drives:  # the driver finds the units itself
         open_keys = ""
-    name = job_prefix(Path(config.output).name)
-    return Launch(target, made_by, name, str(folder), words, steps, open_keys, options)
+    return Launch(
+        target=target,
+        made_by=made_by,
+        output=config.output,
+        folder=str(folder),
+        words=words,
+        steps=steps,
+        undecided=open_keys,
+        options=options,
+    )
 
 
 def launch_files(launch: Launch) -> dict[str, str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -88,8 +89,8 @@ class Programs:
         return [call.unit for call in self.calls("merit-fast", "torchrun")]
 
 
-def write_config(file: Path, **sections: dict) -> None:
-    values = {
+def write_config(file: Path, **sections: dict[str, Any]) -> None:
+    values: dict[str, Any] = {
         "model": "base",
         "mixture": [{"name": name, "path": f"{name}.jsonl"} for name in ("facts", "code", "maths")],
         "split": {"groups": 2, "dtype": "bf16"},
