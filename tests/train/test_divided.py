@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     results = run_ranks(path, 2, "killed")
     assert results[0].returncode == -signal.SIGKILL, results
     assert results[1].returncode not in (0, -signal.SIGKILL), results
-    results = run_ranks(path, 2, "resumed", "in_backward", "unused", *CASES)
+    results = run_ranks(path, 2, "resumed", "in_backward", "unused", "two_copies", *CASES)
     assert [result.returncode for result in results] == [0, 0], results
     return path
 

@@ -100,10 +100,10 @@ def divide_model(model: nn.Module, ranks: Ranks) -> Shards:
         fully_shard(embedding, **options)
         embedding.set_unshard_in_backward(False)
     fully_shard(shards, **options)
-    modules: Any = shards.named_modules()
-    for name, module in modules:
+    for name, module in shards.named_modules():
+        gathering: Any = module
         if isinstance(module, FSDPModule):
-            shards.note_gradients(module, f"{name}." if name else "")
+            shards.note_gradients(gathering, f"{name}." if name else "")
             module.set_gradient_divide_factor(1.0)  # of this module only
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
             module.set_reduce_scatter_unused_params(True)

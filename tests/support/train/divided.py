@@ -18,12 +18,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from support.tiny import make_model
 from support.training import CONFIG, dataset, held_out_rows, job
 from torch import Tensor, nn
 
+from merit_fast.errors import InputError
 from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig
 from merit_fast.train.adapter.config import AdapterConfig
+from merit_fast.train.optimizer import MasterAdamW, NonFiniteGradient
+from merit_fast.train.parallel.load import fill_model, make_hollow_model
 from merit_fast.train.parallel.pieces import own_part, rows_of
 from merit_fast.train.parallel.ranks import Ranks
 from merit_fast.train.parallel.shards import divide_model
@@ -164,6 +169,36 @@ def unused(folder: Path, ranks: Ranks) -> None:
     for name, whole in expected.items():
         gradient = own_part(getattr(layer, name).grad)
         assert torch.equal(gradient, whole[first : first + count]), (name, gradient)
+    optimizer = MasterAdamW(model, CONFIG, None, ranks)
+    if not ranks.leads:  # the leader has none of these rows
+        own_part(layer.first_only.grad).fill_(float("nan"))
+    try:
+        optimizer.step(1e-3)
+    except NonFiniteGradient as error:
+        assert error.parameter == "layers.0.first_only", error
+    else:
+        raise AssertionError("a NaN of one process was taken")
+
+
+def two_copies(folder: Path, ranks: Ranks) -> None:
+    """Files that hold a tied weight twice: equal copies are one weight, others are refused."""
+    for last, message in ((0.0, ""), (1.0, "lm_head.weight, whose stored values differ")):
+        base = folder / f"copies{last}"
+        if ranks.leads:
+            make_model(base, shard="1GB")
+            tensors = load_file(base / "model.safetensors")
+            copy = tensors["model.embed_tokens.weight"].clone()
+            copy[-1, -1] += last
+            save_file({**tensors, "lm_head.weight": copy}, base / "model.safetensors")
+        dist.barrier()
+        model = make_hollow_model(str(base), "fp32")
+        divide_model(model, ranks)
+        try:
+            fill_model(model, str(base), ranks)
+            refused = ""
+        except InputError as error:
+            refused = str(error)
+        assert refused.endswith(message) and bool(refused) == bool(message), refused
 
 
 OTHERS: dict[str, Callable[[Path, Ranks], None]] = {
@@ -171,6 +206,7 @@ OTHERS: dict[str, Callable[[Path, Ranks], None]] = {
     "resumed": resumed,
     "in_backward": in_backward,
     "unused": unused,
+    "two_copies": two_copies,
 }
 
 
