@@ -159,8 +159,13 @@ def split_arms(config: RunConfig, split: SplitManifest) -> list[str]:
     """The arms that have a branch for every group: merit, the random splits, the iid deals."""
     controls = config.train.controls
     random = split.control_arms[: controls.random]
-    iid = [f"iid{number if number > 1 else ''}" for number in range(1, controls.num_iid + 1)]
-    return ["merit", *random, *iid]
+    return ["merit", *random, *iid_arms(config)]
+
+
+def iid_arms(config: RunConfig) -> list[str]:
+    """The arms that deal all rows equally to the branches."""
+    numbers = range(1, config.train.controls.num_iid + 1)
+    return [f"iid{number if number > 1 else ''}" for number in numbers]
 
 
 def joint_arms(config: RunConfig) -> list[str]:
