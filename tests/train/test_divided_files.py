@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.tiny import make_model
 from support.training import CONFIG
+from support.vision.models import make_vision_model
 
 from merit_fast.errors import InputError
 from merit_fast.model import load_model
@@ -111,6 +112,16 @@ def test_quantised_starts_are_refused(base):
     change_config(base, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     with pytest.raises(InputError, match="train.shard: must be none for quantised weights"):
         make_hollow_model(str(base), "fp32")
+
+
+def test_starts_that_read_images_or_are_adapters_are_refused(tmp_path):
+    make_vision_model(tmp_path / "images", "qwen3_vl")
+    with pytest.raises(InputError, match="must be none for a model that reads images"):
+        make_hollow_model(str(tmp_path / "images"), "fp32")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="must be none for a start that is an adapter"):
+        make_hollow_model(str(tmp_path / "adapter"), "fp32")
 
 
 LORA = AdapterConfig(kind="lora")
