@@ -150,7 +150,7 @@ def measure_layered(model: nn.Module) -> Outcome:
 
 def sketches_of(model: nn.Module, ids: Tensor) -> tuple[list[Tensor], dict[str, str]]:
     """Losses and sketches of three passes, and the slow parameters."""
-    values = []
+    values: list[Tensor] = []
     with GradientSketcher(
         model, SKETCH, uncovered="autograd", notify=warnings.warn, fingerprint="tiny"
     ) as sketcher:
