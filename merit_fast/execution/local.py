@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from merit_fast.execution.command import Ended, UnitCommand, ended, start_process
-from merit_fast.model import available_memory_bytes
+from merit_fast.model.memory import available_memory_bytes
 
 _CORES_OF_A_UNIT = 4  # where nothing is said and there is no GPU
 _STOP_S = 30.0  # that a unit has to end by itself

@@ -10,7 +10,7 @@ import pytest
 
 from merit_fast.execution.command import UnitCommand, unit_command
 from merit_fast.execution.local import LocalExecutor, workers_here
-from merit_fast.model import available_memory_bytes
+from merit_fast.model.memory import available_memory_bytes
 
 ANSWER = 'print("noise"); print(\'{"worked": true}\')'
 

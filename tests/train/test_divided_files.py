@@ -123,7 +123,6 @@ LORA = AdapterConfig(kind="lora")
         ({"adapter": replace(LORA, base="4bit")}, "adapter.base: must be absent with shard full"),
         ({"adapter": replace(LORA, save="merged")}, "adapter.save: must be absent with shard"),
         ({"adapter": replace(LORA, modules_to_save=("lm_head",))}, "adapter.modules_to_save"),
-        ({"engine": "trl"}, "engine: must be absent with shard full"),
         (
             {"adapter": LORA, "update_in_backward": "previous"},
             "update_in_backward: must be absent with shard full and an adapter",

@@ -4,6 +4,7 @@ from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.changes import most_factor_bytes
+from merit_fast.merge.engine.compiled.native import kept_chunk_bytes
 from merit_fast.merge.engine.compiled.sources import scratch_bytes, wide_bytes
 from merit_fast.merge.engine.driver import GRAM_CHUNK
 from merit_fast.merge.engine.prepare import Inputs
@@ -43,6 +44,7 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     each = (len(inputs.checkpoints) + 1) * widest
     made = [tensor.inputs for tensor in all_tensors if not all(map(is_plain, tensor.inputs))]
     scratch = max((scratch_bytes(entry) for each in made for entry in each), default=0)
+    kept = kept_chunk_bytes(config) if isinstance(method.rule, ThinnedDeltas) else 0
     sizes = 0 if method.is_sum else 8  # sizes, and the ones around a threshold
     ranks = 4 * (len(inputs.checkpoints) - 1) + 16 + 32 * is_fused if by_row else 0
     wide = max((sum(map(wide_bytes, each)) for each in made), default=0)
@@ -50,7 +52,7 @@ def buffer_bytes(inputs: Inputs, config: MergeConfig) -> int:
     buffers = config.threads * elements * (each + scratch + sizes + ranks)
     encoder = config.threads * slab_bytes(t.encoding for t in all_tensors if t.encoding)
     factors = most_factor_bytes(made)
-    return max(buffers + shared + factors, encoder)
+    return max(buffers + shared + factors + kept, encoder)
 
 
 def fit_memory(inputs: Inputs, config: MergeConfig) -> int:

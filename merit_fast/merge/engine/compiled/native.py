@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _RULE_FIELDS = tuple(field.name for field in fields(DeltaRule))
+_KEPT_BYTES = 8 << 20
 NO_PIECES = memoryview(bytes(24)).cast("q", (1, 3))[:0]  # [0, 3]: a sum needs no NumPy
 NO_GRAMS = memoryview(bytearray(8)).cast("d", (1, 1, 1))[:0]  # [0, 1, 1]
 Advance = Callable[[int], None]  # receives the number of elements done since the last call
@@ -70,7 +71,10 @@ def run(
     number = None
     if isinstance(rule, DeltaRule):
         rules = [_tensor_rule(native, segment.rule) for segment in batch]
-        result = native.merge_deltas(tensors=segments, rules=rules, **shared, **sums)
+        kept_bytes = kept_chunk_bytes(config)
+        result = native.merge_deltas(
+            tensors=segments, rules=rules, kept_bytes=kept_bytes, **shared, **sums
+        )
     elif isinstance(rule, (ElementRule, VectorRule)):
         result, number = _merge_one_by_one(native, batch, segments, shared)
     else:
@@ -87,6 +91,11 @@ def run(
         where = segment.inputs[result.input].file if result.input >= 0 else "output"
         reason = os.strerror(result.error)
         raise MeritFastError(f"{where}: {reason} while merging {segment.names[0]}")
+
+
+def kept_chunk_bytes(config: MergeConfig) -> int:
+    """Bytes of a tensor's inputs that a method of several passes holds from one to the next."""
+    return 0 if config.max_memory else _KEPT_BYTES
 
 
 def _merge_one_by_one(
