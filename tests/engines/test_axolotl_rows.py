@@ -61,7 +61,5 @@ def test_what_cannot_be_told_apart_is_refused(loader):
     with pytest.raises(InputError, match="needs rows that axolotl tokenizes before training"):
         keep_names({**CONFIG, "streaming": True})
     del loader._load_and_process_single_dataset
-    with pytest.raises(
-        MeritFastError, match="this axolotl has no _load_and_process"
-    ):
+    with pytest.raises(MeritFastError, match="this axolotl has no _load_and_process"):
         keep_names(CONFIG)
